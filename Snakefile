@@ -1,0 +1,20 @@
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/freeze_config.smk"
+include: "workflow/rules/estimate_memory.smk"
+include: "workflow/rules/load_model.smk"
+include: "workflow/rules/tokenize_corpus.smk"
+include: "workflow/rules/extract_shard.smk"
+include: "workflow/rules/merge_shards.smk"
+include: "workflow/rules/verify.smk"
+
+
+rule all:
+    default_target: True
+    localrule: True
+    input:
+        expand("results/{run}/{file}", run=RUNS, file=["activations.h5", "verification.h5"]),

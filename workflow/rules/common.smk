@@ -1,0 +1,89 @@
+"""What all rules share: the runs of this call, composed once, and the frozen config of each of their stages."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from theloom import config as theloom_config
+from theloom import preflight
+from theloom.errors import TheLoomError
+from theloom.job import last_errors
+from theloom.summary import summary
+
+STARTED = time.time()
+
+
+wildcard_constraints:
+    run="[^/]+",
+    shard=r"\d+",
+    shards=r"\d+",
+
+
+def compose():
+    """The runs that `--config profiles=A,B set="key=value …"` asks for, by name."""
+    unknown = set(config) - {"profiles", "set"}
+    if unknown:
+        raise TheLoomError(
+            f"--config takes profiles and set, found {', '.join(sorted(unknown))}; "
+            'to set a key of the configuration: --config set="memory.streaming_chunk_size=256"'
+        )
+    runs = theloom_config.runs(
+        Path(workflow.basedir, "config"),
+        config.get("profiles", "smollm2-135m"),
+        config.get("set", ""),
+    )
+    for run in runs.values():
+        preflight.check(run)
+    return runs
+
+
+if workflow.is_main_process:
+    try:
+        RUNS = compose()
+    except TheLoomError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+else:
+    # A job that a cluster runs parses this file again: it believes the frozen configs, not YAML edited since.
+    RUNS = {}
+
+
+def stage(run, name):
+    """The frozen config of a stage, as plain data."""
+    if RUNS:
+        if run not in RUNS:
+            raise WorkflowError(f"no run {run!r} in this call; it has {', '.join(RUNS)}")
+        return RUNS[run].stage(name)
+    return json.loads(Path("results", run, "config", f"{name}.json").read_text(encoding="utf-8"))
+
+
+def frozen(name):
+    """Input function: the file with the frozen config of a stage."""
+    return f"results/{{run}}/config/{name}.json"
+
+
+def resource(name):
+    """Resource function: what the run's profile gives to jobs that hold the model."""
+    return lambda wildcards: stage(wildcards.run, "resources")["config"]["resources"][name]
+
+
+def memory(wildcards, attempt):
+    """Host memory of a job that holds the model, in MB: the profile's, and that much more for each retry."""
+    return attempt * resource("mem_mb")(wildcards)
+
+
+def shards(wildcards):
+    """The shards of a run, by name."""
+    count = stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
+    return [f"results/{wildcards.run}/shards/{n:05d}-of-{count:05d}.h5" for n in range(count)]
+
+
+onsuccess:
+    for run in RUNS:
+        print(summary(Path("results", run)), file=sys.stderr)
+
+
+onerror:
+    for line in last_errors([Path(log) for run in RUNS for log in Path("results", run, "logs").rglob("*.log")], STARTED):
+        print(f"error: {line}", file=sys.stderr)

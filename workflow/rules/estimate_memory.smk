@@ -1,0 +1,14 @@
+rule estimate_memory:
+    input:
+        config=frozen("estimate"),
+    output:
+        estimate="results/{run}/estimate.h5",
+    log:
+        "results/{run}/logs/estimate_memory.log",
+    benchmark:
+        "results/{run}/benchmarks/estimate_memory.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    script:
+        "../scripts/estimate_memory.py"

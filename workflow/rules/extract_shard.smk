@@ -1,0 +1,19 @@
+rule extract_shard:
+    input:
+        config=frozen("extract"),
+        estimate="results/{run}/estimate.h5",
+        model="results/{run}/model.h5",
+        tokens="results/{run}/tokens.h5",
+    output:
+        shard="results/{run}/shards/{shard}-of-{shards}.h5",
+    log:
+        "results/{run}/logs/extract_shard/{shard}-of-{shards}.log",
+    benchmark:
+        "results/{run}/benchmarks/extract_shard/{shard}-of-{shards}.tsv"
+    threads: resource("threads")
+    resources:
+        mem_mb=memory,
+        runtime=resource("runtime"),
+        gpu=resource("gpu"),
+    script:
+        "../scripts/extract_shard.py"

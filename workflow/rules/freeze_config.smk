@@ -1,0 +1,15 @@
+localrules:
+    freeze_config,
+
+
+rule freeze_config:
+    output:
+        config="results/{run}/config/{stage}.json",
+    log:
+        "results/{run}/logs/freeze_config/{stage}.log",
+    benchmark:
+        "results/{run}/benchmarks/freeze_config/{stage}.tsv"
+    params:
+        config=lambda wildcards: stage(wildcards.run, wildcards.stage),
+    script:
+        "../scripts/freeze_config.py"

@@ -1,0 +1,15 @@
+rule merge_shards:
+    input:
+        config=frozen("merge"),
+        shards=shards,
+    output:
+        activations="results/{run}/activations.h5",
+    log:
+        "results/{run}/logs/merge_shards.log",
+    benchmark:
+        "results/{run}/benchmarks/merge_shards.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    script:
+        "../scripts/merge_shards.py"

@@ -1,0 +1,15 @@
+rule tokenize_corpus:
+    input:
+        config=frozen("tokens"),
+    output:
+        tokens="results/{run}/tokens.h5",
+    log:
+        "results/{run}/logs/tokenize_corpus.log",
+    benchmark:
+        "results/{run}/benchmarks/tokenize_corpus.tsv"
+    threads: 2
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    script:
+        "../scripts/tokenize_corpus.py"

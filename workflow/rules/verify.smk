@@ -1,0 +1,18 @@
+rule verify:
+    input:
+        config=frozen("verify"),
+        model="results/{run}/model.h5",
+        activations="results/{run}/activations.h5",
+    output:
+        verification="results/{run}/verification.h5",
+    log:
+        "results/{run}/logs/verify.log",
+    benchmark:
+        "results/{run}/benchmarks/verify.tsv"
+    threads: resource("threads")
+    resources:
+        mem_mb=memory,
+        runtime=resource("runtime"),
+        gpu=resource("gpu"),
+    script:
+        "../scripts/verify.py"

@@ -1,0 +1,19 @@
+"""Extract the hidden states of one shard of documents."""
+
+from pathlib import Path
+
+from snakemake.script import snakemake
+
+from theloom.job import job
+
+with job(snakemake.log[0], snakemake.threads):
+    from theloom.extraction import extract_shard
+
+    extract_shard(
+        config_path=Path(snakemake.input.config),
+        estimate_path=Path(snakemake.input.estimate),
+        model_path=Path(snakemake.input.model),
+        tokens_path=Path(snakemake.input.tokens),
+        shard=int(snakemake.wildcards.shard),
+        output=Path(snakemake.output.shard),
+    )

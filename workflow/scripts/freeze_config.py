@@ -1,0 +1,11 @@
+"""Write the config of one stage, as it was composed when the pipeline started, to a JSON file."""
+
+from pathlib import Path
+
+from snakemake.script import snakemake
+
+from theloom.config import freeze
+from theloom.job import job
+
+with job(snakemake.log[0]):
+    freeze(snakemake.params.config, Path(snakemake.output.config))

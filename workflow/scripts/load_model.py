@@ -1,0 +1,13 @@
+"""Load the model once: precision, fingerprint, hook points, and its memory, predicted against measured."""
+
+from pathlib import Path
+
+from snakemake.script import snakemake
+
+from theloom.job import job
+
+with job(snakemake.log[0], snakemake.threads):
+    from theloom.config import thaw
+    from theloom.model_record import record
+
+    record(thaw(snakemake.input.config), Path(snakemake.input.estimate), Path(snakemake.output.model))

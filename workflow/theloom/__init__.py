@@ -1,0 +1,20 @@
+"""TheLoom: hidden states of transformer models, extracted within the memory you have.
+
+`theloom.open("results/<run>/activations.h5")` reads the result of a run.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from theloom.dataset import Activations
+
+__version__ = "0.1.0"
+__all__ = ["open"]
+
+
+def open(path: str | Path) -> "Activations":
+    """Open `activations.h5` or a single shard: `theloom.dataset.Activations`. Raises StoreError."""
+    from theloom import dataset
+
+    return dataset.open(path)

@@ -1,0 +1,275 @@
+"""From YAML files and a command line to the runs that they describe, and to the frozen config of each stage.
+
+The only module that calls Hydra. The Snakefile composes once, when it is parsed; `freeze_config` writes to a JSON file
+the subset of keys on which one stage depends, and each job reads only that file. So an edit made while jobs wait in a
+queue cannot mix two configs, and a key reruns the stages that depend on it and no other.
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from theloom import schema
+from theloom.errors import ConfigError
+from theloom.schema import Config
+
+ConfigStore.instance().store(name="theloom", node=Config)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The keys (or whole sections) on which a stage depends.
+
+    `revision` is raised when the stage's code gives another result for the same config, so that finished runs are
+    redone where that matters, and nowhere else.
+    """
+
+    keys: tuple[str, ...]
+    revision: int = 1
+
+
+_MODEL_FILES = (
+    "model.source",
+    "model.revision",
+    "model.gguf_file",
+    "model.allow_pickle",
+    "model.trust_remote_code",
+)
+_LOADING = (
+    *_MODEL_FILES,
+    "memory.precision_mode",
+    "memory.quantization",
+    "extraction.device",
+    "extraction.attention",
+)
+STAGES: dict[str, Stage] = {
+    "estimate": Stage(("model", "memory", "extraction", "store.dtype", "corpus.max_tokens", "corpus.context_length")),
+    "model": Stage(
+        (*_LOADING, "model.architecture", "memory.enable_gradient_checkpointing", "memory.memory_warning_threshold")
+    ),
+    "tokens": Stage((*_MODEL_FILES, "model.tokenizer", "corpus", "extraction.shards")),
+    "extract": Stage(
+        (
+            *_LOADING,
+            "memory.streaming_chunk_size",
+            "memory.memory_warning_threshold",
+            "memory.activation_cache_filter",
+            "extraction.batch_tokens",
+            "extraction.shards",
+            "store.dtype",
+        )
+    ),
+    "merge": Stage(("store.merge", "extraction.shards")),
+    "verify": Stage((*_LOADING, "memory.streaming_chunk_size", "verify")),
+    "resources": Stage(("resources",)),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: the name of its folder, its profile, its overrides, and its whole config as plain data."""
+
+    name: str
+    profile: str
+    overrides: tuple[str, ...]
+    config: dict[str, Any]
+
+    def stage(self, stage: str) -> dict[str, Any]:
+        """The frozen config of a stage: plain data that JSON keeps."""
+        config: dict[str, Any] = {}
+        for key in STAGES[stage].keys:
+            *sections, leaf = key.split(".")
+            source, target = self.config, config
+            for section in sections:
+                source, target = source[section], target.setdefault(section, {})
+            target[leaf] = source[leaf]
+        return {"run": self.name, "stage": stage, "revision": STAGES[stage].revision, "config": config}
+
+
+def runs(config_dir: Path, profiles: str = "smollm2-135m", overrides: str = "") -> dict[str, Run]:
+    """All runs of a command line, by name: each profile with each combination of the swept overrides.
+
+    `profiles` is a comma list; `overrides` holds Hydra overrides, split as a shell splits words; a comma in a value
+    (outside brackets and quotes), `range(…)`, `choice(…)` and `glob(…)` sweep. Raises ConfigError.
+    """
+    if not isinstance(profiles, str) or not isinstance(overrides, str):
+        asked = profiles if not isinstance(profiles, str) else overrides
+        raise ConfigError(f"profiles and set take text, found {asked!r}; put quotes round the whole value")
+    found: dict[str, Run] = {}
+    for profile in filter(None, (p.strip() for p in profiles.split(","))):
+        for swept, combination in _combinations(overrides):
+            config = _compose(config_dir, profile, combination)
+            name = config["name"] or profile
+            named = swept if config["name"] else tuple(o for o in combination if not o.startswith("name="))
+            if config["name"] and "," in profiles:
+                name += f"+{profile}"
+            name = _run_name(name, named)
+            if name in found:
+                raise ConfigError(f"two runs have the name {name!r}; a profile or a value is given twice")
+            found[name] = Run(name, profile, combination, config)
+    if not found:
+        raise ConfigError(f"profiles={profiles!r} names no profile; choose from {', '.join(_profiles(config_dir))}")
+    return found
+
+
+def _profiles(config_dir: Path) -> list[str]:
+    return sorted(p.stem for p in (config_dir / "profile").glob("*.yaml"))
+
+
+def _combinations(overrides: str) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Every combination of the swept values, as (the swept overrides only, all overrides)."""
+    try:
+        words = shlex.split(overrides)
+        parsed = [OverridesParser.create().parse_override(w) for w in words]
+    except (HydraException, ValueError) as error:
+        raise ConfigError(f"set={overrides!r}: {_one_line(error)}") from None
+    choices = [
+        [f"{_key(o)}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [word]
+        for o, word in zip(parsed, words, strict=True)
+    ]
+    swept = [o.is_sweep_override() for o in parsed]
+    return [
+        (tuple(itertools.compress(combination, swept)), combination) for combination in itertools.product(*choices)
+    ]
+
+
+def _key(override: Override) -> str:
+    return override.get_key_element()
+
+
+def _run_name(name: str, overrides: tuple[str, ...]) -> str:
+    """`profile+key=value+key=value`: the last word of each key, and only characters that are safe in a path."""
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        written = f"{key.rpartition('.')[2]}={value}"
+        plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", written).strip("-.")
+        if len(plain) > 60 or not plain.isascii():
+            plain = plain[:48] + "-" + hashlib.sha256(override.encode()).hexdigest()[:8]
+        name += "+" + plain
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):
+        raise ConfigError(f"name={name!r}: a run's name is a folder's; use letters, digits, '.', '_', '-', '+', '='")
+    return name
+
+
+def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    profiles = _profiles(config_dir)
+    if profile not in profiles:
+        raise ConfigError(f"unknown profile {profile!r}{_near(profile, profiles)}; choose from {', '.join(profiles)}")
+    for override in overrides:
+        if re.match(r"profile\s*=", override):
+            raise ConfigError(f"set={override!r}: choose profiles with profiles=A,B, beside set")
+    try:
+        with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
+            composed = compose("default", [*overrides, f"profile={profile}"])
+        # merged into the bare schema once more: Hydra lets `+key=value` add keys that the schema does not have
+        composed = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))
+        config = cast(dict[str, Any], OmegaConf.to_container(composed, enum_to_str=True, resolve=True))
+        _check(cast(Config, composed))
+    except MissingConfigException as error:
+        options = ", ".join(error.options or [])
+        raise ConfigError(f"no config {error.missing_cfg_file!r}; choose from {options}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from None
+    return config
+
+
+def _explain(error: BaseException) -> str:
+    """One line for an error of Hydra or OmegaConf: the full key, what is wrong, and the choices."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    inner = next((c for c in causes if getattr(c, "full_key", None)), causes[-1])
+    full_key = str(getattr(inner, "full_key", "") or "")
+    text = str(inner).split("\n")[0]
+    if match := re.match(r"Key '(.*?)' (?:not in|is not in struct)", text):
+        known = [k.name for k in schema.keys()]
+        asked = full_key or match[1]
+        section = asked.rpartition(".")[0]
+        siblings = [k for k in known if section and k.rpartition(".")[0] == section]
+        siblings = siblings or list(dict.fromkeys(k.split(".")[0] for k in known))
+        return f"unknown key {asked!r}{_near(asked, known)}; keys there: {', '.join(siblings)}"
+    return f"{full_key}: {text}" if full_key else _one_line(inner)
+
+
+def _near(asked: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(asked, known, n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _check(config: Config) -> None:
+    """Values that have the right type and yet make no sense. Raises ConfigError."""
+    if OmegaConf.is_missing(config.model, "source"):
+        raise ConfigError("model.source: not set; give a hub id, a local folder or package:NAME")
+    at_least_one = {
+        "memory.streaming_chunk_size": config.memory.streaming_chunk_size,
+        "extraction.batch_tokens": config.extraction.batch_tokens,
+        "extraction.shards": config.extraction.shards,
+        "corpus.max_documents": config.corpus.max_documents,
+        "corpus.max_tokens": config.corpus.max_tokens,
+        "corpus.context_length": config.corpus.context_length,
+        "verify.documents": config.verify.documents,
+        "resources.threads": config.resources.threads,
+        "resources.mem_mb": config.resources.mem_mb,
+        "resources.runtime": config.resources.runtime,
+    }
+    for key, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}: {value} is too small; the least is 1")
+    if config.resources.gpu < 0:
+        raise ConfigError(f"resources.gpu: {config.resources.gpu} is too small; the least is 0")
+    if not 0 < config.memory.memory_warning_threshold <= 1:
+        threshold = config.memory.memory_warning_threshold
+        raise ConfigError(f"memory.memory_warning_threshold: {threshold} is not a share; give more than 0, at most 1")
+    if config.verify.tolerance is not None and not config.verify.tolerance > 0:
+        raise ConfigError(f"verify.tolerance: {config.verify.tolerance} is not above 0")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.extraction.device):
+        raise ConfigError(f"extraction.device: {config.extraction.device!r} is not auto, cpu, cuda or cuda:N")
+    needed = {"text": "path", "hub": "dataset"}.get(config.corpus.kind.name)
+    if needed and getattr(config.corpus, needed) is None:
+        group = config.corpus.kind.name
+        raise ConfigError(f"corpus.{needed}: not set; corpus={group} needs it, for example set=\"corpus={group} …\"")
+
+
+def freeze(stage_config: dict[str, Any], path: Path) -> None:
+    """Write the frozen config of a stage (`Run.stage`) as JSON."""
+    path.write_text(json.dumps(stage_config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def thaw(path: str | Path) -> Config:
+    """The frozen config of a stage. A key that was not frozen for the stage raises when it is read."""
+    return typed(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
+
+
+def typed(plain: dict[str, Any]) -> Config:
+    """Plain data as a `Config`, read-only; a key that is not in the data raises when it is read."""
+    config = OmegaConf.structured(Config)
+    for key in schema.keys():
+        OmegaConf.update(config, re.sub(r"(architecture)\..*", r"\1", key.name), "???")
+    config = cast(DictConfig, OmegaConf.merge(config, plain))
+    OmegaConf.set_readonly(config, True)
+    return cast(Config, config)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a frozen config: what the files of a stage carry to say which config made them."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

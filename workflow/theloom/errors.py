@@ -1,0 +1,37 @@
+"""The errors that TheLoom raises for what a user can mend.
+
+Each message is one line: what was asked, what was found, what to do. The pipeline prints it without a traceback;
+every other exception is a defect of ours and keeps its traceback.
+"""
+
+
+class TheLoomError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class ConfigError(TheLoomError):
+    """A key, a value or a profile of the configuration is wrong."""
+
+
+class CorpusError(TheLoomError):
+    """The texts are missing, empty or cannot be decoded."""
+
+
+class ModelError(TheLoomError):
+    """The model is missing, incomplete, or does something that extraction cannot treat exactly."""
+
+
+class HookError(TheLoomError):
+    """A hook point is asked for that the model does not have."""
+
+
+class MemoryPlanError(TheLoomError):
+    """The run does not fit the memory or the disk at hand."""
+
+
+class StoreError(TheLoomError):
+    """A file of a run is missing, incomplete, or not of this run."""
+
+
+class VerificationError(TheLoomError):
+    """Stored rows differ from what the model gives."""

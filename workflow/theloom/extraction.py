@@ -1,0 +1,166 @@
+"""The extraction engine: one shard of documents through the model, their hidden states into the shard writer.
+
+Two parts that know nothing of each other's inside: the loop over batches (`extract_shard`), and what runs the blocks
+over one batch (`ResidentRunner`: the whole model stays on the device).
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from theloom import batching, config, estimate, gpu, layout, model_record, provenance, tokens
+from theloom.batching import Batch
+from theloom.estimate import Estimate, Plan
+from theloom.hooks import HookPoint, Taps, select
+from theloom.model import LoadedModel, prefill
+from theloom.model_record import ModelRecord
+from theloom.precision import torch_dtype
+from theloom.shard import ShardSpec, ShardWriter
+from theloom.tokens import ShardTokens
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+# called with a hook point's name, the first position of a chunk, and its values (window, position, width) on the CPU
+Sink = Callable[[str, int, "torch.Tensor"], None]
+
+
+class ResidentRunner:
+    """Runs batches through a model that is on the device as a whole."""
+
+    def __init__(self, loaded: LoadedModel, points: list[HookPoint], chunk_size: int, store: str) -> None:
+        self._loaded, self._points, self._chunk_size = loaded, points, chunk_size
+        self._dtype = torch_dtype(store)
+
+    def run(self, ids: "torch.Tensor", sink: Sink) -> None:
+        """Forward token ids (window, position), padded on the right; hand every chunk of every hook point to `sink`.
+
+        Values leave the device, in the stored dtype, as soon as they exist.
+        """
+        position = dict.fromkeys((p.name for p in self._points), 0)
+
+        def hand_over(name: str, value: "torch.Tensor") -> None:
+            sink(name, position[name], value.to(device="cpu", dtype=self._dtype))
+            position[name] += value.shape[1]
+
+        with Taps(self._loaded.architecture, self._points, hand_over) as taps:
+            prefill(taps, self._loaded, ids, self._chunk_size)
+
+
+def extract_shard(
+    config_path: Path, estimate_path: Path, model_path: Path, tokens_path: Path, shard: int, output: Path
+) -> None:
+    """The extract_shard stage: write the hidden states of one shard of `tokens.h5`, or go on with a shard begun.
+
+    Raises HookError, ModelError, MemoryPlanError before the model is loaded, where something does not fit.
+    """
+    frozen = config.thaw(config_path)
+    planned, recorded = estimate.read(estimate_path), model_record.read(model_path)
+    shard_tokens = tokens.read_shard(tokens_path, shard)
+    points = select(frozen.memory.activation_cache_filter, recorded.points)
+    store = recorded.precision if frozen.store.dtype.name == "auto" else frozen.store.dtype.name
+    lengths = np.diff(shard_tokens.window_offset)
+    batches = batching.plan_batches(lengths, planned.plan.batch_tokens, planned.plan.chunk_size)
+    identity = _identity(config_path, planned.plan, recorded, tokens_path)
+    spec = ShardSpec(
+        tokens=shard_tokens,
+        points=points,
+        precision=store,
+        batches=len(batches),
+        identity=f"{identity}-{shard}",
+        attributes=_attributes(config_path, recorded, tokens_path, planned.plan, identity)
+        | {"kind": "shard", "shard": shard, "first_row": shard_tokens.first_row, "precision": store},
+    )
+    estimate.check_disk(output.parent, _still_to_write(spec, planned, output), shutil.disk_usage(output.parent).free)
+    with ShardWriter(output, spec) as writer:
+        if writer.batches_done < len(batches):
+            model_record.check_fits(frozen, planned)
+            loaded = model_record.load_again(frozen, recorded)
+            runner = ResidentRunner(loaded, points, planned.plan.chunk_size, store)
+            _extract(runner, batches, shard_tokens, writer, frozen.memory.memory_warning_threshold, loaded)
+        writer.finish()
+
+
+def _extract(
+    runner: ResidentRunner,
+    batches: list[Batch],
+    shard_tokens: ShardTokens,
+    writer: ShardWriter,
+    warning_threshold: float,
+    loaded: LoadedModel,
+) -> None:
+    """The loop over batches, from the first that is not committed yet."""
+    done = sum(sum(b.lengths) for b in batches[: writer.batches_done])
+    begun, padding, first = time.perf_counter(), 0, done
+    for number in range(writer.batches_done, len(batches)):
+        batch = batches[number]
+        ids = batching.padded(batch, shard_tokens.input_ids, shard_tokens.window_offset)
+
+        def write(name: str, start: int, values: "torch.Tensor", batch: Batch = batch) -> None:
+            for row, (window, length) in enumerate(zip(batch.windows, batch.lengths, strict=True)):
+                real = min(length - start, values.shape[1])
+                if real > 0:
+                    writer.write(window, name, start, values[row, :real])
+
+        runner.run(ids, write)
+        done += sum(batch.lengths)
+        padding += ids.numel() - sum(batch.lengths)
+        writer.batch_done(done, last=number == len(batches) - 1)
+        gpu.warn_above(warning_threshold, loaded.device)
+        seconds = time.perf_counter() - begun
+        log.info(
+            "batch %d of %d: %d of %d tokens, %.0f tokens/s",
+            number + 1,
+            len(batches),
+            done,
+            len(shard_tokens.input_ids),
+            (done - first) / seconds,
+        )
+    log.info("padding: %.1f%% of the tokens forwarded", 100 * padding / max(1, padding + done - first))
+
+
+def _still_to_write(spec: ShardSpec, planned: Estimate, output: Path) -> int:
+    """Bytes that the shard will take beyond what an unfinished file of it already has."""
+    partial = output.with_name(output.name + ".partial")
+    there = partial.stat().st_blocks * 512 if partial.exists() else 0
+    return max(0, spec.rows * planned.row_bytes[spec.precision] - there)
+
+
+def _identity(config_path: Path, plan: Plan, recorded: ModelRecord, tokens_path: Path) -> str:
+    """A hash of all that decides the rows of a run: config, plan, model, tokens, versions of what computes."""
+    corpus = tokens.attributes(tokens_path)
+    parts = {
+        "config": config.digest(config_path),
+        "plan": [plan.batch_tokens, plan.chunk_size],
+        "model": [recorded.fingerprint, recorded.precision, recorded.attributes["attention"]],
+        "tokens": [corpus["corpus_hash"], corpus["tokens_hash"]],
+        "versions": [provenance.attributes("")["versions"].get(p) for p in ("torch", "transformers")],
+        "format": layout.FORMAT_VERSION,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _attributes(
+    config_path: Path, recorded: ModelRecord, tokens_path: Path, plan: Plan, identity: str
+) -> dict[str, Any]:
+    corpus = tokens.attributes(tokens_path)
+    names = ("tokenizer", "corpus", "corpus_hash", "documents_empty", "last_document_cut_from", "context_length")
+    return provenance.attributes(
+        "activations",
+        run_identity=identity,
+        config=json.loads(config_path.read_text(encoding="utf-8")),
+        batch_tokens=plan.batch_tokens,
+        chunk_size=plan.chunk_size,
+        device=recorded.attributes["device"],
+        **model_record.provenance_of(recorded),
+        **{name: corpus[name] for name in names},
+    )

@@ -1,0 +1,46 @@
+"""What every script of the pipeline does around its one call: log to the rule's file, and end on one line.
+
+A user's error ends the job with its one line, which the pipeline shows again at the end; any other exception leaves its
+traceback in the log.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from theloom.errors import TheLoomError
+
+ERROR = "error: "
+
+
+@contextmanager
+def job(log_file: str, threads: int = 1) -> Iterator[None]:
+    """Run a job's body with stdout, stderr and logging in `log_file`, native code's output included."""
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported: it sizes its pool by it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    for noisy in ("filelock", "httpx", "urllib3", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        yield
+    except TheLoomError as error:
+        logging.shutdown()
+        print(f"{ERROR}{error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def last_errors(logs: list[Path], since: float) -> list[str]:
+    """The lines in which jobs ended on a user's error, from log files written after a time."""
+    found = []
+    for file in sorted(logs):
+        if file.stat().st_mtime >= since:
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            if lines and lines[-1].startswith(ERROR):
+                found.append(f"{file}: {lines[-1].removeprefix(ERROR)}")
+    return found

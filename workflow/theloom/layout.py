@@ -1,0 +1,126 @@
+"""What the HDF5 files have in common: element types, attributes, and raw contiguous datasets.
+
+Hidden states lie in contiguous datasets, so that a program can map them; FP32 and FP16 are HDF5's IEEE types, BF16 is a
+native HDF5 float of two bytes (8 exponent bits, 7 of mantissa), which HDF5 tools read as numbers.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+
+from theloom.errors import StoreError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+
+
+def bfloat16() -> h5py.h5t.TypeID:
+    """The HDF5 type of bfloat16, little endian."""
+    t = h5py.h5t.IEEE_F32LE.copy()
+    t.set_fields(15, 7, 8, 0, 7)
+    t.set_size(2)
+    t.set_ebias(127)
+    return t
+
+
+def hdf5_type(precision: str) -> h5py.h5t.TypeID:
+    """The HDF5 type of fp32, fp16 or bf16."""
+    if precision == "bf16":
+        return bfloat16()
+    return {"fp32": h5py.h5t.IEEE_F32LE, "fp16": h5py.h5t.IEEE_F16LE}[precision]
+
+
+def precision_of(dataset: h5py.Dataset) -> str:
+    """fp32, fp16 or bf16: the inverse of `hdf5_type`. Raises StoreError for any other type."""
+    t = dataset.id.get_type()
+    for precision in ("fp32", "fp16", "bf16"):
+        if t.equal(hdf5_type(precision)):
+            return precision
+    raise StoreError(f"{dataset.file.filename}: {dataset.name} is neither fp32, fp16 nor bf16")
+
+
+def bits(tensor: "torch.Tensor") -> np.ndarray:
+    """The bytes of a CPU tensor as an array of unsigned integers of its item size, without a copy if contiguous."""
+    import torch
+
+    integer = {2: torch.uint16, 4: torch.uint32}[tensor.element_size()]
+    return tensor.contiguous().view(integer).numpy()
+
+
+def tensor_from_bits(array: np.ndarray, precision: str) -> "torch.Tensor":
+    """The inverse of `bits`: a tensor over the same memory."""
+    import torch
+
+    from theloom.precision import torch_dtype
+
+    return torch.from_numpy(array).view(torch_dtype(precision))
+
+
+def bits_dtype(precision: str) -> np.dtype:
+    """The unsigned integer that holds one element."""
+    return np.dtype({"fp32": "<u4", "fp16": "<u2", "bf16": "<u2"}[precision])
+
+
+def create_contiguous(
+    group: h5py.Group, name: str, shape: tuple[int, ...], type_id: h5py.h5t.TypeID
+) -> h5py.Dataset:
+    """A contiguous dataset whose place in the file is fixed at once and whose bytes are not written."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(shape)
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), type_id, space, dcpl=properties, lcpl=links))
+
+
+def byte_offset(dataset: h5py.Dataset) -> int:
+    """Where a contiguous dataset's bytes begin in its file; 0 for an empty one, which has none."""
+    return dataset.id.get_offset() or 0
+
+
+def fixed_strings(values: list[str]) -> np.ndarray:
+    """UTF-8 strings of fixed length: they lie in the dataset itself, not in HDF5's global heap."""
+    encoded = [v.encode() for v in values]
+    return np.array(encoded, dtype=f"S{max(map(len, encoded), default=1) or 1}")
+
+
+def set_attributes(group: h5py.Group, attributes: Mapping[str, Any]) -> None:
+    """Write attributes; what HDF5 has no type for (dicts, lists, None) as JSON text."""
+    for name, value in attributes.items():
+        if isinstance(value, list | dict | tuple) or value is None:
+            value = json.dumps(value)
+        group.attrs[name] = value
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def open_h5(path: str | Path, kind: str) -> h5py.File:
+    """Open one of the run's files for reading, and check that it is of that kind and of a format that we know."""
+    path = Path(path)
+    if not path.is_file():
+        raise StoreError(f"no file {path}; run the pipeline first, or give another path")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read as HDF5 ({' '.join(str(error).split())})") from None
+    found, version = file.attrs.get("format"), file.attrs.get("format_version")
+    if found != f"theloom.{kind}" or version != FORMAT_VERSION:
+        file.close()
+        raise StoreError(f"{path}: not a file of theloom.{kind} version {FORMAT_VERSION}, found {found} version {version}")
+    return file

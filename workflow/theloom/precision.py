@@ -1,0 +1,78 @@
+"""Which precision a run uses: the fallback chain BF16 → FP16 → FP32, with every step recorded.
+
+The thresholds are those of NVIDIA's CUDA programming guide, table "Feature Support per Compute Capability": bfloat16
+arithmetic from 8.0, float16 arithmetic from 5.3.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+BF16_CAPABILITY = (8, 0)
+FP16_CAPABILITY = (5, 3)
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The precision asked for, the one that is used, and each fallback between them in words."""
+
+    requested: str
+    resolved: str
+    steps: tuple[str, ...]
+
+
+def resolve(requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True) -> Resolved:
+    """Follow the fallback chain.
+
+    `requested` is auto, fp32, fp16 or bf16. `capability` is the CUDA compute capability, None for the CPU, where auto
+    is FP32, BF16 is always there, and FP16 depends on the build of torch (`cpu_has_fp16`).
+    """
+    steps: list[str] = []
+    if capability is None:
+        precision = "fp32" if requested == "auto" else requested
+        if precision == "fp16" and not cpu_has_fp16:
+            steps.append("fp16 is not available on this CPU: using fp32")
+            precision = "fp32"
+    else:
+        precision = "bf16" if requested == "auto" else requested
+        found = f"compute capability {capability[0]}.{capability[1]}"
+        if precision == "bf16" and capability < BF16_CAPABILITY:
+            steps.append(f"bf16 needs compute capability 8.0 or more, found {found}: using fp16")
+            precision = "fp16"
+        if precision == "fp16" and capability < FP16_CAPABILITY:
+            steps.append(f"fp16 needs compute capability 5.3 or more, found {found}: using fp32")
+            precision = "fp32"
+    for step in steps:
+        log.warning("precision_mode=%s: %s", requested, step)
+    return Resolved(requested, precision, tuple(steps))
+
+
+def torch_dtype(precision: str) -> "torch.dtype":
+    """The torch dtype of fp32, fp16 or bf16."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def precision_of(dtype: "torch.dtype") -> str:
+    """The inverse of `torch_dtype`."""
+    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(dtype).removeprefix("torch.")]
+
+
+def cpu_has_fp16() -> bool:
+    """Whether this build of torch runs the operations of a forward pass in float16 on the CPU."""
+    import torch
+
+    x = torch.ones(1, 1, 8, 8, dtype=torch.float16)
+    try:
+        torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        torch.nn.functional.layer_norm(torch.nn.functional.linear(x, x[0, 0]), (8,))
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,188 @@
+"""The schema of the configuration: every key with its type, its default and what it means.
+
+Hydra composes the YAML files of `config/` into this schema, which rejects unknown keys and wrong types. The `help` of a
+field is its documentation: the table in README.md is made from it.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, get_args
+
+PrecisionMode = Enum("PrecisionMode", ["auto", "fp32", "fp16", "bf16"])
+StoreDtype = Enum("StoreDtype", ["auto", "fp32", "fp16", "bf16"])
+Quantization = Enum("Quantization", ["8bit", "4bit"])
+Attention = Enum("Attention", ["auto", "sdpa", "eager", "flash_attention_2"])
+MergeMode = Enum("MergeMode", ["virtual", "physical"])
+CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
+
+
+def key(default: Any, help: str) -> Any:  # noqa: A002
+    """A dataclass field with its documentation."""
+    if isinstance(default, list | type):
+        return field(default_factory=default.copy if isinstance(default, list) else default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ArchitectureConfig:
+    """Numbers of a public model's config.json, so that the estimate needs neither weights nor a hub."""
+
+    model_type: str = key("llama", "architecture, as transformers names it")
+    hidden_size: int = key(0, "width of the residual stream")
+    num_hidden_layers: int = key(0, "number of blocks")
+    num_attention_heads: int = key(0, "query heads")
+    num_key_value_heads: int = key(0, "key and value heads")
+    head_dim: int | None = key(None, "size of a head; null: hidden_size / num_attention_heads")
+    intermediate_size: int = key(0, "width of the MLP")
+    vocab_size: int = key(0, "rows of the token embedding")
+    tie_word_embeddings: bool = key(False, "whether the LM head is the token embedding")
+    max_position_embeddings: int = key(0, "context length in tokens")
+    parameters: int = key(0, "parameters of the whole model, LM head included")
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and where its files are."""
+
+    source: str = key("???", "hub id, local folder, or `package:NAME` for the folder of an installed Python package")
+    revision: str | None = key(None, "branch, tag or commit of a hub model; null: its main branch")
+    gguf_file: str | None = key(None, "GGUF file inside the source; null: found, where the source has no safetensors")
+    tokenizer: str | None = key(None, "source of another tokenizer; null: the model's own")
+    allow_pickle: bool = key(False, "load pickled weights (.bin): they can run code on loading")
+    trust_remote_code: bool = key(False, "run Python code that the model's folder brings along")
+    architecture: ArchitectureConfig | None = key(
+        None, "the model's numbers, for the estimate; null: read from the model's config"
+    )
+
+
+@dataclass
+class MemoryConfig:
+    """How the model's memory is spent."""
+
+    precision_mode: PrecisionMode = key(PrecisionMode["auto"], "precision of weights and forward pass")
+    quantization: Quantization | None = key(None, "8-bit or 4-bit weights through bitsandbytes")
+    enable_gradient_checkpointing: bool = key(False, "for training only; extraction has no backward pass")
+    streaming_chunk_size: int = key(512, "tokens of one forward step over a long document")
+    memory_warning_threshold: float = key(0.85, "warn when more than this share of the device's memory is in use")
+    activation_cache_filter: list[str] = key([], "hook points: exact names or globs; empty: every hook point")
+
+
+@dataclass
+class ExtractionConfig:
+    """How the forward passes are run."""
+
+    device: str = key("auto", "auto, cpu, cuda or cuda:N; auto: a GPU where there is one")
+    attention: Attention = key(Attention["auto"], "attention implementation; auto: what transformers chooses")
+    batch_tokens: int = key(2048, "tokens of one forward pass over short documents, padding included")
+    shards: int = key(2, "files, and so independent jobs, that the corpus is split into")
+
+
+@dataclass
+class StoreConfig:
+    """How the hidden states are written."""
+
+    dtype: StoreDtype = key(StoreDtype["auto"], "precision on disk; auto: that of the forward pass")
+    merge: MergeMode = key(
+        MergeMode["virtual"], "activations.h5 refers to the shards (virtual) or copies them (physical)"
+    )
+
+
+@dataclass
+class CorpusConfig:
+    """Where the texts come from, and how they become tokens."""
+
+    kind: CorpusKind = key(CorpusKind["python_docs"], "set by the corpus group: `corpus=text`, `corpus=hub`")
+    path: str | None = key(None, "text: a .txt, .md or .jsonl file, or a folder of them")
+    encoding: str = key("utf-8", "text: encoding of the files")
+    dataset: str | None = key(None, "hub: id or local path of a `datasets` data set")
+    subset: str | None = key(None, "hub: name of the configuration, where the data set has several")
+    split: str = key("train", "hub: which split")
+    column: str = key("text", "hub, and .jsonl files: the column that holds the text")
+    id_column: str | None = key(None, "hub, and .jsonl files: the column that names a document; null: its number")
+    max_documents: int | None = key(None, "take at most this many documents; null: all")
+    max_tokens: int | None = key(None, "take at most this many tokens; the last document is cut there; null: all")
+    context_length: int | None = key(
+        None, "longer documents are split into windows of this many tokens; null: the model's own limit"
+    )
+    add_special_tokens: bool = key(True, "let the tokenizer add its special tokens (BOS, for most)")
+
+
+@dataclass
+class VerifyConfig:
+    """How the finished rows are checked against the model."""
+
+    documents: int = key(8, "documents to recompute; the longest is always among them")
+    tolerance: float | None = key(
+        None, "largest error allowed, as a share of the hook's largest absolute value; null: by precision"
+    )
+    seed: int = key(0, "seed of the choice of documents")
+
+
+@dataclass
+class ResourcesConfig:
+    """What a job that holds the model asks of the scheduler."""
+
+    threads: int = key(2, "CPU threads")
+    mem_mb: int = key(4000, "host memory in MB; a retry asks for that much more")
+    runtime: int = key(60, "minutes")
+    gpu: int = key(0, "GPUs")
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    name: str | None = key(None, "folder of the run under results/; null: the profile and the overrides")
+    model: ModelConfig = key(ModelConfig, "")
+    memory: MemoryConfig = key(MemoryConfig, "")
+    extraction: ExtractionConfig = key(ExtractionConfig, "")
+    store: StoreConfig = key(StoreConfig, "")
+    corpus: CorpusConfig = key(CorpusConfig, "")
+    verify: VerifyConfig = key(VerifyConfig, "")
+    resources: ResourcesConfig = key(ResourcesConfig, "")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One documented key: its dotted name, its type as a user writes it, its default and its help."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+def _written_type(annotation: Any) -> str:
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return " \\| ".join(annotation.__members__)
+    members = [a for a in get_args(annotation) if a is not type(None)]
+    if type(None) in get_args(annotation):
+        return f"{_written_type(members[0])} \\| null"
+    if members:
+        return f"list of {_written_type(members[0])}"
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true \\| false"}[annotation.__name__]
+
+
+def keys(section: type = Config, prefix: str = "") -> list[Key]:
+    """Every leaf key of the schema, in the order in which it is written."""
+    found: list[Key] = []
+    for f in fields(section):
+        annotation = next((a for a in get_args(f.type) if is_dataclass(a)), f.type)
+        if isinstance(annotation, type) and is_dataclass(annotation):
+            found += keys(annotation, f"{prefix}{f.name}.")
+        else:
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            default = default.name if isinstance(default, Enum) else default
+            found.append(Key(prefix + f.name, _written_type(f.type), default, f.metadata["help"]))
+    return found
+
+
+def key_table() -> str:
+    """The Markdown table of all keys, as README.md shows it."""
+    spelled = {"None": "null", "True": "true", "False": "false", "???": "(must be set)"}
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for k in keys():
+        default = "by profile" if k.name.startswith("model.architecture.") else str(k.default)
+        default = spelled.get(default, default)
+        rows.append(f"| `{k.name}` | {k.type} | `{default}` | {k.help} |")
+    return "\n".join(rows)

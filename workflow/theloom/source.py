@@ -1,0 +1,224 @@
+"""Where a model's files are, and what they are: a hub id, a local folder, an installed package, a GGUF file in any of them.
+
+`prepare` ends with a local folder of safetensors, config and tokenizer. A GGUF file is converted to such a folder once,
+in a cache that all runs share, so that every later job loads in a second.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+from filelock import FileLock
+
+from theloom.errors import ModelError
+from theloom.schema import ModelConfig
+
+log = logging.getLogger(__name__)
+
+_DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
+_SAFETENSORS = "model*.safetensors"  # the only names that transformers loads; repositories often hold others beside
+_PICKLES = "pytorch_model*.bin"
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A local folder that `from_pretrained` loads, where it came from, and the GGUF file that it was made from."""
+
+    folder: Path
+    source: str
+    revision: str | None
+    gguf_file: str | None = None
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold weights and those that say how to read them, sorted by name."""
+        weights = list(self.folder.glob(_SAFETENSORS)) or list(self.folder.glob(_PICKLES))
+        return sorted([*weights, *self.folder.glob("model*.index.json"), self.folder / "config.json"])
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: THELOOM_CACHE, else the user's cache folder."""
+    if "THELOOM_CACHE" in os.environ:
+        return Path(os.environ["THELOOM_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "theloom"
+
+
+def prepare(config: ModelConfig, revision: str | None = None) -> ModelFiles:
+    """Find the model's files, fetch them where they are a hub's, convert them where they are GGUF.
+
+    `revision`, where given, is the commit that an earlier job found. Raises ModelError.
+    """
+    weights = [config.gguf_file] if config.gguf_file else [_SAFETENSORS] + [_PICKLES] * config.allow_pickle
+    folder, revision = _find(config.source, revision or config.revision, weights)
+    gguf = _gguf_file(folder, config)
+    if gguf is not None:
+        return ModelFiles(_converted(gguf), config.source, revision, gguf.name)
+    if not any(folder.glob(_SAFETENSORS)) and not (config.allow_pickle and any(folder.glob(_PICKLES))):
+        raise ModelError(_no_weights(folder, config))
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.source: {config.source} has no config.json; give a folder that save_pretrained made")
+    return ModelFiles(folder, config.source, revision)
+
+
+def config_place(config: ModelConfig) -> tuple[Path, str | None]:
+    """The folder that holds the model's config, and the GGUF file that it is in, if it is in one. Fetches no weights."""
+    folder, _ = _find(config.source, config.revision, [config.gguf_file] if config.gguf_file else [])
+    gguf = _gguf_file(folder, config)
+    if gguf is None and not (folder / "config.json").is_file():
+        raise ModelError(f"model.source: {config.source} has no config.json; give a folder that save_pretrained made")
+    return folder, gguf.name if gguf else None
+
+
+def description_folder(config: ModelConfig) -> Path:
+    """A folder with the model's config and tokenizer; weights are fetched only where they are in the same GGUF file."""
+    folder, gguf = config_place(config)
+    return folder if gguf is None else prepare(config).folder
+
+
+def tokenizer_folder(config: ModelConfig) -> Path:
+    """The folder that `AutoTokenizer` loads: model.tokenizer's, else the model's own."""
+    return _find(config.tokenizer, None)[0] if config.tokenizer else description_folder(config)
+
+
+def check_local(config: ModelConfig) -> None:
+    """What can be told at once, without a network: a folder or a package that is not there. Raises ModelError."""
+    for source in filter(None, (config.source, config.tokenizer)):
+        _local_folder(source)
+
+
+def _local_folder(source: str) -> Path | None:
+    """The folder of a package or a path, None for what must be a hub id."""
+    if source.startswith("package:"):
+        package = source.removeprefix("package:")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        places = list(spec.submodule_search_locations or []) if spec else []
+        if not places:
+            raise ModelError(f"model.source: no installed package {package!r}; pip install it, or give a folder")
+        return Path(places[0])
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelError(f"model.source: {source} is a file; give its folder (and model.gguf_file={folder.name})")
+    if source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        raise ModelError(f"model.source: no folder {source!r} (a hub id looks like 'organisation/model')")
+    return None
+
+
+def _find(source: str, revision: str | None, weights: Sequence[str] = ()) -> tuple[Path, str | None]:
+    """The folder of a source and, for a hub model, its commit; `weights` are the patterns to fetch beside the config."""
+    local = _local_folder(source)
+    if local is not None:
+        return local, None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_DESCRIPTIONS, *weights]))
+    except LocalEntryNotFoundError:
+        where = f"{source} at {revision}" if revision else source
+        raise ModelError(
+            f"model.source: {where} is not in the local hub cache and the hub cannot be reached; "
+            "fetch it once with `hf download`, or give a local folder"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"model.source: {source}: {' '.join(str(error).split())}") from None
+    return folder, folder.name  # a snapshot's folder is named after its commit
+
+
+def _gguf_file(folder: Path, config: ModelConfig) -> Path | None:
+    if config.gguf_file is not None:
+        file = folder / config.gguf_file
+        if not file.is_file():
+            here = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
+            raise ModelError(f"model.gguf_file: no {config.gguf_file!r} in {config.source}; GGUF files there: {here}")
+        return file
+    found = sorted(folder.glob("*.gguf"))
+    if not found or any(folder.glob(_SAFETENSORS)):
+        return None
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise ModelError(f"model.gguf_file: not set, and {config.source} has several GGUF files: {names}")
+    return found[0]
+
+
+def _no_weights(folder: Path, config: ModelConfig) -> str:
+    pickles = sorted(p.name for p in folder.glob(_PICKLES))
+    if pickles:
+        return (
+            f"model.source: {config.source} has no safetensors, only pickled weights ({pickles[0]}), which can run "
+            "code; set model.allow_pickle=true if you trust them"
+        )
+    return f"model.source: {config.source} has no safetensors and no GGUF file; give a folder or a hub id that has"
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder of safetensors made from a GGUF file: in the cache, or converted now.
+
+    Folders are named by the file's content, and appear whole or not at all.
+    """
+    target = cache_folder() / "models" / f"{gguf.stem}-{content_hash(gguf)[:16]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            log.info("converting %s to safetensors, once", gguf.name)
+            unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+            try:
+                _convert(gguf, unfinished)
+                unfinished.chmod(0o755)
+                unfinished.rename(target)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"model.gguf_file: {gguf.name} cannot be read: {' '.join(str(error).split())}") from None
+    # the weights are dequantised now: without this save_pretrained refuses, taking them for quantised ones
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def content_hash(file: Path) -> str:
+    """XXH3-128 of a file's bytes, as 32 hex digits."""
+    state = xxhash.xxh3_128()
+    with file.open("rb") as f:
+        while block := f.read(_BLOCK):
+            state.update(block)
+    return state.hexdigest()
+
+
+def fingerprint(files: ModelFiles) -> str:
+    """XXH3-128 over the names and contents of a model's weight files and config."""
+    state = xxhash.xxh3_128()
+    for file in files.weight_files():
+        state.update(f"{file.name} {content_hash(file)}\n".encode())
+    return state.hexdigest()
+
+
+def signature(files: ModelFiles) -> str:
+    """Names, sizes and times of a model's files as JSON: the same signature means that nobody has changed them."""
+    return json.dumps(list(_stats(files)))
+
+
+def _stats(files: ModelFiles) -> Iterator[tuple[str, int, int]]:
+    for file in files.weight_files():
+        stat = file.stat()
+        yield file.name, stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,25 @@
+"""What the pipeline prints when it has finished."""
+
+from pathlib import Path
+
+import numpy as np
+
+from theloom import dataset, layout
+
+
+def summary(folder: Path) -> str:
+    """A few lines on a finished run: the file, what it holds, and how it was verified."""
+    acts = dataset.open(folder / "activations.h5")
+    with layout.open_h5(folder / "verification.h5", "verification") as file:
+        error, largest = file["recomputed/error"][:], file["recomputed/largest"][:]
+        documents, tolerance = len(error), file.attrs["tolerance"]
+    share = float((error / np.maximum(largest, 1e-30)).max())
+    size = sum(acts[hook].nbytes for hook in acts.hooks)
+    return "\n".join(
+        [
+            f"{acts.path}: {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, {size / 1e6:.1f} MB",
+            f"  hook points: {', '.join(acts.hooks)}",
+            f"  verified: {documents} documents recomputed, largest error {share:.1e} of the largest value "
+            f"(at most {tolerance:.0e}); all rows' hashes are right",
+        ]
+    )
