@@ -31,7 +31,7 @@ def compose():
     runs = theloom_config.runs(
         Path(workflow.basedir, "config"),
         config.get("profiles", "smollm2-135m"),
-        config.get("set", ""),
+        config.get("set") or "",  # Snakemake reads an empty value as null
     )
     for run in runs.values():
         preflight.check(run)

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from snakemake.script import snakemake
-
 from theloom.config import freeze
 from theloom.job import job
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from snakemake.script import snakemake
-
 from theloom.job import job
 
 with job(snakemake.log[0], snakemake.threads):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Union
 
 import h5py
 import numpy as np
@@ -22,7 +22,7 @@ from theloom.shard import RECORD, committed, hook_path
 if TYPE_CHECKING:
     import torch
 
-Index = int | slice | EllipsisType | Sequence[int] | np.ndarray | "torch.Tensor"
+Index = Union[int, slice, EllipsisType, Sequence[int], np.ndarray, "torch.Tensor"]
 
 
 def open(path: str | Path) -> "Activations":  # noqa: A001
