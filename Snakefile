@@ -15,6 +15,6 @@ include: "workflow/rules/verify.smk"
 
 rule all:
     default_target: True
-    localrule: True
     input:
         expand("results/{run}/{file}", run=RUNS, file=["activations.h5", "verification.h5"]),
+    localrule: True

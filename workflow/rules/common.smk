@@ -8,10 +8,12 @@ from pathlib import Path
 from theloom import config as theloom_config
 from theloom import preflight
 from theloom.errors import TheLoomError
-from theloom.job import last_errors
+from theloom.job import last_errors, let_jobs_import
 from theloom.summary import summary
 
 STARTED = time.time()
+
+let_jobs_import(Path(workflow.basedir, "workflow"))  # for jobs in an environment of their own: --sdm conda
 
 
 wildcard_constraints:
@@ -85,5 +87,6 @@ onsuccess:
 
 
 onerror:
-    for line in last_errors([Path(log) for run in RUNS for log in Path("results", run, "logs").rglob("*.log")], STARTED):
-        print(f"error: {line}", file=sys.stderr)
+    logs = [file for run in RUNS for file in Path("results", run, "logs").rglob("*.log")]
+    for line in last_errors(logs, STARTED):
+        print(line, file=sys.stderr)

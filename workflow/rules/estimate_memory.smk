@@ -10,5 +10,9 @@ rule estimate_memory:
     resources:
         mem_mb=2000,
         runtime=10,
+    conda:
+        "../../envs/theloom.yaml"
+    message:
+        "{wildcards.run}: estimate memory and disk"
     script:
         "../scripts/estimate_memory.py"

@@ -15,5 +15,9 @@ rule extract_shard:
         mem_mb=memory,
         runtime=resource("runtime"),
         gpu=resource("gpu"),
+    conda:
+        "../../envs/theloom.yaml"
+    message:
+        "{wildcards.run}: extract shard {wildcards.shard} of {wildcards.shards}"
     script:
         "../scripts/extract_shard.py"

@@ -11,5 +11,9 @@ rule freeze_config:
         "results/{run}/benchmarks/freeze_config/{stage}.tsv"
     params:
         config=lambda wildcards: stage(wildcards.run, wildcards.stage),
+    conda:
+        "../../envs/theloom.yaml"
+    message:
+        "{wildcards.run}: freeze the config of stage {wildcards.stage}"
     script:
         "../scripts/freeze_config.py"

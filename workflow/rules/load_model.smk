@@ -1,8 +1,10 @@
 rule load_model:
     input:
         config=frozen("model"),
-        # a new plan is no reason to load the model again: extraction takes the plan, and this measures one
+        # A new plan or corpus is no reason to load the model again. The tokens are here so that a mistake in the corpus
+        # ends the run before any weight is loaded.
         estimate=ancient("results/{run}/estimate.h5"),
+        tokens=ancient("results/{run}/tokens.h5"),
     output:
         model="results/{run}/model.h5",
     log:
@@ -14,5 +16,9 @@ rule load_model:
         mem_mb=memory,
         runtime=resource("runtime"),
         gpu=resource("gpu"),
+    conda:
+        "../../envs/theloom.yaml"
+    message:
+        "{wildcards.run}: load the model and measure it"
     script:
         "../scripts/load_model.py"

@@ -11,5 +11,9 @@ rule merge_shards:
     resources:
         mem_mb=2000,
         runtime=60,
+    conda:
+        "../../envs/theloom.yaml"
+    message:
+        "{wildcards.run}: merge the shards"
     script:
         "../scripts/merge_shards.py"

@@ -11,5 +11,9 @@ rule tokenize_corpus:
     resources:
         mem_mb=4000,
         runtime=60,
+    conda:
+        "../../envs/theloom.yaml"
+    message:
+        "{wildcards.run}: turn the corpus into tokens"
     script:
         "../scripts/tokenize_corpus.py"

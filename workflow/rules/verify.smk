@@ -14,5 +14,9 @@ rule verify:
         mem_mb=memory,
         runtime=resource("runtime"),
         gpu=resource("gpu"),
+    conda:
+        "../../envs/theloom.yaml"
+    message:
+        "{wildcards.run}: verify against plain transformers"
     script:
         "../scripts/verify.py"

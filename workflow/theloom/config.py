@@ -18,7 +18,6 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -59,7 +58,12 @@ _LOADING = (
 STAGES: dict[str, Stage] = {
     "estimate": Stage(("model", "memory", "extraction", "store.dtype", "corpus.max_tokens", "corpus.context_length")),
     "model": Stage(
-        (*_LOADING, "model.architecture", "memory.enable_gradient_checkpointing", "memory.memory_warning_threshold")
+        (
+            *_LOADING,
+            "model.architecture",
+            "memory.enable_gradient_checkpointing",
+            "memory.memory_warning_threshold",
+        )
     ),
     "tokens": Stage((*_MODEL_FILES, "model.tokenizer", "corpus", "extraction.shards")),
     "extract": Stage(
@@ -114,7 +118,7 @@ def runs(config_dir: Path, profiles: str = "smollm2-135m", overrides: str = "") 
         for swept, combination in _combinations(overrides):
             config = _compose(config_dir, profile, combination)
             name = config["name"] or profile
-            named = swept if config["name"] else tuple(o for o in combination if not o.startswith("name="))
+            named = [o for o in (swept if config["name"] else combination) if _assigned_key(o) != "name"]
             if config["name"] and "," in profiles:
                 name += f"+{profile}"
             name = _run_name(name, named)
@@ -138,20 +142,18 @@ def _combinations(overrides: str) -> list[tuple[tuple[str, ...], tuple[str, ...]
     except (HydraException, ValueError) as error:
         raise ConfigError(f"set={overrides!r}: {_one_line(error)}") from None
     choices = [
-        [f"{_key(o)}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [word]
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [word]
         for o, word in zip(parsed, words, strict=True)
     ]
     swept = [o.is_sweep_override() for o in parsed]
-    return [
-        (tuple(itertools.compress(combination, swept)), combination) for combination in itertools.product(*choices)
-    ]
+    return [(tuple(itertools.compress(combination, swept)), combination) for combination in itertools.product(*choices)]
 
 
-def _key(override: Override) -> str:
-    return override.get_key_element()
+def _assigned_key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~").strip()
 
 
-def _run_name(name: str, overrides: tuple[str, ...]) -> str:
+def _run_name(name: str, overrides: list[str]) -> str:
     """`profile+key=value+key=value`: the last word of each key, and only characters that are safe in a path."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
@@ -170,15 +172,15 @@ def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> dict
     if profile not in profiles:
         raise ConfigError(f"unknown profile {profile!r}{_near(profile, profiles)}; choose from {', '.join(profiles)}")
     for override in overrides:
-        if re.match(r"profile\s*=", override):
+        if _assigned_key(override) == "profile":
             raise ConfigError(f"set={override!r}: choose profiles with profiles=A,B, beside set")
     try:
         with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
             composed = compose("default", [*overrides, f"profile={profile}"])
         # merged into the bare schema once more: Hydra lets `+key=value` add keys that the schema does not have
-        composed = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))
-        config = cast(dict[str, Any], OmegaConf.to_container(composed, enum_to_str=True, resolve=True))
-        _check(cast(Config, composed))
+        strict = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))
+        config = cast(dict[str, Any], OmegaConf.to_container(strict, enum_to_str=True, resolve=True))
+        _check(cast(Config, strict))
     except MissingConfigException as error:
         options = ", ".join(error.options or [])
         raise ConfigError(f"no config {error.missing_cfg_file!r}; choose from {options}") from None
@@ -198,7 +200,7 @@ def _explain(error: BaseException) -> str:
     full_key = str(getattr(inner, "full_key", "") or "")
     text = str(inner).split("\n")[0]
     if match := re.match(r"Key '(.*?)' (?:not in|is not in struct)", text):
-        known = [k.name for k in schema.keys()]
+        known = [k.name for k in schema.leaf_keys()]
         asked = full_key or match[1]
         section = asked.rpartition(".")[0]
         siblings = [k for k in known if section and k.rpartition(".")[0] == section]
@@ -247,7 +249,7 @@ def _check(config: Config) -> None:
     needed = {"text": "path", "hub": "dataset"}.get(config.corpus.kind.name)
     if needed and getattr(config.corpus, needed) is None:
         group = config.corpus.kind.name
-        raise ConfigError(f"corpus.{needed}: not set; corpus={group} needs it, for example set=\"corpus={group} …\"")
+        raise ConfigError(f'corpus.{needed}: not set; corpus={group} needs it, for example set="corpus={group} …"')
 
 
 def freeze(stage_config: dict[str, Any], path: Path) -> None:
@@ -263,7 +265,7 @@ def thaw(path: str | Path) -> Config:
 def typed(plain: dict[str, Any]) -> Config:
     """Plain data as a `Config`, read-only; a key that is not in the data raises when it is read."""
     config = OmegaConf.structured(Config)
-    for key in schema.keys():
+    for key in schema.leaf_keys():
         OmegaConf.update(config, re.sub(r"(architecture)\..*", r"\1", key.name), "???")
     config = cast(DictConfig, OmegaConf.merge(config, plain))
     OmegaConf.set_readonly(config, True)

@@ -53,7 +53,9 @@ def _files(config: CorpusConfig) -> list[Path]:
         raise CorpusError(f"corpus.path: no file or folder {config.path!r}; relative paths start at {Path.cwd()}")
     found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
-        raise CorpusError(f"corpus.path: {config.path} holds no {', '.join(SUFFIXES)} file; add one or give another path")
+        raise CorpusError(
+            f"corpus.path: {config.path} holds no {', '.join(SUFFIXES)} file; add one or give another path"
+        )
     return found
 
 
@@ -120,7 +122,14 @@ def _hub(config: CorpusConfig) -> Iterator[Document]:
             rows = datasets.load_dataset(str(local) if local.exists() else name, config.subset, split=config.split)
     except KeyError:
         raise CorpusError(f"corpus.split: {name} has no split {config.split!r}; it has {', '.join(loaded)}") from None
-    except (ValueError, OSError) as error:  # datasets' own errors, and those of the hub's client, derive from these
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # datasets' own errors, and those of the hub's client, derive from these
         raise CorpusError(f"corpus.dataset: {name}: {' '.join(str(error).split())}") from None
     for number, row in enumerate(rows):
-        yield _row(row, f"{name}/{config.split}/{number}" if not local.exists() else f"{config.split}/{number}", config)
+        yield _row(
+            row,
+            f"{name}/{config.split}/{number}" if not local.exists() else f"{config.split}/{number}",
+            config,
+        )

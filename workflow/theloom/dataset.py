@@ -141,7 +141,12 @@ class Activations:
             self.attributes = {k: v.item() if hasattr(v, "item") else v for k, v in file.attrs.items()}
             self.hooks: list[str] = json.loads(self.attributes["hooks"])
             self.precision: str = self.attributes["precision"]
-            self._names = ["tokens/input_ids", "tokens/document", "tokens/position", *map(hook_path, self.hooks)]
+            self._names = [
+                "tokens/input_ids",
+                "tokens/document",
+                "tokens/position",
+                *map(hook_path, self.hooks),
+            ]
             self._widths = {name: file[name].shape[1:] for name in self._names}
             if "sources" in file:
                 self._parts = _sources(file, self.path, self._names)

@@ -11,7 +11,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import h5py
 
@@ -99,7 +99,7 @@ def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":
     """A transformers config from the numbers of a profile."""
     from transformers import AutoConfig
 
-    known = {k: v for k, v in dict(numbers).items() if k not in ("model_type", "parameters") and v is not None}
+    known = {k: v for k, v in cast(Any, numbers).items() if k not in ("model_type", "parameters") and v is not None}
     return AutoConfig.for_model(numbers.model_type, **known)
 
 
@@ -148,9 +148,7 @@ def _count(model_config: "PretrainedConfig", trust_remote_code: bool) -> _Counts
     return _Counts(sum(p.numel() for p in model.parameters()), sum(linears.values()))
 
 
-def _components(
-    precision: str, counts: _Counts, size: Numbers, plan: Plan, points: list[HookPoint]
-) -> Components:
+def _components(precision: str, counts: _Counts, size: Numbers, plan: Plan, points: list[HookPoint]) -> Components:
     element = BYTES.get(precision, 2)
     weights: float = counts.total * element
     if precision in QUANTIZED_BYTES:

@@ -153,7 +153,14 @@ def _attributes(
     config_path: Path, recorded: ModelRecord, tokens_path: Path, plan: Plan, identity: str
 ) -> dict[str, Any]:
     corpus = tokens.attributes(tokens_path)
-    names = ("tokenizer", "corpus", "corpus_hash", "documents_empty", "last_document_cut_from", "context_length")
+    names = (
+        "tokenizer",
+        "corpus",
+        "corpus_hash",
+        "documents_empty",
+        "last_document_cut_from",
+        "context_length",
+    )
     return provenance.attributes(
         "activations",
         run_identity=identity,

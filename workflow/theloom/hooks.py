@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from theloom.architecture import Architecture
 
-RESIDUALS = ("hook_resid_pre", "hook_resid_post")  # the input and the output of a block: (batch, position, hidden size)
+RESIDUALS = (
+    "hook_resid_pre",
+    "hook_resid_post",
+)  # the input and the output of a block: (batch, position, hidden size)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def _near(pattern: str, points: list[HookPoint], num_blocks: int) -> str | None:
     return f"blocks.{block}.{value}" if value else None
 
 
-class _DeepestReached(Exception):
+class _DeepestReached(Exception):  # noqa: N818
     """Ends a forward pass once the deepest requested hook point has been read."""
 
 

@@ -23,6 +23,7 @@ def job(log_file: str, threads: int = 1) -> Iterator[None]:
     for stream in (1, 2):
         os.dup2(log, stream)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported: it sizes its pool by it
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     for noisy in ("filelock", "httpx", "urllib3", "fsspec"):
@@ -35,12 +36,17 @@ def job(log_file: str, threads: int = 1) -> Iterator[None]:
         sys.exit(1)
 
 
+def let_jobs_import(folder: Path) -> None:
+    """Put a folder on the import path of every job that this process starts."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 def last_errors(logs: list[Path], since: float) -> list[str]:
-    """The lines in which jobs ended on a user's error, from log files written after a time."""
+    """The lines in which jobs ended on a user's error, each with its log file, from logs written after a time."""
     found = []
     for file in sorted(logs):
         if file.stat().st_mtime >= since:
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             if lines and lines[-1].startswith(ERROR):
-                found.append(f"{file}: {lines[-1].removeprefix(ERROR)}")
+                found.append(f"{lines[-1]} (log: {file})")
     return found

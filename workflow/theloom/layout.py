@@ -54,6 +54,11 @@ def bits(tensor: "torch.Tensor") -> np.ndarray:
     return tensor.contiguous().view(integer).numpy()
 
 
+def raw_bytes(tensor: "torch.Tensor") -> memoryview:
+    """The bytes of a CPU tensor, row by row, without a copy if it is contiguous."""
+    return bits(tensor).data.cast("B")
+
+
 def tensor_from_bits(array: np.ndarray, precision: str) -> "torch.Tensor":
     """The inverse of `bits`: a tensor over the same memory."""
     import torch
@@ -68,9 +73,7 @@ def bits_dtype(precision: str) -> np.dtype:
     return np.dtype({"fp32": "<u4", "fp16": "<u2", "bf16": "<u2"}[precision])
 
 
-def create_contiguous(
-    group: h5py.Group, name: str, shape: tuple[int, ...], type_id: h5py.h5t.TypeID
-) -> h5py.Dataset:
+def create_contiguous(group: h5py.Group, name: str, shape: tuple[int, ...], type_id: h5py.h5t.TypeID) -> h5py.Dataset:
     """A contiguous dataset whose place in the file is fixed at once and whose bytes are not written."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
@@ -122,5 +125,7 @@ def open_h5(path: str | Path, kind: str) -> h5py.File:
     found, version = file.attrs.get("format"), file.attrs.get("format_version")
     if found != f"theloom.{kind}" or version != FORMAT_VERSION:
         file.close()
-        raise StoreError(f"{path}: not a file of theloom.{kind} version {FORMAT_VERSION}, found {found} version {version}")
+        raise StoreError(
+            f"{path}: not a file of theloom.{kind} version {FORMAT_VERSION}, found {found} version {version}"
+        )
     return file

@@ -59,7 +59,13 @@ def merge(shards: Sequence[Path], mode: str, output: Path) -> None:
     layout.sync(unfinished)
     unfinished.replace(output)
     layout.sync(output.parent)
-    log.info("%d rows of %d hook points from %d shards (%s)", sum(s.rows for s in checked), len(hooks), len(shards), mode)
+    log.info(
+        "%d rows of %d hook points from %d shards (%s)",
+        sum(s.rows for s in checked),
+        len(hooks),
+        len(shards),
+        mode,
+    )
 
 
 def _check(path: Path, number: int) -> _Shard:

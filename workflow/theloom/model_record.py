@@ -37,13 +37,16 @@ def record(config: Config, estimate_path: Path, output: Path) -> None:
     """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError, MemoryPlanError."""
     planned = estimate.read(estimate_path)
     if config.memory.enable_gradient_checkpointing:
-        log.warning("enable_gradient_checkpointing has no effect here: extraction has no backward pass to save memory in")
+        log.warning(
+            "enable_gradient_checkpointing has no effect here: extraction has no backward pass to save memory in"
+        )
     model.check_architecture(config.model.architecture, model.read_config(config.model), config.model.source)
     check_fits(config, planned)
     device, resolved = model.resolve_precision(config)
     predicted = planned.components[_weight_kind(config, resolved.resolved)]
+    files = source.prepare(config.model)
     with gpu.PeakMemory(device) as loading:
-        loaded = model.load(config)
+        loaded = model.load(config, files)
     errors = model.try_out(loaded)
     with gpu.PeakMemory(device) as running:
         _run_largest_batch(loaded, planned)
@@ -79,7 +82,7 @@ def check_fits(config: Config, planned: Estimate) -> None:
 
 
 def _run_largest_batch(loaded: LoadedModel, planned: Estimate) -> None:
-    """The largest forward pass of the plan, on random tokens, with the planned hook points held as a batch holds them."""
+    """The largest forward pass of the plan, on random tokens, with all planned hook points held at once."""
     import torch
 
     vocabulary = loaded.architecture.model.config.get_text_config().vocab_size
@@ -141,11 +144,11 @@ def load_again(config: Config, recorded: ModelRecord) -> LoadedModel:
             f"model.source: the files of {config.model.source} have changed since load_model; "
             "put them back, or run it again with --forcerun load_model"
         )
-    return model.load(config, recorded.revision)
+    return model.load(config, files)
 
 
 def provenance_of(recorded: ModelRecord) -> dict[str, Any]:
     """The model's part of a data file's attributes."""
-    names = ("source", "revision", "gguf_file", "model_class", "fingerprint", "precision_requested", "precision")
-    names += ("precision_steps", "quantization", "attention")
+    names = ["source", "revision", "gguf_file", "model_class", "fingerprint", "precision_requested", "precision"]
+    names += ["precision_steps", "quantization", "attention"]
     return {f"model_{n.removeprefix('model_')}": recorded.attributes[n] for n in names}

@@ -12,5 +12,6 @@ def check(run: Run) -> None:
     numbers = whole.model.architecture
     if numbers is not None:
         hooks.select(
-            whole.memory.activation_cache_filter, hooks.catalogue(numbers.num_hidden_layers, numbers.hidden_size)
+            whole.memory.activation_cache_filter,
+            hooks.catalogue(numbers.num_hidden_layers, numbers.hidden_size),
         )

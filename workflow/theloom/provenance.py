@@ -10,7 +10,17 @@ from typing import Any
 
 from theloom import layout
 
-PACKAGES = ("theloom", "torch", "transformers", "tokenizers", "safetensors", "h5py", "numpy", "snakemake", "hydra-core")
+PACKAGES = (
+    "theloom",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "h5py",
+    "numpy",
+    "snakemake",
+    "hydra-core",
+)
 
 
 def attributes(kind: str, **others: Any) -> dict[str, Any]:

@@ -163,13 +163,13 @@ def _written_type(annotation: Any) -> str:
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true \\| false"}[annotation.__name__]
 
 
-def keys(section: type = Config, prefix: str = "") -> list[Key]:
+def leaf_keys(section: type = Config, prefix: str = "") -> list[Key]:
     """Every leaf key of the schema, in the order in which it is written."""
     found: list[Key] = []
     for f in fields(section):
         annotation = next((a for a in get_args(f.type) if is_dataclass(a)), f.type)
         if isinstance(annotation, type) and is_dataclass(annotation):
-            found += keys(annotation, f"{prefix}{f.name}.")
+            found += leaf_keys(annotation, f"{prefix}{f.name}.")
         else:
             default = f.default_factory() if callable(f.default_factory) else f.default
             default = default.name if isinstance(default, Enum) else default
@@ -181,7 +181,7 @@ def key_table() -> str:
     """The Markdown table of all keys, as README.md shows it."""
     spelled = {"None": "null", "True": "true", "False": "false", "???": "(must be set)"}
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for k in keys():
+    for k in leaf_keys():
         default = "by profile" if k.name.startswith("model.architecture.") else str(k.default)
         default = spelled.get(default, default)
         rows.append(f"| `{k.name}` | {k.type} | `{default}` | {k.help} |")

@@ -70,12 +70,14 @@ class ShardWriter:
         self._row_bytes = {p.name: p.width * layout.bits_dtype(spec.precision).itemsize for p in spec.points}
         self._hashes: dict[tuple[int, str], tuple[xxhash.xxh3_64, int]] = {}
         self._uncommitted = 0
+        self._fd = -1
+        self.batches_done = 0
 
     def __enter__(self) -> "ShardWriter":
-        self.batches_done = self._take_up()
-        if self.batches_done is None:
+        done = self._take_up()
+        if done is None:
             self._create()
-            self.batches_done = 0
+        self.batches_done = done or 0
         with h5py.File(self.partial, "r") as file:
             self._places = _places(file, self._spec.points)
         self._fd = os.open(self.partial, os.O_RDWR)
@@ -93,7 +95,7 @@ class ShardWriter:
         """
         first = int(self._spec.tokens.window_offset[window])
         length = int(self._spec.tokens.window_offset[window + 1]) - first
-        data = memoryview(layout.bits(rows)).cast("B")
+        data = layout.raw_bytes(rows)
         state, seen = self._hashes.pop((window, hook), (xxhash.xxh3_64(), 0))
         if start != seen or start + len(rows) > length:
             raise ValueError(f"window {window}: rows {start} to {start + len(rows)} after {seen} of {length}")
@@ -108,7 +110,7 @@ class ShardWriter:
 
     def batch_done(self, rows: int, last: bool = False) -> None:
         """Say that one more batch is written, `rows` in all; commits when enough has come together, or at the last."""
-        self.batches_done = (self.batches_done or 0) + 1
+        self.batches_done += 1
         if self._uncommitted < COMMIT_BYTES and not last:
             return
         os.fdatasync(self._fd)
@@ -207,7 +209,10 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
 
 def _places(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
     places = {p.name: layout.byte_offset(file[hook_path(p.name)]) for p in points}
-    return places | {"hash": layout.byte_offset(file["windows/hash"]), "commit_log": layout.byte_offset(file["commit_log"])}
+    return places | {
+        "hash": layout.byte_offset(file["windows/hash"]),
+        "commit_log": layout.byte_offset(file["commit_log"]),
+    }
 
 
 def _ends(file: h5py.File, points: list[HookPoint]) -> list[int]:

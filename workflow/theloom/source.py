@@ -1,4 +1,4 @@
-"""Where a model's files are, and what they are: a hub id, a local folder, an installed package, a GGUF file in any of them.
+"""Where a model's files are: a hub id, a local folder, an installed package, a GGUF file in any of them.
 
 `prepare` ends with a local folder of safetensors, config and tokenizer. A GGUF file is converted to such a folder once,
 in a cache that all runs share, so that every later job loads in a second.
@@ -68,7 +68,7 @@ def prepare(config: ModelConfig, revision: str | None = None) -> ModelFiles:
 
 
 def config_place(config: ModelConfig) -> tuple[Path, str | None]:
-    """The folder that holds the model's config, and the GGUF file that it is in, if it is in one. Fetches no weights."""
+    """The folder that holds the model's config, and its GGUF file if it is in one. Fetches no safetensors."""
     folder, _ = _find(config.source, config.revision, [config.gguf_file] if config.gguf_file else [])
     gguf = _gguf_file(folder, config)
     if gguf is None and not (folder / "config.json").is_file():
@@ -76,15 +76,11 @@ def config_place(config: ModelConfig) -> tuple[Path, str | None]:
     return folder, gguf.name if gguf else None
 
 
-def description_folder(config: ModelConfig) -> Path:
-    """A folder with the model's config and tokenizer; weights are fetched only where they are in the same GGUF file."""
-    folder, gguf = config_place(config)
-    return folder if gguf is None else prepare(config).folder
-
-
-def tokenizer_folder(config: ModelConfig) -> Path:
-    """The folder that `AutoTokenizer` loads: model.tokenizer's, else the model's own."""
-    return _find(config.tokenizer, None)[0] if config.tokenizer else description_folder(config)
+def tokenizer_place(config: ModelConfig) -> tuple[Path, str | None]:
+    """The folder of the tokenizer (model.tokenizer's, else the model's own), and its GGUF file if it is in one."""
+    if config.tokenizer is not None:
+        return _find(config.tokenizer, None)[0], None
+    return config_place(config)
 
 
 def check_local(config: ModelConfig) -> None:
@@ -113,7 +109,7 @@ def _local_folder(source: str) -> Path | None:
 
 
 def _find(source: str, revision: str | None, weights: Sequence[str] = ()) -> tuple[Path, str | None]:
-    """The folder of a source and, for a hub model, its commit; `weights` are the patterns to fetch beside the config."""
+    """The folder of a source and, for a hub model, its commit; `weights`: patterns to fetch beside the config."""
     local = _local_folder(source)
     if local is not None:
         return local, None
@@ -189,7 +185,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"model.gguf_file: {gguf.name} cannot be read: {' '.join(str(error).split())}") from None
     # the weights are dequantised now: without this save_pretrained refuses, taking them for quantised ones
-    model.hf_quantizer = None
+    setattr(model, "hf_quantizer", None)  # noqa: B010
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)

@@ -17,7 +17,8 @@ def summary(folder: Path) -> str:
     size = sum(acts[hook].nbytes for hook in acts.hooks)
     return "\n".join(
         [
-            f"{acts.path}: {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, {size / 1e6:.1f} MB",
+            f"{acts.path}: {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, "
+            f"{size / 1e6:.1f} MB",
             f"  hook points: {', '.join(acts.hooks)}",
             f"  verified: {documents} documents recomputed, largest error {share:.1e} of the largest value "
             f"(at most {tolerance:.0e}); all rows' hashes are right",

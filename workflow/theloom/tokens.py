@@ -80,9 +80,9 @@ def tokenize(config: Config, output: Path) -> None:
 def _tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    folder = source.tokenizer_folder(config.model)
+    folder, gguf = source.tokenizer_place(config.model)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=config.model.trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         name = config.model.tokenizer or config.model.source
         raise CorpusError(f"model.tokenizer: {name} has no usable tokenizer: {' '.join(str(error).split())}") from None
@@ -109,7 +109,12 @@ def _encoded(config: Config, tokenizer: "PreTrainedTokenizerBase", tally: _Tally
                 log.warning("document %s has no tokens: skipped", document.id)
                 continue
             if left is not None and len(ids) > left:
-                log.warning("document %s is cut from %d to %d tokens at corpus.max_tokens", document.id, len(ids), left)
+                log.warning(
+                    "document %s is cut from %d to %d tokens at corpus.max_tokens",
+                    document.id,
+                    len(ids),
+                    left,
+                )
                 tally.cut_from = len(ids)
                 ids = ids[:left]
             tally.ids.append(document.id)

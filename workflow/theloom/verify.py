@@ -1,4 +1,4 @@
-"""Check a finished run: recompute documents with plain transformers, check every window's hash, count what is not finite.
+"""Check a finished run: documents recomputed with plain transformers, every window's hash, what is not finite.
 
 The oracle is the unmodified model's own `output_hidden_states=True` in one unchunked, unpadded forward pass. Its last
 entry is after the final norm, so the last block's output is read by a plain forward hook in that same pass.
@@ -69,7 +69,7 @@ def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
             state = xxhash.xxh3_64()
             for start in range(begin, end, _ROWS_AT_ONCE):
                 rows = reader[start : min(start + _ROWS_AT_ONCE, end)]
-                state.update(layout.bits(rows))
+                state.update(layout.raw_bytes(rows))
                 not_finite[number] += int((~torch.isfinite(rows)).sum())
             if state.intdigest() != acts.window_hash[window, number]:
                 wrong.append(window)
@@ -78,7 +78,7 @@ def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
 
 
 def choose_windows(acts: Activations, documents: int, chunk_size: int, seed: int) -> list[int]:
-    """One window each of `documents` documents: the longest, one that was streamed in chunks if any, and random ones."""
+    """One window each of `documents` documents: the longest, one that was streamed in chunks, and random ones."""
     lengths = np.diff(acts.window_offset)
     order = np.random.default_rng(seed).permutation(len(lengths))
     streamed = [w for w in order if lengths[w] > chunk_size]
