@@ -31,7 +31,7 @@ def smollm2() -> source.ModelFiles:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: source.ModelFiles) -> Path:
-    """A tiny random Llama with the tokenizer of SmolLM2, so that real text runs through the whole pipeline in seconds."""
+    """A tiny random Llama with the tokenizer of SmolLM2: real text runs through the whole pipeline in seconds."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     build_tiny("llama", folder, vocab_size=49152)
     for file in smollm2.folder.glob("tokenizer*"):

@@ -1,4 +1,4 @@
-"""Builders that the tests share: a config for any model, tiny real models, a real snakemake in a copy of the project."""
+"""Builders that the tests share: a config for any model, tiny real models, a run without snakemake, and one with it."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from theloom import config
+from theloom import config, estimate, extraction, merge, model_record, shard, tokens, verify
 from theloom.schema import Config
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +63,105 @@ def build_tiny(model_type: str, folder: Path, **numbers: int) -> Path:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A run whose stages a test calls by itself, without snakemake."""
+
+    folder: Path
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted(self.folder.glob("shards/*.h5"))
+
+    @property
+    def activations(self) -> Path:
+        return self.folder / "activations.h5"
+
+    def config(self, stage: str) -> Config:
+        return config.thaw(self.folder / f"{stage}.json")
+
+    def prepare(self) -> None:
+        """All stages before the extraction."""
+        estimate.run_estimate(self.config("estimate"), self.folder / "estimate.h5")
+        tokens.tokenize(self.config("tokens"), self.folder / "tokens.h5")
+        model_record.record(self.config("model"), self.folder / "estimate.h5", self.folder / "model.h5")
+
+    def extract(self) -> None:
+        count = self.config("merge").extraction.shards
+        for number in range(count):
+            extraction.extract_shard(
+                self.folder / "extract.json",
+                self.folder / "estimate.h5",
+                self.folder / "model.h5",
+                self.folder / "tokens.h5",
+                number,
+                self.folder / f"shards/{number:05d}-of-{count:05d}.h5",
+            )
+
+    def merge(self) -> None:
+        merge.merge(self.shards, self.config("merge").store.merge.name, self.activations)
+
+    def verify(self) -> None:
+        output = self.folder / "verification.h5"
+        verify.verify(self.config("verify"), self.activations, self.folder / "model.h5", output)
+
+    def all(self) -> "Stages":
+        self.prepare()
+        self.extract()
+        self.merge()
+        return self
+
+
+def stages(folder: Path, model_source: str | Path, overrides: str = "") -> Stages:
+    """The frozen configs of a small run of any model over real text."""
+    small = {
+        "memory.streaming_chunk_size": 64,
+        "memory.activation_cache_filter": "[]",
+        "extraction.batch_tokens": 256,
+        "corpus.max_tokens": 2000,
+    }
+    asked = {o.partition("=")[0] for o in overrides.split()}
+    defaults = " ".join(f"{key}={value}" for key, value in small.items() if key not in asked)
+    overrides = f"model.source={model_source} extraction.device=cpu {defaults} {overrides}"
+    (run,) = config.runs(ROOT / "config", "custom", overrides).values()
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    for stage in config.STAGES:
+        config.freeze(run.stage(stage), folder / f"{stage}.json")
+    return Stages(folder)
+
+
+def extract_with_small_commits(folder: Path) -> None:
+    """The extraction of a run, committed every 16 KiB: the body of a job that a test kills."""
+    shard.COMMIT_BYTES = 1 << 14
+    Stages(folder).extract()
+
+
+def plain_residuals(folder: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The oracle: every residual of one plain forward pass of transformers, (position, hidden size) by hook point.
+
+    The last block's output is not in `hidden_states`, whose last entry is normed: a hook on the last block reads it,
+    and the model's own norm of it is shown to be that last entry.
+    """
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=dtype).eval()
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1)
+    kept = []
+    blocks[-1].register_forward_hook(lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        states = model(torch.tensor(ids)[None], output_hidden_states=True, use_cache=False).hidden_states
+    found = {f"blocks.{i}.hook_resid_pre": s[0] for i, s in enumerate(states[:-1])}
+    found |= {f"blocks.{i - 1}.hook_resid_post": s[0] for i, s in enumerate(states[:-1]) if i}
+    found[f"blocks.{len(blocks) - 1}.hook_resid_post"] = kept[0][0]
+    norm = next((m for n, m in model.named_modules() if n.split(".")[-1] in FINAL_NORMS and "." not in n), None)
+    if norm is not None:
+        torch.testing.assert_close(norm(kept[0])[0], states[-1][0])
+    return found
+
+
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ def test_long_values_get_short_names_that_differ():
         ("3b", "a=[", ["a=["]),
         ("3b", "name=../x", ["name", "folder"]),
         ("custom", "", ["model.source", "not set"]),
+        ("custom", "model.source=x model.architecture.hidden_size=64", ["model.architecture", "null"]),
     ],
 )
 def test_mistakes_are_refused_in_one_line_that_names_the_key(profiles, overrides, words):

@@ -56,7 +56,7 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path, tiny_llama):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     expected = [tokenizer(t)["input_ids"] for t in texts.values() if t]
     with layout.open_h5(tmp_path / "tokens.h5", "tokens") as file:
-        assert file["tokens/input_ids"][:].tolist() == sum(expected, [])
+        assert file["tokens/input_ids"][:].tolist() == np.concatenate(expected).tolist()
         assert file["documents/id"][:].tolist() == [b"a.txt", b"b.md", b"d.txt"]
         assert np.diff(file["documents/offset"][:]).tolist() == [len(e) for e in expected]
         assert file.attrs["documents_empty"] == 1
@@ -64,7 +64,7 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path, tiny_llama):
         assert np.diff(file["windows/offset"][:]).tolist() == [len(expected[0]), len(expected[1]), 256, 245]
         assert file["windows/document"][:].tolist() == [0, 1, 2, 2]
     parts = [read_shard(tmp_path / "tokens.h5", n) for n in range(2)]
-    assert np.concatenate([p.input_ids for p in parts]).tolist() == sum(expected, [])
+    assert np.concatenate([p.input_ids for p in parts]).tolist() == np.concatenate(expected).tolist()
     assert [p.first_row for p in parts] == [0, len(parts[0].input_ids)]
     for part in parts:
         assert part.window_offset[0] == part.document_offset[0] == 0

@@ -186,6 +186,10 @@ def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> dict
         raise ConfigError(f"no config {error.missing_cfg_file!r}; choose from {options}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from None
+    except (AttributeError, AssertionError):  # how OmegaConf fails where a value is set below a section that is null
+        if not any(_assigned_key(o).startswith("model.architecture") for o in overrides):
+            raise
+        raise ConfigError(f"model.architecture: is null in profile {profile}; write a profile with all numbers") from None
     return config
 
 

@@ -1,0 +1,301 @@
+"""The engine against plain transformers: every architecture, uneven lengths, chunks, precisions, and a job killed."""
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import random
+import time
+
+import h5py
+import numpy as np
+import pytest
+import theloom
+import torch
+from support import TINY, a_config, build_tiny, extract_with_small_commits, plain_residuals, stages
+from theloom import batching, model, model_record, source
+from theloom.errors import HookError, MemoryPlanError, ModelError, StoreError
+from theloom.extraction import ResidentRunner
+from theloom.precision import torch_dtype
+from theloom.schema import ArchitectureConfig
+
+LENGTHS = [1, 2, 5, 6, 31, 30, 7, 64, 12, 1]
+
+
+def rows_of_engine(folder, ids, chunk_size, batch_tokens, precision="fp32"):
+    """Every residual of every window, by the engine: (window, hook) to (position, hidden size)."""
+    config = a_config(folder, f"memory.precision_mode={precision}")
+    loaded = model.load(config, source.prepare(config.model))
+    runner = ResidentRunner(loaded, loaded.points, chunk_size, precision)
+    offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
+    found = {}
+    for batch in batching.plan_batches(np.diff(offsets), batch_tokens, chunk_size):
+
+        def keep(hook, start, values, batch=batch):
+            for row, (window, length) in enumerate(zip(batch.windows, batch.lengths, strict=True)):
+                found.setdefault((window, hook), []).append(values[row, : max(0, length - start)].clone())
+
+        runner.run(batching.padded(batch, np.concatenate(ids), offsets), keep)
+    return {key: torch.cat(chunks) for key, chunks in found.items()}
+
+
+@pytest.mark.parametrize("model_type", TINY)
+@pytest.mark.parametrize(("chunk_size", "batch_tokens"), [(7, 20), (100, 150)])
+def test_rows_equal_plain_transformers(tmp_path, model_type, chunk_size, batch_tokens):
+    folder = build_tiny(model_type, tmp_path)
+    generator = np.random.default_rng(1)
+    ids = [generator.integers(3, 128, n).astype("<i4") for n in LENGTHS]
+    found = rows_of_engine(folder, ids, chunk_size, batch_tokens)
+    assert len(found) == len(LENGTHS) * 6
+    for window, tokens in enumerate(ids):
+        for hook, expected in plain_residuals(folder, tokens.tolist()).items():
+            rows = found[window, hook]
+            assert rows.shape == expected.shape
+            error = float((rows - expected).abs().max() / expected.abs().max())
+            assert error <= 1e-5, (model_type, window, hook, error)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_rows_are_the_model_s_own(tmp_path, precision):
+    folder = build_tiny("llama", tmp_path)
+    ids = [np.arange(3, 20, dtype="<i4")]
+    found = rows_of_engine(folder, ids, 100, 100, precision)
+    for hook, expected in plain_residuals(folder, ids[0].tolist(), torch_dtype(precision)).items():
+        assert found[0, hook].dtype == torch_dtype(precision)
+        assert torch.equal(found[0, hook], expected)
+
+
+def test_an_encoder_is_refused_since_its_tokens_see_to_the_right(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    small = BertConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, vocab_size=128)
+    BertModel(small, add_pooling_layer=True).save_pretrained(tmp_path)
+    config = a_config(tmp_path)
+    loaded = model.load(config, source.prepare(config.model))
+    with pytest.raises(ModelError, match="not a causal model"):
+        model.try_out(loaded)
+
+
+def test_missing_weights_are_refused_and_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = build_tiny("llama", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = a_config(folder)
+    with pytest.raises(ModelError, match=r"lacks 1 weights.*layers\.1\.mlp\.up_proj"):
+        model.load(config, source.prepare(config.model))
+
+
+def test_a_profile_s_numbers_must_be_those_of_the_model(tmp_path):
+    found = model.read_config(a_config(build_tiny("llama", tmp_path)).model)
+    right = ArchitectureConfig(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        vocab_size=128,
+    )
+    model.check_architecture(right, found, "m")
+    model.check_architecture(None, found, "m")
+    with pytest.raises(ModelError, match=r"num_hidden_layers: the profile says 4, the config of m says 3"):
+        model.check_architecture(dataclasses.replace(right, num_hidden_layers=4), found, "m")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_llama):
+    return stages(tmp_path_factory.mktemp("run"), tiny_llama, "extraction.shards=2").all()
+
+
+def test_stored_rows_equal_plain_transformers_for_every_document(finished, tiny_llama):
+    acts = theloom.open(finished.activations)
+    assert len(acts) == 2000
+    assert max(len(acts.document(d)) for d in acts.documents) > 256  # beyond the context: windows
+    for window, (begin, end) in enumerate(zip(acts.window_offset[:-1], acts.window_offset[1:], strict=True)):
+        rows = slice(int(begin), int(end))
+        expected = plain_residuals(tiny_llama, acts.input_ids.numpy(rows).tolist())
+        assert acts.position.numpy(rows).tolist() == list(range(end - begin))
+        for hook in acts.hooks:
+            error = float((acts[hook][rows] - expected[hook]).abs().max() / expected[hook].abs().max())
+            assert error <= 1e-5, (window, hook, error)
+
+
+def test_the_files_say_where_they_came_from(finished):
+    attributes = theloom.open(finished.activations).attributes
+    for name in ("model_source", "model_fingerprint", "model_precision", "model_attention", "corpus_hash", "tokenizer"):
+        assert attributes[name]
+    assert "streaming_chunk_size" in attributes["config"]
+    assert "torch" in attributes["versions"]
+
+
+def test_no_file_holds_the_user_s_home(tmp_path, monkeypatch, tiny_llama):
+    home = tmp_path / "home" / "someone"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    (home / "model").symlink_to(tiny_llama)
+    (home / "texts.txt").write_text("some text of a private folder")
+    run = stages(tmp_path / "run", home / "model", f"corpus=text corpus.path={home}/texts.txt").all()
+    run.verify()
+    for file in [*run.folder.glob("*.h5"), *run.shards]:
+        assert str(home).encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("merge", ["virtual", "physical"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_stored_bit_for_bit(tmp_path, tiny_llama, merge, precision):
+    asked = f"memory.precision_mode={precision} store.merge={merge} corpus.max_tokens=500"
+    run = stages(tmp_path, tiny_llama, asked).all()
+    acts = theloom.open(run.activations)
+    assert acts.dtype == torch_dtype(precision)
+    rows = slice(*(int(r) for r in acts.window_offset[:2]))
+    alone = rows_of_engine(tiny_llama, [acts.input_ids.numpy(rows)], 64, 64, precision)
+    stored = acts["blocks.0.hook_resid_pre"][rows]  # the embedding: no sum whose order a batch could change
+    assert torch.equal(stored, alone[0, "blocks.0.hook_resid_pre"])
+    with h5py.File(run.activations) as file:  # plain h5py reads numbers
+        numbers = file["hooks/blocks.0.hook_resid_pre/activations"][rows].astype("f4")
+    assert np.array_equal(numbers, stored.float().numpy())
+    run.verify()
+
+
+def test_more_shards_than_documents_leave_empty_ones(tmp_path, tiny_llama):
+    run = stages(tmp_path, tiny_llama, "extraction.shards=5 corpus.max_tokens=300").all()
+    acts = theloom.open(run.activations)
+    assert len(acts) == 300
+    assert len(run.shards) == 5
+    run.verify()
+
+
+def test_one_token_in_one_document(tmp_path, tiny_llama):
+    run = stages(tmp_path, tiny_llama, "corpus.max_tokens=1").all()
+    run.verify()
+    assert len(theloom.open(run.activations)) == 1
+
+
+def test_a_hook_the_model_lacks_ends_before_loading(tmp_path, tiny_llama, monkeypatch):
+    run = stages(tmp_path, tiny_llama, "memory.activation_cache_filter=[blocks.3.hook_resid_post]")
+    with pytest.raises(HookError, match=r"blocks\.2\.hook_resid_post"):
+        run.prepare()
+
+
+def test_a_run_larger_than_the_disk_ends_at_the_estimate(tmp_path, tiny_llama):
+    run = stages(tmp_path, tiny_llama, "corpus.max_tokens=10000000000000")
+    with pytest.raises(MemoryPlanError, match=r"writes .* GB and .* has .* GB free"):
+        run.prepare()
+
+
+def test_a_run_larger_than_the_memory_ends_before_loading(tmp_path, tiny_llama, monkeypatch):
+    run = stages(tmp_path, tiny_llama, "memory.streaming_chunk_size=100000000000")
+    with pytest.raises(MemoryPlanError, match=r"the run needs .* GB .* cpu has .* GB free"):
+        run.prepare()
+
+
+def test_a_model_changed_since_it_was_recorded_is_refused(tmp_path, tiny_llama):
+    import shutil
+
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    run = stages(tmp_path / "run", folder, "corpus.max_tokens=100")
+    run.prepare()
+    os.utime(folder / "model.safetensors")  # touched, but the same
+    run.extract()
+    build_tiny("llama", folder, vocab_size=49152, intermediate_size=64)
+    for shard in run.shards:
+        shard.unlink()
+    with pytest.raises(ModelError, match="have changed since load_model"):
+        run.extract()
+
+
+def test_another_precision_than_recorded_is_refused(tmp_path, tiny_llama):
+    run = stages(tmp_path, tiny_llama, "corpus.max_tokens=100")
+    run.prepare()
+    recorded = model_record.read(run.folder / "model.h5")
+    other = stages(tmp_path, tiny_llama, "corpus.max_tokens=100 memory.precision_mode=bf16").config("extract")
+    with pytest.raises(StoreError, match=r"made in fp32.*gives bf16"):
+        model_record.load_again(other, recorded)
+
+
+def data_of(run):
+    acts = theloom.open(run.activations)
+    return {hook: acts[hook].numpy(...).tobytes() for hook in acts.hooks} | {"hash": acts.window_hash.tobytes()}
+
+
+def rows_committed(partial):
+    """Rows that the log of an unfinished shard vouches for; the file is readable at any moment."""
+    if not partial.exists():
+        return 0
+    try:
+        with h5py.File(partial) as file:
+            return int(file["commit_log"]["rows"].max())
+    except (OSError, KeyError):  # its metadata is being written, before any row
+        return 0
+
+
+def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_path, tiny_llama):
+    asked = "corpus.max_tokens=12000 extraction.shards=1"
+    whole = stages(tmp_path / "whole", tiny_llama, asked).all()
+    run = stages(tmp_path / "killed", tiny_llama, asked)
+    run.prepare()
+    processes = multiprocessing.get_context("forkserver")  # a server that has torch loaded: jobs start at once
+    processes.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "theloom.extraction"])
+    partial = run.folder / "shards/00000-of-00001.h5.partial"
+    choose = random.Random(0)
+    committed = [0]
+    for number in range(40):
+        job = processes.Process(target=extract_with_small_commits, args=(run.folder,))
+        job.start()
+        if number % 3:  # once it has committed something new; else at any moment, before the model is loaded too
+            while job.is_alive() and rows_committed(partial) <= committed[-1]:
+                time.sleep(0.002)
+        job.join(choose.uniform(0, 0.1))
+        job.kill()
+        job.join()
+        if run.shards:
+            break
+        if partial.exists():
+            committed.append(rows_committed(partial))
+            assert committed[-1] >= committed[-2]  # nothing that was committed is lost
+    assert len(set(committed)) >= 4  # jobs died at several places, and the next one went on from there
+    assert run.shards
+    run.merge()
+    assert data_of(run) == data_of(whole)
+    run.verify()
+
+
+def test_an_unfinished_shard_of_another_config_is_discarded_with_a_warning(tmp_path, tiny_llama, caplog):
+    run = stages(tmp_path, tiny_llama, "corpus.max_tokens=200 extraction.shards=1").all()
+    run.activations.unlink()
+    (shard,) = run.shards
+    partial = shard.with_name(shard.name + ".partial")
+    shard.rename(partial)
+    again = stages(tmp_path, tiny_llama, "corpus.max_tokens=200 extraction.shards=1 memory.streaming_chunk_size=32")
+    again.prepare()
+    with caplog.at_level(logging.WARNING):
+        again.extract()
+    assert "is of another config" in caplog.text
+    partial.write_bytes(b"not HDF5")
+    shard.unlink()
+    with caplog.at_level(logging.WARNING):
+        again.extract()
+    assert "was not begun properly" in caplog.text
+    again.merge()
+    again.verify()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_gives_the_rows_of_plain_transformers_there(tmp_path, precision):
+    folder = build_tiny("llama", tmp_path)
+    config = a_config(folder, f"memory.precision_mode={precision} extraction.device=cuda")
+    loaded = model.load(config, source.prepare(config.model))
+    model.try_out(loaded)
+    ids = torch.arange(3, 60)[None]
+    rows = model.residuals(loaded, ids, chunk_size=16)
+    with torch.no_grad():
+        states = loaded.architecture.model(ids.cuda(), output_hidden_states=True, use_cache=False).hidden_states
+    tolerance = model.TOLERANCE[precision]
+    for block in (0, 1):
+        expected = states[block + 1].float().cpu()
+        error = float((rows[f"blocks.{block}.hook_resid_post"] - expected).abs().max() / expected.abs().max())
+        assert error <= tolerance
