@@ -55,6 +55,8 @@ def build_tiny(model_type: str, folder: Path, **numbers: int) -> Path:
         "vocab_size": 128,
         "max_position_embeddings": 256,
     }
+    if not hasattr(AutoConfig.for_model(model_type), "num_key_value_heads"):
+        del common["num_key_value_heads"]
     model_config = AutoConfig.for_model(model_type, **{**common, **TINY.get(model_type, {}), **numbers})
     model = AutoModelForCausalLM.from_config(model_config)
     with torch.no_grad():

@@ -278,7 +278,7 @@ def test_an_unfinished_shard_of_another_config_is_discarded_with_a_warning(tmp_p
     shard.unlink()
     with caplog.at_level(logging.WARNING):
         again.extract()
-    assert "was not begun properly" in caplog.text
+    assert "is not a shard that can be read" in caplog.text
     again.merge()
     again.verify()
 

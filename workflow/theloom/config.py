@@ -189,7 +189,7 @@ def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> dict
     except (AttributeError, AssertionError):  # how OmegaConf fails where a value is set below a section that is null
         if not any(_assigned_key(o).startswith("model.architecture") for o in overrides):
             raise
-        raise ConfigError(f"model.architecture: is null in profile {profile}; write a profile with all numbers") from None
+        raise ConfigError(f"model.architecture: is null in {profile}; write a profile with all its numbers") from None
     return config
 
 

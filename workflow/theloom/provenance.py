@@ -23,10 +23,10 @@ PACKAGES = (
 )
 
 
-def attributes(kind: str, **others: Any) -> dict[str, Any]:
+def attributes(file_kind: str, **others: Any) -> dict[str, Any]:
     """The attributes that every file carries: format, versions, code, and what the stage adds."""
     return {
-        "format": f"theloom.{kind}",
+        "format": f"theloom.{file_kind}",
         "format_version": layout.FORMAT_VERSION,
         "python": platform.python_version(),
         "versions": {p: v for p in PACKAGES if (v := _version(p))},

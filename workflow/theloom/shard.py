@@ -6,6 +6,7 @@ record, fdatasync; so whatever the log says is on disk, and a job that dies lose
 record. The unfinished file is `<shard>.partial`, which the same job takes up again; the finished one is renamed.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Mapping
@@ -100,7 +101,12 @@ class ShardWriter:
         if start != seen or start + len(rows) > length:
             raise ValueError(f"window {window}: rows {start} to {start + len(rows)} after {seen} of {length}")
         state.update(data)
-        _pwrite(self._fd, data, self._places[hook] + (first + start) * self._row_bytes[hook])
+        try:
+            _pwrite(self._fd, data, self._places[hook] + (first + start) * self._row_bytes[hook])
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a file system that does not keep what it allocated
+                raise _no_room(self.path, self._spec.rows * sum(self._row_bytes.values()), error) from None
+            raise
         if start + len(rows) < length:
             self._hashes[window, hook] = (state, start + len(rows))
         else:
@@ -136,7 +142,7 @@ class ShardWriter:
                 identity = file.attrs.get("identity")
                 done = committed(file["commit_log"][:]) if identity == self._spec.identity else 0
         except (OSError, KeyError):
-            log.warning("%s was not begun properly: discarded", self.partial.name)
+            log.warning("%s is not a shard that can be read: discarded", self.partial.name)
             return None
         if identity != self._spec.identity:
             log.warning("%s is of another config, model or corpus: discarded", self.partial.name)
@@ -145,21 +151,28 @@ class ShardWriter:
         return done
 
     def _create(self) -> None:
-        self.partial.unlink(missing_ok=True)
-        with h5py.File(self.partial, "w") as file:
+        """Lay out the file with room for all rows; it gets its `.partial` name when all of that is on disk."""
+        begun = self.partial.with_name(self.partial.name + ".begun")
+        begun.unlink(missing_ok=True)
+        with h5py.File(begun, "w") as file:
             _lay_out(file, self._spec)
             end = max(_ends(file, self._spec.points), default=0)
         try:
-            with self.partial.open("rb+") as f:
+            with begun.open("rb+") as f:
                 os.posix_fallocate(f.fileno(), 0, max(end, 1))
         except OSError as error:
-            self.partial.unlink()
-            raise MemoryPlanError(
-                f"{self.path.parent}: no room for a shard of {end / 1e9:.3f} GB ({error.strerror}); "
-                "free disk space, or ask for fewer hook points, tokens or a smaller store.dtype"
-            ) from None
-        layout.sync(self.partial)
+            begun.unlink()
+            raise _no_room(self.path, end, error) from None
+        layout.sync(begun)
+        begun.replace(self.partial)
         layout.sync(self.partial.parent)
+
+
+def _no_room(path: Path, size: int, error: OSError) -> MemoryPlanError:
+    return MemoryPlanError(
+        f"{path.parent}: no room for a shard of {size / 1e9:.3f} GB ({error.strerror}); free disk space and run again, "
+        "or ask for fewer hook points, fewer tokens or a smaller store.dtype"
+    )
 
 
 def committed(log_records: np.ndarray) -> int:

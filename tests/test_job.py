@@ -1,0 +1,55 @@
+"""What a job leaves in its log, and how it ends."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from theloom.job import last_errors
+
+BODY = """
+import logging, os, sys
+from theloom.errors import CorpusError
+from theloom.job import job
+with job(sys.argv[1], 2):
+    print("to stdout")
+    os.system("echo from another program")
+    logging.getLogger("x").info("a line")
+    {ending}
+"""
+
+
+def run(tmp_path: Path, ending: str) -> tuple[int, str, str]:
+    log = tmp_path / "x.log"
+    script = BODY.format(ending=ending)
+    done = subprocess.run([sys.executable, "-u", "-c", script, str(log)], capture_output=True, text=True)
+    return done.returncode, log.read_text(), done.stdout + done.stderr
+
+
+def test_everything_goes_to_the_log(tmp_path):
+    code, log, console = run(tmp_path, "pass")
+    assert (code, console) == (0, "")
+    assert "to stdout" in log
+    assert "from another program" in log
+    assert "a line" in log
+
+
+def test_a_user_s_error_is_one_line_and_no_traceback(tmp_path):
+    code, log, _ = run(tmp_path, "raise CorpusError('x.txt: not utf-8')")
+    assert code == 1
+    assert log.splitlines()[-1] == "error: x.txt: not utf-8"
+    assert "Traceback" not in log
+
+
+def test_a_defect_keeps_its_traceback(tmp_path):
+    code, log, _ = run(tmp_path, "raise ZeroDivisionError")
+    assert code == 1
+    assert "Traceback" in log
+
+
+def test_errors_of_this_call_are_gathered_and_older_ones_are_not(tmp_path):
+    began = time.time() - 1
+    run(tmp_path, "raise CorpusError('x.txt: not utf-8')")
+    log = tmp_path / "x.log"
+    assert last_errors([log], began) == [f"error: x.txt: not utf-8 (log: {log})"]
+    assert last_errors([log], time.time() + 60) == []

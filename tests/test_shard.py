@@ -1,0 +1,166 @@
+"""The writer: what is committed is on disk, what is torn is seen, and only finished files get their name."""
+
+import dataclasses
+import subprocess
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import xxhash
+from theloom import layout, provenance, shard
+from theloom.errors import MemoryPlanError
+from theloom.hooks import catalogue
+from theloom.shard import RECORD, ShardSpec, ShardWriter, committed
+from theloom.tokens import ShardTokens
+
+POINTS = catalogue(1, 8)
+LENGTHS = [3, 1, 5]
+
+
+def spec(precision="fp32", identity="me", lengths=LENGTHS, batches=None) -> ShardSpec:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
+    rows = int(offsets[-1])
+    tokens = ShardTokens(
+        first_row=0,
+        input_ids=np.arange(rows, dtype="<i4"),
+        document=np.repeat(np.arange(len(lengths), dtype="<i4"), lengths),
+        position=np.concatenate([np.arange(n, dtype="<i4") for n in lengths] or [np.array([], "<i4")]),
+        document_offset=offsets,
+        document_id=layout.fixed_strings([f"d{n}" for n in range(len(lengths))]),
+        window_offset=offsets,
+        window_document=np.arange(len(lengths), dtype="<i4"),
+    )
+    attributes = provenance.attributes("activations", kind="shard", shard=0, first_row=0, precision=precision)
+    batches = len(lengths) if batches is None else batches
+    return ShardSpec(tokens, POINTS, precision, batches, identity, attributes)
+
+
+def names(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def values(window: int, hook: str, dtype=torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(10 * window + len(hook))
+    return torch.randn(LENGTHS[window], 8, generator=generator).to(dtype)
+
+
+def write_window(writer: ShardWriter, window: int, dtype=torch.float32) -> None:
+    for point in POINTS:
+        rows = values(window, point.name, dtype)
+        writer.write(window, point.name, 0, rows[:2])
+        if len(rows) > 2:
+            writer.write(window, point.name, 2, rows[2:])
+
+
+def write_all(path, dtype=torch.float32, precision="fp32", order=(2, 0, 1)) -> None:
+    with ShardWriter(path, spec(precision)) as writer:
+        for count, window in enumerate(order):
+            write_window(writer, window, dtype)
+            writer.batch_done(count + 1, last=count == len(order) - 1)
+        writer.finish()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_rows_hashes_and_tables_are_what_was_written(tmp_path, precision):
+    from theloom.precision import torch_dtype
+
+    path = tmp_path / "s.h5"
+    write_all(path, torch_dtype(precision), precision)
+    assert names(tmp_path) == ["s.h5"]
+    with h5py.File(path) as file:
+        for number, point in enumerate(POINTS):
+            expected = torch.cat([values(w, point.name, torch_dtype(precision)) for w in range(3)])
+            stored = file[f"hooks/{point.name}/activations"]
+            assert stored.chunks is None
+            assert layout.precision_of(stored) == precision
+            assert np.array_equal(stored[:].astype("f8"), expected.double().numpy())
+            for window in range(3):
+                rows = values(window, point.name, torch_dtype(precision))
+                digest = xxhash.xxh3_64_intdigest(layout.bits(rows).tobytes())
+                assert file["windows/hash"][window, number] == digest
+        assert file["documents/id"][:].tolist() == [b"d0", b"d1", b"d2"]
+        assert committed(file["commit_log"][:]) == 3
+
+
+def test_bfloat16_keeps_every_bit_pattern_nan_payloads_included(tmp_path):
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(-1, 8)
+    with ShardWriter(tmp_path / "s.h5", spec("bf16", lengths=[len(every)])) as writer:
+        for point in POINTS:
+            writer.write(0, point.name, 0, every)
+        writer.batch_done(len(every), last=True)
+        writer.finish()
+    with h5py.File(tmp_path / "s.h5") as file:
+        stored = file[f"hooks/{POINTS[0].name}/activations"]
+        raw = np.fromfile(tmp_path / "s.h5", "<u2", count=1 << 16, offset=stored.id.get_offset())
+        assert np.array_equal(raw, np.arange(1 << 16, dtype="<u2"))
+        finite = np.isfinite(every.float().numpy())
+        assert np.array_equal(stored[:].astype("f4")[finite], every.float().numpy()[finite])
+
+
+def test_a_writer_that_leaves_early_keeps_the_partial_and_the_next_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "COMMIT_BYTES", 1)
+    path = tmp_path / "s.h5"
+    with ShardWriter(path, spec()) as writer:
+        write_window(writer, 2)
+        writer.batch_done(1)
+    assert names(tmp_path) == ["s.h5.partial"]
+    with ShardWriter(path, spec()) as writer:
+        assert writer.batches_done == 1
+        for window in (0, 1):
+            write_window(writer, window)
+            writer.batch_done(window + 2)
+        writer.finish()
+    whole = tmp_path / "whole.h5"
+    write_all(whole)
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_a_torn_log_record_is_not_believed():
+    log = np.zeros(3, RECORD)
+    log[0], log[1] = shard._record(1, 10), shard._record(2, 20)
+    assert committed(log) == 2
+    log[1]["check"] ^= 1
+    assert committed(log) == 1
+    log[0]["rows"] += 1
+    assert committed(log) == 0
+    assert committed(np.zeros(0, RECORD)) == 0
+
+
+def test_rows_out_of_order_or_beyond_the_window_are_a_defect(tmp_path):
+    with ShardWriter(tmp_path / "s.h5", spec()) as writer:
+        with pytest.raises(ValueError, match="rows 1 to 2 after 0"):
+            writer.write(0, POINTS[0].name, 1, torch.zeros(1, 8))
+        with pytest.raises(ValueError, match="rows 0 to 4 after 0 of 3"):
+            writer.write(0, POINTS[0].name, 0, torch.zeros(4, 8))
+        with pytest.raises(ValueError, match="0 of 3 batches"):
+            writer.finish()
+
+
+def test_a_shard_without_rows_is_a_file_all_the_same(tmp_path):
+    with ShardWriter(tmp_path / "s.h5", spec(lengths=[])) as writer:
+        writer.finish()
+    with h5py.File(tmp_path / "s.h5") as file:
+        assert file[f"hooks/{POINTS[0].name}/activations"].shape == (0, 8)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_ends_with_the_space_that_is_needed_and_leaves_nothing(small_disk):
+    large = dataclasses.replace(spec(), points=catalogue(1, 1 << 16))
+    with (
+        pytest.raises(MemoryPlanError, match=r"no room for a shard of 0\.005 GB"),
+        ShardWriter(small_disk / "s.h5", large),
+    ):
+        pass
+    assert names(small_disk) == []

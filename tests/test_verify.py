@@ -1,0 +1,80 @@
+"""Verification finds what is wrong: changed bytes, rows of another model, values that are not finite."""
+
+import h5py
+import numpy as np
+import pytest
+import theloom
+import torch
+from support import plain_residuals, stages
+from theloom import layout, model, source, verify
+from theloom.errors import VerificationError
+
+
+@pytest.fixture
+def run(tmp_path, tiny_llama):
+    return stages(tmp_path, tiny_llama, "extraction.shards=2 corpus.max_tokens=1500").all()
+
+
+def change(run, shard, hook, row, value):
+    with h5py.File(run.shards[shard], "a") as file:
+        file[f"hooks/{hook}/activations"][row, 3] = value
+
+
+def test_a_sound_run_is_verified_on_eight_documents_the_longest_among_them(run):
+    run.verify()
+    acts = theloom.open(run.activations)
+    with layout.open_h5(run.folder / "verification.h5", "verification") as file:
+        tokens, windows = file["recomputed/tokens"][:], file["recomputed/window"][:]
+        assert len(windows) == min(8, len(acts.documents))
+        assert len(set(acts.window_document[windows])) == len(windows)
+        assert tokens[0] == np.diff(acts.window_offset).max()
+        assert (tokens > 64).sum() >= 1  # longer than the chunk size
+        assert (file["recomputed/error"][:] <= 1e-5 * file["recomputed/largest"][:]).all()
+        assert file["not_finite"][:].sum() == 0
+        assert file.attrs["windows_hashed"] == len(acts.window_document)
+
+
+def test_a_changed_bit_is_found_by_its_hash(run):
+    raw = bytearray(run.shards[1].read_bytes())
+    with h5py.File(run.shards[1]) as file:
+        place = file["hooks/blocks.1.hook_resid_post/activations"].id.get_offset()
+    raw[place + 1000] ^= 1
+    run.shards[1].write_bytes(raw)
+    with pytest.raises(VerificationError, match="rows of 1 windows are not those that were written"):
+        run.verify()
+
+
+def test_rows_that_the_model_does_not_give_are_found(run, monkeypatch):
+    acts = theloom.open(run.activations)
+    longest = int(np.diff(acts.window_offset).argmax())
+    row = int(acts.window_offset[longest])
+    shard = 0 if row < len(theloom.open(run.shards[0])) else 1
+    first = len(theloom.open(run.shards[0])) if shard else 0
+    change(run, shard, "blocks.2.hook_resid_post", row - first, 1.0)
+    monkeypatch.setattr(verify, "check_hashes", lambda acts: ([], np.zeros(len(acts.hooks), int)))
+    with pytest.raises(VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model"):
+        run.verify()
+
+
+def test_values_that_are_not_finite_are_counted(run):
+    change(run, 0, "blocks.0.hook_resid_post", 2, np.inf)
+    change(run, 1, "blocks.0.hook_resid_post", 0, np.nan)
+    wrong, not_finite = verify.check_hashes(theloom.open(run.activations))
+    assert len(wrong) == 2
+    assert not_finite.tolist() == [0, 1 + 1, 0, 0, 0, 0]
+
+
+def test_the_oracle_is_plain_transformers(run, tiny_llama):
+    config = run.config("verify")
+    loaded = model.load(config, source.prepare(config.model))
+    ids = torch.arange(3, 40)[None]
+    found, expected = verify.oracle(loaded, ids), plain_residuals(tiny_llama, ids[0].tolist())
+    assert set(found) == set(expected)
+    for hook, rows in expected.items():
+        assert torch.equal(found[hook][0], rows)
+
+
+def test_documents_are_chosen_by_seed(run):
+    acts = theloom.open(run.activations)
+    assert verify.choose_windows(acts, 5, 64, seed=1) == verify.choose_windows(acts, 5, 64, seed=1)
+    assert verify.choose_windows(acts, 5, 64, seed=1)[0] == int(np.diff(acts.window_offset).argmax())
