@@ -36,6 +36,12 @@ class LoadedModel:
     device: "torch.device"
     precision: Resolved
     attention: str
+    quantization: str | None
+
+    @property
+    def tolerance(self) -> float:
+        """The error that rounding explains; bitsandbytes rounds to 16 bits inside, whatever the precision around it."""
+        return max(TOLERANCE[self.precision.resolved], TOLERANCE["bf16"] if self.quantization else 0)
 
     @property
     def points(self) -> list[HookPoint]:
@@ -100,8 +106,9 @@ def load(config: Config, files: ModelFiles) -> LoadedModel:
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     if config.extraction.attention.name != "auto":
         options["attn_implementation"] = config.extraction.attention.name
-    if config.memory.quantization is not None:
-        options["quantization_config"] = _quantization(config.memory.quantization.name, resolved.resolved)
+    quantization = config.memory.quantization.name if config.memory.quantization else None
+    if quantization is not None:
+        options["quantization_config"] = _quantization(quantization, resolved.resolved)
     try:
         model, info = AutoModel.from_pretrained(
             files.folder,
@@ -120,7 +127,8 @@ def load(config: Config, files: ModelFiles) -> LoadedModel:
             f"({missing[0]}, …); its files are incomplete or of another architecture"
         )
     model.eval().requires_grad_(False)
-    return LoadedModel(architecture.describe(model), files, device, resolved, str(model.config._attn_implementation))
+    attention = str(model.config._attn_implementation)
+    return LoadedModel(architecture.describe(model), files, device, resolved, attention, quantization)
 
 
 def _quantization(bits: str, compute: str) -> Any:
@@ -131,6 +139,9 @@ def _quantization(bits: str, compute: str) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"memory.quantization={bits} needs bitsandbytes: pip install 'theloom[quantization]'")
     if bits == "8bit":
+        # it says at every product of every layer that it computes in float16
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        log.info("8-bit weights: bitsandbytes computes their products in float16")
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=precision.torch_dtype(compute)
@@ -151,7 +162,7 @@ def try_out(loaded: LoadedModel) -> dict[str, float]:
         "padding": _largest_error({k: v[:, :16] for k, v in whole.items()}, residuals(loaded, ids[:, :16], 16)),
         "chunks": _largest_error(whole, residuals(loaded, ids, chunk_size=7)),
     }
-    limit = 10 * TOLERANCE[loaded.precision.resolved]
+    limit = 10 * loaded.tolerance
     name = type(loaded.architecture.model).__name__
     if not errors["padding"] <= limit:
         raise ModelError(

@@ -57,14 +57,21 @@ def prepare(config: ModelConfig, revision: str | None = None) -> ModelFiles:
     """
     weights = [config.gguf_file] if config.gguf_file else [_SAFETENSORS] + [_PICKLES] * config.allow_pickle
     folder, revision = _find(config.source, revision or config.revision, weights)
-    gguf = _gguf_file(folder, config)
+    gguf = _check_folder(folder, config)
     if gguf is not None:
         return ModelFiles(_converted(gguf), config.source, revision, gguf.name)
-    if not any(folder.glob(_SAFETENSORS)) and not (config.allow_pickle and any(folder.glob(_PICKLES))):
-        raise ModelError(_no_weights(folder, config))
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model.source: {config.source} has no config.json; give a folder that save_pretrained made")
     return ModelFiles(folder, config.source, revision)
+
+
+def _check_folder(folder: Path, config: ModelConfig) -> Path | None:
+    """The GGUF file of a folder, None where it has weights that load as they are. Raises ModelError for neither."""
+    gguf = _gguf_file(folder, config)
+    if gguf is None:
+        if not any(folder.glob(_SAFETENSORS)) and not (config.allow_pickle and any(folder.glob(_PICKLES))):
+            raise ModelError(_no_weights(folder, config))
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.source: {config.source} has no config.json; give a folder of save_pretrained's")
+    return gguf
 
 
 def config_place(config: ModelConfig) -> tuple[Path, str | None]:
@@ -72,7 +79,7 @@ def config_place(config: ModelConfig) -> tuple[Path, str | None]:
     folder, _ = _find(config.source, config.revision, [config.gguf_file] if config.gguf_file else [])
     gguf = _gguf_file(folder, config)
     if gguf is None and not (folder / "config.json").is_file():
-        raise ModelError(f"model.source: {config.source} has no config.json; give a folder that save_pretrained made")
+        raise ModelError(f"model.source: {config.source} has no config.json; give a folder of save_pretrained's")
     return folder, gguf.name if gguf else None
 
 
@@ -84,9 +91,12 @@ def tokenizer_place(config: ModelConfig) -> tuple[Path, str | None]:
 
 
 def check_local(config: ModelConfig) -> None:
-    """What can be told at once, without a network: a folder or a package that is not there. Raises ModelError."""
-    for source in filter(None, (config.source, config.tokenizer)):
-        _local_folder(source)
+    """What can be told at once, without a network: folders, packages or files that are not there. Raises ModelError."""
+    folder = _local_folder(config.source)
+    if folder is not None:
+        _check_folder(folder, config)
+    if config.tokenizer is not None:
+        _local_folder(config.tokenizer)
 
 
 def _local_folder(source: str) -> Path | None:

@@ -44,16 +44,12 @@ def verify(config: Config, activations: Path, model_path: Path, output: Path) ->
     recorded = model_record.read(model_path)
     loaded = model_record.load_again(config, recorded)
     points = [p for p in recorded.points if p.name in acts]
-    tolerance = config.verify.tolerance or _tolerance(acts, loaded)
+    # the coarser of the forward pass' precision and the stored one decides what rounding explains
+    tolerance = config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
     windows = choose_windows(acts, config.verify.documents, config.memory.streaming_chunk_size, config.verify.seed)
     results = [r for w in windows if (r := _recompute(acts, loaded, points, w)) is not None]
     _write(acts, points, results, wrong, not_finite, tolerance, output)
     _report(acts, points, results, wrong, tolerance)
-
-
-def _tolerance(acts: Activations, loaded: LoadedModel) -> float:
-    """The coarser of the forward pass' precision and the stored one decides what rounding explains."""
-    return max(TOLERANCE[loaded.precision.resolved], TOLERANCE[acts.precision])
 
 
 def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
