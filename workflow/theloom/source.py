@@ -175,7 +175,7 @@ def _conversion(gguf: Path) -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """The folder of safetensors made from a GGUF file: in the cache, or converted now. It appears whole or not at all."""
+    """The folder of safetensors made from a GGUF file, converted now if need be; it appears whole or not at all."""
     target = _conversion(gguf)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
