@@ -2,14 +2,14 @@
 # make test   build the same environment, then lint, type check and run all tests
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-PROFILES ?= smollm2-135m
+PROFILES ?=
 SET ?=
 BIN := .venv/bin
 
 .PHONY: run test lint format environment clean
 
 run: environment
-	$(BIN)/snakemake --profile workflow/profiles/local --config profiles="$(PROFILES)" set="$(SET)"
+	$(BIN)/snakemake --profile workflow/profiles/local $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -67,7 +67,7 @@ def test_a_list_is_one_value_and_not_a_sweep():
             "name=mine memory.streaming_chunk_size=64,65",
             ["mine+streaming_chunk_size=64", "mine+streaming_chunk_size=65"],
         ),
-        ("corpus=text corpus.path='/a b/c.txt'", ["smollm2-135m+corpus=text+path=-a-b-c.txt"]),
+        ("corpus=text corpus.path='/a b/c.txt'", ["smollm2-135m+corpus=text+path=-a-b-c.txt-eef307c8"]),
     ],
 )
 def test_names_of_runs(overrides, names):
@@ -79,6 +79,20 @@ def test_long_values_get_short_names_that_differ():
     first, second = (one(f"memory.activation_cache_filter={h}").name for h in hooks)
     assert first != second
     assert max(len(first), len(second)) < 100
+
+
+def test_values_that_look_alike_in_a_path_are_different_runs():
+    names = [one(f"corpus=text corpus.path={path}").name for path in ("/a/b", "/a-b", "a/b", "-a-b")]
+    assert len(set(names)) == 4
+
+
+def test_the_last_word_of_a_key_is_enough_to_tell_it():
+    words = [key.name.rpartition(".")[2] for key in schema.leaf_keys()]
+    assert len(words) == len(set(words))
+
+
+def test_the_default_profile_is_the_one_of_default_yaml():
+    assert list(config.runs(CONFIG)) == ["smollm2-135m"]
 
 
 @pytest.mark.parametrize(

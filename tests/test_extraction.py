@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import time
 
 import h5py
@@ -75,6 +76,21 @@ def test_an_encoder_is_refused_since_its_tokens_see_to_the_right(tmp_path):
     loaded = model.load(config, source.prepare(config.model))
     with pytest.raises(ModelError, match="not a causal model"):
         model.try_out(loaded)
+
+
+def test_a_model_that_cannot_be_streamed_is_extracted_in_one_pass_or_refused(tmp_path, tiny_llama, caplog):
+    """RecurrentGemma keeps state on its modules, which a KV cache does not carry."""
+    folder = build_tiny("recurrent_gemma", tmp_path / "m", vocab_size=49152, lru_width=64, attention_window_size=8)
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    asked = "extraction.shards=1 corpus.max_documents=1"
+    run = stages(tmp_path / "run", folder, asked)
+    run.prepare()
+    assert "cannot be streamed" in caplog.text
+    with pytest.raises(ModelError, match=r"a document has 256 tokens; set memory\.streaming_chunk_size=256"):
+        run.extract()
+    whole = stages(tmp_path / "whole", folder, f"{asked} memory.streaming_chunk_size=256").all()
+    whole.verify()
 
 
 def test_missing_weights_are_refused_and_not_made_up(tmp_path):
@@ -193,8 +209,6 @@ def test_a_run_larger_than_the_memory_ends_before_loading(tmp_path, tiny_llama, 
 
 
 def test_a_model_changed_since_it_was_recorded_is_refused(tmp_path, tiny_llama):
-    import shutil
-
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     run = stages(tmp_path / "run", folder, "corpus.max_tokens=100")
     run.prepare()

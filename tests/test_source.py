@@ -71,7 +71,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     [
         ("package:no_such_package", "no installed package"),
         ("./nowhere", "no folder './nowhere'"),
-        ("nowhere", "no folder 'nowhere'"),
+        ("some/where/else", "no folder 'some/where/else'"),
         ("package:json", "no safetensors and no GGUF"),
     ],
 )
@@ -80,9 +80,25 @@ def test_sources_that_are_not_there(asked, words):
         source.prepare(ModelConfig(source=asked))
 
 
-def test_a_hub_model_that_is_not_in_the_cache_is_refused_when_offline(tmp_path):
+def test_a_hub_model_in_the_cache_is_found_with_its_commit(tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--me--tiny"
+    build_tiny("llama", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision in (None, "main", commit):
+        files = source.prepare(ModelConfig(source="me/tiny", revision=revision))
+        assert files.revision == commit
+        assert [f.name for f in files.weight_files()] == ["config.json", "model.safetensors"]
+    with pytest.raises(ModelError, match="me/tiny at v2"):
+        source.prepare(ModelConfig(source="me/tiny", revision="v2"))
+
+
+@pytest.mark.parametrize("asked", ["nobody/nothing", "nothing"])
+def test_a_hub_model_that_is_not_in_the_cache_is_refused_when_offline(asked):
     with pytest.raises(ModelError, match="hub cannot be reached") as caught:
-        source.prepare(ModelConfig(source="nobody/nothing", revision="main"))
+        source.prepare(ModelConfig(source=asked, revision="main"))
     assert "\n" not in str(caught.value)
 
 

@@ -32,8 +32,8 @@ def compose():
         )
     runs = theloom_config.runs(
         Path(workflow.basedir, "config"),
-        config.get("profiles", "smollm2-135m"),
-        config.get("set") or "",  # Snakemake reads an empty value as null
+        config.get("profiles"),
+        config.get("set"),
     )
     for run in runs.values():
         preflight.check(run)

@@ -7,11 +7,11 @@ rule estimate_memory:
         "results/{run}/logs/estimate_memory.log",
     benchmark:
         "results/{run}/benchmarks/estimate_memory.tsv"
+    conda:
+        "../../envs/theloom.yaml"
     resources:
         mem_mb=2000,
         runtime=10,
-    conda:
-        "../../envs/theloom.yaml"
     message:
         "{wildcards.run}: estimate memory and disk"
     script:

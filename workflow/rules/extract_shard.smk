@@ -10,13 +10,13 @@ rule extract_shard:
         "results/{run}/logs/extract_shard/{shard}-of-{shards}.log",
     benchmark:
         "results/{run}/benchmarks/extract_shard/{shard}-of-{shards}.tsv"
+    conda:
+        "../../envs/theloom.yaml"
     threads: resource("threads")
     resources:
         mem_mb=memory,
         runtime=resource("runtime"),
         gpu=resource("gpu"),
-    conda:
-        "../../envs/theloom.yaml"
     message:
         "{wildcards.run}: extract shard {wildcards.shard} of {wildcards.shards}"
     script:

@@ -9,10 +9,10 @@ rule freeze_config:
         "results/{run}/logs/freeze_config/{stage}.log",
     benchmark:
         "results/{run}/benchmarks/freeze_config/{stage}.tsv"
-    params:
-        config=lambda wildcards: stage(wildcards.run, wildcards.stage),
     conda:
         "../../envs/theloom.yaml"
+    params:
+        config=lambda wildcards: stage(wildcards.run, wildcards.stage),
     message:
         "{wildcards.run}: freeze the config of stage {wildcards.stage}"
     script:

@@ -11,13 +11,13 @@ rule load_model:
         "results/{run}/logs/load_model.log",
     benchmark:
         "results/{run}/benchmarks/load_model.tsv"
+    conda:
+        "../../envs/theloom.yaml"
     threads: resource("threads")
     resources:
         mem_mb=memory,
         runtime=resource("runtime"),
         gpu=resource("gpu"),
-    conda:
-        "../../envs/theloom.yaml"
     message:
         "{wildcards.run}: load the model and measure it"
     script:

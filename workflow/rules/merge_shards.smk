@@ -8,11 +8,11 @@ rule merge_shards:
         "results/{run}/logs/merge_shards.log",
     benchmark:
         "results/{run}/benchmarks/merge_shards.tsv"
+    conda:
+        "../../envs/theloom.yaml"
     resources:
         mem_mb=2000,
         runtime=60,
-    conda:
-        "../../envs/theloom.yaml"
     message:
         "{wildcards.run}: merge the shards"
     script:

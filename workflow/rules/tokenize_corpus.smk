@@ -7,12 +7,12 @@ rule tokenize_corpus:
         "results/{run}/logs/tokenize_corpus.log",
     benchmark:
         "results/{run}/benchmarks/tokenize_corpus.tsv"
+    conda:
+        "../../envs/theloom.yaml"
     threads: 2
     resources:
         mem_mb=4000,
         runtime=60,
-    conda:
-        "../../envs/theloom.yaml"
     message:
         "{wildcards.run}: turn the corpus into tokens"
     script:

@@ -9,13 +9,13 @@ rule verify:
         "results/{run}/logs/verify.log",
     benchmark:
         "results/{run}/benchmarks/verify.tsv"
+    conda:
+        "../../envs/theloom.yaml"
     threads: resource("threads")
     resources:
         mem_mb=memory,
         runtime=resource("runtime"),
         gpu=resource("gpu"),
-    conda:
-        "../../envs/theloom.yaml"
     message:
         "{wildcards.run}: verify against plain transformers"
     script:

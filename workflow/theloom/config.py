@@ -104,12 +104,15 @@ class Run:
         return {"run": self.name, "stage": stage, "revision": STAGES[stage].revision, "config": config}
 
 
-def runs(config_dir: Path, profiles: str = "smollm2-135m", overrides: str = "") -> dict[str, Run]:
+def runs(config_dir: Path, profiles: str | None = None, overrides: str | None = None) -> dict[str, Run]:
     """All runs of a command line, by name: each profile with each combination of the swept overrides.
 
-    `profiles` is a comma list; `overrides` holds Hydra overrides, split as a shell splits words; a comma in a value
-    (outside brackets and quotes), `range(…)`, `choice(…)` and `glob(…)` sweep. Raises ConfigError.
+    `profiles` is a comma list, by default the profile of default.yaml; `overrides` holds Hydra overrides, split as a
+    shell splits words; a comma in a value (outside brackets and quotes), `range(…)`, `choice(…)` and `glob(…)` sweep.
+    Raises ConfigError.
     """
+    profiles = _default_profile(config_dir) if profiles is None else profiles
+    overrides = overrides or ""
     if not isinstance(profiles, str) or not isinstance(overrides, str):
         asked = profiles if not isinstance(profiles, str) else overrides
         raise ConfigError(f"profiles and set take text, found {asked!r}; put quotes round the whole value")
@@ -128,6 +131,11 @@ def runs(config_dir: Path, profiles: str = "smollm2-135m", overrides: str = "") 
     if not found:
         raise ConfigError(f"profiles={profiles!r} names no profile; choose from {', '.join(_profiles(config_dir))}")
     return found
+
+
+def _default_profile(config_dir: Path) -> str:
+    defaults = OmegaConf.load(config_dir / "default.yaml").defaults
+    return str(next(entry.profile for entry in defaults if OmegaConf.is_config(entry) and "profile" in entry))
 
 
 def _profiles(config_dir: Path) -> list[str]:
@@ -159,7 +167,7 @@ def _run_name(name: str, overrides: list[str]) -> str:
         key, _, value = override.lstrip("+~").partition("=")
         written = f"{key.rpartition('.')[2]}={value}"
         plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", written).strip("-.")
-        if len(plain) > 60 or not plain.isascii():
+        if plain != written or len(plain) > 60:  # the hash keeps apart what the plain form does not
             plain = plain[:48] + "-" + hashlib.sha256(override.encode()).hexdigest()[:8]
         name += "+" + plain
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):

@@ -113,23 +113,21 @@ def _hub(config: CorpusConfig) -> Iterator[Document]:
     except ImportError:
         raise CorpusError("corpus=hub needs the package datasets: pip install 'theloom[hub]'") from None
     name = str(config.dataset)
+    local = Path(name).expanduser()
     try:
-        local = Path(name).expanduser()
-        if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(str(local))
-            rows = loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        if any((local / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
+            rows = datasets.load_from_disk(str(local))
         else:
             rows = datasets.load_dataset(str(local) if local.exists() else name, config.subset, split=config.split)
-    except KeyError:
-        raise CorpusError(f"corpus.split: {name} has no split {config.split!r}; it has {', '.join(loaded)}") from None
     except (
         ValueError,
         OSError,
     ) as error:  # datasets' own errors, and those of the hub's client, derive from these
         raise CorpusError(f"corpus.dataset: {name}: {' '.join(str(error).split())}") from None
+    if isinstance(rows, datasets.DatasetDict):
+        if config.split not in rows:
+            raise CorpusError(f"corpus.split: {name} has no split {config.split!r}; it has {', '.join(rows)}")
+        rows = rows[config.split]
+    prefix = config.split if local.exists() else f"{name}/{config.split}"
     for number, row in enumerate(rows):
-        yield _row(
-            row,
-            f"{name}/{config.split}/{number}" if not local.exists() else f"{config.split}/{number}",
-            config,
-        )
+        yield _row(row, f"{prefix}/{number}", config)

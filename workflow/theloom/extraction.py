@@ -17,6 +17,7 @@ import numpy as np
 
 from theloom import batching, config, estimate, gpu, layout, model_record, provenance, tokens
 from theloom.batching import Batch
+from theloom.errors import ModelError
 from theloom.estimate import Estimate, Plan
 from theloom.hooks import HookPoint, Taps, select
 from theloom.model import LoadedModel, prefill
@@ -49,7 +50,7 @@ class ResidentRunner:
         position = dict.fromkeys((p.name for p in self._points), 0)
 
         def hand_over(name: str, value: "torch.Tensor") -> None:
-            sink(name, position[name], value.to(device="cpu", dtype=self._dtype))
+            sink(name, position[name], value.to(self._dtype).cpu())
             position[name] += value.shape[1]
 
         with Taps(self._loaded.architecture, self._points, hand_over) as taps:
@@ -69,6 +70,7 @@ def extract_shard(
     points = select(frozen.memory.activation_cache_filter, recorded.points)
     store = recorded.precision if frozen.store.dtype.name == "auto" else frozen.store.dtype.name
     lengths = np.diff(shard_tokens.window_offset)
+    _check_streaming(recorded, lengths, planned.plan.chunk_size)
     batches = batching.plan_batches(lengths, planned.plan.batch_tokens, planned.plan.chunk_size)
     identity = _identity(config_path, planned.plan, recorded, tokens_path)
     spec = ShardSpec(
@@ -126,6 +128,15 @@ def _extract(
             (done - first) / seconds,
         )
     log.info("padding: %.1f%% of the tokens forwarded", 100 * padding / max(1, padding + done - first))
+
+
+def _check_streaming(recorded: ModelRecord, lengths: np.ndarray, chunk_size: int) -> None:
+    longest = int(lengths.max(initial=0))
+    if longest > chunk_size and not recorded.streams:
+        raise ModelError(
+            f"{recorded.attributes['model_class']} gives other rows in chunks than in one pass, and a document has "
+            f"{longest} tokens; set memory.streaming_chunk_size={longest} or corpus.context_length={chunk_size}"
+        )
 
 
 def _still_to_write(spec: ShardSpec, planned: Estimate, output: Path) -> int:

@@ -1,10 +1,11 @@
 """Load a model for extraction: at the resolved precision, on the device, without its LM head, unmodified.
 
 Before rows are taken from a model it is tried on a few tokens: what TheLoom relies on (padding on the right changes
-nothing, chunks through the KV cache give the rows of one pass) is shown to hold for it, or the model is refused.
+nothing, chunks through the KV cache give the rows of one pass) is shown to hold for it, or it is not relied on.
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -148,33 +149,40 @@ def _quantization(bits: str, compute: str) -> Any:
     )
 
 
-def try_out(loaded: LoadedModel) -> dict[str, float]:
-    """Show on 24 tokens that padding and chunks leave this model's rows alone; returns the errors seen.
+@dataclass(frozen=True)
+class TriedOut:
+    """What a model showed on 24 tokens: errors as shares of the largest absolute value; whether it can be streamed."""
 
-    Errors are shares of each hook point's largest absolute value. Raises ModelError where they are more than rounding,
-    as for an encoder, whose tokens see those to their right.
+    padding_error: float
+    chunk_error: float
+    streams: bool
+
+
+def try_out(loaded: LoadedModel) -> TriedOut:
+    """Show that padding on the right leaves this model's rows alone, and whether chunks through its KV cache do.
+
+    Raises ModelError where a token's row depends on what is to its right, as for an encoder.
     """
     import torch
 
     ids = torch.randint(loaded.architecture.model.config.get_text_config().vocab_size, (1, 24), generator=_seeded())
-    whole = residuals(loaded, ids, chunk_size=24)
-    errors = {
-        "padding": _largest_error({k: v[:, :16] for k, v in whole.items()}, residuals(loaded, ids[:, :16], 16)),
-        "chunks": _largest_error(whole, residuals(loaded, ids, chunk_size=7)),
-    }
     limit = 10 * loaded.tolerance
     name = type(loaded.architecture.model).__name__
-    if not errors["padding"] <= limit:
+    whole = residuals(loaded, ids, chunk_size=24)
+    padding = _largest_error({k: v[:, :16] for k, v in whole.items()}, residuals(loaded, ids[:, :16], 16))
+    if not padding <= limit:
         raise ModelError(
-            f"{name}: a token's hidden state depends on the tokens after it (by {errors['padding']:.2g} of the largest "
-            "value): not a causal model; only decoders can be extracted"
+            f"{name}: a token's hidden state depends on the tokens after it (by {padding:.2g} of the largest value): "
+            "not a causal model; only decoders can be extracted"
         )
-    if not errors["chunks"] <= limit:
-        raise ModelError(
-            f"{name}: chunks through its KV cache give other rows than one pass (by {errors['chunks']:.2g} of the "
-            "largest value); this architecture cannot be streamed"
-        )
-    return errors
+    try:
+        chunks = _largest_error(whole, residuals(loaded, ids, chunk_size=7))
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        log.warning("%s does not take a KV cache: %s", name, error)
+        chunks = math.inf
+    if not chunks <= limit:
+        log.warning("%s cannot be streamed: chunks give other rows than one pass (error %.2g)", name, chunks)
+    return TriedOut(padding, chunks, chunks <= limit)
 
 
 def residuals(loaded: LoadedModel, ids: "torch.Tensor", chunk_size: int) -> dict[str, "torch.Tensor"]:

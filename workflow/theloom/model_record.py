@@ -30,6 +30,7 @@ class ModelRecord:
     signature: str
     precision: str
     points: list[HookPoint]
+    streams: bool
     attributes: dict[str, Any]
 
 
@@ -47,7 +48,7 @@ def record(config: Config, estimate_path: Path, output: Path) -> None:
     files = source.prepare(config.model)
     with gpu.PeakMemory(device) as loading:
         loaded = model.load(config, files)
-    errors = model.try_out(loaded)
+    tried = model.try_out(loaded)
     with gpu.PeakMemory(device) as running:
         _run_largest_batch(loaded, planned)
     gpu.warn_above(config.memory.memory_warning_threshold, device)
@@ -55,7 +56,7 @@ def record(config: Config, estimate_path: Path, output: Path) -> None:
     log.info("loaded %s in %s on %s", config.model.source, resolved.resolved, gpu.device_name(device))
     log.info("largest batch: %.3f GB measured", running.growth / 1e9)
     with h5py.File(output, "w") as file:
-        layout.set_attributes(file, _attributes(loaded, config) | {f"error_{k}": v for k, v in errors.items()})
+        layout.set_attributes(file, _attributes(loaded, config) | asdict(tried))
         memory = file.create_group("memory")
         layout.set_attributes(memory.create_group("predicted"), asdict(predicted))
         layout.set_attributes(memory.create_group("measured"), measured)
@@ -126,6 +127,7 @@ def read(path: Path) -> ModelRecord:
             signature=attributes["signature"],
             precision=attributes["precision"],
             points=catalogue(int(attributes["blocks"]), int(attributes["hidden_size"])),
+            streams=bool(attributes["streams"]),
             attributes=attributes,
         )
 

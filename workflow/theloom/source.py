@@ -90,7 +90,7 @@ def config_place(config: ModelConfig) -> tuple[Path, str | None]:
 def tokenizer_place(config: ModelConfig) -> tuple[Path, str | None]:
     """The folder of the tokenizer (model.tokenizer's, else the model's own), and its GGUF file if it is in one."""
     if config.tokenizer is not None:
-        return _find(config.tokenizer, None)[0], None
+        return _find(config.tokenizer, None, key="model.tokenizer")[0], None
     return config_place(config)
 
 
@@ -100,31 +100,33 @@ def check_local(config: ModelConfig) -> None:
     if folder is not None:
         _check_folder(folder, config)
     if config.tokenizer is not None:
-        _local_folder(config.tokenizer)
+        _local_folder(config.tokenizer, "model.tokenizer")
 
 
-def _local_folder(source: str) -> Path | None:
-    """The folder of a package or a path, None for what must be a hub id."""
+def _local_folder(source: str, key: str = "model.source") -> Path | None:
+    """The folder of a package or a path, None for what must be a hub id. Errors name `key`."""
     if source.startswith("package:"):
         package = source.removeprefix("package:")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         places = list(spec.submodule_search_locations or []) if spec else []
         if not places:
-            raise ModelError(f"model.source: no installed package {package!r}; pip install it, or give a folder")
+            raise ModelError(f"{key}: no installed package {package!r}; pip install it, or give a folder")
         return Path(places[0])
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise ModelError(f"model.source: {source} is a file; give its folder (and model.gguf_file={folder.name})")
-    if source.startswith(("/", ".", "~")) or source.count("/") != 1:
-        raise ModelError(f"model.source: no folder {source!r} (a hub id looks like 'organisation/model')")
+        raise ModelError(f"{key}: {source} is a file; give its folder (and model.gguf_file={folder.name})")
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ModelError(f"{key}: no folder {source!r} (a hub id looks like 'organisation/model')")
     return None
 
 
-def _find(source: str, revision: str | None, weights: Sequence[str] = ()) -> tuple[Path, str | None]:
+def _find(
+    source: str, revision: str | None, weights: Sequence[str] = (), key: str = "model.source"
+) -> tuple[Path, str | None]:
     """The folder of a source and, for a hub model, its commit; `weights`: patterns to fetch beside the config."""
-    local = _local_folder(source)
+    local = _local_folder(source, key)
     if local is not None:
         return local, None
     from huggingface_hub import snapshot_download
@@ -135,11 +137,11 @@ def _find(source: str, revision: str | None, weights: Sequence[str] = ()) -> tup
     except LocalEntryNotFoundError:
         where = f"{source} at {revision}" if revision else source
         raise ModelError(
-            f"model.source: {where} is not in the local hub cache and the hub cannot be reached; "
-            "fetch it once with `hf download`, or give a local folder"
+            f"{key}: {where} is no local folder, nor in the local hub cache, and the hub cannot be reached; "
+            "fetch it once with `hf download`, or give a folder"
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
-        raise ModelError(f"model.source: {source}: {' '.join(str(error).split())}") from None
+        raise ModelError(f"{key}: {source}: {' '.join(str(error).split())}") from None
     return folder, folder.name  # a snapshot's folder is named after its commit
 
 
