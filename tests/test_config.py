@@ -147,6 +147,7 @@ def test_a_frozen_stage_holds_its_keys_and_reading_another_raises(tmp_path):
     thawed = config.thaw(tmp_path / "extract.json")
     assert thawed.memory.streaming_chunk_size == 77
     assert thawed.memory.precision_mode is schema.PrecisionMode["fp32"]
+    assert config.plain(thawed) == json.loads((tmp_path / "extract.json").read_text())["config"]
     with pytest.raises(MissingMandatoryValue):
         thawed.verify.documents  # noqa: B018
     with pytest.raises(MissingMandatoryValue):

@@ -41,6 +41,14 @@ def test_a_user_s_error_is_one_line_and_no_traceback(tmp_path):
     assert "Traceback" not in log
 
 
+def test_memory_that_ran_out_is_one_line_too(tmp_path):
+    for ending in ("raise MemoryError", "import torch; raise torch.OutOfMemoryError('CUDA out of memory')"):
+        code, log, _ = run(tmp_path, ending)
+        assert code == 1
+        assert "memory ran out; lower extraction.batch_tokens" in log.splitlines()[-1]
+        assert "Traceback" not in log
+
+
 def test_a_defect_keeps_its_traceback(tmp_path):
     code, log, _ = run(tmp_path, "raise ZeroDivisionError")
     assert code == 1

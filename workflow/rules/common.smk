@@ -66,7 +66,10 @@ def frozen(name):
 
 
 def resource(name):
-    """Resource function: what the run's profile gives to jobs that hold the model."""
+    """Resource function: what the run's profile gives to jobs that hold the model.
+
+    Such a rule names the frozen resources among its inputs, so that a job on a cluster can read them.
+    """
     return lambda wildcards: stage(wildcards.run, "resources")["config"]["resources"][name]
 
 

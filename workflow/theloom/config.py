@@ -284,6 +284,18 @@ def typed(plain: dict[str, Any]) -> Config:
     return cast(Config, config)
 
 
+def plain(config: Config) -> dict[str, Any]:
+    """The keys that a stage's config holds, as plain data: the inverse of `typed`."""
+    return _held(OmegaConf.to_container(cast(Any, config), enum_to_str=True))
+
+
+def _held(data: Any) -> Any:
+    if not isinstance(data, dict):
+        return data
+    held = {key: _held(value) for key, value in data.items() if value != "???"}
+    return {key: value for key, value in held.items() if value != {}}
+
+
 def digest(path: str | Path) -> str:
     """SHA-256 of a frozen config: what the files of a stage carry to say which config made them."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

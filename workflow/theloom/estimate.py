@@ -17,6 +17,7 @@ import h5py
 
 from theloom import architecture, layout, provenance
 from theloom.architecture import Numbers
+from theloom.config import plain
 from theloom.errors import MemoryPlanError
 from theloom.hooks import HookPoint, catalogue, select
 from theloom.model import hf_config
@@ -163,9 +164,10 @@ def _components(precision: str, counts: _Counts, size: Numbers, plan: Plan, poin
     )
 
 
-def weight_kind(precision: str, quantization: str | None) -> str:
+def weight_kind(config: Config, precision: str) -> str:
     """Which entry of `Estimate.components` a run has: its quantisation's, else its precision's."""
-    return {"8bit": "int8", "4bit": "int4"}[quantization] if quantization else precision
+    quantization = config.memory.quantization
+    return precision if quantization is None else {"8bit": "int8", "4bit": "int4"}[quantization.name]
 
 
 def check_disk(folder: Path, needed: int, free: int) -> None:
@@ -209,8 +211,7 @@ def run_estimate(config: Config, output: Path) -> None:
     if needed is not None:
         check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
     write(found, config, output)
-    quantization = config.memory.quantization
-    kind = weight_kind(precision, quantization.name if quantization else None)
+    kind = weight_kind(config, precision)
     log.info("%s: %.3f GB in all; %s", kind, found.components[kind].total / 1e9, found.components[kind])
 
 
@@ -227,7 +228,7 @@ def write(estimate: Estimate, config: Config, output: Path) -> None:
     with h5py.File(output, "w") as file:
         layout.set_attributes(
             file,
-            provenance.attributes("estimate", model=config.model.source, hooks=estimate.hooks),
+            provenance.attributes("estimate", config=plain(config), hooks=estimate.hooks),
         )
         if estimate.rows is not None:
             file.attrs["rows"] = estimate.rows

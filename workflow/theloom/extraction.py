@@ -17,7 +17,7 @@ import numpy as np
 
 from theloom import batching, config, estimate, gpu, layout, model_record, provenance, tokens
 from theloom.batching import Batch
-from theloom.errors import ModelError
+from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate, Plan
 from theloom.hooks import HookPoint, Taps, select
 from theloom.model import LoadedModel, prefill
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10
 
 # called with a hook point's name, the first position of a chunk, and its values (window, position, width) on the CPU
 Sink = Callable[[str, int, "torch.Tensor"], None]
@@ -70,6 +72,7 @@ def extract_shard(
     points = select(frozen.memory.activation_cache_filter, recorded.points)
     store = recorded.precision if frozen.store.dtype.name == "auto" else frozen.store.dtype.name
     lengths = np.diff(shard_tokens.window_offset)
+    _check_revision(recorded, tokens_path)
     _check_streaming(recorded, lengths, planned.plan.chunk_size)
     batches = batching.plan_batches(lengths, planned.plan.batch_tokens, planned.plan.chunk_size)
     identity = _identity(config_path, planned.plan, recorded, tokens_path)
@@ -102,7 +105,8 @@ def _extract(
 ) -> None:
     """The loop over batches, from the first that is not committed yet."""
     done = sum(sum(b.lengths) for b in batches[: writer.batches_done])
-    begun, padding, first = time.perf_counter(), 0, done
+    begun = said = time.perf_counter()
+    padding, first, warned = 0, done, False
     for number in range(writer.batches_done, len(batches)):
         batch = batches[number]
         ids = batching.padded(batch, shard_tokens.input_ids, shard_tokens.window_offset)
@@ -117,17 +121,25 @@ def _extract(
         done += sum(batch.lengths)
         padding += ids.numel() - sum(batch.lengths)
         writer.batch_done(done, last=number == len(batches) - 1)
-        gpu.warn_above(warning_threshold, loaded.device)
-        seconds = time.perf_counter() - begun
-        log.info(
-            "batch %d of %d: %d of %d tokens, %.0f tokens/s",
-            number + 1,
-            len(batches),
-            done,
-            len(shard_tokens.input_ids),
-            (done - first) / seconds,
-        )
+        warned = warned or gpu.warn_above(warning_threshold, loaded.device)
+        now = time.perf_counter()
+        if now - said >= SECONDS_BETWEEN_LINES or number == len(batches) - 1:
+            said, speed, total = now, (done - first) / (now - begun), len(shard_tokens.input_ids)
+            log.info("batch %d of %d: %d of %d tokens, %.0f tokens/s", number + 1, len(batches), done, total, speed)
     log.info("padding: %.1f%% of the tokens forwarded", 100 * padding / max(1, padding + done - first))
+
+
+def _check_revision(recorded: ModelRecord, tokens_path: Path) -> None:
+    """The tokens are of the commit that the model is of: a hub's branch may move between two jobs."""
+    corpus = tokens.attributes(tokens_path)
+    if (
+        corpus["tokenizer"] == recorded.attributes["source"]
+        and corpus["tokenizer_revision"] != (recorded.attributes["revision"])
+    ):
+        raise StoreError(
+            f"tokens.h5 is of revision {corpus['tokenizer_revision']} and model.h5 of {recorded.attributes['revision']} "
+            f"of {corpus['tokenizer']}; set model.revision, or run again with --forcerun tokenize_corpus load_model"
+        )
 
 
 def _check_streaming(recorded: ModelRecord, lengths: np.ndarray, chunk_size: int) -> None:
@@ -163,21 +175,20 @@ def _identity(config_path: Path, plan: Plan, recorded: ModelRecord, tokens_path:
 def _attributes(
     config_path: Path, recorded: ModelRecord, tokens_path: Path, plan: Plan, identity: str
 ) -> dict[str, Any]:
+    """Where the rows come from. `config` holds, by stage, all keys that had a say in them."""
     corpus = tokens.attributes(tokens_path)
-    names = (
-        "tokenizer",
-        "corpus",
-        "corpus_hash",
-        "documents_empty",
-        "last_document_cut_from",
-        "context_length",
-    )
+    names = ("tokenizer", "tokenizer_revision", "corpus", "corpus_hash", "documents_empty", "last_document_cut_from")
     return provenance.attributes(
         "activations",
         run_identity=identity,
-        config=json.loads(config_path.read_text(encoding="utf-8")),
+        config={
+            "model": json.loads(recorded.attributes["config"]),
+            "tokens": json.loads(corpus["config"]),
+            "extract": config.plain(config.thaw(config_path)),
+        },
         batch_tokens=plan.batch_tokens,
         chunk_size=plan.chunk_size,
+        context_length=corpus["context_length"],
         device=recorded.attributes["device"],
         **model_record.provenance_of(recorded),
         **{name: corpus[name] for name in names},

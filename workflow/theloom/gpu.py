@@ -87,8 +87,8 @@ def _cgroup_files() -> list[tuple[Path, Path]]:
     ]
 
 
-def warn_above(threshold: float, device: "torch.device") -> None:
-    """Log a warning when more than `threshold` (a share) of the device's memory is in use, by anyone."""
+def warn_above(threshold: float, device: "torch.device") -> bool:
+    """Log a warning, and say True, if more than `threshold` (a share) of the device's memory is in use, by anyone."""
     memory = device_memory(device)
     share = memory.used / memory.total
     if share > threshold:
@@ -100,6 +100,7 @@ def warn_above(threshold: float, device: "torch.device") -> None:
             memory.total / 1e9,
             threshold,
         )
+    return share > threshold
 
 
 class PeakMemory:

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from theloom.errors import TheLoomError
 
 ERROR = "error: "
+_SPEND_LESS = "lower extraction.batch_tokens or memory.streaming_chunk_size, or set memory.quantization"
 
 
 @contextmanager
@@ -31,9 +33,19 @@ def job(log_file: str, threads: int = 1) -> Iterator[None]:
     try:
         yield
     except TheLoomError as error:
-        logging.shutdown()
-        print(f"{ERROR}{error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _end(str(error))
+    except MemoryError:
+        _end(f"the host's memory ran out; {_SPEND_LESS}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own, named so that torch need not be imported
+            raise
+        _end(f"the GPU's memory ran out; {_SPEND_LESS}")
+
+
+def _end(message: str) -> NoReturn:
+    logging.shutdown()
+    print(f"{ERROR}{message}", file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 def let_jobs_import(folder: Path) -> None:

@@ -53,9 +53,11 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
     """The model's own config, read without its weights. Raises ModelError."""
     from transformers import AutoConfig
 
-    folder, gguf = source.config_place(config)
+    place = source.describe(config)
     try:
-        return AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=config.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            place.folder, gguf_file=place.gguf_file, trust_remote_code=config.trust_remote_code
+        )
     except (ValueError, KeyError, OSError) as error:
         message = " ".join(str(error).split())
         if "trust_remote_code" in message:

@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 
 from theloom import estimate, gpu, layout, model, provenance, source
+from theloom.config import plain
 from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate
 from theloom.hooks import HookPoint, Taps, catalogue
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 class ModelRecord:
     """What later jobs need of `model.h5`."""
 
-    source: str
     revision: str | None
     fingerprint: str
     signature: str
@@ -38,13 +38,11 @@ def record(config: Config, estimate_path: Path, output: Path) -> None:
     """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError, MemoryPlanError."""
     planned = estimate.read(estimate_path)
     if config.memory.enable_gradient_checkpointing:
-        log.warning(
-            "enable_gradient_checkpointing has no effect here: extraction has no backward pass to save memory in"
-        )
+        log.warning("enable_gradient_checkpointing has no effect: extraction has no backward pass")
     model.check_architecture(config.model.architecture, model.read_config(config.model), config.model.source)
     check_fits(config, planned)
     device, resolved = model.resolve_precision(config)
-    predicted = planned.components[_weight_kind(config, resolved.resolved)]
+    predicted = planned.components[estimate.weight_kind(config, resolved.resolved)]
     files = source.prepare(config.model)
     with gpu.PeakMemory(device) as loading:
         loaded = model.load(config, files)
@@ -64,17 +62,12 @@ def record(config: Config, estimate_path: Path, output: Path) -> None:
         file["hooks/width"] = [p.width for p in loaded.points]
 
 
-def _weight_kind(config: Config, precision: str) -> str:
-    quantization = config.memory.quantization
-    return estimate.weight_kind(precision, quantization.name if quantization else None)
-
-
 def check_fits(config: Config, planned: Estimate) -> None:
     """The plan fits the device's free memory, before anything is loaded. Raises MemoryPlanError."""
     device, resolved = model.resolve_precision(config)
     memory = gpu.device_memory(device)
     estimate.check_memory(
-        planned.components[_weight_kind(config, resolved.resolved)],
+        planned.components[estimate.weight_kind(config, resolved.resolved)],
         memory.total,
         memory.free,
         str(device),
@@ -98,6 +91,7 @@ def _run_largest_batch(loaded: LoadedModel, planned: Estimate) -> None:
 def _attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:
     return provenance.attributes(
         "model",
+        config=plain(config),
         source=config.model.source,
         revision=loaded.files.revision,
         gguf_file=loaded.files.gguf_file,
@@ -121,7 +115,6 @@ def read(path: Path) -> ModelRecord:
     with layout.open_h5(path, "model") as file:
         attributes = dict(file.attrs)
         return ModelRecord(
-            source=attributes["source"],
             revision=None if attributes["revision"] == "null" else attributes["revision"],
             fingerprint=attributes["fingerprint"],
             signature=attributes["signature"],

@@ -74,24 +74,32 @@ def _check_folder(folder: Path, config: ModelConfig) -> Path | None:
     return gguf
 
 
-def config_place(config: ModelConfig) -> tuple[Path, str | None]:
-    """The folder that holds the model's config and tokenizer, and the GGUF file if they are in one that is not
-    converted yet. Fetches no safetensors.
-    """
-    folder, _ = _find(config.source, config.revision, [config.gguf_file] if config.gguf_file else [])
+@dataclass(frozen=True)
+class Description:
+    """The folder of a config and a tokenizer, the GGUF file if they are in one that is not converted, the commit."""
+
+    folder: Path
+    gguf_file: str | None
+    revision: str | None
+
+
+def describe(config: ModelConfig) -> Description:
+    """Where the model's config and tokenizer are. Fetches no safetensors."""
+    folder, revision = _find(config.source, config.revision, [config.gguf_file] if config.gguf_file else [])
     gguf = _gguf_file(folder, config)
     if gguf is None and not (folder / "config.json").is_file():
         raise ModelError(f"model.source: {config.source} has no config.json; give a folder of save_pretrained's")
     if gguf is not None and (converted := _conversion(gguf)).is_dir():
-        return converted, None
-    return folder, gguf.name if gguf else None
+        return Description(converted, None, revision)
+    return Description(folder, gguf.name if gguf else None, revision)
 
 
-def tokenizer_place(config: ModelConfig) -> tuple[Path, str | None]:
-    """The folder of the tokenizer (model.tokenizer's, else the model's own), and its GGUF file if it is in one."""
-    if config.tokenizer is not None:
-        return _find(config.tokenizer, None, key="model.tokenizer")[0], None
-    return config_place(config)
+def describe_tokenizer(config: ModelConfig) -> Description:
+    """Where the tokenizer is: model.tokenizer's, else the model's own."""
+    if config.tokenizer is None:
+        return describe(config)
+    folder, revision = _find(config.tokenizer, None, key="model.tokenizer")
+    return Description(folder, None, revision)
 
 
 def check_local(config: ModelConfig) -> None:

@@ -16,9 +16,11 @@ import numpy as np
 import xxhash
 
 from theloom import corpus, layout, provenance, source
+from theloom.config import plain
 from theloom.errors import ConfigError, CorpusError
 from theloom.model import read_config
 from theloom.schema import Config
+from theloom.source import Description
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +47,8 @@ class _Tally:
 
 def tokenize(config: Config, output: Path) -> None:
     """Write `tokens.h5` for the corpus of a config. Raises CorpusError where there is nothing to extract."""
-    tokenizer, context = _tokenizer(config), _context_length(config)
+    place = source.describe_tokenizer(config.model)
+    tokenizer, context = _tokenizer(config, place), _context_length(config)
     tally = _Tally()
     with h5py.File(output, "w") as file:
         growing = file.create_dataset("tokens/input_ids", (0,), "<i4", maxshape=(None,), chunks=(1 << 18,))
@@ -62,8 +65,9 @@ def tokenize(config: Config, output: Path) -> None:
             file,
             provenance.attributes(
                 "tokens",
-                model=config.model.source,
+                config=plain(config),
                 tokenizer=config.model.tokenizer or config.model.source,
+                tokenizer_revision=place.revision,
                 tokenizer_class=type(tokenizer).__name__,
                 vocab_size=len(tokenizer),
                 corpus=config.corpus.kind.name,
@@ -77,12 +81,13 @@ def tokenize(config: Config, output: Path) -> None:
     log.info("%d tokens in %d documents; %d empty documents skipped", total, len(tally.ids), tally.empty)
 
 
-def _tokenizer(config: Config) -> "PreTrainedTokenizerBase":
+def _tokenizer(config: Config, place: Description) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    folder, gguf = source.tokenizer_place(config.model)
     try:
-        return AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=config.model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            place.folder, gguf_file=place.gguf_file, trust_remote_code=config.model.trust_remote_code
+        )
     except (ValueError, OSError, KeyError) as error:
         name = config.model.tokenizer or config.model.source
         raise CorpusError(f"model.tokenizer: {name} has no usable tokenizer: {' '.join(str(error).split())}") from None
