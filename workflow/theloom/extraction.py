@@ -132,13 +132,11 @@ def _extract(
 def _check_revision(recorded: ModelRecord, tokens_path: Path) -> None:
     """The tokens are of the commit that the model is of: a hub's branch may move between two jobs."""
     corpus = tokens.attributes(tokens_path)
-    if (
-        corpus["tokenizer"] == recorded.attributes["source"]
-        and corpus["tokenizer_revision"] != (recorded.attributes["revision"])
-    ):
+    name, found, expected = corpus["tokenizer"], corpus["tokenizer_revision"], recorded.attributes["revision"]
+    if name == recorded.attributes["source"] and found != expected:
         raise StoreError(
-            f"tokens.h5 is of revision {corpus['tokenizer_revision']} and model.h5 of {recorded.attributes['revision']} "
-            f"of {corpus['tokenizer']}; set model.revision, or run again with --forcerun tokenize_corpus load_model"
+            f"tokens.h5 is of revision {found} of {name}, and model.h5 of {expected}; "
+            "set model.revision, or run again with --forcerun tokenize_corpus load_model"
         )
 
 
