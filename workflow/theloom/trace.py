@@ -1,0 +1,229 @@
+"""The memory of a forward pass, foretold: the real forward of the real classes, with the real taps, on fake tensors.
+
+Fake tensors have shapes and no bytes, so neither weights nor a GPU are needed, and a model of 70 billion parameters is
+traced in a second or a few. The fake device is the CPU: fake CUDA tensors would take attention's unfused path.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, masking_utils
+from transformers.integrations import moe
+
+from theloom import architecture
+from theloom.architecture import Architecture
+from theloom.errors import ModelError
+from theloom.hooks import HookPoint, Taps, catalogue
+from theloom.live import LiveStorages, Peak
+from theloom.precision import torch_dtype
+from theloom.quantized import quantize
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+KV_CACHE, CAPTURED, LOGITS = "kv_cache", "captured", "logits"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One forward pass: windows side by side, tokens of each, and tokens of one step through the KV cache."""
+
+    windows: int
+    tokens: int
+    chunk_size: int
+
+    @property
+    def steps(self) -> list[int]:
+        """Tokens of each step; one step where the window is no longer than a chunk."""
+        whole, rest = divmod(self.tokens, self.chunk_size)
+        return [self.chunk_size] * whole + [rest] * bool(rest)
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """A model without bytes: what a trace runs."""
+
+    architecture: Architecture
+    mode: FakeTensorMode
+    precision: str
+
+    @property
+    def weights(self) -> list[int]:
+        """Bytes of every storage that stays for the model's life: parameters and buffers, tied ones once."""
+        model = self.architecture.model
+        storages = {t.untyped_storage()._cdata: t for t in [*model.parameters(), *model.buffers()]}
+        return [t.untyped_storage().nbytes() for t in storages.values()]
+
+    @property
+    def points(self) -> list[HookPoint]:
+        return catalogue(len(self.architecture.blocks), self.architecture.hidden_size)
+
+
+def fake_model(
+    model_config: "PretrainedConfig",
+    precision: str,
+    quantization: str | None = None,
+    attention: str | None = None,
+    lm_head: bool = False,
+    trust_remote_code: bool = False,
+) -> FakeModel:
+    """The classes that extraction loads (no LM head, unless asked for), on fake tensors.
+
+    `precision` is fp32, fp16 or bf16; `quantization` int8, int4 or None. Raises ModelError for a model that cannot be
+    built so.
+    """
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    build = AutoModelForCausalLM if lm_head else AutoModel
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode:
+            model = build.from_config(
+                model_config, dtype=torch_dtype(precision), trust_remote_code=trust_remote_code, **options
+            )
+            if quantization is not None:
+                quantize(model, quantization)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"{model_config.model_type}: cannot be traced: {' '.join(str(error).split())}") from None
+    model.eval().requires_grad_(False)
+    return FakeModel(architecture.describe(model), mode, precision)
+
+
+class _MarkedCache(DynamicCache):
+    """A KV cache that says which storages are its own."""
+
+    live: LiveStorages
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        for tensor in updated:
+            self.live.mark(tensor, KV_CACHE)
+        return updated
+
+
+def trace(
+    fake: FakeModel, workload: Workload, points: Sequence[HookPoint], held: bool = False, store: str | None = None
+) -> tuple[Peak, LiveStorages]:
+    """The peak of one workload, weights and inputs not counted, and all births and ends of storages on the way.
+
+    `points` are the hook points that are read (the forward ends after the deepest; with none it runs through). Their
+    values are `held` until the forward ends, or else converted to the precision `store` and let go, as when they are
+    written to a file. Long windows are not traced chunk by chunk: the KV cache is filled, then the last two steps run.
+    """
+    with fake.mode, _shapes_alone():
+        ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
+        return run(fake.architecture, ids, workload, points, held, store, shorten=True)
+
+
+def run(
+    described: Architecture,
+    ids: torch.Tensor,
+    workload: Workload,
+    points: Sequence[HookPoint],
+    held: bool = False,
+    store: str | None = None,
+    shorten: bool = False,
+) -> tuple[Peak, LiveStorages]:
+    """`trace` on a model as it is, real or fake: with real weights it measures what `trace` foretells."""
+    live = LiveStorages(inside=CPU_KERNELS)
+    live.ignore([ids, *described.model.parameters(), *described.model.buffers()])
+    kept: list[torch.Tensor] = []
+    dtype = torch_dtype(store) if store else None
+
+    def sink(name: str, value: torch.Tensor) -> None:
+        if held:
+            live.mark(value, CAPTURED)
+            kept.append(value)
+        elif dtype is not None:
+            live.mark(value.to(dtype), CAPTURED)
+
+    steps = workload.steps
+    streamed = len(steps) > 1
+    taps = Taps(described, list(points), sink) if points else nullcontext()
+    with torch.inference_mode(), taps as opened, live:
+        forward = opened.run if opened is not None else described.model
+        if not streamed:
+            return _one_pass(forward, ids, live), live
+        cache = _MarkedCache(config=described.model.config)
+        cache.live = live
+        first = 0
+        for number, size in enumerate(steps):
+            if shorten and 0 < number < len(steps) - 2:
+                continue
+            if shorten and number == len(steps) - 2 and number > 1:
+                skipped = workload.chunk_size * (number - 1)
+                _grow(cache, skipped, workload.chunk_size)
+                distinct = {value.untyped_storage()._cdata: value for value in kept[: len(points)]}
+                for value in distinct.values():
+                    kept.append(value.new_empty(value.shape[0], skipped, *value.shape[2:]))
+                    live.mark(kept[-1], CAPTURED)
+                first = len(live.events)
+            start = workload.chunk_size * number
+            output = forward(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)
+            del output
+        peak = live.peak(first)
+        del cache
+        return peak, live
+
+
+def _one_pass(forward: Any, ids: torch.Tensor, live: LiveStorages) -> Peak:
+    output = forward(input_ids=ids, use_cache=False)
+    if getattr(output, "logits", None) is not None:
+        live.mark(output.logits, LOGITS)
+    return live.peak()
+
+
+def _grow(cache: DynamicCache, tokens: int, chunk_size: int) -> None:
+    """Add that many tokens to a KV cache that holds one chunk, as so many steps would have done."""
+    for length in (tokens - chunk_size, chunk_size):
+        for index, layer in enumerate(cache.layers):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if length > 0 and isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.ndim == 4:
+                cache.update(_longer(keys, length), _longer(values, length), index)
+
+
+def _longer(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    return tensor.new_empty(*tensor.shape[:2], length, tensor.shape[3])
+
+
+@contextmanager
+def _shapes_alone() -> Iterator[None]:
+    """Replace what needs values or a kernel: two functions of transformers, each by one of the same result's shape.
+
+    Packed sequences are looked for in the position ids, and where one cannot look a b×s×s mask is made; the grouped
+    product of experts has no fake kernel for every dtype.
+    """
+    packed, grouped = masking_utils.find_packed_sequence_indices, moe._grouped_mm
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    moe._grouped_mm = lambda input, weight, offs: input.new_empty(input.shape[0], weight.shape[-1], dtype=weight.dtype)
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices, moe._grouped_mm = packed, grouped
+
+
+def _cpu_attention_buffers(query: torch.Tensor, *_: Any) -> int:
+    """Bytes that the fused CPU attention takes within itself, for each thread: as ATen's FlashAttentionKernel.cpp."""
+    rows = query.shape[2]
+    rows = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
+    columns, float_bytes = 512, 4
+    own = float_bytes * (rows * columns + 2 * rows + rows * query.shape[3])
+    if query.dtype != torch.float32:
+        own += query.element_size() * rows * columns
+    return own * torch.get_num_threads()
+
+
+CPU_KERNELS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_attention_buffers}
+
+
+def distinct_depth(described: Architecture) -> int:
+    """Blocks from the first on until every kind of block of the model has been met."""
+    kinds = getattr(described.model.config.get_text_config(), "layer_types", None) or []
+    met: dict[Any, int] = {}
+    for index, block in enumerate(described.blocks):
+        shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+        met.setdefault((kinds[index] if index < len(kinds) else "", type(block), shapes), index)
+    return 1 + max(met.values())
