@@ -21,7 +21,7 @@ TEMPORARIES = "temporaries"
 
 @dataclass(frozen=True)
 class Storage:
-    """One storage's life: its bytes, the category that it was marked with, the operation and the module it came from."""
+    """A storage: its bytes, the category that it was marked with, the operation and the module that it came from."""
 
     nbytes: int
     category: str

@@ -18,14 +18,14 @@ class _Int8Linear(nn.Module):
         super().__init__()
         self.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(linear.out_features, dtype=torch.float32))
-        self.bias = linear.bias
+        self.bias, self.out = linear.bias, linear.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
         half = x.to(torch.float16)
         quantized, row_scale = half.new_empty(x.shape, dtype=torch.int8), half.new_empty(rows, dtype=torch.float32)
-        product = half.new_empty((rows, len(self.scale)), dtype=torch.int32)
-        result = half.new_empty((*x.shape[:-1], len(self.scale)), dtype=torch.float16)
+        product = half.new_empty((rows, self.out), dtype=torch.int32)
+        result = half.new_empty((*x.shape[:-1], self.out), dtype=torch.float16)
         del half, quantized, row_scale, product
         return result.to(x.dtype)
 

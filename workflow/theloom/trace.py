@@ -105,17 +105,22 @@ class _MarkedCache(DynamicCache):
 
 
 def trace(
-    fake: FakeModel, workload: Workload, points: Sequence[HookPoint], held: bool = False, store: str | None = None
+    fake: FakeModel,
+    workload: Workload,
+    points: Sequence[HookPoint],
+    held: bool = False,
+    store: str | None = None,
+    device: str = "cpu",
 ) -> tuple[Peak, LiveStorages]:
     """The peak of one workload, weights and inputs not counted, and all births and ends of storages on the way.
 
     `points` are the hook points that are read (the forward ends after the deepest; with none it runs through). Their
     values are `held` until the forward ends, or else converted to the precision `store` and let go, as when they are
-    written to a file. Long windows are not traced chunk by chunk: the KV cache is filled, then the last two steps run.
+    written to a file. `device` is cpu or cuda: what its kernels allocate within themselves differs. Long windows are not traced chunk by chunk: the KV cache is filled, then the last two steps run.
     """
     with fake.mode, _shapes_alone():
         ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
-        return run(fake.architecture, ids, workload, points, held, store, shorten=True)
+        return run(fake.architecture, ids, workload, points, held, store, device, shorten=True)
 
 
 def run(
@@ -125,10 +130,11 @@ def run(
     points: Sequence[HookPoint],
     held: bool = False,
     store: str | None = None,
+    device: str = "cpu",
     shorten: bool = False,
 ) -> tuple[Peak, LiveStorages]:
     """`trace` on a model as it is, real or fake: with real weights it measures what `trace` foretells."""
-    live = LiveStorages(inside=CPU_KERNELS)
+    live = LiveStorages(whole=CUDA_KERNELS) if device == "cuda" else LiveStorages(inside=CPU_KERNELS)
     live.ignore([ids, *described.model.parameters(), *described.model.buffers()])
     kept: list[torch.Tensor] = []
     dtype = torch_dtype(store) if store else None
@@ -198,7 +204,7 @@ def _shapes_alone() -> Iterator[None]:
     """
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._grouped_mm
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    moe._grouped_mm = lambda input, weight, offs: input.new_empty(input.shape[0], weight.shape[-1], dtype=weight.dtype)
+    moe._grouped_mm = lambda x, weight, offs: x.new_empty(x.shape[0], weight.shape[-1], dtype=weight.dtype)
     try:
         yield
     finally:
@@ -216,14 +222,5 @@ def _cpu_attention_buffers(query: torch.Tensor, *_: Any) -> int:
     return own * torch.get_num_threads()
 
 
+CUDA_KERNELS = (torch.ops.aten.softmax.int,)  # with a dtype: half in, float out, in one kernel
 CPU_KERNELS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_attention_buffers}
-
-
-def distinct_depth(described: Architecture) -> int:
-    """Blocks from the first on until every kind of block of the model has been met."""
-    kinds = getattr(described.model.config.get_text_config(), "layer_types", None) or []
-    met: dict[Any, int] = {}
-    for index, block in enumerate(described.blocks):
-        shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-        met.setdefault((kinds[index] if index < len(kinds) else "", type(block), shapes), index)
-    return 1 + max(met.values())
