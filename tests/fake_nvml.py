@@ -41,10 +41,10 @@ def install(
     """Put the driver in place of pynvml. `errors` are of functions without a board; `names` of processes, by pid."""
     module = ModuleType("pynvml")
     module.__dict__.update({k: v for k, v in vars(pynvml).items() if not k.startswith("__")})
-    state = {"sessions": 0}
+    state = {"open": 0}
 
     def fail(name: str, board: Board | None = None) -> None:
-        if name != "nvmlInit" and not state["sessions"]:
+        if name != "nvmlInit" and not state["open"]:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
         error = {**(errors or {}), **(board.errors if board else {})}.get(name)
         if isinstance(error, Exception):
@@ -59,8 +59,8 @@ def install(
 
         setattr(module, name, function)
 
-    def session(change: int) -> None:
-        state["sessions"] += change
+    def count(change: int) -> None:
+        state["open"] += change
 
     def handle(index: int) -> Board:
         fail(f"nvmlDeviceGetHandleByIndex({index})")
@@ -98,8 +98,8 @@ def install(
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return names[pid]
 
-    define("nvmlInit", lambda: session(1))
-    define("nvmlShutdown", lambda: session(-1))
+    define("nvmlInit", lambda: count(1))
+    define("nvmlShutdown", lambda: count(-1))
     define("nvmlDeviceGetCount", lambda: len(boards))
     define("nvmlDeviceGetHandleByIndex", handle)
     define("nvmlDeviceGetUUID", lambda board: board.uuid)
@@ -112,6 +112,6 @@ def install(
     define("nvmlDeviceGetComputeRunningProcesses", lambda board: listed(board.processes))
     define("nvmlDeviceGetGraphicsRunningProcesses", lambda board: listed(board.graphics))
     define("nvmlSystemGetProcessName", process_name)
-    module.sessions = lambda: state["sessions"]
+    module.times_open = lambda: state["open"]
     monkeypatch.setitem(sys.modules, "pynvml", module)
     return module

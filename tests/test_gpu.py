@@ -155,12 +155,12 @@ def test_gpus_that_the_environment_hides(monkeypatch, cuda):
     assert "of which CUDA_VISIBLE_DEVICES='' may hide some" in note
 
 
-def test_cuda_that_cannot_start(monkeypatch, cuda):
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError])
+def test_cuda_that_cannot_start(monkeypatch, cuda, kind):
     cuda([Board("GPU-aa")], [Board("GPU-aa")])
-    forked = RuntimeError("Cannot re-initialize CUDA in forked subprocess.\nMore.")
 
     def fail(index: int) -> None:
-        raise forked
+        raise kind("Cannot re-initialize CUDA in forked subprocess.\nMore.")
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
     info = gpu.GPUManager().get_gpu_info()

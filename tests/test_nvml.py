@@ -33,7 +33,7 @@ def test_a_machine_s_devices(monkeypatch):
     assert first.processes == (nvml.Process(os.getpid(), "python3", 10 * GIB, is_vllm=False),)
     assert (second.name, second.total, second.used, second.processes) == ("NVIDIA GeForce GTX 1080", 8 * GIB, 0, ())
     assert first.note == second.note == machine.note == ""
-    assert driver.sessions() == 0
+    assert driver.times_open() == 0
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_a_driver_without_gpus(monkeypatch):
     assert nvml.read().note == "the NVIDIA driver shows no GPU"
 
 
-def test_the_session_ends_whatever_fails(monkeypatch):
+def test_nvml_is_shut_down_whatever_fails(monkeypatch):
     driver = fake_nvml.install(monkeypatch, [Board("GPU-aa")], errors={"nvmlDeviceGetCount": pynvml.NVML_ERROR_UNKNOWN})
     assert nvml.read().note == "NVML: Unknown Error"
-    assert driver.sessions() == 0
+    assert driver.times_open() == 0
 
 
 def test_one_gpu_that_is_lost_does_not_hide_the_others(monkeypatch):

@@ -32,7 +32,7 @@ def visible_gpus() -> tuple[list[VisibleGPU], str]:
     try:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         properties = [torch.cuda.get_device_properties(index) for index in range(count)]
-    except (RuntimeError, AssertionError) as error:  # a broken driver, or a fork of a process that used CUDA
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:  # a broken driver, or a fork
         return [], _why_none(f"torch cannot use CUDA: {_first_line(error)}")
     gpus = [
         VisibleGPU(i, str(getattr(p, "uuid", "")), p.name, (p.major, p.minor), p.total_memory)
