@@ -1,16 +1,13 @@
-"""The device of a run: which one, what it can do, how much memory it has and how much of it is in use."""
+"""The device of a run: which one, what it can do, how much memory it has, how much of it is in use, and by whom."""
 
 import logging
 import os
-import threading
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import psutil
-
+from theloom import cuda, host, nvml
 from theloom.errors import ConfigError
+from theloom.host import DeviceMemory
 
 if TYPE_CHECKING:
     import torch
@@ -48,43 +45,14 @@ def device_name(device: "torch.device") -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-@dataclass(frozen=True)
-class DeviceMemory:
-    """Bytes of the device's memory: the whole, what is free for this process, what is in use by anyone."""
-
-    total: int
-    free: int
-
-    @property
-    def used(self) -> int:
-        return self.total - self.free
-
-
 def device_memory(device: "torch.device") -> DeviceMemory:
-    """The memory of a GPU; for the CPU that of the host, or of the cgroup where that is less."""
+    """The memory of a GPU (makes a CUDA context); for the CPU that of the host, as `host.memory` bounds it."""
     import torch
 
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return DeviceMemory(total, free)
-    host = psutil.virtual_memory()
-    total, free = host.total, host.available
-    for limit, usage in _cgroup_files():
-        try:
-            most = int(limit.read_text())
-            left = most - int(usage.read_text())
-        except (OSError, ValueError):  # no such cgroup version, or "max": no limit
-            continue
-        total, free = min(total, most), min(free, left)
-    return DeviceMemory(total, max(free, 0))
-
-
-def _cgroup_files() -> list[tuple[Path, Path]]:
-    root = Path("/sys/fs/cgroup")
-    return [
-        (root / "memory.max", root / "memory.current"),
-        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
-    ]
+    return host.memory()
 
 
 def warn_above(threshold: float, device: "torch.device") -> bool:
@@ -103,57 +71,204 @@ def warn_above(threshold: float, device: "torch.device") -> bool:
     return share > threshold
 
 
-class PeakMemory:
-    """Peak growth of memory within a `with` block, in bytes: of the device (CUDA), or of this process (CPU).
+@dataclass(frozen=True)
+class GPUInfo:
+    """A device at one moment. GB are 10⁹ bytes, and `total` is what programs can have, less than the nominal size.
 
-    On CUDA it is torch's allocator's own peak. On the CPU resident memory is sampled every 2 ms, and where the kernel
-    lets a process reset its high-water mark (Linux: 5 into /proc/self/clear_refs), the mark is read as well.
+    `used` is everyone's, `own` and `peak` are this process's: on a GPU what torch's allocator holds, and the most that
+    tensors took since `reset_peak_memory`; on the CPU resident memory. `processes` are those that the driver lists.
+    `note` says why something could not be known, "" if all is.
     """
 
-    def __init__(self, device: "torch.device") -> None:
-        self.device = device
-        self.growth = 0
+    index: int
+    name: str
+    uuid: str
+    compute_capability: tuple[int, int] | None
+    total_memory_gb: float
+    used_memory_gb: float
+    free_memory_gb: float
+    peak_memory_gb: float
+    own_memory_gb: float
+    processes: tuple[nvml.Process, ...] = ()
+    note: str = ""
 
-    def __enter__(self) -> "PeakMemory":
-        import torch
+    @property
+    def label(self) -> str:
+        """Number and name, for messages."""
+        return f"GPU {self.index} ({self.name})" if self.compute_capability else self.name
 
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-            return self
-        self._process = psutil.Process(os.getpid())
-        self._before = self._peak = self._process.memory_info().rss
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self._marked = True
-        except OSError:
-            self._marked = False
-        self._stop = threading.Event()
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
-        self._sampler.start()
-        return self
+    @property
+    def usage_percent(self) -> float:
+        """The share of the memory that is in use, by anyone."""
+        return 100 * self.used_memory_gb / self.total_memory_gb if self.total_memory_gb else 0.0
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        import torch
+    @property
+    def other_processes(self) -> tuple[nvml.Process, ...]:
+        """The listed processes but this one."""
+        return tuple(p for p in self.processes if p.pid != os.getpid())
 
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.growth = torch.cuda.max_memory_allocated(self.device) - self._before
+
+class GPUManager:
+    """The memory of the GPUs that torch sees, numbered as torch numbers them; without any, of the CPU, as number 0.
+
+    Making one never fails. NVML numbers GPUs otherwise than CUDA does (which sorts by speed unless CUDA_DEVICE_ORDER
+    says PCI_BUS_ID, and shows those of CUDA_VISIBLE_DEVICES only), so that the two are matched by UUID. Each question
+    is answered anew. Methods that take a device raise ConfigError where there is no such one.
+    """
+
+    def __init__(self) -> None:
+        self._visible, self._why_none = cuda.visible_gpus()
+
+    def can_allocate(self, required_memory_gb: float, device: int = 0) -> bool:
+        """Whether this process can have that much more memory (GB of 10⁹ bytes) on a device now.
+
+        What other processes use is not free; what torch's allocator of this process holds and no tensor uses is.
+        Fragmentation can still make one large allocation fail: leave 10 to 15 % of headroom.
+        """
+        info, cached = self._info(self._checked(device)), 0
+        if self._visible:
+            import torch
+
+            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return required_memory_gb * 1e9 <= info.free_memory_gb * 1e9 + cached
+
+    def check_memory_threshold(self, threshold: float = 0.85) -> dict[str, Any]:
+        """Which devices have more than `threshold` (a share) of their memory in use, by anyone; each is logged.
+
+        Gives plain values: `threshold`; `devices`, with `device` (its index), `usage_percent`, `used_memory_gb` and
+        `total_memory_gb`; and `warnings`, the same of those above it, with `processes`, the others than this one.
+        Raises ConfigError for a threshold that is no share.
+        """
+        if not 0 < threshold <= 1:
+            raise ConfigError(f"threshold: {threshold} is not a share of the memory, a number above 0 and at most 1")
+        devices, warnings = [], []
+        for info in self._all():
+            usage = {
+                "device": info.index,
+                "usage_percent": info.usage_percent,
+                "used_memory_gb": info.used_memory_gb,
+                "total_memory_gb": info.total_memory_gb,
+            }
+            devices.append(usage)
+            if info.usage_percent > 100 * threshold:
+                others = [
+                    {
+                        "pid": p.pid,
+                        "name": p.name,
+                        "used_memory_gb": None if p.used is None else p.used / 1e9,
+                        "is_vllm": p.is_vllm,
+                    }
+                    for p in info.other_processes
+                ]
+                warnings.append({**usage, "processes": others})
+                log.warning("%s", _warning(info, threshold))
+        return {"threshold": threshold, "devices": devices, "warnings": warnings}
+
+    def get_gpu_info(self, device: int | None = None) -> GPUInfo | list[GPUInfo]:
+        """One device if it is named or the only one, else a list of all."""
+        if device is not None:
+            return self._info(self._checked(device))
+        found = self._all()
+        return found[0] if len(found) == 1 else found
+
+    def reset_peak_memory(self, device: int | None = None) -> None:
+        """Count `peak_memory_gb` from now, of one device or of all. The CPU's cannot be reset but on Linux."""
+        if device is not None:
+            self._checked(device)
+        if not self._visible:
+            host.reset_peak_resident()
             return
-        self._stop.set()
-        self._sampler.join()
-        if self._marked:
-            self._peak = max(self._peak, _high_water_mark())
-        self.growth = self._peak - self._before
+        import torch
 
-    def _sample(self) -> None:
-        while not self._stop.wait(0.002):
-            self._peak = max(self._peak, self._process.memory_info().rss)
+        for index in [v.index for v in self._visible] if device is None else [device]:
+            torch.cuda.reset_peak_memory_stats(index)
+
+    def empty_cache(self) -> None:
+        """Give the memory that torch's allocator holds, and no tensor uses, back to the GPUs, for other processes."""
+        import torch
+
+        if any(torch.cuda.memory_reserved(v.index) for v in self._visible):
+            torch.cuda.empty_cache()
+
+    def _checked(self, device: int) -> int:
+        count = len(self._visible) or 1
+        if not 0 <= device < count:
+            found = ", ".join(info.label for info in self._all())
+            why = f" ({self._why_none})" if self._why_none else ""
+            raise ConfigError(f"GPU {device} is not there, found {found}{why}")
+        return device
+
+    def _all(self) -> list[GPUInfo]:
+        machine = nvml.read()
+        return [self._info(index, machine) for index in range(len(self._visible) or 1)]
+
+    def _info(self, index: int, machine: nvml.Machine | None = None) -> GPUInfo:
+        if not self._visible:
+            return _cpu_info(self._why_none)
+        import torch
+
+        gpu, machine = self._visible[index], machine or nvml.read()
+        found = cuda.find(gpu, machine)
+        memory, note = cuda.memory(gpu, found, machine)
+        return GPUInfo(
+            index,
+            found.name if found else gpu.name,
+            found.uuid if found else gpu.uuid,
+            gpu.compute_capability,
+            memory.total / 1e9,
+            memory.used / 1e9,
+            memory.free / 1e9,
+            torch.cuda.max_memory_allocated(index) / 1e9,
+            torch.cuda.memory_reserved(index) / 1e9,
+            found.processes if found else (),
+            note,
+        )
 
 
-def _high_water_mark() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def other_processes(device: int = 0) -> str:
+    """Who else has memory on a device, in words for messages: "python (pid 4711, vLLM) 61.2 GB"; "" if nobody known."""
+    info = GPUManager().get_gpu_info(device)
+    assert isinstance(info, GPUInfo)
+    return _in_words(info.other_processes)
+
+
+def _in_words(processes: tuple[nvml.Process, ...], total_gb: float | None = None) -> str:
+    """With `total_gb`, each with its share of it."""
+    words = []
+    for process in processes:
+        word = f"{process.name} (pid {process.pid}{', vLLM' if process.is_vllm else ''})"
+        if process.used is not None:
+            word += f" {process.used / 1e9:.1f} GB"
+            if total_gb:
+                word += f" ({process.used / 1e7 / total_gb:.0f}%)"
+        words.append(word)
+    return ", ".join(words)
+
+
+def _warning(info: GPUInfo, threshold: float) -> str:
+    line = (
+        f"{info.label}: {info.usage_percent:.1f}% of the memory in use "
+        f"({info.used_memory_gb:.2f} of {info.total_memory_gb:.2f} GB), above the threshold {threshold:.2f}"
+    )
+    if info.other_processes:
+        line += f"; other processes: {_in_words(info.other_processes, info.total_memory_gb)}"
+    if any(p.is_vllm for p in info.other_processes):
+        line += "; vLLM takes 90% of a GPU by default: start it with a lower gpu_memory_utilization, or on another GPU"
+    return line
+
+
+def _cpu_info(why: str) -> GPUInfo:
+    memory = host.memory()
+    bound = f"; memory bound by {memory.limited_by}" if memory.limited_by else ""
+    return GPUInfo(
+        0,
+        "CPU",
+        "",
+        None,
+        memory.total / 1e9,
+        memory.used / 1e9,
+        memory.free / 1e9,
+        host.peak_resident() / 1e9,
+        host.resident() / 1e9,
+        note=f"no GPU: {why}{bound}",
+    )

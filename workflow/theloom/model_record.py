@@ -10,7 +10,7 @@ from typing import Any
 
 import h5py
 
-from theloom import estimate, gpu, layout, model, provenance, source
+from theloom import estimate, gpu, layout, model, peak, provenance, source
 from theloom.config import plain
 from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate
@@ -44,10 +44,10 @@ def record(config: Config, estimate_path: Path, output: Path) -> None:
     device, resolved = model.resolve_precision(config)
     predicted = planned.components[estimate.weight_kind(config, resolved.resolved)]
     files = source.prepare(config.model)
-    with gpu.PeakMemory(device) as loading:
+    with peak.PeakMemory(device) as loading:
         loaded = model.load(config, files)
     tried = model.try_out(loaded)
-    with gpu.PeakMemory(device) as running:
+    with peak.PeakMemory(device) as running:
         _run_largest_batch(loaded, planned)
     gpu.warn_above(config.memory.memory_warning_threshold, device)
     measured = {"load": loading.growth, "run": running.growth}

@@ -28,7 +28,15 @@ class Resolved:
 
 
 def resolve(requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True) -> Resolved:
-    """Follow the fallback chain.
+    """Follow the fallback chain, and log a warning for each step. The arguments are those of `follow`."""
+    found = follow(requested, capability, cpu_has_fp16)
+    for step in found.steps:
+        log.warning("precision_mode=%s: %s", requested, step)
+    return found
+
+
+def follow(requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True) -> Resolved:
+    """What `resolve` gives, without a word in the log.
 
     `requested` is auto, fp32, fp16 or bf16. `capability` is the CUDA compute capability, None for the CPU, where auto
     is FP32, BF16 is always there, and FP16 depends on the build of torch (`cpu_has_fp16`).
@@ -48,8 +56,6 @@ def resolve(requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bo
         if precision == "fp16" and capability < FP16_CAPABILITY:
             steps.append(f"fp16 needs compute capability 5.3 or more, found {found}: using fp32")
             precision = "fp32"
-    for step in steps:
-        log.warning("precision_mode=%s: %s", requested, step)
     return Resolved(requested, precision, tuple(steps))
 
 

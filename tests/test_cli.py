@@ -1,0 +1,114 @@
+"""The command line."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import fake_nvml
+import psutil
+import pytest
+import torch
+from fake_nvml import Board
+from theloom import cli, gpu, nvml
+from theloom.errors import ConfigError
+from theloom.gpu import GPUInfo
+
+
+def theloom(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "theloom.cli", *arguments], capture_output=True, text=True)
+
+
+def test_help_is_quick_and_lists_the_commands():
+    source = "import sys; from theloom import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    source += "assert not {'torch', 'gpuhunt', 'psutil', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert "gpus" in done.stdout
+    done.stdout.encode("ascii")  # for any terminal
+
+
+def test_the_command_is_installed_under_its_name():
+    (command,) = [e for e in entry_points(group="console_scripts") if e.name == "theloom"] or [None]
+    if command is None:
+        pytest.skip("theloom is not installed, or was before it had a command")
+    assert command.load() is cli.main
+
+
+@pytest.mark.parametrize("arguments", [[], ["gpu"], ["gpus", "--yaml"]])
+def test_a_wrong_command_line_is_explained(arguments):
+    done = theloom(*arguments)
+    assert done.returncode == 2
+    assert "usage: theloom" in done.stderr
+
+
+def test_gpus():
+    done = theloom("gpus")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "RTX 4090 24 25.2 23.5 8.9 yes yes" in lines
+    assert "GTX 980 4 4.1 3.8 5.2 no storage only" in lines
+    assert "AWS p4d.24xlarge 8 × A100 40 GB 320 70B" in lines
+    if not torch.cuda.is_available():
+        assert any(line.startswith("0 CPU – ") and line.endswith(" FP32") for line in lines)
+        assert any(line.startswith("CPU: no GPU: torch ") for line in lines)
+
+
+def test_gpus_as_json():
+    report = json.loads(theloom("gpus", "--json").stdout)
+    machine = report["machine"][0]
+    assert machine["index"] == 0
+    assert 0 < machine["used_memory_gb"] < machine["total_memory_gb"]
+    assert {"name": "H100", "nominal_gb": 80, "compute_capability": [9, 0], "bf16": True}.items() <= next(
+        gpu for gpu in report["gpus"] if gpu["name"] == "H100"
+    ).items()
+    assert report["cloud"]["as_of"] == "2026-11"
+    assert report["cloud"]["offers"][0]["best_for"] == "7B"
+    if not torch.cuda.is_available():
+        assert (machine["name"], machine["auto"]) == ("CPU", "fp32")
+        assert machine["total_memory_gb"] * 1e9 <= psutil.virtual_memory().total
+
+
+def test_gpus_with_processes_and_notes_under_the_table():
+    full = GPUInfo(
+        *(1, "NVIDIA GTX 980", "GPU-aa", (5, 2), 4.0, 3.0, 1.0, 0.0, 0.0),
+        processes=(nvml.Process(7, "VLLM::EngineCore", 2 * 10**9, is_vllm=True), nvml.Process(8, "x", None, False)),
+        note="a reason",
+    )
+    table = cli._machine_table([(full, "fp32")]).splitlines()[-1]
+    assert table.split() == ["1", "NVIDIA", "GTX", "980", "5.2", "4.0", "3.7", "3.0", "2.8", "1.0", "0.9", "FP32"]
+    assert cli._remarks([full]).splitlines() == [
+        "",
+        "  GPU 1 (NVIDIA GTX 980): VLLM::EngineCore (pid 7, vLLM) 2.0 GB",
+        "  GPU 1 (NVIDIA GTX 980): x (pid 8) ? GB",
+        "  GPU 1 (NVIDIA GTX 980): a reason",
+    ]
+
+
+def test_a_reader_that_stops_reading():
+    script = f"{sys.executable} -m theloom.cli gpus | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout.splitlines(), done.stderr) == (["This machine", "0"], "")
+
+
+def test_a_user_s_error_is_one_line_and_exit_code_1(monkeypatch, capsys):
+    def refuse(self: gpu.GPUManager, device: int | None = None) -> None:
+        raise ConfigError("what was asked, what was found, what to do")
+
+    monkeypatch.setattr(gpu.GPUManager, "get_gpu_info", refuse)
+    assert cli.main(["gpus"]) == 1
+    assert capsys.readouterr().err == "error: what was asked, what was found, what to do\n"
+
+
+def test_without_cuda_the_driver_s_gpus_are_named(monkeypatch, capsys):
+    if torch.backends.cuda.is_built():
+        pytest.skip("this torch is built with CUDA")
+    fake_nvml.install(monkeypatch, [Board("GPU-aa"), Board("GPU-bb", "NVIDIA T4")])
+    assert cli.main(["gpus"]) == 0
+    assert "is built without CUDA; the driver shows NVIDIA A100-SXM4-80GB, NVIDIA T4" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_gpus_of_a_machine_that_has_one():
+    machine = json.loads(theloom("gpus", "--json").stdout)["machine"]
+    assert [m["name"] for m in machine] == [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    assert machine[0]["auto"] in ("bf16", "fp16", "fp32")

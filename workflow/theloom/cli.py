@@ -1,0 +1,150 @@
+"""The command `theloom`. Each subcommand prints tables, or with --json one JSON object.
+
+What a subcommand needs is imported when it runs, so that `theloom --help` is quick.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from theloom import __version__
+from theloom.errors import TheLoomError
+
+if TYPE_CHECKING:
+    from theloom.gpu import GPUInfo
+
+GIB = 1 << 30
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code: 1 for an error of the user's, which is one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except TheLoomError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, head for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="theloom", description="Hidden states of transformer models, within the memory you have."
+    )
+    parser.add_argument("--version", action="version", version=f"theloom {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    gpus = commands.add_parser(
+        "gpus",
+        help="this machine's GPUs and who uses them, GPUs to plan for, and offers of clouds",
+        description="This machine's GPUs (without any, its CPU) with their memory, the precision that "
+        "precision_mode=auto gives there, and the processes on them; GPUs to plan for; and what clouds offer. "
+        "GB are 10^9 bytes, GiB 2^30.",
+    )
+    gpus.add_argument("--json", action="store_true", help="print one JSON object")
+    gpus.set_defaults(run=_gpus)
+    return parser
+
+
+def _gpus(arguments: argparse.Namespace) -> None:
+    from theloom import hardware, precision
+    from theloom.gpu import GPUManager
+
+    found = GPUManager().get_gpu_info()
+    machine = [
+        (info, precision.follow("auto", info.compute_capability).resolved)
+        for info in (found if isinstance(found, list) else [found])
+    ]
+    if arguments.json:
+        report = {
+            "machine": [asdict(info) | {"usage_percent": info.usage_percent, "auto": auto} for info, auto in machine],
+            "gpus": [asdict(gpu) for gpu in hardware.gpus()],
+            "cloud": {
+                "as_of": hardware.CLOUD_AS_OF,
+                "offers": [
+                    asdict(offer) | {"memory_gb": offer.memory_gb, "best_for": offer.best_for}
+                    for offer in hardware.CLOUD
+                ],
+            },
+        }
+        print(json.dumps(report, indent=2))
+        return
+    print("This machine\n")
+    print(_machine_table(machine))
+    print(_remarks([info for info, _ in machine]))
+    print("GPUs to plan for (usable: what is left of the nominal size for programs, at least)\n")
+    print(_hardware_table())
+    print(f"\nOffers of clouds, as of {hardware.CLOUD_AS_OF} (for: the largest model in 16 bits, as a rule of thumb)\n")
+    print(_cloud_table())
+
+
+def _machine_table(machine: list[tuple["GPUInfo", str]]) -> str:
+    rows = []
+    for info, auto in machine:
+        memory = (info.total_memory_gb, info.used_memory_gb, info.free_memory_gb)
+        sizes = [f"{gb * scale:.1f}" for gb in memory for scale in (1, 1e9 / GIB)]
+        rows.append([info.index, info.name, _capability(info.compute_capability), *sizes, auto.upper()])
+    sizes = [f"{part} {unit}" for part in ("total", "used", "free") for unit in ("GB", "GiB")]
+    return _table(rows, ["", "device", "capability", *sizes, "auto"], numbers=range(2, 9))
+
+
+def _remarks(infos: list["GPUInfo"]) -> str:
+    """What the table has no column for: the processes on each GPU, and what could not be known."""
+    lines = []
+    for info in infos:
+        for process in info.processes:
+            used = "?" if process.used is None else f"{process.used / 1e9:.1f}"
+            kind = ", vLLM" if process.is_vllm else ""
+            lines.append(f"  {info.label}: {process.name} (pid {process.pid}{kind}) {used} GB")
+        if info.note:
+            lines.append(f"  {info.label}: {info.note}")
+    return "\n".join(["", *lines, ""]) if lines else ""
+
+
+def _hardware_table() -> str:
+    from theloom import hardware
+
+    rows = [
+        [
+            gpu.name,
+            gpu.nominal_gb,
+            f"{gpu.usable_bytes / 1e9:.1f}",
+            f"{gpu.usable_bytes / GIB:.1f}",
+            _capability(gpu.compute_capability),
+            "yes" if gpu.bf16 else "no",
+            "yes" if gpu.fp16 else "storage only",
+        ]
+        for gpu in hardware.gpus()
+    ]
+    return _table(rows, ["GPU", "nominal GB", "usable GB", "usable GiB", "capability", "BF16", "FP16"], range(1, 5))
+
+
+def _cloud_table() -> str:
+    from theloom import hardware
+
+    rows = [
+        [offer.provider, offer.offer, f"{offer.number} × {offer.gpu}", offer.memory_gb, offer.best_for, offer.remark]
+        for offer in hardware.CLOUD
+    ]
+    return _table(rows, ["provider", "offer", "GPUs", "GB", "for", "remark"], range(3, 5))
+
+
+def _table(rows: list[list[Any]], headers: list[str], numbers: range) -> str:
+    from tabulate import tabulate
+
+    align = ["right" if column in numbers else "left" for column in range(len(headers))]
+    return tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True)
+
+
+def _capability(capability: tuple[int, int] | None) -> str:
+    return "–" if capability is None else ".".join(str(part) for part in capability)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""How much memory a piece of work takes at its peak."""
+
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from theloom import host
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PeakMemory:
+    """Peak growth of memory within a `with` block, in bytes: of the device (CUDA), or of this process (CPU).
+
+    On CUDA it is torch's allocator's own peak. On the CPU resident memory is sampled every 2 ms, and where the kernel
+    lets a process reset its high-water mark (Linux: 5 into /proc/self/clear_refs), the mark is read as well.
+    """
+
+    def __init__(self, device: "torch.device") -> None:
+        self.device = device
+        self.growth = 0
+
+    def __enter__(self) -> "PeakMemory":
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+            return self
+        self._before = self._peak = host.resident()
+        self._marked = host.reset_peak_resident()
+        self._stop = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.growth = torch.cuda.max_memory_allocated(self.device) - self._before
+            return
+        self._stop.set()
+        self._sampler.join()
+        if self._marked:
+            self._peak = max(self._peak, host.peak_resident())
+        self.growth = self._peak - self._before
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.002):
+            self._peak = max(self._peak, host.resident())
