@@ -2,8 +2,8 @@
 
 Symbols as in the field: h width of the residual stream, I of the MLP, H query and K key heads of size d, L blocks run,
 b windows, c tokens of a step, T tokens of the KV cache at the last step, e bytes of an element. The formulas list what
-is alive at the moments that can be the peak: the end of the gated MLP, the attention over a KV cache, and the rotation of
-queries and keys.
+is alive at the moments that can be the peak: the end of the gated MLP, the rotation of queries and keys, the growth of
+the KV cache, and the attention over it.
 """
 
 from collections.abc import Collection
@@ -90,37 +90,55 @@ def forward(
 
     `held` are residuals that are kept until the end: 0 is the token embedding, k the output of block k − 1.
     """
-    e, h, d = BYTES[precision], size.hidden_size, size.head_dim
-    q, kv = size.num_heads * d, size.num_kv_heads * d
-    step = min(tokens, chunk_size)
-    n = windows * step
-    whole = tokens - tokens % step  # the last step of full length is the peak
-    before = sum(whole if residual < blocks else whole - step for residual in held)
-    captured = before * windows * h * e
-    # the embedding, the input of the last block, its middle, and what its second norm makes of that
-    streams = len({0, blocks - 1} - set(held)) + (1 if size.model_type == "olmo2" else 2)
-    rotary = 4 if size.model_type == "olmo2" else e  # OLMo 2 rotates in FP32
-    positions = 8 * step + 2 * step * d * rotary
-    mlp = streams * n * h * e + _mlp(n, size, precision, quantization)
-    rotated = (streams - 1) * n * h * e + n * ((q + 2 * kv) * e + (q + 3 * kv) * rotary)
-    if tokens <= chunk_size:
-        return Parts(0, captured, positions + max(rotated, mlp))
-    keys_and_values = 2 * blocks * windows * kv * e * whole
-    mask = step * whole
-    repeated = 2 * windows * whole * q * e if kv < q else 0
-    attention = (streams - 1) * n * h * e + 2 * n * q * e + 4 * windows * size.num_heads * step
-    attention += repeated + windows * mask * e
-    rotated -= 2 * n * kv * e  # not in the cache yet
-    return Parts(keys_and_values, captured, positions + mask + max(rotated, attention, mlp))
+    whole = tokens - tokens % chunk_size
+    ends = {whole: min(tokens, chunk_size), tokens: tokens - whole or chunk_size}  # of the last steps: their tokens
+    steps = [_step(size, precision, windows, n, end, blocks, held, quantization) for end, n in ends.items() if end]
+    return max(steps, key=lambda parts: parts.total)
 
 
-def _mlp(n: int, size: Numbers, precision: str, quantization: str | None) -> int:
-    """Bytes that the gated MLP adds for n tokens: three results of its width, or what a quantised product takes."""
-    e, h, i = BYTES[precision], size.hidden_size, size.intermediate_size
-    three = 3 * n * i * e
-    if quantization == "int4":  # the second projection: its weight made whole again, beside two results
-        return max(three, 2 * n * i * e + h * i * e)
-    if quantization == "int8":  # likewise: rows in FP16 and int8 with scales, int32 and FP16 products, and one result
-        half = 0 if precision == "fp16" else 2 * n * h
-        return max(three, n * i * e + half + n * h + 4 * n + 6 * n * i)
-    return three
+def _step(
+    size: Numbers,
+    precision: str,
+    windows: int,
+    tokens: int,
+    end: int,
+    blocks: int,
+    held: Collection[int],
+    quantization: str | None,
+) -> Parts:
+    """One step over `tokens` positions of each window, the last of `end` positions."""
+    e, h, i, d = BYTES[precision], size.hidden_size, size.intermediate_size, size.head_dim
+    q, kv, n, olmo2 = size.num_heads * d, size.num_kv_heads * d, windows * tokens, size.model_type == "olmo2"
+    before = sum(end if residual < blocks else end - tokens for residual in held)
+
+    def product(inputs: int, outputs: int) -> int:
+        """What a linear layer takes, its result included."""
+        if quantization == "int4":  # the weight made whole again
+            return inputs * outputs * e + n * outputs * e
+        if quantization == "int8":  # rows in FP16, unless they are, and int8 with scales; products in int32 and FP16
+            return (0 if precision == "fp16" else 2 * n * inputs) + n * inputs + 4 * n + 6 * n * outputs
+        return n * outputs * e
+
+    # the embedding, the input of the last block, and what its first norm makes of that
+    streams = (len({0, blocks - 1} - set(held)) + (not olmo2)) * n * h * e
+    rotary = 4 if olmo2 else e  # OLMo 2 rotates in FP32
+    moments = [
+        streams + product(h, q),
+        streams + n * (q + kv) * e + product(h, kv),
+        streams + n * ((q + 2 * kv) * e + max(3 * q, q + 3 * kv) * rotary) - (2 * n * kv * e if end > tokens else 0),
+        streams + n * (2 * q + (2 * kv if end == tokens else 0)) * e + product(q, h),
+        streams + n * h * e + n * i * e + product(h, i),
+        streams + n * h * e + 3 * n * i * e,
+        streams + n * h * e + n * i * e + product(i, h),
+    ]
+    common = 8 * tokens + 2 * tokens * d * rotary
+    if end == tokens:
+        return Parts(0, before * windows * h * e, common + max(moments))
+    repeated = 2 * windows * end * q * e if kv < q else 0
+    moments += [
+        # the last block's new values beside the old ones, which are cached, as its keys and all of the others' are
+        streams + n * (q + 2 * kv) * e + windows * kv * e * (end - tokens),
+        streams + 2 * n * q * e + 4 * windows * size.num_heads * tokens + repeated + windows * tokens * end * e,
+    ]
+    cache = 2 * blocks * windows * kv * e * end
+    return Parts(cache, before * windows * h * e, common + tokens * end + max(moments))

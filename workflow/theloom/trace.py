@@ -116,7 +116,8 @@ def trace(
 
     `points` are the hook points that are read (the forward ends after the deepest; with none it runs through). Their
     values are `held` until the forward ends, or else converted to the precision `store` and let go, as when they are
-    written to a file. `device` is cpu or cuda: what its kernels allocate within themselves differs. Long windows are not traced chunk by chunk: the KV cache is filled, then the last two steps run.
+    written to a file. `device` is cpu or cuda: what its kernels allocate within themselves differs. Long windows are
+    not traced chunk by chunk: the KV cache is filled, then the last two steps run.
     """
     with fake.mode, _shapes_alone():
         ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
@@ -204,11 +205,15 @@ def _shapes_alone() -> Iterator[None]:
     """
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._grouped_mm
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    moe._grouped_mm = lambda x, weight, offs: x.new_empty(x.shape[0], weight.shape[-1], dtype=weight.dtype)
+    moe._grouped_mm = _grouped_product
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices, moe._grouped_mm = packed, grouped
+
+
+def _grouped_product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    return input.new_empty(input.shape[0], weight.shape[-1], dtype=weight.dtype)
 
 
 def _cpu_attention_buffers(query: torch.Tensor, *_: Any) -> int:

@@ -1,0 +1,62 @@
+"""The closed form against the trace, on Llama-like models of many shapes."""
+
+import pytest
+from theloom import architecture, closed_form, trace
+from theloom.hooks import select
+from theloom.trace import Workload
+from transformers import AutoConfig
+
+SHAPES = {
+    "llama-mha": ("llama", {"num_key_value_heads": 8}),
+    "llama-gqa": ("llama", {"num_key_value_heads": 2}),
+    "llama-narrow-mlp": ("llama", {"num_key_value_heads": 8, "intermediate_size": 256}),
+    "llama-wide-heads": ("llama", {"num_key_value_heads": 4, "head_dim": 128}),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 64}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 8}),
+}
+KINDS = [("fp32", None), ("bf16", None), ("fp16", "int8"), ("bf16", "int8"), ("bf16", "int4"), ("fp32", "int4")]
+LAST, TWO, ALL = ["blocks.-1.hook_resid_post"], ["blocks.1.*_post", "blocks.3.*_pre"], []
+CASES = [
+    (Workload(1, 1, 512), LAST, False),
+    (Workload(3, 512, 512), LAST, False),
+    (Workload(3, 512, 512), ALL, True),
+    (Workload(1, 4096, 512), TWO, True),
+    (Workload(2, 1100, 256), ALL, True),
+    (Workload(2, 1100, 256), LAST, False),
+]
+
+
+def model_config(name: str):
+    model_type, numbers = SHAPES[name]
+    sizes = {"hidden_size": 512, "num_hidden_layers": 5, "num_attention_heads": 8, "intermediate_size": 1408}
+    return AutoConfig.for_model(model_type, **sizes | {"vocab_size": 1000, "max_position_embeddings": 8192} | numbers)
+
+
+def residuals(points) -> set[int]:
+    return {p.block + (p.value == "hook_resid_post") for p in points}
+
+
+@pytest.mark.parametrize(("precision", "quantization"), KINDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_closed_form_equals_the_trace(name: str, precision: str, quantization: str | None) -> None:
+    size = architecture.numbers(model_config(name))
+    fake = trace.fake_model(model_config(name), precision, quantization)
+    assert closed_form.weights(size, precision, quantization) == pytest.approx(sum(fake.weights), rel=1e-3)
+    far = {}
+    for workload, filters, held in CASES:
+        points = select(filters, fake.points)
+        traced, _ = trace.trace(fake, workload, points, held=held, store=precision, device="cuda")
+        formula = closed_form.forward(
+            size,
+            precision,
+            workload.windows,
+            workload.tokens,
+            workload.chunk_size,
+            blocks=1 + max(p.block for p in points),
+            held=residuals(points) if held else (),
+            quantization=quantization,
+        )
+        far[workload, len(points), held] = formula.total / traced.total - 1
+    assert all(abs(error) <= 1e-3 for error in far.values()), {k: v for k, v in far.items() if abs(v) > 1e-3}
