@@ -88,7 +88,8 @@ class Stages:
         """All stages before the extraction."""
         estimate.run_estimate(self.config("estimate"), self.folder / "estimate.h5")
         tokens.tokenize(self.config("tokens"), self.folder / "tokens.h5")
-        model_record.record(self.config("model"), self.folder / "estimate.h5", self.folder / "model.h5")
+        files = (self.folder / name for name in ("estimate.h5", "tokens.h5", "model.h5"))
+        model_record.record(self.config("model"), *files)
 
     def extract(self) -> None:
         count = self.config("merge").extraction.shards

@@ -3,7 +3,7 @@
 import pytest
 from theloom import architecture, closed_form, trace
 from theloom.hooks import select
-from theloom.trace import Workload
+from theloom.memory import Kind, Workload
 from transformers import AutoConfig
 
 SHAPES = {
@@ -16,7 +16,14 @@ SHAPES = {
     "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 64}),
     "olmo2": ("olmo2", {"num_key_value_heads": 8}),
 }
-KINDS = [("fp32", None), ("bf16", None), ("fp16", "int8"), ("bf16", "int8"), ("bf16", "int4"), ("fp32", "int4")]
+KINDS = [
+    Kind("fp32"),
+    Kind("bf16"),
+    Kind("fp16", "int8"),
+    Kind("bf16", "int8"),
+    Kind("bf16", "int4"),
+    Kind("fp32", "int4"),
+]
 LAST, TWO, ALL = ["blocks.-1.hook_resid_post"], ["blocks.1.*_post", "blocks.3.*_pre"], []
 CASES = [
     (Workload(1, 1, 512), LAST, False),
@@ -25,6 +32,7 @@ CASES = [
     (Workload(1, 4096, 512), TWO, True),
     (Workload(2, 1100, 256), ALL, True),
     (Workload(2, 1100, 256), LAST, False),
+    (Workload(1, 750, 512), LAST, False),
 ]
 
 
@@ -38,25 +46,17 @@ def residuals(points) -> set[int]:
     return {p.block + (p.value == "hook_resid_post") for p in points}
 
 
-@pytest.mark.parametrize(("precision", "quantization"), KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.precision}-{kind.quantization}")
 @pytest.mark.parametrize("name", SHAPES)
-def test_closed_form_equals_the_trace(name: str, precision: str, quantization: str | None) -> None:
+def test_closed_form_equals_the_trace(name: str, kind: Kind) -> None:
     size = architecture.numbers(model_config(name))
-    fake = trace.fake_model(model_config(name), precision, quantization)
-    assert closed_form.weights(size, precision, quantization) == pytest.approx(sum(fake.weights), rel=1e-3)
+    fake = trace.fake_model(model_config(name), kind.precision, kind.quantization)
+    assert closed_form.weights(size, kind) == pytest.approx(sum(fake.weights), rel=1e-3)
     far = {}
     for workload, filters, held in CASES:
         points = select(filters, fake.points)
-        traced, _ = trace.trace(fake, workload, points, held=held, store=precision, device="cuda")
-        formula = closed_form.forward(
-            size,
-            precision,
-            workload.windows,
-            workload.tokens,
-            workload.chunk_size,
-            blocks=1 + max(p.block for p in points),
-            held=residuals(points) if held else (),
-            quantization=quantization,
-        )
+        traced, _ = trace.trace(fake, workload, points, held=held, store=kind.precision, device="cuda")
+        blocks = 1 + max(p.block for p in points)
+        formula = closed_form.forward(size, kind, workload, blocks, residuals(points) if held else ())
         far[workload, len(points), held] = formula.total / traced.total - 1
     assert all(abs(error) <= 1e-3 for error in far.values()), {k: v for k, v in far.items() if abs(v) > 1e-3}

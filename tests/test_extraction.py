@@ -14,9 +14,10 @@ import pytest
 import theloom
 import torch
 from support import TINY, a_config, build_tiny, extract_with_small_commits, plain_residuals, stages
-from theloom import batching, model, model_record, source
+from theloom import batching, host, model, model_record, source
 from theloom.errors import HookError, MemoryPlanError, ModelError, StoreError
 from theloom.extraction import ResidentRunner
+from theloom.host import DeviceMemory
 from theloom.precision import torch_dtype
 from theloom.schema import ArchitectureConfig
 
@@ -203,8 +204,10 @@ def test_a_run_larger_than_the_disk_ends_at_the_estimate(tmp_path, tiny_llama):
 
 
 def test_a_run_larger_than_the_memory_ends_before_loading(tmp_path, tiny_llama, monkeypatch):
-    run = stages(tmp_path, tiny_llama, "memory.streaming_chunk_size=100000000000")
-    with pytest.raises(MemoryPlanError, match=r"the run needs .* GB .* cpu has .* GB free"):
+    run = stages(tmp_path, tiny_llama)
+    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(10**9, 10**6, "a small cgroup"))
+    monkeypatch.setattr(model, "load", None)
+    with pytest.raises(MemoryPlanError, match=r"cpu has 1.0 MB of 1.00 GB free, limited by a small cgroup"):
         run.prepare()
 
 

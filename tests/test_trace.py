@@ -6,8 +6,8 @@ import pytest
 import torch
 from theloom import architecture, trace
 from theloom.hooks import catalogue, select
+from theloom.memory import Workload
 from theloom.precision import torch_dtype
-from theloom.trace import Workload
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModel
 

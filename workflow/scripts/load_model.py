@@ -8,4 +8,9 @@ with job(snakemake.log[0], snakemake.threads):
     from theloom.config import thaw
     from theloom.model_record import record
 
-    record(thaw(snakemake.input.config), Path(snakemake.input.estimate), Path(snakemake.output.model))
+    record(
+        thaw(snakemake.input.config),
+        Path(snakemake.input.estimate),
+        Path(snakemake.input.tokens),
+        Path(snakemake.output.model),
+    )

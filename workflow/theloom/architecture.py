@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from theloom.errors import ModelError
+from theloom.schema import ArchitectureConfig
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ class Numbers:
     intermediate_size: int
     vocab_size: int
     context_length: int
+    sliding_window: bool = False  # whether the attention of any block sees less than the whole context
 
 
 def numbers(config: "PretrainedConfig") -> Numbers:
@@ -56,6 +58,22 @@ def numbers(config: "PretrainedConfig") -> Numbers:
         intermediate_size=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden,
         vocab_size=text.vocab_size,
         context_length=getattr(text, "max_position_embeddings", None) or 0,
+        sliding_window=bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True),
+    )
+
+
+def numbers_of_profile(declared: ArchitectureConfig) -> Numbers:
+    """The same from the numbers that a profile carries, without transformers."""
+    return Numbers(
+        model_type=declared.model_type,
+        hidden_size=declared.hidden_size,
+        num_blocks=declared.num_hidden_layers,
+        num_heads=declared.num_attention_heads,
+        num_kv_heads=declared.num_key_value_heads,
+        head_dim=declared.head_dim or declared.hidden_size // declared.num_attention_heads,
+        intermediate_size=declared.intermediate_size,
+        vocab_size=declared.vocab_size,
+        context_length=declared.max_position_embeddings,
     )
 
 

@@ -8,30 +8,19 @@ the KV cache, and the attention over it.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 
 from theloom.architecture import Numbers
+from theloom.memory import Kind, Parts, Workload
 from theloom.precision import BYTES
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 NF4_BLOCK = 64  # weights that share one 4-byte scale
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Bytes of one forward pass at its peak, weights apart."""
-
-    kv_cache: int
-    captured: int
-    temporaries: int
-
-    @property
-    def total(self) -> int:
-        return self.kv_cache + self.captured + self.temporaries
-
-
 def covers(size: Numbers) -> bool:
     """Whether the formulas hold: a Llama-like model, whose attention sees all of its context."""
-    return size.model_type in LLAMA_LIKE
+    return size.model_type in LLAMA_LIKE and not size.sliding_window
 
 
 @dataclass(frozen=True)
@@ -65,58 +54,45 @@ def parameters(size: Numbers, tied: bool) -> Parameters:
     )
 
 
-def weights(size: Numbers, precision: str, quantization: str | None = None) -> int:
+def weights(size: Numbers, kind: Kind) -> int:
     """Bytes of the base model, without LM head, with its two rotary tables in FP32."""
-    counts, e = parameters(size, tied=True), BYTES[precision]
+    counts, e = parameters(size, tied=True), BYTES[kind.precision]
     linear = {
         None: counts.linear * e,
         "int8": counts.linear + 4 * counts.output_rows,
         "int4": counts.linear // 2 + 4 * (counts.linear // NF4_BLOCK),
-    }[quantization]
+    }[kind.quantization]
     return linear + counts.other * e + 2 * 4 * (size.head_dim // 2)
 
 
-def forward(
-    size: Numbers,
-    precision: str,
-    windows: int,
-    tokens: int,
-    chunk_size: int,
-    blocks: int,
-    held: Collection[int] = (),
-    quantization: str | None = None,
-) -> Parts:
+def forward(size: Numbers, kind: Kind, workload: Workload, blocks: int, held: Collection[int] = ()) -> Parts:
     """The peak of one forward pass over the first `blocks` blocks, with fused attention.
 
     `held` are residuals that are kept until the end: 0 is the token embedding, k the output of block k − 1.
     """
-    whole = tokens - tokens % chunk_size
-    ends = {whole: min(tokens, chunk_size), tokens: tokens - whole or chunk_size}  # of the last steps: their tokens
-    steps = [_step(size, precision, windows, n, end, blocks, held, quantization) for end, n in ends.items() if end]
-    return max(steps, key=lambda parts: parts.total)
+    steps = list(zip(accumulate(workload.steps), workload.steps, strict=True))
+    cached = len(steps) > 1
+    last_two = steps[-2:]  # the last may be a short one
+    peaks = [_step(size, kind, workload.windows, tokens, end, cached, blocks, held) for end, tokens in last_two]
+    return max(peaks, key=lambda parts: parts.total)
 
 
 def _step(
-    size: Numbers,
-    precision: str,
-    windows: int,
-    tokens: int,
-    end: int,
-    blocks: int,
-    held: Collection[int],
-    quantization: str | None,
+    size: Numbers, kind: Kind, windows: int, tokens: int, end: int, cached: bool, blocks: int, held: Collection[int]
 ) -> Parts:
-    """One step over `tokens` positions of each window, the last of `end` positions."""
-    e, h, i, d = BYTES[precision], size.hidden_size, size.intermediate_size, size.head_dim
+    """One step over `tokens` positions of each window, the last of `end`; `cached`: through a KV cache."""
+    e, h, i, d = BYTES[kind.precision], size.hidden_size, size.intermediate_size, size.head_dim
     q, kv, n, olmo2 = size.num_heads * d, size.num_kv_heads * d, windows * tokens, size.model_type == "olmo2"
     before = sum(end if residual < blocks else end - tokens for residual in held)
 
     def product(inputs: int, outputs: int) -> int:
         """What a linear layer takes, its result included."""
-        if quantization == "int4":  # the weight made whole again
+        if kind.quantization == "int4":  # the weight made whole again
             return inputs * outputs * e + n * outputs * e
-        if quantization == "int8":  # rows in FP16, unless they are, and int8 with scales; products in int32 and FP16
-            return (0 if precision == "fp16" else 2 * n * inputs) + n * inputs + 4 * n + 6 * n * outputs
+        if (
+            kind.quantization == "int8"
+        ):  # rows in FP16, unless they are, and int8 with scales; products in int32 and FP16
+            return (0 if kind.precision == "fp16" else 2 * n * inputs) + n * inputs + 4 * n + 6 * n * outputs
         return n * outputs * e
 
     # the embedding, the input of the last block, and what its first norm makes of that
@@ -125,20 +101,22 @@ def _step(
     moments = [
         streams + product(h, q),
         streams + n * (q + kv) * e + product(h, kv),
-        streams + n * ((q + 2 * kv) * e + max(3 * q, q + 3 * kv) * rotary) - (2 * n * kv * e if end > tokens else 0),
-        streams + n * (2 * q + (2 * kv if end == tokens else 0)) * e + product(q, h),
+        streams + n * ((q + 2 * kv) * e + max(3 * q, q + 3 * kv) * rotary) - (2 * n * kv * e if cached else 0),
+        streams + n * (2 * q + (0 if cached else 2 * kv)) * e + product(q, h),
         streams + n * h * e + n * i * e + product(h, i),
         streams + n * h * e + 3 * n * i * e,
         streams + n * h * e + n * i * e + product(i, h),
     ]
     common = 8 * tokens + 2 * tokens * d * rotary
-    if end == tokens:
+    if not cached:
         return Parts(0, before * windows * h * e, common + max(moments))
-    repeated = 2 * windows * end * q * e if kv < q else 0
-    moments += [
-        # the last block's new values beside the old ones, which are cached, as its keys and all of the others' are
-        streams + n * (q + 2 * kv) * e + windows * kv * e * (end - tokens),
-        streams + 2 * n * q * e + 4 * windows * size.num_heads * tokens + repeated + windows * tokens * end * e,
-    ]
+    # the last block's new values beside the old ones, which are cached, as its keys and all of the others' are
+    moments.append(streams + n * (q + 2 * kv) * e + windows * kv * e * (end - tokens))
+    mask = 0
+    if end > tokens:  # a mask, once in booleans, and in the attention as numbers; with it, keys and values are repeated
+        mask = tokens * end
+        repeated = 2 * windows * end * q * e if kv < q else 0
+        attention = 2 * n * q * e + 4 * windows * size.num_heads * tokens
+        moments.append(streams + attention + repeated + windows * mask * e)
     cache = 2 * blocks * windows * kv * e * end
-    return Parts(cache, before * windows * h * e, common + tokens * end + max(moments))
+    return Parts(cache, before * windows * h * e, common + mask + max(moments))

@@ -1,173 +1,150 @@
-"""The memory and the disk that a run needs, from its config alone: no weights, no GPU.
+"""The memory and the disk of a run, from its config alone: no weights, no GPU. What `estimate.h5` holds.
 
-Weights are counted on the model's own classes, built without storage; the KV cache, the captured hidden states and the
-output are exact products of shapes. The working set of a forward pass is the closed form for Llama-like blocks with
-fused attention, n·e·(3·I + 4·h) bytes for n tokens of e bytes, MLP width I and hidden size h, which tracing such models
-op by op gives to 0.1%; other architectures may differ, and `load_model` measures what it really is.
+Since the job that will run may find less memory free than was thought of, forward passes of several shapes are
+foretold, among which `plan` chooses. They come in closed form where that holds, else from traces; what is planned in
+the end is traced, and measured, by `load_model`.
 """
 
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import h5py
+import numpy as np
 
-from theloom import architecture, layout, provenance
-from theloom.architecture import Numbers
+from theloom import closed_form, layout, memory, provenance
+from theloom.architecture import numbers, numbers_of_profile
 from theloom.config import plain
 from theloom.errors import MemoryPlanError
+from theloom.estimator import ClosedForm, Estimator, Traced, config_of, row_bytes
 from theloom.hooks import HookPoint, catalogue, select
+from theloom.memory import KINDS, Kind, Parts, Workload
 from theloom.model import hf_config
 from theloom.precision import BYTES
-from theloom.schema import ArchitectureConfig, Config
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig
+from theloom.schema import Config
 
 log = logging.getLogger(__name__)
 
-# Bytes of one weight of a linear layer inside the blocks; all other weights stay in 16 bits. NF4 keeps a 4-byte scale
-# for each 64 weights (bitsandbytes' block size), LLM.int8() one for each output row, which is not counted.
-QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5 + 4 / 64}
-TOKEN_TABLES_BYTES = 12  # input_ids, document and position, 4 bytes each
+SMALLEST_CHUNK = 64
+HOST_PROCESS = 450_000_000  # bytes resident in a process that has imported torch, transformers and h5py
+DEFAULT_CONTEXT = 2048  # tokens, of a model whose config does not say
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the run is cut into forward passes. Tokens, except `batch_windows`."""
+class Pass:
+    """One window's forward pass: its tokens, those of a step, and its bytes while hook points are written as they come.
 
-    batch_tokens: int
+    More windows side by side take as many times the bytes.
+    """
+
+    tokens: int
     chunk_size: int
-    context_length: int  # longest window; 0: not known
-    shards: int
-
-    @property
-    def batch_windows(self) -> int:
-        """Windows of full chunk size that share a forward pass."""
-        return max(1, self.batch_tokens // self.chunk_size)
-
-    @property
-    def forward_tokens(self) -> int:
-        """Tokens of the largest forward pass."""
-        return self.batch_windows * self.chunk_size
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens whose keys and values are held while the longest window streams; 0 where none is that long."""
-        return self.context_length if self.context_length > self.chunk_size else 0
-
-
-@dataclass(frozen=True)
-class Components:
-    """Bytes by category at one precision."""
-
-    weights: int
-    kv_cache: int
-    captured: int  # hidden states of one forward pass, all hook points asked for
-    working_set: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.kv_cache + self.captured + self.working_set
+    parts: Parts
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `estimate.h5` holds."""
+    """What is known of a run before anything is loaded. Bytes; by kind of weights: fp32, fp16, bf16, int8, int4, …"""
 
-    plan: Plan
+    model_type: str
+    attention: str
+    device: str  # cpu or cuda: whose kernels were thought of
+    context_length: int  # tokens of the longest window
+    chunk_size: int  # asked for
+    batch_tokens: int | None  # asked for; None: the plan's to choose
     hooks: list[str]
-    components: dict[str, Components]  # by precision: fp32, fp16, bf16, int8, int4
-    row_bytes: dict[str, int]  # bytes on disk of one token, by precision of the store
+    weights: dict[str, int]
+    load_peak: dict[str, int]
+    passes: dict[str, list[Pass]]
+    captured_full: dict[str, int]  # of a token, all hook points of the model
+    captured_selected: dict[str, int]  # of a token, those asked for
+    row_bytes: dict[str, int]  # on disk, of a token, by precision of the store
     rows: int | None  # tokens of the corpus, where max_tokens bounds them
+    host_process: int  # resident memory of a process that has loaded all libraries and no weights
 
     def disk_bytes(self, store_precision: str) -> int | None:
         """Bytes of all shards together, where the number of tokens is known."""
         return None if self.rows is None else self.rows * self.row_bytes[store_precision]
 
-
-@dataclass(frozen=True)
-class _Counts:
-    total: int
-    in_block_linears: int
-
-
-def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":
-    """A transformers config from the numbers of a profile."""
-    from transformers import AutoConfig
-
-    known = {k: v for k, v in cast(Any, numbers).items() if k not in ("model_type", "parameters") and v is not None}
-    return AutoConfig.for_model(numbers.model_type, **known)
+    def find(self, kind: str, tokens: int, chunk_size: int) -> Parts:
+        """The bytes of one window of `tokens`, in steps of `chunk_size`: of the least pass foretold that covers it."""
+        for candidate in sorted(self.passes[kind], key=lambda p: p.tokens):
+            if candidate.tokens >= tokens and candidate.chunk_size == chunk_size:
+                return candidate.parts.times(tokens / candidate.tokens)
+        one_pass = max((p for p in self.passes[kind] if p.tokens <= p.chunk_size), key=lambda p: p.tokens)
+        return one_pass.parts.times(tokens / one_pass.tokens)
 
 
-def skeleton(config: "PretrainedConfig", trust_remote_code: bool = False) -> "torch.nn.Module":
-    """The model that extraction loads (no LM head), built without storage."""
-    import torch
-    from transformers import AutoModel
+def chunk_sizes(largest: int) -> list[int]:
+    """The chunk sizes that a plan can choose from: the one asked for, a quarter of it, and so on."""
+    sizes = [largest]
+    while sizes[-1] // 4 >= SMALLEST_CHUNK:
+        sizes.append(sizes[-1] // 4)
+    return sizes
 
-    with torch.device("meta"):
-        return AutoModel.from_config(config, trust_remote_code=trust_remote_code)
 
-
-def estimate(config: Config, model_config: "PretrainedConfig") -> Estimate:
-    """The estimate of a run, from its config and the model's. Raises HookError for hook points it has not."""
-    size = architecture.numbers(model_config)
-    points = select(config.memory.activation_cache_filter, catalogue(size.num_blocks, size.hidden_size))
-    context = config.corpus.context_length or size.context_length
+def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estimate:
+    """The estimate of a run. `device` is cpu or cuda. Raises HookError for hook points that the model has not."""
+    size = estimator.size
+    everything = catalogue(size.num_blocks, size.hidden_size)
+    points = select(config.memory.activation_cache_filter, everything)
+    context = config.corpus.context_length or size.context_length or DEFAULT_CONTEXT
     if config.corpus.max_tokens is not None:
-        context = min(context or config.corpus.max_tokens, config.corpus.max_tokens)
-    plan = Plan(
-        batch_tokens=config.extraction.batch_tokens,
-        chunk_size=config.memory.streaming_chunk_size,
-        context_length=context,
-        shards=config.extraction.shards,
-    )
-    counts = _count(model_config, config.model.trust_remote_code)
+        context = min(context, config.corpus.max_tokens)
+    chunk_size = min(config.memory.streaming_chunk_size, context)
+    wanted = _wanted(config)
     return Estimate(
-        plan=plan,
+        model_type=size.model_type,
+        attention=getattr(estimator, "attention", "sdpa"),
+        device=device,
+        context_length=context,
+        chunk_size=chunk_size,
+        batch_tokens=config.extraction.batch_tokens,
         hooks=[p.name for p in points],
-        components={p: _components(p, counts, size, plan, points) for p in (*BYTES, *QUANTIZED_BYTES)},
-        row_bytes={p: BYTES[p] * sum(h.width for h in points) + TOKEN_TABLES_BYTES for p in BYTES},
+        weights={name: estimator.weights(kind) for name, kind in KINDS.items()},
+        load_peak={name: _load_peak(estimator, kind) for name, kind in KINDS.items()},
+        passes={kind.name: _passes(estimator, kind, points, context, chunk_size, device) for kind in wanted},
+        captured_full={name: _captured(everything, kind) for name, kind in KINDS.items()},
+        captured_selected={name: _captured(points, kind) for name, kind in KINDS.items()},
+        row_bytes={precision: row_bytes(points, precision) for precision in BYTES},
         rows=config.corpus.max_tokens,
+        host_process=HOST_PROCESS,
     )
 
 
-def _count(model_config: "PretrainedConfig", trust_remote_code: bool) -> _Counts:
-    import torch
-
-    model: Any = skeleton(model_config, trust_remote_code)
-    linears = {
-        id(module.weight): module.weight.numel()
-        for block in architecture.describe(model).blocks
-        for module in block.modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    return _Counts(sum(p.numel() for p in model.parameters()), sum(linears.values()))
+def _wanted(config: Config) -> list[Kind]:
+    """The kinds that the run can have, and those that it is offered where it does not fit."""
+    asked = config.memory.precision_mode.name
+    precisions = {"fp32": ["fp32", "bf16"], "fp16": ["fp16", "fp32"]}.get(asked, ["bf16", "fp16", "fp32"])
+    kinds = [memory.kind_of(config, precision) for precision in precisions]
+    offered = [Kind("bf16"), Kind("bf16", "int8"), Kind("bf16", "int4")]
+    return list({kind.name: kind for kind in [*kinds, *offered]}.values())
 
 
-def _components(precision: str, counts: _Counts, size: Numbers, plan: Plan, points: list[HookPoint]) -> Components:
-    element = BYTES.get(precision, 2)
-    weights: float = counts.total * element
-    if precision in QUANTIZED_BYTES:
-        weights -= counts.in_block_linears * (element - QUANTIZED_BYTES[precision])
-    running_blocks = 1 + max(p.block for p in points)
-    tokens = plan.forward_tokens
-    return Components(
-        weights=int(weights),
-        kv_cache=2 * running_blocks * size.num_kv_heads * size.head_dim * element * plan.cached_tokens,
-        captured=tokens * sum(p.width for p in points) * element,
-        working_set=tokens * element * (3 * size.intermediate_size + 4 * size.hidden_size),
-    )
+def _passes(
+    estimator: Estimator, kind: Kind, points: list[HookPoint], context: int, chunk_size: int, device: str
+) -> list[Pass]:
+    """One pass and streamed, for every chunk size that a plan may choose, and one pass over the whole context."""
+    shapes = [Workload(1, context, context)]
+    for size in chunk_sizes(chunk_size):
+        shapes += [Workload(1, min(size, context), size), Workload(1, context, size)]
+    twin = Kind("bf16", kind.quantization) if kind.precision == "fp16" else kind  # of the same sizes
+    return [
+        Pass(shape.tokens, shape.chunk_size, estimator.forward(twin, shape, points, device=device))
+        for shape in dict.fromkeys(shapes)
+    ]
 
 
-def weight_kind(config: Config, precision: str) -> str:
-    """Which entry of `Estimate.components` a run has: its quantisation's, else its precision's."""
-    quantization = config.memory.quantization
-    return precision if quantization is None else {"8bit": "int8", "4bit": "int4"}[quantization.name]
+def _load_peak(estimator: Estimator, kind: Kind) -> int:
+    """Weights, and where they are quantised the largest as it comes: that is made int8 or int4 on the device."""
+    return estimator.weights(kind) + (estimator.largest_weight(kind) if kind.quantization else 0)
+
+
+def _captured(points: list[HookPoint], kind: Kind) -> int:
+    return BYTES[kind.precision] * sum(p.width for p in points)
 
 
 def check_disk(folder: Path, needed: int, free: int) -> None:
@@ -179,40 +156,36 @@ def check_disk(folder: Path, needed: int, free: int) -> None:
         )
 
 
-def check_memory(needed: Components, total: int, free: int, device: str, threshold: float) -> None:
-    """The run fits the device's free memory; warns where it takes more than `threshold` of the whole.
-
-    Raises MemoryPlanError.
-    """
-    parts = ", ".join(f"{name.replace('_', ' ')} {value / 1e9:.2f}" for name, value in asdict(needed).items())
-    if needed.total > free:
-        raise MemoryPlanError(
-            f"the run needs {needed.total / 1e9:.2f} GB ({parts}) and {device} has {free / 1e9:.2f} GB free; lower "
-            "memory.precision_mode, set memory.quantization, or lower extraction.batch_tokens and corpus.context_length"
-        )
-    if needed.total > threshold * total:
-        log.warning(
-            "the run is planned to take %.2f GB (%s), more than %.0f%% of the %.2f GB of %s",
-            needed.total / 1e9,
-            parts,
-            100 * threshold,
-            total / 1e9,
-            device,
-        )
-
-
 def run_estimate(config: Config, output: Path) -> None:
     """The estimate_memory stage: write `estimate.h5`. Raises HookError, MemoryPlanError."""
-    declared = config.model.architecture
-    found = estimate(config, hf_config(config.model) if declared is None else config_of(declared))
+    estimator = estimator_of(config)
+    log.info("by %s", estimator.method)
+    found = estimate(config, estimator, "cpu" if config.extraction.device == "cpu" else "cuda")
     precision = _likely_precision(config)
     store = precision if config.store.dtype.name == "auto" else config.store.dtype.name
     needed = found.disk_bytes(store)
     if needed is not None:
         check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
+        log.info("disk: %s", memory.in_words(needed))
     write(found, config, output)
-    kind = weight_kind(config, precision)
-    log.info("%s: %.3f GB in all; %s", kind, found.components[kind].total / 1e9, found.components[kind])
+    kind = memory.kind_of(config, precision).name
+    log.info("%s weights: %s", kind, memory.in_words(found.weights[kind]))
+    for candidate in found.passes[kind]:
+        parts, size = candidate.parts, memory.in_words(candidate.parts.total)
+        log.info("%d tokens in steps of %d: %s, %s", candidate.tokens, candidate.chunk_size, size, parts)
+
+
+def estimator_of(config: Config, trace: bool = False) -> Estimator:
+    """The closed form where it holds, else (or if `trace` asks for it) the trace."""
+    declared, attention = config.model.architecture, config.extraction.attention.name
+    size = numbers(hf_config(config.model)) if declared is None else numbers_of_profile(declared)
+    if closed_form.covers(size) and attention != "eager" and not trace:
+        return ClosedForm(size)
+    return Traced(
+        hf_config(config.model) if declared is None else config_of(declared),
+        None if attention in ("auto", "flash_attention_2") else attention,  # FlashAttention is not built for the CPU
+        config.model.trust_remote_code,
+    )
 
 
 def _likely_precision(config: Config) -> str:
@@ -223,33 +196,39 @@ def _likely_precision(config: Config) -> str:
     return asked
 
 
+_BY_KIND = ("weights", "load_peak", "captured_full", "captured_selected", "row_bytes")
+_SINGLE = ("model_type", "attention", "device", "context_length", "chunk_size", "host_process")
+_OPTIONAL = ("rows", "batch_tokens")
+_PASS = np.dtype([(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(Parts)))])
+
+
 def write(estimate: Estimate, config: Config, output: Path) -> None:
     """Write `estimate.h5`."""
     with h5py.File(output, "w") as file:
+        values = {name: getattr(estimate, name) for name in _SINGLE}
         layout.set_attributes(
-            file,
-            provenance.attributes("estimate", config=plain(config), hooks=estimate.hooks),
+            file, provenance.attributes("estimate", config=plain(config), hooks=estimate.hooks, **values)
         )
-        if estimate.rows is not None:
-            file.attrs["rows"] = estimate.rows
-        layout.set_attributes(file.create_group("plan"), asdict(estimate.plan))
-        layout.set_attributes(file.create_group("row_bytes"), estimate.row_bytes)
-        for precision, components in estimate.components.items():
-            group = file.create_group(f"components/{precision}")
-            layout.set_attributes(group, {**asdict(components), "total": components.total})
+        layout.set_attributes(file, {n: v for n in _OPTIONAL if (v := getattr(estimate, n)) is not None})
+        for name in _BY_KIND:
+            layout.set_attributes(file.create_group(name), getattr(estimate, name))
+        for kind, passes in estimate.passes.items():
+            file[f"passes/{kind}"] = np.array([(p.tokens, p.chunk_size, *astuple(p.parts)) for p in passes], _PASS)
 
 
 def read(path: Path) -> Estimate:
     """Read `estimate.h5`."""
     with layout.open_h5(path, "estimate") as file:
-        components = {
-            precision: Components(**{k: int(v) for k, v in group.attrs.items() if k != "total"})
-            for precision, group in file["components"].items()
+        single: dict[str, Any] = {name: _plain(file.attrs.get(name)) for name in (*_SINGLE, *_OPTIONAL)}
+        by_kind: dict[str, Any] = {
+            name: {kind: int(value) for kind, value in file[name].attrs.items()} for name in _BY_KIND
         }
-        return Estimate(
-            plan=Plan(**{k: int(v) for k, v in file["plan"].attrs.items()}),
-            hooks=json.loads(file.attrs["hooks"]),
-            components=components,
-            row_bytes={k: int(v) for k, v in file["row_bytes"].attrs.items()},
-            rows=int(file.attrs["rows"]) if "rows" in file.attrs else None,
-        )
+        passes = {
+            kind: [Pass(int(row[0]), int(row[1]), Parts(*(int(n) for n in list(row)[2:]))) for row in rows[:]]
+            for kind, rows in file["passes"].items()
+        }
+        return Estimate(hooks=json.loads(file.attrs["hooks"]), passes=passes, **single, **by_kind)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | None) else int(value)

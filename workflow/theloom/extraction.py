@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from theloom import batching, config, estimate, gpu, layout, model_record, provenance, tokens
+from theloom import batching, config, estimate, gpu, layout, memory, model, model_record, provenance, tokens
 from theloom.batching import Batch
 from theloom.errors import ModelError, StoreError
-from theloom.estimate import Estimate, Plan
+from theloom.estimate import Estimate
 from theloom.hooks import HookPoint, Taps, select
 from theloom.model import LoadedModel, prefill
 from theloom.model_record import ModelRecord
+from theloom.plan import Plan
 from theloom.precision import torch_dtype
-from theloom.shard import ShardSpec, ShardWriter
+from theloom.schema import Config
+from theloom.shard import ShardSpec, ShardWriter, begun, partial_of
 from theloom.tokens import ShardTokens
 
 if TYPE_CHECKING:
@@ -67,32 +69,46 @@ def extract_shard(
     Raises HookError, ModelError, MemoryPlanError before the model is loaded, where something does not fit.
     """
     frozen = config.thaw(config_path)
-    planned, recorded = estimate.read(estimate_path), model_record.read(model_path)
+    estimated, recorded = estimate.read(estimate_path), model_record.read(model_path)
     shard_tokens = tokens.read_shard(tokens_path, shard)
     points = select(frozen.memory.activation_cache_filter, recorded.points)
     store = recorded.precision if frozen.store.dtype.name == "auto" else frozen.store.dtype.name
     lengths = np.diff(shard_tokens.window_offset)
     _check_revision(recorded, tokens_path)
-    _check_streaming(recorded, lengths, planned.plan.chunk_size)
-    batches = batching.plan_batches(lengths, planned.plan.batch_tokens, planned.plan.chunk_size)
-    identity = _identity(config_path, planned.plan, recorded, tokens_path)
+    run_identity = _identity(config_path, recorded, tokens_path)
+    identity = f"{run_identity}-{shard}"
+    plan = _plan(frozen, estimated, recorded, int(lengths.max(initial=1)), begun(output, identity))
+    _check_streaming(recorded, lengths, plan.chunk_size)
+    batches = batching.plan_batches(lengths, plan.batch_tokens, plan.chunk_size)
     spec = ShardSpec(
         tokens=shard_tokens,
         points=points,
         precision=store,
         batches=len(batches),
-        identity=f"{identity}-{shard}",
-        attributes=_attributes(config_path, recorded, tokens_path, planned.plan, identity)
+        identity=identity,
+        attributes=_attributes(config_path, recorded, tokens_path, plan, run_identity)
         | {"kind": "shard", "shard": shard, "first_row": shard_tokens.first_row, "precision": store},
     )
-    estimate.check_disk(output.parent, _still_to_write(spec, planned, output), shutil.disk_usage(output.parent).free)
+    needed = _still_to_write(spec, estimated, output)
+    estimate.check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
     with ShardWriter(output, spec) as writer:
         if writer.batches_done < len(batches):
-            model_record.check_fits(frozen, planned)
             loaded = model_record.load_again(frozen, recorded)
-            runner = ResidentRunner(loaded, points, planned.plan.chunk_size, store)
+            runner = ResidentRunner(loaded, points, plan.chunk_size, store)
             _extract(runner, batches, shard_tokens, writer, frozen.memory.memory_warning_threshold, loaded)
         writer.finish()
+
+
+def _plan(
+    frozen: Config, estimated: Estimate, recorded: ModelRecord, longest: int, unfinished: dict[str, Any] | None
+) -> Plan:
+    """What fits the device now; a shard that was begun is gone on with as it was begun."""
+    device, _ = model.resolve_precision(frozen)
+    kind = memory.kind_of(frozen, recorded.precision)
+    if unfinished is not None:
+        return Plan(int(unfinished["batch_tokens"]), int(unfinished["chunk_size"]), longest)
+    threshold = frozen.memory.memory_warning_threshold
+    return model_record.fit(estimated, kind, device, threshold, longest, recorded.correction).plan
 
 
 def _extract(
@@ -149,19 +165,21 @@ def _check_streaming(recorded: ModelRecord, lengths: np.ndarray, chunk_size: int
         )
 
 
-def _still_to_write(spec: ShardSpec, planned: Estimate, output: Path) -> int:
+def _still_to_write(spec: ShardSpec, estimated: Estimate, output: Path) -> int:
     """Bytes that the shard will take beyond what an unfinished file of it already has."""
-    partial = output.with_name(output.name + ".partial")
+    partial = partial_of(output)
     there = partial.stat().st_blocks * 512 if partial.exists() else 0
-    return max(0, spec.rows * planned.row_bytes[spec.precision] - there)
+    return max(0, spec.rows * estimated.row_bytes[spec.precision] - there)
 
 
-def _identity(config_path: Path, plan: Plan, recorded: ModelRecord, tokens_path: Path) -> str:
-    """A hash of all that decides the rows of a run: config, plan, model, tokens, versions of what computes."""
+def _identity(config_path: Path, recorded: ModelRecord, tokens_path: Path) -> str:
+    """A hash of all that decides the rows of a run: config, model, tokens, versions of what computes.
+
+    The plan is not in it: how a shard is cut into batches differs by rounding alone, and each file records its own.
+    """
     corpus = tokens.attributes(tokens_path)
     parts = {
         "config": config.digest(config_path),
-        "plan": [plan.batch_tokens, plan.chunk_size],
         "model": [recorded.fingerprint, recorded.precision, recorded.attributes["attention"]],
         "tokens": [corpus["corpus_hash"], corpus["tokens_hash"]],
         "versions": [provenance.attributes("")["versions"].get(p) for p in ("torch", "transformers")],

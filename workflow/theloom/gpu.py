@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+VLLM_HINT = "vLLM takes 90% of a GPU by default: start it with a lower gpu_memory_utilization, or on another GPU"
+
 
 def choose_device(asked: str) -> "torch.device":
     """The device of `extraction.device`: auto, cpu, cuda or cuda:N. Raises ConfigError where there is no such GPU."""
@@ -53,6 +55,18 @@ def device_memory(device: "torch.device") -> DeviceMemory:
         free, total = torch.cuda.mem_get_info(device)
         return DeviceMemory(total, free)
     return host.memory()
+
+
+def available(device: "torch.device") -> tuple[DeviceMemory, str]:
+    """The memory of a device before anything is loaded, and in words who else uses it. Makes no CUDA context."""
+    if device.type != "cuda":
+        return host.memory(), ""
+    info = GPUManager().get_gpu_info(device.index or 0)
+    assert isinstance(info, GPUInfo)
+    words = _in_words(info.other_processes)
+    if any(p.is_vllm for p in info.other_processes):
+        words += f" ({VLLM_HINT})"
+    return DeviceMemory(int(info.total_memory_gb * 1e9), int(info.free_memory_gb * 1e9)), words
 
 
 def warn_above(threshold: float, device: "torch.device") -> bool:
@@ -253,7 +267,7 @@ def _warning(info: GPUInfo, threshold: float) -> str:
     if info.other_processes:
         line += f"; other processes: {_in_words(info.other_processes, info.total_memory_gb)}"
     if any(p.is_vllm for p in info.other_processes):
-        line += "; vLLM takes 90% of a GPU by default: start it with a lower gpu_memory_utilization, or on another GPU"
+        line += f"; {VLLM_HINT}"
     return line
 
 

@@ -6,17 +6,26 @@ Every later job loads the same model by this record, and refuses one that has ch
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 
-from theloom import estimate, gpu, layout, model, peak, provenance, source
+from theloom import estimate, gpu, layout, memory, model, peak, plan, provenance, source, tokens
+from theloom.architecture import numbers
 from theloom.config import plain
 from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate
-from theloom.hooks import HookPoint, Taps, catalogue
+from theloom.estimator import Traced
+from theloom.hooks import HookPoint, catalogue
+from theloom.memory import Kind
 from theloom.model import LoadedModel
+from theloom.plan import Correction, Planned
 from theloom.schema import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from theloom.measure import Measured
 
 log = logging.getLogger(__name__)
 
@@ -31,61 +40,89 @@ class ModelRecord:
     precision: str
     points: list[HookPoint]
     streams: bool
+    correction: Correction
     attributes: dict[str, Any]
 
 
-def record(config: Config, estimate_path: Path, output: Path) -> None:
+def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path) -> None:
     """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError, MemoryPlanError."""
-    planned = estimate.read(estimate_path)
+    from theloom.measure import measure
+
+    estimated = estimate.read(estimate_path)
     if config.memory.enable_gradient_checkpointing:
         log.warning("enable_gradient_checkpointing has no effect: extraction has no backward pass")
-    model.check_architecture(config.model.architecture, model.read_config(config.model), config.model.source)
-    check_fits(config, planned)
+    model_config = model.hf_config(config.model)
+    model.check_architecture(config.model.architecture, numbers(model_config), config.model.source)
     device, resolved = model.resolve_precision(config)
-    predicted = planned.components[estimate.weight_kind(config, resolved.resolved)]
+    kind = memory.kind_of(config, resolved.resolved)
+    threshold = config.memory.memory_warning_threshold
+    planned = fit(estimated, kind, device, threshold, tokens.longest_window(tokens_path))
     files = source.prepare(config.model)
     with peak.PeakMemory(device) as loading:
         loaded = model.load(config, files)
     tried = model.try_out(loaded)
-    with peak.PeakMemory(device) as running:
-        _run_largest_batch(loaded, planned)
-    gpu.warn_above(config.memory.memory_warning_threshold, device)
-    measured = {"load": loading.growth, "run": running.growth}
+    points = [p for p in loaded.points if p.name in set(estimated.hooks)]
+    traced = Traced(model_config, loaded.attention, config.model.trust_remote_code)
+    measured = measure(loaded, kind, traced, planned.plan, points)
+    gpu.warn_above(threshold, device)
     log.info("loaded %s in %s on %s", config.model.source, resolved.resolved, gpu.device_name(device))
-    log.info("largest batch: %.3f GB measured", running.growth / 1e9)
+    _log(measured)
     with h5py.File(output, "w") as file:
         layout.set_attributes(file, _attributes(loaded, config) | asdict(tried))
-        memory = file.create_group("memory")
-        layout.set_attributes(memory.create_group("predicted"), asdict(predicted))
-        layout.set_attributes(memory.create_group("measured"), measured)
+        _write_memory(file.create_group("memory"), planned, measured, traced.weights(kind), loading.growth)
         file["hooks/name"] = layout.fixed_strings([p.name for p in loaded.points])
         file["hooks/width"] = [p.width for p in loaded.points]
 
 
-def check_fits(config: Config, planned: Estimate) -> None:
-    """The plan fits the device's free memory, before anything is loaded. Raises MemoryPlanError."""
-    device, resolved = model.resolve_precision(config)
-    memory = gpu.device_memory(device)
-    estimate.check_memory(
-        planned.components[estimate.weight_kind(config, resolved.resolved)],
-        memory.total,
-        memory.free,
-        str(device),
-        config.memory.memory_warning_threshold,
+def fit(
+    estimated: Estimate,
+    kind: Kind,
+    device: "torch.device",
+    threshold: float,
+    longest: int,
+    correction: Correction | None = None,
+) -> Planned:
+    """The plan that fits the device's free memory, before anything is loaded. Raises MemoryPlanError."""
+    found, others = gpu.available(device)
+    planned = plan.choose(
+        estimated,
+        kind.name,
+        device.type,
+        found,
+        threshold=threshold,
+        longest=longest,
+        correction=correction or Correction(),
+        others=others,
     )
+    log.info(
+        "plan: batches of %d tokens, chunks of %d; %s of %s free",
+        planned.plan.batch_tokens,
+        planned.plan.chunk_size,
+        memory.in_words(planned.components.total),
+        memory.in_words(found.free),
+    )
+    return planned
 
 
-def _run_largest_batch(loaded: LoadedModel, planned: Estimate) -> None:
-    """The largest forward pass of the plan, on random tokens, with all planned hook points held at once."""
-    import torch
+def _log(measured: "Measured") -> None:
+    """The largest pass, foretold and found side by side."""
+    workload = measured.workload
+    log.info("largest pass: %d × %d tokens, steps of %d", workload.windows, workload.tokens, workload.chunk_size)
+    found = asdict(measured.found)
+    for category, foretold in asdict(measured.foretold).items():
+        if foretold or found[category]:
+            log.info("  %s: %d bytes foretold, %d found", category, foretold, found[category])
+    beside = measured.growth - measured.found.total
+    log.info("  growth of memory in use: %d bytes, %d of them beside these tensors", measured.growth, beside)
 
-    vocabulary = loaded.architecture.model.config.get_text_config().vocab_size
-    shape = (planned.plan.batch_windows, planned.plan.chunk_size)
-    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    held: dict[str, torch.Tensor] = {}
-    points = [p for p in loaded.points if p.name in set(planned.hooks)]
-    with Taps(loaded.architecture, points, held.__setitem__) as taps:
-        model.prefill(taps, loaded, ids, planned.plan.chunk_size)
+
+def _write_memory(group: h5py.Group, planned: Planned, measured: "Measured", weights: int, loaded: int) -> None:
+    layout.set_attributes(group, {"changes": list(planned.changes), **asdict(measured.correction)})
+    layout.set_attributes(group.create_group("plan"), asdict(planned.plan))
+    layout.set_attributes(group.create_group("workload"), asdict(measured.workload))
+    layout.set_attributes(group.create_group("predicted"), {"weights": weights, **asdict(measured.foretold)})
+    found = {"weights": loaded, **asdict(measured.found)}
+    layout.set_attributes(group.create_group("measured"), {**found, "growth": measured.growth})
 
 
 def _attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:
@@ -121,6 +158,7 @@ def read(path: Path) -> ModelRecord:
             precision=attributes["precision"],
             points=catalogue(int(attributes["blocks"]), int(attributes["hidden_size"])),
             streams=bool(attributes["streams"]),
+            correction=Correction(float(file["memory"].attrs["ratio"]), int(file["memory"].attrs["beside"])),
             attributes=attributes,
         )
 

@@ -73,7 +73,11 @@ class ExtractionConfig:
 
     device: str = key("auto", "auto, cpu, cuda or cuda:N; auto: a GPU where there is one")
     attention: Attention = key(Attention["auto"], "attention implementation; auto: what transformers chooses")
-    batch_tokens: int = key(2048, "tokens of one forward pass over short documents, padding included")
+    batch_tokens: int | None = key(
+        None,
+        "tokens of one forward pass over short documents, padding included; null: what fits the free memory, at most "
+        "16,384 on a GPU and 2,048 on a CPU",
+    )
     shards: int = key(2, "files, and so independent jobs, that the corpus is split into")
 
 

@@ -65,7 +65,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, spec: ShardSpec) -> None:
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = partial_of(path)
         self._spec = spec
         self._hook_number = {p.name: n for n, p in enumerate(spec.points)}
         self._row_bytes = {p.name: p.width * layout.bits_dtype(spec.precision).itemsize for p in spec.points}
@@ -173,6 +173,20 @@ def _no_room(path: Path, size: int, error: OSError) -> MemoryPlanError:
         f"{path.parent}: no room for a shard of {size / 1e9:.3f} GB ({error.strerror}); free disk space and run again, "
         "or ask for fewer hook points, fewer tokens or a smaller store.dtype"
     )
+
+
+def begun(path: Path, identity: str) -> dict[str, Any] | None:
+    """The attributes of the unfinished file of a shard, None where there is none that can be gone on with."""
+    try:
+        with h5py.File(partial_of(path), "r") as file:
+            return dict(file.attrs) if file.attrs.get("identity") == identity else None
+    except OSError:
+        return None
+
+
+def partial_of(path: Path) -> Path:
+    """Where the unfinished file of a shard is."""
+    return path.with_name(path.name + ".partial")
 
 
 def committed(log_records: np.ndarray) -> int:

@@ -209,6 +209,12 @@ def read_shard(path: Path, shard: int) -> ShardTokens:
         )
 
 
+def longest_window(path: Path) -> int:
+    """Tokens of the longest window of the whole corpus."""
+    with layout.open_h5(path, "tokens") as file:
+        return int(np.diff(file["windows/offset"][:]).max(initial=1))
+
+
 def attributes(path: Path) -> dict[str, Any]:
     """The attributes of `tokens.h5`, as plain Python values."""
     with layout.open_h5(path, "tokens") as file:

@@ -18,7 +18,8 @@ from theloom import architecture
 from theloom.architecture import Architecture
 from theloom.errors import ModelError
 from theloom.hooks import HookPoint, Taps, catalogue
-from theloom.live import LiveStorages, Peak
+from theloom.live import TEMPORARIES, LiveStorages, Peak
+from theloom.memory import Parts, Workload
 from theloom.precision import torch_dtype
 from theloom.quantized import quantize
 
@@ -26,21 +27,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 KV_CACHE, CAPTURED, LOGITS = "kv_cache", "captured", "logits"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One forward pass: windows side by side, tokens of each, and tokens of one step through the KV cache."""
-
-    windows: int
-    tokens: int
-    chunk_size: int
-
-    @property
-    def steps(self) -> list[int]:
-        """Tokens of each step; one step where the window is no longer than a chunk."""
-        whole, rest = divmod(self.tokens, self.chunk_size)
-        return [self.chunk_size] * whole + [rest] * bool(rest)
 
 
 @dataclass(frozen=True)
@@ -122,6 +108,12 @@ def trace(
     with fake.mode, _shapes_alone():
         ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
         return run(fake.architecture, ids, workload, points, held, store, device, shorten=True)
+
+
+def parts(peak: Peak) -> Parts:
+    """The bytes of a peak by category."""
+    found = peak.by_category
+    return Parts(*(found.get(category, 0) for category in (KV_CACHE, CAPTURED, TEMPORARIES, LOGITS)))
 
 
 def run(

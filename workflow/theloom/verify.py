@@ -13,10 +13,12 @@ import h5py
 import numpy as np
 import xxhash
 
-from theloom import dataset, layout, model_record, provenance
+from theloom import dataset, gpu, layout, memory, model_record, provenance
 from theloom.dataset import Activations
 from theloom.errors import VerificationError
+from theloom.estimator import Traced
 from theloom.hooks import HookPoint
+from theloom.memory import Kind, Workload, in_words
 from theloom.model import TOLERANCE, LoadedModel
 from theloom.schema import Config
 
@@ -47,7 +49,12 @@ def verify(config: Config, activations: Path, model_path: Path, output: Path) ->
     # the coarser of the forward pass' precision and the stored one decides what rounding explains
     tolerance = config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
     windows = choose_windows(acts, config.verify.documents, config.memory.streaming_chunk_size, config.verify.seed)
-    results = [r for w in windows if (r := _recompute(acts, loaded, points, w)) is not None]
+    traced = Traced(loaded.architecture.model.config, loaded.attention, config.model.trust_remote_code)
+    kind = memory.kind_of(config, loaded.precision.resolved)
+    results = []
+    for window in windows:
+        if _fits(acts, loaded, traced, kind, window) and (found := _recompute(acts, loaded, points, window)):
+            results.append(found)
     _write(acts, points, results, wrong, not_finite, tolerance, output)
     _report(acts, points, results, wrong, tolerance)
 
@@ -83,6 +90,17 @@ def choose_windows(acts: Activations, documents: int, chunk_size: int, seed: int
     for window in wanted:
         chosen.setdefault(int(acts.window_document[window]), int(window))
     return list(chosen.values())[:documents]
+
+
+def _fits(acts: Activations, loaded: LoadedModel, traced: Traced, kind: Kind, window: int) -> bool:
+    """Whether the device has room for a window in one piece, every residual held; says so where it has not."""
+    tokens = int(acts.window_offset[window + 1] - acts.window_offset[window])
+    needed = traced.forward(kind, Workload(1, tokens, tokens), loaded.points, True, loaded.device.type).total
+    free = gpu.device_memory(loaded.device).free
+    if needed > free:
+        name, sizes = acts.documents[int(acts.window_document[window])], (in_words(needed), in_words(free))
+        log.warning("%s (%d tokens) takes %s in one piece, %s are free: not recomputed", name, tokens, *sizes)
+    return needed <= free
 
 
 def _recompute(acts: Activations, loaded: LoadedModel, points: list[HookPoint], window: int) -> Recomputed | None:

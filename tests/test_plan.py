@@ -1,0 +1,131 @@
+"""Plans: what fits, what is made smaller for it, what is refused, and what the user is told."""
+
+import numpy as np
+import pytest
+from support import ROOT
+from theloom import config, estimate, plan
+from theloom.batching import plan_batches
+from theloom.errors import MemoryPlanError
+from theloom.estimate import Estimate
+from theloom.host import DeviceMemory
+from theloom.plan import Correction, Plan
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def mistral() -> Estimate:
+    (run,) = config.runs(ROOT / "config", "7b").values()
+    settings = config.typed(run.config)
+    return estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
+
+
+def fits(planned: plan.Planned, free: int) -> bool:
+    return planned.components.total <= free
+
+
+def test_where_there_is_room_the_plan_is_the_one_asked_for(mistral):
+    planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(80 * GB, 79 * GB), threshold=0.85)
+    assert planned.plan == Plan(plan.MOST_BATCH_TOKENS["cuda"], 1024, 4096)
+    assert planned.changes == ()
+    assert planned.components.weights == mistral.weights["bf16"]
+    assert planned.components.context > 0
+
+
+def test_less_free_memory_makes_smaller_batches_and_keeps_the_headroom(mistral, caplog):
+    planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(20 * GB, 19 * GB), threshold=0.85)
+    assert planned.plan.batch_tokens < plan.MOST_BATCH_TOKENS["cuda"]
+    assert planned.plan.chunk_size == 1024
+    assert planned.components.total <= 19 * GB - 0.15 * 20 * GB
+    assert planned.changes == ()  # the config leaves the batch to the plan
+    assert not caplog.records
+
+
+def test_a_smaller_chunk_is_taken_where_no_batch_would_do_and_said(mistral, caplog):
+    chunked = plan.choose(mistral, "bf16", "cuda", DeviceMemory(17 * GB, 15_500_000_000), threshold=1.0)
+    smaller = next(
+        planned
+        for free in range(15_500_000_000, 14 * GB, -10_000_000)
+        if (planned := plan.choose(mistral, "bf16", "cuda", DeviceMemory(17 * GB, free))).plan.chunk_size < 1024
+    )
+    assert chunked.plan.chunk_size == 1024
+    assert smaller.plan.chunk_size == 256
+    assert "in chunks of 256 tokens, not 1024" in smaller.changes[0]
+    assert "in chunks of 256 tokens" in caplog.text
+
+
+def test_every_plan_that_is_chosen_fits_and_more_memory_never_gives_less(mistral):
+    last = 0
+    for free in range(16 * GB, 30 * GB, GB // 4):
+        planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(free, free))
+        assert fits(planned, free)
+        assert planned.plan.batch_tokens >= last
+        last = planned.plan.batch_tokens
+
+
+def test_memory_above_the_threshold_is_used_where_nothing_else_fits_with_a_warning(mistral, caplog):
+    planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(16 * GB, 15_500_000_000), threshold=0.85)
+    assert fits(planned, 15_500_000_000)
+    assert "more than memory_warning_threshold=0.85 will be in use" in caplog.text
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_changes_that_would_do(mistral):
+    with pytest.raises(MemoryPlanError) as refusal:
+        plan.choose(mistral, "fp32", "cuda", DeviceMemory(24 * GB, 20 * GB), others="python (pid 7, vLLM) 3.0 GB")
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert "cuda has 20.00 GB of 24.00 GB free" in message
+    assert "weights 28.46 GB" in message
+    assert "others on it: python (pid 7, vLLM) 3.0 GB" in message
+    for change in ("memory.precision_mode=bf16 (saves 14.", "memory.quantization=8bit (saves 21.", "=4bit (saves 24."):
+        assert change in message
+
+
+def test_a_change_that_is_offered_would_fit(mistral):
+    with pytest.raises(MemoryPlanError, match=r"it would fit with memory\.quantization=4bit \(saves [\d.]+ GB\)$"):
+        plan.choose(mistral, "bf16", "cuda", DeviceMemory(8 * GB, 7 * GB))
+    assert fits(plan.choose(mistral, "int4", "cuda", DeviceMemory(8 * GB, 7 * GB)), 7 * GB)
+    with pytest.raises(MemoryPlanError, match="no other precision would fit either"):
+        plan.choose(mistral, "bf16", "cuda", DeviceMemory(3 * GB, 2 * GB))
+
+
+def test_a_long_context_is_offered_shorter_where_its_cache_is_what_does_not_fit():
+    (run,) = config.runs(ROOT / "config", "13b", "corpus.context_length=65536").values()
+    settings = config.typed(run.config)
+    found = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
+    with pytest.raises(MemoryPlanError, match=r"corpus\.context_length=\d+ \(saves"):
+        plan.choose(found, "bf16", "cuda", DeviceMemory(40 * GB, 30 * GB))
+
+
+def test_documents_shorter_than_the_context_need_less(mistral):
+    free = DeviceMemory(17 * GB, 17 * GB)
+    short = plan.choose(mistral, "bf16", "cuda", free, longest=300)
+    assert short.plan.longest == 300
+    assert not short.plan.streamed
+    assert short.components.kv_cache == 0
+    assert short.plan.batch_tokens >= plan.choose(mistral, "bf16", "cuda", free).plan.batch_tokens
+
+
+def test_a_measurement_corrects_the_next_plan(mistral):
+    free = DeviceMemory(18 * GB, 18 * GB)
+    plain = plan.choose(mistral, "bf16", "cuda", free)
+    corrected = plan.choose(mistral, "bf16", "cuda", free, correction=Correction(2.0, GB // 2))
+    assert corrected.plan.batch_tokens < plain.plan.batch_tokens
+    assert fits(corrected, free.free)
+
+
+def test_the_batch_that_the_config_asks_for_is_obeyed_and_its_change_is_said():
+    (run,) = config.runs(ROOT / "config", "7b", "extraction.batch_tokens=32768").values()
+    settings = config.typed(run.config)
+    found = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
+    assert plan.choose(found, "bf16", "cuda", DeviceMemory(80 * GB, 79 * GB)).plan.batch_tokens == 32768
+    smaller = plan.choose(found, "bf16", "cuda", DeviceMemory(17 * GB, 17 * GB))
+    assert smaller.changes == (f"batches of {smaller.plan.batch_tokens} tokens, not 32768",)
+
+
+@pytest.mark.parametrize(("batch_tokens", "chunk"), [(2048, 512), (100, 512), (1000, 300)])
+def test_the_passes_of_a_plan_are_the_largest_that_batching_makes(batch_tokens, chunk):
+    lengths = np.random.default_rng(0).integers(1, 2000, 500)
+    asked = Plan(batch_tokens, chunk, int(lengths.max()))
+    largest = max(len(b.windows) * min(b.width, chunk) for b in plan_batches(lengths, batch_tokens, chunk))
+    assert largest <= max(asked.batch_windows * asked.width, batch_tokens)

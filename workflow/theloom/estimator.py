@@ -1,0 +1,116 @@
+"""Two ways to the same bytes: in closed form, at once, for Llama-like models; by a trace, for any model.
+
+Both answer for the base model that extraction loads, without LM head.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from theloom import architecture, closed_form
+from theloom.architecture import Numbers
+from theloom.hooks import HookPoint
+from theloom.memory import Kind, Parts, Workload
+from theloom.precision import BYTES
+from theloom.schema import ArchitectureConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from theloom.trace import FakeModel
+
+
+class Estimator(Protocol):
+    """Bytes of one model, at any kind of weights, for any workload."""
+
+    method: str
+    size: Numbers
+
+    def weights(self, kind: Kind) -> int:
+        """Bytes of all parameters and buffers."""
+
+    def largest_weight(self, kind: Kind) -> int:
+        """Bytes of the largest tensor as it is in the checkpoint, which a quantising load holds beside its result."""
+
+    def forward(
+        self, kind: Kind, workload: Workload, points: Sequence[HookPoint], held: bool = False, device: str = "cuda"
+    ) -> Parts:
+        """The peak of one forward pass that reads hook points, which are `held` or written as they come."""
+
+
+class ClosedForm:
+    """Llama-like models (`closed_form.covers`), residual hook points. The device makes no difference to it."""
+
+    method = "closed form"
+
+    def __init__(self, size: Numbers) -> None:
+        self.size = size
+
+    def weights(self, kind: Kind) -> int:
+        return closed_form.weights(self.size, kind)
+
+    def largest_weight(self, kind: Kind) -> int:
+        return 2 * max(
+            closed_form.parameters(self.size, tied=True).largest_linear, self.size.vocab_size * self.size.hidden_size
+        )
+
+    def forward(
+        self, kind: Kind, workload: Workload, points: Sequence[HookPoint], held: bool = False, device: str = "cuda"
+    ) -> Parts:
+        residuals = {p.block + (p.value == "hook_resid_post") for p in points} if held else set()
+        blocks = 1 + max((p.block for p in points), default=self.size.num_blocks - 1)
+        return closed_form.forward(self.size, kind, workload, blocks, residuals)
+
+
+class Traced:
+    """Any model that transformers builds, and any hook point: the forward pass on fake tensors."""
+
+    method = "trace"
+
+    def __init__(
+        self, model_config: "PretrainedConfig", attention: str | None = None, trust_remote_code: bool = False
+    ) -> None:
+        self.size = architecture.numbers(model_config)
+        self._config, self._attention, self._trust = model_config, attention, trust_remote_code
+        self._fakes: dict[Kind, FakeModel] = {}
+
+    def fake(self, kind: Kind) -> "FakeModel":
+        """The model without bytes, built once for each kind of weights."""
+        from theloom import trace
+
+        if kind not in self._fakes:
+            self._fakes[kind] = trace.fake_model(
+                self._config, kind.precision, kind.quantization, self._attention, trust_remote_code=self._trust
+            )
+        return self._fakes[kind]
+
+    @cached_property
+    def attention(self) -> str:
+        """The attention implementation that transformers takes."""
+        return str(self.fake(Kind("fp32")).architecture.model.config._attn_implementation)
+
+    def weights(self, kind: Kind) -> int:
+        return sum(self.fake(kind).weights)
+
+    def largest_weight(self, kind: Kind) -> int:
+        return max(self.fake(Kind("bf16")).weights)
+
+    def forward(
+        self, kind: Kind, workload: Workload, points: Sequence[HookPoint], held: bool = False, device: str = "cuda"
+    ) -> Parts:
+        from theloom import trace
+
+        return trace.parts(trace.trace(self.fake(kind), workload, points, held, kind.precision, device)[0])
+
+
+def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":
+    """A transformers config from the numbers of a profile."""
+    from transformers import AutoConfig
+
+    known = {k: v for k, v in cast(Any, numbers).items() if k not in ("model_type", "parameters") and v is not None}
+    return AutoConfig.for_model(numbers.model_type, **known)
+
+
+def row_bytes(points: Sequence[HookPoint], precision: str) -> int:
+    """Bytes on disk of one token: its hidden states, and its place in three tables of 4-byte numbers."""
+    return BYTES[precision] * sum(p.width for p in points) + 12

@@ -1,0 +1,67 @@
+"""What the largest forward pass of a plan really takes, beside what was foretold, by category."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from theloom import trace
+from theloom.estimator import Traced
+from theloom.hooks import HookPoint
+from theloom.memory import Kind, Parts, Workload
+from theloom.model import LoadedModel
+from theloom.peak import PeakMemory
+from theloom.plan import Correction, Plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One forward pass: bytes foretold and found, and by how much the device's memory in use grew.
+
+    `growth` is what CUDA's allocator counted, or what the process grew by on the CPU. Beyond `found` it has what
+    kernels take for themselves, and on the CPU what malloc keeps, threads' stacks, and pages of code that were not
+    read before.
+    """
+
+    workload: Workload
+    foretold: Parts
+    found: Parts
+    growth: int
+
+    @property
+    def correction(self) -> Correction:
+        """What the next plan is to reckon with."""
+        return Correction(self.found.total / self.foretold.total, max(0, self.growth - self.found.total))
+
+
+def largest_pass(
+    traced: Traced, kind: Kind, plan: Plan, points: Sequence[HookPoint], device: str
+) -> tuple[Workload, Parts]:
+    """Of a plan's two passes, a full batch of the widest windows and the longest one streamed, the larger."""
+    passes = [Workload(plan.batch_windows, plan.width, plan.chunk_size)]
+    if plan.streamed:
+        passes.append(Workload(1, plan.longest, plan.chunk_size))
+    foretold = [(workload, traced.forward(kind, workload, points, device=device)) for workload in passes]
+    return max(foretold, key=lambda pair: pair[1].total)
+
+
+def measure(loaded: LoadedModel, kind: Kind, traced: Traced, plan: Plan, points: Sequence[HookPoint]) -> Measured:
+    """Run the largest pass of a plan on random tokens, once for the growth of memory and once storage by storage."""
+    workload, foretold = largest_pass(traced, kind, plan, points, loaded.device.type)
+    vocabulary = loaded.architecture.model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (workload.windows, workload.tokens), generator=generator).to(loaded.device)
+    with PeakMemory(loaded.device) as growing:
+        _run(loaded, ids, workload, points, kind)
+    found = _run(loaded, ids, workload, points, kind)
+    return Measured(workload, foretold, found, growing.growth)
+
+
+def _run(loaded: LoadedModel, ids: torch.Tensor, workload: Workload, points: Sequence[HookPoint], kind: Kind) -> Parts:
+    peak, _ = trace.run(
+        loaded.architecture, ids, workload, points, store=kind.precision, device=loaded.device.type, shorten=True
+    )
+    return trace.parts(peak)

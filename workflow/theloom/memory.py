@@ -1,0 +1,124 @@
+"""What memory is counted in: workloads, categories of bytes, and the kinds of weights that a model can have.
+
+All sizes are bytes. GB are 10⁹ of them, GiB 2³⁰.
+"""
+
+from dataclasses import dataclass, replace
+
+from theloom.precision import BYTES
+from theloom.schema import Config
+
+# Of a CUDA process, beside the tensors. cuBLAS' workspace is torch's default of 8.125 MiB (32 MiB on compute capability
+# 9.0); the context is what drivers take of cards of the last years, 0.4 to 0.5 GB. Blocks of the caching allocator that
+# batches of falling length leave unused were 4.5% of what is not weights, in replays of its rules.
+WORKSPACE = 8_519_680
+CONTEXT = 500_000_000
+FRAGMENTATION = 0.045
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One forward pass: windows side by side, tokens of each, and tokens of one step through the KV cache."""
+
+    windows: int
+    tokens: int
+    chunk_size: int
+
+    @property
+    def steps(self) -> list[int]:
+        """Tokens of each step; one step where the window is no longer than a chunk."""
+        whole, rest = divmod(self.tokens, self.chunk_size)
+        return [self.chunk_size] * whole + [rest] * bool(rest)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of a forward pass at its peak, weights apart."""
+
+    kv_cache: int
+    captured: int
+    temporaries: int
+    logits: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.kv_cache + self.captured + self.temporaries + self.logits
+
+    def times(self, factor: float) -> "Parts":
+        """The same with `factor` as many windows: every part grows with them."""
+        return Parts(*(int(n * factor) for n in (self.kv_cache, self.captured, self.temporaries, self.logits)))
+
+
+@dataclass(frozen=True)
+class Components:
+    """Bytes of a device by category, at the peak of a run."""
+
+    weights: int
+    kv_cache: int = 0
+    captured: int = 0  # hidden states that hook points hold
+    temporaries: int = 0
+    logits: int = 0
+    workspace: int = 0
+    fragmentation: int = 0
+    context: int = 0
+
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` counts."""
+        return self.weights + self.kv_cache + self.captured + self.temporaries + self.logits + self.workspace
+
+    @property
+    def reserved(self) -> int:
+        """What `torch.cuda.max_memory_reserved` counts."""
+        return self.allocated + self.fragmentation
+
+    @property
+    def total(self) -> int:
+        """What the device must have free before the process starts."""
+        return self.reserved + self.context
+
+
+def on_device(weights: int, parts: Parts, device: str) -> Components:
+    """All that a run takes on a device, `cpu` or `cuda`."""
+    components = Components(weights, parts.kv_cache, parts.captured, parts.temporaries, parts.logits)
+    if device == "cpu":
+        return components
+    return replace(components, workspace=WORKSPACE, fragmentation=int(FRAGMENTATION * parts.total), context=CONTEXT)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How weights are held: their precision, and the quantisation of the linear layers, `int8` or `int4`."""
+
+    precision: str
+    quantization: str | None = None
+
+    @property
+    def name(self) -> str:
+        """fp32, fp16, bf16; int8 and int4, whose other weights are 16-bit; int8+fp32 and int4+fp32."""
+        if self.quantization is None:
+            return self.precision
+        return self.quantization if BYTES[self.precision] == 2 else f"{self.quantization}+{self.precision}"
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        *(Kind(precision) for precision in BYTES),
+        Kind("bf16", "int8"),
+        Kind("bf16", "int4"),
+        Kind("fp32", "int8"),
+        Kind("fp32", "int4"),
+    )
+}
+
+
+def kind_of(config: Config, precision: str) -> Kind:
+    """The kind of a run that was resolved to a precision."""
+    quantization = config.memory.quantization
+    return Kind(precision, None if quantization is None else {"8bit": "int8", "4bit": "int4"}[quantization.name])
+
+
+def in_words(size: float) -> str:
+    """A size in GB, or in MB where that is under 0.1 GB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
