@@ -6,10 +6,11 @@ import pytest
 import torch
 from theloom import architecture, trace
 from theloom.hooks import catalogue, select
+from theloom.live import LiveStorages
 from theloom.memory import Workload
 from theloom.precision import torch_dtype
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, DynamicCache
 
 SIZES = {
     "hidden_size": 256,
@@ -71,3 +72,19 @@ def test_trace_gives_the_peak_of_the_cpu_allocator(name: str, precision: str) ->
             measured = allocator_peak(described, workload, chosen)
             far[asked, shape] = foretold / measured - 1
     assert all(abs(error) <= 1e-3 for error in far.values()), far
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 20])
+def test_generation_has_the_peak_of_every_step_traced(new_tokens: int) -> None:
+    fake = trace.fake_model(model_config("llama-gqa"), "bf16", lm_head=True)
+    model = fake.architecture.model
+    live = LiveStorages()
+    with fake.mode, trace._shapes_alone(), torch.inference_mode():
+        steps = [torch.zeros(2, tokens, dtype=torch.int64) for tokens in [16] + [1] * (new_tokens - 1)]
+        live.ignore([*steps, *model.parameters(), *model.buffers()])
+        with live:
+            cache = DynamicCache(config=model.config)
+            for ids in steps:
+                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            del cache
+    assert trace.generation(fake, 2, 16, new_tokens).peak().total == live.peak().total
