@@ -51,6 +51,11 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def resident_files() -> int:
+    """What of this process's resident memory are pages of files, in bytes; 0 where the kernel does not tell."""
+    return int(getattr(psutil.Process().memory_info(), "shared", 0))
+
+
 def peak_resident() -> int:
     """The peak of this process's resident memory, in bytes, since its start or the last `reset_peak_resident`."""
     status = _text(Path("/proc/self/status"))

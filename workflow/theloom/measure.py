@@ -21,15 +21,20 @@ log = logging.getLogger(__name__)
 class Measured:
     """One forward pass: bytes foretold and found, and by how much the device's memory in use grew.
 
-    `growth` is what CUDA's allocator counted, or what the process grew by on the CPU. Beyond `found` it has what
-    kernels take for themselves, and on the CPU what malloc keeps, threads' stacks, and pages of code that were not
-    read before.
+    `growth` is what CUDA's allocator counted, or what the process grew by on the CPU. There it has three parts: the
+    tensors (`found`), pages of files that were not read before (`files`: code, mapped weights), and what malloc keeps
+    of blocks that were freed, with what libraries take for themselves (`heap`).
     """
 
     workload: Workload
     foretold: Parts
     found: Parts
     growth: int
+    files: int
+
+    @property
+    def heap(self) -> int:
+        return max(0, self.growth - self.found.total - self.files)
 
     @property
     def correction(self) -> Correction:
@@ -57,7 +62,7 @@ def measure(loaded: LoadedModel, kind: Kind, traced: Traced, plan: Plan, points:
     with PeakMemory(loaded.device) as growing:
         _run(loaded, ids, workload, points, kind)
     found = _run(loaded, ids, workload, points, kind)
-    return Measured(workload, foretold, found, growing.growth)
+    return Measured(workload, foretold, found, growing.growth, growing.files)
 
 
 def _run(loaded: LoadedModel, ids: torch.Tensor, workload: Workload, points: Sequence[HookPoint], kind: Kind) -> Parts:

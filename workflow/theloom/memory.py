@@ -5,15 +5,15 @@ All sizes are bytes. GB are 10⁹ of them, GiB 2³⁰.
 
 from dataclasses import dataclass, replace
 
+from theloom.allocator import CUDA_CONTEXT, LARGE_SEGMENT, cublas_workspace
 from theloom.precision import BYTES
 from theloom.schema import Config
 
-# Of a CUDA process, beside the tensors. cuBLAS' workspace is torch's default of 8.125 MiB (32 MiB on compute capability
-# 9.0); the context is what drivers take of cards of the last years, 0.4 to 0.5 GB. Blocks of the caching allocator that
-# batches of falling length leave unused were 4.5% of what is not weights, in replays of its rules.
-WORKSPACE = 8_519_680
-CONTEXT = 500_000_000
-FRAGMENTATION = 0.045
+# What the caching allocator holds beyond what it gives out, as a share of what is not weights, and at least: one
+# forward pass of a 7B left 34%, in a replay of its rules. Batches of many lengths leave more, which the allocator gives
+# back to the driver before it fails.
+FRAGMENTATION = 0.35
+LEAST_FRAGMENTATION = 2 * LARGE_SEGMENT
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,17 @@ class Components:
         return self.reserved + self.context
 
 
-def on_device(weights: int, parts: Parts, device: str) -> Components:
-    """All that a run takes on a device, `cpu` or `cuda`."""
+def on_device(weights: int, parts: Parts, device: str, capability: tuple[int, int] = (8, 0)) -> Components:
+    """All that a run takes on a device, `cpu` or `cuda` of a compute capability."""
     components = Components(weights, parts.kv_cache, parts.captured, parts.temporaries, parts.logits)
     if device == "cpu":
         return components
-    return replace(components, workspace=WORKSPACE, fragmentation=int(FRAGMENTATION * parts.total), context=CONTEXT)
+    return replace(
+        components,
+        workspace=cublas_workspace(capability),
+        fragmentation=max(LEAST_FRAGMENTATION, int(FRAGMENTATION * parts.total)),
+        context=CUDA_CONTEXT,
+    )
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,13 @@ def _log(measured: "Measured") -> None:
     for category, foretold in asdict(measured.foretold).items():
         if foretold or found[category]:
             log.info("  %s: %d bytes foretold, %d found", category, foretold, found[category])
-    beside = measured.growth - measured.found.total
-    log.info("  growth of memory in use: %d bytes, %d of them beside these tensors", measured.growth, beside)
+    log.info(
+        "  memory in use grew by %d bytes: tensors %d, pages of files %d, heap %d",
+        measured.growth,
+        measured.found.total,
+        measured.files,
+        measured.heap,
+    )
 
 
 def _write_memory(group: h5py.Group, planned: Planned, measured: "Measured", weights: int, loaded: int) -> None:
@@ -122,7 +127,8 @@ def _write_memory(group: h5py.Group, planned: Planned, measured: "Measured", wei
     layout.set_attributes(group.create_group("workload"), asdict(measured.workload))
     layout.set_attributes(group.create_group("predicted"), {"weights": weights, **asdict(measured.foretold)})
     found = {"weights": loaded, **asdict(measured.found)}
-    layout.set_attributes(group.create_group("measured"), {**found, "growth": measured.growth})
+    growth = {"growth": measured.growth, "files": measured.files, "heap": measured.heap}
+    layout.set_attributes(group.create_group("measured"), found | growth)
 
 
 def _attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 class PeakMemory:
     """Peak growth of memory within a `with` block, in bytes: of the device (CUDA), or of this process (CPU).
 
+    `growth` is the peak's; `files` is what of it are pages of files (code, mapped weights) that were not read before.
     On CUDA it is torch's allocator's own peak. On the CPU resident memory is sampled every 2 ms, and where the kernel
     lets a process reset its high-water mark (Linux: 5 into /proc/self/clear_refs), the mark is read as well.
     """
 
     def __init__(self, device: "torch.device") -> None:
         self.device = device
-        self.growth = 0
+        self.growth = self.files = 0
 
     def __enter__(self) -> "PeakMemory":
         import torch
@@ -30,6 +31,7 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self.device)
             return self
         self._before = self._peak = host.resident()
+        self._files_before = host.resident_files()
         self._marked = host.reset_peak_resident()
         self._stop = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
@@ -48,6 +50,7 @@ class PeakMemory:
         if self._marked:
             self._peak = max(self._peak, host.peak_resident())
         self.growth = self._peak - self._before
+        self.files = max(0, host.resident_files() - self._files_before)
 
     def _sample(self) -> None:
         while not self._stop.wait(0.002):
