@@ -242,9 +242,7 @@ def test_table_has_each_optimisation_in_both_workflows(rows) -> None:
 
 
 def test_streaming_can_cost_more_than_one_pass() -> None:
-    config = model_config("llama-mha")
-    config.num_hidden_layers = 2
-    wide = savings.optimisations(config, 2, 512, 256, ["blocks.-1.hook_resid_post"])
+    wide = savings.optimisations(model_config("llama-mha"), 2, 512, 256, ["blocks.-1.hook_resid_post"])
     narrow = only(wide, "streaming extraction", "inference")
     assert narrow.after.activations > narrow.before.activations
     assert narrow.percent < 0
