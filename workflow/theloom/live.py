@@ -76,11 +76,12 @@ class LiveStorages(TorchDispatchMode):
             old = self._storages[entry[1]]
             self._storages[entry[1]] = Storage(old.nbytes, category, old.operation, old.module)
 
-    def peak(self, first_event: int = 0) -> Peak:
-        """The moment of most live bytes, from an event on."""
+    def peak(self, first_event: int = 0, last_event: int | None = None) -> Peak:
+        """The moment of most live bytes, from an event on and up to an event, both counted."""
         live = most = 0
         at = -1
-        for number, (_, nbytes) in enumerate(self.events):
+        end = None if last_event is None else last_event + 1
+        for number, (_, nbytes) in enumerate(self.events[:end]):
             live += nbytes
             if live > most and number >= first_event:
                 most, at = live, number
