@@ -9,15 +9,15 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from theloom import __version__
+from theloom.cli_estimate import add_estimate
+from theloom.cli_tables import GIB, capability, table
 from theloom.errors import TheLoomError
 
 if TYPE_CHECKING:
     from theloom.gpu import GPUInfo
-
-GIB = 1 << 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     gpus.add_argument("--json", action="store_true", help="print one JSON object")
     gpus.set_defaults(run=_gpus)
+    add_estimate(commands)
     return parser
 
 
@@ -89,9 +90,9 @@ def _machine_table(machine: list[tuple["GPUInfo", str]]) -> str:
     for info, auto in machine:
         memory = (info.total_memory_gb, info.used_memory_gb, info.free_memory_gb)
         sizes = [f"{gb * scale:.1f}" for gb in memory for scale in (1, 1e9 / GIB)]
-        rows.append([info.index, info.name, _capability(info.compute_capability), *sizes, auto.upper()])
+        rows.append([info.index, info.name, capability(info.compute_capability), *sizes, auto.upper()])
     sizes = [f"{part} {unit}" for part in ("total", "used", "free") for unit in ("GB", "GiB")]
-    return _table(rows, ["", "device", "capability", *sizes, "auto"], numbers=range(2, 9))
+    return table(rows, ["", "device", "capability", *sizes, "auto"], numbers=range(2, 9))
 
 
 def _remarks(infos: list["GPUInfo"]) -> str:
@@ -116,13 +117,13 @@ def _hardware_table() -> str:
             gpu.nominal_gb,
             f"{gpu.usable_bytes / 1e9:.1f}",
             f"{gpu.usable_bytes / GIB:.1f}",
-            _capability(gpu.compute_capability),
+            capability(gpu.compute_capability),
             "yes" if gpu.bf16 else "no",
             "yes" if gpu.fp16 else "storage only",
         ]
         for gpu in hardware.gpus()
     ]
-    return _table(rows, ["GPU", "nominal GB", "usable GB", "usable GiB", "capability", "BF16", "FP16"], range(1, 5))
+    return table(rows, ["GPU", "nominal GB", "usable GB", "usable GiB", "capability", "BF16", "FP16"], range(1, 5))
 
 
 def _cloud_table() -> str:
@@ -132,18 +133,7 @@ def _cloud_table() -> str:
         [offer.provider, offer.offer, f"{offer.number} × {offer.gpu}", offer.memory_gb, offer.best_for, offer.remark]
         for offer in hardware.CLOUD
     ]
-    return _table(rows, ["provider", "offer", "GPUs", "GB", "for", "remark"], range(3, 5))
-
-
-def _table(rows: list[list[Any]], headers: list[str], numbers: range) -> str:
-    from tabulate import tabulate
-
-    align = ["right" if column in numbers else "left" for column in range(len(headers))]
-    return tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True)
-
-
-def _capability(capability: tuple[int, int] | None) -> str:
-    return "–" if capability is None else ".".join(str(part) for part in capability)
+    return table(rows, ["provider", "offer", "GPUs", "GB", "for", "remark"], range(3, 5))
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ def attributes(file_kind: str, **others: Any) -> dict[str, Any]:
         "format": f"theloom.{file_kind}",
         "format_version": layout.FORMAT_VERSION,
         "python": platform.python_version(),
-        "versions": {p: v for p in PACKAGES if (v := _version(p))},
+        "versions": {p: v for p in PACKAGES if (v := package_version(p))},
         "code": code_version(),
     } | {name: without_home(value) for name, value in others.items()}
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package, None where it is not."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -52,7 +53,7 @@ def code_version() -> str:
             return described.stdout.strip()
         except (OSError, subprocess.SubprocessError):
             pass  # no git, or no repository: the package's version has to do
-    return _version("theloom") or "unknown"
+    return package_version("theloom") or "unknown"
 
 
 def without_home(value: Any) -> Any:

@@ -1,0 +1,193 @@
+"""`theloom estimate`: the memory of a model, in tables or as JSON."""
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from theloom.cli_tables import capability, size, table
+from theloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from theloom.forecast import Forecast
+    from theloom.spec_tables import Row
+
+GPUS_SHOWN = 12
+KINDS = ("fp32", "fp16", "bf16", "int8", "int4")
+
+
+def add_estimate(commands: Any) -> None:
+    """The subcommand and its options."""
+    parser = commands.add_parser(
+        "estimate",
+        help="the memory that a model needs, before anything is loaded, and the GPUs that it fits on",
+        description="The memory of a profile or a model by category, from its config alone, without weights and "
+        "without a GPU. GB are 10^9 bytes, GiB 2^30.",
+    )
+    parser.add_argument("target", nargs="?", metavar="PROFILE_OR_MODEL", help="a profile, hub id, folder, package:NAME")
+    parser.add_argument("--precision", choices=KINDS, help="of the weights; default: the profile's, bf16 for auto")
+    parser.add_argument("--batch", type=_positive, default=1, metavar="N", help="windows side by side (1)")
+    parser.add_argument("--tokens", type=_positive, default=2048, metavar="N", help="tokens of each (2048)")
+    parser.add_argument("--hooks", metavar="FILTER,...", help="hook filter; default: the profile's")
+    parser.add_argument("--trace", action="store_true", help="trace the model even where there is a closed form")
+    parser.add_argument("--training", action="store_true", help="also what each optimisation saves, traced (a minute)")
+    parser.add_argument("--table", action="store_true", help="models of 3B to 70B beside rules of thumb")
+    parser.add_argument("--all", action="store_true", help=f"every GPU that it fits on, not the {GPUS_SHOWN} smallest")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_estimate)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small; the least is 1")
+    return number
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    if arguments.table:
+        _tables(arguments)
+        return
+    if arguments.target is None:
+        raise ConfigError("theloom estimate: name a profile or a model, or give --table")
+    from theloom import forecast
+
+    filters = arguments.hooks.split(",") if arguments.hooks else None
+    found = forecast.forecast(
+        arguments.target, arguments.precision, arguments.batch, arguments.tokens, filters, arguments.trace
+    )
+    savings = _savings(arguments, found) if arguments.training else []
+    if arguments.json:
+        report = forecast.as_json(found)
+        print(json.dumps(report | ({"optimisations": savings} if savings else {}), indent=2))
+        return
+    print(_inputs(found))
+    print(_components(found))
+    print(f"\nTotals by weights, hook points written as they come (GB): {_by_kind(found)}")
+    print(f"To load: {_gb(found.load_peak)}; host process on a CPU: {_gb(found.host)}; ", end="")
+    print(f"disk for a million tokens: {_gb(found.disk_per_million_tokens)}\n")
+    print(_gpus(found, len(found.gpus) if arguments.all else GPUS_SHOWN))
+    if savings:
+        print("\n" + _savings_table(savings))
+
+
+def _inputs(found: "Forecast") -> str:
+    hooks = f"{len(found.hooks)} hook points ({found.hooks[0]} … {found.hooks[-1]})"
+    versions = ", ".join(
+        f"{p} {found.versions[p]}" for p in ("theloom", "torch", "transformers") if p in found.versions
+    )
+    return (
+        f"{found.model} ({found.model_type}) in {found.kind}; attention {found.attention}; "
+        f"{found.windows} × {found.tokens} tokens, steps of {found.chunk_size}\n{hooks}\n"
+        f"by {found.method}; {versions}\n"
+    )
+
+
+def _components(found: "Forecast") -> str:
+    cuda = found.pipeline
+    rows = [
+        ["weights", *size(found.weights), "the base model; LM head not loaded" + _saved(found.lm_head)],
+        [f"KV cache of {found.windows * found.tokens} tokens", *size(found.kv_cache), "held only while chunks stream"],
+        ["activation cache, full", *size(found.captured_full), "every hook point, held at once"],
+        ["activation cache, selective", *size(found.captured_selected), "the hook points asked for, held at once"],
+        ["temporaries", *size(found.temporaries), "of a forward pass at its peak"],
+        ["logits", *size(0), "not computed"],
+        ["workspace", *size(cuda.workspace), "cuBLAS"],
+        ["fragmentation", *size(cuda.fragmentation), "held by CUDA's allocator, not given out"],
+        ["CUDA context", *size(cuda.context), "approximate; differs by driver and card"],
+        ["total, full cache", *size(found.held_full.total), f"through the KV cache; {_allocated(found.held_full)}"],
+        ["total, selective cache", *size(found.held_selected.total), f"likewise; {_allocated(found.held_selected)}"],
+        ["total, written as they come", *size(cuda.total), f"what the pipeline needs; {_allocated(cuda)}"],
+    ]
+    return table(rows, ["component", "GB", "GiB", ""], (1, 2))
+
+
+def _saved(lm_head: int) -> str:
+    return f" (saves {_gb(lm_head)})" if lm_head else ""
+
+
+def _allocated(components: Any) -> str:
+    return f"allocated {components.allocated / 1e9:.2f}, reserved {components.reserved / 1e9:.2f} GB"
+
+
+def _by_kind(found: "Forecast") -> str:
+    return ", ".join(f"{kind} {total / 1e9:.2f}" for kind, total in found.totals.items())
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
+
+
+def _gpus(found: "Forecast", shown: int) -> str:
+    if not found.gpus:
+        return "Fits on no single GPU in this precision; try --precision int8 or int4"
+    rows = []
+    for gpu in found.gpus[:shown]:
+        margin, batch = f"{gpu.margin_bytes / 1e9:.2f}", f"{gpu.largest_batch} × {gpu.tokens}"
+        rows.append([gpu.name, capability(gpu.compute_capability), *size(gpu.usable_bytes), margin, batch])
+    headers = ["fits on", "capability", "usable GB", "GiB", "margin GB", "largest batch × tokens"]
+    more = len(found.gpus) - shown
+    return table(rows, headers, range(1, 6)) + (f"\n… and {more} larger ones (--all)" if more > 0 else "")
+
+
+def _savings(arguments: argparse.Namespace, found: "Forecast") -> list[dict[str, Any]]:
+    from theloom import estimate, forecast, savings
+    from theloom.model import hf_config
+
+    settings = forecast.settings_of(arguments.target)
+    declared = settings.model.architecture
+    model_config = hf_config(settings.model) if declared is None else estimate.config_of(declared)
+    precision = found.kind if found.kind in ("fp32", "fp16", "bf16") else "bf16"
+    rows = savings.optimisations(
+        model_config, found.windows, found.tokens, found.chunk_size, found.hooks, precision, device="cuda"
+    )
+    return [asdict(row) | {"claim": row.claim, "percent": row.percent} for row in rows]
+
+
+def _savings_table(savings: list[dict[str, Any]]) -> str:
+    rows = [
+        [s["optimisation"], s["workflow"], "yes" if s["applies"] else "no", *_before_and_after(s), s["claim"]]
+        for s in savings
+    ]
+    headers = ["optimisation", "workflow", "applies", "GB before", "GB after", "saves", "rule of thumb"]
+    notes = "\n".join(dict.fromkeys(f"{s['optimisation']}, {s['workflow']}: {s['compared']}" for s in savings))
+    return f"{table(rows, headers, (3, 4, 5))}\n\n{notes}"
+
+
+def _before_and_after(saving: dict[str, Any]) -> list[str]:
+    if saving["before"] is None or saving["after"] is None:
+        return ["–", "–", "–"]
+    percent = "–" if saving["percent"] is None else f"{saving['percent']:.1f}%"
+    return [f"{saving[when]['total'] / 1e9:.2f}" for when in ("before", "after")] + [percent]
+
+
+def _tables(arguments: argparse.Namespace) -> None:
+    from theloom import spec_tables
+
+    weights, totals = spec_tables.weights_table(), spec_tables.totals_table()
+    if arguments.json:
+        print(json.dumps({"weights": [asdict(r) for r in weights], "totals": [asdict(r) for r in totals]}, indent=2))
+        return
+    print("Weights alone, in GB: TheLoom's figure / the rule of thumb\n")
+    print(_beside(weights))
+    print(f"\nWith {spec_tables.TOKENS} tokens in the KV cache, every residual held, and what CUDA takes, in GB\n")
+    print(_beside(totals))
+
+
+def _beside(rows: list["Row"]) -> str:
+    kinds = list(rows[0].cells)
+    recommended = any(row.gpus for row in rows)
+    cells = []
+    for row in rows:
+        figures = [f"{row.cells[kind].computed:.1f} / {row.cells[kind].rule:g}" for kind in kinds]
+        gpus = [f"{row.gpus['fp32']}; 16-bit: {row.gpus['bf16']}"] if recommended else []
+        cells.append([row.profile, row.model, f"{row.parameters / 1e9:.2f}e9", *figures, *gpus])
+    headers = ["", "model", "parameters", *kinds, *(["recommended GPU, fp32"] if recommended else [])]
+    lines = [
+        f"  {row.profile} {kind}: {cell.difference:+.0%}: {cell.reason}"
+        for row in rows
+        for kind, cell in row.cells.items()
+        if cell.reason
+    ]
+    reasons = "\nDifferences over 10%:\n" + "\n".join(lines) if lines else ""
+    return table(cells, headers, range(3, 3 + len(kinds))) + "\n" + reasons

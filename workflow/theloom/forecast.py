@@ -1,0 +1,196 @@
+"""What `theloom estimate` answers: the memory of one model for one workload, and the GPUs that it fits on.
+
+Llama-like models are answered in closed form, without torch; others, and any with `trace`, by a trace.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from theloom import config as config_module
+from theloom import estimate, hardware, hooks, memory
+from theloom.architecture import Numbers
+from theloom.errors import ConfigError
+from theloom.estimator import Estimator, row_bytes
+from theloom.hooks import HookPoint
+from theloom.memory import KINDS, Components, Kind, Parts, Workload
+from theloom.precision import BYTES
+from theloom.provenance import PACKAGES, package_version
+from theloom.schema import Config
+
+CONFIG_FOLDER = Path(__file__).parents[2] / "config"
+HEADROOM = 0.85  # of a GPU's usable memory, for its largest batch: memory_warning_threshold's default
+
+
+@dataclass(frozen=True)
+class FittingGPU:
+    """A GPU with room for the run: what is left, and the most windows of the asked length that go side by side."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    usable_bytes: int
+    margin_bytes: int
+    largest_batch: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The memory of one model at one kind of weights. Bytes, unless a name says otherwise."""
+
+    model: str
+    model_type: str
+    method: str
+    kind: str
+    attention: str
+    windows: int
+    tokens: int
+    chunk_size: int
+    hooks: list[str]
+    versions: dict[str, str]
+    weights: int
+    lm_head: int  # not loaded
+    kv_cache: int  # of all windows, keys and values of every block that runs
+    captured_full: int  # every distinct value of every hook point, held at once
+    captured_selected: int
+    temporaries: int
+    held_full: Components
+    held_selected: Components
+    pipeline: Components  # hook points written as they come
+    load_peak: int
+    host: int
+    disk_per_million_tokens: int
+    totals: dict[str, int]  # of the pipeline, by kind
+    gpus: list[FittingGPU]
+
+
+def forecast(
+    target: str,
+    precision: str | None = None,
+    windows: int = 1,
+    tokens: int = 2048,
+    filters: Sequence[str] | None = None,
+    trace: bool = False,
+) -> Forecast:
+    """The forecast of a profile or a model (hub id, folder, `package:NAME`). Raises TheLoomError.
+
+    `precision` is one of fp32, fp16, bf16, int8, int4 (default: the profile's; bf16 where it leaves that open);
+    `filters` are hook filters (default: the profile's).
+    """
+    settings = settings_of(target)
+    estimator = estimate.estimator_of(settings, trace)
+    kind = _kind(settings, precision)
+    everything = hooks.catalogue(estimator.size.num_blocks, estimator.size.hidden_size)
+    asked = settings.memory.activation_cache_filter if filters is None else filters
+    points = hooks.select(asked, everything)
+    chunk_size = min(settings.memory.streaming_chunk_size, tokens)
+    workload = Workload(windows, tokens, chunk_size)
+    written = smaller_pass(estimator, kind, workload, points)
+    weights = estimator.weights(kind)
+    per_token = windows * tokens * estimator.size.hidden_size * BYTES[kind.precision]
+    pipeline = memory.on_device(weights, written, "cuda")
+    full, selected = (estimator.forward(kind, workload, chosen, held=True) for chosen in (everything, points))
+    return Forecast(
+        model=settings.model.source,
+        model_type=estimator.size.model_type,
+        method=estimator.method,
+        kind=kind.name,
+        attention=getattr(estimator, "attention", "sdpa"),
+        windows=windows,
+        tokens=tokens,
+        chunk_size=chunk_size,
+        hooks=[p.name for p in points],
+        versions={p: v for p in PACKAGES if (v := package_version(p))},
+        weights=weights,
+        lm_head=_lm_head(settings, estimator.size, kind),
+        kv_cache=kv_cache(estimator.size, kind, windows * tokens),
+        captured_full=per_token * len(_distinct(everything)),
+        captured_selected=per_token * len(_distinct(points)),
+        temporaries=written.temporaries,
+        held_full=memory.on_device(weights, full, "cuda"),
+        held_selected=memory.on_device(weights, selected, "cuda"),
+        pipeline=pipeline,
+        load_peak=weights + (estimator.largest_weight(kind) if kind.quantization else 0),
+        host=estimate.HOST_PROCESS + weights + written.total,
+        disk_per_million_tokens=10**6 * row_bytes(points, kind.precision),
+        totals={name: _total(estimator, other, workload, points) for name, other in KINDS.items() if "+" not in name},
+        gpus=fitting(estimator, kind, workload, points, pipeline),
+    )
+
+
+def smaller_pass(estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> Parts:
+    """The cheaper of one pass over whole windows and chunks through the KV cache, hook points written as they come."""
+    one_pass = Workload(workload.windows, workload.tokens, workload.tokens)
+    passes = [estimator.forward(kind, shape, points) for shape in dict.fromkeys((one_pass, workload))]
+    return min(passes, key=lambda parts: parts.total)
+
+
+def kv_cache(size: Numbers, kind: Kind, tokens: int) -> int:
+    """Bytes of the keys and values of every block, for tokens of all windows together."""
+    return 2 * size.num_blocks * size.num_kv_heads * size.head_dim * BYTES[kind.precision] * tokens
+
+
+def fitting(
+    estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint], needed: Components
+) -> list[FittingGPU]:
+    """The GPUs with room for what is needed, smallest first, that compute in its precision."""
+    one = smaller_pass(estimator, kind, Workload(1, workload.tokens, workload.chunk_size), points)
+    found = []
+    for gpu in hardware.gpus():
+        able = gpu.bf16 if kind.precision == "bf16" else gpu.fp16 if kind.precision == "fp16" else True
+        if not able or gpu.usable_bytes < needed.total:
+            continue
+        fixed = memory.on_device(needed.weights, one.times(0), "cuda", gpu.compute_capability).total
+        room = HEADROOM * gpu.usable_bytes - fixed
+        batch = max(workload.windows, int(room / ((1 + memory.FRAGMENTATION) * one.total)))
+        margin = gpu.usable_bytes - needed.total
+        found.append(FittingGPU(gpu.name, gpu.compute_capability, gpu.usable_bytes, margin, batch, workload.tokens))
+    return found
+
+
+def as_json(found: Forecast) -> dict[str, Any]:
+    """Plain data, with the derived totals."""
+    report = asdict(found)
+    for name in ("held_full", "held_selected", "pipeline"):
+        components: Components = getattr(found, name)
+        report[name] |= {part: getattr(components, part) for part in ("allocated", "reserved", "total")}
+    return report
+
+
+def _total(estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> int:
+    return memory.on_device(estimator.weights(kind), smaller_pass(estimator, kind, workload, points), "cuda").total
+
+
+def _distinct(points: Sequence[HookPoint]) -> set[int]:
+    """The residuals behind hook points: one block's output is the next one's input, and takes memory once."""
+    return {p.block + (p.value == "hook_resid_post") for p in points}
+
+
+def _lm_head(settings: Config, size: Numbers, kind: Kind) -> int:
+    declared = settings.model.architecture
+    if declared is None or declared.tie_word_embeddings:
+        return 0
+    return size.vocab_size * size.hidden_size * BYTES[kind.precision]
+
+
+def settings_of(target: str) -> Config:
+    """The config of a profile, or of any model with the settings of the profile `custom`."""
+    profiles = sorted(path.stem for path in (CONFIG_FOLDER / "profile").glob("*.yaml"))
+    if target in profiles and target != "custom":
+        (run,) = config_module.runs(CONFIG_FOLDER, target).values()
+    elif "/" in target or target.startswith("package:") or Path(target).exists():
+        (run,) = config_module.runs(CONFIG_FOLDER, "custom", f"'model.source=\"{target}\"'").values()
+    else:
+        raise ConfigError(
+            f"{target!r} is neither a profile ({', '.join(profiles)}) nor a model; "
+            "give a hub id (owner/name), a folder, or package:NAME"
+        )
+    return config_module.typed(run.config)
+
+
+def _kind(settings: Config, precision: str | None) -> Kind:
+    if precision is not None:
+        return KINDS[precision]
+    asked = settings.memory.precision_mode.name
+    return memory.kind_of(settings, "bf16" if asked == "auto" else asked)
