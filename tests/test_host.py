@@ -38,7 +38,7 @@ def v1(limit: int, usage: int, cache: int = 0) -> dict[str, str]:
     return {
         "memory.limit_in_bytes": f"{limit}\n",
         "memory.usage_in_bytes": f"{usage}\n",
-        "memory.stat": f"inactive_file 7\ntotal_inactive_file {cache}\n",
+        "memory.stat": f"inactive_file 7\ntotal_inactive_file {cache - cache // 3}\ntotal_active_file {cache // 3}\n",
     }
 
 
@@ -47,7 +47,7 @@ def v2(limit: int | str, usage: int, cache: int = 0, high: int | str = "max") ->
         "memory.max": f"{limit}\n",
         "memory.high": f"{high}\n",
         "memory.current": f"{usage}\n",
-        "memory.stat": f"anon 5\ninactive_file {cache}\n",
+        "memory.stat": f"anon 5\ninactive_file {cache - cache // 3}\nactive_file {cache // 3}\n",
     }
 
 

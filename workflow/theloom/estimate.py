@@ -62,8 +62,8 @@ class Estimate:
     captured_full: dict[str, int]  # of a token, all hook points of the model
     captured_selected: dict[str, int]  # of a token, those asked for
     row_bytes: dict[str, int]  # on disk, of a token, by precision of the store
+    host: dict[str, int]  # resident memory of a job that holds the model
     rows: int | None  # tokens of the corpus, where max_tokens bounds them
-    host_process: int  # resident memory of a process that has loaded all libraries and no weights
 
     def disk_bytes(self, store_precision: str) -> int | None:
         """Bytes of all shards together, where the number of tokens is known."""
@@ -95,7 +95,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
     if config.corpus.max_tokens is not None:
         context = min(context, config.corpus.max_tokens)
     chunk_size = min(config.memory.streaming_chunk_size, context)
-    wanted = _wanted(config)
+    passes = {kind.name: _passes(estimator, kind, points, context, chunk_size, device) for kind in _wanted(config)}
     return Estimate(
         model_type=size.model_type,
         attention=getattr(estimator, "attention", "sdpa"),
@@ -106,12 +106,12 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         hooks=[p.name for p in points],
         weights={name: estimator.weights(kind) for name, kind in KINDS.items()},
         load_peak={name: _load_peak(estimator, kind) for name, kind in KINDS.items()},
-        passes={kind.name: _passes(estimator, kind, points, context, chunk_size, device) for kind in wanted},
+        passes=passes,
         captured_full={name: _captured(everything, kind) for name, kind in KINDS.items()},
         captured_selected={name: _captured(points, kind) for name, kind in KINDS.items()},
         row_bytes={precision: row_bytes(points, precision) for precision in BYTES},
         rows=config.corpus.max_tokens,
-        host_process=HOST_PROCESS,
+        host={name: _host(estimator, KINDS[name], found, chunk_size, device) for name, found in passes.items()},
     )
 
 
@@ -143,6 +143,14 @@ def _load_peak(estimator: Estimator, kind: Kind) -> int:
     return estimator.weights(kind) + (estimator.largest_weight(kind) if kind.quantization else 0)
 
 
+def _host(estimator: Estimator, kind: Kind, passes: list[Pass], chunk_size: int, device: str) -> int:
+    """On the CPU all of it; for a GPU, the largest tensor on its way there (CUDA's own libraries not counted)."""
+    if device != "cpu":
+        return HOST_PROCESS + estimator.largest_weight(kind)
+    asked = max(p.parts.total for p in passes if p.chunk_size == chunk_size)
+    return HOST_PROCESS + estimator.weights(kind) + asked
+
+
 def _captured(points: list[HookPoint], kind: Kind) -> int:
     return BYTES[kind.precision] * sum(p.width for p in points)
 
@@ -169,7 +177,7 @@ def run_estimate(config: Config, output: Path) -> None:
         log.info("disk: %s", memory.in_words(needed))
     write(found, config, output)
     kind = memory.kind_of(config, precision).name
-    log.info("%s weights: %s", kind, memory.in_words(found.weights[kind]))
+    log.info("%s weights: %s; host: %s", kind, memory.in_words(found.weights[kind]), memory.in_words(found.host[kind]))
     for candidate in found.passes[kind]:
         parts, size = candidate.parts, memory.in_words(candidate.parts.total)
         log.info("%d tokens in steps of %d: %s, %s", candidate.tokens, candidate.chunk_size, size, parts)
@@ -196,8 +204,8 @@ def _likely_precision(config: Config) -> str:
     return asked
 
 
-_BY_KIND = ("weights", "load_peak", "captured_full", "captured_selected", "row_bytes")
-_SINGLE = ("model_type", "attention", "device", "context_length", "chunk_size", "host_process")
+_BY_KIND = ("weights", "load_peak", "host", "captured_full", "captured_selected", "row_bytes")
+_SINGLE = ("model_type", "attention", "device", "context_length", "chunk_size")
 _OPTIONAL = ("rows", "batch_tokens")
 _PASS = np.dtype([(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(Parts)))])
 

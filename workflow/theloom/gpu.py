@@ -74,13 +74,15 @@ def warn_above(threshold: float, device: "torch.device") -> bool:
     memory = device_memory(device)
     share = memory.used / memory.total
     if share > threshold:
+        _, others = available(device)
         log.warning(
-            "%s memory: %.1f%% in use (%.2f of %.2f GB), above memory_warning_threshold=%.2f",
+            "%s memory: %.1f%% in use (%.2f of %.2f GB), above memory_warning_threshold=%.2f%s",
             device,
             100 * share,
             memory.used / 1e9,
             memory.total / 1e9,
             threshold,
+            f"; other processes: {others}" if others else "",
         )
     return share > threshold
 

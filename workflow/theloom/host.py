@@ -105,11 +105,13 @@ class _Names:
 
     limits: tuple[str, ...]
     usage: str
-    reclaimable: str  # the line of memory.stat for page cache that the kernel drops before it kills
+    reclaimable: tuple[str, ...]  # the lines of memory.stat for page cache, which the kernel drops before it kills
 
 
-_V1 = _Names(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _Names(("memory.max", "memory.high"), "memory.current", "inactive_file")  # above `high` a process is throttled
+_V1 = _Names(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+_V2 = _Names(
+    ("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")
+)  # above `high` a process is throttled
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ def _bound(folder: Path, group: PurePosixPath, names: _Names) -> DeviceMemory | 
     usage = _text(folder / names.usage).strip()
     if not limits or not usage.isdigit():  # no limit ("max"), the root of v2, or no memory controller here
         return None
-    cache = re.search(rf"^{names.reclaimable} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
-    used = max(int(usage) - (int(cache[1]) if cache else 0), 0)
+    lines = re.findall(r"^(\w+) (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+    used = max(int(usage) - sum(int(nbytes) for name, nbytes in lines if name in names.reclaimable), 0)
     limit = min(limits)
     return DeviceMemory(limit, limit - used, f"the cgroup {PurePosixPath('/') / group} ({limit / 1e9:.1f} GB)")
 

@@ -61,6 +61,7 @@ class Components:
     workspace: int = 0
     fragmentation: int = 0
     context: int = 0
+    beside: int = 0  # what a process was seen to take beside all of these
 
     @property
     def allocated(self) -> int:
@@ -75,7 +76,7 @@ class Components:
     @property
     def total(self) -> int:
         """What the device must have free before the process starts."""
-        return self.reserved + self.context
+        return self.reserved + self.context + self.beside
 
 
 def on_device(weights: int, parts: Parts, device: str, capability: tuple[int, int] = (8, 0)) -> Components:

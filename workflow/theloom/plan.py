@@ -119,7 +119,7 @@ def _smaller(asked: Plan) -> list[Plan]:
 def _weigh(estimate: Estimate, kind: str, device: str, plan: Plan, correction: Correction) -> Planned:
     parts = forward(estimate, kind, plan).times(correction.ratio)
     components = memory.on_device(estimate.weights[kind], parts, device)
-    return Planned(plan, replace(components, context=components.context + correction.beside))
+    return Planned(plan, replace(components, beside=correction.beside))
 
 
 def _changes(asked: Plan, plan: Plan, chosen: bool) -> tuple[str, ...]:
