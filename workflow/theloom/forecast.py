@@ -138,7 +138,8 @@ def fitting(
     one = smaller_pass(estimator, kind, Workload(1, workload.tokens, workload.chunk_size), points)
     found = []
     for gpu in hardware.gpus():
-        able = gpu.bf16 if kind.precision == "bf16" else gpu.fp16 if kind.precision == "fp16" else True
+        # beside quantised weights any 16 bits do
+        able = gpu.bf16 if kind.name == "bf16" else gpu.fp16 or kind.name == "fp32"
         if not able or gpu.usable_bytes < needed.total:
             continue
         fixed = memory.on_device(needed.weights, one.times(0), "cuda", gpu.compute_capability).total
