@@ -137,11 +137,12 @@ def _savings(arguments: argparse.Namespace, found: "Forecast") -> list[dict[str,
     settings = forecast.settings_of(arguments.target)
     declared = settings.model.architecture
     model_config = hf_config(settings.model) if declared is None else estimate.config_of(declared)
-    precision = found.kind if found.kind in ("fp32", "fp16", "bf16") else "bf16"
+    precision = "fp16" if found.kind == "fp16" else "bf16"  # the mixed one, beside FP32
     rows = savings.optimisations(
         model_config, found.windows, found.tokens, found.chunk_size, found.hooks, precision, device="cuda"
     )
-    return [asdict(row) | {"claim": row.claim, "percent": row.percent} for row in rows]
+    derived = ("claim", "percent", "percent_of_activations")
+    return [asdict(row) | {name: getattr(row, name) for name in derived} for row in rows]
 
 
 def _savings_table(savings: list[dict[str, Any]]) -> str:
@@ -149,16 +150,23 @@ def _savings_table(savings: list[dict[str, Any]]) -> str:
         [s["optimisation"], s["workflow"], "yes" if s["applies"] else "no", *_before_and_after(s), s["claim"]]
         for s in savings
     ]
-    headers = ["optimisation", "workflow", "applies", "GB before", "GB after", "saves", "rule of thumb"]
+    headers = [
+        "optimisation",
+        "workflow",
+        "applies",
+        "GB before",
+        "GB after",
+        "saves",
+        "of activations",
+        "rule of thumb",
+    ]
     notes = "\n".join(dict.fromkeys(f"{s['optimisation']}, {s['workflow']}: {s['compared']}" for s in savings))
-    return f"{table(rows, headers, (3, 4, 5))}\n\n{notes}"
+    return f"{table(rows, headers, (3, 4, 5, 6))}\n\n{notes}"
 
 
 def _before_and_after(saving: dict[str, Any]) -> list[str]:
-    if saving["before"] is None or saving["after"] is None:
-        return ["–", "–", "–"]
-    percent = "–" if saving["percent"] is None else f"{saving['percent']:.1f}%"
-    return [f"{saving[when]['total'] / 1e9:.2f}" for when in ("before", "after")] + [percent]
+    totals = [f"{saving[when]['total'] / 1e9:.2f}" for when in ("before", "after")]
+    return [*totals, f"{saving['percent']:.1f}%", f"{saving['percent_of_activations']:.1f}%"]
 
 
 def _tables(arguments: argparse.Namespace) -> None:
