@@ -91,9 +91,10 @@ class Stages:
         files = (self.folder / name for name in ("estimate.h5", "tokens.h5", "model.h5"))
         model_record.record(self.config("model"), *files)
 
-    def extract(self) -> None:
+    def extract(self, *numbers: int) -> None:
+        """The shards of these numbers; by default all."""
         count = self.config("merge").extraction.shards
-        for number in range(count):
+        for number in numbers or range(count):
             extraction.extract_shard(
                 self.folder / "extract.json",
                 self.folder / "estimate.h5",

@@ -14,7 +14,8 @@ import pytest
 import theloom
 import torch
 from support import TINY, a_config, build_tiny, extract_with_small_commits, plain_residuals, stages
-from theloom import batching, host, model, model_record, source
+from theloom import batching, host, model, model_record, shard, source
+from theloom import plan as planning
 from theloom.errors import HookError, MemoryPlanError, ModelError, StoreError
 from theloom.extraction import ResidentRunner
 from theloom.host import DeviceMemory
@@ -218,8 +219,8 @@ def test_a_model_changed_since_it_was_recorded_is_refused(tmp_path, tiny_llama):
     os.utime(folder / "model.safetensors")  # touched, but the same
     run.extract()
     build_tiny("llama", folder, vocab_size=49152, intermediate_size=64)
-    for shard in run.shards:
-        shard.unlink()
+    for file in run.files:
+        file.unlink()
     with pytest.raises(ModelError, match="have changed since load_model"):
         run.extract()
 
@@ -316,3 +317,39 @@ def test_a_gpu_gives_the_rows_of_plain_transformers_there(tmp_path, precision):
         expected = states[block + 1].float().cpu()
         error = float((rows[f"blocks.{block}.hook_resid_post"] - expected).abs().max() / expected.abs().max())
         assert error <= tolerance
+
+
+def test_a_shard_that_was_begun_is_gone_on_with_as_it_was_planned(tmp_path, tiny_llama, monkeypatch):
+    asked = "extraction.batch_tokens=null extraction.shards=1 corpus.max_tokens=6000 corpus.context_length=200"
+    whole = stages(tmp_path / "whole", tiny_llama, asked).all()
+    run = stages(tmp_path / "run", tiny_llama, asked)
+    run.prepare()
+    forward, calls = ResidentRunner.run, []
+
+    def fails_at_the_third(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        forward(self, *args)
+
+    monkeypatch.setattr(ResidentRunner, "run", fails_at_the_third)
+    monkeypatch.setattr(shard, "COMMIT_BYTES", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run.extract()
+    monkeypatch.setattr(ResidentRunner, "run", forward)
+    monkeypatch.setitem(planning.MOST_BATCH_TOKENS, "cpu", 128)  # what a job begun now would take
+    run.extract()
+    run.merge()
+    assert theloom.open(run.activations).attributes["batch_tokens"] == "[2048]"
+    assert data_of(run) == data_of(whole)
+
+
+def test_shards_whose_jobs_had_room_for_different_batches_are_one_data_set(tmp_path, tiny_llama, monkeypatch):
+    run = stages(tmp_path, tiny_llama, "extraction.batch_tokens=null corpus.max_tokens=4000 corpus.context_length=200")
+    run.prepare()
+    run.extract(0)
+    monkeypatch.setitem(planning.MOST_BATCH_TOKENS, "cpu", 128)
+    run.extract(1)
+    run.merge()
+    run.verify()
+    assert theloom.open(run.activations).attributes["batch_tokens"] == "[2048, 128]"

@@ -22,7 +22,8 @@ from theloom.shard import RECORD, committed, hook_path
 log = logging.getLogger(__name__)
 
 _TOKENS = ("tokens/input_ids", "tokens/document", "tokens/position")
-_OWN = ("kind", "shard", "first_row", "identity", "rows")  # attributes of a shard, not of the run
+_PLAN = ("batch_tokens", "chunk_size")  # what each job had room for: of the merged file, one number for each shard
+_OWN = ("kind", "shard", "first_row", "identity", "rows", *_PLAN)  # attributes of a shard, not of the run
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def merge(shards: Sequence[Path], mode: str, output: Path) -> None:
     unfinished = output.with_name(output.name + ".partial")
     with h5py.File(unfinished, "w") as file:
         attributes = {k: v for k, v in checked[0].attributes.items() if k not in _OWN}
-        layout.set_attributes(file, attributes | {"kind": mode, "rows": sum(s.rows for s in checked)})
+        plans = {name: [int(s.attributes[name]) for s in checked] for name in _PLAN}
+        layout.set_attributes(file, attributes | plans | {"kind": mode, "rows": sum(s.rows for s in checked)})
         _write_tables(file, checked)
         for name in (*_TOKENS, *hooks):
             if mode == "virtual":
