@@ -219,7 +219,7 @@ def test_a_model_changed_since_it_was_recorded_is_refused(tmp_path, tiny_llama):
     os.utime(folder / "model.safetensors")  # touched, but the same
     run.extract()
     build_tiny("llama", folder, vocab_size=49152, intermediate_size=64)
-    for file in run.files:
+    for file in run.shards:
         file.unlink()
     with pytest.raises(ModelError, match="have changed since load_model"):
         run.extract()
