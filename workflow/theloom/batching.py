@@ -5,6 +5,7 @@ order is fixed by the lengths alone, longest first, so that the largest need of 
 resumed run goes on where the first one stopped.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,15 @@ def plan_batches(lengths: np.ndarray, batch_tokens: int, chunk_size: int) -> lis
     if group:
         batches.append(_batch(group, lengths))
     return batches
+
+
+def largest(batches: Sequence[Batch], first: int, chunk_size: int) -> set[int]:
+    """The numbers of the batches, from `first` on, one of which takes the most memory: one or two of them.
+
+    They are the longest window, whose KV cache is the largest, and the batch of most tokens in one forward step.
+    """
+    step = {n: len(batches[n].windows) * min(batches[n].width, chunk_size) for n in range(first, len(batches))}
+    return {first, max(step, key=lambda n: step[n])} if step else set()
 
 
 def _batch(windows: list[int], lengths: np.ndarray) -> Batch:

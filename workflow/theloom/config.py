@@ -41,6 +41,10 @@ class Stage:
     revision: int = 1
 
 
+# Keys that change what a job leaves beside its result, and nothing in the result. They are frozen only where they are
+# set, so that the config of a run without them is what it was before they existed; elsewhere they read as null.
+BESIDE_THE_RESULT = ("memory.profile_shard",)
+
 _MODEL_FILES = (
     "model.source",
     "model.revision",
@@ -55,8 +59,16 @@ _LOADING = (
     "extraction.device",
     "extraction.attention",
 )
+_MEMORY = (
+    "memory.precision_mode",
+    "memory.quantization",
+    "memory.enable_gradient_checkpointing",
+    "memory.streaming_chunk_size",
+    "memory.memory_warning_threshold",
+    "memory.activation_cache_filter",
+)
 STAGES: dict[str, Stage] = {
-    "estimate": Stage(("model", "memory", "extraction", "store.dtype", "corpus.max_tokens", "corpus.context_length")),
+    "estimate": Stage(("model", *_MEMORY, "extraction", "store.dtype", "corpus.max_tokens", "corpus.context_length")),
     "model": Stage(
         (
             *_LOADING,
@@ -75,6 +87,7 @@ STAGES: dict[str, Stage] = {
             "extraction.batch_tokens",
             "extraction.shards",
             "store.dtype",
+            *BESIDE_THE_RESULT,
         )
     ),
     "merge": Stage(("store.merge", "extraction.shards")),
@@ -100,7 +113,8 @@ class Run:
             source, target = self.config, config
             for section in sections:
                 source, target = source[section], target.setdefault(section, {})
-            target[leaf] = source[leaf]
+            if key not in BESIDE_THE_RESULT or source[leaf] is not None:
+                target[leaf] = source[leaf]
         return {"run": self.name, "stage": stage, "revision": STAGES[stage].revision, "config": config}
 
 
@@ -251,6 +265,9 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key}: {value} is too small; the least is 1")
     if config.resources.gpu < 0:
         raise ConfigError(f"resources.gpu: {config.resources.gpu} is too small; the least is 0")
+    profiled, shards = config.memory.profile_shard, config.extraction.shards
+    if profiled is not None and not 0 <= profiled < shards:
+        raise ConfigError(f"memory.profile_shard: {profiled} is no shard; the run's shards are 0 to {shards - 1}")
     if not 0 < config.memory.memory_warning_threshold <= 1:
         threshold = config.memory.memory_warning_threshold
         raise ConfigError(f"memory.memory_warning_threshold: {threshold} is not a share; give more than 0, at most 1")
@@ -266,7 +283,11 @@ def _check(config: Config) -> None:
 
 def freeze(stage_config: dict[str, Any], path: Path) -> None:
     """Write the frozen config of a stage (`Run.stage`) as JSON."""
-    path.write_text(json.dumps(stage_config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_as_json(stage_config), encoding="utf-8")
+
+
+def _as_json(stage_config: dict[str, Any]) -> str:
+    return json.dumps(stage_config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def thaw(path: str | Path) -> Config:
@@ -278,15 +299,16 @@ def typed(plain: dict[str, Any]) -> Config:
     """Plain data as a `Config`, read-only; a key that is not in the data raises when it is read."""
     config = OmegaConf.structured(Config)
     for key in schema.leaf_keys():
-        OmegaConf.update(config, re.sub(r"(architecture)\..*", r"\1", key.name), "???")
+        if key.name not in BESIDE_THE_RESULT:
+            OmegaConf.update(config, re.sub(r"(architecture)\..*", r"\1", key.name), "???")
     config = cast(DictConfig, OmegaConf.merge(config, plain))
     OmegaConf.set_readonly(config, True)
     return cast(Config, config)
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The keys that a stage's config holds, as plain data: the inverse of `typed`."""
-    return _held(OmegaConf.to_container(cast(Any, config), enum_to_str=True))
+    """The keys that a stage's config holds and its result depends on, as plain data: the inverse of `typed`."""
+    return _held(_decisive(OmegaConf.to_container(cast(Any, config), enum_to_str=True)))
 
 
 def _held(data: Any) -> Any:
@@ -296,6 +318,16 @@ def _held(data: Any) -> Any:
     return {key: value for key, value in held.items() if value != {}}
 
 
+def _decisive(data: Any) -> Any:
+    """Take out of a config, as plain data, the keys on which no result depends."""
+    for key in BESIDE_THE_RESULT:
+        section, _, leaf = key.partition(".")
+        data.get(section, {}).pop(leaf, None)
+    return data
+
+
 def digest(path: str | Path) -> str:
-    """SHA-256 of a frozen config: what the files of a stage carry to say which config made them."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """SHA-256 of a frozen config, of what the stage's result depends on: to tell which config made a file."""
+    frozen = json.loads(Path(path).read_text(encoding="utf-8"))
+    _decisive(frozen["config"])
+    return hashlib.sha256(_as_json(frozen).encode()).hexdigest()

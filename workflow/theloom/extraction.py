@@ -20,6 +20,7 @@ from theloom.batching import Batch
 from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate
 from theloom.hooks import HookPoint, Taps, select
+from theloom.memory_profile import ShardProfile
 from theloom.model import LoadedModel, prefill
 from theloom.model_record import ModelRecord
 from theloom.plan import Plan
@@ -46,15 +47,18 @@ class ResidentRunner:
         self._loaded, self._points, self._chunk_size = loaded, points, chunk_size
         self._dtype = torch_dtype(store)
 
-    def run(self, ids: "torch.Tensor", sink: Sink) -> None:
+    def run(self, ids: "torch.Tensor", sink: Sink, captured: "Callable[[torch.Tensor], None] | None" = None) -> None:
         """Forward token ids (window, position), padded on the right; hand every chunk of every hook point to `sink`.
 
-        Values leave the device, in the stored dtype, as soon as they exist.
+        Values leave the device, in the stored dtype, as soon as they exist; `captured` sees each of them before.
         """
         position = dict.fromkeys((p.name for p in self._points), 0)
 
         def hand_over(name: str, value: "torch.Tensor") -> None:
-            sink(name, position[name], value.to(self._dtype).cpu())
+            stored = value.to(self._dtype)
+            if captured is not None:
+                captured(stored)
+            sink(name, position[name], stored.cpu())
             position[name] += value.shape[1]
 
         with Taps(self._loaded.architecture, self._points, hand_over) as taps:
@@ -95,7 +99,10 @@ def extract_shard(
         if writer.batches_done < len(batches):
             loaded = model_record.load_again(frozen, recorded)
             runner = ResidentRunner(loaded, points, plan.chunk_size, store)
-            _extract(runner, batches, shard_tokens, writer, frozen.memory.memory_warning_threshold, loaded)
+            asked = frozen.memory.profile_shard == shard
+            largest = batching.largest(batches, writer.batches_done, plan.chunk_size) if asked else ()
+            profile = ShardProfile(loaded, output, largest)
+            _extract(runner, batches, shard_tokens, writer, frozen.memory.memory_warning_threshold, loaded, profile)
         writer.finish()
 
 
@@ -118,6 +125,7 @@ def _extract(
     writer: ShardWriter,
     warning_threshold: float,
     loaded: LoadedModel,
+    profile: ShardProfile,
 ) -> None:
     """The loop over batches, from the first that is not committed yet."""
     done = sum(sum(b.lengths) for b in batches[: writer.batches_done])
@@ -133,7 +141,8 @@ def _extract(
                 if real > 0:
                     writer.write(window, name, start, values[row, :real])
 
-        runner.run(ids, write)
+        with profile.batch(number, ids) as captured:
+            runner.run(ids, write, captured)
         done += sum(batch.lengths)
         padding += ids.numel() - sum(batch.lengths)
         writer.batch_done(done, last=number == len(batches) - 1)

@@ -46,7 +46,8 @@ class LiveStorages(TorchDispatchMode):
 
     Storages that were there before are not counted: weights and inputs. `module` names the module that is running.
     What a kernel allocates and frees within itself is not seen, but for the operations of `inside`, which say how much
-    that is. `whole` are composite operations that are one kernel on the device that is meant.
+    that is. `whole` are composite operations that are one kernel on the device that is meant. With `device` (cpu, cuda)
+    storages elsewhere are left out.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class LiveStorages(TorchDispatchMode):
         module: Callable[[], str] = lambda: "",
         whole: Iterable[Any] = (),
         inside: Mapping[Any, Callable[..., int]] | None = None,
+        device: str | None = None,
     ) -> None:
         super().__init__()
         self._whole = frozenset(whole)
         self._inside = dict(inside or {})
+        self._device = device
         self.events: list[tuple[int, int]] = []  # (number of a storage, its bytes; negative at its end)
         self._module = module
         self._storages: list[Storage] = []
@@ -118,6 +121,8 @@ class LiveStorages(TorchDispatchMode):
         self.events += [(number, nbytes), (number, -nbytes)]
 
     def _born(self, tensor: "torch.Tensor", operation: str) -> None:
+        if self._device is not None and tensor.device.type != self._device:
+            return
         storage = tensor.untyped_storage()
         address, nbytes = storage._cdata, storage.nbytes()
         known = self._alive.get(address)

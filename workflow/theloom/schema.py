@@ -65,6 +65,11 @@ class MemoryConfig:
     streaming_chunk_size: int = key(512, "tokens of one forward step over a long document")
     memory_warning_threshold: float = key(0.85, "warn when more than this share of the device's memory is in use")
     activation_cache_filter: list[str] = key([], "hook points: exact names or globs; empty: every hook point")
+    profile_shard: int | None = key(
+        None,
+        "debugging: the shard, from 0, of whose largest batch the memory peak is recorded in `memory/` of the run's "
+        "folder; slows it, runs the extraction again, changes no row; null: none",
+    )
 
 
 @dataclass
