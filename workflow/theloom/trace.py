@@ -233,11 +233,11 @@ def _grouped_product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tens
     return input.new_empty(input.shape[0], weight.shape[-1], dtype=weight.dtype)
 
 
-def _cpu_attention_buffers(query: torch.Tensor, *_: Any) -> int:
+def _cpu_attention_buffers(query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:
     """Bytes that the fused CPU attention takes within itself, for each thread: as ATen's FlashAttentionKernel.cpp."""
     rows = query.shape[2]
     rows = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
-    columns, float_bytes = 512, 4
+    columns, float_bytes = min(512, key.shape[2]), 4
     own = float_bytes * (rows * columns + 2 * rows + rows * query.shape[3])
     if query.dtype != torch.float32:
         own += query.element_size() * rows * columns
