@@ -15,6 +15,8 @@ from support import Project, build_tiny, copy_project
 from theloom import source
 from theloom.schema import ModelConfig
 
+torch.set_num_threads(1)  # small models are faster so, and threads that wait for each other on a busy machine are slow
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():

@@ -41,17 +41,24 @@ def test_less_free_memory_makes_smaller_batches_and_keeps_the_headroom(mistral, 
     assert not caplog.records
 
 
-def test_a_smaller_chunk_is_taken_where_no_batch_would_do_and_said(mistral, caplog):
-    chunked = plan.choose(mistral, "bf16", "cuda", DeviceMemory(17 * GB, 15_500_000_000), threshold=1.0)
-    smaller = next(
-        planned
-        for free in range(15_500_000_000, 14 * GB, -10_000_000)
-        if (planned := plan.choose(mistral, "bf16", "cuda", DeviceMemory(17 * GB, free))).plan.chunk_size < 1024
-    )
-    assert chunked.plan.chunk_size == 1024
-    assert smaller.plan.chunk_size == 256
-    assert "in chunks of 256 tokens, not 1024" in smaller.changes[0]
-    assert "in chunks of 256 tokens" in caplog.text
+def test_a_smaller_chunk_is_taken_where_no_batch_would_do_and_said(caplog):
+    (run,) = config.runs(ROOT / "config", "7b").values()
+    wide = run.config["model"]["architecture"] | {"num_hidden_layers": 2, "intermediate_size": 131072}
+    hooks = {"memory": run.config["memory"] | {"activation_cache_filter": ["blocks.1.hook_resid_post"]}}
+    settings = config.typed(run.config | {"model": run.config["model"] | {"architecture": wide}} | hooks)
+    found = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
+    fixed = found.weights["bf16"] + 6 * 10**8
+    whole = plan.choose(found, "bf16", "cuda", DeviceMemory(80 * GB, fixed + 2 * GB))
+    smaller = plan.choose(found, "bf16", "cuda", DeviceMemory(80 * GB, fixed + GB // 2))
+    assert (whole.plan.chunk_size, smaller.plan.chunk_size) == (1024, 256)
+    assert smaller.changes == ("long documents go in chunks of 256 tokens, not in chunks of 1024",)
+    assert smaller.changes[0] in caplog.text
+
+
+def test_one_pass_is_taken_where_the_cache_and_its_masks_take_more(mistral):
+    planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(80 * GB, 15_450_000_000))
+    assert not planned.plan.streamed
+    assert planned.changes == ("long documents go in one pass, not in chunks of 1024",)
 
 
 def test_every_plan_that_is_chosen_fits_and_more_memory_never_gives_less(mistral):

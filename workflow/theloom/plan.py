@@ -125,10 +125,9 @@ def _weigh(estimate: Estimate, kind: str, device: str, plan: Plan, correction: C
 def _changes(asked: Plan, plan: Plan, chosen: bool) -> tuple[str, ...]:
     changes = []
     if plan.chunk_size != asked.chunk_size:
-        what = "in one pass" if not plan.streamed and asked.streamed else f"in chunks of {plan.chunk_size} tokens"
-        changes.append(
-            f"documents longer than {min(plan.chunk_size, asked.chunk_size)} tokens go {what}, not {asked.chunk_size}"
-        )
+        whole = asked.streamed and not plan.streamed
+        how = "in one pass" if whole else f"in chunks of {plan.chunk_size} tokens"
+        changes.append(f"long documents go {how}, not in chunks of {asked.chunk_size}")
     if plan.batch_tokens != asked.batch_tokens and not chosen:
         changes.append(f"batches of {plan.batch_tokens} tokens, not {asked.batch_tokens}")
     return tuple(changes)

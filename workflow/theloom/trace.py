@@ -234,7 +234,10 @@ def _grouped_product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tens
 
 
 def _cpu_attention_buffers(query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:
-    """Bytes that the fused CPU attention takes within itself, for each thread: as ATen's FlashAttentionKernel.cpp."""
+    """Bytes that the fused CPU attention takes within itself, for each thread: as ATen's FlashAttentionKernel.cpp.
+
+    In BF16, with few threads and on processors that multiply it, the kernel also repacks keys and values: not counted.
+    """
     rows = query.shape[2]
     rows = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
     columns, float_bytes = min(512, key.shape[2]), 4
