@@ -1,14 +1,17 @@
 """Builders that the tests share: a config for any model, tiny real models, a run without snakemake, and one with it."""
 
+import gc
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from theloom import config, estimate, extraction, merge, model_record, shard, tokens, verify
 from theloom.schema import Config
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,6 +143,20 @@ def extract_with_small_commits(folder: Path) -> None:
     """The extraction of a run, committed every 16 KiB: the body of a job that a test kills."""
     shard.COMMIT_BYTES = 1 << 14
     Stages(folder).extract()
+
+
+def allocator_peak(work: Callable[[], object]) -> int:
+    """The most bytes that the CPU allocator had given out at once, above what it had before: torch's profiler tells."""
+    work()  # what libraries allocate once is not the work's
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 def plain_residuals(folder: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

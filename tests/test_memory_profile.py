@@ -1,6 +1,5 @@
 """Memory debugging: the recorded peak against the CPU allocator's, and that recording changes nothing else."""
 
-import gc
 import json
 import logging
 import pickle
@@ -11,13 +10,12 @@ from types import SimpleNamespace
 import pytest
 import theloom
 import torch
-from support import ROOT, a_config, build_tiny, stages
+from support import ROOT, a_config, allocator_peak, build_tiny, stages
 from theloom import batching, config, model, shard, source
 from theloom.batching import Batch
 from theloom.errors import ConfigError
 from theloom.extraction import ResidentRunner
 from theloom.memory_profile import ShardProfile
-from torch.profiler import ProfilerActivity, profile
 
 CHUNK = 64
 # Sizes of which the peak is in no kernel's own buffers: those of attention are reckoned for 512 keys at least.
@@ -42,20 +40,6 @@ def recorded(loaded, ids, output, store="fp32"):
     return json.loads((output.parent.parent / f"memory/{output.stem}.json").read_text()), values
 
 
-def allocator_peak(runner, ids) -> int:
-    """The most bytes that the CPU allocator gave out at once in a batch that nobody records."""
-    runner.run(ids, lambda *_: None)
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        runner.run(ids, lambda *_: None)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 @pytest.mark.parametrize(("precision", "store"), [("fp32", "fp32"), ("bf16", "fp32")])
@@ -70,7 +54,7 @@ def test_the_peak_is_that_of_the_allocator_in_a_batch_that_is_not_recorded(
     with ShardProfile(loaded, tmp_path / "shards/s.h5", {0}).batch(0, ids) as captured:
         runner.run(ids, lambda *_: None, captured)
     found = json.loads((tmp_path / "memory/s.json").read_text())
-    assert found["peak_bytes"] == pytest.approx(allocator_peak(runner, ids), rel=1e-3)
+    assert found["peak_bytes"] == pytest.approx(allocator_peak(lambda: runner.run(ids, lambda *_: None)), rel=1e-3)
     assert found["peak_bytes"] == sum(found["by_category"].values())
     assert found["peak_bytes"] == sum(made["bytes"] for made in found["alive_at_peak"])
     assert found["peak_bytes"] == max(found["peak_by_module"].values())

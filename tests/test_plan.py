@@ -136,3 +136,10 @@ def test_the_passes_of_a_plan_are_the_largest_that_batching_makes(batch_tokens, 
     asked = Plan(batch_tokens, chunk, int(lengths.max()))
     largest = max(len(b.windows) * min(b.width, chunk) for b in plan_batches(lengths, batch_tokens, chunk))
     assert largest <= max(asked.batch_windows * asked.width, batch_tokens)
+
+
+def test_a_shard_that_was_begun_with_more_than_is_free_is_not_gone_on_with(mistral):
+    begun = Plan(16384, 1024, 4096)
+    plan.check_begun(mistral, "bf16", "cuda", DeviceMemory(24 * GB, 20 * GB), begun, Correction(), "x.partial")
+    with pytest.raises(MemoryPlanError, match=r"x\.partial was begun with batches of 16384 tokens, which take 1[78]\."):
+        plan.check_begun(mistral, "bf16", "cuda", DeviceMemory(24 * GB, 16 * GB), begun, Correction(), "x.partial")

@@ -1,15 +1,13 @@
 """The trace against the CPU allocator itself: the same forward, with the same taps, measured by torch's profiler."""
 
-import gc
-
 import pytest
 import torch
+from support import allocator_peak
 from theloom import architecture, trace
 from theloom.hooks import catalogue, select
 from theloom.live import LiveStorages
 from theloom.memory import Workload
 from theloom.precision import torch_dtype
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModel, DynamicCache
 
 SIZES = {
@@ -52,19 +50,9 @@ def model_config(name: str):
     return AutoConfig.for_model(model_type, **SIZES, **numbers)
 
 
-def allocator_peak(described, workload, points) -> int:
-    """The largest number of bytes that the CPU allocator had given out at once, above what it had before."""
+def real_peak(described, workload, points) -> int:
     ids = torch.randint(512, (workload.windows, workload.tokens))
-    trace.run(described, ids, workload, points, held=True)  # what libraries allocate once is not the forward's
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trace.run(described, ids, workload, points, held=True)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return allocator_peak(lambda: trace.run(described, ids, workload, points, held=True))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -78,7 +66,7 @@ def test_trace_gives_the_peak_of_the_cpu_allocator(name: str, precision: str) ->
         chosen = [] if filters is None else select(filters, points)
         for shape, workload in WORKLOADS.items():
             foretold = trace.trace(fake, workload, chosen, held=True)[0].total
-            measured = allocator_peak(described, workload, chosen)
+            measured = real_peak(described, workload, chosen)
             far[asked, shape] = foretold / measured - 1
     assert all(abs(error) <= 1e-3 for error in far.values()), far
 

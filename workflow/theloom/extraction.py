@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from theloom import batching, config, estimate, gpu, layout, memory, model, model_record, provenance, tokens
+from theloom import batching, config, estimate, gpu, layout, memory, model, model_record, plan, provenance, tokens
 from theloom.batching import Batch
 from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate
@@ -81,16 +81,16 @@ def extract_shard(
     _check_revision(recorded, tokens_path)
     run_identity = _identity(config_path, recorded, tokens_path)
     identity = f"{run_identity}-{shard}"
-    plan = _plan(frozen, estimated, recorded, int(lengths.max(initial=1)), begun(output, identity))
-    _check_streaming(recorded, lengths, plan.chunk_size)
-    batches = batching.plan_batches(lengths, plan.batch_tokens, plan.chunk_size)
+    planned = _plan(frozen, estimated, recorded, int(lengths.max(initial=1)), output, identity)
+    _check_streaming(recorded, lengths, planned.chunk_size)
+    batches = batching.plan_batches(lengths, planned.batch_tokens, planned.chunk_size)
     spec = ShardSpec(
         tokens=shard_tokens,
         points=points,
         precision=store,
         batches=len(batches),
         identity=identity,
-        attributes=_attributes(config_path, recorded, tokens_path, plan, run_identity)
+        attributes=_attributes(config_path, recorded, tokens_path, planned, run_identity)
         | {"kind": "shard", "shard": shard, "first_row": shard_tokens.first_row, "precision": store},
     )
     needed = _still_to_write(spec, estimated, output)
@@ -98,24 +98,28 @@ def extract_shard(
     with ShardWriter(output, spec) as writer:
         if writer.batches_done < len(batches):
             loaded = model_record.load_again(frozen, recorded)
-            runner = ResidentRunner(loaded, points, plan.chunk_size, store)
+            runner = ResidentRunner(loaded, points, planned.chunk_size, store)
             asked = frozen.memory.profile_shard == shard
-            largest = batching.largest(batches, writer.batches_done, plan.chunk_size) if asked else ()
+            largest = batching.largest(batches, writer.batches_done, planned.chunk_size) if asked else ()
             profile = ShardProfile(loaded, output, largest)
             _extract(runner, batches, shard_tokens, writer, frozen.memory.memory_warning_threshold, loaded, profile)
         writer.finish()
 
 
 def _plan(
-    frozen: Config, estimated: Estimate, recorded: ModelRecord, longest: int, unfinished: dict[str, Any] | None
+    frozen: Config, estimated: Estimate, recorded: ModelRecord, longest: int, output: Path, identity: str
 ) -> Plan:
     """What fits the device now; a shard that was begun is gone on with as it was begun."""
     device, _ = model.resolve_precision(frozen)
-    kind = memory.kind_of(frozen, recorded.precision)
-    if unfinished is not None:
-        return Plan(int(unfinished["batch_tokens"]), int(unfinished["chunk_size"]), longest)
-    threshold = frozen.memory.memory_warning_threshold
-    return model_record.fit(estimated, kind, device, threshold, longest, recorded.correction).plan
+    kind, unfinished = memory.kind_of(frozen, recorded.precision), begun(output, identity)
+    if unfinished is None:
+        threshold = frozen.memory.memory_warning_threshold
+        return model_record.fit(estimated, kind, device, threshold, longest, recorded.correction).plan
+    as_begun = Plan(int(unfinished["batch_tokens"]), int(unfinished["chunk_size"]), longest)
+    found, _ = gpu.available(device)
+    name = partial_of(output).name
+    plan.check_begun(estimated, kind.name, device.type, found, as_begun, recorded.correction, name)
+    return as_begun
 
 
 def _extract(

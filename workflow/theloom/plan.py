@@ -103,6 +103,18 @@ def choose(
     raise MemoryPlanError(_refusal(estimate, kind, device, found, min(candidates, key=_total), correction, others))
 
 
+def check_begun(
+    estimate: Estimate, kind: str, device: str, found: DeviceMemory, plan: Plan, correction: Correction, partial: str
+) -> None:
+    """An unfinished file that was begun with a plan can be gone on with in what is free. Raises MemoryPlanError."""
+    needed = _weigh(estimate, kind, device, plan, correction).components.total
+    if needed > found.free:
+        raise MemoryPlanError(
+            f"{partial} was begun with batches of {plan.batch_tokens} tokens, which take {memory.in_words(needed)}, "
+            f"and {device} has {memory.in_words(found.free)} free; free some, or remove the file to begin anew"
+        )
+
+
 def _smaller(asked: Plan) -> list[Plan]:
     """The plan asked for, then ever smaller ones: fewer windows side by side, then smaller chunks."""
     plans, batch = [], asked.batch_tokens
