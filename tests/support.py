@@ -141,6 +141,7 @@ def stages(folder: Path, model_source: str | Path, overrides: str = "") -> Stage
 
 def extract_with_small_commits(folder: Path) -> None:
     """The extraction of a run, committed every 16 KiB: the body of a job that a test kills."""
+    torch.set_num_threads(1)  # as the tests themselves: sums depend on how they are split
     shard.COMMIT_BYTES = 1 << 14
     Stages(folder).extract()
 
