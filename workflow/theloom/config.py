@@ -29,6 +29,11 @@ from theloom.schema import Config
 ConfigStore.instance().store(name="theloom", node=Config)
 
 
+# Where extraction.shards is left open: jobs long enough that loading the model is little of them, short enough that
+# losing one is. A virtual dataset opens every shard's file.
+TOKENS_OF_SHARD, MOST_SHARDS, SHARDS_OF_UNKNOWN = 250_000, 64, 8
+
+
 @dataclass(frozen=True)
 class Stage:
     """The keys (or whole sections) on which a stage depends.
@@ -201,6 +206,8 @@ def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> dict
             composed = compose("default", [*overrides, f"profile={profile}"])
         # merged into the bare schema once more: Hydra lets `+key=value` add keys that the schema does not have
         strict = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))
+        if strict.extraction.shards is None:
+            strict.extraction.shards = _shards_for(strict.corpus.max_tokens)
         config = cast(dict[str, Any], OmegaConf.to_container(strict, enum_to_str=True, resolve=True))
         _check(cast(Config, strict))
     except MissingConfigException as error:
@@ -213,6 +220,13 @@ def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> dict
             raise
         raise ConfigError(f"model.architecture: is null in {profile}; write a profile with all its numbers") from None
     return config
+
+
+def _shards_for(max_tokens: int | None) -> int:
+    """How many shards a corpus is split into where the config leaves it open: Snakemake must know before any job."""
+    if max_tokens is None:
+        return SHARDS_OF_UNKNOWN
+    return min(max(2, -(-max_tokens // TOKENS_OF_SHARD)), MOST_SHARDS)
 
 
 def _explain(error: BaseException) -> str:
@@ -265,7 +279,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key}: {value} is too small; the least is 1")
     if config.resources.gpu < 0:
         raise ConfigError(f"resources.gpu: {config.resources.gpu} is too small; the least is 0")
-    profiled, shards = config.memory.profile_shard, config.extraction.shards
+    profiled, shards = config.memory.profile_shard, config.extraction.shards or 1  # a number by now
     if profiled is not None and not 0 <= profiled < shards:
         raise ConfigError(f"memory.profile_shard: {profiled} is no shard; the run's shards are 0 to {shards - 1}")
     if not 0 < config.memory.memory_warning_threshold <= 1:

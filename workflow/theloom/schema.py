@@ -83,7 +83,10 @@ class ExtractionConfig:
         "tokens of one forward pass over short documents, padding included; null: what fits the free memory, at most "
         "16,384 on a GPU and 2,048 on a CPU",
     )
-    shards: int = key(2, "files, and so independent jobs, that the corpus is split into")
+    shards: int | None = key(
+        None,
+        "files, and so independent jobs, that the corpus is split into; null: one for every 250,000 tokens, 2 to 64",
+    )
 
 
 @dataclass

@@ -60,7 +60,7 @@ def tokenize(config: Config, output: Path) -> None:
             total += len(input_ids)
         if not total:
             raise CorpusError(f"the corpus has no tokens: {tally.empty} documents read, all empty; check corpus.*")
-        _write_tables(file, tally, context, config.extraction.shards)
+        _write_tables(file, tally, context, config.extraction.shards or 1)  # a number, once composed
         layout.set_attributes(
             file,
             provenance.attributes(
