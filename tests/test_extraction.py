@@ -354,3 +354,18 @@ def test_shards_whose_jobs_had_room_for_different_batches_are_one_data_set(tmp_p
     run.merge()
     run.verify()
     assert theloom.open(run.activations).attributes["batch_tokens"] == "[2048, 128]"
+
+
+def test_what_was_foretold_and_what_was_found_lie_side_by_side(tmp_path, tiny_llama):
+    run = stages(tmp_path, tiny_llama, "corpus.max_tokens=500")
+    run.prepare()
+    with h5py.File(run.folder / "model.h5") as file:
+        foretold, found = (dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured"))
+        plan = dict(file["memory/plan"].attrs)
+    for category in ("weights", "kv_cache", "captured", "temporaries"):
+        assert found[category] == pytest.approx(foretold[category], rel=1e-3)
+    tensors = sum(found[part] for part in ("kv_cache", "captured", "temporaries", "logits"))
+    assert found["growth"] == tensors + found["files"] + found["heap"]
+    assert plan["longest"] <= 500
+    real = model.load(run.config("model"), source.prepare(run.config("model").model)).architecture.model
+    assert found["weights"] == sum(t.numel() * t.element_size() for t in [*real.parameters(), *real.buffers()])

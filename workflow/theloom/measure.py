@@ -23,7 +23,8 @@ class Measured:
 
     `growth` is what CUDA's allocator counted, or what the process grew by on the CPU. There it has three parts: the
     tensors (`found`), pages of files that were not read before (`files`: code, mapped weights), and what malloc keeps
-    of blocks that were freed, with what libraries take for themselves (`heap`).
+    of blocks that were freed, with what libraries take for themselves (`heap`; negative where the tensors went into
+    memory that the process had left from before).
     """
 
     workload: Workload
@@ -31,10 +32,11 @@ class Measured:
     found: Parts
     growth: int
     files: int
+    weights: int
 
     @property
     def heap(self) -> int:
-        return max(0, self.growth - self.found.total - self.files)
+        return self.growth - self.found.total - self.files
 
     @property
     def correction(self) -> Correction:
@@ -62,7 +64,8 @@ def measure(loaded: LoadedModel, kind: Kind, traced: Traced, plan: Plan, points:
     with PeakMemory(loaded.device) as growing:
         _run(loaded, ids, workload, points, kind)
     found = _run(loaded, ids, workload, points, kind)
-    return Measured(workload, foretold, found, growing.growth, growing.files)
+    weights = sum(trace.weights_of(loaded.architecture.model))
+    return Measured(workload, foretold, found, growing.growth, growing.files, weights)
 
 
 def _run(loaded: LoadedModel, ids: torch.Tensor, workload: Workload, points: Sequence[HookPoint], kind: Kind) -> Parts:

@@ -121,13 +121,13 @@ def _log(measured: "Measured") -> None:
     )
 
 
-def _write_memory(group: h5py.Group, planned: Planned, measured: "Measured", weights: int, loaded: int) -> None:
+def _write_memory(group: h5py.Group, planned: Planned, measured: "Measured", weights: int, load_growth: int) -> None:
     layout.set_attributes(group, {"changes": list(planned.changes), **asdict(measured.correction)})
     layout.set_attributes(group.create_group("plan"), asdict(planned.plan))
     layout.set_attributes(group.create_group("workload"), asdict(measured.workload))
     layout.set_attributes(group.create_group("predicted"), {"weights": weights, **asdict(measured.foretold)})
-    found = {"weights": loaded, **asdict(measured.found)}
-    growth = {"growth": measured.growth, "files": measured.files, "heap": measured.heap}
+    found = {"weights": measured.weights, **asdict(measured.found)}
+    growth = {"growth": measured.growth, "files": measured.files, "heap": measured.heap, "load_growth": load_growth}
     layout.set_attributes(group.create_group("measured"), found | growth)
 
 

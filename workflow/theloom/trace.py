@@ -39,14 +39,18 @@ class FakeModel:
 
     @property
     def weights(self) -> list[int]:
-        """Bytes of every storage that stays for the model's life: parameters and buffers, tied ones once."""
-        model = self.architecture.model
-        storages = {t.untyped_storage()._cdata: t for t in [*model.parameters(), *model.buffers()]}
-        return [t.untyped_storage().nbytes() for t in storages.values()]
+        """`weights_of` the model."""
+        return weights_of(self.architecture.model)
 
     @property
     def points(self) -> list[HookPoint]:
         return catalogue(len(self.architecture.blocks), self.architecture.hidden_size)
+
+
+def weights_of(model: torch.nn.Module) -> list[int]:
+    """Bytes of every storage that stays for a model's life: parameters and buffers, tied ones once."""
+    storages = {t.untyped_storage()._cdata: t for t in [*model.parameters(), *model.buffers()]}
+    return [t.untyped_storage().nbytes() for t in storages.values()]
 
 
 def fake_model(
