@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from theloom import config, estimate, extraction, merge, model_record, shard, tokens, verify
+from theloom import config, engine, estimate, merge, model_record, shard, tokens, verify
 from theloom.schema import Config
 from torch.profiler import ProfilerActivity, profile
 
@@ -98,7 +98,7 @@ class Stages:
         """The shards of these numbers; by default all."""
         count = self.config("merge").extraction.shards
         for number in numbers or range(count):
-            extraction.extract_shard(
+            engine.extract_shard(
                 self.folder / "extract.json",
                 self.folder / "estimate.h5",
                 self.folder / "model.h5",

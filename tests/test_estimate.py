@@ -5,6 +5,7 @@ import theloom
 import torch
 from support import ROOT, TINY, a_config, build_tiny, stages
 from theloom import config, estimate, model, source
+from theloom.forward import residuals
 from transformers import AutoModelForCausalLM, DynamicCache
 
 
@@ -58,7 +59,7 @@ def test_weights_cache_and_captures_are_those_of_the_real_model(tmp_path, model_
     real = loaded.architecture.model
     held = {t.data_ptr(): t.numel() * t.element_size() for t in [*real.parameters(), *real.buffers()]}
     assert found.weights["fp32"] == pytest.approx(sum(held.values()), rel=1e-3)
-    captured = model.residuals(loaded, torch.zeros(2, 32, dtype=torch.int64), 32)
+    captured = residuals(loaded.architecture, torch.zeros(2, 32, dtype=torch.int64), 32)
     assert found.captured_selected["fp32"] * 64 == sum(t.numel() * 4 for t in captured.values())
     assert found.captured_full["fp32"] == 2 * found.captured_selected["fp32"]
     if "sliding_window" not in TINY[model_type]:

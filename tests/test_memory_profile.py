@@ -13,8 +13,8 @@ import torch
 from support import ROOT, a_config, allocator_peak, build_tiny, stages
 from theloom import batching, config, model, shard, source
 from theloom.batching import Batch
+from theloom.engine import ResidentRunner
 from theloom.errors import ConfigError
-from theloom.extraction import ResidentRunner
 from theloom.memory_profile import ShardProfile
 
 CHUNK = 64

@@ -5,7 +5,7 @@ from pathlib import Path
 from theloom.job import job
 
 with job(snakemake.log[0], snakemake.threads):
-    from theloom.extraction import extract_shard
+    from theloom.engine import extract_shard
 
     extract_shard(
         config_path=Path(snakemake.input.config),

@@ -112,7 +112,7 @@ class Taps:
         points: list[HookPoint],
         sink: Callable[[str, "torch.Tensor"], None],
     ) -> None:
-        self._architecture = architecture
+        self.architecture = architecture
         self._points = points
         self._sink = sink
         self._handles: list[Any] = []
@@ -120,12 +120,12 @@ class Taps:
     def __enter__(self) -> "Taps":
         deepest = max(p.block for p in self._points)
         for point in self._points:
-            block = self._architecture.blocks[point.block]
+            block = self.architecture.blocks[point.block]
             if point.value == "hook_resid_pre":
                 self._handles.append(block.register_forward_pre_hook(self._before(point), with_kwargs=True))
             else:
                 self._handles.append(block.register_forward_hook(self._after(point)))
-        last = self._architecture.blocks[deepest]
+        last = self.architecture.blocks[deepest]
         self._handles.append(last.register_forward_hook(_stop))
         return self
 
@@ -137,10 +137,10 @@ class Taps:
     def run(self, **inputs: Any) -> None:
         """One forward pass of the model, up to the deepest block asked for."""
         try:
-            self._architecture.model(**inputs)
+            self.architecture.model(**inputs)
         except _DeepestReached:
             return
-        raise HookError(f"the forward pass of {type(self._architecture.model).__name__} did not reach its own blocks")
+        raise HookError(f"the forward pass of {type(self.architecture.model).__name__} did not reach its own blocks")
 
     def _before(self, point: HookPoint) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,19 +1,14 @@
-"""Load a model for extraction: at the resolved precision, on the device, without its LM head, unmodified.
-
-Before rows are taken from a model it is tried on a few tokens: what TheLoom relies on (padding on the right changes
-nothing, chunks through the KV cache give the rows of one pass) is shown to hold for it, or it is not relied on.
-"""
+"""Load a model for extraction: at the resolved precision, on the device, without its LM head, unmodified."""
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from theloom import architecture, gpu, precision, source
 from theloom.architecture import Architecture, Numbers
 from theloom.errors import ModelError
-from theloom.hooks import HookPoint, Taps, catalogue
-from theloom.precision import Resolved
+from theloom.hooks import HookPoint, catalogue
+from theloom.precision import TOLERANCE, Resolved
 from theloom.schema import ArchitectureConfig, Config, ModelConfig
 from theloom.source import ModelFiles
 
@@ -22,10 +17,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
-
-# Largest error, as a share of a hook point's largest absolute value, that the order of floating-point sums explains.
-# FP32: at most 4e-6 was seen between chunked and whole forwards; 16 bits: a few units in the last place.
-TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 
 
 @dataclass(frozen=True)
@@ -149,78 +140,3 @@ def _quantization(bits: str, compute: str) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=precision.torch_dtype(compute)
     )
-
-
-@dataclass(frozen=True)
-class TriedOut:
-    """What a model showed on 24 tokens: errors as shares of the largest absolute value; whether it can be streamed."""
-
-    padding_error: float
-    chunk_error: float
-    streams: bool
-
-
-def try_out(loaded: LoadedModel) -> TriedOut:
-    """Show that padding on the right leaves this model's rows alone, and whether chunks through its KV cache do.
-
-    Raises ModelError where a token's row depends on what is to its right, as for an encoder.
-    """
-    import torch
-
-    ids = torch.randint(loaded.architecture.model.config.get_text_config().vocab_size, (1, 24), generator=_seeded())
-    limit = 10 * loaded.tolerance
-    name = type(loaded.architecture.model).__name__
-    whole = residuals(loaded, ids, chunk_size=24)
-    padding = _largest_error({k: v[:, :16] for k, v in whole.items()}, residuals(loaded, ids[:, :16], 16))
-    if not padding <= limit:
-        raise ModelError(
-            f"{name}: a token's hidden state depends on the tokens after it (by {padding:.2g} of the largest value): "
-            "not a causal model; only decoders can be extracted"
-        )
-    try:
-        chunks = _largest_error(whole, residuals(loaded, ids, chunk_size=7))
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        log.warning("%s does not take a KV cache: %s", name, error)
-        chunks = math.inf
-    if not chunks <= limit:
-        log.warning("%s cannot be streamed: chunks give other rows than one pass (error %.2g)", name, chunks)
-    return TriedOut(padding, chunks, chunks <= limit)
-
-
-def residuals(loaded: LoadedModel, ids: "torch.Tensor", chunk_size: int) -> dict[str, "torch.Tensor"]:
-    """The residual after every block, (batch, position, hidden size) in FP32 on the CPU, computed chunk by chunk."""
-    import torch
-
-    points = [p for p in loaded.points if p.value == "hook_resid_post"]
-    seen: dict[str, list[torch.Tensor]] = {p.name: [] for p in points}
-    with Taps(loaded.architecture, points, lambda name, value: seen[name].append(value.float().cpu())) as taps:
-        prefill(taps, loaded, ids, chunk_size)
-    return {name: torch.cat(chunks, dim=1) for name, chunks in seen.items()}
-
-
-def prefill(taps: Taps, loaded: LoadedModel, ids: "torch.Tensor", chunk_size: int) -> None:
-    """Forward token ids (batch, position): at once where they fit a chunk, else chunk by chunk through a KV cache.
-
-    No attention mask is passed: rows are causal, and padding, if any, is on the right.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    with torch.inference_mode():
-        ids = ids.to(loaded.device)
-        if ids.shape[1] <= chunk_size:
-            taps.run(input_ids=ids, use_cache=False)
-            return
-        cache = DynamicCache(config=loaded.architecture.model.config)
-        for start in range(0, ids.shape[1], chunk_size):
-            taps.run(input_ids=ids[:, start : start + chunk_size], past_key_values=cache, use_cache=True)
-
-
-def _largest_error(expected: dict[str, "torch.Tensor"], found: dict[str, "torch.Tensor"]) -> float:
-    return max(float((found[k] - v).abs().max() / v.abs().max()) for k, v in expected.items())
-
-
-def _seeded() -> "torch.Generator":
-    import torch
-
-    return torch.Generator().manual_seed(0)

@@ -21,6 +21,7 @@ from theloom.memory import Kind
 from theloom.model import LoadedModel
 from theloom.plan import Correction, Planned
 from theloom.schema import Config
+from theloom.trial import try_out
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     files = source.prepare(config.model)
     with peak.PeakMemory(device) as loading:
         loaded = model.load(config, files)
-    tried = model.try_out(loaded)
+    tried = try_out(loaded.architecture, loaded.tolerance)
     points = [p for p in loaded.points if p.name in set(estimated.hooks)]
     traced = Traced(model_config, loaded.attention, config.model.trust_remote_code)
     measured = measure(loaded, kind, traced, planned.plan, points)

@@ -17,6 +17,10 @@ BF16_CAPABILITY = (8, 0)
 FP16_CAPABILITY = (5, 3)
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
+# Largest error, as a share of a hook point's largest absolute value, that the order of floating-point sums explains.
+# FP32: at most 4e-6 was seen between chunked and whole forwards; 16 bits: a few units in the last place.
+TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
+
 
 @dataclass(frozen=True)
 class Resolved:

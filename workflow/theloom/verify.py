@@ -19,7 +19,8 @@ from theloom.errors import VerificationError
 from theloom.estimator import Traced
 from theloom.hooks import HookPoint
 from theloom.memory import Kind, Workload, in_words
-from theloom.model import TOLERANCE, LoadedModel
+from theloom.model import LoadedModel
+from theloom.precision import TOLERANCE
 from theloom.schema import Config
 
 if TYPE_CHECKING:

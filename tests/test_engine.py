@@ -16,11 +16,13 @@ import torch
 from support import TINY, a_config, build_tiny, extract_with_small_commits, plain_residuals, stages
 from theloom import batching, host, model, model_record, shard, source
 from theloom import plan as planning
+from theloom.engine import ResidentRunner
 from theloom.errors import HookError, MemoryPlanError, ModelError, StoreError
-from theloom.extraction import ResidentRunner
+from theloom.forward import residuals
 from theloom.host import DeviceMemory
-from theloom.precision import torch_dtype
+from theloom.precision import TOLERANCE, torch_dtype
 from theloom.schema import ArchitectureConfig
+from theloom.trial import try_out
 
 LENGTHS = [1, 2, 5, 6, 31, 30, 7, 64, 12, 1]
 
@@ -77,7 +79,7 @@ def test_an_encoder_is_refused_since_its_tokens_see_to_the_right(tmp_path):
     config = a_config(tmp_path)
     loaded = model.load(config, source.prepare(config.model))
     with pytest.raises(ModelError, match="not a causal model"):
-        model.try_out(loaded)
+        try_out(loaded.architecture, loaded.tolerance)
 
 
 def test_a_model_that_cannot_be_streamed_is_extracted_in_one_pass_or_refused(tmp_path, tiny_llama, caplog):
@@ -256,7 +258,7 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_pat
     run = stages(tmp_path / "killed", tiny_llama, asked)
     run.prepare()
     processes = multiprocessing.get_context("forkserver")  # a server that has torch loaded: jobs start at once
-    processes.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "theloom.extraction"])
+    processes.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "theloom.engine"])
     partial = run.folder / "shards/00000-of-00001.h5.partial"
     choose = random.Random(0)
     committed = [0]
@@ -308,12 +310,12 @@ def test_a_gpu_gives_the_rows_of_plain_transformers_there(tmp_path, precision):
     folder = build_tiny("llama", tmp_path)
     config = a_config(folder, f"memory.precision_mode={precision} extraction.device=cuda")
     loaded = model.load(config, source.prepare(config.model))
-    model.try_out(loaded)
+    try_out(loaded.architecture, loaded.tolerance)
     ids = torch.arange(3, 60)[None]
-    rows = model.residuals(loaded, ids, chunk_size=16)
+    rows = residuals(loaded.architecture, ids, chunk_size=16)
     with torch.no_grad():
         states = loaded.architecture.model(ids.cuda(), output_hidden_states=True, use_cache=False).hidden_states
-    tolerance = model.TOLERANCE[precision]
+    tolerance = TOLERANCE[precision]
     for block in (0, 1):
         expected = states[block + 1].float().cpu()
         error = float((rows[f"blocks.{block}.hook_resid_post"] - expected).abs().max() / expected.abs().max())

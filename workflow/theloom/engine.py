@@ -19,9 +19,10 @@ from theloom import batching, config, estimate, gpu, layout, memory, model, mode
 from theloom.batching import Batch
 from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate
+from theloom.forward import prefill
 from theloom.hooks import HookPoint, Taps, select
 from theloom.memory_profile import ShardProfile
-from theloom.model import LoadedModel, prefill
+from theloom.model import LoadedModel
 from theloom.model_record import ModelRecord
 from theloom.plan import Plan
 from theloom.precision import torch_dtype
@@ -62,7 +63,7 @@ class ResidentRunner:
             position[name] += value.shape[1]
 
         with Taps(self._loaded.architecture, self._points, hand_over) as taps:
-            prefill(taps, self._loaded, ids, self._chunk_size)
+            prefill(taps, ids, self._chunk_size)
 
 
 def extract_shard(
