@@ -1,6 +1,7 @@
 """Builders that the tests share: a config for any model, tiny real models, a run without snakemake, and one with it."""
 
 import gc
+import mmap
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,13 @@ def extract_with_small_commits(folder: Path) -> None:
     torch.set_num_threads(1)  # as the tests themselves: sums depend on how they are split
     shard.COMMIT_BYTES = 1 << 14
     Stages(folder).extract()
+
+
+def touch(size: int) -> None:
+    """Have so many more bytes resident for a moment: mapped anew, since malloc may have as many left from before."""
+    with mmap.mmap(-1, size) as block:
+        for page in range(0, size, mmap.PAGESIZE):
+            block[page] = 1
 
 
 def allocator_peak(work: Callable[[], object]) -> int:
