@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 from theloom import config, engine, estimate, merge, model_record, shard, tokens, verify
+from theloom.architecture import Architecture
+from theloom.hooks import HookPoint, residuals
 from theloom.schema import Config
 from torch.profiler import ProfilerActivity, profile
 
@@ -126,7 +128,7 @@ def stages(folder: Path, model_source: str | Path, overrides: str = "") -> Stage
     """The frozen configs of a small run of any model over real text."""
     small = {
         "memory.streaming_chunk_size": 64,
-        "memory.activation_cache_filter": "[]",
+        "memory.activation_cache_filter": "[blocks.*.hook_resid_pre,blocks.*.hook_resid_post]",
         "extraction.batch_tokens": 256,
         "corpus.max_tokens": 2000,
     }
@@ -166,6 +168,11 @@ def allocator_peak(work: Callable[[], object]) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def residual_points(described: Architecture) -> list[HookPoint]:
+    """The residual stream before and after every block."""
+    return residuals(len(described.blocks), described.hidden_size)
 
 
 def plain_residuals(folder: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

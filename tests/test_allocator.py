@@ -88,7 +88,7 @@ def test_longest_batch_first_holds_less_memory_than_shortest_first() -> None:
     config = AutoConfig.for_model(**LLAMA, hidden_size=256, num_hidden_layers=2, intermediate_size=704, vocab_size=512)
     fake = trace.fake_model(config, "fp32")
     lengths = [256, 640, 1024, 1536, 2048]
-    traces = {n: trace.trace(fake, Workload(8, n, n), fake.points, device="cuda")[1].events for n in lengths}
+    traces = {n: trace.trace(fake, Workload(8, n, n), fake.residuals, device="cuda")[1].events for n in lengths}
     alone = replay(fake.weights, traces[2048])
     longest_first = replay(fake.weights, in_turn([traces[n] for n in reversed(lengths)]))
     shortest_first = replay(fake.weights, in_turn([traces[n] for n in lengths]))

@@ -54,7 +54,7 @@ def test_closed_form_equals_the_trace(name: str, kind: Kind) -> None:
     assert closed_form.weights(size, kind) == pytest.approx(sum(fake.weights), rel=1e-3)
     far = {}
     for workload, filters, held in CASES:
-        points = select(filters, fake.points)
+        points = select(filters, fake.residuals)
         traced, _ = trace.trace(fake, workload, points, held=held, store=kind.precision, device="cuda")
         blocks = 1 + max(p.block for p in points)
         formula = closed_form.forward(size, kind, workload, blocks, residuals(points) if held else ())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import theloom
 import torch
-from support import TINY, a_config, build_tiny, extract_with_small_commits, plain_residuals, stages
+from support import TINY, a_config, build_tiny, extract_with_small_commits, plain_residuals, residual_points, stages
 from theloom import batching, host, model, model_record, shard, source
 from theloom import plan as planning
 from theloom.engine import ResidentRunner
@@ -31,7 +31,7 @@ def rows_of_engine(folder, ids, chunk_size, batch_tokens, precision="fp32"):
     """Every residual of every window, by the engine: (window, hook) to (position, hidden size)."""
     config = a_config(folder, f"memory.precision_mode={precision}")
     loaded = model.load(config, source.prepare(config.model))
-    runner = ResidentRunner(loaded, loaded.points, chunk_size, precision)
+    runner = ResidentRunner(loaded, residual_points(loaded.architecture), chunk_size, precision)
     offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
     found = {}
     for batch in batching.plan_batches(np.diff(offsets), batch_tokens, chunk_size):

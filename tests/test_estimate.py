@@ -61,7 +61,10 @@ def test_weights_cache_and_captures_are_those_of_the_real_model(tmp_path, model_
     assert found.weights["fp32"] == pytest.approx(sum(held.values()), rel=1e-3)
     captured = residuals(loaded.architecture, torch.zeros(2, 32, dtype=torch.int64), 32)
     assert found.captured_selected["fp32"] * 64 == sum(t.numel() * 4 for t in captured.values())
-    assert found.captured_full["fp32"] == 2 * found.captured_selected["fp32"]
+    catalogue = loaded.catalogue
+    assert found.captured_full["fp32"] == 4 * sum(p.width(96) for p in catalogue.points)
+    traced = estimate.estimator_of(settings, trace=True).catalogue()
+    assert traced == estimate.estimator_of(settings).catalogue() == catalogue
     if "sliding_window" not in TINY[model_type]:
         cache = DynamicCache(config=real.config)
         with torch.no_grad():

@@ -49,7 +49,7 @@ def test_a_model_of_another_architecture_is_traced(tiny_llama):
     from support import build_tiny
 
     gpt2 = build_tiny("gpt2", tiny_llama.parent / "gpt2")
-    traced = forecast.forecast(str(gpt2), "fp32", tokens=100, filters=["blocks.1.*"])
+    traced = forecast.forecast(str(gpt2), "fp32", tokens=100, filters=["blocks.1.hook_resid_p*"])
     assert traced.method == "trace"
     assert traced.hooks == ["blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"]
 

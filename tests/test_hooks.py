@@ -5,10 +5,11 @@ import torch
 from support import build_tiny
 from theloom import architecture
 from theloom.errors import HookError
-from theloom.hooks import Taps, catalogue, select
+from theloom.hooks import residuals, select
+from theloom.taps import Taps
 from transformers import AutoModel
 
-POINTS = catalogue(30, 576)
+POINTS = residuals(30, 576)
 
 
 def names(*filters: str) -> list[str]:
@@ -54,7 +55,7 @@ def test_taps_are_removed_and_the_forward_ends_after_the_deepest_block(tmp_path)
     reached = []
     spy = model.layers[2].register_forward_pre_hook(lambda *_: reached.append(2))
     seen = {}
-    with Taps(found, select(["blocks.1.hook_resid_post"], catalogue(3, 64)), seen.__setitem__) as taps:
+    with Taps(found, select(["blocks.1.hook_resid_post"], residuals(3, 64)), seen.__setitem__) as taps:
         taps.run(input_ids=torch.arange(5)[None])
     assert list(seen) == ["blocks.1.hook_resid_post"]
     assert seen["blocks.1.hook_resid_post"].shape == (1, 5, 64)
@@ -71,7 +72,7 @@ def test_taps_are_removed_after_an_exception(tmp_path):
 
     with (
         pytest.raises(ZeroDivisionError),
-        Taps(architecture.describe(model), catalogue(3, 64), fail) as taps,
+        Taps(architecture.describe(model), residuals(3, 64), fail) as taps,
     ):
         taps.run(input_ids=torch.arange(5)[None])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import theloom
 import torch
-from support import ROOT, a_config, allocator_peak, build_tiny, stages
+from support import ROOT, a_config, allocator_peak, build_tiny, residual_points, stages
 from theloom import batching, config, model, shard, source
 from theloom.batching import Batch
 from theloom.engine import ResidentRunner
@@ -34,7 +34,7 @@ def recorded(loaded, ids, output, store="fp32"):
     """What is written of one batch, and the values that came of it."""
     values = []
     shard_profile = ShardProfile(loaded, output, {0})
-    runner = ResidentRunner(loaded, loaded.points, CHUNK, store)
+    runner = ResidentRunner(loaded, residual_points(loaded.architecture), CHUNK, store)
     with shard_profile.batch(0, ids) as captured:
         runner.run(ids, lambda *chunk: values.append(chunk), captured)
     return json.loads((output.parent.parent / f"memory/{output.stem}.json").read_text()), values
@@ -50,7 +50,7 @@ def test_the_peak_is_that_of_the_allocator_in_a_batch_that_is_not_recorded(
     loaded = loaded_tiny(tmp_path / "model", model_type, precision, **numbers)
     size, chunk_size = SHAPES[shape]
     ids = torch.randint(128, size, generator=torch.Generator().manual_seed(0))
-    runner = ResidentRunner(loaded, loaded.points, chunk_size, store)
+    runner = ResidentRunner(loaded, residual_points(loaded.architecture), chunk_size, store)
     with ShardProfile(loaded, tmp_path / "shards/s.h5", {0}).batch(0, ids) as captured:
         runner.run(ids, lambda *_: None, captured)
     found = json.loads((tmp_path / "memory/s.json").read_text())
@@ -85,7 +85,9 @@ def test_values_are_those_of_a_batch_that_is_not_recorded(tmp_path, store):
     loaded = loaded_tiny(tmp_path / "model", precision="bf16")
     ids = torch.randint(128, (3, 50), generator=torch.Generator().manual_seed(0))
     plain = []
-    ResidentRunner(loaded, loaded.points, CHUNK, store).run(ids, lambda *chunk: plain.append(chunk))
+    ResidentRunner(loaded, residual_points(loaded.architecture), CHUNK, store).run(
+        ids, lambda *chunk: plain.append(chunk)
+    )
     _, values = recorded(loaded, ids, tmp_path / "shards/s.h5", store)
     assert len(values) == len(plain) == 6
     for (name, start, value), expected in zip(values, plain, strict=True):
@@ -195,7 +197,7 @@ def test_a_batch_that_fails_leaves_its_profile_and_the_model_as_it_was(tmp_path,
 
 def test_of_two_batches_the_files_are_of_the_higher_peak_unless_one_fails(tmp_path):
     shard_profile = ShardProfile(loaded_tiny(tmp_path / "model"), tmp_path / "shards/s.h5", {0, 1, 2, 3})
-    runner = ResidentRunner(shard_profile._loaded, shard_profile._loaded.points, CHUNK, "fp32")
+    runner = ResidentRunner(shard_profile._loaded, residual_points(shard_profile._loaded.architecture), CHUNK, "fp32")
     kept = []
     for number, windows in enumerate((2, 3, 1)):
         ids = torch.zeros(windows, 40, dtype=torch.int64)
@@ -238,7 +240,7 @@ def test_the_allocators_history_is_dumped_and_switched_off_on_a_gpu_even_if_the_
 def test_on_a_gpu_the_peak_is_the_allocators_and_its_history_is_kept(tmp_path):
     loaded = loaded_tiny(tmp_path / "model", precision="bf16", device="cuda")
     ids = torch.randint(128, (64, 256), generator=torch.Generator().manual_seed(0))
-    runner = ResidentRunner(loaded, loaded.points, 256, "bf16")
+    runner = ResidentRunner(loaded, residual_points(loaded.architecture), 256, "bf16")
     runner.run(ids, lambda *_: None)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -10,11 +10,11 @@ import torch
 import xxhash
 from theloom import layout, provenance, shard
 from theloom.errors import MemoryPlanError
-from theloom.hooks import catalogue
+from theloom.hooks import residuals
 from theloom.shard import RECORD, ShardSpec, ShardWriter, committed
 from theloom.tokens import ShardTokens
 
-POINTS = catalogue(1, 8)
+POINTS = residuals(1, 8)
 LENGTHS = [3, 1, 5]
 
 
@@ -33,7 +33,7 @@ def spec(precision="fp32", identity="me", lengths=LENGTHS, batches=None) -> Shar
     )
     attributes = provenance.attributes("activations", kind="shard", shard=0, first_row=0, precision=precision)
     batches = len(lengths) if batches is None else batches
-    return ShardSpec(tokens, POINTS, precision, batches, identity, attributes)
+    return ShardSpec(tokens, POINTS, 5, precision, batches, identity, attributes)
 
 
 def names(folder) -> list[str]:
@@ -157,7 +157,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_ends_with_the_space_that_is_needed_and_leaves_nothing(small_disk):
-    large = dataclasses.replace(spec(), points=catalogue(1, 1 << 16))
+    large = dataclasses.replace(spec(), points=residuals(1, 1 << 16))
     with (
         pytest.raises(MemoryPlanError, match=r"no room for a shard of 0\.005 GB"),
         ShardWriter(small_disk / "s.h5", large),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import allocator_peak
 from theloom import architecture, trace
-from theloom.hooks import catalogue, select
+from theloom.hooks import residuals, select
 from theloom.live import LiveStorages
 from theloom.memory import Workload
 from theloom.precision import torch_dtype
@@ -60,7 +60,7 @@ def real_peak(described, workload, points) -> int:
 def test_trace_gives_the_peak_of_the_cpu_allocator(name: str, precision: str) -> None:
     described = architecture.describe(AutoModel.from_config(model_config(name), dtype=torch_dtype(precision)).eval())
     fake = trace.fake_model(model_config(name), precision)
-    points = catalogue(len(described.blocks), described.hidden_size)
+    points = residuals(len(described.blocks), described.hidden_size)
     far = {}
     for asked, filters in FILTERS.items():
         chosen = [] if filters is None else select(filters, points)

@@ -12,7 +12,7 @@ import torch
 from test_trace import model_config
 from theloom import architecture, savings, trace, training
 from theloom.errors import ModelError
-from theloom.hooks import catalogue, select
+from theloom.hooks import residuals, select
 from theloom.live import LiveStorages
 from theloom.precision import torch_dtype
 from theloom.trace import Workload
@@ -250,8 +250,8 @@ def test_streaming_can_cost_more_than_one_pass() -> None:
 
 def test_rows_of_inference_are_those_of_the_cpu_allocator(rows) -> None:
     described = architecture.describe(AutoModel.from_config(model_config("llama-gqa"), dtype=torch.bfloat16).eval())
-    points = select(["blocks.1.hook_resid_post"], catalogue(4, 256))
-    every = catalogue(4, 256)
+    points = select(["blocks.1.hook_resid_post"], residuals(4, 256))
+    every = residuals(4, 256)
     ids = torch.randint(512, (WINDOWS, 1024))
     one, chunks = Workload(WINDOWS, 1024, 1024), Workload(WINDOWS, 1024, 256)
     work = {

@@ -20,7 +20,7 @@ from theloom.batching import Batch
 from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate
 from theloom.forward import prefill
-from theloom.hooks import HookPoint, Taps, select
+from theloom.hooks import HookPoint
 from theloom.memory_profile import ShardProfile
 from theloom.model import LoadedModel
 from theloom.model_record import ModelRecord
@@ -28,6 +28,7 @@ from theloom.plan import Plan
 from theloom.precision import torch_dtype
 from theloom.schema import Config
 from theloom.shard import ShardSpec, ShardWriter, begun, partial_of
+from theloom.taps import Taps
 from theloom.tokens import ShardTokens
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10
 
-# called with a hook point's name, the first position of a chunk, and its values (window, position, width) on the CPU
+# called with a hook point's name, the first position of a chunk, and its values (window, position, …) on the CPU
 Sink = Callable[[str, int, "torch.Tensor"], None]
 
 
@@ -54,13 +55,17 @@ class ResidentRunner:
         Values leave the device, in the stored dtype, as soon as they exist; `captured` sees each of them before.
         """
         position = dict.fromkeys((p.name for p in self._points), 0)
+        over_keys = {p.name for p in self._points if p.over_keys}
 
         def hand_over(name: str, value: "torch.Tensor") -> None:
             stored = value.to(self._dtype)
             if captured is not None:
                 captured(stored)
-            sink(name, position[name], stored.cpu())
-            position[name] += value.shape[1]
+            rows = stored.cpu()
+            if name in over_keys:  # (window, head, position, key): a row is a position's
+                rows = rows.transpose(1, 2)
+            sink(name, position[name], rows)
+            position[name] += rows.shape[1]
 
         with Taps(self._loaded.architecture, self._points, hand_over) as taps:
             prefill(taps, ids, self._chunk_size)
@@ -76,7 +81,7 @@ def extract_shard(
     frozen = config.thaw(config_path)
     estimated, recorded = estimate.read(estimate_path), model_record.read(model_path)
     shard_tokens = tokens.read_shard(tokens_path, shard)
-    points = select(frozen.memory.activation_cache_filter, recorded.points)
+    points = recorded.catalogue.select(frozen.memory.activation_cache_filter)
     store = recorded.precision if frozen.store.dtype.name == "auto" else frozen.store.dtype.name
     lengths = np.diff(shard_tokens.window_offset)
     _check_revision(recorded, tokens_path)
@@ -88,6 +93,7 @@ def extract_shard(
     spec = ShardSpec(
         tokens=shard_tokens,
         points=points,
+        keys=tokens.longest_window(tokens_path),
         precision=store,
         batches=len(batches),
         identity=identity,

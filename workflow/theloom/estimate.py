@@ -8,6 +8,7 @@ the end is traced, and measured, by `load_model`.
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from theloom.architecture import numbers, numbers_of_profile
 from theloom.config import plain
 from theloom.errors import MemoryPlanError
 from theloom.estimator import ClosedForm, Estimator, Traced, config_of, row_bytes
-from theloom.hooks import HookPoint, catalogue, select
+from theloom.hooks import HookPoint
 from theloom.memory import KINDS, Kind, Parts, Workload
 from theloom.model import hf_config
 from theloom.precision import BYTES
@@ -89,8 +90,8 @@ def chunk_sizes(largest: int) -> list[int]:
 def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estimate:
     """The estimate of a run. `device` is cpu or cuda. Raises HookError for hook points that the model has not."""
     size = estimator.size
-    everything = catalogue(size.num_blocks, size.hidden_size)
-    points = select(config.memory.activation_cache_filter, everything)
+    catalogue = estimator.catalogue()
+    points = catalogue.select(config.memory.activation_cache_filter)
     context = config.corpus.context_length or size.context_length or DEFAULT_CONTEXT
     if config.corpus.max_tokens is not None:
         context = min(context, config.corpus.max_tokens)
@@ -107,9 +108,9 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         weights={name: estimator.weights(kind) for name, kind in KINDS.items()},
         load_peak={name: _load_peak(estimator, kind) for name, kind in KINDS.items()},
         passes=passes,
-        captured_full={name: _captured(everything, kind) for name, kind in KINDS.items()},
-        captured_selected={name: _captured(points, kind) for name, kind in KINDS.items()},
-        row_bytes={precision: row_bytes(points, precision) for precision in BYTES},
+        captured_full={name: _captured(catalogue.points, kind, context) for name, kind in KINDS.items()},
+        captured_selected={name: _captured(points, kind, context) for name, kind in KINDS.items()},
+        row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
         rows=config.corpus.max_tokens,
         host={name: _host(estimator, KINDS[name], found, chunk_size, device) for name, found in passes.items()},
     )
@@ -151,8 +152,8 @@ def _host(estimator: Estimator, kind: Kind, passes: list[Pass], chunk_size: int,
     return HOST_PROCESS + estimator.weights(kind) + asked
 
 
-def _captured(points: list[HookPoint], kind: Kind) -> int:
-    return BYTES[kind.precision] * sum(p.width for p in points)
+def _captured(points: list[HookPoint], kind: Kind, keys: int) -> int:
+    return BYTES[kind.precision] * sum(p.width(keys) for p in points)
 
 
 def check_disk(folder: Path, needed: int, free: int) -> None:
@@ -183,12 +184,21 @@ def run_estimate(config: Config, output: Path) -> None:
         log.info("%d tokens in steps of %d: %s, %s", candidate.tokens, candidate.chunk_size, size, parts)
 
 
-def estimator_of(config: Config, trace: bool = False) -> Estimator:
-    """The closed form where it holds, else (or if `trace` asks for it) the trace."""
+def estimator_of(
+    config: Config, trace: bool = False, filters: Sequence[str] | None = None, held: bool = False
+) -> Estimator:
+    """The closed form where it holds for the model and its hook points, else (or if `trace` asks for it) the trace.
+
+    `filters`: hook filter, where it is not the config's; `held`: the hook points stay on the device. Raises HookError
+    for those that the model has not.
+    """
     declared, attention = config.model.architecture, config.extraction.attention.name
     size = numbers(hf_config(config.model)) if declared is None else numbers_of_profile(declared)
     if closed_form.covers(size) and attention != "eager" and not trace:
-        return ClosedForm(size)
+        closed = ClosedForm(size)
+        asked = config.memory.activation_cache_filter if filters is None else filters
+        if closed.covers(closed.catalogue().select(asked), held):
+            return closed
     return Traced(
         hf_config(config.model) if declared is None else config_of(declared),
         None if attention in ("auto", "flash_attention_2") else attention,  # FlashAttention is not built for the CPU

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from theloom import architecture, closed_form
+from theloom import architecture, closed_form, hooks
 from theloom.architecture import Numbers
-from theloom.hooks import HookPoint
+from theloom.hooks import Catalogue, HookPoint
 from theloom.memory import Kind, Parts, Workload
 from theloom.precision import BYTES
 from theloom.schema import ArchitectureConfig
@@ -26,6 +26,9 @@ class Estimator(Protocol):
     method: str
     size: Numbers
 
+    def catalogue(self) -> Catalogue:
+        """The hook points of the model."""
+
     def weights(self, kind: Kind) -> int:
         """Bytes of all parameters and buffers."""
 
@@ -39,12 +42,22 @@ class Estimator(Protocol):
 
 
 class ClosedForm:
-    """Llama-like models (`closed_form.covers`), residual hook points. The device makes no difference to it."""
+    """Llama-like models (`closed_form.covers`), hook points that the model makes anyway (`covers`), of which the
+    residuals alone can be held. The device makes no difference to it.
+    """
 
     method = "closed form"
 
     def __init__(self, size: Numbers) -> None:
         self.size = size
+
+    @staticmethod
+    def covers(points: Sequence[HookPoint], held: bool = False) -> bool:
+        """Whether it can tell what reading these hook points takes."""
+        return all(p.value in hooks.RESIDUALS if held else p.value not in hooks.COMPUTED for p in points)
+
+    def catalogue(self) -> Catalogue:
+        return hooks.of_llama(self.size)
 
     def weights(self, kind: Kind) -> int:
         return closed_form.weights(self.size, kind)
@@ -58,7 +71,8 @@ class ClosedForm:
         self, kind: Kind, workload: Workload, points: Sequence[HookPoint], held: bool = False, device: str = "cuda"
     ) -> Parts:
         residuals = {p.block + (p.value == "hook_resid_post") for p in points} if held else set()
-        blocks = 1 + max((p.block for p in points), default=self.size.num_blocks - 1)
+        deepest = max((p.block for p in points), default=self.size.num_blocks)
+        blocks = min(max(deepest, 0) + 1, self.size.num_blocks)
         return closed_form.forward(self.size, kind, workload, blocks, residuals)
 
 
@@ -83,6 +97,9 @@ class Traced:
                 self._config, kind.precision, kind.quantization, self._attention, trust_remote_code=self._trust
             )
         return self._fakes[kind]
+
+    def catalogue(self) -> Catalogue:
+        return self.fake(Kind("fp32")).catalogue
 
     @cached_property
     def attention(self) -> str:
@@ -111,6 +128,9 @@ def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":
     return AutoConfig.for_model(numbers.model_type, **known)
 
 
-def row_bytes(points: Sequence[HookPoint], precision: str) -> int:
-    """Bytes on disk of one token: its hidden states, and its place in three tables of 4-byte numbers."""
-    return BYTES[precision] * sum(p.width for p in points) + 12
+def row_bytes(points: Sequence[HookPoint], precision: str, keys: int) -> int:
+    """Bytes on disk of one token: its hidden states, and its place in three tables of 4-byte numbers.
+
+    `keys`: the tokens of the longest window.
+    """
+    return BYTES[precision] * sum(p.width(keys) for p in points) + 12

@@ -79,16 +79,16 @@ def forecast(
     `filters` are hook filters (default: the profile's).
     """
     settings = settings_of(target)
-    estimator = estimate.estimator_of(settings, trace)
-    kind = _kind(settings, precision)
-    everything = hooks.catalogue(estimator.size.num_blocks, estimator.size.hidden_size)
     asked = settings.memory.activation_cache_filter if filters is None else filters
-    points = hooks.select(asked, everything)
+    estimator = estimate.estimator_of(settings, trace, asked, held=True)
+    kind = _kind(settings, precision)
+    everything = hooks.residuals(estimator.size.num_blocks, estimator.size.hidden_size)
+    points = estimator.catalogue().select(asked)
     chunk_size = min(settings.memory.streaming_chunk_size, tokens)
     workload = Workload(windows, tokens, chunk_size)
     written = smaller_pass(estimator, kind, workload, points)
     weights = estimator.weights(kind)
-    per_token = windows * tokens * estimator.size.hidden_size * BYTES[kind.precision]
+    values = windows * tokens * BYTES[kind.precision]
     pipeline = memory.on_device(weights, written, "cuda")
     full, selected = (estimator.forward(kind, workload, chosen, held=True) for chosen in (everything, points))
     return Forecast(
@@ -105,15 +105,15 @@ def forecast(
         weights=weights,
         lm_head=_lm_head(settings, estimator.size, kind),
         kv_cache=kv_cache(estimator.size, kind, windows * tokens),
-        captured_full=per_token * len(_distinct(everything)),
-        captured_selected=per_token * len(_distinct(points)),
+        captured_full=values * _held_width(everything, tokens),
+        captured_selected=values * _held_width(points, tokens),
         temporaries=written.temporaries,
         held_full=memory.on_device(weights, full, "cuda"),
         held_selected=memory.on_device(weights, selected, "cuda"),
         pipeline=pipeline,
         load_peak=weights + (estimator.largest_weight(kind) if kind.quantization else 0),
         host=estimate.HOST_PROCESS + weights + written.total,
-        disk_per_million_tokens=10**6 * row_bytes(points, kind.precision),
+        disk_per_million_tokens=10**6 * row_bytes(points, kind.precision, tokens),
         totals={name: _total(estimator, other, workload, points) for name, other in KINDS.items() if "+" not in name},
         gpus=fitting(estimator, kind, workload, points, pipeline),
     )
@@ -163,9 +163,13 @@ def _total(estimator: Estimator, kind: Kind, workload: Workload, points: Sequenc
     return memory.on_device(estimator.weights(kind), smaller_pass(estimator, kind, workload, points), "cuda").total
 
 
-def _distinct(points: Sequence[HookPoint]) -> set[int]:
-    """The residuals behind hook points: one block's output is the next one's input, and takes memory once."""
-    return {p.block + (p.value == "hook_resid_post") for p in points}
+def _held_width(points: Sequence[HookPoint], tokens: int) -> int:
+    """Elements of a token that hook points hold: one block's output is the next one's input, and is held once."""
+    width = {
+        p.block + (p.value == "hook_resid_post") if p.value in hooks.RESIDUALS else p.name: p.width(tokens)
+        for p in points
+    }
+    return sum(width.values())
 
 
 def _lm_head(settings: Config, size: Numbers, kind: Kind) -> int:

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from theloom import hooks
 from theloom.architecture import Architecture
-from theloom.hooks import Taps, catalogue
+from theloom.taps import Taps
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ def residuals(architecture: Architecture, ids: "torch.Tensor", chunk_size: int) 
     """The residual after every block, (batch, position, hidden size) in FP32 on the CPU, computed chunk by chunk."""
     import torch
 
-    everything = catalogue(len(architecture.blocks), architecture.hidden_size)
+    everything = hooks.residuals(len(architecture.blocks), architecture.hidden_size)
     points = [p for p in everything if p.value == "hook_resid_post"]
     seen: dict[str, list[torch.Tensor]] = {p.name: [] for p in points}
     with Taps(architecture, points, lambda name, value: seen[name].append(value.float().cpu())) as taps:

@@ -1,67 +1,180 @@
 """Hook points: TransformerLens names for values of a Hugging Face model.
 
-A name says where in the model a value is; `catalogue` lists what a model has, `select` turns a filter into hook points,
-and `Taps` reads their values during a forward pass of the unmodified model.
+A name says where in the model a value is. `anatomy` finds which of them a model has, `select` turns a filter into hook
+points, and `taps` reads their values during a forward pass.
 """
 
 import difflib
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
 
+from theloom.architecture import Numbers
 from theloom.errors import HookError
 
-if TYPE_CHECKING:
-    import torch
-
-    from theloom.architecture import Architecture
-
-RESIDUALS = (
+RESIDUALS = ("hook_resid_pre", "hook_resid_post")
+SCORES, PATTERN = "attn.hook_attn_scores", "attn.hook_pattern"
+# in the order in which a forward pass reaches them
+BEFORE_BLOCKS = ("hook_embed", "hook_pos_embed")
+IN_BLOCK = (
     "hook_resid_pre",
+    "ln1.hook_scale",
+    "ln1.hook_normalized",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_rot_q",
+    "attn.hook_rot_k",
+    SCORES,
+    PATTERN,
+    "attn.hook_z",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "ln2.hook_scale",
+    "ln2.hook_normalized",
+    "mlp.hook_pre",
+    "mlp.hook_pre_linear",
+    "mlp.hook_post",
+    "hook_mlp_out",
     "hook_resid_post",
-)  # the input and the output of a block: (batch, position, hidden size)
+)
+AFTER_BLOCKS = ("ln_final.hook_scale", "ln_final.hook_normalized")
+# values that take memory of their own to read; the others are tensors that the model has made anyway
+COMPUTED = frozenset({"ln1.hook_scale", "ln1.hook_normalized", "ln2.hook_scale", "ln2.hook_normalized"}) | frozenset(
+    {SCORES, PATTERN, *AFTER_BLOCKS}
+)
+NO_LEARNED_POSITIONS = "it has no learned positions"
+POST_NORM = "its norms come after attention and MLP"
 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """One hook point of a model: its name, its block, which value of the block, and the width of a row."""
+    """One hook point of a model: its name, its block, which value of the block, and the shape of a token's row.
+
+    `block` is -1 before the first block, and the number of blocks after the last. `shape` leaves out the axis of the
+    keys, which attention scores and patterns have as their last.
+    """
 
     name: str
     block: int
     value: str
-    width: int
+    shape: tuple[int, ...]
+
+    @property
+    def over_keys(self) -> bool:
+        """Whether the value is (batch, heads, position, key) instead of (batch, position, …)."""
+        return self.value in (SCORES, PATTERN)
+
+    @property
+    def position_axis(self) -> int:
+        """The axis of a value along which its tokens lie."""
+        return 2 if self.over_keys else 1
+
+    @property
+    def fill(self) -> float:
+        """What the value is for a key that no token of the window has: that of a masked one."""
+        return -math.inf if self.value == SCORES else 0.0
+
+    def row(self, keys: int) -> tuple[int, ...]:
+        """The shape of a row on disk, where windows have at most so many tokens."""
+        return (*self.shape, keys) if self.over_keys else self.shape
+
+    def width(self, keys: int) -> int:
+        """Elements of a row."""
+        return math.prod(self.row(keys))
 
 
-def catalogue(num_blocks: int, hidden_size: int) -> list[HookPoint]:
-    """Every hook point of a model, in the order in which a forward pass reaches them."""
-    return [
-        HookPoint(f"blocks.{block}.{value}", block, value, hidden_size)
-        for block in range(num_blocks)
-        for value in RESIDUALS
+@dataclass(frozen=True)
+class Catalogue:
+    """The hook points of a model, in the order of its forward pass, and by name the reason for each that it has not."""
+
+    points: list[HookPoint]
+    refused: dict[str, str]
+
+    def select(self, filters: Iterable[str]) -> list[HookPoint]:
+        """What a filter asks for (`select`)."""
+        return select(filters, self.points, self.refused)
+
+
+def point(value: str, block: int, num_blocks: int, shape: Sequence[int]) -> HookPoint:
+    """The hook point of a value in a block, or before or after all blocks."""
+    name = f"blocks.{block}.{value}" if 0 <= block < num_blocks else value
+    return HookPoint(name, block, value, tuple(shape))
+
+
+def residuals(num_blocks: int, hidden_size: int) -> list[HookPoint]:
+    """The residual stream before and after every block."""
+    return [point(value, block, num_blocks, [hidden_size]) for block in range(num_blocks) for value in RESIDUALS]
+
+
+def of_llama(size: Numbers) -> Catalogue:
+    """The catalogue of a Llama-like model (`closed_form.covers`), from its numbers alone."""
+    d, m, q, kv = (
+        [size.hidden_size],
+        [size.intermediate_size],
+        [size.num_heads, size.head_dim],
+        [size.num_kv_heads, size.head_dim],
+    )
+    shapes: dict[str, list[int]] = dict.fromkeys(IN_BLOCK, d)
+    shapes |= {value: [1] for value in ("ln1.hook_scale", "ln2.hook_scale")}
+    shapes |= dict.fromkeys(("attn.hook_q", "attn.hook_rot_q", "attn.hook_z"), q)
+    shapes |= dict.fromkeys(("attn.hook_k", "attn.hook_rot_k", "attn.hook_v"), kv)
+    shapes |= {value: [size.num_heads] for value in (SCORES, PATTERN)}
+    shapes |= dict.fromkeys(("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"), m)
+    n = size.num_blocks
+    absent = {"hook_pos_embed": NO_LEARNED_POSITIONS}
+    if size.model_type == "olmo2":
+        values = [v for v in IN_BLOCK if v.startswith("ln")]
+        absent |= {f"blocks.{block}.{value}": POST_NORM for block in range(n) for value in values}
+    every = [
+        point("hook_embed", -1, n, d),
+        *(point(value, block, n, shapes[value]) for block in range(n) for value in IN_BLOCK),
+        point("ln_final.hook_scale", n, n, [1]),
+        point("ln_final.hook_normalized", n, n, d),
     ]
+    return Catalogue([p for p in every if p.name not in absent], absent)
 
 
-def select(filters: Iterable[str], points: list[HookPoint]) -> list[HookPoint]:
+def select(
+    filters: Iterable[str], points: Sequence[HookPoint], refused: Mapping[str, str] | None = None
+) -> list[HookPoint]:
     """The hook points that a filter asks for, in the order of the model; an empty filter asks for all.
 
-    An entry is an exact name or a glob (`*`, `?`); `blocks.-1.` counts from the last block. Raises HookError, with near
-    matches, for an entry that names nothing.
+    An entry is an exact name or a glob (`*`, `?`); `blocks.-1.` counts from the last block. Raises HookError for an
+    entry that names nothing: with the reason where this model's architecture has not the hook point (`refused`, by
+    name), else with near matches.
     """
     entries = list(filters)
     if not entries:
         return list(points)
-    num_blocks = 1 + max(p.block for p in points)
+    refused = refused or {}
+    num_blocks = 1 + max(p.block for p in points if p.name.startswith("blocks."))
     chosen: set[str] = set()
     for entry in entries:
         pattern = _from_the_end(entry, num_blocks)
         matched = {p.name for p in points if fnmatchcase(p.name, _literal_brackets(pattern))}
         if not matched:
-            raise HookError(_unknown(entry, pattern, points, num_blocks))
+            reason = next((r for name, r in refused.items() if fnmatchcase(name, _literal_brackets(pattern))), None)
+            raise HookError(
+                f"hook point {entry!r} is not to be had from this model: {reason}"
+                if reason
+                else _unknown(entry, pattern, points, num_blocks)
+            )
         chosen |= matched
     return [p for p in points if p.name in chosen]
+
+
+def check_names(filters: Iterable[str]) -> None:
+    """That a filter's entries can name something in some model, however many blocks it has. Raises HookError."""
+    values = {*BEFORE_BLOCKS, *AFTER_BLOCKS, *(f"blocks.0.{value}" for value in IN_BLOCK)}
+    for entry in filters:
+        pattern = re.sub(r"^blocks\.-?\d+\.", "blocks.0.", entry)
+        if not any(fnmatchcase(name, _literal_brackets(pattern)) for name in values):
+            near = next(iter(difflib.get_close_matches(pattern, sorted(values), n=1)), None)
+            hint = f"; did you mean {near.replace('blocks.0.', 'blocks.{block}.')!r}?" if near else ""
+            raise HookError(f"{entry!r} names no hook point of any model{hint}")
 
 
 def _from_the_end(entry: str, num_blocks: int) -> str:
@@ -76,7 +189,7 @@ def _literal_brackets(pattern: str) -> str:
     return pattern.replace("[", "[[]")
 
 
-def _unknown(entry: str, pattern: str, points: list[HookPoint], num_blocks: int) -> str:
+def _unknown(entry: str, pattern: str, points: Sequence[HookPoint], num_blocks: int) -> str:
     glob = "*" in entry or "?" in entry
     asked = f"hook filter {entry!r} matches nothing" if glob else f"unknown hook point {entry!r}"
     near = _near(pattern, points, num_blocks)
@@ -84,7 +197,7 @@ def _unknown(entry: str, pattern: str, points: list[HookPoint], num_blocks: int)
     return f"{asked} (this model has {num_blocks} blocks, 0 to {num_blocks - 1}); {hint}"
 
 
-def _near(pattern: str, points: list[HookPoint], num_blocks: int) -> str | None:
+def _near(pattern: str, points: Sequence[HookPoint], num_blocks: int) -> str | None:
     """The nearest name: a block number past the end counts as the last one; then the spelling of the value decides."""
     match = re.match(r"blocks\.(-?\d+)\.(.*)", pattern)
     if not match:
@@ -93,67 +206,3 @@ def _near(pattern: str, points: list[HookPoint], num_blocks: int) -> str | None:
     values = {p.value for p in points if p.block == block}
     value = next(iter(difflib.get_close_matches(match[2], sorted(values), n=1)), None)
     return f"blocks.{block}.{value}" if value else None
-
-
-class _DeepestReached(Exception):  # noqa: N818
-    """Ends a forward pass once the deepest requested hook point has been read."""
-
-
-class Taps:
-    """Reads hook points during forward passes: `sink(name, tensor)` is called as soon as a value exists.
-
-    The tensor is the model's own: copy what is kept, since later operations may write to it and a view keeps the whole
-    alive. `run` calls the model and ends its forward after the deepest block asked for. The model is left as it was.
-    """
-
-    def __init__(
-        self,
-        architecture: "Architecture",
-        points: list[HookPoint],
-        sink: Callable[[str, "torch.Tensor"], None],
-    ) -> None:
-        self.architecture = architecture
-        self._points = points
-        self._sink = sink
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> "Taps":
-        deepest = max(p.block for p in self._points)
-        for point in self._points:
-            block = self.architecture.blocks[point.block]
-            if point.value == "hook_resid_pre":
-                self._handles.append(block.register_forward_pre_hook(self._before(point), with_kwargs=True))
-            else:
-                self._handles.append(block.register_forward_hook(self._after(point)))
-        last = self.architecture.blocks[deepest]
-        self._handles.append(last.register_forward_hook(_stop))
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def run(self, **inputs: Any) -> None:
-        """One forward pass of the model, up to the deepest block asked for."""
-        try:
-            self.architecture.model(**inputs)
-        except _DeepestReached:
-            return
-        raise HookError(f"the forward pass of {type(self.architecture.model).__name__} did not reach its own blocks")
-
-    def _before(self, point: HookPoint) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._sink(point.name, args[0] if args else kwargs["hidden_states"])
-
-        return hook
-
-    def _after(self, point: HookPoint) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            self._sink(point.name, output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-
-def _stop(module: Any, args: tuple[Any, ...], output: Any) -> None:
-    raise _DeepestReached

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from theloom import architecture, gpu, precision, source
 from theloom.architecture import Architecture, Numbers
 from theloom.errors import ModelError
-from theloom.hooks import HookPoint, catalogue
+from theloom.hooks import Catalogue
 from theloom.precision import TOLERANCE, Resolved
 from theloom.schema import ArchitectureConfig, Config, ModelConfig
 from theloom.source import ModelFiles
@@ -36,8 +36,11 @@ class LoadedModel:
         return max(TOLERANCE[self.precision.resolved], TOLERANCE["bf16"] if self.quantization else 0)
 
     @property
-    def points(self) -> list[HookPoint]:
-        return catalogue(len(self.architecture.blocks), self.architecture.hidden_size)
+    def catalogue(self) -> Catalogue:
+        """The hook points that can be read from it."""
+        from theloom.catalogue import catalogue
+
+        return catalogue(self.architecture)
 
 
 def hf_config(config: ModelConfig) -> "PretrainedConfig":

@@ -3,6 +3,7 @@
 Every later job loads the same model by this record, and refuses one that has changed since.
 """
 
+import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from theloom.config import plain
 from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate
 from theloom.estimator import Traced
-from theloom.hooks import HookPoint, catalogue
+from theloom.hooks import Catalogue, HookPoint
 from theloom.memory import Kind
 from theloom.model import LoadedModel
 from theloom.plan import Correction, Planned
@@ -39,7 +40,7 @@ class ModelRecord:
     fingerprint: str
     signature: str
     precision: str
-    points: list[HookPoint]
+    catalogue: Catalogue
     streams: bool
     correction: Correction
     attributes: dict[str, Any]
@@ -62,7 +63,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     with peak.PeakMemory(device) as loading:
         loaded = model.load(config, files)
     tried = try_out(loaded.architecture, loaded.tolerance)
-    points = [p for p in loaded.points if p.name in set(estimated.hooks)]
+    points = loaded.catalogue.select(estimated.hooks)
     traced = Traced(model_config, loaded.attention, config.model.trust_remote_code)
     measured = measure(loaded, kind, traced, planned.plan, points)
     gpu.warn_above(threshold, device)
@@ -71,8 +72,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     with h5py.File(output, "w") as file:
         layout.set_attributes(file, _attributes(loaded, config) | asdict(tried))
         _write_memory(file.create_group("memory"), planned, measured, traced.weights(kind), loading.growth)
-        file["hooks/name"] = layout.fixed_strings([p.name for p in loaded.points])
-        file["hooks/width"] = [p.width for p in loaded.points]
+        _write_catalogue(file, loaded.catalogue)
 
 
 def fit(
@@ -132,6 +132,27 @@ def _write_memory(group: h5py.Group, planned: Planned, measured: "Measured", wei
     layout.set_attributes(group.create_group("measured"), found | growth)
 
 
+def _write_catalogue(file: h5py.File, catalogue: Catalogue) -> None:
+    """Every hook point with the shape of a token's row, and what the model has not, with the reason."""
+    points = catalogue.points
+    for name in ("name", "value"):
+        file[f"hooks/{name}"] = layout.fixed_strings([getattr(p, name) for p in points])
+    file["hooks/block"] = [p.block for p in points]
+    file["hooks/shape"] = layout.fixed_strings([json.dumps(p.shape) for p in points])
+    file["hooks_refused/name"] = layout.fixed_strings(list(catalogue.refused))
+    file["hooks_refused/reason"] = layout.fixed_strings(list(catalogue.refused.values()))
+
+
+def _read_catalogue(file: h5py.File) -> Catalogue:
+    columns = [file[f"hooks/{name}"][:].tolist() for name in ("name", "block", "value", "shape")]
+    points = [
+        HookPoint(name.decode(), block, value.decode(), tuple(json.loads(shape)))
+        for name, block, value, shape in zip(*columns, strict=True)
+    ]
+    names, reasons = (file[f"hooks_refused/{name}"][:].tolist() for name in ("name", "reason"))
+    return Catalogue(points, {n.decode(): r.decode() for n, r in zip(names, reasons, strict=True)})
+
+
 def _attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:
     return provenance.attributes(
         "model",
@@ -163,7 +184,7 @@ def read(path: Path) -> ModelRecord:
             fingerprint=attributes["fingerprint"],
             signature=attributes["signature"],
             precision=attributes["precision"],
-            points=catalogue(int(attributes["blocks"]), int(attributes["hidden_size"])),
+            catalogue=_read_catalogue(file),
             streams=bool(attributes["streams"]),
             correction=Correction(float(file["memory"].attrs["ratio"]), int(file["memory"].attrs["beside"])),
             attributes=attributes,

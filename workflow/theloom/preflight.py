@@ -1,6 +1,6 @@
 """What can be known to be wrong before any job runs, in milliseconds and without torch."""
 
-from theloom import config, corpus, hooks, source
+from theloom import architecture, closed_form, config, corpus, hooks, source
 from theloom.config import Run
 
 
@@ -9,9 +9,9 @@ def check(run: Run) -> None:
     whole = config.typed(run.config)
     source.check_local(whole.model)
     corpus.check_local(whole.corpus)
+    hooks.check_names(whole.memory.activation_cache_filter)
     numbers = whole.model.architecture
     if numbers is not None:
-        hooks.select(
-            whole.memory.activation_cache_filter,
-            hooks.catalogue(numbers.num_hidden_layers, numbers.hidden_size),
-        )
+        size = architecture.numbers_of_profile(numbers)
+        if closed_form.covers(size):
+            hooks.of_llama(size).select(whole.memory.activation_cache_filter)

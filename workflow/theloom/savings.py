@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from theloom import trace, training
-from theloom.hooks import HookPoint, Taps, select
+from theloom.hooks import HookPoint
 from theloom.live import LiveStorages
+from theloom.taps import Taps
 from theloom.trace import CAPTURED, CPU_KERNELS, CUDA_KERNELS, FakeModel, Workload
 from theloom.training import Recipe, TrainingMemory
 
@@ -99,7 +100,7 @@ class _Table:
         self._one_pass = Workload(windows, tokens, tokens)
         self._chunks = Workload(windows, tokens, min(chunk_size, tokens))
         self._fake = trace.fake_model(model_config, precision)
-        self._points = select(hooks, self._fake.points)
+        self._points = self._fake.catalogue.select(hooks)
 
     def rows(self) -> list[Saving]:
         rows: list[Saving] = []
@@ -108,7 +109,7 @@ class _Table:
             rows.append(Saving(name, workflow, applies, before, after, compared))
 
         low, tokens, chunk = self._precision, self._one_pass.tokens, self._chunks.chunk_size
-        chosen, every = self._points, self._fake.points
+        chosen, every = self._points, self._fake.residuals
         held = self._pass(self._fake, chosen)
         full = trace.fake_model(self._config, "fp32")
         step, step_full = self._step(low), self._step("fp32")

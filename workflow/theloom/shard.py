@@ -37,11 +37,13 @@ RECORD = np.dtype([("batches", "<u8"), ("rows", "<u8"), ("check", "<u8")])
 class ShardSpec:
     """What a shard will hold: its tokens, its hook points, the precision on disk, the attributes of the file.
 
-    `identity` says which config, tokens and model made it: a `.partial` file of another identity is not taken up.
+    `keys`: the tokens of the longest window of all shards, the last axis of attention's rows. `identity` says which
+    config, tokens and model made it: a `.partial` file of another identity is not taken up.
     """
 
     tokens: ShardTokens
     points: list[HookPoint]
+    keys: int
     precision: str
     batches: int
     identity: str
@@ -68,7 +70,8 @@ class ShardWriter:
         self.partial = partial_of(path)
         self._spec = spec
         self._hook_number = {p.name: n for n, p in enumerate(spec.points)}
-        self._row_bytes = {p.name: p.width * layout.bits_dtype(spec.precision).itemsize for p in spec.points}
+        self._points = {p.name: p for p in spec.points}
+        self._row_bytes = {p.name: p.width(spec.keys) * layout.bits_dtype(spec.precision).itemsize for p in spec.points}
         self._hashes: dict[tuple[int, str], tuple[xxhash.xxh3_64, int]] = {}
         self._uncommitted = 0
         self._fd = -1
@@ -90,12 +93,17 @@ class ShardWriter:
             self._fd = -1
 
     def write(self, window: int, hook: str, start: int, rows: "torch.Tensor") -> None:
-        """Rows of one hook point for the positions from `start` of a window: (positions, width), in stored dtype.
+        """Rows of one hook point for the positions from `start` of a window: (positions, …), in stored dtype.
+
+        Rows over keys may have less of them than the file: the others are filled as those of masked ones.
 
         The chunks of a window come in order; its hash is written with the last one.
         """
         first = int(self._spec.tokens.window_offset[window])
         length = int(self._spec.tokens.window_offset[window + 1]) - first
+        point = self._points[hook]
+        if point.over_keys:
+            rows = _with_all_keys(rows, self._spec.keys, point.fill)
         data = layout.raw_bytes(rows)
         state, seen = self._hashes.pop((window, hook), (xxhash.xxh3_64(), 0))
         if start != seen or start + len(rows) > length:
@@ -197,6 +205,13 @@ def committed(log_records: np.ndarray) -> int:
     return 0
 
 
+def _with_all_keys(rows: "torch.Tensor", keys: int, fill: float) -> "torch.Tensor":
+    import torch
+
+    rows = rows[..., :keys]  # a batch is as wide as its longest window
+    return torch.nn.functional.pad(rows, (0, keys - rows.shape[-1]), value=fill)
+
+
 def _record(batches: int, rows: int) -> np.ndarray:
     record = np.zeros((), RECORD)
     record["batches"], record["rows"] = batches, rows
@@ -230,7 +245,7 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     file["commit_log"] = np.zeros(spec.batches, RECORD)
     file["windows/hash"] = np.zeros((spec.windows, len(names)), "<u8")
     for point in spec.points:
-        shape = (spec.rows, point.width)
+        shape = (spec.rows, *point.row(spec.keys))
         layout.create_contiguous(file, hook_path(point.name), shape, layout.hdf5_type(spec.precision))
 
 

@@ -68,7 +68,7 @@ def totals_table() -> list[Row]:
     rows = []
     for profile, rules in RULE_TOTALS.items():
         settings, estimator = _of(profile)
-        everything = hooks.catalogue(estimator.size.num_blocks, estimator.size.hidden_size)
+        everything = hooks.residuals(estimator.size.num_blocks, estimator.size.hidden_size)
         workload = Workload(1, TOKENS, settings.memory.streaming_chunk_size)
         cells, gpus = {}, {}
         for name, rule in rules.items():

@@ -16,12 +16,14 @@ from transformers.integrations import moe
 
 from theloom import architecture
 from theloom.architecture import Architecture
+from theloom.catalogue import catalogue
 from theloom.errors import ModelError
-from theloom.hooks import HookPoint, Taps, catalogue
+from theloom.hooks import Catalogue, HookPoint, residuals
 from theloom.live import TEMPORARIES, LiveStorages, Peak
 from theloom.memory import Parts, Workload
 from theloom.precision import torch_dtype
 from theloom.quantized import quantize
+from theloom.taps import Taps
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,8 +45,15 @@ class FakeModel:
         return weights_of(self.architecture.model)
 
     @property
-    def points(self) -> list[HookPoint]:
-        return catalogue(len(self.architecture.blocks), self.architecture.hidden_size)
+    def catalogue(self) -> Catalogue:
+        """The hook points that can be read from the model."""
+        with self.mode, _shapes_alone():
+            return catalogue(self.architecture)
+
+    @property
+    def residuals(self) -> list[HookPoint]:
+        """The residual stream before and after every block."""
+        return residuals(len(self.architecture.blocks), self.architecture.hidden_size)
 
 
 def weights_of(model: torch.nn.Module) -> list[int]:
@@ -158,13 +167,14 @@ def run(
     """`trace` on a model as it is, real or fake: with real weights it measures what `trace` foretells."""
     live = LiveStorages(whole=CUDA_KERNELS) if device == "cuda" else LiveStorages(inside=CPU_KERNELS)
     live.ignore([ids, *described.model.parameters(), *described.model.buffers()])
-    kept: list[torch.Tensor] = []
+    kept: list[tuple[HookPoint, torch.Tensor]] = []
+    by_name = {p.name: p for p in points}
     dtype = torch_dtype(store) if store else None
 
     def sink(name: str, value: torch.Tensor) -> None:
         if held:
             live.mark(value, CAPTURED)
-            kept.append(value)
+            kept.append((by_name[name], value))
         elif dtype is not None:
             live.mark(value.to(dtype), CAPTURED)
 
@@ -184,10 +194,14 @@ def run(
             if shorten and number == len(steps) - 2 and number > 1:
                 skipped = workload.chunk_size * (number - 1)
                 _grow(cache, skipped, workload.chunk_size)
-                distinct = {value.untyped_storage()._cdata: value for value in kept[: len(points)]}
-                for value in distinct.values():
-                    kept.append(value.new_empty(value.shape[0], skipped, *value.shape[2:]))
-                    live.mark(kept[-1], CAPTURED)
+                distinct = {value.untyped_storage()._cdata: (point, value) for point, value in kept[: len(points)]}
+                for point, value in distinct.values():
+                    shape = list(value.shape)
+                    shape[point.position_axis] = skipped
+                    if point.over_keys:  # the first step's keys are those of one chunk, the last skipped one's all
+                        shape[-1] = (workload.chunk_size + skipped) // 2
+                    kept.append((point, value.new_empty(shape)))
+                    live.mark(kept[-1][1], CAPTURED)
                 first = len(live.events)
             start = workload.chunk_size * number
             output = forward(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)

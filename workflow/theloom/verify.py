@@ -17,11 +17,12 @@ from theloom import dataset, gpu, layout, memory, model_record, provenance
 from theloom.dataset import Activations
 from theloom.errors import VerificationError
 from theloom.estimator import Traced
-from theloom.hooks import HookPoint
+from theloom.hooks import RESIDUALS, SCORES, HookPoint, residuals
 from theloom.memory import Kind, Workload, in_words
 from theloom.model import LoadedModel
 from theloom.precision import TOLERANCE
 from theloom.schema import Config
+from theloom.taps import Taps
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def verify(config: Config, activations: Path, model_path: Path, output: Path) ->
     wrong, not_finite = check_hashes(acts)
     recorded = model_record.read(model_path)
     loaded = model_record.load_again(config, recorded)
-    points = [p for p in recorded.points if p.name in acts]
+    points = [p for p in recorded.catalogue.points if p.name in acts]
     # the coarser of the forward pass' precision and the stored one decides what rounding explains
     tolerance = config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
     windows = choose_windows(acts, config.verify.documents, config.memory.streaming_chunk_size, config.verify.seed)
@@ -54,7 +55,7 @@ def verify(config: Config, activations: Path, model_path: Path, output: Path) ->
     kind = memory.kind_of(config, loaded.precision.resolved)
     results = []
     for window in windows:
-        if _fits(acts, loaded, traced, kind, window) and (found := _recompute(acts, loaded, points, window)):
+        if _fits(acts, loaded, points, traced, kind, window) and (found := _recompute(acts, loaded, points, window)):
             results.append(found)
     _write(acts, points, results, wrong, not_finite, tolerance, output)
     _report(acts, points, results, wrong, tolerance)
@@ -67,6 +68,7 @@ def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
     wrong: list[int] = []
     not_finite = np.zeros(len(acts.hooks), "<i8")
     readers = [acts[h] for h in acts.hooks]
+    masked = [h.endswith(SCORES) for h in acts.hooks]  # scores of masked keys are -inf
     for window in range(len(acts.window_document)):
         begin, end = (int(r) for r in acts.window_offset[window : window + 2])
         for number, reader in enumerate(readers):
@@ -74,7 +76,7 @@ def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
             for start in range(begin, end, _ROWS_AT_ONCE):
                 rows = reader[start : min(start + _ROWS_AT_ONCE, end)]
                 state.update(layout.raw_bytes(rows))
-                not_finite[number] += int((~torch.isfinite(rows)).sum())
+                not_finite[number] += int((~torch.isfinite(rows) & ~(masked[number] & rows.isneginf())).sum())
             if state.intdigest() != acts.window_hash[window, number]:
                 wrong.append(window)
                 break
@@ -93,10 +95,14 @@ def choose_windows(acts: Activations, documents: int, chunk_size: int, seed: int
     return list(chosen.values())[:documents]
 
 
-def _fits(acts: Activations, loaded: LoadedModel, traced: Traced, kind: Kind, window: int) -> bool:
+def _fits(
+    acts: Activations, loaded: LoadedModel, points: list[HookPoint], traced: Traced, kind: Kind, window: int
+) -> bool:
     """Whether the device has room for a window in one piece, every residual held; says so where it has not."""
     tokens = int(acts.window_offset[window + 1] - acts.window_offset[window])
-    needed = traced.forward(kind, Workload(1, tokens, tokens), loaded.points, True, loaded.device.type).total
+    architecture = loaded.architecture
+    held = {p.name: p for p in (*residuals(len(architecture.blocks), architecture.hidden_size), *points)}
+    needed = traced.forward(kind, Workload(1, tokens, tokens), list(held.values()), True, loaded.device.type).total
     free = gpu.device_memory(loaded.device).free
     if needed > free:
         name, sizes = acts.documents[int(acts.window_document[window])], (in_words(needed), in_words(free))
@@ -112,7 +118,7 @@ def _recompute(acts: Activations, loaded: LoadedModel, points: list[HookPoint], 
     rows = slice(begin, end)
     ids = torch.from_numpy(acts.input_ids.numpy(rows).astype("<i8"))[None].to(loaded.device)
     try:
-        expected = oracle(loaded, ids)
+        expected = oracle(loaded, ids) | _in_one_piece(loaded, ids, points)
     except torch.OutOfMemoryError:
         name = acts.documents[int(acts.window_document[window])]
         log.warning("%s (%d tokens) does not fit the device in one piece: not recomputed", name, end - begin)
@@ -121,8 +127,13 @@ def _recompute(acts: Activations, loaded: LoadedModel, points: list[HookPoint], 
     for point in points:
         truth = expected[point.name][0].float()
         stored = acts[point.name][rows].to(truth.device).float()
-        error.append(float((stored - truth).abs().max()))
-        largest.append(float(truth.abs().max()))
+        if point.over_keys:  # (head, position, key), of this window's keys alone
+            truth = torch.full_like(stored, point.fill).index_copy_(
+                2, torch.arange(truth.shape[2], device=truth.device), truth.transpose(0, 1)
+            )
+        masked = stored == truth  # also where both are -inf
+        error.append(float((stored - truth).masked_fill(masked, 0.0).abs().max()))
+        largest.append(float(truth.masked_fill(truth.isneginf(), 0.0).abs().max()))
     return Recomputed(window, error, largest)
 
 
@@ -145,6 +156,19 @@ def oracle(loaded: LoadedModel, ids: "torch.Tensor") -> dict[str, "torch.Tensor"
     found = {f"blocks.{i}.hook_resid_pre": states[i] for i in range(count)}
     found |= {f"blocks.{i}.hook_resid_post": states[i + 1] for i in range(count - 1)}
     return found | {f"blocks.{count - 1}.hook_resid_post": last_output[0]}
+
+
+def _in_one_piece(loaded: LoadedModel, ids: "torch.Tensor", points: list[HookPoint]) -> dict[str, "torch.Tensor"]:
+    """What is not in `output_hidden_states`: the same taps in one pass without padding, chunks or files."""
+    import torch
+
+    others = [p for p in points if p.value not in RESIDUALS]
+    found: dict[str, torch.Tensor] = {}
+    if others:
+        taps = Taps(loaded.architecture, others, lambda name, value: found.__setitem__(name, value.clone()))
+        with torch.inference_mode(), taps:
+            taps.run(input_ids=ids, use_cache=False)
+    return found
 
 
 def _write(

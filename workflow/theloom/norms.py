@@ -1,0 +1,59 @@
+"""Norms: what a LayerNorm or RMSNorm divides by, and what it has before its weight and bias."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+EPS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "norm_eps")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module's class is a norm by its name."""
+    name = type(module).__name__.lower()
+    return isinstance(module, nn.LayerNorm) or name.endswith(("norm", "ln", "norm1p"))
+
+
+class Norm:
+    """A norm, with an input that it has had: `scale` and `normalized` are what TransformerLens calls so.
+
+    Whether it subtracts the mean is seen by its behaviour: then a shift of the input changes nothing. `problem` says
+    why the two cannot be had, and is empty where they can.
+    """
+
+    def __init__(self, module: nn.Module, example: torch.Tensor) -> None:
+        self.module = module
+        eps = next((getattr(module, n) for n in EPS if isinstance(getattr(module, n, None), float)), None)
+        self._eps = 0.0 if eps is None else eps
+        self.problem = f"the epsilon of {type(module).__name__} is not known" if eps is None else ""
+        self._centres = self._is_centred(example)
+
+    def _is_centred(self, example: torch.Tensor) -> bool:
+        by_name = isinstance(self.module, nn.LayerNorm) or "rms" not in type(self.module).__name__.lower()
+        weights = [*self.module.parameters(), example]
+        if type(example) is not torch.Tensor or any(w.is_meta for w in weights):
+            return by_name  # shapes alone
+        forward: Any = self.module.forward
+        try:
+            with torch.inference_mode():
+                given = example[0].clone()
+                found = forward(given)
+                shifted = forward(given + 3 * given.float().std().to(given.dtype))
+        except (TypeError, RuntimeError):
+            self.problem = f"{type(self.module).__name__} takes more than one input"
+            return by_name
+        change = float((shifted - found).float().abs().max() / found.float().abs().max().clamp_min(1e-30))
+        return change < 0.2
+
+    def scale(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, 1): the root of the mean square, and of epsilon; of what is left of x without its mean, for LayerNorm."""
+        return self._centred(x).pow(2).mean(-1, keepdim=True).add(self._eps).sqrt().to(x.dtype)
+
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        """x over its scale, before weight and bias."""
+        centred = self._centred(x)
+        return (centred / centred.pow(2).mean(-1, keepdim=True).add(self._eps).sqrt()).to(x.dtype)
+
+    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float()
+        return x - x.mean(-1, keepdim=True) if self._centres else x
