@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 from theloom import config, engine, estimate, merge, model_record, shard, tokens, verify
 from theloom.architecture import Architecture
+from theloom.catalogue import catalogue
+from theloom.forward import prefill
 from theloom.hooks import HookPoint, residuals
 from theloom.schema import Config
+from theloom.taps import Taps
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).parents[1]
@@ -173,6 +176,32 @@ def allocator_peak(work: Callable[[], object]) -> int:
 def residual_points(described: Architecture) -> list[HookPoint]:
     """The residual stream before and after every block."""
     return residuals(len(described.blocks), described.hidden_size)
+
+
+def values_of(described: Architecture, ids: torch.Tensor, **inputs: object) -> dict[str, torch.Tensor]:
+    """Every hook point of a model, by name, in one pass over ids (batch, position)."""
+    found: dict[str, torch.Tensor] = {}
+    taps = Taps(described, catalogue(described).points, lambda name, value: found.__setitem__(name, value.clone()))
+    with torch.no_grad(), taps:
+        taps.run(input_ids=ids, use_cache=False, **inputs)
+    return found
+
+
+def chunks_of(described: Architecture, ids: torch.Tensor, chunk_size: int) -> dict[str, torch.Tensor]:
+    """The same in chunks through the KV cache, put together again."""
+    points = {p.name: p for p in catalogue(described).points}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in points}
+    with Taps(described, list(points.values()), lambda name, value: found[name].append(value.clone())) as taps:
+        prefill(taps, ids, chunk_size)
+
+    def together(point: HookPoint) -> torch.Tensor:
+        chunks = found[point.name]
+        if point.over_keys:
+            keys = ids.shape[1]
+            chunks = [torch.nn.functional.pad(c, (0, keys - c.shape[3]), value=point.fill) for c in chunks]
+        return torch.cat(chunks, dim=point.position_axis)
+
+    return {name: together(point) for name, point in points.items()}
 
 
 def plain_residuals(folder: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

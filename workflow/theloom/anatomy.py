@@ -142,8 +142,8 @@ class _Block:
         self._entry: Any = self._mlp if self._mlp is not None else first_linear(block, self._attention)
         self._before_attention = flow.input(self._attention)
         self._before_mlp = flow.input(self._entry)
-        self._ln1 = flow.norm_to(self._before_attention)
-        self._ln2 = flow.norm_to(self._before_mlp)
+        self._ln1 = flow.norm_to(self._before_attention, block)
+        self._ln2 = flow.norm_to(self._before_mlp, block)
 
     def sites(self) -> dict[str, Site | str]:
         block, attn, mlp = self._block, self._attention, self._mlp

@@ -16,9 +16,9 @@ QUERY_KEY_VALUE = (
 # by heads: for each key head its queries, then its key, then its value; else all queries, all keys, all values
 IN_A_ROW, BY_HEADS = "in a row", "by heads"
 FUSED_QUERY_KEY_VALUE = {"c_attn": IN_A_ROW, "qkv_proj": IN_A_ROW, "Wqkv": IN_A_ROW, "query_key_value": BY_HEADS}
-ATTENTION_OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin")
+ATTENTION_OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo")
 GATE_UP_DOWN = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
-GATE_AND_UP_IN_ONE = (("gate_up_proj", "down_proj"),)
+GATE_AND_UP_IN_ONE = (("gate_up_proj", "down_proj"), ("Wi", "Wo"))
 UP_DOWN = (
     ("fc1", "fc2"),
     ("c_fc", "c_proj"),

@@ -86,9 +86,10 @@ class Flow:
     def width_out(self, module: nn.Module | None) -> int:
         return self._out[module].shape[-1] if module in self._out else 0
 
-    def norm_to(self, value: int) -> Norm | None:
-        """The norm that a value comes from."""
-        return next((n for m, n in self._norms.items() if value and self.output(m) == value), None)
+    def norm_to(self, value: int, block: nn.Module) -> Norm | None:
+        """The norm of a block that a value comes from."""
+        norms = self._norms.items()
+        return next((n for m, n in norms if value and self.output(m) == value and self.inside(m, block)), None)
 
     def norm_of(self, value: int, outside: bool = False) -> Norm | None:
         """The norm that takes a value, within a block or outside of all."""

@@ -46,7 +46,7 @@ COMPUTED = frozenset({"ln1.hook_scale", "ln1.hook_normalized", "ln2.hook_scale",
     {SCORES, PATTERN, *AFTER_BLOCKS}
 )
 NO_LEARNED_POSITIONS = "it has no learned positions"
-POST_NORM = "its norms come after attention and MLP"
+POST_NORM = "no norm comes before its attention, so that the norms it has see something else"
 
 
 @dataclass(frozen=True)
