@@ -94,26 +94,27 @@ class Inside:
                 return usual(core, query, key, value, mask, **options)
             finally:
                 core.config = ours
-        with _Softmax() as softmax:
+        with _Softmax(keep_input=SCORES in self._wanted) as softmax:
             output = eager(self._core, query, key, value, _additive(self._core, query, key, mask, options), **options)
         self._show(softmax, key.shape[2], query.dtype)
         return output
 
     def _by_itself(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with _Softmax() as softmax:
+        with _Softmax(keep_input=SCORES in self._wanted) as softmax:
             output = forward(*args, **kwargs)
-        self._show(softmax, None, None)
+        first = output if isinstance(output, torch.Tensor) else output[0]
+        self._show(softmax, None, first.dtype)
         return output
 
-    def _show(self, softmax: "_Softmax", keys: int | None, dtype: torch.dtype | None) -> None:
+    def _show(self, softmax: "_Softmax", keys: int | None, dtype: torch.dtype) -> None:
         """Hand on what softmax was given and gave. Columns beyond the keys are sinks, which no token has."""
         name = type(self._core).__name__
         if len(softmax.seen) != 1:
             raise HookError(f"{name} took {len(softmax.seen)} softmaxes where one would be its attention pattern")
         given, pattern = softmax.seen[0]
         if PATTERN in self._wanted:
-            self._read(PATTERN, pattern[..., :keys].to(dtype or given.dtype))
-        if SCORES in self._wanted:
+            self._read(PATTERN, pattern[..., :keys].to(dtype))
+        if given is not None:
             scores = given[..., :keys]
             self._read(SCORES, scores.masked_fill(scores < MASKED, -torch.inf))
 
@@ -129,16 +130,19 @@ AttentionInterface.register(OURS, _dispatch)
 
 
 class _Softmax(TorchFunctionMode):
-    """Sees every softmax over the last of four axes: what it was given, and what it gave."""
+    """Sees every softmax over the last of four axes: what it gave and, if that is to be kept, what it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_input: bool) -> None:
         super().__init__()
-        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._keep_input = keep_input
+        self.seen: list[tuple[torch.Tensor | None, torch.Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        options = kwargs or {}
+        result = func(*args, **options)
         if func in _SOFTMAX and result.ndim == 4:
-            self.seen.append((args[0] if args else (kwargs or {})["input"], result))
+            given: torch.Tensor = args[0] if args else options["input"]
+            self.seen.append((given if self._keep_input else None, result))
         return result
 
 

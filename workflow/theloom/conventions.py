@@ -40,7 +40,7 @@ def find_attention(block: nn.Module) -> nn.Module | None:
         if name.count(".") > 1 or is_norm(module) or re.search(r"cross|encoder_attn|x_attn", name) or not name:
             continue
         named = last in ("attn", "self_attn", "attention", "self_attention") or "Attention" in type(module).__name__
-        if named and "norm" not in last and next(module.parameters(), None) is not None:
+        if named and "norm" not in last and len([*module.parameters(), *module.buffers()]):
             return module
     return None
 
