@@ -2,7 +2,6 @@
 
 import pytest
 from theloom import architecture, closed_form, trace
-from theloom.hooks import select
 from theloom.memory import Kind, Workload
 from transformers import AutoConfig
 
@@ -24,7 +23,8 @@ KINDS = [
     Kind("bf16", "int4"),
     Kind("fp32", "int4"),
 ]
-LAST, TWO, ALL = ["blocks.-1.hook_resid_post"], ["blocks.1.*_post", "blocks.3.*_pre"], []
+MADE = ["hook_embed", "blocks.*.attn.hook_?", "blocks.*.hook_rot_?", "blocks.*.mlp.*", "blocks.*.hook_*_out"]
+LAST, TWO, ALL = ["blocks.-1.hook_resid_post"], ["blocks.1.hook_resid_post", "blocks.3.hook_resid_pre"], []
 CASES = [
     (Workload(1, 1, 512), LAST, False),
     (Workload(3, 512, 512), LAST, False),
@@ -33,6 +33,8 @@ CASES = [
     (Workload(2, 1100, 256), ALL, True),
     (Workload(2, 1100, 256), LAST, False),
     (Workload(1, 750, 512), LAST, False),
+    (Workload(1, 750, 512), MADE, False),
+    (Workload(2, 512, 512), MADE, False),
 ]
 
 
@@ -54,7 +56,7 @@ def test_closed_form_equals_the_trace(name: str, kind: Kind) -> None:
     assert closed_form.weights(size, kind) == pytest.approx(sum(fake.weights), rel=1e-3)
     far = {}
     for workload, filters, held in CASES:
-        points = select(filters, fake.residuals)
+        points = fake.catalogue.select(filters) if filters else fake.residuals
         traced, _ = trace.trace(fake, workload, points, held=held, store=kind.precision, device="cuda")
         blocks = 1 + max(p.block for p in points)
         formula = closed_form.forward(size, kind, workload, blocks, residuals(points) if held else ())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import allocator_peak
 from theloom import architecture, trace
-from theloom.hooks import residuals, select
+from theloom.catalogue import catalogue
 from theloom.live import LiveStorages
 from theloom.memory import Workload
 from theloom.precision import torch_dtype
@@ -32,7 +32,17 @@ MODELS = {
         | {"moe_intermediate_size": 256},
     ),
 }
-FILTERS = {"none": None, "some": ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"], "all": []}
+FILTERS = {
+    "none": None,
+    "some": ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"],
+    "all": ["blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"],
+    "inside": [
+        "blocks.*.attn.hook_pattern",
+        "blocks.1.*.hook_normalized",
+        "blocks.*.attn.hook_v",
+        "blocks.*.hook_post",
+    ],
+}
 WORKLOADS = {"one pass": Workload(2, 1024, 1024), "streamed": Workload(2, 640, 192)}
 
 
@@ -60,10 +70,9 @@ def real_peak(described, workload, points) -> int:
 def test_trace_gives_the_peak_of_the_cpu_allocator(name: str, precision: str) -> None:
     described = architecture.describe(AutoModel.from_config(model_config(name), dtype=torch_dtype(precision)).eval())
     fake = trace.fake_model(model_config(name), precision)
-    points = residuals(len(described.blocks), described.hidden_size)
     far = {}
     for asked, filters in FILTERS.items():
-        chosen = [] if filters is None else select(filters, points)
+        chosen = [] if filters is None else catalogue(described).select(filters)
         for shape, workload in WORKLOADS.items():
             foretold = trace.trace(fake, workload, chosen, held=True)[0].total
             measured = real_peak(described, workload, chosen)

@@ -9,9 +9,9 @@ def check(run: Run) -> None:
     whole = config.typed(run.config)
     source.check_local(whole.model)
     corpus.check_local(whole.corpus)
-    hooks.check_names(whole.memory.activation_cache_filter)
-    numbers = whole.model.architecture
-    if numbers is not None:
-        size = architecture.numbers_of_profile(numbers)
-        if closed_form.covers(size):
-            hooks.of_llama(size).select(whole.memory.activation_cache_filter)
+    declared, filters = whole.model.architecture, whole.memory.activation_cache_filter
+    size = architecture.numbers_of_profile(declared) if declared is not None else None
+    if size is not None and closed_form.covers(size):
+        hooks.of_llama(size).select(filters)
+    else:
+        hooks.check_names(filters)
