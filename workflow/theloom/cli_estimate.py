@@ -88,7 +88,8 @@ def _components(found: "Forecast") -> str:
     rows = [
         ["weights", *size(found.weights), "the base model; LM head not loaded" + _saved(found.lm_head)],
         [f"KV cache of {found.windows * found.tokens} tokens", *size(found.kv_cache), "held only while chunks stream"],
-        ["activation cache, full", *size(found.captured_full), "every hook point, held at once"],
+        ["activation cache, full", *size(found.captured_full), "every residual, held at once"],
+        ["activation cache, all names", *size(found.captured_every), "every hook point, attention patterns too"],
         ["activation cache, selective", *size(found.captured_selected), "the hook points asked for, held at once"],
         ["temporaries", *size(found.temporaries), "of a forward pass at its peak"],
         ["logits", *size(0), "not computed"],

@@ -52,7 +52,8 @@ class Forecast:
     weights: int
     lm_head: int  # not loaded
     kv_cache: int  # of all windows, keys and values of every block that runs
-    captured_full: int  # every distinct value of every hook point, held at once
+    captured_full: int  # every residual, held at once
+    captured_every: int  # every hook point of the model, attention patterns included
     captured_selected: int
     temporaries: int
     held_full: Components
@@ -82,15 +83,16 @@ def forecast(
     asked = settings.memory.activation_cache_filter if filters is None else filters
     estimator = estimate.estimator_of(settings, trace, asked, held=True)
     kind = _kind(settings, precision)
-    everything = hooks.residuals(estimator.size.num_blocks, estimator.size.hidden_size)
-    points = estimator.catalogue().select(asked)
+    residuals = hooks.residuals(estimator.size.num_blocks, estimator.size.hidden_size)
+    catalogue = estimator.catalogue()
+    points = catalogue.select(asked)
     chunk_size = min(settings.memory.streaming_chunk_size, tokens)
     workload = Workload(windows, tokens, chunk_size)
     written = smaller_pass(estimator, kind, workload, points)
     weights = estimator.weights(kind)
     values = windows * tokens * BYTES[kind.precision]
     pipeline = memory.on_device(weights, written, "cuda")
-    full, selected = (estimator.forward(kind, workload, chosen, held=True) for chosen in (everything, points))
+    full, selected = (estimator.forward(kind, workload, chosen, held=True) for chosen in (residuals, points))
     return Forecast(
         model=settings.model.source,
         model_type=estimator.size.model_type,
@@ -105,7 +107,8 @@ def forecast(
         weights=weights,
         lm_head=_lm_head(settings, estimator.size, kind),
         kv_cache=kv_cache(estimator.size, kind, windows * tokens),
-        captured_full=values * _held_width(everything, tokens),
+        captured_full=values * _held_width(residuals, tokens),
+        captured_every=values * _held_width(catalogue.points, tokens),
         captured_selected=values * _held_width(points, tokens),
         temporaries=written.temporaries,
         held_full=memory.on_device(weights, full, "cuda"),
