@@ -196,12 +196,12 @@ def run(
                 _grow(cache, skipped, workload.chunk_size)
                 distinct = {value.untyped_storage()._cdata: (point, value) for point, value in kept[: len(points)]}
                 for point, value in distinct.values():
-                    shape = list(value.shape)
-                    shape[point.position_axis] = skipped
-                    if point.over_keys:  # the first step's keys are those of one chunk, the last skipped one's all
-                        shape[-1] = (workload.chunk_size + skipped) // 2
-                    kept.append((point, value.new_empty(shape)))
-                    live.mark(kept[-1][1], CAPTURED)
+                    # a view keeps the whole of what it is a part of; keys: two chunks, then one more in each next step
+                    keys = (3 * workload.chunk_size + skipped) / 2 / workload.chunk_size if point.over_keys else 1
+                    whole = value.untyped_storage().nbytes() // value.element_size()
+                    grown = value.new_empty(int(whole * keys) // workload.chunk_size * skipped)
+                    kept.append((point, grown))
+                    live.mark(grown, CAPTURED)
                 first = len(live.events)
             start = workload.chunk_size * number
             output = forward(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)
