@@ -25,6 +25,10 @@ class HookError(TheLoomError):
     """A hook point is asked for that the model does not have."""
 
 
+class InputError(TheLoomError):
+    """Tokens or a mask that are handed to a function cannot be a batch for a model."""
+
+
 class MemoryPlanError(TheLoomError):
     """The run does not fit the memory or the disk at hand."""
 

@@ -1,5 +1,6 @@
 """Token ids through a model, in one pass or chunk by chunk through its KV cache, while taps read."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from theloom import hooks
@@ -15,18 +16,31 @@ def prefill(taps: Taps, ids: "torch.Tensor", chunk_size: int) -> None:
 
     No attention mask is passed: rows are causal, and padding, if any, is on the right.
     """
+    for _ in steps(taps, ids, chunk_size):
+        pass
+
+
+def steps(taps: Taps, ids: "torch.Tensor", chunk_size: int, **inputs: "torch.Tensor") -> Iterator[int]:
+    """The same step by step: after each, the position of its first token. Taps need be open during a step only.
+
+    `inputs` are further arguments of the model, (batch, position) as the ids are.
+    """
     import torch
     from transformers import DynamicCache
 
-    with torch.inference_mode():
-        model = taps.architecture.model
-        ids = ids.to(model.device)
-        if ids.shape[1] <= chunk_size:
-            taps.run(input_ids=ids, use_cache=False)
-            return
-        cache = DynamicCache(config=model.config)
-        for start in range(0, ids.shape[1], chunk_size):
-            taps.run(input_ids=ids[:, start : start + chunk_size], past_key_values=cache, use_cache=True)
+    model = taps.architecture.model
+    named = {name: value.to(model.device) for name, value in {"input_ids": ids, **inputs}.items()}
+    if ids.shape[1] <= chunk_size:
+        with torch.inference_mode():
+            taps.run(**named, use_cache=False)
+        yield 0
+        return
+    cache = DynamicCache(config=model.config)
+    for start in range(0, ids.shape[1], chunk_size):
+        chunk = {name: value[:, start : start + chunk_size] for name, value in named.items()}
+        with torch.inference_mode():  # not while the caller has the turn: it would be the caller's mode too
+            taps.run(**chunk, past_key_values=cache, use_cache=True)
+        yield start
 
 
 def residuals(architecture: Architecture, ids: "torch.Tensor", chunk_size: int) -> dict[str, "torch.Tensor"]:
