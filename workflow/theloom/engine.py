@@ -118,7 +118,7 @@ def _plan(
 ) -> Plan:
     """What fits the device now; a shard that was begun is gone on with as it was begun."""
     device, _ = model.resolve_precision(frozen)
-    kind, unfinished = memory.kind_of(frozen, recorded.precision), begun(output, identity)
+    kind, unfinished = memory.kind_of(frozen, recorded.precision, recorded.quantization), begun(output, identity)
     if unfinished is None:
         threshold = frozen.memory.memory_warning_threshold
         return model_record.fit(estimated, kind, device, threshold, longest, recorded.correction).plan

@@ -23,7 +23,7 @@ from theloom.errors import MemoryPlanError
 from theloom.estimator import ClosedForm, Estimator, Traced, config_of, row_bytes
 from theloom.hooks import HookPoint
 from theloom.memory import KINDS, Kind, Parts, Workload
-from theloom.model import hf_config
+from theloom.model import hf_config, quantization_of
 from theloom.precision import BYTES
 from theloom.schema import Config
 
@@ -96,7 +96,8 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
     if config.corpus.max_tokens is not None:
         context = min(context, config.corpus.max_tokens)
     chunk_size = min(config.memory.streaming_chunk_size, context)
-    passes = {kind.name: _passes(estimator, kind, points, context, chunk_size, device) for kind in _wanted(config)}
+    kinds = _wanted(config, estimator.own)
+    passes = {kind.name: _passes(estimator, kind, points, context, chunk_size, device) for kind in kinds}
     return Estimate(
         model_type=size.model_type,
         attention=getattr(estimator, "attention", "sdpa"),
@@ -116,11 +117,11 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
     )
 
 
-def _wanted(config: Config) -> list[Kind]:
+def _wanted(config: Config, own: str | None) -> list[Kind]:
     """The kinds that the run can have, and those that it is offered where it does not fit."""
     asked = config.memory.precision_mode.name
     precisions = {"fp32": ["fp32", "bf16"], "fp16": ["fp16", "fp32"]}.get(asked, ["bf16", "fp16", "fp32"])
-    kinds = [memory.kind_of(config, precision) for precision in precisions]
+    kinds = [memory.kind_of(config, precision, own) for precision in precisions]
     offered = [Kind("bf16"), Kind("bf16", "int8"), Kind("bf16", "int4")]
     return list({kind.name: kind for kind in [*kinds, *offered]}.values())
 
@@ -177,7 +178,7 @@ def run_estimate(config: Config, output: Path) -> None:
         check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
         log.info("disk: %s", memory.in_words(needed))
     write(found, config, output)
-    kind = memory.kind_of(config, precision).name
+    kind = memory.kind_of(config, precision, estimator.own).name
     log.info("%s weights: %s; host: %s", kind, memory.in_words(found.weights[kind]), memory.in_words(found.host[kind]))
     for candidate in found.passes[kind]:
         parts, size = candidate.parts, memory.in_words(candidate.parts.total)
@@ -193,14 +194,19 @@ def estimator_of(
     for those that the model has not.
     """
     declared, attention = config.model.architecture, config.extraction.attention.name
-    size = numbers(hf_config(config.model)) if declared is None else numbers_of_profile(declared)
-    if closed_form.covers(size) and attention != "eager" and not trace:
+    own = None
+    if declared is None:
+        found = hf_config(config.model)
+        size, own = numbers(found), quantization_of(config, found)
+    else:
+        size = numbers_of_profile(declared)
+    if own is None and closed_form.covers(size) and attention != "eager" and not trace:
         closed = ClosedForm(size)
         asked = config.memory.activation_cache_filter if filters is None else filters
         if closed.covers(closed.catalogue().select(asked), held):
             return closed
     return Traced(
-        hf_config(config.model) if declared is None else config_of(declared),
+        found if declared is None else config_of(declared),
         None if attention in ("auto", "flash_attention_2") else attention,  # FlashAttention is not built for the CPU
         config.model.trust_remote_code,
     )

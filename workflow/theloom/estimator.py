@@ -25,6 +25,7 @@ class Estimator(Protocol):
 
     method: str
     size: Numbers
+    own: str | None  # the checkpoint's own quantisation, 8bit or 4bit
 
     def catalogue(self) -> Catalogue:
         """The hook points of the model."""
@@ -47,6 +48,7 @@ class ClosedForm:
     """
 
     method = "closed form"
+    own: str | None = None
 
     def __init__(self, size: Numbers) -> None:
         self.size = size
@@ -76,6 +78,15 @@ class ClosedForm:
         return closed_form.forward(self.size, kind, workload, blocks, residuals)
 
 
+def quantized_as(model_config: "PretrainedConfig") -> str | None:
+    """The quantisation of a checkpoint, without torch where it has none. Raises ModelError for a kind not known."""
+    if getattr(model_config, "quantization_config", None) is None:
+        return None
+    from theloom import quantized
+
+    return quantized.own(model_config)
+
+
 class Traced:
     """Any model that transformers builds, and any hook point: the forward pass on fake tensors."""
 
@@ -86,6 +97,7 @@ class Traced:
     ) -> None:
         self.size = architecture.numbers(model_config)
         self._config, self._attention, self._trust = model_config, attention, trust_remote_code
+        self.own = quantized_as(model_config)
         self._fakes: dict[Kind, FakeModel] = {}
 
     def fake(self, kind: Kind) -> "FakeModel":

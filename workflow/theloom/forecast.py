@@ -82,7 +82,7 @@ def forecast(
     settings = settings_of(target)
     asked = settings.memory.activation_cache_filter if filters is None else filters
     estimator = estimate.estimator_of(settings, trace, asked, held=True)
-    kind = _kind(settings, precision)
+    kind = _kind(settings, precision, estimator.own)
     residuals = hooks.residuals(estimator.size.num_blocks, estimator.size.hidden_size)
     catalogue = estimator.catalogue()
     points = catalogue.select(asked)
@@ -197,8 +197,8 @@ def settings_of(target: str) -> Config:
     return config_module.typed(run.config)
 
 
-def _kind(settings: Config, precision: str | None) -> Kind:
+def _kind(settings: Config, precision: str | None, own: str | None) -> Kind:
     if precision is not None:
         return KINDS[precision]
     asked = settings.memory.precision_mode.name
-    return memory.kind_of(settings, "bf16" if asked == "auto" else asked)
+    return memory.kind_of(settings, "bf16" if asked == "auto" else asked, own)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from theloom import trace
+from theloom import quantized, trace
 from theloom.estimator import Traced
 from theloom.hooks import HookPoint
 from theloom.memory import Kind, Parts, Workload
@@ -64,7 +64,7 @@ def measure(loaded: LoadedModel, kind: Kind, traced: Traced, plan: Plan, points:
     with PeakMemory(loaded.device) as growing:
         _run(loaded, ids, workload, points, kind)
     found = _run(loaded, ids, workload, points, kind)
-    weights = sum(trace.weights_of(loaded.architecture.model))
+    weights = quantized.resident(loaded.architecture.model)
     return Measured(workload, foretold, found, growing.growth, growing.files, weights)
 
 

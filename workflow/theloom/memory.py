@@ -119,10 +119,11 @@ KINDS = {
 }
 
 
-def kind_of(config: Config, precision: str) -> Kind:
-    """The kind of a run that was resolved to a precision."""
-    quantization = config.memory.quantization
-    return Kind(precision, None if quantization is None else {"8bit": "int8", "4bit": "int4"}[quantization.name])
+def kind_of(config: Config, precision: str, own: str | None = None) -> Kind:
+    """The kind of a run that was resolved to a precision; `own`: the checkpoint's own quantisation, 8bit or 4bit."""
+    asked = config.memory.quantization.name if config.memory.quantization else None
+    quantization = own or asked
+    return Kind(precision, None if quantization is None else {"8bit": "int8", "4bit": "int4"}[quantization])
 
 
 def in_words(size: float) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from theloom import architecture, gpu, precision, source
 from theloom.architecture import Architecture, Numbers
 from theloom.errors import ModelError
+from theloom.estimator import quantized_as
 from theloom.hooks import Catalogue
 from theloom.precision import TOLERANCE, Resolved
 from theloom.schema import ArchitectureConfig, Config, ModelConfig
@@ -59,9 +60,28 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
         raise ModelError(f"model.source: {config.source}: {message}") from None
 
 
+def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
+    """The config in a model's own folder (`source.prepare`)."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+
+
 def read_config(config: ModelConfig) -> Numbers:
     """The numbers of the model's own config. Raises ModelError."""
     return architecture.numbers(hf_config(config))
+
+
+def quantization_of(config: Config, found: "PretrainedConfig") -> str | None:
+    """`8bit` or `4bit` where a checkpoint is quantised itself. Raises ModelError where the config asks for another."""
+    own = quantized_as(found)
+    asked = config.memory.quantization.name if config.memory.quantization else None
+    if own is not None and asked not in (None, own):
+        raise ModelError(
+            f"memory.quantization={asked}: the weights of {config.model.source} are quantised to {own} already; "
+            "leave memory.quantization=null, or take the unquantised weights"
+        )
+    return own
 
 
 def check_architecture(declared: ArchitectureConfig | None, found: Numbers, source_name: str) -> None:
@@ -95,17 +115,28 @@ def resolve_precision(config: Config) -> tuple["torch.device", Resolved]:
     return device, precision.resolve(asked, capability, fp16_here)
 
 
-def load(config: Config, files: ModelFiles) -> LoadedModel:
-    """Load the model from its files (`source.prepare`). Raises ModelError where any of its weights is missing."""
+def load(config: Config, files: ModelFiles, exact: bool = False) -> LoadedModel:
+    """Load the model from its files (`source.prepare`), a quantised checkpoint as it is.
+
+    `exact`: in FP32 and not quantised, whatever the config asks for. Raises ModelError where any weight is missing.
+    """
     from transformers import AutoModel
 
     device, resolved = resolve_precision(config)
+    if exact:
+        resolved = Resolved("fp32", "fp32", ())
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     if config.extraction.attention.name != "auto":
         options["attn_implementation"] = config.extraction.attention.name
-    quantization = config.memory.quantization.name if config.memory.quantization else None
+    own = quantization_of(config, config_in(files, config.model.trust_remote_code))
+    asked = config.memory.quantization.name if config.memory.quantization and not exact else None
+    quantization = own or asked
     if quantization is not None:
-        options["quantization_config"] = _quantization(quantization, resolved.resolved)
+        new = _quantization(quantization, resolved.resolved)
+        if own is None:
+            options["quantization_config"] = new
+        else:
+            log.info("its weights are quantised to %s already, and loaded as they are", own)
     try:
         model, info = AutoModel.from_pretrained(
             files.folder,

@@ -45,6 +45,11 @@ class ModelRecord:
     correction: Correction
     attributes: dict[str, Any]
 
+    @property
+    def quantization(self) -> str | None:
+        """`8bit` or `4bit`: asked for, or the checkpoint's own."""
+        return None if self.attributes["quantization"] == "null" else self.attributes["quantization"]
+
 
 def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path) -> None:
     """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError, MemoryPlanError."""
@@ -56,7 +61,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     model_config = model.hf_config(config.model)
     model.check_architecture(config.model.architecture, numbers(model_config), config.model.source)
     device, resolved = model.resolve_precision(config)
-    kind = memory.kind_of(config, resolved.resolved)
+    kind = memory.kind_of(config, resolved.resolved, model.quantization_of(config, model_config))
     threshold = config.memory.memory_warning_threshold
     planned = fit(estimated, kind, device, threshold, tokens.longest_window(tokens_path))
     files = source.prepare(config.model)
@@ -166,7 +171,7 @@ def _attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:
         precision_requested=loaded.precision.requested,
         precision=loaded.precision.resolved,
         precision_steps=list(loaded.precision.steps),
-        quantization=config.memory.quantization.name if config.memory.quantization else None,
+        quantization=loaded.quantization,
         attention=loaded.attention,
         device=gpu.device_name(loaded.device),
         blocks=len(loaded.architecture.blocks),

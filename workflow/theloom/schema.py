@@ -128,6 +128,10 @@ class VerifyConfig:
         None, "largest error allowed, as a share of the hook's largest absolute value; null: by precision"
     )
     seed: int = key(0, "seed of the choice of documents")
+    compare_to_fp32: bool = key(
+        True,
+        "quantised runs: load the model in FP32 too, where it fits, and record the residuals' cosine similarity",
+    )
 
 
 @dataclass

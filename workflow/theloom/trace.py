@@ -84,7 +84,7 @@ def fake_model(
                 model_config, dtype=torch_dtype(precision), trust_remote_code=trust_remote_code, **options
             )
             if quantization is not None:
-                quantize(model, quantization)
+                quantize(model, quantization, model_config)
     except (ValueError, ImportError) as error:
         raise ModelError(f"{model_config.model_type}: cannot be traced: {' '.join(str(error).split())}") from None
     model.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from theloom import dataset, gpu, layout, memory, model_record, provenance
+from theloom import dataset, fidelity, gpu, layout, memory, model_record, provenance
 from theloom.dataset import Activations
 from theloom.errors import VerificationError
 from theloom.estimator import Traced
@@ -52,12 +52,19 @@ def verify(config: Config, activations: Path, model_path: Path, output: Path) ->
     tolerance = config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
     windows = choose_windows(acts, config.verify.documents, config.memory.streaming_chunk_size, config.verify.seed)
     traced = Traced(loaded.architecture.model.config, loaded.attention, config.model.trust_remote_code)
-    kind = memory.kind_of(config, loaded.precision.resolved)
+    kind = memory.kind_of(config, loaded.precision.resolved, loaded.quantization)
     results = []
     for window in windows:
         if _fits(acts, loaded, points, traced, kind, window) and (found := _recompute(acts, loaded, points, window)):
             results.append(found)
     _write(acts, points, results, wrong, not_finite, tolerance, output)
+    if loaded.quantization is not None and config.verify.compare_to_fp32:
+        files = loaded.files
+        del loaded  # its memory is the FP32 model's
+        compared = fidelity.compare(config, files, acts, [r.window for r in results], oracle)
+        if compared is not None:
+            with h5py.File(output, "a") as file:
+                fidelity.write(compared, file)
     _report(acts, points, results, wrong, tolerance)
 
 
