@@ -19,7 +19,7 @@ POINTS = residuals(1, 8)
 LENGTHS = [3, 1, 5]
 
 
-def spec(precision="fp32", identity="me", lengths=LENGTHS, batches=None) -> ShardSpec:
+def spec(precision="fp32", identity="me", lengths=LENGTHS, batches=None, **others) -> ShardSpec:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
     rows = int(offsets[-1])
     tokens = ShardTokens(
@@ -34,7 +34,7 @@ def spec(precision="fp32", identity="me", lengths=LENGTHS, batches=None) -> Shar
     )
     attributes = provenance.attributes("activations", kind="shard", shard=0, first_row=0, precision=precision)
     batches = len(lengths) if batches is None else batches
-    return ShardSpec(tokens, POINTS, 5, precision, batches, identity, attributes)
+    return ShardSpec(tokens, POINTS, 5, precision, batches, identity, attributes, **others)
 
 
 def names(folder) -> list[str]:
