@@ -3,6 +3,7 @@
 `theloom.open("results/<run>/activations.h5")` reads the result of a run.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,11 @@ __version__ = "0.1.0"
 __all__ = ["open"]
 
 
-def open(path: str | Path) -> "Activations":
-    """Open `activations.h5` or a single shard: `theloom.dataset.Activations`. Raises StoreError."""
+def open(path: str | Path, allow: Collection[str] = ()) -> "Activations":
+    """Open `activations.h5` or a single shard: `theloom.dataset.Activations`. Raises StoreError.
+
+    `allow`: names of files outside of the dataset's own folder that it may refer to.
+    """
     from theloom import dataset
 
-    return dataset.open(path)
+    return dataset.open(path, allow)

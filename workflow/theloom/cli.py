@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from theloom import __version__
 from theloom.cli_estimate import add_estimate
+from theloom.cli_store import add_store
 from theloom.cli_tables import GIB, capability, table
 from theloom.errors import TheLoomError
 
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     gpus.add_argument("--json", action="store_true", help="print one JSON object")
     gpus.set_defaults(run=_gpus)
     add_estimate(commands)
+    add_store(commands)
     return parser
 
 

@@ -48,7 +48,7 @@ class Stage:
 
 # Keys that change what a job leaves beside its result, and nothing in the result. They are frozen only where they are
 # set, so that the config of a run without them is what it was before they existed; elsewhere they read as null.
-BESIDE_THE_RESULT = ("memory.profile_shard",)
+BESIDE_THE_RESULT = ("memory.profile_shard", "store.max_overflow")
 
 _MODEL_FILES = (
     "model.source",
@@ -92,6 +92,7 @@ STAGES: dict[str, Stage] = {
             "extraction.batch_tokens",
             "extraction.shards",
             "store.dtype",
+            "store.compression",
             *BESIDE_THE_RESULT,
         )
     ),
@@ -285,6 +286,9 @@ def _check(config: Config) -> None:
     if not 0 < config.memory.memory_warning_threshold <= 1:
         threshold = config.memory.memory_warning_threshold
         raise ConfigError(f"memory.memory_warning_threshold: {threshold} is not a share; give more than 0, at most 1")
+    overflow = config.store.max_overflow
+    if overflow is not None and not 0 <= overflow <= 1:
+        raise ConfigError(f"store.max_overflow: {overflow} is not a share; give at least 0, at most 1")
     if config.verify.tolerance is not None and not config.verify.tolerance > 0:
         raise ConfigError(f"verify.tolerance: {config.verify.tolerance} is not above 0")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.extraction.device):

@@ -5,111 +5,38 @@ every file that the dataset refers to is checked, since HDF5 reads a missing one
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import EllipsisType
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 
-from theloom import layout
+from theloom import layout, parts, seals, statistics, untrusted
 from theloom.errors import HookError, StoreError
-from theloom.shard import RECORD, committed, hook_path
+from theloom.layout import hook_path
+from theloom.parts import Part
+from theloom.rows import HookRows, Maps, Rows
+from theloom.shard import FIGURES
+from theloom.statistics import Statistics
 
 if TYPE_CHECKING:
     import torch
 
-Index = Union[int, slice, EllipsisType, Sequence[int], np.ndarray, "torch.Tensor"]
+    from theloom.loader import Batch, RowBatches
+
+# beside hook points, what can be asked for with the batches: names of tables that have a row for each token
+TABLES = {"input_ids": "tokens/input_ids", "document": "tokens/document", "position": "tokens/position"}
 
 
-def open(path: str | Path) -> "Activations":  # noqa: A001
-    """Open `activations.h5` or a single shard. Raises StoreError for what is missing, cut short or of another run."""
-    return Activations(path)
+def open(path: str | Path, allow: Collection[str] = ()) -> "Activations":  # noqa: A001
+    """Open `activations.h5` or a single shard. Raises StoreError for what is missing, cut short or of another run.
 
-
-@dataclass(frozen=True)
-class _Part:
-    """Consecutive rows in one file: where the file is, how many rows, and where each dataset's bytes begin."""
-
-    path: Path
-    rows: int
-    places: dict[str, int]
-
-
-class Rows:
-    """The rows of one dataset, over all files that hold them. Indexing gives a copy.
-
-    `rows[i]`, `rows[a:b:c]`, `rows[[3, 1, 2]]` (any order, repeats allowed), `rows[mask]`.
+    A file that refers to others outside of its own folder is refused, unless `allow` has their names as it gives them.
     """
-
-    def __init__(self, parts: Sequence[_Part], name: str, width: tuple[int, ...], dtype: np.dtype) -> None:
-        self._arrays = [_mapped(p, name, width, dtype) for p in parts if p.rows]
-        self._starts = np.cumsum([0, *(len(a) for a in self._arrays)])
-        self.shape = (int(self._starts[-1]), *width)
-        self._dtype = dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return int(np.prod(self.shape)) * self._dtype.itemsize
-
-    def numpy(self, index: Index) -> np.ndarray:
-        """Rows as an array of the stored bits (`layout.bits_dtype`), or of token numbers."""
-        if isinstance(index, EllipsisType):
-            index = slice(None)
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step == 1:
-                return self._range(start, max(start, stop))
-            return self._gather(np.arange(start, stop, step))
-        if isinstance(index, int | np.integer):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"row {index} of {len(self)}")
-            return self._gather(np.array([index % len(self)]))[0]
-        wanted = np.asarray(index)
-        if wanted.dtype == bool:
-            if wanted.shape != (len(self),):
-                raise IndexError(f"a mask of shape {wanted.shape} for {len(self)} rows")
-            wanted = wanted.nonzero()[0]
-        if wanted.size and not (-len(self) <= wanted.min() and wanted.max() < len(self)):
-            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {len(self)}")
-        return self._gather(wanted.astype(np.int64) % max(1, len(self)))
-
-    def _range(self, start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *self.shape[1:]), self._dtype)
-        for first, array in zip(self._starts, self._arrays, strict=False):
-            a, b = max(start, int(first)), min(stop, int(first) + len(array))
-            if a < b:
-                out[a - start : b - start] = array[a - first : b - first]
-        return out
-
-    def _gather(self, wanted: np.ndarray) -> np.ndarray:
-        out = np.empty((*wanted.shape, *self.shape[1:]), self._dtype)
-        for first, array in zip(self._starts, self._arrays, strict=False):
-            here = (wanted >= first) & (wanted < first + len(array))
-            out[here] = array[wanted[here] - first]
-        return out
-
-
-def _mapped(part: _Part, name: str, width: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    return np.memmap(part.path, dtype, "r", offset=part.places[name], shape=(part.rows, *width))
-
-
-class HookRows(Rows):
-    """The rows of one hook point: indexing gives torch tensors (rows, width) in the stored dtype."""
-
-    def __init__(self, parts: Sequence[_Part], name: str, width: tuple[int, ...], precision: str) -> None:
-        super().__init__(parts, name, width, layout.bits_dtype(precision))
-        self._precision = precision
-
-    def __getitem__(self, index: Index) -> "torch.Tensor":
-        return layout.tensor_from_bits(self.numpy(index), self._precision)
+    return Activations(path, allow)
 
 
 @dataclass(frozen=True)
@@ -135,30 +62,36 @@ class Activations:
     `hooks`: names of the hook points; `dtype`: the stored one; `len`: rows; `attributes`: where the file came from.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, allow: Collection[str] = ()) -> None:
         self.path = Path(path)
+        self._maps = Maps()
         with layout.open_h5(self.path, "activations") as file:
+            untrusted.check(file, self.path, allow)
+            if seals.SEAL not in file or seals.broken(self.path, seals.METADATA):
+                raise StoreError(
+                    f"{self.path}: its metadata is not as it was written: a program or the disk has changed it; "
+                    "run the pipeline again, or fetch the file again"
+                )
             self.attributes = {k: v.item() if hasattr(v, "item") else v for k, v in file.attrs.items()}
             self.hooks: list[str] = json.loads(self.attributes["hooks"])
             self.precision: str = self.attributes["precision"]
-            self._names = [
-                "tokens/input_ids",
-                "tokens/document",
-                "tokens/position",
-                *map(hook_path, self.hooks),
-            ]
+            self._names = parts.names_of(self.attributes)
             self._widths = {name: file[name].shape[1:] for name in self._names}
-            if "sources" in file:
-                self._parts = _sources(file, self.path, self._names)
-            else:
-                self._parts = [_part(file, self.path, self._names)]
+            self.is_virtual = "sources" in file
+            self._parts: list[Part] = (
+                parts.referred(file, self.path, allow) if self.is_virtual else [parts.own(file, self.path)]
+            )
             self._document_offset = file["documents/offset"][:]
             self._document_id = file["documents/id"][:]
             self.window_offset: np.ndarray = file["windows/offset"][:]
             self.window_document: np.ndarray = file["windows/document"][:]
             self.window_hash: np.ndarray = file["windows/hash"][:]
+            self.figures: dict[str, float] = dict(zip(FIGURES, file["figures"][:].tolist(), strict=True))
         if sum(p.rows for p in self._parts) != self.attributes["rows"]:
             raise StoreError(f"{self.path}: its parts hold other rows than it says; run the merge again")
+        for offset in (self._document_offset, self.window_offset):
+            if offset[0] or offset[-1] != len(self) or (np.diff(offset) < 0).any():
+                raise StoreError(f"{self.path}: its tables of documents and windows are damaged; run the merge again")
 
     def __len__(self) -> int:
         return int(self.attributes["rows"])
@@ -176,7 +109,7 @@ class Activations:
         if hook not in self.hooks:
             raise HookError(f"no hook point {hook!r} in {self.path}; it has {', '.join(self.hooks)}")
         name = hook_path(hook)
-        return HookRows(self._parts, name, self._widths[name], self.precision)
+        return HookRows(self._parts, self._maps, name, self._widths[name], self.precision)
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -199,8 +132,47 @@ class Activations:
         """The position of each row in its window: what the model saw."""
         return self._table("tokens/position")
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the rows: the shards of a virtual dataset, else this file itself."""
+        return [p.path for p in self._parts]
+
+    @cached_property
+    def statistics(self) -> dict[str, Statistics]:
+        """By hook point: for each element of a row count, mean and variance; the mean norm; values not finite."""
+        with h5py.File(self.path, "r") as file:
+            return dict(zip(self.hooks, statistics.read(file, self.hooks), strict=True))
+
+    def batches(
+        self,
+        hooks: str | Sequence[str],
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        **others: Any,
+    ) -> "Iterator[Batch]":
+        """All rows in batches: tensors (batch_size, …) of one hook point, or of several a dict by name.
+
+        `hooks` may also name `input_ids`, `document` and `position`. `shuffle` mixes blocks of rows in a buffer
+        (`theloom.loader` says how well), the same for the same seed. Others: as of `loader.RowBatches`, whose
+        `dataset(…)` below is this for a DataLoader.
+        """
+        return iter(self.dataset(hooks, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, **others))
+
+    def dataset(self, hooks: str | Sequence[str], batch_size: int, **others: Any) -> "RowBatches":
+        """The same as an IterableDataset: DataLoader(acts.dataset(…), batch_size=None, num_workers=…)."""
+        from theloom.loader import RowBatches
+
+        return RowBatches(self, hooks, batch_size, **others)
+
+    def rows_of(self, name: str) -> Rows:
+        """The rows of a hook point, or of `input_ids`, `document` or `position`."""
+        return self._table(TABLES[name]) if name in TABLES else self[name]
+
     def _table(self, name: str) -> Rows:
-        return Rows(self._parts, name, (), np.dtype("<i4"))
+        return Rows(self._parts, self._maps, name, (), np.dtype("<i4"))
 
     @property
     def documents(self) -> list[str]:
@@ -226,31 +198,3 @@ class Activations:
             position=self.position.numpy(rows),
             activations=self,
         )
-
-
-def _part(file: h5py.File, path: Path, names: Sequence[str]) -> _Part:
-    """A file that holds its own rows: a shard or a physical merge, checked for its length and its commit log."""
-    places = {name: layout.byte_offset(file[name]) for name in names}
-    end = max(places[n] + file[n].id.get_storage_size() for n in names)
-    if path.stat().st_size < end:
-        raise StoreError(f"{path}: is cut short at {path.stat().st_size} of {end} bytes; run the pipeline again")
-    if "commit_log" in file and committed(file["commit_log"][:].astype(RECORD)) != len(file["commit_log"]):
-        raise StoreError(f"{path}: is not finished; run the pipeline again")
-    return _Part(path, int(file.attrs["rows"]), places)
-
-
-def _sources(file: h5py.File, path: Path, names: Sequence[str]) -> list[_Part]:
-    """The shards of a virtual dataset: each there, of the size and the identity that the merge saw."""
-    parts = []
-    table = [file[f"sources/{column}"][:].tolist() for column in ("file", "rows", "bytes", "identity")]
-    for name, rows, size, identity in zip(*table, strict=True):
-        shard = path.parent / name.decode()
-        if not shard.is_file():
-            raise StoreError(f"{path} refers to {shard}, which is missing; put it back, or run the pipeline again")
-        if shard.stat().st_size != size:
-            raise StoreError(f"{shard}: has {shard.stat().st_size} bytes, {size} at the merge; run the pipeline again")
-        with layout.open_h5(shard, "activations") as source:
-            if source.attrs["identity"] != identity.decode() or source.attrs["rows"] != rows:
-                raise StoreError(f"{shard}: is not the shard that {path.name} was merged from; run the pipeline again")
-            parts.append(_part(source, shard, names))
-    return parts

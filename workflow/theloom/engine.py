@@ -99,6 +99,8 @@ def extract_shard(
         identity=identity,
         attributes=_attributes(config_path, recorded, tokens_path, planned, run_identity)
         | {"kind": "shard", "shard": shard, "first_row": shard_tokens.first_row, "precision": store},
+        compression=frozen.store.compression.name,
+        max_overflow=frozen.store.max_overflow or 0.0,
     )
     needed = _still_to_write(spec, estimated, output)
     estimate.check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)

@@ -4,8 +4,11 @@ Hidden states lie in contiguous datasets, so that a program can map them; FP32 a
 native HDF5 float of two bytes (8 exponent bits, 7 of mantissa), which HDF5 tools read as numbers.
 """
 
+import errno
 import json
 import os
+import resource
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from theloom.errors import StoreError
+from theloom.errors import MemoryPlanError, StoreError
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def bfloat16() -> h5py.h5t.TypeID:
@@ -79,10 +82,16 @@ def create_contiguous(group: h5py.Group, name: str, shape: tuple[int, ...], type
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # a time in the metadata would make two runs' files differ
     space = h5py.h5s.create_simple(shape)
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
     return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), type_id, space, dcpl=properties, lcpl=links))
+
+
+def hook_path(hook: str) -> str:
+    """Where a hook point's rows lie in a file."""
+    return f"hooks/{hook}/activations"
 
 
 def byte_offset(dataset: h5py.Dataset) -> int:
@@ -104,6 +113,37 @@ def set_attributes(group: h5py.Group, attributes: Mapping[str, Any]) -> None:
         group.attrs[name] = value
 
 
+def pwrite(fd: int, data: bytes | memoryview, place: int) -> None:
+    """Write all bytes at a place of a file."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, place)
+        view, place = view[written:], place + written
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that a disk or a quota is full; HDF5 says so in its text alone."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def no_room(folder: Path, what: str, needed: int) -> MemoryPlanError:
+    """The error for a full disk: what was to be written, the bytes that it needs and those that there are."""
+    free = shutil.disk_usage(folder).free
+    return MemoryPlanError(
+        f"{folder}: no room for {what} of {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; free disk space and run "
+        "again, which goes on from what is written, or ask for fewer hook points, fewer tokens or a smaller store.dtype"
+    )
+
+
+def too_many_files(path: Path) -> StoreError:
+    """The error for a process that may open no more files: HDF5 itself would read zeros."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return StoreError(
+        f"{path}: cannot be opened, this process may have {limit} files open at once; raise the limit (ulimit -n), or "
+        "set store.merge=physical"
+    )
+
+
 def sync(path: Path) -> None:
     """fsync a file or a folder."""
     fd = os.open(path, os.O_RDONLY)
@@ -121,6 +161,8 @@ def open_h5(path: str | Path, kind: str) -> h5py.File:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
+            raise too_many_files(path) from None
         raise StoreError(f"{path}: cannot be read as HDF5 ({' '.join(str(error).split())})") from None
     found, version = file.attrs.get("format"), file.attrs.get("format_version")
     if found != f"theloom.{kind}" or version != FORMAT_VERSION:

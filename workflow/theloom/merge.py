@@ -1,7 +1,8 @@
 """Shards to one dataset: `activations.h5`, which refers to them (virtual) or holds a copy (physical).
 
 Both check first that every shard is there, finished, of this run and of one schema: HDF5 itself reads a missing source
-as zeros.
+as zeros. The merged file gets its name when all of it is on disk; a job that is killed leaves a `.partial`, which the
+next one writes anew, since the shards still hold everything.
 """
 
 import json
@@ -15,167 +16,199 @@ from typing import Any
 import h5py
 import numpy as np
 
-from theloom import layout
+from theloom import layout, pack, parts, seals, statistics
 from theloom.errors import StoreError
-from theloom.shard import RECORD, committed, hook_path
+from theloom.lock import WriterLock
+from theloom.parts import TOKENS, Part
+from theloom.rows import Maps, Rows
+from theloom.shard import FIGURES
+from theloom.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
-_TOKENS = ("tokens/input_ids", "tokens/document", "tokens/position")
 _PLAN = ("batch_tokens", "chunk_size")  # what each job had room for: of the merged file, one number for each shard
 _OWN = ("kind", "shard", "first_row", "identity", "rows", *_PLAN)  # attributes of a shard, not of the run
+_LARGEST = ("peak_memory", "predicted_memory")  # figures that do not add up
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """One checked shard: its place in the whole, and where each dataset's bytes lie in its file."""
+    """One checked shard: its rows, its attributes, and the shapes and the statistics of its hook points."""
 
-    path: Path
-    rows: int
+    part: Part
     attributes: dict[str, Any]
-    places: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
+    statistics: list[Statistics]
+    figures: dict[str, float]
+    tables: dict[str, np.ndarray]
 
 
 def merge(shards: Sequence[Path], mode: str, output: Path) -> None:
     """The merge_shards stage: write `activations.h5`. `mode` is virtual or physical. Raises StoreError."""
-    checked = [_check(path, number) for number, path in enumerate(shards)]
-    _check_together(checked)
-    hooks = [hook_path(h) for h in json.loads(checked[0].attributes["hooks"])]
+    lock = WriterLock(output)
+    lock.take()
     unfinished = output.with_name(output.name + ".partial")
-    with h5py.File(unfinished, "w") as file:
-        attributes = {k: v for k, v in checked[0].attributes.items() if k not in _OWN}
-        plans = {name: [int(s.attributes[name]) for s in checked] for name in _PLAN}
-        layout.set_attributes(file, attributes | plans | {"kind": mode, "rows": sum(s.rows for s in checked)})
-        _write_tables(file, checked)
-        for name in (*_TOKENS, *hooks):
-            if mode == "virtual":
-                _refer(file, name, checked, output.parent)
-            else:
-                _place(file, name, checked)
-        offsets = {name: layout.byte_offset(file[name]) for name in (*_TOKENS, *hooks)}
+    try:
+        checked = [_check(path, number) for number, path in enumerate(shards)]
+        _check_together(checked)
+        _write(checked, mode, unfinished, output.parent)
+        seals.write(unfinished, seals.METADATA, seals.TABLES, seals.RESULTS)
+        layout.sync(unfinished)
+        unfinished.replace(output)
+        layout.sync(output.parent)
+    except (OSError, RuntimeError) as error:  # h5py raises either when a file cannot be closed
+        if "No space left" not in str(error):
+            raise
+        unfinished.unlink(missing_ok=True)
+        raise layout.no_room(output.parent, "the merged file", _bytes_of(checked, mode)) from None
+    finally:
+        lock.release()
+    rows, hooks = sum(s.part.rows for s in checked), len(checked[0].statistics)
+    log.info("%d rows of %d hook points from %d shards (%s)", rows, hooks, len(shards), mode)
+
+
+def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> None:
+    first, rows = shards[0], sum(s.part.rows for s in shards)
+    names = list(first.shapes)
+    packed = first.attributes.get("compression") == "zstd"
+    with h5py.File(target, "w") as file:
+        attributes = {k: v for k, v in first.attributes.items() if k not in _OWN}
+        plans = {name: [int(s.attributes[name]) for s in shards] for name in _PLAN}
+        layout.set_attributes(file, attributes | plans | {"kind": mode, "rows": rows})
+        _write_tables(file, shards)
+        file[seals.SEAL] = np.zeros(3, "<u8")
         if mode == "virtual":
-            _write_sources(file, checked, output.parent)
-    if mode == "physical":
-        _copy(unfinished, offsets, checked)
-    layout.sync(unfinished)
-    unfinished.replace(output)
-    layout.sync(output.parent)
-    log.info(
-        "%d rows of %d hook points from %d shards (%s)",
-        sum(s.rows for s in checked),
-        len(hooks),
-        len(shards),
-        mode,
-    )
+            with h5py.File(first.part.path, "r") as source:
+                for name in names:
+                    _refer(file, name, shards, folder, source[name].id.get_type())
+            relative = [_relative(s.part.path, folder) for s in shards]
+            parts.write_sources(file, [s.part for s in shards], names, relative)
+            return
+        with h5py.File(first.part.path, "r") as source:
+            types = {name: source[name].id.get_type() for name in names}
+        for name in names:
+            create = pack.create_packed if packed and name not in TOKENS else layout.create_contiguous
+            create(file, name, (rows, *first.shapes[name][1:]), types[name])
+            if packed and name not in TOKENS:
+                _pack(file[name], name, shards, str(first.attributes["precision"]))
+        places = {n: layout.byte_offset(file[n]) for n in names if not (packed and n not in TOKENS)}
+        row_bytes = {n: types[n].get_size() * int(np.prod(first.shapes[n][1:])) for n in places}
+    _copy(target, places, row_bytes, shards)
 
 
 def _check(path: Path, number: int) -> _Shard:
-    """One shard, finished and whole. Raises StoreError."""
+    """One shard, finished and whole, its metadata and tables as they were written. Raises StoreError."""
     with layout.open_h5(path, "activations") as file:
         attributes = dict(file.attrs)
         if attributes.get("kind") != "shard" or attributes["shard"] != number:
             raise StoreError(f"{path}: is not shard {number} of a run; remove it and run again")
-        done, planned = committed(file["commit_log"][:].astype(RECORD)), len(file["commit_log"])
-        if done != planned:
-            raise StoreError(f"{path}: only {done} of its {planned} batches are committed; remove it and run again")
-        names = [*_TOKENS, *map(hook_path, json.loads(attributes["hooks"]))]
-        places = {name: layout.byte_offset(file[name]) for name in names}
-        shapes = {name: file[name].shape for name in names}
-        end = max((places[n] + file[n].id.get_storage_size() for n in names), default=0)
-    if path.stat().st_size < end:
-        raise StoreError(f"{path}: is cut short at {path.stat().st_size} of {end} bytes; remove it and run again")
-    return _Shard(path, int(attributes["rows"]), attributes, places, shapes)
+        part = parts.own(file, path)
+        names = parts.names_of(attributes)
+        tables = ("documents/offset", "windows/offset", "documents/id", "windows/document", "windows/hash")
+        found = _Shard(
+            part,
+            attributes,
+            {name: file[name].shape for name in names},
+            statistics.read(file, json.loads(attributes["hooks"])),
+            dict(zip(FIGURES, file["figures"][:].tolist(), strict=True)),
+            {name: file[name][:] for name in tables},
+        )
+    if broken := seals.broken(path, seals.METADATA, seals.TABLES, seals.RESULTS):
+        raise StoreError(f"{path}: {', '.join(broken)} were changed after it was written; remove it and run again")
+    return found
 
 
 def _check_together(shards: Sequence[_Shard]) -> None:
-    """Shards of one run, in order, without a gap. Raises StoreError."""
-    row = 0
+    """Shards of one run, in order, without a gap, of one schema. Raises StoreError."""
+    row, first = 0, shards[0]
     for shard in shards:
-        for name in ("run_identity", "hooks", "precision"):
-            if shard.attributes[name] != shards[0].attributes[name]:
+        path = shard.part.path
+        for name in ("run_identity", "hooks", "precision", "compression"):
+            if shard.attributes.get(name) != first.attributes.get(name):
                 raise StoreError(
-                    f"{shard.path}: its {name} is not that of {shards[0].path.name}: the shards are of different runs; "
+                    f"{path}: its {name} is not that of {first.part.path.name}: the shards are of different runs; "
                     "run again with --forcerun extract_shard"
                 )
+        for name, shape in shard.shapes.items():
+            if shape[1:] != first.shapes[name][1:]:
+                raise StoreError(f"{path}: its rows of {name} have the shape {shape[1:]}, not {first.shapes[name][1:]}")
         if shard.attributes["first_row"] != row:
-            raise StoreError(f"{shard.path}: begins at row {shard.attributes['first_row']}, expected {row}")
-        row += shard.rows
+            raise StoreError(f"{path}: begins at row {shard.attributes['first_row']}, expected {row}")
+        row += shard.part.rows
 
 
 def _write_tables(file: h5py.File, shards: Sequence[_Shard]) -> None:
-    """The tables of documents and windows, joined: small, so always copied; offsets become rows of the whole."""
-    joined: dict[str, list[np.ndarray]] = {}
-    row = 0
+    """Documents, windows, statistics and figures, joined: small, so always copied; offsets become rows of the whole."""
+    first_rows = np.cumsum([0, *(s.part.rows for s in shards)])
+    for name in shards[0].tables:
+        if name.endswith("offset"):
+            joined = [s.tables[name][:-1] + row for s, row in zip(shards, first_rows, strict=False)]
+            file[name] = np.concatenate([*joined, first_rows[-1:]])
+        else:
+            file[name] = np.concatenate([s.tables[name] for s in shards])
+    widths = [int(np.prod(shape[1:])) for name, shape in shards[0].shapes.items() if name not in TOKENS]
+    statistics.lay_out(file, widths)
+    total = [statistics.empty(hook, width) for hook, width in zip(_hooks(shards), widths, strict=True)]
     for shard in shards:
-        with h5py.File(shard.path, "r") as source:
-            for name in ("documents/offset", "windows/offset"):
-                joined.setdefault(name, []).append(source[name][:-1] + row)
-            for name in ("documents/id", "windows/document", "windows/hash"):
-                joined.setdefault(name, []).append(source[name][:])
-        row += shard.rows
-    for name, parts in joined.items():
-        file[name] = np.concatenate([*parts, [row]] if name.endswith("offset") else parts)
+        for mine, others in zip(total, shard.statistics, strict=True):
+            mine.join(others)
+    for name, values in statistics.columns(total).items():
+        file[name][:] = values
+    joint = {n: (max if n in _LARGEST else sum)(s.figures[n] for s in shards) for n in FIGURES}
+    file["figures"] = np.array(list(joint.values()), "<f8")
 
 
-def _refer(file: h5py.File, name: str, shards: Sequence[_Shard], folder: Path) -> None:
+def _hooks(shards: Sequence[_Shard]) -> list[str]:
+    return json.loads(shards[0].attributes["hooks"])
+
+
+def _refer(file: h5py.File, name: str, shards: Sequence[_Shard], folder: Path, type_id: h5py.h5t.TypeID) -> None:
     """A virtual dataset over the shards' datasets, by names relative to the merged file."""
     width = shards[0].shapes[name][1:]
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    whole = h5py.h5s.create_simple((sum(s.rows for s in shards), *width))
+    properties.set_obj_track_times(False)
+    whole = h5py.h5s.create_simple((sum(s.part.rows for s in shards), *width))
     row = 0
     for shard in shards:
-        if not shard.rows:
+        rows = shard.part.rows
+        if not rows:
             continue
-        whole.select_hyperslab((row, *(0 for _ in width)), (shard.rows, *width))
-        source = h5py.h5s.create_simple((shard.rows, *width))
-        properties.set_virtual(whole, _relative(shard.path, folder).encode(), name.encode(), source)
-        row += shard.rows
+        whole.select_hyperslab((row, *(0 for _ in width)), (rows, *width))
+        source = h5py.h5s.create_simple((rows, *width))
+        properties.set_virtual(whole, _relative(shard.part.path, folder).encode(), name.encode(), source)
+        row += rows
     whole.select_all()
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
-    with h5py.File(shards[0].path, "r") as first:
-        h5py.h5d.create(file.id, name.encode(), first[name].id.get_type(), whole, dcpl=properties, lcpl=links)
-
-
-def _write_sources(file: h5py.File, shards: Sequence[_Shard], folder: Path) -> None:
-    """What a reader checks before it believes a virtual dataset."""
-    file["sources/file"] = layout.fixed_strings([_relative(s.path, folder) for s in shards])
-    file["sources/rows"] = [s.rows for s in shards]
-    file["sources/bytes"] = [s.path.stat().st_size for s in shards]
-    file["sources/identity"] = layout.fixed_strings([s.attributes["identity"] for s in shards])
+    h5py.h5d.create(file.id, name.encode(), type_id, whole, dcpl=properties, lcpl=links)
 
 
 def _relative(path: Path, folder: Path) -> str:
-    return os.path.relpath(path.resolve(), folder.resolve())
+    return os.path.relpath(path.absolute(), folder.absolute())
 
 
-def _place(file: h5py.File, name: str, shards: Sequence[_Shard]) -> None:
-    """An empty contiguous dataset for the rows of all shards."""
-    with h5py.File(shards[0].path, "r") as first:
-        shape = (sum(s.rows for s in shards), *shards[0].shapes[name][1:])
-        layout.create_contiguous(file, name, shape, first[name].id.get_type())
+def _pack(dataset: h5py.Dataset, name: str, shards: Sequence[_Shard], precision: str) -> None:
+    """Packed rows of all shards, packed anew: their chunks do not begin where the whole's do."""
+    rows = Rows([s.part for s in shards], Maps(), name, dataset.shape[1:], layout.bits_dtype(precision))
+    pack.write(dataset, lambda start, stop: rows.numpy(slice(start, stop)))
 
 
-def _copy(target: Path, offsets: dict[str, int], shards: Sequence[_Shard]) -> None:
-    """Bytes of every dataset from the shards to their places, without decoding."""
-    row_bytes = {}
-    with h5py.File(target, "r") as file:
-        for name in offsets:
-            rows = file[name].shape[0]
-            row_bytes[name] = file[name].id.get_storage_size() // rows if rows else 0
+def _copy(target: Path, places: dict[str, int], row_bytes: dict[str, int], shards: Sequence[_Shard]) -> None:
+    """Bytes of every contiguous dataset from the shards to their places, without decoding."""
     out = os.open(target, os.O_RDWR)
     try:
+        rows = sum(s.part.rows for s in shards)
+        os.posix_fallocate(out, 0, max([1, *(p + rows * row_bytes[n] for n, p in places.items())]))
         row = 0
         for shard in shards:
-            source = os.open(shard.path, os.O_RDONLY)
+            source = os.open(shard.part.path, os.O_RDONLY)
             try:
-                for name, place in offsets.items():
-                    size = shard.rows * row_bytes[name]
-                    _copy_range(source, shard.places[name], out, place + row * row_bytes[name], size)
+                for name, place in places.items():
+                    size = shard.part.rows * row_bytes[name]
+                    _copy_range(source, shard.part.places[name], out, place + row * row_bytes[name], size)
             finally:
                 os.close(source)
-            row += shard.rows
+            row += shard.part.rows
         os.fsync(out)
     finally:
         os.close(out)
@@ -188,3 +221,8 @@ def _copy_range(source: int, start: int, out: int, place: int, size: int) -> Non
         if not sent:
             raise StoreError(f"a shard ended {size} bytes early while it was copied; check the file system")
         start, size = start + sent, size - sent
+
+
+def _bytes_of(shards: Sequence[_Shard], mode: str) -> int:
+    """About what the merged file takes."""
+    return sum(s.part.path.stat().st_size for s in shards) if mode == "physical" else 0

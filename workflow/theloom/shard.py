@@ -4,12 +4,16 @@ All HDF5 metadata is written and synced before the first row. From then on only 
 known beforehand: rows of hidden states, their hashes, and a log of what is committed. A commit is data, fdatasync, log
 record, fdatasync; so whatever the log says is on disk, and a job that dies loses no more than what came after its last
 record. The unfinished file is `<shard>.partial`, which the same job takes up again; the finished one is renamed.
+
+A commit runs beside the writing of what comes next. So does the reckoning of the statistics, which reads the rows back
+while they are in the page cache, always batch by batch and tile by tile: they do not tell how often a job was killed.
 """
 
-import errno
 import logging
 import os
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +22,12 @@ import h5py
 import numpy as np
 import xxhash
 
-from theloom import layout
-from theloom.errors import MemoryPlanError
+from theloom import commit, layout, pack, seals, statistics
+from theloom.commit import RECORD
+from theloom.errors import StoreError
 from theloom.hooks import HookPoint
+from theloom.layout import hook_path
+from theloom.lock import WriterLock
 from theloom.tokens import ShardTokens
 
 if TYPE_CHECKING:
@@ -28,9 +35,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COMMIT_BYTES = 32 << 20
-# what one record of /commit_log holds; `check` is the hash of the other two, so that a torn record is seen
-RECORD = np.dtype([("batches", "<u8"), ("rows", "<u8"), ("check", "<u8")])
+# A commit's two waits cost their latency whatever its size. It is as large as keeps that below a twentieth of its time
+# on the disk at hand, between these bounds: the second is what a killed job loses at most.
+COMMIT_BYTES, MOST_TIMES_THAT = 8 << 20, 8
+_LATENCY_SHARE = 0.05
+
+# where a shard's time went; seconds_disk is the writer's own, the others are its caller's. peak_memory and
+# predicted_memory are bytes, of which the largest counts
+FIGURES = (
+    "seconds_total",
+    "seconds_forward",
+    "seconds_copy",
+    "seconds_disk",
+    "seconds_waiting_for_disk",
+    "seconds_idle",
+    "tokens",
+    "tokens_forwarded",
+    "peak_memory",
+    "predicted_memory",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +61,8 @@ class ShardSpec:
     """What a shard will hold: its tokens, its hook points, the precision on disk, the attributes of the file.
 
     `keys`: the tokens of the longest window of all shards, the last axis of attention's rows. `identity` says which
-    config, tokens and model made it: a `.partial` file of another identity is not taken up.
+    config, tokens and model made it: a `.partial` file of another identity is not taken up. `max_overflow`: the share
+    of a hook point's fp16 values that may be infinite.
     """
 
     tokens: ShardTokens
@@ -48,6 +72,8 @@ class ShardSpec:
     batches: int
     identity: str
     attributes: Mapping[str, Any]
+    compression: str = "none"
+    max_overflow: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -57,47 +83,70 @@ class ShardSpec:
     def windows(self) -> int:
         return len(self.tokens.window_document)
 
+    def row_bytes(self) -> dict[str, int]:
+        """Bytes of a row, by hook point."""
+        itemsize = layout.bits_dtype(self.precision).itemsize
+        return {p.name: p.width(self.keys) * itemsize for p in self.points}
+
 
 class ShardWriter:
     """Writes rows window by window, in any order, and commits batch by batch, in a fixed order.
 
-    `batches_done` says how many batches an earlier job has committed: the caller goes on behind them. Use it as a
-    context manager; `finish` renames the file, and leaving without it keeps the `.partial` for the next job.
+    `batches_done` says how many batches an earlier job has committed: the caller goes on behind them. `figures` starts
+    with what earlier jobs had committed, and is committed with the rows. Use it as a context manager; `finish` gives
+    the file its name, and leaving without it keeps the `.partial` for the next job. One thread may call it.
     """
 
     def __init__(self, path: Path, spec: ShardSpec) -> None:
         self.path = path
         self.partial = partial_of(path)
-        self._spec = spec
-        self._hook_number = {p.name: n for n, p in enumerate(spec.points)}
-        self._points = {p.name: p for p in spec.points}
-        self._row_bytes = {p.name: p.width(spec.keys) * layout.bits_dtype(spec.precision).itemsize for p in spec.points}
-        self._hashes: dict[tuple[int, str], tuple[xxhash.xxh3_64, int]] = {}
-        self._uncommitted = 0
-        self._fd = -1
         self.batches_done = 0
+        self.figures = dict.fromkeys(FIGURES, 0.0)
+        self._spec = spec
+        self._lock = WriterLock(path)
+        self._points = {p.name: p for p in spec.points}
+        self._number = {p.name: n for n, p in enumerate(spec.points)}
+        self._row_bytes = spec.row_bytes()
+        self._statistics = {p.name: statistics.empty(p.name, p.width(spec.keys)) for p in spec.points}
+        self._begun: dict[tuple[int, str], tuple[xxhash.xxh3_64, int]] = {}  # windows of which a part is written
+        self._hashes: dict[int, np.ndarray] = {}  # of the windows of this batch, by hook point
+        self._digest = 0
+        self._records: list[np.ndarray] = []  # of batches that are written and not committed
+        self._uncommitted = 0
+        self._commit_bytes = COMMIT_BYTES
+        self._seconds_writing = 0.0
+        self._fd = -1
 
     def __enter__(self) -> "ShardWriter":
-        done = self._take_up()
-        if done is None:
-            self._create()
-        self.batches_done = done or 0
-        with h5py.File(self.partial, "r") as file:
-            self._places = _places(file, self._spec.points)
-        self._fd = os.open(self.partial, os.O_RDWR)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.take()
+        try:
+            if not self._take_up():
+                self._create()
+            with h5py.File(self.partial, "r") as file:
+                self._places = _places(file, self._spec.points)
+                self.figures = dict(zip(FIGURES, file["figures"][:].tolist(), strict=True))
+            self._fd = os.open(self.partial, os.O_RDWR)
+            self._check_committed()
+        except BaseException:
+            self._close()
+            raise
+        self._syncing, self._counting = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._sync: Future[float] | None = None
+        self._counted: Future[None] | None = None
+        self._to_count: Future[None] | None = None
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._syncing.shutdown()  # waits for a commit that is on its way
+        self._counting.shutdown(cancel_futures=True)
+        self._close()
 
     def write(self, window: int, hook: str, start: int, rows: "torch.Tensor") -> None:
         """Rows of one hook point for the positions from `start` of a window: (positions, …), in stored dtype.
 
-        Rows over keys may have less of them than the file: the others are filled as those of masked ones.
-
-        The chunks of a window come in order; its hash is written with the last one.
+        Rows over keys may have less of them than the file: the others are filled as those of masked ones. The chunks
+        of a window come in order. The tensor is the caller's again when this returns.
         """
         first = int(self._spec.tokens.window_offset[window])
         length = int(self._spec.tokens.window_offset[window + 1]) - first
@@ -105,82 +154,205 @@ class ShardWriter:
         if point.over_keys:
             rows = _with_all_keys(rows, self._spec.keys, point.fill)
         data = layout.raw_bytes(rows)
-        state, seen = self._hashes.pop((window, hook), (xxhash.xxh3_64(), 0))
+        state, seen = self._begun.pop((window, hook), (xxhash.xxh3_64(), 0))
         if start != seen or start + len(rows) > length:
             raise ValueError(f"window {window}: rows {start} to {start + len(rows)} after {seen} of {length}")
         state.update(data)
-        try:
-            _pwrite(self._fd, data, self._places[hook] + (first + start) * self._row_bytes[hook])
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a file system that does not keep what it allocated
-                raise _no_room(self.path, self._spec.rows * sum(self._row_bytes.values()), error) from None
-            raise
+        self._pwrite(data, self._places[hook] + (first + start) * self._row_bytes[hook])
         if start + len(rows) < length:
-            self._hashes[window, hook] = (state, start + len(rows))
+            self._begun[window, hook] = (state, start + len(rows))
         else:
-            place = self._places["hash"] + 8 * (window * len(self._hook_number) + self._hook_number[hook])
-            _pwrite(self._fd, state.intdigest().to_bytes(8, "little"), place)
+            hashes = self._hashes.setdefault(window, np.zeros(len(self._number), "<u8"))
+            hashes[self._number[hook]] = state.intdigest()
         self._uncommitted += len(data)
 
     def batch_done(self, rows: int, last: bool = False) -> None:
-        """Say that one more batch is written, `rows` in all; commits when enough has come together, or at the last."""
+        """Say that one more batch is written, `rows` in all; commits when enough has come together, or at the last.
+
+        Raises StoreError where more fp16 values are infinite than the spec allows.
+        """
+        if self._begun:
+            raise ValueError(f"windows {sorted({w for w, _ in self._begun})} are written in part")
         self.batches_done += 1
-        if self._uncommitted < COMMIT_BYTES and not last:
-            return
-        os.fdatasync(self._fd)
-        place = self._places["commit_log"] + (self.batches_done - 1) * RECORD.itemsize
-        _pwrite(self._fd, _record(self.batches_done, rows).tobytes(), place)
-        os.fdatasync(self._fd)
-        self._uncommitted = 0
+        windows = sorted(self._hashes)
+        for window in windows:
+            self._pwrite(self._hashes[window].tobytes(), self._places["windows/hash"] + window * 8 * len(self._number))
+            self._pwrite(self.batches_done.to_bytes(4, "little"), self._places["windows/batch"] + 4 * window)
+        hashes = np.array([self._hashes[w] for w in windows], "<u8")
+        self._digest = commit.chain(self._digest, windows, hashes)
+        self._records.append(commit.record(self.batches_done, rows, self._digest))
+        self._counted = self._counting.submit(self._count, windows)
+        self._hashes.clear()
+        if self._uncommitted >= self._commit_bytes or last:
+            self._commit()
+        if last:
+            self._wait_for_commit()
 
     def finish(self) -> None:
-        """Give the file its name, for good."""
-        if self.batches_done != self._spec.batches or self._hashes:
+        """Give the file its name, for good. Raises StoreError as `batch_done` does."""
+        if self.batches_done != self._spec.batches or self._begun or self._hashes:
             raise ValueError(f"{self.batches_done} of {self._spec.batches} batches are written")
+        if self._records:
+            self._commit()
+        self._wait_for_commit()
+        if self._counted:
+            self._counted.result()
+        self._check_overflow()
+        for name, values in statistics.columns([self._statistics[p.name] for p in self._spec.points]).items():
+            self._pwrite(values.tobytes(), self._places[name])
+        self._pwrite(self._figures(), self._places["figures"])
+        seals.write(self.partial, seals.RESULTS)
         os.fsync(self._fd)
-        self.partial.replace(self.path)
+        if self._spec.compression == "none":
+            self.partial.replace(self.path)
+        else:
+            pack.pack_shard(self.partial, self.path)
         layout.sync(self.path.parent)
 
-    def _take_up(self) -> int | None:
-        """The number of batches that an unfinished file has committed, None if there is none that we can go on with."""
+    def _pwrite(self, data: bytes | memoryview, place: int) -> None:
+        begun = time.perf_counter()
+        try:
+            layout.pwrite(self._fd, data, place)
+        except OSError as error:
+            if layout.is_full(error):  # a file system that does not keep what it allocated
+                raise self._no_room() from None
+            raise
+        self._seconds_writing += time.perf_counter() - begun
+        self.figures["seconds_disk"] += time.perf_counter() - begun
+
+    def _commit(self) -> None:
+        """Start to commit all batches that are written, when the commit before is through."""
+        self._wait_for_commit()
+        if self._to_count:
+            self._to_count.result()  # so that the statistics fall no more than a commit behind
+            self._check_overflow()
+        self._to_count = self._counted
+        first = self.batches_done - len(self._records)
+        log_records = np.array(self._records, RECORD).tobytes()
+        place = self._places["commit_log"] + first * RECORD.itemsize
+        self._sync = self._syncing.submit(
+            self._to_disk, log_records, place, self._figures(), self._uncommitted, self._seconds_writing
+        )
+        self._records.clear()
+        self._uncommitted, self._seconds_writing = 0, 0.0
+
+    def _to_disk(self, log_records: bytes, place: int, figures: bytes, size: int, seconds_writing: float) -> float:
+        """The commit: seconds that it took."""
+        begun = time.perf_counter()
+        os.fdatasync(self._fd)
+        synced = time.perf_counter()
+        layout.pwrite(self._fd, log_records, place)
+        layout.pwrite(self._fd, figures, self._places["figures"])
+        os.fdatasync(self._fd)
+        ended = time.perf_counter()
+        latency, bandwidth = ended - synced, size / (synced - begun + seconds_writing)
+        wanted = int(latency * bandwidth / _LATENCY_SHARE)
+        self._commit_bytes = min(max(wanted, COMMIT_BYTES), COMMIT_BYTES * MOST_TIMES_THAT)
+        return ended - begun
+
+    def _wait_for_commit(self) -> None:
+        if self._sync:
+            sync, self._sync = self._sync, None
+            try:
+                self.figures["seconds_disk"] += sync.result()
+            except OSError as error:
+                if layout.is_full(error):
+                    raise self._no_room() from None
+                raise
+
+    def _figures(self) -> bytes:
+        return np.array([self.figures[name] for name in FIGURES], "<f8").tobytes()
+
+    def _count(self, windows: list[int]) -> None:
+        """Reckon the statistics of a batch's windows, from the file."""
+        for window in windows:
+            begin, end = (int(r) for r in self._spec.tokens.window_offset[window : window + 2])
+            for hook, size in self._row_bytes.items():
+                part = (self._fd, self._places[hook] + begin * size, end - begin, size)
+                for data in commit.tiles(*part, self._spec.precision):
+                    self._statistics[hook].add(data, self._spec.precision)
+
+    def _check_overflow(self) -> None:
+        if self._spec.precision != "fp16":
+            return
+        for point in self._spec.points:
+            found = self._statistics[point.name].infinite
+            values = self._spec.rows * point.width(self._spec.keys)
+            if found > self._spec.max_overflow * values:
+                raise StoreError(
+                    f"{self.path.name}: {found} of {values} values of {point.name} are beyond fp16's 65,504 and so "
+                    f"infinite, more than store.max_overflow={self._spec.max_overflow:g} of them; set store.dtype=bf16 "
+                    "or fp32, or raise store.max_overflow"
+                )
+            if found and self.batches_done == self._spec.batches:
+                log.warning("%s: %d of %d values are infinite in fp16", point.name, found, values)
+
+    def _take_up(self) -> bool:
+        """Whether there is an unfinished file that we can go on with; any other is discarded, with a warning."""
         if not self.partial.exists():
-            return None
+            return False
         try:
             with h5py.File(self.partial, "r") as file:
                 identity = file.attrs.get("identity")
-                done = committed(file["commit_log"][:]) if identity == self._spec.identity else 0
-        except (OSError, KeyError):
-            log.warning("%s is not a shard that can be read: discarded", self.partial.name)
-            return None
-        if identity != self._spec.identity:
-            log.warning("%s is of another config, model or corpus: discarded", self.partial.name)
-            return None
-        log.info("going on with %s after %d of %d batches", self.partial.name, done, self._spec.batches)
-        return done
+            reason = "is of another config, model or corpus" if identity != self._spec.identity else ""
+            if not reason and (broken := seals.broken(self.partial, seals.METADATA, seals.TABLES)):
+                reason = f"is damaged ({', '.join(broken)})"
+        except (OSError, KeyError, ValueError):
+            reason = "is not a shard that can be read"
+        if reason:
+            log.warning("%s %s: discarded", self.partial.name, reason)
+        return not reason
+
+    def _check_committed(self) -> None:
+        """Read what earlier jobs have committed, and go on behind the last batch that is as it was written."""
+        offsets, precision = self._spec.tokens.window_offset, self._spec.precision
+        found = commit.recheck(self.partial, offsets, self._row_bytes, precision, self._statistics)
+        self.batches_done, self._digest = found.batches, found.digest
+        if found.batches < found.vouched:
+            log.warning(
+                "%s: of %d committed batches, those from %d on are not what was written (the disk or a program has "
+                "changed them): extracted again",
+                *(self.partial.name, found.vouched, found.batches + 1),
+            )
+        if found.vouched:
+            log.info("going on with %s after %d of %d batches", self.partial.name, found.batches, self._spec.batches)
+        with h5py.File(self.partial, "r") as file:
+            batch_of, records = file["windows/batch"][:], file["commit_log"][:]
+        batch_of[batch_of > found.batches] = 0
+        records[found.batches :] = np.zeros((), RECORD)
+        layout.pwrite(self._fd, records.tobytes(), self._places["commit_log"])
+        layout.pwrite(self._fd, batch_of.tobytes(), self._places["windows/batch"])
+        os.fdatasync(self._fd)
 
     def _create(self) -> None:
         """Lay out the file with room for all rows; it gets its `.partial` name when all of that is on disk."""
         begun = self.partial.with_name(self.partial.name + ".begun")
-        begun.unlink(missing_ok=True)
-        with h5py.File(begun, "w") as file:
-            _lay_out(file, self._spec)
-            end = max(_ends(file, self._spec.points), default=0)
+        for old in (begun, self.partial):
+            old.unlink(missing_ok=True)
         try:
+            with h5py.File(begun, "w") as file:
+                _lay_out(file, self._spec)
+                end = max(_ends(file, self._spec.points), default=0)
             with begun.open("rb+") as f:
                 os.posix_fallocate(f.fileno(), 0, max(end, 1))
-        except OSError as error:
-            begun.unlink()
-            raise _no_room(self.path, end, error) from None
+            seals.write(begun, seals.METADATA, seals.TABLES)
+        except (OSError, RuntimeError) as error:  # h5py raises either when a file cannot be closed
+            begun.unlink(missing_ok=True)
+            if "No space left" not in str(error):
+                raise
+            raise self._no_room() from None
         layout.sync(begun)
         begun.replace(self.partial)
         layout.sync(self.partial.parent)
 
+    def _no_room(self) -> Exception:
+        return layout.no_room(self.path.parent, "a shard", self._spec.rows * sum(self._row_bytes.values()))
 
-def _no_room(path: Path, size: int, error: OSError) -> MemoryPlanError:
-    return MemoryPlanError(
-        f"{path.parent}: no room for a shard of {size / 1e9:.3f} GB ({error.strerror}); free disk space and run again, "
-        "or ask for fewer hook points, fewer tokens or a smaller store.dtype"
-    )
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._lock.release()
 
 
 def begun(path: Path, identity: str) -> dict[str, Any] | None:
@@ -197,14 +369,6 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def committed(log_records: np.ndarray) -> int:
-    """Batches that the commit log of an unfinished or finished file vouches for."""
-    for batches, rows, check in log_records[::-1].tolist():
-        if batches and check == int(_record(batches, rows)["check"]):
-            return batches
-    return 0
-
-
 def _with_all_keys(rows: "torch.Tensor", keys: int, fill: float) -> "torch.Tensor":
     import torch
 
@@ -212,27 +376,8 @@ def _with_all_keys(rows: "torch.Tensor", keys: int, fill: float) -> "torch.Tenso
     return torch.nn.functional.pad(rows, (0, keys - rows.shape[-1]), value=fill)
 
 
-def _record(batches: int, rows: int) -> np.ndarray:
-    record = np.zeros((), RECORD)
-    record["batches"], record["rows"] = batches, rows
-    record["check"] = xxhash.xxh3_64_intdigest(record.tobytes()[:16])
-    return record
-
-
-def _pwrite(fd: int, data: bytes | memoryview, place: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, place)
-        view, place = view[written:], place + written
-
-
-def hook_path(hook: str) -> str:
-    """Where a hook point's rows lie in a file."""
-    return f"hooks/{hook}/activations"
-
-
 def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
-    """All metadata and all tables of a shard; rows, hashes and log are places without content yet."""
+    """All metadata and all tables of a shard; rows, hashes, log and statistics are places without content yet."""
     tokens = spec.tokens
     names = [p.name for p in spec.points]
     layout.set_attributes(file, {**spec.attributes, "identity": spec.identity, "rows": spec.rows, "hooks": names})
@@ -242,19 +387,21 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     file["documents/id"] = tokens.document_id
     file["windows/offset"] = tokens.window_offset
     file["windows/document"] = tokens.window_document
-    file["commit_log"] = np.zeros(spec.batches, RECORD)
     file["windows/hash"] = np.zeros((spec.windows, len(names)), "<u8")
+    file["windows/batch"] = np.zeros(spec.windows, "<u4")
+    file["commit_log"] = np.zeros(spec.batches, RECORD)
+    file["figures"] = np.zeros(len(FIGURES))
+    file[seals.SEAL] = np.zeros(3, "<u8")
+    statistics.lay_out(file, [p.width(spec.keys) for p in spec.points])
     for point in spec.points:
         shape = (spec.rows, *point.row(spec.keys))
         layout.create_contiguous(file, hook_path(point.name), shape, layout.hdf5_type(spec.precision))
 
 
 def _places(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
+    names = ["windows/hash", "windows/batch", "commit_log", "figures", *map("statistics/{}".format, file["statistics"])]
     places = {p.name: layout.byte_offset(file[hook_path(p.name)]) for p in points}
-    return places | {
-        "hash": layout.byte_offset(file["windows/hash"]),
-        "commit_log": layout.byte_offset(file["commit_log"]),
-    }
+    return places | {name: layout.byte_offset(file[name]) for name in names}
 
 
 def _ends(file: h5py.File, points: list[HookPoint]) -> list[int]:

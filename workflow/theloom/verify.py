@@ -11,25 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
-import xxhash
 
-from theloom import dataset, fidelity, gpu, layout, memory, model_record, provenance
+from theloom import dataset, fidelity, gpu, integrity, layout, memory, model_record, provenance
 from theloom.dataset import Activations
 from theloom.errors import VerificationError
 from theloom.estimator import Traced
-from theloom.hooks import RESIDUALS, SCORES, HookPoint, residuals
+from theloom.hooks import RESIDUALS, HookPoint, residuals
+from theloom.integrity import check_hashes
 from theloom.memory import Kind, Workload, in_words
 from theloom.model import LoadedModel
 from theloom.precision import TOLERANCE
 from theloom.schema import Config
+from theloom.source import ModelFiles
 from theloom.taps import Taps
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-_ROWS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,44 @@ class Recomputed:
     largest: list[float]
 
 
+@dataclass(frozen=True)
+class Recomputation:
+    """All recomputed windows, the hook points of their errors, the largest error allowed, and the model they are of."""
+
+    points: list[HookPoint]
+    results: list[Recomputed]
+    tolerance: float
+    files: ModelFiles
+    quantization: str | None
+
+    @property
+    def worst(self) -> np.ndarray:
+        """By hook point the largest error, as a share of the largest value."""
+        errors, largest = (np.array([getattr(r, name) for r in self.results]) for name in ("error", "largest"))
+        return (errors / np.maximum(largest, 1e-30)).max(axis=0)
+
+
 def verify(config: Config, activations: Path, model_path: Path, output: Path) -> None:
     """The verify stage: write `verification.h5`. Raises VerificationError where anything is wrong."""
     acts = dataset.open(activations)
+    damaged = integrity.damaged_parts(acts)
     wrong, not_finite = check_hashes(acts)
+    found = recompute(config, acts, model_path)
+    _write(acts, found, wrong, not_finite, output)
+    if found.quantization is not None and config.verify.compare_to_fp32:
+        compared = fidelity.compare(config, found.files, acts, [r.window for r in found.results], oracle)
+        if compared is not None:
+            with h5py.File(output, "a") as file:
+                fidelity.write(compared, file)
+    report_damage(acts, damaged, wrong)
+    report_recomputed(acts, found)
+
+
+def recompute(config: Config, acts: Activations, model_path: Path) -> "Recomputation":
+    """`config.verify.documents` documents of a run through the plain model, against the rows that are stored."""
     recorded = model_record.read(model_path)
+    if recorded.fingerprint != acts.attributes["model_fingerprint"]:
+        raise VerificationError(f"{model_path} is not of the model that {acts.path} is from; give the run's own folder")
     loaded = model_record.load_again(config, recorded)
     points = [p for p in recorded.catalogue.points if p.name in acts]
     # the coarser of the forward pass' precision and the stored one decides what rounding explains
@@ -57,37 +89,7 @@ def verify(config: Config, activations: Path, model_path: Path, output: Path) ->
     for window in windows:
         if _fits(acts, loaded, points, traced, kind, window) and (found := _recompute(acts, loaded, points, window)):
             results.append(found)
-    _write(acts, points, results, wrong, not_finite, tolerance, output)
-    if loaded.quantization is not None and config.verify.compare_to_fp32:
-        files = loaded.files
-        del loaded  # its memory is the FP32 model's
-        compared = fidelity.compare(config, files, acts, [r.window for r in results], oracle)
-        if compared is not None:
-            with h5py.File(output, "a") as file:
-                fidelity.write(compared, file)
-    _report(acts, points, results, wrong, tolerance)
-
-
-def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
-    """Windows whose rows are not those that were written, and for each hook point how many values are not finite."""
-    import torch
-
-    wrong: list[int] = []
-    not_finite = np.zeros(len(acts.hooks), "<i8")
-    readers = [acts[h] for h in acts.hooks]
-    masked = [h.endswith(SCORES) for h in acts.hooks]  # scores of masked keys are -inf
-    for window in range(len(acts.window_document)):
-        begin, end = (int(r) for r in acts.window_offset[window : window + 2])
-        for number, reader in enumerate(readers):
-            state = xxhash.xxh3_64()
-            for start in range(begin, end, _ROWS_AT_ONCE):
-                rows = reader[start : min(start + _ROWS_AT_ONCE, end)]
-                state.update(layout.raw_bytes(rows))
-                not_finite[number] += int((~torch.isfinite(rows) & ~(masked[number] & rows.isneginf())).sum())
-            if state.intdigest() != acts.window_hash[window, number]:
-                wrong.append(window)
-                break
-    return wrong, not_finite
+    return Recomputation(points, results, tolerance, loaded.files, loaded.quantization)
 
 
 def choose_windows(acts: Activations, documents: int, chunk_size: int, seed: int) -> list[int]:
@@ -178,57 +180,55 @@ def _in_one_piece(loaded: LoadedModel, ids: "torch.Tensor", points: list[HookPoi
     return found
 
 
-def _write(
-    acts: Activations,
-    points: list[HookPoint],
-    results: list[Recomputed],
-    wrong: list[int],
-    not_finite: np.ndarray,
-    tolerance: float,
-    output: Path,
-) -> None:
+def _write(acts: Activations, found: Recomputation, wrong: list[int], not_finite: np.ndarray, output: Path) -> None:
     with h5py.File(output, "w") as file:
         layout.set_attributes(
             file,
             provenance.attributes(
                 "verification",
                 run_identity=acts.attributes["run_identity"],
-                tolerance=tolerance,
+                tolerance=found.tolerance,
                 windows_hashed=len(acts.window_document),
                 windows_wrong=wrong,
                 rows=len(acts),
             ),
         )
-        file["hooks"] = layout.fixed_strings([p.name for p in points])
+        file["hooks"] = layout.fixed_strings([p.name for p in found.points])
         file["not_finite"] = not_finite
-        file["recomputed/window"] = [r.window for r in results]
+        windows = [r.window for r in found.results]
+        file["recomputed/window"] = windows
         file["recomputed/document"] = layout.fixed_strings(
-            [acts.documents[int(acts.window_document[r.window])] for r in results]
+            [acts.documents[int(acts.window_document[w])] for w in windows]
         )
-        file["recomputed/tokens"] = [int(np.diff(acts.window_offset)[r.window]) for r in results]
-        file["recomputed/error"] = [r.error for r in results]
-        file["recomputed/largest"] = [r.largest for r in results]
+        file["recomputed/tokens"] = [int(np.diff(acts.window_offset)[w]) for w in windows]
+        file["recomputed/error"] = [r.error for r in found.results]
+        file["recomputed/largest"] = [r.largest for r in found.results]
 
 
-def _report(
-    acts: Activations, points: list[HookPoint], results: list[Recomputed], wrong: list[int], tolerance: float
-) -> None:
-    """Say what was found; raise VerificationError where it is not what it should be."""
+def report_damage(acts: Activations, damaged: list[str], wrong: list[int]) -> None:
+    """Raises VerificationError where a file is not as it was written."""
     if wrong:
         name = acts.documents[int(acts.window_document[wrong[0]])]
+        damaged = [f"rows of {len(wrong)} windows are not those that were written (first: {name})", *damaged]
+    if damaged:
         raise VerificationError(
-            f"{acts.path}: rows of {len(wrong)} windows are not those that were written (first: {name}); "
-            "the disk or a program has changed them; run again with --forcerun extract_shard"
+            f"{acts.path}: {'; '.join(damaged)}; the disk or a program has changed them; run again with --forcerun "
+            "extract_shard"
         )
-    if not results:
+
+
+def report_recomputed(acts: Activations, found: Recomputation) -> None:
+    """Say what recomputing has shown. Raises VerificationError where rows are not those of the model."""
+    if not found.results:
         raise VerificationError("no document could be recomputed in one piece; lower corpus.context_length")
-    shares = np.array([r.error for r in results]) / np.maximum(np.array([r.largest for r in results]), 1e-30)
-    worst = shares.max(axis=0)
-    for point, share in zip(points, worst, strict=True):
-        log.info("%s: largest error %.2g of the largest value, over %d documents", point.name, share, len(results))
-    if not (worst <= tolerance).all():
-        hook = points[int(worst.argmax())].name
+    worst = found.worst
+    for point, share in zip(found.points, worst, strict=True):
+        log.info(
+            "%s: largest error %.2g of the largest value, over %d documents", point.name, share, len(found.results)
+        )
+    if not (worst <= found.tolerance).all():
+        hook = found.points[int(worst.argmax())].name
         raise VerificationError(
             f"{acts.path}: {hook} differs from the model by {worst.max():.3g} of its largest value, "
-            f"more than {tolerance:.3g} (verify.tolerance); do not use these rows, and report the model"
+            f"more than {found.tolerance:.3g} (verify.tolerance); do not use these rows, and report the model"
         )

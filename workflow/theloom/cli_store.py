@@ -1,0 +1,142 @@
+"""`theloom inspect` and `theloom verify`: what a file holds, and whether it is what was written."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from theloom.cli_tables import table
+from theloom.errors import StoreError
+
+if TYPE_CHECKING:
+    from theloom.dataset import Activations
+    from theloom.schema import Config
+    from theloom.verify import Recomputation
+
+
+def add_store(commands: Any) -> None:
+    """Add both subcommands to the parser's."""
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a file of hidden states holds, and where it came from",
+        description="Schema, provenance, hook points with their statistics, and where the time went, of activations.h5 "
+        "or a shard. GB are 10^9 bytes.",
+    )
+    inspect.set_defaults(run=_inspect)
+    verify = commands.add_parser(
+        "verify",
+        help="whether a file of hidden states is what was written",
+        description="Checks the hash of every window and hook point, and the seals of metadata, tables and log, of "
+        "activations.h5 and all files that it refers to, or of a shard.",
+    )
+    verify.add_argument(
+        "--recompute", type=int, default=0, metavar="N", help="recompute N documents with the model (model.h5 beside)"
+    )
+    verify.set_defaults(run=_verify)
+    for parser in (inspect, verify):
+        parser.add_argument("file", type=Path, metavar="FILE", help="activations.h5, or one shard")
+        parser.add_argument(
+            "--allow",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="a file elsewhere that it may refer to",
+        )
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from theloom import dataset, inspection
+
+    acts = dataset.open(arguments.file, arguments.allow)
+    schema, hooks, origin = inspection.schema(acts), inspection.hooks(acts), inspection.provenance(acts)
+    if arguments.json:
+        report = {"schema": schema, "hooks": [asdict(h) for h in hooks], "figures": acts.figures, "provenance": origin}
+        print(json.dumps(report, indent=2))
+        return
+    print(acts)
+    print(f"\n{_lines(schema)}\n\n{_lines(origin)}\n")
+    rows = [
+        [h.name, "×".join(map(str, h.shape)), f"{h.nbytes / 1e9:.3f}", *_numbers(h), h.not_finite, h.infinite]
+        for h in hooks
+    ]
+    heads = ["hook point", "row", "GB", "mean", "variance", "norm", "not finite", "infinite"]
+    print(table(rows, heads, range(2, 8)))
+    print(f"\nWhere the time went\n\n{_figures(acts.figures)}")
+
+
+def _numbers(hook: Any) -> list[str]:
+    return [f"{value:.4g}" for value in (hook.mean, hook.variance, hook.norm)]
+
+
+def _lines(found: dict[str, Any]) -> str:
+    width = max(map(len, found))
+    return "\n".join(f"{n:{width}}  {json.dumps(v) if isinstance(v, dict | list) else v}" for n, v in found.items())
+
+
+def _figures(figures: dict[str, float]) -> str:
+    total = figures["seconds_total"]
+    rows = []
+    for name, value in figures.items():
+        what, _, unit = name.partition("_")
+        if what == "seconds":
+            share = f"{100 * value / total:.0f}%" if total else ""
+            rows.append([unit.replace("_", " "), f"{value:.2f} s", share])
+        else:
+            rows.append([name.replace("_", " "), f"{value:,.0f}", ""])
+    return table(rows, ["", "all jobs", ""], (1, 2))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from theloom import dataset, integrity
+    from theloom.verify import report_damage, report_recomputed
+
+    acts = dataset.open(arguments.file, arguments.allow)
+    damaged = integrity.damaged_parts(acts)
+    wrong, not_finite = integrity.check_hashes(acts)
+    report_damage(acts, damaged, wrong)
+    found = _recompute(acts, arguments.recompute) if arguments.recompute else None
+    if found:
+        report_recomputed(acts, found)
+    report: dict[str, Any] = {
+        "file": str(acts.path),
+        "rows": len(acts),
+        "files": len(dict.fromkeys([acts.path, *acts.files])),
+        "hashes": len(acts.window_document) * len(acts.hooks),
+        "not_finite": dict(zip(acts.hooks, not_finite.tolist(), strict=True)),
+    }
+    if found:
+        report |= {"recomputed": len(found.results), "largest_error": float(found.worst.max())}
+        report["tolerance"] = found.tolerance
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{acts.path}: all {report['hashes']} hashes of rows are right, and the seals of {report['files']} files")
+    if total := int(not_finite.sum()):
+        print(f"{total} values are not finite; theloom inspect shows where")
+    if found:
+        error, allowed = report["largest_error"], report["tolerance"]
+        print(f"{len(found.results)} documents recomputed, largest error {error:.1e} (at most {allowed:.0e})")
+
+
+def _recompute(acts: "Activations", documents: int) -> "Recomputation":
+    from theloom.verify import recompute
+
+    folders = [acts.path.parent, acts.path.parent.parent]
+    model_path = next((f / "model.h5" for f in folders if (f / "model.h5").is_file()), None)
+    if model_path is None:
+        raise StoreError(f"--recompute: no model.h5 in {folders[0]} or above; run it on a file in its run's folder")
+    return recompute(_config(acts, documents), acts, model_path)
+
+
+def _config(acts: "Activations", documents: int) -> "Config":
+    """The config that the file carries, of what loading its model takes."""
+    from theloom import config
+
+    stages = json.loads(acts.attributes["config"])
+    merged: dict[str, Any] = {"verify": {"documents": documents, "tolerance": None, "seed": 0}}
+    for stage in ("model", "extract"):
+        for section, keys in stages[stage].items():
+            merged[section] = {**merged.get(section, {}), **keys} if isinstance(keys, dict) else keys
+    return config.typed(merged)

@@ -1,0 +1,74 @@
+"""Seals: hashes of all that a file holds beside the rows, so that a change of any bit of it is found.
+
+Rows have a hash for each window and hook point. The rest of a file falls into three parts with a seal each: HDF5's own
+metadata and the attributes; the tables that are written when the file is laid out; and what is known when it is
+finished. A seal finds damage and mistakes; it does not keep out somebody who writes a new one.
+"""
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import xxhash
+
+from theloom import layout
+
+SEAL = "seal"  # of metadata, of tables, of results: in this order
+METADATA, TABLES, RESULTS = range(3)
+# written after the file was laid out; rows, and the seals themselves, are in none of the three
+_RESULTS = ("windows/hash", "windows/batch", "commit_log", "statistics/")
+_UNSEALED = ("hooks/", "figures", SEAL)
+
+Extent = tuple[str, int, int]
+
+
+def of(path: Path, *which: int) -> dict[int, int]:
+    """These seals of a file, as it is."""
+    with h5py.File(path, "r") as file:
+        extents = sorted(_extents(file), key=lambda e: e[1])
+    hashes = [xxhash.xxh3_64() for _ in range(3)]
+    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as whole, memoryview(whole) as view:
+        at = 0
+        for name, place, size in [*extents, ("", len(view), 0)]:
+            if place > at and METADATA in which:
+                hashes[METADATA].update(view[at:place])
+            at = max(at, place + size)
+            part = RESULTS if name.startswith(_RESULTS) else TABLES
+            if part in which and not name.startswith(_UNSEALED):
+                hashes[part].update(view[place : place + size])
+    return {number: hashes[number].intdigest() for number in which}
+
+
+def write(path: Path, *which: int) -> None:
+    """Write these seals of a closed file into it."""
+    found = of(path, *which)
+    with h5py.File(path, "r") as file:
+        place = layout.byte_offset(file[SEAL])
+    with path.open("rb+") as f:
+        for number in which:
+            layout.pwrite(f.fileno(), found[number].to_bytes(8, "little"), place + 8 * number)
+
+
+def broken(path: Path, *which: int) -> list[str]:
+    """Which parts of a file are not as they were sealed, in words."""
+    words = ("its metadata", "its tables of tokens, documents and windows", "its log, hashes or statistics")
+    with h5py.File(path, "r") as file:
+        written = file[SEAL][:].tolist()
+    found = of(path, *which)
+    return [words[number] for number in which if found[number] != written[number]]
+
+
+def _extents(file: h5py.File) -> Iterator[Extent]:
+    """Name, place and bytes of all that lies outside of HDF5's metadata."""
+    names: list[str] = []
+    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    for name in names:
+        dataset = file[name].id
+        kind = dataset.get_create_plist().get_layout()
+        if kind == h5py.h5d.CHUNKED:
+            chunks: list[Extent] = []
+            dataset.chunk_iter(lambda chunk, n=name, into=chunks: into.append((n, chunk.byte_offset, chunk.size)))
+            yield from chunks
+        elif kind == h5py.h5d.CONTIGUOUS and dataset.get_offset():
+            yield name, dataset.get_offset(), dataset.get_storage_size()

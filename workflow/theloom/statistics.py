@@ -1,0 +1,149 @@
+"""Statistics of a hook point's rows: for each element of a row count, mean and variance; the mean norm; what is wrong.
+
+Tiles of rows are reduced in float32, each about its own mean, and put together in float64 by Chan's formula for the
+mean and the squared deviations of two sets. So a mean that is large against the spread costs no digits, the order of
+shards matters by rounding alone, and memory does not grow with the rows. Values that are not finite are counted, and
+left out of all else; a score of a masked key, which is -inf, is left out and not counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+
+from theloom.hooks import SCORES
+
+_TILE = 1 << 16  # elements: what fits a core's cache
+
+
+@dataclass
+class Statistics:
+    """Of one hook point. `count`, `mean`, `squares` (summed squared deviations from the mean): (elements of a row,)."""
+
+    masked: bool
+    count: np.ndarray
+    mean: np.ndarray
+    squares: np.ndarray
+    rows: int = 0
+    norms: float = 0.0  # sum of the rows' Euclidean norms
+    not_finite: int = 0
+    infinite: int = 0  # of those: where the store is fp16, mostly values beyond 65,504
+
+    @property
+    def variance(self) -> np.ndarray:
+        """By element of a row, of the values themselves (not of a larger population): (elements of a row,)."""
+        return self.squares / np.maximum(self.count, 1)
+
+    @property
+    def norm(self) -> float:
+        """The mean Euclidean norm of a row."""
+        return self.norms / max(1, self.rows)
+
+    @property
+    def mean_of_all(self) -> float:
+        """The mean of all elements of all rows."""
+        return float(self.mean @ self.count / max(1.0, self.count.sum()))
+
+    @property
+    def variance_of_all(self) -> float:
+        """The variance of all elements of all rows."""
+        between = self.count @ (self.mean - self.mean_of_all) ** 2
+        return float((self.squares.sum() + between) / max(1.0, self.count.sum()))
+
+    def add(self, bits: np.ndarray, precision: str) -> None:
+        """Rows as `layout.bits` gives them, (rows, …)."""
+        flat = bits.reshape(len(bits), -1)
+        step = tile_rows(flat.shape[1])
+        for start in range(0, len(flat), step):
+            self._add_tile(_as_float32(flat[start : start + step], precision))
+
+    def _add_tile(self, tile: np.ndarray) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            squared_norms = np.einsum("ij,ij->i", tile, tile)
+        self.rows += len(tile)
+        if np.isfinite(squared_norms).all():
+            self.norms += float(np.sqrt(squared_norms).sum(dtype="f8"))
+            ones = np.ones(len(tile), "f4")
+            about = (ones @ tile) / np.float32(len(tile))
+            deviations = tile - about
+            left = (ones @ deviations).astype("f8")  # what rounding left of the sum: about is not quite the mean
+            squares = ones @ np.square(deviations, out=deviations)
+            self._join(np.float64(len(tile)), about + left / len(tile), squares - left**2 / len(tile))
+        else:
+            self._add_with_gaps(tile)
+
+    def _add_with_gaps(self, tile: np.ndarray) -> None:
+        finite = np.isfinite(tile)
+        wrong = ~finite & ~np.isneginf(tile) if self.masked else ~finite
+        self.not_finite += int(wrong.sum())
+        self.infinite += int((wrong & ~np.isnan(tile)).sum())
+        values = np.where(finite, tile, np.float32(0)).astype("f8")
+        self.norms += float(np.linalg.norm(values, axis=1).sum())
+        count = finite.sum(axis=0).astype("f8")
+        mean = values.sum(axis=0) / np.maximum(count, 1)
+        self._join(count, mean, (np.where(finite, values - mean, 0.0) ** 2).sum(axis=0))
+
+    def join(self, other: "Statistics") -> None:
+        """Add what another file's rows have."""
+        self._join(other.count, other.mean, other.squares)
+        for name in ("rows", "norms", "not_finite", "infinite"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def _join(self, count: "np.ndarray | np.float64", mean: np.ndarray, squares: np.ndarray) -> None:
+        total = np.maximum(self.count + count, 1)
+        apart = mean - self.mean
+        self.squares += squares + apart**2 * (self.count * count / total)
+        self.mean += apart * (count / total)
+        self.count += count
+
+
+def tile_rows(width: int) -> int:
+    """Rows of that many elements that are reduced together."""
+    return max(1, _TILE // max(1, width))
+
+
+def _as_float32(bits: np.ndarray, precision: str) -> np.ndarray:
+    if precision == "bf16":
+        return (bits.astype("<u4") << 16).view("<f4")
+    return bits.view({"fp32": "<f4", "fp16": "<f2"}[precision]).astype("<f4", copy=False)
+
+
+def empty(hook: str, width: int) -> Statistics:
+    """Statistics of no rows yet."""
+    return Statistics(hook.endswith(SCORES), np.zeros(width), np.zeros(width), np.zeros(width))
+
+
+_BY_ELEMENT = ("count", "mean", "squares")
+_BY_HOOK = ("rows", "norms", "not_finite", "infinite")
+
+
+def lay_out(file: h5py.File, widths: Sequence[int]) -> None:
+    """Room for the statistics of all hook points: by element one after the other, `first` says where each begins."""
+    file["statistics/first"] = np.concatenate([[0], np.cumsum(widths)]).astype("<i8")
+    for name in _BY_ELEMENT:
+        file[f"statistics/{name}"] = np.zeros(sum(widths), "<f8")
+    for name in _BY_HOOK:
+        file[f"statistics/{name}"] = np.zeros(len(widths), "<f8")
+
+
+def columns(of_hooks: Sequence[Statistics]) -> dict[str, np.ndarray]:
+    """The content of those datasets, by name."""
+    found = {name: np.concatenate([getattr(s, name) for s in of_hooks] or [np.zeros(0)]) for name in _BY_ELEMENT}
+    found |= {name: np.array([getattr(s, name) for s in of_hooks], "<f8") for name in _BY_HOOK}
+    return {f"statistics/{name}": np.ascontiguousarray(value, "<f8") for name, value in found.items()}
+
+
+def read(file: h5py.File, hooks: Sequence[str]) -> list[Statistics]:
+    """The inverse of `columns`."""
+    first = file["statistics/first"][:]
+    by_element = {name: file[f"statistics/{name}"][:] for name in _BY_ELEMENT}
+    by_hook = {name: file[f"statistics/{name}"][:].tolist() for name in _BY_HOOK}
+    found = []
+    for number, hook in enumerate(hooks):
+        part = slice(int(first[number]), int(first[number + 1]))
+        count, mean, squares = (by_element[name][part] for name in _BY_ELEMENT)
+        rows, norms, not_finite, infinite = (by_hook[name][number] for name in _BY_HOOK)
+        masked = hook.endswith(SCORES)
+        found.append(Statistics(masked, count, mean, squares, int(rows), norms, int(not_finite), int(infinite)))
+    return found
