@@ -90,6 +90,7 @@ STAGES: dict[str, Stage] = {
             "memory.memory_warning_threshold",
             "memory.activation_cache_filter",
             "extraction.batch_tokens",
+            "extraction.cache",
             "extraction.shards",
             "store.dtype",
             "store.compression",

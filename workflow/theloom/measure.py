@@ -50,7 +50,7 @@ def largest_pass(
     """Of a plan's two passes, a full batch of the widest windows and the longest one streamed, the larger."""
     passes = [Workload(plan.batch_windows, plan.width, plan.chunk_size)]
     if plan.streamed:
-        passes.append(Workload(1, plan.longest, plan.chunk_size))
+        passes.append(Workload(plan.streamed_windows, plan.longest, plan.chunk_size))
     foretold = [(workload, traced.forward(kind, workload, points, device=device)) for workload in passes]
     return max(foretold, key=lambda pair: pair[1].total)
 
