@@ -15,7 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from theloom import batching, config, estimate, gpu, layout, memory, model, model_record, plan, provenance, tokens
+from theloom import (
+    batching,
+    config,
+    estimate,
+    gpu,
+    layout,
+    memory,
+    model,
+    model_record,
+    plan,
+    provenance,
+    resources,
+    tokens,
+)
 from theloom.batching import Batch
 from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate
@@ -72,14 +85,21 @@ class ResidentRunner:
 
 
 def extract_shard(
-    config_path: Path, estimate_path: Path, model_path: Path, tokens_path: Path, shard: int, output: Path
+    config_path: Path,
+    estimate_path: Path,
+    model_path: Path,
+    tokens_path: Path,
+    shard: int,
+    output: Path,
+    oom_level: int = 0,
 ) -> None:
     """The extract_shard stage: write the hidden states of one shard of `tokens.h5`, or go on with a shard begun.
 
+    `oom_level` counts earlier attempts that failed: each makes batches, then chunks, smaller.
     Raises HookError, ModelError, MemoryPlanError before the model is loaded, where something does not fit.
     """
     frozen = config.thaw(config_path)
-    estimated, recorded = estimate.read(estimate_path), model_record.read(model_path)
+    estimated, recorded = resources.lowered(estimate.read(estimate_path), oom_level), model_record.read(model_path)
     shard_tokens = tokens.read_shard(tokens_path, shard)
     points = recorded.catalogue.select(frozen.memory.activation_cache_filter)
     store = recorded.precision if frozen.store.dtype.name == "auto" else frozen.store.dtype.name
