@@ -84,8 +84,7 @@ def escalating(name):
 
 def whole_disk(wildcards):
     """Resource function: the disk that all shards take, in MB."""
-    shard = resource("disk_mb")(wildcards)
-    return shard and shard * stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
+    return resource("disk_mb")(wildcards) * stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
 
 
 def unknown_model(wildcards):

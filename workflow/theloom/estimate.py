@@ -65,6 +65,7 @@ class Estimate:
     row_bytes: dict[str, int]  # on disk, of a token, by precision of the store
     host: dict[str, int]  # resident memory of a job that holds the model
     rows: int | None  # tokens of the corpus, where max_tokens bounds them
+    blocks: int | None = None  # of the model; None in files of before it was recorded
 
     def disk_bytes(self, store_precision: str) -> int | None:
         """Bytes of all shards together, where the number of tokens is known."""
@@ -112,6 +113,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         captured_selected={name: _captured(points, kind, context) for name, kind in KINDS.items()},
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
         rows=config.corpus.max_tokens,
+        blocks=size.num_blocks,
         host={name: _host(estimator, KINDS[name], found, chunk_size, device) for name, found in passes.items()},
     )
 
@@ -216,7 +218,7 @@ def likely_precision(config: Config) -> str:
 
 _BY_KIND = ("weights", "load_peak", "host", "captured_full", "captured_selected", "row_bytes")
 _SINGLE = ("model_type", "attention", "device", "context_length", "chunk_size")
-_OPTIONAL = ("rows", "batch_tokens")
+_OPTIONAL = ("rows", "batch_tokens", "blocks")
 _PASS = np.dtype([(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(Parts)))])
 
 

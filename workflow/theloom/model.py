@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from theloom import architecture, gpu, precision, source
+from theloom import architecture, gpu, lease, precision, source
 from theloom.architecture import Architecture, Numbers
 from theloom.errors import ModelError
 from theloom.hooks import Catalogue
@@ -100,7 +100,7 @@ def load(config: Config, files: ModelFiles) -> LoadedModel:
     from transformers import AutoModel
 
     device, resolved = resolve_precision(config)
-    options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": _device_map(config, device, resolved)}
     if config.extraction.attention.name != "auto":
         options["attn_implementation"] = config.extraction.attention.name
     quantization = config.memory.quantization.name if config.memory.quantization else None
@@ -126,6 +126,16 @@ def load(config: Config, files: ModelFiles) -> LoadedModel:
     model.eval().requires_grad_(False)
     attention = str(model.config._attn_implementation)
     return LoadedModel(architecture.describe(model), files, device, resolved, attention, quantization)
+
+
+def _device_map(config: Config, device: "torch.device", resolved: Resolved) -> dict[str, "torch.device"]:
+    """Everything on one device, or over the GPUs that this job has leased. Raises MemoryPlanError."""
+    if len(lease.held()) < 2:
+        return {"": device}
+    from theloom import memory, placement
+
+    kind = memory.kind_of(config, resolved.resolved)
+    return placement.over_leased(hf_config(config.model), kind, config.model.trust_remote_code)
 
 
 def _quantization(bits: str, compute: str) -> Any:

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from theloom import lease, memory
-from theloom.architecture import Architecture
+from theloom import gpu, lease, memory
+from theloom.architecture import Architecture, describe
 from theloom.errors import MemoryPlanError
 from theloom.estimate import Estimate, Pass
 from theloom.host import DeviceMemory
+from theloom.memory import Kind
+from theloom.precision import BYTES
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 MOST_GPUS = 16  # of one machine
 
@@ -65,15 +68,20 @@ def gpus_for(estimate: Estimate, kind: str, blocks: int, beside: float, budget: 
     )
 
 
-def on_leased(estimated: Estimate, blocks: int) -> Estimate:
+def on_leased(estimated: Estimate) -> Estimate:
     """The estimate by which a job plans: of its fullest GPU where it has leased several, else as it is."""
     count = len(lease.held())
-    return of_one(estimated, share(blocks, count)) if count > 1 else estimated
+    return of_one(estimated, share(estimated.blocks or 1, count)) if count > 1 else estimated
 
 
-def tightest(found: Sequence[DeviceMemory]) -> DeviceMemory:
-    """The memory of the GPU with the least free: every one of them must have room for the largest share."""
-    return min(found, key=lambda memory: memory.free)
+def available(device: "torch.device") -> tuple[DeviceMemory, str]:
+    """`gpu.available`, of the leased GPU with the least free where there are several, all of which take part."""
+    import torch
+
+    if len(lease.held()) < 2:
+        return gpu.available(device)
+    found = [gpu.available(torch.device("cuda", number)) for number in range(len(lease.held()))]
+    return min(found, key=lambda one: one[0].free)
 
 
 def device_map(architecture: Architecture, sizes: Sequence[int], budgets: Sequence[int]) -> dict[str, int]:
@@ -139,18 +147,33 @@ def _filled(sizes: Sequence[int], budgets: Sequence[int], level: float) -> list[
     return ends if block == len(sizes) else None
 
 
-def for_loading(architecture: Architecture, weight_bytes: float, free: Sequence[int]) -> "dict[str, torch.device]":
-    """The device map of a model over the leased GPUs; `architecture` may be on the meta device.
-
-    `weight_bytes` is all of its weights on the GPUs, by which elements are turned into bytes; `free` is what each of
-    them has free. A tenth is left for the forward pass, the KV cache goes with the blocks.
-    """
+def over_leased(model_config: "PretrainedConfig", kind: Kind, trust_remote_code: bool = False) -> "dict[str, Any]":
+    """The `device_map` of a model over the GPUs that this job has leased. Raises MemoryPlanError."""
     import torch
+    from transformers import AutoModel
 
-    elements = [sum(p.numel() for p in block.parameters()) for block in architecture.blocks]
+    with torch.device("meta"):
+        model = AutoModel.from_config(model_config, trust_remote_code=trust_remote_code)
+    free = [gpu.available(torch.device("cuda", number))[0].free for number in range(len(lease.held()))]
+    cut = cut_to(describe(model), kind, free)
+    return {name: torch.device("cuda", number) for name, number in cut.items()}
+
+
+def cut_to(architecture: Architecture, kind: Kind, free: Sequence[int]) -> dict[str, int]:
+    """The same for GPUs with so many bytes free; `architecture` may be on the meta device.
+
+    The first GPU has the weights that are in no block. A tenth is left for the forward pass, whose plan is made for
+    what the fullest has. Raises MemoryPlanError.
+    """
+    sizes = [_bytes(block, kind) for block in architecture.blocks]
     everything = sum(p.numel() for p in architecture.model.parameters())
-    each = weight_bytes / everything
+    in_blocks = sum(p.numel() for block in architecture.blocks for p in block.parameters())
     budgets = [int(0.9 * room) for room in free]
-    budgets[0] -= int(each * (everything - sum(elements)))
-    cut = device_map(architecture, [int(each * n) for n in elements], budgets)
-    return {name: torch.device("cuda", gpu) for name, gpu in cut.items()}
+    budgets[0] = max(0, budgets[0] - BYTES[kind.precision] * (everything - in_blocks))
+    return device_map(architecture, sizes, budgets)
+
+
+def _bytes(block: Any, kind: Kind) -> int:
+    """Bytes of a block's weights, matrices quantised: NF4 has a 4-byte scale for each 64 weights."""
+    matrix = {None: BYTES[kind.precision], "int8": 1, "int4": 0.5 + 4 / 64}[kind.quantization]
+    return int(sum(p.numel() * (matrix if p.ndim > 1 else BYTES[kind.precision]) for p in block.parameters()))

@@ -24,7 +24,12 @@ from theloom.schema import Config
 # read (hub models come in files of at most 5 GB), and what rows take on their way to the disk.
 CUDA_LIBRARIES, WEIGHTS_FILE, ROWS_ON_THEIR_WAY = 3000, 5000, 400
 SPARE = 1.15  # of host memory: allocators keep more than they are asked for
-UNKNOWN = {"mem_mb": 32_000, "runtime": 240, "verify_runtime": 240}  # of a model whose numbers no profile gives
+UNKNOWN = {
+    "mem_mb": 32_000,
+    "runtime": 240,
+    "verify_runtime": 240,
+    "disk_mb": 10_000,
+}  # of a model whose numbers no profile gives
 READING = 200e6  # bytes per second, of weights and rows on a network file system
 STARTING = 10  # minutes: a scheduler's prologue, imports from a network file system
 TIMES_PLANNED = 3  # a time limit that is three times what is planned
@@ -40,7 +45,7 @@ class Resources:
     load_mem_mb: int
     runtime: int
     verify_runtime: int
-    disk_mb: int | None
+    disk_mb: int
     gpu: int
     gpu_model: str | None
     needed_gpu_mb: int
@@ -87,7 +92,7 @@ def of(settings: Config) -> Resources:
         load_mem_mb=asked.load_mem_mb or max(mem_mb, found.get("load_mem_mb", 0)),
         runtime=asked.runtime or found["runtime"],
         verify_runtime=asked.verify_runtime or asked.runtime or found["verify_runtime"],
-        disk_mb=asked.disk_mb or found.get("disk_mb"),
+        disk_mb=asked.disk_mb or found["disk_mb"],
         gpu=gpu,
         gpu_model=asked.gpu_model if gpu else None,
         needed_gpu_mb=asked.needed_gpu_mb or (found.get("needed_gpu_mb", 0) if gpu else 0),
@@ -194,9 +199,8 @@ def table(runs: dict[str, Run]) -> str:
         gpus = f"{asked['gpu']}{model} GPU{'s' * (asked['gpu'] != 1)}" if asked["gpu"] else "no GPU"
         if asked["gpu"] and asked["needed_gpu_mb"]:
             gpus += f" with {asked['needed_gpu_mb'] / 1000:.1f} GB free"
-        disk = f", {asked['disk_mb']:,} MB of disk a shard" if asked["disk_mb"] else ""
         lines.append(
             f"{run.name}: {shards} shards{each}; a job asks for {gpus}, {asked['threads']} threads, "
-            f"{asked['mem_mb']:,} MB, {asked['runtime']} minutes{disk}"
+            f"{asked['mem_mb']:,} MB, {asked['runtime']} minutes, {asked['disk_mb']:,} MB of disk a shard"
         )
     return "\n".join(lines)
