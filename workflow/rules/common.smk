@@ -41,15 +41,17 @@ def compose():
     return {name: resources.planned(run, Path("results")) for name, run in runs.items()}
 
 
-if workflow.is_main_process:
+if workflow.is_main_process or workflow.storage_settings.default_storage_provider is not None:
     try:
         RUNS = compose()
     except TheLoomError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    print(resources.table(RUNS), file=sys.stderr)
+    if workflow.is_main_process:
+        print(resources.table(RUNS), file=sys.stderr)
 else:
-    # A job that a cluster runs parses this file again: it believes the frozen configs, not YAML edited since.
+    # A job that a cluster runs parses this file again: it believes the frozen configs, not YAML edited since. Without a
+    # shared file system it has the YAML of its submission.
     RUNS = {}
 
 
@@ -70,8 +72,7 @@ def frozen(name):
 def resource(name):
     """Resource function: what the run's plan gives to jobs that hold the model; 0 and null ask for nothing.
 
-    Such a rule names the frozen resources among its inputs, so that a job on a cluster can read them. Where the profile
-    has a default, its submit command names the resource, which then is there as 0 too.
+    Where the profile has a default, its submit command names the resource, which then is there as 0 too.
     """
     nothing = 0 if name in (workflow.resource_settings.default_resources or ()) else None
     return lambda wildcards: stage(wildcards.run, "resources")["config"]["resources"][name] or nothing
@@ -96,6 +97,15 @@ def shards(wildcards):
     """The shards of a run, by name."""
     count = stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
     return [f"results/{wildcards.run}/shards/{n:05d}-of-{count:05d}.h5" for n in range(count)]
+
+
+onstart:
+    # For jobs on a cluster, which parse this file again. No rule makes this file, and none reads it: Snakemake leaves
+    # out jobs whose only changed input is an ancient() one, also where their output is missing.
+    for name, run in RUNS.items():
+        frozen_resources = Path("results", name, "config", "resources.json")
+        frozen_resources.parent.mkdir(parents=True, exist_ok=True)
+        theloom_config.freeze(run.stage("resources"), frozen_resources)
 
 
 onsuccess:

@@ -1,6 +1,5 @@
 rule extract_shard:
     input:
-        resources=ancient(frozen("resources")),
         config=frozen("extract"),
         estimate="results/{run}/estimate.h5",
         model="results/{run}/model.h5",

@@ -1,6 +1,5 @@
 rule load_model:
     input:
-        resources=ancient(frozen("resources")),
         config=frozen("model"),
         # A new plan or corpus is no reason to load the model again. The tokens are here so that a mistake in the corpus
         # ends the run before any weight is loaded.

@@ -1,7 +1,7 @@
 rule tokenize_corpus:
     input:
         config=frozen("tokens"),
-        source=ancient("results/{run}/source.json"),
+        source="results/{run}/source.json",
     output:
         tokens="results/{run}/tokens.h5",
     log:

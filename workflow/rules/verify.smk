@@ -1,6 +1,5 @@
 rule verify:
     input:
-        resources=ancient(frozen("resources")),
         config=frozen("verify"),
         model="results/{run}/model.h5",
         activations="results/{run}/activations.h5",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Union
 import h5py
 import numpy as np
 
-from theloom import layout
+from theloom import layout, open_files
 from theloom.errors import HookError, StoreError
 from theloom.shard import RECORD, committed, hook_path
 
@@ -159,6 +159,8 @@ class Activations:
             self.window_hash: np.ndarray = file["windows/hash"][:]
         if sum(p.rows for p in self._parts) != self.attributes["rows"]:
             raise StoreError(f"{self.path}: its parts hold other rows than it says; run the merge again")
+        files = len(self._parts) * len(self._names)  # each stays open while its rows are mapped
+        open_files.allow(files, f"{len(self._parts)} shards of {len(self._names)} tables")
 
     def __len__(self) -> int:
         return int(self.attributes["rows"])
