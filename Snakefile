@@ -6,6 +6,7 @@ min_version("9.0")
 include: "workflow/rules/common.smk"
 include: "workflow/rules/freeze_config.smk"
 include: "workflow/rules/estimate_memory.smk"
+include: "workflow/rules/stage_model.smk"
 include: "workflow/rules/load_model.smk"
 include: "workflow/rules/tokenize_corpus.smk"
 include: "workflow/rules/extract_shard.smk"

@@ -46,7 +46,7 @@ EXTRACTION = {"estimate_memory": 1, "extract_shard": 2, **REST}
         ("extraction:", "extraction: # a remark", {}),
         ("extraction:", "verify: {documents: 3}\nextraction:", {"freeze_config": 1, "verify": 1}),
         ("extraction:", "store: {merge: physical}\nextraction:", {"freeze_config": 1, **REST}),
-        ("extraction:", "resources: {mem_mb: 999}\nextraction:", {"freeze_config": 1}),
+        ("extraction:", "resources: {mem_mb: 999}\nextraction:", {}),
         ("max_tokens: 3000", "max_tokens: 2000", {"freeze_config": 2, "tokenize_corpus": 1, **EXTRACTION}),
     ],
 )
@@ -57,6 +57,17 @@ def test_a_changed_key_runs_again_what_depends_on_it_and_nothing_before(finished
     finally:
         back()
     assert finished.jobs(profiles="tiny") == {}
+
+
+def test_an_unfinished_run_goes_on_with_other_resources(finished):
+    shard = finished.results("tiny") / "shards/00000-of-00002.h5"
+    kept = shard.rename(shard.with_suffix(".kept"))
+    back = edited(finished, "extraction:", "resources: {mem_mb: 999}\nextraction:")
+    try:
+        assert finished.jobs(profiles="tiny") == {"extract_shard": 1, **REST}
+    finally:
+        back()
+        kept.rename(shard)
 
 
 def test_an_edit_during_a_run_changes_nothing_in_it(tiny):

@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 
 from theloom import config as theloom_config
-from theloom import preflight
+from theloom import preflight, resources
 from theloom.errors import TheLoomError
 from theloom.job import last_errors, let_jobs_import
 from theloom.summary import summary
 
 STARTED = time.time()
+CONTAINER = str(Path(workflow.basedir, "envs/theloom.sif"))  # for --sdm apptainer; workflow/docs/clusters.md
 
 let_jobs_import(Path(workflow.basedir, "workflow"))  # for jobs in an environment of their own: --sdm conda
 
@@ -37,17 +38,20 @@ def compose():
     )
     for run in runs.values():
         preflight.check(run)
-    return runs
+    return {name: resources.planned(run, Path("results")) for name, run in runs.items()}
 
 
-if workflow.is_main_process:
+if workflow.is_main_process or workflow.storage_settings.default_storage_provider is not None:
     try:
         RUNS = compose()
     except TheLoomError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    if workflow.is_main_process:
+        print(resources.table(RUNS), file=sys.stderr)
 else:
-    # A job that a cluster runs parses this file again: it believes the frozen configs, not YAML edited since.
+    # A job that a cluster runs parses this file again: it believes the frozen configs, not YAML edited since. Without a
+    # shared file system it has the YAML of its submission.
     RUNS = {}
 
 
@@ -66,22 +70,42 @@ def frozen(name):
 
 
 def resource(name):
-    """Resource function: what the run's profile gives to jobs that hold the model.
+    """Resource function: what the run's plan gives to jobs that hold the model; 0 and null ask for nothing.
 
-    Such a rule names the frozen resources among its inputs, so that a job on a cluster can read them.
+    Where the profile has a default, its submit command names the resource, which then is there as 0 too.
     """
-    return lambda wildcards: stage(wildcards.run, "resources")["config"]["resources"][name]
+    nothing = 0 if name in (workflow.resource_settings.default_resources or ()) else None
+    return lambda wildcards: stage(wildcards.run, "resources")["config"]["resources"][name] or nothing
 
 
-def memory(wildcards, attempt):
-    """Host memory of a job that holds the model, in MB: the profile's, and that much more for each retry."""
-    return attempt * resource("mem_mb")(wildcards)
+def escalating(name):
+    """Resource function: what the plan gives, and as much more for each retry."""
+    return lambda wildcards, attempt: attempt * resource(name)(wildcards)
+
+
+def whole_disk(wildcards):
+    """Resource function: the disk that all shards take, in MB."""
+    return resource("disk_mb")(wildcards) * stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
+
+
+def unknown_model(wildcards):
+    """Whether the run's profile lacks the model's numbers, so that they must be read from the model itself."""
+    return stage(wildcards.run, "estimate")["config"]["model"]["architecture"] is None
 
 
 def shards(wildcards):
     """The shards of a run, by name."""
     count = stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
     return [f"results/{wildcards.run}/shards/{n:05d}-of-{count:05d}.h5" for n in range(count)]
+
+
+onstart:
+    # For jobs on a cluster, which parse this file again. No rule makes this file, and none reads it: Snakemake leaves
+    # out jobs whose only changed input is an ancient() one, also where their output is missing.
+    for name, run in RUNS.items():
+        frozen_resources = Path("results", name, "config", "resources.json")
+        frozen_resources.parent.mkdir(parents=True, exist_ok=True)
+        theloom_config.freeze(run.stage("resources"), frozen_resources)
 
 
 onsuccess:

@@ -1,6 +1,7 @@
 rule estimate_memory:
     input:
         config=frozen("estimate"),
+        source=lambda wildcards: f"results/{wildcards.run}/source.json" if unknown_model(wildcards) else [],
     output:
         estimate="results/{run}/estimate.h5",
     log:
@@ -9,9 +10,12 @@ rule estimate_memory:
         "results/{run}/benchmarks/estimate_memory.tsv"
     conda:
         "../../envs/theloom.yaml"
+    container:
+        CONTAINER
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=lambda wildcards, attempt: 10 * attempt,
+        disk_mb=1000,
     message:
         "{wildcards.run}: estimate memory and disk"
     script:

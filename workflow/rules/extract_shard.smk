@@ -1,6 +1,5 @@
 rule extract_shard:
     input:
-        resources=ancient(frozen("resources")),
         config=frozen("extract"),
         estimate="results/{run}/estimate.h5",
         model="results/{run}/model.h5",
@@ -13,12 +12,20 @@ rule extract_shard:
         "results/{run}/benchmarks/extract_shard/{shard}-of-{shards}.tsv"
     conda:
         "../../envs/theloom.yaml"
+    container:
+        CONTAINER
     threads: resource("threads")
     resources:
-        mem_mb=memory,
-        runtime=resource("runtime"),
+        mem_mb=escalating("mem_mb"),
+        runtime=escalating("runtime"),
+        disk_mb=resource("disk_mb"),
         gpu=resource("gpu"),
+        gpu_model=resource("gpu_model"),
+        needed_gpu_mb=resource("needed_gpu_mb"),
+        constraint=resource("constraint"),
+        oom_level=lambda wildcards, attempt: attempt - 1,
     message:
-        "{wildcards.run}: extract shard {wildcards.shard} of {wildcards.shards}"
+        "{wildcards.run}: extract shard {wildcards.shard} of {wildcards.shards} "
+        "({threads} threads, {resources.mem_mb} MB, {resources.runtime} min)"
     script:
         "../scripts/extract_shard.py"

@@ -1,6 +1,5 @@
 rule load_model:
     input:
-        resources=ancient(frozen("resources")),
         config=frozen("model"),
         # A new plan or corpus is no reason to load the model again. The tokens are here so that a mistake in the corpus
         # ends the run before any weight is loaded.
@@ -14,12 +13,19 @@ rule load_model:
         "results/{run}/benchmarks/load_model.tsv"
     conda:
         "../../envs/theloom.yaml"
+    container:
+        CONTAINER
     threads: resource("threads")
     resources:
-        mem_mb=memory,
-        runtime=resource("runtime"),
+        mem_mb=escalating("load_mem_mb"),
+        runtime=escalating("runtime"),
+        disk_mb=1000,
         gpu=resource("gpu"),
+        gpu_model=resource("gpu_model"),
+        needed_gpu_mb=resource("needed_gpu_mb"),
+        constraint=resource("constraint"),
     message:
-        "{wildcards.run}: load the model and measure it"
+        "{wildcards.run}: load the model and measure it "
+        "({threads} threads, {resources.mem_mb} MB, {resources.runtime} min)"
     script:
         "../scripts/load_model.py"

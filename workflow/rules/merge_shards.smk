@@ -10,9 +10,12 @@ rule merge_shards:
         "results/{run}/benchmarks/merge_shards.tsv"
     conda:
         "../../envs/theloom.yaml"
+    container:
+        CONTAINER
     resources:
-        mem_mb=2000,
-        runtime=60,
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=lambda wildcards, attempt: 60 * attempt,
+        disk_mb=whole_disk,
     message:
         "{wildcards.run}: merge the shards"
     script:

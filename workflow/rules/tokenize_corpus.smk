@@ -1,6 +1,7 @@
 rule tokenize_corpus:
     input:
         config=frozen("tokens"),
+        source="results/{run}/source.json",
     output:
         tokens="results/{run}/tokens.h5",
     log:
@@ -9,10 +10,13 @@ rule tokenize_corpus:
         "results/{run}/benchmarks/tokenize_corpus.tsv"
     conda:
         "../../envs/theloom.yaml"
+    container:
+        CONTAINER
     threads: 2
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=lambda wildcards, attempt: 60 * attempt,
+        disk_mb=4000,
     message:
         "{wildcards.run}: turn the corpus into tokens"
     script:

@@ -1,6 +1,5 @@
 rule verify:
     input:
-        resources=ancient(frozen("resources")),
         config=frozen("verify"),
         model="results/{run}/model.h5",
         activations="results/{run}/activations.h5",
@@ -12,12 +11,19 @@ rule verify:
         "results/{run}/benchmarks/verify.tsv"
     conda:
         "../../envs/theloom.yaml"
+    container:
+        CONTAINER
     threads: resource("threads")
     resources:
-        mem_mb=memory,
-        runtime=resource("runtime"),
+        mem_mb=escalating("mem_mb"),
+        runtime=escalating("verify_runtime"),
+        disk_mb=whole_disk,
         gpu=resource("gpu"),
+        gpu_model=resource("gpu_model"),
+        needed_gpu_mb=resource("needed_gpu_mb"),
+        constraint=resource("constraint"),
     message:
-        "{wildcards.run}: verify against plain transformers"
+        "{wildcards.run}: verify against plain transformers "
+        "({threads} threads, {resources.mem_mb} MB, {resources.runtime} min)"
     script:
         "../scripts/verify.py"

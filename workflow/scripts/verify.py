@@ -5,12 +5,17 @@ from pathlib import Path
 from theloom.job import job
 
 with job(snakemake.log[0], snakemake.threads):
+    from theloom import lease
     from theloom.config import thaw
-    from theloom.verify import verify
 
-    verify(
-        thaw(snakemake.input.config),
-        Path(snakemake.input.activations),
-        Path(snakemake.input.model),
-        Path(snakemake.output.verification),
-    )
+    asked = snakemake.resources
+    config = thaw(snakemake.input.config)
+    with lease.gpus(asked.get("gpu", 0), 10**6 * asked.get("needed_gpu_mb", 0), config.extraction.device):
+        from theloom.verify import verify
+
+        verify(
+            config,
+            Path(snakemake.input.activations),
+            Path(snakemake.input.model),
+            Path(snakemake.output.verification),
+        )

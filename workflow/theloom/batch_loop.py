@@ -106,7 +106,7 @@ class _Measured:
     """The figures of a run, on top of those of earlier jobs on the same shard."""
 
     def __init__(self, writer: "ShardWriter", work: Work, watch: MemoryWatch, first: int, oom_level: int) -> None:
-        self._before: dict[str, float] = dict(getattr(writer, "figures", {}))
+        self._before: dict[str, float] = dict(writer.figures)
         self._work, self._watch, self._first, self._level = work, watch, first, oom_level
         self._began = time.perf_counter()
         self._forward = _Clock(work.device)
@@ -119,9 +119,9 @@ class _Measured:
     def figures(self, handoff: Handoff, done: int) -> dict[str, float]:
         """Seconds and tokens of all jobs so far, by the names that the file has for them; bytes of memory."""
         now = self._of_this_job(handoff, done)
-        summed = {name: self._before.get(name, 0.0) + value for name, value in now.items()}
-        peak = max(self._before.get("peak_memory", 0.0), float(self._watch.peak))
-        level = max(self._before.get("oom_level", 0.0), float(self._level))
+        summed = {name: self._before[name] + value for name, value in now.items()}
+        peak = max(self._before["peak_memory"], float(self._watch.peak))
+        level = max(self._before["oom_level"], float(self._level))
         return summed | {"peak_memory": peak, "predicted_memory": float(self._work.predicted), "oom_level": level}
 
     def log(self, handoff: Handoff, done: int) -> None:

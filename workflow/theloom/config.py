@@ -22,16 +22,11 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from theloom import schema
+from theloom import schema, throughput
 from theloom.errors import ConfigError
 from theloom.schema import Config
 
 ConfigStore.instance().store(name="theloom", node=Config)
-
-
-# Where extraction.shards is left open: jobs long enough that loading the model is little of them, short enough that
-# losing one is. A virtual dataset opens every shard's file.
-TOKENS_OF_SHARD, MOST_SHARDS, SHARDS_OF_UNKNOWN = 250_000, 64, 8
 
 
 @dataclass(frozen=True)
@@ -99,6 +94,9 @@ STAGES: dict[str, Stage] = {
     ),
     "merge": Stage(("store.merge", "extraction.shards")),
     "verify": Stage((*_LOADING, "memory.streaming_chunk_size", "verify")),
+    "source": Stage(
+        (*_MODEL_FILES, "model.tokenizer", "corpus.kind", "corpus.dataset", "corpus.subset", "corpus.split")
+    ),
     "resources": Stage(("resources",)),
 }
 
@@ -111,6 +109,7 @@ class Run:
     profile: str
     overrides: tuple[str, ...]
     config: dict[str, Any]
+    shards_left_open: bool = False
 
     def stage(self, stage: str) -> dict[str, Any]:
         """The frozen config of a stage: plain data that JSON keeps."""
@@ -140,7 +139,7 @@ def runs(config_dir: Path, profiles: str | None = None, overrides: str | None = 
     found: dict[str, Run] = {}
     for profile in filter(None, (p.strip() for p in profiles.split(","))):
         for swept, combination in _combinations(overrides):
-            config = _compose(config_dir, profile, combination)
+            config, left_open = _compose(config_dir, profile, combination)
             name = config["name"] or profile
             named = [o for o in (swept if config["name"] else combination) if _assigned_key(o) != "name"]
             if config["name"] and "," in profiles:
@@ -148,7 +147,7 @@ def runs(config_dir: Path, profiles: str | None = None, overrides: str | None = 
             name = _run_name(name, named)
             if name in found:
                 raise ConfigError(f"two runs have the name {name!r}; a profile or a value is given twice")
-            found[name] = Run(name, profile, combination, config)
+            found[name] = Run(name, profile, combination, config, left_open)
     if not found:
         raise ConfigError(f"profiles={profiles!r} names no profile; choose from {', '.join(_profiles(config_dir))}")
     return found
@@ -196,7 +195,8 @@ def _run_name(name: str, overrides: list[str]) -> str:
     return name
 
 
-def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> tuple[dict[str, Any], bool]:
+    """The composed config as plain data, and whether it left the number of shards open."""
     profiles = _profiles(config_dir)
     if profile not in profiles:
         raise ConfigError(f"unknown profile {profile!r}{_near(profile, profiles)}; choose from {', '.join(profiles)}")
@@ -208,8 +208,9 @@ def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> dict
             composed = compose("default", [*overrides, f"profile={profile}"])
         # merged into the bare schema once more: Hydra lets `+key=value` add keys that the schema does not have
         strict = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))
-        if strict.extraction.shards is None:
-            strict.extraction.shards = _shards_for(strict.corpus.max_tokens)
+        left_open = strict.extraction.shards is None
+        if left_open:
+            strict.extraction.shards = throughput.shards(cast(Config, strict))
         config = cast(dict[str, Any], OmegaConf.to_container(strict, enum_to_str=True, resolve=True))
         _check(cast(Config, strict))
     except MissingConfigException as error:
@@ -221,14 +222,7 @@ def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> dict
         if not any(_assigned_key(o).startswith("model.architecture") for o in overrides):
             raise
         raise ConfigError(f"model.architecture: is null in {profile}; write a profile with all its numbers") from None
-    return config
-
-
-def _shards_for(max_tokens: int | None) -> int:
-    """How many shards a corpus is split into where the config leaves it open: Snakemake must know before any job."""
-    if max_tokens is None:
-        return SHARDS_OF_UNKNOWN
-    return min(max(2, -(-max_tokens // TOKENS_OF_SHARD)), MOST_SHARDS)
+    return config, left_open
 
 
 def _explain(error: BaseException) -> str:
@@ -273,13 +267,24 @@ def _check(config: Config) -> None:
         "corpus.context_length": config.corpus.context_length,
         "verify.documents": config.verify.documents,
         "resources.threads": config.resources.threads,
+        "resources.least_shards": config.resources.least_shards,
         "resources.mem_mb": config.resources.mem_mb,
+        "resources.load_mem_mb": config.resources.load_mem_mb,
         "resources.runtime": config.resources.runtime,
+        "resources.verify_runtime": config.resources.verify_runtime,
+        "resources.disk_mb": config.resources.disk_mb,
+        "resources.needed_gpu_mb": config.resources.needed_gpu_mb,
     }
     for key, value in at_least_one.items():
         if value is not None and value < 1:
             raise ConfigError(f"{key}: {value} is too small; the least is 1")
-    if config.resources.gpu < 0:
+    for key, share in {
+        "gpu_memory_gb": config.resources.gpu_memory_gb,
+        "tokens_per_second": config.resources.tokens_per_second,
+    }.items():
+        if share is not None and not share > 0:
+            raise ConfigError(f"resources.{key}: {share} is not above 0")
+    if config.resources.gpu is not None and config.resources.gpu < 0:
         raise ConfigError(f"resources.gpu: {config.resources.gpu} is too small; the least is 0")
     profiled, shards = config.memory.profile_shard, config.extraction.shards or 1  # a number by now
     if profiled is not None and not 0 <= profiled < shards:

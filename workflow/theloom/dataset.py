@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from theloom import layout, parts, seals, statistics, untrusted
+from theloom import layout, open_files, parts, seals, statistics, untrusted
 from theloom.errors import HookError, StoreError
 from theloom.layout import hook_path
 from theloom.parts import Part
@@ -92,6 +92,7 @@ class Activations:
         for offset in (self._document_offset, self.window_offset):
             if offset[0] or offset[-1] != len(self) or (np.diff(offset) < 0).any():
                 raise StoreError(f"{self.path}: its tables of documents and windows are damaged; run the merge again")
+        open_files.allow(len(self._parts), f"{len(self._parts)} shards")  # each stays open while its rows are mapped
 
     def __len__(self) -> int:
         return int(self.attributes["rows"])

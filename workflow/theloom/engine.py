@@ -97,7 +97,7 @@ def extract_shard(
         frozen.memory.memory_warning_threshold,
     )
     job = _Job(work, loaded, watch, spec, output, ShardProfile(loaded, output, largest))
-    kind = memory.kind_of(frozen, recorded.precision).name
+    kind = memory.kind_of(frozen, recorded.precision, recorded.quantization).name
 
     def advice(smallest: Plan) -> str:
         found, _ = gpu.available(loaded.device)

@@ -191,7 +191,7 @@ def run_estimate(config: Config, output: Path) -> None:
     estimator = estimator_of(config)
     log.info("by %s", estimator.method)
     found = estimate(config, estimator, "cpu" if config.extraction.device == "cpu" else "cuda")
-    precision = _likely_precision(config)
+    precision = likely_precision(config)
     store = precision if config.store.dtype.name == "auto" else config.store.dtype.name
     needed = found.disk_bytes(store)
     if needed is not None:
@@ -232,7 +232,7 @@ def estimator_of(
     )
 
 
-def _likely_precision(config: Config) -> str:
+def likely_precision(config: Config) -> str:
     """What precision_mode will give, said without a look at the device: the job may run on another machine."""
     asked = config.memory.precision_mode.name
     if asked == "auto":

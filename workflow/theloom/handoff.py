@@ -139,8 +139,7 @@ class Handoff:
             item.copied.synchronize()
         began = time.perf_counter()
         if isinstance(item, _Done):
-            figures = item.figures | {"seconds_disk": item.figures.get("seconds_disk", 0.0) + self.seconds_writing}
-            getattr(self._writer, "figures", {}).update(figures)
+            self._writer.figures.update(item.figures)
             self._writer.batch_done(item.rows, item.last)
         else:
             for number, (window, length) in enumerate(zip(item.batch.windows, item.batch.lengths, strict=True)):

@@ -19,11 +19,18 @@ _SPEND_LESS = "lower extraction.batch_tokens or memory.streaming_chunk_size, or 
 
 
 @contextmanager
-def job(log_file: str, threads: int = 1) -> Iterator[None]:
-    """Run a job's body with stdout, stderr and logging in `log_file`, native code's output included."""
+def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]:
+    """Run a job's body with stdout, stderr and logging in `log_file`, native code's output included.
+
+    Only an `online` job may reach the hub: all others find what it has fetched, and do not see the user's token.
+    """
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
+    if not online:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        for token in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            os.environ.pop(token, None)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported: it sizes its pool by it
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")

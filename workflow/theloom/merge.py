@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _PLAN = ("batch_tokens", "chunk_size")  # what each job had room for: of the merged file, one number for each shard
 _OWN = ("kind", "shard", "first_row", "identity", "rows", *_PLAN)  # attributes of a shard, not of the run
-_LARGEST = ("peak_memory", "predicted_memory")  # figures that do not add up
+_LARGEST = ("peak_memory", "predicted_memory", "oom_level")  # figures that do not add up
 
 
 @dataclass(frozen=True)

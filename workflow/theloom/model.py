@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from theloom import architecture, gpu, precision, source
+from theloom import architecture, gpu, lease, precision, source
 from theloom.architecture import Architecture, Numbers
 from theloom.errors import ModelError
 from theloom.estimator import quantized_as
@@ -143,7 +143,7 @@ def load(
     device, resolved = resolve_precision(config)
     if exact:
         resolved = Resolved("fp32", "fp32", ())
-    options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": _device_map(config, device, resolved)}
     if config.extraction.attention.name != "auto":
         options["attn_implementation"] = config.extraction.attention.name
     own = quantization_of(config, config_in(files, config.model.trust_remote_code))
@@ -245,6 +245,16 @@ def _one_tensor_at_a_time() -> Iterator[None]:
             del os.environ[_SEQUENTIAL]
         else:
             os.environ[_SEQUENTIAL] = before
+
+
+def _device_map(config: Config, device: "torch.device", resolved: Resolved) -> dict[str, "torch.device"]:
+    """Everything on one device, or over the GPUs that this job has leased. Raises MemoryPlanError."""
+    if len(lease.held()) < 2:
+        return {"": device}
+    from theloom import memory, placement
+
+    kind = memory.kind_of(config, resolved.resolved)
+    return placement.over_leased(hf_config(config.model), kind, config.model.trust_remote_code)
 
 
 def _quantization(bits: str, compute: str) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 
-from theloom import estimate, gpu, layout, memory, model, peak, plan, provenance, source, tokens
+from theloom import estimate, gpu, layout, memory, model, peak, placement, plan, provenance, source, tokens
 from theloom.architecture import numbers
 from theloom.config import plain
 from theloom.errors import ModelError, StoreError
@@ -96,9 +96,9 @@ def fit(
     correction: Correction | None = None,
 ) -> Planned:
     """The plan that fits the device's free memory, before anything is loaded. Raises MemoryPlanError."""
-    found, others = gpu.available(device)
+    found, others = placement.available(device)
     planned = plan.choose(
-        estimated,
+        placement.on_leased(estimated),
         kind.name,
         device.type,
         found,

@@ -92,7 +92,8 @@ class ExtractionConfig:
     )
     shards: int | None = key(
         None,
-        "files, and so independent jobs, that the corpus is split into; null: one for every 250,000 tokens, 2 to 64",
+        "files, and so independent jobs, that the corpus is split into; null: jobs of about ten minutes, at most "
+        "1,000; a run that has begun keeps its number",
     )
 
 
@@ -154,9 +155,29 @@ class ResourcesConfig:
     """What a job that holds the model asks of the scheduler."""
 
     threads: int = key(2, "CPU threads")
-    mem_mb: int = key(4000, "host memory in MB; a retry asks for that much more")
-    runtime: int = key(60, "minutes")
-    gpu: int = key(0, "GPUs")
+    mem_mb: int | None = key(None, "host memory in MB, and that much more for each retry; null: from the estimate")
+    load_mem_mb: int | None = key(None, "the same for load_model, which converts GGUF files; null: from the estimate")
+    runtime: int | None = key(None, "minutes, and as many more for each retry; null: from the planned throughput")
+    verify_runtime: int | None = key(
+        None, "the same for verify, which reads all rows; null: from the planned throughput"
+    )
+    disk_mb: int | None = key(None, "disk that a shard takes in MB; null: from the estimate")
+    gpu: int | None = key(None, "GPUs; null: as many as hold the model, none where extraction.device is cpu")
+    gpu_model: str | None = key(None, "the GPU to ask for, by the scheduler's name, such as a100")
+    gpu_memory_gb: float | None = key(
+        None, "memory of one such GPU in GB of 10⁹ bytes; null: that of gpu_model, else of an 80 GB card"
+    )
+    needed_gpu_mb: int | None = key(
+        None,
+        "memory that a job needs on each of its GPUs in MB, looked at before one is taken; null: from the estimate",
+    )
+    least_shards: int = key(
+        2, "where extraction.shards is null, at least so many: the GPUs or nodes that shall work at once"
+    )
+    constraint: str | None = key(None, "Slurm: features that a node must have, such as gpu80gb")
+    tokens_per_second: float | None = key(
+        None, "measured throughput of one job, for the number of shards and the minutes; null: planned"
+    )
 
 
 @dataclass

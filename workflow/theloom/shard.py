@@ -41,7 +41,7 @@ COMMIT_BYTES, MOST_TIMES_THAT = 8 << 20, 8
 _LATENCY_SHARE = 0.05
 
 # where a shard's time went; seconds_disk is the writer's own, the others are its caller's. peak_memory and
-# predicted_memory are bytes, of which the largest counts
+# predicted_memory are bytes, oom_level says how often batch and chunk were halved: of these three the largest counts
 FIGURES = (
     "seconds_total",
     "seconds_forward",
@@ -53,6 +53,7 @@ FIGURES = (
     "tokens_forwarded",
     "peak_memory",
     "predicted_memory",
+    "oom_level",
 )
 
 

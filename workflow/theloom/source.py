@@ -111,6 +111,25 @@ def check_local(config: ModelConfig) -> None:
         _local_folder(config.tokenizer, "model.tokenizer")
 
 
+def is_gguf(config: ModelConfig) -> bool:
+    """Whether a local model is a GGUF file that is not converted yet. Raises ModelError."""
+    folder = _local_folder(config.source)
+    gguf = _check_folder(folder, config) if folder is not None else None
+    return gguf is not None and not _conversion(gguf).is_dir()
+
+
+def fetch(config: ModelConfig) -> str | None:
+    """Have all files of a model and its tokenizer here, fetched where they are a hub's; returns the commit.
+
+    Converts nothing. Raises ModelError.
+    """
+    weights = [config.gguf_file] if config.gguf_file else [_SAFETENSORS] + [_PICKLES] * config.allow_pickle
+    folder, revision = _find(config.source, config.revision, weights)
+    _check_folder(folder, config)
+    describe_tokenizer(config)
+    return revision
+
+
 def _local_folder(source: str, key: str = "model.source") -> Path | None:
     """The folder of a package or a path, None for what must be a hub id. Errors name `key`."""
     if source.startswith("package:"):

@@ -1,0 +1,25 @@
+"""Fetch a run's model and data set once, before its jobs, which then run without the hub and without its token."""
+
+import json
+import logging
+from itertools import islice
+from pathlib import Path
+
+from theloom import corpus, source
+from theloom.schema import Config
+
+log = logging.getLogger(__name__)
+
+
+def stage(config: Config, output: Path) -> None:
+    """Have the files of a model, its tokenizer and a hub's data set here; write which they are to a JSON file.
+
+    The hub's own login is used (`hf auth login`, or HF_TOKEN), and never written. Raises ModelError, CorpusError.
+    """
+    revision = source.fetch(config.model)
+    if config.corpus.kind.name == "hub":
+        for _ in islice(corpus.documents(config.corpus), 1):  # the first row comes when all of them are here
+            log.info("corpus.dataset: %s is here", config.corpus.dataset)
+    log.info("model.source: %s is here%s", config.model.source, f", at {revision}" if revision else "")
+    record = {"source": config.model.source, "revision": revision, "tokenizer": config.model.tokenizer}
+    output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
