@@ -237,7 +237,7 @@ def _in_one_pass(asked: Request, resolved: Resolved | None) -> HiddenStates:
     kept = _Kept(asked, whole=True)
     cast = nullcontext() if resolved is None else InPrecision(described, precision.torch_dtype(resolved.resolved))
     with evaluating(described.model), cast, Taps(described, asked.points, kept.keep) as taps:
-        for _ in steps(taps, asked.rows.ids, asked.rows.ids.shape[1], **inputs):
+        for _ in steps(taps, asked.rows.ids, asked.rows.ids.shape[1], inputs=inputs):
             pass
     return kept.result(0, resolved)
 
@@ -249,7 +249,7 @@ def _chunks(asked: Request, chunk_size: int) -> Generator[HiddenStates, None, No
 
     kept = _Kept(asked, whole=False)
     taps = Taps(asked.architecture, asked.points, kept.keep)
-    passes = steps(taps, asked.rows.ids, chunk_size, **asked.inputs())
+    passes = steps(taps, asked.rows.ids, chunk_size, inputs=asked.inputs())
     while True:
         with evaluating(asked.architecture.model), taps:
             start = next(passes, None)

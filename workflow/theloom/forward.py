@@ -1,6 +1,6 @@
 """Token ids through a model, in one pass or chunk by chunk through its KV cache, while taps read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from theloom import hooks
@@ -22,7 +22,11 @@ def prefill(taps: Taps, ids: "torch.Tensor", chunk_size: int, offloaded: bool = 
 
 
 def steps(
-    taps: Taps, ids: "torch.Tensor", chunk_size: int, offloaded: bool = False, **inputs: "torch.Tensor"
+    taps: Taps,
+    ids: "torch.Tensor",
+    chunk_size: int,
+    offloaded: bool = False,
+    inputs: "Mapping[str, torch.Tensor] | None" = None,
 ) -> Iterator[int]:
     """The same step by step: after each, the position of its first token. Taps need be open during a step only.
 
@@ -33,8 +37,8 @@ def steps(
     from theloom.kv_cache import PrefillCache
 
     model = taps.architecture.model
-    inputs = {"input_ids": ids, **inputs}
-    named = {name: value.to(model.device, non_blocking=True) for name, value in inputs.items()}
+    everything = {"input_ids": ids, **(inputs or {})}
+    named = {name: value.to(model.device, non_blocking=True) for name, value in everything.items()}
     if ids.shape[1] <= chunk_size:
         with torch.inference_mode():
             taps.run(**named, use_cache=False)
