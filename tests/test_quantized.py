@@ -14,6 +14,7 @@ from theloom.estimate import estimator_of
 from theloom.estimator import Traced
 from theloom.extraction import extract_hidden_states
 from theloom.memory import Kind
+from theloom.summary import summary
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 KINDS = {"8bit": "int8", "4bit": "int4"}
@@ -69,6 +70,7 @@ def test_a_quantised_run_reports_how_near_to_fp32_it_is(tmp_path, even_llama, bi
         assert cosine[:, 0] == pytest.approx(1)  # the embedding is not quantised
         assert (least <= cosine + 1e-6).all()
         assert 0.9 < cosine[:, -1].mean() < 1 - 1e-6
+    assert f"{bits} weights: residuals' cosine similarity to FP32 0.9" in summary(run.folder)
     with h5py.File(run.folder / "model.h5") as file:
         assert file.attrs["quantization"] == bits
         weights = [int(file[f"memory/{side}"].attrs["weights"]) for side in ("predicted", "measured")]

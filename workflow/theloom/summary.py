@@ -13,14 +13,17 @@ def summary(folder: Path) -> str:
     with layout.open_h5(folder / "verification.h5", "verification") as file:
         error, largest = file["recomputed/error"][:], file["recomputed/largest"][:]
         documents, tolerance = len(error), file.attrs["tolerance"]
+        cosine = file["fp32/cosine"][:].mean(axis=0) if "fp32" in file else None
     share = float((error / np.maximum(largest, 1e-30)).max())
     size = sum(acts[hook].nbytes for hook in acts.hooks)
-    return "\n".join(
-        [
-            f"{acts.path}: {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, "
-            f"{size / 1e6:.1f} MB",
-            f"  hook points: {', '.join(acts.hooks)}",
-            f"  verified: {documents} documents recomputed, largest error {share:.1e} of the largest value "
-            f"(at most {tolerance:.0e}); all rows' hashes are right",
-        ]
-    )
+    lines = [
+        f"{acts.path}: {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, "
+        f"{size / 1e6:.1f} MB",
+        f"  hook points: {', '.join(acts.hooks)}",
+        f"  verified: {documents} documents recomputed, largest error {share:.1e} of the largest value "
+        f"(at most {tolerance:.0e}); all rows' hashes are right",
+    ]
+    if cosine is not None:
+        quantization = acts.attributes["model_quantization"]
+        lines.append(f"  {quantization} weights: residuals' cosine similarity to FP32 {cosine.min():.4f} or more")
+    return "\n".join(lines)
