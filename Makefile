@@ -1,18 +1,25 @@
 # make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…")
 # make test   build the same environment, then lint, type check and run all tests
+# make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILES ?=
 SET ?=
 BIN := .venv/bin
 
-.PHONY: run test lint format environment slurm lock clean
+.PHONY: run test test-store bench-store lint format environment slurm lock clean
 
 run: environment
 	$(BIN)/snakemake --profile workflow/profiles/local $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-store: environment
+	HF_HUB_OFFLINE=1 LONG_TESTS=1 KILLS=500 $(BIN)/python -m pytest -s tests/test_kills.py tests/test_crashes.py tests/test_integrity.py
+
+bench-store: environment
+	$(BIN)/python -m theloom.bench_store
 
 lint: environment
 	$(BIN)/ruff check .

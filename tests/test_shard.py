@@ -2,6 +2,8 @@
 
 import dataclasses
 import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 import xxhash
 from theloom import commit, layout, provenance, shard
 from theloom.commit import RECORD, committed
-from theloom.errors import MemoryPlanError
+from theloom.errors import MemoryPlanError, StoreError
 from theloom.hooks import residuals
 from theloom.shard import ShardSpec, ShardWriter
 from theloom.tokens import ShardTokens
@@ -165,6 +167,97 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+def test_a_second_writer_is_refused_while_the_first_lives_and_not_after_it_died(tmp_path):
+    path = tmp_path / "s.h5"
+    source = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import test_shard; from theloom.shard import ShardWriter\n"
+        "from pathlib import Path\n"
+        "with ShardWriter(Path(sys.argv[2]), test_shard.spec()): print('writing', flush=True); os.kill(os.getpid(), 19)"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", source, str(Path(__file__).parent), str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout.readline() == "writing\n"
+    with pytest.raises(StoreError, match=rf"another job writes it \(process {first.pid} on"), ShardWriter(path, spec()):
+        pass
+    first.kill()
+    first.wait()
+    write_all(path)
+    assert names(tmp_path) == ["s.h5"]
+
+
+def test_figures_add_up_over_jobs_and_are_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "COMMIT_BYTES", 1)
+    path = tmp_path / "s.h5"
+    with ShardWriter(path, spec()) as writer:
+        assert writer.figures == dict.fromkeys(shard.FIGURES, 0.0)
+        writer.figures["tokens"] += 5
+        write_window(writer, 2)
+        writer.batch_done(5)
+    with ShardWriter(path, spec()) as writer:
+        assert writer.figures["tokens"] == 5
+        assert 0 < writer.figures["seconds_disk"] < 60
+        for window in (0, 1):
+            writer.figures["tokens"] += LENGTHS[window]
+            write_window(writer, window)
+            writer.batch_done(window, last=window == 1)
+        writer.figures["seconds_total"] = 1.5
+        writer.finish()
+    with h5py.File(path) as file:
+        found = dict(zip(shard.FIGURES, file["figures"][:].tolist(), strict=True))
+    assert (found["tokens"], found["seconds_total"]) == (9, 1.5)
+
+
+@pytest.mark.parametrize(("latency", "speed", "expected"), [(0.0, 1e9, 8), (0.001, 1e9, 19), (0.1, 2e9, 64)])
+def test_a_commit_is_as_large_as_the_disk_asks_for(tmp_path, monkeypatch, latency, speed, expected):
+    """Of 1 ms and 1 GB/s: 20 MB, so that the wait is a twentieth."""
+    with ShardWriter(tmp_path / "s.h5", spec()) as writer:
+        clock, syncs = [0.0], []
+
+        def fdatasync(fd):
+            clock[0] += latency if syncs else 10**8 / speed
+            syncs.append(fd)
+
+        monkeypatch.setattr(shard.time, "perf_counter", lambda: clock[0])
+        monkeypatch.setattr(shard.os, "fdatasync", fdatasync)
+        writer._to_disk(b"", writer._places["commit_log"], writer._figures(), 10**8, 0.0)
+        assert writer.commit_bytes >> 20 == expected
+
+
+def test_values_beyond_fp16_are_an_error_unless_so_many_are_allowed(tmp_path, caplog):
+    def write(path, allowed):
+        with ShardWriter(path, spec("fp16", max_overflow=allowed)) as writer:
+            for count, window in list(enumerate((2, 0, 1)))[writer.batches_done :]:
+                for point in POINTS:
+                    rows = values(window, point.name)
+                    rows[0, 0] = 1e5 if window == 1 and point is POINTS[1] else 1.0
+                    writer.write(window, point.name, 0, rows.half())
+                writer.batch_done(count + 1, last=count == 2)
+            writer.finish()
+
+    path = tmp_path / "s.h5"
+    with pytest.raises(StoreError, match=rf"1 of 72 values of {POINTS[1].name} .* store\.dtype=bf16"):
+        write(path, 0.0)
+    assert names(tmp_path) == ["s.h5.partial"]
+    write(path, 0.02)  # goes on with it
+    assert "1 of 72 values" in caplog.text
+    with h5py.File(path) as file:
+        assert file["statistics/infinite"][:].tolist() == [0, 1]
+
+
+def test_fp16_keeps_every_bit_pattern_nan_payloads_included(tmp_path):
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float16).view(-1, 8)
+    with ShardWriter(tmp_path / "s.h5", spec("fp16", lengths=[len(every)], max_overflow=1.0)) as writer:
+        for point in POINTS:
+            writer.write(0, point.name, 0, every)
+        writer.batch_done(len(every), last=True)
+        writer.finish()
+    with h5py.File(tmp_path / "s.h5") as file:
+        place = file[f"hooks/{POINTS[0].name}/activations"].id.get_offset()
+        assert file["statistics/not_finite"][0] == 2 * (1 << 10)
+    assert np.array_equal(np.fromfile(tmp_path / "s.h5", "<u2", 1 << 16, offset=place), np.arange(1 << 16, dtype="<u2"))
+
+
 def test_a_full_disk_ends_with_the_space_that_is_needed_and_leaves_nothing(small_disk):
     large = dataclasses.replace(spec(), points=residuals(1, 1 << 16))
     with (
@@ -173,3 +266,27 @@ def test_a_full_disk_ends_with_the_space_that_is_needed_and_leaves_nothing(small
     ):
         pass
     assert names(small_disk) == []
+
+
+def test_a_shard_on_a_full_disk_goes_on_after_space_is_made(small_disk):
+    """Packing needs room for a second file, which is not there."""
+    lengths = [2000, 3000, 4000]
+    asked = spec(lengths=lengths, compression="zstd")
+
+    def write() -> int:
+        with ShardWriter(small_disk / "s.h5", asked) as writer:
+            there = writer.batches_done
+            for window in range(there, 3):
+                for point in POINTS:
+                    rows = torch.randn(lengths[window], 8, generator=torch.Generator().manual_seed(window))
+                    writer.write(window, point.name, 0, rows)
+                writer.batch_done(sum(lengths[: window + 1]), last=window == 2)
+            writer.finish()
+        return there
+
+    with pytest.raises(MemoryPlanError, match=r"no room for a packed shard of 0\.00\d GB, .* are free"):
+        write()
+    assert names(small_disk) == ["s.h5.partial"]
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    assert write() == 3
+    assert names(small_disk) == ["s.h5"]

@@ -18,7 +18,7 @@ from theloom import layout, open_files, parts, seals, statistics, untrusted
 from theloom.errors import HookError, StoreError
 from theloom.layout import hook_path
 from theloom.parts import Part
-from theloom.rows import HookRows, Maps, Rows
+from theloom.rows import HookRows, Maps, RowNumbers, Rows
 from theloom.shard import FIGURES
 from theloom.statistics import Statistics
 
@@ -67,7 +67,7 @@ class Activations:
         self._maps = Maps()
         with layout.open_h5(self.path, "activations") as file:
             untrusted.check(file, self.path, allow)
-            if seals.SEAL not in file or seals.broken(self.path, seals.METADATA):
+            if seals.SEAL not in file or seals.broken(file, seals.METADATA):
                 raise StoreError(
                     f"{self.path}: its metadata is not as it was written: a program or the disk has changed it; "
                     "run the pipeline again, or fetch the file again"
@@ -78,9 +78,8 @@ class Activations:
             self._names = parts.names_of(self.attributes)
             self._widths = {name: file[name].shape[1:] for name in self._names}
             self.is_virtual = "sources" in file
-            self._parts: list[Part] = (
-                parts.referred(file, self.path, allow) if self.is_virtual else [parts.own(file, self.path)]
-            )
+            own = [] if self.is_virtual else [parts.own(file, self.path, self.attributes)]
+            self._parts: list[Part] = own or parts.referred(file, self.path, allow)
             self._document_offset = file["documents/offset"][:]
             self._document_id = file["documents/id"][:]
             self.window_offset: np.ndarray = file["windows/offset"][:]
@@ -156,7 +155,7 @@ class Activations:
     ) -> "Iterator[Batch]":
         """All rows in batches: tensors (batch_size, …) of one hook point, or of several a dict by name.
 
-        `hooks` may also name `input_ids`, `document` and `position`. `shuffle` mixes blocks of rows in a buffer
+        `hooks` may also name `input_ids`, `document`, `position` and `row`. `shuffle` mixes blocks of rows in a buffer
         (`theloom.loader` says how well), the same for the same seed. Others: as of `loader.RowBatches`, whose
         `dataset(…)` below is this for a DataLoader.
         """
@@ -169,7 +168,9 @@ class Activations:
         return RowBatches(self, hooks, batch_size, **others)
 
     def rows_of(self, name: str) -> Rows:
-        """The rows of a hook point, or of `input_ids`, `document` or `position`."""
+        """The rows of a hook point, or of `input_ids`, `document`, `position` or `row` (its number in the dataset)."""
+        if name == "row":
+            return RowNumbers(len(self))
         return self._table(TABLES[name]) if name in TABLES else self[name]
 
     def _table(self, name: str) -> Rows:

@@ -41,8 +41,8 @@ def damaged_parts(acts: Activations) -> list[str]:
     """What beside the rows is not as it was written, in words: metadata, tables, logs, of the file and its shards."""
     found = []
     for path in dict.fromkeys([acts.path, *acts.files]):
-        broken = seals.broken(path, seals.METADATA, seals.TABLES, seals.RESULTS)
         with h5py.File(path, "r") as file:
+            broken = seals.broken(file, seals.METADATA, seals.TABLES, seals.RESULTS)
             if "commit_log" in file and (records := commit.broken_records(file)):
                 broken.append(f"{len(records)} records of its log (first: batch {records[0]})")
         if broken:

@@ -26,7 +26,7 @@ class RowBatches(IterableDataset[Batch]):
     """Batches of one pass over a dataset's rows; `set_epoch` gives the next pass another order.
 
     In DataLoader workers, and in the processes of torch.distributed (or `rank` of `world_size`), each row comes to one
-    of them, in blocks. With `drop_last` every process gets the same number of batches, and up to a block's rows for
+    of them, in blocks. With `drop_last` every process gets the same number of batches, and up to two blocks' rows for
     each process more are left out. Give DataLoader batch_size=None: the batches are made here.
     """
 

@@ -102,7 +102,8 @@ def _check(path: Path, number: int) -> _Shard:
         attributes = dict(file.attrs)
         if attributes.get("kind") != "shard" or attributes["shard"] != number:
             raise StoreError(f"{path}: is not shard {number} of a run; remove it and run again")
-        part = parts.own(file, path)
+        part = parts.own(file, path, attributes)
+        broken = seals.broken(file, seals.METADATA, seals.TABLES, seals.RESULTS)
         names = parts.names_of(attributes)
         tables = ("documents/offset", "windows/offset", "documents/id", "windows/document", "windows/hash")
         found = _Shard(
@@ -113,7 +114,7 @@ def _check(path: Path, number: int) -> _Shard:
             dict(zip(FIGURES, file["figures"][:].tolist(), strict=True)),
             {name: file[name][:] for name in tables},
         )
-    if broken := seals.broken(path, seals.METADATA, seals.TABLES, seals.RESULTS):
+    if broken:
         raise StoreError(f"{path}: {', '.join(broken)} were changed after it was written; remove it and run again")
     return found
 

@@ -35,20 +35,20 @@ def names_of(attributes: dict[str, Any]) -> list[str]:
     return [*TOKENS, *map(layout.hook_path, json.loads(attributes["hooks"]))]
 
 
-def own(file: h5py.File, path: Path) -> Part:
+def own(file: h5py.File, path: Path, attributes: dict[str, Any]) -> Part:
     """A file that holds its own rows, a shard or a physical merge: all of it there, and finished. Raises StoreError."""
-    attributes, size = dict(file.attrs), path.stat().st_size
-    rows, places = int(attributes["rows"]), {}
+    rows, places, size = int(attributes["rows"]), {}, path.stat().st_size
     for name in names_of(attributes):
-        dataset = file[name].id
-        width = int(np.prod(file[name].shape[1:])) * dataset.get_type().get_size()
-        kind = dataset.get_create_plist().get_layout()
-        if file[name].shape[0] != rows:
-            raise StoreError(f"{path}: its {name} has {file[name].shape[0]} rows instead of {rows}; {_AGAIN}")
+        dataset = file[name]
+        shape = dataset.shape
+        width = int(np.prod(shape[1:])) * dataset.id.get_type().get_size()
+        kind = dataset.id.get_create_plist().get_layout()
+        if shape[0] != rows:
+            raise StoreError(f"{path}: its {name} has {shape[0]} rows instead of {rows}; {_AGAIN}")
         if kind == h5py.h5d.CHUNKED and attributes.get("compression") == "zstd":
             places[name], end = -1, _end_of_chunks(file, name, path)
         elif kind == h5py.h5d.CONTIGUOUS:
-            places[name] = layout.byte_offset(file[name])
+            places[name] = layout.byte_offset(dataset)
             end = places[name] + rows * width if places[name] or not rows * width else size + 1
         else:
             raise StoreError(f"{path}: its {name} is not laid out as theloom does it; {_AGAIN}")

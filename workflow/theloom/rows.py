@@ -131,6 +131,17 @@ class Rows:
         return out.reshape(*wanted.shape, *self.shape[1:])
 
 
+class RowNumbers(Rows):
+    """The number of each row: what tells, in shuffled batches, where a row is from."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([], Maps(), "", (), np.dtype("<i8"))
+        self.shape = (count,)
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        out[:] = np.arange(start, start + len(out))
+
+
 class HookRows(Rows):
     """The rows of one hook point: indexing gives torch tensors (rows, width) in the stored dtype."""
 

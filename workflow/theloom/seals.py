@@ -23,12 +23,15 @@ _UNSEALED = ("hooks/", "figures", SEAL)
 Extent = tuple[str, int, int]
 
 
-def of(path: Path, *which: int) -> dict[int, int]:
-    """These seals of a file, as it is."""
-    with h5py.File(path, "r") as file:
-        extents = sorted(_extents(file), key=lambda e: e[1])
+def of(file: h5py.File, *which: int) -> dict[int, int]:
+    """These seals of an open file, as it is."""
+    extents = sorted(_extents(file), key=lambda e: e[1])
     hashes = [xxhash.xxh3_64() for _ in range(3)]
-    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as whole, memoryview(whole) as view:
+    with (
+        Path(file.filename).open("rb") as f,
+        mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as whole,
+        memoryview(whole) as view,
+    ):
         at = 0
         for name, place, size in [*extents, ("", len(view), 0)]:
             if place > at and METADATA in which:
@@ -42,33 +45,29 @@ def of(path: Path, *which: int) -> dict[int, int]:
 
 def write(path: Path, *which: int) -> None:
     """Write these seals of a closed file into it."""
-    found = of(path, *which)
     with h5py.File(path, "r") as file:
-        place = layout.byte_offset(file[SEAL])
+        found, place = of(file, *which), layout.byte_offset(file[SEAL])
     with path.open("rb+") as f:
         for number in which:
             layout.pwrite(f.fileno(), found[number].to_bytes(8, "little"), place + 8 * number)
 
 
-def broken(path: Path, *which: int) -> list[str]:
-    """Which parts of a file are not as they were sealed, in words."""
+def broken(file: h5py.File, *which: int) -> list[str]:
+    """Which parts of an open file are not as they were sealed, in words."""
     words = ("its metadata", "its tables of tokens, documents and windows", "its log, hashes or statistics")
-    with h5py.File(path, "r") as file:
-        written = file[SEAL][:].tolist()
-    found = of(path, *which)
+    found, written = of(file, *which), file[SEAL][:].tolist()
     return [words[number] for number in which if found[number] != written[number]]
 
 
 def _extents(file: h5py.File) -> Iterator[Extent]:
     """Name, place and bytes of all that lies outside of HDF5's metadata."""
-    names: list[str] = []
-    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    for name in names:
-        dataset = file[name].id
+    datasets: list[tuple[str, h5py.h5d.DatasetID]] = []
+    file.visititems(lambda name, item: datasets.append((name, item.id)) if isinstance(item, h5py.Dataset) else None)
+    for name, dataset in datasets:
         kind = dataset.get_create_plist().get_layout()
         if kind == h5py.h5d.CHUNKED:
             chunks: list[Extent] = []
             dataset.chunk_iter(lambda chunk, n=name, into=chunks: into.append((n, chunk.byte_offset, chunk.size)))
             yield from chunks
-        elif kind == h5py.h5d.CONTIGUOUS and dataset.get_offset():
-            yield name, dataset.get_offset(), dataset.get_storage_size()
+        elif kind == h5py.h5d.CONTIGUOUS and (place := dataset.get_offset()):
+            yield name, place, dataset.get_storage_size()

@@ -114,7 +114,7 @@ class ShardWriter:
         self._digest = 0
         self._records: list[np.ndarray] = []  # of batches that are written and not committed
         self._uncommitted = 0
-        self._commit_bytes = COMMIT_BYTES
+        self.commit_bytes = COMMIT_BYTES  # what a commit holds, by the disk at hand
         self._seconds_writing = 0.0
         self._fd = -1
 
@@ -184,7 +184,7 @@ class ShardWriter:
         self._records.append(commit.record(self.batches_done, rows, self._digest))
         self._counted = self._counting.submit(self._count, windows)
         self._hashes.clear()
-        if self._uncommitted >= self._commit_bytes or last:
+        if self._uncommitted >= self.commit_bytes or last:
             self._commit()
         if last:
             self._wait_for_commit()
@@ -248,7 +248,7 @@ class ShardWriter:
         ended = time.perf_counter()
         latency, bandwidth = ended - synced, size / (synced - begun + seconds_writing)
         wanted = int(latency * bandwidth / _LATENCY_SHARE)
-        self._commit_bytes = min(max(wanted, COMMIT_BYTES), COMMIT_BYTES * MOST_TIMES_THAT)
+        self.commit_bytes = min(max(wanted, COMMIT_BYTES), COMMIT_BYTES * MOST_TIMES_THAT)
         return ended - begun
 
     def _wait_for_commit(self) -> None:
@@ -294,10 +294,10 @@ class ShardWriter:
             return False
         try:
             with h5py.File(self.partial, "r") as file:
-                identity = file.attrs.get("identity")
-            reason = "is of another config, model or corpus" if identity != self._spec.identity else ""
-            if not reason and (broken := seals.broken(self.partial, seals.METADATA, seals.TABLES)):
-                reason = f"is damaged ({', '.join(broken)})"
+                same = file.attrs.get("identity") == self._spec.identity
+                reason = "" if same else "is of another config, model or corpus"
+                if same and (broken := seals.broken(file, seals.METADATA, seals.TABLES)):
+                    reason = f"is damaged ({', '.join(broken)})"
         except (OSError, KeyError, ValueError):
             reason = "is not a shard that can be read"
         if reason:

@@ -16,15 +16,18 @@ from theloom.errors import StoreError
 def check(file: h5py.File, path: Path, allow: Collection[str] = ()) -> None:
     """Look at every link and every dataset of an open file. Raises StoreError."""
 
-    def link(name: str, found: object) -> None:
-        if isinstance(found, h5py.ExternalLink):
-            check_name(path, found.filename, allow, f"its {name} is a link to")
-        if isinstance(found, h5py.SoftLink):
+    links: list[tuple[str, object]] = []
+    items: list[tuple[str, object]] = []
+    file.visititems_links(lambda name, link: links.append((name, link)))  # h5py cannot raise from within a visit
+    for name, link in links:
+        if isinstance(link, h5py.ExternalLink):
+            check_name(path, link.filename, allow, f"its {name} is a link to")
+        if isinstance(link, h5py.SoftLink):
             raise StoreError(f"{path}: its {name} is a soft link, which no file of TheLoom has; do not use this file")
-
-    def dataset(name: str, item: object) -> None:
+    file.visititems(lambda name, item: items.append((name, item)))
+    for name, item in items:
         if not isinstance(item, h5py.Dataset):
-            return
+            continue
         properties = item.id.get_create_plist()
         for number in range(properties.get_external_count()):
             stored = properties.get_external(number)[0].decode(errors="replace")
@@ -33,9 +36,6 @@ def check(file: h5py.File, path: Path, allow: Collection[str] = ()) -> None:
             for number in range(properties.get_virtual_count()):
                 source = properties.get_virtual_filename(number)
                 check_name(path, source, allow, f"its {name} refers to")
-
-    file.visititems_links(link)
-    file.visititems(dataset)
 
 
 def check_name(path: Path, source: str, allow: Collection[str], what: str) -> None:

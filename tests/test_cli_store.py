@@ -1,0 +1,57 @@
+"""theloom inspect and theloom verify."""
+
+import json
+
+import pytest
+from support import stages
+from test_crashes import flip
+from theloom import cli
+from theloom.shard import FIGURES
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_llama):
+    return stages(tmp_path_factory.mktemp("run"), tiny_llama, "extraction.shards=2 corpus.max_tokens=400").all()
+
+
+def test_inspect_says_what_a_file_holds(run, capsys):
+    for file in (run.activations, run.shards[0]):
+        assert cli.main(["inspect", str(file)]) == 0
+        text = capsys.readouterr().out
+        assert HOOK in text
+        assert "Where the time went" in text
+        assert "corpus_hash" in text
+
+
+def test_inspect_as_json(run, capsys):
+    assert cli.main(["inspect", str(run.activations), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"]["rows"] == 400
+    assert len(found["schema"]["files"]) == 2
+    assert list(found["figures"]) == list(FIGURES)
+    assert found["figures"]["seconds_disk"] > 0
+    (hook,) = [h for h in found["hooks"] if h["name"] == HOOK]
+    assert (hook["shape"], hook["nbytes"], hook["not_finite"]) == ([64], 400 * 64 * 4, 0)
+    assert found["provenance"]["versions"]["torch"]
+
+
+def test_verify_recomputes_documents_with_the_model(run, capsys):
+    assert cli.main(["verify", str(run.activations), "--recompute", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recomputed"] >= 1
+    assert found["largest_error"] <= found["tolerance"]
+    assert cli.main(["verify", str(run.shards[1]), "--recompute", "1"]) == 0
+    assert "1 documents recomputed" in capsys.readouterr().out
+
+
+def test_verify_ends_on_one_line_where_a_bit_is_flipped(run, capsys):
+    flip(run.shards[0], run.shards[0].stat().st_size - 100, 3)
+    assert cli.main(["verify", str(run.activations)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "rows of 1 windows are not those that were written" in error
+    flip(run.shards[0], run.shards[0].stat().st_size - 100, 3)
+    assert cli.main(["verify", str(run.activations)]) == 0
+    assert "all hashes" not in capsys.readouterr().err
