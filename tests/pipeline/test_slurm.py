@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -21,11 +22,12 @@ import theloom
 from filelock import FileLock
 from slurm import Slurm, wait_for
 from support import Project, copy_project, plain_residuals
+from theloom import config, engine, estimate, model_record, staging, tokens
 from theloom import shard as shard_module
 
 slow = pytest.mark.skipif("THELOOM_SLOW_TESTS" not in os.environ, reason="set THELOOM_SLOW_TESTS=1 for minutes of it")
 RUN = "run"
-FOUR = f"name={RUN} extraction.shards=4 resources.mem_mb=1500"
+FOUR = f"name={RUN} extraction.shards=4 resources.mem_mb=1500 resources.threads=1"
 QUICK = ["--slurm-init-seconds-before-status-checks", "1", "--max-status-checks-per-second", "2", "--latency-wait", "5"]
 # what comes before the shards is there, and what comes after is as everywhere
 EXTRACTED = [f"results/{RUN}/shards/{number:05d}-of-00004.h5" for number in range(4)]
@@ -46,20 +48,34 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_profile) -> Project:
-    """A run up to its model record, and what a local extraction makes of it in a copy."""
+    """A run up to its model record, made without Snakemake: what Slurm's jobs then take up."""
     project = copy_project(tmp_path_factory.mktemp("prepared"))
     tiny_profile(project)
-    done = project.snakemake("--until", "load_model", profiles="tiny", overrides=FOUR)
-    assert done.returncode == 0, done.stderr
+    folder = project.results(RUN)
+    for name in ("config", "shards"):
+        (folder / name).mkdir(parents=True)
+    (run,) = config.runs(project.folder / "config", "tiny", FOUR).values()
+    for stage in config.STAGES:
+        config.freeze(run.stage(stage), folder / f"config/{stage}.json")
+
+    def frozen(stage: str) -> Any:
+        return config.thaw(folder / f"config/{stage}.json")
+
+    staging.stage(frozen("source"), folder / "source.json")
+    tokens.tokenize(frozen("tokens"), folder / "tokens.h5")
+    estimate.run_estimate(frozen("estimate"), folder / "estimate.h5")
+    model_record.record(frozen("model"), folder / "estimate.h5", folder / "tokens.h5", folder / "model.h5")
     return project
 
 
 @pytest.fixture(scope="module")
 def local(prepared: Project, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, np.ndarray]]:
-    """The rows of the same shards without Slurm."""
+    """The rows of the same shards without Slurm and without Snakemake."""
     project = copy_of(prepared, tmp_path_factory.mktemp("local") / "project")
-    done = project.snakemake(*EXTRACTED, profiles="tiny", overrides=FOUR)
-    assert done.returncode == 0, done.stderr
+    folder = project.results(RUN)
+    inputs = [folder / name for name in ("config/extract.json", "estimate.h5", "model.h5", "tokens.h5")]
+    for number, shard in enumerate(EXTRACTED):
+        engine.extract_shard(*inputs, number, project.folder / shard)
     return rows_of(project)
 
 

@@ -100,8 +100,8 @@ def shards(wildcards):
 
 
 onstart:
-    # For jobs on a cluster, which parse this file again. No rule makes this file, and none reads it: Snakemake leaves
-    # out jobs whose only changed input is an ancient() one, also where their output is missing.
+    # For jobs on a cluster, which parse this file again. Not by freeze_config, as an ancient() input of theirs: Snakemake
+    # would leave out all jobs behind one that makes such an input anew, also those whose output is missing.
     for name, run in RUNS.items():
         frozen_resources = Path("results", name, "config", "resources.json")
         frozen_resources.parent.mkdir(parents=True, exist_ok=True)
