@@ -1,13 +1,15 @@
 # make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…")
+# make bench  the same environment and peers, then TheLoom beside other tools (or BENCH="--rounds 7 --tokens 4096")
 # make test   build the same environment, then lint, type check and run all tests
 # make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILES ?=
 SET ?=
+BENCH ?=
 BIN := .venv/bin
 
-.PHONY: run test test-store bench-store lint format environment slurm lock clean
+.PHONY: run test test-store bench bench-store lint format environment slurm lock clean
 
 run: environment
 	$(BIN)/snakemake --profile workflow/profiles/local $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
@@ -20,6 +22,9 @@ test-store: environment
 
 bench-store: environment
 	$(BIN)/python -m theloom.bench_store
+bench: environment
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[bench]'
+	$(BIN)/python workflow/bench/bench.py $(BENCH)
 
 lint: environment
 	$(BIN)/ruff check .
