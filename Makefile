@@ -1,18 +1,22 @@
 # make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…")
 # make test   build the same environment, then lint, type check and run all tests
+# make sweep  try every causal LM of transformers, made tiny, and write workflow/docs/architectures.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILES ?=
 SET ?=
 BIN := .venv/bin
 
-.PHONY: run test lint format environment clean
+.PHONY: run test sweep lint format environment clean
 
 run: environment
 	$(BIN)/snakemake --profile workflow/profiles/local $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+sweep: environment
+	$(BIN)/python tests/sweep.py
 
 lint: environment
 	$(BIN)/ruff check .

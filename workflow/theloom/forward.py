@@ -1,6 +1,8 @@
 """Token ids through a model, in one pass or chunk by chunk through its KV cache, while taps read."""
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from theloom import hooks
 from theloom.architecture import Architecture
@@ -8,12 +10,17 @@ from theloom.taps import Taps
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
+
+# count positions from 0 in every chunk unless told; others do not take position ids, or are wrong with them (RoBERTa)
+RESTARTS_POSITIONS = ("bamba",)
 
 
-def prefill(taps: Taps, ids: "torch.Tensor", chunk_size: int) -> None:
+def prefill(taps: Taps, ids: "torch.Tensor", chunk_size: int, lengths: Sequence[int] | None = None) -> None:
     """Forward token ids (batch, position): at once where they fit a chunk, else chunk by chunk through a KV cache.
 
-    No attention mask is passed: rows are causal, and padding, if any, is on the right.
+    A causal model gets no attention mask: padding, if any, is on the right, where no real token looks. For any other
+    model `lengths` are the real tokens of every row, and what is beyond them is masked; it goes through in one pass.
     """
     import torch
     from transformers import DynamicCache
@@ -21,21 +28,36 @@ def prefill(taps: Taps, ids: "torch.Tensor", chunk_size: int) -> None:
     with torch.inference_mode():
         model = taps.architecture.model
         ids = ids.to(model.device)
+        if lengths is not None:
+            real = torch.tensor(list(lengths), device=ids.device)[:, None]
+            mask = (torch.arange(ids.shape[1], device=ids.device) < real).long()
+            taps.run(input_ids=ids, attention_mask=mask, use_cache=False)
+            return
         if ids.shape[1] <= chunk_size:
             taps.run(input_ids=ids, use_cache=False)
             return
-        cache = DynamicCache(config=model.config)
+        cache: dict[str, Any] = {cache_name(model): DynamicCache(config=model.config)}
         for start in range(0, ids.shape[1], chunk_size):
-            taps.run(input_ids=ids[:, start : start + chunk_size], past_key_values=cache, use_cache=True)
+            chunk = ids[:, start : start + chunk_size]
+            if model.config.model_type in RESTARTS_POSITIONS:
+                cache["position_ids"] = torch.arange(start, start + chunk.shape[1], device=ids.device)[None]
+            taps.run(input_ids=chunk, use_cache=True, **cache)
 
 
-def residuals(architecture: Architecture, ids: "torch.Tensor", chunk_size: int) -> dict[str, "torch.Tensor"]:
-    """The residual after every block, (batch, position, hidden size) in FP32 on the CPU, computed chunk by chunk."""
+def cache_name(model: "PreTrainedModel") -> str:
+    """What a model's forward calls its cache: Mamba and its kin have a name of their own."""
+    names = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in names else "past_key_values"
+
+
+def residuals(
+    architecture: Architecture, ids: "torch.Tensor", chunk_size: int, lengths: Sequence[int] | None = None
+) -> dict[str, "torch.Tensor"]:
+    """Every residual, (batch, position, hidden size) in FP32 on the CPU, computed as `prefill` does."""
     import torch
 
-    everything = hooks.residuals(len(architecture.blocks), architecture.hidden_size)
-    points = [p for p in everything if p.value == "hook_resid_post"]
+    points = hooks.residuals(len(architecture.blocks), architecture.hidden_size)
     seen: dict[str, list[torch.Tensor]] = {p.name: [] for p in points}
     with Taps(architecture, points, lambda name, value: seen[name].append(value.float().cpu())) as taps:
-        prefill(taps, ids, chunk_size)
+        prefill(taps, ids, chunk_size, lengths)
     return {name: torch.cat(chunks, dim=1) for name, chunks in seen.items()}
