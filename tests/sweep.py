@@ -228,15 +228,18 @@ def table(rows: list[Row]) -> str:
     return f"""# Architectures
 
 `make sweep` builds a tiny model with random weights from the config of every architecture that `transformers`
-{transformers.__version__} lists as a causal language model, runs it in FP32, and writes this page. Of {len(rows)} architectures {tiny} can
-be made tiny. In **{parity}** `hook_resid_pre` and `hook_resid_post` of every block equal the model's own
-`output_hidden_states`, to at most {TOLERANCE["fp32"]:g} of the largest value, and the last one its final norm's input; and **{streams}** give
-the same rows in chunks of {CHUNK} tokens through their KV cache as in one pass. All others are refused with the reason that
-the table gives: as a whole, or for documents longer than a chunk. None is taken and wrong.
+{transformers.__version__} lists as a causal language model, runs it in FP32, and writes this page.
 
-TheLoom finds out by itself: `load_model` tries every model so on a few tokens before it takes a row from it.
-A model's own `output_hidden_states` are the inputs of its blocks, and last the final norm's output. In {shifted} they
-are the blocks' outputs; there they are compared with those.
+- Of {len(rows)} architectures {tiny} can be made tiny.
+- In **{parity}**, `hook_resid_pre` and `hook_resid_post` of every block equal the model's own
+  `output_hidden_states`, to at most {TOLERANCE["fp32"]:g} of the largest value.
+  Its last entry is what the final norm, or what mixes several streams into one, makes of the last block's output.
+- **{streams}** give the same rows in chunks of {CHUNK} tokens through their KV cache as in one pass.
+- All others are refused with the reason that the table gives: as a whole, or for documents longer than a chunk.
+- Taken, and wrong: {sum(r.silently_wrong for r in rows)}.
+
+TheLoom finds out by itself: `load_model` tries every model so on a few tokens before it takes a row from it. Where a
+model's own hidden states are the outputs of its blocks, not the inputs, they are compared as such: {shifted}.
 
 | architecture | class | residuals | in chunks | reason |
 |---|---|---|---|---|

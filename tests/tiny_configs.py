@@ -10,17 +10,16 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 VOCABULARY = 160  # special tokens take the numbers from 128 on
 BLOCKS = 3
 
-DEPTH = (
-    "num_hidden_layers n_layer n_layers num_layers num_blocks encoder_layers decoder_layers depth num_decoder_layers"
-)
+DEPTH = "num_hidden_layers n_layer n_layers num_layers num_blocks encoder_layers decoder_layers depth"
 SIZES = {
     64: "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim attention_hidden_size "
     "input_embedding_size output_embedding_size lru_width input_size backbone_hidden_size mamba_d_ssm linear_attn_dim "
     "out_hidden_size hidden_size_global dim_model_base ple_embed_dim output_dim projection_dim qk_nope_dim",
     16: "head_dim global_head_dim swa_head_dim d_kv d_head dim_head kv_channels attention_head_size linear_head_dim "
-    "linear_key_head_dim linear_value_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim kv_lora_rank "
-    "mamba_d_state state_size ssm_state_size mamba_headdim mamba_d_head mamba_head_dim hidden_size_per_layer_input "
-    "o_lora_rank laurel_rank time_step_rank mamba_dt_rank adapter_rank rotary_dim query_pre_attn_scalar rel_extent "
+    "linear_key_head_dim linear_value_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim "
+    "kv_lora_rank mamba_d_state state_size ssm_state_size mamba_headdim mamba_d_head mamba_head_dim "
+    "hidden_size_per_layer_input o_lora_rank laurel_rank "
+    "time_step_rank mamba_dt_rank adapter_rank rotary_dim query_pre_attn_scalar rel_extent "
     "hc_lowrank router_hidden_size pronunciation_embed_dim shape_embed_dim position_bias_num_buckets "
     "moe_latent_size d_rel",
     32: "qk_head_dim q_lora_rank moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
@@ -29,7 +28,8 @@ SIZES = {
     "feed_forward_size intermediate_size_mlp dense_intermediate_size mlp_dim",
     256: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length model_max_length "
     "max_source_positions original_max_position_embeddings",
-    8: "mamba_n_heads mamba_num_heads sliding_window sliding_window_size window_size attention_chunk_size attention_window_size attention_window "
+    8: "mamba_n_heads mamba_num_heads "
+    "sliding_window sliding_window_size window_size attention_chunk_size attention_window_size attention_window "
     "mamba_chunk_size chunk_size block_size local_attn_chunk_length lsh_attn_chunk_length num_embeds_ada_norm "
     "keep_window_size index_block_size segment_size local_attention",
     4: "num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads num_experts "

@@ -57,9 +57,23 @@ def numbers(config: "PretrainedConfig") -> Numbers:
         head_dim=_said(text, "head_dim") or hidden // heads,
         intermediate_size=_said(text, "intermediate_size") or _said(text, "n_inner") or 4 * hidden,
         vocab_size=text.vocab_size,
-        context_length=getattr(text, "max_position_embeddings", None) or 0,
+        context_length=_context_length(text),
         sliding_window=bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True),
     )
+
+
+# number positions from one after that of the padding token, so that the first ones are never used
+POSITIONS_AFTER_PADDING = (
+    *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm"),
+    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+
+
+def _context_length(text: "PretrainedConfig") -> int:
+    limit = getattr(text, "max_position_embeddings", None) or 0
+    if limit and text.model_type in POSITIONS_AFTER_PADDING:
+        return limit - 1 - (text.pad_token_id or 0)
+    return limit
 
 
 def _said(config: "PretrainedConfig", name: str) -> Any:

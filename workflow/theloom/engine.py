@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +45,22 @@ Sink = Callable[[str, int, "torch.Tensor"], None]
 class ResidentRunner:
     """Runs batches through a model that is on the device as a whole."""
 
-    def __init__(self, loaded: LoadedModel, points: list[HookPoint], chunk_size: int, store: str) -> None:
-        self._loaded, self._points, self._chunk_size = loaded, points, chunk_size
+    def __init__(
+        self, loaded: LoadedModel, points: list[HookPoint], chunk_size: int, store: str, causal: bool = True
+    ) -> None:
+        self._loaded, self._points, self._chunk_size, self._causal = loaded, points, chunk_size, causal
         self._dtype = torch_dtype(store)
 
-    def run(self, ids: "torch.Tensor", sink: Sink, captured: "Callable[[torch.Tensor], None] | None" = None) -> None:
+    def run(
+        self,
+        ids: "torch.Tensor",
+        sink: Sink,
+        captured: "Callable[[torch.Tensor], None] | None" = None,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         """Forward token ids (window, position), padded on the right; hand every chunk of every hook point to `sink`.
+
+        `lengths`, the tokens of each window, are what a model that is not causal masks its padding by.
 
         Values leave the device, in the stored dtype, as soon as they exist; `captured` sees each of them before.
         """
@@ -68,7 +78,7 @@ class ResidentRunner:
             position[name] += rows.shape[1]
 
         with Taps(self._loaded.architecture, self._points, hand_over) as taps:
-            prefill(taps, ids, self._chunk_size)
+            prefill(taps, ids, self._chunk_size, None if self._causal else lengths or [ids.shape[1]] * len(ids))
 
 
 def extract_shard(
@@ -105,7 +115,7 @@ def extract_shard(
     with ShardWriter(output, spec) as writer:
         if writer.batches_done < len(batches):
             loaded = model_record.load_again(frozen, recorded)
-            runner = ResidentRunner(loaded, points, planned.chunk_size, store)
+            runner = ResidentRunner(loaded, points, planned.chunk_size, store, recorded.causal)
             asked = frozen.memory.profile_shard == shard
             largest = batching.largest(batches, writer.batches_done, planned.chunk_size) if asked else ()
             profile = ShardProfile(loaded, output, largest)
@@ -153,7 +163,7 @@ def _extract(
                     writer.write(window, name, start, values[row, :real])
 
         with profile.batch(number, ids) as captured:
-            runner.run(ids, write, captured)
+            runner.run(ids, write, captured, batch.lengths)
         done += sum(batch.lengths)
         padding += ids.numel() - sum(batch.lengths)
         writer.batch_done(done, last=number == len(batches) - 1)
@@ -180,8 +190,9 @@ def _check_streaming(recorded: ModelRecord, lengths: np.ndarray, chunk_size: int
     longest = int(lengths.max(initial=0))
     if longest > chunk_size and not recorded.streams:
         raise ModelError(
-            f"{recorded.attributes['model_class']} gives other rows in chunks than in one pass, and a document has "
-            f"{longest} tokens; set memory.streaming_chunk_size={longest} or corpus.context_length={chunk_size}"
+            f"{recorded.attributes['model_class']} cannot be streamed ({recorded.attributes['not_streamed']}), and a "
+            f"document has {longest} tokens; "
+            f"set memory.streaming_chunk_size={longest} or corpus.context_length={chunk_size}"
         )
 
 

@@ -31,10 +31,10 @@ def prefill(taps: Taps, ids: "torch.Tensor", chunk_size: int, lengths: Sequence[
         if lengths is not None:
             real = torch.tensor(list(lengths), device=ids.device)[:, None]
             mask = (torch.arange(ids.shape[1], device=ids.device) < real).long()
-            taps.run(input_ids=ids, attention_mask=mask, use_cache=False)
+            taps.run(input_ids=ids, attention_mask=mask, **no_cache(model))
             return
         if ids.shape[1] <= chunk_size:
-            taps.run(input_ids=ids, use_cache=False)
+            taps.run(input_ids=ids, **no_cache(model))
             return
         cache: dict[str, Any] = {cache_name(model): DynamicCache(config=model.config)}
         for start in range(0, ids.shape[1], chunk_size):
@@ -42,6 +42,11 @@ def prefill(taps: Taps, ids: "torch.Tensor", chunk_size: int, lengths: Sequence[
             if model.config.model_type in RESTARTS_POSITIONS:
                 cache["position_ids"] = torch.arange(start, start + chunk.shape[1], device=ids.device)[None]
             taps.run(input_ids=chunk, use_cache=True, **cache)
+
+
+def no_cache(model: "PreTrainedModel") -> dict[str, Any]:
+    """How a model's forward is told not to keep a cache, where it knows of any."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def cache_name(model: "PreTrainedModel") -> str:

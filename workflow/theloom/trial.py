@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from theloom.architecture import Architecture
 from theloom.errors import HookError, ModelError
-from theloom.forward import residuals
+from theloom.forward import no_cache, residuals
 from theloom.states import own_residuals
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def try_out(architecture: Architecture, tolerance: float) -> TriedOut:
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, 24), generator=_seeded())
     try:
         whole = residuals(architecture, ids[:1], 24)
-        states = own_residuals(architecture, input_ids=ids[:1].to(architecture.model.device), use_cache=False)
+        states = own_residuals(
+            architecture, input_ids=ids[:1].to(architecture.model.device), **no_cache(architecture.model)
+        )
         alone = residuals(architecture, ids[1:, :16], 16)
     except REFUSALS as error:
         raise ModelError(f"{name} cannot be run on token ids alone: {_words(error)}") from None
