@@ -2,6 +2,7 @@
 # make bench  the same environment and peers, then TheLoom beside other tools (or BENCH="--rounds 7 --tokens 4096")
 # make test   build the same environment, then lint, type check and run all tests
 # make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
+# make sweep  try every causal LM of transformers, made tiny, and write workflow/docs/architectures.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILES ?=
@@ -9,7 +10,7 @@ SET ?=
 BENCH ?=
 BIN := .venv/bin
 
-.PHONY: run test test-store bench bench-store lint format environment slurm lock clean
+.PHONY: run test test-store sweep bench bench-store lint format environment slurm lock clean
 
 run: environment
 	$(BIN)/snakemake --profile workflow/profiles/local $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
@@ -20,11 +21,15 @@ test: lint
 test-store: environment
 	HF_HUB_OFFLINE=1 LONG_TESTS=1 KILLS=500 $(BIN)/python -m pytest -s tests/test_kills.py tests/test_crashes.py tests/test_integrity.py
 
-bench-store: environment
-	$(BIN)/python -m theloom.bench_store
+sweep: environment
+	$(BIN)/python tests/sweep.py
+
 bench: environment
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[bench]'
 	$(BIN)/python workflow/bench/bench.py $(BENCH)
+
+bench-store: environment
+	$(BIN)/python -m theloom.bench_store
 
 lint: environment
 	$(BIN)/ruff check .

@@ -70,18 +70,6 @@ def test_half_precision_rows_are_the_model_s_own(tmp_path, precision):
         assert torch.equal(found[0, hook], expected)
 
 
-def test_an_encoder_is_refused_since_its_tokens_see_to_the_right(tmp_path):
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    small = BertConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, vocab_size=128)
-    BertModel(small, add_pooling_layer=True).save_pretrained(tmp_path)
-    config = a_config(tmp_path)
-    loaded = model.load(config, source.prepare(config.model))
-    with pytest.raises(ModelError, match="not a causal model"):
-        try_out(loaded.architecture, loaded.tolerance)
-
-
 def test_a_model_that_cannot_be_streamed_is_extracted_in_one_pass_or_refused(tmp_path, tiny_llama, caplog):
     """RecurrentGemma keeps state on its modules, which a KV cache does not carry."""
     folder = build_tiny("recurrent_gemma", tmp_path / "m", vocab_size=49152, lru_width=64, attention_window_size=8)

@@ -5,7 +5,7 @@ It knows nothing of how a runner runs its blocks, nor of how rows come to be on 
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,7 +34,11 @@ class Runner(Protocol):
     """What runs the blocks over one batch of token ids (window, position) and gives every chunk to a sink."""
 
     def run(
-        self, ids: "torch.Tensor", sink: Sink, captured: "Callable[[torch.Tensor], None] | None" = None
+        self,
+        ids: "torch.Tensor",
+        sink: Sink,
+        captured: "Callable[[torch.Tensor], None] | None" = None,
+        lengths: Sequence[int] | None = None,
     ) -> None: ...
 
 
@@ -88,7 +92,9 @@ def run_batches(
                     handoff.rows(batch, hook, start, values)
 
                 with profile.batch(number, ids) as captured, measured.forward():
-                    runner.run(ids.pin_memory() if work.device.type == "cuda" else ids, hand_over, captured)
+                    runner.run(
+                        ids.pin_memory() if work.device.type == "cuda" else ids, hand_over, captured, batch.lengths
+                    )
                 measured.forwarded += ids.numel()
             done += sum(batches[number].lengths)
             last = number == len(batches) - 1

@@ -5,6 +5,7 @@ import re
 from torch import nn
 
 from theloom import attention
+from theloom.architecture import Architecture
 from theloom.norms import is_norm
 
 QUERY_KEY_VALUE = (
@@ -55,6 +56,12 @@ def find_core(attn: nn.Module) -> nn.Module | None:
             if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
                 return module
     return None
+
+
+def looks_causal(architecture: Architecture) -> bool:
+    """Whether no block's self-attention says that it sees to the right; `trial` is what shows it."""
+    cores = [find_core(attn) for block in architecture.blocks if (attn := find_attention(block)) is not None]
+    return not any(getattr(core, "is_causal", None) is False for core in cores)
 
 
 def find_mlp(block: nn.Module, attn: nn.Module | None) -> nn.Module | None:

@@ -96,7 +96,7 @@ def extract_shard(
         fitting.components.allocated if loaded.device.type == "cuda" else fitting.components.total,
         frozen.memory.memory_warning_threshold,
     )
-    job = _Job(work, loaded, watch, spec, output, ShardProfile(loaded, output, largest))
+    job = _Job(work, loaded, watch, spec, output, ShardProfile(loaded, output, largest), recorded.causal)
     kind = memory.kind_of(frozen, recorded.precision, recorded.quantization).name
 
     def advice(smallest: Plan) -> str:
@@ -116,11 +116,12 @@ class _Job:
     spec: ShardSpec
     output: Path
     profile: ShardProfile
+    causal: bool
 
     def run(self, smaller: Plan, level: int) -> None:
         """Go on from the last committed row, to the end."""
         runner = ResidentRunner(
-            self.loaded, self.work.points, smaller.chunk_size, self.work.precision, smaller.offloaded
+            self.loaded, self.work.points, smaller.chunk_size, self.work.precision, smaller.offloaded, self.causal
         )
         with ShardWriter(self.output, self.spec) as writer:
             run_batches(runner, self.work, smaller, writer, self.profile, self.watch, level)
@@ -219,8 +220,9 @@ def _check_streaming(recorded: ModelRecord, lengths: np.ndarray, chunk_size: int
     longest = int(lengths.max(initial=0))
     if longest > chunk_size and not recorded.streams:
         raise ModelError(
-            f"{recorded.attributes['model_class']} gives other rows in chunks than in one pass, and a document has "
-            f"{longest} tokens; set memory.streaming_chunk_size={longest} or corpus.context_length={chunk_size}"
+            f"{recorded.attributes['model_class']} cannot be streamed ({recorded.attributes['not_streamed']}), and a "
+            f"document has {longest} tokens; "
+            f"set memory.streaming_chunk_size={longest} or corpus.context_length={chunk_size}"
         )
 
 

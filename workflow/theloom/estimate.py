@@ -19,7 +19,7 @@ import numpy as np
 from theloom import closed_form, layout, memory, provenance
 from theloom.architecture import numbers, numbers_of_profile
 from theloom.config import plain
-from theloom.errors import MemoryPlanError
+from theloom.errors import MemoryPlanError, ModelError
 from theloom.estimator import ClosedForm, Estimator, Traced, config_of, row_bytes
 from theloom.hooks import HookPoint
 from theloom.memory import KINDS, Kind, Parts, Workload
@@ -100,8 +100,14 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
     if config.corpus.max_tokens is not None:
         context = min(context, config.corpus.max_tokens)
     chunk_size = min(config.memory.streaming_chunk_size, context)
-    kinds = _wanted(config, estimator.own)
-    passes = {kind.name: _passes(estimator, kind, points, context, chunk_size, device) for kind in kinds}
+    passes = {}
+    for kind in _wanted(config, estimator.own):
+        try:
+            passes[kind.name] = _passes(estimator, kind, points, context, chunk_size, device)
+        except ModelError as error:
+            if config.memory.quantization or not kind.quantization:
+                raise
+            log.info("not offered in %s: %s", kind.name, error)  # Mamba's own kernels take no quantised weights
     weights = {name: estimator.weights(kind, points) for name, kind in KINDS.items()}
     return Estimate(
         model_type=size.model_type,

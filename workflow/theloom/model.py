@@ -170,8 +170,9 @@ def load(
         raise ModelError(f"model.source: {config.model.source}: {' '.join(str(error).split())}") from None
     if left_out:
         model.__class__ = type(model).__base__  # the class as transformers has it
-    if info["missing_keys"] or info["mismatched_keys"]:
-        missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    missing = [name for name in missing if not name.startswith("pooler.")]  # an encoder's, after all hook points
+    if missing:
         raise ModelError(
             f"model.source: {config.model.source} lacks {len(missing)} weights of {type(model).__name__} "
             f"({missing[0]}, …); its files are incomplete or of another architecture"

@@ -42,6 +42,7 @@ class ModelRecord:
     signature: str
     precision: str
     catalogue: Catalogue
+    causal: bool
     streams: bool
     correction: Correction
     attributes: dict[str, Any]
@@ -196,6 +197,7 @@ def read(path: Path) -> ModelRecord:
             signature=attributes["signature"],
             precision=attributes["precision"],
             catalogue=_read_catalogue(file),
+            causal=bool(attributes["causal"]),
             streams=bool(attributes["streams"]),
             correction=Correction(float(file["memory"].attrs["ratio"]), int(file["memory"].attrs["beside"])),
             attributes=attributes,

@@ -1,6 +1,6 @@
 """What runs the blocks over one batch: resident execution, with the model on the device as a whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from theloom.forward import prefill
@@ -21,15 +21,28 @@ class ResidentRunner:
     """Runs batches through a model that is on the device as a whole."""
 
     def __init__(
-        self, loaded: LoadedModel, points: list[HookPoint], chunk_size: int, store: str, offloaded: bool = False
+        self,
+        loaded: LoadedModel,
+        points: list[HookPoint],
+        chunk_size: int,
+        store: str,
+        offloaded: bool = False,
+        causal: bool = True,
     ) -> None:
         self._loaded, self._points, self._chunk_size = loaded, points, chunk_size
-        self._dtype, self._offloaded = torch_dtype(store), offloaded
+        self._dtype, self._offloaded, self._causal = torch_dtype(store), offloaded, causal
 
-    def run(self, ids: "torch.Tensor", sink: Sink, captured: "Callable[[torch.Tensor], None] | None" = None) -> None:
+    def run(
+        self,
+        ids: "torch.Tensor",
+        sink: Sink,
+        captured: "Callable[[torch.Tensor], None] | None" = None,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         """Forward token ids (window, position), padded on the right; hand every chunk of every hook point to `sink`.
 
-        Values are in the stored dtype; `captured` sees each of them before.
+        Values are in the stored dtype; `captured` sees each of them before. `lengths`, the tokens of each window, are
+        what a model that is not causal masks its padding by.
         """
         position = dict.fromkeys((p.name for p in self._points), 0)
         over_keys = {p.name for p in self._points if p.over_keys}
@@ -48,4 +61,5 @@ class ResidentRunner:
             position[name] += rows.shape[1]
 
         with Taps(self._loaded.architecture, self._points, hand_over) as taps:
-            prefill(taps, ids, self._chunk_size, self._offloaded)
+            masked = None if self._causal else lengths or [ids.shape[1]] * len(ids)
+            prefill(taps, ids, self._chunk_size, masked, self._offloaded)

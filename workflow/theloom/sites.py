@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from theloom.errors import HookError
+
 Batch = tuple[int, int]
 Read = Callable[[torch.Tensor, Batch], torch.Tensor]
 
@@ -36,6 +38,10 @@ def whole(value: torch.Tensor, batch: Batch) -> torch.Tensor:
         return value
     if value.numel() == batch[1] * value.shape[-1]:
         return value.reshape(1, batch[1], value.shape[-1]).expand(*batch, -1)
+    if value.numel() != batch[0] * batch[1] * value.shape[-1]:
+        raise HookError(
+            f"a value of shape {tuple(value.shape)} is not one row for each of {batch[0]}×{batch[1]} tokens"
+        )
     return value.reshape(*batch, value.shape[-1])
 
 

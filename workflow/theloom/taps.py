@@ -34,6 +34,7 @@ class Taps:
         self._open = ExitStack()
         self._batch, self._seen = (0, 0), 0
         self._read: set[str] = set()
+        self._over_keys = any(p.over_keys for p in points)
 
     def __enter__(self) -> "Taps":
         sites = [(point, self._site(point)) for point in self._points]  # before any hook: it may run the model
@@ -58,7 +59,7 @@ class Taps:
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         cache = inputs.get("past_key_values")
         self._batch = (tokens.shape[0], tokens.shape[1]) if tokens is not None else (0, 0)
-        self._seen = int(cache.get_seq_length()) if cache is not None else 0
+        self._seen = int(cache.get_seq_length()) if cache is not None and self._over_keys else 0
         self._read.clear()
         name = type(self.architecture.model).__name__
         try:

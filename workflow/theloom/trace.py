@@ -17,7 +17,9 @@ from transformers.integrations import moe
 from theloom import architecture, needed
 from theloom.architecture import Architecture
 from theloom.catalogue import catalogue
+from theloom.conventions import looks_causal
 from theloom.errors import ModelError
+from theloom.forward import cache_name
 from theloom.hooks import Catalogue, HookPoint, residuals
 from theloom.kv_cache import PrefillCache
 from theloom.live import TEMPORARIES, LiveStorages, Peak
@@ -190,7 +192,7 @@ def run(
     with torch.inference_mode(), taps as opened, live:
         forward = opened.run if opened is not None else described.model
         if not streamed:
-            return _one_pass(forward, ids, live), live
+            return _one_pass(forward, ids, live, masked=not looks_causal(described)), live
         cache = _MarkedCache(config=described.model.config)
         cache.live = live
         first = 0
@@ -210,15 +212,19 @@ def run(
                     live.mark(grown, CAPTURED)
                 first = len(live.events)
             start = workload.chunk_size * number
-            output = forward(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)
+            output = forward(
+                input_ids=ids[:, start : start + size], use_cache=True, **{cache_name(described.model): cache}
+            )
             del output
         peak = live.peak(first)
         del cache
         return peak, live
 
 
-def _one_pass(forward: Any, ids: torch.Tensor, live: LiveStorages) -> Peak:
-    output = forward(input_ids=ids, use_cache=False)
+def _one_pass(forward: Any, ids: torch.Tensor, live: LiveStorages, masked: bool) -> Peak:
+    inputs = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    live.ignore(list(inputs.values()))
+    output = forward(input_ids=ids, use_cache=False, **inputs)
     if getattr(output, "logits", None) is not None:
         live.mark(output.logits, LOGITS)
     return live.peak()

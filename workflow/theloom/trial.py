@@ -1,7 +1,7 @@
 """A model is tried on a few tokens before rows are taken from it.
 
-What TheLoom relies on (padding on the right changes nothing, chunks through the KV cache give the rows of one pass) is
-shown to hold for the model at hand, or it is not relied on.
+What TheLoom relies on (its taps read what the model calls its hidden states, padding on the right changes nothing,
+chunks through the KV cache give the rows of one pass) is shown to hold for the model at hand, or it is not relied on.
 """
 
 import logging
@@ -10,54 +10,124 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from theloom.architecture import Architecture
-from theloom.errors import ModelError
-from theloom.forward import residuals
+from theloom.errors import HookError, ModelError
+from theloom.forward import no_cache, residuals
+from theloom.states import own_residuals
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
+REFUSALS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, NotImplementedError, StopIteration)
+
 
 @dataclass(frozen=True)
 class TriedOut:
-    """What a model showed on 24 tokens: errors as shares of the largest absolute value; whether it can be streamed."""
+    """What a model showed on 24 tokens: errors as shares of the largest absolute value; whether it can be streamed.
 
+    A model that is not causal gets the padding mask of every batch, and cannot be streamed.
+    """
+
+    states_error: float
     padding_error: float
     chunk_error: float
+    causal: bool
     streams: bool
+    not_streamed: str = ""  # the reason
 
 
 def try_out(architecture: Architecture, tolerance: float) -> TriedOut:
-    """Show that padding on the right leaves this model's rows alone, and whether chunks through its KV cache do.
+    """Show that taps read the model's own hidden states, that padding leaves rows alone, and whether chunks do.
 
-    `tolerance` is the error, as a share of the largest value, that rounding explains. Raises ModelError where a token's
-    row depends on what is to its right, as for an encoder.
+    `tolerance` is the error, as a share of the largest value, that rounding explains. Raises ModelError, with the
+    reason, where rows would not be what the model computes, or would depend on what else is in the batch.
     """
     import torch
 
-    ids = torch.randint(architecture.model.config.get_text_config().vocab_size, (1, 24), generator=_seeded())
-    limit = 10 * tolerance
-    name = type(architecture.model).__name__
-    whole = residuals(architecture, ids, chunk_size=24)
-    padding = _largest_error({k: v[:, :16] for k, v in whole.items()}, residuals(architecture, ids[:, :16], 16))
-    if not padding <= limit:
-        raise ModelError(
-            f"{name}: a token's hidden state depends on the tokens after it (by {padding:.2g} of the largest value): "
-            "not a causal model; only decoders can be extracted"
-        )
+    name, limit = type(architecture.model).__name__, 10 * tolerance
+    vocabulary = architecture.model.config.get_text_config().vocab_size
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, 24), generator=_seeded())
     try:
-        chunks = _largest_error(whole, residuals(architecture, ids, chunk_size=7))
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        log.warning("%s does not take a KV cache: %s", name, error)
-        chunks = math.inf
-    if not chunks <= limit:
-        log.warning("%s cannot be streamed: chunks give other rows than one pass (error %.2g)", name, chunks)
-    return TriedOut(padding, chunks, chunks <= limit)
+        whole = residuals(architecture, ids[:1], 24)
+        states = own_residuals(
+            architecture, input_ids=ids[:1].to(architecture.model.device), **no_cache(architecture.model)
+        )
+        alone = residuals(architecture, ids[1:, :16], 16)
+    except REFUSALS as error:
+        raise ModelError(f"{name} cannot be run on token ids alone: {_words(error)}") from None
+    except HookError as error:
+        raise ModelError(f"{name}: {error}") from None
+    states_error = _largest_error(states, whole)
+    if not states_error <= limit:
+        raise ModelError(
+            f"{name}: the residual stream that is read differs from its own output_hidden_states "
+            f"(by {states_error:.2g} of the largest value): its blocks are not one stream"
+        )
+    padding = _padding_error(architecture, ids, whole, alone, None)
+    if not padding <= limit:
+        masked = _padding_error(architecture, ids, whole, alone, (24, 16))
+        if not masked <= limit:
+            raise ModelError(
+                f"{name}: a token's hidden state depends on what else is in the batch, by {padding:.2g} of the largest "
+                f"value without a padding mask and {masked:.2g} with one: its rows would not be its own"
+            )
+        log.info("%s is not causal: batches get a padding mask, and documents go in one pass", name)
+        return TriedOut(states_error, masked, math.inf, False, False, "it is not causal")
+    chunks, reason = _in_chunks(architecture, ids[:1], whole, limit)
+    if reason:
+        log.warning("%s cannot be streamed: %s", name, reason)
+    return TriedOut(states_error, padding, chunks, True, not reason, reason)
+
+
+def _in_chunks(
+    architecture: Architecture, ids: "torch.Tensor", whole: dict[str, "torch.Tensor"], limit: float
+) -> tuple[float, str]:
+    """The error of chunks of 7 tokens against one pass, and why the model is not to be streamed, if so."""
+    if any("indexer" in part for block in architecture.blocks for part, _ in block.named_modules()):
+        return math.inf, "it picks keys by a top-k, whose ties fall otherwise in chunks"
+    try:
+        error = _largest_error(whole, residuals(architecture, ids, chunk_size=7))
+    except (*REFUSALS, HookError) as caught:
+        return math.inf, f"it does not take a KV cache ({_words(caught)})"
+    if error <= limit:
+        return error, ""
+    return error, f"chunks through a KV cache give other rows than one pass (by {error:.2g} of the largest value)"
+
+
+def _padding_error(
+    architecture: Architecture,
+    ids: "torch.Tensor",
+    whole: dict[str, "torch.Tensor"],
+    alone: dict[str, "torch.Tensor"],
+    lengths: tuple[int, int] | None,
+) -> float:
+    """Two windows of 24 and 16 tokens side by side against each by itself; infinite where they cannot be run so."""
+    padded = ids.clone()
+    padded[1, 16:] = 0
+    try:
+        both = residuals(architecture, padded, 24, lengths)
+    except (*REFUSALS, HookError) as error:
+        log.warning("%s cannot be run on a padded batch: %s", type(architecture.model).__name__, _words(error))
+        return math.inf
+    first = _largest_error(whole, {k: v[:1] for k, v in both.items()})
+    return max(first, _largest_error(alone, {k: v[1:, :16] for k, v in both.items()}))
 
 
 def _largest_error(expected: dict[str, "torch.Tensor"], found: dict[str, "torch.Tensor"]) -> float:
-    return max(float((found[k] - v).abs().max() / v.abs().max()) for k, v in expected.items())
+    """Infinite where anything is missing, of another shape or not finite."""
+    errors = []
+    for name, value in expected.items():
+        other = found[name]
+        if other.shape != value.shape:
+            return math.inf
+        value = value.float().cpu()
+        errors.append(float((other - value).abs().max() / value.abs().max().clamp_min(1e-30)))
+    return max((e if e == e else math.inf) for e in errors)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _seeded() -> "torch.Generator":

@@ -1,13 +1,13 @@
 """Check a finished run: documents recomputed with plain transformers, every window's hash, what is not finite.
 
 The oracle is the unmodified model's own `output_hidden_states=True` in one unchunked, unpadded forward pass. Its last
-entry is after the final norm, so the last block's output is read by a plain forward hook in that same pass.
+entry is after the final norm, so the last block's output is read by a plain forward hook in that same pass (`states`).
 """
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -16,6 +16,7 @@ from theloom import dataset, fidelity, gpu, integrity, layout, memory, model_rec
 from theloom.dataset import Activations
 from theloom.errors import VerificationError
 from theloom.estimator import Traced
+from theloom.forward import no_cache
 from theloom.hooks import RESIDUALS, HookPoint, residuals
 from theloom.integrity import check_hashes
 from theloom.memory import Kind, Workload, in_words
@@ -23,6 +24,7 @@ from theloom.model import LoadedModel
 from theloom.precision import TOLERANCE
 from theloom.schema import Config
 from theloom.source import ModelFiles
+from theloom.states import own_residuals
 from theloom.taps import Taps
 
 if TYPE_CHECKING:
@@ -148,23 +150,7 @@ def _recompute(acts: Activations, loaded: LoadedModel, points: list[HookPoint], 
 
 def oracle(loaded: LoadedModel, ids: "torch.Tensor") -> dict[str, "torch.Tensor"]:
     """Every residual of one plain forward pass over ids (1, position), by hook point: (1, position, hidden size)."""
-    import torch
-
-    model, last_output = loaded.architecture.model, []
-
-    def keep(module: Any, args: Any, output: Any) -> None:
-        last_output.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = loaded.architecture.blocks[-1].register_forward_hook(keep)
-    try:
-        with torch.inference_mode():
-            states = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
-    finally:
-        handle.remove()
-    count = len(loaded.architecture.blocks)
-    found = {f"blocks.{i}.hook_resid_pre": states[i] for i in range(count)}
-    found |= {f"blocks.{i}.hook_resid_post": states[i + 1] for i in range(count - 1)}
-    return found | {f"blocks.{count - 1}.hook_resid_post": last_output[0]}
+    return own_residuals(loaded.architecture, input_ids=ids, **no_cache(loaded.architecture.model))
 
 
 def _in_one_piece(loaded: LoadedModel, ids: "torch.Tensor", points: list[HookPoint]) -> dict[str, "torch.Tensor"]:
@@ -176,7 +162,7 @@ def _in_one_piece(loaded: LoadedModel, ids: "torch.Tensor", points: list[HookPoi
     if others:
         taps = Taps(loaded.architecture, others, lambda name, value: found.__setitem__(name, value.clone()))
         with torch.inference_mode(), taps:
-            taps.run(input_ids=ids, use_cache=False)
+            taps.run(input_ids=ids, **no_cache(loaded.architecture.model))
     return found
 
 

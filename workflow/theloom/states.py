@@ -1,0 +1,61 @@
+"""The residual stream as the model itself tells it: `output_hidden_states`, by the names of hook points.
+
+Most models give the input of every block and then what the final norm makes of the last output; some (Mamba, RWKV)
+give the output of every block. Which it is, is seen: by the inputs of the first two blocks and the last one's output.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from theloom.architecture import Architecture
+from theloom.errors import ModelError
+from theloom.sites import Site
+
+if TYPE_CHECKING:
+    import torch
+
+
+def own_residuals(architecture: Architecture, **inputs: Any) -> dict[str, "torch.Tensor"]:
+    """Every residual, (batch, position, hidden size), by hook point, of one plain forward pass of a model.
+
+    Raises ModelError where the model does not give its hidden states, or not one for every block.
+    """
+    import torch
+
+    model, blocks = architecture.model, architecture.blocks
+    seen: dict[str, torch.Tensor] = {}
+
+    def before(name: str) -> Any:
+        def keep(module: Any, args: Any, kwargs: Any) -> None:
+            seen.setdefault(name, Site.input(args, kwargs).clone())
+
+        return keep
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        seen["last"] = Site.output(output).clone()
+
+    handles = [
+        blocks[i].register_forward_pre_hook(before(str(i)), with_kwargs=True) for i in range(min(2, len(blocks)))
+    ]
+    handles.append(blocks[-1].register_forward_hook(after))
+    try:
+        with torch.inference_mode():
+            output = model(**inputs, output_hidden_states=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    given = getattr(output, "hidden_states", None)
+    states = list(given if given is not None else getattr(output, "decoder_hidden_states", None) or ())
+    name, count = type(model).__name__, len(blocks)
+    if len(states) < count:
+        raise ModelError(f"{name} gives {len(states)} hidden states for its {count} blocks: its rows cannot be checked")
+    first, second = seen["0"], seen["1"] if count > 1 else seen["last"]
+    if _same(states[0], second) and not _same(states[0], first):
+        inputs_, outputs = [first, *states[: count - 1]], [*states[: count - 1], seen["last"]]
+    else:
+        inputs_, outputs = states[:count], [*states[1:count], seen["last"]]
+    found = {f"blocks.{i}.hook_resid_pre": state for i, state in enumerate(inputs_)}
+    return found | {f"blocks.{i}.hook_resid_post": state for i, state in enumerate(outputs)}
+
+
+def _same(a: "torch.Tensor", b: "torch.Tensor") -> bool:
+    return a.shape == b.shape and bool((a == b).all())
