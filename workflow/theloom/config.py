@@ -97,6 +97,7 @@ STAGES: dict[str, Stage] = {
     ),
     "merge": Stage(("store.merge", "extraction.shards")),
     "verify": Stage((*_LOADING, "memory.streaming_chunk_size", "verify")),
+    "report": Stage(("report",)),
     "resources": Stage(("resources",)),
 }
 
@@ -270,6 +271,8 @@ def _check(config: Config) -> None:
         "corpus.max_tokens": config.corpus.max_tokens,
         "corpus.context_length": config.corpus.context_length,
         "verify.documents": config.verify.documents,
+        "report.sampled_rows": config.report.sampled_rows,
+        "report.map_rows": config.report.map_rows,
         "resources.threads": config.resources.threads,
         "resources.mem_mb": config.resources.mem_mb,
         "resources.runtime": config.resources.runtime,
@@ -277,8 +280,12 @@ def _check(config: Config) -> None:
     for key, value in at_least_one.items():
         if value is not None and value < 1:
             raise ConfigError(f"{key}: {value} is too small; the least is 1")
-    if config.resources.gpu < 0:
-        raise ConfigError(f"resources.gpu: {config.resources.gpu} is too small; the least is 0")
+    for key, number in {
+        "resources.gpu": config.resources.gpu,
+        "report.attention_document": config.report.attention_document,
+    }.items():
+        if number < 0:
+            raise ConfigError(f"{key}: {number} is too small; the least is 0")
     profiled, shards = config.memory.profile_shard, config.extraction.shards or 1  # a number by now
     if profiled is not None and not 0 <= profiled < shards:
         raise ConfigError(f"memory.profile_shard: {profiled} is no shard; the run's shards are 0 to {shards - 1}")
