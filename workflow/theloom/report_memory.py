@@ -77,15 +77,15 @@ def fits_on(estimate_path: Path, title: str) -> Drawn:
                 (gpu.name, gpu.usable_bytes, kind, needed, needed / gpu.usable_bytes, _verdict(gpu, needed, able))
             )
     table = Table(("gpu", "usable_bytes", "kind", "needed_bytes", "share", "fits"), rows)
-    passes = f"one window of {min(found.chunk_size, found.context_length)} tokens at a time"
+    passes = f"windows of up to {found.context_length} tokens one at a time, in steps of {found.chunk_size}"
     height = 1.6 + 0.36 * len(gpus)
-    drawing, (panel,) = figure.new(9, height, f"{title}: share of a GPU's memory taken, {passes}")
+    drawing, (panel,) = figure.new(9, height, f"{title}: share of each GPU's memory taken\n({passes})")
     grid = np.array([row[4] if row[5] == "yes" else np.nan for row in rows]).reshape(len(gpus), len(kinds))
     panel.grid(visible=False)
     panel.pcolormesh(np.where(np.isnan(grid), np.nan, np.minimum(grid, 1)), cmap=f"{figure.HEAT}_r", vmin=0, vmax=1.3)
     for n, row in enumerate(rows):
         y, x = divmod(n, len(kinds))
-        text = f"{row[4]:.0%}" if row[5] == "yes" else row[5]
+        text = ("under 1%" if row[4] < 0.01 else f"{row[4]:.0%}") if row[5] == "yes" else row[5]
         dark = row[5] == "yes" and row[4] > 0.6
         panel.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=10, color="white" if dark else "black")
     panel.set_xticks(np.arange(len(kinds)) + 0.5, [f"{k}\n{_needed(found, k, (8, 0)) / 1e9:.2f} GB" for k in kinds])

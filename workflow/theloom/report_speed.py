@@ -104,8 +104,8 @@ def throughput(works: list[ShardWork], title: str) -> Drawn:
     speed.invert_yaxis()
     speed.set_xlabel("tokens of documents per second")
     padding.set_xlabel("padding, % of the tokens forwarded")
-    for panel in (speed, padding):
-        panel.margins(x=0.18)
+    for panel, least in ((speed, 1.0), (padding, 5.0)):
+        panel.set_xlim(0, max(least, 1.2 * panel.get_xlim()[1]))
         panel.grid(axis="y", visible=False)
     return Drawn(drawing, table)
 

@@ -113,11 +113,11 @@ def norms(states: States, title: str) -> Drawn:
         panel.set_yscale("log")
         panel.set_ylabel("norm (median; 5 to 95%)")
         drawing.legend(loc="outside lower center", ncols=2)
-        panel.set_xticks(at, [b[0] for b in bins])
+        panel.set_xticks(at, [b[0] for b in bins], fontsize=9, rotation=30)
     else:
         grid = np.array([r[4] for r in rows]).reshape(count, len(bins))
         drawing, panel = _heat(grid, states.hooks, f"{whole} (median)", "norm", log=True)
-        panel.set_xticks(at + 0.5, [b[0] for b in bins])
+        panel.set_xticks(at + 0.5, [b[0] for b in bins], fontsize=9, rotation=30)
     panel.set_xlabel("position in the window (tokens)")
     return Drawn(drawing, table)
 
