@@ -25,11 +25,6 @@ SUBJECTS = ("I", "My sister", "The old man", "Everyone at the table", "Our neigh
 JOY = ("felt happy and full of joy", "laughed with delight", "was thrilled by the wonderful news")
 GRIEF = ("felt sad and full of sorrow", "wept with grief", "was crushed by the terrible news")
 PROMPTS = ("When she opened the letter she felt", "Today has been", "After the journey they were", "The music made me")
-    "When she opened the letter she felt",
-    "Today has been",
-    "After the long journey they were",
-    "The music made me",
-)
 WORDS = {"joy": (" happy", " wonderful", " delighted", " great"), "grief": (" sad", " terrible", " lonely", " awful")}
 
 
