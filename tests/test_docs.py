@@ -2,7 +2,7 @@
 
 Python blocks run in a folder that has a run at `results/smollm2-135m`; YAML blocks are composed into a config;
 `theloom` commands run; `snakemake` and `make` commands are followed up to a dry run, which composes the config and
-plans every job. A block that cannot run here is marked in its file: `<!-- not run in tests: why -->` on the line before.
+plans every job. A block that cannot run here is marked: `<!-- not run in tests: why -->` on the line before.
 """
 
 import os

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import shutil
 from xml.etree import ElementTree
 
+import h5py
 import numpy as np
 import pytest
 import theloom
@@ -23,6 +25,10 @@ def run(tmp_path_factory, tiny_llama):
 @pytest.fixture(scope="module")
 def figures(run):
     folder, settings = run.folder / "figures", config.thaw(run.folder / "report.json")
+    benchmarks = run.folder / "benchmarks/extract_shard"
+    benchmarks.mkdir(parents=True)
+    for number, shard in enumerate(run.shards):  # as Snakemake leaves them
+        (benchmarks / f"{shard.stem}.tsv").write_text(f"s\th:m:s\tmax_rss\n{10.0 + number}\t0:00:10\t512.0\n")
     report.draw_memory(settings, run.folder / "estimate.h5", run.folder / "model.h5", folder)
     report.draw_speed(settings, run.shards, folder)
     report.draw_states(settings, run.activations, folder)
@@ -97,8 +103,6 @@ def test_kinds_of_tokens(token, kind):
 
 
 def test_memory_is_what_model_h5_says(run, figures):
-    import h5py
-
     with h5py.File(run.folder / "model.h5") as file:
         predicted, measured = (dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured"))
     found = {row["component"]: row for row in table(figures / "memory.csv")}
@@ -111,6 +115,26 @@ def test_padding_is_what_the_engine_counted(tmp_path, tiny_llama, caplog):
     made = stages(tmp_path, tiny_llama, "corpus.max_tokens=1500 extraction.shards=1 corpus.context_length=50").all()
     said = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("padding:"))
     assert f"padding: {100 * report_speed.work_of(made.shards[0]).padding:.1f}%" in said
+
+
+def test_seconds_are_the_shard_s_own_where_it_has_them_else_those_of_the_job(run, figures, tmp_path):
+    shard = run.shards[0]
+    found = report_speed.work_of(shard)
+    assert (found.seconds, found.source) == (10.0, "benchmark of the job")
+    assert found.tokens_per_second == found.tokens / 10
+    copy = tmp_path / "shards" / shard.name
+    copy.parent.mkdir()
+    shutil.copy(shard, copy)
+    assert report_speed.work_of(copy).seconds is None
+    with h5py.File(copy, "a") as file:
+        file["figures/seconds_total"], file["figures/seconds_forward"] = 8.0, 6.0
+        file["figures/seconds_waiting_for_disk"] = 1.5
+    found = report_speed.work_of(copy)
+    assert (found.seconds, found.source) == (8.0, "shard")
+    assert found.parts == {"seconds_forward": 6.0, "seconds_waiting_for_disk": 1.5}
+    table_of_time = report_speed.where_time_went([found], "x").table
+    assert table_of_time.columns[-1] == "seconds_other"
+    assert table_of_time.rows[0][-1] == 0.5
 
 
 def test_attention_weights_of_a_query_add_up_to_one(figures):

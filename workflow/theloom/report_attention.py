@@ -1,5 +1,7 @@
 """Attention patterns as heat maps, where they were captured."""
 
+from typing import Any
+
 import numpy as np
 
 from theloom import figure
@@ -31,16 +33,15 @@ def patterns(acts: Activations, document: int, tokens: list[str], title: str) ->
         grid = acts[hook][rows].float().numpy()[:, :, :count]  # (query, head, key)
         for head in range(heads):
             panel = panels[layer * heads + head]
-            mesh = panel.pcolormesh(np.sqrt(grid[:, head]), cmap=figure.HEAT, vmin=0, vmax=1, rasterized=False)
+            look: dict[str, Any] = {"cmap": figure.HEAT, "vmin": 0, "vmax": 1, "interpolation": "none"}
+            mesh = panel.imshow(np.sqrt(grid[:, head]), extent=(0, count, count, 0), **look)
             panel.grid(visible=False)
             panel.set_title(f"block {hook.split('.')[1]}, head {head}", fontsize=10)
-            panel.set_aspect("equal")
             values += [
                 (hook, head, q, k, tokens[q], tokens[k], float(grid[q, head, k]))
                 for q in range(count)
                 for k in range(q + 1)
             ]
-    panels[0].invert_yaxis()
     at = np.arange(count) + 0.5
     for panel in panels[::heads]:
         panel.set_yticks(at, labels, fontsize=6)
