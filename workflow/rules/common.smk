@@ -94,9 +94,13 @@ def unknown_model(wildcards):
 
 
 def shards(wildcards):
-    """The shards of a run, by name."""
-    count = stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
-    return [f"results/{wildcards.run}/shards/{n:05d}-of-{count:05d}.h5" for n in range(count)]
+    """Input function: the shards of a run, by name."""
+    return shards_of(wildcards.run)
+
+
+def shards_of(run):
+    count = stage(run, "merge")["config"]["extraction"]["shards"]
+    return [f"results/{run}/shards/{n:05d}-of-{count:05d}.h5" for n in range(count)]
 
 
 onstart:

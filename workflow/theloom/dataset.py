@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from theloom import layout, open_files, parts, seals, statistics, untrusted
-from theloom.errors import HookError, StoreError
+from theloom.errors import ConfigError, HookError, StoreError
 from theloom.layout import hook_path
 from theloom.parts import Part
 from theloom.rows import HookRows, Maps, RowNumbers, Rows
@@ -23,8 +23,12 @@ from theloom.shard import FIGURES
 from theloom.statistics import Statistics
 
 if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
     import torch
+    import xarray as xr
 
+    from theloom.exports import Cache
     from theloom.loader import Batch, RowBatches
 
 # beside hook points, what can be asked for with the batches: names of tables that have a row for each token
@@ -97,10 +101,40 @@ class Activations:
         return int(self.attributes["rows"])
 
     def __repr__(self) -> str:
-        return (
-            f"<Activations {self.path}: {len(self)} rows of {len(self.hooks)} hook points in {self.precision}, "
-            f"{len(self._document_id)} documents>"
-        )
+        from theloom import exports
+
+        return exports.describe(self)
+
+    def _repr_html_(self) -> str:
+        from theloom import exports
+
+        return exports.describe_html(self)
+
+    def to_dataframe(self, of: str = "documents", rows: slice | None = None) -> "pd.DataFrame":
+        """A table of the `documents`, or of the `tokens` (of some rows); `theloom.exports` has more."""
+        from theloom import exports
+
+        if of not in ("documents", "tokens"):
+            raise ConfigError(f"to_dataframe({of!r}): give 'documents' or 'tokens'; hidden states: acts.to_xarray()")
+        return exports.documents_frame(self) if of == "documents" else exports.tokens_frame(self, rows)
+
+    def to_xarray(self, hooks: Sequence[str] | None = None, rows: slice | None = None) -> "xr.Dataset":
+        """Hidden states with their tokens as coordinates: `exports.to_xarray`."""
+        from theloom import exports
+
+        return exports.to_xarray(self, hooks, rows)
+
+    def to_datasets(self, hooks: Sequence[str] | None = None) -> "datasets.Dataset":
+        """A `datasets.Dataset`, a row for each token: `exports.to_datasets`."""
+        from theloom import exports
+
+        return exports.to_datasets(self, hooks)
+
+    def cache(self, document: int | str) -> "Cache":
+        """One document's hidden states as TransformerLens shapes them: `exports.Cache`."""
+        from theloom import exports
+
+        return exports.Cache(self, document)
 
     def __contains__(self, hook: object) -> bool:
         return hook in self.hooks
@@ -180,6 +214,11 @@ class Activations:
     def documents(self) -> list[str]:
         """The ids of the documents, in the order of their rows."""
         return [d.decode() for d in self._document_id]
+
+    @property
+    def document_offset(self) -> np.ndarray:
+        """The first row of each document, and behind the last one the number of rows."""
+        return self._document_offset
 
     def document(self, which: int | str) -> DocumentRows:
         """One document, by number or id."""

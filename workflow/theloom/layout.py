@@ -21,7 +21,7 @@ from theloom.errors import MemoryPlanError, StoreError
 if TYPE_CHECKING:
     import torch
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 
 
 def bfloat16() -> h5py.h5t.TypeID:

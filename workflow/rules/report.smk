@@ -1,0 +1,144 @@
+report: "../report/workflow.rst"
+
+
+from theloom import report as theloom_report
+
+
+def drawn(group, category, folder="results/{run}/figures", subcategory="{run}"):
+    """The outputs of a group of figures: each as a drawing and as a table, which the report shows, and as CSV."""
+    outputs = {}
+    for name, label in theloom_report.GROUPS[group].items():
+        shown = dict(caption=f"../report/{name}.rst", category=category, subcategory=subcategory)
+        for view, suffix in (("drawing", "svg"), ("table", "html")):
+            outputs[f"{name}_{view}"] = report(
+                f"{folder}/{name}.{suffix}", labels={"figure": label, "shown as": view}, **shown
+            )
+        outputs[f"{name}_csv"] = f"{folder}/{name}.csv"
+    return outputs
+
+
+def figures_of(run):
+    """All figures of a run: those of attention only where the run's hook points hold some."""
+    groups = theloom_report.groups(RUNS[run].config["memory"]["activation_cache_filter"])
+    return [f"results/{run}/figures/{name}.svg" for group in groups for name in theloom_report.GROUPS[group]]
+
+
+localrules:
+    figures,
+    report_runs,  # only this process knows all runs
+
+
+rule figures:
+    input:
+        [figure for run in RUNS for figure in figures_of(run)],
+        ["results/_runs/figures/runs.svg"] if len(RUNS) > 1 else [],
+        expand("results/{run}/verification.h5", run=RUNS),
+
+
+rule report_memory:
+    input:
+        config=frozen("report"),
+        estimate="results/{run}/estimate.h5",
+        model="results/{run}/model.h5",
+    output:
+        **drawn("memory", "Memory"),
+    log:
+        "results/{run}/logs/report_memory.log",
+    benchmark:
+        "results/{run}/benchmarks/report_memory.tsv"
+    conda:
+        "../../envs/theloom.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    message:
+        "{wildcards.run}: draw the figures of memory"
+    script:
+        "../scripts/report_memory.py"
+
+
+rule report_speed:
+    input:
+        config=frozen("report"),
+        shards=shards,
+    output:
+        **drawn("speed", "Speed"),
+    log:
+        "results/{run}/logs/report_speed.log",
+    benchmark:
+        "results/{run}/benchmarks/report_speed.tsv"
+    conda:
+        "../../envs/theloom.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    message:
+        "{wildcards.run}: draw the figures of speed"
+    script:
+        "../scripts/report_speed.py"
+
+
+rule report_states:
+    input:
+        config=frozen("report"),
+        shards=shards,
+        activations="results/{run}/activations.h5",
+    output:
+        **drawn("states", "Hidden states"),
+    log:
+        "results/{run}/logs/report_states.log",
+    benchmark:
+        "results/{run}/benchmarks/report_states.tsv"
+    conda:
+        "../../envs/theloom.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    message:
+        "{wildcards.run}: draw the figures of hidden states"
+    script:
+        "../scripts/report_states.py"
+
+
+rule report_attention:
+    input:
+        config=frozen("report"),
+        shards=shards,
+        activations="results/{run}/activations.h5",
+    output:
+        **drawn("attention", "Attention"),
+    log:
+        "results/{run}/logs/report_attention.log",
+    benchmark:
+        "results/{run}/benchmarks/report_attention.tsv"
+    conda:
+        "../../envs/theloom.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=10,
+    message:
+        "{wildcards.run}: draw the attention patterns"
+    script:
+        "../scripts/report_attention.py"
+
+
+rule report_runs:
+    input:
+        activations=expand("results/{run}/activations.h5", run=RUNS),
+        models=expand("results/{run}/model.h5", run=RUNS),
+        shards=[shard for run in RUNS for shard in shards_of(run)],
+    output:
+        **drawn("runs", "Runs side by side", "results/_runs/figures", None),
+    log:
+        "results/_runs/logs/report_runs.log",
+    benchmark:
+        "results/_runs/benchmarks/report_runs.tsv"
+    conda:
+        "../../envs/theloom.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    message:
+        "draw all runs side by side"
+    script:
+        "../scripts/report_runs.py"
