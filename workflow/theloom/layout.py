@@ -121,9 +121,10 @@ def pwrite(fd: int, data: bytes | memoryview, place: int) -> None:
         view, place = view[written:], place + written
 
 
-def is_full(error: OSError) -> bool:
-    """Whether an error says that a disk or a quota is full; HDF5 says so in its text alone."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a disk or a quota is full; HDF5 says so in its text alone, in errors of any type."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
 
 
 def no_room(folder: Path, what: str, needed: int) -> MemoryPlanError:

@@ -57,7 +57,7 @@ def merge(shards: Sequence[Path], mode: str, output: Path) -> None:
         unfinished.replace(output)
         layout.sync(output.parent)
     except (OSError, RuntimeError) as error:  # h5py raises either when a file cannot be closed
-        if "No space left" not in str(error):
+        if not layout.is_full(error):
             raise
         unfinished.unlink(missing_ok=True)
         raise layout.no_room(output.parent, "the merged file", _bytes_of(checked, mode)) from None

@@ -85,7 +85,7 @@ def pack_shard(partial: Path, path: Path) -> None:
         seals.write(packing, seals.METADATA, seals.TABLES, seals.RESULTS)
         layout.sync(packing)
     except (OSError, RuntimeError) as error:
-        if "No space left" not in str(error):
+        if not layout.is_full(error):
             raise
         packing.unlink(missing_ok=True)
         raise layout.no_room(path.parent, "a packed shard", partial.stat().st_size) from None
