@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT_VERSION = 2
+# what h5py, and reading what it gives, may raise where a file's metadata is damaged
+DAMAGE = (OSError, KeyError, IndexError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError)
 
 
 def bfloat16() -> h5py.h5t.TypeID:
@@ -142,6 +144,13 @@ def too_many_files(path: Path) -> StoreError:
     return StoreError(
         f"{path}: cannot be opened, this process may have {limit} files open at once; raise the limit (ulimit -n), or "
         "set store.merge=physical"
+    )
+
+
+def damaged(path: str | Path, error: Exception) -> StoreError:
+    """The error for a file of which HDF5 cannot make sense."""
+    return StoreError(
+        f"{path}: is damaged ({' '.join(str(error).split())}); run the pipeline again, or fetch the file again"
     )
 
 
