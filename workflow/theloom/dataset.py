@@ -40,7 +40,10 @@ def open(path: str | Path, allow: Collection[str] = ()) -> "Activations":  # noq
 
     A file that refers to others outside of its own folder is refused, unless `allow` has their names as it gives them.
     """
-    return Activations(path, allow)
+    try:
+        return Activations(path, allow)
+    except layout.DAMAGE as error:
+        raise layout.damaged(path, error) from None
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,13 @@ def damaged_parts(acts: Activations) -> list[str]:
     """What beside the rows is not as it was written, in words: metadata, tables, logs, of the file and its shards."""
     found = []
     for path in dict.fromkeys([acts.path, *acts.files]):
-        with h5py.File(path, "r") as file:
-            broken = seals.broken(file, seals.METADATA, seals.TABLES, seals.RESULTS)
-            if "commit_log" in file and (records := commit.broken_records(file)):
-                broken.append(f"{len(records)} records of its log (first: batch {records[0]})")
+        try:
+            with h5py.File(path, "r") as file:
+                broken = seals.broken(file, seals.METADATA, seals.TABLES, seals.RESULTS)
+                if "commit_log" in file and (records := commit.broken_records(file)):
+                    broken.append(f"{len(records)} records of its log (first: batch {records[0]})")
+        except layout.DAMAGE as error:
+            broken = [f"its metadata ({' '.join(str(error).split())})"]
         if broken:
             found.append(f"{path.name}: {', '.join(broken)}")
     return found

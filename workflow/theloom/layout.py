@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT_VERSION = 1
+# what h5py, and reading what it gives, may raise where a file's metadata is damaged
+DAMAGE = (OSError, KeyError, IndexError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError)
 
 
 def bfloat16() -> h5py.h5t.TypeID:
@@ -121,9 +123,10 @@ def pwrite(fd: int, data: bytes | memoryview, place: int) -> None:
         view, place = view[written:], place + written
 
 
-def is_full(error: OSError) -> bool:
-    """Whether an error says that a disk or a quota is full; HDF5 says so in its text alone."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a disk or a quota is full; HDF5 says so in its text alone, in errors of any type."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
 
 
 def no_room(folder: Path, what: str, needed: int) -> MemoryPlanError:
@@ -141,6 +144,13 @@ def too_many_files(path: Path) -> StoreError:
     return StoreError(
         f"{path}: cannot be opened, this process may have {limit} files open at once; raise the limit (ulimit -n), or "
         "set store.merge=physical"
+    )
+
+
+def damaged(path: str | Path, error: Exception) -> StoreError:
+    """The error for a file of which HDF5 cannot make sense."""
+    return StoreError(
+        f"{path}: is damaged ({' '.join(str(error).split())}); run the pipeline again, or fetch the file again"
     )
 
 

@@ -49,7 +49,7 @@ def merge(shards: Sequence[Path], mode: str, output: Path) -> None:
     lock.take()
     unfinished = output.with_name(output.name + ".partial")
     try:
-        checked = [_check(path, number) for number, path in enumerate(shards)]
+        checked = [_checked(path, number) for number, path in enumerate(shards)]
         _check_together(checked)
         _write(checked, mode, unfinished, output.parent)
         seals.write(unfinished, seals.METADATA, seals.TABLES, seals.RESULTS)
@@ -57,7 +57,7 @@ def merge(shards: Sequence[Path], mode: str, output: Path) -> None:
         unfinished.replace(output)
         layout.sync(output.parent)
     except (OSError, RuntimeError) as error:  # h5py raises either when a file cannot be closed
-        if "No space left" not in str(error):
+        if not layout.is_full(error):
             raise
         unfinished.unlink(missing_ok=True)
         raise layout.no_room(output.parent, "the merged file", _bytes_of(checked, mode)) from None
@@ -94,6 +94,13 @@ def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> N
         places = {n: layout.byte_offset(file[n]) for n in names if not (packed and n not in TOKENS)}
         row_bytes = {n: types[n].get_size() * int(np.prod(first.shapes[n][1:])) for n in places}
     _copy(target, places, row_bytes, shards)
+
+
+def _checked(path: Path, number: int) -> _Shard:
+    try:
+        return _check(path, number)
+    except layout.DAMAGE as error:
+        raise layout.damaged(path, error) from None
 
 
 def _check(path: Path, number: int) -> _Shard:

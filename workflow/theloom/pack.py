@@ -85,7 +85,7 @@ def pack_shard(partial: Path, path: Path) -> None:
         seals.write(packing, seals.METADATA, seals.TABLES, seals.RESULTS)
         layout.sync(packing)
     except (OSError, RuntimeError) as error:
-        if "No space left" not in str(error):
+        if not layout.is_full(error):
             raise
         packing.unlink(missing_ok=True)
         raise layout.no_room(path.parent, "a packed shard", partial.stat().st_size) from None
@@ -113,9 +113,13 @@ class PackedRows:
     def __init__(self, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self._path, self._shape, self._dtype = path, shape, dtype
         chunks: list[tuple[int, int, int]] = []
-        with layout.open_h5(path, "activations") as file:
-            self._step = file[name].chunks[0]
-            file[name].id.chunk_iter(lambda c: chunks.append((c.chunk_offset[0] // self._step, c.byte_offset, c.size)))
+        try:
+            with layout.open_h5(path, "activations") as file:
+                rows = file[name]
+                step = self._step = rows.chunks[0]
+                rows.id.chunk_iter(lambda c: chunks.append((c.chunk_offset[0] // step, c.byte_offset, c.size)))
+        except layout.DAMAGE as error:
+            raise layout.damaged(path, error) from None
         self._chunks = {number: (place, size) for number, place, size in chunks}
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
 

@@ -298,7 +298,7 @@ class ShardWriter:
                 reason = "" if same else "is of another config, model or corpus"
                 if same and (broken := seals.broken(file, seals.METADATA, seals.TABLES)):
                     reason = f"is damaged ({', '.join(broken)})"
-        except (OSError, KeyError, ValueError):
+        except (OSError, KeyError, ValueError, RuntimeError):
             reason = "is not a shard that can be read"
         if reason:
             log.warning("%s %s: discarded", self.partial.name, reason)
@@ -339,7 +339,7 @@ class ShardWriter:
             seals.write(begun, seals.METADATA, seals.TABLES)
         except (OSError, RuntimeError) as error:  # h5py raises either when a file cannot be closed
             begun.unlink(missing_ok=True)
-            if "No space left" not in str(error):
+            if not layout.is_full(error):
                 raise
             raise self._no_room() from None
         layout.sync(begun)
