@@ -1,28 +1,6 @@
 report: "../report/workflow.rst"
 
 
-from theloom import report as theloom_report
-
-
-def drawn(group, category, folder="results/{run}/figures", subcategory="{run}"):
-    """The outputs of a group of figures: each as a drawing and as a table, which the report shows, and as CSV."""
-    outputs = {}
-    for name, label in theloom_report.GROUPS[group].items():
-        shown = dict(caption=f"../report/{name}.rst", category=category, subcategory=subcategory)
-        for view, suffix in (("drawing", "svg"), ("table", "html")):
-            outputs[f"{name}_{view}"] = report(
-                f"{folder}/{name}.{suffix}", labels={"figure": label, "shown as": view}, **shown
-            )
-        outputs[f"{name}_csv"] = f"{folder}/{name}.csv"
-    return outputs
-
-
-def figures_of(run):
-    """All figures of a run: those of attention only where the run's hook points hold some."""
-    groups = theloom_report.groups(RUNS[run].config["memory"]["activation_cache_filter"])
-    return [f"results/{run}/figures/{name}.svg" for group in groups for name in theloom_report.GROUPS[group]]
-
-
 localrules:
     figures,
     report_runs,  # only this process knows all runs
