@@ -154,6 +154,10 @@ def load(config: Config, files: ModelFiles, exact: bool = False) -> LoadedModel:
             f"model.source: {config.model.source} lacks {len(missing)} weights of {type(model).__name__} "
             f"({missing[0]}, …); its files are incomplete or of another architecture"
         )
+    if quantization == "4bit" and device.type == "cpu":
+        from theloom.quantized import check_runs_on_the_cpu
+
+        check_runs_on_the_cpu(model)
     model.eval().requires_grad_(False)
     attention = str(model.config._attn_implementation)
     return LoadedModel(architecture.describe(model), files, device, resolved, attention, quantization)
