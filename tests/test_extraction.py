@@ -336,6 +336,28 @@ def test_values_of_a_fused_projection_do_not_keep_the_whole_of_it_alive(tmp_path
     assert found.untyped_storage().nbytes() == found.numel() * 4
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_values_stay_there_and_chunks_are_given_back(tmp_path):
+    numbers = {"num_hidden_layers": 8, "hidden_size": 256, "num_key_value_heads": 1, "head_dim": 16}
+    model = tiny(tmp_path, "llama", max_position_embeddings=2048, **numbers).cuda()
+    ids, mask = padded("left")
+    found = extract_hidden_states(model, ids, attention_mask=mask)
+    assert found["blocks.0.hook_resid_post"].device == model.device
+    for i, row in enumerate(rows()):
+        for name, expected in plain(model, row.cuda()).items():
+            assert far(found[name][i, mask[i].bool()], expected) <= 1e-5
+    long = torch.randint(3, 128, (1, 2048), generator=torch.Generator().manual_seed(0))
+    in_use = []
+    for chunk in extract_streaming(model, long, chunk_size=128):
+        assert len(chunk) == 8
+        del chunk
+        in_use.append(torch.cuda.memory_allocated())
+    held = 8 * 2048 * 256 * 4
+    assert in_use[-1] - in_use[0] < held / 2  # the KV cache alone grows
+    half = extract_inference_optimized(model, ids, [-1], "fp16", clear_cache=True, attention_mask=mask)
+    assert half["blocks.7.hook_resid_post"].dtype == torch.float16
+
+
 def test_importing_takes_no_transformers():
     code = "import sys, theloom.extraction; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

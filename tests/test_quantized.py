@@ -23,7 +23,7 @@ TEXT = "Weaving is a method of textile production in which two sets of yarns are
 
 def saved(folder, bits, **options):
     """A tiny Llama whose checkpoint is quantised."""
-    plain = build_tiny("llama", folder / "plain")
+    plain = build_tiny("llama", folder / "plain", intermediate_size=128)
     asked = {"load_in_8bit": True} if bits == "8bit" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     loaded = AutoModelForCausalLM.from_pretrained(
         plain, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**asked, **options)
@@ -123,6 +123,17 @@ def test_a_quantised_checkpoint_goes_through_the_pipeline(tmp_path, even_llama):
     assert (document["blocks.2.hook_resid_post"] - value).abs().max() <= 0.04 * value.abs().max()
     with h5py.File(run.folder / "verification.h5") as file:
         assert "fp32" not in file
+
+
+def test_widths_that_the_cpu_s_4_bit_product_does_not_take_are_refused_in_a_line(tmp_path):
+    from bitsandbytes.functional import has_avx512bf16
+
+    config = a_config(build_tiny("llama", tmp_path, intermediate_size=96), "memory.quantization=4bit")
+    if not has_avx512bf16():
+        assert model.load(config, source.prepare(config.model)).quantization == "4bit"
+        return
+    with pytest.raises(ModelError, match=r"multiple of 64, which that of layers\.0\.mlp\.down_proj is not"):
+        model.load(config, source.prepare(config.model))
 
 
 def test_other_quantised_checkpoints_are_refused_in_a_line(tmp_path):

@@ -177,6 +177,10 @@ def load(
             f"model.source: {config.model.source} lacks {len(missing)} weights of {type(model).__name__} "
             f"({missing[0]}, …); its files are incomplete or of another architecture"
         )
+    if quantization == "4bit" and device.type == "cpu":
+        from theloom.quantized import check_runs_on_the_cpu
+
+        check_runs_on_the_cpu(model)
     model.eval().requires_grad_(False)
     attention = str(model.config._attn_implementation)
     described = getattr(model, "_described", None) or architecture.describe(model)

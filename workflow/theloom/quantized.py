@@ -42,6 +42,19 @@ def own(model_config: "PretrainedConfig") -> str | None:
     return "4bit" if said.get("load_in_4bit") or said.get("_load_in_4bit") else "8bit"
 
 
+def check_runs_on_the_cpu(model: nn.Module) -> None:
+    """Raises ModelError where bitsandbytes' product for 4-bit weights on this CPU does not take their widths."""
+    from bitsandbytes.functional import has_avx512bf16
+    from bitsandbytes.nn import Linear4bit
+
+    odd = [name for name, m in model.named_modules() if isinstance(m, Linear4bit) and m.in_features % NF4_BLOCK]
+    if odd and has_avx512bf16():
+        raise ModelError(
+            f"bitsandbytes runs 4-bit weights on this CPU where their width is a multiple of {NF4_BLOCK}, "
+            f"which that of {odd[0]} is not; set memory.quantization=8bit or null"
+        )
+
+
 def resident(model: nn.Module) -> int:
     """Bytes of all weights and buffers of a real model, and of the scales that bitsandbytes keeps beside them."""
     held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(model)}
