@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +27,20 @@ def install() -> None:
     """Have Slurm's programs here. Raises SlurmUnavailableError."""
     if os.geteuid() != 0:
         raise SlurmUnavailableError("Slurm's daemons are started as root, and this is not")
-    if all(shutil.which(program) for program in ("slurmctld", "slurmd", "sbatch", "munged")):
-        return
-    if shutil.which("apt-get") is None:
-        raise SlurmUnavailableError("Slurm is not installed, and there is no apt-get to install it with")
+    if missing := install_packages(["slurmctld", "slurmd", "sbatch", "munged"], PACKAGES):
+        raise SlurmUnavailableError(missing)
+
+
+def install_packages(programs: Sequence[str], packages: Sequence[str]) -> str:
+    """Install Debian packages where their programs are not here yet; returns why that cannot be done, "" if it is."""
+    if all(shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin") for program in programs):
+        return ""
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return f"{', '.join(packages)} are not installed, and there is no apt-get, or no right, to install them with"
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
+    for words in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *packages]):
         done = subprocess.run(["apt-get", *words], env=environment, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise SlurmUnavailableError(f"apt-get cannot install Slurm: {done.stderr.strip().splitlines()[-1:]}")
+    return f"apt-get cannot install them: {done.stderr.strip()[-200:]}" if done.returncode else ""
 
 
 @dataclass

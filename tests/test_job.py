@@ -1,5 +1,6 @@
 """What a job leaves in its log, and how it ends."""
 
+import os
 import subprocess
 import sys
 import time
@@ -61,3 +62,15 @@ def test_errors_of_this_call_are_gathered_and_older_ones_are_not(tmp_path):
     log = tmp_path / "x.log"
     assert last_errors([log], began) == [f"error: x.txt: not utf-8 (log: {log})"]
     assert last_errors([log], time.time() + 60) == []
+
+
+SECRET = "hf_notARealTokenButSecret"
+
+
+def test_a_job_is_offline_and_sees_no_token_but_the_one_that_fetches_does(tmp_path):
+    tell = "import os; print(os.environ.get('HF_HUB_OFFLINE'), os.environ.get('HF_TOKEN'))"
+    for online, expected in ((False, "1 None"), (True, f"None {SECRET}")):
+        script = f"from theloom.job import job\nwith job({str(tmp_path / 'log')!r}, online={online}): {tell}"
+        environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_TOKEN": SECRET}
+        subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+        assert (tmp_path / "log").read_text().strip() == expected
