@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import theloom
 import torch
-from support import build_tiny, stages, values_of
+from support import allocator_peak, build_tiny, stages, values_of
 from theloom import architecture, hooks, trace
 from theloom.catalogue import catalogue
 from theloom.closed_form import covers
@@ -129,6 +129,28 @@ def test_a_pattern_of_one_block_leaves_the_others_their_fused_attention(tmp_path
         for chosen in (points, points[-1:])
     )
     assert one - none > 4 * 512 * 512 * 4  # scores of four heads, at least once
+
+
+def test_the_pattern_of_one_block_takes_the_scores_of_one_block(tmp_path):
+    """Real memory: at 1024 tokens, eager attention in one block of six is a sixth of the patterns of all, when held."""
+    described = tiny(tmp_path, num_hidden_layers=6, max_position_embeddings=1024)
+    ids, scores = torch.arange(1024)[None] % 128, 4 * 1024 * 1024 * 4  # heads × queries × keys × bytes
+
+    def peak(*filters):
+        def work():
+            held = []
+            points = catalogue(described).select(filters)
+            with torch.inference_mode(), Taps(described, points, lambda name, value: held.append(value)) as taps:
+                taps.run(input_ids=ids, use_cache=False)
+
+        return allocator_peak(work)
+
+    none = peak("blocks.5.hook_resid_post")
+    one = peak("blocks.3.attn.hook_pattern", "blocks.5.hook_resid_post")
+    every = peak("blocks.*.attn.hook_pattern", "blocks.5.hook_resid_post")
+    assert scores <= one - none <= 4.5 * scores
+    assert every - one == pytest.approx(5 * scores, rel=0.5)
+    assert none < scores  # the fused kernel never has them
 
 
 def test_a_hook_point_that_a_forward_does_not_reach_is_an_error(tmp_path):

@@ -4,6 +4,8 @@ Where the Bridge is off the model's own values say so: its scores of OPT are the
 grouped queries.
 """
 
+import functools
+
 import pytest
 import torch
 from support import TINY, build_tiny, chunks_of, values_of
@@ -40,11 +42,35 @@ def tokenizer(smollm2):
     return AutoTokenizer.from_pretrained(smollm2.folder)
 
 
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """The folder of each tiny model, built once."""
+    return functools.cache(lambda model_type: build_tiny(model_type, tmp_path_factory.mktemp(model_type)))
+
+
+@pytest.fixture(scope="module")
+def eager(folder_of):
+    """Each tiny model with eager attention, loaded once; its catalogue is found once with it."""
+
+    def load(model_type):
+        model = AutoModelForCausalLM.from_pretrained(folder_of(model_type), attn_implementation="eager").eval()
+        return architecture.describe(model)
+
+    return functools.cache(load)
+
+
+@pytest.fixture(scope="module")
+def smollm2_values(smollm2, tokenizer):
+    """A sentence, and what the Bridge makes of it."""
+    ids = tokenizer("Weaving is a method of textile production in which two sets of yarns are interlaced.").input_ids
+    ids = torch.tensor(ids)[None]
+    return ids, bridge_values(smollm2.folder, tokenizer, ids)
+
+
 @pytest.mark.parametrize("model_type", BRIDGED)
-def test_every_hook_point_of_both_is_equal(tmp_path, tokenizer, model_type):
-    folder = build_tiny(model_type, tmp_path)
-    expected = bridge_values(folder, tokenizer, IDS)
-    described = architecture.describe(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval())
+def test_every_hook_point_of_both_is_equal(folder_of, eager, tokenizer, model_type):
+    expected = bridge_values(folder_of(model_type), tokenizer, IDS)
+    described = eager(model_type)
     found = values_of(described, IDS)
     if model_type == "opt":
         for block in range(3):
@@ -57,10 +83,8 @@ def test_every_hook_point_of_both_is_equal(tmp_path, tokenizer, model_type):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_every_hook_point_of_smollm2_is_equal(smollm2, tokenizer, attention):
-    ids = tokenizer("Weaving is a method of textile production in which two sets of yarns are interlaced.").input_ids
-    ids = torch.tensor(ids)[None]
-    expected = bridge_values(smollm2.folder, tokenizer, ids)
+def test_every_hook_point_of_smollm2_is_equal(smollm2, smollm2_values, attention):
+    ids, expected = smollm2_values
     model = AutoModelForCausalLM.from_pretrained(smollm2.folder, attn_implementation=attention).eval()
     found = values_of(architecture.describe(model), ids)
     assert len(found) == 30 * 20 + 3
@@ -70,9 +94,9 @@ def test_every_hook_point_of_smollm2_is_equal(smollm2, tokenizer, attention):
 
 @pytest.mark.parametrize("model_type", TINY)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_scores_and_patterns_belong_to_what_the_model_computes(tmp_path, model_type, attention):
+def test_scores_and_patterns_belong_to_what_the_model_computes(folder_of, model_type, attention):
     """softmax(scores) is the pattern, the pattern of the values is z; fused and eager attention give the same."""
-    folder = build_tiny(model_type, tmp_path)
+    folder = folder_of(model_type)
     if attention == "sdpa" and model_type == "gemma2":
         attention = "eager"  # its capped scores are beyond the fused kernel
     try:
@@ -111,9 +135,8 @@ def test_falcon_s_grouped_projection_is_split_as_the_model_splits_it(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", TINY)
-def test_values_add_up_to_the_residual_stream(tmp_path, model_type):
-    model = AutoModelForCausalLM.from_pretrained(build_tiny(model_type, tmp_path), attn_implementation="eager").eval()
-    found = values_of(architecture.describe(model), IDS)
+def test_values_add_up_to_the_residual_stream(eager, model_type):
+    found = values_of(eager(model_type), IDS)
     for block in range(3):
         at = {n: found.get(f"blocks.{block}.hook_{n}") for n in ("resid_pre", "resid_mid", "resid_post")}
         attn, mlp = (found[f"blocks.{block}.hook_{n}_out"] for n in ("attn", "mlp"))
@@ -124,9 +147,8 @@ def test_values_add_up_to_the_residual_stream(tmp_path, model_type):
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 100])
 @pytest.mark.parametrize("model_type", TINY)
-def test_chunks_give_the_values_of_one_pass(tmp_path, model_type, chunk_size):
-    model = AutoModelForCausalLM.from_pretrained(build_tiny(model_type, tmp_path), attn_implementation="eager").eval()
-    described = architecture.describe(model)
+def test_chunks_give_the_values_of_one_pass(eager, model_type, chunk_size):
+    described = eager(model_type)
     ids = torch.randint(3, 128, (2, 80), generator=torch.Generator().manual_seed(1))
     whole, chunked = values_of(described, ids), chunks_of(described, ids, chunk_size)
     assert set(whole) == set(chunked)
