@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -135,7 +135,7 @@ class Shell:
         return found[0]
 
     def record(self, ids: torch.Tensor, seen: int = 0, streamed: bool = False) -> list[Call]:
-        """Every block's arguments for token ids of a shape, on the host. Raises ModelError for a block that is not met."""
+        """Every block's arguments for token ids of a shape, on the host. Raises ModelError for a block not met."""
         calls: list[Call] = []
         to_host = _Once()
 
@@ -158,8 +158,8 @@ class Shell:
     def without_bytes(self) -> Iterator[FakeTensorMode]:
         """The whole model on fake CPU tensors for a while: to see how values go through it."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        was = [
-            (table, leaf, tensor)
+        was: list[tuple[dict[str, Any], str, torch.Tensor]] = [
+            (cast(Any, table), leaf, tensor)
             for module in self.model.modules()
             for table in (module._parameters, module._buffers)
             for leaf, tensor in table.items()
@@ -174,7 +174,7 @@ class Shell:
                     fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if parameter else fake
                 table[leaf] = fakes[id(tensor)]
         try:
-            with mode, trace.shapes_alone():
+            with mode, trace._shapes_alone():
                 yield mode
         finally:
             for table, leaf, tensor in was:

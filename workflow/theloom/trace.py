@@ -47,7 +47,7 @@ class FakeModel:
     @property
     def catalogue(self) -> Catalogue:
         """The hook points that can be read from the model."""
-        with self.mode, shapes_alone():
+        with self.mode, _shapes_alone():
             return catalogue(self.architecture)
 
     @property
@@ -118,7 +118,7 @@ def trace(
     written to a file. `device` is cpu or cuda: what its kernels allocate within themselves differs. Long windows are
     not traced chunk by chunk: the KV cache is filled, then the last two steps run.
     """
-    with fake.mode, shapes_alone():
+    with fake.mode, _shapes_alone():
         ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
         return run(fake.architecture, ids, workload, points, held, store, device, shorten=True)
 
@@ -138,7 +138,7 @@ def generation(fake: FakeModel, windows: int, prompt: int, new_tokens: int) -> L
     """
     model = fake.architecture.model
     live = LiveStorages(whole=CUDA_KERNELS)
-    with fake.mode, shapes_alone(), torch.inference_mode():
+    with fake.mode, _shapes_alone(), torch.inference_mode():
         ids, token = torch.zeros(windows, prompt, dtype=torch.int64), torch.zeros(windows, 1, dtype=torch.int64)
         live.ignore([ids, token, *model.parameters(), *model.buffers()])
         options = {"logits_to_keep": 1} if model.get_output_embeddings() is not None else {}
@@ -232,7 +232,7 @@ def _longer(tensor: torch.Tensor, length: int) -> torch.Tensor:
 
 
 @contextmanager
-def shapes_alone() -> Iterator[None]:
+def _shapes_alone() -> Iterator[None]:
     """Replace what needs values or a kernel: two functions of transformers, each by one of the same result's shape.
 
     Packed sequences are looked for in the position ids, and where one cannot look a b×s×s mask is made; the grouped
