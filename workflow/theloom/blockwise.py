@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from theloom.block_source import BlockSource
 from theloom.catalogue import catalogue
 from theloom.errors import ModelError
-from theloom.shell import CACHE, Call, Shell
+from theloom.shell import CACHE, Call, Frame, Shell
 
 PLAIN = (int, float, str, bool, torch.dtype, torch.device, type(None))
 TOKENS = 5
@@ -23,20 +23,26 @@ TOKENS = 5
 
 def examine(shell: Shell, source: BlockSource) -> None:
     """Find the shell's hook points and what its blocks return. Raises ModelError for a model that is refused."""
-    _whole_blocks(shell)
     with shell.without_bytes():
-        seen = _Blocks(shell)
+        seen = look(shell)
         catalogue(shell.architecture)
-    if len(seen.dtypes) > 1:
-        raise refusal(shell, f"its residual stream changes its precision ({', '.join(map(str, seen.dtypes))})")
-    shell.outputs, shell.residual_dtype = seen.outputs, seen.dtypes.pop()
     _texts(shell, source, seen)
+
+
+def look(frame: Frame) -> "_Blocks":
+    """See how the blocks of a model without bytes are called. Raises ModelError for a model that is refused."""
+    _whole_blocks(frame)
+    seen = _Blocks(frame)
+    if len(seen.dtypes) > 1:
+        raise refusal(frame, f"its residual stream changes its precision ({', '.join(map(str, seen.dtypes))})")
+    frame.outputs, frame.residual_dtype = seen.outputs, seen.dtypes.pop()
+    return seen
 
 
 class _Blocks:
     """How the blocks are called in a whole forward pass, and what they return."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Frame) -> None:
         self.calls: list[list[tuple[str, Any]]] = []
         self.outputs: list[int] = []
         self.dtypes: set[torch.dtype] = set()
@@ -91,7 +97,7 @@ class _Blocks:
                 self._shared[id(value)] = value
 
 
-def _whole_blocks(shell: Shell) -> None:
+def _whole_blocks(shell: Frame) -> None:
     """Every block has weights and modules of its own."""
     owner: dict[int, int] = {}
     for number, block in enumerate(shell.blocks):
@@ -140,7 +146,7 @@ def _kind(path: str, value: Any) -> tuple[Any, ...]:
     return path, "cache" if isinstance(value, Cache) or value is CACHE else type(value)
 
 
-def refusal(shell: Shell, reason: str) -> ModelError:
+def refusal(shell: Frame, reason: str) -> ModelError:
     """The one line with which a model is refused."""
     model: PreTrainedModel = shell.model
     return ModelError(

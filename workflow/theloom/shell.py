@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.core_model_loading import build_glob_alternation
 
 from theloom import architecture, checkpoint, trace
+from theloom.architecture import Architecture
 from theloom.block_source import BlockSource
 from theloom.checkpoint import OUTSIDE, Checkpoint
 from theloom.errors import ModelError
@@ -62,38 +63,18 @@ class _Placeholder:
 CACHE = _Placeholder()
 
 
-class Shell:
-    """The shell of a model in a folder. Raises ModelError where it cannot be built so.
+class Frame:
+    """A model seen as what is round its blocks; it may be one without bytes.
 
-    `outputs` says of every block how many values it returns (0: a tensor, not a tuple); `blockwise.examine` finds it.
-    `enter` and `record` need the embeddings: `with shell.embedded(source)`.
+    `outputs` says of every block how many values it returns (0: a tensor, not a tuple), `residual_dtype` the precision
+    of the residual stream; `blockwise.look` finds both.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        model_config: PretrainedConfig,
-        precision: str,
-        device: torch.device,
-        attention: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.device = device
-        options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModel.from_config(
-                model_config, dtype=torch_dtype(precision), trust_remote_code=trust_remote_code, **options
-            )
-        model.eval().requires_grad_(False)
-        _keep_precise(model, torch_dtype(precision))
-        _fill_buffers(model, device)
-        self.model = model
-        self.architecture = architecture.describe(model)
-        self.blocks = self.architecture.blocks
-        self.checkpoint = Checkpoint(model, self.blocks, checkpoint.index(folder))
+    def __init__(self, described: Architecture, device: torch.device) -> None:
+        self.architecture, self.device = described, device
+        self.model, self.blocks = described.model, described.blocks
         self.outputs: list[int] = [0] * len(self.blocks)
-        self.residual_dtype = torch_dtype(precision)
-        self._inside = {m for block in self.blocks for m in block.modules()}
+        self.residual_dtype = self.model.dtype
 
     @property
     def streams(self) -> bool:
@@ -102,26 +83,6 @@ class Shell:
         return len(layers) == len(self.blocks) and all(
             type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers
         )
-
-    @contextmanager
-    def embedded(self, source: BlockSource) -> Iterator[None]:
-        """All weights outside the blocks attached; those of embeddings stay in the file, and on the host."""
-        part, keys = OUTSIDE, self.checkpoint.keys[OUTSIDE]
-        with ExitStack() as opened:
-            opened.callback(self.checkpoint.detach, part)
-            if self.checkpoint.is_converted(part):
-                self.checkpoint.attach(part, source.read(keys), self.device)
-            else:
-                embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m not in self._inside]
-                large = {f"{n}.weight" for n, m in self.model.named_modules() if m in embeddings}
-                mapped = [k for k in keys if self.checkpoint.target(k) in large]
-                self.checkpoint.put({k: source.mapped(k) for k in mapped}, torch.device("cpu"))
-                rest = [k for k in keys if k not in set(mapped)]
-                self.checkpoint.attach(part, source.read(rest), self.device)
-                if self.device.type != "cpu":
-                    for module in embeddings:
-                        opened.enter_context(_on_host(module, self.device))
-            yield
 
     def enter(self, ids: torch.Tensor, seen: int = 0, streamed: bool = False) -> torch.Tensor:
         """What enters the first block for token ids (batch, position), of which `seen` came before these."""
@@ -154,6 +115,75 @@ class Shell:
             raise ModelError(f"{self._name}: only {len(calls)} of its {len(self.blocks)} blocks ran")
         return calls
 
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    def _forward(self, run: Callable[..., Any], ids: torch.Tensor, seen: int, streamed: bool) -> None:
+        """The model's own forward, with every block's work replaced; the modules stay themselves."""
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": streamed}
+        if streamed:
+            inputs["past_key_values"] = cache_that_saw(self.model.config, seen)
+        blocks: Sequence[Any] = self.blocks
+        try:
+            for number, block in enumerate(blocks):
+                block.forward = lambda *args, _number=number, **kwargs: run(_number, args, kwargs)
+            with torch.inference_mode():
+                self.model(**inputs)
+        except _Stop:
+            pass
+        finally:
+            for block in blocks:
+                vars(block).pop("forward", None)
+
+
+class Shell(Frame):
+    """The shell of a model in a folder. Raises ModelError where it cannot be built so.
+
+    `enter` and `record` need the embeddings: `with shell.embedded(source)`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model_config: PretrainedConfig,
+        precision: str,
+        device: torch.device,
+        attention: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModel.from_config(
+                model_config, dtype=torch_dtype(precision), trust_remote_code=trust_remote_code, **options
+            )
+        model.eval().requires_grad_(False)
+        _keep_precise(model, torch_dtype(precision))
+        _fill_buffers(model, device)
+        super().__init__(architecture.describe(model), device)
+        self.checkpoint = Checkpoint(model, self.blocks, checkpoint.index(folder))
+        self._inside = {m for block in self.blocks for m in block.modules()}
+
+    @contextmanager
+    def embedded(self, source: BlockSource) -> Iterator[None]:
+        """All weights outside the blocks attached; those of embeddings stay in the file, and on the host."""
+        part, keys = OUTSIDE, self.checkpoint.keys[OUTSIDE]
+        with ExitStack() as opened:
+            opened.callback(self.checkpoint.detach, part)
+            if self.checkpoint.is_converted(part):
+                self.checkpoint.attach(part, source.read(keys), self.device)
+            else:
+                embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m not in self._inside]
+                large = {f"{n}.weight" for n, m in self.model.named_modules() if m in embeddings}
+                mapped = [k for k in keys if self.checkpoint.target(k) in large]
+                self.checkpoint.put({k: source.mapped(k) for k in mapped}, torch.device("cpu"))
+                rest = [k for k in keys if k not in set(mapped)]
+                self.checkpoint.attach(part, source.read(rest), self.device)
+                if self.device.type != "cpu":
+                    for module in embeddings:
+                        opened.enter_context(_on_host(module, self.device))
+            yield
+
     @contextmanager
     def without_bytes(self) -> Iterator[FakeTensorMode]:
         """The whole model on fake CPU tensors for a while: to see how values go through it."""
@@ -179,27 +209,6 @@ class Shell:
         finally:
             for table, leaf, tensor in was:
                 table[leaf] = tensor
-
-    @property
-    def _name(self) -> str:
-        return type(self.model).__name__
-
-    def _forward(self, run: Callable[..., Any], ids: torch.Tensor, seen: int, streamed: bool) -> None:
-        """The model's own forward, with every block's work replaced; the modules stay themselves."""
-        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": streamed}
-        if streamed:
-            inputs["past_key_values"] = cache_that_saw(self.model.config, seen)
-        blocks: Sequence[Any] = self.blocks
-        try:
-            for number, block in enumerate(blocks):
-                block.forward = lambda *args, _number=number, **kwargs: run(_number, args, kwargs)
-            with torch.inference_mode():
-                self.model(**inputs)
-        except _Stop:
-            pass
-        finally:
-            for block in blocks:
-                vars(block).pop("forward", None)
 
 
 class _Once:
