@@ -44,6 +44,10 @@ class BlockSource:
             os.close(fd)
         self._files, self._slots = {}, []
 
+    def release(self) -> None:
+        """Let the buffers go; the next sweep makes new ones."""
+        self._slots = [_Slot(self._device), _Slot(self._device)]
+
     def __enter__(self) -> "BlockSource":
         return self
 

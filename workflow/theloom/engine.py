@@ -10,6 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10
+FIGURES = ("seconds", "waited", "bytes_read", "tokens", "blocks")  # of layerwise.Swept
 
 # called with a hook point's name, the first position of a chunk, and its values (window, position, …) on the CPU
 Sink = Callable[[str, int, "torch.Tensor"], None]
@@ -87,19 +89,30 @@ def extract_shard(
     _check_revision(recorded, tokens_path)
     run_identity = _identity(config_path, recorded, tokens_path)
     identity = f"{run_identity}-{shard}"
+
+    def spec_of(planned: Plan, units: int) -> ShardSpec:
+        return ShardSpec(
+            tokens=shard_tokens,
+            points=points,
+            keys=tokens.longest_window(tokens_path),
+            precision=store,
+            batches=units,
+            identity=identity,
+            attributes=_attributes(config_path, recorded, tokens_path, planned, run_identity)
+            | {"kind": "shard", "shard": shard, "first_row": shard_tokens.first_row, "precision": store},
+            figures=FIGURES if recorded.layerwise else (),
+        )
+
+    if recorded.layerwise:
+        from theloom import layerwise_shard
+
+        check = partial(_check_streaming, recorded, lengths)
+        layerwise_shard.extract(frozen, estimated, recorded, shard_tokens, points, output, identity, spec_of, check)
+        return
     planned = _plan(frozen, estimated, recorded, int(lengths.max(initial=1)), output, identity)
     _check_streaming(recorded, lengths, planned.chunk_size)
     batches = batching.plan_batches(lengths, planned.batch_tokens, planned.chunk_size)
-    spec = ShardSpec(
-        tokens=shard_tokens,
-        points=points,
-        keys=tokens.longest_window(tokens_path),
-        precision=store,
-        batches=len(batches),
-        identity=identity,
-        attributes=_attributes(config_path, recorded, tokens_path, planned, run_identity)
-        | {"kind": "shard", "shard": shard, "first_row": shard_tokens.first_row, "precision": store},
-    )
+    spec = spec_of(planned, len(batches))
     needed = _still_to_write(spec, estimated, output)
     estimate.check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
     with ShardWriter(output, spec) as writer:
@@ -224,6 +237,7 @@ def _attributes(
         },
         batch_tokens=plan.batch_tokens,
         chunk_size=plan.chunk_size,
+        execution="layerwise" if recorded.layerwise else "resident",
         context_length=corpus["context_length"],
         device=recorded.attributes["device"],
         **model_record.provenance_of(recorded),

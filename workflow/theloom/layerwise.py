@@ -64,6 +64,7 @@ class LayerwiseRunner:
         self.stages = sorted(self._points)
         self._last = min(self.stages[-1], len(shell.blocks) - 1)
         self._calls: dict[tuple[int, int, int], list[Call]] = {}
+        self._sizes: list[int] = []
 
     def residuals(self, batches: Sequence[torch.Tensor], identity: str) -> ResidualSpec:
         """The residuals of token ids (window, position) by batch."""
@@ -78,15 +79,18 @@ class LayerwiseRunner:
         residuals: ResidualStore,
         sink: Sink,
         *,
+        chunk_sizes: Sequence[int] | None = None,
         done: int = 0,
         unit_done: Callable[[int], None] = lambda batch: None,
         commit: Callable[[], None] = lambda: None,
     ) -> Swept:
         """All batches of token ids (window, position) through all blocks, up to the deepest hook point.
 
-        The first `done` units are not handed to `sink` again. `unit_done(batch)` is called when a unit ends, and
-        `commit` before the residuals that a later job would go on with are made safe.
+        `chunk_sizes`: of each batch, where they are not the runner's. The first `done` units are not handed to `sink`
+        again. `unit_done(batch)` is called when a unit ends, and `commit` before the residuals that a later job would
+        go on with are made safe.
         """
+        self._sizes = list(chunk_sizes or [self._chunk_size] * len(batches))
         begun, waited, read = time.perf_counter(), self._source.waited, self._source.bytes_read
         units = _Units(self, self._shell.architecture, sink, len(batches), done, unit_done)
         first = residuals.take_up()
@@ -122,14 +126,14 @@ class LayerwiseRunner:
         """The residuals before the first block, if `fresh`; and how every block is called, for each shape."""
         with self._shell.embedded(self._source):
             for number, ids in enumerate(batches):
-                for start, chunk, streamed in self._chunks(ids):
+                for start, chunk, streamed in self._chunks(number, ids):
                     key = (*chunk.shape, start if streamed else -1)
                     if key not in self._calls:
                         self._calls[key] = self._shell.record(chunk, start, streamed)[: self._last + 1]
                 if not fresh:
                     continue
                 with units.unit(-1, number) as taps:
-                    for start, chunk, streamed in self._chunks(ids):
+                    for start, chunk, streamed in self._chunks(number, ids):
                         entering = _through(taps, chunk, start, self._shell.enter, chunk, start, streamed)
                         residuals.write(number, start, entering)
         if fresh:
@@ -139,7 +143,7 @@ class LayerwiseRunner:
         self, block: int, number: int, ids: torch.Tensor, residuals: ResidualStore, taps: Taps | None
     ) -> None:
         module, cache = self._shell.blocks[block], None
-        for start, chunk, streamed in self._chunks(ids):
+        for start, chunk, streamed in self._chunks(number, ids):
             if streamed and cache is None:
                 cache = BlockCache(self._shell.model.config, block)
             call = self._calls[(*chunk.shape, start if streamed else -1)][block]
@@ -155,15 +159,15 @@ class LayerwiseRunner:
         with self._shell.embedded(self._source):
             for number, ids in enumerate(batches):
                 with units.unit(self.stages[-1], number) as taps:
-                    for start, chunk, _ in self._chunks(ids):
+                    for start, chunk, _ in self._chunks(number, ids):
                         residual = residuals.read(number, start, start + chunk.shape[1]).to(self._shell.device)
                         _through(taps, chunk, start, norm, residual)
 
-    def _chunks(self, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, bool]]:
+    def _chunks(self, number: int, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, bool]]:
         """A batch as resident execution cuts it: whole where it fits a chunk, else chunk by chunk."""
-        streamed = ids.shape[1] > self._chunk_size
-        for start in range(0, ids.shape[1], self._chunk_size):
-            yield start, ids[:, start : start + self._chunk_size], streamed
+        size = self._sizes[number]
+        for start in range(0, ids.shape[1], size):
+            yield start, ids[:, start : start + size], ids.shape[1] > size
 
     def points(self, stage: int) -> list[HookPoint]:
         """The hook points of a stage."""

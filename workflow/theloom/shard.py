@@ -45,9 +45,10 @@ class ShardSpec:
     points: list[HookPoint]
     keys: int
     precision: str
-    batches: int
+    batches: int  # units of work that are committed: batches, or (block, batch) block by block
     identity: str
     attributes: Mapping[str, Any]
+    figures: tuple[str, ...] = ()  # names of numbers that are noted in /figures when the work is done
 
     @property
     def rows(self) -> int:
@@ -125,13 +126,25 @@ class ShardWriter:
     def batch_done(self, rows: int, last: bool = False) -> None:
         """Say that one more batch is written, `rows` in all; commits when enough has come together, or at the last."""
         self.batches_done += 1
-        if self._uncommitted < COMMIT_BYTES and not last:
+        if self._uncommitted >= COMMIT_BYTES or last:
+            self.commit(rows)
+
+    def commit(self, rows: int) -> None:
+        """Make safe what is written, `rows` in all, where anything is."""
+        if not self.batches_done:
             return
         os.fdatasync(self._fd)
         place = self._places["commit_log"] + (self.batches_done - 1) * RECORD.itemsize
         _pwrite(self._fd, _record(self.batches_done, rows).tobytes(), place)
         os.fdatasync(self._fd)
         self._uncommitted = 0
+
+    def note(self, figures: Mapping[str, float]) -> None:
+        """Add to the numbers of /figures, in which several jobs may have a share."""
+        for number, name in enumerate(self._spec.figures):
+            place = self._places["figures"] + 8 * number
+            so_far = np.frombuffer(os.pread(self._fd, 8, place), "<f8")[0]
+            _pwrite(self._fd, np.array(so_far + figures[name], "<f8").tobytes(), place)
 
     def finish(self) -> None:
         """Give the file its name, for good."""
@@ -243,6 +256,9 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     file["windows/offset"] = tokens.window_offset
     file["windows/document"] = tokens.window_document
     file["commit_log"] = np.zeros(spec.batches, RECORD)
+    if spec.figures:
+        file["figures"] = np.zeros(len(spec.figures), "<f8")
+        file["figures"].attrs["names"] = list(spec.figures)
     file["windows/hash"] = np.zeros((spec.windows, len(names)), "<u8")
     for point in spec.points:
         shape = (spec.rows, *point.row(spec.keys))
@@ -254,6 +270,7 @@ def _places(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
     return places | {
         "hash": layout.byte_offset(file["windows/hash"]),
         "commit_log": layout.byte_offset(file["commit_log"]),
+        **({"figures": layout.byte_offset(file["figures"])} if "figures" in file else {}),
     }
 
 

@@ -162,7 +162,6 @@ class Shell(Frame):
         _fill_buffers(model, device)
         super().__init__(architecture.describe(model), device)
         self.checkpoint = Checkpoint(model, self.blocks, checkpoint.index(folder))
-        self._inside = {m for block in self.blocks for m in block.modules()}
 
     @contextmanager
     def embedded(self, source: BlockSource) -> Iterator[None]:
@@ -170,19 +169,27 @@ class Shell(Frame):
         part, keys = OUTSIDE, self.checkpoint.keys[OUTSIDE]
         with ExitStack() as opened:
             opened.callback(self.checkpoint.detach, part)
-            if self.checkpoint.is_converted(part):
-                self.checkpoint.attach(part, source.read(keys), self.device)
-            else:
-                embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m not in self._inside]
-                large = {f"{n}.weight" for n, m in self.model.named_modules() if m in embeddings}
-                mapped = [k for k in keys if self.checkpoint.target(k) in large]
-                self.checkpoint.put({k: source.mapped(k) for k in mapped}, torch.device("cpu"))
-                rest = [k for k in keys if k not in set(mapped)]
-                self.checkpoint.attach(part, source.read(rest), self.device)
-                if self.device.type != "cpu":
-                    for module in embeddings:
-                        opened.enter_context(_on_host(module, self.device))
+            mapped = self.mapped
+            self.checkpoint.put({k: source.mapped(k) for k in mapped}, torch.device("cpu"))
+            rest = [k for k in keys if k not in set(mapped)]
+            self.checkpoint.attach(part, source.read(rest), self.device)
+            if mapped and self.device.type != "cpu":
+                for module in self._embeddings().values():
+                    opened.enter_context(_on_host(module, self.device))
             yield
+
+    @property
+    def mapped(self) -> list[str]:
+        """The keys of embeddings, which stay in their files."""
+        if self.checkpoint.is_converted(OUTSIDE):
+            return []
+        large = {f"{name}.weight" for name in self._embeddings()}
+        return [k for k in self.checkpoint.keys[OUTSIDE] if self.checkpoint.target(k) in large]
+
+    def _embeddings(self) -> dict[str, nn.Module]:
+        inside = {m for block in self.blocks for m in block.modules()}
+        modules = self.model.named_modules()
+        return {name: m for name, m in modules if isinstance(m, nn.Embedding) and m not in inside}
 
     @contextmanager
     def without_bytes(self) -> Iterator[FakeTensorMode]:

@@ -15,6 +15,9 @@ from theloom.forward import residuals
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
+
+Residuals = dict[str, "torch.Tensor"]
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +37,30 @@ def try_out(architecture: Architecture, tolerance: float) -> TriedOut:
     `tolerance` is the error, as a share of the largest value, that rounding explains. Raises ModelError where a token's
     row depends on what is to its right, as for an encoder.
     """
-    import torch
-
-    ids = torch.randint(architecture.model.config.get_text_config().vocab_size, (1, 24), generator=_seeded())
-    limit = 10 * tolerance
+    ids = tokens_of(architecture.model)
     name = type(architecture.model).__name__
-    whole = residuals(architecture, ids, chunk_size=24)
-    padding = _largest_error({k: v[:, :16] for k, v in whole.items()}, residuals(architecture, ids[:, :16], 16))
+    whole, shorter = residuals(architecture, ids, chunk_size=24), residuals(architecture, ids[:, :16], 16)
+    try:
+        chunked = residuals(architecture, ids, chunk_size=7)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        log.warning("%s does not take a KV cache: %s", name, error)
+        chunked = None
+    return judge(name, whole, shorter, chunked, tolerance)
+
+
+def judge(name: str, whole: Residuals, shorter: Residuals, chunked: "Residuals | None", tolerance: float) -> TriedOut:
+    """What residuals by hook point show: of 24 tokens, of the first 16 alone, in chunks (None: not to be had).
+
+    Raises ModelError where a token's row depends on what is to its right.
+    """
+    limit = 10 * tolerance
+    padding = _largest_error({k: v[:, :16] for k, v in whole.items()}, shorter)
     if not padding <= limit:
         raise ModelError(
             f"{name}: a token's hidden state depends on the tokens after it (by {padding:.2g} of the largest value): "
             "not a causal model; only decoders can be extracted"
         )
-    try:
-        chunks = _largest_error(whole, residuals(architecture, ids, chunk_size=7))
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        log.warning("%s does not take a KV cache: %s", name, error)
-        chunks = math.inf
+    chunks = math.inf if chunked is None else _largest_error(whole, chunked)
     if not chunks <= limit:
         log.warning("%s cannot be streamed: chunks give other rows than one pass (error %.2g)", name, chunks)
     return TriedOut(padding, chunks, chunks <= limit)
@@ -60,7 +70,9 @@ def _largest_error(expected: dict[str, "torch.Tensor"], found: dict[str, "torch.
     return max(float((found[k] - v).abs().max() / v.abs().max()) for k, v in expected.items())
 
 
-def _seeded() -> "torch.Generator":
+def tokens_of(model: "PreTrainedModel") -> "torch.Tensor":
+    """24 random tokens of a model's vocabulary, (1, 24)."""
     import torch
 
-    return torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (1, 24), generator=torch.Generator().manual_seed(0))

@@ -20,6 +20,7 @@ from theloom.estimator import Traced
 from theloom.hooks import RESIDUALS, SCORES, HookPoint, residuals
 from theloom.memory import Kind, Workload, in_words
 from theloom.model import LoadedModel
+from theloom.model_record import ModelRecord
 from theloom.precision import TOLERANCE
 from theloom.schema import Config
 from theloom.taps import Taps
@@ -46,19 +47,32 @@ def verify(config: Config, activations: Path, model_path: Path, output: Path) ->
     acts = dataset.open(activations)
     wrong, not_finite = check_hashes(acts)
     recorded = model_record.read(model_path)
-    loaded = model_record.load_again(config, recorded)
     points = [p for p in recorded.catalogue.points if p.name in acts]
-    # the coarser of the forward pass' precision and the stored one decides what rounding explains
-    tolerance = config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
     windows = choose_windows(acts, config.verify.documents, config.memory.streaming_chunk_size, config.verify.seed)
+    if recorded.layerwise:
+        from theloom import layerwise_verify
+
+        results, explained = layerwise_verify.recompute(config, recorded, acts, points, windows)
+    else:
+        results, explained = _recompute_all(config, recorded, acts, points, windows)
+    # the coarser of the forward pass' precision and the stored one decides what rounding explains
+    tolerance = config.verify.tolerance or max(explained, TOLERANCE[acts.precision])
+    _write(acts, points, results, wrong, not_finite, tolerance, output)
+    _report(acts, points, results, wrong, tolerance)
+
+
+def _recompute_all(
+    config: Config, recorded: ModelRecord, acts: Activations, points: list[HookPoint], windows: list[int]
+) -> tuple[list[Recomputed], float]:
+    """Every window that fits against the oracle, and the error that the forward pass' precision explains."""
+    loaded = model_record.load_again(config, recorded)
     traced = Traced(loaded.architecture.model.config, loaded.attention, config.model.trust_remote_code)
     kind = memory.kind_of(config, loaded.precision.resolved)
     results = []
     for window in windows:
         if _fits(acts, loaded, points, traced, kind, window) and (found := _recompute(acts, loaded, points, window)):
             results.append(found)
-    _write(acts, points, results, wrong, not_finite, tolerance, output)
-    _report(acts, points, results, wrong, tolerance)
+    return results, loaded.tolerance
 
 
 def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
@@ -125,16 +139,25 @@ def _recompute(acts: Activations, loaded: LoadedModel, points: list[HookPoint], 
         return None
     error, largest = [], []
     for point in points:
-        truth = expected[point.name][0].float()
-        stored = acts[point.name][rows].to(truth.device).float()
-        if point.over_keys:  # (head, position, key), of this window's keys alone
-            truth = torch.full_like(stored, point.fill).index_copy_(
-                2, torch.arange(truth.shape[2], device=truth.device), truth.transpose(0, 1)
-            )
-        masked = stored == truth  # also where both are -inf
-        error.append(float((stored - truth).masked_fill(masked, 0.0).abs().max()))
-        largest.append(float(truth.masked_fill(truth.isneginf(), 0.0).abs().max()))
+        truth = expected[point.name][0]
+        one = compare(acts, point, rows, truth.transpose(0, 1) if point.over_keys else truth)
+        error.append(one[0])
+        largest.append(one[1])
     return Recomputed(window, error, largest)
+
+
+def compare(acts: Activations, point: HookPoint, rows: slice, found: "torch.Tensor") -> tuple[float, float]:
+    """Stored rows of a window against recomputed ones (position, …): the largest error, the largest absolute value."""
+    import torch
+
+    truth = found.float()
+    stored = acts[point.name][rows].to(truth.device).float()
+    if point.over_keys:  # (position, head, key), of this window's keys alone
+        keys = torch.arange(truth.shape[2], device=truth.device)
+        truth = torch.full_like(stored, point.fill).index_copy_(2, keys, truth)
+    masked = stored == truth  # also where both are -inf
+    error = float((stored - truth).masked_fill(masked, 0.0).abs().max())
+    return error, float(truth.masked_fill(truth.isneginf(), 0.0).abs().max())
 
 
 def oracle(loaded: LoadedModel, ids: "torch.Tensor") -> dict[str, "torch.Tensor"]:
