@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from support import a_config, build_tiny
-from theloom import model, source
+from support import Stages, a_config, build_tiny
+from theloom import layerwise_shard, model, residual_store, shard, source
 from theloom.block_source import BlockSource
 from theloom.blockwise import examine
 from theloom.engine import ResidentRunner
@@ -58,6 +59,8 @@ HARDER = {
         "index_n_heads": 2,
     },
 }
+
+KEPT_EVERY = 2  # blocks between the checkpoints of a job that a test kills
 
 Rows = dict[tuple[int, str], dict[int, torch.Tensor]]
 
@@ -133,3 +136,14 @@ def some_batches(vocabulary: int = 128) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = [(1, 64), (1, 31), (3, 7), (2, 7), (1, 1)]
     return [torch.randint(3, vocabulary, shape, generator=generator) for shape in shapes]
+
+
+def extract_with_small_commits(folder: Path, spilled: bool) -> None:
+    """The extraction of a layerwise run, committed every 16 KiB: the body of a job that a test kills."""
+    torch.set_num_threads(1)
+    shard.COMMIT_BYTES = 1 << 14
+    residual_store.BLOCKS_BETWEEN_CHECKPOINTS = KEPT_EVERY
+    if spilled:
+        plan = layerwise_shard._plan
+        layerwise_shard._plan = lambda *args: replace(plan(*args), spilled=True)
+    Stages(folder).extract()

@@ -1,10 +1,18 @@
 """Whole runs block by block: the data of resident runs, kills included, and what is said where nothing fits."""
 
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import time
+
 import h5py
 import pytest
 import theloom
-from support import stages
-from theloom import host
+from layerwise_support import KEPT_EVERY, extract_with_small_commits
+from support import build_tiny, stages
+from theloom import host, shard
 from theloom.errors import MemoryPlanError, ModelError
 from theloom.host import DeviceMemory
 
@@ -72,3 +80,71 @@ def test_quantised_weights_are_refused_block_by_block(tmp_path, tiny_llama):
     run = stages(tmp_path, tiny_llama, f"{SMALL} extraction.execution=layerwise memory.quantization=8bit")
     with pytest.raises(ModelError, match=r"memory\.quantization=8bit is for models that stay on the device"):
         run.prepare()
+
+
+@pytest.fixture(scope="module")
+def deep_llama(tmp_path_factory, tiny_llama):
+    folder = build_tiny("llama", tmp_path_factory.mktemp("deep"), vocab_size=49152, num_hidden_layers=10)
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+UNITS = 130  # of the shard that is killed: 10 blocks, 13 batches
+
+
+def reached(partial):
+    """Units that are committed, and blocks whose residuals a checkpoint keeps."""
+    try:
+        with h5py.File(partial) as file:
+            done = shard.committed(file["commit_log"][:])
+            batches = len(file["commit_log"]) // 10
+    except (OSError, KeyError):
+        return 0, 0, 1
+    manifest = partial.with_name(partial.name.replace(".partial", ".residuals.json"))
+    blocks = json.loads(manifest.read_text())["blocks"] if manifest.exists() else 0
+    return done, blocks, batches
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep_llama, spilled):
+    """`THELOOM_KILLS=50` kills as often; by default a few times."""
+    kills = int(os.environ.get("THELOOM_KILLS", "2" if spilled else "3"))
+    points = "memory.activation_cache_filter=[blocks.*.hook_resid_post]"
+    asked = f"corpus.max_tokens=2500 corpus.context_length=200 extraction.shards=1 {points}"
+    whole = stages(tmp_path / "whole", deep_llama, f"{asked} extraction.execution=resident").all()
+    run = stages(tmp_path / "killed", deep_llama, f"{asked} extraction.execution=layerwise")
+    run.prepare()
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "theloom.layerwise_shard"])
+    partial = run.folder / "shards/00000-of-00001.h5.partial"
+    choose, states, killed = random.Random(3), [(0, 0)], 0
+    while not run.shards:
+        job = processes.Process(target=extract_with_small_commits, args=(run.folder, spilled))
+        job.start()
+        if killed == kills:
+            job.join()
+            assert job.exitcode == 0
+            break
+        if killed % 5 < 4:  # once it has got some way; else at any moment
+            further = states[-1][0] + choose.randint(1, max(2, 2 * UNITS // kills))
+            while job.is_alive() and reached(partial)[0] < min(further, UNITS - 5):
+                time.sleep(0.001)
+            job.join(choose.uniform(0, 0.02))
+        else:
+            job.join(choose.uniform(0, 3))
+        killed += job.is_alive()
+        job.kill()
+        job.join()
+        if not run.shards:
+            done, blocks, batches = reached(partial)
+            assert batches in (1, UNITS // 10)
+            assert done >= states[-1][0]
+            assert blocks >= states[-1][1]  # nothing that was kept is lost
+            assert done // batches - blocks <= KEPT_EVERY  # blocks to repeat
+            states.append((done, blocks))
+    print(f"{killed} kills, states: {states}")
+    assert states[-1][1] > 0
+    assert not list((run.folder / "shards").glob("*residuals*"))
+    run.merge()
+    assert data_of(run) == data_of(whole)
