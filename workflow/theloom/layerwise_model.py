@@ -17,8 +17,8 @@ from theloom.errors import ModelError
 from theloom.estimate import Estimate
 from theloom.hooks import HookPoint
 from theloom.layerwise import LayerwiseRunner
-from theloom.layerwise_plan import BlockSizes, LayerwisePlan, PassOf
-from theloom.memory import Parts, Workload
+from theloom.layerwise_plan import LayerwisePlan, PassOf
+from theloom.memory import BlockSizes, Parts, Workload
 from theloom.model import LoadedModel
 from theloom.plan import MOST_BATCH_TOKENS, Plan
 from theloom.residual_store import ResidualStore

@@ -11,24 +11,8 @@ from dataclasses import dataclass
 from theloom import memory, plan
 from theloom.errors import MemoryPlanError
 from theloom.host import DeviceMemory
-from theloom.memory import Parts, Workload
+from theloom.memory import BlockSizes, Parts, Workload
 from theloom.plan import Plan
-
-
-@dataclass(frozen=True)
-class BlockSizes:
-    """Bytes of a model's weights as they are read block by block.
-
-    `block`: the largest, as it lies in a buffer; `converted`: what the largest takes beside it where the file has
-    another precision or layout; `kept`: what is in no block and no embedding; `embeddings`, mapped; `read`: all blocks
-    that a sweep reads, as they are on disk.
-    """
-
-    block: int
-    converted: int
-    kept: int
-    embeddings: int
-    read: int
 
 
 @dataclass(frozen=True)
