@@ -132,9 +132,9 @@ def assert_equal(found: Rows, expected: Rows) -> None:
 
 
 def some_batches(vocabulary: int = 128) -> list[torch.Tensor]:
-    """Two long documents, whose last chunks are of one token and of three, and batches of short ones."""
+    """Long documents, alone and two side by side, with last chunks of one token and of three, and short ones."""
     generator = torch.Generator().manual_seed(1)
-    shapes = [(1, 64), (1, 31), (3, 7), (2, 7), (1, 1)]
+    shapes = [(1, 64), (2, 31), (3, 7), (2, 7), (1, 1)]
     return [torch.randint(3, vocabulary, shape, generator=generator) for shape in shapes]
 
 

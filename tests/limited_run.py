@@ -19,7 +19,7 @@ import h5py
 import psutil
 import torch
 from support import stages
-from theloom import host, layerwise_record, layerwise_verify, model  # noqa: F401 - loaded before the limit
+from theloom import host, layerwise_record, layerwise_verify, model, model_record  # noqa: F401 - loaded before the limit
 from theloom.errors import MemoryPlanError
 
 torch.set_num_threads(2)
@@ -31,22 +31,25 @@ def main(folder: Path, source: str, limit: int) -> None:
     if len(sys.argv) <= 4:
         whole = psutil.Process().memory_info().vms + limit
         resource.setrlimit(resource.RLIMIT_AS, (whole, whole))
-    load, model.load = model.load, None  # nothing may load the whole model
-    refused = stages(folder / "resident", source, f"{asked} extraction.execution=resident")
-    said = ""
-    try:
-        refused.prepare()
-    except MemoryPlanError as error:
-        said = str(error)
+    model.load = None  # nothing may load the whole model
     begun = time.time()
     run = stages(folder / "auto", source, asked)
-    run.all()
-    seconds = time.time() - begun
+    run.prepare()
+    resident = stages(folder / "resident", source, f"{asked} extraction.execution=resident")
+    said = ""
+    try:
+        files = (run.folder / "estimate.h5", run.folder / "tokens.h5", resident.folder / "model.h5")
+        model_record.record(resident.config("model"), *files)
+    except MemoryPlanError as error:
+        said = str(error)
+    run.extract()
+    run.merge()
     run.verify()
+    seconds = time.time() - begun
     with h5py.File(run.folder / "verification.h5") as file:
         errors = (file["recomputed/error"][:] / file["recomputed/largest"][:]).max()
     found = {"refused": said, "seconds": seconds, "peak": host.peak_resident(), "error": float(errors)}
-    print(json.dumps(found | {"free": host.memory().free, "loaded": load is not None}))
+    print(json.dumps(found))
 
 
 main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

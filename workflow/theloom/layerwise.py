@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -65,11 +66,18 @@ class LayerwiseRunner:
         self._last = min(self.stages[-1], len(shell.blocks) - 1)
         self._calls: dict[tuple[int, int, int], list[Call]] = {}
         self._sizes: list[int] = []
+        self._pieces: list[int] = []  # the first of each batch
 
-    def residuals(self, batches: Sequence[torch.Tensor], identity: str) -> ResidualSpec:
-        """The residuals of token ids (window, position) by batch."""
-        hidden = self._shell.architecture.hidden_size
-        shapes = tuple((ids.shape[0], ids.shape[1], hidden) for ids in batches)
+    def residuals(
+        self, batches: Sequence[torch.Tensor], identity: str, chunk_sizes: Sequence[int] | None = None
+    ) -> ResidualSpec:
+        """The residuals of token ids (window, position), chunk by chunk of each batch."""
+        hidden, sizes = self._shell.architecture.hidden_size, chunk_sizes or [self._chunk_size] * len(batches)
+        shapes = tuple(
+            (ids.shape[0], min(size, ids.shape[1] - start), hidden)
+            for ids, size in zip(batches, sizes, strict=True)
+            for start in range(0, ids.shape[1], size)
+        )
         return ResidualSpec(shapes, self._shell.residual_dtype, identity)
 
     @torch.inference_mode()
@@ -91,6 +99,8 @@ class LayerwiseRunner:
         go on with are made safe.
         """
         self._sizes = list(chunk_sizes or [self._chunk_size] * len(batches))
+        counts = [-(-ids.shape[1] // size) for ids, size in zip(batches, self._sizes, strict=True)]
+        self._pieces = [0, *accumulate(counts)]
         begun, waited, read = time.perf_counter(), self._source.waited, self._source.bytes_read
         units = _Units(self, self._shell.architecture, sink, len(batches), done, unit_done)
         first = residuals.take_up()
@@ -135,7 +145,7 @@ class LayerwiseRunner:
                 with units.unit(-1, number) as taps:
                     for start, chunk, streamed in self._chunks(number, ids):
                         entering = _through(taps, chunk, start, self._shell.enter, chunk, start, streamed)
-                        residuals.write(number, start, entering)
+                        residuals.write(self._pieces[number] + start // self._sizes[number], entering)
         if fresh:
             residuals.entered()
 
@@ -147,10 +157,10 @@ class LayerwiseRunner:
             if streamed and cache is None:
                 cache = BlockCache(self._shell.model.config, block)
             call = self._calls[(*chunk.shape, start if streamed else -1)][block]
-            residual = residuals.read(number, start, start + chunk.shape[1])
-            residual = residual.to(self._shell.device, non_blocking=True)
+            piece = self._pieces[number] + start // self._sizes[number]
+            residual = residuals.read(piece).to(self._shell.device, non_blocking=True)
             output = _through(taps, chunk, start, call.run, module, residual, cache)
-            residuals.write(number, start, output)
+            residuals.write(piece, output)
 
     def _after(self, batches: Sequence[torch.Tensor], residuals: ResidualStore, units: "_Units") -> None:
         """The final norm."""
@@ -160,7 +170,8 @@ class LayerwiseRunner:
             for number, ids in enumerate(batches):
                 with units.unit(self.stages[-1], number) as taps:
                     for start, chunk, _ in self._chunks(number, ids):
-                        residual = residuals.read(number, start, start + chunk.shape[1]).to(self._shell.device)
+                        piece = self._pieces[number] + start // self._sizes[number]
+                        residual = residuals.read(piece).to(self._shell.device)
                         _through(taps, chunk, start, norm, residual)
 
     def _chunks(self, number: int, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, bool]]:

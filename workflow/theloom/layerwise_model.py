@@ -104,7 +104,7 @@ class LayerwiseModel:
         count = 3 if self.shell.streams else 2
         found: list[dict[str, list[torch.Tensor]]] = [{p.name: [] for p in points} for _ in range(count)]
         runner = LayerwiseRunner(self.shell, self.source, points, 24, "fp32")
-        with ResidualStore(runner.residuals(batches[:count], ""), None) as store:
+        with ResidualStore(runner.residuals(batches[:count], "", chunk_sizes[:count]), None) as store:
             runner.sweep(
                 batches[:count],
                 store,

@@ -25,7 +25,10 @@ PIECE = 64 << 20
 
 @dataclass(frozen=True)
 class ResidualSpec:
-    """The residuals of a shard: of each batch (windows, positions, hidden size); `identity` says whose they are."""
+    """The residuals of a shard, piece by piece: a batch, or a chunk of one, (windows, positions, hidden size).
+
+    `identity` says whose they are.
+    """
 
     shapes: tuple[tuple[int, int, int], ...]
     dtype: torch.dtype
@@ -37,7 +40,7 @@ class ResidualSpec:
 
 
 class ResidualStore:
-    """Residuals by batch. `path` is the place of its files less their ends; None: no checkpoints, memory alone.
+    """Residuals by piece. `path` is the place of its files less their ends; None: no checkpoints, memory alone.
 
     `block_done` ends a block; it writes a checkpoint when one is due, after `commit` has made safe all rows up to it.
     `take_up` gives the number of blocks that an earlier job's checkpoint has behind it. Use it as a context manager.
@@ -66,12 +69,9 @@ class ResidualStore:
         self._fds = []
         self._memory = torch.empty(0, dtype=self._spec.dtype)
 
-    def read(self, batch: int, start: int, stop: int) -> torch.Tensor:
-        """The residuals of a batch at positions from `start` to `stop`, (windows, positions, hidden size), on the host.
-
-        A part of the positions is for batches of one window.
-        """
-        first, last, shape = self._range(batch, start, stop)
+    def read(self, piece: int) -> torch.Tensor:
+        """The residuals of a piece, (windows, positions, hidden size), on the host."""
+        first, last, shape = self._starts[piece], self._starts[piece + 1], self._spec.shapes[piece]
         if not self._spilled:
             return self._memory[first:last].view(shape)
         values = torch.empty(shape, dtype=self._spec.dtype)
@@ -83,16 +83,16 @@ class ResidualStore:
             view, place = view[got:], place + got
         return values
 
-    def write(self, batch: int, start: int, values: torch.Tensor) -> None:
-        """Replace the residuals of a batch from a position on, for the block to come."""
-        assert values.dtype == self._spec.dtype, values.dtype
-        first, last, shape = self._range(batch, start, start + values.shape[1])
+    def write(self, piece: int, values: torch.Tensor) -> None:
+        """Replace the residuals of a piece, for the block to come. Pieces come in their order."""
+        assert (values.dtype, tuple(values.shape)) == (self._spec.dtype, self._spec.shapes[piece])
+        first, last = self._starts[piece], self._starts[piece + 1]
         if not self._spilled:
-            self._memory[first:last].view(shape).copy_(values, non_blocking=True)
+            self._memory[first:last].view(values.shape).copy_(values, non_blocking=True)
             return
         values = values.cpu()
         self._pwrite(self._fds[1 - self._turn], values, first * self._spec.dtype.itemsize)
-        self._written.update(raw_bytes(values))  # batches come in their order
+        self._written.update(raw_bytes(values))
 
     def block_done(self, blocks: int, commit: Callable[[], None], last: bool = False) -> None:
         """All batches have been written after so many blocks."""
@@ -148,12 +148,6 @@ class ResidualStore:
 
     def _key(self) -> str:
         return f"{self._spec.identity} {xxhash.xxh3_64_hexdigest(repr(self._spec.shapes).encode())} {self._spec.dtype}"
-
-    def _range(self, batch: int, start: int, stop: int) -> tuple[int, int, tuple[int, int, int]]:
-        windows, positions, hidden = self._spec.shapes[batch]
-        assert windows == 1 or (start, stop) == (0, positions)
-        first = self._starts[batch] + start * hidden
-        return first, first + windows * (stop - start) * hidden, (windows, stop - start, hidden)
 
     def _pwrite(self, fd: int, values: torch.Tensor, place: int) -> None:
         view = raw_bytes(values)
