@@ -88,7 +88,7 @@ def test_a_model_of_four_times_a_cgroup_s_limit_is_extracted_and_verified(tmp_pa
     cgroup.mkdir(exist_ok=True)
     try:
         (cgroup / "memory.limit_in_bytes").write_text(str(limit))
-        asked = "corpus.max_tokens=4000 corpus.context_length=200 verify.documents=2"
+        asked = "corpus.max_tokens=1500 corpus.context_length=200 verify.documents=1"
         found = limited(tmp_path, tmp_path / "model", limit, cgroup, asked)
         print(weights, found)
     finally:
