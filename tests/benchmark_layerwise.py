@@ -14,9 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from layerwise_support import load, shell_of
 from theloom import source
-from theloom.engine import ResidentRunner
 from theloom.layerwise import LayerwiseRunner
 from theloom.residual_store import ResidualStore
+from theloom.runner import ResidentRunner
 from theloom.schema import ModelConfig
 
 POINTS = [f"blocks.{block}.hook_resid_post" for block in (5, 15, 29)]

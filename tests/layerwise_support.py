@@ -10,12 +10,12 @@ from support import Stages, a_config, build_tiny
 from theloom import layerwise_shard, model, residual_store, shard, source
 from theloom.block_source import BlockSource
 from theloom.blockwise import examine
-from theloom.engine import ResidentRunner
 from theloom.hooks import HookPoint
 from theloom.layerwise import LayerwiseRunner
 from theloom.model import LoadedModel
 from theloom.precision import torch_dtype
 from theloom.residual_store import ResidualStore
+from theloom.runner import ResidentRunner
 from theloom.shell import Shell
 
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}

@@ -145,6 +145,13 @@ def stages(folder: Path, model_source: str | Path, overrides: str = "") -> Stage
     return Stages(folder)
 
 
+def extract_one_shard(run: Stages, oom_level: int = 0) -> None:
+    """The only shard of a run, as a job that earlier ones have left without memory so many times."""
+    names = ("extract.json", "estimate.h5", "model.h5", "tokens.h5")
+    output = run.folder / "shards/00000-of-00001.h5"
+    engine.extract_shard(*(run.folder / name for name in names), 0, output, oom_level=oom_level)
+
+
 def extract_with_small_commits(folder: Path) -> None:
     """The extraction of a run, committed every 16 KiB: the body of a job that a test kills."""
     torch.set_num_threads(1)  # as the tests themselves: sums depend on how they are split

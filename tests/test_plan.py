@@ -1,5 +1,7 @@
 """Plans: what fits, what is made smaller for it, what is refused, and what the user is told."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from support import ROOT
@@ -24,9 +26,17 @@ def fits(planned: plan.Planned, free: int) -> bool:
     return planned.components.total <= free
 
 
+def has_room(estimated: Estimate, free: int) -> bool:
+    try:
+        plan.choose(estimated, "bf16", "cuda", DeviceMemory(24 * GB, free))
+    except MemoryPlanError:
+        return False
+    return True
+
+
 def test_where_there_is_room_the_plan_is_the_one_asked_for(mistral):
     planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(80 * GB, 79 * GB), threshold=0.85)
-    assert planned.plan == Plan(plan.MOST_BATCH_TOKENS["cuda"], 1024, 4096)
+    assert planned.plan == Plan(plan.MOST_BATCH_TOKENS["cuda"], 4096, 4096)  # chunks of 1024 would take more
     assert planned.changes == ()
     assert planned.components.weights == mistral.weights["bf16"]
     assert planned.components.context > 0
@@ -35,7 +45,6 @@ def test_where_there_is_room_the_plan_is_the_one_asked_for(mistral):
 def test_less_free_memory_makes_smaller_batches_and_keeps_the_headroom(mistral, caplog):
     planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(20 * GB, 19 * GB), threshold=0.85)
     assert planned.plan.batch_tokens < plan.MOST_BATCH_TOKENS["cuda"]
-    assert planned.plan.chunk_size == 1024
     assert planned.components.total <= 19 * GB - 0.15 * 20 * GB
     assert planned.changes == ()  # the config leaves the batch to the plan
     assert not caplog.records
@@ -56,9 +65,47 @@ def test_a_smaller_chunk_is_taken_where_no_batch_would_do_and_said(caplog):
 
 
 def test_one_pass_is_taken_where_the_cache_and_its_masks_take_more(mistral):
-    planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(80 * GB, 15_450_000_000))
+    planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(80 * GB, 15_600_000_000))
     assert not planned.plan.streamed
-    assert planned.changes == ("long documents go in one pass, not in chunks of 1024",)
+    assert mistral.find("bf16", 4096, 4096).total < mistral.find("bf16", 4096, 1024).total
+
+
+@pytest.fixture(scope="module")
+def long() -> Estimate:
+    """The first quarter of a 7B over documents of 32,768 tokens, for which chunks take less than one pass."""
+    asked = "corpus.context_length=32768 memory.activation_cache_filter=[blocks.7.hook_resid_post]"
+    (run,) = config.runs(ROOT / "config", "7b", asked).values()
+    settings = config.typed(run.config)
+    return estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
+
+
+def test_chunks_are_taken_where_one_pass_would_take_more_side_by_side_where_there_is_room(long):
+    roomy = plan.choose(long, "bf16", "cuda", DeviceMemory(200 * GB, 200 * GB)).plan
+    assert (roomy.chunk_size, roomy.streamed_windows) == (1024, 16)
+    tight = plan.choose(long, "bf16", "cuda", DeviceMemory(12 * GB, 12 * GB)).plan
+    assert tight.streamed
+    assert tight.streamed_windows < 16
+
+
+def test_a_cache_that_outgrows_the_device_goes_to_host_memory_and_is_said(long, caplog):
+    on_device = dataclasses.replace(long, cache="device")
+    free = next(f for f in range(4 * GB, 12 * GB, GB // 20) if not has_room(on_device, f) and has_room(long, f))
+    planned = plan.choose(long, "bf16", "cuda", DeviceMemory(24 * GB, free))
+    assert planned.plan.offloaded
+    assert fits(planned, free)
+    assert "the KV cache of long documents lies in host memory" in caplog.text
+    with pytest.raises(MemoryPlanError):
+        plan.choose(on_device, "bf16", "cuda", DeviceMemory(24 * GB, free))
+    asked = plan.choose(dataclasses.replace(long, cache="offloaded"), "bf16", "cuda", DeviceMemory(80 * GB, 80 * GB))
+    assert asked.plan.offloaded
+
+
+def test_backing_off_halves_windows_then_chunks_and_ends_at_the_smallest():
+    begun = Plan(2048, 512, 3000, streamed_windows=4)
+    sizes = [(p.batch_tokens, p.chunk_size, p.streamed_windows) for p in map(begun.backed_off, range(8))]
+    assert sizes[:4] == [(2048, 512, 4), (1024, 512, 2), (512, 512, 1), (256, 256, 1)]
+    assert sizes[5:] == [(64, 64, 1)] * 3
+    assert begun.backed_off(9, streams=False) == Plan(512, 512, 3000)
 
 
 def test_every_plan_that_is_chosen_fits_and_more_memory_never_gives_less(mistral):

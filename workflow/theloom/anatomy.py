@@ -86,13 +86,15 @@ def _find(architecture: Architecture) -> Anatomy:
     flow = Flow(architecture)
     organs: list[tuple[int, str, Site | str]] = []
     organs += [(-1, value, where) for value, where in _before(architecture, flow).items()]
-    for number, block in enumerate(architecture.blocks):
+    for number, block in enumerate(architecture.loaded):
         sites = _Block(block, flow).sites()
         organs += [(number, value, sites[value]) for value in IN_BLOCK]
     norm = flow.norm_of(flow.output(architecture.blocks[-1]), outside=True)
     if norm is not None:
         found.final_norm = norm.module
     final = _norm_sites(norm, "no norm takes the last block's output")
+    unloaded = range(len(architecture.loaded), count)
+    organs += [(number, value, "its block is not loaded") for number in unloaded for value in IN_BLOCK]
     organs += [(count, value, where) for value, where in zip(AFTER_BLOCKS, final, strict=True)]
     for block_number, value, where in organs:
         new = point(value, block_number, count, ())

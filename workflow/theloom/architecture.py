@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+class BlockNotLoadedError(Exception):
+    """A forward pass came to a block that is not loaded, since no hook point needs it: its end."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A model, and its blocks in the order in which they run."""
@@ -22,6 +26,11 @@ class Architecture:
     model: "PreTrainedModel"
     blocks: list["torch.nn.Module"]
     hidden_size: int
+
+    @property
+    def loaded(self) -> list["torch.nn.Module"]:
+        """Those of the blocks that are loaded: the first ones, up to the deepest that is needed."""
+        return [b for b in self.blocks if not getattr(b, "not_loaded", False)]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Which windows go through the model together.
 
-Short windows of like length share one forward pass; a window longer than the chunk size goes alone, chunk by chunk. The
-order is fixed by the lengths alone, longest first, so that the largest need of memory comes at the start, and so that a
-resumed run goes on where the first one stopped.
+Windows of like length share forward passes: short ones a single pass, those longer than the chunk size one chunk after
+another. The order is fixed by the lengths alone, longest first, so that the largest need of memory comes at the start,
+and so that a resumed run goes on where the first one stopped.
 """
 
 from collections.abc import Sequence
@@ -27,18 +27,34 @@ class Batch:
         """Tokens of the longest window: the width of the padded batch."""
         return self.lengths[0]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that are forwarded, padding included."""
+        return len(self.windows) * self.width
 
-def plan_batches(lengths: np.ndarray, batch_tokens: int, chunk_size: int) -> list[Batch]:
+    def step(self, chunk_size: int) -> int:
+        """Tokens of its largest forward step."""
+        return len(self.windows) * min(self.width, chunk_size)
+
+
+def plan_batches(lengths: np.ndarray, batch_tokens: int, chunk_size: int, streamed_windows: int = 1) -> list[Batch]:
     """All windows in batches of at most `batch_tokens` tokens, padding included (one window may be more by itself).
 
-    Windows are sorted by length, longest first and then by number. One longer than `chunk_size` is a batch of its own.
+    Windows are sorted by length, longest first and then by number. Those longer than `chunk_size` go through the KV
+    cache side by side, `streamed_windows` at most, where they take the same number of chunks: so no chunk of padding
+    alone is run.
     """
+
+    def joins(length: int, longest: int, windows: int) -> bool:
+        if longest > chunk_size:
+            return windows <= streamed_windows and -(-length // chunk_size) == -(-longest // chunk_size)
+        return windows * longest <= batch_tokens
+
     order = sorted(range(len(lengths)), key=lambda w: (-int(lengths[w]), w))
     batches: list[Batch] = []
     group: list[int] = []
     for window in order:
-        full = group and (len(group) + 1) * int(lengths[group[0]]) > batch_tokens
-        if group and (full or lengths[group[0]] > chunk_size):
+        if group and not joins(int(lengths[window]), int(lengths[group[0]]), len(group) + 1):
             batches.append(_batch(group, lengths))
             group = []
         group.append(window)
@@ -47,13 +63,22 @@ def plan_batches(lengths: np.ndarray, batch_tokens: int, chunk_size: int) -> lis
     return batches
 
 
+def smaller(batch: Batch, batch_tokens: int, chunk_size: int, streamed_windows: int) -> list[Batch]:
+    """The windows of a batch in batches of another plan; itself where that one is no smaller."""
+    parts = plan_batches(np.array(batch.lengths), batch_tokens, chunk_size, streamed_windows)
+    return [Batch(tuple(batch.windows[w] for w in part.windows), part.lengths) for part in parts]
+
+
 def largest(batches: Sequence[Batch], first: int, chunk_size: int) -> set[int]:
     """The numbers of the batches, from `first` on, one of which takes the most memory: one or two of them.
 
-    They are the longest window, whose KV cache is the largest, and the batch of most tokens in one forward step.
+    They are the one with the largest KV cache, and the batch of most tokens in one forward step.
     """
-    step = {n: len(batches[n].windows) * min(batches[n].width, chunk_size) for n in range(first, len(batches))}
-    return {first, max(step, key=lambda n: step[n])} if step else set()
+    left = range(first, len(batches))
+    if not left:
+        return set()
+    cached = max(left, key=lambda n: batches[n].tokens if batches[n].width > chunk_size else 0)
+    return {cached, max(left, key=lambda n: batches[n].step(chunk_size))}
 
 
 def _batch(windows: list[int], lengths: np.ndarray) -> Batch:

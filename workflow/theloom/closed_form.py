@@ -7,7 +7,7 @@ the KV cache, and the attention over it.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from theloom.architecture import Numbers
@@ -54,15 +54,18 @@ def parameters(size: Numbers, tied: bool) -> Parameters:
     )
 
 
-def weights(size: Numbers, kind: Kind) -> int:
-    """Bytes of the base model, without LM head, with its two rotary tables in FP32."""
+def weights(size: Numbers, kind: Kind, blocks: int | None = None, final_norm: bool = True) -> int:
+    """Bytes of the base model, without LM head, with its two rotary tables in FP32; of the first `blocks` alone."""
+    if blocks is not None:
+        size = replace(size, num_blocks=blocks)
     counts, e = parameters(size, tied=True), BYTES[kind.precision]
     linear = {
         None: counts.linear * e,
         "int8": counts.linear + 4 * counts.output_rows,
         "int4": counts.linear // 2 + 4 * (counts.linear // NF4_BLOCK),
     }[kind.quantization]
-    return linear + counts.other * e + 2 * 4 * (size.head_dim // 2)
+    other = counts.other - (0 if final_norm else size.hidden_size)
+    return linear + other * e + 2 * 4 * (size.head_dim // 2)
 
 
 def forward(size: Numbers, kind: Kind, workload: Workload, blocks: int, held: Collection[int] = ()) -> Parts:

@@ -91,6 +91,7 @@ STAGES: dict[str, Stage] = {
             "memory.memory_warning_threshold",
             "memory.activation_cache_filter",
             "extraction.batch_tokens",
+            "extraction.cache",
             "extraction.shards",
             "store.dtype",
             *BESIDE_THE_RESULT,

@@ -1,84 +1,57 @@
-"""The extraction engine: one shard of documents through the model, their hidden states into the shard writer.
+"""The extract_shard stage: one shard of documents through the model, their hidden states into the shard writer.
 
-Two parts that know nothing of each other's inside: the loop over batches (`extract_shard`), and what runs the blocks
-over one batch (`ResidentRunner`: the whole model stays on the device).
+Parts that know nothing of each other's inside: what runs the blocks over one batch (`runner`), the loop over batches
+(`batch_loop`), the way of rows to the file (`handoff`). Here they are put together, by a plan that gets smaller where
+memory runs out all the same.
 """
 
 import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from theloom import batching, config, estimate, gpu, layout, memory, model, model_record, plan, provenance, tokens
-from theloom.batching import Batch
-from theloom.errors import ModelError, StoreError
+from theloom.batch_loop import Work, run_batches
+from theloom.errors import MemoryPlanError, ModelError, StoreError
 from theloom.estimate import Estimate
-from theloom.forward import prefill
 from theloom.hooks import HookPoint
 from theloom.memory_profile import ShardProfile
 from theloom.model import LoadedModel
 from theloom.model_record import ModelRecord
-from theloom.plan import Plan
-from theloom.precision import torch_dtype
+from theloom.plan import Plan, Planned
+from theloom.progress import MemoryWatch
+from theloom.runner import ResidentRunner
 from theloom.schema import Config
 from theloom.shard import ShardSpec, ShardWriter, begun, partial_of
-from theloom.taps import Taps
-from theloom.tokens import ShardTokens
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10
 FIGURES = ("seconds", "waited", "bytes_read", "tokens", "blocks")  # of layerwise.Swept
-
-# called with a hook point's name, the first position of a chunk, and its values (window, position, …) on the CPU
-Sink = Callable[[str, int, "torch.Tensor"], None]
-
-
-class ResidentRunner:
-    """Runs batches through a model that is on the device as a whole."""
-
-    def __init__(self, loaded: LoadedModel, points: list[HookPoint], chunk_size: int, store: str) -> None:
-        self._loaded, self._points, self._chunk_size = loaded, points, chunk_size
-        self._dtype = torch_dtype(store)
-
-    def run(self, ids: "torch.Tensor", sink: Sink, captured: "Callable[[torch.Tensor], None] | None" = None) -> None:
-        """Forward token ids (window, position), padded on the right; hand every chunk of every hook point to `sink`.
-
-        Values leave the device, in the stored dtype, as soon as they exist; `captured` sees each of them before.
-        """
-        position = dict.fromkeys((p.name for p in self._points), 0)
-        over_keys = {p.name for p in self._points if p.over_keys}
-
-        def hand_over(name: str, value: "torch.Tensor") -> None:
-            stored = value.to(self._dtype)
-            if captured is not None:
-                captured(stored)
-            rows = stored.cpu()
-            if name in over_keys:  # (window, head, position, key): a row is a position's
-                rows = rows.transpose(1, 2)
-            sink(name, position[name], rows)
-            position[name] += rows.shape[1]
-
-        with Taps(self._loaded.architecture, self._points, hand_over) as taps:
-            prefill(taps, ids, self._chunk_size)
+# failures at the smallest batch and chunk after which a job gives up: memory may be freed meanwhile
+_LAST_ATTEMPTS = 3
 
 
 def extract_shard(
-    config_path: Path, estimate_path: Path, model_path: Path, tokens_path: Path, shard: int, output: Path
+    config_path: Path,
+    estimate_path: Path,
+    model_path: Path,
+    tokens_path: Path,
+    shard: int,
+    output: Path,
+    oom_level: int = 0,
 ) -> None:
     """The extract_shard stage: write the hidden states of one shard of `tokens.h5`, or go on with a shard begun.
 
-    Raises HookError, ModelError, MemoryPlanError before the model is loaded, where something does not fit.
+    `oom_level`: how many times batch and chunk are halved from the start, since earlier jobs ran out of memory. Raises
+    HookError, ModelError, MemoryPlanError before the model is loaded, where something does not fit; StoppedError where
+    the job is asked to stop.
     """
     frozen = config.thaw(config_path)
     estimated, recorded = estimate.read(estimate_path), model_record.read(model_path)
@@ -109,73 +82,136 @@ def extract_shard(
         check = partial(_check_streaming, recorded, lengths)
         layerwise_shard.extract(frozen, estimated, recorded, shard_tokens, points, output, identity, spec_of, check)
         return
-    planned = _plan(frozen, estimated, recorded, int(lengths.max(initial=1)), output, identity)
+    fitting = _plan(frozen, estimated, recorded, int(lengths.max(initial=1)), output, identity)
+    planned = fitting.plan
     _check_streaming(recorded, lengths, planned.chunk_size)
-    batches = batching.plan_batches(lengths, planned.batch_tokens, planned.chunk_size)
+    batches = batching.plan_batches(lengths, planned.batch_tokens, planned.chunk_size, planned.streamed_windows)
     spec = spec_of(planned, len(batches))
     needed = _still_to_write(spec, estimated, output)
     estimate.check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
     with ShardWriter(output, spec) as writer:
-        if writer.batches_done < len(batches):
-            loaded = model_record.load_again(frozen, recorded)
-            runner = ResidentRunner(loaded, points, planned.chunk_size, store)
-            asked = frozen.memory.profile_shard == shard
-            largest = batching.largest(batches, writer.batches_done, planned.chunk_size) if asked else ()
-            profile = ShardProfile(loaded, output, largest)
-            _extract(runner, batches, shard_tokens, writer, frozen.memory.memory_warning_threshold, loaded, profile)
-        writer.finish()
+        left = batches[writer.batches_done :]
+        if not left:
+            writer.finish()
+            return
+        first = writer.batches_done
+    loaded, watch = _load(frozen, recorded, points)
+    largest = batching.largest(batches, first, planned.chunk_size) if frozen.memory.profile_shard == shard else ()
+    work = Work(
+        batches,
+        shard_tokens,
+        points,
+        store,
+        loaded.device,
+        fitting.components.allocated if loaded.device.type == "cuda" else fitting.components.total,
+        frozen.memory.memory_warning_threshold,
+    )
+    job = _Job(work, loaded, watch, spec, output, ShardProfile(loaded, output, largest))
+    kind = memory.kind_of(frozen, recorded.precision).name
+
+    def advice(smallest: Plan) -> str:
+        found, _ = gpu.available(loaded.device)
+        return plan.advice(estimated, kind, loaded.device.type, found, smallest, recorded.correction)
+
+    _until_it_fits(job, planned, oom_level, recorded.streams, advice)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one job works on, whatever the size of its batches."""
+
+    work: Work
+    loaded: LoadedModel
+    watch: MemoryWatch
+    spec: ShardSpec
+    output: Path
+    profile: ShardProfile
+
+    def run(self, smaller: Plan, level: int) -> None:
+        """Go on from the last committed row, to the end."""
+        runner = ResidentRunner(
+            self.loaded, self.work.points, smaller.chunk_size, self.work.precision, smaller.offloaded
+        )
+        with ShardWriter(self.output, self.spec) as writer:
+            run_batches(runner, self.work, smaller, writer, self.profile, self.watch, level)
+            writer.finish()
+
+
+def _until_it_fits(job: _Job, planned: Plan, level: int, streams: bool, advice: Callable[[Plan], str]) -> None:
+    """Run a job; where memory runs out, again from the last committed row, with half the batch, then half the chunk.
+
+    Raises MemoryPlanError, with `advice`, after three failures at the smallest size.
+    """
+    failures = 0
+    while True:
+        smaller = planned.backed_off(level, streams)
+        error = _out_of_memory(partial(job.run, smaller, level))
+        if error is None:
+            return
+        gpu.release(job.loaded.device)
+        below = planned.backed_off(level + 1, streams)
+        if below != smaller:
+            level += 1
+            log.warning(
+                "out of memory with batches of %d tokens in chunks of %d (%s): going on from the last committed row "
+                "with batches of %d in chunks of %d",
+                smaller.batch_tokens,
+                smaller.chunk_size,
+                error,
+                below.batch_tokens,
+                below.chunk_size,
+            )
+            continue
+        failures += 1
+        if failures == _LAST_ATTEMPTS:
+            raise MemoryPlanError(
+                f"memory ran out {failures} times with the smallest batches ({smaller.batch_tokens} tokens in chunks "
+                f"of {smaller.chunk_size}): {error}; {advice(smaller)}"
+            )
+        log.warning("out of memory with the smallest batches (%s): trying once more", error)
+
+
+def _out_of_memory(work: Callable[[], None]) -> str | None:
+    """Run something; the error in one line if memory ran out, else None. Nothing of what failed is kept alive."""
+    try:
+        work()
+    except (MemoryError, RuntimeError) as error:
+        # torch's allocator on the CPU raises a plain RuntimeError
+        if isinstance(error, RuntimeError) and not (
+            type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        ):
+            raise
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
+def _load(frozen: Config, recorded: ModelRecord, points: list[HookPoint]) -> tuple[LoadedModel, MemoryWatch]:
+    """The model, and a watch over the memory that it and the run take; the import of code is not counted."""
+    device, _ = model.resolve_precision(frozen)
+    model.import_class(frozen.model)
+    watch = MemoryWatch(device)
+    return model_record.load_again(frozen, recorded, points), watch
 
 
 def _plan(
     frozen: Config, estimated: Estimate, recorded: ModelRecord, longest: int, output: Path, identity: str
-) -> Plan:
+) -> Planned:
     """What fits the device now; a shard that was begun is gone on with as it was begun."""
     device, _ = model.resolve_precision(frozen)
     kind, unfinished = memory.kind_of(frozen, recorded.precision), begun(output, identity)
     if unfinished is None:
         threshold = frozen.memory.memory_warning_threshold
-        return model_record.fit(estimated, kind, device, threshold, longest, recorded.correction).plan
-    as_begun = Plan(int(unfinished["batch_tokens"]), int(unfinished["chunk_size"]), longest)
+        return model_record.fit(estimated, kind, device, threshold, longest, recorded.correction)
+    as_begun = Plan(
+        int(unfinished["batch_tokens"]),
+        int(unfinished["chunk_size"]),
+        longest,
+        int(unfinished.get("streamed_windows", 1)),
+        unfinished.get("kv_cache") == "offloaded",
+    )
     found, _ = gpu.available(device)
     name = partial_of(output).name
-    plan.check_begun(estimated, kind.name, device.type, found, as_begun, recorded.correction, name)
-    return as_begun
-
-
-def _extract(
-    runner: ResidentRunner,
-    batches: list[Batch],
-    shard_tokens: ShardTokens,
-    writer: ShardWriter,
-    warning_threshold: float,
-    loaded: LoadedModel,
-    profile: ShardProfile,
-) -> None:
-    """The loop over batches, from the first that is not committed yet."""
-    done = sum(sum(b.lengths) for b in batches[: writer.batches_done])
-    begun = said = time.perf_counter()
-    padding, first, warned = 0, done, False
-    for number in range(writer.batches_done, len(batches)):
-        batch = batches[number]
-        ids = batching.padded(batch, shard_tokens.input_ids, shard_tokens.window_offset)
-
-        def write(name: str, start: int, values: "torch.Tensor", batch: Batch = batch) -> None:
-            for row, (window, length) in enumerate(zip(batch.windows, batch.lengths, strict=True)):
-                real = min(length - start, values.shape[1])
-                if real > 0:
-                    writer.write(window, name, start, values[row, :real])
-
-        with profile.batch(number, ids) as captured:
-            runner.run(ids, write, captured)
-        done += sum(batch.lengths)
-        padding += ids.numel() - sum(batch.lengths)
-        writer.batch_done(done, last=number == len(batches) - 1)
-        warned = warned or gpu.warn_above(warning_threshold, loaded.device)
-        now = time.perf_counter()
-        if now - said >= SECONDS_BETWEEN_LINES or number == len(batches) - 1:
-            said, speed, total = now, (done - first) / (now - begun), len(shard_tokens.input_ids)
-            log.info("batch %d of %d: %d of %d tokens, %.0f tokens/s", number + 1, len(batches), done, total, speed)
-    log.info("padding: %.1f%% of the tokens forwarded", 100 * padding / max(1, padding + done - first))
+    return plan.check_begun(estimated, kind.name, device.type, found, as_begun, recorded.correction, name)
 
 
 def _check_revision(recorded: ModelRecord, tokens_path: Path) -> None:
@@ -238,6 +274,8 @@ def _attributes(
         batch_tokens=plan.batch_tokens,
         chunk_size=plan.chunk_size,
         execution="layerwise" if recorded.layerwise else "resident",
+        streamed_windows=plan.streamed_windows,
+        kv_cache="offloaded" if plan.offloaded else "device",
         context_length=corpus["context_length"],
         device=recorded.attributes["device"],
         **model_record.provenance_of(recorded),

@@ -35,3 +35,7 @@ class StoreError(TheLoomError):
 
 class VerificationError(TheLoomError):
     """Stored rows differ from what the model gives."""
+
+
+class StoppedError(TheLoomError):
+    """The job was asked to stop, and has committed what it had."""

@@ -25,6 +25,7 @@ from theloom.hooks import HookPoint
 from theloom.memory import KINDS, Kind, Parts, Workload
 from theloom.model import hf_config
 from theloom.precision import BYTES
+from theloom.ring import RING_BYTES
 from theloom.schema import Config
 
 log = logging.getLogger(__name__)
@@ -56,12 +57,15 @@ class Estimate:
     context_length: int  # tokens of the longest window
     chunk_size: int  # asked for
     batch_tokens: int | None  # asked for; None: the plan's to choose
+    cache: str  # where the KV cache of long documents may be: auto, device or offloaded
+    blocks: int  # that run: up to the deepest hook point
     hooks: list[str]
-    weights: dict[str, int]
+    weights: dict[str, int]  # of what is loaded: up to the deepest hook point
     load_peak: dict[str, int]
     passes: dict[str, list[Pass]]
     captured_full: dict[str, int]  # of a token, all hook points of the model
     captured_selected: dict[str, int]  # of a token, those asked for
+    largest_capture: dict[str, int]  # of a token, the largest one of those, as it is stored
     row_bytes: dict[str, int]  # on disk, of a token, by precision of the store
     host: dict[str, int]  # resident memory of a job that holds the model
     rows: int | None  # tokens of the corpus, where max_tokens bounds them
@@ -97,6 +101,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         context = min(context, config.corpus.max_tokens)
     chunk_size = min(config.memory.streaming_chunk_size, context)
     passes = {kind.name: _passes(estimator, kind, points, context, chunk_size, device) for kind in _wanted(config)}
+    weights = {name: estimator.weights(kind, points) for name, kind in KINDS.items()}
     return Estimate(
         model_type=size.model_type,
         attention=getattr(estimator, "attention", "sdpa"),
@@ -104,15 +109,21 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         context_length=context,
         chunk_size=chunk_size,
         batch_tokens=config.extraction.batch_tokens,
+        cache=config.extraction.cache.name,
+        blocks=min(max(max(p.block for p in points), 0) + 1, size.num_blocks),
         hooks=[p.name for p in points],
-        weights={name: estimator.weights(kind) for name, kind in KINDS.items()},
-        load_peak={name: _load_peak(estimator, kind) for name, kind in KINDS.items()},
+        weights=weights,
+        load_peak={name: _load_peak(estimator, kind, weights[name]) for name, kind in KINDS.items()},
         passes=passes,
         captured_full={name: _captured(catalogue.points, kind, context) for name, kind in KINDS.items()},
         captured_selected={name: _captured(points, kind, context) for name, kind in KINDS.items()},
+        largest_capture={name: _largest(points, _stored(config, kind), context) for name, kind in KINDS.items()},
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
         rows=config.corpus.max_tokens,
-        host={name: _host(estimator, KINDS[name], found, chunk_size, device) for name, found in passes.items()},
+        host={
+            name: _host(estimator, KINDS[name], weights[name], found, chunk_size, device)
+            for name, found in passes.items()
+        },
     )
 
 
@@ -139,21 +150,30 @@ def _passes(
     ]
 
 
-def _load_peak(estimator: Estimator, kind: Kind) -> int:
+def _load_peak(estimator: Estimator, kind: Kind, weights: int) -> int:
     """Weights, and where they are quantised the largest as it comes: that is made int8 or int4 on the device."""
-    return estimator.weights(kind) + (estimator.largest_weight(kind) if kind.quantization else 0)
+    return weights + (estimator.largest_weight(kind) if kind.quantization else 0)
 
 
-def _host(estimator: Estimator, kind: Kind, passes: list[Pass], chunk_size: int, device: str) -> int:
+def _host(estimator: Estimator, kind: Kind, weights: int, passes: list[Pass], chunk_size: int, device: str) -> int:
     """On the CPU all of it; for a GPU, the largest tensor on its way there (CUDA's own libraries not counted)."""
     if device != "cpu":
-        return HOST_PROCESS + estimator.largest_weight(kind)
+        return HOST_PROCESS + estimator.largest_weight(kind) + RING_BYTES["cuda"]
     asked = max(p.parts.total for p in passes if p.chunk_size == chunk_size)
-    return HOST_PROCESS + estimator.weights(kind) + asked
+    return HOST_PROCESS + weights + asked + RING_BYTES["cpu"]
 
 
 def _captured(points: list[HookPoint], kind: Kind, keys: int) -> int:
     return BYTES[kind.precision] * sum(p.width(keys) for p in points)
+
+
+def _largest(points: list[HookPoint], precision: str, keys: int) -> int:
+    return BYTES[precision] * max(p.width(keys) for p in points)
+
+
+def _stored(config: Config, kind: Kind) -> str:
+    """The precision on disk of a run with that kind of weights."""
+    return kind.precision if config.store.dtype.name == "auto" else config.store.dtype.name
 
 
 def check_disk(folder: Path, needed: int, free: int) -> None:
@@ -239,8 +259,8 @@ def _likely_precision(config: Config) -> str:
     return asked
 
 
-_BY_KIND = ("weights", "load_peak", "host", "captured_full", "captured_selected", "row_bytes")
-_SINGLE = ("model_type", "attention", "device", "context_length", "chunk_size")
+_BY_KIND = ("weights", "load_peak", "host", "captured_full", "captured_selected", "largest_capture", "row_bytes")
+_SINGLE = ("model_type", "attention", "device", "context_length", "chunk_size", "cache", "blocks")
 _OPTIONAL = ("rows", "batch_tokens")
 _PASS = np.dtype([(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(Parts)))])
 

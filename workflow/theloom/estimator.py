@@ -30,8 +30,8 @@ class Estimator(Protocol):
     def catalogue(self) -> Catalogue:
         """The hook points of the model."""
 
-    def weights(self, kind: Kind) -> int:
-        """Bytes of all parameters and buffers."""
+    def weights(self, kind: Kind, points: Sequence[HookPoint] | None = None) -> int:
+        """Bytes of all parameters and buffers; with `points`, of those that reading these hook points needs."""
 
     def largest_weight(self, kind: Kind) -> int:
         """Bytes of the largest tensor as it is in the checkpoint, which a quantising load holds beside its result."""
@@ -66,8 +66,12 @@ class ClosedForm:
     def catalogue(self) -> Catalogue:
         return hooks.of_llama(self.size)
 
-    def weights(self, kind: Kind) -> int:
-        return closed_form.weights(self.size, kind)
+    def weights(self, kind: Kind, points: Sequence[HookPoint] | None = None) -> int:
+        if points is None:
+            return closed_form.weights(self.size, kind)
+        deepest = max(p.block for p in points)
+        blocks = min(deepest + 1, self.size.num_blocks)
+        return closed_form.weights(self.size, kind, blocks, final_norm=deepest >= self.size.num_blocks)
 
     def largest_weight(self, kind: Kind) -> int:
         return 2 * max(
@@ -124,8 +128,14 @@ class Traced:
         """The attention implementation that transformers takes."""
         return str(self.fake(Kind("fp32")).architecture.model.config._attn_implementation)
 
-    def weights(self, kind: Kind) -> int:
-        return sum(self.fake(kind).weights)
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole base model."""
+        return int(self.fake(Kind("fp32")).architecture.model.num_parameters())
+
+    def weights(self, kind: Kind, points: Sequence[HookPoint] | None = None) -> int:
+        fake = self.fake(kind)
+        return sum(fake.weights if points is None else fake.weights_for(points))
 
     def largest_weight(self, kind: Kind) -> int:
         return max(self.fake(Kind("bf16")).weights)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from theloom import attention
-from theloom.architecture import Architecture
+from theloom.architecture import Architecture, BlockNotLoadedError
 from theloom.attention import ROT_K, ROT_Q, Inside
 from theloom.conventions import find_attention, find_core
 from theloom.errors import ModelError
@@ -116,6 +116,8 @@ def forward_three_tokens(model: nn.Module) -> None:
         ids = torch.arange(3, device=getattr(model, "device", some.device))[None]
         try:
             model(input_ids=ids, use_cache=False)
+        except BlockNotLoadedError:
+            pass
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
             words = " ".join(str(error).split())
             raise ModelError(f"{type(model).__name__} cannot be run on token ids alone: {words}") from None

@@ -87,6 +87,18 @@ def warn_above(threshold: float, device: "torch.device") -> bool:
     return share > threshold
 
 
+def release(device: "torch.device") -> None:
+    """Give what is not used any more back to the driver, after an allocation has failed."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 @dataclass(frozen=True)
 class GPUInfo:
     """A device at one moment. GB are 10⁹ bytes, and `total` is what programs can have, less than the nominal size.

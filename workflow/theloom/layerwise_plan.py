@@ -61,7 +61,7 @@ PassOf = Callable[[Workload], tuple[Parts, int]]
 def workloads(cut: Plan) -> list[Workload]:
     """The passes that a plan has: a full batch of the widest windows, and the longest window where it is streamed."""
     batch = Workload(cut.batch_windows, cut.width, cut.chunk_size)
-    return [batch, *([Workload(1, cut.longest, cut.chunk_size)] if cut.streamed else [])]
+    return [batch, *([Workload(cut.streamed_windows, cut.longest, cut.chunk_size)] if cut.streamed else [])]
 
 
 def need(
@@ -101,7 +101,7 @@ def choose(
     `found` is what the device has free, `host` what the host has; `beside` what a process was seen to take beside what
     is foretold.
     """
-    candidates = plan._smaller(asked)
+    candidates = plan._smaller(asked, "device", False)
     least: tuple[Need, bool] | None = None
     budget = (found.free - int((1 - threshold) * found.total), host.free - int((1 - threshold) * host.total))
     for free, host_free in (budget, (found.free, host.free)):

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -84,7 +84,7 @@ def measure(found: LayerwiseModel, planned: LayerwisePlan, points: Sequence[Hook
     found.source.release()
     with PeakMemory(device) as growing, ResidualStore(spec, None) as store:
         runner.sweep([ids], store, lambda *_: None)
-    cut = type(planned.plan)(ids.numel(), planned.plan.chunk_size, chosen.tokens)
+    cut = replace(planned.plan, batch_tokens=ids.numel(), longest=chosen.tokens)
     expected = need(found.sizes(last), found.pass_of(last), cut, spec.nbytes, found.residual_row, device.type, False)
     foretold = expected.cpu if device.type == "cpu" else expected.buffers + expected.kept + expected.working_set
     return SweptPeak(foretold, growing.growth, growing.files)

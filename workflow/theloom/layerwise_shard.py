@@ -51,7 +51,9 @@ def extract(
     with model_record.open_again(frozen, recorded) as found:
         planned = _plan(frozen, estimated, recorded, found, points, lengths, output, identity)
         check(planned.plan.chunk_size)
-        batches = batching.plan_batches(lengths, planned.plan.batch_tokens, planned.plan.chunk_size)
+        batches = batching.plan_batches(
+            lengths, planned.plan.batch_tokens, planned.plan.chunk_size, planned.plan.streamed_windows
+        )
         ids = [batching.padded(b, shard_tokens.input_ids, shard_tokens.window_offset) for b in batches]
         runner = LayerwiseRunner(
             found.shell, found.source, points, planned.plan.chunk_size, spec_of(planned.plan, 0).precision
@@ -86,7 +88,9 @@ def _plan(
     if unfinished is None:
         planned = found.fit(estimated, points, longest, int(lengths.sum()), threshold, beside)
     else:
-        as_begun = Plan(int(unfinished["batch_tokens"]), int(unfinished["chunk_size"]), longest)
+        as_begun = Plan(
+            int(unfinished["batch_tokens"]), int(unfinished["chunk_size"]), longest, int(unfinished["streamed_windows"])
+        )
         planned = _as_begun(found, points, as_begun, int(lengths.sum()), beside)
     device = found.loaded.device.type
     words = [memory.in_words(n) for n in (planned.need.cpu if device == "cpu" else planned.need.device,)]

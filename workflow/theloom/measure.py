@@ -11,6 +11,7 @@ from theloom.estimator import Traced
 from theloom.hooks import HookPoint
 from theloom.memory import Kind, Parts, Workload
 from theloom.model import LoadedModel
+from theloom.needed import storages
 from theloom.peak import PeakMemory
 from theloom.plan import Correction, Plan
 
@@ -50,7 +51,7 @@ def largest_pass(
     """Of a plan's two passes, a full batch of the widest windows and the longest one streamed, the larger."""
     passes = [Workload(plan.batch_windows, plan.width, plan.chunk_size)]
     if plan.streamed:
-        passes.append(Workload(1, plan.longest, plan.chunk_size))
+        passes.append(Workload(plan.streamed_windows, plan.longest, plan.chunk_size))
     foretold = [(workload, traced.forward(kind, workload, points, device=device)) for workload in passes]
     return max(foretold, key=lambda pair: pair[1].total)
 
@@ -64,7 +65,7 @@ def measure(loaded: LoadedModel, kind: Kind, traced: Traced, plan: Plan, points:
     with PeakMemory(loaded.device) as growing:
         _run(loaded, ids, workload, points, kind)
     found = _run(loaded, ids, workload, points, kind)
-    weights = sum(trace.weights_of(loaded.architecture.model))
+    weights = sum(storages(loaded.architecture.model))
     return Measured(workload, foretold, found, growing.growth, growing.files, weights)
 
 

@@ -74,6 +74,7 @@ class Components:
     captured: int = 0  # hidden states that hook points hold
     temporaries: int = 0
     logits: int = 0
+    on_their_way: int = 0  # hidden states between the model and the file
     workspace: int = 0
     fragmentation: int = 0
     context: int = 0
@@ -82,7 +83,8 @@ class Components:
     @property
     def allocated(self) -> int:
         """What `torch.cuda.max_memory_allocated` counts."""
-        return self.weights + self.kv_cache + self.captured + self.temporaries + self.logits + self.workspace
+        tensors = self.weights + self.kv_cache + self.captured + self.temporaries + self.logits
+        return tensors + self.on_their_way + self.workspace
 
     @property
     def reserved(self) -> int:

@@ -1,13 +1,17 @@
 """Load a model for extraction: at the resolved precision, on the device, without its LM head, unmodified."""
 
 import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from theloom import architecture, gpu, precision, source
 from theloom.architecture import Architecture, Numbers
 from theloom.errors import ModelError
-from theloom.hooks import Catalogue
+from theloom.hooks import Catalogue, HookPoint
 from theloom.precision import TOLERANCE, Resolved
 from theloom.schema import ArchitectureConfig, Config, ModelConfig
 from theloom.source import ModelFiles
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
+
+_SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' own switch
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class LoadedModel:
     precision: Resolved
     attention: str
     quantization: str | None
+    left_out: tuple[str, ...] = ()  # modules that are not loaded
 
     @property
     def tolerance(self) -> float:
@@ -95,10 +102,21 @@ def resolve_precision(config: Config) -> tuple["torch.device", Resolved]:
     return device, precision.resolve(asked, capability, fp16_here)
 
 
-def load(config: Config, files: ModelFiles) -> LoadedModel:
-    """Load the model from its files (`source.prepare`). Raises ModelError where any of its weights is missing."""
-    from transformers import AutoModel
+def import_class(config: ModelConfig) -> None:
+    """Import the code that a model of this config takes, and what tells which of its modules are needed."""
+    from theloom import trace  # noqa: F401
 
+    model_config = hf_config(config)
+    if not _is_own_code(model_config):
+        _model_class(model_config)
+
+
+def load(config: Config, files: ModelFiles, points: Sequence[HookPoint] | None = None) -> LoadedModel:
+    """Load the model from its files (`source.prepare`): all of it, or what reading `points` needs.
+
+    Tensors go one by one to their device and precision; what is not needed is not read. Raises ModelError where any of
+    the weights is missing.
+    """
     device, resolved = resolve_precision(config)
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     if config.extraction.attention.name != "auto":
@@ -106,17 +124,21 @@ def load(config: Config, files: ModelFiles) -> LoadedModel:
     quantization = config.memory.quantization.name if config.memory.quantization else None
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, resolved.resolved)
+    left_out = _not_needed(config, resolved.resolved, points) if points is not None else []
     try:
-        model, info = AutoModel.from_pretrained(
-            files.folder,
-            dtype=precision.torch_dtype(resolved.resolved),
-            use_safetensors=None if config.model.allow_pickle else True,
-            trust_remote_code=config.model.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        with _one_tensor_at_a_time():
+            model, info = _part_of_model(config, left_out).from_pretrained(
+                files.folder,
+                dtype=precision.torch_dtype(resolved.resolved),
+                use_safetensors=None if config.model.allow_pickle else True,
+                trust_remote_code=config.model.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
     except (ValueError, OSError, ImportError) as error:
         raise ModelError(f"model.source: {config.model.source}: {' '.join(str(error).split())}") from None
+    if left_out:
+        model.__class__ = type(model).__base__  # the class as transformers has it
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise ModelError(
@@ -125,7 +147,73 @@ def load(config: Config, files: ModelFiles) -> LoadedModel:
         )
     model.eval().requires_grad_(False)
     attention = str(model.config._attn_implementation)
-    return LoadedModel(architecture.describe(model), files, device, resolved, attention, quantization)
+    described = getattr(model, "_described", None) or architecture.describe(model)
+    return LoadedModel(described, files, device, resolved, attention, quantization, tuple(left_out))
+
+
+def _not_needed(config: Config, resolved: str, points: Sequence[HookPoint]) -> list[str]:
+    """Names of the modules that can be left out; none for a model whose code is its own."""
+    from theloom import trace
+
+    model_config = hf_config(config.model)
+    if _is_own_code(model_config):
+        return []
+    asked = config.extraction.attention.name
+    attention = None if asked in ("auto", "flash_attention_2") else asked
+    return trace.fake_model(model_config, resolved, attention=attention).unneeded(points)
+
+
+def _part_of_model(config: Config, left_out: list[str]) -> Any:
+    """The class that loads a model without the modules of these names: they are gone before weights are looked for."""
+    from transformers import AutoModel
+
+    from theloom import needed
+
+    if not left_out:
+        return AutoModel
+    whole = _model_class(hf_config(config.model))
+
+    def build(self: Any, *args: Any, **options: Any) -> None:
+        whole.__init__(self, *args, **options)
+        described = architecture.describe(self)
+        gone = {self.get_submodule(name): name for name in left_out}
+        needed.leave_out(self, left_out)
+        blocks = [self.get_submodule(gone[b]) if b in gone else b for b in described.blocks]
+        object.__setattr__(self, "_described", architecture.Architecture(self, blocks, described.hidden_size))
+        self._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){re.escape(name)}\." for name in left_out}
+
+    return type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__})
+
+
+def _model_class(model_config: "PretrainedConfig") -> Any:
+    """The class of transformers for a config, without a head."""
+    from transformers import AutoModel
+
+    found = AutoModel._model_mapping[type(model_config)]
+    if not isinstance(found, list | tuple):
+        return found
+    classes: list[Any] = list(found)
+    named = {c.__name__: c for c in classes}
+    return next((named[n] for n in model_config.architectures or () if n in named), classes[0])
+
+
+def _is_own_code(model_config: "PretrainedConfig") -> bool:
+    """Whether the model's folder brings its own code, so that its class is not known beforehand."""
+    return "AutoModel" in (getattr(model_config, "auto_map", None) or {})
+
+
+@contextmanager
+def _one_tensor_at_a_time() -> Iterator[None]:
+    """Have transformers load in this thread, so that at most one tensor waits in host memory for its device."""
+    before = os.environ.get(_SEQUENTIAL)
+    os.environ[_SEQUENTIAL] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SEQUENTIAL]
+        else:
+            os.environ[_SEQUENTIAL] = before
 
 
 def _quantization(bits: str, compute: str) -> Any:

@@ -5,6 +5,7 @@ Every later job loads the same model by this record, and refuses one that has ch
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError, MemoryPlanError."""
     from theloom import layerwise_record
     from theloom.measure import measure
+    from theloom.needed import storages
 
     estimated = estimate.read(estimate_path)
     if config.memory.enable_gradient_checkpointing:
@@ -77,19 +79,26 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         layerwise_record.record(config, estimated, tokens_path, output, str(error))
         return
     files = source.prepare(config.model)
+    asked = config.extraction.attention.name
+    attention = None if asked in ("auto", "flash_attention_2") else asked  # FlashAttention is not built for the CPU
+    traced = Traced(model_config, attention, config.model.trust_remote_code)
+    catalogue = traced.catalogue()  # of the whole model, of which only what is needed is loaded
+    points = catalogue.select(estimated.hooks)
     with peak.PeakMemory(device) as loading:
-        loaded = model.load(config, files)
+        loaded = model.load(config, files, points)
     tried = try_out(loaded.architecture, loaded.tolerance)
-    points = loaded.catalogue.select(estimated.hooks)
-    traced = Traced(model_config, loaded.attention, config.model.trust_remote_code)
     measured = measure(loaded, kind, traced, planned.plan, points)
     gpu.warn_above(threshold, device)
     log.info("loaded %s in %s on %s", config.model.source, resolved.resolved, gpu.device_name(device))
     _log(measured)
     with h5py.File(output, "w") as file:
-        layout.set_attributes(file, _attributes(loaded, config) | asdict(tried) | {"execution": "resident"})
-        _write_memory(file.create_group("memory"), planned, measured, traced.weights(kind), loading.growth)
-        _write_catalogue(file, loaded.catalogue)
+        attributes = (
+            _attributes(loaded, config) | {"parameters": traced.parameters, **asdict(tried)} | {"execution": "resident"}
+        )
+        layout.set_attributes(file, attributes)
+        weights = sum(storages(traced.fake(kind).architecture.model, loaded.left_out))
+        _write_memory(file.create_group("memory"), planned, measured, weights, loading.growth)
+        _write_catalogue(file, catalogue)
 
 
 def fit(
@@ -188,7 +197,6 @@ def _attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:
         device=gpu.device_name(loaded.device),
         blocks=len(loaded.architecture.blocks),
         hidden_size=loaded.architecture.hidden_size,
-        parameters=loaded.architecture.model.num_parameters(),
     )
 
 
@@ -209,9 +217,12 @@ def read(path: Path) -> ModelRecord:
         )
 
 
-def load_again(config: Config, recorded: ModelRecord) -> LoadedModel:
-    """Load the model of a record. Raises StoreError if its files, or the precision at hand, are others by now."""
-    return model.load(config, _same_files(config, recorded))
+def load_again(config: Config, recorded: ModelRecord, points: Sequence[HookPoint] | None = None) -> LoadedModel:
+    """Load the model of a record, or what reading `points` needs.
+
+    Raises StoreError if its files, or the precision at hand, are others by now.
+    """
+    return model.load(config, _same_files(config, recorded), points)
 
 
 def open_again(config: Config, recorded: ModelRecord) -> "AbstractContextManager[LayerwiseModel]":

@@ -13,6 +13,7 @@ from theloom.errors import MemoryPlanError
 from theloom.estimate import Estimate
 from theloom.host import DeviceMemory
 from theloom.memory import Components, Parts
+from theloom.ring import bytes_on_device
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class Plan:
     batch_tokens: int
     chunk_size: int
     longest: int  # longest window
+    streamed_windows: int = 1  # windows that stream side by side, at most
+    offloaded: bool = False  # whether their KV cache lies in host memory
 
     @property
     def streamed(self) -> bool:
@@ -43,6 +46,27 @@ class Plan:
     def batch_windows(self) -> int:
         """Windows of that width that share a forward pass."""
         return max(1, self.batch_tokens // self.width)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the largest forward step."""
+        streamed = self.streamed_windows * self.chunk_size if self.streamed else 0
+        return max(self.batch_windows * self.width, streamed)
+
+    def backed_off(self, level: int, streams: bool = True) -> "Plan":
+        """The plan with its batches, and then its chunks, halved so many times; a model that does not stream keeps
+        its chunks. Where nothing can be halved any more it stays as it is.
+        """
+        plan = self
+        for _ in range(level):
+            if plan.streamed and plan.streamed_windows > 1:
+                plan = replace(plan, streamed_windows=plan.streamed_windows // 2, batch_tokens=plan.batch_tokens // 2)
+            elif plan.batch_windows > 1:
+                plan = replace(plan, batch_tokens=plan.batch_tokens // 2)
+            elif streams and plan.chunk_size // 2 >= estimate_module.SMALLEST_CHUNK:
+                size = min(plan.chunk_size, plan.longest) // 2
+                plan = replace(plan, chunk_size=size, batch_tokens=size)
+        return plan
 
 
 @dataclass(frozen=True)
@@ -67,7 +91,10 @@ def forward(estimate: Estimate, kind: str, plan: Plan) -> Parts:
     batch = estimate.find(kind, plan.width, plan.chunk_size).times(plan.batch_windows)
     if not plan.streamed:
         return batch
-    return max(batch, estimate.find(kind, plan.longest, plan.chunk_size), key=lambda parts: parts.total)
+    streamed = estimate.find(kind, plan.longest, plan.chunk_size).times(plan.streamed_windows)
+    if plan.offloaded:  # the KV cache of the block that runs, and of the next one on its way
+        streamed = replace(streamed, kv_cache=min(streamed.kv_cache, 2 * streamed.kv_cache // estimate.blocks))
+    return max(batch, streamed, key=lambda parts: parts.total)
 
 
 def choose(
@@ -89,12 +116,17 @@ def choose(
     """
     longest = min(longest or estimate.context_length, estimate.context_length)
     asked = Plan(estimate.batch_tokens or MOST_BATCH_TOKENS[device], estimate.chunk_size, longest)
-    candidates = [_weigh(estimate, kind, device, plan, correction) for plan in _smaller(asked)]
+    one_pass = _one_pass_is_less(estimate, kind, asked)
+    cache = "device" if device == "cpu" else estimate.cache
+    candidates = [_weigh(estimate, kind, device, plan, correction) for plan in _smaller(asked, cache, one_pass)]
+    if one_pass:
+        log.info("long documents go in one pass: in chunks of %d tokens they would take more memory", asked.chunk_size)
     headroom = int((1 - threshold) * found.total)
     for budget in (found.free - headroom, found.free):
         for planned in candidates:
             if planned.components.total <= budget:
-                changes = _changes(asked, planned.plan, chosen=estimate.batch_tokens is None)
+                chosen, may_offload = estimate.batch_tokens is None, estimate.cache == "auto"
+                changes = _changes(asked, planned.plan, chosen, may_offload, one_pass)
                 for change in changes:
                     log.warning("to fit %s free: %s", memory.in_words(found.free), change)
                 if budget == found.free and headroom:
@@ -105,43 +137,80 @@ def choose(
 
 def check_begun(
     estimate: Estimate, kind: str, device: str, found: DeviceMemory, plan: Plan, correction: Correction, partial: str
-) -> None:
-    """An unfinished file that was begun with a plan can be gone on with in what is free. Raises MemoryPlanError."""
-    needed = _weigh(estimate, kind, device, plan, correction).components.total
+) -> Planned:
+    """The plan of an unfinished file, which can be gone on with in what is free. Raises MemoryPlanError."""
+    planned = _weigh(estimate, kind, device, plan, correction)
+    needed = planned.components.total
     if needed > found.free:
         raise MemoryPlanError(
             f"{partial} was begun with batches of {plan.batch_tokens} tokens, which take {memory.in_words(needed)}, "
             f"and {device} has {memory.in_words(found.free)} free; free some, or remove the file to begin anew"
         )
+    return planned
 
 
-def _smaller(asked: Plan) -> list[Plan]:
-    """The plan asked for, then ever smaller ones: fewer windows side by side, then smaller chunks."""
-    plans, batch = [], asked.batch_tokens
+def advice(estimate: Estimate, kind: str, device: str, found: DeviceMemory, plan: Plan, correction: Correction) -> str:
+    """What the user can change where memory ran out although the plan is as small as can be."""
+    least = _weigh(estimate, kind, device, plan, correction)
+    full = replace(found, free=least.components.total - 1)  # whatever helps takes less than what did not fit
+    changes = _fitting_changes(estimate, kind, device, full, least, correction)
+    return "set " + ", or ".join(changes) if changes else "ask for fewer hook points, or take a larger device"
+
+
+def _smaller(asked: Plan, cache: str, one_pass: bool) -> list[Plan]:
+    """The plan asked for, then ever smaller ones: fewer windows side by side, then smaller chunks.
+
+    With `one_pass` long documents go in one pass first of all, else at last. `cache` says where their KV cache may be.
+    """
+    whole = replace(asked, chunk_size=asked.longest, streamed_windows=1)
+    plans = _fewer_windows(whole, asked.longest) if one_pass else []
+    streamed: list[Plan] = []
     for chunk_size in estimate_module.chunk_sizes(asked.chunk_size):
-        plans.append(replace(asked, batch_tokens=batch, chunk_size=chunk_size))
-        while batch // 2 >= chunk_size:
-            batch //= 2
-            plans.append(replace(asked, batch_tokens=batch, chunk_size=chunk_size))
-    if asked.streamed:  # the KV cache and its masks can take more than the whole document at once
-        plans.append(replace(asked, batch_tokens=asked.longest, chunk_size=asked.longest))
+        batch = streamed[-1].batch_tokens if streamed else asked.batch_tokens
+        streamed += _fewer_windows(replace(asked, batch_tokens=batch, chunk_size=chunk_size), chunk_size)
+    offloaded = [replace(p, offloaded=True) for p in streamed] if asked.streamed and cache != "device" else []
+    plans += offloaded if cache == "offloaded" else streamed
+    if asked.streamed and not one_pass:  # the KV cache and its masks can take more than the whole document at once
+        plans.append(replace(whole, batch_tokens=asked.longest))
+    return plans + (offloaded if cache == "auto" else [])
+
+
+def _fewer_windows(plan: Plan, step: int) -> list[Plan]:
+    """A plan, then with fewer windows that stream side by side, then with smaller batches, down to steps of `step`."""
+    windows = max(1, plan.batch_tokens // plan.chunk_size) if plan.streamed else 1
+    plans = [replace(plan, streamed_windows=windows)]
+    while plans[-1].streamed_windows > 1:
+        plans.append(replace(plan, streamed_windows=plans[-1].streamed_windows // 2))
+    while plans[-1].batch_tokens // 2 >= step:
+        plans.append(replace(plans[-1], batch_tokens=plans[-1].batch_tokens // 2))
     return plans
+
+
+def _one_pass_is_less(estimate: Estimate, kind: str, asked: Plan) -> bool:
+    """Whether the longest window takes no more memory in one pass than chunk by chunk: then it is faster so, too."""
+    if not asked.streamed or estimate.cache == "offloaded":
+        return False
+    at_once = estimate.find(kind, asked.longest, asked.longest).total
+    return at_once <= estimate.find(kind, asked.longest, asked.chunk_size).total
 
 
 def _weigh(estimate: Estimate, kind: str, device: str, plan: Plan, correction: Correction) -> Planned:
     parts = forward(estimate, kind, plan).times(correction.ratio)
     components = memory.on_device(estimate.weights[kind], parts, device)
-    return Planned(plan, replace(components, beside=correction.beside))
+    waiting = bytes_on_device(device, plan.step_tokens * estimate.largest_capture[kind])
+    return Planned(plan, replace(components, on_their_way=waiting, beside=correction.beside))
 
 
-def _changes(asked: Plan, plan: Plan, chosen: bool) -> tuple[str, ...]:
+def _changes(asked: Plan, plan: Plan, chosen: bool, may_offload: bool, one_pass: bool) -> tuple[str, ...]:
     changes = []
-    if plan.chunk_size != asked.chunk_size:
-        whole = asked.streamed and not plan.streamed
+    whole = asked.streamed and not plan.streamed
+    if plan.chunk_size != asked.chunk_size and not (whole and one_pass):
         how = "in one pass" if whole else f"in chunks of {plan.chunk_size} tokens"
         changes.append(f"long documents go {how}, not in chunks of {asked.chunk_size}")
     if plan.batch_tokens != asked.batch_tokens and not chosen:
         changes.append(f"batches of {plan.batch_tokens} tokens, not {asked.batch_tokens}")
+    if plan.offloaded and may_offload:
+        changes.append("the KV cache of long documents lies in host memory (extraction.cache=auto)")
     return tuple(changes)
 
 

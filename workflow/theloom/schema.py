@@ -13,6 +13,7 @@ StoreDtype = Enum("StoreDtype", ["auto", "fp32", "fp16", "bf16"])
 Quantization = Enum("Quantization", ["8bit", "4bit"])
 Attention = Enum("Attention", ["auto", "sdpa", "eager", "flash_attention_2"])
 Execution = Enum("Execution", ["auto", "resident", "layerwise"])
+CachePlace = Enum("CachePlace", ["auto", "device", "offloaded"])
 MergeMode = Enum("MergeMode", ["virtual", "physical"])
 CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
 
@@ -88,6 +89,11 @@ class ExtractionConfig:
         None,
         "tokens of one forward pass over short documents, padding included; null: what fits the free memory, at most "
         "16,384 on a GPU and 2,048 on a CPU",
+    )
+    cache: CachePlace = key(
+        CachePlace["auto"],
+        "where the KV cache of long documents is: on the device, or offloaded to host memory; auto: on the device "
+        "where it fits; on a CPU the two are the same",
     )
     shards: int | None = key(
         None,

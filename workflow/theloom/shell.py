@@ -26,6 +26,7 @@ from theloom.architecture import Architecture
 from theloom.block_source import BlockSource
 from theloom.checkpoint import OUTSIDE, Checkpoint
 from theloom.errors import ModelError
+from theloom.kv_cache import PrefillCache
 from theloom.precision import torch_dtype
 
 RESIDUAL = "hidden_states"  # what blocks call it where it comes by name
@@ -256,7 +257,7 @@ def cache_that_saw(config: PretrainedConfig, seen: int) -> DynamicCache:
     return cache
 
 
-class BlockCache(DynamicCache):
+class BlockCache(PrefillCache):
     """The KV cache of one block. Raises ModelError where the block looks at another's, which is not there."""
 
     def __init__(self, config: PretrainedConfig, block: int) -> None:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, masking_utils
+from transformers import AutoModel, AutoModelForCausalLM, masking_utils
 from transformers.integrations import moe
 
-from theloom import architecture
+from theloom import architecture, needed
 from theloom.architecture import Architecture
 from theloom.catalogue import catalogue
 from theloom.errors import ModelError
 from theloom.hooks import Catalogue, HookPoint, residuals
+from theloom.kv_cache import PrefillCache
 from theloom.live import TEMPORARIES, LiveStorages, Peak
 from theloom.memory import Parts, Workload
 from theloom.precision import torch_dtype
@@ -41,8 +42,17 @@ class FakeModel:
 
     @property
     def weights(self) -> list[int]:
-        """`weights_of` the model."""
-        return weights_of(self.architecture.model)
+        """Bytes of every storage of the model."""
+        return needed.storages(self.architecture.model)
+
+    def weights_for(self, points: Sequence[HookPoint]) -> list[int]:
+        """Bytes of every storage that reading these hook points needs."""
+        return needed.storages(self.architecture.model, self.unneeded(points))
+
+    def unneeded(self, points: Sequence[HookPoint]) -> list[str]:
+        """Names of the modules that reading these hook points does not need (`needed.unneeded`)."""
+        with self.mode, _shapes_alone():
+            return needed.unneeded(self.architecture, points)
 
     @property
     def catalogue(self) -> Catalogue:
@@ -54,12 +64,6 @@ class FakeModel:
     def residuals(self) -> list[HookPoint]:
         """The residual stream before and after every block."""
         return residuals(len(self.architecture.blocks), self.architecture.hidden_size)
-
-
-def weights_of(model: torch.nn.Module) -> list[int]:
-    """Bytes of every storage that stays for a model's life: parameters and buffers, tied ones once."""
-    storages = {t.untyped_storage()._cdata: t for t in [*model.parameters(), *model.buffers()]}
-    return [t.untyped_storage().nbytes() for t in storages.values()]
 
 
 def fake_model(
@@ -91,15 +95,17 @@ def fake_model(
     return FakeModel(architecture.describe(model), mode, precision)
 
 
-class _MarkedCache(DynamicCache):
+class _MarkedCache(PrefillCache):
     """A KV cache that says which storages are its own."""
 
     live: LiveStorages
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        for tensor in updated:
-            self.live.mark(tensor, KV_CACHE)
+        layer = self.layers[layer_idx]
+        for tensor in (*updated, getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, torch.Tensor):
+                self.live.mark(tensor, KV_CACHE)
         return updated
 
 
@@ -218,7 +224,7 @@ def _one_pass(forward: Any, ids: torch.Tensor, live: LiveStorages) -> Peak:
     return live.peak()
 
 
-def _grow(cache: DynamicCache, tokens: int, chunk_size: int) -> None:
+def _grow(cache: PrefillCache, tokens: int, chunk_size: int) -> None:
     """Add that many tokens to a KV cache that holds one chunk, as so many steps would have done."""
     for length in (tokens - chunk_size, chunk_size):
         for index, layer in enumerate(cache.layers):

@@ -1,0 +1,78 @@
+"""Only what the hook points need is loaded, and the rows are those of the whole model."""
+
+import pytest
+import torch
+import transformers.core_model_loading as loading
+from support import TINY, a_config, build_tiny
+from theloom import estimate, model, needed, source
+from theloom.architecture import BlockNotLoadedError
+from theloom.catalogue import catalogue
+from theloom.estimator import Traced
+from theloom.memory import Kind
+from theloom.taps import Taps
+
+
+def values(described, points, ids):
+    found = {}
+    with torch.inference_mode(), Taps(described, points, lambda n, v: found.__setitem__(n, v.clone())) as taps:
+        taps.run(input_ids=ids, use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_part_of_a_model_gives_the_rows_of_the_whole_and_is_foretold_to_the_byte(tmp_path, model_type):
+    config = a_config(build_tiny(model_type, tmp_path))
+    files = source.prepare(config.model)
+    whole = model.load(config, files).architecture
+    traced = Traced(whole.model.config, None)
+    foretold, found = traced.catalogue(), catalogue(whole)
+    assert [p.name for p in foretold.points] == [p.name for p in found.points]
+    assert foretold.points == found.points
+    for deepest in (-1, 1):
+        points = [p for p in foretold.points if p.block <= deepest]
+        part = model.load(config, files, points)
+        assert type(part.architecture.model) is type(whole.model)
+        assert len(part.architecture.blocks) == 3
+        assert len(part.architecture.loaded) == max(deepest, 0) + 1
+        ids = torch.arange(3, 20)[None]
+        for name, value in values(part.architecture, points, ids).items():
+            assert torch.equal(value, values(whole, points, ids)[name]), (deepest, name)
+        here = needed.storages(part.architecture.model)
+        assert sum(here) == traced.weights(Kind("fp32"), points)
+        assert sum(here) < sum(needed.storages(whole.model))
+
+
+def test_the_final_norm_is_loaded_where_it_is_asked_for_alone(tmp_path):
+    config = a_config(build_tiny("llama", tmp_path))
+    files = source.prepare(config.model)
+    points = catalogue(model.load(config, files).architecture).points
+    residuals = [p for p in points if p.name == "blocks.2.hook_resid_post"]
+    final = [p for p in points if p.name == "ln_final.hook_scale"]
+    without, with_norm = (model.load(config, files, asked).architecture.model for asked in (residuals, final))
+    assert "norm.weight" not in dict(without.named_parameters())
+    assert "norm.weight" in dict(with_norm.named_parameters())
+    with pytest.raises(BlockNotLoadedError):
+        without(input_ids=torch.arange(3, 9)[None])
+
+
+def test_the_closed_form_knows_what_is_loaded(tmp_path):
+    config = a_config(build_tiny("llama", tmp_path))
+    closed, traced = (estimate.estimator_of(config, trace=trace) for trace in (False, True))
+    points = [p for p in closed.catalogue().points if p.block <= 1]
+    for asked in (None, points, closed.catalogue().points):
+        assert closed.weights(Kind("fp32"), asked) == traced.weights(Kind("fp32"), asked)
+
+
+def test_blocks_that_are_not_needed_are_not_read_from_disk(tmp_path, monkeypatch):
+    config = a_config(build_tiny("gpt_neox", tmp_path))
+    files = source.prepare(config.model)
+    points = [p for p in catalogue(model.load(config, files).architecture).points if p.block <= 0]
+    read, materialize = [], loading.spawn_materialize
+
+    def note(pool, tensor, *args, **kwargs):
+        read.append(tensor)
+        return materialize(pool, tensor, *args, **kwargs)
+
+    monkeypatch.setattr(loading, "spawn_materialize", note)
+    part = model.load(config, files, points)
+    assert len(read) == len(part.architecture.model.state_dict())
