@@ -82,7 +82,7 @@ def test_a_model_of_four_times_the_memory_at_hand_is_extracted_and_verified(tmp_
 @pytest.mark.skipif("THELOOM_LARGE" not in os.environ, reason="set THELOOM_LARGE=1 (3 GB of disk, root, cgroup v1)")
 def test_a_model_of_four_times_a_cgroup_s_limit_is_extracted_and_verified(tmp_path):
     limit = 750_000_000
-    weights = build_large(tmp_path / "model", hidden=1280, blocks=28)
+    weights = build_large(tmp_path / "model", hidden=1280, blocks=29)
     assert weights >= 4 * limit
     cgroup = Path("/sys/fs/cgroup/memory/theloom-test")
     cgroup.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ host: the residuals of the shard, the arguments of the blocks, the embeddings' p
 weights come through. On the CPU both are one memory.
 """
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,7 +79,8 @@ def need(
         working_set=working.total,
         residuals=min(residuals, 2 * widest * residual_row) if spilled else residuals,
         recorded=sum(recorded for _, recorded in passes),
-        embeddings=sizes.embeddings,
+        # a row that is looked up brings in the pages on which it lies
+        embeddings=min(sizes.embeddings, residuals // residual_row * (residual_row + mmap.PAGESIZE)),
         fixed=fixed,
     )
 
