@@ -73,6 +73,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
     sizes = f"To load: {_gb(found.load_peak)}; host process on a CPU: {_gb(found.host)}"
     print(lines(f"{sizes}; disk for a million tokens: {_gb(found.disk_per_million_tokens)}") + "\n")
     print(_gpus(found, len(found.gpus) if arguments.all else GPUS_SHOWN))
+    print("\n" + _layerwise(found))
     if savings:
         print("\n" + _savings_table(savings))
 
@@ -135,6 +136,34 @@ def _gpus(found: "Forecast", shown: int) -> str:
     headers = ["fits on", "cap.", "has GB", "GiB", "left GB", "largest batch × tokens"]
     more = len(found.gpus) - shown
     return table(rows, headers, range(1, 6)) + (f"\n… and {more} larger ones (--all)" if more > 0 else "")
+
+
+def _layerwise(found: "Forecast") -> str:
+    """The model block by block, and both modes' hours by card."""
+    swept = found.layerwise
+    if swept is None:
+        return f"Does not go block by block: {found.layerwise_refused}"
+    smallest = ", ".join(found.layerwise_gpus[:3]) or "no GPU"
+    from theloom import modes
+
+    lines = [
+        f"Block by block (extraction.execution=layerwise) in {swept.precision}: {_gb(swept.device)} of the GPU,",
+        f"two blocks of {_gb(swept.sizes.block)} and {_gb(swept.working_set)} for a batch among it.",
+        f"Host, beside the process: {_gb(swept.host)}, of which {_gb(swept.residuals)} residuals of a shard",
+        f"of {swept.shard_tokens:,} tokens. Disk: {_gb(swept.read)} read for each shard.",
+        f"fits layerwise on {smallest} and larger",
+        f"\nHours as reckoned, not measured: {modes.EFFICIENCY:.0%} of a card's peak, disk {modes.DISK / 1e9:g} GB/s",
+    ]
+    rows = [
+        [card.name, *_hours(card.resident), *_hours(card.layerwise), "hidden" if card.reads_hidden else "not hidden"]
+        for card in found.cards
+    ]
+    headers = ["card", "resident 1M", "10M tokens", "layerwise 1M", "10M tokens", "reads"]
+    return "\n".join(lines) + "\n" + table(rows, headers, range(1, 5))
+
+
+def _hours(hours: tuple[float, float] | None) -> list[str]:
+    return ["–", "–"] if hours is None else [f"{h:.2f}" for h in hours]
 
 
 def _savings(arguments: argparse.Namespace, found: "Forecast") -> list[dict[str, Any]]:

@@ -1,12 +1,13 @@
 """The commit log of a shard: which batches are on disk, and the check that they are what was written.
 
-Each batch has a record, written after its rows are synced. Its digest goes over the hashes of all windows of its
-batch and of those before, so that a record vouches for the whole of what lies before it, and `windows/batch` says in
-which batch each window came.
+Each batch has a record, written after its rows are synced. Its digest goes over the hashes of all that its batch and
+those before have written, so that a record vouches for the whole of what lies before it. What is hashed is a cell: one
+window of one hook point, numbered window by window; `windows/batch` says in which batch each of them came.
 """
 
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,21 +43,28 @@ def committed(log_records: np.ndarray) -> int:
     return next((int(r["batches"]) for r in log_records[::-1] if is_valid(r)), 0)
 
 
-def chain(digest: int, windows: Sequence[int], hashes: np.ndarray) -> int:
-    """The digest after one more batch: its windows in ascending order, and their hashes (windows, hook points)."""
+def chain(digest: int, cells: np.ndarray, hashes: np.ndarray) -> int:
+    """The digest after one more batch: its cells in ascending order, and their hashes."""
     state = xxhash.xxh3_64(digest.to_bytes(8, "little"))
-    state.update(np.asarray(windows, "<u8").tobytes())
+    state.update(np.asarray(cells, "<u8").tobytes())
     state.update(np.ascontiguousarray(hashes, "<u8").tobytes())
     return state.intdigest()
 
 
+def cells_by_batch(batch_of: np.ndarray, batches: int) -> list[np.ndarray]:
+    """The cells of each batch, in ascending order, from `windows/batch`."""
+    order = np.argsort(batch_of, axis=None, kind="stable")
+    bounds = np.searchsorted(batch_of.reshape(-1)[order], np.arange(1, batches + 2))
+    return [order[start:stop] for start, stop in itertools.pairwise(bounds.tolist())]
+
+
 def broken_records(file: h5py.File) -> list[int]:
     """Batches of a finished file whose records are torn, or vouch for other hashes than the file has."""
-    records, hashes, batch_of = file["commit_log"][:], file["windows/hash"][:], file["windows/batch"][:]
+    records, hashes, batch_of = file["commit_log"][:], file["windows/hash"][:].reshape(-1), file["windows/batch"][:]
     digest, wrong = 0, []
-    for number, found in enumerate(records.astype(RECORD), start=1):
-        windows = np.flatnonzero(batch_of == number)
-        digest = chain(digest, windows.tolist(), hashes[windows])
+    for number, cells in enumerate(cells_by_batch(batch_of, len(records)), start=1):
+        found = records[number - 1].astype(RECORD)
+        digest = chain(digest, cells, hashes[cells])
         if not is_valid(found) or int(found["batches"]) != number or int(found["digest"]) != digest:
             wrong.append(number)
     return wrong
@@ -79,26 +87,27 @@ def recheck(
     Adds the rows that are right to the statistics by hook point.
     """
     with h5py.File(path, "r") as file:
-        records, hashes, batch_of = file["commit_log"][:], file["windows/hash"][:], file["windows/batch"][:]
+        records, hashes, batch_of = file["commit_log"][:], file["windows/hash"][:].reshape(-1), file["windows/batch"][:]
         places = [layout.byte_offset(file[f"hooks/{hook}/activations"]) for hook in row_bytes]
+    hooks = list(row_bytes.items())
     vouched, digest = committed(records), 0
     with path.open("rb") as f:
-        for batch in range(1, vouched + 1):
-            windows = np.flatnonzero(batch_of == batch)
-            after = chain(digest, windows.tolist(), hashes[windows])
+        for batch, cells in enumerate(cells_by_batch(batch_of, vouched), start=1):
+            after = chain(digest, cells, hashes[cells])
             found = records[batch - 1]
             if not is_valid(found) or int(found["batches"]) != batch or int(found["digest"]) != after:
                 return Sound(batch - 1, vouched, digest)
             parts = []
-            for window in windows:
+            for cell in cells.tolist():
+                window, number = divmod(cell, len(hooks))
                 begin, end = (int(r) for r in window_offset[window : window + 2])
-                for number, (hook, size) in enumerate(row_bytes.items()):
-                    state, part = xxhash.xxh3_64(), (f.fileno(), places[number] + begin * size, end - begin, size)
-                    for data in tiles(*part, precision):
-                        state.update(data.data)
-                    if state.intdigest() != hashes[window, number]:
-                        return Sound(batch - 1, vouched, digest)
-                    parts.append((hook, part))
+                hook, size = hooks[number]
+                state, part = xxhash.xxh3_64(), (f.fileno(), places[number] + begin * size, end - begin, size)
+                for data in tiles(*part, precision):
+                    state.update(data.data)
+                if state.intdigest() != hashes[cell]:
+                    return Sound(batch - 1, vouched, digest)
+                parts.append((hook, part))
             for hook, part in parts:
                 for data in tiles(*part, precision):
                     into[hook].add(data, precision)

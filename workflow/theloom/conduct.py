@@ -60,9 +60,7 @@ def check_streams(described: Architecture) -> None:
         with evaluating(described.model):
             try:
                 tried = try_out(described, _tolerance(described))
-                shown.no_streams = (
-                    "" if tried.streams else f"chunks give other rows than one pass (error {tried.chunk_error:.2g})"
-                )
+                shown.no_streams = tried.not_streamed
             except ModelError as error:
                 shown.no_streams = str(error)
     if shown.no_streams:

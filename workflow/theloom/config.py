@@ -58,6 +58,7 @@ _LOADING = (
     "memory.quantization",
     "extraction.device",
     "extraction.attention",
+    "extraction.execution",
 )
 _MEMORY = (
     "memory.precision_mode",

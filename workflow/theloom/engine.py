@@ -61,22 +61,32 @@ def extract_shard(
     _check_revision(recorded, tokens_path)
     run_identity = _identity(config_path, recorded, tokens_path)
     identity = f"{run_identity}-{shard}"
+
+    def spec_of(planned: Plan, units: int) -> ShardSpec:
+        return ShardSpec(
+            tokens=shard_tokens,
+            points=points,
+            keys=tokens.longest_window(tokens_path),
+            precision=store,
+            batches=units,
+            identity=identity,
+            attributes=_attributes(config_path, recorded, tokens_path, planned, run_identity)
+            | {"kind": "shard", "shard": shard, "first_row": shard_tokens.first_row, "precision": store},
+            compression=frozen.store.compression.name,
+            max_overflow=frozen.store.max_overflow or 0.0,
+        )
+
+    if recorded.layerwise:
+        from theloom import layerwise_shard
+
+        check = partial(_check_streaming, recorded, lengths)
+        layerwise_shard.extract(frozen, estimated, recorded, shard_tokens, points, output, identity, spec_of, check)
+        return
     fitting = _plan(frozen, estimated, recorded, int(lengths.max(initial=1)), output, identity)
     planned = fitting.plan
     _check_streaming(recorded, lengths, planned.chunk_size)
     batches = batching.plan_batches(lengths, planned.batch_tokens, planned.chunk_size, planned.streamed_windows)
-    spec = ShardSpec(
-        tokens=shard_tokens,
-        points=points,
-        keys=tokens.longest_window(tokens_path),
-        precision=store,
-        batches=len(batches),
-        identity=identity,
-        attributes=_attributes(config_path, recorded, tokens_path, planned, run_identity)
-        | {"kind": "shard", "shard": shard, "first_row": shard_tokens.first_row, "precision": store},
-        compression=frozen.store.compression.name,
-        max_overflow=frozen.store.max_overflow or 0.0,
-    )
+    spec = spec_of(planned, len(batches))
     needed = _still_to_write(spec, estimated, output)
     estimate.check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
     with ShardWriter(output, spec) as writer:
@@ -265,6 +275,7 @@ def _attributes(
         },
         batch_tokens=plan.batch_tokens,
         chunk_size=plan.chunk_size,
+        execution="layerwise" if recorded.layerwise else "resident",
         streamed_windows=plan.streamed_windows,
         kv_cache="offloaded" if plan.offloaded else "device",
         context_length=corpus["context_length"],

@@ -204,11 +204,37 @@ def run_estimate(config: Config, output: Path) -> None:
         check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
         log.info("disk: %s", memory.in_words(needed))
     write(found, config, output)
-    kind = memory.kind_of(config, precision, estimator.own).name
+    chosen = memory.kind_of(config, precision, estimator.own)
+    _write_modes(found, estimator, config, chosen, output)
+    kind = chosen.name
     log.info("%s weights: %s; host: %s", kind, memory.in_words(found.weights[kind]), memory.in_words(found.host[kind]))
     for candidate in found.passes[kind]:
         parts, size = candidate.parts, memory.in_words(candidate.parts.total)
         log.info("%d tokens in steps of %d: %s, %s", candidate.tokens, candidate.chunk_size, size, parts)
+
+
+def _write_modes(found: Estimate, estimator: Estimator, config: Config, kind: Kind, output: Path) -> None:
+    """What resident and layerwise execution take, and for how long, into `estimate.h5`."""
+    from theloom import modes
+
+    points = estimator.catalogue().select(config.memory.activation_cache_filter)
+    tokens = found.context_length
+    shape = Workload(1, tokens, min(found.chunk_size, tokens))
+    resident = memory.on_device(found.weights[kind.name], found.find(kind.name, tokens, found.chunk_size), found.device)
+    shard = modes.SHARD_TOKENS if found.rows is None else -(-found.rows // (config.extraction.shards or 1))
+    swept: modes.Layerwise | str
+    answered: list[modes.CardModes] = []
+    try:
+        swept = modes.layerwise(estimator, kind, shape, points, shard)
+        run = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
+        answered = modes.cards(estimator, kind, tokens, resident.total, swept, run)
+        read, host = memory.in_words(swept.read), memory.in_words(swept.host)
+        log.info("block by block: %s of a GPU, host %s, %s read a shard", memory.in_words(swept.device), host, read)
+    except ModelError as error:
+        swept = str(error)
+        log.info("%s", error)
+    with h5py.File(output, "r+") as file:
+        modes.write(file, resident.total, found.host[kind.name], swept, answered)
 
 
 def estimator_of(

@@ -4,13 +4,14 @@ Both answer for the base model that extraction loads, without LM head.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from theloom import architecture, closed_form, hooks
 from theloom.architecture import Numbers
 from theloom.hooks import Catalogue, HookPoint
-from theloom.memory import Kind, Parts, Workload
+from theloom.memory import BlockSizes, Kind, Parts, Workload
 from theloom.precision import BYTES
 from theloom.schema import ArchitectureConfig
 
@@ -40,6 +41,12 @@ class Estimator(Protocol):
         self, kind: Kind, workload: Workload, points: Sequence[HookPoint], held: bool = False, device: str = "cuda"
     ) -> Parts:
         """The peak of one forward pass that reads hook points, which are `held` or written as they come."""
+
+    def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
+        """Bytes of the weights block by block, up to the deepest hook point; as if on disk in the same precision."""
+
+    def block_forward(self, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> tuple[Parts, int]:
+        """The peak of one pass through one block on a GPU, and the arguments recorded for all. Raises ModelError."""
 
 
 class ClosedForm:
@@ -80,6 +87,17 @@ class ClosedForm:
         deepest = max((p.block for p in points), default=self.size.num_blocks)
         blocks = min(max(deepest, 0) + 1, self.size.num_blocks)
         return closed_form.forward(self.size, kind, workload, blocks, residuals)
+
+    def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
+        size, e = self.size, BYTES[kind.precision]
+        embedding = size.vocab_size * size.hidden_size
+        block = closed_form.parameters(replace(size, num_blocks=1), tied=True).base - embedding - size.hidden_size
+        return BlockSizes(block * e, 0, size.hidden_size * e, embedding * e, _run(points, size.num_blocks) * block * e)
+
+    def block_forward(self, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> tuple[Parts, int]:
+        tokens = max(workload.steps)
+        recorded = 2 * tokens * self.size.head_dim * BYTES[kind.precision] + 8 * tokens
+        return closed_form.forward(replace(self.size, num_blocks=1), kind, workload, 1), recorded
 
 
 def quantized_as(model_config: "PretrainedConfig") -> str | None:
@@ -140,6 +158,24 @@ class Traced:
         from theloom import trace
 
         return trace.parts(trace.trace(self.fake(kind), workload, points, held, kind.precision, device)[0])
+
+    def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
+        described = self.fake(kind).architecture
+        blocks = [sum(t.untyped_storage().nbytes() for t in b.parameters()) for b in described.blocks]
+        embedding = sum(t.untyped_storage().nbytes() for t in described.model.get_input_embeddings().parameters())
+        rest = self.weights(kind) - sum(blocks) - embedding
+        return BlockSizes(max(blocks), 0, rest, embedding, sum(blocks[: _run(points, len(blocks))]))
+
+    def block_forward(self, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> tuple[Parts, int]:
+        from theloom.block_trace import trace_block
+
+        found = trace_block(self.fake(kind), workload, points, "cuda")
+        return found.parts, found.recorded
+
+
+def _run(points: Sequence[HookPoint], blocks: int) -> int:
+    """How many blocks run, up to the deepest hook point."""
+    return min(max((p.block for p in points), default=blocks) + 1, blocks)
 
 
 def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from theloom import config as config_module
-from theloom import estimate, hardware, hooks, memory
+from theloom import estimate, hardware, hooks, memory, modes
 from theloom.architecture import Numbers
-from theloom.errors import ConfigError
+from theloom.errors import ConfigError, ModelError
 from theloom.estimator import Estimator, row_bytes
 from theloom.hooks import HookPoint
 from theloom.memory import KINDS, Components, Kind, Parts, Workload
+from theloom.modes import CardModes, Layerwise
 from theloom.precision import BYTES
 from theloom.provenance import PACKAGES, package_version
 from theloom.schema import Config
@@ -64,6 +65,10 @@ class Forecast:
     disk_per_million_tokens: int
     totals: dict[str, int]  # of the pipeline, by kind
     gpus: list[FittingGPU]
+    layerwise: Layerwise | None  # None: refused, for the reason beside it
+    layerwise_refused: str
+    layerwise_gpus: list[str]  # with room for it block by block, smallest first
+    cards: list[CardModes]
 
 
 def forecast(
@@ -93,6 +98,9 @@ def forecast(
     values = windows * tokens * BYTES[kind.precision]
     pipeline = memory.on_device(weights, written, "cuda")
     full, selected = (estimator.forward(kind, workload, chosen, held=True) for chosen in (residuals, points))
+    swept, refused = _layerwise(estimator, kind, workload, points)
+    deepest = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
+    able = [gpu for gpu in hardware.gpus() if getattr(gpu, kind.precision, True)]
     return Forecast(
         model=settings.model.source,
         model_type=estimator.size.model_type,
@@ -119,7 +127,21 @@ def forecast(
         disk_per_million_tokens=10**6 * row_bytes(points, kind.precision, tokens),
         totals={name: _total(estimator, other, workload, points) for name, other in KINDS.items() if "+" not in name},
         gpus=fitting(estimator, kind, workload, points, pipeline),
+        layerwise=swept,
+        layerwise_refused=refused,
+        layerwise_gpus=[gpu.name for gpu in able if swept is not None and swept.device <= gpu.usable_bytes],
+        cards=[] if swept is None else modes.cards(estimator, kind, tokens, pipeline.total, swept, deepest),
     )
+
+
+def _layerwise(
+    estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]
+) -> tuple[Layerwise | None, str]:
+    """What it takes block by block, or why it does not go so."""
+    try:
+        return modes.layerwise(estimator, kind, workload, points), ""
+    except ModelError as error:
+        return None, str(error)
 
 
 def smaller_pass(estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> Parts:

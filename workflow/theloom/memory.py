@@ -50,6 +50,22 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class BlockSizes:
+    """Bytes of a model's weights as they are read block by block.
+
+    `block`: the largest, as it lies in a buffer; `converted`: what the largest takes beside it where the file has
+    another precision or layout; `kept`: what is in no block and no embedding; `embeddings`, mapped; `read`: all blocks
+    that a sweep reads, as they are on disk.
+    """
+
+    block: int
+    converted: int
+    kept: int
+    embeddings: int
+    read: int
+
+
+@dataclass(frozen=True)
 class Components:
     """Bytes of a device by category, at the peak of a run."""
 

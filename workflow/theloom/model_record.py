@@ -15,7 +15,7 @@ import h5py
 from theloom import estimate, gpu, layout, memory, model, peak, placement, plan, provenance, source, tokens
 from theloom.architecture import numbers
 from theloom.config import plain
-from theloom.errors import ModelError, StoreError
+from theloom.errors import MemoryPlanError, ModelError, StoreError
 from theloom.estimate import Estimate
 from theloom.estimator import Traced
 from theloom.hooks import Catalogue, HookPoint
@@ -23,11 +23,15 @@ from theloom.memory import Kind
 from theloom.model import LoadedModel
 from theloom.plan import Correction, Planned
 from theloom.schema import Config
+from theloom.source import ModelFiles
 from theloom.trial import try_out
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
+    from theloom.layerwise_model import LayerwiseModel
     from theloom.measure import Measured
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,7 @@ class ModelRecord:
     causal: bool
     streams: bool
     correction: Correction
+    layerwise: bool  # whether it goes block by block
     attributes: dict[str, Any]
 
     @property
@@ -55,6 +60,7 @@ class ModelRecord:
 
 def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path) -> None:
     """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError, MemoryPlanError."""
+    from theloom import layerwise_record
     from theloom.measure import measure
     from theloom.needed import storages
 
@@ -66,7 +72,18 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     device, resolved = model.resolve_precision(config)
     kind = memory.kind_of(config, resolved.resolved, model.quantization_of(config, model_config))
     threshold = config.memory.memory_warning_threshold
-    planned = fit(estimated, kind, device, threshold, tokens.longest_window(tokens_path))
+    execution = config.extraction.execution.name
+    try:
+        if execution == "layerwise":
+            layerwise_record.record(config, estimated, tokens_path, output)
+            return
+        planned = fit(estimated, kind, device, threshold, tokens.longest_window(tokens_path))
+    except MemoryPlanError as error:
+        if execution != "auto":
+            raise
+        log.warning("%s; extraction.execution=auto: it goes block by block", error)
+        layerwise_record.record(config, estimated, tokens_path, output, str(error))
+        return
     files = source.prepare(config.model)
     asked = config.extraction.attention.name
     attention = None if asked in ("auto", "flash_attention_2") else asked  # FlashAttention is not built for the CPU
@@ -81,7 +98,9 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     log.info("loaded %s in %s on %s", config.model.source, resolved.resolved, gpu.device_name(device))
     _log(measured)
     with h5py.File(output, "w") as file:
-        attributes = _attributes(loaded, config) | {"parameters": traced.parameters, **asdict(tried)}
+        attributes = (
+            _attributes(loaded, config) | {"parameters": traced.parameters, **asdict(tried)} | {"execution": "resident"}
+        )
         layout.set_attributes(file, attributes)
         weights = sum(storages(traced.fake(kind).architecture.model, loaded.left_out))
         _write_memory(file.create_group("memory"), planned, measured, weights, loading.growth)
@@ -200,6 +219,7 @@ def read(path: Path) -> ModelRecord:
             causal=bool(attributes["causal"]),
             streams=bool(attributes["streams"]),
             correction=Correction(float(file["memory"].attrs["ratio"]), int(file["memory"].attrs["beside"])),
+            layerwise=attributes["execution"] == "layerwise",
             attributes=attributes,
         )
 
@@ -209,6 +229,18 @@ def load_again(config: Config, recorded: ModelRecord, points: Sequence[HookPoint
 
     Raises StoreError if its files, or the precision at hand, are others by now.
     """
+    return model.load(config, _same_files(config, recorded), points)
+
+
+def open_again(config: Config, recorded: ModelRecord) -> "AbstractContextManager[LayerwiseModel]":
+    """The same for a model that goes block by block."""
+    from theloom.layerwise_model import opened
+
+    return opened(config, _same_files(config, recorded))
+
+
+def _same_files(config: Config, recorded: ModelRecord) -> ModelFiles:
+    """The files of a record's model, unchanged. Raises StoreError, ModelError."""
     device, resolved = model.resolve_precision(config)
     if resolved.resolved != recorded.precision:
         raise StoreError(
@@ -221,7 +253,7 @@ def load_again(config: Config, recorded: ModelRecord, points: Sequence[HookPoint
             f"model.source: the files of {config.model.source} have changed since load_model; "
             "put them back, or run it again with --forcerun load_model"
         )
-    return model.load(config, files, points)
+    return files
 
 
 def provenance_of(recorded: ModelRecord) -> dict[str, Any]:

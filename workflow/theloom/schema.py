@@ -13,6 +13,7 @@ StoreDtype = Enum("StoreDtype", ["auto", "fp32", "fp16", "bf16"])
 Quantization = Enum("Quantization", ["8bit", "4bit"])
 Attention = Enum("Attention", ["auto", "sdpa", "eager", "flash_attention_2"])
 Compression = Enum("Compression", ["none", "zstd"])
+Execution = Enum("Execution", ["auto", "resident", "layerwise"])
 CachePlace = Enum("CachePlace", ["auto", "device", "offloaded"])
 MergeMode = Enum("MergeMode", ["virtual", "physical"])
 CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
@@ -80,6 +81,11 @@ class ExtractionConfig:
 
     device: str = key("auto", "auto, cpu, cuda or cuda:N; auto: a GPU where there is one")
     attention: Attention = key(Attention["auto"], "attention implementation; auto: what transformers chooses")
+    execution: Execution = key(
+        Execution["auto"],
+        "resident: the model stays on the device; layerwise: one block at a time does, for models larger than it; "
+        "auto: resident where it fits",
+    )
     batch_tokens: int | None = key(
         None,
         "tokens of one forward pass over short documents, padding included; null: what fits the free memory, at most "

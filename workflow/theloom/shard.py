@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 COMMIT_BYTES, MOST_TIMES_THAT = 8 << 20, 8
 _LATENCY_SHARE = 0.05
 
-# where a shard's time went; seconds_disk is the writer's own, the others are its caller's. peak_memory and
+# where a shard's time went; seconds_disk is the writer's own, the others are its caller's; block by block the weights
+# are read and waited for. peak_memory and
 # predicted_memory are bytes, oom_level says how often batch and chunk were halved: of these three the largest counts
 FIGURES = (
     "seconds_total",
@@ -49,6 +50,8 @@ FIGURES = (
     "seconds_disk",
     "seconds_waiting_for_disk",
     "seconds_idle",
+    "seconds_waiting_for_weights",
+    "bytes_of_weights",
     "tokens",
     "tokens_forwarded",
     "peak_memory",
@@ -70,7 +73,7 @@ class ShardSpec:
     points: list[HookPoint]
     keys: int
     precision: str
-    batches: int
+    batches: int  # units of work that are committed: batches, or block by block (block, batch)
     identity: str
     attributes: Mapping[str, Any]
     compression: str = "none"
@@ -110,7 +113,7 @@ class ShardWriter:
         self._row_bytes = spec.row_bytes()
         self._statistics = {p.name: statistics.empty(p.name, p.width(spec.keys)) for p in spec.points}
         self._begun: dict[tuple[int, str], tuple[xxhash.xxh3_64, int]] = {}  # windows of which a part is written
-        self._hashes: dict[int, np.ndarray] = {}  # of the windows of this batch, by hook point
+        self._hashes: dict[int, int] = {}  # of what this batch wrote, by cell (`commit`)
         self._digest = 0
         self._records: list[np.ndarray] = []  # of batches that are written and not committed
         self._uncommitted = 0
@@ -163,8 +166,7 @@ class ShardWriter:
         if start + len(rows) < length:
             self._begun[window, hook] = (state, start + len(rows))
         else:
-            hashes = self._hashes.setdefault(window, np.zeros(len(self._number), "<u8"))
-            hashes[self._number[hook]] = state.intdigest()
+            self._hashes[window * len(self._number) + self._number[hook]] = state.intdigest()
         self._uncommitted += len(data)
 
     def batch_done(self, rows: int, last: bool = False) -> None:
@@ -175,27 +177,34 @@ class ShardWriter:
         if self._begun:
             raise ValueError(f"windows {sorted({w for w, _ in self._begun})} are written in part")
         self.batches_done += 1
-        windows = sorted(self._hashes)
-        for window in windows:
-            self._pwrite(self._hashes[window].tobytes(), self._places["windows/hash"] + window * 8 * len(self._number))
-            self._pwrite(self.batches_done.to_bytes(4, "little"), self._places["windows/batch"] + 4 * window)
-        hashes = np.array([self._hashes[w] for w in windows], "<u8")
-        self._digest = commit.chain(self._digest, windows, hashes)
+        cells = np.array(sorted(self._hashes), "<u8")
+        hashes = np.array([self._hashes[c] for c in cells.tolist()], "<u8")
+        for run in np.split(np.arange(len(cells)), np.flatnonzero(np.diff(cells) != 1) + 1):
+            if len(run):
+                first = int(cells[run[0]])
+                self._pwrite(hashes[run].tobytes(), self._places["windows/hash"] + 8 * first)
+                numbers = np.full(len(run), self.batches_done, "<u4").tobytes()
+                self._pwrite(numbers, self._places["windows/batch"] + 4 * first)
+        self._digest = commit.chain(self._digest, cells, hashes)
         self._records.append(commit.record(self.batches_done, rows, self._digest))
-        self._counted = self._counting.submit(self._count, windows)
+        self._counted = self._counting.submit(self._count, cells)
         self._hashes.clear()
         if self._uncommitted >= self.commit_bytes or last:
             self._commit()
         if last:
             self._wait_for_commit()
 
+    def commit(self) -> None:
+        """Have all batches that are done on disk before it returns."""
+        if self._records:
+            self._commit()
+        self._wait_for_commit()
+
     def finish(self) -> None:
         """Give the file its name, for good. Raises StoreError as `batch_done` does."""
         if self.batches_done != self._spec.batches or self._begun or self._hashes:
             raise ValueError(f"{self.batches_done} of {self._spec.batches} batches are written")
-        if self._records:
-            self._commit()
-        self._wait_for_commit()
+        self.commit()
         if self._counted:
             self._counted.result()
         self._check_overflow()
@@ -264,14 +273,17 @@ class ShardWriter:
     def _figures(self) -> bytes:
         return np.array([self.figures[name] for name in FIGURES], "<f8").tobytes()
 
-    def _count(self, windows: list[int]) -> None:
-        """Reckon the statistics of a batch's windows, from the file."""
-        for window in windows:
+    def _count(self, cells: np.ndarray) -> None:
+        """Reckon the statistics of a batch's rows, from the file."""
+        hooks = list(self._row_bytes.items())
+        for cell in cells.tolist():
+            window, number = divmod(cell, len(hooks))
             begin, end = (int(r) for r in self._spec.tokens.window_offset[window : window + 2])
-            for hook, size in self._row_bytes.items():
-                part = (self._fd, self._places[hook] + begin * size, end - begin, size)
-                for data in commit.tiles(*part, self._spec.precision):
-                    self._statistics[hook].add(data, self._spec.precision)
+            hook, size = hooks[number]
+            for data in commit.tiles(
+                self._fd, self._places[hook] + begin * size, end - begin, size, self._spec.precision
+            ):
+                self._statistics[hook].add(data, self._spec.precision)
 
     def _check_overflow(self) -> None:
         if self._spec.precision != "fp16":
@@ -389,7 +401,7 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     file["windows/offset"] = tokens.window_offset
     file["windows/document"] = tokens.window_document
     file["windows/hash"] = np.zeros((spec.windows, len(names)), "<u8")
-    file["windows/batch"] = np.zeros(spec.windows, "<u4")
+    file["windows/batch"] = np.zeros((spec.windows, len(names)), "<u4")
     file["commit_log"] = np.zeros(spec.batches, RECORD)
     file["figures"] = np.zeros(len(FIGURES))
     file[seals.SEAL] = np.zeros(3, "<u8")

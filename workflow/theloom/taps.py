@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,7 @@ from theloom.hooks import PATTERN, RESIDUALS, SCORES, HookPoint
 from theloom.sites import Site
 
 Sink = Callable[[str, torch.Tensor], None]
+T = TypeVar("T")
 
 
 class _DeepestReached(Exception):  # noqa: N818
@@ -47,7 +48,6 @@ class Taps:
                     opened.callback(self._hook(point.name, site).remove)
             for module, names in inside.items():
                 opened.enter_context(Inside(module, names, self._inside(names)))
-            opened.callback(self._stop_after(max(p.block for p in self._points)).remove)
             self._open = opened.pop_all()
         return self
 
@@ -61,15 +61,32 @@ class Taps:
         self._batch = (tokens.shape[0], tokens.shape[1]) if tokens is not None else (0, 0)
         self._seen = int(cache.get_seq_length()) if cache is not None and self._over_keys else 0
         self._read.clear()
-        name = type(self.architecture.model).__name__
+        stop = self._stop_after(max(p.block for p in self._points))
         try:
             self.architecture.model(**inputs)
         except _DeepestReached:
-            missing = [p.name for p in self._points if p.name not in self._read]
-            if missing:
-                raise HookError(f"{missing[0]}: was not reached in the forward pass of {name}") from None
+            self._check_all_read()
             return
-        raise HookError(f"the forward pass of {name} did not reach its own blocks")
+        finally:
+            stop.remove()
+        raise HookError(f"the forward pass of {type(self.architecture.model).__name__} did not reach its own blocks")
+
+    def through(self, part: Callable[[], T], batch: tuple[int, int], seen: int = 0) -> T:
+        """Run a part of the model that has all of these hook points, over so many (windows, positions), to its end.
+
+        `seen`: the positions that came before. Raises HookError for what was not read.
+        """
+        self._batch, self._seen = batch, seen
+        self._read.clear()
+        result = part()
+        self._check_all_read()
+        return result
+
+    def _check_all_read(self) -> None:
+        missing = [p.name for p in self._points if p.name not in self._read]
+        if missing:
+            name = type(self.architecture.model).__name__
+            raise HookError(f"{missing[0]}: was not reached in the forward pass of {name}") from None
 
     def _hook(self, name: str, site: Site) -> Any:
         if site.place == "input":

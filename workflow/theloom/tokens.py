@@ -215,6 +215,12 @@ def longest_window(path: Path) -> int:
         return int(np.diff(file["windows/offset"][:]).max(initial=1))
 
 
+def largest_shard(path: Path) -> int:
+    """Tokens of the largest shard."""
+    with layout.open_h5(path, "tokens") as file:
+        return int(np.diff(file["documents/offset"][:][file["shards/document"][:]]).max(initial=0))
+
+
 def attributes(path: Path) -> dict[str, Any]:
     """The attributes of `tokens.h5`, as plain Python values."""
     with layout.open_h5(path, "tokens") as file:

@@ -16,6 +16,9 @@ from theloom.states import own_residuals
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
+
+Residuals = dict[str, "torch.Tensor"]  # by hook point, (batch, position, hidden size)
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +46,8 @@ def try_out(architecture: Architecture, tolerance: float) -> TriedOut:
     `tolerance` is the error, as a share of the largest value, that rounding explains. Raises ModelError, with the
     reason, where rows would not be what the model computes, or would depend on what else is in the batch.
     """
-    import torch
-
     name, limit = type(architecture.model).__name__, 10 * tolerance
-    vocabulary = architecture.model.config.get_text_config().vocab_size
-    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, 24), generator=_seeded())
+    ids = tokens_of(architecture.model)
     try:
         whole = residuals(architecture, ids[:1], 24)
         states = own_residuals(
@@ -58,7 +58,7 @@ def try_out(architecture: Architecture, tolerance: float) -> TriedOut:
         raise ModelError(f"{name} cannot be run on token ids alone: {_words(error)}") from None
     except HookError as error:
         raise ModelError(f"{name}: {error}") from None
-    states_error = _largest_error(states, whole)
+    states_error = largest_error(states, whole)
     if not states_error <= limit:
         raise ModelError(
             f"{name}: the residual stream that is read differs from its own output_hidden_states "
@@ -80,41 +80,61 @@ def try_out(architecture: Architecture, tolerance: float) -> TriedOut:
     return TriedOut(states_error, padding, chunks, True, not reason, reason)
 
 
-def _in_chunks(
-    architecture: Architecture, ids: "torch.Tensor", whole: dict[str, "torch.Tensor"], limit: float
-) -> tuple[float, str]:
+def _in_chunks(architecture: Architecture, ids: "torch.Tensor", whole: Residuals, limit: float) -> tuple[float, str]:
     """The error of chunks of 7 tokens against one pass, and why the model is not to be streamed, if so."""
     if any("indexer" in part for block in architecture.blocks for part, _ in block.named_modules()):
         return math.inf, "it picks keys by a top-k, whose ties fall otherwise in chunks"
     try:
-        error = _largest_error(whole, residuals(architecture, ids, chunk_size=7))
+        error = largest_error(whole, residuals(architecture, ids, chunk_size=7))
     except (*REFUSALS, HookError) as caught:
         return math.inf, f"it does not take a KV cache ({_words(caught)})"
-    if error <= limit:
-        return error, ""
-    return error, f"chunks through a KV cache give other rows than one pass (by {error:.2g} of the largest value)"
+    return error, "" if error <= limit else other_in_chunks(error)
+
+
+def other_in_chunks(error: float) -> str:
+    """Why a model is not streamed whose chunks are so far from one pass, as a share of the largest value."""
+    return f"chunks through a KV cache give other rows than one pass (by {error:.2g} of the largest value)"
 
 
 def _padding_error(
     architecture: Architecture,
     ids: "torch.Tensor",
-    whole: dict[str, "torch.Tensor"],
-    alone: dict[str, "torch.Tensor"],
+    whole: Residuals,
+    alone: Residuals,
     lengths: tuple[int, int] | None,
 ) -> float:
     """Two windows of 24 and 16 tokens side by side against each by itself; infinite where they cannot be run so."""
-    padded = ids.clone()
-    padded[1, 16:] = 0
     try:
-        both = residuals(architecture, padded, 24, lengths)
+        both = residuals(architecture, padded(ids), 24, lengths)
     except (*REFUSALS, HookError) as error:
         log.warning("%s cannot be run on a padded batch: %s", type(architecture.model).__name__, _words(error))
         return math.inf
-    first = _largest_error(whole, {k: v[:1] for k, v in both.items()})
-    return max(first, _largest_error(alone, {k: v[1:, :16] for k, v in both.items()}))
+    return side_by_side(whole, alone, both)
 
 
-def _largest_error(expected: dict[str, "torch.Tensor"], found: dict[str, "torch.Tensor"]) -> float:
+def side_by_side(whole: Residuals, alone: Residuals, both: Residuals) -> float:
+    """The error of two windows in one padded batch against each by itself."""
+    first = largest_error(whole, {k: v[:1] for k, v in both.items()})
+    return max(first, largest_error(alone, {k: v[1:, :16] for k, v in both.items()}))
+
+
+def tokens_of(model: "PreTrainedModel") -> "torch.Tensor":
+    """Random tokens of a model's vocabulary, (2, 24)."""
+    import torch
+
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(3, vocabulary - 1), vocabulary, (2, 24), generator=generator)
+
+
+def padded(ids: "torch.Tensor") -> "torch.Tensor":
+    """The same with padding behind 16 tokens of the second window."""
+    shorter = ids.clone()
+    shorter[1, 16:] = 0
+    return shorter
+
+
+def largest_error(expected: Residuals, found: Residuals) -> float:
     """Infinite where anything is missing, of another shape or not finite."""
     errors = []
     for name, value in expected.items():
@@ -128,9 +148,3 @@ def _largest_error(expected: dict[str, "torch.Tensor"], found: dict[str, "torch.
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _seeded() -> "torch.Generator":
-    import torch
-
-    return torch.Generator().manual_seed(0)

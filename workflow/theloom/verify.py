@@ -49,8 +49,7 @@ class Recomputation:
     points: list[HookPoint]
     results: list[Recomputed]
     tolerance: float
-    files: ModelFiles
-    quantization: str | None
+    files: ModelFiles | None  # where a quantised run can be compared to FP32
 
     @property
     def worst(self) -> np.ndarray:
@@ -66,7 +65,7 @@ def verify(config: Config, activations: Path, model_path: Path, output: Path) ->
     wrong, not_finite = check_hashes(acts)
     found = recompute(config, acts, model_path)
     _write(acts, found, wrong, not_finite, output)
-    if found.quantization is not None and config.verify.compare_to_fp32:
+    if found.files is not None and config.verify.compare_to_fp32:
         compared = fidelity.compare(config, found.files, acts, [r.window for r in found.results], oracle)
         if compared is not None:
             with h5py.File(output, "a") as file:
@@ -80,18 +79,33 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> "Recomputa
     recorded = model_record.read(model_path)
     if recorded.fingerprint != acts.attributes["model_fingerprint"]:
         raise VerificationError(f"{model_path} is not of the model that {acts.path} is from; give the run's own folder")
-    loaded = model_record.load_again(config, recorded)
     points = [p for p in recorded.catalogue.points if p.name in acts]
-    # the coarser of the forward pass' precision and the stored one decides what rounding explains
-    tolerance = config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
     windows = choose_windows(acts, config.verify.documents, config.memory.streaming_chunk_size, config.verify.seed)
+    files = None
+    if recorded.layerwise:
+        from theloom import layerwise_verify
+
+        results, explained = layerwise_verify.recompute(config, recorded, acts, points, windows)
+    else:
+        loaded = model_record.load_again(config, recorded)
+        results, explained = _recompute_all(config, loaded, acts, points, windows), loaded.tolerance
+        files = loaded.files if loaded.quantization is not None else None
+    # the coarser of the forward pass' precision and the stored one decides what rounding explains
+    tolerance = config.verify.tolerance or max(explained, TOLERANCE[acts.precision])
+    return Recomputation(points, results, tolerance, files)
+
+
+def _recompute_all(
+    config: Config, loaded: LoadedModel, acts: Activations, points: list[HookPoint], windows: list[int]
+) -> list[Recomputed]:
+    """Every window that fits against the oracle."""
     traced = Traced(loaded.architecture.model.config, loaded.attention, config.model.trust_remote_code)
     kind = memory.kind_of(config, loaded.precision.resolved, loaded.quantization)
     results = []
     for window in windows:
         if _fits(acts, loaded, points, traced, kind, window) and (found := _recompute(acts, loaded, points, window)):
             results.append(found)
-    return Recomputation(points, results, tolerance, loaded.files, loaded.quantization)
+    return results
 
 
 def choose_windows(acts: Activations, documents: int, chunk_size: int, seed: int) -> list[int]:
@@ -136,16 +150,25 @@ def _recompute(acts: Activations, loaded: LoadedModel, points: list[HookPoint], 
         return None
     error, largest = [], []
     for point in points:
-        truth = expected[point.name][0].float()
-        stored = acts[point.name][rows].to(truth.device).float()
-        if point.over_keys:  # (head, position, key), of this window's keys alone
-            truth = torch.full_like(stored, point.fill).index_copy_(
-                2, torch.arange(truth.shape[2], device=truth.device), truth.transpose(0, 1)
-            )
-        masked = stored == truth  # also where both are -inf
-        error.append(float((stored - truth).masked_fill(masked, 0.0).abs().max()))
-        largest.append(float(truth.masked_fill(truth.isneginf(), 0.0).abs().max()))
+        value = expected[point.name][0]
+        found = compare(acts, point, rows, value.transpose(0, 1) if point.over_keys else value)
+        error.append(found[0])
+        largest.append(found[1])
     return Recomputed(window, error, largest)
+
+
+def compare(acts: Activations, point: HookPoint, rows: slice, found: "torch.Tensor") -> tuple[float, float]:
+    """Stored rows of a window against recomputed ones (position, …): the largest error, the largest absolute value."""
+    import torch
+
+    truth = found.float()
+    stored = acts[point.name][rows].to(truth.device).float()
+    if point.over_keys:  # (position, head, key), of this window's keys alone
+        keys = torch.arange(truth.shape[2], device=truth.device)
+        truth = torch.full_like(stored, point.fill).index_copy_(2, keys, truth)
+    masked = stored == truth  # also where both are -inf
+    error = float((stored - truth).masked_fill(masked, 0.0).abs().max())
+    return error, float(truth.masked_fill(truth.isneginf(), 0.0).abs().max())
 
 
 def oracle(loaded: LoadedModel, ids: "torch.Tensor") -> dict[str, "torch.Tensor"]:

@@ -1,0 +1,55 @@
+"""A whole run in a process that may take little memory: python limited_run.py FOLDER MODEL LIMIT [CGROUP].
+
+LIMIT is bytes: with CGROUP (a folder of the kernel's) of all memory that the process has, without it of address space
+beyond what the loaded interpreter has. Prints one JSON object.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+if len(sys.argv) > 4:
+    (Path(sys.argv[4]) / "cgroup.procs").write_text(str(os.getpid()))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import h5py
+import psutil
+import torch
+from support import stages
+from theloom import host, layerwise_record, layerwise_verify, model, model_record  # noqa: F401 - loaded before the limit
+from theloom.errors import MemoryPlanError
+
+torch.set_num_threads(2)
+
+
+def main(folder: Path, source: str, limit: int) -> None:
+    asked = f"memory.activation_cache_filter=[blocks.-1.hook_resid_post] extraction.shards=1 {os.environ['ASKED']}"
+    torch.nn.functional.linear(torch.zeros(64, 64), torch.zeros(64, 64))
+    if len(sys.argv) <= 4:
+        whole = psutil.Process().memory_info().vms + limit
+        resource.setrlimit(resource.RLIMIT_AS, (whole, whole))
+    model.load = None  # nothing may load the whole model
+    begun = time.time()
+    run = stages(folder / "auto", source, asked)
+    run.prepare()
+    resident = stages(folder / "resident", source, f"{asked} extraction.execution=resident")
+    said = ""
+    try:
+        files = (run.folder / "estimate.h5", run.folder / "tokens.h5", resident.folder / "model.h5")
+        model_record.record(resident.config("model"), *files)
+    except MemoryPlanError as error:
+        said = str(error)
+    run.extract()
+    run.merge()
+    run.verify()
+    seconds = time.time() - begun
+    with h5py.File(run.folder / "verification.h5") as file:
+        errors = (file["recomputed/error"][:] / file["recomputed/largest"][:]).max()
+    found = {"refused": said, "seconds": seconds, "peak": host.peak_resident(), "error": float(errors)}
+    print(json.dumps(found))
+
+
+main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

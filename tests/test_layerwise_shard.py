@@ -1,0 +1,150 @@
+"""Whole runs block by block: the data of resident runs, kills included, and what is said where nothing fits."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import time
+
+import h5py
+import pytest
+import theloom
+from layerwise_support import KEPT_EVERY, extract_with_small_commits
+from support import build_tiny, stages
+from theloom import host, shard
+from theloom.errors import MemoryPlanError, ModelError
+from theloom.host import DeviceMemory
+
+SMALL = "corpus.max_tokens=3000 corpus.context_length=200 extraction.shards=2"
+
+
+def data_of(run):
+    acts = theloom.open(run.activations)
+    return {hook: acts[hook].numpy(...).tobytes() for hook in acts.hooks} | {"hash": acts.window_hash.tobytes()}
+
+
+@pytest.fixture(scope="module")
+def resident(tmp_path_factory, tiny_llama):
+    asked = f"{SMALL} extraction.execution=resident"
+    return stages(tmp_path_factory.mktemp("resident"), tiny_llama, asked).all()
+
+
+@pytest.fixture(scope="module")
+def blockwise(tmp_path_factory, tiny_llama):
+    asked = f"{SMALL} extraction.execution=layerwise"
+    return stages(tmp_path_factory.mktemp("layerwise"), tiny_llama, asked).all()
+
+
+def test_the_finished_data_are_those_of_a_resident_run(resident, blockwise):
+    assert data_of(blockwise) == data_of(resident)
+    for run, execution in ((blockwise, "layerwise"), (resident, "resident")):
+        assert execution in theloom.open(run.activations).attributes["execution"]
+
+
+def test_a_layerwise_run_is_verified(blockwise):
+    blockwise.verify()
+
+
+def test_figures_of_the_sweep_are_stored_and_nothing_else_is_left(blockwise):
+    for file in blockwise.shards:
+        with h5py.File(file) as opened:
+            names = opened["figures"].attrs["names"].tolist()
+            figures = dict(zip(names, opened["figures"][:].tolist(), strict=True))
+        assert figures["blocks"] == 3
+        assert figures["tokens"] >= 260
+        assert 0 < figures["waited"] < figures["seconds"]
+        assert figures["bytes_read"] > 10**5
+    assert {f.suffix for f in (blockwise.folder / "shards").iterdir()} == {".h5"}
+
+
+def test_auto_is_resident_where_it_fits_and_block_by_block_where_not(tmp_path, tiny_llama, monkeypatch, caplog):
+    run = stages(tmp_path / "fits", tiny_llama, SMALL)
+    run.prepare()
+    with h5py.File(run.folder / "model.h5") as file:
+        assert file.attrs["execution"] == "resident"
+    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(12_000_000, 12_000_000, "a small cgroup"))
+    run = stages(tmp_path / "too-large", tiny_llama, f"{SMALL} memory.memory_warning_threshold=1")
+    with pytest.raises(MemoryPlanError, match=r"a small cgroup.*and block by block the run needs at least"):
+        run.prepare()
+    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(12_900_000, 12_900_000, "a small cgroup"))
+    run.all()
+    assert "it goes block by block" in caplog.text
+    run.verify()
+    run = stages(tmp_path / "resident", tiny_llama, f"{SMALL} extraction.execution=resident")
+    with pytest.raises(MemoryPlanError, match=r"cpu has 12\.9 MB of 12\.9 MB free, limited by a small cgroup"):
+        run.prepare()
+
+
+def test_quantised_weights_are_refused_block_by_block(tmp_path, tiny_llama):
+    run = stages(tmp_path, tiny_llama, f"{SMALL} extraction.execution=layerwise memory.quantization=8bit")
+    with pytest.raises(ModelError, match=r"memory\.quantization=8bit is for models that stay on the device"):
+        run.prepare()
+
+
+@pytest.fixture(scope="module")
+def deep_llama(tmp_path_factory, tiny_llama):
+    folder = build_tiny("llama", tmp_path_factory.mktemp("deep"), vocab_size=49152, num_hidden_layers=10)
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+UNITS = 130  # of the shard that is killed: 10 blocks, 13 batches
+
+
+def reached(partial):
+    """Units that are committed, and blocks whose residuals a checkpoint keeps."""
+    try:
+        with h5py.File(partial) as file:
+            done = shard.committed(file["commit_log"][:])
+            batches = len(file["commit_log"]) // 10
+    except (OSError, KeyError):
+        return 0, 0, 1
+    manifest = partial.with_name(partial.name.replace(".partial", ".residuals.json"))
+    blocks = json.loads(manifest.read_text())["blocks"] if manifest.exists() else 0
+    return done, blocks, batches
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep_llama, spilled):
+    """`THELOOM_KILLS=50` kills as often; by default a few times."""
+    kills = int(os.environ.get("THELOOM_KILLS", "2" if spilled else "3"))
+    points = "memory.activation_cache_filter=[blocks.*.hook_resid_post]"
+    asked = f"corpus.max_tokens=2500 corpus.context_length=200 extraction.shards=1 {points}"
+    whole = stages(tmp_path / "whole", deep_llama, f"{asked} extraction.execution=resident").all()
+    run = stages(tmp_path / "killed", deep_llama, f"{asked} extraction.execution=layerwise")
+    run.prepare()
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "theloom.layerwise_shard"])
+    partial = run.folder / "shards/00000-of-00001.h5.partial"
+    choose, states, killed = random.Random(3), [(0, 0)], 0
+    while not run.shards:
+        job = processes.Process(target=extract_with_small_commits, args=(run.folder, spilled))
+        job.start()
+        if killed == kills:
+            job.join()
+            assert job.exitcode == 0
+            break
+        if killed % 5 < 4:  # once it has got some way; else at any moment
+            further = states[-1][0] + choose.randint(1, max(2, 2 * UNITS // kills))
+            while job.is_alive() and reached(partial)[0] < min(further, UNITS - 5):
+                time.sleep(0.001)
+            job.join(choose.uniform(0, 0.02))
+        else:
+            job.join(choose.uniform(0, 3))
+        killed += job.is_alive()
+        job.kill()
+        job.join()
+        if not run.shards:
+            done, blocks, batches = reached(partial)
+            assert batches in (1, UNITS // 10)
+            assert done >= states[-1][0]
+            assert blocks >= states[-1][1]  # nothing that was kept is lost
+            assert done // batches - blocks <= KEPT_EVERY  # blocks to repeat
+            states.append((done, blocks))
+    print(f"{killed} kills, states: {states}")
+    assert states[-1][1] > 0
+    assert not list((run.folder / "shards").glob("*residuals*"))
+    run.merge()
+    assert data_of(run) == data_of(whole)

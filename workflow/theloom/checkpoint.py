@@ -1,0 +1,214 @@
+"""The tensors of a checkpoint by the block that they belong to, and how a block's are put into a model and taken out.
+
+Safetensors files are read by their headers (the format's specification: 8 bytes of length, a JSON header, the data).
+Keys of older or fused layouts go through transformers' own renaming and conversion.
+"""
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from theloom.errors import ModelError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+OUTSIDE = -1  # the part of a model that is in no block
+ALIGNMENT = 512  # bytes, of a tensor's place in a buffer: that of CUDA's allocator
+CACHE_LINE = 64
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies on disk."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def shift(self) -> int:
+        """Bytes by which it is off a cache line, as it is where the file is mapped.
+
+        A buffer on the host keeps that: products of one row depend on it by rounding, and resident models are mapped.
+        """
+        return self.offset % CACHE_LINE if self.offset % self.dtype.itemsize == 0 else 0
+
+    @property
+    def room(self) -> int:
+        """Bytes that it takes in a buffer, with what comes before it."""
+        return -(-(self.nbytes + CACHE_LINE) // ALIGNMENT) * ALIGNMENT
+
+
+def index(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder's safetensors files, by its key. Raises ModelError."""
+    listed = folder / "model.safetensors.index.json"
+    try:
+        if listed.is_file():
+            names = sorted(set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        return {key: stored for name in names for key, stored in _header(folder / name).items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder.name}: its safetensors cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        entries = json.loads(f.read(length))
+    found = {}
+    for key, entry in entries.items():
+        if key == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ModelError(f"{file.name}: {key} is of type {entry['dtype']}, not read block by block")
+        begin, end = entry["data_offsets"]
+        found[key] = Stored(file, 8 + length + begin, end - begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    if any(s.offset + s.nbytes > file.stat().st_size for s in found.values()):
+        raise ModelError(f"{file.name} is cut short; fetch it again")
+    return found
+
+
+class Checkpoint:
+    """The keys of a checkpoint by block, and the places in a model on the meta device that they go to.
+
+    `attach` gives a part (a block's number, or OUTSIDE) its tensors, `detach` makes it meta again.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: list[nn.Module], stored: Mapping[str, Stored]) -> None:
+        self.stored = stored
+        self._model = model
+        self._names = {module: name for name, module in model.named_modules()}
+        self._part_of = {m: number for number, block in enumerate(blocks) for m in block.modules()}
+        self._places = self._all_places()
+        self._mapping = get_model_conversion_mapping(model) or []
+        self._targets: dict[str, str] = {}
+        self._converted: set[int] = set()
+        self.keys: dict[int, list[str]] = defaultdict(list)
+        renamings = [w for w in self._mapping if isinstance(w, WeightRenaming)]
+        converters = [w for w in self._mapping if isinstance(w, WeightConverter)]
+        state = model.state_dict()
+        for key in stored:
+            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+            if target not in state:
+                continue  # an LM head, say: never read
+            part = self._part_of.get(model.get_submodule(target.rpartition(".")[0]), OUTSIDE)
+            self.keys[part].append(key)
+            self._targets[key] = target
+            if pattern is not None:
+                self._converted.add(part)
+        for keys in self.keys.values():  # in the order of the files: read from front to back
+            keys.sort(key=lambda k: (stored[k].file.name, stored[k].offset))
+        self.parameters = model.num_parameters()
+
+    def room(self, part: int) -> int:
+        """Bytes of a buffer that holds a part as it is on disk."""
+        return sum(self.stored[k].room for k in self.keys[part])
+
+    def nbytes(self, part: int) -> int:
+        """Bytes of a part's tensors on disk."""
+        return sum(self.stored[k].nbytes for k in self.keys[part])
+
+    def converted_bytes(self, part: int) -> int:
+        """Bytes that a part takes beside its buffer: all of it where its precision or its layout is another on disk."""
+        wanted = sum(t.numel() * t.element_size() for t in self._meta(part))
+        if part in self._converted:
+            return wanted
+        targets = ((self.stored[k].dtype, self._model.state_dict()[self._targets[k]]) for k in self.keys[part])
+        return sum(t.numel() * t.element_size() for dtype, t in targets if dtype != t.dtype)
+
+    def attach(self, part: int, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Put a part's tensors, by key, into the model, in the model's precision. Raises ModelError for one missing."""
+        if part in self._converted:
+            config = LoadStateDictConfig(
+                weight_mapping=cast(Any, copy.deepcopy(self._mapping)),
+                device_map={"": device},
+                dtype=self._model.dtype,
+                dtype_plan=self._model._get_dtype_plan(self._model.dtype),
+            )
+            convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
+        else:
+            self.put(tensors, device)
+        missing = [f"{self._names[m]}.{leaf}" for m, leaf, t in self._now(part) if t.is_meta]
+        if missing:
+            raise ModelError(
+                f"{type(self._model).__name__}: the files lack {len(missing)} weights ({missing[0]}, …); "
+                "they are incomplete or of another architecture"
+            )
+
+    def put(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Put some of the tensors of a part, none of them converted, into the model."""
+        for key, tensor in tensors.items():
+            self._put(self._targets[key], tensor, device)
+
+    def detach(self, part: int) -> None:
+        """Make a part meta again; its tensors are let go."""
+        for module, leaf, tensor in self._places[part]:
+            _set(module, leaf, tensor)
+
+    def target(self, key: str) -> str:
+        """The name of the parameter or buffer that a key goes to."""
+        return self._targets[key]
+
+    def is_converted(self, part: int) -> bool:
+        """Whether a part's tensors are laid out anew on loading."""
+        return part in self._converted
+
+    def _put(self, target: str, tensor: torch.Tensor, device: torch.device) -> None:
+        name, _, leaf = target.rpartition(".")
+        module = self._model.get_submodule(name)
+        meta = getattr(module, leaf)
+        if tuple(meta.shape) != tuple(tensor.shape):
+            raise ModelError(f"{target}: the files have {tuple(tensor.shape)}, the config wants {tuple(meta.shape)}")
+        value = tensor.to(device=device, dtype=meta.dtype)
+        new = nn.Parameter(value, requires_grad=False) if isinstance(meta, nn.Parameter) else value
+        part = self._part_of.get(module, OUTSIDE)
+        for other, other_leaf, tied in self._places[part]:
+            if tied is meta:
+                _set(other, other_leaf, new)
+
+    def _all_places(self) -> dict[int, list[tuple[nn.Module, str, torch.Tensor]]]:
+        places: dict[int, list[tuple[nn.Module, str, torch.Tensor]]] = defaultdict(list)
+        for module in self._model.modules():
+            for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and tensor.is_meta:
+                    places[self._part_of.get(module, OUTSIDE)].append((module, leaf, tensor))
+        return places
+
+    def _meta(self, part: int) -> list[torch.Tensor]:
+        return list({id(t): t for _, _, t in self._places[part]}.values())
+
+    def _now(self, part: int) -> list[tuple[nn.Module, str, torch.Tensor]]:
+        return [(module, leaf, getattr(module, leaf)) for module, leaf, _ in self._places[part]]
+
+
+def _set(module: nn.Module, leaf: str, tensor: Any) -> None:
+    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor

@@ -1,0 +1,157 @@
+"""A model opened to be run block by block: shell, source of blocks, what they take, and a trial on a few tokens."""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from theloom import blockwise, gpu, hooks, host, layerwise_plan, model, trial
+from theloom.block_source import BlockSource
+from theloom.block_trace import trace_block
+from theloom.checkpoint import OUTSIDE
+from theloom.errors import ModelError
+from theloom.estimate import Estimate
+from theloom.hooks import HookPoint
+from theloom.layerwise import LayerwiseRunner
+from theloom.layerwise_plan import LayerwisePlan, PassOf
+from theloom.memory import BlockSizes, Parts, Workload
+from theloom.model import LoadedModel
+from theloom.plan import MOST_BATCH_TOKENS, Plan
+from theloom.residual_store import ResidualStore
+from theloom.schema import Config
+from theloom.shell import Shell
+from theloom.source import ModelFiles
+from theloom.trace import fake_model
+from theloom.trial import TriedOut
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerwiseModel:
+    """A model without the weights of its blocks (`loaded`), and where these come from."""
+
+    loaded: LoadedModel
+    shell: Shell
+    source: BlockSource
+
+    def sizes(self, points: Sequence[HookPoint]) -> BlockSizes:
+        """Bytes of the weights that a sweep up to the deepest of `points` reads and holds."""
+        checkpoint = self.shell.checkpoint
+        blocks = range(min(max(p.block for p in points) + 1, len(self.shell.blocks)))
+        embeddings = sum(checkpoint.stored[k].nbytes for k in self.shell.mapped)
+        return BlockSizes(
+            block=self.source.largest if blocks else 0,
+            converted=max((checkpoint.converted_bytes(block) for block in blocks), default=0),
+            kept=checkpoint.nbytes(OUTSIDE) - embeddings,
+            embeddings=embeddings,
+            read=sum(checkpoint.nbytes(block) for block in blocks),
+        )
+
+    def pass_of(self, points: Sequence[HookPoint]) -> PassOf:
+        """Foretells the bytes of one pass through one block: by a trace, each workload once."""
+        config = self.shell.model.config
+        fake = fake_model(config, self.loaded.precision.resolved, attention=self.loaded.attention)
+
+        @cache
+        def foretold(workload: Workload) -> tuple[Parts, int]:
+            found = trace_block(fake, workload, points, self.loaded.device.type)
+            return found.parts, found.recorded
+
+        return foretold
+
+    @property
+    def residual_row(self) -> int:
+        """Bytes of one token's residual."""
+        return self.shell.architecture.hidden_size * self.shell.residual_dtype.itemsize
+
+    def fit(
+        self, estimated: Estimate, points: Sequence[HookPoint], longest: int, tokens: int, threshold: float, beside: int
+    ) -> LayerwisePlan:
+        """The plan for a shard of so many tokens, padding included. Raises MemoryPlanError."""
+        device = self.loaded.device.type
+        found, _ = gpu.available(self.loaded.device)
+        longest = min(longest, estimated.context_length)
+        asked = Plan(estimated.batch_tokens or MOST_BATCH_TOKENS[device], estimated.chunk_size, longest)
+        row = self.residual_row
+        sizes, pass_of = self.sizes(points), self.pass_of(points)
+        return layerwise_plan.choose(
+            sizes,
+            pass_of,
+            asked,
+            tokens * row,
+            row,
+            device,
+            found,
+            host.memory(),
+            threshold=threshold,
+            beside=beside,
+        )
+
+    def try_out(self) -> TriedOut:
+        """`trial.try_out`, in one sweep, but for the model's own hidden states, which take all of it at once.
+
+        Raises ModelError where a row depends on what else is in the batch.
+        """
+        points = hooks.residuals(len(self.shell.blocks), self.shell.architecture.hidden_size)
+        ids = trial.tokens_of(self.shell.model)
+        batches, chunk_sizes = [ids[:1], ids[1:, :16], trial.padded(ids), ids[:1]], [24, 24, 24, 7]
+        count = 4 if self.shell.streams else 3
+        found: list[dict[str, list[torch.Tensor]]] = [{p.name: [] for p in points} for _ in range(count)]
+        runner = LayerwiseRunner(self.shell, self.source, points, 24, "fp32")
+        with ResidualStore(runner.residuals(batches[:count], "", chunk_sizes[:count]), None) as store:
+            runner.sweep(
+                batches[:count],
+                store,
+                lambda batch, name, start, rows: found[batch][name].append(rows),
+                chunk_sizes=chunk_sizes[:count],
+            )
+        whole, alone, both, *chunked = [{n: torch.cat(c, dim=1) for n, c in by_name.items()} for by_name in found]
+        name, limit = type(self.shell.model).__name__, 10 * self.loaded.tolerance
+        padding = trial.side_by_side(whole, alone, both)
+        if not padding <= limit:
+            raise ModelError(
+                f"{name}: a token's hidden state depends on what else is in the batch (by {padding:.2g} of the largest "
+                "value); block by block there is no padding mask: set extraction.execution=resident"
+            )
+        chunks = trial.largest_error(whole, chunked[0]) if chunked else math.inf
+        reason = "" if chunks <= limit else trial.other_in_chunks(chunks) if chunked else "it does not take a KV cache"
+        if reason:
+            log.warning("%s cannot be streamed: %s", name, reason)
+        return TriedOut(math.nan, padding, chunks, True, not reason, reason)
+
+
+@contextmanager
+def opened(config: Config, files: ModelFiles) -> Iterator[LayerwiseModel]:
+    """Open the model of a config. Raises ModelError for one that cannot be run block by block."""
+    if config.memory.quantization is not None:
+        raise ModelError(
+            f"memory.quantization={config.memory.quantization.name} is for models that stay on the device: block by "
+            "block the weights are read anew for every shard, and quantising them each time would save no memory that "
+            "counts; set memory.quantization=null, or extraction.execution=resident"
+        )
+    if not list(files.folder.glob("*.safetensors")):
+        raise ModelError(f"model.source: {config.model.source} has no safetensors, which block by block are needed")
+    device, resolved = model.resolve_precision(config)
+    attention = config.extraction.attention.name
+    model_config = model.hf_config(config.model)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise ModelError(f"model.source: {config.model.source} is quantised, and cannot be run block by block")
+    shell = Shell(
+        Path(files.folder),
+        model_config,
+        resolved.resolved,
+        device,
+        None if attention == "auto" else attention,
+        config.model.trust_remote_code,
+    )
+    found = str(shell.model.config._attn_implementation)
+    loaded = LoadedModel(shell.architecture, files, device, resolved, found, None)
+    with BlockSource(shell.checkpoint, device, len(shell.blocks)) as source:
+        blockwise.examine(shell, source)
+        yield LayerwiseModel(loaded, shell, source)

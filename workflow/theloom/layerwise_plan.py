@@ -1,0 +1,146 @@
+"""What a sweep block by block takes of a device, of the host and of the disk, and which batches fit.
+
+On the device: two blocks of weights, what is in no block and no embedding, one batch's pass through one block. On the
+host: the residuals of the shard, the arguments of the blocks, the embeddings' pages, and for a GPU the two buffers that
+weights come through. On the CPU both are one memory.
+"""
+
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from theloom import memory, plan
+from theloom.errors import MemoryPlanError
+from theloom.host import DeviceMemory
+from theloom.memory import BlockSizes, Parts, Workload
+from theloom.plan import Plan
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a sweep takes at its peak."""
+
+    buffers: int  # two blocks, and what is converted
+    kept: int
+    working_set: int  # one batch's pass through one block, its KV cache and what hook points make included
+    residuals: int  # of the shard, in host memory; of one batch, twice, where they are on disk
+    recorded: int
+    embeddings: int  # at most: the pages of the rows that are looked up
+    fixed: int = 0  # CUDA's context and workspace, and what its allocator holds beyond
+
+    @property
+    def device(self) -> int:
+        """What a GPU must have free."""
+        return self.buffers + self.kept + self.working_set + self.fixed
+
+    @property
+    def host(self) -> int:
+        """What the host must have free for a GPU's job, beside the process itself."""
+        return self.buffers + self.residuals + self.recorded + self.embeddings
+
+    @property
+    def cpu(self) -> int:
+        """What a job on the CPU takes: the embeddings are let go before the first block comes."""
+        common = self.kept + self.residuals + self.recorded
+        return common + max(self.embeddings, self.buffers + self.working_set)
+
+
+@dataclass(frozen=True)
+class LayerwisePlan:
+    """How a shard is swept: the cut into batches and chunks, where the residuals wait, and the bytes it takes."""
+
+    plan: Plan
+    spilled: bool
+    need: Need
+    changes: tuple[str, ...] = ()
+
+
+# the bytes of one pass through one block, and of the arguments recorded for all blocks
+PassOf = Callable[[Workload], tuple[Parts, int]]
+
+
+def workloads(cut: Plan) -> list[Workload]:
+    """The passes that a plan has: a full batch of the widest windows, and the longest window where it is streamed."""
+    batch = Workload(cut.batch_windows, cut.width, cut.chunk_size)
+    return [batch, *([Workload(cut.streamed_windows, cut.longest, cut.chunk_size)] if cut.streamed else [])]
+
+
+def need(
+    sizes: BlockSizes, pass_of: PassOf, cut: Plan, residuals: int, residual_row: int, device: str, spilled: bool
+) -> Need:
+    """The bytes of a sweep. `residuals`: of all tokens of the shard; `residual_row`: of one token."""
+    passes = [pass_of(workload) for workload in workloads(cut)]
+    widest = max(w.windows * w.tokens for w in workloads(cut))
+    working = max((parts for parts, _ in passes), key=lambda p: p.total)
+    fixed = memory.on_device(0, working, "cuda").total - working.total if device == "cuda" else 0
+    return Need(
+        buffers=2 * sizes.block + sizes.converted,
+        kept=sizes.kept,
+        working_set=working.total,
+        residuals=min(residuals, 2 * widest * residual_row) if spilled else residuals,
+        recorded=sum(recorded for _, recorded in passes),
+        # a row that is looked up brings in the pages on which it lies
+        embeddings=min(sizes.embeddings, residuals // residual_row * (residual_row + mmap.PAGESIZE)),
+        fixed=fixed,
+    )
+
+
+def choose(
+    sizes: BlockSizes,
+    pass_of: PassOf,
+    asked: Plan,
+    residuals: int,
+    residual_row: int,
+    device: str,
+    found: DeviceMemory,
+    host: DeviceMemory,
+    *,
+    threshold: float,
+    beside: int = 0,
+) -> LayerwisePlan:
+    """The largest batch that fits, residuals in host memory if there is room, else on disk. Raises MemoryPlanError.
+
+    `found` is what the device has free, `host` what the host has; `beside` what a process was seen to take beside what
+    is foretold.
+    """
+    candidates = plan._smaller(asked, "device", False)
+    least: tuple[Need, bool] | None = None
+    budget = (found.free - int((1 - threshold) * found.total), host.free - int((1 - threshold) * host.total))
+    for free, host_free in (budget, (found.free, host.free)):
+        for spilled in (False, True):
+            for cut in candidates:
+                needed = need(sizes, pass_of, cut, residuals, residual_row, device, spilled)
+                fits = needed.cpu + beside <= free
+                if device == "cuda":
+                    fits = needed.device + beside <= free and needed.host <= host_free
+                if fits:
+                    return LayerwisePlan(cut, spilled, needed, _changes(asked, cut, spilled, residuals))
+                least = (needed, spilled)
+    assert least is not None
+    raise MemoryPlanError(_refusal(least[0], device, found, host))
+
+
+def _changes(asked: Plan, cut: Plan, spilled: bool, residuals: int) -> tuple[str, ...]:
+    changes = []
+    if spilled:
+        changes.append(f"the residuals between blocks ({memory.in_words(residuals)}) wait on disk, not in host memory")
+    if cut.chunk_size != asked.chunk_size:
+        changes.append(f"long documents go in chunks of {cut.chunk_size} tokens, not {asked.chunk_size}")
+    if cut.batch_tokens != asked.batch_tokens:
+        changes.append(f"batches of {cut.batch_tokens} tokens, not {asked.batch_tokens}")
+    return tuple(changes)
+
+
+def _refusal(least: Need, device: str, found: DeviceMemory, host: DeviceMemory) -> str:
+    limit = f", limited by {found.limited_by}" if found.limited_by else ""
+    if device == "cpu":
+        return (
+            f"block by block the run needs at least {memory.in_words(least.cpu)} (two blocks "
+            f"{memory.in_words(least.buffers)}, one batch {memory.in_words(least.working_set)}, embeddings at most "
+            f"{memory.in_words(least.embeddings)}) and cpu has {memory.in_words(found.free)} free{limit}"
+        )
+    return (
+        f"block by block the run needs at least {memory.in_words(least.device)} of the GPU and "
+        f"{memory.in_words(least.host)} of the host, which have {memory.in_words(found.free)} and "
+        f"{memory.in_words(host.free)} free"
+    )

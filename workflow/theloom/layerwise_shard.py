@@ -1,0 +1,183 @@
+"""The extraction of one shard block by block: plan, sweep, rows into the shard writer, and what a killed job left."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from theloom import batching, estimate, gpu, host, layerwise_plan, memory, model_record
+from theloom.batching import Batch
+from theloom.errors import MemoryPlanError
+from theloom.estimate import Estimate
+from theloom.hooks import HookPoint
+from theloom.layerwise import LayerwiseRunner, Swept
+from theloom.layerwise_model import LayerwiseModel
+from theloom.layerwise_plan import LayerwisePlan
+from theloom.model_record import ModelRecord
+from theloom.plan import Plan
+from theloom.residual_store import ResidualStore
+from theloom.schema import Config
+from theloom.shard import ShardSpec, ShardWriter, begun
+from theloom.tokens import ShardTokens
+
+log = logging.getLogger(__name__)
+
+WAITED_TOO_LONG = 0.1  # of a sweep's time without weights, above which it is worth a word
+
+# makes the shard's spec of the plan and the number of units that are committed
+SpecOf = Callable[[Plan, int], ShardSpec]
+
+
+def extract(
+    frozen: Config,
+    estimated: Estimate,
+    recorded: ModelRecord,
+    shard_tokens: ShardTokens,
+    points: list[HookPoint],
+    output: Path,
+    identity: str,
+    spec_of: SpecOf,
+    check: Callable[[int], None],
+) -> None:
+    """Write the hidden states of a shard, or go on with one that was begun.
+
+    `check` is called with the planned chunk size before anything is run. Raises ModelError, MemoryPlanError.
+    """
+    lengths = np.diff(shard_tokens.window_offset)
+    with model_record.open_again(frozen, recorded) as found:
+        planned = _plan(frozen, estimated, recorded, found, points, lengths, output, identity)
+        check(planned.plan.chunk_size)
+        batches = batching.plan_batches(
+            lengths, planned.plan.batch_tokens, planned.plan.chunk_size, planned.plan.streamed_windows
+        )
+        ids = [batching.padded(b, shard_tokens.input_ids, shard_tokens.window_offset) for b in batches]
+        runner = LayerwiseRunner(
+            found.shell, found.source, points, planned.plan.chunk_size, spec_of(planned.plan, 0).precision
+        )
+        spec = spec_of(planned.plan, len(runner.stages) * len(batches))
+        residual_spec = runner.residuals(ids, identity)
+        _check_disk(spec, estimated, output, residual_spec.nbytes)
+        pinned = found.loaded.device.type == "cuda" and not planned.spilled
+        with ShardWriter(output, spec) as writer:
+            store = ResidualStore(residual_spec, output, planned.spilled, pinned)
+            if writer.batches_done < spec.batches:
+                with store:
+                    _say(_sweep(runner, ids, batches, store, writer, len(shard_tokens.input_ids)), frozen)
+                gpu.warn_above(frozen.memory.memory_warning_threshold, found.loaded.device)
+            store.remove()
+            writer.finish()
+
+
+def _plan(
+    frozen: Config,
+    estimated: Estimate,
+    recorded: ModelRecord,
+    found: LayerwiseModel,
+    points: list[HookPoint],
+    lengths: np.ndarray,
+    output: Path,
+    identity: str,
+) -> LayerwisePlan:
+    """What fits now; the batches of a shard that was begun are those that it was begun with."""
+    threshold, beside = frozen.memory.memory_warning_threshold, recorded.correction.beside
+    longest, unfinished = int(lengths.max(initial=1)), begun(output, identity)
+    if unfinished is None:
+        planned = found.fit(estimated, points, longest, int(lengths.sum()), threshold, beside)
+    else:
+        as_begun = Plan(
+            int(unfinished["batch_tokens"]), int(unfinished["chunk_size"]), longest, int(unfinished["streamed_windows"])
+        )
+        planned = _as_begun(found, points, as_begun, int(lengths.sum()), beside)
+    device = found.loaded.device.type
+    words = [memory.in_words(n) for n in (planned.need.cpu if device == "cpu" else planned.need.device,)]
+    log.info(
+        "plan: block by block, batches of %d tokens, chunks of %d; %s%s",
+        planned.plan.batch_tokens,
+        planned.plan.chunk_size,
+        words[0],
+        "" if device == "cpu" else f", host {memory.in_words(planned.need.host)}",
+    )
+    for change in planned.changes:
+        log.warning("to fit: %s", change)
+    return planned
+
+
+def _as_begun(found: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens: int, beside: int) -> LayerwisePlan:
+    device, row = found.loaded.device.type, found.residual_row
+    available, _ = gpu.available(found.loaded.device)
+    for spilled in (False, True):
+        needed = layerwise_plan.need(
+            found.sizes(points), found.pass_of(points), cut, tokens * row, row, device, spilled
+        )
+        on_host = needed.cpu if device == "cpu" else needed.host
+        if on_host + beside <= host.memory().free and (device == "cpu" or needed.device <= available.free):
+            return LayerwisePlan(cut, spilled, needed)
+    raise MemoryPlanError(
+        f"a shard was begun block by block with batches of {cut.batch_tokens} tokens, which take "
+        f"{memory.in_words(needed.cpu if device == 'cpu' else needed.device)}, and {device} has "
+        f"{memory.in_words(available.free)} free; free some, or remove its .partial file to begin anew"
+    )
+
+
+def _check_disk(spec: ShardSpec, estimated: Estimate, output: Path, residuals: int) -> None:
+    """Rows, and twice the residuals: files of earlier jobs count as free."""
+    there = [*output.parent.glob(f"{output.name}.partial"), *output.parent.glob(f"{output.name}.residuals.*")]
+    taken = sum(file.stat().st_blocks * 512 for file in there)
+    needed = spec.rows * estimated.row_bytes[spec.precision] + 2 * residuals
+    estimate.check_disk(output.parent, max(0, needed - taken), shutil.disk_usage(output.parent).free)
+
+
+def _sweep(
+    runner: LayerwiseRunner,
+    ids: list[torch.Tensor],
+    batches: list[Batch],
+    store: ResidualStore,
+    writer: ShardWriter,
+    rows: int,
+) -> Swept:
+    """All blocks; rows reach the writer hook point by hook point, and are whole with the last block."""
+    last_stage, total = (len(runner.stages) - 1) * len(batches), len(runner.stages) * len(batches)
+    ready = 0
+
+    def write(number: int, name: str, start: int, values: torch.Tensor) -> None:
+        batch = batches[number]
+        for row, (window, length) in enumerate(zip(batch.windows, batch.lengths, strict=True)):
+            real = min(length - start, values.shape[1])
+            if real > 0:
+                writer.write(window, name, start, values[row, :real])
+
+    def unit_done(number: int) -> None:
+        nonlocal ready
+        if writer.batches_done >= last_stage:
+            ready = rows if number == len(batches) - 1 else ready + sum(batches[number].lengths)
+        writer.batch_done(ready, last=writer.batches_done == total - 1)
+
+    swept = runner.sweep(ids, store, write, done=writer.batches_done, unit_done=unit_done, commit=writer.commit)
+    taken = {
+        "seconds_total": swept.seconds,
+        "seconds_waiting_for_weights": swept.waited,
+        "bytes_of_weights": swept.bytes_read,
+        "tokens": sum(sum(b.lengths) for b in batches),
+        "tokens_forwarded": swept.tokens,
+    }
+    for name, value in taken.items():
+        writer.figures[name] += value
+    return swept
+
+
+def _say(swept: Swept, frozen: Config) -> None:
+    share = swept.waited / max(swept.seconds, 1e-9)
+    words = "%d tokens through %d blocks in %.1f s; %s of weights read, waited for %.1f s (%.0f%%)"
+    read = memory.in_words(swept.bytes_read)
+    log.info(words, swept.tokens, swept.blocks, swept.seconds, read, swept.waited, 100 * share)
+    if share > WAITED_TOO_LONG and (frozen.extraction.shards or 1) > 1:
+        fewer = max(1, int((frozen.extraction.shards or 1) * WAITED_TOO_LONG / share))
+        log.warning(
+            "%.0f%% of the time went by waiting for weights: shards this small do not hide the reads; "
+            "extraction.shards=%d would, where host memory or disk holds their residuals",
+            100 * share,
+            fewer,
+        )
