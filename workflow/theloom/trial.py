@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from theloom.architecture import Architecture
 from theloom.errors import HookError, ModelError
 from theloom.forward import no_cache, residuals
+from theloom.hooks import RESIDUALS
 from theloom.states import own_residuals
 
 if TYPE_CHECKING:
@@ -49,11 +50,11 @@ def try_out(architecture: Architecture, tolerance: float) -> TriedOut:
     vocabulary = architecture.model.config.get_text_config().vocab_size
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, 24), generator=_seeded())
     try:
-        whole = residuals(architecture, ids[:1], 24)
+        whole = _residuals(architecture, ids[:1], 24)
         states = own_residuals(
             architecture, input_ids=ids[:1].to(architecture.model.device), **no_cache(architecture.model)
         )
-        alone = residuals(architecture, ids[1:, :16], 16)
+        alone = _residuals(architecture, ids[1:, :16], 16)
     except REFUSALS as error:
         raise ModelError(f"{name} cannot be run on token ids alone: {_words(error)}") from None
     except HookError as error:
@@ -87,12 +88,18 @@ def _in_chunks(
     if any("indexer" in part for block in architecture.blocks for part, _ in block.named_modules()):
         return math.inf, "it picks keys by a top-k, whose ties fall otherwise in chunks"
     try:
-        error = _largest_error(whole, residuals(architecture, ids, chunk_size=7))
+        error = _largest_error(whole, _residuals(architecture, ids, 7))
     except (*REFUSALS, HookError) as caught:
         return math.inf, f"it does not take a KV cache ({_words(caught)})"
     if error <= limit:
         return error, ""
     return error, f"chunks through a KV cache give other rows than one pass (by {error:.2g} of the largest value)"
+
+
+def _residuals(
+    architecture: Architecture, ids: "torch.Tensor", chunk_size: int, lengths: tuple[int, ...] | None = None
+) -> dict[str, "torch.Tensor"]:
+    return residuals(architecture, ids, chunk_size, lengths, RESIDUALS)
 
 
 def _padding_error(
@@ -106,7 +113,7 @@ def _padding_error(
     padded = ids.clone()
     padded[1, 16:] = 0
     try:
-        both = residuals(architecture, padded, 24, lengths)
+        both = _residuals(architecture, padded, 24, lengths)
     except (*REFUSALS, HookError) as error:
         log.warning("%s cannot be run on a padded batch: %s", type(architecture.model).__name__, _words(error))
         return math.inf
