@@ -239,7 +239,8 @@ def table(rows: list[Row]) -> str:
 - Taken, and wrong: {sum(r.silently_wrong for r in rows)}.
 
 TheLoom finds out by itself: `load_model` tries every model so on a few tokens before it takes a row from it. Where a
-model's own hidden states are the outputs of its blocks, not the inputs, they are compared as such: {shifted}.
+model's own hidden states are the outputs of its blocks, not the inputs, they are compared as such:
+{shifted}.
 
 | architecture | class | residuals | in chunks | reason |
 |---|---|---|---|---|

@@ -36,7 +36,7 @@ def test_the_probe_is_well_above_its_control_at_every_layer(run):
     found = example("probe").main(run.folder)
     assert len(found) == len(LAYERS)
     for hook, (accuracy, control) in found.items():
-        assert accuracy > 0.65, hook
+        assert accuracy > 0.6, hook
         assert accuracy > control + 0.1, hook
 
 

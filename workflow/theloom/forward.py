@@ -1,7 +1,7 @@
 """Token ids through a model, in one pass or chunk by chunk through its KV cache, while taps read."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from theloom import hooks
@@ -79,12 +79,20 @@ def cache_name(model: "PreTrainedModel") -> str:
 
 
 def residuals(
-    architecture: Architecture, ids: "torch.Tensor", chunk_size: int, lengths: Sequence[int] | None = None
+    architecture: Architecture,
+    ids: "torch.Tensor",
+    chunk_size: int,
+    lengths: Sequence[int] | None = None,
+    values: Collection[str] = ("hook_resid_post",),
 ) -> dict[str, "torch.Tensor"]:
-    """Every residual of the loaded blocks, (batch, position, hidden size) in FP32 on the CPU, computed as `prefill`."""
+    """The residual after every loaded block (or those `values`), computed as `prefill` does.
+
+    (batch, position, hidden size) in FP32 on the CPU.
+    """
     import torch
 
-    points = hooks.residuals(len(architecture.loaded), architecture.hidden_size)
+    everything = hooks.residuals(len(architecture.loaded), architecture.hidden_size)
+    points = [p for p in everything if p.value in values]
     seen: dict[str, list[torch.Tensor]] = {p.name: [] for p in points}
     with Taps(architecture, points, lambda name, value: seen[name].append(value.float().cpu())) as taps:
         prefill(taps, ids, chunk_size, lengths)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from theloom.architecture import Architecture
 from theloom.errors import HookError, ModelError
 from theloom.forward import no_cache, residuals
+from theloom.hooks import RESIDUALS
 from theloom.states import own_residuals
 
 if TYPE_CHECKING:
@@ -49,11 +50,11 @@ def try_out(architecture: Architecture, tolerance: float) -> TriedOut:
     name, limit = type(architecture.model).__name__, 10 * tolerance
     ids = tokens_of(architecture.model)
     try:
-        whole = residuals(architecture, ids[:1], 24)
+        whole = _residuals(architecture, ids[:1], 24)
         states = own_residuals(
             architecture, input_ids=ids[:1].to(architecture.model.device), **no_cache(architecture.model)
         )
-        alone = residuals(architecture, ids[1:, :16], 16)
+        alone = _residuals(architecture, ids[1:, :16], 16)
     except REFUSALS as error:
         raise ModelError(f"{name} cannot be run on token ids alone: {_words(error)}") from None
     except HookError as error:
@@ -85,7 +86,7 @@ def _in_chunks(architecture: Architecture, ids: "torch.Tensor", whole: Residuals
     if any("indexer" in part for block in architecture.blocks for part, _ in block.named_modules()):
         return math.inf, "it picks keys by a top-k, whose ties fall otherwise in chunks"
     try:
-        error = largest_error(whole, residuals(architecture, ids, chunk_size=7))
+        error = largest_error(whole, _residuals(architecture, ids, 7))
     except (*REFUSALS, HookError) as caught:
         return math.inf, f"it does not take a KV cache ({_words(caught)})"
     return error, "" if error <= limit else other_in_chunks(error)
@@ -94,6 +95,12 @@ def _in_chunks(architecture: Architecture, ids: "torch.Tensor", whole: Residuals
 def other_in_chunks(error: float) -> str:
     """Why a model is not streamed whose chunks are so far from one pass, as a share of the largest value."""
     return f"chunks through a KV cache give other rows than one pass (by {error:.2g} of the largest value)"
+
+
+def _residuals(
+    architecture: Architecture, ids: "torch.Tensor", chunk_size: int, lengths: tuple[int, ...] | None = None
+) -> dict[str, "torch.Tensor"]:
+    return residuals(architecture, ids, chunk_size, lengths, RESIDUALS)
 
 
 def _padding_error(
@@ -105,7 +112,7 @@ def _padding_error(
 ) -> float:
     """Two windows of 24 and 16 tokens side by side against each by itself; infinite where they cannot be run so."""
     try:
-        both = residuals(architecture, padded(ids), 24, lengths)
+        both = _residuals(architecture, padded(ids), 24, lengths)
     except (*REFUSALS, HookError) as error:
         log.warning("%s cannot be run on a padded batch: %s", type(architecture.model).__name__, _words(error))
         return math.inf
