@@ -33,22 +33,23 @@ def main(rounds: int, tokens: int) -> None:
     ratios = []
     with shell_of(folder) as (shell, blocks):
         for number in range(rounds):
-            begun = time.perf_counter()
+            begun, busy = time.perf_counter(), time.process_time()
             for ids in batches:
                 resident.run(ids, lambda *_: None)
-            whole = time.perf_counter() - begun
+            whole, busy_whole = time.perf_counter() - begun, time.process_time() - busy
             for file in folder.glob("*.safetensors"):
                 fd = os.open(file, os.O_RDONLY)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.close(fd)
             runner = LayerwiseRunner(shell, blocks, points, 512, "fp32")
+            busy = time.process_time()
             with ResidualStore(runner.residuals(batches, ""), None) as store:
                 swept = runner.sweep(batches, store, lambda *_: None)
             ratios.append(whole / swept.seconds)
             print(
                 f"round {number + 1}: resident {tokens / whole:.0f} tokens/s, layerwise {tokens / swept.seconds:.0f}, "
                 f"ratio {ratios[-1]:.3f}; waited {swept.waited:.2f} of {swept.seconds:.1f} s for "
-                f"{swept.bytes_read / 1e6:.0f} MB",
+                f"{swept.bytes_read / 1e6:.0f} MB; CPU time, ratio {busy_whole / (time.process_time() - busy):.3f}",
                 flush=True,
             )
     print(f"median ratio {statistics.median(ratios):.3f} of {rounds} rounds of {tokens} tokens")

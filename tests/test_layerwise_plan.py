@@ -32,7 +32,8 @@ def test_the_peak_of_a_sweep_is_foretold_within_3_percent(smollm2, cut):
             with ResidualStore(runner.residuals([ids], ""), None) as store:
                 runner.sweep([ids], store, lambda *_: None)
 
-        peak = allocator_peak(sweep)
+        peak = allocator_peak(sweep)  # of this thread: the reading thread's two buffers come to it
+        peak += sum(slot._host.nbytes for slot in found.source._slots)
     tensors = foretold.buffers + foretold.kept + foretold.residuals + foretold.recorded + foretold.working_set
     assert peak == pytest.approx(tensors, rel=0.03)
 
@@ -54,7 +55,7 @@ def choose(free, residuals=1000, host=10**6, device="cpu"):
 
 def test_the_largest_batch_that_fits_is_taken_with_the_residuals_in_memory_if_there_is_room():
     assert (choose(2000).plan.batch_tokens, choose(2000).spilled) == (512, False)
-    assert (choose(1400).plan.batch_tokens, choose(1400).spilled) == (128, False)
+    assert (choose(1600).plan.batch_tokens, choose(1600).spilled) == (256, False)
     least = choose(1000, residuals=10**6)
     assert least.spilled
     assert any("wait on disk" in change for change in least.changes)

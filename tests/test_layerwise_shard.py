@@ -148,3 +148,10 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep
     assert not list((run.folder / "shards").glob("*residuals*"))
     run.merge()
     assert data_of(run) == data_of(whole)
+
+
+def test_a_quantised_model_that_does_not_fit_is_told_both_reasons(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(5_000_000, 5_000_000, "a small cgroup"))
+    run = stages(tmp_path, tiny_llama, f"{SMALL} memory.quantization=8bit")
+    with pytest.raises(MemoryPlanError, match=r"a small cgroup.*nor block by block: memory\.quantization=8bit"):
+        run.prepare()

@@ -82,7 +82,10 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         if execution != "auto":
             raise
         log.warning("%s; extraction.execution=auto: it goes block by block", error)
-        layerwise_record.record(config, estimated, tokens_path, output, str(error))
+        try:
+            layerwise_record.record(config, estimated, tokens_path, output, str(error))
+        except ModelError as refused:
+            raise MemoryPlanError(f"{error}; nor block by block: {refused}") from None
         return
     files = source.prepare(config.model)
     asked = config.extraction.attention.name
