@@ -51,7 +51,7 @@ def check_committed(path: Path) -> int:
         done = committed(file["commit_log"][:])
         for number, batch in enumerate(ORDER[:done], start=1):
             for window in batch:
-                assert file["windows/batch"][window] == number
+                assert (file["windows/batch"][window] == number).all()
                 first = int(file["windows/offset"][window])
                 for point in POINTS:
                     stored = file[f"hooks/{point.name}/activations"][first : first + WINDOWS[window]]

@@ -47,7 +47,7 @@ def check(partial, truth) -> int:
     with h5py.File(partial) as file:
         done = committed(file["commit_log"][:])
         batch_of, offsets = file["windows/batch"][:], file["windows/offset"][:]
-        for window in np.flatnonzero((batch_of > 0) & (batch_of <= done)):
+        for window in np.flatnonzero(((batch_of > 0) & (batch_of <= done)).all(axis=1)):
             rows = slice(*(int(r) for r in offsets[window : window + 2]))
             for hook, expected in truth.items():
                 assert np.array_equal(file[f"hooks/{hook}/activations"][rows], expected[rows])

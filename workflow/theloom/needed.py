@@ -5,7 +5,8 @@ calls, and that the pass up to the deepest hook point does not; or a whole model
 is not called at all.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from theloom.architecture import Architecture, BlockNotLoadedError
 from theloom.hooks import HookPoint
+from theloom.sites import Site
 from theloom.taps import Taps
 
 if TYPE_CHECKING:
@@ -24,8 +26,41 @@ class NotLoaded(nn.Module):
 
     not_loaded = True
 
-    def forward(self, *_: Any, **__: Any) -> Any:
-        raise BlockNotLoadedError
+    def __init__(self) -> None:
+        super().__init__()
+        self.instead: Callable[[torch.Tensor], Any] | None = None  # what to give for its input, in `passed_over`
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.instead is None:
+            raise BlockNotLoadedError
+        return self.instead(Site.input(args, kwargs))
+
+
+@contextmanager
+def passed_over(architecture: Architecture) -> Iterator[None]:
+    """Let forward passes go on to their end: what is not loaded gives its input, a block in the form that blocks have.
+
+    So a model says what its loaded blocks did; what it says of the others is of no use.
+    """
+    form: list[Any] = []
+    missing = [m for m in architecture.model.modules() if isinstance(m, NotLoaded)]
+
+    def as_a_block(value: torch.Tensor) -> Any:
+        return (value, *form[-1][1:]) if isinstance(form[-1], tuple) else value
+
+    for module in missing:
+        module.instead = as_a_block if any(module is b for b in architecture.blocks) else _itself
+    handle = architecture.loaded[-1].register_forward_hook(lambda module, args, output: form.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module in missing:
+            module.instead = None
+
+
+def _itself(value: torch.Tensor) -> torch.Tensor:
+    return value
 
 
 def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 def own_residuals(architecture: Architecture, **inputs: Any) -> dict[str, "torch.Tensor"]:
-    """Every residual, (batch, position, hidden size), by hook point, of one plain forward pass of a model.
+    """Every residual of the loaded blocks, (batch, position, hidden size), by hook point, of one plain forward pass.
 
     Raises ModelError where the model does not give its hidden states, or not one for every block.
     """
     import torch
 
-    model, blocks = architecture.model, architecture.blocks
+    from theloom.needed import passed_over
+
+    model, blocks, loaded = architecture.model, architecture.blocks, architecture.loaded
     seen: dict[str, torch.Tensor] = {}
 
     def before(name: str) -> Any:
@@ -36,19 +38,19 @@ def own_residuals(architecture: Architecture, **inputs: Any) -> dict[str, "torch
     handles = [
         blocks[i].register_forward_pre_hook(before(str(i)), with_kwargs=True) for i in range(min(2, len(blocks)))
     ]
-    handles.append(blocks[-1].register_forward_hook(after))
+    handles.append(loaded[-1].register_forward_hook(after))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), passed_over(architecture):
             output = model(**inputs, output_hidden_states=True)
     finally:
         for handle in handles:
             handle.remove()
     given = getattr(output, "hidden_states", None)
     states = list(given if given is not None else getattr(output, "decoder_hidden_states", None) or ())
-    name, count = type(model).__name__, len(blocks)
+    name, count = type(model).__name__, len(loaded)
     if len(states) < count:
         raise ModelError(f"{name} gives {len(states)} hidden states for its {count} blocks: its rows cannot be checked")
-    first, second = seen["0"], seen["1"] if count > 1 else seen["last"]
+    first, second = seen["0"], seen["1"] if len(blocks) > 1 else seen["last"]
     if _same(states[0], second) and not _same(states[0], first):
         inputs_, outputs = [first, *states[: count - 1]], [*states[: count - 1], seen["last"]]
     else:
