@@ -1,18 +1,24 @@
 # make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…")
+# make bench  the same environment and peers, then TheLoom beside other tools (or BENCH="--rounds 7 --tokens 4096")
 # make test   build the same environment, then lint, type check and run all tests
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILES ?=
 SET ?=
+BENCH ?=
 BIN := .venv/bin
 
-.PHONY: run test lint format environment clean
+.PHONY: run test bench lint format environment clean
 
 run: environment
 	$(BIN)/snakemake --profile workflow/profiles/local $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+bench: environment
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[bench]'
+	$(BIN)/python workflow/bench/bench.py $(BENCH)
 
 lint: environment
 	$(BIN)/ruff check .

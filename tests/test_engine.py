@@ -369,5 +369,7 @@ def test_what_was_foretold_and_what_was_found_lie_side_by_side(tmp_path, tiny_ll
     tensors = sum(found[part] for part in ("kv_cache", "captured", "temporaries", "logits"))
     assert found["growth"] == tensors + found["files"] + found["heap"]
     assert plan["longest"] <= 500
-    real = model.load(run.config("model"), source.prepare(run.config("model").model)).architecture.model
+    recorded, settings = model_record.read(run.folder / "model.h5"), run.config("extract")
+    points = recorded.catalogue.select(settings.memory.activation_cache_filter)
+    real = model.load(settings, source.prepare(settings.model), points).architecture.model
     assert found["weights"] == sum(t.numel() * t.element_size() for t in [*real.parameters(), *real.buffers()])
