@@ -82,13 +82,13 @@ def test_quantised_weights_are_refused_block_by_block(tmp_path, tiny_llama):
 
 @pytest.fixture(scope="module")
 def deep_llama(tmp_path_factory, tiny_llama):
-    folder = build_tiny("llama", tmp_path_factory.mktemp("deep"), vocab_size=49152, num_hidden_layers=10)
+    folder = build_tiny("llama", tmp_path_factory.mktemp("deep"), vocab_size=49152, num_hidden_layers=BLOCKS)
     for file in tiny_llama.glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder
 
 
-UNITS = 130  # of the shard that is killed: 10 blocks, 13 batches
+BLOCKS = 10
 
 
 def reached(partial):
@@ -96,12 +96,18 @@ def reached(partial):
     try:
         with h5py.File(partial) as file:
             done = commit.committed(file["commit_log"][:])
-            batches = len(file["commit_log"]) // 10
+            batches = len(file["commit_log"]) // BLOCKS
     except (OSError, KeyError):
         return 0, 0, 1
     manifest = partial.with_name(partial.name.replace(".partial", ".residuals.json"))
     blocks = json.loads(manifest.read_text())["blocks"] if manifest.exists() else 0
     return done, blocks, batches
+
+
+def far_enough(partial, units):
+    """Whether so many units are committed, or all but a few."""
+    done, _, batches = reached(partial)
+    return 0 < min(units, BLOCKS * batches - 3) <= done
 
 
 @pytest.mark.parametrize("spilled", [False, True])
@@ -125,8 +131,8 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep
             assert job.exitcode == 0
             break
         if killed % 5 < 4:  # once it has got some way; else at any moment
-            further = states[-1][0] + choose.randint(1, max(2, 2 * UNITS // kills))
-            while job.is_alive() and reached(partial)[0] < min(further, UNITS - 5):
+            further = states[-1][0] + choose.randint(1, max(2, 200 // kills))
+            while job.is_alive() and not far_enough(partial, further):
                 time.sleep(0.001)
             job.join(choose.uniform(0, 0.02))
         else:
@@ -136,7 +142,6 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep
         job.join()
         if not run.shards:
             done, blocks, batches = reached(partial)
-            assert batches in (1, UNITS // 10)
             assert done >= states[-1][0]
             assert blocks >= states[-1][1]  # nothing that was kept is lost
             assert done // batches - blocks <= KEPT_EVERY  # blocks to repeat

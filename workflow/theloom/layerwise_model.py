@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from theloom import blockwise, gpu, hooks, host, layerwise_plan, model, trial
+from theloom import blockwise, gpu, hooks, host, layerwise_plan, model, plan, trial
 from theloom.block_source import BlockSource
 from theloom.block_trace import trace_block
 from theloom.checkpoint import OUTSIDE
@@ -91,6 +91,7 @@ class LayerwiseModel:
             host.memory(),
             threshold=threshold,
             beside=beside,
+            one_pass=plan._one_pass_is_less(estimated, self.loaded.precision.resolved, asked),
         )
 
     def try_out(self) -> TriedOut:

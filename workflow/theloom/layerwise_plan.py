@@ -97,13 +97,14 @@ def choose(
     *,
     threshold: float,
     beside: int = 0,
+    one_pass: bool = False,
 ) -> LayerwisePlan:
     """The largest batch that fits, residuals in host memory if there is room, else on disk. Raises MemoryPlanError.
 
     `found` is what the device has free, `host` what the host has; `beside` what a process was seen to take beside what
-    is foretold.
+    is foretold; `one_pass`: long documents go in one pass where that fits, as they would in a resident model.
     """
-    candidates = plan._smaller(asked, "device", False)
+    candidates = plan._smaller(asked, "device", one_pass)
     least: tuple[Need, bool] | None = None
     budget = (found.free - int((1 - threshold) * found.total), host.free - int((1 - threshold) * host.total))
     for free, host_free in (budget, (found.free, host.free)):
