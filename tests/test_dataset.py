@@ -165,7 +165,7 @@ def test_what_is_not_hdf5_is_refused(tmp_path, content):
 def test_what_is_not_there_or_of_another_format_is_refused(run, tmp_path):
     with pytest.raises(StoreError, match="no file"):
         theloom.open(tmp_path / "nothing.h5")
-    with pytest.raises(StoreError, match=r"not a file of theloom\.activations version 2, found theloom\.tokens"):
+    with pytest.raises(StoreError, match=r"not a file of theloom\.activations version 1, found theloom\.tokens"):
         theloom.open(run.folder / "tokens.h5")
     later = shutil.copy(run.shards[0], tmp_path / "later.h5")
     with h5py.File(later, "a") as file:

@@ -56,8 +56,9 @@ def test_weights_cache_and_captures_are_those_of_the_real_model(tmp_path, model_
     asked = "memory.activation_cache_filter=[blocks.*.hook_resid_post] memory.streaming_chunk_size=32"
     settings = a_config(folder, f"{asked} corpus.context_length=96 extraction.batch_tokens=64")
     found = estimate.estimate(settings, estimate.estimator_of(settings))
-    loaded = model.load(settings, source.prepare(settings.model))
-    real = loaded.architecture.model
+    files = source.prepare(settings.model)
+    loaded = model.load(settings, files)
+    real = model.load(settings, files, loaded.catalogue.select(["blocks.*.hook_resid_post"])).architecture.model
     held = {t.data_ptr(): t.numel() * t.element_size() for t in [*real.parameters(), *real.buffers()]}
     assert found.weights["fp32"] == pytest.approx(sum(held.values()), rel=1e-3)
     captured = residuals(loaded.architecture, torch.zeros(2, 32, dtype=torch.int64), 32)

@@ -11,8 +11,9 @@ import pytest
 import theloom
 import torch
 from support import stages
-from theloom import config, figure, report, report_speed, report_states, report_sweep
+from theloom import config, figure, report, report_groups, report_speed, report_states, report_sweep
 from theloom.errors import ConfigError
+from theloom.shard import FIGURES
 
 HOOKS = "memory.activation_cache_filter=[blocks.*.hook_resid_post,blocks.1.attn.hook_pattern]"
 
@@ -42,7 +43,7 @@ def table(path):
 
 
 def test_every_figure_has_a_drawing_with_words_a_table_and_a_caption(figures):
-    names = [name for group in ("memory", "speed", "states", "attention") for name in report.GROUPS[group]]
+    names = [name for group in ("memory", "speed", "states", "attention") for name in report_groups.GROUPS[group]]
     for name in names:
         drawing = ElementTree.parse(figures / f"{name}.svg").getroot()
         assert len(list(drawing.iter("{http://www.w3.org/2000/svg}text"))) > 5, name
@@ -113,25 +114,33 @@ def test_memory_is_what_model_h5_says(run, figures):
 def test_padding_is_what_the_engine_counted(tmp_path, tiny_llama, caplog):
     caplog.set_level("INFO")
     made = stages(tmp_path, tiny_llama, "corpus.max_tokens=1500 extraction.shards=1 corpus.context_length=50").all()
-    said = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("padding:"))
+    said = next(r.getMessage() for r in caplog.records if "padding: " in r.getMessage())
     assert f"padding: {100 * report_speed.work_of(made.shards[0]).padding:.1f}%" in said
 
 
 def test_seconds_are_the_shard_s_own_where_it_has_them_else_those_of_the_job(run, figures, tmp_path):
     shard = run.shards[0]
     found = report_speed.work_of(shard)
-    assert (found.seconds, found.source) == (10.0, "benchmark of the job")
-    assert found.tokens_per_second == found.tokens / 10
-    copy = tmp_path / "shards" / shard.name
-    copy.parent.mkdir()
+    assert found.source == "shard"
+    assert 0 < found.parts["seconds_forward"] < found.seconds
+    copy = tmp_path / "run" / "shards" / shard.name
+    copy.parent.mkdir(parents=True)
     shutil.copy(shard, copy)
-    assert report_speed.work_of(copy).seconds is None
-    with h5py.File(copy, "a") as file:
-        file["figures/seconds_total"], file["figures/seconds_forward"] = 8.0, 6.0
-        file["figures/seconds_waiting_for_disk"] = 1.5
+    shares = {"seconds_total": 8.0, "seconds_forward": 6.0, "seconds_waiting_for_disk": 1.5}
+    with h5py.File(copy, "r+") as file:
+        file["figures"][:] = [shares.get(name, 0.0) for name in FIGURES]
     found = report_speed.work_of(copy)
     assert (found.seconds, found.source) == (8.0, "shard")
     assert found.parts == {"seconds_forward": 6.0, "seconds_waiting_for_disk": 1.5}
+    with h5py.File(copy, "r+") as file:
+        file["figures"][:] = 0.0
+    assert report_speed.work_of(copy).seconds is None
+    times = copy.parents[1] / "benchmarks/extract_shard" / f"{copy.stem}.tsv"
+    times.parent.mkdir(parents=True)
+    times.write_text("s\th:m:s\n10.0\t0:00:10\n")
+    timed = report_speed.work_of(copy)
+    assert (timed.seconds, timed.source) == (10.0, "benchmark of the job")
+    assert timed.tokens_per_second == timed.tokens / 10
     table_of_time = report_speed.where_time_went([found], "x").table
     assert table_of_time.columns[-1] == "seconds_other"
     assert table_of_time.rows[0][-1] == 0.5
@@ -177,8 +186,8 @@ def test_what_is_not_there_is_refused_by_its_key(run, tmp_path, tiny_llama, key,
 
 def test_figures_of_attention_are_drawn_where_the_filter_takes_patterns():
     for filters in ([], ["*"], ["blocks.*.attn.*"], ["blocks.-1.attn.hook_pattern"]):
-        assert "attention" in report.groups(filters), filters
-    assert "attention" not in report.groups(["blocks.*.hook_resid_post"])
+        assert "attention" in report_groups.groups(filters), filters
+    assert "attention" not in report_groups.groups(["blocks.*.hook_resid_post"])
 
 
 def test_one_call_draws_and_reports_and_a_new_title_draws_anew_and_runs_nothing_else(project, tiny_profile):

@@ -9,8 +9,8 @@ import pytest
 from support import Project
 from theloom import estimate
 
-ASKED = "corpus.max_tokens=1500 verify.documents=1"
-RUN = "smollm2-135m+max_tokens=1500+documents=1"
+ASKED = "corpus.max_tokens=1500 verify.documents=1 extraction.execution=resident"
+RUN = "smollm2-135m+max_tokens=1500+documents=1+execution=resident"
 
 
 class Cgroup:

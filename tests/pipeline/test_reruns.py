@@ -60,14 +60,16 @@ def test_a_changed_key_runs_again_what_depends_on_it_and_nothing_before(finished
 
 
 def test_an_unfinished_run_goes_on_with_other_resources(finished):
-    shard = finished.results("tiny") / "shards/00000-of-00002.h5"
-    kept = shard.rename(shard.with_suffix(".kept"))
+    folder = finished.results("tiny")
+    files = [folder / name for name in ("shards/00000-of-00002.h5", "activations.h5", "verification.h5")]
+    kept = {file: file.rename(file.with_suffix(".kept")) for file in files}
     back = edited(finished, "extraction:", "resources: {mem_mb: 999}\nextraction:")
     try:
         assert finished.jobs(profiles="tiny") == {"extract_shard": 1, **REST}
     finally:
         back()
-        kept.rename(shard)
+        for file, other in kept.items():
+            other.rename(file)
 
 
 def test_an_edit_during_a_run_changes_nothing_in_it(tiny):

@@ -22,8 +22,7 @@ import theloom
 from filelock import FileLock
 from slurm import Slurm, wait_for
 from support import Project, copy_project, plain_residuals
-from theloom import config, engine, estimate, model_record, staging, tokens
-from theloom import shard as shard_module
+from theloom import commit, config, engine, estimate, model_record, staging, tokens
 
 slow = pytest.mark.skipif("THELOOM_SLOW_TESTS" not in os.environ, reason="set THELOOM_SLOW_TESTS=1 for minutes of it")
 RUN = "run"
@@ -220,7 +219,7 @@ def committed(project: Project) -> int:
     total = 0
     for partial in (project.results(RUN) / "shards").glob("*.partial"):
         with h5py.File(partial) as file:
-            total += shard_module.committed(file["commit_log"][:])
+            total += commit.committed(file["commit_log"][:])
     return total
 
 

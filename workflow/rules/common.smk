@@ -7,7 +7,7 @@ from pathlib import Path
 
 from theloom import config as theloom_config
 from theloom import preflight, resources
-from theloom import report as theloom_report
+from theloom import report_groups
 from theloom.errors import TheLoomError
 from theloom.job import last_errors, let_jobs_import
 from theloom.summary import summary
@@ -107,7 +107,7 @@ def shards_of(run):
 def drawn(group, category, folder="results/{run}/figures", subcategory="{run}"):
     """The outputs of a group of figures: each as a drawing and as a table, which the report shows, and as CSV."""
     outputs = {}
-    for name, label in theloom_report.GROUPS[group].items():
+    for name, label in report_groups.GROUPS[group].items():
         shown = dict(caption=f"../report/{name}.rst", category=category, subcategory=subcategory)
         for view, suffix in (("drawing", "svg"), ("table", "html")):
             outputs[f"{name}_{view}"] = report(
@@ -119,8 +119,8 @@ def drawn(group, category, folder="results/{run}/figures", subcategory="{run}"):
 
 def figures_of(run):
     """All figures of a run: those of attention only where the run's hook points hold some."""
-    groups = theloom_report.groups(RUNS[run].config["memory"]["activation_cache_filter"])
-    return [f"results/{run}/figures/{name}.svg" for group in groups for name in theloom_report.GROUPS[group]]
+    groups = report_groups.groups(RUNS[run].config["memory"]["activation_cache_filter"])
+    return [f"results/{run}/figures/{name}.svg" for group in groups for name in report_groups.GROUPS[group]]
 
 
 onstart:

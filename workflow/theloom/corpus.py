@@ -107,7 +107,20 @@ def _row(row: Any, default_id: str, config: CorpusConfig) -> Document:
     return Document(str(row[config.id_column]), row[config.column])
 
 
+def fetch(config: CorpusConfig) -> None:
+    """Have a hub's data set here. Raises CorpusError."""
+    _data_set(config)
+
+
 def _hub(config: CorpusConfig) -> Iterator[Document]:
+    name = str(config.dataset)
+    prefix = config.split if Path(name).expanduser().exists() else f"{name}/{config.split}"
+    for number, row in enumerate(_data_set(config)):
+        yield _row(row, f"{prefix}/{number}", config)
+
+
+def _data_set(config: CorpusConfig) -> Any:
+    """The rows of `corpus.split`."""
     try:
         import datasets
     except ImportError:
@@ -128,6 +141,4 @@ def _hub(config: CorpusConfig) -> Iterator[Document]:
         if config.split not in rows:
             raise CorpusError(f"corpus.split: {name} has no split {config.split!r}; it has {', '.join(rows)}")
         rows = rows[config.split]
-    prefix = config.split if local.exists() else f"{name}/{config.split}"
-    for number, row in enumerate(rows):
-        yield _row(row, f"{prefix}/{number}", config)
+    return rows

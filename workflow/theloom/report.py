@@ -4,9 +4,7 @@ Figures read what earlier stages left and nothing reads them, so that drawing on
 """
 
 import logging
-import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -22,31 +20,9 @@ from theloom import (
     tokenizer,
 )
 from theloom.errors import ConfigError
-from theloom.hooks import PATTERN
 from theloom.schema import Config, ReportConfig
 
 log = logging.getLogger(__name__)
-
-# by group, which is one job: the figures' names and what the report calls them
-GROUPS = {
-    "memory": {"memory": "Memory by component", "gpus": "GPUs that it fits on"},
-    "speed": {"throughput": "Speed and padding by shard", "time": "Where the time went"},
-    "states": {
-        "norms": "Norms by layer and position",
-        "massive": "Massive activations",
-        "likeness": "Likeness of layers",
-        "map": "Map of a middle layer",
-    },
-    "attention": {"attention": "Attention patterns"},
-    "runs": {"runs": "Runs side by side"},
-}
-
-
-def groups(filters: Sequence[str]) -> list[str]:
-    """The groups of figures that a run has: attention's only where its hook filter can take attention patterns."""
-    name = f"blocks.0.{PATTERN}"
-    captured = not filters or any(fnmatchcase(name, re.sub(r"^blocks\.-?\d+\.", "blocks.0.", f)) for f in filters)
-    return ["memory", "speed", "states", *["attention"] * captured]
 
 
 def draw_memory(config: Config, estimate: Path, model: Path, folder: Path) -> None:

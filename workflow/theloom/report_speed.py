@@ -2,19 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import h5py
 import numpy as np
 
 from theloom import batching, figure, layout
 from theloom.figure import Drawn, Table
+from theloom.shard import FIGURES
 
 # how a shard's seconds are split, in the order in which they are stacked
 PARTS = {
     "seconds_forward": "forward pass",
     "seconds_copy": "copies from the device",
     "seconds_waiting_for_disk": "waiting for the disk",
+    "seconds_waiting_for_weights": "waiting for weights",
     "seconds_idle": "idle",
 }
 
@@ -44,36 +44,22 @@ def work_of(path: Path) -> ShardWork:
     """Read one shard's work."""
     with layout.open_h5(path, "activations") as file:
         attributes = dict(file.attrs)
-        figures = _figures(file)
+        figures = dict(zip(FIGURES, file["figures"][:].tolist(), strict=True))
         lengths = np.diff(file["windows/offset"][:])
     batches = batching.plan_batches(lengths, int(attributes["batch_tokens"]), int(attributes["chunk_size"]))
     forwarded = sum(len(b.windows) * b.width for b in batches)
-    seconds, source = figures.get("seconds_total"), "shard"
+    seconds, source = figures["seconds_total"], "shard"
     if not seconds:
         seconds, source = _benchmark(path), "benchmark of the job"
     return ShardWork(
         shard=int(attributes["shard"]),
         # a job that took up an unfinished shard has timed its own part alone
-        tokens=int(figures.get("tokens") or attributes["rows"]),
-        tokens_forwarded=int(figures.get("tokens_forwarded") or forwarded),
+        tokens=int(figures["tokens"] or attributes["rows"]),
+        tokens_forwarded=int(figures["tokens_forwarded"] or forwarded),
         seconds=seconds,
-        parts={name: figures[name] for name in PARTS if name in figures},
+        parts={name: figures[name] for name in PARTS if figures[name]},
         source=source if seconds else "",
     )
-
-
-def _figures(file: h5py.File) -> dict[str, float]:
-    """The figures of time that the extraction leaves in a shard: a group of numbers, or one row of named fields."""
-    found = file.get("figures")
-    if found is None:
-        return {}
-    values: dict[str, Any] = {name: found.attrs[name] for name in found.attrs}
-    if isinstance(found, h5py.Group):
-        values |= {name: node[()] for name, node in found.items() if isinstance(node, h5py.Dataset)}
-    elif found.dtype.names:
-        row = found[()] if found.shape == () else found[-1]
-        values |= {name: row[name] for name in found.dtype.names}
-    return {name: float(value) for name, value in values.items() if np.ndim(value) == 0}
 
 
 def _benchmark(shard: Path) -> float | None:

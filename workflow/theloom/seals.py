@@ -5,7 +5,7 @@ metadata and the attributes; the tables that are written when the file is laid o
 finished. A seal finds damage and mistakes; it does not keep out somebody who writes a new one.
 """
 
-import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from theloom import layout
 
 SEAL = "seal"  # of metadata, of tables, of results: in this order
 METADATA, TABLES, RESULTS = range(3)
+_READ_AT_ONCE = 1 << 20
 # written after the file was laid out; rows, and the seals themselves, are in none of the three
 _RESULTS = ("windows/hash", "windows/batch", "commit_log", "statistics/")
 _UNSEALED = ("hooks/", "figures", SEAL)
@@ -27,20 +28,25 @@ def of(file: h5py.File, *which: int) -> dict[int, int]:
     """These seals of an open file, as it is."""
     extents = sorted(_extents(file), key=lambda e: e[1])
     hashes = [xxhash.xxh3_64() for _ in range(3)]
-    with (
-        Path(file.filename).open("rb") as f,
-        mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as whole,
-        memoryview(whole) as view,
-    ):
-        at = 0
-        for name, place, size in [*extents, ("", len(view), 0)]:
+    with Path(file.filename).open("rb") as f:
+        fd, at = f.fileno(), 0
+        for name, place, size in [*extents, ("", os.fstat(fd).st_size, 0)]:
             if place > at and METADATA in which:
-                hashes[METADATA].update(view[at:place])
+                _update(hashes[METADATA], fd, at, place)
             at = max(at, place + size)
             part = RESULTS if name.startswith(_RESULTS) else TABLES
             if part in which and not name.startswith(_UNSEALED):
-                hashes[part].update(view[place : place + size])
+                _update(hashes[part], fd, place, place + size)
     return {number: hashes[number].intdigest() for number in which}
+
+
+def _update(state: xxhash.xxh3_64, fd: int, start: int, stop: int) -> None:
+    while start < stop:
+        data = os.pread(fd, min(_READ_AT_ONCE, stop - start), start)
+        if not data:
+            return  # the file ends early
+        state.update(data)
+        start += len(data)
 
 
 def write(path: Path, *which: int) -> None:

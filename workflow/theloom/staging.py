@@ -2,7 +2,6 @@
 
 import json
 import logging
-from itertools import islice
 from pathlib import Path
 
 from theloom import corpus, source
@@ -18,8 +17,8 @@ def stage(config: Config, output: Path) -> None:
     """
     revision = source.fetch(config.model)
     if config.corpus.kind.name == "hub":
-        for _ in islice(corpus.documents(config.corpus), 1):  # the first row comes when all of them are here
-            log.info("corpus.dataset: %s is here", config.corpus.dataset)
+        corpus.fetch(config.corpus)
+        log.info("corpus.dataset: %s is here", config.corpus.dataset)
     log.info("model.source: %s is here%s", config.model.source, f", at {revision}" if revision else "")
     record = {"source": config.model.source, "revision": revision, "tokenizer": config.model.tokenizer}
     output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -55,8 +55,8 @@ def own_residuals(architecture: Architecture, **inputs: Any) -> dict[str, "torch
         inputs_, outputs = [first, *states[: count - 1]], [*states[: count - 1], seen["last"]]
     else:
         inputs_, outputs = states[:count], [*states[1:count], seen["last"]]
-    found = {f"blocks.{i}.hook_resid_pre": state for i, state in enumerate(inputs_)}
-    return found | {f"blocks.{i}.hook_resid_post": state for i, state in enumerate(outputs)}
+    found = {f"blocks.{i}.hook_resid_pre": state.detach() for i, state in enumerate(inputs_)}
+    return found | {f"blocks.{i}.hook_resid_post": state.detach() for i, state in enumerate(outputs)}
 
 
 def _same(a: "torch.Tensor", b: "torch.Tensor") -> bool:
