@@ -58,8 +58,9 @@ def test_weights_cache_and_captures_are_those_of_the_real_model(tmp_path, model_
     found = estimate.estimate(settings, estimate.estimator_of(settings))
     files = source.prepare(settings.model)
     loaded = model.load(settings, files)
-    real = model.load(settings, files, loaded.catalogue.select(["blocks.*.hook_resid_post"])).architecture.model
-    held = {t.data_ptr(): t.numel() * t.element_size() for t in [*real.parameters(), *real.buffers()]}
+    real = loaded.architecture.model
+    part = model.load(settings, files, loaded.catalogue.select(["blocks.*.hook_resid_post"])).architecture.model
+    held = {t.data_ptr(): t.numel() * t.element_size() for t in [*part.parameters(), *part.buffers()]}
     assert found.weights["fp32"] == pytest.approx(sum(held.values()), rel=1e-3)
     captured = residuals(loaded.architecture, torch.zeros(2, 32, dtype=torch.int64), 32)
     assert found.captured_selected["fp32"] * 64 == sum(t.numel() * 4 for t in captured.values())

@@ -147,11 +147,12 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep
         if not run.shards:
             done, blocks, batches = reached(partial)
             assert done >= states[-1][0]
-            assert blocks >= states[-1][1]  # nothing that was kept is lost
-            assert done // batches - blocks <= KEPT_EVERY  # blocks to repeat
+            if done < BLOCKS * batches:  # else all rows are there, and residuals are needed no more
+                assert blocks >= states[-1][1]  # nothing that was kept is lost
+                assert done // batches - blocks <= KEPT_EVERY  # blocks to repeat
             states.append((done, blocks))
     print(f"{killed} kills, states: {states}")
-    assert states[-1][1] > 0
+    assert max(blocks for _, blocks in states) > 0
     assert not list((run.folder / "shards").glob("*residuals*"))
     run.merge()
     assert data_of(run) == data_of(whole)

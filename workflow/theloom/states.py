@@ -4,6 +4,8 @@ Most models give the input of every block and then what the final norm makes of 
 give the output of every block. Which it is, is seen: by the inputs of the first two blocks and the last one's output.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from theloom.architecture import Architecture
@@ -40,7 +42,7 @@ def own_residuals(architecture: Architecture, **inputs: Any) -> dict[str, "torch
     ]
     handles.append(loaded[-1].register_forward_hook(after))
     try:
-        with torch.inference_mode(), passed_over(architecture):
+        with torch.inference_mode(), passed_over(architecture), _no_hooks_left(model):
             output = model(**inputs, output_hidden_states=True)
     finally:
         for handle in handles:
@@ -57,6 +59,24 @@ def own_residuals(architecture: Architecture, **inputs: Any) -> dict[str, "torch
         inputs_, outputs = states[:count], [*states[1:count], seen["last"]]
     found = {f"blocks.{i}.hook_resid_pre": state.detach() for i, state in enumerate(inputs_)}
     return found | {f"blocks.{i}.hook_resid_post": state.detach() for i, state in enumerate(outputs)}
+
+
+@contextmanager
+def _no_hooks_left(model: "torch.nn.Module") -> Iterator[None]:
+    """Take off what transformers leaves on a model that is asked for its hidden states: hooks, and a mark that says so."""
+    before = [(m, set(m._forward_hooks), vars(m).get(_MARK)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, mark in before:
+            for key in set(module._forward_hooks) - hooks:
+                for kept in (module._forward_hooks, module._forward_hooks_with_kwargs):
+                    kept.pop(key, None)
+            if mark is None:
+                vars(module).pop(_MARK, None)
+
+
+_MARK = "_output_capturing_hooks_installed"
 
 
 def _same(a: "torch.Tensor", b: "torch.Tensor") -> bool:
