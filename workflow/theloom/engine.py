@@ -29,7 +29,7 @@ from theloom.plan import Plan, Planned
 from theloom.progress import MemoryWatch
 from theloom.runner import ResidentRunner
 from theloom.schema import Config
-from theloom.shard import ShardSpec, ShardWriter, begun, partial_of
+from theloom.shard import ShardSpec, ShardWriter, batches_logged, begun, partial_of
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +89,12 @@ def extract_shard(
     spec = spec_of(planned, len(batches))
     needed = _still_to_write(spec, estimated, output)
     estimate.check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
-    with ShardWriter(output, spec) as writer:
-        left = batches[writer.batches_done :]
-        if not left:
-            writer.finish()
-            return
-        first = writer.batches_done
+    first = batches_logged(output, identity)
+    if first == len(batches):
+        with ShardWriter(output, spec) as writer:
+            if writer.batches_done == len(batches):
+                writer.finish()
+                return
     loaded, watch = _load(frozen, recorded, points)
     largest = batching.largest(batches, first, planned.chunk_size) if frozen.memory.profile_shard == shard else ()
     work = Work(

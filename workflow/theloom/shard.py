@@ -377,6 +377,15 @@ def begun(path: Path, identity: str) -> dict[str, Any] | None:
         return None
 
 
+def batches_logged(path: Path, identity: str) -> int:
+    """The batches that the unfinished file of a shard vouches for, unread; 0 where there is none to be gone on with."""
+    try:
+        with h5py.File(partial_of(path), "r") as file:
+            return commit.committed(file["commit_log"][:]) if file.attrs.get("identity") == identity else 0
+    except (OSError, KeyError):
+        return 0
+
+
 def partial_of(path: Path) -> Path:
     """Where the unfinished file of a shard is."""
     return path.with_name(path.name + ".partial")
