@@ -23,7 +23,7 @@ report: environment
 	$(BIN)/snakemake figures --profile workflow/profiles/local --report results/report.html $(ASKED)
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-store: environment
 	HF_HUB_OFFLINE=1 LONG_TESTS=1 KILLS=500 $(BIN)/python -m pytest -s tests/test_kills.py tests/test_crashes.py tests/test_integrity.py
