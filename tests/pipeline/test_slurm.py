@@ -101,6 +101,8 @@ def start(project: Project, *options: str, overrides: str = "", profile: str = "
             stdout=printed,
             stderr=printed,
             start_new_session=True,
+            # a test run in the background ignores Ctrl-C, and would hand that on
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
 
