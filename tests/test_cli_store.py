@@ -2,6 +2,7 @@
 
 import json
 
+import h5py
 import pytest
 from support import stages
 from test_crashes import flip
@@ -47,11 +48,13 @@ def test_verify_recomputes_documents_with_the_model(run, capsys):
 
 
 def test_verify_ends_on_one_line_where_a_bit_is_flipped(run, capsys):
-    flip(run.shards[0], run.shards[0].stat().st_size - 100, 3)
+    with h5py.File(run.shards[0]) as file:
+        place = file[f"hooks/{HOOK}/activations"].id.get_offset() + 1000
+    flip(run.shards[0], place, 3)
     assert cli.main(["verify", str(run.activations)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "rows of 1 windows are not those that were written" in error
-    flip(run.shards[0], run.shards[0].stat().st_size - 100, 3)
+    flip(run.shards[0], place, 3)
     assert cli.main(["verify", str(run.activations)]) == 0
     assert "all hashes" not in capsys.readouterr().err

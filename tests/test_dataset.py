@@ -9,6 +9,7 @@ import pytest
 import theloom
 import torch
 from support import stages
+from theloom import directory, seals
 from theloom.errors import HookError, StoreError
 
 HOOK = "blocks.1.hook_resid_post"
@@ -151,7 +152,10 @@ def test_missing_and_spoilt_files_are_refused_by_name(copy):
     shutil.copy(aside, middle)
     with h5py.File(middle, "a") as file:
         file.attrs["identity"] = "x" * len(file.attrs["identity"])
-    with pytest.raises(StoreError, match=middle.name):
+        directory.write(file)
+    seals.write(middle, seals.METADATA, seals.TABLES, seals.RESULTS)  # a whole shard, of another run
+    middle.write_bytes(middle.read_bytes()[: aside.stat().st_size].ljust(aside.stat().st_size, b"\0"))
+    with pytest.raises(StoreError, match=rf"{middle.name}: is not the shard"):
         theloom.open(copy / "activations.h5")
 
 

@@ -17,7 +17,7 @@ import pytest
 import theloom
 import torch
 from test_shard import spec
-from theloom import seals
+from theloom import directory, seals
 from theloom.errors import StoreError
 from theloom.hooks import residuals
 from theloom.merge import merge
@@ -55,6 +55,7 @@ def shards(tmp_path_factory) -> list[Path]:
             for name, new in {"shard": number, "first_row": number * ROWS, "identity": f"run-{number}"}.items():
                 file.attrs[name] = new
             file[f"hooks/{HOOK}/activations"][:] += number * ROWS
+            directory.write(file)
         seals.write(path, seals.METADATA, seals.TABLES, seals.RESULTS)
     return found
 

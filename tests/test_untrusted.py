@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import theloom
 from support import stages
-from theloom import seals
+from theloom import directory, seals
 from theloom.errors import StoreError
 
 HOOK = "hooks/blocks.1.hook_resid_post/activations"
@@ -27,6 +27,7 @@ def forge(path, change) -> None:
     """Change a file as somebody would who seals it again."""
     with h5py.File(path, "a") as file:
         change(file)
+        directory.write(file)
     seals.write(path, seals.METADATA, seals.TABLES, seals.RESULTS)
 
 

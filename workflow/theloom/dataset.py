@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from theloom import layout, open_files, parts, seals, statistics, untrusted
+from theloom import directory, layout, open_files, parts, seals, statistics, untrusted
 from theloom.errors import ConfigError, HookError, StoreError
 from theloom.layout import hook_path
 from theloom.parts import Part
@@ -74,18 +74,20 @@ class Activations:
         self._maps = Maps()
         with layout.open_h5(self.path, "activations") as file:
             untrusted.check(file, self.path, allow)
-            if seals.SEAL not in file or seals.broken(file, seals.METADATA):
-                raise StoreError(
-                    f"{self.path}: its metadata is not as it was written: a program or the disk has changed it; "
-                    "run the pipeline again, or fetch the file again"
-                )
-            self.attributes = {k: v.item() if hasattr(v, "item") else v for k, v in file.attrs.items()}
+            listed = directory.read(file)
+            self.attributes = listed.attributes
             self.hooks: list[str] = json.loads(self.attributes["hooks"])
             self.precision: str = self.attributes["precision"]
             self._names = parts.names_of(self.attributes)
             self._widths = {name: file[name].shape[1:] for name in self._names}
             self.is_virtual = "sources" in file
-            own = [] if self.is_virtual else [parts.own(file, self.path, self.attributes)]
+            with self.path.open("rb") as f:
+                if seals.SEAL not in listed.datasets or seals.broken(f.fileno(), listed, seals.METADATA):
+                    raise StoreError(
+                        f"{self.path}: its metadata is not as it was written: a program or the disk has changed it; "
+                        "run the pipeline again, or fetch the file again"
+                    )
+                own = [] if self.is_virtual else [parts.own(f.fileno(), listed)]
             self._parts: list[Part] = own or parts.referred(file, self.path, allow)
             self._document_offset = file["documents/offset"][:]
             self._document_id = file["documents/id"][:]
@@ -178,7 +180,7 @@ class Activations:
     def statistics(self) -> dict[str, Statistics]:
         """By hook point: for each element of a row count, mean and variance; the mean norm; values not finite."""
         with h5py.File(self.path, "r") as file:
-            return dict(zip(self.hooks, statistics.read(file, self.hooks), strict=True))
+            return dict(zip(self.hooks, statistics.read(lambda name: file[name][:], self.hooks), strict=True))
 
     def batches(
         self,

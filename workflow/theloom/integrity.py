@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from theloom import commit, layout, seals
+from theloom import commit, directory, layout, seals
 from theloom.dataset import Activations
 from theloom.errors import StoreError
 from theloom.hooks import SCORES
@@ -42,8 +42,11 @@ def damaged_parts(acts: Activations) -> list[str]:
     found = []
     for path in dict.fromkeys([acts.path, *acts.files]):
         try:
-            with h5py.File(path, "r") as file:
-                broken = seals.broken(file, seals.METADATA, seals.TABLES, seals.RESULTS)
+            with h5py.File(path, "r") as file, path.open("rb") as f:
+                listed = directory.read(file)
+                broken = seals.broken(f.fileno(), listed, seals.METADATA, seals.TABLES, seals.RESULTS)
+                if listed != directory.derive(file):
+                    broken.append("its directory")
                 if "commit_log" in file and (records := commit.broken_records(file)):
                     broken.append(f"{len(records)} records of its log (first: batch {records[0]})")
         except layout.DAMAGE as error:

@@ -165,19 +165,31 @@ def sync(path: Path) -> None:
 
 def open_h5(path: str | Path, kind: str) -> h5py.File:
     """Open one of the run's files for reading, and check that it is of that kind and of a format that we know."""
-    path = Path(path)
+    file = open_any(Path(path))
+    try:
+        check_format(Path(path), kind, file.attrs)
+    except StoreError:
+        file.close()
+        raise
+    return file
+
+
+def open_any(path: Path) -> h5py.File:
+    """Open a file for reading. Raises StoreError where it is not there, not HDF5, or one open file too many."""
     if not path.is_file():
         raise StoreError(f"no file {path}; run the pipeline first, or give another path")
     try:
-        file = h5py.File(path, "r")
+        return h5py.File(path, "r")
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
             raise too_many_files(path) from None
         raise StoreError(f"{path}: cannot be read as HDF5 ({' '.join(str(error).split())})") from None
-    found, version = file.attrs.get("format"), file.attrs.get("format_version")
+
+
+def check_format(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
+    """That a file's attributes name this kind and this version of the format. Raises StoreError."""
+    found, version = attributes.get("format"), attributes.get("format_version")
     if found != f"theloom.{kind}" or version != FORMAT_VERSION:
-        file.close()
         raise StoreError(
             f"{path}: not a file of theloom.{kind} version {FORMAT_VERSION}, found {found} version {version}"
         )
-    return file

@@ -10,16 +10,17 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from theloom import layout, pack, parts, seals, statistics
+from theloom import directory, layout, pack, parts, seals, statistics
 from theloom.errors import StoreError
 from theloom.lock import WriterLock
-from theloom.parts import TOKENS, Part
+from theloom.parts import TOKENS, Part, Source
 from theloom.rows import Maps, Rows
 from theloom.shard import FIGURES
 from theloom.statistics import Statistics
@@ -41,6 +42,8 @@ class _Shard:
     statistics: list[Statistics]
     figures: dict[str, float]
     tables: dict[str, np.ndarray]
+    seal: list[int]
+    seal_place: int
 
 
 def merge(shards: Sequence[Path], mode: str, output: Path) -> None:
@@ -81,8 +84,8 @@ def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> N
             with h5py.File(first.part.path, "r") as source:
                 for name in names:
                     _refer(file, name, shards, folder, source[name].id.get_type())
-            relative = [_relative(s.part.path, folder) for s in shards]
-            parts.write_sources(file, [s.part for s in shards], names, relative)
+            parts.write_sources(file, [_source(s, folder) for s in shards], names)
+            directory.write(file)
             return
         with h5py.File(first.part.path, "r") as source:
             types = {name: source[name].id.get_type() for name in names}
@@ -93,6 +96,7 @@ def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> N
                 _pack(file[name], name, shards, str(first.attributes["precision"]))
         places = {n: layout.byte_offset(file[n]) for n in names if not (packed and n not in TOKENS)}
         row_bytes = {n: types[n].get_size() * int(np.prod(first.shapes[n][1:])) for n in places}
+        directory.write(file)
     _copy(target, places, row_bytes, shards)
 
 
@@ -105,25 +109,28 @@ def _checked(path: Path, number: int) -> _Shard:
 
 def _check(path: Path, number: int) -> _Shard:
     """One shard, finished and whole, its metadata and tables as they were written. Raises StoreError."""
-    with layout.open_h5(path, "activations") as file:
-        attributes = dict(file.attrs)
-        if attributes.get("kind") != "shard" or attributes["shard"] != number:
-            raise StoreError(f"{path}: is not shard {number} of a run; remove it and run again")
-        part = parts.own(file, path, attributes)
-        broken = seals.broken(file, seals.METADATA, seals.TABLES, seals.RESULTS)
-        names = parts.names_of(attributes)
+    with layout.open_any(path) as file:
+        listed = directory.read(file)
+    attributes = listed.attributes
+    layout.check_format(path, "activations", attributes)
+    if attributes.get("kind") != "shard" or attributes["shard"] != number:
+        raise StoreError(f"{path}: is not shard {number} of a run; remove it and run again")
+    with path.open("rb") as f:
+        read = partial(listed.array, f.fileno())
+        part = parts.own(f.fileno(), listed)
+        if broken := seals.broken(f.fileno(), listed, seals.METADATA, seals.TABLES, seals.RESULTS):
+            raise StoreError(f"{path}: {', '.join(broken)} were changed after it was written; remove it and run again")
         tables = ("documents/offset", "windows/offset", "documents/id", "windows/document", "windows/hash")
-        found = _Shard(
+        return _Shard(
             part,
             attributes,
-            {name: file[name].shape for name in names},
-            statistics.read(file, json.loads(attributes["hooks"])),
-            dict(zip(FIGURES, file["figures"][:].tolist(), strict=True)),
-            {name: file[name][:] for name in tables},
+            {name: listed.datasets[name].shape for name in parts.names_of(attributes)},
+            statistics.read(read, json.loads(attributes["hooks"])),
+            dict(zip(FIGURES, read("figures").tolist(), strict=True)),
+            {name: read(name) for name in tables},
+            read(seals.SEAL).tolist(),
+            listed.datasets[seals.SEAL].extents[0][0],
         )
-    if broken:
-        raise StoreError(f"{path}: {', '.join(broken)} were changed after it was written; remove it and run again")
-    return found
 
 
 def _check_together(shards: Sequence[_Shard]) -> None:
@@ -189,6 +196,11 @@ def _refer(file: h5py.File, name: str, shards: Sequence[_Shard], folder: Path, t
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
     h5py.h5d.create(file.id, name.encode(), type_id, whole, dcpl=properties, lcpl=links)
+
+
+def _source(shard: _Shard, folder: Path) -> Source:
+    path, identity = shard.part.path, str(shard.attributes["identity"])
+    return Source(shard.part, _relative(path, folder), path.stat().st_size, identity, shard.seal, shard.seal_place)
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import zstandard
 
-from theloom import layout, seals
+from theloom import directory, layout, seals
 from theloom.errors import StoreError
 
 ZSTD_FILTER = 32015
@@ -82,6 +82,7 @@ def pack_shard(partial: Path, path: Path) -> None:
                 if rows.size:
                     mapped = np.memmap(partial, bits, "r", place, rows.shape)
                     write(dataset, _slices(mapped))
+            directory.write(target)
         seals.write(packing, seals.METADATA, seals.TABLES, seals.RESULTS)
         layout.sync(packing)
     except (OSError, RuntimeError) as error:
@@ -103,7 +104,7 @@ def copy_all_but_rows(source: h5py.File, target: h5py.File) -> None:
     for name, value in source.attrs.items():
         target.attrs[name] = value
     for name in source:
-        if name != "hooks":
+        if name not in ("hooks", directory.DIRECTORY):
             source.copy(name, target)
 
 

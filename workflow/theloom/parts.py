@@ -4,7 +4,10 @@ HDF5 reads a missing source, one that is cut short, or one that it has no file d
 is read through HDF5's virtual datasets: the merged file says where each shard's bytes lie, and they are mapped.
 """
 
+import errno
 import json
+import os
+import stat
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +16,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from theloom import commit, layout, seals, untrusted
-from theloom.commit import RECORD
+from theloom import commit, layout, untrusted
+from theloom.directory import Directory
 from theloom.errors import StoreError
 
 TOKENS = ("tokens/input_ids", "tokens/document", "tokens/position")
@@ -30,85 +33,99 @@ class Part:
     places: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Source:
+    """A shard that a virtual dataset refers to: its rows, its name from there, and what tells it from any other."""
+
+    part: Part
+    name: str
+    size: int
+    identity: str
+    seal: list[int]
+    seal_place: int
+
+
 def names_of(attributes: dict[str, Any]) -> list[str]:
     """The datasets that have a row for each token: the token tables, then the hook points."""
     return [*TOKENS, *map(layout.hook_path, json.loads(attributes["hooks"]))]
 
 
-def own(file: h5py.File, path: Path, attributes: dict[str, Any]) -> Part:
-    """A file that holds its own rows, a shard or a physical merge: all of it there, and finished. Raises StoreError."""
-    rows, places, size = int(attributes["rows"]), {}, path.stat().st_size
+def own(fd: int, listed: Directory) -> Part:
+    """An open file that holds its own rows, a shard or a physical merge: all of it there, and finished.
+
+    Raises StoreError.
+    """
+    path, attributes = listed.path, listed.attributes
+    rows, places, size = int(attributes["rows"]), {}, os.fstat(fd).st_size
     for name in names_of(attributes):
-        dataset = file[name]
-        shape = dataset.shape
-        width = int(np.prod(shape[1:])) * dataset.id.get_type().get_size()
-        kind = dataset.id.get_create_plist().get_layout()
-        if shape[0] != rows:
-            raise StoreError(f"{path}: its {name} has {shape[0]} rows instead of {rows}; {_AGAIN}")
-        if kind == h5py.h5d.CHUNKED and attributes.get("compression") == "zstd":
-            places[name], end = -1, _end_of_chunks(file, name, path)
-        elif kind == h5py.h5d.CONTIGUOUS:
-            places[name] = layout.byte_offset(dataset)
-            end = places[name] + rows * width if places[name] or not rows * width else size + 1
+        dataset = listed.datasets[name]
+        if dataset.shape[0] != rows:
+            raise StoreError(f"{path}: its {name} has {dataset.shape[0]} rows instead of {rows}; {_AGAIN}")
+        if dataset.layout == h5py.h5d.CHUNKED and attributes.get("compression") == "zstd":
+            places[name] = -1
+        elif dataset.layout == h5py.h5d.CONTIGUOUS and (dataset.extents or 0 in dataset.shape):
+            places[name] = dataset.extents[0][0] if dataset.extents else 0
         else:
             raise StoreError(f"{path}: its {name} is not laid out as theloom does it; {_AGAIN}")
-        if size < end:
-            raise StoreError(f"{path}: is cut short at {size} of {end} bytes; {_AGAIN}")
-    if "commit_log" in file:
-        log = file["commit_log"][:].astype(RECORD)
+        if size < dataset.end:
+            raise StoreError(f"{path}: is cut short at {size} of {dataset.end} bytes; {_AGAIN}")
+    if "commit_log" in listed.datasets:
+        log = listed.array(fd, "commit_log")
         done = commit.committed(log)
         if done != len(log):
             raise StoreError(f"{path}: only {done} of its {len(log)} batches are committed; {_AGAIN}")
     return Part(path, rows, places)
 
 
-def _end_of_chunks(file: h5py.File, name: str, path: Path) -> int:
-    ends = [0]
-    file[name].id.chunk_iter(lambda chunk: ends.append(chunk.byte_offset + chunk.size))
-    expected = -(-file[name].shape[0] // file[name].chunks[0])
-    if len(ends) - 1 != expected:
-        raise StoreError(f"{path}: has {len(ends) - 1} of {expected} chunks of {name}; {_AGAIN}")
-    return max(ends)
-
-
 def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
-    """The shards of a virtual dataset: each there, of the size, identity and seals that the merge saw."""
-    parts = []
+    """The shards of a virtual dataset: each there, of the size and the seals that the merge saw. Raises StoreError."""
     names = names_of(dict(file.attrs))
-    table = [file[f"sources/{column}"][:].tolist() for column in ("file", "rows", "bytes", "identity", "seal", "place")]
-    for encoded, rows, size, identity, seal, places in zip(*table, strict=True):
+    columns = ("file", "rows", "bytes", "seal_place")
+    table = [file[f"sources/{column}"][:].tolist() for column in columns]
+    seal, place = file["sources/seal"][:], file["sources/place"][:]
+    itemsize = layout.bits_dtype(file.attrs["precision"]).itemsize
+    items = [int(np.prod(file[name].shape[1:])) * (4 if name in TOKENS else itemsize) for name in names]
+    ends = place + np.array(table[1], "<i8")[:, None] * np.array(items, "<i8")
+    beyond = ((place < -1) | (ends > np.array(table[2], "<i8")[:, None])).any(axis=1)
+    parts = []
+    for number, (encoded, rows, size, seal_place) in enumerate(zip(*table, strict=True)):
         name = encoded.decode()
         untrusted.check_name(path, name, allow, "it refers to")
         shard = path.parent / name
-        if not shard.is_file():
-            raise StoreError(f"{path} refers to {shard}, which is missing; put it back, or run the pipeline again")
-        found = shard.stat().st_size
-        if found != size:
-            raise StoreError(f"{shard}: has {found} bytes, {size} at the merge; {_AGAIN}")
-        with layout.open_h5(shard, "activations") as source:
-            same = source.attrs.get("identity") == identity.decode() and source.attrs.get("rows") == rows
-            if not same or seals.SEAL not in source or source[seals.SEAL][:].tolist() != seal:
-                raise StoreError(f"{shard}: is not the shard that {path.name} was merged from; {_AGAIN}")
-        by_name = dict(zip(names, places, strict=True))
-        itemsize = layout.bits_dtype(file.attrs["precision"]).itemsize
-        for dataset, place in by_name.items():
-            width = int(np.prod(file[dataset].shape[1:])) * (4 if dataset in TOKENS else itemsize)
-            if place < -1 or place + rows * width > size:
-                raise StoreError(f"{path}: refers to bytes that {shard} does not have; {_AGAIN}")
-        parts.append(Part(shard, rows, by_name))
+        _check_referred(path, shard, size, seal_place, seal[number].tobytes())
+        if beyond[number]:
+            raise StoreError(f"{path}: refers to bytes that {shard} does not have; {_AGAIN}")
+        parts.append(Part(shard, rows, dict(zip(names, place[number].tolist(), strict=True))))
     return parts
 
 
-def write_sources(file: h5py.File, parts: Sequence[Part], names: Sequence[str], relative: Sequence[str]) -> None:
+def _check_referred(path: Path, shard: Path, size: int, seal_place: int, seal: bytes) -> None:
+    """A shard is the one that the merge saw: by its size and its seals, which go over all of it but the rows."""
+    try:
+        fd = os.open(shard, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise layout.too_many_files(shard) from None
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror})"
+        raise StoreError(f"{path} refers to {shard}, which {what}; put it back, or run the pipeline again") from None
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise StoreError(f"{path} refers to {shard}, which is not a file; put it back, or run the pipeline again")
+        if found.st_size != size:
+            raise StoreError(f"{shard}: has {found.st_size} bytes, {size} at the merge; {_AGAIN}")
+        if os.pread(fd, len(seal), seal_place) != seal:
+            raise StoreError(f"{shard}: is not the shard that {path.name} was merged from; {_AGAIN}")
+    finally:
+        os.close(fd)
+
+
+def write_sources(file: h5py.File, shards: Sequence[Source], names: Sequence[str]) -> None:
     """What `referred` checks, and where the rows are."""
-    seal, identity = [], []
-    for part in parts:
-        with h5py.File(part.path, "r") as source:
-            seal.append(source[seals.SEAL][:])
-            identity.append(source.attrs["identity"])
-    file["sources/file"] = layout.fixed_strings(list(relative))
-    file["sources/rows"] = [p.rows for p in parts]
-    file["sources/bytes"] = [p.path.stat().st_size for p in parts]
-    file["sources/identity"] = layout.fixed_strings(identity)
-    file["sources/seal"] = np.array(seal, "<u8")
-    file["sources/place"] = np.array([[p.places[n] for n in names] for p in parts], "<i8")
+    file["sources/file"] = layout.fixed_strings([s.name for s in shards])
+    file["sources/rows"] = [s.part.rows for s in shards]
+    file["sources/bytes"] = [s.size for s in shards]
+    file["sources/identity"] = layout.fixed_strings([s.identity for s in shards])
+    file["sources/seal"] = np.array([s.seal for s in shards], "<u8")
+    file["sources/seal_place"] = [s.seal_place for s in shards]
+    file["sources/place"] = np.array([[s.part.places[n] for n in names] for s in shards], "<i8")

@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from theloom import commit, layout, pack, seals, statistics
+from theloom import commit, directory, layout, pack, seals, statistics
 from theloom.commit import RECORD
 from theloom.errors import StoreError
 from theloom.hooks import HookPoint
@@ -308,8 +308,10 @@ class ShardWriter:
             with h5py.File(self.partial, "r") as file:
                 same = file.attrs.get("identity") == self._spec.identity
                 reason = "" if same else "is of another config, model or corpus"
-                if same and (broken := seals.broken(file, seals.METADATA, seals.TABLES)):
-                    reason = f"is damaged ({', '.join(broken)})"
+                if same:
+                    with self.partial.open("rb") as f:
+                        broken = seals.broken(f.fileno(), directory.read(file), seals.METADATA, seals.TABLES)
+                    reason = f"is damaged ({', '.join(broken)})" if broken else ""
         except (OSError, KeyError, ValueError, RuntimeError):
             reason = "is not a shard that can be read"
         if reason:
@@ -418,6 +420,7 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     for point in spec.points:
         shape = (spec.rows, *point.row(spec.keys))
         layout.create_contiguous(file, hook_path(point.name), shape, layout.hdf5_type(spec.precision))
+    directory.write(file)
 
 
 def _places(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:

@@ -6,7 +6,7 @@ shards matters by rounding alone, and memory does not grow with the rows. Values
 left out of all else; a score of a masked key, which is -inf, is left out and not counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import h5py
@@ -134,11 +134,11 @@ def columns(of_hooks: Sequence[Statistics]) -> dict[str, np.ndarray]:
     return {f"statistics/{name}": np.ascontiguousarray(value, "<f8") for name, value in found.items()}
 
 
-def read(file: h5py.File, hooks: Sequence[str]) -> list[Statistics]:
-    """The inverse of `columns`."""
-    first = file["statistics/first"][:]
-    by_element = {name: file[f"statistics/{name}"][:] for name in _BY_ELEMENT}
-    by_hook = {name: file[f"statistics/{name}"][:].tolist() for name in _BY_HOOK}
+def read(array: Callable[[str], np.ndarray], hooks: Sequence[str]) -> list[Statistics]:
+    """The inverse of `columns`; `array` gives the content of a dataset."""
+    first = array("statistics/first")
+    by_element = {name: array(f"statistics/{name}") for name in _BY_ELEMENT}
+    by_hook = {name: array(f"statistics/{name}").tolist() for name in _BY_HOOK}
     found = []
     for number, hook in enumerate(hooks):
         part = slice(int(first[number]), int(first[number + 1]))
