@@ -1,6 +1,7 @@
 """The directory says of every file what HDF5 itself says, and a file without one is read all the same."""
 
 import shutil
+from pathlib import Path
 
 import h5py
 import pytest
@@ -48,7 +49,7 @@ def test_arrays_are_those_that_h5py_reads(run):
 def test_a_file_without_one_is_read_and_merged(run, tmp_path):
     hook = theloom.open(run.activations).hooks[0]
     rows = theloom.open(run.activations)[hook][:]
-    shards = [shutil.copy(path, tmp_path) for path in run.shards]
+    shards = [Path(shutil.copy(path, tmp_path)) for path in run.shards]
     for path in shards:
         with h5py.File(path, "a") as file:
             del file[directory.DIRECTORY]

@@ -47,7 +47,7 @@ def settings(tokens: int, blocks: int) -> list[Setting]:
     """One middle layer, three layers, all layers over documents of 16 to 2,048 tokens; and one long document."""
     choose, lengths = random.Random(0), []
     while sum(lengths) < tokens:
-        lengths.append(round(2 ** choose.uniform(4, 11)))
+        lengths.append(min(round(2 ** choose.uniform(4, 11)), tokens - sum(lengths)))
     middle, three, every = [blocks // 2 - 1], [blocks // 6, blocks // 2, blocks - 1], list(range(blocks))
     mixed = [
         Setting(f"mixed lengths, {name}", lengths, layers)
@@ -87,19 +87,20 @@ def work(model: Path, setting: Setting, name: str, vocabulary: int, threads: int
             print(json.dumps({"seconds": seconds, "disk": size, "peak": peak}), file=answers, flush=True)
 
 
-def measure(model: Path, setting: Setting, vocabulary: int, rounds: int, threads: int) -> list[Outcome]:
-    """All contenders in one setting: a round to warm up, then interleaved ones."""
+def measure(model: Path, setting: Setting, vocabulary: int, rounds: int, threads: int, older: str) -> list[Outcome]:
+    """All contenders in one setting, in interleaved rounds; medians forgive the first one, in which all is cold."""
     begun = {}
     for name in contenders.CONTENDERS:
         asked = ["--model", str(model), "--vocabulary", str(vocabulary), "--threads", str(threads)]
         asked += ["--contender", name, "--setting", json.dumps(asdict(setting))]
+        python = older if older and name in contenders.OLDER else sys.executable
         begun[name] = subprocess.Popen(
-            [sys.executable, __file__, *asked], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=LOG
+            [python, __file__, *asked], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=LOG
         )
     notes = {name: _answer(process)["note"] for name, process in begun.items()}
     running = {name: process for name, process in begun.items() if not notes[name]}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in running}
-    for number in range(rounds + 1):
+    for number in range(rounds):
         for name, process in list(running.items()):
             assert process.stdin is not None
             log(f"{setting.name}, round {number}: {name}")
@@ -108,7 +109,7 @@ def measure(model: Path, setting: Setting, vocabulary: int, rounds: int, threads
             if "seconds" not in answer:
                 notes[name] = "ended in a round"
                 del running[name]
-            elif number:
+            else:
                 found[name].append(answer)
     for process in begun.values():
         assert process.stdin is not None
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="settings whose names contain this")
     parser.add_argument("--json", type=Path, help="write the outcomes there, too")
     parser.add_argument("--model", help="folder of another model, with a tokenizer; SmolLM2 if left out")
+    parser.add_argument("--older", default="", help="Python of an environment with TransformerLens 3 and SAELens")
     for hidden in ("--setting", "--contender", "--vocabulary"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -177,11 +179,11 @@ def main() -> None:
     outcomes: list[Outcome] = []
     for setting in settings(asked.tokens, size.num_blocks):
         if asked.only in setting.name:
-            outcomes += measure(files.folder, setting, size.vocab_size, asked.rounds, asked.threads)
+            outcomes += measure(files.folder, setting, size.vocab_size, asked.rounds, asked.threads, asked.older)
+            if asked.json:
+                asked.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
     print(f"{config.source} in FP32 on {asked.threads} CPU threads, {asked.tokens} tokens, {asked.rounds} rounds\n")
     print(table(outcomes))
-    if asked.json:
-        asked.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
 
 
 LOG = open(os.devnull, "w") if "THELOOM_BENCH_VERBOSE" not in os.environ else None  # noqa: PTH123, SIM115

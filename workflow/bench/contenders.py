@@ -14,7 +14,9 @@ import numpy as np
 Round = Callable[[], int]
 Maker = Callable[[Path, list[int], list[list[int]], Path], Round]
 
-BATCH_TOKENS, CHUNK, PEERS_BATCH = 2048, 512, 8  # batch_size=8 is what the peers' guides use
+BATCH_TOKENS, CHUNK = 2048, 2048  # a plan streams nothing that takes no more memory in one pass
+PEERS_BATCH, CONTEXT = 8, 2048  # batch_size=8 is what the peers' guides use; no document is longer than the context
+MOST_RUNS = 3
 
 
 def bare(model: Path, layers: list[int], documents: list[list[int]], folder: Path) -> Round:
@@ -161,6 +163,83 @@ def nnsight(model: Path, layers: list[int], documents: list[list[int]], folder: 
     return run
 
 
+def hooked_transformer(model: Path, layers: list[int], documents: list[list[int]], folder: Path) -> Round:
+    """`HookedTransformer.run_with_cache` up to the last layer, with a names filter, the cache by `torch.save`."""
+    import torch
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # what from_pretrained_no_processing does, which takes no model by its folder
+    causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = loading_from_pretrained.get_pretrained_model_config(str(model), device="cpu", dtype=torch.float32)
+    weights = loading_from_pretrained.get_pretrained_state_dict(str(model), config, causal, dtype=torch.float32)
+    hooked = HookedTransformer(config, AutoTokenizer.from_pretrained(model))
+    hooked.load_and_process_state_dict(weights, *(False,) * 4)
+    del causal, weights
+    batches, names = _peers_batches(documents), [f"blocks.{k}.hook_resid_post" for k in layers]
+
+    def run() -> int:
+        _empty(folder)
+        with torch.inference_mode():
+            for number, (ids, mask) in enumerate(batches):
+                _, cache = hooked.run_with_cache(
+                    ids, attention_mask=mask, names_filter=names, stop_at_layer=max(layers) + 1, return_type=None
+                )
+                torch.save({name: cache[name].clone() for name in names}, folder / f"{number}.pt")
+        return _size(folder)
+
+    return run
+
+
+def sae_lens(model: Path, layers: list[int], documents: list[list[int]], folder: Path) -> Round:
+    """SAELens' `CacheActivationsRunner`, a run for each layer: documents joined and cut into contexts of one length."""
+    from datasets import Dataset
+    from sae_lens.cache_activations_runner import CacheActivationsRunner
+    from sae_lens.config import CacheActivationsRunnerConfig
+    from transformers import AutoConfig
+
+    if len(layers) > MOST_RUNS:
+        raise ValueError(f"it takes one hook point a run: {len(layers)} runs")
+    ids = [i for document in documents for i in document]
+    context = min(CONTEXT, len(ids)) if len(documents) > 1 else len(ids)
+    batch = min(PEERS_BATCH, len(ids) // context)
+    if len(ids) % (context * batch):
+        raise ValueError(f"{len(ids)} tokens are not whole batches of {batch} contexts of {context}")
+    contexts = Dataset.from_dict({"input_ids": [ids[n : n + context] for n in range(0, len(ids), context)]})
+    width = AutoConfig.from_pretrained(model).hidden_size
+    runners = [
+        CacheActivationsRunner(
+            CacheActivationsRunnerConfig(
+                dataset_path="",
+                model_name=str(model),
+                model_class_name="AutoModelForCausalLM",
+                hook_name=f"model.layers.{layer}",
+                d_in=width,
+                model_batch_size=batch,
+                context_size=context,
+                training_tokens=len(ids),
+                buffer_size_gb=len(ids) * width * 4 / 1e9,
+                new_cached_activations_path=str(folder / str(layer)),
+                shuffle=False,
+                streaming=False,
+                device="cpu",
+            ),
+            override_dataset=contexts,
+        )
+        for layer in layers
+    ]
+    for runner in runners:  # one model for all of them
+        runner.activations_store.model = runner.model = runners[0].model
+
+    def run() -> int:
+        _empty(folder)
+        for runner in runners:
+            runner.run()
+        return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+    return run
+
+
 CONTENDERS: dict[str, Maker] = {
     "bare causal-LM forward": bare,
     "TheLoom to memory": theloom_to_memory,
@@ -168,7 +247,11 @@ CONTENDERS: dict[str, Maker] = {
     "output_hidden_states + torch.save": hidden_states_and_save,
     "TransformerLens Bridge + torch.save": transformer_lens_bridge,
     "nnsight + torch.save": nnsight,
+    "HookedTransformer + torch.save": hooked_transformer,
+    "SAELens CacheActivationsRunner": sae_lens,
 }
+# they need a TransformerLens before its version 4, which no longer has HookedTransformer: another environment
+OLDER = ("HookedTransformer + torch.save", "SAELens CacheActivationsRunner")
 
 
 def _loaded(folder: Path, layers: list[int]) -> tuple[Any, Any]:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 
+# Tokens of padding that cost as much as a pass of its own: 85 on two CPU cores, some 300 where a GPU reads its weights
+# for every pass.
+PASS_TOKENS = 128
+
+
 @dataclass(frozen=True)
 class Batch:
     """Windows that are forwarded together: their numbers in the shard and their lengths in tokens, longest first."""
@@ -40,12 +45,14 @@ class Batch:
 def plan_batches(lengths: np.ndarray, batch_tokens: int, chunk_size: int, streamed_windows: int = 1) -> list[Batch]:
     """All windows in batches of at most `batch_tokens` tokens, padding included (one window may be more by itself).
 
-    Windows are sorted by length, longest first and then by number. Those longer than `chunk_size` go through the KV
-    cache side by side, `streamed_windows` at most, where they take the same number of chunks: so no chunk of padding
-    alone is run.
+    Windows are sorted by length, longest first and then by number. A batch ends where its padding would cost more than
+    a pass of its own. Windows longer than `chunk_size` go through the KV cache side by side, `streamed_windows` at
+    most, where they take the same number of chunks: so no chunk of padding alone is run.
     """
 
-    def joins(length: int, longest: int, windows: int) -> bool:
+    def joins(length: int, longest: int, windows: int, tokens: int) -> bool:
+        if windows * longest - tokens > PASS_TOKENS:
+            return False
         if longest > chunk_size:
             return windows <= streamed_windows and -(-length // chunk_size) == -(-longest // chunk_size)
         return windows * longest <= batch_tokens
@@ -53,11 +60,14 @@ def plan_batches(lengths: np.ndarray, batch_tokens: int, chunk_size: int, stream
     order = sorted(range(len(lengths)), key=lambda w: (-int(lengths[w]), w))
     batches: list[Batch] = []
     group: list[int] = []
+    tokens = 0
     for window in order:
-        if group and not joins(int(lengths[window]), int(lengths[group[0]]), len(group) + 1):
+        length = int(lengths[window])
+        if group and not joins(length, int(lengths[group[0]]), len(group) + 1, tokens + length):
             batches.append(_batch(group, lengths))
-            group = []
+            group, tokens = [], 0
         group.append(window)
+        tokens += length
     if group:
         batches.append(_batch(group, lengths))
     return batches
