@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from theloom.batching import padded, plan_batches
+from theloom.batching import PASS_TOKENS, padded, plan_batches
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -17,6 +17,14 @@ def test_every_window_is_in_one_batch_within_the_budget_longest_first(seed):
         assert batch.lengths == tuple(lengths[list(batch.windows)])
         assert len(batch.windows) == 1 or len(batch.windows) * batch.width <= budget
         assert len(batch.windows) == 1 or batch.width <= chunk
+        assert batch.tokens - sum(batch.lengths) <= PASS_TOKENS
+
+
+def test_padding_stays_a_small_share_of_a_corpus_of_mixed_lengths():
+    lengths = np.round(2 ** np.random.default_rng(0).uniform(4, 11, size=500)).astype(int)
+    batches = plan_batches(lengths, 4096, 4096)
+    assert sum(b.tokens for b in batches) < 1.05 * lengths.sum()
+    assert np.mean([b.tokens for b in batches]) > 1024
 
 
 def test_no_windows_give_no_batches():

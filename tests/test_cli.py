@@ -50,6 +50,7 @@ def test_gpus():
     assert "RTX 4090 24 25.2 23.5 8.9 yes yes" in lines
     assert "GTX 980 4 4.1 3.8 5.2 no storage only" in lines
     assert "AWS p4d.24xlarge 8 × A100 40 GB 320 70B" in lines
+    assert max(map(len, done.stdout.splitlines())) <= 80
     if not torch.cuda.is_available():
         assert any(line.startswith("0 CPU – ") and line.endswith(" FP32") for line in lines)
         assert any(line.startswith("CPU: no GPU: torch ") for line in lines)
@@ -77,7 +78,7 @@ def test_gpus_with_processes_and_notes_under_the_table():
         note="a reason",
     )
     table = cli._machine_table([(full, "fp32")]).splitlines()[-1]
-    assert table.split() == ["1", "NVIDIA", "GTX", "980", "5.2", "4.0", "3.7", "3.0", "2.8", "1.0", "0.9", "FP32"]
+    assert table.split() == ["1", "NVIDIA", "GTX", "980", "5.2", "4.0", "(3.7)", "3.0", "(2.8)", "1.0", "(0.9)", "FP32"]
     assert cli._remarks([full]).splitlines() == [
         "",
         "  GPU 1 (NVIDIA GTX 980): VLLM::EngineCore (pid 7, vLLM) 2.0 GB",
@@ -89,7 +90,7 @@ def test_gpus_with_processes_and_notes_under_the_table():
 def test_a_reader_that_stops_reading():
     script = f"{sys.executable} -m theloom.cli gpus | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert (done.stdout.splitlines(), done.stderr) == (["This machine", "0"], "")
+    assert (done.stdout.splitlines(), done.stderr) == (["This machine (memory in GB, and in GiB)", "0"], "")
 
 
 def test_a_user_s_error_is_one_line_and_exit_code_1(monkeypatch, capsys):
@@ -106,7 +107,7 @@ def test_without_cuda_the_driver_s_gpus_are_named(monkeypatch, capsys):
         pytest.skip("this torch is built with CUDA")
     fake_nvml.install(monkeypatch, [Board("GPU-aa"), Board("GPU-bb", "NVIDIA T4")])
     assert cli.main(["gpus"]) == 0
-    assert "is built without CUDA; the driver shows NVIDIA A100-SXM4-80GB, NVIDIA T4" in capsys.readouterr().out
+    assert "is built without CUDA; the driver shows NVIDIA A100-SXM4-80GB, NVIDIA T4" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.gpu

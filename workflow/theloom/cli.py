@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from theloom import __version__
 from theloom.cli_estimate import add_estimate
 from theloom.cli_store import add_store
-from theloom.cli_tables import GIB, Help, capability, examples, red, table
+from theloom.cli_tables import GIB, Help, capability, examples, lines, red, table
 from theloom.errors import TheLoomError
 
 if TYPE_CHECKING:
@@ -105,36 +105,38 @@ def _gpus(arguments: argparse.Namespace) -> None:
         }
         print(json.dumps(report, indent=2))
         return
-    print("This machine\n")
+    print("This machine (memory in GB, and in GiB)\n")
     print(_machine_table(machine))
     print(_remarks([info for info, _ in machine]))
-    print("GPUs to plan for (usable: what is left of the nominal size for programs, at least)\n")
+    print("GPUs to plan for (memory; usable: what is at least left of it for programs)\n")
     print(_hardware_table())
-    print(f"\nOffers of clouds, as of {hardware.CLOUD_AS_OF} (for: the largest model in 16 bits, as a rule of thumb)\n")
+    print(f"\nOffers of clouds, as of {hardware.CLOUD_AS_OF} (for: the largest model in 16 bits, about)\n")
     print(_cloud_table())
+    for offer in hardware.CLOUD:
+        if offer.remark:
+            print(f"  {offer.provider}, {offer.offer}: {offer.remark}")
 
 
 def _machine_table(machine: list[tuple["GPUInfo", str]]) -> str:
     rows = []
     for info, auto in machine:
         memory = (info.total_memory_gb, info.used_memory_gb, info.free_memory_gb)
-        sizes = [f"{gb * scale:.1f}" for gb in memory for scale in (1, 1e9 / GIB)]
+        sizes = [f"{gb:.1f} ({gb * 1e9 / GIB:.1f})" for gb in memory]
         rows.append([info.index, info.name, capability(info.compute_capability), *sizes, auto.upper()])
-    sizes = [f"{part} {unit}" for part in ("total", "used", "free") for unit in ("GB", "GiB")]
-    return table(rows, ["", "device", "capability", *sizes, "auto"], numbers=range(2, 9))
+    return table(rows, ["", "device", "capability", "total", "used", "free", "auto"], numbers=range(2, 6), fold=1)
 
 
 def _remarks(infos: list["GPUInfo"]) -> str:
     """What the table has no column for: the processes on each GPU, and what could not be known."""
-    lines = []
+    found = []
     for info in infos:
         for process in info.processes:
             used = "?" if process.used is None else f"{process.used / 1e9:.1f}"
             kind = ", vLLM" if process.is_vllm else ""
-            lines.append(f"  {info.label}: {process.name} (pid {process.pid}{kind}) {used} GB")
+            found.append(f"  {info.label}: {process.name} (pid {process.pid}{kind}) {used} GB")
         if info.note:
-            lines.append(f"  {info.label}: {info.note}")
-    return "\n".join(["", *lines, ""]) if lines else ""
+            found.append(f"  {info.label}: {info.note}")
+    return "\n".join(["", *map(lines, found), ""]) if found else ""
 
 
 def _hardware_table() -> str:
@@ -152,17 +154,17 @@ def _hardware_table() -> str:
         ]
         for gpu in hardware.gpus()
     ]
-    return table(rows, ["GPU", "nominal GB", "usable GB", "usable GiB", "capability", "BF16", "FP16"], range(1, 5))
+    return table(rows, ["GPU", "GB", "usable GB", "GiB", "capability", "BF16", "FP16"], range(1, 5))
 
 
 def _cloud_table() -> str:
     from theloom import hardware
 
     rows = [
-        [offer.provider, offer.offer, f"{offer.number} × {offer.gpu}", offer.memory_gb, offer.best_for, offer.remark]
+        [offer.provider, offer.offer, f"{offer.number} × {offer.gpu}", offer.memory_gb, offer.best_for]
         for offer in hardware.CLOUD
     ]
-    return table(rows, ["provider", "offer", "GPUs", "GB", "for", "remark"], range(3, 5))
+    return table(rows, ["provider", "offer", "GPUs", "GB", "for"], range(3, 5))
 
 
 if __name__ == "__main__":

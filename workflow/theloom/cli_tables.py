@@ -18,15 +18,17 @@ def table(rows: list[list[Any]], headers: list[str], numbers: Collection[int], f
 
     The line of headers is bold on a terminal (`bold`), and nothing else is.
     """
-    from tabulate import tabulate
+    import tabulate
 
+    tabulate.MIN_PADDING = 0  # beside what separates columns, headers of numbers would get two blanks more
     align = ["right" if column in numbers else "left" for column in range(len(headers))]
     if fold is not None:
-        wide = [f"{header}  " if column in numbers else header for column, header in enumerate(headers)]  # tabulate's
-        cells = [wide, *([str(cell) for cell in row] for row in rows)]
+        cells = [headers, *([str(cell) for cell in row] for row in rows)]
         others = sum(2 + max(len(row[column]) for row in cells) for column in range(len(headers)) if column != fold)
         rows = [[*row[:fold], fill(str(row[fold]), max(16, WIDTH - others)), *row[fold + 1 :]] for row in rows]
-    head, *lines = tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True).split("\n")
+    head, *lines = tabulate.tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True).split(
+        "\n"
+    )
     return "\n".join([bold(head), *(line.rstrip() for line in lines)])
 
 
