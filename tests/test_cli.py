@@ -107,7 +107,9 @@ def test_without_cuda_the_driver_s_gpus_are_named(monkeypatch, capsys):
         pytest.skip("this torch is built with CUDA")
     fake_nvml.install(monkeypatch, [Board("GPU-aa"), Board("GPU-bb", "NVIDIA T4")])
     assert cli.main(["gpus"]) == 0
-    assert "is built without CUDA; the driver shows NVIDIA A100-SXM4-80GB, NVIDIA T4" in " ".join(capsys.readouterr().out.split())
+    assert "is built without CUDA; the driver shows NVIDIA A100-SXM4-80GB, NVIDIA T4" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.gpu

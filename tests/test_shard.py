@@ -1,6 +1,7 @@
 """The writer: what is committed is on disk, what is torn is seen, and only finished files get their name."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -290,3 +291,37 @@ def test_a_shard_on_a_full_disk_goes_on_after_space_is_made(small_disk):
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     assert write() == 3
     assert names(small_disk) == ["s.h5"]
+
+
+def test_a_disk_that_fills_up_midway_loses_no_committed_row(small_disk, monkeypatch):
+    """On a file system that does not keep the room that it was asked for; here it is not asked."""
+    monkeypatch.setattr(shard, "COMMIT_BYTES", 1)
+    subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
+    lengths = [6000] * 8  # 3 MB
+    asked = spec(lengths=lengths)
+
+    def rows_of(window: int) -> torch.Tensor:
+        return torch.randn(lengths[window], 8, generator=torch.Generator().manual_seed(window))
+
+    def write() -> int:
+        with ShardWriter(small_disk / "s.h5", asked) as writer:
+            there = writer.batches_done
+            for window in range(there, len(lengths)):
+                for point in POINTS:
+                    writer.write(window, point.name, 0, rows_of(window))
+                writer.batch_done(sum(lengths[: window + 1]), last=window == len(lengths) - 1)
+            writer.finish()
+        return there
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", lambda *_: None)
+        with pytest.raises(
+            MemoryPlanError, match=r"no room for a shard of 0\.003 GB, .* free disk space and run again"
+        ):
+            write()
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    assert 1 <= write() < len(lengths)
+    with h5py.File(small_disk / "s.h5") as file:
+        for point in POINTS:
+            stored = file[f"hooks/{point.name}/activations"][:]
+            assert np.array_equal(stored, torch.cat([rows_of(w) for w in range(len(lengths))]).numpy())

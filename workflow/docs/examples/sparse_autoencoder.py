@@ -9,9 +9,9 @@ fraction of variance unexplained), is what training brings down.
 
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import theloom
 import torch
 from theloom.dataset import Activations
@@ -38,13 +38,14 @@ class SparseAutoencoder(torch.nn.Module):
         return self.decoder(sparse), sparse
 
 
-def batches(acts: Activations, hook: str, rows: np.ndarray, epochs: int) -> Iterator[torch.Tensor]:
-    """Rows in another order each epoch, so many at a time, read from the file as they are needed."""
-    generator = np.random.default_rng(0)
-    for _ in range(epochs):
-        order = generator.permutation(rows)
-        for start in range(0, len(order) - BATCH + 1, BATCH):
-            yield acts[hook][order[start : start + BATCH]].float()
+def batches(acts: Activations, hook: str, end: int, epochs: int) -> Iterator[torch.Tensor]:
+    """Rows before `end`, in another order each epoch, without those of first positions.
+
+    The massive activations there would be all of the variance.
+    """
+    for epoch in range(epochs):
+        for batch in acts.batches([hook, "position", "row"], BATCH, shuffle=True, seed=epoch, drop_last=True):
+            yield batch[hook][(batch["position"] > 0) & (batch["row"] < end)].float()
 
 
 def unexplained(model: SparseAutoencoder, rows: torch.Tensor) -> float:
@@ -58,15 +59,15 @@ def main(run: Path, epochs: int = 12) -> tuple[float, float]:
     """The fraction of variance unexplained of rows held out, before and after training."""
     acts = theloom.open(run / "activations.h5")
     hook = acts.hooks[len(acts.hooks) // 2]
-    rows = (acts.position.numpy(...) > 0).nonzero()[0]  # massive activations at the first position would be all of it
-    rows, held_out = rows[: int(0.9 * len(rows))], rows[int(0.9 * len(rows)) :]
-    sample = acts[hook][rows[:: max(1, len(rows) // 2048)]].float()
+    end = int(0.9 * len(acts))
+    sample = torch.cat(list(islice(batches(acts, hook, end, epochs=1), 8)))
     mean, scale = sample.mean(dim=0), sample.std()
+    held_out = end + (acts.position.numpy(slice(end, None)) > 0).nonzero()[0]
     test = (acts[hook][held_out].float() - mean) / scale
     model = SparseAutoencoder(sample.shape[1])
     before = unexplained(model, test)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for step, batch in enumerate(batches(acts, hook, rows, epochs)):
+    for step, batch in enumerate(batches(acts, hook, end, epochs)):
         batch = (batch - mean) / scale
         loss = (model(batch)[0] - batch).square().mean()
         optimizer.zero_grad()
