@@ -87,8 +87,13 @@ def shell_of(folder: Path, precision: str = "fp32", device: str = "cpu") -> Iter
 
 
 def keeper(rows: Rows):
-    """A sink that keeps what it is given, by batch and hook point, at its position."""
-    return lambda batch, name, start, values: rows.setdefault((batch, name), {}).__setitem__(start, values.clone())
+    """A sink that keeps what it is given, by batch and hook point, at its position; windows in their order."""
+
+    def keep(batch: int, name: str, start: int, values: torch.Tensor, first: int = 0) -> None:
+        kept = rows.setdefault((batch, name), {})
+        kept[start] = torch.cat([kept[start], values]) if first else values.clone()
+
+    return keep
 
 
 def resident_rows(
@@ -110,10 +115,11 @@ def layerwise_rows(
     precision: str = "fp32",
     spilled: Path | None = None,
     device: str = "cpu",
+    groups: int = 1,
 ) -> Rows:
     rows: Rows = {}
     with shell_of(folder, precision, device) as (shell, blocks):
-        runner = LayerwiseRunner(shell, blocks, points, chunk_size, precision)
+        runner = LayerwiseRunner(shell, blocks, points, chunk_size, precision, groups)
         store = ResidualStore(runner.residuals(batches, "test"), spilled, spilled=spilled is not None)
         with store:
             runner.sweep(batches, store, keeper(rows))

@@ -59,6 +59,20 @@ def test_a_model_without_attention_equals_resident_mode(tmp_path):
     assert_equal(layerwise_rows(folder, points, batches, 7), resident_rows(loaded, points, batches, 7))
 
 
+@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize("groups", [2, 64])
+def test_windows_of_a_batch_in_groups_give_the_same_rows_but_for_rounding(tmp_path, groups, spilled):
+    folder = build("llama", tmp_path / "model")
+    loaded = load(folder)
+    points, batches = loaded.catalogue.points, some_batches()
+    found = layerwise_rows(folder, points, batches, 7, spilled=tmp_path / "shard" if spilled else None, groups=groups)
+    expected = resident_rows(loaded, points, batches, 7)
+    assert found.keys() == expected.keys()
+    for key, chunks in expected.items():
+        for start, values in chunks.items():
+            torch.testing.assert_close(found[key][start], values, rtol=1e-4, atol=1e-5)
+
+
 def test_residuals_on_disk_give_the_same_rows(tmp_path):
     folder = build("llama", tmp_path / "model")
     loaded = load(folder)

@@ -5,15 +5,17 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import time
 
 import h5py
 import pytest
 import theloom
+import torch
 from layerwise_support import KEPT_EVERY, extract_with_small_commits
 from support import build_tiny, stages
-from theloom import commit, host, shard
-from theloom.errors import MemoryPlanError, ModelError
+from theloom import commit, host, layerwise, shard
+from theloom.errors import MemoryPlanError, ModelError, StoppedError
 from theloom.host import DeviceMemory
 
 SMALL = "corpus.max_tokens=3000 corpus.context_length=200 extraction.shards=2"
@@ -82,6 +84,61 @@ def test_quantised_weights_are_refused_block_by_block(tmp_path, tiny_llama):
     run = stages(tmp_path, tiny_llama, f"{SMALL} extraction.execution=layerwise memory.quantization=8bit")
     with pytest.raises(ModelError, match=r"memory\.quantization=8bit is for models that stay on the device"):
         run.prepare()
+
+
+def rows_of(run):
+    acts = theloom.open(run.activations)
+    return {hook: acts[hook][:] for hook in acts.hooks}
+
+
+def test_where_memory_runs_out_the_job_goes_on_with_fewer_windows_at_once(
+    tmp_path, resident, tiny_llama, monkeypatch, caplog
+):
+    asked = f"{SMALL} extraction.execution=layerwise extraction.batch_tokens=800"
+    run = stages(tmp_path / "run", tiny_llama, asked)
+    run.prepare()
+    run.extract(0)  # of one window a batch
+    real, left = layerwise.LayerwiseRunner._through_block, [3]
+
+    def through_block(self, block, number, ids, *others):
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
+            )
+        return real(self, block, number, ids, *others)
+
+    monkeypatch.setattr(layerwise.LayerwiseRunner, "_through_block", through_block)
+    run.extract(1)
+    run.merge()
+    assert "going on from the last committed row with batches of" in caplog.text
+    assert theloom.open(run.activations).figures["oom_level"] == 1
+    for hook, rows in rows_of(resident).items():
+        torch.testing.assert_close(rows_of(run)[hook], rows, rtol=1e-4, atol=1e-5)
+
+
+def test_a_job_that_is_asked_to_stop_ends_after_its_batch_and_the_next_one_goes_on(
+    tmp_path, resident, tiny_llama, monkeypatch
+):
+    run = stages(tmp_path / "run", tiny_llama, f"{SMALL} extraction.execution=layerwise")
+    run.prepare()
+    real, left = layerwise.LayerwiseRunner._through_block, [3]
+
+    def through_block(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(layerwise.LayerwiseRunner, "_through_block", through_block)
+    with pytest.raises(StoppedError, match=r"stopped by SIGTERM in block \d of \d; run again to go on"):
+        run.extract()
+    (partial,) = run.folder.glob("shards/*.partial")
+    with h5py.File(partial) as file:
+        assert commit.committed(file["commit_log"][:]) > 0
+    run.extract()
+    run.merge()
+    assert data_of(run) == data_of(resident)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from theloom import batching, config, estimate, gpu, layout, memory, model, model_record, plan, provenance, tokens
+from theloom import (
+    backoff,
+    batching,
+    config,
+    estimate,
+    gpu,
+    layout,
+    memory,
+    model,
+    model_record,
+    plan,
+    provenance,
+    tokens,
+)
 from theloom.batch_loop import Work, run_batches
-from theloom.errors import MemoryPlanError, ModelError, StoreError
+from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate
 from theloom.hooks import HookPoint
 from theloom.memory_profile import ShardProfile
@@ -32,9 +44,6 @@ from theloom.schema import Config
 from theloom.shard import ShardSpec, ShardWriter, batches_logged, begun, partial_of
 
 log = logging.getLogger(__name__)
-
-# failures at the smallest batch and chunk after which a job gives up: memory may be freed meanwhile
-_LAST_ATTEMPTS = 3
 
 
 def extract_shard(
@@ -80,7 +89,8 @@ def extract_shard(
         from theloom import layerwise_shard
 
         check = partial(_check_streaming, recorded, lengths)
-        layerwise_shard.extract(frozen, estimated, recorded, shard_tokens, points, output, identity, spec_of, check)
+        what = (shard_tokens, points, output, identity, spec_of, check)
+        layerwise_shard.extract(frozen, estimated, recorded, *what, oom_level)
         return
     fitting = _plan(frozen, estimated, recorded, int(lengths.max(initial=1)), output, identity)
     planned = fitting.plan
@@ -113,7 +123,8 @@ def extract_shard(
         found, _ = gpu.available(loaded.device)
         return plan.advice(estimated, kind, loaded.device.type, found, smallest, recorded.correction)
 
-    _until_it_fits(job, planned, oom_level, recorded.streams, advice)
+    cut = partial(planned.backed_off, streams=recorded.streams)
+    backoff.until_it_fits(lambda level: job.run(cut(level), level), cut, oom_level, loaded.device, advice)
 
 
 @dataclass(frozen=True)
@@ -136,54 +147,6 @@ class _Job:
         with ShardWriter(self.output, self.spec) as writer:
             run_batches(runner, self.work, smaller, writer, self.profile, self.watch, level)
             writer.finish()
-
-
-def _until_it_fits(job: _Job, planned: Plan, level: int, streams: bool, advice: Callable[[Plan], str]) -> None:
-    """Run a job; where memory runs out, again from the last committed row, with half the batch, then half the chunk.
-
-    Raises MemoryPlanError, with `advice`, after three failures at the smallest size.
-    """
-    failures = 0
-    while True:
-        smaller = planned.backed_off(level, streams)
-        error = _out_of_memory(partial(job.run, smaller, level))
-        if error is None:
-            return
-        gpu.release(job.loaded.device)
-        below = planned.backed_off(level + 1, streams)
-        if below != smaller:
-            level += 1
-            log.warning(
-                "out of memory with batches of %d tokens in chunks of %d (%s): going on from the last committed row "
-                "with batches of %d in chunks of %d",
-                smaller.batch_tokens,
-                smaller.chunk_size,
-                error,
-                below.batch_tokens,
-                below.chunk_size,
-            )
-            continue
-        failures += 1
-        if failures == _LAST_ATTEMPTS:
-            raise MemoryPlanError(
-                f"memory ran out {failures} times with the smallest batches ({smaller.batch_tokens} tokens in chunks "
-                f"of {smaller.chunk_size}): {error}; {advice(smaller)}"
-            )
-        log.warning("out of memory with the smallest batches (%s): trying once more", error)
-
-
-def _out_of_memory(work: Callable[[], None]) -> str | None:
-    """Run something; the error in one line if memory ran out, else None. Nothing of what failed is kept alive."""
-    try:
-        work()
-    except (MemoryError, RuntimeError) as error:
-        # torch's allocator on the CPU raises a plain RuntimeError
-        if isinstance(error, RuntimeError) and not (
-            type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-        ):
-            raise
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    return None
 
 
 def _load(frozen: Config, recorded: ModelRecord, points: list[HookPoint]) -> tuple[LoadedModel, MemoryWatch]:

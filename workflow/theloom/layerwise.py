@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from theloom.anatomy import Anatomy
 from theloom.architecture import Architecture
 from theloom.block_source import BlockSource
+from theloom.errors import StoppedError
 from theloom.hooks import HookPoint
 from theloom.precision import torch_dtype
 from theloom.residual_store import ResidualSpec, ResidualStore
@@ -29,8 +31,9 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10
 
-# called with a batch's number, a hook point's name, the first position of a chunk, and its values (window, position, …)
-Sink = Callable[[int, str, int, torch.Tensor], None]
+# called with a batch's number, a hook point's name, the first position of a chunk, its values (window, position, …)
+# and which window of the batch is the first of theirs
+Sink = Callable[[int, str, int, torch.Tensor, int], None]
 
 
 @dataclass
@@ -50,13 +53,20 @@ class LayerwiseRunner:
     """Runs all batches of a shard through a model of which one block is on the device.
 
     Units of work, in the order in which they end: for each of `stages` (the blocks with hook points that are asked for;
-    -1 before the first block, the number of blocks after the last), each batch.
+    -1 before the first block, the number of blocks after the last), each batch. The windows of a batch go through a
+    block in so many `groups`, one after the other, where memory has run out.
     """
 
     def __init__(
-        self, shell: Shell, source: BlockSource, points: Sequence[HookPoint], chunk_size: int, store: str
+        self,
+        shell: Shell,
+        source: BlockSource,
+        points: Sequence[HookPoint],
+        chunk_size: int,
+        store: str,
+        groups: int = 1,
     ) -> None:
-        self._shell, self._source, self._chunk_size = shell, source, chunk_size
+        self._shell, self._source, self._chunk_size, self._most_groups = shell, source, chunk_size, groups
         self._dtype = torch_dtype(store)
         self._points: dict[int, list[HookPoint]] = defaultdict(list)
         for point in points:
@@ -91,12 +101,13 @@ class LayerwiseRunner:
         done: int = 0,
         unit_done: Callable[[int], None] = lambda batch: None,
         commit: Callable[[], None] = lambda: None,
+        stop: Callable[[], str | None] = lambda: None,
     ) -> Swept:
         """All batches of token ids (window, position) through all blocks, up to the deepest hook point.
 
         `chunk_sizes`: of each batch, where they are not the runner's. The first `done` units are not handed to `sink`
         again. `unit_done(batch)` is called when a unit ends, and `commit` before the residuals that a later job would
-        go on with are made safe.
+        go on with are made safe. Raises StoppedError, after a commit, once `stop` says by what it is asked to.
         """
         self._sizes = list(chunk_sizes or [self._chunk_size] * len(batches))
         counts = [-(-ids.shape[1] // size) for ids, size in zip(batches, self._sizes, strict=True)]
@@ -113,9 +124,11 @@ class LayerwiseRunner:
         blocks = range(first, self._last + 1)
         for block in self._source.sweep(blocks):
             for number, ids in enumerate(batches):
-                with units.unit(block, number) as taps:
-                    self._through_block(block, number, ids, residuals, taps)
+                self._through_block(block, number, ids, residuals, units)
                 progress.say(block, number + 1, len(batches), ids.numel())
+                if asked := stop():
+                    commit()
+                    raise StoppedError(f"stopped by {asked} in block {block} of {self._last + 1}; run again to go on")
             residuals.block_done(block + 1, commit, last=block == self._last)
         if self.stages[-1] > self._last:
             self._after(batches, residuals, units)
@@ -136,31 +149,37 @@ class LayerwiseRunner:
         """The residuals before the first block, if `fresh`; and how every block is called, for each shape."""
         with self._shell.embedded(self._source):
             for number, ids in enumerate(batches):
-                for start, chunk, streamed in self._chunks(number, ids):
-                    key = (*chunk.shape, start if streamed else -1)
-                    if key not in self._calls:
-                        self._calls[key] = self._shell.record(chunk, start, streamed)[: self._last + 1]
+                for group in self._groups(ids):
+                    for start, chunk, streamed in self._chunks(number, ids[group]):
+                        key = (*chunk.shape, start if streamed else -1)
+                        if key not in self._calls:
+                            self._calls[key] = self._shell.record(chunk, start, streamed)[: self._last + 1]
                 if not fresh:
                     continue
-                with units.unit(-1, number) as taps:
-                    for start, chunk, streamed in self._chunks(number, ids):
-                        entering = _through(taps, chunk, start, self._shell.enter, chunk, start, streamed)
-                        residuals.write(self._pieces[number] + start // self._sizes[number], entering)
+                with units.unit(-1, number) as taps, _Outputs(residuals, len(ids)) as outputs:
+                    for group in self._groups(ids):
+                        units.group(group.start)
+                        for start, chunk, streamed in self._chunks(number, ids[group]):
+                            entering = _through(taps, chunk, start, self._shell.enter, chunk, start, streamed)
+                            outputs.write(self._pieces[number] + start // self._sizes[number], entering)
         if fresh:
             residuals.entered()
 
     def _through_block(
-        self, block: int, number: int, ids: torch.Tensor, residuals: ResidualStore, taps: Taps | None
+        self, block: int, number: int, ids: torch.Tensor, residuals: ResidualStore, units: "_Units"
     ) -> None:
-        module, cache = self._shell.blocks[block], None
-        for start, chunk, streamed in self._chunks(number, ids):
-            if streamed and cache is None:
-                cache = BlockCache(self._shell.model.config, block)
-            call = self._calls[(*chunk.shape, start if streamed else -1)][block]
-            piece = self._pieces[number] + start // self._sizes[number]
-            residual = residuals.read(piece).to(self._shell.device, non_blocking=True)
-            output = _through(taps, chunk, start, call.run, module, residual, cache)
-            residuals.write(piece, output)
+        module = self._shell.blocks[block]
+        with units.unit(block, number) as taps, _Outputs(residuals, len(ids)) as outputs:
+            for group in self._groups(ids):
+                cache = None
+                units.group(group.start)
+                for start, chunk, streamed in self._chunks(number, ids[group]):
+                    if streamed and cache is None:
+                        cache = BlockCache(self._shell.model.config, block)
+                    call = self._calls[(*chunk.shape, start if streamed else -1)][block]
+                    piece = self._pieces[number] + start // self._sizes[number]
+                    residual = residuals.read(piece)[group].to(self._shell.device, non_blocking=True)
+                    outputs.write(piece, _through(taps, chunk, start, call.run, module, residual, cache))
 
     def _after(self, batches: Sequence[torch.Tensor], residuals: ResidualStore, units: "_Units") -> None:
         """The final norm."""
@@ -169,10 +188,17 @@ class LayerwiseRunner:
         with self._shell.embedded(self._source):
             for number, ids in enumerate(batches):
                 with units.unit(self.stages[-1], number) as taps:
-                    for start, chunk, _ in self._chunks(number, ids):
-                        piece = self._pieces[number] + start // self._sizes[number]
-                        residual = residuals.read(piece).to(self._shell.device)
-                        _through(taps, chunk, start, norm, residual)
+                    for group in self._groups(ids):
+                        units.group(group.start)
+                        for start, chunk, _ in self._chunks(number, ids[group]):
+                            piece = residuals.read(self._pieces[number] + start // self._sizes[number])
+                            _through(taps, chunk, start, norm, piece[group].to(self._shell.device))
+
+    def _groups(self, ids: torch.Tensor) -> Iterator[slice]:
+        """The windows of a batch that go through a block together."""
+        size = max(1, -(-len(ids) // self._most_groups))
+        for first in range(0, len(ids), size):
+            yield slice(first, min(first + size, len(ids)))
 
     def _chunks(self, number: int, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, bool]]:
         """A batch as resident execution cuts it: whole where it fits a chunk, else chunk by chunk."""
@@ -190,6 +216,29 @@ class LayerwiseRunner:
         return rows.transpose(1, 2) if name in self._over_keys else rows
 
 
+class _Outputs:
+    """What a block gives for the pieces of a batch, on its way into the store: of several groups once all are there."""
+
+    def __init__(self, residuals: ResidualStore, windows: int) -> None:
+        self._residuals, self._windows = residuals, windows
+        self._kept: dict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def __enter__(self) -> "_Outputs":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            for piece, values in sorted(self._kept.items()):
+                self._residuals.write(piece, torch.cat(values))
+
+    def write(self, piece: int, values: torch.Tensor) -> None:
+        """The windows of one group."""
+        if len(values) == self._windows:
+            self._residuals.write(piece, values)
+        else:
+            self._kept[piece].append(values.cpu())
+
+
 class _Units:
     """Opens the taps of a unit of work, where it is one that is not done yet, and counts it when it ends."""
 
@@ -204,19 +253,26 @@ class _Units:
     ) -> None:
         self._runner, self._architecture, self._sink, self._batches = runner, architecture, sink, batches
         self._done, self._unit_done = done, unit_done
+        self._first = 0
+        self._position: dict[str, int] = defaultdict(int)
+
+    def group(self, first: int) -> None:
+        """The windows from this one on come next."""
+        self._first = first
+        self._position.clear()
 
     @contextmanager
     def unit(self, stage: int, batch: int) -> Iterator[Taps | None]:
         """The taps of a stage for a batch, None where nothing is to be read."""
-        stages, position = self._runner.stages, defaultdict[str, int](int)
+        stages = self._runner.stages
         if stage not in stages or stages.index(stage) * self._batches + batch < self._done:
             yield None
             return
 
         def hand_over(name: str, value: torch.Tensor) -> None:
             rows = self._runner.to_rows(name, value)
-            self._sink(batch, name, position[name], rows)
-            position[name] += rows.shape[1]
+            self._sink(batch, name, self._position[name], rows, self._first)
+            self._position[name] += rows.shape[1]
 
         with Taps(self._architecture, self._runner.points(stage), hand_over) as taps:
             yield taps

@@ -109,7 +109,7 @@ class LayerwiseModel:
             runner.sweep(
                 batches[:count],
                 store,
-                lambda batch, name, start, rows: found[batch][name].append(rows),
+                lambda batch, name, start, rows, first: found[batch][name].append(rows),
                 chunk_sizes=chunk_sizes[:count],
             )
         whole, alone, both, *chunked = [{n: torch.cat(c, dim=1) for n, c in by_name.items()} for by_name in found]

@@ -3,12 +3,13 @@
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from theloom import batching, estimate, gpu, host, layerwise_plan, memory, model_record
+from theloom import backoff, batching, estimate, gpu, host, layerwise_plan, memory, model, model_record
 from theloom.batching import Batch
 from theloom.errors import MemoryPlanError
 from theloom.estimate import Estimate
@@ -18,17 +19,30 @@ from theloom.layerwise_model import LayerwiseModel
 from theloom.layerwise_plan import LayerwisePlan
 from theloom.model_record import ModelRecord
 from theloom.plan import Plan
+from theloom.progress import MemoryWatch
 from theloom.residual_store import ResidualStore
 from theloom.schema import Config
 from theloom.shard import ShardSpec, ShardWriter, begun
+from theloom.stopping import StopRequest
 from theloom.tokens import ShardTokens
 
 log = logging.getLogger(__name__)
 
 WAITED_TOO_LONG = 0.1  # of a sweep's time without weights, above which it is worth a word
 
+_ADVICE = "lower memory.streaming_chunk_size or corpus.context_length, or free memory, and run again"
+
 # makes the shard's spec of the plan and the number of units that are committed
 SpecOf = Callable[[Plan, int], ShardSpec]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The bytes that a sweep was foretold to take, what watches its memory, and whether it is asked to stop."""
+
+    predicted: int
+    watch: MemoryWatch
+    stop: StopRequest
 
 
 def extract(
@@ -41,12 +55,16 @@ def extract(
     identity: str,
     spec_of: SpecOf,
     check: Callable[[int], None],
+    oom_level: int = 0,
 ) -> None:
     """Write the hidden states of a shard, or go on with one that was begun.
 
-    `check` is called with the planned chunk size before anything is run. Raises ModelError, MemoryPlanError.
+    `check` is called with the planned chunk size before anything is run; `oom_level` says how many times the windows of
+    a batch are halved from the start. Raises ModelError, MemoryPlanError, StoppedError.
     """
     lengths = np.diff(shard_tokens.window_offset)
+    device, _ = model.resolve_precision(frozen)
+    watch = MemoryWatch(device)
     with model_record.open_again(frozen, recorded) as found:
         planned = _plan(frozen, estimated, recorded, found, points, lengths, output, identity)
         check(planned.plan.chunk_size)
@@ -54,21 +72,33 @@ def extract(
             lengths, planned.plan.batch_tokens, planned.plan.chunk_size, planned.plan.streamed_windows
         )
         ids = [batching.padded(b, shard_tokens.input_ids, shard_tokens.window_offset) for b in batches]
-        runner = LayerwiseRunner(
-            found.shell, found.source, points, planned.plan.chunk_size, spec_of(planned.plan, 0).precision
-        )
-        spec = spec_of(planned.plan, len(runner.stages) * len(batches))
-        residual_spec = runner.residuals(ids, identity)
-        _check_disk(spec, estimated, output, residual_spec.nbytes)
-        pinned = found.loaded.device.type == "cuda" and not planned.spilled
-        with ShardWriter(output, spec) as writer:
-            store = ResidualStore(residual_spec, output, planned.spilled, pinned)
-            if writer.batches_done < spec.batches:
-                with store:
-                    _say(_sweep(runner, ids, batches, store, writer, len(shard_tokens.input_ids)), frozen)
-                gpu.warn_above(frozen.memory.memory_warning_threshold, found.loaded.device)
-            store.remove()
-            writer.finish()
+        precision, most = spec_of(planned.plan, 0).precision, max((len(b.windows) for b in batches), default=1)
+        pinned = device.type == "cuda" and not planned.spilled
+        predicted = planned.need.cpu if device.type == "cpu" else planned.need.device - planned.need.fixed
+
+        def run(level: int) -> None:
+            groups = 1 << level
+            runner = LayerwiseRunner(found.shell, found.source, points, planned.plan.chunk_size, precision, groups)
+            spec = spec_of(planned.plan, len(runner.stages) * len(batches))
+            residual_spec = runner.residuals(ids, identity)
+            _check_disk(spec, estimated, output, residual_spec.nbytes)
+            with ShardWriter(output, spec) as writer:
+                store = ResidualStore(residual_spec, output, planned.spilled, pinned)
+                if writer.batches_done < spec.batches:
+                    writer.figures["oom_level"] = max(writer.figures["oom_level"], level)
+                    with store, StopRequest() as stop:
+                        measured = _Measured(predicted, watch, stop)
+                        _say(_sweep(runner, ids, batches, store, writer, measured), frozen)
+                    gpu.warn_above(frozen.memory.memory_warning_threshold, device)
+                store.remove()
+                writer.finish()
+
+        def cut(level: int) -> Plan:
+            """Batches get smaller as long as one has several windows; what is committed keeps its chunks."""
+            halved = min(level, (most - 1).bit_length())
+            return replace(planned.plan, batch_tokens=-(-planned.plan.batch_tokens // (1 << halved)))
+
+        backoff.until_it_fits(run, cut, oom_level, device, lambda _: _ADVICE)
 
 
 def _plan(
@@ -136,15 +166,16 @@ def _sweep(
     batches: list[Batch],
     store: ResidualStore,
     writer: ShardWriter,
-    rows: int,
+    measured: _Measured,
 ) -> Swept:
     """All blocks; rows reach the writer hook point by hook point, and are whole with the last block."""
+    rows = sum(sum(b.lengths) for b in batches)
     last_stage, total = (len(runner.stages) - 1) * len(batches), len(runner.stages) * len(batches)
     ready = 0
 
-    def write(number: int, name: str, start: int, values: torch.Tensor) -> None:
-        batch = batches[number]
-        for row, (window, length) in enumerate(zip(batch.windows, batch.lengths, strict=True)):
+    def write(number: int, name: str, start: int, values: torch.Tensor, first: int) -> None:
+        batch, own = batches[number], slice(first, first + len(values))
+        for row, (window, length) in enumerate(zip(batch.windows[own], batch.lengths[own], strict=True)):
             real = min(length - start, values.shape[1])
             if real > 0:
                 writer.write(window, name, start, values[row, :real])
@@ -155,7 +186,17 @@ def _sweep(
             ready = rows if number == len(batches) - 1 else ready + sum(batches[number].lengths)
         writer.batch_done(ready, last=writer.batches_done == total - 1)
 
-    swept = runner.sweep(ids, store, write, done=writer.batches_done, unit_done=unit_done, commit=writer.commit)
+    swept = runner.sweep(
+        ids,
+        store,
+        write,
+        done=writer.batches_done,
+        unit_done=unit_done,
+        commit=writer.commit,
+        stop=lambda: measured.stop.asked,
+    )
+    writer.figures["peak_memory"] = max(writer.figures["peak_memory"], float(measured.watch.peak))
+    writer.figures["predicted_memory"] = float(measured.predicted)
     taken = {
         "seconds_total": swept.seconds,
         "seconds_waiting_for_weights": swept.waited,

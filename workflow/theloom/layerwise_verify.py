@@ -44,7 +44,7 @@ def recompute(
         by_name = {p.name: p for p in points}
         errors: dict[tuple[int, str], tuple[float, float]] = {}
 
-        def sink(number: int, name: str, start: int, values: torch.Tensor) -> None:
+        def sink(number: int, name: str, start: int, values: torch.Tensor, first: int) -> None:
             errors[number, name] = compare(acts, by_name[name], rows[number], values[0])
 
         longest = max((b.shape[1] for b in batches), default=1)
