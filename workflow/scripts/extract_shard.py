@@ -8,9 +8,8 @@ with job(snakemake.log[0], snakemake.threads):
     from theloom import lease
     from theloom.config import thaw
 
-    asked = snakemake.resources
     device = thaw(snakemake.input.config).extraction.device
-    with lease.gpus(asked.get("gpu", 0), 10**6 * asked.get("needed_gpu_mb", 0), device):
+    with lease.of_job(snakemake.resources, device):
         from theloom.engine import extract_shard
 
         extract_shard(
@@ -20,5 +19,5 @@ with job(snakemake.log[0], snakemake.threads):
             tokens_path=Path(snakemake.input.tokens),
             shard=int(snakemake.wildcards.shard),
             output=Path(snakemake.output.shard),
-            oom_level=asked.get("oom_level", 0),
+            oom_level=snakemake.resources.get("oom_level", 0),
         )

@@ -8,9 +8,8 @@ with job(snakemake.log[0], snakemake.threads):
     from theloom import lease
     from theloom.config import thaw
 
-    asked = snakemake.resources
     config = thaw(snakemake.input.config)
-    with lease.gpus(asked.get("gpu", 0), 10**6 * asked.get("needed_gpu_mb", 0), config.extraction.device):
+    with lease.of_job(snakemake.resources, config.extraction.device):
         from theloom.verify import verify
 
         verify(

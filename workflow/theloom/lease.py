@@ -14,9 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from theloom import memory, nvml
 from theloom.errors import ConfigError
@@ -39,6 +40,11 @@ class Candidate:
 def held() -> tuple[str, ...]:
     """The UUIDs of the GPUs that this process has leased, in the order in which torch numbers them."""
     return _held
+
+
+def of_job(resources: Any, device: str) -> AbstractContextManager[tuple[str, ...]]:
+    """The GPUs that a job of Snakemake asks for by its resources, held as by `gpus`."""
+    return gpus(resources.get("gpu", 0), 10**6 * resources.get("needed_gpu_mb", 0), device)
 
 
 @contextmanager
