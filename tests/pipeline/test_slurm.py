@@ -321,3 +321,22 @@ def test_the_default_experiment_in_four_shards_has_the_rows_of_plain_transformer
     for hook in acts.hooks:
         error = float((document[hook] - expected[hook]).abs().max() / expected[hook].abs().max())
         assert error <= 1e-5, (hook, error)
+
+
+@slow
+def test_a_failed_run_of_a_sweep_leaves_the_others_alone_and_is_named_at_the_end(slurm, tiny):
+    texts = tiny.folder / "texts"
+    texts.mkdir()
+    (texts / "bad.txt").write_bytes(b"\xff\xff")
+    (texts / "good.txt").write_text("some good text " * 20)
+    running = start(
+        tiny,
+        overrides=f"corpus=text corpus.path={texts}/bad.txt,{texts}/good.txt memory.precision_mode=fp32,bf16 "
+        "resources.mem_mb=1500 resources.threads=1",
+    )
+    printed = finish(running, tiny, 600)
+    assert running.returncode != 0
+    finished = list((tiny.folder / "results").glob("*/verification.h5"))
+    assert sorted(theloom.open(f.parent / "activations.h5").precision for f in finished) == ["bf16", "fp32"]
+    assert printed.count("bad.txt: not utf-8") >= 2
+    assert "error: " in printed.splitlines()[-1]
