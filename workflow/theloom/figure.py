@@ -8,6 +8,7 @@ import csv
 import html
 import io
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,9 @@ class Table:
         return text.getvalue()
 
 
+_CHARACTERS, _LINE = 8, 0.22  # of a title, in an inch; inches of a line
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A finished figure: its drawing and its data."""
@@ -74,7 +78,10 @@ class Drawn:
 def new(
     width: float, height: float, title: str, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple["Figure", list["Axes"]]:
-    """An empty figure of a size in inches, with its panels in reading order. Raises ConfigError without matplotlib."""
+    """An empty figure of a size in inches, with its panels in reading order; what a long title takes comes on top.
+
+    Raises ConfigError without matplotlib.
+    """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -83,10 +90,23 @@ def new(
 
     mpl.rcParams.update(_STYLE)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of each font and glyph that it does not find
-    drawing = Figure(figsize=(width, height))
+    title = in_lines(title, int(_CHARACTERS * width))
+    drawing = Figure(figsize=(width, height + _LINE * title.count("\n")))
     axes = drawing.subplots(rows, columns, squeeze=False, **options)
     drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
     return drawing, list(axes.flat)
+
+
+def in_lines(title: str, most: int) -> str:
+    """A title in lines of at most so many characters: the names of runs have no blanks, but a plus before each key."""
+    found = []
+    for line in title.split("\n"):
+        found.append("")
+        for word in re.split(r"(?<= )|(?=\+)", line):
+            if found[-1] and len(found[-1]) + len(word) > most:
+                found.append("")
+            found[-1] += word
+    return "\n".join(part.rstrip() for part in found)
 
 
 def bars(n: int) -> dict[str, Any]:

@@ -149,6 +149,7 @@ def massive(states: States, title: str) -> Drawn:
     left.set_ylabel("block and hook point")
     left.invert_yaxis()
     left.margins(x=0.15)
+    left.set_xlim(0, max(1.0, left.get_xlim()[1]))
     left.set_xlabel("tokens with one, %")
     right.set_xscale("log")
     right.set_xlabel("magnitude")
