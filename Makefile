@@ -33,7 +33,10 @@ sweep: environment
 
 bench: environment
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[bench]'
-	$(BIN)/python workflow/bench/bench.py $(BENCH)
+	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
+	grep -vi '^transformer-lens' envs/constraints.txt > .venv-peers/constraints.txt
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-peers/constraints.txt --editable . sae-lens
+	$(BIN)/python workflow/bench/bench.py --older .venv-peers/bin/python $(BENCH)
 
 bench-store: environment
 	$(BIN)/python -m theloom.bench_store
@@ -69,4 +72,4 @@ lock: environment
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | sort -f > envs/constraints.txt
 
 clean:
-	rm -rf .venv .snakemake .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .snakemake .mypy_cache .pytest_cache .ruff_cache
