@@ -73,7 +73,7 @@ def test_every_row_of_many_shards_is_read_whatever_the_soft_limit_of_open_files(
 
     timed("merge", lambda: merge(shards, mode, activations))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if mode == "virtual" and hard < SHARDS * 5 + 100:
+    if mode == "virtual" and hard < SHARDS + 100:
         print(f"\nvirtual, {SHARDS} shards:", times)
         with pytest.raises(StoreError, match=r"with store.merge=physical"):
             theloom.open(activations)

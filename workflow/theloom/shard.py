@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 COMMIT_BYTES, MOST_TIMES_THAT = 8 << 20, 8
 _LATENCY_SHARE = 0.05
 
+COUNTERS = 2  # threads that reckon the statistics, each of hook points of its own
+
 # where a shard's time went; seconds_disk is the writer's own, the others are its caller's; block by block the weights
 # are read and waited for. peak_memory and
 # predicted_memory are bytes, oom_level says how often batch and chunk were halved: of these three the largest counts
@@ -135,15 +137,17 @@ class ShardWriter:
         except BaseException:
             self._close()
             raise
-        self._syncing, self._counting = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._syncing = ThreadPoolExecutor(1)
+        self._counting = [ThreadPoolExecutor(1) for _ in range(min(COUNTERS, len(self._points)))]
         self._sync: Future[float] | None = None
-        self._counted: Future[None] | None = None
-        self._to_count: Future[None] | None = None
+        self._counted: list[Future[None]] = []  # of the batch that was written last
+        self._to_count: list[Future[None]] = []  # of the last that is being committed
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._syncing.shutdown()  # waits for a commit that is on its way
-        self._counting.shutdown(cancel_futures=True)
+        for counting in self._counting:
+            counting.shutdown(cancel_futures=True)
         self._close()
 
     def write(self, window: int, hook: str, start: int, rows: "torch.Tensor") -> None:
@@ -187,7 +191,11 @@ class ShardWriter:
                 self._pwrite(numbers, self._places["windows/batch"] + 4 * first)
         self._digest = commit.chain(self._digest, cells, hashes)
         self._records.append(commit.record(self.batches_done, rows, self._digest))
-        self._counted = self._counting.submit(self._count, cells)
+        counters = len(self._counting)
+        self._counted = [
+            counting.submit(self._count, cells[cells % len(self._points) % counters == number])
+            for number, counting in enumerate(self._counting)
+        ]
         self._hashes.clear()
         if self._uncommitted >= self.commit_bytes or last:
             self._commit()
@@ -205,8 +213,8 @@ class ShardWriter:
         if self.batches_done != self._spec.batches or self._begun or self._hashes:
             raise ValueError(f"{self.batches_done} of {self._spec.batches} batches are written")
         self.commit()
-        if self._counted:
-            self._counted.result()
+        for counted in self._counted:
+            counted.result()
         self._check_overflow()
         for name, values in statistics.columns([self._statistics[p.name] for p in self._spec.points]).items():
             self._pwrite(values.tobytes(), self._places[name])
@@ -233,8 +241,9 @@ class ShardWriter:
     def _commit(self) -> None:
         """Start to commit all batches that are written, when the commit before is through."""
         self._wait_for_commit()
+        for counted in self._to_count:
+            counted.result()  # so that the statistics fall no more than a commit behind
         if self._to_count:
-            self._to_count.result()  # so that the statistics fall no more than a commit behind
             self._check_overflow()
         self._to_count = self._counted
         first = self.batches_done - len(self._records)

@@ -14,7 +14,8 @@ import numpy as np
 
 from theloom.hooks import SCORES
 
-_TILE = 1 << 16  # elements: what fits a core's cache
+_TILE = 1 << 18  # elements: a core's second cache holds them
+_MOST_ROWS = 1024  # that are added up in float32
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Statistics:
 
     def _add_tile(self, tile: np.ndarray) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
-            squared_norms = np.einsum("ij,ij->i", tile, tile)
+            squared_norms = np.vecdot(tile, tile)
         self.rows += len(tile)
         if np.isfinite(squared_norms).all():
             self.norms += float(np.sqrt(squared_norms).sum(dtype="f8"))
@@ -100,12 +101,14 @@ class Statistics:
 
 def tile_rows(width: int) -> int:
     """Rows of that many elements that are reduced together."""
-    return max(1, _TILE // max(1, width))
+    return min(max(1, _TILE // max(1, width)), _MOST_ROWS)
 
 
 def _as_float32(bits: np.ndarray, precision: str) -> np.ndarray:
     if precision == "bf16":
-        return (bits.astype("<u4") << 16).view("<f4")
+        wide = bits.astype("<u4")
+        wide <<= 16
+        return wide.view("<f4")
     return bits.view({"fp32": "<f4", "fp16": "<f2"}[precision]).astype("<f4", copy=False)
 
 
