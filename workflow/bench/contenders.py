@@ -14,7 +14,7 @@ import numpy as np
 Round = Callable[[], int]
 Maker = Callable[[Path, list[int], list[list[int]], Path], Round]
 
-BATCH_TOKENS, CHUNK = 2048, 2048  # a plan streams nothing that takes no more memory in one pass
+BATCH_TOKENS = 2048
 PEERS_BATCH, CONTEXT = 8, 2048  # batch_size=8 is what the peers' guides use; no document is longer than the context
 MOST_RUNS = 3
 
@@ -41,7 +41,7 @@ def theloom_to_memory(model: Path, layers: list[int], documents: list[list[int]]
     loaded, points = _loaded(model, layers)
     from theloom.runner import ResidentRunner
 
-    runner, batches = ResidentRunner(loaded, points, CHUNK, "fp32"), _batches(documents)
+    runner, batches = ResidentRunner(loaded, points, _chunk(documents), "fp32"), _batches(documents)
 
     def run() -> int:
         kept: list[Any] = []
@@ -77,8 +77,9 @@ def theloom_to_disk(model: Path, layers: list[int], documents: list[list[int]], 
         window_document=numbers.astype("<i4"),
         first_row=0,
     )
-    whole = Plan(BATCH_TOKENS, CHUNK, int(lengths.max()))
-    batches = plan_batches(lengths, BATCH_TOKENS, CHUNK)
+    chunk = _chunk(documents)
+    whole = Plan(BATCH_TOKENS, chunk, chunk)
+    batches = plan_batches(lengths, BATCH_TOKENS, chunk)
     spec = ShardSpec(tokens, points, int(lengths.max()), "fp32", len(batches), "bench", {})
     output = folder / "shards" / "0.h5"
     output.parent.mkdir(parents=True)
@@ -86,7 +87,7 @@ def theloom_to_disk(model: Path, layers: list[int], documents: list[list[int]], 
     def run() -> int:
         output.unlink(missing_ok=True)
         work = Work(batches, tokens, points, "fp32", loaded.device, 0, 1.0)
-        runner = ResidentRunner(loaded, points, CHUNK, "fp32")
+        runner = ResidentRunner(loaded, points, chunk, "fp32")
         with ShardWriter(output, spec) as writer:
             profile, watch = ShardProfile(loaded, output, ()), MemoryWatch(loaded.device)
             run_batches(runner, work, whole, writer, profile, watch)
@@ -268,13 +269,18 @@ def _loaded(folder: Path, layers: list[int]) -> tuple[Any, Any]:
     return model.load(config, ModelFiles(folder, str(folder), None), points), points
 
 
+def _chunk(documents: list[list[int]]) -> int:
+    """Documents in one pass: the plan streams nothing that takes no more memory so, and these do not."""
+    return max(map(len, documents))
+
+
 def _batches(documents: list[list[int]]) -> list[Any]:
     from theloom.batching import padded, plan_batches
 
     lengths = np.array([len(d) for d in documents])
     offset = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([np.array(d, "<i4") for d in documents])
-    return [padded(batch, ids, offset) for batch in plan_batches(lengths, BATCH_TOKENS, CHUNK)]
+    return [padded(batch, ids, offset) for batch in plan_batches(lengths, BATCH_TOKENS, _chunk(documents))]
 
 
 def _peers_batches(documents: list[list[int]]) -> list[tuple[Any, Any]]:
