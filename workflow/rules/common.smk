@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from theloom import config as theloom_config
-from theloom import preflight, resources
+from theloom import accounting, preflight, resources
 from theloom import report_groups
 from theloom.errors import TheLoomError
 from theloom.job import last_errors, let_jobs_import
@@ -124,6 +124,7 @@ def figures_of(run):
 
 
 onstart:
+    accounting.keep_to_squeue()
     # For jobs on a cluster, which parse this file again. Not by freeze_config, as an ancient() input of theirs: Snakemake
     # would leave out all jobs behind one that makes such an input anew, also those whose output is missing.
     for name, run in RUNS.items():
