@@ -29,6 +29,7 @@ class Page:
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
+            "--disable-dev-shm-usage",
             "--remote-debugging-port=0",
             "--remote-allow-origins=*",
         ]
