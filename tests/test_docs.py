@@ -150,3 +150,10 @@ def place_snakemake(place, arguments: list[str]) -> subprocess.CompletedProcess[
     return subprocess.run(
         [sys.executable, "-m", "snakemake", *dry], cwd=place.folder, capture_output=True, text=True, timeout=300
     )
+
+
+def test_the_page_for_contributors_names_every_module():
+    page = (ROOT / "workflow/docs/architecture.md").read_text(encoding="utf-8")
+    modules = {file.stem for file in (ROOT / "workflow/theloom").glob("*.py")} - {"__init__"}
+    named = set(re.findall(r"`(\w+)`", page[page.index("## Which module to open") : page.index("## Rules that hold")]))
+    assert named == modules

@@ -1,4 +1,4 @@
-"""The number of files that a process may have open: a dataset of many shards has each of them open for each hook point.
+"""The number of files that a process may have open: a dataset of many shards has each open of which it has read rows.
 
 The soft limit, often 1,024, is there for programs that cannot count further; any process may raise it to the hard one.
 """
