@@ -33,7 +33,7 @@ def page(tmp_path_factory, tiny_profile):
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_every_figure_of_every_run_without_an_error(page, tmp_path, width):
     with Page(page.as_uri(), tmp_path / "profile", width) as shown:
-        shown.wait_for("document.body.innerText.includes('Results')")
+        shown.wait_for("document.body.innerText.toLowerCase().includes('results')")
         drawn = {path: (wide, high) for path, wide, high in shown.script(DRAWN)}
         assert all(min(size) > 100 for size in drawn.values()), drawn
         assert shown.errors == []
