@@ -236,7 +236,7 @@ def sae_lens(model: Path, layers: list[int], documents: list[list[int]], folder:
         _empty(folder)
         for runner in runners:
             runner.run()
-        return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        return _size(folder)
 
     return run
 
@@ -303,4 +303,4 @@ def _empty(folder: Path) -> None:
 
 
 def _size(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.iterdir())
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

@@ -124,7 +124,8 @@ def figures_of(run):
 
 
 onstart:
-    accounting.keep_to_squeue()
+    if workflow.executor_plugin.name == "slurm":
+        accounting.keep_to_squeue()
     # For jobs on a cluster, which parse this file again. Not by freeze_config, as an ancient() input of theirs: Snakemake
     # would leave out all jobs behind one that makes such an input anew, also those whose output is missing.
     for name, run in RUNS.items():

@@ -32,7 +32,7 @@ def until_it_fits(
     failures = 0
     while True:
         smaller = cut(level)
-        error = out_of_memory(partial(run, level))
+        error = _out_of_memory(partial(run, level))
         if error is None:
             return
         gpu.release(device)
@@ -58,7 +58,7 @@ def until_it_fits(
         log.warning("out of memory with the smallest batches (%s): trying once more", error)
 
 
-def out_of_memory(work: Callable[[], None]) -> str | None:
+def _out_of_memory(work: Callable[[], None]) -> str | None:
     """Run something; the error in one line if memory ran out, else None. Nothing of what failed is kept alive."""
     try:
         work()

@@ -122,6 +122,8 @@ class PackedRows:
         except layout.DAMAGE as error:
             raise layout.damaged(path, error) from None
         self._chunks = {number: (place, size) for number, place, size in chunks}
+        if len(chunks) != (expected := -(-shape[0] // step)):
+            raise StoreError(f"{path}: has {len(chunks)} of {expected} chunks of {name}; run the pipeline again")
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:

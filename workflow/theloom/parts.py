@@ -67,8 +67,10 @@ def own(fd: int, listed: Directory) -> Part:
             places[name] = dataset.extents[0][0] if dataset.extents else 0
         else:
             raise StoreError(f"{path}: its {name} is not laid out as theloom does it; {_AGAIN}")
-        if size < dataset.end:
-            raise StoreError(f"{path}: is cut short at {size} of {dataset.end} bytes; {_AGAIN}")
+        row = _row_bytes(name, dataset.shape, attributes["precision"])
+        end = dataset.end if places[name] < 0 else places[name] + rows * row
+        if size < end:
+            raise StoreError(f"{path}: is cut short at {size} of {end} bytes; {_AGAIN}")
     if "commit_log" in listed.datasets:
         log = listed.array(fd, "commit_log")
         done = commit.committed(log)
@@ -83,8 +85,7 @@ def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
     columns = ("file", "rows", "bytes", "seal_place")
     table = [file[f"sources/{column}"][:].tolist() for column in columns]
     seal, place = file["sources/seal"][:], file["sources/place"][:]
-    itemsize = layout.bits_dtype(file.attrs["precision"]).itemsize
-    items = [int(np.prod(file[name].shape[1:])) * (4 if name in TOKENS else itemsize) for name in names]
+    items = [_row_bytes(name, file[name].shape, file.attrs["precision"]) for name in names]
     ends = place + np.array(table[1], "<i8")[:, None] * np.array(items, "<i8")
     beyond = ((place < -1) | (ends > np.array(table[2], "<i8")[:, None])).any(axis=1)
     parts = []
@@ -97,6 +98,11 @@ def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
             raise StoreError(f"{path}: refers to bytes that {shard} does not have; {_AGAIN}")
         parts.append(Part(shard, rows, dict(zip(names, place[number].tolist(), strict=True))))
     return parts
+
+
+def _row_bytes(name: str, shape: tuple[int, ...], precision: str) -> int:
+    """Bytes of a row of a token table or of a hook point."""
+    return int(np.prod(shape[1:])) * (4 if name in TOKENS else layout.bits_dtype(precision).itemsize)
 
 
 def _check_referred(path: Path, shard: Path, size: int, seal_place: int, seal: bytes) -> None:
