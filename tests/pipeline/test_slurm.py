@@ -1,8 +1,4 @@
-"""The pipeline on a real Slurm: GPUs, memory, cancelled jobs, and what a controller or Snakemake itself can suffer.
-
-The long ones (a controller that is away for half a minute, the default experiment) are behind THELOOM_SLOW_TESTS=1,
-which the makefile's `slurm` target sets.
-"""
+"""The pipeline on a real Slurm: GPUs, memory, cancelled jobs, and what a controller or Snakemake itself can suffer."""
 
 import os
 import re
@@ -24,7 +20,6 @@ from slurm import Slurm, wait_for
 from support import Project, copy_project, plain_residuals
 from theloom import commit, config, engine, estimate, model_record, staging, tokens
 
-slow = pytest.mark.skipif("THELOOM_SLOW_TESTS" not in os.environ, reason="set THELOOM_SLOW_TESTS=1 for minutes of it")
 RUN = "run"
 FOUR = f"name={RUN} extraction.shards=4 extraction.batch_tokens=64 resources.mem_mb=1500 resources.threads=1"
 QUICK = ["--slurm-init-seconds-before-status-checks", "1", "--max-status-checks-per-second", "2", "--latency-wait", "5"]
@@ -292,7 +287,6 @@ def test_the_generic_profile_submits_through_sbatch(slurm, tiny, local):
     assert_same_rows(tiny, local)
 
 
-@slow
 def test_a_controller_that_is_away_for_half_a_minute_loses_no_run(slurm, tiny, local):
     slow_shards(tiny)
     before = known(slurm)
@@ -309,7 +303,6 @@ def test_a_controller_that_is_away_for_half_a_minute_loses_no_run(slurm, tiny, l
     assert_same_rows(tiny, local)
 
 
-@slow
 def test_the_default_experiment_in_four_shards_has_the_rows_of_plain_transformers(slurm, project, smollm2):
     running = start(project, overrides="extraction.shards=4 resources.gpu=1", profile="smollm2-135m")
     printed = finish(running, project, 900)
@@ -323,7 +316,6 @@ def test_the_default_experiment_in_four_shards_has_the_rows_of_plain_transformer
         assert error <= 1e-5, (hook, error)
 
 
-@slow
 def test_a_failed_run_of_a_sweep_leaves_the_others_alone_and_is_named_at_the_end(slurm, tiny):
     texts = tiny.folder / "texts"
     texts.mkdir()
@@ -331,6 +323,8 @@ def test_a_failed_run_of_a_sweep_leaves_the_others_alone_and_is_named_at_the_end
     (texts / "good.txt").write_text("some good text " * 20)
     running = start(
         tiny,
+        "--retries",
+        "0",
         overrides=f"corpus=text corpus.path={texts}/bad.txt,{texts}/good.txt memory.precision_mode=fp32,bf16 "
         "resources.mem_mb=1500 resources.threads=1",
     )
@@ -340,4 +334,4 @@ def test_a_failed_run_of_a_sweep_leaves_the_others_alone_and_is_named_at_the_end
     assert sorted(theloom.open(f.parent / "activations.h5").precision for f in finished) == ["bf16", "fp32"]
     assert printed.count("bad.txt: not utf-8") >= 2
     named = [line for line in printed.splitlines() if line.startswith("error: bad.txt") and "(log: " in line]
-    assert len(named) == 2  # at the end; attempts show theirs without
+    assert len(named) == 2
