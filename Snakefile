@@ -20,3 +20,5 @@ rule all:
     input:
         expand("results/{run}/{file}", run=RUNS, file=["activations.h5", "verification.h5"]),
     localrule: True
+    message:
+        "all runs are done"

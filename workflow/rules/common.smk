@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from theloom import config as theloom_config
-from theloom import accounting, preflight, resources
+from theloom import accounting, console, preflight, resources
 from theloom import report_groups
 from theloom.errors import TheLoomError
 from theloom.job import last_errors, let_jobs_import
@@ -41,6 +41,8 @@ def compose():
         preflight.check(run)
     return {name: resources.planned(run, Path("results")) for name, run in runs.items()}
 
+
+BRIEF = console.shorten() if workflow.is_main_process else None
 
 if workflow.is_main_process or workflow.storage_settings.default_storage_provider is not None:
     try:
@@ -138,9 +140,11 @@ onsuccess:
     for run in RUNS:
         if Path("results", run, "verification.h5").exists():  # not with --until
             print(summary(Path("results", run)), file=sys.stderr)
+            BRIEF.ended = True
 
 
 onerror:
     logs = [file for run in RUNS for file in Path("results", run, "logs").rglob("*.log")]
     for line in last_errors(logs, STARTED):
         print(line, file=sys.stderr)
+        BRIEF.ended = True

@@ -64,8 +64,12 @@ def last_errors(logs: list[Path], since: float) -> list[str]:
     """The lines in which jobs ended on a user's error, each with its log file, from logs written after a time."""
     found = []
     for file in sorted(logs):
-        if file.stat().st_mtime >= since:
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            if lines and lines[-1].startswith(ERROR):
-                found.append(f"{lines[-1]} (log: {file})")
+        if file.stat().st_mtime >= since and (error := error_of(file)):
+            found.append(f"{error} (log: {file})")
     return found
+
+
+def error_of(log: Path) -> str | None:
+    """The line in which a job ended on a user's error, from its log; None where it did not end so."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return lines[-1] if lines and lines[-1].startswith(ERROR) else None

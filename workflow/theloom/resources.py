@@ -13,6 +13,7 @@ from typing import Any, cast
 from theloom import closed_form, config, hardware, memory, placement, source, throughput
 from theloom import estimate as estimate_module
 from theloom.architecture import Numbers, numbers_of_profile
+from theloom.cli_tables import lines
 from theloom.config import Run
 from theloom.errors import TheLoomError
 from theloom.estimate import Estimate
@@ -175,8 +176,8 @@ def _mb(size: float) -> int:
 
 
 def table(runs: dict[str, Run]) -> str:
-    """A line for each run: its shards, and what each of its jobs asks for."""
-    lines = []
+    """A sentence for each run: its shards, and what each of its jobs asks for."""
+    said = []
     for run in runs.values():
         asked, shards = cast(Any, run.config["resources"]), run.config["extraction"]["shards"]
         tokens = run.config["corpus"]["max_tokens"]
@@ -185,8 +186,8 @@ def table(runs: dict[str, Run]) -> str:
         gpus = f"{asked['gpu']}{model} GPU{'s' * (asked['gpu'] != 1)}" if asked["gpu"] else "no GPU"
         if asked["gpu"] and asked["needed_gpu_mb"]:
             gpus += f" with {asked['needed_gpu_mb'] / 1000:.1f} GB free"
-        lines.append(
+        said.append(
             f"{run.name}: {shards} shards{each}; a job asks for {gpus}, {asked['threads']} threads, "
-            f"{asked['mem_mb']:,} MB, {asked['runtime']} minutes, {asked['disk_mb']:,} MB of disk a shard"
+            f"{asked['mem_mb']:,} MB of memory, {asked['runtime']} minutes, {asked['disk_mb']:,} MB of disk"
         )
-    return "\n".join(lines)
+    return "\n".join(map(lines, said))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from theloom import dataset, layout
+from theloom.cli_tables import lines
 
 
 def summary(folder: Path) -> str:
@@ -16,14 +17,19 @@ def summary(folder: Path) -> str:
         cosine = file["fp32/cosine"][:].mean(axis=0) if "fp32" in file else None
     share = float((error / np.maximum(largest, 1e-30)).max())
     size = sum(acts[hook].nbytes for hook in acts.hooks)
-    lines = [
-        f"{acts.path}: {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, "
-        f"{size / 1e6:.1f} MB",
-        f"  hook points: {', '.join(acts.hooks)}",
+    said = [
+        f"{acts.path}",
+        f"  {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, {size / 1e6:.1f} MB",
+        f"  hook points: {_few(acts.hooks)}",
         f"  verified: {documents} documents recomputed, largest error {share:.1e} of the largest value "
         f"(at most {tolerance:.0e}); all rows' hashes are right",
     ]
     if cosine is not None:
         quantization = acts.attributes["model_quantization"]
-        lines.append(f"  {quantization} weights: residuals' cosine similarity to FP32 {cosine.min():.4f} or more")
-    return "\n".join(lines)
+        said.append(f"  {quantization} weights: residuals' cosine similarity to FP32 {cosine.min():.4f} or more")
+    said.append(f"  next: make report draws its figures; .venv/bin/theloom inspect {acts.path}")
+    return "\n".join(map(lines, said))
+
+
+def _few(hooks: list[str]) -> str:
+    return ", ".join(hooks) if len(hooks) <= 4 else f"{hooks[0]} … {hooks[-1]} ({len(hooks)} in all)"
