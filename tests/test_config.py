@@ -112,7 +112,7 @@ def test_the_default_profile_is_the_one_of_default_yaml():
         ("3b", "memory.memory_warning_threshold=85", ["memory.memory_warning_threshold", "share"]),
         ("3b", "memory.activation_cache_filter=x", ["memory.activation_cache_filter", "list"]),
         ("3b", "extraction.device=gpu", ["extraction.device", "'gpu'", "cuda"]),
-        ("3b", "corpus=books", ["corpus/books", "python-docs"]),
+        ("3b", "corpus=books", ["corpus=books", "python-docs"]),
         ("3b", "corpus=text", ["corpus.path", "not set"]),
         ("3b", "corpus=hub", ["corpus.dataset", "not set"]),
         ("3b", "verify.tolerance=0", ["verify.tolerance", "not above 0"]),
@@ -183,7 +183,7 @@ def test_frozen_configs_are_plain_json_and_every_key_is_frozen_for_some_stage():
 
 
 def test_the_readme_holds_the_table_of_all_keys():
-    assert schema.key_table() in (ROOT / "README.md").read_text()
+    assert schema.key_table() in (ROOT / "config/README.md").read_text()
 
 
 def test_environment_file_pins_what_the_constraints_pin():

@@ -45,6 +45,9 @@ class Stage:
 # set, so that the config of a run without them is what it was before they existed; elsewhere they read as null.
 BESIDE_THE_RESULT = ("memory.profile_shard", "store.max_overflow")
 
+# The key that says where a corpus is, which no other kind of corpus has a use for.
+_OF_ONE_CORPUS = {"text": "path", "hub": "dataset"}
+
 _MODEL_FILES = (
     "model.source",
     "model.revision",
@@ -170,7 +173,8 @@ def _combinations(overrides: str) -> list[tuple[tuple[str, ...], tuple[str, ...]
         words = shlex.split(overrides)
         parsed = [OverridesParser.create().parse_override(w) for w in words]
     except (HydraException, ValueError) as error:
-        raise ConfigError(f"set={overrides!r}: {_one_line(error)}") from None
+        hint = "write key=value, with a blank between two, and quotes inside round a value that holds blanks"
+        raise ConfigError(f"set={overrides!r}: {_one_line(error)}; {hint}") from None
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [word]
         for o, word in zip(parsed, words, strict=True)
@@ -201,7 +205,9 @@ def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> tupl
     """The composed config as plain data, and whether it left the number of shards open."""
     profiles = _profiles(config_dir)
     if profile not in profiles:
-        raise ConfigError(f"unknown profile {profile!r}{_near(profile, profiles)}; choose from {', '.join(profiles)}")
+        several = "; put commas between profiles" if " " in profile else ""
+        choices = ", ".join(profiles)
+        raise ConfigError(f"unknown profile {profile!r}{_near(profile, profiles)}{several}; choose from {choices}")
     for override in overrides:
         if _assigned_key(override) == "profile":
             raise ConfigError(f"set={override!r}: choose profiles with profiles=A,B, beside set")
@@ -217,7 +223,8 @@ def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> tupl
         _check(cast(Config, strict))
     except MissingConfigException as error:
         options = ", ".join(error.options or [])
-        raise ConfigError(f"no config {error.missing_cfg_file!r}; choose from {options}") from None
+        group, _, asked = str(error.missing_cfg_file).rpartition("/")
+        raise ConfigError(f"{group}={asked}: there is no such {group}; choose from {options}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from None
     except (AttributeError, AssertionError):  # how OmegaConf fails where a value is set below a section that is null
@@ -244,6 +251,8 @@ def _explain(error: BaseException) -> str:
         siblings = [k for k in known if section and k.rpartition(".")[0] == section]
         siblings = siblings or list(dict.fromkeys(k.split(".")[0] for k in known))
         return f"unknown key {asked!r}{_near(asked, known)}; keys there: {', '.join(siblings)}"
+    if "is not a ListConfig" in text:
+        return f"{full_key}: one value where a list is wanted; put brackets round it: {full_key}=[…]"
     return f"{full_key}: {text}" if full_key else _one_line(inner)
 
 
@@ -307,10 +316,15 @@ def _check(config: Config) -> None:
         raise ConfigError(f"verify.tolerance: {config.verify.tolerance} is not above 0")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.extraction.device):
         raise ConfigError(f"extraction.device: {config.extraction.device!r} is not auto, cpu, cuda or cuda:N")
-    needed = {"text": "path", "hub": "dataset"}.get(config.corpus.kind.name)
+    needed = _OF_ONE_CORPUS.get(config.corpus.kind.name)
     if needed and getattr(config.corpus, needed) is None:
         group = config.corpus.kind.name
-        raise ConfigError(f'corpus.{needed}: not set; corpus={group} needs it, for example set="corpus={group} …"')
+        example = f'set="corpus={group} corpus.{needed}=…"'
+        raise ConfigError(f"corpus.{needed}: not set; corpus={group} needs it: {example}")
+    for group, key in _OF_ONE_CORPUS.items():
+        if group != config.corpus.kind.name and getattr(config.corpus, key) is not None:
+            asked = getattr(config.corpus, key)
+            raise ConfigError(f"corpus.{key}: {asked!r} is for corpus={group} alone; add corpus={group}, or take it out")
 
 
 def freeze(stage_config: dict[str, Any], path: Path) -> None:
