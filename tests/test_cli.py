@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -12,7 +13,7 @@ import psutil
 import pytest
 import torch
 from fake_nvml import Board
-from theloom import cli, cli_tables, gpu, nvml
+from theloom import cli, cli_estimate, cli_tables, gpu, nvml
 from theloom.errors import ConfigError
 from theloom.gpu import GPUInfo
 
@@ -44,7 +45,7 @@ def test_a_wrong_command_line_is_explained(arguments):
 
 
 def test_gpus():
-    done = theloom("gpus")
+    done = theloom("gpus", "--all")
     assert (done.returncode, done.stderr) == (0, "")
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert "RTX 4090 24 25.2 23.5 8.9 yes yes" in lines
@@ -54,6 +55,13 @@ def test_gpus():
     if not torch.cuda.is_available():
         assert any(line.startswith("0 CPU – ") and line.endswith(" FP32") for line in lines)
         assert any(line.startswith("CPU: no GPU: torch ") for line in lines)
+
+
+def test_gpus_lists_the_usual_ones_and_counts_the_others():
+    printed = theloom("gpus").stdout
+    assert "RTX 4090" in printed
+    assert "GTX 980" not in printed
+    assert re.search(r"… and \d+ others \(--all\)", printed)
 
 
 def test_gpus_as_json():
@@ -119,7 +127,7 @@ def test_gpus_of_a_machine_that_has_one():
     assert machine[0]["auto"] in ("bf16", "fp16", "fp32")
 
 
-@pytest.mark.parametrize("command", [[], ["estimate"], ["gpus"]])
+@pytest.mark.parametrize("command", [[], ["estimate"], ["gpus"], ["inspect"], ["verify"]])
 def test_every_help_has_an_example_and_fits_80_columns(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
@@ -129,8 +137,9 @@ def test_every_help_has_an_example_and_fits_80_columns(command, monkeypatch, cap
     assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_the_estimate_of_a_profile_fits_80_columns_and_is_plain_in_a_pipe():
-    done = theloom("estimate", "7b")
+@pytest.mark.parametrize("asked", ["7b", "--table"])
+def test_the_estimate_fits_80_columns_and_is_plain_in_a_pipe(asked):
+    done = theloom("estimate", asked)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "\033" not in done.stdout
@@ -145,6 +154,22 @@ def test_on_a_terminal_headers_are_bold_unless_no_color_is_set(monkeypatch):
     assert cli_tables.red("x", terminal) == "\033[1;31mx\033[0m"
     monkeypatch.setenv("NO_COLOR", "1")
     assert cli_tables.bold("x", terminal) == "x"
+
+
+def test_the_savings_of_training_fit_80_columns():
+    row = {"workflow": "inference", "applies": True, "claim": "40-50%", "percent": -9.8}
+    row |= {"optimisation": "gradient checkpointing", "percent_of_activations": -101.6, "compared": "word " * 40}
+    row |= {"before": {"total": 5.58e11}, "after": {"total": 3.54e11}}
+    printed = cli_estimate._savings_table([row, row | {"applies": False}])
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "no use here" in printed
+
+
+def test_a_number_that_is_none_is_refused_in_words(capsys):
+    for wrong in ("x", "0", "-1"):
+        with pytest.raises(SystemExit):
+            cli.main(["estimate", "7b", "--batch", wrong])
+        assert f"argument --batch: '{wrong}' is no whole number from 1 on" in capsys.readouterr().err
 
 
 def test_long_words_of_a_table_are_folded_into_its_80_columns():

@@ -21,6 +21,7 @@ def test_inspect_says_what_a_file_holds(run, capsys):
     for file in (run.activations, run.shards[0]):
         assert cli.main(["inspect", str(file)]) == 0
         text = capsys.readouterr().out
+        assert max(len(line) for line in text.splitlines() if "/" not in line) <= 80  # but for paths
         assert HOOK in text
         assert "Where the time went" in text
         assert "corpus_hash" in text
@@ -36,6 +37,26 @@ def test_inspect_as_json(run, capsys):
     (hook,) = [h for h in found["hooks"] if h["name"] == HOOK]
     assert (hook["shape"], hook["nbytes"], hook["not_finite"]) == ([64], 400 * 64 * 4, 0)
     assert found["provenance"]["versions"]["torch"]
+
+
+def test_a_path_that_is_no_file_of_hidden_states_is_refused_with_what_to_give(run, tmp_path, capsys):
+    cut = tmp_path / "cut.h5"
+    cut.write_bytes(run.shards[0].read_bytes()[:-1000])
+    size = run.shards[0].stat().st_size
+    text, other = tmp_path / "text.h5", tmp_path / "other.h5"
+    text.write_text("text")
+    with h5py.File(other, "w") as file:
+        file["x"] = [1]
+    for path, words in (
+        (run.activations.parent, f"is a folder; give a file in it, for example {run.activations}"),
+        (cut, f"cut short, {size - 1000:,} of {size:,} bytes are there; copy it again"),
+        (text, "cannot be read as HDF5 (it is none); give activations.h5"),
+        (other, "found a file of another program; give activations.h5"),
+    ):
+        assert cli.main(["inspect", str(path)]) == 1
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
 
 
 def test_verify_recomputes_documents_with_the_model(run, capsys):

@@ -43,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _EPILOG = """\
 examples:
+  make run                     the pipeline itself (README.md), then:
+  theloom inspect results/smollm2-135m/activations.h5
   theloom estimate 7b          the memory that a profile needs
   theloom COMMAND --help       a command's options, with examples
-  make run                     the pipeline itself (README.md)
+  (it is .venv/bin/theloom unless the environment is activated)
 
 exit codes:
   0  done
@@ -73,8 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         description="This machine's GPUs (without any, its CPU) with their memory, the precision that "
         "precision_mode=auto gives there, and the processes on them; GPUs to plan for; and what clouds offer. "
         "GB are 10^9 bytes, GiB 2^30.",
-        **examples("theloom gpus", "theloom gpus --json"),
+        **examples("theloom gpus", "theloom gpus --all", "theloom gpus --json"),
     )
+    gpus.add_argument("--all", action="store_true", help="every GPU to plan for, not the usual ones alone")
     gpus.add_argument("--json", action="store_true", help="print one JSON object")
     gpus.set_defaults(run=_gpus)
     add_estimate(commands)
@@ -109,7 +112,7 @@ def _gpus(arguments: argparse.Namespace) -> None:
     print(_machine_table(machine))
     print(_remarks([info for info, _ in machine]))
     print("GPUs to plan for (memory; usable: what is at least left of it for programs)\n")
-    print(_hardware_table())
+    print(_hardware_table(arguments.all))
     print(f"\nOffers of clouds, as of {hardware.CLOUD_AS_OF} (for: the largest model in 16 bits, about)\n")
     print(_cloud_table())
     for offer in hardware.CLOUD:
@@ -139,9 +142,12 @@ def _remarks(infos: list["GPUInfo"]) -> str:
     return "\n".join(["", *map(lines, found), ""]) if found else ""
 
 
-def _hardware_table() -> str:
-    from theloom import hardware
+def _hardware_table(every: bool) -> str:
+    """All GPUs that are known, or the usual ones: those whose speed is known too."""
+    from theloom import hardware, modes
 
+    known = hardware.gpus()
+    shown = [gpu for gpu in known if every or gpu.name in modes.PEAK]
     rows = [
         [
             gpu.name,
@@ -152,9 +158,11 @@ def _hardware_table() -> str:
             "yes" if gpu.bf16 else "no",
             "yes" if gpu.fp16 else "storage only",
         ]
-        for gpu in hardware.gpus()
+        for gpu in shown
     ]
-    return table(rows, ["GPU", "GB", "usable GB", "GiB", "capability", "BF16", "FP16"], range(1, 5))
+    more = len(known) - len(shown)
+    printed = table(rows, ["GPU", "GB", "usable GB", "GiB", "capability", "BF16", "FP16"], range(1, 5))
+    return printed + (f"\n… and {more} others (--all)" if more else "")
 
 
 def _cloud_table() -> str:

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from theloom.cli_tables import capability, examples, lines, size, table
+from theloom.cli_tables import capability, examples, lines, positive, size, table
 from theloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def add_estimate(commands: Any) -> None:
     )
     parser.add_argument("target", nargs="?", metavar="PROFILE_OR_MODEL", help="a profile, hub id, folder, package:NAME")
     parser.add_argument("--precision", choices=KINDS, help="of the weights; default: the profile's, bf16 for auto")
-    parser.add_argument("--batch", type=_positive, default=1, metavar="N", help="windows side by side (1)")
-    parser.add_argument("--tokens", type=_positive, default=2048, metavar="N", help="tokens of each (2048)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="windows side by side (1)")
+    parser.add_argument("--tokens", type=positive, default=2048, metavar="N", help="tokens of each (2048)")
     parser.add_argument("--hooks", metavar="FILTER,...", help="hook filter; default: the profile's")
     parser.add_argument("--trace", action="store_true", help="trace the model even where there is a closed form")
     parser.add_argument("--training", action="store_true", help="also what each optimisation saves, traced (a minute)")
@@ -43,19 +43,12 @@ def add_estimate(commands: Any) -> None:
     parser.set_defaults(run=_estimate)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small; the least is 1")
-    return number
-
-
 def _estimate(arguments: argparse.Namespace) -> None:
     if arguments.table:
         _tables(arguments)
         return
     if arguments.target is None:
-        raise ConfigError("theloom estimate: name a profile or a model, or give --table")
+        raise ConfigError("theloom estimate: name a profile or a model (theloom estimate 7b), or give --table")
     from theloom import forecast
 
     filters = arguments.hooks.split(",") if arguments.hooks else None
@@ -142,24 +135,24 @@ def _layerwise(found: "Forecast") -> str:
     """The model block by block, and both modes' hours by card."""
     swept = found.layerwise
     if swept is None:
-        return f"Does not go block by block: {found.layerwise_refused}"
+        return lines(f"Does not go block by block: {found.layerwise_refused}")
     smallest = ", ".join(found.layerwise_gpus[:3]) or "no GPU"
     from theloom import modes
 
-    lines = [
-        f"Block by block (extraction.execution=layerwise) in {swept.precision}: {_gb(swept.device)} of the GPU,",
-        f"two blocks of {_gb(swept.sizes.block)} and {_gb(swept.working_set)} for a batch among it.",
-        f"Host, beside the process: {_gb(swept.host)}, of which {_gb(swept.residuals)} residuals of a shard",
-        f"of {swept.shard_tokens:,} tokens. Disk: {_gb(swept.read)} read for each shard.",
-        f"fits layerwise on {smallest} and larger",
-        f"\nHours as reckoned, not measured: {modes.EFFICIENCY:.0%} of a card's peak, disk {modes.DISK / 1e9:g} GB/s",
+    said = [
+        f"Block by block (extraction.execution=layerwise) in {swept.precision}: {_gb(swept.device)} of the GPU, "
+        f"two blocks of {_gb(swept.sizes.block)} and {_gb(swept.working_set)} for a batch among it. "
+        f"Host, beside the process: {_gb(swept.host)}, of which {_gb(swept.residuals)} residuals of a shard "
+        f"of {swept.shard_tokens:,} tokens. Disk: {_gb(swept.read)} read for each shard. "
+        f"Fits on {smallest} and larger.",
+        f"Hours as reckoned, not measured: {modes.EFFICIENCY:.0%} of a card's peak, disk {modes.DISK / 1e9:g} GB/s",
     ]
     rows = [
         [card.name, *_hours(card.resident), *_hours(card.layerwise), "hidden" if card.reads_hidden else "not hidden"]
         for card in found.cards
     ]
     headers = ["card", "resident 1M", "10M tokens", "layerwise 1M", "10M tokens", "reads"]
-    return "\n".join(lines) + "\n" + table(rows, headers, range(1, 5))
+    return "\n\n".join(map(lines, said)) + "\n" + table(rows, headers, range(1, 5))
 
 
 def _hours(hours: tuple[float, float] | None) -> list[str]:
@@ -183,21 +176,13 @@ def _savings(arguments: argparse.Namespace, found: "Forecast") -> list[dict[str,
 
 def _savings_table(savings: list[dict[str, Any]]) -> str:
     rows = [
-        [s["optimisation"], s["workflow"], "yes" if s["applies"] else "no", *_before_and_after(s), s["claim"]]
+        [s["optimisation"], s["workflow"], *_before_and_after(s), s["claim"] if s["applies"] else "no use here"]
         for s in savings
     ]
-    headers = [
-        "optimisation",
-        "workflow",
-        "applies",
-        "GB before",
-        "GB after",
-        "saves",
-        "of activations",
-        "rule of thumb",
-    ]
-    notes = "\n".join(dict.fromkeys(f"{s['optimisation']}, {s['workflow']}: {s['compared']}" for s in savings))
-    return f"{table(rows, headers, (3, 4, 5, 6))}\n\n{notes}"
+    headers = ["", "workflow", "GB", "GB with", "saves", "of act.", "rule"]
+    notes = "\n".join(dict.fromkeys(lines(f"{s['optimisation']}, {s['workflow']}: {s['compared']}") for s in savings))
+    meaning = "saves: of all that is held; of act.: of all but the weights; rule: the usual rule of thumb"
+    return f"{table(rows, headers, (2, 3, 4, 5))}\n\n{lines(meaning)}\n\n{notes}"
 
 
 def _before_and_after(saving: dict[str, Any]) -> list[str]:
@@ -214,24 +199,26 @@ def _tables(arguments: argparse.Namespace) -> None:
         return
     print("Weights alone, in GB: TheLoom's figure / the rule of thumb\n")
     print(_beside(weights))
-    print(f"\nWith {spec_tables.TOKENS} tokens in the KV cache, every residual held, and what CUDA takes, in GB\n")
-    print(_beside(totals))
+    print("\n" + lines(f"With {spec_tables.TOKENS} tokens in the KV cache, every residual held, and what CUDA takes, in GB"))
+    print("\n" + _beside(totals))
 
 
 def _beside(rows: list["Row"]) -> str:
+    """The table, and below it what is too long for a column: models, GPUs, and why figures differ from the rules."""
     kinds = list(rows[0].cells)
-    recommended = any(row.gpus for row in rows)
-    cells = []
-    for row in rows:
-        figures = [f"{row.cells[kind].computed:.1f} / {row.cells[kind].rule:g}" for kind in kinds]
-        gpus = [f"{row.gpus['fp32']}; 16-bit: {row.gpus['bf16']}"] if recommended else []
-        cells.append([row.profile, row.model, f"{row.parameters / 1e9:.2f}e9", *figures, *gpus])
-    headers = ["", "model", "parameters", *kinds, *(["recommended GPU, fp32"] if recommended else [])]
-    lines = [
-        f"  {row.profile} {kind}: {cell.difference:+.0%}: {cell.reason}"
-        for row in rows
-        for kind, cell in row.cells.items()
-        if cell.reason
+    cells = [
+        [row.profile, *(f"{row.cells[kind].computed:.1f} / {row.cells[kind].rule:g}" for kind in kinds)] for row in rows
     ]
-    reasons = "\nDifferences over 10%:\n" + "\n".join(lines) if lines else ""
-    return table(cells, headers, range(3, 3 + len(kinds))) + "\n" + reasons
+    if any(row.gpus for row in rows):
+        below = ["", "The smallest GPUs that have room:"]
+        below += [f"  {row.profile}: fp32 {row.gpus['fp32']}; 16-bit {row.gpus['bf16']}" for row in rows]
+    else:
+        below = ["", *(f"  {row.profile}: {row.model}, {row.parameters / 1e9:.2f}e9 parameters" for row in rows)]
+    reasons: dict[str, list[str]] = {}  # 16-bit kinds differ alike
+    for row in rows:
+        for kind, cell in row.cells.items():
+            if cell.reason:
+                reasons.setdefault(f"{row.profile} {cell.difference:+.0%}: {cell.reason}", []).append(kind)
+    below += ["", "Differences over 10%:"] if reasons else []
+    below += [f"  {', '.join(alike)} of {reason}" for reason, alike in reasons.items()]
+    return "\n".join([table(cells, ["", *kinds], range(1, 1 + len(kinds))), *map(lines, below)])

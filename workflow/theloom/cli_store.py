@@ -4,9 +4,10 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from theloom.cli_tables import table
+from theloom.cli_tables import WIDTH, examples, positive, table
 from theloom.errors import StoreError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def add_store(commands: Any) -> None:
         help="what a file of hidden states holds, and where it came from",
         description="Schema, provenance, hook points with their statistics, and where the time went, of activations.h5 "
         "or a shard. GB are 10^9 bytes.",
+        **examples("theloom inspect results/smollm2-135m/activations.h5"),
     )
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser(
@@ -29,9 +31,13 @@ def add_store(commands: Any) -> None:
         help="whether a file of hidden states is what was written",
         description="Checks the hash of every window and hook point, and the seals of metadata, tables and log, of "
         "activations.h5 and all files that it refers to, or of a shard.",
+        **examples(
+            "theloom verify results/smollm2-135m/activations.h5",
+            "theloom verify results/smollm2-135m/activations.h5 --recompute 2",
+        ),
     )
     verify.add_argument(
-        "--recompute", type=int, default=0, metavar="N", help="recompute N documents with the model (model.h5 beside)"
+        "--recompute", type=positive, default=0, metavar="N", help="recompute N documents with the model (model.h5 beside)"
     )
     verify.set_defaults(run=_verify)
     for parser in (inspect, verify):
@@ -61,8 +67,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         [h.name, "×".join(map(str, h.shape)), f"{h.nbytes / 1e9:.3f}", *_numbers(h), h.not_finite, h.infinite]
         for h in hooks
     ]
-    heads = ["hook point", "row", "GB", "mean", "variance", "norm", "not finite", "infinite"]
-    print(table(rows, heads, range(2, 8)))
+    heads = ["hook point", "row", "GB", "mean", "var.", "norm", "not fin.", "inf."]
+    print(table(rows, heads, range(2, 8), fold=0))
     print(f"\nWhere the time went\n\n{_figures(acts.figures)}")
 
 
@@ -71,8 +77,27 @@ def _numbers(hook: Any) -> list[str]:
 
 
 def _lines(found: dict[str, Any]) -> str:
+    """A line for each name; what is too long for 80 columns in several, and the config left to --json."""
     width = max(map(len, found))
-    return "\n".join(f"{n:{width}}  {json.dumps(v) if isinstance(v, dict | list) else v}" for n, v in found.items())
+    return "\n".join(
+        fill(
+            f"{name:{width}}  {'(whole: --json)' if name == 'config' else _plainly(value)}",
+            WIDTH,
+            subsequent_indent=" " * (width + 2),
+            break_on_hyphens=False,
+        )
+        for name, value in found.items()
+    )
+
+
+def _plainly(value: Any) -> str:
+    """A list, and names with their values, as one writes them on a line; long lists by their ends."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plainly(of)}" for name, of in value.items())
+    if isinstance(value, list):
+        shown = value if len(value) <= 8 else [*value[:2], "…", value[-1], f"({len(value)} in all)"]
+        return ", ".join(map(str, shown)) or "none"
+    return "none" if value is None else str(value)
 
 
 def _figures(figures: dict[str, float]) -> str:

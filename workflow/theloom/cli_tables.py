@@ -33,8 +33,16 @@ def table(rows: list[list[Any]], headers: list[str], numbers: Collection[int], f
 
 
 def lines(text: str) -> str:
-    """A sentence in lines of at most 80 characters; all of them but the first are indented."""
-    return fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+    """A sentence in lines of at most 80 characters; all of them but the first are indented by two more."""
+    indent = " " * (2 + len(text) - len(text.lstrip()))
+    return fill(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def bold(text: str, stream: TextIO | None = None) -> str:

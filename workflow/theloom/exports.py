@@ -8,6 +8,7 @@ import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -186,8 +187,8 @@ def to_safetensors(acts: "Activations", hooks: Sequence[str] | str, path: str | 
 
 def describe(acts: "Activations") -> str:
     """What a dataset holds, in a few lines: what a notebook shows."""
-    lines = [f"{key:<14}{value}" for key, value in _summary(acts)]
-    return "\n".join([f"Activations of {acts.path}", *(f"  {line}" for line in lines)])
+    lines = [fill(f"  {key:<14}{value}", 80, subsequent_indent=" " * 16) for key, value in _summary(acts)]
+    return "\n".join([f"Activations of {acts.path}", *lines])
 
 
 def describe_html(acts: "Activations") -> str:

@@ -7,6 +7,7 @@ native HDF5 float of two bytes (8 exponent bits, 7 of mantissa), which HDF5 tool
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Mapping
@@ -176,6 +177,8 @@ def open_h5(path: str | Path, kind: str) -> h5py.File:
 
 def open_any(path: Path) -> h5py.File:
     """Open a file for reading. Raises StoreError where it is not there, not HDF5, or one open file too many."""
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder; give a file in it, for example {path / 'activations.h5'}")
     if not path.is_file():
         raise StoreError(f"no file {path}; run the pipeline first, or give another path")
     try:
@@ -183,7 +186,20 @@ def open_any(path: Path) -> h5py.File:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
             raise too_many_files(path) from None
-        raise StoreError(f"{path}: cannot be read as HDF5 ({' '.join(str(error).split())})") from None
+        raise StoreError(f"{path}: {_why_unreadable(str(error))}") from None
+
+
+def _why_unreadable(said: str) -> str:
+    """What HDF5 said of a file that it does not open, and what to do."""
+    if match := re.search(r"truncated file: eof = (\d+), .*stored_eof = (\d+)", said):
+        return f"cut short, {int(match[1]):,} of {int(match[2]):,} bytes are there; copy it again, or run the pipeline"
+    if "file signature not found" in said:
+        return "cannot be read as HDF5 (it is none); give activations.h5 or a shard of a run"
+    return f"cannot be read as HDF5 ({' '.join(said.split())}); copy it again, or run the pipeline"
+
+
+def _format(found: Any, version: Any) -> str:
+    return "a file of another program" if found is None else f"{found} version {version}"
 
 
 def check_format(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
@@ -191,5 +207,6 @@ def check_format(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
     found, version = attributes.get("format"), attributes.get("format_version")
     if found != f"theloom.{kind}" or version != FORMAT_VERSION:
         raise StoreError(
-            f"{path}: not a file of theloom.{kind} version {FORMAT_VERSION}, found {found} version {version}"
+            f"{path}: not a file of theloom.{kind} version {FORMAT_VERSION}, found {_format(found, version)}; "
+            + ("give activations.h5 or a shard of a run" if kind == "activations" else "run the pipeline again")
         )
