@@ -21,6 +21,7 @@ run: environment
 report: environment
 	$(BIN)/snakemake figures --profile workflow/profiles/local $(ASKED)
 	$(BIN)/snakemake figures --profile workflow/profiles/local --report results/report.html $(ASKED)
+	@echo "next: open results/report.html in a browser"
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

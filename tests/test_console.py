@@ -17,6 +17,8 @@ def record(text: str = "", **fields: object) -> logging.LogRecord:
     [
         ("Select jobs to execute...", False),
         ("Execute 2 jobs...", False),
+        ("Adding norms.svg (29.63 KB).", False),
+        ("Report created.", True),
         ("Nothing to be done (all requested files are present and up to date).", True),
         ("Complete log(s): x.log", True),
     ],

@@ -21,8 +21,8 @@ def acts(tmp_path_factory, tiny_llama):
 def test_the_repr_names_rows_model_precision_hook_points_and_the_next_step(acts):
     for text in (repr(acts), acts._repr_html_()):
         for words in ("300 tokens of", "in fp32", "bf16", "blocks.1.attn.hook_pattern", "4 × 120", "to_dataframe()"):
-            assert words in text
-    assert max(map(len, repr(acts).splitlines())) < 200
+            assert words in " ".join(text.split())
+    assert max(map(len, repr(acts).splitlines()[1:])) <= 80  # the first names the file
 
 
 def test_the_table_of_documents_is_that_of_the_file(acts):

@@ -97,7 +97,7 @@ def test_mistakes_on_the_command_line_end_on_one_line(capsys):
     assert "name a profile or a model" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["estimate", "7b", "--tokens", "0"])
-    assert "0 is too small" in capsys.readouterr().err
+    assert "'0' is no whole number from 1 on" in capsys.readouterr().err
 
 
 def test_the_closed_form_needs_no_torch():

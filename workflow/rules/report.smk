@@ -11,6 +11,8 @@ rule figures:
         [figure for run in RUNS for figure in figures_of(run)],
         ["results/_runs/figures/runs.svg"] if len(RUNS) > 1 else [],
         expand("results/{run}/verification.h5", run=RUNS),
+    message:
+        "all figures are drawn"
 
 
 rule report_memory:

@@ -199,7 +199,10 @@ def _tables(arguments: argparse.Namespace) -> None:
         return
     print("Weights alone, in GB: TheLoom's figure / the rule of thumb\n")
     print(_beside(weights))
-    print("\n" + lines(f"With {spec_tables.TOKENS} tokens in the KV cache, every residual held, and what CUDA takes, in GB"))
+    print(
+        "\n"
+        + lines(f"With {spec_tables.TOKENS} tokens in the KV cache, every residual held, and what CUDA takes, in GB")
+    )
     print("\n" + _beside(totals))
 
 

@@ -37,7 +37,11 @@ def add_store(commands: Any) -> None:
         ),
     )
     verify.add_argument(
-        "--recompute", type=positive, default=0, metavar="N", help="recompute N documents with the model (model.h5 beside)"
+        "--recompute",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="recompute N documents with the model (model.h5 beside)",
     )
     verify.set_defaults(run=_verify)
     for parser in (inspect, verify):

@@ -324,7 +324,9 @@ def _check(config: Config) -> None:
     for group, key in _OF_ONE_CORPUS.items():
         if group != config.corpus.kind.name and getattr(config.corpus, key) is not None:
             asked = getattr(config.corpus, key)
-            raise ConfigError(f"corpus.{key}: {asked!r} is for corpus={group} alone; add corpus={group}, or take it out")
+            raise ConfigError(
+                f"corpus.{key}: {asked!r} is for corpus={group} alone; add corpus={group}, or take it out"
+            )
 
 
 def freeze(stage_config: dict[str, Any], path: Path) -> None:

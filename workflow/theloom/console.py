@@ -16,6 +16,9 @@ _BOOKKEEPING = (
     "Assuming unrestricted shared filesystem usage",
     "Building DAG of jobs",
     "Using shell: ",
+    "Creating report...",
+    "Loading script code for rule ",
+    "Adding ",  # a file to the report
     "Conda environments: ignored",
     "Singularity containers: ignored",
     "RuleException:\nCalledProcessError in file",  # where our scripts are called; the job's log says why one failed

@@ -27,8 +27,14 @@ def summary(folder: Path) -> str:
     if cosine is not None:
         quantization = acts.attributes["model_quantization"]
         said.append(f"  {quantization} weights: residuals' cosine similarity to FP32 {cosine.min():.4f} or more")
-    said.append(f"  next: make report draws its figures; .venv/bin/theloom inspect {acts.path}")
-    return "\n".join(map(lines, said))
+    return "\n".join([*map(lines, said), *_next(folder, acts.path)])
+
+
+def _next(folder: Path, path: Path) -> list[str]:
+    """What to do with a finished run, as commands to paste."""
+    figures = [] if (folder / "figures").is_dir() else ["make report, with the same PROFILES and SET"]
+    first, *others = [*figures, f".venv/bin/theloom inspect {path}"]
+    return [f"  next: {first}", *(f"        {command}" for command in others)]
 
 
 def _few(hooks: list[str]) -> str:
