@@ -152,6 +152,38 @@ def place_snakemake(place, arguments: list[str]) -> subprocess.CompletedProcess[
     )
 
 
+def anchors(page: Path) -> set[str]:
+    """The names by which a link reaches a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith("http"):
+            file, _, heading = link.partition("#")
+            target = (page.parent / file).resolve() if file else page
+            assert target.exists(), link
+            assert not heading or heading in anchors(target), link
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    seen, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        if page not in seen:
+            seen.add(page)
+            links = re.findall(r"\]\(([^)#\s]+\.md)[^)]*\)", page.read_text(encoding="utf-8"))
+            ahead += [(page.parent / link).resolve() for link in links if not link.startswith("http")]
+    assert {page.resolve() for page in PAGES} <= {page.resolve() for page in seen}
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8")) < 12_000, "move reference material to workflow/docs"
+
+
 def test_the_page_for_contributors_names_every_module():
     page = (ROOT / "workflow/docs/architecture.md").read_text(encoding="utf-8")
     modules = {file.stem for file in (ROOT / "workflow/theloom").glob("*.py")} - {"__init__"}

@@ -1,7 +1,7 @@
 """The schema of the configuration: every key with its type, its default and what it means.
 
 Hydra composes the YAML files of `config/` into this schema, which rejects unknown keys and wrong types. The `help` of a
-field is its documentation: the table in README.md is made from it.
+field is its documentation: the table in config/README.md is made from it.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -249,7 +249,7 @@ def leaf_keys(section: type = Config, prefix: str = "") -> list[Key]:
 
 
 def key_table() -> str:
-    """The Markdown table of all keys, as README.md shows it."""
+    """The Markdown table of all keys, as config/README.md shows it."""
     spelled = {"None": "null", "True": "true", "False": "false", "???": "(must be set)"}
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for k in leaf_keys():
