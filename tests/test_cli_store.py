@@ -1,6 +1,9 @@
 """theloom inspect and theloom verify."""
 
 import json
+import os
+import subprocess
+import sys
 
 import h5py
 import pytest
@@ -66,6 +69,14 @@ def test_verify_recomputes_documents_with_the_model(run, capsys):
     assert found["largest_error"] <= found["tolerance"]
     assert cli.main(["verify", str(run.shards[1]), "--recompute", "1"]) == 0
     assert "1 documents recomputed" in capsys.readouterr().out
+
+
+def test_verify_draws_no_bar_into_a_pipe(run):
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    command = [sys.executable, "-m", "theloom.cli", "verify", str(run.activations), "--recompute", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Loading weights" not in done.stderr
 
 
 def test_verify_ends_on_one_line_where_a_bit_is_flipped(run, capsys):

@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         argcomplete.autocomplete(parser)
     arguments = parser.parse_args(argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers are for terminals
     try:
         arguments.run(arguments)
         sys.stdout.flush()

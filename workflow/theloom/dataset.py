@@ -230,11 +230,11 @@ class Activations:
         if isinstance(which, str):
             number = next(iter(np.flatnonzero(self._document_id == which.encode())), None)
             if number is None:
-                raise KeyError(f"no document {which!r} in {self.path}")
+                raise KeyError(f"no document {which!r} in {self.path}; acts.documents lists them")
             which = int(number)
         count = len(self._document_id)
         if not -count <= which < count:
-            raise IndexError(f"document {which} of {count}")
+            raise IndexError(f"no document {which} in {self.path}; it has {count}, from 0")
         which %= count
         rows = slice(int(self._document_offset[which]), int(self._document_offset[which + 1]))
         return DocumentRows(
