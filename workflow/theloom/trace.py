@@ -75,10 +75,12 @@ def fake_model(
     attention: str | None = None,
     lm_head: bool = False,
     trust_remote_code: bool = False,
+    kernels: str = "cuda",
 ) -> FakeModel:
     """The classes that extraction loads (no LM head, unless asked for), on fake tensors.
 
-    `precision` is fp32, fp16 or bf16; `quantization` int8, int4 or None. Raises ModelError for a model that cannot be
+    `precision` is fp32, fp16 or bf16; `quantization` int8, int4 or None, with bitsandbytes' `kernels` of cuda or of the
+    cpu. Raises ModelError for a model that cannot be
     built so.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
@@ -90,7 +92,7 @@ def fake_model(
                 model_config, dtype=torch_dtype(precision), trust_remote_code=trust_remote_code, **options
             )
             if quantization is not None:
-                quantize(model, quantization, model_config)
+                quantize(model, quantization, model_config, kernels)
     except (ValueError, ImportError) as error:
         raise ModelError(f"{model_config.model_type}: cannot be traced: {' '.join(str(error).split())}") from None
     model.eval().requires_grad_(False)
