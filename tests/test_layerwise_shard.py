@@ -15,7 +15,7 @@ import torch
 from layerwise_support import KEPT_EVERY, extract_with_small_commits
 from support import build_tiny, stages
 from theloom import commit, host, layerwise, shard
-from theloom.errors import MemoryPlanError, ModelError, StoppedError
+from theloom.errors import MemoryPlanError, StoppedError
 from theloom.host import DeviceMemory
 
 SMALL = "corpus.max_tokens=3000 corpus.context_length=200 extraction.shards=2"
@@ -77,12 +77,6 @@ def test_auto_is_resident_where_it_fits_and_block_by_block_where_not(tmp_path, t
     monkeypatch.setattr(host, "memory", lambda: DeviceMemory(12_900_000, 12_900_000, "a small cgroup"))
     run = stages(tmp_path / "resident", tiny_llama, f"{SMALL} extraction.execution=resident")
     with pytest.raises(MemoryPlanError, match=r"cpu has 12\.9 MB of 12\.9 MB free, limited by a small cgroup"):
-        run.prepare()
-
-
-def test_quantised_weights_are_refused_block_by_block(tmp_path, tiny_llama):
-    run = stages(tmp_path, tiny_llama, f"{SMALL} extraction.execution=layerwise memory.quantization=8bit")
-    with pytest.raises(ModelError, match=r"memory\.quantization=8bit is for models that stay on the device"):
         run.prepare()
 
 
@@ -213,10 +207,3 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep
     assert not list((run.folder / "shards").glob("*residuals*"))
     run.merge()
     assert data_of(run) == data_of(whole)
-
-
-def test_a_quantised_model_that_does_not_fit_is_told_both_reasons(tmp_path, tiny_llama, monkeypatch):
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(5_000_000, 5_000_000, "a small cgroup"))
-    run = stages(tmp_path, tiny_llama, f"{SMALL} memory.quantization=8bit")
-    with pytest.raises(MemoryPlanError, match=r"a small cgroup.*nor block by block: memory\.quantization=8bit"):
-        run.prepare()

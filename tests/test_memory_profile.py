@@ -18,6 +18,7 @@ from theloom.batching import Batch
 from theloom.engine import ResidentRunner
 from theloom.errors import ConfigError
 from theloom.memory_profile import ShardProfile
+from transformers import AutoModel
 
 CHUNK = 64
 # Sizes of which the peak is in no kernel's own buffers: those of attention are reckoned for 512 keys at least.
@@ -128,6 +129,29 @@ def test_only_the_shard_asked_for_is_recorded_and_nothing_without_the_key(plain_
     assert not (plain_run.folder / "memory").exists()
     files = sorted(p.name for p in (profiled_run.folder / "memory").iterdir())
     assert files == ["00001-of-00002.json", "00001-of-00002.txt"]
+
+
+def test_a_shard_that_goes_block_by_block_is_recorded_too(tmp_path, tiny_llama, caplog):
+    asked = "name=r extraction.execution=layerwise"
+    plain = stages(tmp_path / "plain", tiny_llama, asked).all()
+    with caplog.at_level(logging.WARNING):
+        run = stages(tmp_path / "run", tiny_llama, f"{asked} memory.profile_shard=1").all()
+    assert caplog.text.count("is recorded, which slows it down") <= 2  # the largest batches, not each block
+    for hook in theloom.open(plain.activations).hooks:
+        rows = [theloom.open(r.activations)[hook].numpy(...).tobytes() for r in (plain, run)]
+        assert rows[0] == rows[1]
+    assert sorted(p.name for p in (run.folder / "memory").iterdir()) == ["00001-of-00002.json", "00001-of-00002.txt"]
+    found = json.loads((run.folder / "memory/00001-of-00002.json").read_text())
+    assert re.match(r"layers\.\d\.", found["peak_in"])
+    block = sum(p.nbytes for p in model_of(tiny_llama).layers[0].parameters())
+    assert block <= found["weight_bytes"] <= 1.1 * block  # one block, and the norm and buffers
+    with h5py.File(run.folder / "model.h5") as file:
+        foretold = int(file["memory/predicted"].attrs["working_set"])
+    assert found["peak_bytes"] == pytest.approx(foretold, rel=0.03)
+
+
+def model_of(folder):
+    return AutoModel.from_pretrained(folder, dtype=torch.float32)
 
 
 def test_the_table_says_what_the_json_says(profiled_run):

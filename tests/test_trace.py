@@ -10,6 +10,7 @@ from theloom.memory import Workload
 from theloom.precision import torch_dtype
 from transformers import AutoConfig, AutoModel, DynamicCache
 
+FUSED_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 SIZES = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -42,15 +43,6 @@ INSIDE = ["blocks.*.attn.hook_pattern", "blocks.1.*.hook_normalized", "blocks.*.
 SHORT_WORKLOADS = {"one pass": Workload(1, 256, 256), "streamed": Workload(2, 160, 48), "in two": Workload(1, 90, 64)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _two_threads():
-    """With one, the BF16 attention repacks keys and values within itself on some processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def model_config(name: str):
     model_type, numbers = MODELS[name]
     return AutoConfig.for_model(model_type, **SIZES, **numbers)
@@ -72,6 +64,30 @@ def test_trace_gives_the_peak_of_the_cpu_allocator(name: str, precision: str) ->
 def test_it_does_so_for_hook_points_inside_the_blocks(name: str) -> None:
     far = errors(name, "fp32", {"inside": INSIDE}, SHORT_WORKLOADS)
     assert all(abs(error) <= 1e-3 for error in far.values()), far
+
+
+@pytest.mark.parametrize(
+    ("windows", "tokens", "keys", "width", "causal"),
+    [(1, 24, 24, 16, True), (2, 64, 65, 33, False), (1, 192, 640, 64, True), (1, 800, 801, 16, False)],
+)
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_fused_attention_takes_what_its_kernel_takes(
+    precision: str, threads: int, windows: int, tokens: int, keys: int, width: int, causal: bool
+) -> None:
+    """Also where the processor multiplies tiles, and the kernel copies keys and values."""
+    before, dtype, heads = torch.get_num_threads(), torch_dtype(precision), 9
+    query = torch.randn(windows, heads, tokens, width).to(dtype)
+    key = torch.randn(windows, heads, keys, width).to(dtype)
+    arguments = (query, key, key, 0.0, causal)
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            found = allocator_peak(lambda: FUSED_ATTENTION(*arguments))
+        result = query.nbytes + 4 * windows * heads * tokens  # the rows' sums are FP32
+        assert found == result + trace.CPU_KERNELS[FUSED_ATTENTION](*arguments)
+    finally:
+        torch.set_num_threads(before)
 
 
 def errors(name: str, precision: str, filters_by_name, workloads) -> dict[tuple[str, str], float]:

@@ -5,7 +5,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ import torch
 
 from theloom import host
 from theloom.checkpoint import Checkpoint, Stored
+from theloom.quantized import with_scales
+from theloom.quantizing import OnDisk
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +30,15 @@ class BlockSource:
     two blocks. On the CPU parameters are views of the buffers. `waited` are the seconds for which the computation stood
     still for want of weights, `bytes_read` what came from the files. Pages read are dropped from the page cache where
     the blocks are more than half of what is free: they would be gone before the next sweep, and take others' room.
+    Of a quantised model the thread makes the next block itself, tensor by tensor, each in memory of its own: the device
+    holds two quantised blocks, the host one tensor as it is in its file.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, blocks: int) -> None:
         self._checkpoint, self._device, self._blocks = checkpoint, device, blocks
         self._files = {f: os.open(f, os.O_RDONLY) for f in {s.file for s in checkpoint.stored.values()}}
         self._slots = [_Slot(device), _Slot(device)]
-        self.largest = max(checkpoint.room(block) for block in range(blocks))
+        self.largest = max(checkpoint.room(block) for block in range(blocks))  # of the buffers
         total = sum(checkpoint.nbytes(block) for block in range(blocks))
         self._drop = hasattr(os, "posix_fadvise") and total > host.memory().free / 2
         self.waited = 0.0
@@ -81,7 +87,11 @@ class BlockSource:
                 slot = self._slots[number % 2]
                 slot.arrived()
                 try:
-                    self._checkpoint.attach(block, tensors, self._device)
+                    if self._checkpoint.quantized:
+                        slot.used_here(tensors)
+                        self._checkpoint.place(block, tensors)
+                    else:
+                        self._checkpoint.attach(block, tensors, self._device)
                     del tensors
                     yield block
                 finally:
@@ -104,6 +114,14 @@ class BlockSource:
             found[key] = buffer.view(stored.dtype).view(stored.shape)
         return found
 
+    def on_disk(self, keys: Sequence[str]) -> dict[str, OnDisk]:
+        """Tensors by key, to be read when they are asked for."""
+        stored = self._checkpoint.stored
+        return {key: OnDisk(partial(self._read_alone, key), stored[key].dtype) for key in keys}
+
+    def _read_alone(self, key: str) -> torch.Tensor:
+        return self.read([key])[key]
+
     def mapped(self, key: str) -> torch.Tensor:
         """A tensor whose bytes stay in the file: only rows that are looked up come in."""
         stored = self._checkpoint.stored[key]
@@ -112,6 +130,9 @@ class BlockSource:
 
     def _read(self, block: int, slot: "_Slot") -> dict[str, torch.Tensor]:
         keys = self._checkpoint.keys[block]
+        if self._checkpoint.quantized:
+            with slot.arriving():
+                return self._checkpoint.load(block, self.on_disk(keys), self._device)
         buffer = slot.for_reading(self.largest)
         places, offset = {}, 0
         for key in keys:
@@ -172,6 +193,23 @@ class _Slot:
             self._copied = torch.cuda.Event()
             self._copied.record(self._stream)
         return self._there
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """What is made within is made on the copies' stream of a GPU."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+            self._copied = torch.cuda.Event()
+            self._copied.record(self._stream)
+
+    def used_here(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Have the memory of tensors made on the copies' stream given out again once the computation is through."""
+        if self._stream is not None:
+            for tensor in (part for weight in tensors.values() for part in with_scales(weight)):
+                tensor.record_stream(torch.cuda.current_stream(self._device))
 
     def arrived(self) -> None:
         """Let the computation wait for the copy."""

@@ -7,7 +7,7 @@ Keys of older or fused layouts go through transformers' own renaming and convers
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,11 +20,14 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from theloom import quantizing
 from theloom.errors import ModelError
+from theloom.quantizing import OnDisk, PartLoader
 
 DTYPES = {
     "F64": torch.float64,
@@ -100,16 +103,26 @@ def _header(file: Path) -> dict[str, Stored]:
 class Checkpoint:
     """The keys of a checkpoint by block, and the places in a model on the meta device that they go to.
 
-    `attach` gives a part (a block's number, or OUTSIDE) its tensors, `detach` makes it meta again.
+    `attach` gives a part (a block's number, or OUTSIDE) its tensors, `detach` makes it meta again. Of a quantised
+    model `loader` makes a part's tensors, and `place` gives it them.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: list[nn.Module], stored: Mapping[str, Stored]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: list[nn.Module],
+        stored: Mapping[str, Stored],
+        loader: PartLoader | None = None,
+    ) -> None:
         self.stored = stored
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
         self._part_of = {m: number for number, block in enumerate(blocks) for m in block.modules()}
         self._places = self._all_places()
-        self._mapping = get_model_conversion_mapping(model) or []
+        self._loader, quantizer = loader, None if loader is None else loader.quantizer
+        self._mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer) or []
+        own = quantizer.get_weight_conversions() if quantizer is not None else []
+        put_together = {pattern for converter in own for pattern in converter.source_patterns}
         self._targets: dict[str, str] = {}
         self._converted: set[int] = set()
         self.keys: dict[int, list[str]] = defaultdict(list)
@@ -123,7 +136,9 @@ class Checkpoint:
             part = self._part_of.get(model.get_submodule(target.rpartition(".")[0]), OUTSIDE)
             self.keys[part].append(key)
             self._targets[key] = target
-            if pattern is not None:
+            if pattern in put_together:
+                self._keep_dtype(target, stored[key].dtype)
+            elif pattern is not None:
                 self._converted.add(part)
         for keys in self.keys.values():  # in the order of the files: read from front to back
             keys.sort(key=lambda k: (stored[k].file.name, stored[k].offset))
@@ -132,6 +147,43 @@ class Checkpoint:
     def room(self, part: int) -> int:
         """Bytes of a buffer that holds a part as it is on disk."""
         return sum(self.stored[k].room for k in self.keys[part])
+
+    def held(self, part: int, mapped: Collection[str] = ()) -> int:
+        """Bytes of a part once it is loaded, quantised, but for the keys that stay in their files."""
+        left = {id(self._place(self._targets[key])[2]) for key in mapped}
+        places = {id(tensor): (module, leaf, tensor) for module, leaf, tensor in self._places[part]}
+        return sum(quantizing.held(*place) for number, place in places.items() if number not in left)
+
+    def arriving(self, part: int, device: str) -> int:
+        """The most bytes of a device while a part is loaded tensor by tensor, with what of it is there already."""
+        assert self._loader is not None
+        own, there, most = self._loader.quantizer.pre_quantized, 0, 0
+        for target, keys in self._by_target(part).items():
+            module, leaf, meta = self._place(target)
+            result, dtype = quantizing.held(module, leaf, meta), self.stored[keys[0]].dtype
+            bits = quantizing.kind_of(module) if leaf == "weight" else None
+            if bits is not None:
+                beside = 0 if own else quantizing.staging(bits, meta.numel(), dtype, self._model.dtype, device)
+            elif len(keys) > 1:
+                beside = 2 * result  # what is put together, in two steps
+            else:
+                beside = self.stored[keys[0]].nbytes if dtype != meta.dtype else 0
+            most = max(most, there + result + beside)
+            there += result
+        return most
+
+    def largest_on_host(self, part: int) -> int:
+        """Bytes of the host's memory through which a GPU's tensors come; LLM.int8() wants them back there once."""
+        assert self._loader is not None
+        sizes = []
+        for target, keys in self._by_target(part).items():
+            module, leaf, meta = self._place(target)
+            back = (
+                leaf == "weight" and quantizing.kind_of(module) == "8bit" and not self._loader.quantizer.pre_quantized
+            )
+            read = sum(self.stored[k].nbytes for k in keys)
+            sizes.append(read + (meta.numel() * self._model.dtype.itemsize if back else 0))
+        return max(sizes)
 
     def nbytes(self, part: int) -> int:
         """Bytes of a part's tensors on disk."""
@@ -157,12 +209,33 @@ class Checkpoint:
             convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
         else:
             self.put(tensors, device)
+        self._check_whole(part)
+
+    def _check_whole(self, part: int) -> None:
         missing = [f"{self._names[m]}.{leaf}" for m, leaf, t in self._now(part) if t.is_meta]
         if missing:
             raise ModelError(
                 f"{type(self._model).__name__}: the files lack {len(missing)} weights ({missing[0]}, …); "
                 "they are incomplete or of another architecture"
             )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether parts are quantised as they are loaded, or were before."""
+        return self._loader is not None
+
+    def load(self, part: int, tensors: Mapping[str, OnDisk], device: torch.device) -> dict[str, torch.Tensor]:
+        """A part's tensors by their names in the model, quantised; the model itself is left as it is."""
+        assert self._loader is not None
+        names = list(dict.fromkeys(f"{self._names[m]}.{leaf}".lstrip(".") for m, leaf, _ in self._places[part]))
+        return self._loader.load(tensors, names, device)
+
+    def place(self, part: int, loaded: Mapping[str, torch.Tensor]) -> None:
+        """Give a part what `load` made of it. Raises ModelError for a tensor missing."""
+        for name, tensor in loaded.items():
+            module, leaf, _ = self._place(name)
+            self._set_tied(module, leaf, tensor)
+        self._check_whole(part)
 
     def put(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Put some of the tensors of a part, none of them converted, into the model."""
@@ -173,6 +246,8 @@ class Checkpoint:
         """Make a part meta again; its tensors are let go."""
         for module, leaf, tensor in self._places[part]:
             _set(module, leaf, tensor)
+            if self._loader is not None:
+                quantizing.let_go(module)
 
     def target(self, key: str) -> str:
         """The name of the parameter or buffer that a key goes to."""
@@ -183,17 +258,38 @@ class Checkpoint:
         return part in self._converted
 
     def _put(self, target: str, tensor: torch.Tensor, device: torch.device) -> None:
-        name, _, leaf = target.rpartition(".")
-        module = self._model.get_submodule(name)
-        meta = getattr(module, leaf)
+        module, leaf, meta = self._place(target)
         if tuple(meta.shape) != tuple(tensor.shape):
             raise ModelError(f"{target}: the files have {tuple(tensor.shape)}, the config wants {tuple(meta.shape)}")
         value = tensor.to(device=device, dtype=meta.dtype)
-        new = nn.Parameter(value, requires_grad=False) if isinstance(meta, nn.Parameter) else value
-        part = self._part_of.get(module, OUTSIDE)
-        for other, other_leaf, tied in self._places[part]:
+        self._set_tied(
+            module, leaf, nn.Parameter(value, requires_grad=False) if isinstance(meta, nn.Parameter) else value
+        )
+
+    def _set_tied(self, module: nn.Module, leaf: str, new: torch.Tensor) -> None:
+        meta = getattr(module, leaf)
+        for other, other_leaf, tied in self._places[self._part_of.get(module, OUTSIDE)]:
             if tied is meta:
                 _set(other, other_leaf, new)
+
+    def _by_target(self, part: int) -> dict[str, list[str]]:
+        """Keys by what they go to, in the order in which transformers loads them."""
+        found: dict[str, list[str]] = {}
+        for key in sorted(self.keys[part], key=dot_natural_key):
+            found.setdefault(self._targets[key], []).append(key)
+        return found
+
+    def _place(self, target: str) -> tuple[nn.Module, str, torch.Tensor]:
+        """Where a target is: its module, its name there, and the tensor that is there."""
+        path, _, leaf = target.rpartition(".")
+        module = self._model.get_submodule(path)
+        return module, leaf, getattr(module, leaf)
+
+    def _keep_dtype(self, target: str, dtype: torch.dtype) -> None:
+        """A weight of a quantised checkpoint that is not quantised stays as the file has it, as transformers does."""
+        module, _, meta = self._place(target)
+        if not quantizing.kind_of(module):
+            meta.data = meta.data.to(dtype)
 
     def _all_places(self) -> dict[int, list[tuple[nn.Module, str, torch.Tensor]]]:
         places: dict[int, list[tuple[nn.Module, str, torch.Tensor]]] = defaultdict(list)

@@ -139,9 +139,10 @@ def _layerwise(found: "Forecast") -> str:
     smallest = ", ".join(found.layerwise_gpus[:3]) or "no GPU"
     from theloom import modes
 
+    staged = f", {_gb(swept.sizes.converted)} to quantise a tensor" if swept.sizes.converted else ""
     said = [
-        f"Block by block (extraction.execution=layerwise) in {swept.precision}: {_gb(swept.device)} of the GPU, "
-        f"two blocks of {_gb(swept.sizes.block)} and {_gb(swept.working_set)} for a batch among it. "
+        f"Block by block (extraction.execution=layerwise) in {swept.kind}: {_gb(swept.device)} of the GPU, "
+        f"two blocks of {_gb(swept.sizes.block)}{staged} and {_gb(swept.working_set)} for a batch among it. "
         f"Host, beside the process: {_gb(swept.host)}, of which {_gb(swept.residuals)} residuals of a shard "
         f"of {swept.shard_tokens:,} tokens. Disk: {_gb(swept.read)} read for each shard. "
         f"Fits on {smallest} and larger.",

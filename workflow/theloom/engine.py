@@ -90,7 +90,8 @@ def extract_shard(
 
         check = partial(_check_streaming, recorded, lengths)
         what = (shard_tokens, points, output, identity, spec_of, check)
-        layerwise_shard.extract(frozen, estimated, recorded, *what, oom_level)
+        profiled = frozen.memory.profile_shard == shard
+        layerwise_shard.extract(frozen, estimated, recorded, *what, profiled, oom_level)
         return
     fitting = _plan(frozen, estimated, recorded, int(lengths.max(initial=1)), output, identity)
     planned = fitting.plan

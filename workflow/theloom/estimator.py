@@ -89,10 +89,19 @@ class ClosedForm:
         return closed_form.forward(self.size, kind, workload, blocks, residuals)
 
     def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
-        size, e = self.size, BYTES[kind.precision]
+        size, e, plain = self.size, BYTES[kind.precision], Kind(kind.precision)
         embedding = size.vocab_size * size.hidden_size
-        block = closed_form.parameters(replace(size, num_blocks=1), tied=True).base - embedding - size.hidden_size
-        return BlockSizes(block * e, 0, size.hidden_size * e, embedding * e, _run(points, size.num_blocks) * block * e)
+
+        def block(kind: Kind) -> int:
+            return closed_form.weights(size, kind, 2) - closed_form.weights(size, kind, 1)
+
+        return BlockSizes(
+            block=block(kind),
+            kept=size.hidden_size * e,
+            embeddings=embedding * e,
+            read=_run(points, size.num_blocks) * block(plain),
+            **_quantising(kind, closed_form.parameters(size, tied=True).largest_linear),
+        )
 
     def block_forward(self, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> tuple[Parts, int]:
         tokens = max(workload.steps)
@@ -160,17 +169,48 @@ class Traced:
         return trace.parts(trace.trace(self.fake(kind), workload, points, held, kind.precision, device)[0])
 
     def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
-        described = self.fake(kind).architecture
-        blocks = [sum(t.untyped_storage().nbytes() for t in b.parameters()) for b in described.blocks]
-        embedding = sum(t.untyped_storage().nbytes() for t in described.model.get_input_embeddings().parameters())
-        rest = self.weights(kind) - sum(blocks) - embedding
-        return BlockSizes(max(blocks), 0, rest, embedding, sum(blocks[: _run(points, len(blocks))]))
+        from theloom.quantized import is_linear
+
+        described, plain = self.fake(kind).architecture, self.fake(Kind(kind.precision)).architecture
+        blocks, whole = ([_nbytes(b) for b in found.blocks] for found in (described, plain))
+        embedding = _nbytes(described.model.get_input_embeddings())
+        linear: list[Any] = [m for b in plain.blocks for m in b.modules() if is_linear(m)]
+        largest = max((m.weight.numel() for m in linear), default=0)
+        staged = _quantising(kind, largest) if self.own is None else {"converted": 0, "tensor": largest}
+        return BlockSizes(
+            block=max(blocks),
+            kept=self.weights(kind) - sum(blocks) - embedding,
+            embeddings=embedding,
+            read=sum((whole if self.own is None else blocks)[: _run(points, len(blocks))]),
+            **staged,
+        )
 
     def block_forward(self, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> tuple[Parts, int]:
         from theloom.block_trace import trace_block
 
         found = trace_block(self.fake(kind), workload, points, "cuda")
         return found.parts, found.recorded
+
+
+def _nbytes(module: Any) -> int:
+    """Bytes of a module's weights, the scales of quantised ones included."""
+    from theloom.quantized import SCALED
+
+    scaled = [b for m in module.modules() if isinstance(m, SCALED) for b in m.buffers(recurse=False)]
+    return sum(t.untyped_storage().nbytes() for t in [*module.parameters(), *scaled])
+
+
+def _quantising(kind: Kind, largest: int) -> dict[str, int]:
+    """What quantising the largest weight takes: of a GPU beside its result, and of the host.
+
+    As `quantizing.staging` for a GPU; LLM.int8() takes the weight back to the host before it quantises it.
+    """
+    size = BYTES[kind.precision]
+    return {
+        None: {"converted": 0, "tensor": 0},
+        "int8": {"converted": largest * (size + 2), "tensor": 2 * largest * size},
+        "int4": {"converted": largest * size, "tensor": largest * size},
+    }[kind.quantization]
 
 
 def _run(points: Sequence[HookPoint], blocks: int) -> int:

@@ -100,7 +100,8 @@ def forecast(
     full, selected = (estimator.forward(kind, workload, chosen, held=True) for chosen in (residuals, points))
     swept, refused = _layerwise(estimator, kind, workload, points)
     deepest = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
-    able = [gpu for gpu in hardware.gpus() if getattr(gpu, kind.precision, True)]
+    needs = "fp16" if kind.quantization else kind.precision  # beside quantised weights any 16 bits do
+    able = [gpu for gpu in hardware.gpus() if getattr(gpu, needs, True)]
     return Forecast(
         model=settings.model.source,
         model_type=estimator.size.model_type,

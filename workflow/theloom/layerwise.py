@@ -9,7 +9,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from types import TracebackType
@@ -34,6 +34,10 @@ SECONDS_BETWEEN_LINES = 10
 # called with a batch's number, a hook point's name, the first position of a chunk, its values (window, position, …)
 # and which window of the batch is the first of theirs
 Sink = Callable[[int, str, int, torch.Tensor, int], None]
+# sees captured values, where a batch's memory is recorded
+Captured = Callable[[torch.Tensor], None] | None
+# around a batch: its number, its token ids, and what gives the tensors that were there before
+Profile = Callable[[int, torch.Tensor, Callable[[], list[torch.Tensor]]], AbstractContextManager[Captured]]
 
 
 @dataclass
@@ -102,12 +106,14 @@ class LayerwiseRunner:
         unit_done: Callable[[int], None] = lambda batch: None,
         commit: Callable[[], None] = lambda: None,
         stop: Callable[[], str | None] = lambda: None,
+        profile: Profile = lambda batch, ids, there: nullcontext(),
     ) -> Swept:
         """All batches of token ids (window, position) through all blocks, up to the deepest hook point.
 
         `chunk_sizes`: of each batch, where they are not the runner's. The first `done` units are not handed to `sink`
         again. `unit_done(batch)` is called when a unit ends, and `commit` before the residuals that a later job would
-        go on with are made safe. Raises StoppedError, after a commit, once `stop` says by what it is asked to.
+        go on with are made safe. `profile` is open while a batch goes through a block, and gives what is
+        to see captured values. Raises StoppedError, after a commit, once `stop` says by what it is asked to.
         """
         self._sizes = list(chunk_sizes or [self._chunk_size] * len(batches))
         counts = [-(-ids.shape[1] // size) for ids, size in zip(batches, self._sizes, strict=True)]
@@ -124,7 +130,9 @@ class LayerwiseRunner:
         blocks = range(first, self._last + 1)
         for block in self._source.sweep(blocks):
             for number, ids in enumerate(batches):
-                self._through_block(block, number, ids, residuals, units)
+                pieces = range(self._pieces[number], self._pieces[number + 1])
+                with profile(number, ids, lambda: [residuals.read(p) for p in pieces]) as units.captured:  # noqa: B023
+                    self._through_block(block, number, ids, residuals, units)
                 progress.say(block, number + 1, len(batches), ids.numel())
                 if asked := stop():
                     commit()
@@ -210,9 +218,13 @@ class LayerwiseRunner:
         """The hook points of a stage."""
         return self._points[stage]
 
-    def to_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A value as the writer takes it: (window, position, …) in the stored dtype, on the host."""
-        rows = value.to(self._dtype).cpu()
+    def as_stored(self, value: torch.Tensor) -> torch.Tensor:
+        """A value in the stored dtype."""
+        return value.to(self._dtype)
+
+    def to_rows(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """A value as the writer takes it: (window, position, …), on the host."""
+        rows = stored.cpu()
         return rows.transpose(1, 2) if name in self._over_keys else rows
 
 
@@ -253,6 +265,7 @@ class _Units:
     ) -> None:
         self._runner, self._architecture, self._sink, self._batches = runner, architecture, sink, batches
         self._done, self._unit_done = done, unit_done
+        self.captured: Captured = None
         self._first = 0
         self._position: dict[str, int] = defaultdict(int)
 
@@ -270,7 +283,10 @@ class _Units:
             return
 
         def hand_over(name: str, value: torch.Tensor) -> None:
-            rows = self._runner.to_rows(name, value)
+            stored = self._runner.as_stored(value)
+            if self.captured is not None:
+                self.captured(stored)
+            rows = self._runner.to_rows(name, stored)
             self._sink(batch, name, self._position[name], rows, self._first)
             self._position[name] += rows.shape[1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from theloom import blockwise, gpu, hooks, host, layerwise_plan, model, plan, trial
+from theloom import blockwise, gpu, hooks, host, layerwise_plan, memory, model, plan, quantized, quantizing, trial
 from theloom.block_source import BlockSource
 from theloom.block_trace import trace_block
 from theloom.checkpoint import OUTSIDE
@@ -19,7 +19,7 @@ from theloom.estimate import Estimate
 from theloom.hooks import HookPoint
 from theloom.layerwise import LayerwiseRunner
 from theloom.layerwise_plan import LayerwisePlan, PassOf
-from theloom.memory import BlockSizes, Parts, Workload
+from theloom.memory import BlockSizes, Kind, Parts, Workload
 from theloom.model import LoadedModel
 from theloom.plan import MOST_BATCH_TOKENS, Plan
 from theloom.residual_store import ResidualStore
@@ -45,6 +45,16 @@ class LayerwiseModel:
         checkpoint = self.shell.checkpoint
         blocks = range(min(max(p.block for p in points) + 1, len(self.shell.blocks)))
         embeddings = sum(checkpoint.stored[k].nbytes for k in self.shell.mapped)
+        if checkpoint.quantized:
+            device, block = self.loaded.device.type, max((checkpoint.held(b) for b in blocks), default=0)
+            return BlockSizes(
+                block=block,
+                converted=max(0, max((checkpoint.arriving(b, device) for b in blocks), default=0) - block),
+                kept=checkpoint.held(OUTSIDE, self.shell.mapped),
+                embeddings=embeddings,
+                read=sum(checkpoint.nbytes(b) for b in blocks),
+                tensor=max((checkpoint.largest_on_host(b) for b in blocks), default=0),
+            )
         return BlockSizes(
             block=self.source.largest if blocks else 0,
             converted=max((checkpoint.converted_bytes(block) for block in blocks), default=0),
@@ -55,15 +65,21 @@ class LayerwiseModel:
 
     def pass_of(self, points: Sequence[HookPoint]) -> PassOf:
         """Foretells the bytes of one pass through one block: by a trace, each workload once."""
-        config = self.shell.model.config
-        fake = fake_model(config, self.loaded.precision.resolved, attention=self.loaded.attention)
+        config, device = self.shell.model.config, self.loaded.device.type
+        precision, quantization, attention = self.kind.precision, self.kind.quantization, self.loaded.attention
+        fake = fake_model(config, precision, quantization, attention, kernels=device)
 
         @cache
         def foretold(workload: Workload) -> tuple[Parts, int]:
-            found = trace_block(fake, workload, points, self.loaded.device.type)
+            found = trace_block(fake, workload, points, device)
             return found.parts, found.recorded
 
         return foretold
+
+    @property
+    def kind(self) -> Kind:
+        """How its weights are held."""
+        return memory.kind_as(self.loaded.precision.resolved, self.loaded.quantization)
 
     @property
     def residual_row(self) -> int:
@@ -91,7 +107,7 @@ class LayerwiseModel:
             host.memory(),
             threshold=threshold,
             beside=beside,
-            one_pass=plan._one_pass_is_less(estimated, self.loaded.precision.resolved, asked),
+            one_pass=plan._one_pass_is_less(estimated, self.kind.name, asked),
         )
 
     def try_out(self) -> TriedOut:
@@ -130,19 +146,13 @@ class LayerwiseModel:
 @contextmanager
 def opened(config: Config, files: ModelFiles) -> Iterator[LayerwiseModel]:
     """Open the model of a config. Raises ModelError for one that cannot be run block by block."""
-    if config.memory.quantization is not None:
-        raise ModelError(
-            f"memory.quantization={config.memory.quantization.name} is for models that stay on the device: block by "
-            "block the weights are read anew for every shard, and quantising them each time would save no memory that "
-            "counts; set memory.quantization=null, or extraction.execution=resident"
-        )
     if not list(files.folder.glob("*.safetensors")):
         raise ModelError(f"model.source: {config.model.source} has no safetensors, which block by block are needed")
     device, resolved = model.resolve_precision(config)
     attention = config.extraction.attention.name
     model_config = model.hf_config(config.model)
-    if getattr(model_config, "quantization_config", None) is not None:
-        raise ModelError(f"model.source: {config.model.source} is quantised, and cannot be run block by block")
+    asked = config.memory.quantization.name if config.memory.quantization else None
+    bits = model.quantization_of(config, model_config) or asked
     shell = Shell(
         Path(files.folder),
         model_config,
@@ -150,9 +160,12 @@ def opened(config: Config, files: ModelFiles) -> Iterator[LayerwiseModel]:
         device,
         None if attention == "auto" else attention,
         config.model.trust_remote_code,
+        None if bits is None else quantizing.quantizer(bits, model_config, resolved.resolved),
     )
+    if bits == "4bit" and device.type == "cpu":
+        quantized.check_runs_on_the_cpu(shell.model)
     found = str(shell.model.config._attn_implementation)
-    loaded = LoadedModel(shell.architecture, files, device, resolved, found, None)
+    loaded = LoadedModel(shell.architecture, files, device, resolved, found, bits)
     with BlockSource(shell.checkpoint, device, len(shell.blocks)) as source:
         blockwise.examine(shell, source)
         yield LayerwiseModel(loaded, shell, source)

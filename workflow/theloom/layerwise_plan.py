@@ -2,7 +2,8 @@
 
 On the device: two blocks of weights, what is in no block and no embedding, one batch's pass through one block. On the
 host: the residuals of the shard, the arguments of the blocks, the embeddings' pages, and for a GPU the two buffers that
-weights come through. On the CPU both are one memory.
+weights come through. On the CPU both are one memory. Of quantised weights the device holds two blocks as they are
+quantised and what it takes to quantise one tensor, and the host that tensor.
 """
 
 import mmap
@@ -20,7 +21,8 @@ from theloom.plan import Plan
 class Need:
     """Bytes that a sweep takes at its peak."""
 
-    buffers: int  # two blocks, and what is converted
+    buffers: int  # two blocks, and what is converted or quantised
+    host_buffers: int  # what a GPU's host holds of them
     kept: int
     working_set: int  # one batch's pass through one block, its KV cache and what hook points make included
     residuals: int  # of the shard, in host memory; of one batch, twice, where they are on disk
@@ -36,7 +38,7 @@ class Need:
     @property
     def host(self) -> int:
         """What the host must have free for a GPU's job, beside the process itself."""
-        return self.buffers + self.residuals + self.recorded + self.embeddings
+        return self.host_buffers + self.residuals + self.recorded + self.embeddings
 
     @property
     def cpu(self) -> int:
@@ -74,7 +76,8 @@ def need(
     working = max((parts for parts, _ in passes), key=lambda p: p.total)
     fixed = memory.on_device(0, working, "cuda").total - working.total if device == "cuda" else 0
     return Need(
-        buffers=2 * sizes.block + sizes.converted,
+        buffers=sizes.on_device,
+        host_buffers=sizes.on_host,
         kept=sizes.kept,
         working_set=working.total,
         residuals=min(residuals, 2 * widest * residual_row) if spilled else residuals,

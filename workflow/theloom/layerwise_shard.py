@@ -17,6 +17,7 @@ from theloom.hooks import HookPoint
 from theloom.layerwise import LayerwiseRunner, Swept
 from theloom.layerwise_model import LayerwiseModel
 from theloom.layerwise_plan import LayerwisePlan
+from theloom.memory_profile import ShardProfile
 from theloom.model_record import ModelRecord
 from theloom.plan import Plan
 from theloom.progress import MemoryWatch
@@ -38,11 +39,12 @@ SpecOf = Callable[[Plan, int], ShardSpec]
 
 @dataclass(frozen=True)
 class _Measured:
-    """The bytes that a sweep was foretold to take, what watches its memory, and whether it is asked to stop."""
+    """The bytes that a sweep was foretold to take, what watches and records its memory, and what asks it to stop."""
 
     predicted: int
     watch: MemoryWatch
     stop: StopRequest
+    profile: ShardProfile
 
 
 def extract(
@@ -55,11 +57,13 @@ def extract(
     identity: str,
     spec_of: SpecOf,
     check: Callable[[int], None],
+    profiled: bool = False,
     oom_level: int = 0,
 ) -> None:
     """Write the hidden states of a shard, or go on with one that was begun.
 
-    `check` is called with the planned chunk size before anything is run; `oom_level` says how many times the windows of
+    `check` is called with the planned chunk size before anything is run; `profiled`: the memory of its largest batch is
+    recorded; `oom_level` says how many times the windows of
     a batch are halved from the start. Raises ModelError, MemoryPlanError, StoppedError.
     """
     lengths = np.diff(shard_tokens.window_offset)
@@ -74,6 +78,8 @@ def extract(
         ids = [batching.padded(b, shard_tokens.input_ids, shard_tokens.window_offset) for b in batches]
         precision, most = spec_of(planned.plan, 0).precision, max((len(b.windows) for b in batches), default=1)
         pinned = device.type == "cuda" and not planned.spilled
+        largest = batching.largest(batches, 0, planned.plan.chunk_size) if profiled else ()
+        profile = ShardProfile(found.loaded, output, largest)
         predicted = planned.need.cpu if device.type == "cpu" else planned.need.device - planned.need.fixed
 
         def run(level: int) -> None:
@@ -87,7 +93,7 @@ def extract(
                 if writer.batches_done < spec.batches:
                     writer.figures["oom_level"] = max(writer.figures["oom_level"], level)
                     with store, StopRequest() as stop:
-                        measured = _Measured(predicted, watch, stop)
+                        measured = _Measured(predicted, watch, stop, profile)
                         _say(_sweep(runner, ids, batches, store, writer, measured), frozen)
                     gpu.warn_above(frozen.memory.memory_warning_threshold, device)
                 store.remove()
@@ -194,6 +200,7 @@ def _sweep(
         unit_done=unit_done,
         commit=writer.commit,
         stop=lambda: measured.stop.asked,
+        profile=measured.profile.batch,
     )
     writer.figures["peak_memory"] = max(writer.figures["peak_memory"], float(measured.watch.peak))
     writer.figures["predicted_memory"] = float(measured.predicted)

@@ -28,7 +28,7 @@ def recompute(
     lengths = np.diff(acts.window_offset)
     with model_record.open_again(config, recorded) as found:
         pass_of, row = found.pass_of(points), found.residual_row
-        fixed = 2 * found.sizes(points).block + sum(int(lengths[w]) for w in windows) * row
+        fixed = found.sizes(points).on_device + sum(int(lengths[w]) for w in windows) * row
         kept = []
         for window in windows:
             tokens = int(lengths[window])

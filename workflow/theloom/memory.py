@@ -53,9 +53,10 @@ class Parts:
 class BlockSizes:
     """Bytes of a model's weights as they are read block by block.
 
-    `block`: the largest, as it lies in a buffer; `converted`: what the largest takes beside it where the file has
-    another precision or layout; `kept`: what is in no block and no embedding; `embeddings`, mapped; `read`: all blocks
-    that a sweep reads, as they are on disk.
+    `block`: the largest, as it lies in a buffer, or quantised; `converted`: what the largest takes beside it where the
+    file has another precision or layout, or while it is quantised; `kept`: what is in no block and no embedding;
+    `embeddings`, mapped; `read`: all blocks that a sweep reads, as they are on disk; `tensor`: the largest one on the
+    host while it is quantised for a GPU, 0 where whole blocks come through buffers.
     """
 
     block: int
@@ -63,6 +64,17 @@ class BlockSizes:
     kept: int
     embeddings: int
     read: int
+    tensor: int = 0
+
+    @property
+    def on_device(self) -> int:
+        """Two blocks, and what comes beside them."""
+        return 2 * self.block + self.converted
+
+    @property
+    def on_host(self) -> int:
+        """What the host of a GPU holds of the weights."""
+        return self.tensor or self.on_device
 
 
 @dataclass(frozen=True)
@@ -139,9 +151,12 @@ KINDS = {
 
 def kind_of(config: Config, precision: str, own: str | None = None) -> Kind:
     """The kind of a run that was resolved to a precision; `own`: the checkpoint's own quantisation, 8bit or 4bit."""
-    asked = config.memory.quantization.name if config.memory.quantization else None
-    quantization = own or asked
-    return Kind(precision, None if quantization is None else {"8bit": "int8", "4bit": "int4"}[quantization])
+    return kind_as(precision, own or (config.memory.quantization.name if config.memory.quantization else None))
+
+
+def kind_as(precision: str, bits: str | None) -> Kind:
+    """The kind of a precision and a quantisation to `8bit` or `4bit`, or none."""
+    return Kind(precision, None if bits is None else {"8bit": "int8", "4bit": "int4"}[bits])
 
 
 def in_words(size: float) -> str:

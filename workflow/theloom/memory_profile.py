@@ -31,29 +31,37 @@ WHOLE_MODEL, OUTSIDE = "(the model itself)", "(outside the model)"
 class ShardProfile:
     """Records the batches of the numbers given: into `memory/` beside the folder of the shard `output`, by its name.
 
-    Of several batches the files are of the one with the highest peak.
+    Of several batches, or of one that goes through block after block, the files are of the highest peak.
     """
 
     def __init__(self, loaded: LoadedModel, output: Path, numbers: Collection[int]) -> None:
         self._loaded, self._numbers = loaded, numbers
         self._file = output.parent.parent / "memory" / f"{output.stem}.txt"
         self._highest = -1
+        self._said: set[int] = set()
 
     @contextmanager
-    def batch(self, number: int, ids: "torch.Tensor") -> Iterator["Callable[[torch.Tensor], None] | None"]:
-        """Around a batch, whether it fails or not; gives what is to see captured values, None if it is not recorded."""
+    def batch(
+        self, number: int, ids: "torch.Tensor", there: "Callable[[], list[torch.Tensor]]" = list
+    ) -> Iterator["Callable[[torch.Tensor], None] | None"]:
+        """Around a batch, whether it fails or not; gives what is to see captured values, None if it is not recorded.
+
+        `there` gives tensors that were there before, which are not counted.
+        """
         if number not in self._numbers:
             yield None
             return
         from theloom.live import LiveStorages
         from theloom.trace import CAPTURED, CPU_KERNELS, CUDA_KERNELS
 
-        log.warning("memory.profile_shard: batch %d is recorded, which slows it down", number + 1)
+        if number not in self._said:
+            log.warning("memory.profile_shard: batch %d is recorded, which slows it down", number + 1)
+            self._said.add(number)
         device, model = self._loaded.device.type, self._loaded.architecture.model
         kernels: dict[str, Any] = {"whole": CUDA_KERNELS} if device == "cuda" else {"inside": CPU_KERNELS}
         running, failed = _Running(model), None
         live = LiveStorages(lambda: running.name, device=device, **kernels)
-        live.ignore([ids, *model.parameters(), *model.buffers()])
+        live.ignore([ids, *there(), *model.parameters(), *model.buffers()])
         with _history() if device == "cuda" else nullcontext():
             try:
                 with running.watch(live), live:
@@ -63,7 +71,7 @@ class ShardProfile:
                 raise
             finally:
                 head = {"batch": number + 1, "windows": ids.shape[0], "tokens": ids.shape[1], "device": device}
-                head |= {"weight_bytes": model.get_memory_footprint(), "failed": failed}
+                head |= {"weight_bytes": _weights(model), "failed": failed}
                 self._keep(head | _found(live, running))
 
     def _keep(self, found: dict[str, Any]) -> None:
@@ -82,6 +90,11 @@ class ShardProfile:
             log.info("%s; see %s", _in_one_line(found), text)
         except OSError as error:
             log.warning("the memory profile could not be written: %s", error)
+
+
+def _weights(model: "torch.nn.Module") -> int:
+    """Bytes of the parameters and buffers that are there: block by block, those of one block and what is in none."""
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta)
 
 
 @contextmanager

@@ -149,15 +149,15 @@ def load(
     own = quantization_of(config, config_in(files, config.model.trust_remote_code))
     asked = config.memory.quantization.name if config.memory.quantization and not exact else None
     quantization = own or asked
+    left_out, stays = _not_needed(config, resolved.resolved, points) if points is not None else ([], None)
     if quantization is not None:
-        new = _quantization(quantization, resolved.resolved)
+        new = _quantization(quantization, resolved.resolved, stays)
         if own is None:
             options["quantization_config"] = new
         else:
             log.info("its weights are quantised to %s already, and loaded as they are", own)
-    left_out = _not_needed(config, resolved.resolved, points) if points is not None else []
     try:
-        with _one_tensor_at_a_time():
+        with one_tensor_at_a_time():
             model, info = _part_of_model(config, left_out).from_pretrained(
                 files.folder,
                 dtype=precision.torch_dtype(resolved.resolved),
@@ -187,16 +187,23 @@ def load(
     return LoadedModel(described, files, device, resolved, attention, quantization, tuple(left_out))
 
 
-def _not_needed(config: Config, resolved: str, points: Sequence[HookPoint]) -> list[str]:
-    """Names of the modules that can be left out; none for a model whose code is its own."""
+def _not_needed(config: Config, resolved: str, points: Sequence[HookPoint]) -> tuple[list[str], list[str] | None]:
+    """Names of the modules that can be left out, and of those that are not quantised in the whole model.
+
+    None are left out of a model whose code is its own. transformers leaves the last module as it is: of a model without
+    its end that would be another one.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
     from theloom import trace
 
     model_config = hf_config(config.model)
     if _is_own_code(model_config):
-        return []
+        return [], None
     asked = config.extraction.attention.name
     attention = None if asked in ("auto", "flash_attention_2") else asked
-    return trace.fake_model(model_config, resolved, attention=attention).unneeded(points)
+    fake = trace.fake_model(model_config, resolved, attention=attention)
+    return fake.unneeded(points), get_keys_to_not_convert(fake.architecture.model)
 
 
 def _part_of_model(config: Config, left_out: list[str]) -> Any:
@@ -239,7 +246,7 @@ def _is_own_code(model_config: "PretrainedConfig") -> bool:
 
 
 @contextmanager
-def _one_tensor_at_a_time() -> Iterator[None]:
+def one_tensor_at_a_time() -> Iterator[None]:
     """Have transformers load in this thread, so that at most one tensor waits in host memory for its device."""
     before = os.environ.get(_SEQUENTIAL)
     os.environ[_SEQUENTIAL] = "1"
@@ -262,7 +269,8 @@ def _device_map(config: Config, device: "torch.device", resolved: Resolved) -> d
     return placement.over_leased(hf_config(config.model), kind, config.model.trust_remote_code)
 
 
-def _quantization(bits: str, compute: str) -> Any:
+def _quantization(bits: str, compute: str, stays: list[str] | None = None) -> Any:
+    """The config of bitsandbytes; `stays`: names of modules that are not quantised, where not those that it finds."""
     import importlib.util
 
     from transformers import BitsAndBytesConfig
@@ -273,7 +281,10 @@ def _quantization(bits: str, compute: str) -> Any:
         # it says at every product of every layer that it computes in float16
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         log.info("8-bit weights: bitsandbytes computes their products in float16")
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=stays)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=precision.torch_dtype(compute)
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=precision.torch_dtype(compute),
+        llm_int8_skip_modules=stays,
     )

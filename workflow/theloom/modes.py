@@ -47,7 +47,8 @@ PEAK = {
 class Layerwise:
     """A model block by block. Bytes: of the card, of host memory, and of a sweep's reading."""
 
-    precision: str  # of the weights, which are not quantised
+    kind: str  # of the weights (`memory.Kind.name`)
+    parameters: int  # of the blocks that a sweep runs
     sizes: BlockSizes
     working_set: int
     device: int
@@ -71,51 +72,52 @@ class CardModes:
 def layerwise(
     estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint], shard_tokens: int = SHARD_TOKENS
 ) -> Layerwise:
-    """What a sweep takes on a GPU, where a shard has so many tokens; of a quantised kind, in its 16 bits.
+    """What a sweep takes on a GPU, where a shard has so many tokens.
 
     Raises ModelError for a model that does not go block by block.
     """
-    kind = Kind(kind.precision)
     sizes = estimator.block_sizes(kind, points)
     parts, recorded = estimator.block_forward(kind, workload, points)
     whole = memory.on_device(0, parts, "cuda").total
     residuals = shard_tokens * estimator.size.hidden_size * BYTES[kind.precision]
-    buffers = 2 * sizes.block + sizes.converted
+    plain = sizes if kind.quantization is None else estimator.block_sizes(Kind(kind.precision), points)
     return Layerwise(
-        precision=kind.precision,
+        kind=kind.name,
+        parameters=plain.read // BYTES[kind.precision],
         sizes=sizes,
         working_set=parts.total,
-        device=buffers + sizes.kept + whole,
-        host=residuals + buffers + sizes.embeddings + recorded,
+        device=sizes.on_device + sizes.kept + whole,
+        host=residuals + sizes.on_host + sizes.embeddings + recorded,
         residuals=residuals,
         read=sizes.read,
         shard_tokens=shard_tokens,
     )
 
 
-def operations(size: Numbers, blocks: int, read: int, itemsize: int, tokens: int) -> float:
-    """Floating-point operations of a token through so many blocks, `read` bytes of weights, windows of `tokens`.
+def operations(size: Numbers, blocks: int, parameters: int, tokens: int) -> float:
+    """Floating-point operations of a token through so many blocks with their parameters, in windows of `tokens`.
 
     Two for each weight, and 4·q·t/2 for each block's attention over t/2 keys on average. Experts that a token does
     not meet are counted too: an upper bound for mixtures of experts.
     """
-    return 2 * read / itemsize + 2 * blocks * size.num_heads * size.head_dim * tokens
+    return 2 * parameters + 2 * blocks * size.num_heads * size.head_dim * tokens
 
 
 def cards(
     estimator: Estimator, kind: Kind, tokens: int, resident_bytes: int, found: Layerwise, blocks: int
 ) -> list[CardModes]:
     """Both modes on every card whose speed is known, with windows of so many tokens."""
-    each = operations(estimator.size, blocks, found.read, BYTES[kind.precision], tokens)
+    each = operations(estimator.size, blocks, found.parameters, tokens)
     answered = []
     for gpu in hardware.gpus():
         if gpu.name not in PEAK:
             continue
-        able = getattr(gpu, kind.precision, True)  # FP32 is everywhere
+        # FP32 is everywhere, and beside quantised weights any 16 bits do
+        able = gpu.fp16 if kind.quantization else getattr(gpu, kind.precision, True)
         speed = PEAK[gpu.name] * 1e12 * EFFICIENCY
         resident, swept = None, None
         hidden = found.shard_tokens * each / blocks / speed >= found.read / blocks / DISK
-        if (able or kind.quantization) and resident_bytes <= gpu.usable_bytes:
+        if able and resident_bytes <= gpu.usable_bytes:
             resident = (_hours(1e6 * each / speed), _hours(1e7 * each / speed))
         if able and found.device <= gpu.usable_bytes:
             swept = (_swept(1e6, each, speed, found, blocks), _swept(1e7, each, speed, found, blocks))

@@ -6,6 +6,9 @@ Sizes follow bitsandbytes 0.50: LLM.int8() keeps a byte a weight and a 4-byte sc
 makes the rows in int8, an int32 result and a float16 one; NF4 keeps half a byte a weight and a 4-byte scale for each 64
 weights, and the whole weight is made 16-bit for each product. Where these scales are quantised once more, they are a
 byte each, with a 4-byte scale for each 256 and a table of 256 numbers.
+
+On the CPU the 8-bit product is scaled in FP32, with three tables of its size beside it. Where the processor has
+AVX512-BF16, a 4-bit weight is packed anew at its first product, which takes 7 bytes a weight, and products are in BF16.
 """
 
 import math
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from theloom.errors import ModelError
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 NF4_BLOCK = 64
 SCALES_BLOCK = 256
+PACKED_ROWS = 32
 
 
 def own(model_config: "PretrainedConfig") -> str | None:
@@ -44,15 +49,19 @@ def own(model_config: "PretrainedConfig") -> str | None:
 
 def check_runs_on_the_cpu(model: nn.Module) -> None:
     """Raises ModelError where bitsandbytes' product for 4-bit weights on this CPU does not take their widths."""
-    from bitsandbytes.functional import has_avx512bf16
     from bitsandbytes.nn import Linear4bit
 
-    odd = [name for name, m in model.named_modules() if isinstance(m, Linear4bit) and m.in_features % NF4_BLOCK]
-    if odd and has_avx512bf16():
-        raise ModelError(
-            f"bitsandbytes runs 4-bit weights on this CPU where their width is a multiple of {NF4_BLOCK}, "
-            f"which that of {odd[0]} is not; set memory.quantization=8bit or null"
-        )
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit)]
+    for name, layer in layers if _packed_on_the_cpu() else ():
+        for what, found, unit in (
+            ("width", layer.in_features, NF4_BLOCK),
+            ("number of rows", layer.out_features, PACKED_ROWS),
+        ):
+            if found % unit:
+                raise ModelError(
+                    f"bitsandbytes runs 4-bit weights on this CPU where their {what} is a multiple of {unit}, "
+                    f"which that of {name} is not; set memory.quantization=8bit or null"
+                )
 
 
 def resident(model: nn.Module) -> int:
@@ -63,16 +72,21 @@ def resident(model: nn.Module) -> int:
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     for tensor in [*model.parameters(), *model.buffers()]:
-        yield tensor
-        state = getattr(tensor, "quant_state", None)
-        while state is not None:
-            parts = vars(state)
-            yield from (v for v in parts.values() if isinstance(v, torch.Tensor))
-            state = parts.get("state2")
+        yield from with_scales(tensor)
     for module in model.modules():
-        places = [getattr(module, "weight", None), getattr(module, "state", None)]
-        found = [getattr(place, name, None) for place in places for name in ("CB", "SCB")]
+        found = [getattr(getattr(module, "state", None), name, None) for name in ("CB", "SCB")]
         yield from (v for v in found if isinstance(v, torch.Tensor))
+
+
+def with_scales(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A weight and what bitsandbytes keeps beside it, before the first product."""
+    yield tensor
+    yield from (v for name in ("CB", "SCB") if isinstance(v := getattr(tensor, name, None), torch.Tensor))
+    state = getattr(tensor, "quant_state", None)
+    while state is not None:
+        parts = vars(state)
+        yield from (v for v in parts.values() if isinstance(v, torch.Tensor))
+        state = parts.get("state2")
 
 
 def _said(model_config: "PretrainedConfig") -> dict[str, Any]:
@@ -81,8 +95,9 @@ def _said(model_config: "PretrainedConfig") -> dict[str, Any]:
 
 
 class _Int8Linear(nn.Module):
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, on_cpu: bool) -> None:
         super().__init__()
+        self.on_cpu = on_cpu
         self.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(linear.out_features, dtype=torch.float32))
         self.bias, self.out = linear.bias, linear.out_features
@@ -90,7 +105,15 @@ class _Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
         half = x.to(torch.float16)
+        scaled = [x.new_empty((9, *x.shape), dtype=torch.int8)] if self.on_cpu else []  # twice in FP32, and outliers
+        scaled.clear()
         quantized, row_scale = half.new_empty(x.shape, dtype=torch.int8), half.new_empty(rows, dtype=torch.float32)
+        if self.on_cpu:
+            del half
+            product = x.new_empty((rows, self.out), dtype=torch.int32)
+            factors, converted, exact = (x.new_empty((*x.shape[:-1], self.out), dtype=torch.float32) for _ in range(3))
+            del factors, converted, quantized
+            return exact.to(x.dtype)
         product = half.new_empty((rows, self.out), dtype=torch.int32)
         result = half.new_empty((*x.shape[:-1], self.out), dtype=torch.float16)
         del half, quantized, row_scale, product
@@ -98,8 +121,9 @@ class _Int8Linear(nn.Module):
 
 
 class _NF4Linear(nn.Module):
-    def __init__(self, linear: nn.Linear, double: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, double: bool = False, packed: bool = False) -> None:
         super().__init__()
+        self.packed = packed
         count = linear.weight.numel()
         self.shape = linear.weight.shape
         self.register_buffer("weight", torch.empty(math.ceil(count / 2), 1, dtype=torch.uint8))
@@ -111,19 +135,54 @@ class _NF4Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, x.new_empty(self.shape), self.bias)
+        if not self.packed:
+            return nn.functional.linear(x, x.new_empty(self.shape), self.bias)
+        packing = x.new_empty((7, *self.shape), dtype=torch.uint8)
+        del packing
+        half = x.to(torch.bfloat16)
+        product = half.new_empty((*x.shape[:-1], self.shape[0]))
+        return product.to(x.dtype)
 
 
-def quantize(model: nn.Module, kind: str, model_config: "PretrainedConfig | None" = None) -> None:
-    """Replace every linear layer but the LM head, as `int8` or `int4`; a quantised checkpoint's as its config says."""
+SCALED = (_Int8Linear, _NF4Linear)
+
+
+def quantize(
+    model: nn.Module, kind: str, model_config: "PretrainedConfig | None" = None, kernels: str = "cuda"
+) -> None:
+    """Replace every linear layer but the LM head, as `int8` or `int4`; a quantised checkpoint's as its config says.
+
+    `kernels`: those of cuda or of the cpu.
+    """
+    on_cpu, packed = kernels == "cpu", kernels == "cpu" and kind == "int4" and _packed_on_the_cpu()
     said = _said(model_config) if model_config is not None else {}
     left = said.get("llm_int8_skip_modules") or ()
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child is not head and not _named(f"{path}.{name}", left):
+            if is_linear(child) and child is not head and not _named(f"{path}.{name}", left):
+                linear = child if isinstance(child, nn.Linear) else _turned(child)
                 double = bool(said.get("bnb_4bit_use_double_quant"))
-                setattr(parent, name, _Int8Linear(child) if kind == "int8" else _NF4Linear(child, double))
+                layer = _Int8Linear(linear, on_cpu) if kind == "int8" else _NF4Linear(linear, double, packed)
+                setattr(parent, name, layer)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether bitsandbytes takes it: a linear layer, or GPT-2's that is one."""
+    return isinstance(module, Conv1D) or type(module) is nn.Linear
+
+
+def _turned(layer: Conv1D) -> nn.Linear:
+    """GPT-2's layer as the linear one that it is, its weight the other way round."""
+    linear = nn.Linear(layer.nx, layer.nf, dtype=layer.weight.dtype)
+    linear.bias = layer.bias
+    return linear
+
+
+def _packed_on_the_cpu() -> bool:
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
 
 
 def _named(path: str, names: Collection[str]) -> bool:

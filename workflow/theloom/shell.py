@@ -20,14 +20,16 @@ from torch.utils._pytree import tree_map
 from transformers import AutoModel, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.core_model_loading import build_glob_alternation
+from transformers.quantizers import HfQuantizer
 
-from theloom import architecture, checkpoint, trace
+from theloom import architecture, checkpoint, quantizing, trace
 from theloom.architecture import Architecture
 from theloom.block_source import BlockSource
 from theloom.checkpoint import OUTSIDE, Checkpoint
 from theloom.errors import ModelError
 from theloom.kv_cache import PrefillCache
 from theloom.precision import torch_dtype
+from theloom.quantizing import PartLoader
 
 RESIDUAL = "hidden_states"  # what blocks call it where it comes by name
 
@@ -152,17 +154,26 @@ class Shell(Frame):
         device: torch.device,
         attention: str | None = None,
         trust_remote_code: bool = False,
+        quantizer: HfQuantizer | None = None,
     ) -> None:
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModel.from_config(
-                model_config, dtype=torch_dtype(precision), trust_remote_code=trust_remote_code, **options
-            )
-        model.eval().requires_grad_(False)
-        _keep_precise(model, torch_dtype(precision))
-        _fill_buffers(model, device)
+        dtype = torch_dtype(precision)
+
+        def empty() -> PreTrainedModel:
+            with torch.device("meta"):
+                model: PreTrainedModel = AutoModel.from_config(
+                    model_config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+                )
+            _fill_buffers(model, device)  # before there are layers whose weights cannot be initialised
+            if quantizer is not None:
+                quantizing.replace_layers(model, quantizer, dtype, device)
+            model.eval().requires_grad_(False)
+            _keep_precise(model, dtype)
+            return model
+
+        model, loader = empty(), None if quantizer is None else PartLoader(empty(), quantizer)
         super().__init__(architecture.describe(model), device)
-        self.checkpoint = Checkpoint(model, self.blocks, checkpoint.index(folder))
+        self.checkpoint = Checkpoint(model, self.blocks, checkpoint.index(folder), loader)
 
     @contextmanager
     def embedded(self, source: BlockSource) -> Iterator[None]:
@@ -173,7 +184,10 @@ class Shell(Frame):
             mapped = self.mapped
             self.checkpoint.put({k: source.mapped(k) for k in mapped}, torch.device("cpu"))
             rest = [k for k in keys if k not in set(mapped)]
-            self.checkpoint.attach(part, source.read(rest), self.device)
+            if self.checkpoint.quantized:
+                self.checkpoint.place(part, self.checkpoint.load(part, source.on_disk(rest), self.device))
+            else:
+                self.checkpoint.attach(part, source.read(rest), self.device)
             if mapped and self.device.type != "cpu":
                 for module in self._embeddings().values():
                     opened.enter_context(_on_host(module, self.device))
@@ -212,7 +226,7 @@ class Shell(Frame):
                     fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if parameter else fake
                 table[leaf] = fakes[id(tensor)]
         try:
-            with mode, trace._shapes_alone():
+            with mode, trace._shapes_alone(), quantizing.shapes_alone(self.model):
                 yield mode
         finally:
             for table, leaf, tensor in was:

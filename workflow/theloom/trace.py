@@ -75,10 +75,12 @@ def fake_model(
     attention: str | None = None,
     lm_head: bool = False,
     trust_remote_code: bool = False,
+    kernels: str = "cuda",
 ) -> FakeModel:
     """The classes that extraction loads (no LM head, unless asked for), on fake tensors.
 
-    `precision` is fp32, fp16 or bf16; `quantization` int8, int4 or None. Raises ModelError for a model that cannot be
+    `precision` is fp32, fp16 or bf16; `quantization` int8, int4 or None, with bitsandbytes' `kernels` of cuda or of the
+    cpu. Raises ModelError for a model that cannot be
     built so.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
@@ -90,7 +92,7 @@ def fake_model(
                 model_config, dtype=torch_dtype(precision), trust_remote_code=trust_remote_code, **options
             )
             if quantization is not None:
-                quantize(model, quantization, model_config)
+                quantize(model, quantization, model_config, kernels)
     except (ValueError, ImportError) as error:
         raise ModelError(f"{model_config.model_type}: cannot be traced: {' '.join(str(error).split())}") from None
     model.eval().requires_grad_(False)
@@ -263,18 +265,38 @@ def _grouped_product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tens
     return input.new_empty(input.shape[0], weight.shape[-1], dtype=weight.dtype)
 
 
-def _cpu_attention_buffers(query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:
-    """Bytes that the fused CPU attention takes within itself, for each thread: as ATen's FlashAttentionKernel.cpp.
+def _cpu_attention_buffers(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float = 0.0, causal: bool = False, *_: Any
+) -> int:
+    """Bytes that the fused CPU attention takes within itself, as ATen's FlashAttentionKernel.cpp: for each thread, and
+    where the processor multiplies tiles of 16 bits (AMX), for a copy of keys and values in the order that it wants."""
+    (windows, heads, tokens, width), size = query.shape, query.element_size()
+    rows = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
+    kv_heads, keys = key.shape[1], key.shape[2]
+    columns, float_bytes, threads = min(512, keys), 4, torch.get_num_threads()
+    own = float_bytes * (rows * columns + 2 * rows + rows * width)
+    if query.dtype == torch.float32:
+        return own * threads
+    fewest, least_gain = (64, 4) if query.dtype == torch.bfloat16 else (16, 1)
+    packs = multiplies_tiles(query.dtype) and min(tokens, keys) >= fewest
+    if packs:  # only where products outnumber the copies by so much
+        blocks = (windows * heads * -(-tokens // rows) + threads - 1) // threads
+        seen = min(tokens, keys) if causal else keys
+        packs = blocks * rows * seen >= least_gain * windows * kv_heads * keys
+    if not packs:
+        return (own + size * rows * columns) * threads
+    even = width + width % 2
+    padded = (keys - 1) // columns * (columns + columns % 2) + ((keys - 1) % columns + 1 + 1) // 2 * 2
+    copies = size * windows * kv_heads * (even * keys + padded * width)
+    own += size * (rows * (columns + columns % 2) + columns * width + (rows * even if width % 2 else 0))
+    return own * threads + copies
 
-    In BF16, with few threads and on processors that multiply it, the kernel also repacks keys and values: not counted.
-    """
-    rows = query.shape[2]
-    rows = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
-    columns, float_bytes = min(512, key.shape[2]), 4
-    own = float_bytes * (rows * columns + 2 * rows + rows * query.shape[3])
-    if query.dtype != torch.float32:
-        own += query.element_size() * rows * columns
-    return own * torch.get_num_threads()
+
+def multiplies_tiles(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies tiles of a 16-bit type, and PyTorch makes use of it."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return torch.cpu._is_amx_tile_supported() if dtype == torch.bfloat16 else torch.cpu._is_amx_fp16_supported()
 
 
 CUDA_KERNELS = (torch.ops.aten.softmax.int,)  # with a dtype: half in, float out, in one kernel

@@ -229,7 +229,7 @@ def _fused_dropout() -> Iterator[None]:
 def _cpu_attention_backward_buffers(gradient: torch.Tensor, query: torch.Tensor, *_: Any) -> int:
     """Bytes that the fused CPU attention's backward takes within itself, for each thread: as trace's of the forward.
 
-    In BF16 oneDNN's products take up to some 0.4 MB a thread more, which depends on the processor and is left out.
+    In 16 bits, on processors that multiply them, oneDNN's products take up to some 0.4 MB a thread more: left out.
     """
     tokens = query.shape[2]
     rows = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
