@@ -333,5 +333,5 @@ def test_a_failed_run_of_a_sweep_leaves_the_others_alone_and_is_named_at_the_end
     finished = list((tiny.folder / "results").glob("*/verification.h5"))
     assert sorted(theloom.open(f.parent / "activations.h5").precision for f in finished) == ["bf16", "fp32"]
     assert printed.count("bad.txt: not utf-8") >= 2
-    named = [line for line in printed.splitlines() if line.startswith("error: bad.txt") and "(log: " in line]
+    named = {line for line in printed.splitlines() if line.startswith("error: bad.txt") and "(log: " in line}
     assert len(named) == 2
