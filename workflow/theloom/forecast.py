@@ -100,8 +100,7 @@ def forecast(
     full, selected = (estimator.forward(kind, workload, chosen, held=True) for chosen in (residuals, points))
     swept, refused = _layerwise(estimator, kind, workload, points)
     deepest = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
-    needs = "fp16" if kind.quantization else kind.precision  # beside quantised weights any 16 bits do
-    able = [gpu for gpu in hardware.gpus() if getattr(gpu, needs, True)]
+    able = [gpu for gpu in hardware.gpus() if gpu.computes(kind.name)]
     return Forecast(
         model=settings.model.source,
         model_type=estimator.size.model_type,
@@ -164,9 +163,7 @@ def fitting(
     one = smaller_pass(estimator, kind, Workload(1, workload.tokens, workload.chunk_size), points)
     found = []
     for gpu in hardware.gpus():
-        # beside quantised weights any 16 bits do
-        able = gpu.bf16 if kind.name == "bf16" else gpu.fp16 or kind.name == "fp32"
-        if not able or gpu.usable_bytes < needed.total:
+        if not gpu.computes(kind.name) or gpu.usable_bytes < needed.total:
             continue
         fixed = memory.on_device(needed.weights, one.times(0), "cuda", gpu.compute_capability).total
         room = HEADROOM * gpu.usable_bytes - fixed

@@ -110,6 +110,10 @@ class GPU:
     bf16: bool
     fp16: bool
 
+    def computes(self, kind: str) -> bool:
+        """Whether it computes with a kind of weights (`memory.Kind.name`): beside quantised ones any 16 bits do."""
+        return self.bf16 if kind == "bf16" else self.fp16 or kind == "fp32"
+
 
 @dataclass(frozen=True)
 class CloudOffer:

@@ -151,8 +151,7 @@ def opened(config: Config, files: ModelFiles) -> Iterator[LayerwiseModel]:
     device, resolved = model.resolve_precision(config)
     attention = config.extraction.attention.name
     model_config = model.hf_config(config.model)
-    asked = config.memory.quantization.name if config.memory.quantization else None
-    bits = model.quantization_of(config, model_config) or asked
+    bits = model.quantization_of(config, model_config) or memory.asked_quantization(config)
     shell = Shell(
         Path(files.folder),
         model_config,

@@ -151,7 +151,12 @@ KINDS = {
 
 def kind_of(config: Config, precision: str, own: str | None = None) -> Kind:
     """The kind of a run that was resolved to a precision; `own`: the checkpoint's own quantisation, 8bit or 4bit."""
-    return kind_as(precision, own or (config.memory.quantization.name if config.memory.quantization else None))
+    return kind_as(precision, own or asked_quantization(config))
+
+
+def asked_quantization(config: Config) -> str | None:
+    """`8bit`, `4bit` or None, as the config asks for it."""
+    return config.memory.quantization.name if config.memory.quantization else None
 
 
 def kind_as(precision: str, bits: str | None) -> Kind:

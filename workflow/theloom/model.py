@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from theloom import architecture, gpu, lease, precision, source
+from theloom import architecture, gpu, lease, memory, precision, source
 from theloom.architecture import Architecture, Numbers
 from theloom.errors import ModelError
 from theloom.estimator import quantized_as
@@ -20,6 +20,8 @@ from theloom.source import ModelFiles
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
+
+    from theloom.trace import FakeModel
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ def read_config(config: ModelConfig) -> Numbers:
 def quantization_of(config: Config, found: "PretrainedConfig") -> str | None:
     """`8bit` or `4bit` where a checkpoint is quantised itself. Raises ModelError where the config asks for another."""
     own = quantized_as(found)
-    asked = config.memory.quantization.name if config.memory.quantization else None
+    asked = memory.asked_quantization(config)
     if own is not None and asked not in (None, own):
         raise ModelError(
             f"memory.quantization={asked}: the weights of {config.model.source} are quantised to {own} already; "
@@ -147,11 +149,15 @@ def load(
     if config.extraction.attention.name != "auto":
         options["attn_implementation"] = config.extraction.attention.name
     own = quantization_of(config, config_in(files, config.model.trust_remote_code))
-    asked = config.memory.quantization.name if config.memory.quantization and not exact else None
-    quantization = own or asked
-    left_out, stays = _not_needed(config, resolved.resolved, points) if points is not None else ([], None)
+    quantization = own or (None if exact else memory.asked_quantization(config))
+    whole = _without_bytes(config, resolved.resolved) if points is not None else None
+    left_out = whole.unneeded(points) if whole is not None and points is not None else []
     if quantization is not None:
-        new = _quantization(quantization, resolved.resolved, stays)
+        # transformers leaves the last module as it is, which of a model without its end would be another one
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        stays = None if whole is None else get_keys_to_not_convert(whole.architecture.model)
+        new = bitsandbytes_config(quantization, resolved.resolved, stays)
         if own is None:
             options["quantization_config"] = new
         else:
@@ -187,23 +193,16 @@ def load(
     return LoadedModel(described, files, device, resolved, attention, quantization, tuple(left_out))
 
 
-def _not_needed(config: Config, resolved: str, points: Sequence[HookPoint]) -> tuple[list[str], list[str] | None]:
-    """Names of the modules that can be left out, and of those that are not quantised in the whole model.
-
-    None are left out of a model whose code is its own. transformers leaves the last module as it is: of a model without
-    its end that would be another one.
-    """
-    from transformers.quantizers.base import get_keys_to_not_convert
-
+def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":
+    """The whole model on tensors without bytes, by which it is loaded in part; None for one whose code is its own."""
     from theloom import trace
 
     model_config = hf_config(config.model)
     if _is_own_code(model_config):
-        return [], None
+        return None
     asked = config.extraction.attention.name
     attention = None if asked in ("auto", "flash_attention_2") else asked
-    fake = trace.fake_model(model_config, resolved, attention=attention)
-    return fake.unneeded(points), get_keys_to_not_convert(fake.architecture.model)
+    return trace.fake_model(model_config, resolved, attention=attention)
 
 
 def _part_of_model(config: Config, left_out: list[str]) -> Any:
@@ -269,7 +268,7 @@ def _device_map(config: Config, device: "torch.device", resolved: Resolved) -> d
     return placement.over_leased(hf_config(config.model), kind, config.model.trust_remote_code)
 
 
-def _quantization(bits: str, compute: str, stays: list[str] | None = None) -> Any:
+def bitsandbytes_config(bits: str, compute: str, stays: list[str] | None = None) -> Any:
     """The config of bitsandbytes; `stays`: names of modules that are not quantised, where not those that it finds."""
     import importlib.util
 

@@ -112,8 +112,7 @@ def cards(
     for gpu in hardware.gpus():
         if gpu.name not in PEAK:
             continue
-        # FP32 is everywhere, and beside quantised weights any 16 bits do
-        able = gpu.fp16 if kind.quantization else getattr(gpu, kind.precision, True)
+        able = gpu.computes(kind.name)
         speed = PEAK[gpu.name] * 1e12 * EFFICIENCY
         resident, swept = None, None
         hidden = found.shard_tokens * each / blocks / speed >= found.read / blocks / DISK

@@ -29,7 +29,7 @@ CODE_OF_SCALES = 256 * 4
 def quantizer(bits: str, model_config: PretrainedConfig, precision: str) -> HfQuantizer:
     """What quantises to `8bit` or `4bit` on loading, or loads what a checkpoint says it is quantised to already."""
     own = getattr(model_config, "quantization_config", None)
-    asked = loading._quantization(bits, precision) if own is None else own
+    asked = loading.bitsandbytes_config(bits, precision) if own is None else own
     found: HfQuantizer = AutoHfQuantizer.from_config(asked, pre_quantized=own is not None)
     found.validate_environment()
     return found

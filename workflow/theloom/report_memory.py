@@ -72,10 +72,8 @@ def fits_on(estimate_path: Path, title: str) -> Drawn:
     for gpu in gpus:
         for kind in kinds:
             needed = _needed(found, kind, gpu.compute_capability)
-            able = gpu.bf16 if kind == "bf16" else gpu.fp16 or kind == "fp32"
-            rows.append(
-                (gpu.name, gpu.usable_bytes, kind, needed, needed / gpu.usable_bytes, _verdict(gpu, needed, able))
-            )
+            verdict = _verdict(gpu, needed, gpu.computes(kind))
+            rows.append((gpu.name, gpu.usable_bytes, kind, needed, needed / gpu.usable_bytes, verdict))
     table = Table(("gpu", "usable_bytes", "kind", "needed_bytes", "share", "fits"), rows)
     passes = f"windows of up to {found.context_length} tokens one at a time, in steps of {found.chunk_size}"
     height = 1.6 + 0.36 * len(gpus)

@@ -80,8 +80,7 @@ def fake_model(
     """The classes that extraction loads (no LM head, unless asked for), on fake tensors.
 
     `precision` is fp32, fp16 or bf16; `quantization` int8, int4 or None, with bitsandbytes' `kernels` of cuda or of the
-    cpu. Raises ModelError for a model that cannot be
-    built so.
+    cpu. Raises ModelError for a model that cannot be built so.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     build = AutoModelForCausalLM if lm_head else AutoModel
@@ -280,16 +279,21 @@ def _cpu_attention_buffers(
     fewest, least_gain = (64, 4) if query.dtype == torch.bfloat16 else (16, 1)
     packs = multiplies_tiles(query.dtype) and min(tokens, keys) >= fewest
     if packs:  # only where products outnumber the copies by so much
-        blocks = (windows * heads * -(-tokens // rows) + threads - 1) // threads
+        slices = (windows * heads * -(-tokens // rows) + threads - 1) // threads
         seen = min(tokens, keys) if causal else keys
-        packs = blocks * rows * seen >= least_gain * windows * kv_heads * keys
+        packs = slices * rows * seen >= least_gain * windows * kv_heads * keys
     if not packs:
         return (own + size * rows * columns) * threads
-    even = width + width % 2
-    padded = (keys - 1) // columns * (columns + columns % 2) + ((keys - 1) % columns + 1 + 1) // 2 * 2
-    copies = size * windows * kv_heads * (even * keys + padded * width)
-    own += size * (rows * (columns + columns % 2) + columns * width + (rows * even if width % 2 else 0))
+    blocks, tail = divmod(keys - 1, columns)
+    padded = blocks * _even(columns) + _even(tail + 1)
+    copies = size * windows * kv_heads * (_even(width) * keys + padded * width)
+    own += size * (rows * _even(columns) + columns * width + (rows * _even(width) if width % 2 else 0))
     return own * threads + copies
+
+
+def _even(count: int) -> int:
+    """Where the kernel takes two at a time."""
+    return count + count % 2
 
 
 def multiplies_tiles(dtype: torch.dtype) -> bool:
