@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import contenders
+from theloom import malloc
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,16 @@ def measure(
         asked = ["--model", str(model), "--vocabulary", str(vocabulary), "--threads", str(threads)]
         asked += ["--contender", name, "--setting", json.dumps(asdict(setting))]
         python = older if older and name in contenders.OLDER else sys.executable
+        environment = dict(os.environ)
+        if name == contenders.AS_A_JOB:
+            malloc.reuse_freed_blocks(environment)
         begun[name] = subprocess.Popen(
-            [python, __file__, *asked], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=LOG
+            [python, __file__, *asked],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=LOG,
+            env=environment,
         )
     notes = {name: _answer(process)["note"] for name, process in begun.items()}
     running = {name: process for name, process in begun.items() if not notes[name]}

@@ -241,10 +241,11 @@ def sae_lens(model: Path, layers: list[int], documents: list[list[int]], folder:
     return run
 
 
+AS_A_JOB = "TheLoom to disk"  # what the pipeline's jobs do, in the environment that they get
 CONTENDERS: dict[str, Maker] = {
     "bare causal-LM forward": bare,
     "TheLoom to memory": theloom_to_memory,
-    "TheLoom to disk": theloom_to_disk,
+    AS_A_JOB: theloom_to_disk,
     "output_hidden_states + torch.save": hidden_states_and_save,
     "TransformerLens Bridge + torch.save": transformer_lens_bridge,
     "nnsight + torch.save": nnsight,

@@ -18,7 +18,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from theloom import config, engine, estimate, model_record, tokens
+from theloom import config, engine, estimate, malloc, model_record, tokens
 from theloom.cli_tables import table
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536, help="of the flat run")
     parser.add_argument("--long", type=int, default=32768, help="of the long document")
     asked = parser.parse_args()
+    malloc.reuse_freed_blocks()  # as the pipeline does for its jobs
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         if asked.tokens:
             flat(Path(first), asked.tokens)

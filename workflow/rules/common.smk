@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from theloom import config as theloom_config
-from theloom import accounting, console, preflight, resources
+from theloom import accounting, console, malloc, preflight, resources
 from theloom import report_groups
 from theloom.errors import TheLoomError
 from theloom.job import last_errors, let_jobs_import
@@ -16,6 +16,7 @@ STARTED = time.time()
 CONTAINER = str(Path(workflow.basedir, "envs/theloom.sif"))  # for --sdm apptainer; workflow/docs/clusters.md
 
 let_jobs_import(Path(workflow.basedir, "workflow"))  # for jobs in an environment of their own: --sdm conda
+malloc.reuse_freed_blocks()
 
 
 wildcard_constraints:

@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 class Measured:
     """One forward pass: bytes foretold and found, and by how much the device's memory in use grew.
 
-    `growth` is what CUDA's allocator counted, or what the process grew by on the CPU. There it has three parts: the
-    tensors (`found`), pages of files that were not read before (`files`: code, mapped weights), and what malloc keeps
-    of blocks that were freed, with what libraries take for themselves (`heap`; negative where the tensors went into
-    memory that the process had left from before).
+    `growth` is what CUDA's allocator counted, or, on the CPU, what the process had grown by since before its model was
+    loaded, without the weights. There it has three parts: the tensors (`found`), pages of files that the pass read first
+    (`files`: code), and what malloc keeps of blocks that were freed, with what libraries take for themselves (`heap`;
+    negative where the tensors went into memory that the process had left from before).
     """
 
     workload: Workload
@@ -55,8 +55,13 @@ def largest_pass(
     return max(foretold, key=lambda pair: pair[1].total)
 
 
-def measure(loaded: LoadedModel, kind: Kind, traced: Traced, plan: Plan, points: Sequence[HookPoint]) -> Measured:
-    """Run the largest pass of a plan on random tokens, once for the growth of memory and once storage by storage."""
+def measure(
+    loaded: LoadedModel, kind: Kind, traced: Traced, plan: Plan, points: Sequence[HookPoint], loading: PeakMemory
+) -> Measured:
+    """Run the largest pass of a plan on random tokens, once for the growth of memory and once storage by storage.
+
+    `loading`: the memory that loading the model took.
+    """
     workload, foretold = largest_pass(traced, kind, plan, points, loaded.device.type)
     vocabulary = loaded.architecture.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +70,10 @@ def measure(loaded: LoadedModel, kind: Kind, traced: Traced, plan: Plan, points:
         _run(loaded, ids, workload, points, kind)
     found = _run(loaded, ids, workload, points, kind)
     weights = quantized.resident(loaded.architecture.model)
-    return Measured(workload, foretold, found, growing.growth, growing.files, weights)
+    growth = growing.growth
+    if loaded.device.type == "cpu":  # as the job will, whose heap has what loading left in it
+        growth += growing.before - loading.before - weights
+    return Measured(workload, foretold, found, growth, growing.files, weights)
 
 
 def _run(loaded: LoadedModel, ids: torch.Tensor, workload: Workload, points: Sequence[HookPoint], kind: Kind) -> Parts:

@@ -1,6 +1,7 @@
 """Load a model for extraction: at the resolved precision, on the device, without its LM head, unmodified."""
 
 import logging
+import mmap
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from theloom.source import ModelFiles
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PretrainedConfig
 
     from theloom.trace import FakeModel
@@ -188,9 +190,20 @@ def load(
 
         check_runs_on_the_cpu(model)
     model.eval().requires_grad_(False)
+    _read_in(model)
     attention = str(model.config._attn_implementation)
     described = getattr(model, "_described", None) or architecture.describe(model)
     return LoadedModel(described, files, device, resolved, attention, quantization, tuple(left_out))
+
+
+def _read_in(model: "nn.Module") -> None:
+    """Have all weights in memory from the start: mapped files come page by page, and a run's memory would grow."""
+    import torch
+
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu":
+            stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            stored[:: mmap.PAGESIZE].sum()
 
 
 def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":

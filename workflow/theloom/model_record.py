@@ -90,13 +90,14 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     files = source.prepare(config.model)
     asked = config.extraction.attention.name
     attention = None if asked in ("auto", "flash_attention_2") else asked  # FlashAttention is not built for the CPU
-    traced = Traced(model_config, attention, config.model.trust_remote_code)
-    catalogue = traced.catalogue()  # of the whole model, of which only what is needed is loaded
-    points = catalogue.select(estimated.hooks)
-    with peak.PeakMemory(device) as loading:
+    model.import_class(config.model)
+    with peak.PeakMemory(device) as loading:  # from where a job's growth is counted from (`engine`)
+        traced = Traced(model_config, attention, config.model.trust_remote_code)
+        catalogue = traced.catalogue()  # of the whole model, of which only what is needed is loaded
+        points = catalogue.select(estimated.hooks)
         loaded = model.load(config, files, points)
     tried = try_out(loaded.architecture, loaded.tolerance)
-    measured = measure(loaded, kind, traced, planned.plan, points)
+    measured = measure(loaded, kind, traced, planned.plan, points, loading)
     gpu.warn_above(threshold, device)
     log.info("loaded %s in %s on %s", config.model.source, resolved.resolved, gpu.device_name(device))
     _log(measured)

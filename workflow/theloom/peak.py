@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 class PeakMemory:
     """Peak growth of memory within a `with` block, in bytes: of the device (CUDA), or of this process (CPU).
 
-    `growth` is the peak's; `files` is what of it are pages of files (code, mapped weights) that were not read before.
+    `growth` is the peak's, beyond the bytes in use `before`; `files` is what of it are pages of files (code, mapped
+    weights) that were not read before.
     On CUDA it is torch's allocator's own peak. On the CPU resident memory is sampled every 2 ms, and where the kernel
     lets a process reset its high-water mark (Linux: 5 into /proc/self/clear_refs), the mark is read as well.
     """
 
     def __init__(self, device: "torch.device") -> None:
         self.device = device
-        self.growth = self.files = 0
+        self.before = self.growth = self.files = 0
 
     def __enter__(self) -> "PeakMemory":
         import torch
@@ -28,9 +29,9 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
             return self
-        self._before = self._peak = host.resident()
+        self.before = self._peak = host.resident()
         self._files_before = host.resident_files()
         self._marked = host.reset_peak_resident()
         self._stop = threading.Event()
@@ -43,13 +44,13 @@ class PeakMemory:
 
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.growth = torch.cuda.max_memory_allocated(self.device) - self._before
+            self.growth = torch.cuda.max_memory_allocated(self.device) - self.before
             return
         self._stop.set()
         self._sampler.join()
         if self._marked:
             self._peak = max(self._peak, host.peak_resident())
-        self.growth = self._peak - self._before
+        self.growth = self._peak - self.before
         self.files = max(0, host.resident_files() - self._files_before)
 
     def _sample(self) -> None:
