@@ -69,8 +69,8 @@ def limited(folder: Path, model: Path, limit: int, cgroup: Path | None = None, a
 
 
 def test_a_model_of_four_times_the_memory_at_hand_is_extracted_and_verified(tmp_path):
-    limit = 295_000_000
-    weights = build_large(tmp_path / "model", hidden=832, blocks=28)
+    limit = 325_000_000
+    weights = build_large(tmp_path / "model", hidden=832, blocks=30)
     assert weights >= 4 * limit
     asked = "corpus.max_tokens=400 corpus.context_length=128 verify.documents=1"
     found = limited(tmp_path, tmp_path / "model", limit, asked=asked)

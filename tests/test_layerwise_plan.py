@@ -21,6 +21,7 @@ from theloom.model import hf_config
 from theloom.plan import Plan
 from theloom.quantized import with_scales
 from theloom.residual_store import ResidualStore
+from theloom.ring import WRITER_BYTES
 from theloom.schema import ModelConfig
 
 
@@ -135,9 +136,10 @@ def choose(free, residuals=1000, host=10**6, device="cpu"):
 
 
 def test_the_largest_batch_that_fits_is_taken_with_the_residuals_in_memory_if_there_is_room():
-    assert (choose(2000).plan.batch_tokens, choose(2000).spilled) == (512, False)
-    assert (choose(1600).plan.batch_tokens, choose(1600).spilled) == (256, False)
-    least = choose(1000, residuals=10**6)
+    roomy, tight = choose(WRITER_BYTES + 2000), choose(WRITER_BYTES + 1600)
+    assert (roomy.plan.batch_tokens, roomy.spilled) == (512, False)
+    assert (tight.plan.batch_tokens, tight.spilled) == (256, False)
+    least = choose(WRITER_BYTES + 1000, residuals=10**6)
     assert least.spilled
     assert any("wait on disk" in change for change in least.changes)
 

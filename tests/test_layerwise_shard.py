@@ -63,20 +63,20 @@ def test_auto_is_resident_where_it_fits_and_block_by_block_where_not(tmp_path, t
     run.prepare()
     with h5py.File(run.folder / "model.h5") as file:
         assert file.attrs["execution"] == "resident"
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(12_000_000, 12_000_000, "a small cgroup"))
+    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(30_000_000, 30_000_000, "a small cgroup"))
     run = stages(tmp_path / "too-large", tiny_llama, f"{SMALL} memory.memory_warning_threshold=1")
     with pytest.raises(MemoryPlanError, match=r"a small cgroup.*and block by block the run needs at least"):
         run.prepare()
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(12_900_000, 12_900_000, "a small cgroup"))
+    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(45_000_000, 45_000_000, "a small cgroup"))
     run.prepare()
     assert "it goes block by block" in caplog.text
     monkeypatch.undo()  # what a process takes beside the tensors differs from one moment to the next
     run.extract()
     run.merge()
     run.verify()
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(12_900_000, 12_900_000, "a small cgroup"))
+    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(45_000_000, 45_000_000, "a small cgroup"))
     run = stages(tmp_path / "resident", tiny_llama, f"{SMALL} extraction.execution=resident")
-    with pytest.raises(MemoryPlanError, match=r"cpu has 12\.9 MB of 12\.9 MB free, limited by a small cgroup"):
+    with pytest.raises(MemoryPlanError, match=r"cpu has 45\.0 MB of 45\.0 MB free, limited by a small cgroup"):
         run.prepare()
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 from theloom import malloc
 
-# Tensors of the shapes that a small model's pass makes, batches of ever fewer tokens, small ones that stay between them;
-# at most 47 MB of them at once.
+# Tensors of the shapes that a small model's pass makes, batches of ever fewer tokens, and small ones that stay between
+# them; at most 47 MB at once.
 FORWARD = """
 import torch, psutil
 rss = lambda: psutil.Process().memory_info().rss
@@ -46,6 +46,7 @@ def grown(env: dict[str, str]) -> int:
 def test_a_process_that_frees_tensors_takes_their_places_again():
     plain, tuned = environment(), environment()
     malloc.reuse_freed_blocks(tuned)
+    print(grown(plain), grown(tuned))
     assert grown(tuned) < 150e6 < 2 * 150e6 < grown(plain)
 
 

@@ -15,6 +15,7 @@ from theloom.errors import MemoryPlanError
 from theloom.host import DeviceMemory
 from theloom.memory import BlockSizes, Parts, Workload
 from theloom.plan import Plan
+from theloom.ring import WRITER_BYTES
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Need:
     residuals: int  # of the shard, in host memory; of one batch, twice, where they are on disk
     recorded: int
     embeddings: int  # at most: the pages of the rows that are looked up
+    writer: int = 0  # of the file, in a job's own memory
     fixed: int = 0  # CUDA's context and workspace, and what its allocator holds beyond
 
     @property
@@ -43,7 +45,7 @@ class Need:
     @property
     def cpu(self) -> int:
         """What a job on the CPU takes: the embeddings are let go before the first block comes."""
-        common = self.kept + self.residuals + self.recorded
+        common = self.kept + self.residuals + self.recorded + self.writer
         return common + max(self.embeddings, self.buffers + self.working_set)
 
 
@@ -84,6 +86,7 @@ def need(
         recorded=sum(recorded for _, recorded in passes),
         # a row that is looked up brings in the pages on which it lies
         embeddings=min(sizes.embeddings, residuals // residual_row * (residual_row + mmap.PAGESIZE)),
+        writer=WRITER_BYTES if device == "cpu" else 0,
         fixed=fixed,
     )
 

@@ -86,5 +86,7 @@ def measure(found: LayerwiseModel, planned: LayerwisePlan, points: Sequence[Hook
         runner.sweep([ids], store, lambda *_: None)
     cut = replace(planned.plan, batch_tokens=ids.numel(), longest=chosen.tokens)
     expected = need(found.sizes(last), found.pass_of(last), cut, spec.nbytes, found.residual_row, device.type, False)
-    foretold = expected.cpu if device.type == "cpu" else expected.buffers + expected.kept + expected.working_set
+    foretold = expected.buffers + expected.kept + expected.working_set
+    if device.type == "cpu":
+        foretold = expected.cpu - expected.writer  # which is not in this sweep
     return SweptPeak(foretold, growing.growth, growing.files)

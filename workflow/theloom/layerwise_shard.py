@@ -68,6 +68,7 @@ def extract(
     """
     lengths = np.diff(shard_tokens.window_offset)
     device, _ = model.resolve_precision(frozen)
+    model.import_class(frozen.model)  # code is not counted
     watch = MemoryWatch(device)
     with model_record.open_again(frozen, recorded) as found:
         planned = _plan(frozen, estimated, recorded, found, points, lengths, output, identity)
@@ -80,7 +81,9 @@ def extract(
         pinned = device.type == "cuda" and not planned.spilled
         largest = batching.largest(batches, 0, planned.plan.chunk_size) if profiled else ()
         profile = ShardProfile(found.loaded, output, largest)
-        predicted = planned.need.cpu if device.type == "cpu" else planned.need.device - planned.need.fixed
+        predicted = planned.need.device - planned.need.fixed
+        if device.type == "cpu":
+            predicted = planned.need.cpu + recorded.correction.beside
 
         def run(level: int) -> None:
             groups = 1 << level

@@ -22,9 +22,9 @@ class Measured:
     """One forward pass: bytes foretold and found, and by how much the device's memory in use grew.
 
     `growth` is what CUDA's allocator counted, or, on the CPU, what the process had grown by since before its model was
-    loaded, without the weights. There it has three parts: the tensors (`found`), pages of files that the pass read first
-    (`files`: code), and what malloc keeps of blocks that were freed, with what libraries take for themselves (`heap`;
-    negative where the tensors went into memory that the process had left from before).
+    loaded, without the weights. There it has three parts: the tensors (`found`), pages of files that the pass read
+    first (`files`: code), and what malloc keeps of blocks that were freed, with what loading and libraries take for
+    themselves (`heap`; negative where the tensors went into memory that the process had left from before).
     """
 
     workload: Workload

@@ -26,7 +26,7 @@ def ring_bytes(device: str, largest: int) -> int:
 
 
 def bytes_on_device(device: str, largest: int) -> int:
-    """What values on their way to the file take of the device's memory: on the CPU the ring and the writer are in it."""
+    """What values on their way to the file take of the device's memory: a CPU's has ring and writer in it."""
     return ring_bytes(device, largest) + WRITER_BYTES if device == "cpu" else IN_FLIGHT * largest
 
 
