@@ -209,8 +209,8 @@ def run_estimate(config: Config, output: Path) -> None:
     kind = chosen.name
     log.info("%s weights: %s; host: %s", kind, memory.in_words(found.weights[kind]), memory.in_words(found.host[kind]))
     for candidate in found.passes[kind]:
-        parts, size = candidate.parts, memory.in_words(candidate.parts.total)
-        log.info("%d tokens in steps of %d: %s, %s", candidate.tokens, candidate.chunk_size, size, parts)
+        total, parts = memory.in_words(candidate.parts.total), memory.by_category(candidate.parts)
+        log.info("%d tokens in steps of %d: %s (%s)", candidate.tokens, candidate.chunk_size, total, parts)
 
 
 def _write_modes(found: Estimate, estimator: Estimator, config: Config, kind: Kind, output: Path) -> None:

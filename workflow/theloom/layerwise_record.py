@@ -55,7 +55,8 @@ def record(config: Config, estimated: Estimate, tokens_path: Path, output: Path,
             log.warning("to fit: %s", change)
         tried = found.try_out()
         measured = measure(found, planned, points)
-        log.info("a sweep over the largest batch: %d bytes foretold, %d found", measured.foretold, measured.growth)
+        foretold, grown = memory.in_words(measured.foretold), memory.in_words(measured.growth)
+        log.info("a sweep over the largest batch: %s foretold, %s found", foretold, grown)
         beside = max(0, measured.growth - measured.foretold)
         with h5py.File(output, "w") as file:
             attributes = model_record._attributes(found.loaded, config)

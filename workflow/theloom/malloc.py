@@ -3,9 +3,9 @@
 PyTorch takes every tensor from posix_memalign(3). glibc cuts it out of a block that is a little larger, and keeps the
 piece before it in its caches of small blocks, where it counts as in use: freed tensors do not grow together with it,
 the next tensor of the same size does not fit where the last one was, and a job's memory at its peak depends on chance.
-Without these caches it does not. With all but the largest blocks in the heap instead of mappings of their own, and a heap that
-is not cut where its end is free, the kernel need not clear pages over and over either. (GNU C Library manual, "Memory
-Allocation Tunables"; what it saves is in workflow/docs/performance.md. Another C library does not look at it.)
+Without these caches it does not. With all but the largest blocks in the heap instead of mappings of their own, and a
+heap that is not cut where its end is free, the kernel need not clear pages over and over either. (GNU C Library manual,
+"Memory Allocation Tunables"; what it saves is in workflow/docs/performance.md. Another C library does not look at it.)
 """
 
 import os

@@ -164,6 +164,11 @@ def kind_as(precision: str, bits: str | None) -> Kind:
     return Kind(precision, None if bits is None else {"8bit": "int8", "4bit": "int4"}[bits])
 
 
+def by_category(sizes: "Parts | Components") -> str:
+    """The sizes that are not 0, each with its name."""
+    return ", ".join(f"{name.replace('_', ' ')} {in_words(size)}" for name, size in vars(sizes).items() if size)
+
+
 def in_words(size: float) -> str:
     """A size in GB, or in MB where that is under 0.1 GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

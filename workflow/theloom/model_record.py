@@ -148,13 +148,11 @@ def _log(measured: "Measured") -> None:
     found = asdict(measured.found)
     for category, foretold in asdict(measured.foretold).items():
         if foretold or found[category]:
-            log.info("  %s: %d bytes foretold, %d found", category, foretold, found[category])
+            sizes = memory.in_words(foretold), memory.in_words(found[category])
+            log.info("  %s: %s foretold, %s found", category.replace("_", " "), *sizes)
     log.info(
-        "  memory in use grew by %d bytes: tensors %d, pages of files %d, heap %d",
-        measured.growth,
-        measured.found.total,
-        measured.files,
-        measured.heap,
+        "  memory in use grew by %s: tensors %s, pages of files %s, heap %s",
+        *map(memory.in_words, (measured.growth, measured.found.total, measured.files, measured.heap)),
     )
 
 

@@ -233,15 +233,12 @@ def _refusal(
 ) -> str:
     """One line: what the run needs at least, by category, what is free, and the cheapest changes that would do."""
     needed = least.components
-    parts = ", ".join(
-        f"{name.replace('_', ' ')} {memory.in_words(value)}" for name, value in vars(needed).items() if value
-    )
     limit = f", limited by {found.limited_by}" if found.limited_by else ""
     limit += f"; others on it: {others}" if others else ""
     changes = _fitting_changes(estimate, kind, device, found, least, correction)
     advice = "; it would fit with " + ", or ".join(changes) if changes else "; no other precision would fit either"
     return (
-        f"the run needs at least {memory.in_words(needed.total)} ({parts}) and {device} has "
+        f"the run needs at least {memory.in_words(needed.total)} ({memory.by_category(needed)}) and {device} has "
         f"{memory.in_words(found.free)} of {memory.in_words(found.total)} free{limit}{advice}"
     )
 
