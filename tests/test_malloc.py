@@ -58,3 +58,24 @@ def test_what_the_user_has_set_stays():
     assert len(settings) == env["GLIBC_TUNABLES"].count("=") == 5
     assert settings["glibc.malloc.trim_threshold"] == "4096"
     assert settings["glibc.malloc.tcache_count"] == "0"
+
+
+FREED = """
+import psutil, torch
+from theloom import malloc
+rss = lambda: psutil.Process().memory_info().rss
+blocks = [torch.ones(1 << 18) for _ in range(200)]
+stays = torch.ones(1000)
+del blocks
+before = rss()
+malloc.give_back()
+print(before - rss())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_free_memory_is_given_back_when_it_is_asked_for():
+    tuned = environment()
+    malloc.reuse_freed_blocks(tuned)
+    done = subprocess.run([sys.executable, "-c", FREED], env=tuned, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 150e6  # of 210 MB

@@ -23,6 +23,7 @@ from theloom import (
     estimate,
     gpu,
     layout,
+    malloc,
     memory,
     model,
     model_record,
@@ -154,6 +155,7 @@ def _load(frozen: Config, recorded: ModelRecord, points: list[HookPoint]) -> tup
     """The model, and a watch over the memory that it and the run take; the import of code is not counted."""
     device, _ = model.resolve_precision(frozen)
     model.import_class(frozen.model)
+    malloc.give_back()
     watch = MemoryWatch(device)
     return model_record.load_again(frozen, recorded, points), watch
 

@@ -8,7 +8,9 @@ heap that is not cut where its end is free, the kernel need not clear pages over
 "Memory Allocation Tunables"; what it saves is in workflow/docs/performance.md. Another C library does not look at it.)
 """
 
+import ctypes
 import os
+import platform
 from collections.abc import MutableMapping
 
 _VARIABLE = "GLIBC_TUNABLES"
@@ -26,3 +28,9 @@ def reuse_freed_blocks(environment: MutableMapping[str, str] = os.environ) -> No
     names = {setting.partition("=")[0] for setting in own}
     ours = [f"{name}={value}" for name, value in TUNABLES.items() if name not in names]
     environment[_VARIABLE] = ":".join(own + ours)
+
+
+def give_back() -> None:
+    """Give what is free in this process's heap back to the system, so that growth from here on is counted whole."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
