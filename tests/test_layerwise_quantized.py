@@ -198,10 +198,10 @@ def test_a_killed_shard_goes_on_and_ends_with_the_same_data(tmp_path, even_llama
 def test_auto_goes_block_by_block_where_the_quantised_model_does_not_fit(tmp_path, even_llama, monkeypatch, caplog):
     asked = f"{SMALL} memory.quantization=8bit memory.memory_warning_threshold=1"
     run = stages(tmp_path / "run", even_llama, asked)
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(5_000_000, 5_000_000, "a small cgroup"))
+    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(30_000_000, 30_000_000, "a small cgroup"))
     with pytest.raises(MemoryPlanError, match=r"a small cgroup.*and block by block the run needs at least"):
         run.prepare()
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(12_900_000, 12_900_000, "a small cgroup"))
+    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(38_000_000, 38_000_000, "a small cgroup"))
     run.prepare()
     assert "it goes block by block" in caplog.text
     with h5py.File(run.folder / "model.h5") as file:
