@@ -37,8 +37,8 @@ def environment(**own: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | own
 
 
-def grown(env: dict[str, str]) -> int:
-    done = subprocess.run([sys.executable, "-c", FORWARD], env=env, capture_output=True, text=True, check=True)
+def printed(script: str, env: dict[str, str]) -> int:
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
@@ -46,8 +46,9 @@ def grown(env: dict[str, str]) -> int:
 def test_a_process_that_frees_tensors_takes_their_places_again():
     plain, tuned = environment(), environment()
     malloc.reuse_freed_blocks(tuned)
-    assert grown(tuned) < 200e6
-    assert grown(tuned) < grown(plain) / 2
+    grown = printed(FORWARD, tuned)
+    assert grown < 200e6
+    assert grown < printed(FORWARD, plain) / 2
 
 
 def test_what_the_user_has_set_stays():
@@ -77,5 +78,4 @@ print(before - rss())
 def test_free_memory_is_given_back_when_it_is_asked_for():
     tuned = environment()
     malloc.reuse_freed_blocks(tuned)
-    done = subprocess.run([sys.executable, "-c", FREED], env=tuned, capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 150e6  # of 210 MB
+    assert printed(FREED, tuned) > 150e6  # of 210 MB

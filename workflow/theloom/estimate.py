@@ -25,7 +25,7 @@ from theloom.hooks import HookPoint
 from theloom.memory import KINDS, Kind, Parts, Workload
 from theloom.model import hf_config, quantization_of
 from theloom.precision import BYTES
-from theloom.ring import RING_BYTES, WRITER_BYTES
+from theloom.ring import RING_BYTES, bytes_on_device
 from theloom.schema import Config
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def _host(estimator: Estimator, kind: Kind, weights: int, passes: list[Pass], ch
     if device != "cpu":
         return HOST_PROCESS + estimator.largest_weight(kind) + RING_BYTES["cuda"]
     asked = max(p.parts.total for p in passes if p.chunk_size == chunk_size)
-    return HOST_PROCESS + weights + asked + RING_BYTES["cpu"] + WRITER_BYTES
+    return HOST_PROCESS + weights + asked + bytes_on_device("cpu", 0)
 
 
 def _captured(points: list[HookPoint], kind: Kind, keys: int) -> int:

@@ -14,9 +14,9 @@ class PeakMemory:
     """Peak growth of memory within a `with` block, in bytes: of the device (CUDA), or of this process (CPU).
 
     `growth` is the peak's, beyond the bytes in use `before`; `files` is what of it are pages of files (code, mapped
-    weights) that were not read before.
-    On CUDA it is torch's allocator's own peak. On the CPU resident memory is sampled every 2 ms, and where the kernel
-    lets a process reset its high-water mark (Linux: 5 into /proc/self/clear_refs), the mark is read as well.
+    weights) that were not read before. On CUDA it is torch's allocator's own peak. On the CPU resident memory is
+    sampled every 2 ms, and where the kernel lets a process reset its high-water mark (Linux: 5 into
+    /proc/self/clear_refs), the mark is read as well.
     """
 
     def __init__(self, device: "torch.device") -> None:
