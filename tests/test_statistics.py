@@ -35,6 +35,25 @@ def test_mean_variance_and_norm_are_numpy_s(precision):
     assert found.not_finite == found.infinite == 0
 
 
+@pytest.mark.parametrize("first", [1, 3, 900, 2000])
+def test_rows_whose_mean_moves_lose_no_digits(first):
+    """Sorted documents: steps far larger than the spread, a few rows at first and many afterwards, and a slow drift."""
+    values = rows(5000)
+    values[:, 2] = (torch.arange(5000) >= first) * 1e4
+    values[:, 3] += torch.arange(5000) * 10.0
+    values[:, 4] = -7.25
+    found, truth = of(values, pieces=7), values.double().numpy()
+    np.testing.assert_allclose(found.mean, truth.mean(axis=0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found.variance, truth.var(axis=0), rtol=1e-5)
+
+
+def test_rows_are_left_as_they_are():
+    values = rows(3000)
+    before = values.clone()
+    of(values, pieces=2)
+    assert torch.equal(values, before)
+
+
 def test_parts_put_together_are_the_whole():
     values = rows(3001)
     parts = [of(part) for part in values.split([1, 1000, 2000])]

@@ -1,5 +1,6 @@
 """The pipeline on a real Slurm: GPUs, memory, cancelled jobs, and what a controller or Snakemake itself can suffer."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -215,7 +216,7 @@ def committed(project: Project) -> int:
     """Batches that the unfinished shards of a run have committed."""
     total = 0
     for partial in (project.results(RUN) / "shards").glob("*.partial"):
-        with h5py.File(partial) as file:
+        with contextlib.suppress(FileNotFoundError), h5py.File(partial) as file:  # a job may just have finished it
             total += commit.committed(file["commit_log"][:])
     return total
 
@@ -224,7 +225,7 @@ def test_a_cancelled_shard_goes_on_from_its_last_committed_row(slurm, tiny, loca
     slow_shards(tiny)
     before = known(slurm)
     running = start(tiny, *EXTRACTED, "--retries", "0", overrides=FOUR)
-    wait_for(lambda: running.poll() is not None or committed(tiny) >= 4, 120, tiny.folder)
+    wait_for(lambda: running.poll() is not None or committed(tiny) >= 2, 120, tiny.folder)
     victims = [job["JobId"] for job in shard_jobs(slurm, before) if job["JobState"] == "RUNNING"]
     slurm.ask("scancel", *victims)
     printed = finish(running, tiny)

@@ -1,8 +1,9 @@
 """Statistics of a hook point's rows: for each element of a row count, mean and variance; the mean norm; what is wrong.
 
-Tiles of rows are reduced in float32, each about its own mean, and put together in float64 by Chan's formula for the
-mean and the squared deviations of two sets. So a mean that is large against the spread costs no digits, the order of
-shards matters by rounding alone, and memory does not grow with the rows. Values that are not finite are counted, and
+Tiles of rows are reduced in float32, as deviations from the mean of what came before, and put together in float64 by
+Chan's formula for the mean and the squared deviations of two sets. So a mean that is large against the spread costs no
+digits (where a tile's mean is far from those before it, their distance is most of the variance), the order of shards
+matters by rounding alone, and memory does not grow with the rows. Values that are not finite are counted, and
 left out of all else; a score of a masked key, which is -inf, is left out and not counted.
 """
 
@@ -57,20 +58,22 @@ class Statistics:
         flat = bits.reshape(len(bits), -1)
         step = tile_rows(flat.shape[1])
         for start in range(0, len(flat), step):
-            self._add_tile(_as_float32(flat[start : start + step], precision))
+            self._add_tile(flat[start : start + step], precision)
 
-    def _add_tile(self, tile: np.ndarray) -> None:
+    def _add_tile(self, bits: np.ndarray, precision: str) -> None:
+        tile = _as_float32(bits, precision)
         with np.errstate(over="ignore", invalid="ignore"):
             squared_norms = np.vecdot(tile, tile)
         self.rows += len(tile)
         if np.isfinite(squared_norms).all():
             self.norms += float(np.sqrt(squared_norms).sum(dtype="f8"))
-            ones = np.ones(len(tile), "f4")
-            about = (ones @ tile) / np.float32(len(tile))
-            deviations = tile - about
-            left = (ones @ deviations).astype("f8")  # what rounding left of the sum: about is not quite the mean
+            ones, many = np.ones(len(tile), "f4"), np.float64(len(tile))
+            # the mean of fewer rows than these is too rough a guess of theirs
+            about = self.mean.astype("f4") if self.count.min() >= many else (ones @ tile) / np.float32(many)
+            deviations = np.subtract(tile, about, out=None if np.shares_memory(tile, bits) else tile)
+            off = (ones @ deviations).astype("f8")
             squares = ones @ np.square(deviations, out=deviations)
-            self._join(np.float64(len(tile)), about + left / len(tile), squares - left**2 / len(tile))
+            self._join(many, about + off / many, squares - off**2 / many)
         else:
             self._add_with_gaps(tile)
 
