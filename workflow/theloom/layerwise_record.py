@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import torch
 
-from theloom import layout, memory, source, tokens
+from theloom import host, layout, malloc, memory, model, source, tokens
 from theloom.errors import MemoryPlanError
 from theloom.estimate import Estimate
 from theloom.hooks import HookPoint
@@ -41,6 +41,9 @@ def record(config: Config, estimated: Estimate, tokens_path: Path, output: Path,
     from theloom import model_record
 
     files = source.prepare(config.model)
+    model.import_class(config.model)
+    malloc.give_back()
+    before = host.resident()  # from where a job's growth is counted (`layerwise_shard`)
     with opened(config, files) as found:
         points = found.loaded.catalogue.select(estimated.hooks)
         threshold = config.memory.memory_warning_threshold
@@ -54,7 +57,7 @@ def record(config: Config, estimated: Estimate, tokens_path: Path, output: Path,
         for change in planned.changes:
             log.warning("to fit: %s", change)
         tried = found.try_out()
-        measured = measure(found, planned, points)
+        measured = measure(found, planned, points, before)
         foretold, grown = memory.in_words(measured.foretold), memory.in_words(measured.growth)
         log.info("a sweep over the largest batch: %s foretold, %s found", foretold, grown)
         beside = max(0, measured.growth - measured.foretold)
@@ -71,8 +74,13 @@ def record(config: Config, estimated: Estimate, tokens_path: Path, output: Path,
             model_record._write_catalogue(file, found.loaded.catalogue)
 
 
-def measure(found: LayerwiseModel, planned: LayerwisePlan, points: Sequence[HookPoint]) -> SweptPeak:
-    """Sweep one largest batch of random tokens through the first blocks, and see by how much memory grows."""
+def measure(
+    found: LayerwiseModel, planned: LayerwisePlan, points: Sequence[HookPoint], before: int | None = None
+) -> SweptPeak:
+    """Sweep one largest batch of random tokens through the first blocks, and see by how much memory grows.
+
+    `before`: the bytes that this process held before the model was opened, from where growth counts on the CPU.
+    """
     blocks = min(MEASURED_BLOCKS, len(found.shell.blocks))
     last = found.loaded.catalogue.select([f"blocks.{blocks - 1}.hook_resid_post"])
     vocabulary = found.shell.model.config.get_text_config().vocab_size
@@ -83,6 +91,7 @@ def measure(found: LayerwiseModel, planned: LayerwisePlan, points: Sequence[Hook
     runner = LayerwiseRunner(found.shell, found.source, last, planned.plan.chunk_size, precision)
     spec = runner.residuals([ids], "")
     found.source.release()
+    malloc.give_back()  # what trying it out has left
     with PeakMemory(device) as growing, ResidualStore(spec, None) as store:
         runner.sweep([ids], store, lambda *_: None)
     cut = replace(planned.plan, batch_tokens=ids.numel(), longest=chosen.tokens)
@@ -90,4 +99,7 @@ def measure(found: LayerwiseModel, planned: LayerwisePlan, points: Sequence[Hook
     foretold = expected.buffers + expected.kept + expected.working_set
     if device.type == "cpu":
         foretold = expected.cpu - expected.writer  # which is not in this sweep
-    return SweptPeak(foretold, growing.growth, growing.files)
+    growth = growing.growth
+    if device.type == "cpu" and before is not None:  # as the job will, whose heap has what opening left in it
+        growth += growing.before - before
+    return SweptPeak(foretold, growth, growing.files)
