@@ -19,9 +19,13 @@ from support import build_tiny, stages
 from theloom import commit, host, layerwise, malloc, shard
 from theloom.errors import MemoryPlanError, StoppedError
 from theloom.host import DeviceMemory
-from theloom.shard import FIGURES
 
 SMALL = "corpus.max_tokens=3000 corpus.context_length=200 extraction.shards=2"
+
+
+def figures_of(file):
+    with h5py.File(file) as opened:
+        return dict(zip(shard.FIGURES, opened["figures"][:].tolist(), strict=True))
 
 
 def data_of(run):
@@ -53,8 +57,7 @@ def test_a_layerwise_run_is_verified(blockwise):
 
 def test_figures_of_the_sweep_are_stored_and_nothing_else_is_left(blockwise):
     for file in blockwise.shards:
-        with h5py.File(file) as opened:
-            figures = dict(zip(shard.FIGURES, opened["figures"][:].tolist(), strict=True))
+        figures = figures_of(file)
         assert figures["tokens_forwarded"] >= figures["tokens"] >= 260
         assert 0 < figures["seconds_waiting_for_weights"] < figures["seconds_total"]
         assert figures["bytes_of_weights"] > 10**5
@@ -222,7 +225,6 @@ def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path):
     for stage in ("prepare", "extract"):
         body = f"import pathlib, support; support.Stages(pathlib.Path({str(tmp_path)!r})).{stage}()"
         subprocess.run([sys.executable, "-c", body], env=environment, check=True)
-    with h5py.File(run.folder / "shards/00000-of-00001.h5") as file:
-        figures = dict(zip(FIGURES, file["figures"][:], strict=True))
+    figures = figures_of(run.folder / "shards/00000-of-00001.h5")
     ratio = figures["peak_memory"] / figures["predicted_memory"]
     assert 0.6 < ratio < 1.03

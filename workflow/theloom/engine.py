@@ -23,7 +23,6 @@ from theloom import (
     estimate,
     gpu,
     layout,
-    malloc,
     memory,
     model,
     model_record,
@@ -154,8 +153,7 @@ class _Job:
 def _load(frozen: Config, recorded: ModelRecord, points: list[HookPoint]) -> tuple[LoadedModel, MemoryWatch]:
     """The model, and a watch over the memory that it and the run take; the import of code is not counted."""
     device, _ = model.resolve_precision(frozen)
-    model.import_class(frozen.model)
-    malloc.give_back()
+    model.before_counting(frozen.model)
     watch = MemoryWatch(device)
     return model_record.load_again(frozen, recorded, points), watch
 

@@ -41,8 +41,7 @@ def record(config: Config, estimated: Estimate, tokens_path: Path, output: Path,
     from theloom import model_record
 
     files = source.prepare(config.model)
-    model.import_class(config.model)
-    malloc.give_back()
+    model.before_counting(config.model)
     before = host.resident()  # from where a job's growth is counted (`layerwise_shard`)
     with opened(config, files) as found:
         points = found.loaded.catalogue.select(estimated.hooks)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from theloom import backoff, batching, estimate, gpu, host, layerwise_plan, malloc, memory, model, model_record
+from theloom import backoff, batching, estimate, gpu, host, layerwise_plan, memory, model, model_record
 from theloom.batching import Batch
 from theloom.errors import MemoryPlanError
 from theloom.estimate import Estimate
@@ -68,8 +68,7 @@ def extract(
     """
     lengths = np.diff(shard_tokens.window_offset)
     device, _ = model.resolve_precision(frozen)
-    model.import_class(frozen.model)  # code is not counted
-    malloc.give_back()
+    model.before_counting(frozen.model)
     watch = MemoryWatch(device)
     with model_record.open_again(frozen, recorded) as found:
         planned = _plan(frozen, estimated, recorded, found, points, lengths, output, identity)

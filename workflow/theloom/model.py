@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from theloom import architecture, gpu, lease, memory, precision, source
+from theloom import architecture, gpu, lease, malloc, memory, precision, source
 from theloom.architecture import Architecture, Numbers
 from theloom.errors import ModelError
 from theloom.estimator import quantized_as
@@ -126,13 +126,18 @@ def resolve_precision(config: Config) -> tuple["torch.device", Resolved]:
     return device, precision.resolve(asked, capability, fp16_here)
 
 
-def import_class(config: ModelConfig) -> None:
-    """Import the code that a model of this config takes, and what tells which of its modules are needed."""
+def before_counting(config: ModelConfig) -> None:
+    """What a process does before its growth is counted, so that it is the same in `load_model` and in a job.
+
+    Imports the code that a model of this config takes, and what tells which of its modules are needed; gives back the
+    heap's free memory (of a checkpoint that was converted here, say).
+    """
     from theloom import trace  # noqa: F401
 
     model_config = hf_config(config)
     if not _is_own_code(model_config):
         _model_class(model_config)
+    malloc.give_back()
 
 
 def load(

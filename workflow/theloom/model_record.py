@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 
-from theloom import estimate, gpu, layout, malloc, memory, model, peak, placement, plan, provenance, source, tokens
+from theloom import estimate, gpu, layout, memory, model, peak, placement, plan, provenance, source, tokens
 from theloom.architecture import numbers
 from theloom.config import plain
 from theloom.errors import MemoryPlanError, ModelError, StoreError
@@ -90,8 +90,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     files = source.prepare(config.model)
     asked = config.extraction.attention.name
     attention = None if asked in ("auto", "flash_attention_2") else asked  # FlashAttention is not built for the CPU
-    model.import_class(config.model)
-    malloc.give_back()  # of a checkpoint that was converted here, say
+    model.before_counting(config.model)
     with peak.PeakMemory(device) as loading:  # from where a job's growth is counted (`engine`)
         traced = Traced(model_config, attention, config.model.trust_remote_code)
         catalogue = traced.catalogue()  # of the whole model, of which only what is needed is loaded
