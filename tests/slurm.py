@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 ETC = Path("/etc/slurm")  # a job step forgets SLURM_CONF, so that only the place that was compiled in will do
 GPUS = 4
@@ -38,8 +40,9 @@ def install_packages(programs: Sequence[str], packages: Sequence[str]) -> str:
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         return f"{', '.join(packages)} are not installed, and there is no apt-get, or no right, to install them with"
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *packages]):
-        done = subprocess.run(["apt-get", *words], env=environment, capture_output=True, text=True, timeout=600)
+    with FileLock("/tmp/theloom-tests-apt.lock"):  # apt-get does not wait for another one
+        for words in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *packages]):
+            done = subprocess.run(["apt-get", *words], env=environment, capture_output=True, text=True, timeout=600)
     return f"apt-get cannot install them: {done.stderr.strip()[-200:]}" if done.returncode else ""
 
 

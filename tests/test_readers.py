@@ -1,13 +1,13 @@
 """Other people's programs read the files: plain h5py, netCDF4 and h5dump."""
 
 import re
-import shutil
 import subprocess
 
 import h5py
 import numpy as np
 import pytest
 import theloom
+from slurm import install_packages
 from support import stages
 
 HOOK = "blocks.1.hook_resid_post"
@@ -50,8 +50,8 @@ def test_netcdf4(file):
 
 
 def test_h5dump(file):
-    if shutil.which("h5dump") is None:
-        pytest.skip("h5dump is not installed")
+    if missing := install_packages(["h5dump"], ["hdf5-tools"]):
+        pytest.skip(missing)
     command = [
         "h5dump",
         "-y",
