@@ -89,3 +89,15 @@ def test_values_whose_squares_are_beyond_float32_are_finite():
     found = of(torch.full((10, 4), 1e30))
     assert found.not_finite == 0
     assert found.norm == pytest.approx(2e30, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_values_whose_sums_of_squares_are_beyond_float32_are_right(precision):
+    """Each row's squares can be summed in float32, those of a column, or of deviations twice as large, cannot."""
+    values = torch.full((6000, 4), 8e18)
+    values[::3] = -8e18
+    found, truth = of(values.to(torch_dtype(precision)), pieces=3), values.to(torch_dtype(precision)).double().numpy()
+    assert found.not_finite == 0
+    np.testing.assert_allclose(found.mean, truth.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(found.variance, truth.var(axis=0), rtol=1e-5)
+    assert found.norm == pytest.approx(np.linalg.norm(truth, axis=1).mean(), rel=1e-6)

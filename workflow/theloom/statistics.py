@@ -62,20 +62,26 @@ class Statistics:
 
     def _add_tile(self, bits: np.ndarray, precision: str) -> None:
         tile = _as_float32(bits, precision)
-        with np.errstate(over="ignore", invalid="ignore"):
-            squared_norms = np.vecdot(tile, tile)
         self.rows += len(tile)
-        if np.isfinite(squared_norms).all():
-            self.norms += float(np.sqrt(squared_norms).sum(dtype="f8"))
-            ones, many = np.ones(len(tile), "f4"), np.float64(len(tile))
-            # the mean of fewer rows than these is too rough a guess of theirs
-            about = self.mean.astype("f4") if self.count.min() >= many else (ones @ tile) / np.float32(many)
-            deviations = np.subtract(tile, about, out=None if np.shares_memory(tile, bits) else tile)
-            off = (ones @ deviations).astype("f8")
-            squares = ones @ np.square(deviations, out=deviations)
-            self._join(many, about + off / many, squares - off**2 / many)
-        else:
-            self._add_with_gaps(tile)
+        with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot sum is looked for, and summed wider
+            squared_norms = np.vecdot(tile, tile)
+            if not (np.isfinite(squared_norms).all() and self._add_finite(tile, np.shares_memory(tile, bits))):
+                self._add_with_gaps(_as_float32(bits, precision))
+                return
+        self.norms += float(np.sqrt(squared_norms).sum(dtype="f8"))
+
+    def _add_finite(self, tile: np.ndarray, shared: bool) -> bool:
+        """Add rows without gaps, and overwrite them unless they are shared; False, and nothing added, on overflow."""
+        ones, many = np.ones(len(tile), "f4"), np.float64(len(tile))
+        # the mean of fewer rows than these is too rough a guess of theirs
+        about = self.mean.astype("f4") if self.count.min() >= many else (ones @ tile) / np.float32(many)
+        deviations = np.subtract(tile, about, out=None if shared else tile)
+        off = (ones @ deviations).astype("f8")
+        squares = ones @ np.square(deviations, out=deviations)
+        if not np.isfinite(squares).all():
+            return False
+        self._join(many, about + off / many, squares - off**2 / many)
+        return True
 
     def _add_with_gaps(self, tile: np.ndarray) -> None:
         finite = np.isfinite(tile)
