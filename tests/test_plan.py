@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import ROOT
 from theloom import config, estimate, plan
-from theloom.batching import plan_batches
+from theloom.batching import Lengths, plan_batches
 from theloom.errors import MemoryPlanError
 from theloom.estimate import Estimate
 from theloom.host import DeviceMemory
@@ -87,6 +87,18 @@ def test_chunks_are_taken_where_one_pass_would_take_more_side_by_side_where_ther
     assert tight.streamed_windows < 16
 
 
+def test_no_more_long_documents_are_planned_side_by_side_than_a_shard_has(long):
+    free = DeviceMemory(200 * GB, 200 * GB)
+    shards = tuple(np.array(lengths) for lengths in ([9000, 1024, 7, 2000], [1025, 4000, 3000], [5] * 40, []))
+    planned = plan.choose(long, "bf16", "cuda", free, windows=Lengths(shards))
+    assert (planned.plan.longest, planned.plan.chunk_size, planned.plan.streamed_windows) == (9000, 1024, 3)
+    none = plan.choose(long, "bf16", "cuda", free, windows=Lengths(shards[2:])).plan
+    assert (none.streamed, none.streamed_windows) == (False, 1)
+    many = plan.choose(long, "bf16", "cuda", free, windows=Lengths((np.full(100, 9000),))).plan
+    assert many.streamed_windows == 16
+    assert planned.components.total < plan.choose(long, "bf16", "cuda", free).components.total
+
+
 def test_a_cache_that_outgrows_the_device_goes_to_host_memory_and_is_said(long, caplog):
     on_device = dataclasses.replace(long, cache="device")
     free = next(f for f in range(4 * GB, 12 * GB, GB // 20) if not has_room(on_device, f) and has_room(long, f))
@@ -153,7 +165,7 @@ def test_a_long_context_is_offered_shorter_where_its_cache_is_what_does_not_fit(
 
 def test_documents_shorter_than_the_context_need_less(mistral):
     free = DeviceMemory(17 * GB, 17 * GB)
-    short = plan.choose(mistral, "bf16", "cuda", free, longest=300)
+    short = plan.choose(mistral, "bf16", "cuda", free, windows=Lengths((np.array([300, 7]),)))
     assert short.plan.longest == 300
     assert not short.plan.streamed
     assert short.components.kv_cache == 0

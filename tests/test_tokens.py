@@ -49,6 +49,20 @@ def write_texts(folder, texts):
     return folder
 
 
+@pytest.mark.parametrize("shards", [1, 2, 4, 6])
+def test_window_lengths_are_those_of_each_shard(tmp_path, tiny_llama, shards):
+    texts = {"a.txt": "One two three.", "b.txt": "word " * 500, "c.txt": "x", "d.txt": "word " * 90}
+    folder, path = write_texts(tmp_path / "texts", texts), tmp_path / "tokens.h5"
+    asked = f"corpus=text corpus.path={folder} corpus.context_length=100 extraction.shards={shards}"
+    tokenize(a_config(tiny_llama, asked), path)
+    found, parts = tokens.window_lengths(path), [read_shard(path, n) for n in range(shards)]
+    assert [x.tolist() for x in found.shards] == [np.diff(part.window_offset).tolist() for part in parts]
+    assert found.longest == tokens.longest_window(path) == 100
+    assert found.tokens == max(len(part.input_ids) for part in parts)
+    assert found.longer_than(99) == max(int((np.diff(part.window_offset) == 100).sum()) for part in parts)
+    assert found.longer_than(100) == 0
+
+
 def test_tokens_are_those_of_the_tokenizer(tmp_path, tiny_llama):
     texts = {"a.txt": "One two three.", "b.md": "x", "c.txt": "", "d.txt": "word " * 500}
     folder = write_texts(tmp_path / "texts", texts)

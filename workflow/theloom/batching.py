@@ -42,6 +42,27 @@ class Batch:
         return len(self.windows) * min(self.width, chunk_size)
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the windows of a corpus: an array for each shard."""
+
+    shards: tuple[np.ndarray, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest window."""
+        return max((int(lengths.max(initial=1)) for lengths in self.shards), default=1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the largest shard."""
+        return max((int(lengths.sum()) for lengths in self.shards), default=0)
+
+    def longer_than(self, tokens: int) -> int:
+        """Windows of more tokens than that, in the shard that has most of them."""
+        return max((int((lengths > tokens).sum()) for lengths in self.shards), default=0)
+
+
 def plan_batches(lengths: np.ndarray, batch_tokens: int, chunk_size: int, streamed_windows: int = 1) -> list[Batch]:
     """All windows in batches of at most `batch_tokens` tokens, padding included (one window may be more by itself).
 

@@ -31,6 +31,7 @@ from theloom import (
     tokens,
 )
 from theloom.batch_loop import Work, run_batches
+from theloom.batching import Lengths
 from theloom.errors import ModelError, StoreError
 from theloom.estimate import Estimate
 from theloom.hooks import HookPoint
@@ -93,7 +94,7 @@ def extract_shard(
         profiled = frozen.memory.profile_shard == shard
         layerwise_shard.extract(frozen, estimated, recorded, *what, profiled, oom_level)
         return
-    fitting = _plan(frozen, estimated, recorded, int(lengths.max(initial=1)), output, identity)
+    fitting = _plan(frozen, estimated, recorded, Lengths((lengths,)), output, identity)
     planned = fitting.plan
     _check_streaming(recorded, lengths, planned.chunk_size)
     batches = batching.plan_batches(lengths, planned.batch_tokens, planned.chunk_size, planned.streamed_windows)
@@ -159,18 +160,18 @@ def _load(frozen: Config, recorded: ModelRecord, points: list[HookPoint]) -> tup
 
 
 def _plan(
-    frozen: Config, estimated: Estimate, recorded: ModelRecord, longest: int, output: Path, identity: str
+    frozen: Config, estimated: Estimate, recorded: ModelRecord, windows: Lengths, output: Path, identity: str
 ) -> Planned:
     """What fits the device now; a shard that was begun is gone on with as it was begun."""
     device, _ = model.resolve_precision(frozen)
     kind, unfinished = memory.kind_of(frozen, recorded.precision, recorded.quantization), begun(output, identity)
     if unfinished is None:
         threshold = frozen.memory.memory_warning_threshold
-        return model_record.fit(estimated, kind, device, threshold, longest, recorded.correction)
+        return model_record.fit(estimated, kind, device, threshold, windows, recorded.correction)
     as_begun = Plan(
         int(unfinished["batch_tokens"]),
         int(unfinished["chunk_size"]),
-        longest,
+        windows.longest,
         int(unfinished.get("streamed_windows", 1)),
         unfinished.get("kv_cache") == "offloaded",
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from theloom import blockwise, gpu, hooks, host, layerwise_plan, memory, model, plan, quantized, quantizing, trial
+from theloom.batching import Lengths
 from theloom.block_source import BlockSource
 from theloom.block_trace import trace_block
 from theloom.checkpoint import OUTSIDE
@@ -87,12 +88,12 @@ class LayerwiseModel:
         return self.shell.architecture.hidden_size * self.shell.residual_dtype.itemsize
 
     def fit(
-        self, estimated: Estimate, points: Sequence[HookPoint], longest: int, tokens: int, threshold: float, beside: int
+        self, estimated: Estimate, points: Sequence[HookPoint], windows: Lengths, threshold: float, beside: int
     ) -> LayerwisePlan:
-        """The plan for a shard of so many tokens, padding included. Raises MemoryPlanError."""
+        """The plan for the largest shard of a corpus, or for one alone. Raises MemoryPlanError."""
         device = self.loaded.device.type
         found, _ = gpu.available(self.loaded.device)
-        longest = min(longest, estimated.context_length)
+        longest = min(windows.longest, estimated.context_length)
         asked = Plan(estimated.batch_tokens or MOST_BATCH_TOKENS[device], estimated.chunk_size, longest)
         row = self.residual_row
         sizes, pass_of = self.sizes(points), self.pass_of(points)
@@ -100,13 +101,14 @@ class LayerwiseModel:
             sizes,
             pass_of,
             asked,
-            tokens * row,
+            windows.tokens * row,
             row,
             device,
             found,
             host.memory(),
             threshold=threshold,
             beside=beside,
+            windows=windows,
             one_pass=plan._one_pass_is_less(estimated, self.kind.name, asked),
         )
 

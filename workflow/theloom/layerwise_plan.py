@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from theloom import memory, plan
+from theloom.batching import Lengths
 from theloom.errors import MemoryPlanError
 from theloom.host import DeviceMemory
 from theloom.memory import BlockSizes, Parts, Workload
@@ -104,13 +105,15 @@ def choose(
     threshold: float,
     beside: int = 0,
     one_pass: bool = False,
+    windows: Lengths | None = None,
 ) -> LayerwisePlan:
     """The largest batch that fits, residuals in host memory if there is room, else on disk. Raises MemoryPlanError.
 
     `found` is what the device has free, `host` what the host has; `beside` what a process was seen to take beside what
-    is foretold; `one_pass`: long documents go in one pass where that fits, as they would in a resident model.
+    is foretold; `one_pass`: long documents go in one pass where that fits, as they would in a resident model;
+    `windows`: as `plan.choose` takes them.
     """
-    candidates = plan._smaller(asked, "device", one_pass)
+    candidates = plan._smaller(asked, "device", one_pass, windows)
     least: tuple[Need, bool] | None = None
     budget = (found.free - int((1 - threshold) * found.total), host.free - int((1 - threshold) * host.total))
     for free, host_free in (budget, (found.free, host.free)):

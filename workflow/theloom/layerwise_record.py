@@ -46,9 +46,8 @@ def record(config: Config, estimated: Estimate, tokens_path: Path, output: Path,
     with opened(config, files) as found:
         points = found.loaded.catalogue.select(estimated.hooks)
         threshold = config.memory.memory_warning_threshold
-        longest, largest = tokens.longest_window(tokens_path), tokens.largest_shard(tokens_path)
         try:
-            planned = found.fit(estimated, points, longest, largest, threshold, 0)
+            planned = found.fit(estimated, points, tokens.window_lengths(tokens_path), threshold, 0)
         except MemoryPlanError as error:
             raise MemoryPlanError(f"{why}; and {error}" if why else str(error)) from None
         said = memory.in_words(planned.need.device if found.loaded.device.type == "cuda" else planned.need.cpu)

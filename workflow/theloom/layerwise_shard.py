@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from theloom import backoff, batching, estimate, gpu, host, layerwise_plan, memory, model, model_record
-from theloom.batching import Batch
+from theloom.batching import Batch, Lengths
 from theloom.errors import MemoryPlanError
 from theloom.estimate import Estimate
 from theloom.hooks import HookPoint
@@ -122,14 +122,13 @@ def _plan(
 ) -> LayerwisePlan:
     """What fits now; the batches of a shard that was begun are those that it was begun with."""
     threshold, beside = frozen.memory.memory_warning_threshold, recorded.correction.beside
-    longest, unfinished = int(lengths.max(initial=1)), begun(output, identity)
+    windows, unfinished = Lengths((lengths,)), begun(output, identity)
     if unfinished is None:
-        planned = found.fit(estimated, points, longest, int(lengths.sum()), threshold, beside)
+        planned = found.fit(estimated, points, windows, threshold, beside)
     else:
-        as_begun = Plan(
-            int(unfinished["batch_tokens"]), int(unfinished["chunk_size"]), longest, int(unfinished["streamed_windows"])
-        )
-        planned = _as_begun(found, points, as_begun, int(lengths.sum()), beside)
+        sizes = [int(unfinished[name]) for name in ("batch_tokens", "chunk_size", "streamed_windows")]
+        as_begun = Plan(sizes[0], sizes[1], windows.longest, sizes[2])
+        planned = _as_begun(found, points, as_begun, windows.tokens, beside)
     device = found.loaded.device.type
     words = [memory.in_words(n) for n in (planned.need.cpu if device == "cpu" else planned.need.device,)]
     log.info(

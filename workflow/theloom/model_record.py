@@ -14,6 +14,7 @@ import h5py
 
 from theloom import estimate, gpu, layout, memory, model, peak, placement, plan, provenance, source, tokens
 from theloom.architecture import numbers
+from theloom.batching import Lengths
 from theloom.config import plain
 from theloom.errors import MemoryPlanError, ModelError, StoreError
 from theloom.estimate import Estimate
@@ -77,7 +78,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         if execution == "layerwise":
             layerwise_record.record(config, estimated, tokens_path, output)
             return
-        planned = fit(estimated, kind, device, threshold, tokens.longest_window(tokens_path))
+        planned = fit(estimated, kind, device, threshold, tokens.window_lengths(tokens_path))
     except MemoryPlanError as error:
         if execution != "auto":
             raise
@@ -116,7 +117,7 @@ def fit(
     kind: Kind,
     device: "torch.device",
     threshold: float,
-    longest: int,
+    windows: Lengths,
     correction: Correction | None = None,
 ) -> Planned:
     """The plan that fits the device's free memory, before anything is loaded. Raises MemoryPlanError."""
@@ -127,7 +128,7 @@ def fit(
         device.type,
         found,
         threshold=threshold,
-        longest=longest,
+        windows=windows,
         correction=correction or Correction(),
         others=others,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from theloom import estimate as estimate_module
 from theloom import memory
+from theloom.batching import Lengths
 from theloom.errors import MemoryPlanError
 from theloom.estimate import Estimate
 from theloom.host import DeviceMemory
@@ -104,21 +105,24 @@ def choose(
     found: DeviceMemory,
     *,
     threshold: float = 1.0,
-    longest: int | None = None,
+    windows: Lengths | None = None,
     correction: Correction = Correction(),
     others: str = "",
 ) -> Planned:
     """The largest batch, and the largest chunk, with which a run fits a device (`cpu` or `cuda`).
 
     `found` is the device's memory now, of which `threshold` (a share of the whole) may be in use; where nothing keeps
-    to it, what fits at all is taken, with a warning. `longest` is the longest window (default: the estimate's context).
-    `others` names who else uses the device. Raises MemoryPlanError, with what would make it fit.
+    to it, what fits at all is taken, with a warning. `windows` are those of the corpus (default: any number of them, as
+    long as the estimate's context). `others` names who else uses the device. Raises MemoryPlanError, with what would
+    make it fit.
     """
-    longest = min(longest or estimate.context_length, estimate.context_length)
+    longest = min(windows.longest if windows else estimate.context_length, estimate.context_length)
     asked = Plan(estimate.batch_tokens or MOST_BATCH_TOKENS[device], estimate.chunk_size, longest)
     one_pass = _one_pass_is_less(estimate, kind, asked)
     cache = "device" if device == "cpu" else estimate.cache
-    candidates = [_weigh(estimate, kind, device, plan, correction) for plan in _smaller(asked, cache, one_pass)]
+    candidates = [
+        _weigh(estimate, kind, device, plan, correction) for plan in _smaller(asked, cache, one_pass, windows)
+    ]
     if one_pass:
         log.info("long documents go in one pass: in chunks of %d tokens they would take more memory", asked.chunk_size)
     headroom = int((1 - threshold) * found.total)
@@ -157,17 +161,19 @@ def advice(estimate: Estimate, kind: str, device: str, found: DeviceMemory, plan
     return "set " + ", or ".join(changes) if changes else "ask for fewer hook points, or take a larger device"
 
 
-def _smaller(asked: Plan, cache: str, one_pass: bool) -> list[Plan]:
+def _smaller(asked: Plan, cache: str, one_pass: bool, windows: Lengths | None) -> list[Plan]:
     """The plan asked for, then ever smaller ones: fewer windows side by side, then smaller chunks.
 
     With `one_pass` long documents go in one pass first of all, else at last. `cache` says where their KV cache may be.
+    No more long windows stream side by side than a shard of `windows` has.
     """
     whole = replace(asked, chunk_size=asked.longest, streamed_windows=1)
-    plans = _fewer_windows(whole, asked.longest) if one_pass else []
+    plans = _fewer_windows(whole, asked.longest, 1) if one_pass else []
     streamed: list[Plan] = []
     for chunk_size in estimate_module.chunk_sizes(asked.chunk_size):
         batch = streamed[-1].batch_tokens if streamed else asked.batch_tokens
-        streamed += _fewer_windows(replace(asked, batch_tokens=batch, chunk_size=chunk_size), chunk_size)
+        most = windows.longer_than(chunk_size) if windows else batch
+        streamed += _fewer_windows(replace(asked, batch_tokens=batch, chunk_size=chunk_size), chunk_size, most)
     offloaded = [replace(p, offloaded=True) for p in streamed] if asked.streamed and cache != "device" else []
     plans += offloaded if cache == "offloaded" else streamed
     if asked.streamed and not one_pass:  # the KV cache and its masks can take more than the whole document at once
@@ -175,9 +181,12 @@ def _smaller(asked: Plan, cache: str, one_pass: bool) -> list[Plan]:
     return plans + (offloaded if cache == "auto" else [])
 
 
-def _fewer_windows(plan: Plan, step: int) -> list[Plan]:
-    """A plan, then with fewer windows that stream side by side, then with smaller batches, down to steps of `step`."""
-    windows = max(1, plan.batch_tokens // plan.chunk_size) if plan.streamed else 1
+def _fewer_windows(plan: Plan, step: int, most: int) -> list[Plan]:
+    """A plan, then with fewer windows that stream side by side, then with smaller batches, down to steps of `step`.
+
+    `most`: windows that may stream side by side.
+    """
+    windows = max(1, min(plan.batch_tokens // plan.chunk_size, most)) if plan.streamed else 1
     plans = [replace(plan, streamed_windows=windows)]
     while plans[-1].streamed_windows > 1:
         plans.append(replace(plan, streamed_windows=plans[-1].streamed_windows // 2))

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from theloom import corpus, layout, provenance, source
+from theloom.batching import Lengths
 from theloom.config import plain
 from theloom.errors import ConfigError, CorpusError
 from theloom.model import read_config
@@ -215,10 +216,12 @@ def longest_window(path: Path) -> int:
         return int(np.diff(file["windows/offset"][:]).max(initial=1))
 
 
-def largest_shard(path: Path) -> int:
-    """Tokens of the largest shard."""
+def window_lengths(path: Path) -> Lengths:
+    """The lengths of all windows, shard by shard."""
     with layout.open_h5(path, "tokens") as file:
-        return int(np.diff(file["documents/offset"][:][file["shards/document"][:]]).max(initial=0))
+        lengths = np.diff(file["windows/offset"][:])
+        ends = np.searchsorted(file["windows/document"][:], file["shards/document"][1:-1])
+        return Lengths(tuple(np.split(lengths, ends)))
 
 
 def attributes(path: Path) -> dict[str, Any]:
