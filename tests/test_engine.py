@@ -241,7 +241,7 @@ def rows_committed(partial):
 
 
 def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_path, tiny_llama):
-    asked = "corpus.max_tokens=12000 extraction.shards=1"
+    asked = "corpus.max_tokens=30000 extraction.shards=1 extraction.batch_tokens=128"
     whole = stages(tmp_path / "whole", tiny_llama, asked).all()
     run = stages(tmp_path / "killed", tiny_llama, asked)
     run.prepare()
@@ -250,13 +250,13 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_pat
     partial = run.folder / "shards/00000-of-00001.h5.partial"
     choose = random.Random(0)
     committed = [0]
-    for number in range(40):
+    for number in range(24):
         job = processes.Process(target=extract_with_small_commits, args=(run.folder,))
         job.start()
         if number % 3:  # once it has committed something new; else at any moment, before the model is loaded too
             while job.is_alive() and rows_committed(partial) <= committed[-1]:
                 time.sleep(0.002)
-        job.join(choose.uniform(0, 0.1))
+        job.join(choose.uniform(0, 0.05))
         job.kill()
         job.join()
         if run.shards:
