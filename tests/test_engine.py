@@ -1,6 +1,7 @@
 """The engine against plain transformers: every architecture, uneven lengths, chunks, precisions, and a job killed."""
 
 import dataclasses
+import json
 import logging
 import multiprocessing
 import os
@@ -95,6 +96,32 @@ def test_missing_weights_are_refused_and_not_made_up(tmp_path):
     config = a_config(folder)
     with pytest.raises(ModelError, match=r"lacks 1 weights.*layers\.1\.mlp\.up_proj"):
         model.load(config, source.prepare(config.model))
+
+
+def edited(folder, **numbers):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | numbers))
+    return a_config(folder)
+
+
+def test_weights_of_another_shape_than_the_config_says_are_refused(tmp_path):
+    config = edited(build_tiny("llama", tmp_path), intermediate_size=128)
+    with pytest.raises(
+        ModelError, match=r"has 9 weights of another shape .*\(layers\.0\.mlp\.down_proj\.weight: \(64, 96\)"
+    ):
+        model.load(config, source.prepare(config.model))
+
+
+def test_weights_without_a_place_in_the_model_are_said_in_a_line(tmp_path, caplog):
+    config = edited(build_tiny("llama", tmp_path), num_hidden_layers=2)
+    with caplog.at_level(logging.INFO):
+        loaded = model.load(config, source.prepare(config.model))
+    assert len(loaded.architecture.blocks) == 2
+    said = {record.levelname: record.getMessage() for record in caplog.records}
+    assert said["INFO"] == "not read, as no hook point needs them: lm_head.weight"
+    assert "9 weights of the files have no place in LlamaModel, as its config has it" in said["WARNING"]
+    assert "model.layers.2.input_layernorm.weight" in said["WARNING"]
+    assert "LOAD REPORT" not in caplog.text
 
 
 def test_a_profile_s_numbers_must_be_those_of_the_model(tmp_path):

@@ -1,11 +1,13 @@
 """Verification finds what is wrong: changed bytes, rows of another model, values that are not finite."""
 
+import shutil
+
 import h5py
 import numpy as np
 import pytest
 import theloom
 import torch
-from support import plain_residuals, stages
+from support import build_tiny, plain_residuals, stages
 from theloom import layout, model, source, verify
 from theloom.errors import VerificationError
 
@@ -78,3 +80,48 @@ def test_documents_are_chosen_by_seed(run):
     acts = theloom.open(run.activations)
     assert verify.choose_windows(acts, 5, 64, seed=1) == verify.choose_windows(acts, 5, 64, seed=1)
     assert verify.choose_windows(acts, 5, 64, seed=1)[0] == int(np.diff(acts.window_offset).argmax())
+
+
+@pytest.fixture
+def cancelling(tmp_path, tiny_llama):
+    """A model whose last block takes back 100 from every element, which the one before it has added."""
+    from transformers import AutoModelForCausalLM
+
+    folder = build_tiny("llama", tmp_path / "model", vocab_size=49152, mlp_bias=True)
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for block, bias in zip(model.model.layers, (0.0, 100.0, -100.0), strict=True):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                getattr(block.mlp, name).bias.fill_(bias if name == "down_proj" else 0.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_what_bf16_itself_rounds_away_is_no_mistake(tmp_path, cancelling, monkeypatch, caplog):
+    """Elements of some 100 are 0.5 apart in BF16: another order of summing moves what is left by so much."""
+    hook = "blocks.2.hook_resid_post"
+    asked = (
+        f"corpus.max_tokens=600 extraction.shards=1 memory.precision_mode=bf16 memory.activation_cache_filter=[{hook}]"
+    )
+    run = stages(tmp_path / "run", cancelling, asked).all()
+    acts = theloom.open(run.shards[0])
+    row = int(acts.window_offset[np.diff(acts.window_offset).argmax()])
+    plain = acts[hook][row][3]
+    monkeypatch.setattr(verify, "check_hashes", lambda acts: ([], np.zeros(len(acts.hooks), int)))
+
+    def verified_with(off):
+        change(run, 0, hook, row, float(plain) + off)
+        run.verify()
+        with layout.open_h5(run.folder / "verification.h5", "verification") as file:
+            error, largest = file["recomputed/error"][:].max(), file["recomputed/largest"][:].max()
+            return error / largest, file["recomputed/allowed"][0]
+
+    error, allowed = verified_with(0)
+    assert error < allowed
+    error, allowed = verified_with(0.5)
+    assert 0.04 < error < allowed < 1
+    assert f"{hook}: more than 0.04; the model itself is" in caplog.text
+    with pytest.raises(VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model by"):
+        verified_with(40)

@@ -1,4 +1,4 @@
-"""How near a quantised run's residuals are to those of the same model in FP32: cosine similarities, row by row."""
+"""A run beside the same model in FP32: that model, where it fits; how near a quantised run's residuals are to its."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import h5py
 from theloom import gpu, layout, memory, model
 from theloom.dataset import Activations
 from theloom.estimator import Traced
-from theloom.hooks import RESIDUALS
+from theloom.hooks import RESIDUALS, HookPoint
 from theloom.memory import Kind, Workload
 from theloom.model import LoadedModel
 from theloom.schema import Config
@@ -47,18 +47,45 @@ def compare(
     if not points or not windows or traced.own is not None:
         log.info("not compared to FP32: %s", "the checkpoint is quantised itself" if traced.own else "no residuals")
         return None
+    exact = exact_model(config, files, acts, windows, points, traced)
+    if exact is None:
+        return None
+    pairs = [_cosines(exact, acts, [p.name for p in points], window, oracle) for window in windows]
+    return Fidelity([p.name for p in points], list(windows), *map(list, zip(*pairs, strict=True)))
+
+
+def exact_model(
+    config: Config,
+    files: ModelFiles,
+    acts: Activations,
+    windows: Sequence[int],
+    points: Sequence[HookPoint],
+    traced: Traced | None = None,
+) -> LoadedModel | None:
+    """The model in FP32; None, with a warning, where there is no room for it and the longest of some windows."""
+    trust = config.model.trust_remote_code
+    traced = traced or Traced(model.config_in(files, trust), None, trust)
     device, _ = model.resolve_precision(config)
     longest = max(int(acts.window_offset[w + 1] - acts.window_offset[w]) for w in windows)
     kind = Kind("fp32")
-    running = traced.forward(kind, Workload(1, longest, longest), points, held=True, device=device.type).total
+    held = {p.name: p for p in [*traced.catalogue().points, *points] if p.value in RESIDUALS or p in points}
+    running = traced.forward(
+        kind, Workload(1, longest, longest), list(held.values()), held=True, device=device.type
+    ).total
     needed, free = traced.weights(kind) + running, gpu.device_memory(device).free
     if needed > free:
         sizes = memory.in_words(needed), memory.in_words(free)
         log.warning("not compared to FP32: that takes %s, %s are free", *sizes)
         return None
-    exact = model.load(config, files, exact=True)
-    pairs = [_cosines(exact, acts, [p.name for p in points], window, oracle) for window in windows]
-    return Fidelity([p.name for p in points], list(windows), *map(list, zip(*pairs, strict=True)))
+    return model.load(config, files, exact=True)
+
+
+def window_ids(acts: Activations, window: int, loaded: LoadedModel) -> "torch.Tensor":
+    """The token ids of a window on the model's device, (1, position)."""
+    import torch
+
+    rows = slice(*(int(r) for r in acts.window_offset[window : window + 2]))
+    return torch.from_numpy(acts.input_ids.numpy(rows).astype("<i8"))[None].to(loaded.device)
 
 
 def _cosines(
@@ -68,7 +95,7 @@ def _cosines(
     import torch
 
     rows = slice(*(int(r) for r in acts.window_offset[window : window + 2]))
-    truth = oracle(exact, torch.from_numpy(acts.input_ids.numpy(rows).astype("<i8"))[None].to(exact.device))
+    truth = oracle(exact, window_ids(acts, window, exact))
     found = [torch.cosine_similarity(acts[h][rows].float(), truth[h][0].float().cpu(), dim=-1) for h in hooks]
     return [float(c.mean()) for c in found], [float(c.min()) for c in found]
 

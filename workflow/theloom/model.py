@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from theloom import architecture, gpu, lease, malloc, memory, precision, source
+from theloom import architecture, gpu, lease, load_report, malloc, memory, precision, source
 from theloom.architecture import Architecture, Numbers
 from theloom.errors import ModelError
 from theloom.estimator import quantized_as
@@ -147,7 +147,7 @@ def load(
 
     Tensors go one by one to their device and precision; what is not needed is not read. A quantised checkpoint is taken
     as it is. `exact`: in FP32 and not quantised, whatever the config asks for. Raises ModelError where any of the
-    weights is missing.
+    weights is missing or has another shape.
     """
     device, resolved = resolve_precision(config)
     if exact:
@@ -170,26 +170,21 @@ def load(
         else:
             log.info("its weights are quantised to %s already, and loaded as they are", own)
     try:
-        with one_tensor_at_a_time():
+        with one_tensor_at_a_time(), load_report.kept_back():
             model, info = _part_of_model(config, left_out).from_pretrained(
                 files.folder,
                 dtype=precision.torch_dtype(resolved.resolved),
                 use_safetensors=None if config.model.allow_pickle else True,
                 trust_remote_code=config.model.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which `load_report` does not
                 **options,
             )
     except (ValueError, OSError, ImportError) as error:
         raise ModelError(f"model.source: {config.model.source}: {' '.join(str(error).split())}") from None
     if left_out:
         model.__class__ = type(model).__base__  # the class as transformers has it
-    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    missing = [name for name in missing if not name.startswith("pooler.")]  # an encoder's, after all hook points
-    if missing:
-        raise ModelError(
-            f"model.source: {config.model.source} lacks {len(missing)} weights of {type(model).__name__} "
-            f"({missing[0]}, …); its files are incomplete or of another architecture"
-        )
+    load_report.check(model, info, config.model.source)
     if quantization == "4bit" and device.type == "cpu":
         from theloom.quantized import check_runs_on_the_cpu
 

@@ -147,7 +147,9 @@ class VerifyConfig:
 
     documents: int = key(8, "documents to recompute; the longest is always among them")
     tolerance: float | None = key(
-        None, "largest error allowed, as a share of the hook's largest absolute value; null: by precision"
+        None,
+        "largest error allowed, as a share of the hook's largest absolute value; null: by precision, "
+        "and in 16 bits by how far the model itself is from FP32",
     )
     seed: int = key(0, "seed of the choice of documents")
     compare_to_fp32: bool = key(

@@ -5,14 +5,15 @@ entry is after the final norm, so the last block's output is read by a plain for
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
 
-from theloom import dataset, fidelity, gpu, integrity, layout, memory, model_record, provenance
+from theloom import dataset, fidelity, gpu, integrity, layout, memory, model_record, provenance, rounding
 from theloom.dataset import Activations
 from theloom.errors import VerificationError
 from theloom.estimator import Traced
@@ -44,18 +45,41 @@ class Recomputed:
 
 @dataclass(frozen=True)
 class Recomputation:
-    """All recomputed windows, the hook points of their errors, the largest error allowed, and the model they are of."""
+    """All recomputed windows, the hook points of their errors, the largest error allowed, and the model they are of.
+
+    `rounding`: by hook point whose error is larger than that, how far the model itself is from FP32, both as a share of
+    the largest value.
+    """
 
     points: list[HookPoint]
     results: list[Recomputed]
     tolerance: float
     files: ModelFiles | None  # where a quantised run can be compared to FP32
+    rounding: dict[str, float] = field(default_factory=dict)
 
     @property
     def worst(self) -> np.ndarray:
         """By hook point the largest error, as a share of the largest value."""
         errors, largest = (np.array([getattr(r, name) for r in self.results]) for name in ("error", "largest"))
         return (errors / np.maximum(largest, 1e-30)).max(axis=0)
+
+    @property
+    def doubtful(self) -> dict[int, list[HookPoint]]:
+        """By window the hook points whose error is more than the tolerance."""
+        found = {
+            r.window: [
+                point
+                for point, error, largest in zip(self.points, r.error, r.largest, strict=True)
+                if not error <= self.tolerance * largest
+            ]
+            for r in self.results
+        }
+        return {window: points for window, points in found.items() if points}
+
+    @property
+    def allowed(self) -> np.ndarray:
+        """By hook point the largest error allowed: two passes that are each as far from FP32 as the model itself."""
+        return np.array([max(self.tolerance, 2 * self.rounding.get(p.name, 0.0)) for p in self.points])
 
 
 def verify(config: Config, activations: Path, model_path: Path, output: Path) -> None:
@@ -81,18 +105,26 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> "Recomputa
         raise VerificationError(f"{model_path} is not of the model that {acts.path} is from; give the run's own folder")
     points = [p for p in recorded.catalogue.points if p.name in acts]
     windows = choose_windows(acts, config.verify.documents, config.memory.streaming_chunk_size, config.verify.seed)
-    files = None
     if recorded.layerwise:
         from theloom import layerwise_verify
 
         results, explained = layerwise_verify.recompute(config, recorded, acts, points, windows)
-    else:
-        loaded = model_record.load_again(config, recorded)
-        results, explained = _recompute_all(config, loaded, acts, points, windows), loaded.tolerance
-        files = loaded.files if loaded.quantization is not None else None
-    # the coarser of the forward pass' precision and the stored one decides what rounding explains
-    tolerance = config.verify.tolerance or max(explained, TOLERANCE[acts.precision])
-    return Recomputation(points, results, tolerance, files)
+        return Recomputation(points, results, _tolerance(config, acts, explained), None)
+    loaded = model_record.load_again(config, recorded)
+    results, quantised = _recompute_all(config, loaded, acts, points, windows), loaded.quantization is not None
+    files, tolerance = loaded.files, _tolerance(config, acts, loaded.tolerance)
+    found = Recomputation(points, results, tolerance, files if quantised else None)
+    doubtful = found.doubtful
+    if not doubtful or config.verify.tolerance or quantised or loaded.precision.resolved == "fp32":
+        return found
+    own = rounding.own(loaded, acts, doubtful, _plain)
+    del loaded
+    return replace(found, rounding=rounding.measure(config, files, acts, doubtful, own, _plain))
+
+
+def _tolerance(config: Config, acts: Activations, explained: float) -> float:
+    """The coarser of the forward pass' precision and the stored one decides what rounding explains."""
+    return config.verify.tolerance or max(explained, TOLERANCE[acts.precision])
 
 
 def _recompute_all(
@@ -141,9 +173,8 @@ def _recompute(acts: Activations, loaded: LoadedModel, points: list[HookPoint], 
 
     begin, end = (int(r) for r in acts.window_offset[window : window + 2])
     rows = slice(begin, end)
-    ids = torch.from_numpy(acts.input_ids.numpy(rows).astype("<i8"))[None].to(loaded.device)
     try:
-        expected = oracle(loaded, ids) | _in_one_piece(loaded, ids, points)
+        expected = _plain(loaded, fidelity.window_ids(acts, window, loaded), points)
     except torch.OutOfMemoryError:
         name = acts.documents[int(acts.window_document[window])]
         log.warning("%s (%d tokens) does not fit the device in one piece: not recomputed", name, end - begin)
@@ -176,7 +207,12 @@ def oracle(loaded: LoadedModel, ids: "torch.Tensor") -> dict[str, "torch.Tensor"
     return own_residuals(loaded.architecture, input_ids=ids, **no_cache(loaded.architecture.model))
 
 
-def _in_one_piece(loaded: LoadedModel, ids: "torch.Tensor", points: list[HookPoint]) -> dict[str, "torch.Tensor"]:
+def _plain(loaded: LoadedModel, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
+    """Every residual of ids (1, position), and what else is asked for, without this library's ways to save memory."""
+    return oracle(loaded, ids) | _in_one_piece(loaded, ids, points)
+
+
+def _in_one_piece(loaded: LoadedModel, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
     """What is not in `output_hidden_states`: the same taps in one pass without padding, chunks or files."""
     import torch
 
@@ -212,6 +248,7 @@ def _write(acts: Activations, found: Recomputation, wrong: list[int], not_finite
         file["recomputed/tokens"] = [int(np.diff(acts.window_offset)[w]) for w in windows]
         file["recomputed/error"] = [r.error for r in found.results]
         file["recomputed/largest"] = [r.largest for r in found.results]
+        file["recomputed/allowed"] = found.allowed
 
 
 def report_damage(acts: Activations, damaged: list[str], wrong: list[int]) -> None:
@@ -230,14 +267,17 @@ def report_recomputed(acts: Activations, found: Recomputation) -> None:
     """Say what recomputing has shown. Raises VerificationError where rows are not those of the model."""
     if not found.results:
         raise VerificationError("no document could be recomputed in one piece; lower corpus.context_length")
-    worst = found.worst
+    worst, allowed = found.worst, found.allowed
     for point, share in zip(found.points, worst, strict=True):
         log.info(
             "%s: largest error %.2g of the largest value, over %d documents", point.name, share, len(found.results)
         )
-    if not (worst <= found.tolerance).all():
-        hook = found.points[int(worst.argmax())].name
+        if (own := found.rounding.get(point.name)) is not None:
+            words = "%s: more than %.2g; the model itself is %.2g from its values in FP32: so ill-conditioned are they"
+            log.warning(words, point.name, found.tolerance, own)
+    if not (worst <= allowed).all():
+        number = int((worst / allowed).argmax())
         raise VerificationError(
-            f"{acts.path}: {hook} differs from the model by {worst.max():.3g} of its largest value, "
-            f"more than {found.tolerance:.3g} (verify.tolerance); do not use these rows, and report the model"
+            f"{acts.path}: {found.points[number].name} differs from the model by {worst[number]:.3g} of its largest "
+            f"value, more than {allowed[number]:.3g} (verify.tolerance); do not use these rows, and report the model"
         )
