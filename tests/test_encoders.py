@@ -17,9 +17,9 @@ from transformers import AutoModel
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory, tiny_llama):
-    """Tiny BERT and RoBERTa with the tokenizer of SmolLM2."""
+    """Tiny BERT, RoBERTa and I-BERT (whose norms give two tensors) with the tokenizer of SmolLM2."""
     folders = {}
-    for model_type in ("bert", "roberta"):
+    for model_type in ("bert", "roberta", "ibert"):
         torch.manual_seed(0)
         config = tiny_config(model_type)
         config.vocab_size = 49152
@@ -37,7 +37,7 @@ def encoders(tmp_path_factory, tiny_llama):
 ASKED = "memory.activation_cache_filter=[] corpus.max_tokens=600 extraction.shards=2 extraction.batch_tokens=200"
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "ibert"])
 def test_rows_are_those_of_each_document_by_itself(tmp_path, encoders, model_type):
     run = stages(tmp_path, encoders[model_type], f"{ASKED} corpus.context_length=60").all()
     run.verify()

@@ -36,11 +36,13 @@ class Norm:
         forward: Any = self.module.forward
         try:
             with torch.inference_mode():
-                given = example[0].clone()
+                given = example[:1].clone()
                 found = forward(given)
                 shifted = forward(given + 3 * given.float().std().to(given.dtype))
-        except (TypeError, RuntimeError):
-            self.problem = f"{type(self.module).__name__} takes more than one input"
+        except (TypeError, RuntimeError, LookupError):
+            found = None
+        if not isinstance(found, torch.Tensor):
+            self.problem = f"{type(self.module).__name__} is not a function of one tensor"
             return by_name
         change = float((shifted - found).float().abs().max() / found.float().abs().max().clamp_min(1e-30))
         return change < 0.2
