@@ -1,5 +1,7 @@
 """The trace against the CPU allocator itself: the same forward, with the same taps, measured by torch's profiler."""
 
+from functools import cache
+
 import pytest
 import torch
 from support import allocator_peak
@@ -57,13 +59,13 @@ def real_peak(described, workload, points) -> int:
 @pytest.mark.parametrize("name", MODELS)
 def test_trace_gives_the_peak_of_the_cpu_allocator(name: str, precision: str) -> None:
     far = errors(name, precision, FILTERS, WORKLOADS)
-    assert all(abs(error) <= 1e-3 for error in far.values()), far
+    assert all(-1e-3 - share <= error <= 1e-3 for error, share in far.values()), far
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_it_does_so_for_hook_points_inside_the_blocks(name: str) -> None:
     far = errors(name, "fp32", {"inside": INSIDE}, SHORT_WORKLOADS)
-    assert all(abs(error) <= 1e-3 for error in far.values()), far
+    assert all(abs(error) <= 1e-3 for error, _ in far.values()), far
 
 
 @pytest.mark.parametrize(
@@ -90,8 +92,8 @@ def test_fused_attention_takes_what_its_kernel_takes(
         torch.set_num_threads(before)
 
 
-def errors(name: str, precision: str, filters_by_name, workloads) -> dict[tuple[str, str], float]:
-    """By how much the trace is off the real peak, as a share, by filter and workload."""
+def errors(name: str, precision: str, filters_by_name, workloads) -> dict[tuple[str, str], tuple[float, float]]:
+    """By how much the trace is off the real peak, and what products take within themselves, as shares of the peak."""
     described = architecture.describe(AutoModel.from_config(model_config(name), dtype=torch_dtype(precision)).eval())
     fake = trace.fake_model(model_config(name), precision)
     far = {}
@@ -100,8 +102,26 @@ def errors(name: str, precision: str, filters_by_name, workloads) -> dict[tuple[
         for shape, workload in workloads.items():
             foretold = trace.trace(fake, workload, chosen, held=True)[0].total
             measured = real_peak(described, workload, chosen)
-            far[asked, shape] = foretold / measured - 1
+            within = within_products(described, workload.windows * min(workload.tokens, workload.chunk_size))
+            far[asked, shape] = (foretold / measured - 1, within / measured)
     return far
+
+
+def within_products(described, tokens: int) -> int:
+    """Bytes that oneDNN takes for a product of 16 bits on some processors, some 0.1 to 0.2 MB for each thread.
+
+    The trace leaves them out: they depend on the processor, and not on the model's size.
+    """
+    linears = [m for m in described.model.modules() if isinstance(m, torch.nn.Linear)]
+    sizes = {(m.in_features, m.out_features) for m in linears if m.weight.dtype != torch.float32}
+    return max((_within_product(*size, linears[0].weight.dtype, tokens) for size in sizes), default=0)
+
+
+@cache
+def _within_product(width: int, outputs: int, dtype: torch.dtype, tokens: int) -> int:
+    values, weight = torch.zeros(tokens, width, dtype=dtype), torch.zeros(outputs, width, dtype=dtype)
+    with torch.inference_mode():
+        return allocator_peak(lambda: torch.nn.functional.linear(values, weight)) - tokens * outputs * dtype.itemsize
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 20])
