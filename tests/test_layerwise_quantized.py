@@ -4,6 +4,7 @@ import multiprocessing
 import shutil
 
 import h5py
+import numpy as np
 import pytest
 import theloom
 import torch
@@ -159,6 +160,13 @@ def test_a_whole_run_has_the_data_of_a_resident_one_and_is_verified(tmp_path, ev
     run = stages(tmp_path / "layerwise", even_llama, f"{asked} extraction.execution=layerwise").all()
     assert data_of(run) == data_of(resident)
     run.verify()
+    resident.verify()
+    with h5py.File(run.folder / "verification.h5") as here, h5py.File(resident.folder / "verification.h5") as there:
+        assert here["fp32/hooks"][:].tolist() == there["fp32/hooks"][:].tolist()
+        assert here["fp32/window"][:].tolist() == there["fp32/window"][:].tolist()
+        for name in ("cosine", "least_cosine"):
+            np.testing.assert_allclose(here[f"fp32/{name}"][:], there[f"fp32/{name}"][:], rtol=1e-5)
+        assert here["fp32/least_cosine"][:, 1:].max() < 0.99999  # behind the first block, whose weights are quantised
     attributes = theloom.open(run.activations).attributes
     assert "layerwise" in attributes["execution"]
     assert attributes["model_quantization"] == bits

@@ -99,12 +99,12 @@ def cancelling(tmp_path, tiny_llama):
     return folder
 
 
-def test_what_bf16_itself_rounds_away_is_no_mistake(tmp_path, cancelling, monkeypatch, caplog):
+@pytest.mark.parametrize("execution", ["resident", "layerwise"])
+def test_what_bf16_itself_rounds_away_is_no_mistake(tmp_path, cancelling, monkeypatch, caplog, execution):
     """Elements of some 100 are 0.5 apart in BF16: another order of summing moves what is left by so much."""
     hook = "blocks.2.hook_resid_post"
-    asked = (
-        f"corpus.max_tokens=600 extraction.shards=1 memory.precision_mode=bf16 memory.activation_cache_filter=[{hook}]"
-    )
+    asked = f"corpus.max_tokens=600 extraction.shards=1 extraction.execution={execution} memory.precision_mode=bf16 "
+    asked += f"memory.activation_cache_filter=[{hook}]"
     run = stages(tmp_path / "run", cancelling, asked).all()
     acts = theloom.open(run.shards[0])
     row = int(acts.window_offset[np.diff(acts.window_offset).argmax()])

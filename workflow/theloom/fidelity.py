@@ -80,12 +80,12 @@ def exact_model(
     return model.load(config, files, exact=True)
 
 
-def window_ids(acts: Activations, window: int, loaded: LoadedModel) -> "torch.Tensor":
-    """The token ids of a window on the model's device, (1, position)."""
+def window_ids(acts: Activations, window: int) -> "torch.Tensor":
+    """The token ids of a window, (1, position)."""
     import torch
 
     rows = slice(*(int(r) for r in acts.window_offset[window : window + 2]))
-    return torch.from_numpy(acts.input_ids.numpy(rows).astype("<i8"))[None].to(loaded.device)
+    return torch.from_numpy(acts.input_ids.numpy(rows).astype("<i8"))[None]
 
 
 def _cosines(
@@ -95,7 +95,7 @@ def _cosines(
     import torch
 
     rows = slice(*(int(r) for r in acts.window_offset[window : window + 2]))
-    truth = oracle(exact, window_ids(acts, window, exact))
+    truth = oracle(exact, window_ids(acts, window).to(exact.device))
     found = [torch.cosine_similarity(acts[h][rows].float(), truth[h][0].float().cpu(), dim=-1) for h in hooks]
     return [float(c.mean()) for c in found], [float(c.min()) for c in found]
 

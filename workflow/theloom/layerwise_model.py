@@ -23,6 +23,7 @@ from theloom.layerwise_plan import LayerwisePlan, PassOf
 from theloom.memory import BlockSizes, Kind, Parts, Workload
 from theloom.model import LoadedModel
 from theloom.plan import MOST_BATCH_TOKENS, Plan
+from theloom.precision import Resolved
 from theloom.residual_store import ResidualStore
 from theloom.schema import Config
 from theloom.shell import Shell
@@ -146,14 +147,19 @@ class LayerwiseModel:
 
 
 @contextmanager
-def opened(config: Config, files: ModelFiles) -> Iterator[LayerwiseModel]:
-    """Open the model of a config. Raises ModelError for one that cannot be run block by block."""
+def opened(config: Config, files: ModelFiles, exact: bool = False) -> Iterator[LayerwiseModel]:
+    """Open the model of a config. `exact`: in FP32 and not quantised, whatever the config asks for.
+
+    Raises ModelError for one that cannot be run block by block.
+    """
     if not list(files.folder.glob("*.safetensors")):
         raise ModelError(f"model.source: {config.model.source} has no safetensors, which block by block are needed")
     device, resolved = model.resolve_precision(config)
     attention = config.extraction.attention.name
     model_config = model.hf_config(config.model)
     bits = model.quantization_of(config, model_config) or memory.asked_quantization(config)
+    if exact:
+        resolved, bits = Resolved("fp32", "fp32", ()), None
     shell = Shell(
         Path(files.folder),
         model_config,

@@ -1,59 +1,134 @@
 """Documents of a run recomputed block by block: each in one piece, unpadded and without the shard's batches or chunks.
 
-The oracle of resident runs, plain transformers with all of the model, is what such a run has no room for.
+The oracle of resident runs, plain transformers with all of the model, is what such a run has no room for. What resident
+runs are compared to in FP32 is compared here too, in a sweep of FP32 blocks.
 """
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from theloom import host, model_record
+from theloom import fidelity, host, model, model_record, rounding
 from theloom.dataset import Activations
-from theloom.hooks import HookPoint
+from theloom.fidelity import Fidelity
+from theloom.hooks import RESIDUALS, HookPoint
 from theloom.layerwise import LayerwiseRunner
+from theloom.layerwise_model import LayerwiseModel, opened
 from theloom.memory import Workload, in_words
 from theloom.model_record import ModelRecord
+from theloom.precision import TOLERANCE
 from theloom.residual_store import ResidualStore
 from theloom.schema import Config
-from theloom.verify import Recomputed, compare
+from theloom.source import ModelFiles
+from theloom.verify import Recomputation, Recomputed, compare
 
 log = logging.getLogger(__name__)
+
+See = Callable[[int, HookPoint, torch.Tensor], None]  # a window, a hook point, its values (position, …)
 
 
 def recompute(
     config: Config, recorded: ModelRecord, acts: Activations, points: list[HookPoint], windows: list[int]
-) -> tuple[list[Recomputed], float]:
-    """Windows of the whole dataset against one sweep of their own, and the error that the precision explains."""
-    lengths = np.diff(acts.window_offset)
+) -> Recomputation:
+    """Windows of the whole dataset against one sweep of their own."""
+    errors: dict[tuple[int, str], tuple[float, float]] = {}
+    doubtful: dict[int, dict[str, torch.Tensor]] = {}
     with model_record.open_again(config, recorded) as found:
-        pass_of, row = found.pass_of(points), found.residual_row
-        fixed = found.sizes(points).on_device + sum(int(lengths[w]) for w in windows) * row
-        kept = []
-        for window in windows:
-            tokens = int(lengths[window])
-            needed = fixed + pass_of(Workload(1, tokens, tokens))[0].total
-            if needed > host.memory().free and found.loaded.device.type == "cpu":
-                name = acts.documents[int(acts.window_document[window])]
-                sizes = in_words(needed), in_words(host.memory().free)
-                log.warning("%s (%d tokens) takes %s in one piece, %s are free: not recomputed", name, tokens, *sizes)
-            else:
-                kept.append(window)
-        rows = [slice(int(acts.window_offset[w]), int(acts.window_offset[w + 1])) for w in kept]
-        batches = [torch.from_numpy(acts.input_ids.numpy(r).astype("<i8"))[None] for r in rows]
-        by_name = {p.name: p for p in points}
-        errors: dict[tuple[int, str], tuple[float, float]] = {}
+        loaded = found.loaded
+        tolerance = config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
 
-        def sink(number: int, name: str, start: int, values: torch.Tensor, first: int) -> None:
-            errors[number, name] = compare(acts, by_name[name], rows[number], values[0])
+        def see(window: int, point: HookPoint, values: torch.Tensor) -> None:
+            error, largest = errors[window, point.name] = compare(acts, point, _rows(acts, window), values)
+            if not error <= tolerance * largest:
+                doubtful.setdefault(window, {})[point.name] = values.float().cpu()
 
-        longest = max((b.shape[1] for b in batches), default=1)
-        runner = LayerwiseRunner(found.shell, found.source, points, longest, recorded.precision)
-        if batches:
-            with ResidualStore(runner.residuals(batches, ""), None) as store:
-                runner.sweep(batches, store, sink)
-        results = [
-            Recomputed(w, [errors[n, p.name][0] for p in points], [errors[n, p.name][1] for p in points])
-            for n, w in enumerate(kept)
-        ]
-        return results, found.loaded.tolerance
+        kept = _sweep(found, acts, points, windows, see)
+    results = [Recomputed(w, *(list(x) for x in zip(*(errors[w, p.name] for p in points), strict=True))) for w in kept]
+    quantised = loaded.quantization is not None
+    shares = {}
+    if doubtful and not (config.verify.tolerance or quantised or loaded.precision.resolved == "fp32"):
+        shares = _rounding(config, loaded.files, acts, points, doubtful)
+    return Recomputation(points, results, tolerance, loaded.files if quantised else None, shares)
+
+
+def compare_to_fp32(config: Config, files: ModelFiles, acts: Activations, windows: Sequence[int]) -> Fidelity | None:
+    """`fidelity.compare`, block by block."""
+    if model.quantization_of(config, model.hf_config(config.model)) is not None:
+        log.info("not compared to FP32: the checkpoint is quantised itself")
+        return None
+    cosines: dict[tuple[int, str], torch.Tensor] = {}
+
+    def see(window: int, point: HookPoint, values: torch.Tensor) -> None:
+        stored = acts[point.name][_rows(acts, window)].float()
+        cosines[window, point.name] = torch.cosine_similarity(stored, values.float().cpu(), dim=-1)
+
+    with opened(config, files, exact=True) as exact:
+        catalogue = exact.loaded.catalogue.points
+        points = [p for p in catalogue if p.value in RESIDUALS and p.name in acts.hooks]
+        kept = _sweep(exact, acts, points, windows, see) if points else []
+    if not kept:
+        log.info("not compared to FP32: %s", "no room for a document" if points else "no residuals")
+        return None
+    by_window = [[cosines[w, p.name] for p in points] for w in kept]
+    mean, least = ([[float(of(c)) for c in row] for row in by_window] for of in (torch.mean, torch.min))
+    return Fidelity([p.name for p in points], list(kept), mean, least)
+
+
+def _rounding(
+    config: Config,
+    files: ModelFiles,
+    acts: Activations,
+    points: Sequence[HookPoint],
+    own: Mapping[int, Mapping[str, torch.Tensor]],
+) -> dict[str, float]:
+    """`rounding.measure`, block by block."""
+    names = {name for of_window in own.values() for name in of_window}
+    shares = dict.fromkeys(sorted(names), 0.0)
+
+    def see(window: int, point: HookPoint, values: torch.Tensor) -> None:
+        if point.name in own[window]:
+            share = rounding.share(own[window][point.name], values)
+            shares[point.name] = max(shares[point.name], share)
+
+    with opened(config, files, exact=True) as exact:
+        kept = _sweep(exact, acts, [p for p in points if p.name in names], list(own), see)
+    return shares if kept else {}
+
+
+def _rows(acts: Activations, window: int) -> slice:
+    begin, end = (int(r) for r in acts.window_offset[window : window + 2])
+    return slice(begin, end)
+
+
+def _sweep(
+    found: LayerwiseModel, acts: Activations, points: list[HookPoint], windows: Sequence[int], see: See
+) -> list[int]:
+    """Those of the windows that fit, one batch each, in one sweep; the others are said in the log."""
+    lengths = np.diff(acts.window_offset)
+    pass_of, row = found.pass_of(points), found.residual_row
+    fixed = found.sizes(points).on_device + sum(int(lengths[w]) for w in windows) * row
+    kept = []
+    for window in windows:
+        tokens = int(lengths[window])
+        needed = fixed + pass_of(Workload(1, tokens, tokens))[0].total
+        if needed > host.memory().free and found.loaded.device.type == "cpu":
+            name = acts.documents[int(acts.window_document[window])]
+            sizes = in_words(needed), in_words(host.memory().free)
+            log.warning("%s (%d tokens) takes %s in one piece, %s are free: not recomputed", name, tokens, *sizes)
+        else:
+            kept.append(window)
+    if not kept:
+        return []
+    batches = [fidelity.window_ids(acts, w) for w in kept]
+    by_name = {p.name: p for p in points}
+
+    def sink(number: int, name: str, start: int, values: torch.Tensor, first: int) -> None:
+        see(kept[number], by_name[name], values[0])
+
+    longest = max(b.shape[1] for b in batches)
+    runner = LayerwiseRunner(found.shell, found.source, points, longest, found.loaded.precision.resolved)
+    with ResidualStore(runner.residuals(batches, ""), None) as store:
+        runner.sweep(batches, store, sink)
+    return kept

@@ -29,7 +29,7 @@ def own(loaded: LoadedModel, acts: Activations, doubtful: Doubtful, values: Valu
     """The values of a model in its precision, by window, as float32 on the host."""
     found = {}
     for window, points in doubtful.items():
-        by_name = values(loaded, fidelity.window_ids(acts, window, loaded), points)
+        by_name = values(loaded, fidelity.window_ids(acts, window).to(loaded.device), points)
         found[window] = [by_name[p.name].float().cpu() for p in points]
     return found
 
@@ -52,10 +52,14 @@ def measure(
         return {}
     shares: dict[str, float] = {}
     for window, of_window in doubtful.items():
-        truths = values(exact, fidelity.window_ids(acts, window, exact), of_window)
+        truths = values(exact, fidelity.window_ids(acts, window).to(exact.device), of_window)
         for point, rounded in zip(of_window, found[window], strict=True):
-            truth = truths[point.name].float().cpu()
-            apart = float((rounded - truth).masked_fill(rounded == truth, 0.0).abs().max())  # both may be -inf
-            largest = float(truth.masked_fill(truth.isneginf(), 0.0).abs().max())
-            shares[point.name] = max(shares.get(point.name, 0.0), apart / max(largest, 1e-30))
+            shares[point.name] = max(shares.get(point.name, 0.0), share(rounded, truths[point.name]))
     return shares
+
+
+def share(rounded: "torch.Tensor", truth: "torch.Tensor") -> float:
+    """The largest distance of a model's values from those in FP32, as a share of the largest of these."""
+    truth = truth.float().cpu()
+    apart = float((rounded - truth).masked_fill(rounded == truth, 0.0).abs().max())  # both may be -inf
+    return apart / max(float(truth.masked_fill(truth.isneginf(), 0.0).abs().max()), 1e-30)

@@ -17,6 +17,7 @@ from theloom import dataset, fidelity, gpu, integrity, layout, memory, model_rec
 from theloom.dataset import Activations
 from theloom.errors import VerificationError
 from theloom.estimator import Traced
+from theloom.fidelity import Fidelity
 from theloom.forward import no_cache
 from theloom.hooks import RESIDUALS, HookPoint, residuals
 from theloom.integrity import check_hashes
@@ -90,12 +91,20 @@ def verify(config: Config, activations: Path, model_path: Path, output: Path) ->
     found = recompute(config, acts, model_path)
     _write(acts, found, wrong, not_finite, output)
     if found.files is not None and config.verify.compare_to_fp32:
-        compared = fidelity.compare(config, found.files, acts, [r.window for r in found.results], oracle)
+        compared = _compare_to_fp32(config, found.files, acts, [r.window for r in found.results])
         if compared is not None:
             with h5py.File(output, "a") as file:
                 fidelity.write(compared, file)
     report_damage(acts, damaged, wrong)
     report_recomputed(acts, found)
+
+
+def _compare_to_fp32(config: Config, files: ModelFiles, acts: Activations, windows: list[int]) -> Fidelity | None:
+    if "layerwise" in acts.attributes.get("execution", ""):
+        from theloom import layerwise_verify
+
+        return layerwise_verify.compare_to_fp32(config, files, acts, windows)
+    return fidelity.compare(config, files, acts, windows, oracle)
 
 
 def recompute(config: Config, acts: Activations, model_path: Path) -> "Recomputation":
@@ -108,11 +117,11 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> "Recomputa
     if recorded.layerwise:
         from theloom import layerwise_verify
 
-        results, explained = layerwise_verify.recompute(config, recorded, acts, points, windows)
-        return Recomputation(points, results, _tolerance(config, acts, explained), None)
+        return layerwise_verify.recompute(config, recorded, acts, points, windows)
     loaded = model_record.load_again(config, recorded)
     results, quantised = _recompute_all(config, loaded, acts, points, windows), loaded.quantization is not None
-    files, tolerance = loaded.files, _tolerance(config, acts, loaded.tolerance)
+    # the coarser of the forward pass' precision and the stored one decides what rounding explains
+    files, tolerance = loaded.files, config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
     found = Recomputation(points, results, tolerance, files if quantised else None)
     doubtful = found.doubtful
     if not doubtful or config.verify.tolerance or quantised or loaded.precision.resolved == "fp32":
@@ -120,11 +129,6 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> "Recomputa
     own = rounding.own(loaded, acts, doubtful, _plain)
     del loaded
     return replace(found, rounding=rounding.measure(config, files, acts, doubtful, own, _plain))
-
-
-def _tolerance(config: Config, acts: Activations, explained: float) -> float:
-    """The coarser of the forward pass' precision and the stored one decides what rounding explains."""
-    return config.verify.tolerance or max(explained, TOLERANCE[acts.precision])
 
 
 def _recompute_all(
@@ -174,7 +178,7 @@ def _recompute(acts: Activations, loaded: LoadedModel, points: list[HookPoint], 
     begin, end = (int(r) for r in acts.window_offset[window : window + 2])
     rows = slice(begin, end)
     try:
-        expected = _plain(loaded, fidelity.window_ids(acts, window, loaded), points)
+        expected = _plain(loaded, fidelity.window_ids(acts, window).to(loaded.device), points)
     except torch.OutOfMemoryError:
         name = acts.documents[int(acts.window_document[window])]
         log.warning("%s (%d tokens) does not fit the device in one piece: not recomputed", name, end - begin)
