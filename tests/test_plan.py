@@ -89,14 +89,32 @@ def test_chunks_are_taken_where_one_pass_would_take_more_side_by_side_where_ther
 
 def test_no_more_long_documents_are_planned_side_by_side_than_a_shard_has(long):
     free = DeviceMemory(200 * GB, 200 * GB)
-    shards = tuple(np.array(lengths) for lengths in ([9000, 1024, 7, 2000], [1025, 4000, 3000], [5] * 40, []))
+    shards = tuple(np.array(lengths) for lengths in ([9000, 1024, 7, 2000], [1500, 4000, 1490, 1500], [5] * 40, []))
     planned = plan.choose(long, "bf16", "cuda", free, windows=Lengths(shards))
     assert (planned.plan.longest, planned.plan.chunk_size, planned.plan.streamed_windows) == (9000, 1024, 3)
+    assert set(planned.plan.long_batches) == {(1, 9000), (3, 1500)}
     none = plan.choose(long, "bf16", "cuda", free, windows=Lengths(shards[2:])).plan
     assert (none.streamed, none.streamed_windows) == (False, 1)
     many = plan.choose(long, "bf16", "cuda", free, windows=Lengths((np.full(100, 9000),))).plan
-    assert many.streamed_windows == 16
+    assert (many.streamed_windows, many.long_batches) == (16, ((16, 9000),))
     assert planned.components.total < plan.choose(long, "bf16", "cuda", free).components.total
+
+
+@pytest.mark.parametrize("side_by_side", [1, 2, 3, 16])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_largest_long_batches_are_those_that_a_run_has(seed, side_by_side):
+    choose = np.random.default_rng(seed)
+    kinds = (choose.integers(1, 3000, 60), choose.choice([50, 700, 710, 2048], 300), choose.integers(600, 640, 90))
+    shards = [kind[: choose.integers(1, len(kind))] for kind in kinds]
+    for chunk_size in (64, 512, 1000, 4000):
+        batches = [b for lengths in shards for b in plan_batches(lengths, 2048, chunk_size, side_by_side)]
+        streamed = [(len(b.windows), b.width) for b in batches if b.width > chunk_size]
+        found = Lengths(tuple(shards)).streamed(chunk_size, side_by_side)
+        assert set(found) <= set(streamed)
+        assert bool(found) == bool(streamed)
+        for step in (0, 1, 100, 10_000):  # of memory: what a window's step takes, beside its cache
+            size = [max((n * (tokens + step) for n, tokens in b), default=0) for b in (found, streamed)]
+            assert size[0] == size[1]
 
 
 def test_a_cache_that_outgrows_the_device_goes_to_host_memory_and_is_said(long, caplog):

@@ -58,9 +58,22 @@ class Lengths:
         """Tokens of the largest shard."""
         return max((int(lengths.sum()) for lengths in self.shards), default=0)
 
-    def longer_than(self, tokens: int) -> int:
-        """Windows of more tokens than that, in the shard that has most of them."""
-        return max((int((lengths > tokens).sum()) for lengths in self.shards), default=0)
+    def streamed(self, chunk_size: int, side_by_side: int) -> tuple[tuple[int, int], ...]:
+        """Windows and tokens of those batches of windows longer than a chunk of which one takes the most memory.
+
+        `side_by_side` may stream together. Left out is what has both fewer windows and a smaller KV cache than another.
+        """
+        found: set[tuple[int, int]] = set()
+        for lengths in self.shards:
+            different, counts = np.unique(lengths[lengths > chunk_size], return_counts=True)
+            # two full batches of one length: what more of them would add is in these
+            kept = np.repeat(different, np.minimum(counts, 2 * side_by_side))
+            found |= {(len(b.windows), b.width) for b in plan_batches(kept, 0, chunk_size, side_by_side)}
+        most: list[tuple[int, int]] = []
+        for count, tokens in sorted(found, reverse=True):
+            if not most or count * tokens > most[-1][0] * most[-1][1]:
+                most.append((count, tokens))
+        return tuple(most)
 
 
 def plan_batches(lengths: np.ndarray, batch_tokens: int, chunk_size: int, streamed_windows: int = 1) -> list[Batch]:

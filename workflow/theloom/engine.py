@@ -177,7 +177,7 @@ def _plan(
     )
     found, _ = gpu.available(device)
     name = partial_of(output).name
-    return plan.check_begun(estimated, kind.name, device.type, found, as_begun, recorded.correction, name)
+    return plan.check_begun(estimated, kind.name, device.type, found, as_begun.over(windows), recorded.correction, name)
 
 
 def _check_revision(recorded: ModelRecord, tokens_path: Path) -> None:

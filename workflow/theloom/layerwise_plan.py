@@ -7,7 +7,7 @@ quantised and what it takes to quantise one tensor, and the host that tensor.
 """
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from theloom import memory, plan
@@ -64,18 +64,18 @@ class LayerwisePlan:
 PassOf = Callable[[Workload], tuple[Parts, int]]
 
 
-def workloads(cut: Plan) -> list[Workload]:
-    """The passes that a plan has: a full batch of the widest windows, and the longest window where it is streamed."""
-    batch = Workload(cut.batch_windows, cut.width, cut.chunk_size)
-    return [batch, *([Workload(cut.streamed_windows, cut.longest, cut.chunk_size)] if cut.streamed else [])]
-
-
 def need(
-    sizes: BlockSizes, pass_of: PassOf, cut: Plan, residuals: int, residual_row: int, device: str, spilled: bool
+    sizes: BlockSizes,
+    pass_of: PassOf,
+    workloads: Sequence[Workload],
+    residuals: int,
+    residual_row: int,
+    device: str,
+    spilled: bool,
 ) -> Need:
-    """The bytes of a sweep. `residuals`: of all tokens of the shard; `residual_row`: of one token."""
-    passes = [pass_of(workload) for workload in workloads(cut)]
-    widest = max(w.windows * w.tokens for w in workloads(cut))
+    """The bytes of a sweep. `workloads`: its largest passes; `residuals`: of all tokens; `residual_row`: of one."""
+    passes = [pass_of(workload) for workload in workloads]
+    widest = max(w.windows * w.tokens for w in workloads)
     working = max((parts for parts, _ in passes), key=lambda p: p.total)
     fixed = memory.on_device(0, working, "cuda").total - working.total if device == "cuda" else 0
     return Need(
@@ -113,13 +113,13 @@ def choose(
     is foretold; `one_pass`: long documents go in one pass where that fits, as they would in a resident model;
     `windows`: as `plan.choose` takes them.
     """
-    candidates = plan._smaller(asked, "device", one_pass, windows)
+    cuts = [cut.over(windows) for cut in plan._smaller(asked, "device", one_pass)]
     least: tuple[Need, bool] | None = None
     budget = (found.free - int((1 - threshold) * found.total), host.free - int((1 - threshold) * host.total))
     for free, host_free in (budget, (found.free, host.free)):
         for spilled in (False, True):
-            for cut in candidates:
-                needed = need(sizes, pass_of, cut, residuals, residual_row, device, spilled)
+            for cut in cuts:
+                needed = need(sizes, pass_of, cut.passes, residuals, residual_row, device, spilled)
                 fits = needed.cpu + beside <= free
                 if device == "cuda":
                     fits = needed.device + beside <= free and needed.host <= host_free

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import h5py
@@ -14,7 +14,7 @@ from theloom.estimate import Estimate
 from theloom.hooks import HookPoint
 from theloom.layerwise import LayerwiseRunner
 from theloom.layerwise_model import LayerwiseModel, opened
-from theloom.layerwise_plan import LayerwisePlan, need, workloads
+from theloom.layerwise_plan import LayerwisePlan, need
 from theloom.peak import PeakMemory
 from theloom.residual_store import ResidualStore
 from theloom.schema import Config
@@ -84,7 +84,7 @@ def measure(
     vocabulary = found.shell.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     precision, device = found.loaded.precision.resolved, found.loaded.device
-    chosen = max(workloads(planned.plan), key=lambda w: w.windows * w.tokens)
+    chosen = max(planned.plan.passes, key=lambda w: w.windows * w.tokens)
     ids = torch.randint(vocabulary, (chosen.windows, chosen.tokens), generator=generator)
     runner = LayerwiseRunner(found.shell, found.source, last, planned.plan.chunk_size, precision)
     spec = runner.residuals([ids], "")
@@ -92,8 +92,8 @@ def measure(
     malloc.give_back()  # what trying it out has left
     with PeakMemory(device) as growing, ResidualStore(spec, None) as store:
         runner.sweep([ids], store, lambda *_: None)
-    cut = replace(planned.plan, batch_tokens=ids.numel(), longest=chosen.tokens)
-    expected = need(found.sizes(last), found.pass_of(last), cut, spec.nbytes, found.residual_row, device.type, False)
+    sizes, pass_of, row = found.sizes(last), found.pass_of(last), found.residual_row
+    expected = need(sizes, pass_of, [chosen], spec.nbytes, row, device.type, False)
     foretold = expected.buffers + expected.kept + expected.working_set
     if device.type == "cpu":
         foretold = expected.cpu - expected.writer  # which is not in this sweep

@@ -127,7 +127,7 @@ def _plan(
         planned = found.fit(estimated, points, windows, threshold, beside)
     else:
         sizes = [int(unfinished[name]) for name in ("batch_tokens", "chunk_size", "streamed_windows")]
-        as_begun = Plan(sizes[0], sizes[1], windows.longest, sizes[2])
+        as_begun = Plan(sizes[0], sizes[1], windows.longest, sizes[2]).over(windows)
         planned = _as_begun(found, points, as_begun, windows.tokens, beside)
     device = found.loaded.device.type
     words = [memory.in_words(n) for n in (planned.need.cpu if device == "cpu" else planned.need.device,)]
@@ -148,7 +148,7 @@ def _as_begun(found: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens:
     available, _ = gpu.available(found.loaded.device)
     for spilled in (False, True):
         needed = layerwise_plan.need(
-            found.sizes(points), found.pass_of(points), cut, tokens * row, row, device, spilled
+            found.sizes(points), found.pass_of(points), cut.passes, tokens * row, row, device, spilled
         )
         on_host = needed.cpu if device == "cpu" else needed.host
         if on_host + beside <= host.memory().free and (device == "cpu" or needed.device <= available.free):

@@ -47,11 +47,8 @@ class Measured:
 def largest_pass(
     traced: Traced, kind: Kind, plan: Plan, points: Sequence[HookPoint], device: str
 ) -> tuple[Workload, Parts]:
-    """Of a plan's two passes, a full batch of the widest windows and the longest one streamed, the larger."""
-    passes = [Workload(plan.batch_windows, plan.width, plan.chunk_size)]
-    if plan.streamed:
-        passes.append(Workload(plan.streamed_windows, plan.longest, plan.chunk_size))
-    foretold = [(workload, traced.forward(kind, workload, points, device=device)) for workload in passes]
+    """The one of a plan's passes that is foretold to take the most."""
+    foretold = [(workload, traced.forward(kind, workload, points, device=device)) for workload in plan.passes]
     return max(foretold, key=lambda pair: pair[1].total)
 
 

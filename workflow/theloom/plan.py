@@ -6,6 +6,7 @@ quantisation, context or hook points: those are the user's, who is told which ch
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cache as cache_of
 
 from theloom import estimate as estimate_module
 from theloom import memory
@@ -13,7 +14,7 @@ from theloom.batching import Lengths
 from theloom.errors import MemoryPlanError
 from theloom.estimate import Estimate
 from theloom.host import DeviceMemory
-from theloom.memory import Components, Parts
+from theloom.memory import Components, Parts, Workload
 from theloom.ring import bytes_on_device
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Plan:
     longest: int  # longest window
     streamed_windows: int = 1  # windows that stream side by side, at most
     offloaded: bool = False  # whether their KV cache lies in host memory
+    long_batches: tuple[tuple[int, int], ...] = ()  # windows and tokens of the largest that stream; empty: not known
 
     @property
     def streamed(self) -> bool:
@@ -49,10 +51,22 @@ class Plan:
         return max(1, self.batch_tokens // self.width)
 
     @property
+    def passes(self) -> list[Workload]:
+        """The passes of which one takes the most: a full batch of the widest windows, and the largest that stream."""
+        streamed = self.long_batches or ((self.streamed_windows, self.longest),) if self.streamed else ()
+        shapes = [(self.batch_windows, self.width), *streamed]
+        return [Workload(windows, tokens, self.chunk_size) for windows, tokens in shapes]
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of the largest forward step."""
-        streamed = self.streamed_windows * self.chunk_size if self.streamed else 0
-        return max(self.batch_windows * self.width, streamed)
+        return max(p.windows * min(p.tokens, self.chunk_size) for p in self.passes)
+
+    def over(self, windows: Lengths | None) -> "Plan":
+        """The plan with those batches of long windows that a corpus makes, of which it may have fewer."""
+        long_batches = windows.streamed(self.chunk_size, self.streamed_windows) if windows and self.streamed else ()
+        most = max((count for count, _ in long_batches), default=self.streamed_windows)
+        return replace(self, long_batches=long_batches, streamed_windows=most)
 
     def backed_off(self, level: int, streams: bool = True) -> "Plan":
         """The plan with its batches, and then its chunks, halved so many times; a model that does not stream keeps
@@ -62,11 +76,13 @@ class Plan:
         for _ in range(level):
             if plan.streamed and plan.streamed_windows > 1:
                 plan = replace(plan, streamed_windows=plan.streamed_windows // 2, batch_tokens=plan.batch_tokens // 2)
+                fewer = dict.fromkeys((min(n, plan.streamed_windows), tokens) for n, tokens in plan.long_batches)
+                plan = replace(plan, long_batches=tuple(fewer))
             elif plan.batch_windows > 1:
                 plan = replace(plan, batch_tokens=plan.batch_tokens // 2)
             elif streams and plan.chunk_size // 2 >= estimate_module.SMALLEST_CHUNK:
                 size = min(plan.chunk_size, plan.longest) // 2
-                plan = replace(plan, chunk_size=size, batch_tokens=size)
+                plan = replace(plan, chunk_size=size, batch_tokens=size, long_batches=())
         return plan
 
 
@@ -88,14 +104,11 @@ class Planned:
 
 
 def forward(estimate: Estimate, kind: str, plan: Plan) -> Parts:
-    """The bytes of the larger of a plan's two passes: a full batch of the widest windows, or the longest streamed."""
-    batch = estimate.find(kind, plan.width, plan.chunk_size).times(plan.batch_windows)
-    if not plan.streamed:
-        return batch
-    streamed = estimate.find(kind, plan.longest, plan.chunk_size).times(plan.streamed_windows)
+    """The bytes of the largest of a plan's passes."""
+    found = [estimate.find(kind, p.tokens, plan.chunk_size).times(p.windows) for p in plan.passes]
     if plan.offloaded:  # the KV cache of the block that runs, and of the next one on its way
-        streamed = replace(streamed, kv_cache=min(streamed.kv_cache, 2 * streamed.kv_cache // estimate.blocks))
-    return max(batch, streamed, key=lambda parts: parts.total)
+        found = [replace(p, kv_cache=min(p.kv_cache, 2 * p.kv_cache // estimate.blocks)) for p in found]
+    return max(found, key=lambda parts: parts.total)
 
 
 def choose(
@@ -120,14 +133,13 @@ def choose(
     asked = Plan(estimate.batch_tokens or MOST_BATCH_TOKENS[device], estimate.chunk_size, longest)
     one_pass = _one_pass_is_less(estimate, kind, asked)
     cache = "device" if device == "cpu" else estimate.cache
-    candidates = [
-        _weigh(estimate, kind, device, plan, correction) for plan in _smaller(asked, cache, one_pass, windows)
-    ]
+    weigh = cache_of(lambda plan: _weigh(estimate, kind, device, plan.over(windows), correction))
+    plans = _smaller(asked, cache, one_pass)
     if one_pass:
         log.info("long documents go in one pass: in chunks of %d tokens they would take more memory", asked.chunk_size)
     headroom = int((1 - threshold) * found.total)
     for budget in (found.free - headroom, found.free):
-        for planned in candidates:
+        for planned in map(weigh, plans):
             if planned.components.total <= budget:
                 chosen, may_offload = estimate.batch_tokens is None, estimate.cache == "auto"
                 changes = _changes(asked, planned.plan, chosen, may_offload, one_pass)
@@ -136,7 +148,8 @@ def choose(
                 if budget == found.free and headroom:
                     _warn_headroom(planned.components, found, threshold)
                 return replace(planned, changes=changes)
-    raise MemoryPlanError(_refusal(estimate, kind, device, found, min(candidates, key=_total), correction, others))
+    least = min(map(weigh, plans), key=_total)
+    raise MemoryPlanError(_refusal(estimate, kind, device, found, least, correction, others))
 
 
 def check_begun(
@@ -161,19 +174,17 @@ def advice(estimate: Estimate, kind: str, device: str, found: DeviceMemory, plan
     return "set " + ", or ".join(changes) if changes else "ask for fewer hook points, or take a larger device"
 
 
-def _smaller(asked: Plan, cache: str, one_pass: bool, windows: Lengths | None) -> list[Plan]:
+def _smaller(asked: Plan, cache: str, one_pass: bool) -> list[Plan]:
     """The plan asked for, then ever smaller ones: fewer windows side by side, then smaller chunks.
 
     With `one_pass` long documents go in one pass first of all, else at last. `cache` says where their KV cache may be.
-    No more long windows stream side by side than a shard of `windows` has.
     """
     whole = replace(asked, chunk_size=asked.longest, streamed_windows=1)
-    plans = _fewer_windows(whole, asked.longest, 1) if one_pass else []
+    plans = _fewer_windows(whole, asked.longest) if one_pass else []
     streamed: list[Plan] = []
     for chunk_size in estimate_module.chunk_sizes(asked.chunk_size):
         batch = streamed[-1].batch_tokens if streamed else asked.batch_tokens
-        most = windows.longer_than(chunk_size) if windows else batch
-        streamed += _fewer_windows(replace(asked, batch_tokens=batch, chunk_size=chunk_size), chunk_size, most)
+        streamed += _fewer_windows(replace(asked, batch_tokens=batch, chunk_size=chunk_size), chunk_size)
     offloaded = [replace(p, offloaded=True) for p in streamed] if asked.streamed and cache != "device" else []
     plans += offloaded if cache == "offloaded" else streamed
     if asked.streamed and not one_pass:  # the KV cache and its masks can take more than the whole document at once
@@ -181,12 +192,9 @@ def _smaller(asked: Plan, cache: str, one_pass: bool, windows: Lengths | None) -
     return plans + (offloaded if cache == "auto" else [])
 
 
-def _fewer_windows(plan: Plan, step: int, most: int) -> list[Plan]:
-    """A plan, then with fewer windows that stream side by side, then with smaller batches, down to steps of `step`.
-
-    `most`: windows that may stream side by side.
-    """
-    windows = max(1, min(plan.batch_tokens // plan.chunk_size, most)) if plan.streamed else 1
+def _fewer_windows(plan: Plan, step: int) -> list[Plan]:
+    """A plan, then with fewer windows that stream side by side, then with smaller batches, down to steps of `step`."""
+    windows = max(1, plan.batch_tokens // plan.chunk_size) if plan.streamed else 1
     plans = [replace(plan, streamed_windows=windows)]
     while plans[-1].streamed_windows > 1:
         plans.append(replace(plan, streamed_windows=plans[-1].streamed_windows // 2))
