@@ -6,7 +6,6 @@ weights come through. On the CPU both are one memory. Of quantised weights the d
 quantised and what it takes to quantise one tensor, and the host that tensor.
 """
 
-import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,9 @@ from theloom.host import DeviceMemory
 from theloom.memory import BlockSizes, Parts, Workload
 from theloom.plan import Plan
 from theloom.ring import WRITER_BYTES
+
+# Bytes of a mapped file that Linux brings in around one that is read, where they are in its cache (fault_around_bytes)
+FAULT_AROUND = 65_536
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,7 @@ def need(
         working_set=working.total,
         residuals=min(residuals, 2 * widest * residual_row) if spilled else residuals,
         recorded=sum(recorded for _, recorded in passes),
-        # a row that is looked up brings in the pages on which it lies
-        embeddings=min(sizes.embeddings, residuals // residual_row * (residual_row + mmap.PAGESIZE)),
+        embeddings=min(sizes.embeddings, residuals // residual_row * (residual_row + FAULT_AROUND)),
         writer=WRITER_BYTES if device == "cpu" else 0,
         fixed=fixed,
     )
