@@ -35,20 +35,29 @@ def recompute(
     """Windows of the whole dataset against one sweep of their own."""
     errors: dict[tuple[int, str], tuple[float, float]] = {}
     doubtful: dict[int, dict[str, torch.Tensor]] = {}
+    waiting = 0
     with model_record.open_again(config, recorded) as found:
         loaded = found.loaded
         tolerance = config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
+        quantised = loaded.quantization is not None
+        judged = not (config.verify.tolerance or quantised or loaded.precision.resolved == "fp32")  # beside FP32
 
         def see(window: int, point: HookPoint, values: torch.Tensor) -> None:
+            nonlocal waiting
             error, largest = errors[window, point.name] = compare(acts, point, _rows(acts, window), values)
-            if not error <= tolerance * largest:
-                doubtful.setdefault(window, {})[point.name] = values.float().cpu()
+            if judged and not error <= tolerance * largest:
+                waiting += rounding.waiting(acts, window, point)
+                if waiting <= rounding.MOST_BYTES:
+                    doubtful.setdefault(window, {})[point.name] = values.float().cpu()
+                else:
+                    doubtful.clear()
 
         kept = _sweep(found, acts, points, windows, see)
     results = [Recomputed(w, *(list(x) for x in zip(*(errors[w, p.name] for p in points), strict=True))) for w in kept]
-    quantised = loaded.quantization is not None
     shares = {}
-    if doubtful and not (config.verify.tolerance or quantised or loaded.precision.resolved == "fp32"):
+    if waiting > rounding.MOST_BYTES:
+        rounding.say_too_much()
+    elif doubtful:
         shares = _rounding(config, loaded.files, acts, points, doubtful)
     return Recomputation(points, results, tolerance, loaded.files if quantised else None, shares)
 

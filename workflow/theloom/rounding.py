@@ -5,10 +5,11 @@ left has the rounding errors of what has gone: two orders of summing differ by m
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from theloom import fidelity
+from theloom import fidelity, memory
 from theloom.dataset import Activations
 from theloom.hooks import HookPoint
 from theloom.model import LoadedModel
@@ -23,6 +24,18 @@ log = logging.getLogger(__name__)
 # the values of hook points, by name, in one plain pass over ids (1, position)
 Values = Callable[[LoadedModel, "torch.Tensor", Sequence[HookPoint]], "dict[str, torch.Tensor]"]
 Doubtful = Mapping[int, Sequence[HookPoint]]  # by window
+MOST_BYTES = 1 << 30  # of doubtful values that wait for FP32; where there are more, rounding is not what is wrong
+
+
+def waiting(acts: Activations, window: int, point: HookPoint) -> int:
+    """Bytes of a window's values as float32."""
+    tokens = int(acts.window_offset[window + 1] - acts.window_offset[window])
+    return 4 * tokens * math.prod(acts[point.name].shape[1:])
+
+
+def say_too_much() -> None:
+    """Why nothing is compared to FP32."""
+    log.warning("more than %s of values differ: not compared to FP32", memory.in_words(MOST_BYTES))
 
 
 def own(loaded: LoadedModel, acts: Activations, doubtful: Doubtful, values: Values) -> "dict[int, list[torch.Tensor]]":

@@ -126,6 +126,9 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> "Recomputa
     doubtful = found.doubtful
     if not doubtful or config.verify.tolerance or quantised or loaded.precision.resolved == "fp32":
         return found
+    if sum(rounding.waiting(acts, w, p) for w, of_window in doubtful.items() for p in of_window) > rounding.MOST_BYTES:
+        rounding.say_too_much()
+        return found
     own = rounding.own(loaded, acts, doubtful, _plain)
     del loaded
     return replace(found, rounding=rounding.measure(config, files, acts, doubtful, own, _plain))
