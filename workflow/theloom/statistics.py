@@ -65,10 +65,12 @@ class Statistics:
         self.rows += len(tile)
         with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot sum is looked for, and summed wider
             squared_norms = np.vecdot(tile, tile)
-            if not (np.isfinite(squared_norms).all() and self._add_finite(tile, np.shares_memory(tile, bits))):
-                self._add_with_gaps(_as_float32(bits, precision))
-                return
-        self.norms += float(np.sqrt(squared_norms).sum(dtype="f8"))
+            if np.isfinite(squared_norms).all():
+                if self._add_finite(tile, np.shares_memory(tile, bits)):
+                    self.norms += float(np.sqrt(squared_norms).sum(dtype="f8"))
+                    return
+                tile = _as_float32(bits, precision)  # which has been overwritten
+        self._add_with_gaps(tile)
 
     def _add_finite(self, tile: np.ndarray, shared: bool) -> bool:
         """Add rows without gaps, and overwrite them unless they are shared; False, and nothing added, on overflow."""
