@@ -8,7 +8,7 @@ import pytest
 import theloom
 import torch
 from support import build_tiny, plain_residuals, stages
-from theloom import layout, model, rounding, source, verify
+from theloom import comparison, layout, model, source, verify
 from theloom.errors import VerificationError
 
 
@@ -125,7 +125,7 @@ def test_what_bf16_itself_rounds_away_is_no_mistake(tmp_path, cancelling, monkey
     assert f"{hook}: more than 0.04; the model itself is" in caplog.text
     with pytest.raises(VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model by"):
         verified_with(40)
-    monkeypatch.setattr(rounding, "MOST_BYTES", 1000)
+    monkeypatch.setattr(comparison, "MOST_BYTES", 1000)
     with pytest.raises(VerificationError, match=r"more than 0\.04 "):
         verified_with(0.5)
     assert "of values differ: not compared to FP32" in caplog.text

@@ -11,9 +11,9 @@ from theloom.cli_tables import WIDTH, examples, positive, table
 from theloom.errors import StoreError
 
 if TYPE_CHECKING:
+    from theloom.comparison import Recomputation
     from theloom.dataset import Activations
     from theloom.schema import Config
-    from theloom.verify import Recomputation
 
 
 def add_store(commands: Any) -> None:

@@ -80,12 +80,16 @@ def exact_model(
     return model.load(config, files, exact=True)
 
 
+def window_rows(acts: Activations, window: int) -> slice:
+    """The rows of a window."""
+    return slice(*(int(r) for r in acts.window_offset[window : window + 2]))
+
+
 def window_ids(acts: Activations, window: int) -> "torch.Tensor":
     """The token ids of a window, (1, position)."""
     import torch
 
-    rows = slice(*(int(r) for r in acts.window_offset[window : window + 2]))
-    return torch.from_numpy(acts.input_ids.numpy(rows).astype("<i8"))[None]
+    return torch.from_numpy(acts.input_ids.numpy(window_rows(acts, window)).astype("<i8"))[None]
 
 
 def _cosines(
@@ -94,7 +98,7 @@ def _cosines(
     """The mean and the least over a window's rows, by hook point."""
     import torch
 
-    rows = slice(*(int(r) for r in acts.window_offset[window : window + 2]))
+    rows = window_rows(acts, window)
     truth = oracle(exact, window_ids(acts, window).to(exact.device))
     found = [torch.cosine_similarity(acts[h][rows].float(), truth[h][0].float().cpu(), dim=-1) for h in hooks]
     return [float(c.mean()) for c in found], [float(c.min()) for c in found]

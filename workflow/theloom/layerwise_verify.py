@@ -5,12 +5,13 @@ runs are compared to in FP32 is compared here too, in a sweep of FP32 blocks.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from theloom import fidelity, host, model, model_record, rounding
+from theloom import fidelity, host, model, model_record
+from theloom.comparison import Comparison, Recomputation
 from theloom.dataset import Activations
 from theloom.fidelity import Fidelity
 from theloom.hooks import RESIDUALS, HookPoint
@@ -18,11 +19,9 @@ from theloom.layerwise import LayerwiseRunner
 from theloom.layerwise_model import LayerwiseModel, opened
 from theloom.memory import Workload, in_words
 from theloom.model_record import ModelRecord
-from theloom.precision import TOLERANCE
 from theloom.residual_store import ResidualStore
 from theloom.schema import Config
 from theloom.source import ModelFiles
-from theloom.verify import Recomputation, Recomputed, compare
 
 log = logging.getLogger(__name__)
 
@@ -33,33 +32,14 @@ def recompute(
     config: Config, recorded: ModelRecord, acts: Activations, points: list[HookPoint], windows: list[int]
 ) -> Recomputation:
     """Windows of the whole dataset against one sweep of their own."""
-    errors: dict[tuple[int, str], tuple[float, float]] = {}
-    doubtful: dict[int, dict[str, torch.Tensor]] = {}
-    waiting = 0
     with model_record.open_again(config, recorded) as found:
-        loaded = found.loaded
-        tolerance = config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
-        quantised = loaded.quantization is not None
-        judged = not (config.verify.tolerance or quantised or loaded.precision.resolved == "fp32")  # beside FP32
-
-        def see(window: int, point: HookPoint, values: torch.Tensor) -> None:
-            nonlocal waiting
-            error, largest = errors[window, point.name] = compare(acts, point, _rows(acts, window), values)
-            if judged and not error <= tolerance * largest:
-                waiting += rounding.waiting(acts, window, point)
-                if waiting <= rounding.MOST_BYTES:
-                    doubtful.setdefault(window, {})[point.name] = values.float().cpu()
-                else:
-                    doubtful.clear()
-
-        kept = _sweep(found, acts, points, windows, see)
-    results = [Recomputed(w, *(list(x) for x in zip(*(errors[w, p.name] for p in points), strict=True))) for w in kept]
-    shares = {}
-    if waiting > rounding.MOST_BYTES:
-        rounding.say_too_much()
-    elif doubtful:
-        shares = _rounding(config, loaded.files, acts, points, doubtful)
-    return Recomputation(points, results, tolerance, loaded.files if quantised else None, shares)
+        comparison, files = Comparison(config, acts, found.loaded, points), found.loaded.files
+        _sweep(found, acts, points, windows, comparison.see)
+    if doubtful := comparison.doubtful():
+        names = {p.name for of_window in doubtful.values() for p in of_window}
+        with opened(config, files, exact=True) as exact:
+            _sweep(exact, acts, [p for p in points if p.name in names], list(doubtful), comparison.judge)
+    return comparison.result()
 
 
 def compare_to_fp32(config: Config, files: ModelFiles, acts: Activations, windows: Sequence[int]) -> Fidelity | None:
@@ -70,7 +50,7 @@ def compare_to_fp32(config: Config, files: ModelFiles, acts: Activations, window
     cosines: dict[tuple[int, str], torch.Tensor] = {}
 
     def see(window: int, point: HookPoint, values: torch.Tensor) -> None:
-        stored = acts[point.name][_rows(acts, window)].float()
+        stored = acts[point.name][fidelity.window_rows(acts, window)].float()
         cosines[window, point.name] = torch.cosine_similarity(stored, values.float().cpu(), dim=-1)
 
     with opened(config, files, exact=True) as exact:
@@ -83,32 +63,6 @@ def compare_to_fp32(config: Config, files: ModelFiles, acts: Activations, window
     by_window = [[cosines[w, p.name] for p in points] for w in kept]
     mean, least = ([[float(of(c)) for c in row] for row in by_window] for of in (torch.mean, torch.min))
     return Fidelity([p.name for p in points], list(kept), mean, least)
-
-
-def _rounding(
-    config: Config,
-    files: ModelFiles,
-    acts: Activations,
-    points: Sequence[HookPoint],
-    own: Mapping[int, Mapping[str, torch.Tensor]],
-) -> dict[str, float]:
-    """`rounding.measure`, block by block."""
-    names = {name for of_window in own.values() for name in of_window}
-    shares = dict.fromkeys(sorted(names), 0.0)
-
-    def see(window: int, point: HookPoint, values: torch.Tensor) -> None:
-        if point.name in own[window]:
-            share = rounding.share(own[window][point.name], values)
-            shares[point.name] = max(shares[point.name], share)
-
-    with opened(config, files, exact=True) as exact:
-        kept = _sweep(exact, acts, [p for p in points if p.name in names], list(own), see)
-    return shares if kept else {}
-
-
-def _rows(acts: Activations, window: int) -> slice:
-    begin, end = (int(r) for r in acts.window_offset[window : window + 2])
-    return slice(begin, end)
 
 
 def _sweep(

@@ -6,14 +6,14 @@ entry is after the final norm, so the last block's output is read by a plain for
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
 
-from theloom import dataset, fidelity, gpu, integrity, layout, memory, model_record, provenance, rounding
+from theloom import dataset, fidelity, gpu, integrity, layout, memory, model_record, provenance
+from theloom.comparison import Comparison, Recomputation
 from theloom.dataset import Activations
 from theloom.errors import VerificationError
 from theloom.estimator import Traced
@@ -23,7 +23,6 @@ from theloom.hooks import RESIDUALS, HookPoint, residuals
 from theloom.integrity import check_hashes
 from theloom.memory import Kind, Workload, in_words
 from theloom.model import LoadedModel
-from theloom.precision import TOLERANCE
 from theloom.schema import Config
 from theloom.source import ModelFiles
 from theloom.states import own_residuals
@@ -33,54 +32,6 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recomputed:
-    """One window against the oracle: for each hook point its largest error and its largest absolute value."""
-
-    window: int
-    error: list[float]
-    largest: list[float]
-
-
-@dataclass(frozen=True)
-class Recomputation:
-    """All recomputed windows, the hook points of their errors, the largest error allowed, and the model they are of.
-
-    `rounding`: by hook point whose error is larger than that, how far the model itself is from FP32, both as a share of
-    the largest value.
-    """
-
-    points: list[HookPoint]
-    results: list[Recomputed]
-    tolerance: float
-    files: ModelFiles | None  # where a quantised run can be compared to FP32
-    rounding: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def worst(self) -> np.ndarray:
-        """By hook point the largest error, as a share of the largest value."""
-        errors, largest = (np.array([getattr(r, name) for r in self.results]) for name in ("error", "largest"))
-        return (errors / np.maximum(largest, 1e-30)).max(axis=0)
-
-    @property
-    def doubtful(self) -> dict[int, list[HookPoint]]:
-        """By window the hook points whose error is more than the tolerance."""
-        found = {
-            r.window: [
-                point
-                for point, error, largest in zip(self.points, r.error, r.largest, strict=True)
-                if not error <= self.tolerance * largest
-            ]
-            for r in self.results
-        }
-        return {window: points for window, points in found.items() if points}
-
-    @property
-    def allowed(self) -> np.ndarray:
-        """By hook point the largest error allowed: two passes that are each as far from FP32 as the model itself."""
-        return np.array([max(self.tolerance, 2 * self.rounding.get(p.name, 0.0)) for p in self.points])
 
 
 def verify(config: Config, activations: Path, model_path: Path, output: Path) -> None:
@@ -107,7 +58,7 @@ def _compare_to_fp32(config: Config, files: ModelFiles, acts: Activations, windo
     return fidelity.compare(config, files, acts, windows, oracle)
 
 
-def recompute(config: Config, acts: Activations, model_path: Path) -> "Recomputation":
+def recompute(config: Config, acts: Activations, model_path: Path) -> Recomputation:
     """`config.verify.documents` documents of a run through the plain model, against the rows that are stored."""
     recorded = model_record.read(model_path)
     if recorded.fingerprint != acts.attributes["model_fingerprint"]:
@@ -119,32 +70,43 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> "Recomputa
 
         return layerwise_verify.recompute(config, recorded, acts, points, windows)
     loaded = model_record.load_again(config, recorded)
-    results, quantised = _recompute_all(config, loaded, acts, points, windows), loaded.quantization is not None
-    # the coarser of the forward pass' precision and the stored one decides what rounding explains
-    files, tolerance = loaded.files, config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
-    found = Recomputation(points, results, tolerance, files if quantised else None)
-    doubtful = found.doubtful
-    if not doubtful or config.verify.tolerance or quantised or loaded.precision.resolved == "fp32":
-        return found
-    if sum(rounding.waiting(acts, w, p) for w, of_window in doubtful.items() for p in of_window) > rounding.MOST_BYTES:
-        rounding.say_too_much()
-        return found
-    own = rounding.own(loaded, acts, doubtful, _plain)
+    comparison, files = Comparison(config, acts, loaded, points), loaded.files
+    _see_all(config, loaded, acts, points, windows, comparison)
     del loaded
-    return replace(found, rounding=rounding.measure(config, files, acts, doubtful, own, _plain))
+    if doubtful := comparison.doubtful():
+        asked = list({p.name: p for of_window in doubtful.values() for p in of_window}.values())
+        if (exact := fidelity.exact_model(config, files, acts, list(doubtful), asked)) is not None:
+            for window, of_window in doubtful.items():
+                for point, values in _plain(exact, acts, of_window, window).items():
+                    comparison.judge(window, point, values)
+    return comparison.result()
 
 
-def _recompute_all(
-    config: Config, loaded: LoadedModel, acts: Activations, points: list[HookPoint], windows: list[int]
-) -> list[Recomputed]:
-    """Every window that fits against the oracle."""
+def _see_all(
+    config: Config,
+    loaded: LoadedModel,
+    acts: Activations,
+    points: list[HookPoint],
+    windows: list[int],
+    comparison: Comparison,
+) -> None:
+    """Every window that fits."""
+    import torch
+
     traced = Traced(loaded.architecture.model.config, loaded.attention, config.model.trust_remote_code)
     kind = memory.kind_of(config, loaded.precision.resolved, loaded.quantization)
-    results = []
     for window in windows:
-        if _fits(acts, loaded, points, traced, kind, window) and (found := _recompute(acts, loaded, points, window)):
-            results.append(found)
-    return results
+        if not _fits(acts, loaded, points, traced, kind, window):
+            continue
+        try:
+            expected = _plain(loaded, acts, points, window)
+        except torch.OutOfMemoryError:
+            name, rows = acts.documents[int(acts.window_document[window])], fidelity.window_rows(acts, window)
+            words = "%s (%d tokens) does not fit the device in one piece: not recomputed"
+            log.warning(words, name, rows.stop - rows.start)
+            continue
+        for point, values in expected.items():
+            comparison.see(window, point, values)
 
 
 def choose_windows(acts: Activations, documents: int, chunk_size: int, seed: int) -> list[int]:
@@ -174,49 +136,18 @@ def _fits(
     return needed <= free
 
 
-def _recompute(acts: Activations, loaded: LoadedModel, points: list[HookPoint], window: int) -> Recomputed | None:
-    """Compare one window with the oracle; None, with a warning, where the device has no room for it in one piece."""
-    import torch
-
-    begin, end = (int(r) for r in acts.window_offset[window : window + 2])
-    rows = slice(begin, end)
-    try:
-        expected = _plain(loaded, fidelity.window_ids(acts, window).to(loaded.device), points)
-    except torch.OutOfMemoryError:
-        name = acts.documents[int(acts.window_document[window])]
-        log.warning("%s (%d tokens) does not fit the device in one piece: not recomputed", name, end - begin)
-        return None
-    error, largest = [], []
-    for point in points:
-        value = expected[point.name][0]
-        found = compare(acts, point, rows, value.transpose(0, 1) if point.over_keys else value)
-        error.append(found[0])
-        largest.append(found[1])
-    return Recomputed(window, error, largest)
-
-
-def compare(acts: Activations, point: HookPoint, rows: slice, found: "torch.Tensor") -> tuple[float, float]:
-    """Stored rows of a window against recomputed ones (position, …): the largest error, the largest absolute value."""
-    import torch
-
-    truth = found.float()
-    stored = acts[point.name][rows].to(truth.device).float()
-    if point.over_keys:  # (position, head, key), of this window's keys alone
-        keys = torch.arange(truth.shape[2], device=truth.device)
-        truth = torch.full_like(stored, point.fill).index_copy_(2, keys, truth)
-    masked = stored == truth  # also where both are -inf
-    error = float((stored - truth).masked_fill(masked, 0.0).abs().max())
-    return error, float(truth.masked_fill(truth.isneginf(), 0.0).abs().max())
+def _plain(
+    loaded: LoadedModel, acts: Activations, points: Sequence[HookPoint], window: int
+) -> "dict[HookPoint, torch.Tensor]":
+    """The model's values of a window, (position, …), in one pass without this library's ways to save memory."""
+    ids = fidelity.window_ids(acts, window).to(loaded.device)
+    found = oracle(loaded, ids) | _in_one_piece(loaded, ids, points)
+    return {p: found[p.name][0].transpose(0, 1) if p.over_keys else found[p.name][0] for p in points}
 
 
 def oracle(loaded: LoadedModel, ids: "torch.Tensor") -> dict[str, "torch.Tensor"]:
     """Every residual of one plain forward pass over ids (1, position), by hook point: (1, position, hidden size)."""
     return own_residuals(loaded.architecture, input_ids=ids, **no_cache(loaded.architecture.model))
-
-
-def _plain(loaded: LoadedModel, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
-    """Every residual of ids (1, position), and what else is asked for, without this library's ways to save memory."""
-    return oracle(loaded, ids) | _in_one_piece(loaded, ids, points)
 
 
 def _in_one_piece(loaded: LoadedModel, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
