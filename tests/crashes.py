@@ -119,3 +119,11 @@ class Disk:
                 files.pop(call[1], None)
         for name, content in files.items():
             (target / name).write_bytes(content)
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    with path.open("rb+") as f:
+        f.seek(place)
+        (byte,) = f.read(1)
+        f.seek(place)
+        f.write(bytes([byte ^ 1 << bit]))

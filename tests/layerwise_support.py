@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 from support import Stages, a_config, build_tiny
-from theloom import layerwise_shard, model, residual_store, shard, source
-from theloom.block_source import BlockSource
-from theloom.blockwise import examine
-from theloom.hooks import HookPoint
-from theloom.layerwise import LayerwiseRunner
-from theloom.model import LoadedModel
+from theloom.engine.layerwise import residual_store, shard
+from theloom.engine.layerwise.block_loader import BlockSource
+from theloom.engine.layerwise.residual_store import ResidualStore
+from theloom.engine.layerwise.runner import LayerwiseRunner
+from theloom.engine.layerwise.skeleton import Shell, examine
+from theloom.engine.resident import ResidentRunner
+from theloom.hooks.points import HookPoint
+from theloom.model import files, loading
+from theloom.model.loading import LoadedModel
 from theloom.precision import torch_dtype
-from theloom.residual_store import ResidualStore
-from theloom.runner import ResidentRunner
-from theloom.shell import Shell
+from theloom.store import writer
 
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 4}
@@ -73,14 +74,14 @@ def build(model_type: str, folder: Path) -> Path:
 def load(folder: Path, precision: str = "fp32") -> LoadedModel:
     """The model, resident."""
     config = a_config(folder, f"memory.precision_mode={precision}")
-    return model.load(config, source.prepare(config.model))
+    return loading.load_model(config, files.prepare_files(config.model))
 
 
 @contextmanager
 def shell_of(folder: Path, precision: str = "fp32", device: str = "cpu") -> Iterator[tuple[Shell, BlockSource]]:
     """The model's shell, examined, and the source of its blocks."""
     config = a_config(folder)
-    shell = Shell(folder, model.hf_config(config.model), precision, torch.device(device))
+    shell = Shell(folder, files.hf_config(config.model), precision, torch.device(device))
     with BlockSource(shell.checkpoint, shell.device, len(shell.blocks)) as blocks:
         examine(shell, blocks)
         yield shell, blocks
@@ -147,9 +148,9 @@ def some_batches(vocabulary: int = 128) -> list[torch.Tensor]:
 def extract_with_small_commits(folder: Path, spilled: bool) -> None:
     """The extraction of a layerwise run, committed every 16 KiB: the body of a job that a test kills."""
     torch.set_num_threads(1)
-    shard.COMMIT_BYTES = 1 << 14
+    writer.COMMIT_BYTES = 1 << 14
     residual_store.BLOCKS_BETWEEN_CHECKPOINTS = KEPT_EVERY
     if spilled:
-        plan = layerwise_shard._plan
-        layerwise_shard._plan = lambda *args: replace(plan(*args), spilled=True)
+        plan = shard._plan
+        shard._plan = lambda *args: replace(plan(*args), spilled=True)
     Stages(folder).extract()

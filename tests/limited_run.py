@@ -19,8 +19,10 @@ import h5py
 import psutil
 import torch
 from support import stages
-from theloom import host, layerwise_record, layerwise_verify, model, model_record  # noqa: F401 - loaded before the limit
+from theloom.devices import host
 from theloom.errors import MemoryPlanError
+from theloom.model import loading
+from theloom.pipeline import load_model
 
 torch.set_num_threads(2)
 
@@ -31,7 +33,7 @@ def main(folder: Path, source: str, limit: int) -> None:
     if len(sys.argv) <= 4:
         whole = psutil.Process().memory_info().vms + limit
         resource.setrlimit(resource.RLIMIT_AS, (whole, whole))
-    model.load = None  # nothing may load the whole model
+    loading.load_model = None  # nothing may load the whole model
     begun = time.time()
     run = stages(folder / "auto", source, asked)
     run.prepare()
@@ -39,7 +41,7 @@ def main(folder: Path, source: str, limit: int) -> None:
     said = ""
     try:
         files = (run.folder / "estimate.h5", run.folder / "tokens.h5", resident.folder / "model.h5")
-        model_record.record(resident.config("model"), *files)
+        load_model.record(resident.config("model"), *files)
     except MemoryPlanError as error:
         said = str(error)
     run.extract()

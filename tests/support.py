@@ -10,13 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from theloom import config, engine, estimate, merge, model_record, shard, tokens, verify
-from theloom.architecture import Architecture
-from theloom.catalogue import catalogue
-from theloom.forward import prefill
-from theloom.hooks import HookPoint, residuals
-from theloom.schema import Config
-from theloom.taps import Taps
+from theloom.config import compose, frozen
+from theloom.config.schema import Config
+from theloom.corpus import tokens
+from theloom.dataset.merge import merge_shards
+from theloom.hooks.blocks import Architecture
+from theloom.hooks.catalog import build_catalog
+from theloom.hooks.points import HookPoint, residual_points
+from theloom.hooks.taps import Taps
+from theloom.model.forward import prefill
+from theloom.pipeline import extract_shard, load_model
+from theloom.planning import estimate
+from theloom.store import writer
+from theloom.verification.verify import verify_run
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +30,9 @@ ROOT = Path(__file__).parents[1]
 
 def a_config(model_source: str | Path, overrides: str = "") -> Config:
     """The whole config of a run on the CPU, with any model."""
-    runs = config.runs(ROOT / "config", "custom", f"model.source={model_source} extraction.device=cpu {overrides}")
+    runs = compose.runs(ROOT / "config", "custom", f"model.source={model_source} extraction.device=cpu {overrides}")
     (run,) = runs.values()
-    return config.typed(run.config)
+    return frozen.to_config(run.config)
 
 
 TINY = {
@@ -91,20 +97,20 @@ class Stages:
         return self.folder / "activations.h5"
 
     def config(self, stage: str) -> Config:
-        return config.thaw(self.folder / f"{stage}.json")
+        return frozen.load_frozen(self.folder / f"{stage}.json")
 
     def prepare(self) -> None:
         """All stages before the extraction."""
         estimate.run_estimate(self.config("estimate"), self.folder / "estimate.h5")
         tokens.tokenize(self.config("tokens"), self.folder / "tokens.h5")
         files = (self.folder / name for name in ("estimate.h5", "tokens.h5", "model.h5"))
-        model_record.record(self.config("model"), *files)
+        load_model.record(self.config("model"), *files)
 
     def extract(self, *numbers: int) -> None:
         """The shards of these numbers; by default all."""
         count = self.config("merge").extraction.shards
         for number in numbers or range(count):
-            engine.extract_shard(
+            extract_shard.extract_shard(
                 self.folder / "extract.json",
                 self.folder / "estimate.h5",
                 self.folder / "model.h5",
@@ -114,11 +120,11 @@ class Stages:
             )
 
     def merge(self) -> None:
-        merge.merge(self.shards, self.config("merge").store.merge.name, self.activations)
+        merge_shards(self.shards, self.config("merge").store.merge.name, self.activations)
 
     def verify(self) -> None:
         output = self.folder / "verification.h5"
-        verify.verify(self.config("verify"), self.activations, self.folder / "model.h5", output)
+        verify_run(self.config("verify"), self.activations, self.folder / "model.h5", output)
 
     def all(self) -> "Stages":
         self.prepare()
@@ -138,10 +144,10 @@ def stages(folder: Path, model_source: str | Path, overrides: str = "") -> Stage
     asked = {o.partition("=")[0] for o in overrides.split()}
     defaults = " ".join(f"{key}={value}" for key, value in small.items() if key not in asked)
     overrides = f"model.source={model_source} extraction.device=cpu {defaults} {overrides}"
-    (run,) = config.runs(ROOT / "config", "custom", overrides).values()
+    (run,) = compose.runs(ROOT / "config", "custom", overrides).values()
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    for stage in config.STAGES:
-        config.freeze(run.stage(stage), folder / f"{stage}.json")
+    for stage in frozen.STAGES:
+        frozen.freeze(run.stage(stage), folder / f"{stage}.json")
     return Stages(folder)
 
 
@@ -149,13 +155,13 @@ def extract_one_shard(run: Stages, oom_level: int = 0) -> None:
     """The only shard of a run, as a job that earlier ones have left without memory so many times."""
     names = ("extract.json", "estimate.h5", "model.h5", "tokens.h5")
     output = run.folder / "shards/00000-of-00001.h5"
-    engine.extract_shard(*(run.folder / name for name in names), 0, output, oom_level=oom_level)
+    extract_shard.extract_shard(*(run.folder / name for name in names), 0, output, oom_level=oom_level)
 
 
 def extract_with_small_commits(folder: Path) -> None:
     """The extraction of a run, committed every 16 KiB: the body of a job that a test kills."""
     torch.set_num_threads(1)  # as the tests themselves: sums depend on how they are split
-    shard.COMMIT_BYTES = 1 << 14
+    writer.COMMIT_BYTES = 1 << 14
     Stages(folder).extract()
 
 
@@ -180,15 +186,15 @@ def allocator_peak(work: Callable[[], object]) -> int:
     return peak
 
 
-def residual_points(described: Architecture) -> list[HookPoint]:
+def residuals_of(described: Architecture) -> list[HookPoint]:
     """The residual stream before and after every block."""
-    return residuals(len(described.blocks), described.hidden_size)
+    return residual_points(len(described.blocks), described.hidden_size)
 
 
 def values_of(described: Architecture, ids: torch.Tensor, **inputs: object) -> dict[str, torch.Tensor]:
     """Every hook point of a model, by name, in one pass over ids (batch, position)."""
     found: dict[str, torch.Tensor] = {}
-    taps = Taps(described, catalogue(described).points, lambda name, value: found.__setitem__(name, value.clone()))
+    taps = Taps(described, build_catalog(described).points, lambda name, value: found.__setitem__(name, value.clone()))
     with torch.no_grad(), taps:
         taps.run(input_ids=ids, use_cache=False, **inputs)
     return found
@@ -196,7 +202,7 @@ def values_of(described: Architecture, ids: torch.Tensor, **inputs: object) -> d
 
 def chunks_of(described: Architecture, ids: torch.Tensor, chunk_size: int) -> dict[str, torch.Tensor]:
     """The same in chunks through the KV cache, put together again."""
-    points = {p.name: p for p in catalogue(described).points}
+    points = {p.name: p for p in build_catalog(described).points}
     found: dict[str, list[torch.Tensor]] = {name: [] for name in points}
     with Taps(described, list(points.values()), lambda name, value: found[name].append(value.clone())) as taps:
         prefill(taps, ids, chunk_size)

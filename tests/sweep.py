@@ -20,14 +20,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
-from theloom import architecture
-from theloom.architecture import Architecture
 from theloom.errors import TheLoomError
-from theloom.forward import prefill
-from theloom.hooks import residuals
+from theloom.hooks.blocks import Architecture, find_blocks
+from theloom.hooks.points import residual_points
+from theloom.hooks.taps import Taps
+from theloom.model.checks import TriedOut, self_check
+from theloom.model.forward import prefill
 from theloom.precision import TOLERANCE
-from theloom.taps import Taps
-from theloom.trial import TriedOut, try_out
 from tiny_configs import tiny_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -94,8 +93,8 @@ def examine(model_type: str) -> Row:
         return Row(model_type, problem=_words(error))
     name = type(model).__name__
     try:
-        described = architecture.describe(model)
-        tried = try_out(described, TOLERANCE["fp32"])
+        described = find_blocks(model)
+        tried = self_check(described, TOLERANCE["fp32"])
     except TheLoomError as error:
         return Row(model_type, name, refusal=str(error))
     kind = type(described.blocks[0]).__name__
@@ -110,7 +109,7 @@ def examine(model_type: str) -> Row:
 
 
 def _read(described: Architecture, ids: torch.Tensor, chunk_size: int) -> dict[str, torch.Tensor]:
-    points = residuals(len(described.blocks), described.hidden_size)
+    points = residual_points(len(described.blocks), described.hidden_size)
     seen: dict[str, list[torch.Tensor]] = {p.name: [] for p in points}
     with Taps(described, points, lambda name, value: seen[name].append(value.clone())) as taps:
         prefill(taps, ids, chunk_size)

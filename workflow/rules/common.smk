@@ -5,18 +5,19 @@ import sys
 import time
 from pathlib import Path
 
-from theloom import config as theloom_config
-from theloom import accounting, console, malloc, preflight, resources
-from theloom import report_groups
+from theloom.config.compose import runs as composed_runs
+from theloom.config.frozen import freeze
+from theloom.devices import host
 from theloom.errors import TheLoomError
-from theloom.job import last_errors, let_jobs_import
-from theloom.summary import summary
+from theloom.pipeline import console, preflight, resources, slurm
+from theloom.pipeline.job import last_errors, let_jobs_import
+from theloom.report import groups as report_groups
 
 STARTED = time.time()
 CONTAINER = str(Path(workflow.basedir, "envs/theloom.sif"))  # for --sdm apptainer; workflow/docs/clusters.md
 
 let_jobs_import(Path(workflow.basedir, "workflow"))  # for jobs in an environment of their own: --sdm conda
-malloc.reuse_freed_blocks()
+host.reuse_freed_blocks()
 
 
 wildcard_constraints:
@@ -33,7 +34,7 @@ def compose():
             f"--config takes profiles and set, found {', '.join(sorted(unknown))}; "
             'to set a key of the configuration: --config set="memory.streaming_chunk_size=256"'
         )
-    runs = theloom_config.runs(
+    runs = composed_runs(
         Path(workflow.basedir, "config"),
         config.get("profiles"),
         config.get("set"),
@@ -128,19 +129,19 @@ def figures_of(run):
 
 onstart:
     if workflow.executor_plugin.name == "slurm":
-        accounting.keep_to_squeue()
+        slurm.keep_to_squeue()
     # For jobs on a cluster, which parse this file again. Not by freeze_config, as an ancient() input of theirs: Snakemake
     # would leave out all jobs behind one that makes such an input anew, also those whose output is missing.
     for name, run in RUNS.items():
         frozen_resources = Path("results", name, "config", "resources.json")
         frozen_resources.parent.mkdir(parents=True, exist_ok=True)
-        theloom_config.freeze(run.stage("resources"), frozen_resources)
+        freeze(run.stage("resources"), frozen_resources)
 
 
 onsuccess:
     for run in RUNS:
         if Path("results", run, "verification.h5").exists():  # not with --until
-            print(summary(Path("results", run)), file=sys.stderr)
+            print(console.summary(Path("results", run)), file=sys.stderr)
             BRIEF.ended = True
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from theloom.job import job
+from theloom.pipeline.job import job
 
 with job(snakemake.log[0], snakemake.threads):
-    from theloom.config import thaw
-    from theloom.estimate import run_estimate
+    from theloom.config.frozen import load_frozen
+    from theloom.planning.estimate import run_estimate
 
-    run_estimate(thaw(snakemake.input.config), Path(snakemake.output.estimate))
+    run_estimate(load_frozen(snakemake.input.config), Path(snakemake.output.estimate))

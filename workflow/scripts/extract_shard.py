@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from theloom.job import job
+from theloom.pipeline.job import job
 
 with job(snakemake.log[0], snakemake.threads):
-    from theloom import lease
-    from theloom.config import thaw
+    from theloom.config.frozen import load_frozen
+    from theloom.devices import gpu_lease
 
-    device = thaw(snakemake.input.config).extraction.device
-    with lease.of_job(snakemake.resources, device):
-        from theloom.engine import extract_shard
+    device = load_frozen(snakemake.input.config).extraction.device
+    with gpu_lease.of_job(snakemake.resources, device):
+        from theloom.pipeline.extract_shard import extract_shard
 
         extract_shard(
             config_path=Path(snakemake.input.config),

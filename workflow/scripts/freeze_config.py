@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from theloom.config import freeze
-from theloom.job import job
+from theloom.config.frozen import freeze
+from theloom.pipeline.job import job
 
 with job(snakemake.log[0]):
     freeze(snakemake.params.config, Path(snakemake.output.config))

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from theloom.job import job
+from theloom.pipeline.job import job
 
 with job(snakemake.log[0], snakemake.threads):
-    from theloom import lease
-    from theloom.config import thaw
+    from theloom.config.frozen import load_frozen
+    from theloom.devices import gpu_lease
 
-    config = thaw(snakemake.input.config)
-    with lease.of_job(snakemake.resources, config.extraction.device):
-        from theloom.model_record import record
+    config = load_frozen(snakemake.input.config)
+    with gpu_lease.of_job(snakemake.resources, config.extraction.device):
+        from theloom.pipeline.load_model import record
 
         record(
             config,

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from theloom.job import job
+from theloom.pipeline.job import job
 
 with job(snakemake.log[0]):
-    from theloom.config import thaw
-    from theloom.merge import merge
+    from theloom.config.frozen import load_frozen
+    from theloom.dataset.merge import merge_shards
 
-    mode = thaw(snakemake.input.config).store.merge.name
-    merge([Path(shard) for shard in snakemake.input.shards], mode, Path(snakemake.output.activations))
+    mode = load_frozen(snakemake.input.config).store.merge.name
+    merge_shards([Path(shard) for shard in snakemake.input.shards], mode, Path(snakemake.output.activations))

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from theloom.job import job
+from theloom.pipeline.job import job
 
 with job(snakemake.log[0]):
-    from theloom.config import thaw
-    from theloom.report import draw_memory
+    from theloom.config.frozen import load_frozen
+    from theloom.report.draw import draw_memory
 
     draw_memory(
-        thaw(snakemake.input.config),
+        load_frozen(snakemake.input.config),
         Path(snakemake.input.estimate),
         Path(snakemake.input.model),
         Path(snakemake.output[0]).parent,

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from theloom.job import job
+from theloom.pipeline.job import job
 
 with job(snakemake.log[0]):
-    from theloom.report import draw_runs
+    from theloom.report.draw import draw_runs
 
     draw_runs([Path(file).parent for file in snakemake.input.activations], Path(snakemake.output[0]).parent)

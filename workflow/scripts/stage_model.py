@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from theloom.job import job
+from theloom.pipeline.job import job
 
 with job(snakemake.log[0], online=True):
-    from theloom.config import thaw
-    from theloom.staging import stage
+    from theloom.config.frozen import load_frozen
+    from theloom.pipeline.stage_model import stage
 
-    stage(thaw(snakemake.input.config), Path(snakemake.output.source))
+    stage(load_frozen(snakemake.input.config), Path(snakemake.output.source))

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from theloom.job import job
+from theloom.pipeline.job import job
 
 with job(snakemake.log[0], snakemake.threads):
-    from theloom.config import thaw
-    from theloom.tokens import tokenize
+    from theloom.config.frozen import load_frozen
+    from theloom.corpus.tokens import tokenize
 
-    tokenize(thaw(snakemake.input.config), Path(snakemake.output.tokens))
+    tokenize(load_frozen(snakemake.input.config), Path(snakemake.output.tokens))

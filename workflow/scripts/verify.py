@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from theloom.job import job
+from theloom.pipeline.job import job
 
 with job(snakemake.log[0], snakemake.threads):
-    from theloom import lease
-    from theloom.config import thaw
+    from theloom.config.frozen import load_frozen
+    from theloom.devices import gpu_lease
 
-    config = thaw(snakemake.input.config)
-    with lease.of_job(snakemake.resources, config.extraction.device):
-        from theloom.verify import verify
+    config = load_frozen(snakemake.input.config)
+    with gpu_lease.of_job(snakemake.resources, config.extraction.device):
+        from theloom.verification.verify import verify_run
 
-        verify(
+        verify_run(
             config,
             Path(snakemake.input.activations),
             Path(snakemake.input.model),

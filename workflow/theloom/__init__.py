@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from theloom.dataset import Activations
+    from theloom.dataset.activations import Activations
 
 __version__ = "0.1.0"
 __all__ = ["open"]
 
 
 def open(path: str | Path, allow: Collection[str] = ()) -> "Activations":
-    """Open `activations.h5` or a single shard: `theloom.dataset.Activations`. Raises StoreError.
+    """Open `activations.h5` or a single shard: `theloom.dataset.activations.Activations`. Raises StoreError.
 
     `allow`: names of files outside of the dataset's own folder that it may refer to.
     """
-    from theloom import dataset
+    from theloom.dataset.activations import open_activations
 
-    return dataset.open(path, allow)
+    return open_activations(path, allow)

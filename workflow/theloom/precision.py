@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+
 log = logging.getLogger(__name__)
 
 BF16_CAPABILITY = (8, 0)
+
+
 FP16_CAPABILITY = (5, 3)
+
+
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 # Largest error, as a share of a hook point's largest absolute value, that the order of floating-point sums explains.
@@ -31,7 +36,7 @@ class Resolved:
     steps: tuple[str, ...]
 
 
-def resolve(requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True) -> Resolved:
+def choose_precision(requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True) -> Resolved:
     """Follow the fallback chain, and log a warning for each step. The arguments are those of `follow`."""
     found = follow(requested, capability, cpu_has_fp16)
     for step in found.steps:

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import theloom
 import torch
-from theloom import source
-from theloom.dataset import Activations
-from theloom.schema import ModelConfig
+from theloom.config.schema import ModelConfig
+from theloom.dataset.activations import Activations
+from theloom.model.files import prepare_files
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 def model_of(acts: Activations) -> PreTrainedModel:
     """The model that the rows came from, in FP32."""
-    files = source.prepare(ModelConfig(source=acts.attributes["model_source"]))
+    files = prepare_files(ModelConfig(source=acts.attributes["model_source"]))
     return AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32).eval()
 
 

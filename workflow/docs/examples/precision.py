@@ -9,7 +9,7 @@
 import sys
 from pathlib import Path
 
-from theloom.report_sweep import Compared, compare
+from theloom.report.runs import Compared, compare
 
 
 def main(folders: list[Path]) -> list[Compared]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import theloom
 import torch
-from theloom.dataset import Activations
+from theloom.dataset.activations import Activations
 
 FEATURES, ACTIVE, BATCH = 1024, 32, 256
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import theloom
 import torch
-from theloom import source, tokenizer
-from theloom.schema import ModelConfig
+from theloom.config.schema import ModelConfig
+from theloom.dataset import token_text
+from theloom.model.files import prepare_files
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 HOOK, BLOCK = "blocks.15.hook_resid_post", 15
@@ -74,9 +75,9 @@ def preference(model: PreTrainedModel, words: object) -> float:
 def main(run: Path, strength: float = 2.0) -> tuple[float, float, float]:
     """The preference steered away, as the model is, and steered towards joy."""
     acts, direction = theloom.open(run / "activations.h5"), vector(run)
-    files = source.prepare(ModelConfig(source=acts.attributes["model_source"]))
+    files = prepare_files(ModelConfig(source=acts.attributes["model_source"]))
     model = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32).eval()
-    words = tokenizer.of(acts)
+    words = token_text.of(acts)
     found = []
     for factor in (-strength, 0.0, strength):
         with added(model, factor * direction):

@@ -1,0 +1,121 @@
+"""Windows, positions, shards of documents, and the tokens of real text against the tokenizer itself."""
+
+import numpy as np
+import pytest
+from support import a_config
+from theloom.corpus import tokens
+from theloom.corpus.tokens import plan_shards, positions, read_shard, split_windows, tokenize
+from theloom.errors import ConfigError, CorpusError
+from theloom.store import file_format
+from transformers import AutoTokenizer
+
+
+@pytest.mark.parametrize("context", [0, 1, 3, 7, 100])
+def test_windows_cover_every_document_in_order(context):
+    lengths = np.array([1, 7, 14, 15, 3])
+    window_lengths, document = split_windows(lengths, context)
+    assert np.array_equal(np.bincount(document, weights=window_lengths), lengths)
+    assert np.array_equal(document, np.sort(document))
+    assert window_lengths.min() > 0
+    if context:
+        assert window_lengths.max() <= context
+        assert len(window_lengths) == sum(-(-n // context) for n in lengths)
+
+
+def test_positions_start_again_in_every_window():
+    assert positions(np.array([3, 1, 2])).tolist() == [0, 1, 2, 0, 0, 1]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 5, 9])
+def test_shards_are_ranges_of_whole_documents_nearly_equal_in_tokens(shards):
+    lengths = np.random.default_rng(0).integers(1, 1000, 200)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    cuts = plan_shards(offsets, shards)
+    assert cuts[0] == 0
+    assert cuts[-1] == 200
+    assert len(cuts) == shards + 1
+    sizes = np.diff(offsets[cuts])
+    assert sizes.max() - sizes.min() <= 2 * lengths.max()
+
+
+def test_fewer_documents_than_shards_leave_some_empty():
+    assert np.diff(plan_shards(np.array([0, 10, 20]), 5)).sum() == 2
+    assert len(plan_shards(np.array([0, 10]), 4)) == 5
+
+
+def write_texts(folder, texts):
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 6])
+def test_window_lengths_are_those_of_each_shard(tmp_path, tiny_llama, shards):
+    texts = {"a.txt": "One two three.", "b.txt": "word " * 500, "c.txt": "x", "d.txt": "word " * 90}
+    folder, path = write_texts(tmp_path / "texts", texts), tmp_path / "tokens.h5"
+    asked = f"corpus=text corpus.path={folder} corpus.context_length=100 extraction.shards={shards}"
+    tokenize(a_config(tiny_llama, asked), path)
+    found, parts = tokens.window_lengths(path), [read_shard(path, n) for n in range(shards)]
+    assert [x.tolist() for x in found.shards] == [np.diff(part.window_offset).tolist() for part in parts]
+    assert found.longest == tokens.longest_window(path) == 100
+    assert found.tokens == max(len(part.input_ids) for part in parts)
+
+
+def test_tokens_are_those_of_the_tokenizer(tmp_path, tiny_llama):
+    texts = {"a.txt": "One two three.", "b.md": "x", "c.txt": "", "d.txt": "word " * 500}
+    folder = write_texts(tmp_path / "texts", texts)
+    tokenize(a_config(tiny_llama, f"corpus=text corpus.path={folder} extraction.shards=2"), tmp_path / "tokens.h5")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    expected = [tokenizer(t)["input_ids"] for t in texts.values() if t]
+    with file_format.open_h5(tmp_path / "tokens.h5", "tokens") as file:
+        assert file["tokens/input_ids"][:].tolist() == np.concatenate(expected).tolist()
+        assert file["documents/id"][:].tolist() == [b"a.txt", b"b.md", b"d.txt"]
+        assert np.diff(file["documents/offset"][:]).tolist() == [len(e) for e in expected]
+        assert file.attrs["documents_empty"] == 1
+        # the model's context is 256 tokens: the long document is split, and nothing of it is lost
+        assert np.diff(file["windows/offset"][:]).tolist() == [len(expected[0]), len(expected[1]), 256, 245]
+        assert file["windows/document"][:].tolist() == [0, 1, 2, 2]
+    parts = [read_shard(tmp_path / "tokens.h5", n) for n in range(2)]
+    assert np.concatenate([p.input_ids for p in parts]).tolist() == np.concatenate(expected).tolist()
+    assert [p.first_row for p in parts] == [0, len(parts[0].input_ids)]
+    for part in parts:
+        assert part.window_offset[0] == part.document_offset[0] == 0
+        assert part.window_offset[-1] == part.document_offset[-1] == len(part.input_ids)
+        assert len(part.window_offset) == len(part.window_document) + 1
+
+
+def test_max_tokens_is_exact_and_the_cut_is_recorded(tmp_path, tiny_llama, caplog):
+    folder = write_texts(tmp_path / "texts", {"a.txt": "word " * 30, "b.txt": "word " * 50, "c.txt": "never read"})
+    tokenize(a_config(tiny_llama, f"corpus=text corpus.path={folder} corpus.max_tokens=60"), tmp_path / "tokens.h5")
+    attributes = tokens.attributes(tmp_path / "tokens.h5")
+    with file_format.open_h5(tmp_path / "tokens.h5", "tokens") as file:
+        assert len(file["tokens/input_ids"]) == 60
+        assert len(file["documents/id"]) == 2
+    assert attributes["last_document_cut_from"] > 20
+    assert "b.txt is cut" in caplog.text
+
+
+def test_max_documents_limits_the_documents(tmp_path, tiny_llama):
+    tokenize(a_config(tiny_llama, "corpus.max_documents=3"), tmp_path / "tokens.h5")
+    with file_format.open_h5(tmp_path / "tokens.h5", "tokens") as file:
+        assert file["documents/id"].shape == (3,)
+
+
+def test_a_corpus_of_empty_documents_is_refused(tmp_path, tiny_llama):
+    folder = write_texts(tmp_path / "texts", {"a.txt": "", "b.txt": ""})
+    with pytest.raises(CorpusError, match="2 documents read, all empty"):
+        tokenize(a_config(tiny_llama, f"corpus=text corpus.path={folder}"), tmp_path / "tokens.h5")
+
+
+def test_a_context_beyond_the_model_is_refused(tmp_path, tiny_llama):
+    with pytest.raises(ConfigError, match=r"corpus\.context_length: 1000 is more than the model's 256"):
+        tokenize(a_config(tiny_llama, "corpus.context_length=1000"), tmp_path / "tokens.h5")
+
+
+def test_a_model_without_tokenizer_is_refused(tmp_path):
+    from support import build_tiny
+
+    model = build_tiny("llama", tmp_path / "m")
+    with pytest.raises(CorpusError, match=r"model\.tokenizer"):
+        tokenize(a_config(model), tmp_path / "tokens.h5")

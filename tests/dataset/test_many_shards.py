@@ -1,0 +1,113 @@
+"""Many small shards as one dataset: what merging and reading them takes, and that every row is right.
+
+`THELOOM_MANY_SHARDS=10000 pytest -s tests/dataset/test_many_shards.py` prints the figures of workflow/docs/clusters.md.
+"""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import theloom
+import torch
+from shards import spec
+from theloom.dataset.merge import merge_shards
+from theloom.errors import StoreError
+from theloom.hooks.points import residual_points
+from theloom.store import checksums, index
+from theloom.store.writer import ShardWriter
+
+SHARDS = int(os.environ.get("THELOOM_MANY_SHARDS", "300"))
+ROWS = 4
+(HOOK, *_) = (point.name for point in residual_points(1, 8))
+
+
+def value(row: int) -> torch.Tensor:
+    return torch.full((8,), float(row))
+
+
+def write_first(path: Path) -> None:
+    """A shard by the writer itself."""
+    one = spec(identity="run-0", lengths=[ROWS])
+    one.attributes.update(shard=0, first_row=0, batch_tokens=ROWS, chunk_size=ROWS, run_identity="run")
+    with ShardWriter(path, one) as writer:
+        for point in one.points:
+            writer.write(0, point.name, 0, torch.stack([value(row) for row in range(ROWS)]))
+        writer.batch_done(ROWS, last=True)
+        writer.finish()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> list[Path]:
+    """Copies of one shard, with rows of their own: the writer's syncs would take most of the time."""
+    folder = tmp_path_factory.mktemp("many")
+    found = [folder / f"{number:05d}-of-{SHARDS:05d}.h5" for number in range(SHARDS)]
+    write_first(found[0])
+    for number, path in enumerate(found[1:], start=1):
+        shutil.copyfile(found[0], path)
+        with h5py.File(path, "r+") as file:
+            for name, new in {"shard": number, "first_row": number * ROWS, "identity": f"run-{number}"}.items():
+                file.attrs[name] = new
+            file[f"hooks/{HOOK}/activations"][:] += number * ROWS
+            index.write_index(file)
+        checksums.write_checksums(path, checksums.METADATA, checksums.TABLES, checksums.RESULTS)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["virtual", "physical"])
+def test_every_row_of_many_shards_is_read_whatever_the_soft_limit_of_open_files(shards, mode):
+    activations = shards[0].parent / f"{mode}.h5"
+    times = {}
+
+    def timed(name: str, work):
+        begun, used = time.perf_counter(), time.process_time()
+        result = work()
+        times[name] = f"{time.perf_counter() - begun:.2f} s ({time.process_time() - used:.2f} s of a processor)"
+        return result
+
+    timed("merge", lambda: merge_shards(shards, mode, activations))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if mode == "virtual" and hard < SHARDS + 100:
+        print(f"\nvirtual, {SHARDS} shards:", times)
+        with pytest.raises(StoreError, match=r"with store.merge=physical"):
+            theloom.open(activations)
+        return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))  # fewer than there are shards
+    try:
+        acts = timed("open", lambda: theloom.open(activations))
+        picked = np.random.default_rng(0).choice(len(acts), 200)
+        rows = timed("200 rows, here and there", lambda: acts[HOOK][picked])
+        everything = timed("all rows", lambda: acts[HOOK][:])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= (min(256, soft) if mode == "physical" else SHARDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert torch.equal(rows[:, 0], torch.from_numpy(picked).float())
+    assert torch.equal(everything[:, 7], torch.arange(SHARDS * ROWS).float())
+    with h5py.File(activations) as file:
+        data = timed("h5py: all rows", lambda: file[f"hooks/{HOOK}/activations"][:])
+    right = int((data[:, 0] == np.arange(SHARDS * ROWS)).sum())
+    size = activations.stat().st_size / 1e6
+    print(f"\n{mode}, {SHARDS} shards, {size:.1f} MB, soft limit of open files {soft}:")
+    print(", ".join(f"{name} {took}" for name, took in times.items()), f"(h5py: {right} rows right)")
+    if mode == "physical":
+        assert right == SHARDS * ROWS
+
+
+def test_more_shards_than_the_hard_limit_of_open_files_are_refused_with_what_to_do(shards):
+    activations = shards[0].parent / "refused.h5"
+    merge_shards(shards, "virtual", activations)
+    script = (
+        "import resource, sys, theloom\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+        "try: theloom.open(sys.argv[1])\n"
+        "except theloom.errors.StoreError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(activations)], capture_output=True, text=True)
+    assert f"{SHARDS} shards are {SHARDS} open files, and this process may have 256" in done.stdout
+    assert "store.merge=physical" in done.stdout

@@ -1,0 +1,88 @@
+"""Encoders through the pipeline: the padding of every batch is masked, and no document is streamed."""
+
+import shutil
+
+import numpy as np
+import pytest
+import theloom
+import torch
+from support import stages
+from sweep import build
+from theloom.config import model_dims
+from theloom.engine import model_record
+from theloom.errors import ModelError
+from theloom.hooks import blocks
+from theloom.model.checks import self_check
+from tiny_configs import tiny_config
+from transformers import AutoModel
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory, tiny_llama):
+    """Tiny BERT, RoBERTa and I-BERT (whose norms give two tensors) with the tokenizer of SmolLM2."""
+    folders = {}
+    for model_type in ("bert", "roberta", "ibert"):
+        torch.manual_seed(0)
+        config = tiny_config(model_type)
+        config.vocab_size = 49152
+        folders[model_type] = tmp_path_factory.mktemp("encoders") / model_type
+        model = AutoModel.from_config(config)
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        model.save_pretrained(folders[model_type])
+        for file in tiny_llama.glob("tokenizer*"):
+            shutil.copy(file, folders[model_type])
+    return folders
+
+
+ASKED = "memory.activation_cache_filter=[] corpus.max_tokens=600 extraction.shards=2 extraction.batch_tokens=200"
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "ibert"])
+def test_rows_are_those_of_each_document_by_itself(tmp_path, encoders, model_type):
+    run = stages(tmp_path, encoders[model_type], f"{ASKED} corpus.context_length=60").all()
+    run.verify()
+    recorded = model_record.read(run.folder / "model.h5")
+    assert not recorded.causal
+    assert not recorded.streams
+    acts = theloom.open(run.activations)
+    model = AutoModel.from_pretrained(encoders[model_type]).eval()
+    assert len(set(np.diff(acts.window_offset).tolist())) > 1  # batches have padding
+    for begin, end in zip(acts.window_offset[:-1].tolist(), acts.window_offset[1:].tolist(), strict=True):
+        ids = torch.from_numpy(acts.input_ids.numpy(slice(begin, end)).astype("i8"))[None]
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states
+        for block in range(3):
+            for hook, expected in (("pre", states[block]), ("post", states[block + 1])):
+                torch.testing.assert_close(acts[f"blocks.{block}.hook_resid_{hook}"][begin:end], expected[0])
+
+
+def test_a_document_longer_than_a_chunk_is_refused_with_the_reason(tmp_path, encoders):
+    run = stages(tmp_path, encoders["bert"], f"{ASKED} corpus.context_length=100")
+    run.prepare()
+    with pytest.raises(ModelError, match=r"cannot be streamed \(it is not causal\).*streaming_chunk_size=100"):
+        run.extract()
+
+
+def test_a_window_of_roberta_is_as_long_as_its_positions_allow(encoders):
+    model = AutoModel.from_pretrained(encoders["roberta"]).eval()
+    longest = model_dims.numbers(model.config).context_length
+    assert longest == model.config.max_position_embeddings - 2
+    with torch.no_grad():
+        model(torch.full((1, longest), 7))
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            model(torch.full((1, longest + 1), 7))
+
+
+def test_a_model_whose_rows_depend_on_the_batch_is_refused():
+    torch.manual_seed(0)
+    model = AutoModel.from_config(tiny_config("fnet")).eval()
+    with pytest.raises(ModelError, match="depends on what else is in the batch"):
+        self_check(blocks.find_blocks(model), 1e-5)
+
+
+def test_a_decoder_needs_no_mask():
+    tried = self_check(blocks.find_blocks(build("bert")), 1e-5)  # as a decoder
+    assert tried.causal
+    assert tried.streams

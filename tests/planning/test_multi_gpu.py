@@ -1,0 +1,86 @@
+"""Several GPUs for one model: how many, and which blocks where. accelerate checks the maps on transformers' models."""
+
+import pytest
+import torch
+from accelerate.utils import check_device_map
+from support import ROOT
+from theloom.config import compose, frozen, model_dims
+from theloom.errors import MemoryPlanError
+from theloom.hooks import blocks
+from theloom.memory.estimators import ClosedForm
+from theloom.model import device_map
+from theloom.model.weight_format import Kind
+from theloom.pipeline import resources
+from theloom.planning import estimate, multi_gpu
+from transformers import AutoConfig, AutoModel
+
+
+def on_meta(model_type: str, **numbers) -> blocks.Architecture:
+    with torch.device("meta"):
+        return blocks.find_blocks(AutoModel.from_config(AutoConfig.for_model(model_type, **numbers)))
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
+MODELS = {
+    "llama": SMALL | {"num_hidden_layers": 10},
+    "gpt2": {"n_layer": 7, "n_embd": 64, "n_head": 4, "vocab_size": 100},
+    "gpt_neox": SMALL | {"num_hidden_layers": 6},
+}
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("gpus", [2, 3])
+def test_every_weight_has_one_gpu_and_blocks_keep_their_order(model_type, gpus):
+    described = on_meta(model_type, **MODELS[model_type])
+    found = device_map.cut_to(described, Kind("fp32"), [10**6] * gpus)
+    check_device_map(described.model, found)
+    names = {id(module): name for name, module in described.model.named_modules()}
+    of_blocks = [found[names[id(block)]] for block in described.blocks]
+    assert of_blocks == sorted(of_blocks)
+    assert set(of_blocks) == set(range(gpus))
+    embeddings = names[id(described.model.get_input_embeddings())]
+    assert found[embeddings] == 0
+    last_norm = [name for name in found if name.endswith(("norm", "ln_f"))]
+    assert [found[name] for name in last_norm] == [gpus - 1]
+
+
+def test_gpus_take_blocks_in_proportion_to_what_they_have_free():
+    described = on_meta("llama", **MODELS["llama"] | {"vocab_size": 2})
+    block = device_map._bytes(described.blocks[0], Kind("fp32"))
+    found = device_map.cut_to(described, Kind("fp32"), [4 * block, 16 * block])
+    counts = [[v for k, v in found.items() if "layers" in k].count(gpu) for gpu in (0, 1)]
+    assert counts == [2, 8]
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_to_do():
+    described = on_meta("llama", **MODELS["llama"])
+    with pytest.raises(MemoryPlanError, match=r"do not fit 2 GPUs .* ask for more with resources.gpu"):
+        device_map.cut_to(described, Kind("fp32"), [100_000, 100_000])
+
+
+def settings(profile: str, overrides: str):
+    (run,) = compose.runs(ROOT / "config", profile, overrides).values()
+    return frozen.to_config(run.config)
+
+
+@pytest.mark.parametrize(
+    ("profile", "card", "gpus"), [("7b", 80, 1), ("7b", 12, 2), ("30b", 80, 1), ("30b", 40, 2), ("70b", 80, 3)]
+)
+def test_as_few_gpus_are_asked_for_as_hold_the_model(profile, card, gpus):
+    asked = settings(profile, f"resources.gpu_memory_gb={card} memory.quantization=null")
+    found = resources.of(asked)
+    assert found.gpu == gpus
+    assert found.needed_gpu_mb * 1e6 <= 0.85 * card * 1e9
+    weights = 2 * asked.model.architecture.parameters
+    assert gpus * 0.85 * card * 1e9 >= weights - 2 * 2 * 152064 * 8192  # the LM head is not loaded
+
+
+def test_the_fullest_gpu_s_estimate_has_its_share_of_weights_and_cache_and_all_of_the_temporaries():
+    asked = settings("70b", "memory.quantization=null")
+    size = model_dims.numbers_of_profile(asked.model.architecture)
+    whole = estimate.estimate(asked, ClosedForm(size), "cuda")
+    part = multi_gpu.of_one(whole, multi_gpu.share(80, 3))
+    assert part.weights["bf16"] == pytest.approx(whole.weights["bf16"] * 27 / 80, rel=1e-6)
+    for one, all_of_it in zip(part.passes["bf16"], whole.passes["bf16"], strict=True):
+        assert one.parts.temporaries == all_of_it.parts.temporaries
+        assert one.parts.kv_cache == int(all_of_it.parts.kv_cache * 27 / 80)

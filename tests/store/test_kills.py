@@ -1,0 +1,102 @@
+"""kill -9 at random moments of a real extraction, again and again: KILLS=500 (`make test-store`); by default a few."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import time
+
+import h5py
+import numpy as np
+import pytest
+import theloom
+from support import extract_with_small_commits, stages
+from theloom.store.commit_log import committed
+from theloom.store.partial import partial_of
+
+KILLS = int(os.environ.get("KILLS", "8"))
+ASKED = "corpus.max_tokens=6000 extraction.shards=1"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_llama):
+    run = stages(tmp_path_factory.mktemp("whole"), tiny_llama, ASKED)
+    run.prepare()
+    return run
+
+
+def job(folder):
+    processes = multiprocessing.get_context("forkserver")  # a server that has torch loaded: jobs start at once
+    processes.set_forkserver_preload(
+        ["torch", "transformers.models.llama.modeling_llama", "theloom.pipeline.extract_shard"]
+    )
+    started = processes.Process(target=extract_with_small_commits, args=(folder,))
+    started.start()
+    return started
+
+
+def batches(partial) -> int:
+    """Batches that the log of an unfinished file vouches for; 0 while there is none."""
+    try:
+        with h5py.File(partial) as file:
+            return committed(file["commit_log"][:])
+    except OSError:
+        return 0
+
+
+def check(partial, truth) -> int:
+    """The file can be read, and every row that its log vouches for is right; gives the batches."""
+    with h5py.File(partial) as file:
+        done = committed(file["commit_log"][:])
+        batch_of, offsets = file["windows/batch"][:], file["windows/offset"][:]
+        for window in np.flatnonzero(((batch_of > 0) & (batch_of <= done)).all(axis=1)):
+            rows = slice(*(int(r) for r in offsets[window : window + 2]))
+            for hook, expected in truth.items():
+                assert np.array_equal(file[f"hooks/{hook}/activations"][rows], expected[rows])
+    return done
+
+
+def test_an_extraction_that_is_killed_again_and_again_loses_no_committed_row(whole, tmp_path):
+    job(whole.folder).join()  # starts the server, too
+    (shard,) = whole.shards
+    shard.unlink()
+    begun = time.monotonic()
+    job(whole.folder).join()
+    seconds = time.monotonic() - begun
+    acts = theloom.open(shard)
+    truth = {hook: acts[hook][:].numpy() for hook in acts.hooks}
+    choose, kills, went_on, finished = random.Random(0), 0, 0, 0
+    while kills < KILLS:
+        folder = tmp_path / "run"
+        shutil.copytree(whole.folder, folder, ignore=shutil.ignore_patterns("shards"))
+        (folder / "shards").mkdir()
+        target = folder / "shards" / shard.name
+        before = 0
+        while not target.exists():
+            running = job(folder)
+            if kills < KILLS and kills % 2:  # soon after it has committed something new; else at any moment
+                while running.is_alive() and batches(partial_of(target)) <= before:
+                    time.sleep(0.002)
+                running.join(choose.uniform(0, 0.1))
+            elif kills < KILLS:
+                running.join(choose.uniform(0, seconds))
+            else:
+                running.join()
+            if running.is_alive():
+                kills += 1
+                running.kill()
+            running.join()
+            if partial_of(target).exists():
+                after = check(partial_of(target), truth)
+                assert after >= before  # nothing that was committed is lost
+                went_on += after > before > 0
+                before = after
+        finished += 1
+        found = theloom.open(target)
+        for hook, expected in truth.items():
+            assert np.array_equal(found[hook][:].numpy(), expected)
+        assert np.array_equal(found.window_hash, acts.window_hash)
+        assert all(np.array_equal(found.statistics[h].mean, acts.statistics[h].mean) for h in acts.hooks)
+        shutil.rmtree(folder)
+    print(f"{kills} kills, {finished} shards finished, {went_on} jobs went on behind committed batches")
+    assert finished

@@ -1,0 +1,134 @@
+"""Verification finds what is wrong: changed bytes, rows of another model, values that are not finite."""
+
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import theloom
+import torch
+from support import build_tiny, plain_residuals, stages
+from theloom.dataset import inspect
+from theloom.errors import VerificationError
+from theloom.model import files, loading
+from theloom.store import file_format
+from theloom.verification import comparison, verify
+
+
+@pytest.fixture
+def run(tmp_path, tiny_llama):
+    return stages(tmp_path, tiny_llama, "extraction.shards=2 corpus.max_tokens=1500").all()
+
+
+def change(run, shard, hook, row, value):
+    with h5py.File(run.shards[shard], "a") as file:
+        file[f"hooks/{hook}/activations"][row, 3] = value
+
+
+def test_a_sound_run_is_verified_on_eight_documents_the_longest_among_them(run):
+    run.verify()
+    acts = theloom.open(run.activations)
+    with file_format.open_h5(run.folder / "verification.h5", "verification") as file:
+        tokens, windows = file["recomputed/tokens"][:], file["recomputed/window"][:]
+        assert len(windows) == min(8, len(acts.documents))
+        assert len(set(acts.window_document[windows])) == len(windows)
+        assert tokens[0] == np.diff(acts.window_offset).max()
+        assert (tokens > 64).sum() >= 1  # longer than the chunk size
+        assert (file["recomputed/error"][:] <= 1e-5 * file["recomputed/largest"][:]).all()
+        assert file["not_finite"][:].sum() == 0
+        assert file.attrs["windows_hashed"] == len(acts.window_document)
+
+
+def test_a_changed_bit_is_found_by_its_hash(run):
+    raw = bytearray(run.shards[1].read_bytes())
+    with h5py.File(run.shards[1]) as file:
+        place = file["hooks/blocks.1.hook_resid_post/activations"].id.get_offset()
+    raw[place + 1000] ^= 1
+    run.shards[1].write_bytes(raw)
+    with pytest.raises(VerificationError, match="rows of 1 windows are not those that were written"):
+        run.verify()
+
+
+def test_rows_that_the_model_does_not_give_are_found(run, monkeypatch):
+    acts = theloom.open(run.activations)
+    longest = int(np.diff(acts.window_offset).argmax())
+    row = int(acts.window_offset[longest])
+    shard = 0 if row < len(theloom.open(run.shards[0])) else 1
+    first = len(theloom.open(run.shards[0])) if shard else 0
+    change(run, shard, "blocks.2.hook_resid_post", row - first, 1.0)
+    monkeypatch.setattr(inspect, "check_hashes", lambda acts: ([], np.zeros(len(acts.hooks), int)))
+    with pytest.raises(VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model"):
+        run.verify()
+
+
+def test_values_that_are_not_finite_are_counted(run):
+    change(run, 0, "blocks.0.hook_resid_post", 2, np.inf)
+    change(run, 1, "blocks.0.hook_resid_post", 0, np.nan)
+    wrong, not_finite = inspect.check_hashes(theloom.open(run.activations))
+    assert len(wrong) == 2
+    assert not_finite.tolist() == [0, 1 + 1, 0, 0, 0, 0]
+
+
+def test_the_oracle_is_plain_transformers(run, tiny_llama):
+    config = run.config("verify")
+    loaded = loading.load_model(config, files.prepare_files(config.model))
+    ids = torch.arange(3, 40)[None]
+    found, expected = verify.oracle(loaded, ids), plain_residuals(tiny_llama, ids[0].tolist())
+    assert set(found) == set(expected)
+    for hook, rows in expected.items():
+        assert torch.equal(found[hook][0], rows)
+
+
+def test_documents_are_chosen_by_seed(run):
+    acts = theloom.open(run.activations)
+    assert verify.choose_windows(acts, 5, 64, seed=1) == verify.choose_windows(acts, 5, 64, seed=1)
+    assert verify.choose_windows(acts, 5, 64, seed=1)[0] == int(np.diff(acts.window_offset).argmax())
+
+
+@pytest.fixture
+def cancelling(tmp_path, tiny_llama):
+    """A model whose last block takes back 100 from every element, which the one before it has added."""
+    from transformers import AutoModelForCausalLM
+
+    folder = build_tiny("llama", tmp_path / "model", vocab_size=49152, mlp_bias=True)
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for block, bias in zip(model.model.layers, (0.0, 100.0, -100.0), strict=True):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                getattr(block.mlp, name).bias.fill_(bias if name == "down_proj" else 0.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("execution", ["resident", "layerwise"])
+def test_what_bf16_itself_rounds_away_is_no_mistake(tmp_path, cancelling, monkeypatch, caplog, execution):
+    """Elements of some 100 are 0.5 apart in BF16: another order of summing moves what is left by so much."""
+    hook = "blocks.2.hook_resid_post"
+    asked = f"corpus.max_tokens=600 extraction.shards=1 extraction.execution={execution} memory.precision_mode=bf16 "
+    asked += f"memory.activation_cache_filter=[{hook}]"
+    run = stages(tmp_path / "run", cancelling, asked).all()
+    acts = theloom.open(run.shards[0])
+    row = int(acts.window_offset[np.diff(acts.window_offset).argmax()])
+    plain = acts[hook][row][3]
+    monkeypatch.setattr(inspect, "check_hashes", lambda acts: ([], np.zeros(len(acts.hooks), int)))
+
+    def verified_with(off):
+        change(run, 0, hook, row, float(plain) + off)
+        run.verify()
+        with file_format.open_h5(run.folder / "verification.h5", "verification") as file:
+            error, largest = file["recomputed/error"][:].max(), file["recomputed/largest"][:].max()
+            return error / largest, file["recomputed/allowed"][0]
+
+    error, allowed = verified_with(0)
+    assert error < allowed
+    error, allowed = verified_with(0.5)
+    assert 0.04 < error < allowed < 1
+    assert f"{hook}: more than 0.04; the model itself is" in caplog.text
+    with pytest.raises(VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model by"):
+        verified_with(40)
+    monkeypatch.setattr(comparison, "MOST_BYTES", 1000)
+    with pytest.raises(VerificationError, match=r"more than 0\.04 "):
+        verified_with(0.5)
+    assert "of values differ: not compared to FP32" in caplog.text

@@ -1,0 +1,214 @@
+"""`python workflow/bench/store.py`: how fast the store is beside the plainest way to do the same, on the disk at hand.
+
+Each pair runs in turn, several rounds; the table has the medians and their ratio. Nothing here is a test: the figures
+are of this machine, at this moment.
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import h5py
+import numpy as np
+import torch
+from theloom.dataset import activations, merge
+from theloom.dataset.batches import BLOCK_ROWS
+from theloom.hooks.points import residual_points
+from theloom.store import file_format, provenance
+from theloom.store.writer import ShardSpec, ShardTokens, ShardWriter
+from theloom.terminal import table
+
+_HIDDEN, _WINDOW, _ROUNDS = 1024, 512, 5
+
+
+_POINTS = residual_points(1, _HIDDEN)
+
+
+def spec(windows: int, shard: int, precision: str = "bf16", first_row: int = 0) -> ShardSpec:
+    """A shard of that many windows of 512 tokens, two hook points of width 1024, four windows a batch."""
+    rows = windows * _WINDOW
+    offsets = np.arange(0, rows + 1, _WINDOW, dtype="<i8")
+    tokens = ShardTokens(
+        first_row,
+        np.zeros(rows, "<i4"),
+        np.repeat(np.arange(windows, dtype="<i4"), _WINDOW),
+        np.tile(np.arange(_WINDOW, dtype="<i4"), windows),
+        offsets,
+        file_format.fixed_strings([f"{shard}/{n}" for n in range(windows)]),
+        offsets,
+        np.arange(windows, dtype="<i4"),
+    )
+    attributes = provenance.attributes(
+        "activations",
+        kind="shard",
+        shard=shard,
+        first_row=first_row,
+        precision=precision,
+        run_identity="bench",
+        batch_tokens=4 * _WINDOW,
+        chunk_size=_WINDOW,
+        config={},
+    )
+    return ShardSpec(tokens, _POINTS, _WINDOW, precision, -(-windows // 4), f"bench-{shard}", attributes)
+
+
+def write_shard(path: Path, asked: ShardSpec, rows: torch.Tensor) -> int:
+    """Write a shard as the engine does; gives the bytes of a commit that its writer came to."""
+    windows = asked.windows
+    with ShardWriter(path, asked) as writer:
+        for batch in range(asked.batches):
+            some = range(4 * batch, min(4 * batch + 4, windows))
+            for point in asked.points:
+                for window in some:
+                    writer.write(window, point.name, 0, rows[window % 4])
+            writer.batch_done((some.stop) * _WINDOW, last=batch == asked.batches - 1)
+        writer.finish()
+        return writer.commit_bytes
+
+
+def write_plainly(path: Path, size: int, block: int, rows: torch.Tensor) -> None:
+    """As many bytes in pieces of a window, fdatasync after every block: preallocated, as the writer's file is."""
+    piece = file_format.raw_bytes(rows[0])
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    os.posix_fallocate(fd, 0, size)
+    os.fsync(fd)
+    done = since = 0
+    while done < size:
+        os.pwrite(fd, piece, done)
+        done, since = done + len(piece), since + len(piece)
+        if since >= block:
+            os.fdatasync(fd)
+            since = 0
+    os.fdatasync(fd)
+    os.close(fd)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python workflow/bench/store.py", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("results"), help="on the disk that is asked about")
+    parser.add_argument("--mb", type=int, default=400, help="size of the shard and of the merged file")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=arguments.folder))
+    try:
+        lines = [*_writing(folder, arguments.mb), *_merging(folder, arguments.mb), *_reading(folder)]
+    finally:
+        shutil.rmtree(folder)
+    print(table(lines, ["what", "ours", "beside it", "", "ratio", "wanted"], (1, 3, 4, 5)))
+
+
+def _rows() -> torch.Tensor:
+    return torch.randn(4, _WINDOW, _HIDDEN).to(torch.bfloat16)
+
+
+def _writing(folder: Path, megabytes: int) -> list[list[str]]:
+    rows = _rows()
+    windows = max(4, megabytes * 10**6 // (2 * rows[0].nbytes))
+    asked, size = spec(windows, 0), windows * 2 * rows[0].nbytes
+    ours, plain = [], []
+    block = write_shard(folder / "warm.h5", asked, rows)
+    (folder / "warm.h5").unlink()
+    for _ in range(_ROUNDS):
+        os.sync()
+        plain.append(seconds(lambda: write_plainly(folder / "plain", size, block, rows)))
+        (folder / "plain").unlink()
+        os.sync()
+        ours.append(seconds(lambda: write_shard(folder / "s.h5", asked, rows)))
+        (folder / "s.h5").unlink()
+    what = f"write + fdatasync every {block >> 20} MiB"
+    return [_line("shard writer", size, ours, what, plain, "0.8")]
+
+
+def _merging(folder: Path, megabytes: int) -> list[list[str]]:
+    rows, count = _rows(), 100
+    windows = max(1, megabytes * 10**6 // (count * 2 * rows[0].nbytes))
+    shards = []
+    for number in range(count):
+        shards.append(folder / f"{number:03d}.h5")
+        write_shard(shards[-1], spec(windows, number, first_row=number * windows * _WINDOW), rows)
+    size = sum(s.stat().st_size for s in shards)
+    virtual, physical, copied = [], [], []
+    for _ in range(_ROUNDS):
+        os.sync()
+        virtual.append(seconds(lambda: merge.merge_shards(shards, "virtual", folder / "v.h5")))
+        os.sync()
+        copied.append(seconds(lambda: _copied(shards, folder)))
+        for s in shards:
+            (folder / f"{s.name}.copy").unlink()
+        os.sync()
+        physical.append(seconds(lambda: merge.merge_shards(shards, "physical", folder / "activations.h5")))
+    return [
+        ["virtual merge of 100 shards", f"{median(virtual):.3f} s", "", "", "", "< 0.1 s"],
+        _line("physical merge of 100 shards", size, physical, "cp and fsync of the shards", copied, "0.5"),
+    ]
+
+
+def _copied(shards: list[Path], folder: Path) -> None:
+    for shard in shards:
+        shutil.copyfile(shard, folder / f"{shard.name}.copy")
+        file_format.sync(folder / f"{shard.name}.copy")
+
+
+def _reading(folder: Path) -> list[list[str]]:
+    path = folder / "activations.h5"
+    acts = activations.open_activations(path)
+    hook = acts.hooks[0]
+    np.save(folder / "rows.npy", acts[hook].numpy(...))
+    total, batch = len(acts), 4096
+    ours, mapped, single = [], [], []
+    for round_ in range(_ROUNDS):
+        ours.append(seconds(partial(_batches, acts, hook, batch, round_)))
+        mapped.append(seconds(partial(_mapped_batches, folder / "rows.npy", batch, round_)))
+        wanted = np.random.default_rng(round_).integers(0, total, 2000)
+        row_by_row = seconds(partial(_single_rows, path, file_format.hook_path(hook), wanted))
+        single.append(row_by_row * total / len(wanted))
+    size = acts[hook].nbytes
+    return [
+        _line("shuffled batches", size, ours, "h5py, row by row at random", single, "5"),
+        _line("shuffled batches", size, ours, "mapped .npy, same pattern", mapped, "0.5"),
+    ]
+
+
+def _batches(acts: activations.Activations, hook: str, batch: int, seed: int) -> None:
+    for rows in acts.batches(hook, batch, shuffle=True, seed=seed):
+        cast(torch.Tensor, rows).sum()
+
+
+def _mapped_batches(path: Path, batch: int, seed: int) -> None:
+    rows, random = np.load(path, mmap_mode="r"), np.random.default_rng(seed)
+    blocks = random.permutation(len(rows) // BLOCK_ROWS) * BLOCK_ROWS
+    for start in range(0, len(blocks), batch // BLOCK_ROWS * 4):
+        buffer = np.concatenate([rows[b : b + BLOCK_ROWS] for b in blocks[start : start + batch // BLOCK_ROWS * 4]])
+        order = random.permutation(len(buffer))
+        for first in range(0, len(buffer), batch):
+            torch.from_numpy(buffer[order[first : first + batch]]).view(torch.bfloat16).sum()
+
+
+def _single_rows(path: Path, name: str, wanted: np.ndarray) -> None:
+    with h5py.File(path, "r") as file:
+        rows = file[name]
+        for row in wanted.tolist():
+            rows[row]
+
+
+def _line(what: str, size: int, ours: list[float], other: str, others: list[float], wanted: str) -> list[str]:
+    speeds = [f"{size / median(times) / 1e9:.2f} GB/s" for times in (ours, others)]
+    ratio = median(b / a for a, b in zip(ours, others, strict=True))
+    return [what, speeds[0], other, speeds[1], f"{ratio:.2f}", wanted]
+
+
+if __name__ == "__main__":
+    main()

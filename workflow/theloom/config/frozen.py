@@ -1,0 +1,145 @@
+"""Frozen configs: the keys on which each stage depends, written for its jobs and read by them."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from theloom.config import schema
+from theloom.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The keys (or whole sections) on which a stage depends.
+
+    `revision` is raised when the stage's code gives another result for the same config, so that finished runs are
+    redone where that matters, and nowhere else.
+    """
+
+    keys: tuple[str, ...]
+    revision: int = 1
+
+
+# Keys that change what a job leaves beside its result, and nothing in the result. They are frozen only where they are
+# set, so that the config of a run without them is what it was before they existed; elsewhere they read as null.
+BESIDE_THE_RESULT = ("memory.profile_shard", "store.max_overflow")
+
+_MODEL_FILES = (
+    "model.source",
+    "model.revision",
+    "model.gguf_file",
+    "model.allow_pickle",
+    "model.trust_remote_code",
+)
+
+
+_LOADING = (
+    *_MODEL_FILES,
+    "memory.precision_mode",
+    "memory.quantization",
+    "extraction.device",
+    "extraction.attention",
+    "extraction.execution",
+)
+
+
+_MEMORY = (
+    "memory.precision_mode",
+    "memory.quantization",
+    "memory.enable_gradient_checkpointing",
+    "memory.streaming_chunk_size",
+    "memory.memory_warning_threshold",
+    "memory.activation_cache_filter",
+)
+
+
+STAGES: dict[str, Stage] = {
+    "estimate": Stage(("model", *_MEMORY, "extraction", "store.dtype", "corpus.max_tokens", "corpus.context_length")),
+    "model": Stage(
+        (
+            *_LOADING,
+            "model.architecture",
+            "memory.enable_gradient_checkpointing",
+            "memory.memory_warning_threshold",
+        )
+    ),
+    "tokens": Stage((*_MODEL_FILES, "model.tokenizer", "corpus", "extraction.shards")),
+    "extract": Stage(
+        (
+            *_LOADING,
+            "memory.streaming_chunk_size",
+            "memory.memory_warning_threshold",
+            "memory.activation_cache_filter",
+            "extraction.batch_tokens",
+            "extraction.cache",
+            "extraction.shards",
+            "store.dtype",
+            "store.compression",
+            *BESIDE_THE_RESULT,
+        )
+    ),
+    "merge": Stage(("store.merge", "extraction.shards")),
+    "verify": Stage((*_LOADING, "memory.streaming_chunk_size", "verify")),
+    "source": Stage(
+        (*_MODEL_FILES, "model.tokenizer", "corpus.kind", "corpus.dataset", "corpus.subset", "corpus.split")
+    ),
+    "report": Stage(("report",)),
+    "resources": Stage(("resources",)),
+}
+
+
+def freeze(stage_config: dict[str, Any], path: Path) -> None:
+    """Write the frozen config of a stage (`Run.stage`) as JSON."""
+    path.write_text(_as_json(stage_config), encoding="utf-8")
+
+
+def _as_json(stage_config: dict[str, Any]) -> str:
+    return json.dumps(stage_config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def load_frozen(path: str | Path) -> Config:
+    """The frozen config of a stage. A key that was not frozen for the stage raises when it is read."""
+    return to_config(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
+
+
+def to_config(plain: dict[str, Any]) -> Config:
+    """Plain data as a `Config`, read-only; a key that is not in the data raises when it is read."""
+    config = OmegaConf.structured(Config)
+    for key in schema.leaf_keys():
+        if key.name not in BESIDE_THE_RESULT:
+            OmegaConf.update(config, re.sub(r"(architecture)\..*", r"\1", key.name), "???")
+    config = cast(DictConfig, OmegaConf.merge(config, plain))
+    OmegaConf.set_readonly(config, True)
+    return cast(Config, config)
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The keys that a stage's config holds and its result depends on, as plain data: the inverse of `typed`."""
+    return _held(_decisive(OmegaConf.to_container(cast(Any, config), enum_to_str=True)))
+
+
+def _held(data: Any) -> Any:
+    if not isinstance(data, dict):
+        return data
+    held = {key: _held(value) for key, value in data.items() if value != "???"}
+    return {key: value for key, value in held.items() if value != {}}
+
+
+def _decisive(data: Any) -> Any:
+    """Take out of a config, as plain data, the keys on which no result depends."""
+    for key in BESIDE_THE_RESULT:
+        section, _, leaf = key.partition(".")
+        data.get(section, {}).pop(leaf, None)
+    return data
+
+
+def frozen_digest(path: str | Path) -> str:
+    """SHA-256 of a frozen config, of what the stage's result depends on: to tell which config made a file."""
+    frozen = json.loads(Path(path).read_text(encoding="utf-8"))
+    _decisive(frozen["config"])
+    return hashlib.sha256(_as_json(frozen).encode()).hexdigest()

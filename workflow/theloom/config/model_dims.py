@@ -1,0 +1,84 @@
+"""The dimensions of a model, as its config or a profile gives them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from theloom.config.schema import ArchitectureConfig
+from theloom.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a config says of a decoder's size. All sizes in elements, `context_length` in tokens (0: not said)."""
+
+    model_type: str
+    hidden_size: int
+    num_blocks: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    context_length: int
+    sliding_window: bool = False  # whether the attention of any block sees less than the whole context
+
+
+def numbers(config: "PretrainedConfig") -> Numbers:
+    """The numbers of a model's text decoder. Raises ModelError where the config has no blocks or width."""
+    text = config.get_text_config()
+    blocks = getattr(text, "num_hidden_layers", None)
+    hidden = getattr(text, "hidden_size", None)
+    if not blocks or not hidden:
+        raise ModelError(f"{config.model_type}: its config has no num_hidden_layers or hidden_size; not a text decoder")
+    heads = _said(text, "num_attention_heads") or 1
+    return Numbers(
+        model_type=config.model_type,
+        hidden_size=hidden,
+        num_blocks=blocks,
+        num_heads=heads,
+        num_kv_heads=_said(text, "num_key_value_heads") or heads,
+        head_dim=_said(text, "head_dim") or hidden // heads,
+        intermediate_size=_said(text, "intermediate_size") or _said(text, "n_inner") or 4 * hidden,
+        vocab_size=text.vocab_size,
+        context_length=_context_length(text),
+        sliding_window=bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True),
+    )
+
+
+# number positions from one after that of the padding token, so that the first ones are never used
+POSITIONS_AFTER_PADDING = (
+    *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm"),
+    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+
+
+def _context_length(text: "PretrainedConfig") -> int:
+    limit = getattr(text, "max_position_embeddings", None) or 0
+    if limit and text.model_type in POSITIONS_AFTER_PADDING:
+        return limit - 1 - (text.pad_token_id or 0)
+    return limit
+
+
+def _said(config: "PretrainedConfig", name: str) -> Any:
+    """What a config says, the largest where it says something for every block by itself (Gemma 4), or None."""
+    per_block = getattr(config, "per_layer_config", None) or []
+    value = max((getattr(c, name, None) or 0 for c in per_block), default=0) or getattr(config, name, None)
+    return max(value) if isinstance(value, list) else value
+
+
+def numbers_of_profile(declared: ArchitectureConfig) -> Numbers:
+    """The same from the numbers that a profile carries, without transformers."""
+    return Numbers(
+        model_type=declared.model_type,
+        hidden_size=declared.hidden_size,
+        num_blocks=declared.num_hidden_layers,
+        num_heads=declared.num_attention_heads,
+        num_kv_heads=declared.num_key_value_heads,
+        head_dim=declared.head_dim or declared.hidden_size // declared.num_attention_heads,
+        intermediate_size=declared.intermediate_size,
+        vocab_size=declared.vocab_size,
+        context_length=declared.max_position_embeddings,
+    )

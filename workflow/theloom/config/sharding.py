@@ -1,0 +1,93 @@
+"""How long a run is thought to take, before anything runs: tokens per second of one job, and shards of ten minutes.
+
+A forward pass costs two floating-point operations for each weight of the blocks and each token (attention over the
+context, a few per cent, is left out). What devices do of them per second is the makers' figure for dense 16-bit
+products times the share that inference reaches.
+"""
+
+from theloom.config.schema import Config
+
+# Dense BF16 (V100, T4: FP16) TFLOP/s of NVIDIA's data sheets, without sparsity; a scheduler's name for a GPU contains
+# the key. The first that fits counts.
+PEAK_TFLOPS = {
+    "h200": 989,
+    "h100": 989,
+    "gh200": 989,
+    "b200": 2250,
+    "a100": 312,
+    "a40": 150,
+    "a30": 165,
+    "a10": 125,
+    "a6000": 155,
+    "l40": 181,
+    "l4": 121,
+    "6000ada": 182,
+    "4090": 165,
+    "3090": 71,
+    "v100": 125,
+    "t4": 65,
+}
+
+
+UNNAMED_GPU = 125.0
+
+
+SHARE = 0.4  # of the peak that a forward pass over full batches reaches
+
+
+FP32_SHARE = 1 / 16  # of the 16-bit peak: an A100's 19.5 of 312 TFLOP/s
+
+
+QUANTIZED_SHARE = 0.5  # weights are made 16-bit again before each product
+
+
+# One CPU thread in FP32: SmolLM2-135M was seen at 450 to 600 tokens/s on two
+CPU_THREAD_TFLOPS = 0.06
+
+SECONDS_OF_SHARD = 600
+
+
+LEAST_SHARDS, MOST_SHARDS = 2, 1000  # a virtual dataset opens every shard's file
+
+
+TOKENS_OF_SHARD = 250_000  # of a model whose numbers are not known before it is looked at
+
+
+SHARDS_OF_UNKNOWN = 8  # of a corpus whose tokens are not known
+
+
+def tokens_per_second(config: Config) -> float | None:
+    """What one job is thought to forward, None where the config does not give the model's numbers."""
+    if config.resources.tokens_per_second is not None:
+        return float(config.resources.tokens_per_second)
+    size = config.model.architecture
+    if size is None or not size.parameters:
+        return None
+    embeddings = size.vocab_size * size.hidden_size * (1 if size.tie_word_embeddings else 2)
+    return 1e12 * _tflops(config) / (2 * max(size.parameters - embeddings, 1))
+
+
+def _tflops(config: Config) -> float:
+    if config.extraction.device == "cpu":
+        return config.resources.threads * CPU_THREAD_TFLOPS
+    model = (config.resources.gpu_model or "").lower()
+    peak = next((value for name, value in PEAK_TFLOPS.items() if name in model), UNNAMED_GPU)
+    share = SHARE
+    if config.memory.quantization is not None:
+        share *= QUANTIZED_SHARE
+    if config.memory.precision_mode.name == "fp32":
+        share *= FP32_SHARE
+    return peak * share
+
+
+def shards(config: Config) -> int:
+    """How many shards a corpus is split into where `extraction.shards` leaves it open.
+
+    Jobs of about ten minutes: long enough that loading the model is little of them, short enough that losing one is.
+    """
+    least = max(LEAST_SHARDS, config.resources.least_shards)
+    if config.corpus.max_tokens is None:
+        return max(SHARDS_OF_UNKNOWN, least)
+    speed = tokens_per_second(config)
+    tokens = TOKENS_OF_SHARD if speed is None else max(1, int(speed * SECONDS_OF_SHARD))
+    return max(least, min(-(-config.corpus.max_tokens // tokens), MOST_SHARDS))

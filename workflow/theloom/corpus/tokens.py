@@ -1,0 +1,219 @@
+"""Documents to token ids: `tokens.h5`, with windows for what is longer than the context, and the plan of shards.
+
+A *document* is one text of the corpus. A *window* is what one forward pass sees: the whole document, or a part of it
+where it is longer than the context. A *shard* is a range of whole documents.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import xxhash
+
+from theloom.config.frozen import to_plain
+from theloom.config.schema import Config
+from theloom.corpus.batching import Lengths
+from theloom.corpus.documents import read_documents
+from theloom.errors import ConfigError, CorpusError
+from theloom.model import files
+from theloom.model.files import Description, read_config
+from theloom.store import file_format, provenance
+from theloom.store.writer import ShardTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
+
+_TOGETHER = 256  # documents that the tokenizer gets at once, and works on in parallel
+
+
+@dataclass
+class _Tally:
+    """What tokenisation has seen so far."""
+
+    ids: list[str] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    empty: int = 0
+    cut_from: int = 0  # tokens of the last document before it was cut at max_tokens; 0: it is whole
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+
+def tokenize(config: Config, output: Path) -> None:
+    """Write `tokens.h5` for the corpus of a config. Raises CorpusError where there is nothing to extract."""
+    place = files.describe_tokenizer(config.model)
+    tokenizer, context = _tokenizer(config, place), _context_length(config)
+    tally = _Tally()
+    with h5py.File(output, "w") as file:
+        growing = file.create_dataset("tokens/input_ids", (0,), "<i4", maxshape=(None,), chunks=(1 << 18,))
+        total, ids_hash = 0, xxhash.xxh3_128()
+        for input_ids in _encoded(config, tokenizer, tally):
+            growing.resize((total + len(input_ids),))
+            growing[total:] = input_ids
+            ids_hash.update(input_ids.tobytes())
+            total += len(input_ids)
+        if not total:
+            raise CorpusError(f"the corpus has no tokens: {tally.empty} documents read, all empty; check corpus.*")
+        _write_tables(file, tally, context, config.extraction.shards or 1)  # a number, once composed
+        file_format.set_attributes(
+            file,
+            provenance.attributes(
+                "tokens",
+                config=to_plain(config),
+                tokenizer=config.model.tokenizer or config.model.source,
+                tokenizer_revision=place.revision,
+                tokenizer_class=type(tokenizer).__name__,
+                vocab_size=len(tokenizer),
+                corpus=config.corpus.kind.name,
+                tokens_hash=ids_hash.hexdigest(),
+                corpus_hash=xxhash.xxh3_128_hexdigest("".join(tally.hashes).encode()),
+                documents_empty=tally.empty,
+                last_document_cut_from=tally.cut_from,
+                context_length=context,
+            ),
+        )
+    log.info("%d tokens in %d documents; %d empty documents skipped", total, len(tally.ids), tally.empty)
+
+
+def _tokenizer(config: Config, place: Description) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            place.folder, gguf_file=place.gguf_file, trust_remote_code=config.model.trust_remote_code
+        )
+    except (ValueError, OSError, KeyError) as error:
+        name = config.model.tokenizer or config.model.source
+        raise CorpusError(f"model.tokenizer: {name} has no usable tokenizer: {' '.join(str(error).split())}") from None
+
+
+def _context_length(config: Config) -> int:
+    """Tokens of the longest window: corpus.context_length, else the model's own limit; 0 where there is none."""
+    limit, asked = read_config(config.model).context_length, config.corpus.context_length
+    if asked and limit and asked > limit:
+        raise ConfigError(f"corpus.context_length: {asked} is more than the model's {limit}; give at most that")
+    return asked or limit
+
+
+def _encoded(config: Config, tokenizer: "PreTrainedTokenizerBase", tally: _Tally) -> Iterator[np.ndarray]:
+    """The token ids of each document that has any, until max_tokens; counts go to `tally`."""
+    left = config.corpus.max_tokens
+    documents = read_documents(config.corpus)
+    while group := list(islice(documents, _TOGETHER)):
+        texts = [d.text for d in group]
+        encoded: Any = tokenizer(texts, add_special_tokens=config.corpus.add_special_tokens, verbose=False)
+        for document, ids in zip(group, encoded["input_ids"], strict=True):
+            if not document.text or not ids:
+                tally.empty += 1
+                log.warning("document %s has no tokens: skipped", document.id)
+                continue
+            if left is not None and len(ids) > left:
+                log.warning(
+                    "document %s is cut from %d to %d tokens at corpus.max_tokens",
+                    document.id,
+                    len(ids),
+                    left,
+                )
+                tally.cut_from = len(ids)
+                ids = ids[:left]
+            tally.ids.append(document.id)
+            tally.hashes.append(xxhash.xxh3_128_hexdigest(document.text.encode()))
+            tally.lengths.append(len(ids))
+            yield np.asarray(ids, "<i4")
+            if left is not None:
+                left -= len(ids)
+                if left == 0:
+                    return
+
+
+def _write_tables(file: h5py.File, tally: _Tally, context: int, shards: int) -> None:
+    lengths = np.array(tally.lengths, "<i8")
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
+    window_lengths, window_document = split_windows(lengths, context)
+    windows = np.concatenate([[0], np.cumsum(window_lengths)]).astype("<i8")
+    file["tokens/document"] = np.repeat(np.arange(len(lengths), dtype="<i4"), lengths)
+    file["tokens/position"] = positions(window_lengths)
+    file["documents/offset"] = offsets
+    file["documents/id"] = file_format.fixed_strings(tally.ids)
+    file["documents/text_hash"] = file_format.fixed_strings(tally.hashes)
+    file["windows/offset"] = windows
+    file["windows/document"] = window_document
+    file["shards/document"] = plan_shards(offsets, shards)
+
+
+def split_windows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of the windows of all documents, and the document of each; `context` 0 means no limit."""
+    if not context:
+        return lengths, np.arange(len(lengths), dtype="<i4")
+    counts = -(-lengths // context)
+    document = np.repeat(np.arange(len(lengths), dtype="<i4"), counts)
+    split = np.full(len(document), context, "<i8")
+    split[np.cumsum(counts) - 1] = lengths - (counts - 1) * context
+    return split, document
+
+
+def positions(window_lengths: np.ndarray) -> np.ndarray:
+    """For each token its position within its window: what the model saw as the token's position."""
+    starts = np.cumsum(window_lengths) - window_lengths
+    return (np.arange(window_lengths.sum()) - np.repeat(starts, window_lengths)).astype("<i4")
+
+
+def plan_shards(offsets: np.ndarray, shards: int) -> np.ndarray:
+    """First document of each shard, and the end: whole documents, as nearly equal in tokens as they allow.
+
+    With fewer documents than shards some shards are empty.
+    """
+    targets = np.arange(1, shards) * (offsets[-1] / shards)
+    cuts = [int(np.abs(offsets - target).argmin()) for target in targets]
+    return np.maximum.accumulate(np.array([0, *cuts, len(offsets) - 1], "<i8"))
+
+
+def read_shard(path: Path, shard: int) -> ShardTokens:
+    """One shard of `tokens.h5`."""
+    with file_format.open_h5(path, "tokens") as file:
+        first, last = (int(d) for d in file["shards/document"][shard : shard + 2])
+        document_offset = file["documents/offset"][first : last + 1]
+        rows = slice(int(document_offset[0]), int(document_offset[-1]))
+        window_document = file["windows/document"][:]
+        windows = slice(*(int(w) for w in np.searchsorted(window_document, [first, last])))
+        window_offset = file["windows/offset"][windows.start : windows.stop + 1]
+        return ShardTokens(
+            first_row=rows.start,
+            input_ids=file["tokens/input_ids"][rows],
+            document=file["tokens/document"][rows],
+            position=file["tokens/position"][rows],
+            document_offset=document_offset - rows.start,
+            document_id=file["documents/id"][first:last],
+            window_offset=window_offset - rows.start,
+            window_document=window_document[windows],
+        )
+
+
+def longest_window(path: Path) -> int:
+    """Tokens of the longest window of the whole corpus."""
+    with file_format.open_h5(path, "tokens") as file:
+        return int(np.diff(file["windows/offset"][:]).max(initial=1))
+
+
+def window_lengths(path: Path) -> Lengths:
+    """The lengths of all windows, shard by shard."""
+    with file_format.open_h5(path, "tokens") as file:
+        lengths = np.diff(file["windows/offset"][:])
+        ends = np.searchsorted(file["windows/document"][:], file["shards/document"][1:-1])
+        return Lengths(tuple(np.split(lengths, ends)))
+
+
+def attributes(path: Path) -> dict[str, Any]:
+    """The attributes of `tokens.h5`, as plain Python values."""
+    with file_format.open_h5(path, "tokens") as file:
+        return {name: value.item() if hasattr(value, "item") else value for name, value in file.attrs.items()}

@@ -1,0 +1,252 @@
+"""What `theloom.open` returns, in the forms that other libraries take: pandas, xarray, datasets, safetensors, `.npy`.
+
+Each function takes the dataset first; those that are used most are methods of `Activations` too. pandas, xarray and
+datasets are imported where they are used: `pip install 'theloom[notebook,hub]'`.
+"""
+
+import html
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from theloom.dataset import token_text
+from theloom.errors import ConfigError, HookError
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
+    import torch
+    import xarray as xr
+
+    from theloom.dataset.activations import Activations
+
+
+_ROWS_AT_ONCE = 1 << 14
+
+
+_LARGEST_FRAME = 10_000_000  # rows: more tokens than a notebook's table can hold
+
+
+def documents_frame(acts: "Activations") -> "pd.DataFrame":
+    """A row for each document: its id, its first row, its tokens, and the windows that it was cut into."""
+    offsets = acts.document_offset
+    windows = np.bincount(acts.window_document, minlength=len(offsets) - 1)
+    return (
+        _pandas()
+        .DataFrame({"id": acts.documents, "first_row": offsets[:-1], "tokens": np.diff(offsets), "windows": windows})
+        .rename_axis("document")
+    )
+
+
+def tokens_frame(acts: "Activations", rows: slice | Sequence[int] | np.ndarray | None = None) -> "pd.DataFrame":
+    """A row for each token: its document, its position in the window, its number and its text. `rows`: which; all.
+
+    Raises ConfigError for more than ten million rows.
+    """
+    numbers = np.arange(len(acts))[slice(None) if rows is None else rows]
+    if len(numbers) > _LARGEST_FRAME:
+        raise ConfigError(f"{len(numbers):,} tokens are more than a table should hold; give rows=slice(0, 100_000)")
+    ids = acts.input_ids.numpy(numbers)
+    return _pandas().DataFrame(
+        {
+            "document": acts.document_of.numpy(numbers),
+            "position": acts.position.numpy(numbers),
+            "input_id": ids,
+            "token": token_text.texts(acts, ids),
+        },
+        index=_pandas().Index(numbers, name="row"),
+    )
+
+
+class Cache(Mapping[str, "torch.Tensor"]):
+    """One document's hidden states by hook point, shaped as TransformerLens' ActivationCache: (1, position, …).
+
+    Attention patterns and scores are (1, head, query, key). Values are read when they are asked for, in the stored
+    dtype. A hook point may be asked for as ("resid_post", 5) too. Documents of several windows have no such cache.
+    """
+
+    def __init__(self, acts: "Activations", document: int | str) -> None:
+        self._document = acts.document(document)
+        windows = np.searchsorted(acts.window_offset, [self._document.rows.start, self._document.rows.stop])
+        if windows[1] - windows[0] > 1:
+            raise ConfigError(
+                f"document {self._document.id!r} was cut into {windows[1] - windows[0]} windows, each seen by itself; "
+                "take the rows of one: acts[hook][acts.window_offset[w]:acts.window_offset[w + 1]]"
+            )
+        self._acts = acts
+
+    def __getitem__(self, hook: str | tuple[str, int]) -> "torch.Tensor":
+        name = self._name(hook) if isinstance(hook, tuple) else hook
+        try:
+            rows = self._document[name]
+        except HookError as error:
+            raise KeyError(str(error)) from None
+        if name.endswith(("hook_pattern", "hook_attn_scores")):  # (query, head, key of the longest window)
+            rows = rows[..., : len(rows)].transpose(0, 1)
+        return rows.unsqueeze(0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._acts.hooks)
+
+    def __len__(self) -> int:
+        return len(self._acts.hooks)
+
+    def __repr__(self) -> str:
+        return f"<Cache of {self._document.id!r}: {len(self)} hook points, {len(self._document)} tokens>"
+
+    def _name(self, key: tuple[str, int]) -> str:
+        value, block = key
+        for name in (f"blocks.{block}.hook_{value}", f"blocks.{block}.attn.hook_{value}", f"blocks.{block}.{value}"):
+            if name in self._acts:
+                return name
+        raise KeyError(f"{key}: no such hook point; there are {', '.join(self._acts.hooks)}")
+
+
+def to_datasets(acts: "Activations", hooks: Sequence[str] | None = None) -> "datasets.Dataset":
+    """A `datasets.Dataset` with a row for each token, hidden states as float32, written to its cache as it is made."""
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError("to_datasets needs datasets; pip install 'theloom[hub]'") from None
+
+    names = _chosen(acts, hooks)
+    features: dict[str, Any] = {n: datasets.Value("int32") for n in ("document", "position", "input_id")}
+    features |= {name: _feature(datasets, acts[name].shape[1:]) for name in names}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for start in range(0, len(acts), _ROWS_AT_ONCE):
+            part = slice(start, min(start + _ROWS_AT_ONCE, len(acts)))
+            columns = {
+                "document": acts.document_of.numpy(part),
+                "position": acts.position.numpy(part),
+                "input_id": acts.input_ids.numpy(part),
+                **{name: acts[name][part].float().numpy() for name in names},
+            }
+            for n in range(part.stop - part.start):
+                yield {name: column[n] for name, column in columns.items()}
+
+    return datasets.Dataset.from_generator(
+        rows, features=datasets.Features(features), fingerprint=_fingerprint(acts, names)
+    )
+
+
+def to_xarray(acts: "Activations", hooks: Sequence[str] | None = None, rows: slice | None = None) -> "xr.Dataset":
+    """An `xarray.Dataset` along `row`, with document, position and input_id as its coordinates.
+
+    The rows asked for pass into memory; BF16 ones, which NumPy has not, become float32. Hook points of one shape share
+    their axes, `axis1_576` for one of 576 elements.
+    """
+    try:
+        import xarray as xr
+    except ImportError:
+        raise ConfigError("to_xarray needs xarray; pip install 'theloom[notebook]'") from None
+
+    part = slice(*(rows or slice(None)).indices(len(acts)))
+    coordinates = {
+        "row": np.arange(len(acts))[part],
+        "document": ("row", acts.document_of.numpy(part)),
+        "position": ("row", acts.position.numpy(part)),
+        "input_id": ("row", acts.input_ids.numpy(part)),
+    }
+    values = {}
+    for name in _chosen(acts, hooks):
+        array = acts[name][part]
+        array = array.float() if acts.precision == "bf16" else array
+        values[name] = (("row", *(f"axis{axis}_{n}" for axis, n in enumerate(array.shape[1:], 1))), array.numpy())
+    return xr.Dataset(values, coordinates, attrs={"source": acts.path.name, "precision": acts.precision})
+
+
+def to_npy(acts: "Activations", hook: str, path: str | Path) -> Path:
+    """One hook point as `.npy`, written block by block. NumPy has no bfloat16: BF16 rows are written as float32."""
+    path, rows = Path(path), acts[hook]
+    dtype = {"fp32": "<f4", "fp16": "<f2", "bf16": "<f4"}[acts.precision]
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=rows.shape)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        block = rows[start : start + _ROWS_AT_ONCE]
+        out[start : start + len(block)] = (block.float() if acts.precision == "bf16" else block).numpy()
+    out.flush()
+    return path
+
+
+def to_safetensors(acts: "Activations", hooks: Sequence[str] | str, path: str | Path) -> Path:
+    """Hook points as safetensors in the stored dtype, with the token tables and the file's provenance.
+
+    Safetensors are written in one piece: the hook points pass through memory as a whole.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    names = _chosen(acts, [hooks] if isinstance(hooks, str) else hooks)
+    tensors = {name: acts[name][:] for name in names}
+    tables = {"input_ids": acts.input_ids, "document": acts.document_of, "position": acts.position}
+    tensors |= {f"tokens.{name}": torch.from_numpy(table.numpy(...)) for name, table in tables.items()}
+    save_file(tensors, str(path), {k: str(v) for k, v in acts.attributes.items()})
+    return Path(path)
+
+
+def describe(acts: "Activations") -> str:
+    """What a dataset holds, in a few lines: what a notebook shows."""
+    lines = [fill(f"  {key:<14}{value}", 80, subsequent_indent=" " * 16) for key, value in _summary(acts)]
+    return "\n".join([f"Activations of {acts.path}", *lines])
+
+
+def describe_html(acts: "Activations") -> str:
+    """The same as a table of a notebook."""
+    left = "style='text-align:left'"
+    rows = "".join(
+        f"<tr><th {left}>{html.escape(key)}</th><td {left}>{html.escape(value)}</td></tr>"
+        for key, value in _summary(acts)
+    )
+    return f"<table>{rows}</table>"
+
+
+def _summary(acts: "Activations") -> list[tuple[str, str]]:
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for hook in acts.hooks:
+        shapes.setdefault(acts[hook].shape[1:], []).append(hook)
+    size = sum(acts[h].nbytes for h in acts.hooks)
+    model = acts.attributes.get("model_source", "not recorded")
+    return [
+        ("rows", f"{len(acts):,} tokens of {len(acts.documents):,} documents"),
+        ("model", f"{model} in {acts.attributes.get('model_precision', 'unknown precision')}"),
+        ("stored", f"{acts.precision}, {size / 1e9:.3f} GB"),
+        *(("hook points", f"{_few(names)}: row of {' × '.join(map(str, shape))}") for shape, names in shapes.items()),
+        ("next", "acts[hook][rows], acts.document(n), acts.to_dataframe(), acts.cache(n)"),
+    ]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, … {names[-1]} ({len(names)} in all)"
+
+
+def _chosen(acts: "Activations", hooks: Sequence[str] | None) -> list[str]:
+    names = list(acts.hooks if hooks is None else hooks)
+    for name in names:
+        acts[name]  # refuses one that is not there
+    return names
+
+
+def _feature(datasets: Any, shape: tuple[int, ...]) -> Any:
+    feature = datasets.Value("float32")
+    for length in reversed(shape):
+        feature = datasets.List(feature, length=length)
+    return feature
+
+
+def _fingerprint(acts: "Activations", names: Sequence[str]) -> str:
+    import xxhash
+
+    identity = [str(acts.attributes.get("run_identity")), str(acts.attributes["rows"]), *names]
+    return xxhash.xxh3_64_hexdigest(json.dumps(identity).encode())
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise ConfigError("tables need pandas; pip install 'theloom[notebook]'") from None
+    return pandas

@@ -1,0 +1,261 @@
+"""Shards to one dataset: `activations.h5`, which refers to them (virtual) or holds a copy (physical).
+
+Both check first that every shard is there, finished, of this run and of one schema: HDF5 itself reads a missing source
+as zeros. The merged file gets its name when all of it is on disk; a job that is killed leaves a `.partial`, which the
+next one writes anew, since the shards still hold everything.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from theloom.dataset import parts
+from theloom.dataset.parts import TOKENS, Part, Source
+from theloom.dataset.rows import Maps, Rows
+from theloom.errors import StoreError
+from theloom.store import checksums, compression, file_format, index
+from theloom.store.file_format import FIGURES
+from theloom.store.lock import WriterLock
+from theloom.store.statistics import (
+    Statistics,
+    create_statistics,
+    empty_statistics,
+    read_statistics,
+    statistics_columns,
+)
+
+log = logging.getLogger(__name__)
+
+_PLAN = ("batch_tokens", "chunk_size")  # what each job had room for: of the merged file, one number for each shard
+
+
+_OWN = ("kind", "shard", "first_row", "identity", "rows", *_PLAN)  # attributes of a shard, not of the run
+
+
+_LARGEST = ("peak_memory", "predicted_memory", "oom_level")  # figures that do not add up
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One checked shard: its rows, its attributes, and the shapes and the statistics of its hook points."""
+
+    part: Part
+    attributes: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    statistics: list[Statistics]
+    figures: dict[str, float]
+    tables: dict[str, np.ndarray]
+    seal: list[int]
+    seal_place: int
+
+
+def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
+    """The merge_shards stage: write `activations.h5`. `mode` is virtual or physical. Raises StoreError."""
+    lock = WriterLock(output)
+    lock.take()
+    unfinished = output.with_name(output.name + ".partial")
+    try:
+        checked = [_checked(path, number) for number, path in enumerate(shards)]
+        _check_together(checked)
+        _write(checked, mode, unfinished, output.parent)
+        checksums.write_checksums(unfinished, checksums.METADATA, checksums.TABLES, checksums.RESULTS)
+        file_format.sync(unfinished)
+        unfinished.replace(output)
+        file_format.sync(output.parent)
+    except (OSError, RuntimeError) as error:  # h5py raises either when a file cannot be closed
+        if not file_format.is_full(error):
+            raise
+        unfinished.unlink(missing_ok=True)
+        raise file_format.no_room(output.parent, "the merged file", _bytes_of(checked, mode)) from None
+    finally:
+        lock.release()
+    rows, hooks = sum(s.part.rows for s in checked), len(checked[0].statistics)
+    log.info("%d rows of %d hook points from %d shards (%s)", rows, hooks, len(shards), mode)
+
+
+def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> None:
+    first, rows = shards[0], sum(s.part.rows for s in shards)
+    names = list(first.shapes)
+    packed = first.attributes.get("compression") == "zstd"
+    with h5py.File(target, "w") as file:
+        attributes = {k: v for k, v in first.attributes.items() if k not in _OWN}
+        plans = {name: [int(s.attributes[name]) for s in shards] for name in _PLAN}
+        file_format.set_attributes(file, attributes | plans | {"kind": mode, "rows": rows})
+        _write_tables(file, shards)
+        file[checksums.SEAL] = np.zeros(3, "<u8")
+        if mode == "virtual":
+            with h5py.File(first.part.path, "r") as source:
+                for name in names:
+                    _refer(file, name, shards, folder, source[name].id.get_type())
+            parts.write_sources(file, [_source(s, folder) for s in shards], names)
+            index.write_index(file)
+            return
+        with h5py.File(first.part.path, "r") as source:
+            types = {name: source[name].id.get_type() for name in names}
+        for name in names:
+            create = compression.create_packed if packed and name not in TOKENS else file_format.create_contiguous
+            create(file, name, (rows, *first.shapes[name][1:]), types[name])
+            if packed and name not in TOKENS:
+                _pack(file[name], name, shards, str(first.attributes["precision"]))
+        places = {n: file_format.byte_offset(file[n]) for n in names if not (packed and n not in TOKENS)}
+        row_bytes = {n: types[n].get_size() * int(np.prod(first.shapes[n][1:])) for n in places}
+        index.write_index(file)
+    _copy(target, places, row_bytes, shards)
+
+
+def _checked(path: Path, number: int) -> _Shard:
+    try:
+        return _check(path, number)
+    except file_format.DAMAGE as error:
+        raise file_format.damaged(path, error) from None
+
+
+def _check(path: Path, number: int) -> _Shard:
+    """One shard, finished and whole, its metadata and tables as they were written. Raises StoreError."""
+    with file_format.open_any(path) as file:
+        listed = index.read(file)
+    attributes = listed.attributes
+    file_format.check_format(path, "activations", attributes)
+    if attributes.get("kind") != "shard" or attributes["shard"] != number:
+        raise StoreError(f"{path}: is not shard {number} of a run; remove it and run again")
+    with path.open("rb") as f:
+        read = partial(listed.array, f.fileno())
+        part = parts.own(f.fileno(), listed)
+        if broken := checksums.broken_checksums(
+            f.fileno(), listed, checksums.METADATA, checksums.TABLES, checksums.RESULTS
+        ):
+            raise StoreError(f"{path}: {', '.join(broken)} were changed after it was written; remove it and run again")
+        tables = ("documents/offset", "windows/offset", "documents/id", "windows/document", "windows/hash")
+        return _Shard(
+            part,
+            attributes,
+            {name: listed.datasets[name].shape for name in parts.names_of(attributes)},
+            read_statistics(read, json.loads(attributes["hooks"])),
+            dict(zip(FIGURES, read("figures").tolist(), strict=True)),
+            {name: read(name) for name in tables},
+            read(checksums.SEAL).tolist(),
+            listed.datasets[checksums.SEAL].extents[0][0],
+        )
+
+
+def _check_together(shards: Sequence[_Shard]) -> None:
+    """Shards of one run, in order, without a gap, of one schema. Raises StoreError."""
+    row, first = 0, shards[0]
+    for shard in shards:
+        path = shard.part.path
+        for name in ("run_identity", "hooks", "precision", "compression"):
+            if shard.attributes.get(name) != first.attributes.get(name):
+                raise StoreError(
+                    f"{path}: its {name} is not that of {first.part.path.name}: the shards are of different runs; "
+                    "run again with --forcerun extract_shard"
+                )
+        for name, shape in shard.shapes.items():
+            if shape[1:] != first.shapes[name][1:]:
+                raise StoreError(f"{path}: its rows of {name} have the shape {shape[1:]}, not {first.shapes[name][1:]}")
+        if shard.attributes["first_row"] != row:
+            raise StoreError(f"{path}: begins at row {shard.attributes['first_row']}, expected {row}")
+        row += shard.part.rows
+
+
+def _write_tables(file: h5py.File, shards: Sequence[_Shard]) -> None:
+    """Documents, windows, statistics and figures, joined: small, so always copied; offsets become rows of the whole."""
+    first_rows = np.cumsum([0, *(s.part.rows for s in shards)])
+    for name in shards[0].tables:
+        if name.endswith("offset"):
+            joined = [s.tables[name][:-1] + row for s, row in zip(shards, first_rows, strict=False)]
+            file[name] = np.concatenate([*joined, first_rows[-1:]])
+        else:
+            file[name] = np.concatenate([s.tables[name] for s in shards])
+    widths = [int(np.prod(shape[1:])) for name, shape in shards[0].shapes.items() if name not in TOKENS]
+    create_statistics(file, widths)
+    total = [empty_statistics(hook, width) for hook, width in zip(_hooks(shards), widths, strict=True)]
+    for shard in shards:
+        for mine, others in zip(total, shard.statistics, strict=True):
+            mine.join(others)
+    for name, values in statistics_columns(total).items():
+        file[name][:] = values
+    joint = {n: (max if n in _LARGEST else sum)(s.figures[n] for s in shards) for n in FIGURES}
+    file["figures"] = np.array(list(joint.values()), "<f8")
+
+
+def _hooks(shards: Sequence[_Shard]) -> list[str]:
+    return json.loads(shards[0].attributes["hooks"])
+
+
+def _refer(file: h5py.File, name: str, shards: Sequence[_Shard], folder: Path, type_id: h5py.h5t.TypeID) -> None:
+    """A virtual dataset over the shards' datasets, by names relative to the merged file."""
+    width = shards[0].shapes[name][1:]
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_obj_track_times(False)
+    whole = h5py.h5s.create_simple((sum(s.part.rows for s in shards), *width))
+    row = 0
+    for shard in shards:
+        rows = shard.part.rows
+        if not rows:
+            continue
+        whole.select_hyperslab((row, *(0 for _ in width)), (rows, *width))
+        source = h5py.h5s.create_simple((rows, *width))
+        properties.set_virtual(whole, _relative(shard.part.path, folder).encode(), name.encode(), source)
+        row += rows
+    whole.select_all()
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    h5py.h5d.create(file.id, name.encode(), type_id, whole, dcpl=properties, lcpl=links)
+
+
+def _source(shard: _Shard, folder: Path) -> Source:
+    path, identity = shard.part.path, str(shard.attributes["identity"])
+    return Source(shard.part, _relative(path, folder), path.stat().st_size, identity, shard.seal, shard.seal_place)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return os.path.relpath(path.absolute(), folder.absolute())
+
+
+def _pack(dataset: h5py.Dataset, name: str, shards: Sequence[_Shard], precision: str) -> None:
+    """Packed rows of all shards, packed anew: their chunks do not begin where the whole's do."""
+    rows = Rows([s.part for s in shards], Maps(), name, dataset.shape[1:], file_format.bits_dtype(precision))
+    compression.write(dataset, lambda start, stop: rows.numpy(slice(start, stop)))
+
+
+def _copy(target: Path, places: dict[str, int], row_bytes: dict[str, int], shards: Sequence[_Shard]) -> None:
+    """Bytes of every contiguous dataset from the shards to their places, without decoding."""
+    out = os.open(target, os.O_RDWR)
+    try:
+        rows = sum(s.part.rows for s in shards)
+        os.posix_fallocate(out, 0, max([1, *(p + rows * row_bytes[n] for n, p in places.items())]))
+        row = 0
+        for shard in shards:
+            source = os.open(shard.part.path, os.O_RDONLY)
+            try:
+                for name, place in places.items():
+                    size = shard.part.rows * row_bytes[name]
+                    _copy_range(source, shard.part.places[name], out, place + row * row_bytes[name], size)
+            finally:
+                os.close(source)
+            row += shard.part.rows
+        os.fsync(out)
+    finally:
+        os.close(out)
+
+
+def _copy_range(source: int, start: int, out: int, place: int, size: int) -> None:
+    os.lseek(out, place, os.SEEK_SET)
+    while size:
+        sent = os.sendfile(out, source, start, min(size, 1 << 30))
+        if not sent:
+            raise StoreError(f"a shard ended {size} bytes early while it was copied; check the file system")
+        start, size = start + sent, size - sent
+
+
+def _bytes_of(shards: Sequence[_Shard], mode: str) -> int:
+    """About what the merged file takes."""
+    return sum(s.part.path.stat().st_size for s in shards) if mode == "physical" else 0

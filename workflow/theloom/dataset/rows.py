@@ -1,0 +1,158 @@
+"""Rows of one dataset over all files that hold them, mapped from where they lie."""
+
+import errno
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+
+from theloom.dataset.parts import Part
+from theloom.errors import StoreError
+from theloom.store import file_format
+from theloom.store.compression import PackedRows
+
+if TYPE_CHECKING:
+    import torch
+
+
+Index = Union[int, slice, EllipsisType, Sequence[int], np.ndarray, "torch.Tensor"]
+
+
+class Maps:
+    """Each file mapped once for all of its datasets, when it is first read, in the process that reads it."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, np.ndarray] = {}
+
+    def rows(self, part: Part, name: str, width: tuple[int, ...], dtype: np.dtype) -> Any:
+        """The rows of a dataset in one file: a mapped array, or packed rows."""
+        shape, place = (part.rows, *width), part.places[name]
+        if place < 0:
+            return PackedRows(part.path, name, shape, dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        if part.path not in self._maps:
+            try:
+                self._maps[part.path] = np.memmap(part.path, "u1", "r")
+            except FileNotFoundError:
+                raise StoreError(f"{part.path}: is missing; put it back, or run the pipeline again") from None
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise file_format.too_many_files(part.path) from None
+                raise
+        whole = self._maps[part.path]
+        if os.stat(part.path).st_size < place + size or len(whole) < place + size:  # noqa: PTH116
+            raise StoreError(f"{part.path}: was cut short after it was opened; run the pipeline again")
+        return whole[place : place + size].view(dtype).reshape(shape)
+
+    def __reduce__(self) -> tuple[type["Maps"], tuple[()]]:
+        return Maps, ()  # a map is of one process
+
+
+class Rows:
+    """The rows of one dataset, over all files that hold them. Indexing gives a copy.
+
+    `rows[i]`, `rows[a:b:c]`, `rows[[3, 1, 2]]` (any order, repeats allowed), `rows[mask]`.
+    """
+
+    def __init__(self, parts: Sequence[Part], maps: Maps, name: str, width: tuple[int, ...], dtype: np.dtype) -> None:
+        self._parts = [p for p in parts if p.rows]
+        self._maps, self._name, self._dtype = maps, name, dtype
+        self._starts = np.cumsum([0, *(p.rows for p in self._parts)])
+        self.shape = (int(self._starts[-1]), *width)
+
+    @cached_property
+    def _arrays(self) -> list[Any]:
+        return [self._maps.rows(p, self._name, self.shape[1:], self._dtype) for p in self._parts]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_arrays"}
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of `numpy`: of the stored bits, or of token numbers."""
+        return self._dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return int(np.prod(self.shape)) * self._dtype.itemsize
+
+    def numpy(self, index: Index) -> np.ndarray:
+        """Rows as an array of the stored bits (`layout.bits_dtype`), or of token numbers."""
+        if isinstance(index, EllipsisType):
+            index = slice(None)
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                return self._range(start, max(start, stop))
+            return self._gather(np.arange(start, stop, step))
+        if isinstance(index, int | np.integer):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"row {index} of {len(self)}")
+            return self._gather(np.array([index % len(self)]))[0]
+        wanted = np.asarray(index)
+        if wanted.dtype == bool:
+            if wanted.shape != (len(self),):
+                raise IndexError(f"a mask of shape {wanted.shape} for {len(self)} rows")
+            wanted = wanted.nonzero()[0]
+        if wanted.size and not (-len(self) <= wanted.min() and wanted.max() < len(self)):
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {len(self)}")
+        return self._gather(wanted.astype(np.int64) % max(1, len(self)))
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """Fill an array of `dtype`, (rows, …), with the rows from `start` on."""
+        stop = start + len(out)
+        number = int(np.searchsorted(self._starts, start, "right")) - 1
+        while number < len(self._arrays) and self._starts[number] < stop:
+            first, array = int(self._starts[number]), self._arrays[number]
+            a, b = max(start, first), min(stop, first + len(array))
+            out[a - start : b - start] = array[a - first : b - first]
+            number += 1
+
+    def _range(self, start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, *self.shape[1:]), self._dtype)
+        if len(out):
+            self.read_into(out, start)
+        return out
+
+    def _gather(self, wanted: np.ndarray) -> np.ndarray:
+        flat = wanted.reshape(-1)
+        out = np.empty((*flat.shape, *self.shape[1:]), self._dtype)
+        numbers = np.searchsorted(self._starts, flat, "right") - 1
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            out[here] = self._arrays[number][flat[here] - self._starts[number]]
+        return out.reshape(*wanted.shape, *self.shape[1:])
+
+
+class RowNumbers(Rows):
+    """The number of each row: what tells, in shuffled batches, where a row is from."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([], Maps(), "", (), np.dtype("<i8"))
+        self.shape = (count,)
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        out[:] = np.arange(start, start + len(out))
+
+
+class HookRows(Rows):
+    """The rows of one hook point: indexing gives torch tensors (rows, width) in the stored dtype."""
+
+    def __init__(self, parts: Sequence[Part], maps: Maps, name: str, width: tuple[int, ...], precision: str) -> None:
+        super().__init__(parts, maps, name, width, file_format.bits_dtype(precision))
+        self._precision = precision
+
+    def __getitem__(self, index: Index) -> "torch.Tensor":
+        return self.tensor(self.numpy(index))
+
+    def tensor(self, bits: np.ndarray) -> "torch.Tensor":
+        """A tensor in the stored dtype over the memory of an array of its bits."""
+        return file_format.tensor_from_bits(bits, self._precision)

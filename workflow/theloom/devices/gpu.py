@@ -1,0 +1,303 @@
+"""The device of a run: which one, what it can do, how much memory it has, how much of it is in use, and by whom."""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from theloom.devices import cuda, host, nvml
+from theloom.devices.host import DeviceMemory
+from theloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+log = logging.getLogger(__name__)
+
+VLLM_HINT = "vLLM takes 90% of a GPU by default: start it with a lower gpu_memory_utilization, or on another GPU"
+
+
+def choose_device(asked: str) -> "torch.device":
+    """The device of `extraction.device`: auto, cpu, cuda or cuda:N. Raises ConfigError where there is no such GPU."""
+    import torch
+
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(asked.partition(":")[2] or 0)
+    if index >= count:
+        found = f"{count} CUDA GPUs" if torch.backends.cuda.is_built() else "a CPU build of torch"
+        raise ConfigError(f"extraction.device: {asked} is not there, found {found}; set extraction.device=cpu or auto")
+    return torch.device("cuda", index)
+
+
+def compute_capability(device: "torch.device") -> tuple[int, int] | None:
+    """The CUDA compute capability, None for the CPU."""
+    import torch
+
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def device_name(device: "torch.device") -> str:
+    """What provenance records: the GPU's name, or the number of CPU threads that torch uses."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def device_memory(device: "torch.device") -> DeviceMemory:
+    """The memory of a GPU (makes a CUDA context); for the CPU that of the host, as `host.memory` bounds it."""
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return DeviceMemory(total, free)
+    return host.memory()
+
+
+def available_memory(device: "torch.device") -> tuple[DeviceMemory, str]:
+    """The memory of a device before anything is loaded, and in words who else uses it. Makes no CUDA context."""
+    if device.type != "cuda":
+        return host.memory(), ""
+    info = GPUManager().get_gpu_info(device.index or 0)
+    assert isinstance(info, GPUInfo)
+    words = _in_words(info.other_processes)
+    if any(p.is_vllm for p in info.other_processes):
+        words += f" ({VLLM_HINT})"
+    return DeviceMemory(int(info.total_memory_gb * 1e9), int(info.free_memory_gb * 1e9)), words
+
+
+def warn_above(threshold: float, device: "torch.device") -> bool:
+    """Log a warning, and say True, if more than `threshold` (a share) of the device's memory is in use, by anyone."""
+    memory = device_memory(device)
+    share = memory.used / memory.total
+    if share > threshold:
+        _, others = available_memory(device)
+        log.warning(
+            "%s memory: %.1f%% in use (%.2f of %.2f GB), above memory_warning_threshold=%.2f%s",
+            device,
+            100 * share,
+            memory.used / 1e9,
+            memory.total / 1e9,
+            threshold,
+            f"; other processes: {others}" if others else "",
+        )
+    return share > threshold
+
+
+def release(device: "torch.device") -> None:
+    """Give what is not used any more back to the driver, after an allocation has failed."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class GPUInfo:
+    """A device at one moment. GB are 10⁹ bytes, and `total` is what programs can have, less than the nominal size.
+
+    `used` is everyone's, `own` and `peak` are this process's: on a GPU what torch's allocator holds, and the most that
+    tensors took since `reset_peak_memory`; on the CPU resident memory. `processes` are those that the driver lists.
+    `note` says why something could not be known, "" if all is.
+    """
+
+    index: int
+    name: str
+    uuid: str
+    compute_capability: tuple[int, int] | None
+    total_memory_gb: float
+    used_memory_gb: float
+    free_memory_gb: float
+    peak_memory_gb: float
+    own_memory_gb: float
+    processes: tuple[nvml.Process, ...] = ()
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """Number and name, for messages."""
+        return f"GPU {self.index} ({self.name})" if self.compute_capability else self.name
+
+    @property
+    def usage_percent(self) -> float:
+        """The share of the memory that is in use, by anyone."""
+        return 100 * self.used_memory_gb / self.total_memory_gb if self.total_memory_gb else 0.0
+
+    @property
+    def other_processes(self) -> tuple[nvml.Process, ...]:
+        """The listed processes but this one."""
+        return tuple(p for p in self.processes if p.pid != os.getpid())
+
+
+class GPUManager:
+    """The memory of the GPUs that torch sees, numbered as torch numbers them; without any, of the CPU, as number 0.
+
+    Making one never fails. NVML numbers GPUs otherwise than CUDA does (which sorts by speed unless CUDA_DEVICE_ORDER
+    says PCI_BUS_ID, and shows those of CUDA_VISIBLE_DEVICES only), so that the two are matched by UUID. Each question
+    is answered anew. Methods that take a device raise ConfigError where there is no such one.
+    """
+
+    def __init__(self) -> None:
+        self._visible, self._why_none = cuda.visible_gpus()
+
+    def can_allocate(self, required_memory_gb: float, device: int = 0) -> bool:
+        """Whether this process can have that much more memory (GB of 10⁹ bytes) on a device now.
+
+        What other processes use is not free; what torch's allocator of this process holds and no tensor uses is.
+        Fragmentation can still make one large allocation fail: leave 10 to 15 % of headroom.
+        """
+        info, cached = self._info(self._checked(device)), 0
+        if self._visible:
+            import torch
+
+            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return required_memory_gb * 1e9 <= info.free_memory_gb * 1e9 + cached
+
+    def check_memory_threshold(self, threshold: float = 0.85) -> dict[str, Any]:
+        """Which devices have more than `threshold` (a share) of their memory in use, by anyone; each is logged.
+
+        Gives plain values: `threshold`; `devices`, with `device` (its index), `usage_percent`, `used_memory_gb` and
+        `total_memory_gb`; and `warnings`, the same of those above it, with `processes`, the others than this one.
+        Raises ConfigError for a threshold that is no share.
+        """
+        if not 0 < threshold <= 1:
+            raise ConfigError(f"threshold: {threshold} is not a share of the memory, a number above 0 and at most 1")
+        devices, warnings = [], []
+        for info in self._all():
+            usage = {
+                "device": info.index,
+                "usage_percent": info.usage_percent,
+                "used_memory_gb": info.used_memory_gb,
+                "total_memory_gb": info.total_memory_gb,
+            }
+            devices.append(usage)
+            if info.usage_percent > 100 * threshold:
+                others = [
+                    {
+                        "pid": p.pid,
+                        "name": p.name,
+                        "used_memory_gb": None if p.used is None else p.used / 1e9,
+                        "is_vllm": p.is_vllm,
+                    }
+                    for p in info.other_processes
+                ]
+                warnings.append({**usage, "processes": others})
+                log.warning("%s", _warning(info, threshold))
+        return {"threshold": threshold, "devices": devices, "warnings": warnings}
+
+    def get_gpu_info(self, device: int | None = None) -> GPUInfo | list[GPUInfo]:
+        """One device if it is named or the only one, else a list of all."""
+        if device is not None:
+            return self._info(self._checked(device))
+        found = self._all()
+        return found[0] if len(found) == 1 else found
+
+    def reset_peak_memory(self, device: int | None = None) -> None:
+        """Count `peak_memory_gb` from now, of one device or of all. The CPU's cannot be reset but on Linux."""
+        if device is not None:
+            self._checked(device)
+        if not self._visible:
+            host.reset_peak_resident()
+            return
+        import torch
+
+        for index in [v.index for v in self._visible] if device is None else [device]:
+            torch.cuda.reset_peak_memory_stats(index)
+
+    def empty_cache(self) -> None:
+        """Give the memory that torch's allocator holds, and no tensor uses, back to the GPUs, for other processes."""
+        import torch
+
+        if any(torch.cuda.memory_reserved(v.index) for v in self._visible):
+            torch.cuda.empty_cache()
+
+    def _checked(self, device: int) -> int:
+        count = len(self._visible) or 1
+        if not 0 <= device < count:
+            found = ", ".join(info.label for info in self._all())
+            why = f" ({self._why_none})" if self._why_none else ""
+            raise ConfigError(f"GPU {device} is not there, found {found}{why}")
+        return device
+
+    def _all(self) -> list[GPUInfo]:
+        machine = nvml.read()
+        return [self._info(index, machine) for index in range(len(self._visible) or 1)]
+
+    def _info(self, index: int, machine: nvml.Machine | None = None) -> GPUInfo:
+        if not self._visible:
+            return _cpu_info(self._why_none)
+        import torch
+
+        gpu, machine = self._visible[index], machine or nvml.read()
+        found = cuda.find(gpu, machine)
+        memory, note = cuda.memory(gpu, found, machine)
+        return GPUInfo(
+            index,
+            found.name if found else gpu.name,
+            found.uuid if found else gpu.uuid,
+            gpu.compute_capability,
+            memory.total / 1e9,
+            memory.used / 1e9,
+            memory.free / 1e9,
+            torch.cuda.max_memory_allocated(index) / 1e9,
+            torch.cuda.memory_reserved(index) / 1e9,
+            found.processes if found else (),
+            note,
+        )
+
+
+def other_processes(device: int = 0) -> str:
+    """Who else has memory on a device, in words for messages: "python (pid 4711, vLLM) 61.2 GB"; "" if nobody known."""
+    info = GPUManager().get_gpu_info(device)
+    assert isinstance(info, GPUInfo)
+    return _in_words(info.other_processes)
+
+
+def _in_words(processes: tuple[nvml.Process, ...], total_gb: float | None = None) -> str:
+    """With `total_gb`, each with its share of it."""
+    words = []
+    for process in processes:
+        word = f"{process.name} (pid {process.pid}{', vLLM' if process.is_vllm else ''})"
+        if process.used is not None:
+            word += f" {process.used / 1e9:.1f} GB"
+            if total_gb:
+                word += f" ({process.used / 1e7 / total_gb:.0f}%)"
+        words.append(word)
+    return ", ".join(words)
+
+
+def _warning(info: GPUInfo, threshold: float) -> str:
+    line = (
+        f"{info.label}: {info.usage_percent:.1f}% of the memory in use "
+        f"({info.used_memory_gb:.2f} of {info.total_memory_gb:.2f} GB), above the threshold {threshold:.2f}"
+    )
+    if info.other_processes:
+        line += f"; other processes: {_in_words(info.other_processes, info.total_memory_gb)}"
+    if any(p.is_vllm for p in info.other_processes):
+        line += f"; {VLLM_HINT}"
+    return line
+
+
+def _cpu_info(why: str) -> GPUInfo:
+    memory = host.memory()
+    bound = f"; memory bound by {memory.limited_by}" if memory.limited_by else ""
+    return GPUInfo(
+        0,
+        "CPU",
+        "",
+        None,
+        memory.total / 1e9,
+        memory.used / 1e9,
+        memory.free / 1e9,
+        host.peak_resident() / 1e9,
+        host.resident() / 1e9,
+        note=f"no GPU: {why}{bound}",
+    )

@@ -1,0 +1,268 @@
+"""A lease on GPUs: jobs of one machine that run at the same time hold distinct ones.
+
+A lease is a lock of the operating system on a file named after the GPU's UUID: the kernel gives it back when its
+holder ends, however it ends. Jobs of all users of the machine share the files. Where a scheduler has assigned GPUs to
+the job, those are its own and no lease is needed.
+"""
+
+import fcntl
+import logging
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from theloom import terminal
+from theloom.devices import nvml
+from theloom.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 60
+
+
+_held: tuple[str, ...] = ()  # of this process
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A GPU that may be leased. `free` is bytes, None where it is not known; `users` says in words who has the rest."""
+
+    uuid: str
+    free: int | None = None
+    users: str = ""
+
+
+def held() -> tuple[str, ...]:
+    """The UUIDs of the GPUs that this process has leased, in the order in which torch numbers them."""
+    return _held
+
+
+def of_job(resources: Any, device: str) -> AbstractContextManager[tuple[str, ...]]:
+    """The GPUs that a job of Snakemake asks for by its resources, held as by `gpus`."""
+    return gpus(resources.get("gpu", 0), 10**6 * resources.get("needed_gpu_mb", 0), device)
+
+
+@contextmanager
+def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[str, ...]]:
+    """Hold `count` GPUs, each with `needed` bytes free, and show this process no other; nothing on machines without.
+
+    To be entered before torch looks for GPUs. Waits while others hold them, and says for whom. Where the GPUs that
+    nobody holds have too little free, the ones with most are taken: the plan then makes batches smaller, or refuses.
+    Raises ConfigError where the machine has fewer GPUs than asked for.
+    """
+    global _held
+    if count < 1 or device == "cpu":
+        yield ()
+        return
+    if assigned := assigned_by_scheduler():
+        log.info("GPUs assigned by the scheduler: %s", ", ".join(assigned))
+        _held = assigned[:count]
+        yield _held
+        _held = ()
+        return
+    if not visible(_candidates()):
+        yield ()
+        return
+
+    def look() -> list[Candidate]:
+        found = visible(_candidates())
+        return found if ":" not in device else found[int(device.partition(":")[2]) :][:1]
+
+    with leased(look, count, needed) as found:
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if ":" not in device:  # else numbers are the user's, and stay
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(found)
+        _held = found
+        try:
+            yield found
+        finally:
+            _held = ()
+            if before is None:
+                os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            else:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def assigned_by_scheduler() -> tuple[str, ...]:
+    """What Slurm, PBS, LSF or Grid Engine has given to this job, as they write it in CUDA_VISIBLE_DEVICES."""
+    batch = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return tuple(filter(None, names.split(","))) if any(name in os.environ for name in batch) else ()
+
+
+def _candidates() -> list[Candidate]:
+    """The machine's GPUs, or where they are in MIG mode their instances, in the driver's order."""
+    found: list[Candidate] = []
+    for board in nvml.read().devices:
+        for device in board.instances if board.mig else [board]:
+            users = ", ".join(f"{p.name} (pid {p.pid}{', vLLM' if p.is_vllm else ''})" for p in device.processes)
+            found.append(Candidate(device.uuid, device.free, users))
+    return found
+
+
+def visible(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that CUDA_VISIBLE_DEVICES shows, in its order: by UUID or the beginning of one, or by CUDA's number.
+
+    As CUDA does, it stops at the first entry that names none. Raises ConfigError where numbers cannot be told apart.
+    """
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return list(candidates)
+    found: list[Candidate] = []
+    numbered: list[Candidate] | None = None
+    for name in (n.strip() for n in names.split(",")):
+        if name.isdigit():
+            numbered = _by_cuda_number(candidates) if numbered is None else numbered
+            matching = numbered[int(name) :][:1]
+        else:
+            matching = [c for c in candidates if name and c.uuid.startswith(name)]
+        if len(matching) != 1:
+            break
+        found += matching
+    return found
+
+
+def _by_cuda_number(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The GPUs as CUDA numbers them: as the driver does if CUDA_DEVICE_ORDER says PCI_BUS_ID, else fastest first."""
+    if len(candidates) < 2 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+        return list(candidates)
+    boards = nvml.read().devices
+    if len({board.name for board in boards}) == 1:
+        return list(candidates)  # none is faster: CUDA keeps the driver's order
+    # only CUDA knows, and asking it here would settle what this process sees
+    script = "import torch; [print('GPU-' + str(torch.cuda.get_device_properties(i).uuid)) "
+    script += "for i in range(torch.cuda.device_count())]"
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    by_uuid = {c.uuid: c for c in candidates}
+    if told.returncode or not all(uuid in by_uuid for uuid in told.stdout.split()):
+        raise ConfigError(
+            "CUDA_VISIBLE_DEVICES has numbers, and this machine's GPUs differ; set CUDA_DEVICE_ORDER=PCI_BUS_ID, or "
+            "name GPUs by their UUIDs (nvidia-smi -L)"
+        )
+    return [by_uuid[uuid] for uuid in told.stdout.split()]
+
+
+@contextmanager
+def leased(
+    look: Callable[[], list[Candidate]], count: int, needed: int = 0, folder: Path | None = None, pause: float = 1.0
+) -> Iterator[tuple[str, ...]]:
+    """Hold `count` of the GPUs that `look` finds, all of them or none: two waiting jobs cannot block each other.
+
+    A job that asks for several can be overtaken by jobs that ask for fewer. `pause` is about the seconds between
+    attempts, `folder` where the locks are. Raises ConfigError where there are fewer GPUs than asked for.
+    """
+    folder = _lock_folder() if folder is None else folder
+    said = -float(SECONDS_BETWEEN_LINES)
+    while True:
+        candidates = look()
+        if len(candidates) < count:
+            raise ConfigError(f"resources.gpu: {count} GPUs are asked for, and {len(candidates)} are here")
+        with _gate(folder):  # one attempt at a time: none takes another's look at a lock for a lease
+            locks, busy = _attempt(candidates, count, needed, folder)
+        if locks:
+            break
+        if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            log.info("waiting for %d of %d GPUs; they are held by %s", count, len(candidates), _holders(folder, busy))
+        time.sleep(pause * random.uniform(0.5, 1.5))  # so that waiting jobs do not keep in step
+    try:
+        log.info("leased %s", ", ".join(locks))
+        yield tuple(locks)
+    finally:
+        _release(locks)
+
+
+@contextmanager
+def _gate(folder: Path) -> Iterator[None]:
+    file = _opened(folder / "gate")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
+def _attempt(candidates: list[Candidate], count: int, needed: int, folder: Path) -> tuple[dict[str, int], list[str]]:
+    """Locks by UUID, and the UUIDs that others hold.
+
+    The locks are of GPUs with `needed` bytes free, or of the freest if nobody holds one. There are none if the job
+    is to wait.
+    """
+    locks: dict[str, int] = {}
+    for candidate in sorted(candidates, key=lambda c: -(c.free or 0)):
+        file = _locked(folder / f"{candidate.uuid}.lock")
+        if file is not None:
+            locks[candidate.uuid] = file
+    busy = [c.uuid for c in candidates if c.uuid not in locks]
+    able = [c.uuid for c in candidates if c.uuid in locks and (c.free is None or c.free >= needed)]
+    chosen = able[:count]
+    if len(chosen) < count and not busy:  # nobody to wait for: strangers have the memory
+        chosen = list(locks)[:count]
+        for c in candidates:
+            if c.uuid in chosen and c.uuid not in able:
+                log.warning(
+                    "GPU %s has %s free, less than the %s that the job needs; others on it: %s",
+                    c.uuid,
+                    terminal.in_words(c.free or 0),
+                    terminal.in_words(needed),
+                    c.users or "not known",
+                )
+    if len(chosen) < count:
+        _release(locks)
+        return {}, busy
+    _release({uuid: file for uuid, file in locks.items() if uuid not in chosen})
+    for uuid in chosen:
+        os.truncate(locks[uuid], 0)
+        os.pwrite(locks[uuid], f"pid {os.getpid()}".encode(), 0)
+    return {uuid: locks[uuid] for uuid in chosen}, busy
+
+
+def _locked(path: Path) -> int | None:
+    """The open file of a lock that is now ours, None if another has it."""
+    file = _opened(path)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    return file
+
+
+def _opened(path: Path) -> int:
+    """Open a lock's file, made where it is not there; programs that this process starts do not inherit it."""
+    options = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, options)
+    except FileNotFoundError:
+        file = os.open(path, options | os.O_CREAT, 0o666)
+        os.fchmod(file, 0o666)  # whatever the umask: the next job may be another user's
+        return file
+
+
+def _release(locks: dict[str, int]) -> None:
+    for file in locks.values():
+        os.close(file)
+
+
+def _lock_folder() -> Path:
+    """One folder for all users of the machine, whatever their TMPDIR."""
+    place = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
+    folder = place / "theloom-gpus"
+    if not folder.is_dir():
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o1777)
+    return folder
+
+
+def _holders(folder: Path, busy: list[str]) -> str:
+    words = [f"{(folder / f'{uuid}.lock').read_text()[:40] or 'another job'} ({uuid})" for uuid in busy]
+    return ", ".join(words) or "nobody, but have too little memory free"

@@ -1,0 +1,208 @@
+"""The loop over a shard's batches: each through a runner, its rows into the hand-off, what was measured beside them.
+
+It knows nothing of how a runner runs its blocks, nor of how rows come to be on disk.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from theloom.corpus import batching
+from theloom.corpus.batching import Batch
+from theloom.devices import gpu
+from theloom.devices.peak_memory import MemoryWatch
+from theloom.engine.handoff import Handoff
+from theloom.engine.interrupts import StopRequest
+from theloom.engine.progress import Moment, Progress
+from theloom.errors import StoppedError
+from theloom.hooks.points import HookPoint
+from theloom.memory.profile import ShardProfile
+from theloom.planning.plan import Plan
+from theloom.precision import BYTES
+from theloom.store.writer import ShardTokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from theloom.store.writer import ShardWriter
+
+
+log = logging.getLogger(__name__)
+
+
+# called with a hook point's name, the first position of a chunk, and its values (window, position, …) on the device;
+# they are the model's own, which may change them after the call
+Sink = Callable[[str, int, "torch.Tensor"], None]
+
+
+class Runner(Protocol):
+    """What runs the blocks over one batch of token ids (window, position) and gives every chunk to a sink."""
+
+    def run(
+        self,
+        ids: "torch.Tensor",
+        sink: Sink,
+        captured: "Callable[[torch.Tensor], None] | None" = None,
+        lengths: Sequence[int] | None = None,
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """The batches of a shard, in the order in which they are committed, and what is read from them.
+
+    `predicted`: the bytes that the run was foretold to take.
+    """
+
+    batches: list[Batch]
+    tokens: ShardTokens
+    points: list[HookPoint]
+    precision: str
+    device: "torch.device"
+    predicted: int
+    warning_threshold: float
+
+
+def largest_value(batches: list[Batch], points: list[HookPoint], chunk_size: int, precision: str) -> int:
+    """Bytes of the largest value that a hook point can have in one forward step."""
+    return max(b.step(chunk_size) * p.width(b.width) * BYTES[precision] for b in batches for p in points)
+
+
+def run_batches(
+    runner: Runner,
+    work: Work,
+    plan: Plan,
+    writer: "ShardWriter",
+    profile: ShardProfile,
+    watch: MemoryWatch,
+    oom_level: int = 0,
+) -> None:
+    """All batches that are not committed yet; a batch that is larger than the plan goes in several passes.
+
+    Raises StoppedError once the job is asked to stop, with all that was forwarded committed.
+    """
+    batches, total = work.batches, len(work.tokens.input_ids)
+    first = writer.batches_done
+    done = sum(sum(b.lengths) for b in batches[:first])
+    largest = largest_value(batches[first:], work.points, plan.chunk_size, work.precision)
+    progress = Progress(total, done, work.predicted, watch)
+    measured = _Measured(writer, work, watch, done, oom_level)
+    warned = False
+    with StopRequest() as stop, Handoff(writer, work.device, largest) as handoff:
+        for number in range(first, len(batches)):
+            for batch in batching.smaller(batches[number], plan.batch_tokens, plan.chunk_size, plan.streamed_windows):
+                ids = batching.padded(batch, work.tokens.input_ids, work.tokens.window_offset)
+
+                def hand_over(hook: str, start: int, values: "torch.Tensor", batch: Batch = batch) -> None:
+                    handoff.rows(batch, hook, start, values)
+
+                with profile.batch(number, ids) as captured, measured.forward():
+                    runner.run(
+                        ids.pin_memory() if work.device.type == "cuda" else ids, hand_over, captured, batch.lengths
+                    )
+                measured.forwarded += ids.numel()
+            done += sum(batches[number].lengths)
+            last = number == len(batches) - 1
+            handoff.batch_done(done, last or stop.asked is not None, measured.figures(handoff, done))
+            warned = warned or gpu.warn_above(work.warning_threshold, work.device)
+            progress.update(Moment(done, handoff.bytes_written, handoff.seconds_waiting), last)
+            if stop.asked is not None and not last:
+                break
+    measured.log(handoff, done)
+    if done < total:
+        raise StoppedError(f"stopped by {stop.asked} with {done:,} of {total:,} tokens on disk; run again to go on")
+
+
+class _Measured:
+    """The figures of a run, on top of those of earlier jobs on the same shard."""
+
+    def __init__(self, writer: "ShardWriter", work: Work, watch: MemoryWatch, first: int, oom_level: int) -> None:
+        self._before: dict[str, float] = dict(writer.figures)
+        self._work, self._watch, self._first, self._level = work, watch, first, oom_level
+        self._began = time.perf_counter()
+        self._forward = _Clock(work.device)
+        self.forwarded = 0
+
+    def forward(self) -> "_Clock":
+        """Around a forward pass."""
+        return self._forward
+
+    def figures(self, handoff: Handoff, done: int) -> dict[str, float]:
+        """Seconds and tokens of all jobs so far, by the names that the file has for them; bytes of memory."""
+        now = self._of_this_job(handoff, done)
+        summed = {name: self._before[name] + value for name, value in now.items()}
+        peak = max(self._before["peak_memory"], float(self._watch.peak))
+        level = max(self._before["oom_level"], float(self._level))
+        return summed | {"peak_memory": peak, "predicted_memory": float(self._work.predicted), "oom_level": level}
+
+    def log(self, handoff: Handoff, done: int) -> None:
+        """Where the time went, and how much of what was forwarded was padding."""
+        now = self._of_this_job(handoff, done)
+        total = max(now["seconds_total"], 1e-9)
+        shares = {n.removeprefix("seconds_"): 100 * v / total for n, v in now.items() if n.startswith("seconds_")}
+        log.info(
+            "of %.1f s: forward %.1f%%, copies %.1f%%, waiting for the disk %.1f%%, idle %.1f%%; the writer was busy "
+            "for %.1f%%; padding: %.1f%% of the tokens forwarded",
+            total,
+            *(shares[n] for n in ("forward", "copy", "waiting_for_disk", "idle")),
+            100 * handoff.seconds_writing / total,
+            100 * (1 - now["tokens"] / max(1, now["tokens_forwarded"])),
+        )
+        if shares["waiting_for_disk"] > 10:
+            log.warning(
+                "the disk is the limit: the model waited for it %.0f%% of the time, at %.1f MB/s",
+                shares["waiting_for_disk"],
+                handoff.bytes_written / max(handoff.seconds_writing, 1e-9) / 1e6,
+            )
+
+    def _of_this_job(self, handoff: Handoff, done: int) -> dict[str, float]:
+        """`idle` is the time in which neither the device computed nor its rows were copied: disk waits are in it."""
+        total = time.perf_counter() - self._began
+        # on the CPU rows are copied within the forward; a GPU copies them beside it
+        copies = handoff.seconds_copying if self._work.device.type == "cpu" else 0.0
+        forward = max(0.0, self._forward.seconds() - handoff.seconds_waiting - copies)
+        return {
+            "seconds_total": total,
+            "seconds_forward": forward,
+            "seconds_copy": handoff.seconds_copying,
+            "seconds_waiting_for_disk": handoff.seconds_waiting,
+            "seconds_idle": max(0.0, total - forward - copies),
+            "tokens": float(done - self._first),
+            "tokens_forwarded": float(self.forwarded),
+        }
+
+
+class _Clock:
+    """Seconds that a device spent in the `with` blocks: on CUDA between events of its stream, without a wait."""
+
+    def __init__(self, device: "torch.device") -> None:
+        self._device, self._seconds = device, 0.0
+        self._open: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        self._start = self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        end = self._mark()
+        if isinstance(end, float) and isinstance(self._start, float):
+            self._seconds += end - self._start
+        else:
+            self._open.append((self._start, end))
+
+    def seconds(self) -> float:
+        """All of them so far; on CUDA of the blocks that the device is through with."""
+        while self._open and self._open[0][1].query():
+            start, end = self._open.pop(0)
+            self._seconds += start.elapsed_time(end) / 1000
+        return self._seconds
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

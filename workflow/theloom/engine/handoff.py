@@ -1,0 +1,153 @@
+"""Rows from the model to the file: copied out of the model's way, and written by a thread of their own.
+
+The model's thread copies each value into a ring of host memory and goes on; on CUDA the copy itself runs beside the
+computation, on a stream of its own. One writer thread hashes, writes and commits. What is on its way is bounded by the
+ring: where the disk is the slower one, the model waits for it, and the time that it waits is counted.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from theloom.corpus.batching import Batch
+from theloom.store.ring_buffer import IN_FLIGHT, Ring, ring_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from theloom.store.writer import ShardWriter
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Values of one hook point, (window, position, …), in host memory once `copied` has come to pass."""
+
+    batch: Batch
+    hook: str
+    start: int
+    values: "torch.Tensor"
+    copied: Any
+
+
+@dataclass(frozen=True)
+class _Done:
+    """All rows of a batch went before. `figures` are what the run had measured by then."""
+
+    rows: int
+    last: bool
+    figures: dict[str, float]
+
+
+class Handoff:
+    """Between the model's thread, which calls `rows` and `batch_done`, and a writer thread, which writes the shard.
+
+    An error of the writer is raised in the model's thread at its next call, at the latest by `drain`. Leaving the
+    context waits for what is on its way; on an error it drops that, since it is not committed.
+    """
+
+    def __init__(self, writer: "ShardWriter", device: "torch.device", largest: int) -> None:
+        self._writer, self._device = writer, device
+        self._ring = Ring(ring_bytes(device.type, largest), pinned=device.type == "cuda")
+        self._queue: queue.SimpleQueue[_Rows | _Done | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._dropped = False
+        self._thread = threading.Thread(target=self._write_all, name="shard writer", daemon=True)
+        self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
+        self._side: Any = None
+        self.seconds_waiting = self.seconds_copying = self.seconds_writing = 0.0
+        self.bytes_written = 0
+
+    def __enter__(self) -> "Handoff":
+        if self._device.type == "cuda":
+            import torch
+
+            self._side = torch.cuda.Stream(self._device)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._dropped = error is not None
+        self._finish_copies(0)
+        self._queue.put(None)
+        self._thread.join()
+        if error is None:
+            self._raise()
+
+    def rows(self, batch: Batch, hook: str, start: int, values: "torch.Tensor") -> None:
+        """Take values of a batch, (window, position, …), from position `start` on; they may change after the call."""
+        self._raise()
+        began = time.perf_counter()
+        place = self._ring.take(tuple(values.shape), values.dtype)
+        taken = time.perf_counter()
+        self.seconds_waiting += taken - began
+        if place is None:
+            self._raise()
+        assert place is not None
+        self._queue.put(_Rows(batch, hook, start, place, self._copy(values, place)))
+        self.seconds_copying += time.perf_counter() - taken
+
+    def batch_done(self, rows: int, last: bool, figures: dict[str, float]) -> None:
+        """All rows of a batch are handed over, `rows` in all batches; `last` asks for a commit whatever its size."""
+        self._raise()
+        self._queue.put(_Done(rows, last, figures))
+
+    def _copy(self, values: "torch.Tensor", place: "torch.Tensor") -> Any:
+        """Copy into the ring; on CUDA beside the computation, and then give the event that says that it is done."""
+        import torch
+
+        if self._side is None:
+            place.copy_(values)
+            return None
+        ready = torch.cuda.current_stream(self._device).record_event()
+        with torch.cuda.stream(self._side):
+            self._side.wait_event(ready)
+            place.copy_(values, non_blocking=True)
+            copied = self._side.record_event()
+        self._in_flight.append((copied, values))  # held: its memory must not be another tensor's before it is copied
+        self._finish_copies(IN_FLIGHT)
+        return copied
+
+    def _finish_copies(self, left: int) -> None:
+        """Wait until no more copies than that are on their way."""
+        while len(self._in_flight) > left:
+            self._in_flight.popleft()[0].synchronize()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _write_all(self) -> None:
+        """The writer thread."""
+        while (item := self._queue.get()) is not None:
+            if self._dropped or self._error is not None:
+                continue
+            try:
+                self._write(item)
+            except BaseException as error:
+                self._error = error
+                self._ring.close()
+
+    def _write(self, item: _Rows | _Done) -> None:
+        if isinstance(item, _Rows) and item.copied is not None:
+            item.copied.synchronize()
+        began = time.perf_counter()
+        if isinstance(item, _Done):
+            self._writer.figures.update(item.figures)
+            self._writer.batch_done(item.rows, item.last)
+        else:
+            for number, (window, length) in enumerate(zip(item.batch.windows, item.batch.lengths, strict=True)):
+                real = min(length - item.start, item.values.shape[1])
+                if real > 0:
+                    rows = item.values[number, :real]
+                    self._writer.write(window, item.hook, item.start, rows)
+                    self.bytes_written += rows.nbytes
+            self._ring.give_back()
+        self.seconds_writing += time.perf_counter() - began

@@ -1,0 +1,227 @@
+"""A model opened to be run block by block: shell, source of blocks, what they take, and a trial on a few tokens."""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from theloom.config.schema import Config
+from theloom.corpus.batching import Lengths
+from theloom.devices import gpu, host
+from theloom.devices.peak_memory import PeakMemory
+from theloom.engine.layerwise import quantize, skeleton
+from theloom.engine.layerwise.block_loader import BlockSource
+from theloom.engine.layerwise.residual_store import ResidualStore
+from theloom.engine.layerwise.runner import LayerwiseRunner
+from theloom.engine.layerwise.skeleton import Shell
+from theloom.engine.layerwise.weights_index import OUTSIDE
+from theloom.errors import ModelError
+from theloom.hooks.points import HookPoint, residual_points
+from theloom.memory.sizes import BlockSizes, Parts, Workload
+from theloom.memory.trace_block import trace_block
+from theloom.model import checks, loading, weight_format
+from theloom.model.checks import TriedOut
+from theloom.model.fake import fake_model
+from theloom.model.files import ModelFiles, hf_config
+from theloom.model.loading import LoadedModel
+from theloom.model.quantization import check_runs_on_the_cpu
+from theloom.model.weight_format import Kind
+from theloom.planning import layerwise_plan, plan
+from theloom.planning.estimate import Estimate
+from theloom.planning.layerwise_plan import LayerwisePlan, PassOf, need
+from theloom.planning.plan import MOST_BATCH_TOKENS, Plan
+from theloom.precision import Resolved
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerwiseModel:
+    """A model without the weights of its blocks (`loaded`), and where these come from."""
+
+    loaded: LoadedModel
+    shell: Shell
+    source: BlockSource
+
+    def sizes(self, points: Sequence[HookPoint]) -> BlockSizes:
+        """Bytes of the weights that a sweep up to the deepest of `points` reads and holds."""
+        checkpoint = self.shell.checkpoint
+        blocks = range(min(max(p.block for p in points) + 1, len(self.shell.blocks)))
+        embeddings = sum(checkpoint.stored[k].nbytes for k in self.shell.mapped)
+        if checkpoint.quantized:
+            device, block = self.loaded.device.type, max((checkpoint.held(b) for b in blocks), default=0)
+            return BlockSizes(
+                block=block,
+                converted=max(0, max((checkpoint.arriving(b, device) for b in blocks), default=0) - block),
+                kept=checkpoint.held(OUTSIDE, self.shell.mapped),
+                embeddings=embeddings,
+                read=sum(checkpoint.nbytes(b) for b in blocks),
+                tensor=max((checkpoint.largest_on_host(b) for b in blocks), default=0),
+            )
+        return BlockSizes(
+            block=self.source.largest if blocks else 0,
+            converted=max((checkpoint.converted_bytes(block) for block in blocks), default=0),
+            kept=checkpoint.nbytes(OUTSIDE) - embeddings,
+            embeddings=embeddings,
+            read=sum(checkpoint.nbytes(block) for block in blocks),
+        )
+
+    def pass_of(self, points: Sequence[HookPoint]) -> PassOf:
+        """Foretells the bytes of one pass through one block: by a trace, each workload once."""
+        config, device = self.shell.model.config, self.loaded.device.type
+        precision, quantization, attention = self.kind.precision, self.kind.quantization, self.loaded.attention
+        fake = fake_model(config, precision, quantization, attention, kernels=device)
+
+        @cache
+        def foretold(workload: Workload) -> tuple[Parts, int]:
+            found = trace_block(fake, workload, points, device)
+            return found.parts, found.recorded
+
+        return foretold
+
+    @property
+    def kind(self) -> Kind:
+        """How its weights are held."""
+        return weight_format.kind_as(self.loaded.precision.resolved, self.loaded.quantization)
+
+    @property
+    def residual_row(self) -> int:
+        """Bytes of one token's residual."""
+        return self.shell.architecture.hidden_size * self.shell.residual_dtype.itemsize
+
+    def fit(
+        self, estimated: Estimate, points: Sequence[HookPoint], windows: Lengths, threshold: float, beside: int
+    ) -> LayerwisePlan:
+        """The plan for the largest shard of a corpus, or for one alone. Raises MemoryPlanError."""
+        device = self.loaded.device.type
+        found, _ = gpu.available_memory(self.loaded.device)
+        longest = min(windows.longest, estimated.context_length)
+        asked = Plan(estimated.batch_tokens or MOST_BATCH_TOKENS[device], estimated.chunk_size, longest)
+        row = self.residual_row
+        sizes, pass_of = self.sizes(points), self.pass_of(points)
+        return layerwise_plan.choose(
+            sizes,
+            pass_of,
+            asked,
+            windows.tokens * row,
+            row,
+            device,
+            found,
+            host.memory(),
+            threshold=threshold,
+            beside=beside,
+            windows=windows,
+            one_pass=plan._one_pass_is_less(estimated, self.kind.name, asked),
+        )
+
+    def try_out(self) -> TriedOut:
+        """`trial.try_out`, in one sweep, but for the model's own hidden states, which take all of it at once.
+
+        Raises ModelError where a row depends on what else is in the batch.
+        """
+        points = residual_points(len(self.shell.blocks), self.shell.architecture.hidden_size)
+        ids = checks.tokens_of(self.shell.model)
+        batches, chunk_sizes = [ids[:1], ids[1:, :16], checks.padded(ids), ids[:1]], [24, 24, 24, 7]
+        count = 4 if self.shell.streams else 3
+        found: list[dict[str, list[torch.Tensor]]] = [{p.name: [] for p in points} for _ in range(count)]
+        runner = LayerwiseRunner(self.shell, self.source, points, 24, "fp32")
+        with ResidualStore(runner.residuals(batches[:count], "", chunk_sizes[:count]), None) as store:
+            runner.sweep(
+                batches[:count],
+                store,
+                lambda batch, name, start, rows, first: found[batch][name].append(rows),
+                chunk_sizes=chunk_sizes[:count],
+            )
+        whole, alone, both, *chunked = [{n: torch.cat(c, dim=1) for n, c in by_name.items()} for by_name in found]
+        name, limit = type(self.shell.model).__name__, 10 * self.loaded.tolerance
+        padding = checks.side_by_side(whole, alone, both)
+        if not padding <= limit:
+            raise ModelError(
+                f"{name}: a token's hidden state depends on what else is in the batch (by {padding:.2g} of the largest "
+                "value); block by block there is no padding mask: set extraction.execution=resident"
+            )
+        chunks = checks.largest_error(whole, chunked[0]) if chunked else math.inf
+        reason = "" if chunks <= limit else checks.other_in_chunks(chunks) if chunked else "it does not take a KV cache"
+        if reason:
+            log.warning("%s cannot be streamed: %s", name, reason)
+        return TriedOut(math.nan, padding, chunks, True, not reason, reason)
+
+
+@contextmanager
+def opened(config: Config, files: ModelFiles, exact: bool = False) -> Iterator[LayerwiseModel]:
+    """Open the model of a config. `exact`: in FP32 and not quantised, whatever the config asks for.
+
+    Raises ModelError for one that cannot be run block by block.
+    """
+    if not list(files.folder.glob("*.safetensors")):
+        raise ModelError(f"model.source: {config.model.source} has no safetensors, which block by block are needed")
+    device, resolved = loading.resolve_precision(config)
+    attention = config.extraction.attention.name
+    model_config = hf_config(config.model)
+    bits = weight_format.quantization_of(config, model_config) or weight_format.asked_quantization(config)
+    if exact:
+        resolved, bits = Resolved("fp32", "fp32", ()), None
+    shell = Shell(
+        Path(files.folder),
+        model_config,
+        resolved.resolved,
+        device,
+        None if attention == "auto" else attention,
+        config.model.trust_remote_code,
+        None if bits is None else quantize.quantizer(bits, model_config, resolved.resolved),
+    )
+    if bits == "4bit" and device.type == "cpu":
+        check_runs_on_the_cpu(shell.model)
+    found = str(shell.model.config._attn_implementation)
+    loaded = LoadedModel(shell.architecture, files, device, resolved, found, bits)
+    with BlockSource(shell.checkpoint, device, len(shell.blocks)) as source:
+        skeleton.examine(shell, source)
+        yield LayerwiseModel(loaded, shell, source)
+
+
+MEASURED_BLOCKS = 3  # the two buffers and all that is done but once have been seen by then
+
+
+@dataclass(frozen=True)
+class SweptPeak:
+    """A sweep over one largest batch: bytes foretold, and by how much memory in use grew; `files`: pages of files."""
+
+    foretold: int
+    growth: int
+    files: int
+
+
+def measure_sweep(
+    found: LayerwiseModel, planned: LayerwisePlan, points: Sequence[HookPoint], before: int | None = None
+) -> SweptPeak:
+    """Sweep one largest batch of random tokens through the first blocks, and see by how much memory grows.
+
+    `before`: the bytes that this process held before the model was opened, from where growth counts on the CPU.
+    """
+    blocks = min(MEASURED_BLOCKS, len(found.shell.blocks))
+    last = found.loaded.catalogue.select([f"blocks.{blocks - 1}.hook_resid_post"])
+    vocabulary = found.shell.model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    precision, device = found.loaded.precision.resolved, found.loaded.device
+    chosen = max(planned.plan.passes, key=lambda w: w.windows * w.tokens)
+    ids = torch.randint(vocabulary, (chosen.windows, chosen.tokens), generator=generator)
+    runner = LayerwiseRunner(found.shell, found.source, last, planned.plan.chunk_size, precision)
+    spec = runner.residuals([ids], "")
+    found.source.release()
+    host.release_free_heap()  # what trying it out has left
+    with PeakMemory(device) as growing, ResidualStore(spec, None) as store:
+        runner.sweep([ids], store, lambda *_: None)
+    sizes, pass_of, row = found.sizes(last), found.pass_of(last), found.residual_row
+    expected = need(sizes, pass_of, [chosen], spec.nbytes, row, device.type, False)
+    foretold = expected.buffers + expected.kept + expected.working_set
+    if device.type == "cpu":
+        foretold = expected.cpu - expected.writer  # which is not in this sweep
+    growth = growing.growth
+    if device.type == "cpu" and before is not None:  # as the job will, whose heap has what opening left in it
+        growth += growing.before - before
+    return SweptPeak(foretold, growth, growing.files)

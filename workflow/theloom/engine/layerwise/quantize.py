@@ -1,0 +1,178 @@
+"""Weights quantised as they come from their files, one tensor at a time, as transformers quantises a whole model.
+
+Which layers are replaced, in what precision a weight is before it is quantised, and the quantisation itself are those
+of `from_pretrained`: its quantizer prepares the empty model, and its own loading makes a part's tensors. Checkpoints
+that bitsandbytes has quantised take the same way, with the quantizer that puts their tensors together.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer
+from transformers.utils import logging as transformers_logging
+
+from theloom.model import quantization
+from theloom.model.weight_format import NF4_BLOCK, SCALES_BLOCK
+
+CODE = 16 * 4  # bytes of NF4's own table of numbers
+
+
+CODE_OF_SCALES = 256 * 4
+
+
+def quantizer(bits: str, model_config: PretrainedConfig, precision: str) -> HfQuantizer:
+    """What quantises to `8bit` or `4bit` on loading, or loads what a checkpoint says it is quantised to already."""
+    own = getattr(model_config, "quantization_config", None)
+    asked = quantization.bitsandbytes_config(bits, precision) if own is None else own
+    found: HfQuantizer = AutoHfQuantizer.from_config(asked, pre_quantized=own is not None)
+    found.validate_environment()
+    return found
+
+
+def replace_layers(model: PreTrainedModel, found: HfQuantizer, dtype: torch.dtype, device: torch.device) -> None:
+    """Put bitsandbytes' layers into a model on the meta device, where a quantised load has them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # that of the new layers' biases
+    try:
+        found.preprocess_model(model=model, dtype=dtype, device_map={"": device}, checkpoint_files=None)
+    finally:
+        torch.set_default_dtype(before)
+    model.requires_grad_(False)
+
+
+class OnDisk:
+    """A tensor that is read when transformers asks for it."""
+
+    def __init__(self, read: Callable[[], torch.Tensor], dtype: torch.dtype) -> None:
+        self._read, self._dtype = read, dtype
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self._read()
+
+    def is_floating_point(self) -> bool:
+        return self._dtype.is_floating_point
+
+
+class PartLoader:
+    """Makes the tensors of a part of a model, quantised where they are to be, in an `empty` model of its own.
+
+    The model that runs is not touched, so that one block can be made while another computes.
+    """
+
+    def __init__(self, empty: PreTrainedModel, found: HfQuantizer) -> None:
+        self._model, self.quantizer = empty, found
+        self._mapping = get_model_conversion_mapping(empty, hf_quantizer=found)
+
+    def load(
+        self, tensors: Mapping[str, OnDisk], names: Sequence[str], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of these names in the model, of those of the files by key."""
+        model = self._model
+        config = LoadStateDictConfig(
+            weight_mapping=cast(Any, copy.deepcopy(self._mapping)),
+            device_map={"": device},
+            dtype=model.dtype,
+            dtype_plan=model._get_dtype_plan(model.dtype),
+            hf_quantizer=self.quantizer,
+        )
+        empty = {name: model.get_parameter_or_buffer(name) for name in names}
+        made = {}
+        try:
+            with quantization.one_tensor_at_a_time(), _no_progress_bar():
+                convert_and_load_state_dict_in_model(model, dict(tensors), config)
+        finally:
+            for name, meta in empty.items():
+                path, _, leaf = name.rpartition(".")
+                module = model.get_submodule(path)
+                tensor = getattr(module, leaf)
+                if tensor is not meta:
+                    made[name] = tensor.requires_grad_(False)
+                    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = cast(Any, meta)
+                let_go(module)
+        return made
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without the bar that transformers shows for each load: there is one for each block here."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """`8bit` or `4bit` for a layer of bitsandbytes."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return "8bit" if isinstance(module, Linear8bitLt) else "4bit" if isinstance(module, Linear4bit) else None
+
+
+def let_go(module: nn.Module) -> None:
+    """Drop what a layer of bitsandbytes keeps of its weight beside the parameter."""
+    kind, layer = kind_of(module), cast(Any, module)
+    if kind == "8bit":
+        layer.state.reset_grads()
+        layer.state.idx = layer.state.subB = layer.weight.SCB = None
+    elif kind == "4bit":
+        layer.quant_state = None
+
+
+def held(module: nn.Module, leaf: str, tensor: torch.Tensor) -> int:
+    """Bytes of a parameter or buffer once it is loaded, with the scales that are kept beside it."""
+    kind, count = kind_of(module), tensor.numel()
+    if kind is None or leaf != "weight":
+        return count * tensor.element_size()
+    layer = cast(Any, module)
+    if kind == "8bit":
+        return count + 4 * int(layer.out_features)
+    scales = -(-count // NF4_BLOCK)
+    double = layer.weight.compress_statistics
+    return -(-count // 2) + CODE + (scales + 4 * -(-scales // SCALES_BLOCK) + CODE_OF_SCALES if double else 4 * scales)
+
+
+def staging(bits: str, count: int, stored: torch.dtype, precision: torch.dtype, device: str) -> int:
+    """Bytes that quantising a weight of `count` elements takes beside its result.
+
+    `stored` is what it is in the file, `precision` the model's, from which it is quantised. On a GPU the weight in that
+    precision, and for 8 bits in FP16 too. On the CPU bitsandbytes 0.50 (backends/default/ops.py) makes copies: for 8
+    bits one in FP16 and two in FP32; for 4 bits one in FP32, one of 32-bit numbers, one of bytes and half of that.
+    """
+    size, half = precision.itemsize, 0 if precision == torch.float16 else 2
+    if device != "cpu":
+        return count * (size + (2 if bits == "8bit" else 0))
+    read = stored.itemsize + size if stored != precision else 0
+    if bits == "8bit":
+        return count * max(read, size + half + 7)
+    return count * max(2 * read, 2 * (size + (0 if size == 4 else 4)) + 19) // 2
+
+
+@contextmanager
+def shapes_alone(model: nn.Module) -> Iterator[None]:
+    """Have the layers of bitsandbytes run on fake tensors, as plain linear ones of the same shapes."""
+
+    def plain(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, x.new_empty(layer.out_features, layer.in_features), layer.bias)
+
+        return forward
+
+    layers: list[Any] = [m for m in model.modules() if kind_of(m)] if getattr(model, "is_quantized", False) else []
+    for layer in layers:
+        layer.forward = plain(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -1,0 +1,203 @@
+"""The residual stream of a whole shard between two blocks: in host memory, or on disk where it does not fit there.
+
+What a killed job has done is kept at checkpoints: the residuals after a block go to one of two files in turn, are
+synced, and then a manifest that names them takes its place at once. On disk anyway, every block is a checkpoint.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from theloom.store import file_format
+from theloom.store.file_format import raw_bytes
+
+log = logging.getLogger(__name__)
+
+BLOCKS_BETWEEN_CHECKPOINTS = 8
+
+
+PIECE = 64 << 20
+
+
+@dataclass(frozen=True)
+class ResidualSpec:
+    """The residuals of a shard, piece by piece: a batch, or a chunk of one, (windows, positions, hidden size).
+
+    `identity` says whose they are.
+    """
+
+    shapes: tuple[tuple[int, int, int], ...]
+    dtype: torch.dtype
+    identity: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * sum(w * t * h for w, t, h in self.shapes)
+
+
+class ResidualStore:
+    """Residuals by piece. `path` is the place of its files less their ends; None: no checkpoints, memory alone.
+
+    `block_done` ends a block; it writes a checkpoint when one is due, after `commit` has made safe all rows up to it.
+    `take_up` gives the number of blocks that an earlier job's checkpoint has behind it. Use it as a context manager.
+    """
+
+    def __init__(self, spec: ResidualSpec, path: Path | None, spilled: bool = False, pinned: bool = False) -> None:
+        assert path is not None or not spilled
+        self._spec, self._path, self._spilled = spec, path, spilled
+        self._starts = [0]
+        for windows, positions, hidden in spec.shapes:
+            self._starts.append(self._starts[-1] + windows * positions * hidden)
+        self._memory = torch.empty(0 if spilled else self._starts[-1], dtype=spec.dtype, pin_memory=pinned)
+        self._fds: list[int] = []
+        self._written = xxhash.xxh3_64()
+        self._turn = 0  # the file that is read, or was last written
+        self.bytes_written = 0
+
+    def __enter__(self) -> "ResidualStore":
+        if self._spilled:
+            self._fds = [os.open(self._file(turn), os.O_RDWR | os.O_CREAT, 0o644) for turn in (0, 1)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+        self._memory = torch.empty(0, dtype=self._spec.dtype)
+
+    def read(self, piece: int) -> torch.Tensor:
+        """The residuals of a piece, (windows, positions, hidden size), on the host."""
+        first, last, shape = self._starts[piece], self._starts[piece + 1], self._spec.shapes[piece]
+        if not self._spilled:
+            return self._memory[first:last].view(shape)
+        values = torch.empty(shape, dtype=self._spec.dtype)
+        view, place = raw_bytes(values), first * self._spec.dtype.itemsize
+        while view:
+            got = os.preadv(self._fds[self._turn], [view[:PIECE]], place)
+            if not got:
+                raise OSError(f"{self._file(self._turn).name} is too short")
+            view, place = view[got:], place + got
+        return values
+
+    def write(self, piece: int, values: torch.Tensor) -> None:
+        """Replace the residuals of a piece, for the block to come. Pieces come in their order."""
+        assert (values.dtype, tuple(values.shape)) == (self._spec.dtype, self._spec.shapes[piece])
+        first, last = self._starts[piece], self._starts[piece + 1]
+        if not self._spilled:
+            self._memory[first:last].view(values.shape).copy_(values, non_blocking=True)
+            return
+        values = values.cpu()
+        self._pwrite(self._fds[1 - self._turn], values, first * self._spec.dtype.itemsize)
+        self._written.update(raw_bytes(values))
+
+    def block_done(self, blocks: int, commit: Callable[[], None], last: bool = False) -> None:
+        """All batches have been written after so many blocks."""
+        due = self._spilled or blocks % BLOCKS_BETWEEN_CHECKPOINTS == 0
+        if self._path is None or (due and last):  # what follows needs no residuals
+            due = False
+        found = self._turn_over()
+        if not due:
+            return
+        commit()
+        if not self._spilled:
+            found = self._save()
+        else:
+            os.fsync(self._fds[self._turn])
+        self._write_manifest(blocks, found)
+
+    def entered(self) -> None:
+        """All batches have their residuals before the first block."""
+        self._turn_over()
+
+    def take_up(self) -> int:
+        """The blocks behind a checkpoint, whose residuals are now in the store; 0 where there is none of this shard."""
+        if self._path is None:
+            return 0
+        try:
+            manifest = json.loads(self._manifest.read_text(encoding="utf-8"))
+            if manifest["identity"] != self._key():
+                return 0
+            turn, blocks, expected = int(manifest["file"]), int(manifest["blocks"]), manifest["hash"]
+            found = self._hash_of_file(turn, None if self._spilled else raw_bytes(self._memory))
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+        if found != expected:
+            log.warning("%s is damaged: begun again at the first block", self._file(turn).name)
+            return 0
+        self._turn = turn
+        return blocks
+
+    def remove(self) -> None:
+        """Delete the files: the shard is finished."""
+        if self._path is not None:
+            for file in (self._manifest, self._file(0), self._file(1)):
+                file.unlink(missing_ok=True)
+
+    @property
+    def _manifest(self) -> Path:
+        assert self._path is not None
+        return self._path.with_name(self._path.name + ".residuals.json")
+
+    def _file(self, turn: int) -> Path:
+        assert self._path is not None
+        return self._path.with_name(f"{self._path.name}.residuals.{turn}")
+
+    def _key(self) -> str:
+        return f"{self._spec.identity} {xxhash.xxh3_64_hexdigest(repr(self._spec.shapes).encode())} {self._spec.dtype}"
+
+    def _pwrite(self, fd: int, values: torch.Tensor, place: int) -> None:
+        view = raw_bytes(values)
+        self.bytes_written += len(view)
+        while view:
+            done = os.pwrite(fd, view[:PIECE], place)
+            view, place = view[done:], place + done
+
+    def _turn_over(self) -> str:
+        """Read what was written from now on; its hash."""
+        found = self._written.hexdigest()
+        self._written.reset()
+        if self._spilled:
+            self._turn = 1 - self._turn
+        return found
+
+    def _save(self) -> str:
+        if self._memory.is_pinned():
+            torch.cuda.synchronize()
+        turn = 1 - self._turn
+        fd = os.open(self._file(turn), os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            self._pwrite(fd, self._memory, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self._turn = turn
+        return xxhash.xxh3_64_hexdigest(raw_bytes(self._memory))
+
+    def _write_manifest(self, blocks: int, found: str) -> None:
+        manifest = {"identity": self._key(), "blocks": blocks, "file": self._turn, "hash": found}
+        begun = self._manifest.with_name(self._manifest.name + ".begun")
+        begun.write_text(json.dumps(manifest), encoding="utf-8")
+        file_format.sync(begun)
+        begun.replace(self._manifest)
+        file_format.sync(self._manifest.parent)
+
+    def _hash_of_file(self, turn: int, into: memoryview | None) -> str:
+        """Read a file through, into memory if so asked. Raises OSError where it is shorter than the residuals."""
+        state, place = xxhash.xxh3_64(), 0
+        piece = bytearray(min(PIECE, self._spec.nbytes)) if into is None else b""
+        with self._file(turn).open("rb", buffering=0) as f:
+            while place < self._spec.nbytes:
+                room = min(PIECE, self._spec.nbytes - place)
+                target = memoryview(piece)[:room] if into is None else into[place : place + room]
+                got = f.readinto(target)
+                if not got:
+                    raise OSError(f"{self._file(turn).name} is too short")
+                state.update(target[:got])
+                place += got
+        return state.hexdigest()

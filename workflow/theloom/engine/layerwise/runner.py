@@ -1,0 +1,329 @@
+"""Extraction with one block on the device at a time: all documents of a shard go through it before the next one comes.
+
+A forward pass over a prompt has no dependency between documents, so a model need not be on the device as a whole. The
+residuals of the shard wait in host memory; the weights of each block are read once a shard, while the block before is
+computing. Blocks, batches, chunks and taps are those of resident execution, and so are the rows.
+"""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from theloom.engine.layerwise.block_loader import BlockSource
+from theloom.engine.layerwise.residual_store import ResidualSpec, ResidualStore
+from theloom.engine.layerwise.skeleton import Shell
+from theloom.errors import StoppedError
+from theloom.hooks.blocks import Architecture
+from theloom.hooks.locate import Anatomy
+from theloom.hooks.points import HookPoint
+from theloom.hooks.taps import Taps
+from theloom.model.block_calls import BlockCache, Call
+from theloom.precision import torch_dtype
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10
+
+# called with a batch's number, a hook point's name, the first position of a chunk, its values (window, position, …)
+# and which window of the batch is the first of theirs
+Sink = Callable[[int, str, int, torch.Tensor, int], None]
+
+
+# sees captured values, where a batch's memory is recorded
+Captured = Callable[[torch.Tensor], None] | None
+
+
+# around a batch: its number, its token ids, and what gives the tensors that were there before
+Profile = Callable[[int, torch.Tensor, Callable[[], list[torch.Tensor]]], AbstractContextManager[Captured]]
+
+
+@dataclass
+class Swept:
+    """What a sweep took: seconds in all, those of them without weights to compute with, bytes read of the weights,
+    tokens that went through, and blocks that they went through.
+    """
+
+    seconds: float = 0.0
+    waited: float = 0.0
+    bytes_read: int = 0
+    tokens: int = 0
+    blocks: int = 0
+
+
+class LayerwiseRunner:
+    """Runs all batches of a shard through a model of which one block is on the device.
+
+    Units of work, in the order in which they end: for each of `stages` (the blocks with hook points that are asked for;
+    -1 before the first block, the number of blocks after the last), each batch. The windows of a batch go through a
+    block in so many `groups`, one after the other, where memory has run out.
+    """
+
+    def __init__(
+        self,
+        shell: Shell,
+        source: BlockSource,
+        points: Sequence[HookPoint],
+        chunk_size: int,
+        store: str,
+        groups: int = 1,
+    ) -> None:
+        self._shell, self._source, self._chunk_size, self._most_groups = shell, source, chunk_size, groups
+        self._dtype = torch_dtype(store)
+        self._points: dict[int, list[HookPoint]] = defaultdict(list)
+        for point in points:
+            self._points[point.block].append(point)
+        self._over_keys = {p.name for p in points if p.over_keys}
+        self.stages = sorted(self._points)
+        self._last = min(self.stages[-1], len(shell.blocks) - 1)
+        self._calls: dict[tuple[int, int, int], list[Call]] = {}
+        self._sizes: list[int] = []
+        self._pieces: list[int] = []  # the first of each batch
+
+    def residuals(
+        self, batches: Sequence[torch.Tensor], identity: str, chunk_sizes: Sequence[int] | None = None
+    ) -> ResidualSpec:
+        """The residuals of token ids (window, position), chunk by chunk of each batch."""
+        hidden, sizes = self._shell.architecture.hidden_size, chunk_sizes or [self._chunk_size] * len(batches)
+        shapes = tuple(
+            (ids.shape[0], min(size, ids.shape[1] - start), hidden)
+            for ids, size in zip(batches, sizes, strict=True)
+            for start in range(0, ids.shape[1], size)
+        )
+        return ResidualSpec(shapes, self._shell.residual_dtype, identity)
+
+    @torch.inference_mode()
+    def sweep(
+        self,
+        batches: Sequence[torch.Tensor],
+        residuals: ResidualStore,
+        sink: Sink,
+        *,
+        chunk_sizes: Sequence[int] | None = None,
+        done: int = 0,
+        unit_done: Callable[[int], None] = lambda batch: None,
+        commit: Callable[[], None] = lambda: None,
+        stop: Callable[[], str | None] = lambda: None,
+        profile: Profile = lambda batch, ids, there: nullcontext(),
+    ) -> Swept:
+        """All batches of token ids (window, position) through all blocks, up to the deepest hook point.
+
+        `chunk_sizes`: of each batch, where they are not the runner's. The first `done` units are not handed to `sink`
+        again. `unit_done(batch)` is called when a unit ends, and `commit` before the residuals that a later job would
+        go on with are made safe. `profile` is open while a batch goes through a block, and gives what is
+        to see captured values. Raises StoppedError, after a commit, once `stop` says by what it is asked to.
+        """
+        self._sizes = list(chunk_sizes or [self._chunk_size] * len(batches))
+        counts = [-(-ids.shape[1] // size) for ids, size in zip(batches, self._sizes, strict=True)]
+        self._pieces = [0, *accumulate(counts)]
+        begun, waited, read = time.perf_counter(), self._source.waited, self._source.bytes_read
+        units = _Units(self, self._shell.architecture, sink, len(batches), done, unit_done)
+        first = residuals.take_up()
+        if first > self._last + 1 or (first and done < self._units_through(first, len(batches))):
+            first = 0  # a checkpoint ahead of the rows, or of another run's depth
+        if first:
+            log.info("going on behind block %d, whose residuals were kept", first - 1)
+        self._enter(batches, residuals, units, fresh=first == 0)
+        progress = _Progress(first, self._last + 1, sum(ids.numel() for ids in batches))
+        blocks = range(first, self._last + 1)
+        for block in self._source.sweep(blocks):
+            for number, ids in enumerate(batches):
+                pieces = range(self._pieces[number], self._pieces[number + 1])
+                with profile(number, ids, lambda: [residuals.read(p) for p in pieces]) as units.captured:  # noqa: B023
+                    self._through_block(block, number, ids, residuals, units)
+                progress.say(block, number + 1, len(batches), ids.numel())
+                if asked := stop():
+                    commit()
+                    raise StoppedError(f"stopped by {asked} in block {block} of {self._last + 1}; run again to go on")
+            residuals.block_done(block + 1, commit, last=block == self._last)
+        if self.stages[-1] > self._last:
+            self._after(batches, residuals, units)
+        tokens = sum(ids.numel() for ids in batches)
+        return Swept(
+            time.perf_counter() - begun,
+            self._source.waited - waited,
+            self._source.bytes_read - read,
+            tokens,
+            len(blocks),
+        )
+
+    def _units_through(self, blocks: int, batches: int) -> int:
+        """The units that have ended when so many blocks are done."""
+        return batches * sum(stage < blocks for stage in self.stages)
+
+    def _enter(self, batches: Sequence[torch.Tensor], residuals: ResidualStore, units: "_Units", fresh: bool) -> None:
+        """The residuals before the first block, if `fresh`; and how every block is called, for each shape."""
+        with self._shell.embedded(self._source):
+            for number, ids in enumerate(batches):
+                for group in self._groups(ids):
+                    for start, chunk, streamed in self._chunks(number, ids[group]):
+                        key = (*chunk.shape, start if streamed else -1)
+                        if key not in self._calls:
+                            self._calls[key] = self._shell.record(chunk, start, streamed)[: self._last + 1]
+                if not fresh:
+                    continue
+                with units.unit(-1, number) as taps, _Outputs(residuals, len(ids)) as outputs:
+                    for group in self._groups(ids):
+                        units.group(group.start)
+                        for start, chunk, streamed in self._chunks(number, ids[group]):
+                            entering = _through(taps, chunk, start, self._shell.enter, chunk, start, streamed)
+                            outputs.write(self._pieces[number] + start // self._sizes[number], entering)
+        if fresh:
+            residuals.entered()
+
+    def _through_block(
+        self, block: int, number: int, ids: torch.Tensor, residuals: ResidualStore, units: "_Units"
+    ) -> None:
+        module = self._shell.blocks[block]
+        with units.unit(block, number) as taps, _Outputs(residuals, len(ids)) as outputs:
+            for group in self._groups(ids):
+                cache = None
+                units.group(group.start)
+                for start, chunk, streamed in self._chunks(number, ids[group]):
+                    if streamed and cache is None:
+                        cache = BlockCache(self._shell.model.config, block)
+                    call = self._calls[(*chunk.shape, start if streamed else -1)][block]
+                    piece = self._pieces[number] + start // self._sizes[number]
+                    residual = residuals.read(piece)[group].to(self._shell.device, non_blocking=True)
+                    outputs.write(piece, _through(taps, chunk, start, call.run, module, residual, cache))
+
+    def _after(self, batches: Sequence[torch.Tensor], residuals: ResidualStore, units: "_Units") -> None:
+        """The final norm."""
+        norm = Anatomy.of(self._shell.architecture).final_norm
+        assert norm is not None
+        with self._shell.embedded(self._source):
+            for number, ids in enumerate(batches):
+                with units.unit(self.stages[-1], number) as taps:
+                    for group in self._groups(ids):
+                        units.group(group.start)
+                        for start, chunk, _ in self._chunks(number, ids[group]):
+                            piece = residuals.read(self._pieces[number] + start // self._sizes[number])
+                            _through(taps, chunk, start, norm, piece[group].to(self._shell.device))
+
+    def _groups(self, ids: torch.Tensor) -> Iterator[slice]:
+        """The windows of a batch that go through a block together."""
+        size = max(1, -(-len(ids) // self._most_groups))
+        for first in range(0, len(ids), size):
+            yield slice(first, min(first + size, len(ids)))
+
+    def _chunks(self, number: int, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, bool]]:
+        """A batch as resident execution cuts it: whole where it fits a chunk, else chunk by chunk."""
+        size = self._sizes[number]
+        for start in range(0, ids.shape[1], size):
+            yield start, ids[:, start : start + size], ids.shape[1] > size
+
+    def points(self, stage: int) -> list[HookPoint]:
+        """The hook points of a stage."""
+        return self._points[stage]
+
+    def as_stored(self, value: torch.Tensor) -> torch.Tensor:
+        """A value in the stored dtype."""
+        return value.to(self._dtype)
+
+    def to_rows(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """A value as the writer takes it: (window, position, …), on the host."""
+        rows = stored.cpu()
+        return rows.transpose(1, 2) if name in self._over_keys else rows
+
+
+class _Outputs:
+    """What a block gives for the pieces of a batch, on its way into the store: of several groups once all are there."""
+
+    def __init__(self, residuals: ResidualStore, windows: int) -> None:
+        self._residuals, self._windows = residuals, windows
+        self._kept: dict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def __enter__(self) -> "_Outputs":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            for piece, values in sorted(self._kept.items()):
+                self._residuals.write(piece, torch.cat(values))
+
+    def write(self, piece: int, values: torch.Tensor) -> None:
+        """The windows of one group."""
+        if len(values) == self._windows:
+            self._residuals.write(piece, values)
+        else:
+            self._kept[piece].append(values.cpu())
+
+
+class _Units:
+    """Opens the taps of a unit of work, where it is one that is not done yet, and counts it when it ends."""
+
+    def __init__(
+        self,
+        runner: LayerwiseRunner,
+        architecture: Architecture,
+        sink: Sink,
+        batches: int,
+        done: int,
+        unit_done: Callable[[int], None],
+    ) -> None:
+        self._runner, self._architecture, self._sink, self._batches = runner, architecture, sink, batches
+        self._done, self._unit_done = done, unit_done
+        self.captured: Captured = None
+        self._first = 0
+        self._position: dict[str, int] = defaultdict(int)
+
+    def group(self, first: int) -> None:
+        """The windows from this one on come next."""
+        self._first = first
+        self._position.clear()
+
+    @contextmanager
+    def unit(self, stage: int, batch: int) -> Iterator[Taps | None]:
+        """The taps of a stage for a batch, None where nothing is to be read."""
+        stages = self._runner.stages
+        if stage not in stages or stages.index(stage) * self._batches + batch < self._done:
+            yield None
+            return
+
+        def hand_over(name: str, value: torch.Tensor) -> None:
+            stored = self._runner.as_stored(value)
+            if self.captured is not None:
+                self.captured(stored)
+            rows = self._runner.to_rows(name, stored)
+            self._sink(batch, name, self._position[name], rows, self._first)
+            self._position[name] += rows.shape[1]
+
+        with Taps(self._architecture, self._runner.points(stage), hand_over) as taps:
+            yield taps
+        self._unit_done(batch)
+
+
+class _Progress:
+    """A line in the log every ten seconds, and at the end of the last block."""
+
+    def __init__(self, first: int, blocks: int, tokens: int) -> None:
+        self._first, self._blocks, self._tokens = first, blocks, tokens
+        self._through = 0
+        self._begun = self._said = time.perf_counter()
+
+    def say(self, block: int, batch: int, batches: int, tokens: int) -> None:
+        self._through += tokens
+        now, last = time.perf_counter(), (block + 1, batch) == (self._blocks, batches)
+        if now - self._said < SECONDS_BETWEEN_LINES and not last:
+            return
+        self._said = now
+        speed = self._through / (self._blocks * (now - self._begun))
+        left = (self._tokens * (self._blocks - self._first) - self._through) / (speed * self._blocks)
+        words = "block %d of %d, batch %d of %d: %.0f tokens/s through all blocks, %.0f s to go"
+        log.info(words, block + 1, self._blocks, batch, batches, speed, left)
+
+
+def _through(
+    taps: Taps | None, chunk: torch.Tensor, seen: int, part: Callable[..., torch.Tensor], *args: Any
+) -> torch.Tensor:
+    """A part of the model with what it is given, read by taps where there are any."""
+    if taps is None:
+        return part(*args)
+    return taps.through(lambda: part(*args), (chunk.shape[0], chunk.shape[1]), seen)

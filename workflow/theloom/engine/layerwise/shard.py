@@ -1,0 +1,238 @@
+"""The extraction of one shard block by block: plan, sweep, rows into the shard writer, and what a killed job left."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from theloom import terminal
+from theloom.config.schema import Config
+from theloom.corpus import batching
+from theloom.corpus.batching import Batch, Lengths
+from theloom.devices import gpu, host
+from theloom.devices.peak_memory import MemoryWatch
+from theloom.engine import interrupts, model_record
+from theloom.engine.interrupts import StopRequest
+from theloom.engine.layerwise.model import LayerwiseModel
+from theloom.engine.layerwise.residual_store import ResidualStore
+from theloom.engine.layerwise.runner import LayerwiseRunner, Swept
+from theloom.engine.model_record import ModelRecord
+from theloom.errors import MemoryPlanError
+from theloom.hooks.points import HookPoint
+from theloom.memory.profile import ShardProfile
+from theloom.model import loading
+from theloom.planning import estimate, layerwise_plan, measure
+from theloom.planning.estimate import Estimate
+from theloom.planning.layerwise_plan import LayerwisePlan
+from theloom.planning.plan import Plan
+from theloom.store.partial import begun
+from theloom.store.writer import ShardSpec, ShardTokens, ShardWriter
+
+log = logging.getLogger(__name__)
+
+WAITED_TOO_LONG = 0.1  # of a sweep's time without weights, above which it is worth a word
+
+_ADVICE = "lower memory.streaming_chunk_size or corpus.context_length, or free memory, and run again"
+
+# makes the shard's spec of the plan and the number of units that are committed
+SpecOf = Callable[[Plan, int], ShardSpec]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The bytes that a sweep was foretold to take, what watches and records its memory, and what asks it to stop."""
+
+    predicted: int
+    watch: MemoryWatch
+    stop: StopRequest
+    profile: ShardProfile
+
+
+def extract_layerwise(
+    frozen: Config,
+    estimated: Estimate,
+    recorded: ModelRecord,
+    shard_tokens: ShardTokens,
+    points: list[HookPoint],
+    output: Path,
+    identity: str,
+    spec_of: SpecOf,
+    check: Callable[[int], None],
+    profiled: bool = False,
+    oom_level: int = 0,
+) -> None:
+    """Write the hidden states of a shard, or go on with one that was begun.
+
+    `check` is called with the planned chunk size before anything is run; `profiled`: the memory of its largest batch is
+    recorded; `oom_level` says how many times the windows of
+    a batch are halved from the start. Raises ModelError, MemoryPlanError, StoppedError.
+    """
+    lengths = np.diff(shard_tokens.window_offset)
+    device, _ = loading.resolve_precision(frozen)
+    measure.before_counting(frozen.model)
+    watch = MemoryWatch(device)
+    with model_record.open_again(frozen, recorded) as found:
+        planned = _plan(frozen, estimated, recorded, found, points, lengths, output, identity)
+        check(planned.plan.chunk_size)
+        batches = batching.plan_batches(
+            lengths, planned.plan.batch_tokens, planned.plan.chunk_size, planned.plan.streamed_windows
+        )
+        ids = [batching.padded(b, shard_tokens.input_ids, shard_tokens.window_offset) for b in batches]
+        precision, most = spec_of(planned.plan, 0).precision, max((len(b.windows) for b in batches), default=1)
+        pinned = device.type == "cuda" and not planned.spilled
+        largest = batching.largest(batches, 0, planned.plan.chunk_size) if profiled else ()
+        profile = ShardProfile(found.loaded, output, largest)
+        predicted = planned.need.device - planned.need.fixed
+        if device.type == "cpu":
+            predicted = planned.need.cpu + recorded.correction.beside
+
+        def run(level: int) -> None:
+            groups = 1 << level
+            runner = LayerwiseRunner(found.shell, found.source, points, planned.plan.chunk_size, precision, groups)
+            spec = spec_of(planned.plan, len(runner.stages) * len(batches))
+            residual_spec = runner.residuals(ids, identity)
+            _check_disk(spec, estimated, output, residual_spec.nbytes)
+            with ShardWriter(output, spec) as writer:
+                store = ResidualStore(residual_spec, output, planned.spilled, pinned)
+                if writer.batches_done < spec.batches:
+                    writer.figures["oom_level"] = max(writer.figures["oom_level"], level)
+                    with store, StopRequest() as stop:
+                        measured = _Measured(predicted, watch, stop, profile)
+                        _say(_sweep(runner, ids, batches, store, writer, measured), frozen)
+                    gpu.warn_above(frozen.memory.memory_warning_threshold, device)
+                store.remove()
+                writer.finish()
+
+        def cut(level: int) -> Plan:
+            """Batches get smaller as long as one has several windows; what is committed keeps its chunks."""
+            halved = min(level, (most - 1).bit_length())
+            return replace(planned.plan, batch_tokens=-(-planned.plan.batch_tokens // (1 << halved)))
+
+        interrupts.until_it_fits(run, cut, oom_level, device, lambda _: _ADVICE)
+
+
+def _plan(
+    frozen: Config,
+    estimated: Estimate,
+    recorded: ModelRecord,
+    found: LayerwiseModel,
+    points: list[HookPoint],
+    lengths: np.ndarray,
+    output: Path,
+    identity: str,
+) -> LayerwisePlan:
+    """What fits now; the batches of a shard that was begun are those that it was begun with."""
+    threshold, beside = frozen.memory.memory_warning_threshold, recorded.correction.beside
+    windows, unfinished = Lengths((lengths,)), begun(output, identity)
+    if unfinished is None:
+        planned = found.fit(estimated, points, windows, threshold, beside)
+    else:
+        sizes = [int(unfinished[name]) for name in ("batch_tokens", "chunk_size", "streamed_windows")]
+        as_begun = Plan(sizes[0], sizes[1], windows.longest, sizes[2]).over(windows)
+        planned = _as_begun(found, points, as_begun, windows.tokens, beside)
+    device = found.loaded.device.type
+    words = [terminal.in_words(n) for n in (planned.need.cpu if device == "cpu" else planned.need.device,)]
+    log.info(
+        "plan: block by block, batches of %d tokens, chunks of %d; %s%s",
+        planned.plan.batch_tokens,
+        planned.plan.chunk_size,
+        words[0],
+        "" if device == "cpu" else f", host {terminal.in_words(planned.need.host)}",
+    )
+    for change in planned.changes:
+        log.warning("to fit: %s", change)
+    return planned
+
+
+def _as_begun(found: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens: int, beside: int) -> LayerwisePlan:
+    device, row = found.loaded.device.type, found.residual_row
+    available, _ = gpu.available_memory(found.loaded.device)
+    for spilled in (False, True):
+        needed = layerwise_plan.need(
+            found.sizes(points), found.pass_of(points), cut.passes, tokens * row, row, device, spilled
+        )
+        on_host = needed.cpu if device == "cpu" else needed.host
+        if on_host + beside <= host.memory().free and (device == "cpu" or needed.device <= available.free):
+            return LayerwisePlan(cut, spilled, needed)
+    raise MemoryPlanError(
+        f"a shard was begun block by block with batches of {cut.batch_tokens} tokens, which take "
+        f"{terminal.in_words(needed.cpu if device == 'cpu' else needed.device)}, and {device} has "
+        f"{terminal.in_words(available.free)} free; free some, or remove its .partial file to begin anew"
+    )
+
+
+def _check_disk(spec: ShardSpec, estimated: Estimate, output: Path, residuals: int) -> None:
+    """Rows, and twice the residuals: files of earlier jobs count as free."""
+    there = [*output.parent.glob(f"{output.name}.partial"), *output.parent.glob(f"{output.name}.residuals.*")]
+    taken = sum(file.stat().st_blocks * 512 for file in there)
+    needed = spec.rows * estimated.row_bytes[spec.precision] + 2 * residuals
+    estimate.check_disk(output.parent, max(0, needed - taken), shutil.disk_usage(output.parent).free)
+
+
+def _sweep(
+    runner: LayerwiseRunner,
+    ids: list[torch.Tensor],
+    batches: list[Batch],
+    store: ResidualStore,
+    writer: ShardWriter,
+    measured: _Measured,
+) -> Swept:
+    """All blocks; rows reach the writer hook point by hook point, and are whole with the last block."""
+    rows = sum(sum(b.lengths) for b in batches)
+    last_stage, total = (len(runner.stages) - 1) * len(batches), len(runner.stages) * len(batches)
+    ready = 0
+
+    def write(number: int, name: str, start: int, values: torch.Tensor, first: int) -> None:
+        batch, own = batches[number], slice(first, first + len(values))
+        for row, (window, length) in enumerate(zip(batch.windows[own], batch.lengths[own], strict=True)):
+            real = min(length - start, values.shape[1])
+            if real > 0:
+                writer.write(window, name, start, values[row, :real])
+
+    def unit_done(number: int) -> None:
+        nonlocal ready
+        if writer.batches_done >= last_stage:
+            ready = rows if number == len(batches) - 1 else ready + sum(batches[number].lengths)
+        writer.batch_done(ready, last=writer.batches_done == total - 1)
+
+    swept = runner.sweep(
+        ids,
+        store,
+        write,
+        done=writer.batches_done,
+        unit_done=unit_done,
+        commit=writer.commit,
+        stop=lambda: measured.stop.asked,
+        profile=measured.profile.batch,
+    )
+    writer.figures["peak_memory"] = max(writer.figures["peak_memory"], float(measured.watch.peak))
+    writer.figures["predicted_memory"] = float(measured.predicted)
+    taken = {
+        "seconds_total": swept.seconds,
+        "seconds_waiting_for_weights": swept.waited,
+        "bytes_of_weights": swept.bytes_read,
+        "tokens": sum(sum(b.lengths) for b in batches),
+        "tokens_forwarded": swept.tokens,
+    }
+    for name, value in taken.items():
+        writer.figures[name] += value
+    return swept
+
+
+def _say(swept: Swept, frozen: Config) -> None:
+    share = swept.waited / max(swept.seconds, 1e-9)
+    words = "%d tokens through %d blocks in %.1f s; %s of weights read, waited for %.1f s (%.0f%%)"
+    read = terminal.in_words(swept.bytes_read)
+    log.info(words, swept.tokens, swept.blocks, swept.seconds, read, swept.waited, 100 * share)
+    if share > WAITED_TOO_LONG and (frozen.extraction.shards or 1) > 1:
+        fewer = max(1, int((frozen.extraction.shards or 1) * WAITED_TOO_LONG / share))
+        log.warning(
+            "%.0f%% of the time went by waiting for weights: shards this small do not hide the reads; "
+            "extraction.shards=%d would, where host memory or disk holds their residuals",
+            100 * share,
+            fewer,
+        )

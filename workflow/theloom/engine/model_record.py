@@ -1,0 +1,151 @@
+"""`model.h5`: which model a run uses, at which precision, its hook points, and what loading and running it took.
+
+Every later job loads the same model by this record, and refuses one that has changed since.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+
+from theloom.config.frozen import to_plain
+from theloom.config.schema import Config
+from theloom.devices import gpu
+from theloom.errors import ModelError, StoreError
+from theloom.hooks.points import Catalogue, HookPoint
+from theloom.model.files import ModelFiles, files_fingerprint, files_signature, prepare_files
+from theloom.model.loading import LoadedModel, load_model, resolve_precision
+from theloom.planning.plan import Correction
+from theloom.store import file_format, provenance
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from theloom.engine.layerwise.model import LayerwiseModel
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What later jobs need of `model.h5`."""
+
+    revision: str | None
+    fingerprint: str
+    signature: str
+    precision: str
+    catalogue: Catalogue
+    causal: bool
+    streams: bool
+    correction: Correction
+    layerwise: bool  # whether it goes block by block
+    attributes: dict[str, Any]
+
+    @property
+    def quantization(self) -> str | None:
+        """`8bit` or `4bit`: asked for, or the checkpoint's own."""
+        return None if self.attributes["quantization"] == "null" else self.attributes["quantization"]
+
+
+def write_catalog(file: h5py.File, catalogue: Catalogue) -> None:
+    """Every hook point with the shape of a token's row, and what the model has not, with the reason."""
+    points = catalogue.points
+    for name in ("name", "value"):
+        file[f"hooks/{name}"] = file_format.fixed_strings([getattr(p, name) for p in points])
+    file["hooks/block"] = [p.block for p in points]
+    file["hooks/shape"] = file_format.fixed_strings([json.dumps(p.shape) for p in points])
+    file["hooks_refused/name"] = file_format.fixed_strings(list(catalogue.refused))
+    file["hooks_refused/reason"] = file_format.fixed_strings(list(catalogue.refused.values()))
+
+
+def _read_catalogue(file: h5py.File) -> Catalogue:
+    columns = [file[f"hooks/{name}"][:].tolist() for name in ("name", "block", "value", "shape")]
+    points = [
+        HookPoint(name.decode(), block, value.decode(), tuple(json.loads(shape)))
+        for name, block, value, shape in zip(*columns, strict=True)
+    ]
+    names, reasons = (file[f"hooks_refused/{name}"][:].tolist() for name in ("name", "reason"))
+    return Catalogue(points, {n.decode(): r.decode() for n, r in zip(names, reasons, strict=True)})
+
+
+def model_attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:
+    return provenance.attributes(
+        "model",
+        config=to_plain(config),
+        source=config.model.source,
+        revision=loaded.files.revision,
+        gguf_file=loaded.files.gguf_file,
+        model_class=type(loaded.architecture.model).__name__,
+        fingerprint=files_fingerprint(loaded.files),
+        signature=files_signature(loaded.files),
+        precision_requested=loaded.precision.requested,
+        precision=loaded.precision.resolved,
+        precision_steps=list(loaded.precision.steps),
+        quantization=loaded.quantization,
+        attention=loaded.attention,
+        device=gpu.device_name(loaded.device),
+        blocks=len(loaded.architecture.blocks),
+        hidden_size=loaded.architecture.hidden_size,
+    )
+
+
+def read(path: Path) -> ModelRecord:
+    """Read `model.h5`."""
+    with file_format.open_h5(path, "model") as file:
+        attributes = dict(file.attrs)
+        return ModelRecord(
+            revision=None if attributes["revision"] == "null" else attributes["revision"],
+            fingerprint=attributes["fingerprint"],
+            signature=attributes["signature"],
+            precision=attributes["precision"],
+            catalogue=_read_catalogue(file),
+            causal=bool(attributes["causal"]),
+            streams=bool(attributes["streams"]),
+            correction=Correction(float(file["memory"].attrs["ratio"]), int(file["memory"].attrs["beside"])),
+            layerwise=attributes["execution"] == "layerwise",
+            attributes=attributes,
+        )
+
+
+def load_again(config: Config, recorded: ModelRecord, points: Sequence[HookPoint] | None = None) -> LoadedModel:
+    """Load the model of a record, or what reading `points` needs.
+
+    Raises StoreError if its files, or the precision at hand, are others by now.
+    """
+    return load_model(config, _same_files(config, recorded), points)
+
+
+def open_again(config: Config, recorded: ModelRecord) -> "AbstractContextManager[LayerwiseModel]":
+    """The same for a model that goes block by block."""
+    from theloom.engine.layerwise.model import opened
+
+    return opened(config, _same_files(config, recorded))
+
+
+def _same_files(config: Config, recorded: ModelRecord) -> ModelFiles:
+    """The files of a record's model, unchanged. Raises StoreError, ModelError."""
+    device, resolved = resolve_precision(config)
+    if resolved.resolved != recorded.precision:
+        raise StoreError(
+            f"model.h5 was made in {recorded.precision}, and {device} gives {resolved.resolved}; "
+            f"set memory.precision_mode={recorded.precision}, or run on the same kind of device"
+        )
+    files = prepare_files(config.model, recorded.revision)
+    if files_signature(files) != recorded.signature and files_fingerprint(files) != recorded.fingerprint:
+        raise ModelError(
+            f"model.source: the files of {config.model.source} have changed since load_model; "
+            "put them back, or run it again with --forcerun load_model"
+        )
+    return files
+
+
+def provenance_of(recorded: ModelRecord) -> dict[str, Any]:
+    """The model's part of a data file's attributes."""
+    names = ["source", "revision", "gguf_file", "model_class", "fingerprint", "precision_requested", "precision"]
+    names += ["precision_steps", "quantization", "attention"]
+    return {f"model_{n.removeprefix('model_')}": recorded.attributes[n] for n in names}

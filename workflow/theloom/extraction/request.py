@@ -1,0 +1,156 @@
+"""What a call of the functions of `extraction` asks for, checked before anything runs."""
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from theloom import precision
+from theloom.config import model_dims
+from theloom.errors import HookError, InputError, ModelError
+from theloom.extraction import padding
+from theloom.extraction.padding import Rows, Tokens
+from theloom.hooks.blocks import Architecture, find_blocks
+from theloom.hooks.points import HookPoint
+from theloom.precision import TOLERANCE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model, the hook points to read, and the rows to read them of."""
+
+    architecture: Architecture
+    points: list[HookPoint]
+    rows: Rows
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model is given beside the ids: a mask where padding on the right could reach a token."""
+        masked = self.rows.uneven and not causal(self.architecture)
+        return self.rows.others | ({"attention_mask": self.rows.mask().long()} if masked else {})
+
+
+def ask(
+    model: "PreTrainedModel",
+    tokens: Tokens,
+    hooks: Sequence[str] | None,
+    layers: Sequence[int] | None,
+    attention_mask: Any,
+) -> Request:
+    """What a call asks for, checked. Raises InputError, HookError, ModelError."""
+    from transformers import PreTrainedModel
+
+    from theloom.hooks.catalog import build_catalog
+
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"a model of transformers is needed, found {type(model).__name__}")
+    described = find_blocks(model)
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    rows = padding.rows_of(tokens, attention_mask, pad if isinstance(pad, int) and pad >= 0 else 0)
+    rows = _that_the_model_takes(model, rows)
+    points = build_catalog(described).select(_entries(hooks, layers, len(described.blocks)))
+    _check_length(described, rows.ids.shape[1])
+    return Request(described, points, rows)
+
+
+def _entries(hooks: Sequence[str] | None, layers: Sequence[int] | None, blocks: int) -> list[str]:
+    if isinstance(hooks, str):
+        hooks = [hooks]
+    if hooks is None and layers is None:
+        return ["blocks.*.hook_resid_post"]
+    if hooks is not None and not hooks:
+        return []
+    if hooks is None and not layers:
+        raise HookError("layers is empty: name at least one, or leave it out for all of them")
+    for layer in layers or ():
+        if not -blocks <= layer < blocks:
+            raise HookError(f"layers: {layer} is not in this model, which has {blocks} blocks, 0 to {blocks - 1}")
+    return [*(hooks or ()), *(f"blocks.{layer}.hook_resid_post" for layer in layers or ())]
+
+
+def _that_the_model_takes(model: "PreTrainedModel", rows: Rows) -> Rows:
+    """Rows without further inputs that the model does not know; zeros (token types, mostly) say nothing."""
+    known = inspect.signature(model.forward).parameters
+    for name in [n for n in rows.others if n not in known]:
+        if rows.others[name].any():
+            raise InputError(f"tokens: {type(model).__name__} does not take {name!r}")
+        del rows.others[name]
+    return rows
+
+
+def _check_length(described: Architecture, tokens: int) -> None:
+    from theloom.hooks.locate import Anatomy
+
+    name, limit = type(described.model).__name__, model_dims.numbers(described.model.config).context_length
+    if limit and tokens > limit:
+        if "hook_pos_embed" in Anatomy.of(described).sites:
+            raise InputError(f"tokens: {tokens} in a row, and {name} has {limit} positions; give it shorter rows")
+        log.warning("%s was made for %d tokens, and a row has %d", name, limit, tokens)
+
+
+@dataclass
+class _Shown:
+    """What a model has shown on a few tokens: `None` where it has not been asked."""
+
+    causal: bool | None = None
+    no_streams: str | None = None
+
+
+_shown: WeakKeyDictionary[torch.nn.Module, _Shown] = WeakKeyDictionary()
+
+
+def _tolerance(described: Architecture) -> float:
+    model: Any = described.model
+    by_dtype = {precision.torch_dtype(name): error for name, error in TOLERANCE.items()}
+    rounding = by_dtype.get(model.dtype, TOLERANCE["fp32"])
+    return max(rounding, TOLERANCE["bf16"]) if getattr(model, "is_quantized", False) else rounding
+
+
+def causal(described: Architecture) -> bool:
+    """Whether a token's rows are free of the tokens after it."""
+    from theloom.hooks.blocks import evaluating
+    from theloom.model.forward import forward_residuals
+
+    shown = _shown.setdefault(described.model, _Shown())
+    if shown.causal is None:
+        ids = _some_tokens(described)
+        with evaluating(described.model):
+            whole, part = forward_residuals(described, ids, 24), forward_residuals(described, ids[:, :16], 16)
+        error = max(float((part[n] - v[:, :16]).abs().max() / v.abs().max()) for n, v in whole.items())
+        shown.causal = error <= 10 * _tolerance(described)
+    return shown.causal
+
+
+def _some_tokens(described: Architecture) -> torch.Tensor:
+    seeded = torch.Generator().manual_seed(0)
+    return torch.randint(described.model.config.get_text_config().vocab_size, (1, 24), generator=seeded)
+
+
+def check_streams(described: Architecture) -> None:
+    """Raises ModelError where chunks through the KV cache give other rows than one pass, with the reason."""
+    from theloom.hooks.blocks import evaluating
+    from theloom.model.checks import self_check
+
+    shown = _shown.setdefault(described.model, _Shown())
+    if shown.no_streams is None:
+        with evaluating(described.model):
+            try:
+                tried = self_check(described, _tolerance(described))
+                shown.no_streams = tried.not_streamed
+            except ModelError as error:
+                shown.no_streams = str(error)
+    if shown.no_streams:
+        name = type(described.model).__name__
+        raise ModelError(
+            f"{name} cannot be streamed: {shown.no_streams.removeprefix(f'{name}: ')}; "
+            "use extract_hidden_states, or a chunk_size as long as the tokens"
+        )

@@ -1,0 +1,144 @@
+"""Where a Hugging Face model keeps its blocks, and the numbers of its config.
+
+Blocks are found from what transformers declares (`_can_record_outputs`, `_no_split_modules`), not from a list of
+architectures.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from theloom.config.model_dims import numbers
+from theloom.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class BlockNotLoadedError(Exception):
+    """A forward pass came to a block that is not loaded, since no hook point needs it: its end."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model, and its blocks in the order in which they run."""
+
+    model: "PreTrainedModel"
+    blocks: list["torch.nn.Module"]
+    hidden_size: int
+
+    @property
+    def loaded(self) -> list["torch.nn.Module"]:
+        """Those of the blocks that are loaded: the first ones, up to the deepest that is needed."""
+        return [b for b in self.blocks if not getattr(b, "not_loaded", False)]
+
+
+def find_blocks(model: "PreTrainedModel") -> Architecture:
+    """Find the blocks of a model. Raises ModelError where they cannot be told for certain.
+
+    They are the list of as many modules as the config says, of classes that transformers declares for the part of the
+    model that owns them. Where no list is so, any list of that length will do, or any of those classes; where more than
+    one is, a forward pass of three tokens says which one runs.
+    """
+    size = numbers(model.config)
+    every = _module_lists(model)
+    lists = [(owner, blocks) for owner, blocks in every if len(blocks) in (size.num_blocks, _decoder_blocks(model))]
+    declared = {name for owner, _ in every for name in _declared_block_classes(owner)}
+    found = [blocks for owner, blocks in lists if _declared(owner, blocks)] or [blocks for _, blocks in lists]
+    found = found or [blocks for owner, blocks in every if _declared(owner, blocks)]
+    if len(found) > 1:
+        found = _those_that_run(model, found)
+    if len(found) != 1:
+        raise ModelError(
+            f"{type(model).__name__}: cannot tell which modules are its {size.num_blocks} blocks "
+            f"(declared: {', '.join(sorted(declared)) or 'none'}; lists of that length: {len(lists)})"
+        )
+    return Architecture(model, found[0], size.hidden_size)
+
+
+def _decoder_blocks(model: "PreTrainedModel") -> int:
+    """Blocks of the decoder, where a config has numbers for an encoder as well."""
+    return int(getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None) or 0)
+
+
+def _declared_block_classes(owner: "PreTrainedModel") -> set[str]:
+    """Names of the classes that transformers declares to give hidden states, or never to be split over devices."""
+    recorded: Any = (owner._can_record_outputs or {}).get("hidden_states")
+    names = set(owner._no_split_modules or [])
+    for entry in recorded if isinstance(recorded, list | tuple) else [recorded]:
+        entry = getattr(entry, "target_class", entry)
+        if entry is not None:
+            names.add(entry if isinstance(entry, str) else entry.__name__)
+    return names
+
+
+def _declared(owner: "PreTrainedModel", blocks: list["torch.nn.Module"]) -> bool:
+    declared = _declared_block_classes(owner)
+    return all(type(block).__name__ in declared for block in blocks)
+
+
+def _module_lists(model: "PreTrainedModel") -> list[tuple["PreTrainedModel", list["torch.nn.Module"]]]:
+    """Every list of modules, with the innermost PreTrainedModel that it lies in."""
+    import torch
+    from transformers import PreTrainedModel
+
+    owners: dict[str, PreTrainedModel] = {}
+    found = []
+    for name, module in model.named_modules():  # from the outside in
+        parent = next((owners[n] for n in _prefixes(name) if n in owners), model)
+        owners[name] = module if isinstance(module, PreTrainedModel) else parent
+        if isinstance(module, torch.nn.ModuleList) and len(module):
+            found.append((parent, list(module)))
+    return found
+
+
+def _prefixes(name: str) -> list[str]:
+    """The names of the modules that one lies in, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
+
+
+def _those_that_run(model: "PreTrainedModel", lists: list[list["torch.nn.Module"]]) -> list[list["torch.nn.Module"]]:
+    """The lists whose modules all run, on their own or within each other's outermost, in a pass of three tokens."""
+
+    ran: set[torch.nn.Module] = set()
+    modules = {module for blocks in lists for module in blocks}
+    handles = [module.register_forward_hook(lambda module, *_: ran.add(module)) for module in modules]
+    try:
+        forward_three_tokens(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [blocks for blocks in lists if all(block in ran for block in blocks)]
+    inner = {m for blocks in found for block in blocks for m in block.modules() if m is not block}
+    return [blocks for blocks in found if not any(block in inner for block in blocks)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and every module's own mode after that."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def forward_three_tokens(model: nn.Module) -> None:
+    """A forward pass that leaves no trace. Raises ModelError."""
+    some: Any = next(model.parameters())
+    with torch.inference_mode(), evaluating(model):
+        ids = torch.arange(3, device=getattr(model, "device", some.device))[None]
+        try:
+            model(input_ids=ids, use_cache=False)
+        except BlockNotLoadedError:
+            pass
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+            words = " ".join(str(error).split())
+            raise ModelError(f"{type(model).__name__} cannot be run on token ids alone: {words}") from None

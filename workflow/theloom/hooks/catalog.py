@@ -1,0 +1,63 @@
+"""Every hook point that a model has, with shapes: each is read once, in a forward pass of three tokens."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from theloom.errors import HookError
+from theloom.hooks.blocks import Architecture, evaluating
+from theloom.hooks.locate import Anatomy
+from theloom.hooks.points import Catalogue, HookPoint
+from theloom.hooks.taps import Taps
+
+
+def build_catalog(architecture: Architecture) -> Catalogue:
+    """What can be read from a model. Raises ModelError for one that does not run on token ids alone."""
+    anatomy = Anatomy.of(architecture)
+    found = _known.get(architecture.model)
+    if found is None or found[0] is not anatomy:
+        found = _known[architecture.model] = (anatomy, _read_all(architecture, anatomy))
+    return found[1]
+
+
+_known: WeakKeyDictionary[nn.Module, tuple[Anatomy, Catalogue]] = WeakKeyDictionary()
+
+
+def _read_all(architecture: Architecture, anatomy: Anatomy) -> Catalogue:
+    refused = dict(anatomy.refused)
+    shapes = _shapes(architecture, anatomy.points)
+    if shapes is None:  # the inside of attention ended the forward: without it, and then block by block
+        inside = [p for p in anatomy.points if p.over_keys]
+        rest = [p for p in anatomy.points if not p.over_keys]
+        shapes = _shapes(architecture, rest) or {}
+        for block in sorted({p.block for p in inside}):
+            shapes |= _shapes(architecture, [p for p in inside if p.block == block]) or {}
+    points = []
+    for point in anatomy.points:
+        if point.name in shapes:
+            points.append(replace(point, shape=shapes[point.name]))
+        else:
+            refused[point.name] = "is not reached in the forward pass"
+    return Catalogue(points, refused)
+
+
+def _shapes(architecture: Architecture, points: Collection[HookPoint]) -> dict[str, tuple[int, ...]] | None:
+    """The shape of a token's row by hook point; None where a forward with these taps fails."""
+    over_keys = {p.name for p in points if p.over_keys}
+    found: dict[str, tuple[int, ...]] = {}
+
+    def see(name: str, value: torch.Tensor) -> None:
+        found[name] = (value.shape[1],) if name in over_keys else tuple(value.shape[2:])
+
+    model = architecture.model
+    with torch.inference_mode(), evaluating(model), Taps(architecture, list(points), see) as taps:
+        try:
+            taps.run(input_ids=torch.arange(3, device=model.device)[None], use_cache=False)
+        except HookError:
+            return found if len(found) < len(points) and not over_keys else None
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+            return None
+    return found

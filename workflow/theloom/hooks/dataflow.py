@@ -1,0 +1,95 @@
+"""Which tensors go into and out of the modules of a model, seen in a forward pass of three tokens."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from theloom.hooks import attention
+from theloom.hooks.attention import ROT_K, ROT_Q, Inside
+from theloom.hooks.blocks import Architecture, forward_three_tokens
+from theloom.hooks.module_names import find_attention, find_core
+from theloom.hooks.sites import Norm, Site, is_norm
+
+
+class Flow:
+    """Which tensors went into and out of the modules of a model, in a forward pass of three tokens."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        model = architecture.model
+        self._blocks = {m: block for block in architecture.blocks for m in block.modules()}
+        self._in: dict[nn.Module, torch.Tensor] = {}
+        self._out: dict[nn.Module, torch.Tensor] = {}
+        self.ran: list[nn.Module] = []
+        self.heads: dict[nn.Module, tuple[int, int]] = {}
+        self.head_size: dict[nn.Module, int] = {}
+        with ExitStack() as opened:
+            for module in model.modules():
+                if module is not model:
+                    opened.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                    opened.callback(module.register_forward_hook(self._after).remove)
+            for block in architecture.blocks:
+                attn = find_attention(block)
+                core = find_core(attn) if attn is not None else None
+                if core is not None and attention.uses_registry(core):
+                    opened.enter_context(Inside(core, {ROT_Q, ROT_K}, self._meet(core)))
+            forward_three_tokens(model)
+        self._norms = {m: Norm(m, self._in[m]) for m in self.ran if is_norm(m) and m in self._in}
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module not in self._in and any(isinstance(v, torch.Tensor) for v in (*args, *kwargs.values())):
+            self._in[module] = Site.input(args, kwargs)
+        self.ran.append(module)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        values = output if isinstance(output, tuple | list) else [output]
+        found = next((v for v in values if isinstance(v, torch.Tensor)), None)
+        if found is not None:
+            self._out.setdefault(module, found)
+
+    def _meet(self, core: nn.Module) -> Callable[[str, torch.Tensor], None]:
+        def read(name: str, value: torch.Tensor) -> None:
+            heads, kv_heads = self.heads.get(core, (0, 0))
+            self.heads[core] = (value.shape[2], kv_heads) if name == ROT_Q else (heads, value.shape[2])
+            if name == ROT_Q:
+                self.head_size[core] = value.shape[3]
+
+        return read
+
+    def input(self, module: nn.Module | None) -> int:
+        """What a module was given first: the identity of the storage, 0 if it did not run."""
+        return _identity(self._in.get(module)) if module is not None else 0
+
+    def output(self, module: nn.Module | None) -> int:
+        """What a module returned first."""
+        return _identity(self._out.get(module)) if module is not None else 0
+
+    def width_in(self, module: nn.Module | None) -> int:
+        return self._in[module].shape[-1] if module in self._in else 0
+
+    def width_out(self, module: nn.Module | None) -> int:
+        return self._out[module].shape[-1] if module in self._out else 0
+
+    def norm_to(self, value: int, block: nn.Module) -> Norm | None:
+        """The norm of a block that a value comes from."""
+        norms = self._norms.items()
+        return next((n for m, n in norms if value and self.output(m) == value and self.inside(m, block)), None)
+
+    def norm_of(self, value: int, outside: bool = False) -> Norm | None:
+        """The norm that takes a value, within a block or outside of all."""
+        return next(
+            (n for m, n in self._norms.items() if value and self.input(m) == value and outside != self.in_a_block(m)),
+            None,
+        )
+
+    def in_a_block(self, module: nn.Module) -> bool:
+        return module in self._blocks
+
+    def inside(self, module: nn.Module, block: nn.Module) -> bool:
+        return self._blocks.get(module) is block
+
+
+def _identity(value: torch.Tensor | None) -> int:
+    return 0 if value is None else value.untyped_storage()._cdata

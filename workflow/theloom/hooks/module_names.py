@@ -1,0 +1,130 @@
+"""What transformers calls the parts of a block: the small tables of names, and finding modules by them."""
+
+import re
+
+from torch import nn
+
+from theloom.hooks import attention
+from theloom.hooks.blocks import Architecture
+from theloom.hooks.sites import is_norm
+
+QUERY_KEY_VALUE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+)
+
+
+# by heads: for each key head its queries, then its key, then its value; else all queries, all keys, all values
+IN_A_ROW, BY_HEADS = "in a row", "by heads"
+
+
+FUSED_QUERY_KEY_VALUE = {"c_attn": IN_A_ROW, "qkv_proj": IN_A_ROW, "Wqkv": IN_A_ROW, "query_key_value": BY_HEADS}
+
+
+ATTENTION_OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo")
+
+
+GATE_UP_DOWN = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
+
+
+GATE_AND_UP_IN_ONE = (("gate_up_proj", "down_proj"), ("Wi", "Wo"))
+
+
+UP_DOWN = (
+    ("fc1", "fc2"),
+    ("c_fc", "c_proj"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+    ("fc_in", "fc_out"),
+    ("up_proj", "down_proj"),
+    ("lin1", "lin2"),
+    ("intermediate.dense", "output.dense"),
+)
+
+
+MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "feedforward")
+
+
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+
+
+SCRAMBLED = ("CodeGenAttention",)  # its fused projection is cut for four devices first
+
+
+def find_attention(block: nn.Module) -> nn.Module | None:
+    """The self-attention of a block."""
+    for name, module in block.named_modules():
+        last = name.rpartition(".")[2]
+        if name.count(".") > 1 or is_norm(module) or re.search(r"cross|encoder_attn|x_attn", name) or not name:
+            continue
+        named = last in ("attn", "self_attn", "attention", "self_attention") or "Attention" in type(module).__name__
+        if named and "norm" not in last and len([*module.parameters(), *module.buffers()]):
+            return module
+    return None
+
+
+def find_core(attn: nn.Module) -> nn.Module | None:
+    """The module within attention whose forward has queries, keys and values meet."""
+    for module in attn.modules():
+        if attention.uses_registry(module):
+            return module
+    for names in (*QUERY_KEY_VALUE, *((n,) for n in FUSED_QUERY_KEY_VALUE)):
+        for module in attn.modules():
+            if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+                return module
+    return None
+
+
+def looks_causal(architecture: Architecture) -> bool:
+    """Whether no block's self-attention says that it sees to the right; `trial` is what shows it."""
+    cores = [find_core(attn) for block in architecture.blocks if (attn := find_attention(block)) is not None]
+    return not any(getattr(core, "is_causal", None) is False for core in cores)
+
+
+def find_mlp(block: nn.Module, attn: nn.Module | None) -> nn.Module | None:
+    """The MLP of a block where it is one module."""
+    return next((m for name in MLP if isinstance(m := getattr(block, name, None), nn.Module) and m is not attn), None)
+
+
+def first_linear(block: nn.Module, attn: nn.Module | None) -> nn.Module | None:
+    """The first linear of an MLP whose linears lie in the block itself."""
+    return next((m[0] for m in (leaves(block, n, attn) for n in UP_DOWN) if m), None)
+
+
+def leaf(home: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:
+    """The module within another that has one of these names, the first name first."""
+    if home is None:
+        return None
+    modules = dict(home.named_modules())
+    for wanted in names:
+        for name, module in modules.items():
+            if name.rpartition(".")[2] == wanted and not is_norm(module):
+                return module
+    return None
+
+
+def leaves(home: nn.Module, names: tuple[str, ...], exclude: nn.Module | None = None) -> list[nn.Module] | None:
+    """The modules within another, directly or one below, that have all of these names; None if any is missing."""
+    outside = set() if exclude is None else set(exclude.modules())
+    modules = {n: m for n, m in home.named_modules() if m not in outside}
+    prefixes = sorted({n.rpartition(names[0])[0] for n in modules if f".{n}".endswith(f".{names[0]}")}, key=len)
+    for prefix in prefixes:
+        found = [modules.get(prefix + name) for name in names]
+        if all(found):
+            return [m for m in found if m is not None]
+    return None
+
+
+def heads_of(core: nn.Module) -> tuple[int, int]:
+    """Heads of queries and of keys, from a module's own numbers or its config's."""
+    places = [core, getattr(core, "config", None)]
+    heads = next((getattr(p, n) for p in places for n in HEADS if isinstance(getattr(p, n, None), int)), 0)
+    names = ("num_kv_heads", "num_key_value_heads")
+    return heads, next((getattr(p, n) for p in places for n in names if isinstance(getattr(p, n, None), int)), heads)
+
+
+def adds_residual(module: nn.Module) -> bool:
+    """Whether a module, or one within it, takes the residual as well and adds it."""
+    taken = {name for m in module.modules() for name in type(m).forward.__code__.co_varnames[:4]}
+    return bool(taken & {"residual", "input_tensor"})

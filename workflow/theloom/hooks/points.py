@@ -1,0 +1,222 @@
+"""Hook points: TransformerLens names for values of a Hugging Face model.
+
+A name says where in the model a value is. `anatomy` finds which of them a model has, `select` turns a filter into hook
+points, and `taps` reads their values during a forward pass.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from theloom.config.model_dims import Numbers
+from theloom.errors import HookError
+
+RESIDUALS = ("hook_resid_pre", "hook_resid_post")
+
+
+SCORES, PATTERN = "attn.hook_attn_scores", "attn.hook_pattern"
+
+
+# in the order in which a forward pass reaches them
+BEFORE_BLOCKS = ("hook_embed", "hook_pos_embed")
+
+
+IN_BLOCK = (
+    "hook_resid_pre",
+    "ln1.hook_scale",
+    "ln1.hook_normalized",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_rot_q",
+    "attn.hook_rot_k",
+    SCORES,
+    PATTERN,
+    "attn.hook_z",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "ln2.hook_scale",
+    "ln2.hook_normalized",
+    "mlp.hook_pre",
+    "mlp.hook_pre_linear",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
+
+
+AFTER_BLOCKS = ("ln_final.hook_scale", "ln_final.hook_normalized")
+
+
+# values that take memory of their own to read; the others are tensors that the model has made anyway
+COMPUTED = frozenset({"ln1.hook_scale", "ln1.hook_normalized", "ln2.hook_scale", "ln2.hook_normalized"}) | frozenset(
+    {SCORES, PATTERN, *AFTER_BLOCKS}
+)
+
+
+NO_LEARNED_POSITIONS = "it has no learned positions"
+
+
+POST_NORM = "no norm comes before its attention, so that the norms it has see something else"
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """One hook point of a model: its name, its block, which value of the block, and the shape of a token's row.
+
+    `block` is -1 before the first block, and the number of blocks after the last. `shape` leaves out the axis of the
+    keys, which attention scores and patterns have as their last.
+    """
+
+    name: str
+    block: int
+    value: str
+    shape: tuple[int, ...]
+
+    @property
+    def over_keys(self) -> bool:
+        """Whether the value is (batch, heads, position, key) instead of (batch, position, …)."""
+        return self.value in (SCORES, PATTERN)
+
+    @property
+    def position_axis(self) -> int:
+        """The axis of a value along which its tokens lie."""
+        return 2 if self.over_keys else 1
+
+    @property
+    def fill(self) -> float:
+        """What the value is for a key that no token of the window has: that of a masked one."""
+        return -math.inf if self.value == SCORES else 0.0
+
+    def row(self, keys: int) -> tuple[int, ...]:
+        """The shape of a row on disk, where windows have at most so many tokens."""
+        return (*self.shape, keys) if self.over_keys else self.shape
+
+    def width(self, keys: int) -> int:
+        """Elements of a row."""
+        return math.prod(self.row(keys))
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The hook points of a model, in the order of its forward pass, and by name the reason for each that it has not."""
+
+    points: list[HookPoint]
+    refused: dict[str, str]
+
+    def select(self, filters: Iterable[str]) -> list[HookPoint]:
+        """What a filter asks for (`select`)."""
+        return select_points(filters, self.points, self.refused)
+
+
+def point(value: str, block: int, num_blocks: int, shape: Sequence[int]) -> HookPoint:
+    """The hook point of a value in a block, or before or after all blocks."""
+    name = f"blocks.{block}.{value}" if 0 <= block < num_blocks else value
+    return HookPoint(name, block, value, tuple(shape))
+
+
+def residual_points(num_blocks: int, hidden_size: int) -> list[HookPoint]:
+    """The residual stream before and after every block."""
+    return [point(value, block, num_blocks, [hidden_size]) for block in range(num_blocks) for value in RESIDUALS]
+
+
+def llama_catalog(size: Numbers) -> Catalogue:
+    """The catalogue of a Llama-like model (`closed_form.covers`), from its numbers alone."""
+    d, m, q, kv = (
+        [size.hidden_size],
+        [size.intermediate_size],
+        [size.num_heads, size.head_dim],
+        [size.num_kv_heads, size.head_dim],
+    )
+    shapes: dict[str, list[int]] = dict.fromkeys(IN_BLOCK, d)
+    shapes |= {value: [1] for value in ("ln1.hook_scale", "ln2.hook_scale")}
+    shapes |= dict.fromkeys(("attn.hook_q", "attn.hook_rot_q", "attn.hook_z"), q)
+    shapes |= dict.fromkeys(("attn.hook_k", "attn.hook_rot_k", "attn.hook_v"), kv)
+    shapes |= {value: [size.num_heads] for value in (SCORES, PATTERN)}
+    shapes |= dict.fromkeys(("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"), m)
+    n = size.num_blocks
+    absent = {"hook_pos_embed": NO_LEARNED_POSITIONS}
+    if size.model_type == "olmo2":
+        values = [v for v in IN_BLOCK if v.startswith("ln")]
+        absent |= {f"blocks.{block}.{value}": POST_NORM for block in range(n) for value in values}
+    every = [
+        point("hook_embed", -1, n, d),
+        *(point(value, block, n, shapes[value]) for block in range(n) for value in IN_BLOCK),
+        point("ln_final.hook_scale", n, n, [1]),
+        point("ln_final.hook_normalized", n, n, d),
+    ]
+    return Catalogue([p for p in every if p.name not in absent], absent)
+
+
+def select_points(
+    filters: Iterable[str], points: Sequence[HookPoint], refused: Mapping[str, str] | None = None
+) -> list[HookPoint]:
+    """The hook points that a filter asks for, in the order of the model; an empty filter asks for all.
+
+    An entry is an exact name or a glob (`*`, `?`); `blocks.-1.` counts from the last block. Raises HookError for an
+    entry that names nothing: with the reason where this model's architecture has not the hook point (`refused`, by
+    name), else with near matches.
+    """
+    entries = list(filters)
+    if not entries:
+        return list(points)
+    refused = refused or {}
+    num_blocks = 1 + max(p.block for p in points if p.name.startswith("blocks."))
+    chosen: set[str] = set()
+    for entry in entries:
+        pattern = _from_the_end(entry, num_blocks)
+        matched = {p.name for p in points if fnmatchcase(p.name, _literal_brackets(pattern))}
+        if not matched:
+            reason = next((r for name, r in refused.items() if fnmatchcase(name, _literal_brackets(pattern))), None)
+            raise HookError(
+                f"hook point {entry!r} is not to be had from this model: {reason}"
+                if reason
+                else _unknown(entry, pattern, points, num_blocks)
+            )
+        chosen |= matched
+    return [p for p in points if p.name in chosen]
+
+
+def check_names(filters: Iterable[str]) -> None:
+    """That a filter's entries can name something in some model, however many blocks it has. Raises HookError."""
+    values = {*BEFORE_BLOCKS, *AFTER_BLOCKS, *(f"blocks.0.{value}" for value in IN_BLOCK)}
+    for entry in filters:
+        pattern = re.sub(r"^blocks\.-?\d+\.", "blocks.0.", entry)
+        if not any(fnmatchcase(name, _literal_brackets(pattern)) for name in values):
+            near = next(iter(difflib.get_close_matches(pattern, sorted(values), n=1)), None)
+            hint = f"; did you mean {near.replace('blocks.0.', 'blocks.{block}.')!r}?" if near else ""
+            raise HookError(f"{entry!r} names no hook point of any model{hint}")
+
+
+def _from_the_end(entry: str, num_blocks: int) -> str:
+    match = re.match(r"blocks\.-(\d+)\.", entry)
+    if not match:
+        return entry
+    block = num_blocks - int(match[1])
+    return f"blocks.{block}.{entry[match.end() :]}"
+
+
+def _literal_brackets(pattern: str) -> str:
+    return pattern.replace("[", "[[]")
+
+
+def _unknown(entry: str, pattern: str, points: Sequence[HookPoint], num_blocks: int) -> str:
+    glob = "*" in entry or "?" in entry
+    asked = f"hook filter {entry!r} matches nothing" if glob else f"unknown hook point {entry!r}"
+    near = _near(pattern, points, num_blocks)
+    hint = f"did you mean {near!r}?" if near else f"its hook points are like {points[0].name!r}, {points[-1].name!r}"
+    return f"{asked} (this model has {num_blocks} blocks, 0 to {num_blocks - 1}); {hint}"
+
+
+def _near(pattern: str, points: Sequence[HookPoint], num_blocks: int) -> str | None:
+    """The nearest name: a block number past the end counts as the last one; then the spelling of the value decides."""
+    match = re.match(r"blocks\.(-?\d+)\.(.*)", pattern)
+    if not match:
+        return next(iter(difflib.get_close_matches(pattern, [p.name for p in points], n=1)), None)
+    block = min(max(int(match[1]), 0), num_blocks - 1)
+    values = {p.value for p in points if p.block == block}
+    value = next(iter(difflib.get_close_matches(match[2], sorted(values), n=1)), None)
+    return f"blocks.{block}.{value}" if value else None

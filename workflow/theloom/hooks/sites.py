@@ -1,0 +1,131 @@
+"""Where a value is in a model, and how to read it there as TransformerLens shapes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from theloom.errors import HookError
+
+Batch = tuple[int, int]
+
+
+Read = Callable[[torch.Tensor, Batch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a value is: a module's input or output, or inside an attention module; and how to read it there."""
+
+    module: nn.Module
+    place: str  # input, output, inside
+    read: Read = lambda value, batch: whole(value, batch)
+
+    @staticmethod
+    def input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """The first tensor that a module is called with."""
+        return next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+
+    @staticmethod
+    def output(output: Any) -> torch.Tensor:
+        """The first tensor that a module returns."""
+        return output if isinstance(output, torch.Tensor) else next(v for v in output if isinstance(v, torch.Tensor))
+
+
+def whole(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """(batch, position, width), also where the module sees all tokens in a row, or one sequence for all."""
+    if tuple(value.shape[:-1]) == batch:
+        return value
+    if value.numel() == batch[1] * value.shape[-1]:
+        return value.reshape(1, batch[1], value.shape[-1]).expand(*batch, -1)
+    if value.numel() != batch[0] * batch[1] * value.shape[-1]:
+        raise HookError(
+            f"a value of shape {tuple(value.shape)} is not one row for each of {batch[0]}×{batch[1]} tokens"
+        )
+    return value.reshape(*batch, value.shape[-1])
+
+
+def by_head(heads: int) -> Read:
+    """(batch, position, heads, head size)."""
+    return lambda value, batch: whole(value, batch).reshape(*batch, heads, -1)
+
+
+def columns(start: int, stop: int, heads: int | None = None) -> Read:
+    """Some columns of the width, by head if so many are given."""
+
+    def read(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+        found = whole(value, batch)[..., start:stop]
+        return found if heads is None else found.reshape(*batch, heads, -1)
+
+    return read
+
+
+def grouped(heads: int, kv_heads: int, size: int, which: str) -> Read:
+    """Queries, keys or values of a projection that has them by key heads."""
+    group = heads // kv_heads
+
+    def read(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+        parts = whole(value, batch).reshape(*batch, kv_heads, group + 2, size)
+        if which == "q":
+            return parts[:, :, :, :group].reshape(*batch, heads, size)
+        return parts[:, :, :, group if which == "k" else group + 1]
+
+    return read
+
+
+EPS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "norm_eps")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module's class is a norm by its name."""
+    name = type(module).__name__.lower()
+    return isinstance(module, nn.LayerNorm) or name.endswith(("norm", "ln", "norm1p"))
+
+
+class Norm:
+    """A norm, with an input that it has had: `scale` and `normalized` are what TransformerLens calls so.
+
+    Whether it subtracts the mean is seen by its behaviour: then a shift of the input changes nothing. `problem` says
+    why the two cannot be had, and is empty where they can.
+    """
+
+    def __init__(self, module: nn.Module, example: torch.Tensor) -> None:
+        self.module = module
+        eps = next((getattr(module, n) for n in EPS if isinstance(getattr(module, n, None), float)), None)
+        self._eps = 0.0 if eps is None else eps
+        self.problem = f"the epsilon of {type(module).__name__} is not known" if eps is None else ""
+        self._centres = self._is_centred(example)
+
+    def _is_centred(self, example: torch.Tensor) -> bool:
+        by_name = isinstance(self.module, nn.LayerNorm) or "rms" not in type(self.module).__name__.lower()
+        weights = [*self.module.parameters(), example]
+        if type(example) is not torch.Tensor or any(w.is_meta for w in weights):
+            return by_name  # shapes alone
+        forward: Any = self.module.forward
+        try:
+            with torch.inference_mode():
+                given = example[:1].clone()
+                found = forward(given)
+                shifted = forward(given + 3 * given.float().std().to(given.dtype))
+        except (TypeError, RuntimeError, LookupError):
+            found = None
+        if not isinstance(found, torch.Tensor):
+            self.problem = f"{type(self.module).__name__} is not a function of one tensor"
+            return by_name
+        change = float((shifted - found).float().abs().max() / found.float().abs().max().clamp_min(1e-30))
+        return change < 0.2
+
+    def scale(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, 1): the root of the mean square, and of epsilon; of what is left of x without its mean, for LayerNorm."""
+        return self._centred(x).pow(2).mean(-1, keepdim=True).add(self._eps).sqrt().to(x.dtype)
+
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        """x over its scale, before weight and bias."""
+        centred = self._centred(x)
+        return (centred / centred.pow(2).mean(-1, keepdim=True).add(self._eps).sqrt()).to(x.dtype)
+
+    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float()
+        return x - x.mean(-1, keepdim=True) if self._centres else x

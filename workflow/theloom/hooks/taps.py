@@ -1,0 +1,136 @@
+"""Taps: values of a model's forward pass, read where they arise, in the unmodified model."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from theloom.errors import HookError
+from theloom.hooks.attention import Inside
+from theloom.hooks.blocks import Architecture
+from theloom.hooks.locate import Anatomy
+from theloom.hooks.points import PATTERN, RESIDUALS, SCORES, HookPoint
+from theloom.hooks.sites import Site
+
+Sink = Callable[[str, torch.Tensor], None]
+
+
+T = TypeVar("T")
+
+
+class _DeepestReached(Exception):  # noqa: N818
+    """Ends a forward pass once the deepest requested hook point has been read."""
+
+
+class Taps:
+    """Reads hook points during forward passes: `sink(name, tensor)` is called as soon as a value exists.
+
+    The tensor is the model's own: copy what is kept, since later operations may write to it and a view keeps the whole
+    alive. `run` calls the model and ends its forward after the deepest block asked for. The model is left as it was.
+    """
+
+    def __init__(self, architecture: Architecture, points: Sequence[HookPoint], sink: Sink) -> None:
+        self.architecture = architecture
+        self._points, self._sink = points, sink
+        self._open = ExitStack()
+        self._batch, self._seen = (0, 0), 0
+        self._read: set[str] = set()
+        self._over_keys = any(p.over_keys for p in points)
+
+    def __enter__(self) -> "Taps":
+        sites = [(point, self._site(point)) for point in self._points]  # before any hook: it may run the model
+        inside: dict[torch.nn.Module, dict[str, str]] = {}
+        with ExitStack() as opened:  # closed again if a tap cannot be placed
+            for point, site in sites:
+                if site.place == "inside":
+                    inside.setdefault(site.module, {})[point.value] = point.name
+                else:
+                    opened.callback(self._hook(point.name, site).remove)
+            for module, names in inside.items():
+                opened.enter_context(Inside(module, names, self._inside(names)))
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.close()
+
+    def run(self, **inputs: Any) -> None:
+        """One forward pass of the model, up to the deepest block asked for. Raises HookError for what was not read."""
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        cache = inputs.get("past_key_values")
+        self._batch = (tokens.shape[0], tokens.shape[1]) if tokens is not None else (0, 0)
+        self._seen = int(cache.get_seq_length()) if cache is not None and self._over_keys else 0
+        self._read.clear()
+        stop = self._stop_after(max(p.block for p in self._points))
+        try:
+            self.architecture.model(**inputs)
+        except _DeepestReached:
+            self._check_all_read()
+            return
+        finally:
+            stop.remove()
+        raise HookError(f"the forward pass of {type(self.architecture.model).__name__} did not reach its own blocks")
+
+    def through(self, part: Callable[[], T], batch: tuple[int, int], seen: int = 0) -> T:
+        """Run a part of the model that has all of these hook points, over so many (windows, positions), to its end.
+
+        `seen`: the positions that came before. Raises HookError for what was not read.
+        """
+        self._batch, self._seen = batch, seen
+        self._read.clear()
+        result = part()
+        self._check_all_read()
+        return result
+
+    def _check_all_read(self) -> None:
+        missing = [p.name for p in self._points if p.name not in self._read]
+        if missing:
+            name = type(self.architecture.model).__name__
+            raise HookError(f"{missing[0]}: was not reached in the forward pass of {name}") from None
+
+    def _hook(self, name: str, site: Site) -> Any:
+        if site.place == "input":
+
+            def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self._hand_over(name, site.read(site.input(args, kwargs), self._batch))
+
+            return site.module.register_forward_pre_hook(before, with_kwargs=True)
+
+        def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            self._hand_over(name, site.read(site.output(output), self._batch))
+
+        return site.module.register_forward_hook(after)
+
+    def _inside(self, names: dict[str, str]) -> Callable[[str, torch.Tensor], None]:
+        def read(value: str, tensor: torch.Tensor) -> None:
+            if value in (SCORES, PATTERN):
+                missing = self._seen + self._batch[1] - tensor.shape[3]  # keys that a sliding window has let go
+                if missing > 0:
+                    fill = -torch.inf if value == SCORES else 0.0
+                    tensor = torch.nn.functional.pad(tensor, (missing, 0), value=fill)
+            self._hand_over(names[value], tensor)
+
+        return read
+
+    def _hand_over(self, name: str, value: torch.Tensor) -> None:
+        self._read.add(name)
+        self._sink(name, value)
+
+    def _site(self, point: HookPoint) -> Site:
+        if point.value in RESIDUALS:  # known without a look at the block's inside
+            return Site(self.architecture.blocks[point.block], "input" if point.value == RESIDUALS[0] else "output")
+        return Anatomy.of(self.architecture).site(point)
+
+    def _stop_after(self, deepest: int) -> Any:
+        blocks = self.architecture.blocks
+        if deepest < 0:
+            return blocks[0].register_forward_pre_hook(_stop)
+        last = Anatomy.of(self.architecture).final_norm if deepest == len(blocks) else blocks[deepest]
+        assert last is not None
+        return last.register_forward_hook(_stop)
+
+
+def _stop(*_: Any) -> None:
+    raise _DeepestReached

@@ -1,0 +1,227 @@
+"""Two ways to the same bytes: in closed form, at once, for Llama-like models; by a trace, for any model.
+
+Both answer for the base model that extraction loads, without LM head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from theloom.config import model_dims
+from theloom.config.model_dims import Numbers
+from theloom.config.schema import ArchitectureConfig
+from theloom.hooks.points import COMPUTED, RESIDUALS, Catalogue, HookPoint, llama_catalog
+from theloom.memory import closed_form
+from theloom.memory.sizes import BlockSizes, Parts, Workload
+from theloom.model.weight_format import Kind, quantized_as
+from theloom.precision import BYTES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from theloom.model.fake import FakeModel
+
+
+class Estimator(Protocol):
+    """Bytes of one model, at any kind of weights, for any workload."""
+
+    method: str
+    size: Numbers
+    own: str | None  # the checkpoint's own quantisation, 8bit or 4bit
+
+    def catalogue(self) -> Catalogue:
+        """The hook points of the model."""
+
+    def weights(self, kind: Kind, points: Sequence[HookPoint] | None = None) -> int:
+        """Bytes of all parameters and buffers; with `points`, of those that reading these hook points needs."""
+
+    def largest_weight(self, kind: Kind) -> int:
+        """Bytes of the largest tensor as it is in the checkpoint, which a quantising load holds beside its result."""
+
+    def forward(
+        self, kind: Kind, workload: Workload, points: Sequence[HookPoint], held: bool = False, device: str = "cuda"
+    ) -> Parts:
+        """The peak of one forward pass that reads hook points, which are `held` or written as they come."""
+
+    def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
+        """Bytes of the weights block by block, up to the deepest hook point; as if on disk in the same precision."""
+
+    def block_forward(self, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> tuple[Parts, int]:
+        """The peak of one pass through one block on a GPU, and the arguments recorded for all. Raises ModelError."""
+
+
+class ClosedForm:
+    """Llama-like models (`closed_form.covers`), hook points that the model makes anyway (`covers`), of which the
+    residuals alone can be held. The device makes no difference to it.
+    """
+
+    method = "closed form"
+    own: str | None = None
+
+    def __init__(self, size: Numbers) -> None:
+        self.size = size
+
+    @staticmethod
+    def covers(points: Sequence[HookPoint], held: bool = False) -> bool:
+        """Whether it can tell what reading these hook points takes."""
+        return all(p.value in RESIDUALS if held else p.value not in COMPUTED for p in points)
+
+    def catalogue(self) -> Catalogue:
+        return llama_catalog(self.size)
+
+    def weights(self, kind: Kind, points: Sequence[HookPoint] | None = None) -> int:
+        if points is None:
+            return closed_form.weights(self.size, kind)
+        deepest = max(p.block for p in points)
+        blocks = min(deepest + 1, self.size.num_blocks)
+        return closed_form.weights(self.size, kind, blocks, final_norm=deepest >= self.size.num_blocks)
+
+    def largest_weight(self, kind: Kind) -> int:
+        return 2 * max(
+            closed_form.parameters(self.size, tied=True).largest_linear, self.size.vocab_size * self.size.hidden_size
+        )
+
+    def forward(
+        self, kind: Kind, workload: Workload, points: Sequence[HookPoint], held: bool = False, device: str = "cuda"
+    ) -> Parts:
+        residuals = {p.block + (p.value == "hook_resid_post") for p in points} if held else set()
+        deepest = max((p.block for p in points), default=self.size.num_blocks)
+        blocks = min(max(deepest, 0) + 1, self.size.num_blocks)
+        return closed_form.forward(self.size, kind, workload, blocks, residuals)
+
+    def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
+        size, e, plain = self.size, BYTES[kind.precision], Kind(kind.precision)
+        embedding = size.vocab_size * size.hidden_size
+
+        def block(kind: Kind) -> int:
+            return closed_form.weights(size, kind, 2) - closed_form.weights(size, kind, 1)
+
+        return BlockSizes(
+            block=block(kind),
+            kept=size.hidden_size * e,
+            embeddings=embedding * e,
+            read=_run(points, size.num_blocks) * block(plain),
+            **_quantising(kind, closed_form.parameters(size, tied=True).largest_linear),
+        )
+
+    def block_forward(self, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> tuple[Parts, int]:
+        tokens = max(workload.steps)
+        recorded = 2 * tokens * self.size.head_dim * BYTES[kind.precision] + 8 * tokens
+        return closed_form.forward(replace(self.size, num_blocks=1), kind, workload, 1), recorded
+
+
+class Traced:
+    """Any model that transformers builds, and any hook point: the forward pass on fake tensors."""
+
+    method = "trace"
+
+    def __init__(
+        self, model_config: "PretrainedConfig", attention: str | None = None, trust_remote_code: bool = False
+    ) -> None:
+        self.size = model_dims.numbers(model_config)
+        self._config, self._attention, self._trust = model_config, attention, trust_remote_code
+        self.own = quantized_as(model_config)
+        self._fakes: dict[Kind, FakeModel] = {}
+
+    def fake(self, kind: Kind) -> "FakeModel":
+        """The model without bytes, built once for each kind of weights."""
+        from theloom.model.fake import fake_model
+
+        if kind not in self._fakes:
+            self._fakes[kind] = fake_model(
+                self._config, kind.precision, kind.quantization, self._attention, trust_remote_code=self._trust
+            )
+        return self._fakes[kind]
+
+    def catalogue(self) -> Catalogue:
+        return self.fake(Kind("fp32")).catalogue
+
+    @cached_property
+    def attention(self) -> str:
+        """The attention implementation that transformers takes."""
+        return str(self.fake(Kind("fp32")).architecture.model.config._attn_implementation)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole base model."""
+        return int(self.fake(Kind("fp32")).architecture.model.num_parameters())
+
+    def weights(self, kind: Kind, points: Sequence[HookPoint] | None = None) -> int:
+        fake = self.fake(kind)
+        return sum(fake.weights if points is None else fake.weights_for(points))
+
+    def largest_weight(self, kind: Kind) -> int:
+        return max(self.fake(Kind("bf16")).weights)
+
+    def forward(
+        self, kind: Kind, workload: Workload, points: Sequence[HookPoint], held: bool = False, device: str = "cuda"
+    ) -> Parts:
+        from theloom.memory import trace
+
+        return trace.parts(trace.trace(self.fake(kind), workload, points, held, kind.precision, device)[0])
+
+    def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
+        from theloom.model.fake import is_linear
+
+        described, plain = self.fake(kind).architecture, self.fake(Kind(kind.precision)).architecture
+        blocks, whole = ([_nbytes(b) for b in found.blocks] for found in (described, plain))
+        embedding = _nbytes(described.model.get_input_embeddings())
+        linear: list[Any] = [m for b in plain.blocks for m in b.modules() if is_linear(m)]
+        largest = max((m.weight.numel() for m in linear), default=0)
+        staged = _quantising(kind, largest) if self.own is None else {"converted": 0, "tensor": largest}
+        return BlockSizes(
+            block=max(blocks),
+            kept=self.weights(kind) - sum(blocks) - embedding,
+            embeddings=embedding,
+            read=sum((whole if self.own is None else blocks)[: _run(points, len(blocks))]),
+            **staged,
+        )
+
+    def block_forward(self, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> tuple[Parts, int]:
+        from theloom.memory.trace_block import trace_block
+
+        found = trace_block(self.fake(kind), workload, points, "cuda")
+        return found.parts, found.recorded
+
+
+def _nbytes(module: Any) -> int:
+    """Bytes of a module's weights, the scales of quantised ones included."""
+    from theloom.model.fake import SCALED
+
+    scaled = [b for m in module.modules() if isinstance(m, SCALED) for b in m.buffers(recurse=False)]
+    return sum(t.untyped_storage().nbytes() for t in [*module.parameters(), *scaled])
+
+
+def _quantising(kind: Kind, largest: int) -> dict[str, int]:
+    """What quantising the largest weight takes: of a GPU beside its result, and of the host.
+
+    As `quantizing.staging` for a GPU; LLM.int8() takes the weight back to the host before it quantises it.
+    """
+    size = BYTES[kind.precision]
+    return {
+        None: {"converted": 0, "tensor": 0},
+        "int8": {"converted": largest * (size + 2), "tensor": 2 * largest * size},
+        "int4": {"converted": largest * size, "tensor": largest * size},
+    }[kind.quantization]
+
+
+def _run(points: Sequence[HookPoint], blocks: int) -> int:
+    """How many blocks run, up to the deepest hook point."""
+    return min(max((p.block for p in points), default=blocks) + 1, blocks)
+
+
+def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":
+    """A transformers config from the numbers of a profile."""
+    from transformers import AutoConfig
+
+    known = {k: v for k, v in cast(Any, numbers).items() if k not in ("model_type", "parameters") and v is not None}
+    return AutoConfig.for_model(numbers.model_type, **known)
+
+
+def row_bytes(points: Sequence[HookPoint], precision: str, keys: int) -> int:
+    """Bytes on disk of one token: its hidden states, and its place in three tables of 4-byte numbers.
+
+    `keys`: the tokens of the longest window.
+    """
+    return BYTES[precision] * sum(p.width(keys) for p in points) + 12

@@ -1,0 +1,128 @@
+"""What memory is counted in: workloads, categories of bytes, and the kinds of weights that a model can have.
+
+All sizes are bytes. GB are 10⁹ of them, GiB 2³⁰.
+"""
+
+from dataclasses import dataclass, replace
+
+from theloom.memory.cuda_allocator import CUDA_CONTEXT, LARGE_SEGMENT, cublas_workspace
+from theloom.terminal import in_words
+
+# What the caching allocator holds beyond what it gives out, as a share of what is not weights, and at least: one
+# forward pass of a 7B left 34%, in a replay of its rules. Batches of many lengths leave more, which the allocator gives
+# back to the driver before it fails.
+FRAGMENTATION = 0.35
+
+
+LEAST_FRAGMENTATION = 2 * LARGE_SEGMENT
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One forward pass: windows side by side, tokens of each, and tokens of one step through the KV cache."""
+
+    windows: int
+    tokens: int
+    chunk_size: int
+
+    @property
+    def steps(self) -> list[int]:
+        """Tokens of each step; one step where the window is no longer than a chunk."""
+        whole, rest = divmod(self.tokens, self.chunk_size)
+        return [self.chunk_size] * whole + [rest] * bool(rest)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of a forward pass at its peak, weights apart."""
+
+    kv_cache: int
+    captured: int
+    temporaries: int
+    logits: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.kv_cache + self.captured + self.temporaries + self.logits
+
+    def times(self, factor: float) -> "Parts":
+        """The same with `factor` as many windows: every part grows with them."""
+        return Parts(*(int(n * factor) for n in (self.kv_cache, self.captured, self.temporaries, self.logits)))
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Bytes of a model's weights as they are read block by block.
+
+    `block`: the largest, as it lies in a buffer, or quantised; `converted`: what the largest takes beside it where the
+    file has another precision or layout, or while it is quantised; `kept`: what is in no block and no embedding;
+    `embeddings`, mapped; `read`: all blocks that a sweep reads, as they are on disk; `tensor`: the largest one on the
+    host while it is quantised for a GPU, 0 where whole blocks come through buffers.
+    """
+
+    block: int
+    converted: int
+    kept: int
+    embeddings: int
+    read: int
+    tensor: int = 0
+
+    @property
+    def on_device(self) -> int:
+        """Two blocks, and what comes beside them."""
+        return 2 * self.block + self.converted
+
+    @property
+    def on_host(self) -> int:
+        """What the host of a GPU holds of the weights."""
+        return self.tensor or self.on_device
+
+
+@dataclass(frozen=True)
+class Components:
+    """Bytes of a device by category, at the peak of a run."""
+
+    weights: int
+    kv_cache: int = 0
+    captured: int = 0  # hidden states that hook points hold
+    temporaries: int = 0
+    logits: int = 0
+    on_their_way: int = 0  # hidden states between the model and the file
+    workspace: int = 0
+    fragmentation: int = 0
+    context: int = 0
+    beside: int = 0  # what a process was seen to take beside all of these
+
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` counts."""
+        tensors = self.weights + self.kv_cache + self.captured + self.temporaries + self.logits
+        return tensors + self.on_their_way + self.workspace
+
+    @property
+    def reserved(self) -> int:
+        """What `torch.cuda.max_memory_reserved` counts."""
+        return self.allocated + self.fragmentation
+
+    @property
+    def total(self) -> int:
+        """What the device must have free before the process starts."""
+        return self.reserved + self.context + self.beside
+
+
+def with_device_overhead(weights: int, parts: Parts, device: str, capability: tuple[int, int] = (8, 0)) -> Components:
+    """All that a run takes on a device, `cpu` or `cuda` of a compute capability."""
+    components = Components(weights, parts.kv_cache, parts.captured, parts.temporaries, parts.logits)
+    if device == "cpu":
+        return components
+    return replace(
+        components,
+        workspace=cublas_workspace(capability),
+        fragmentation=max(LEAST_FRAGMENTATION, int(FRAGMENTATION * parts.total)),
+        context=CUDA_CONTEXT,
+    )
+
+
+def by_category(sizes: "Parts | Components") -> str:
+    """The sizes that are not 0, each with its name."""
+    return ", ".join(f"{name.replace('_', ' ')} {in_words(size)}" for name, size in vars(sizes).items() if size)

@@ -1,0 +1,193 @@
+"""The memory of a forward pass, foretold: the real forward of the real classes, with the real taps, on fake tensors.
+
+Fake tensors have shapes and no bytes, so neither weights nor a GPU are needed, and a model of 70 billion parameters is
+traced in a second or a few. The fake device is the CPU: fake CUDA tensors would take attention's unfused path.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from theloom.hooks.blocks import Architecture
+from theloom.hooks.module_names import looks_causal
+from theloom.hooks.points import HookPoint
+from theloom.hooks.taps import Taps
+from theloom.memory.sizes import Parts, Workload
+from theloom.memory.storages import TEMPORARIES, LiveStorages, Peak
+from theloom.model.fake import FakeModel, shapes_only
+from theloom.model.forward import PrefillCache, cache_name
+from theloom.precision import torch_dtype
+
+if TYPE_CHECKING:
+    pass
+
+
+KV_CACHE, CAPTURED, LOGITS = "kv_cache", "captured", "logits"
+
+
+class MarkedCache(PrefillCache):
+    """A KV cache that says which storages are its own."""
+
+    live: LiveStorages
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        for tensor in (*updated, getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, torch.Tensor):
+                self.live.mark(tensor, KV_CACHE)
+        return updated
+
+
+def trace(
+    fake: FakeModel,
+    workload: Workload,
+    points: Sequence[HookPoint],
+    held: bool = False,
+    store: str | None = None,
+    device: str = "cpu",
+) -> tuple[Peak, LiveStorages]:
+    """The peak of one workload, weights and inputs not counted, and all births and ends of storages on the way.
+
+    `points` are the hook points that are read (the forward ends after the deepest; with none it runs through). Their
+    values are `held` until the forward ends, or else converted to the precision `store` and let go, as when they are
+    written to a file. `device` is cpu or cuda: what its kernels allocate within themselves differs. Long windows are
+    not traced chunk by chunk: the KV cache is filled, then the last two steps run.
+    """
+    with fake.mode, shapes_only():
+        ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
+        return run(fake.architecture, ids, workload, points, held, store, device, shorten=True)
+
+
+def parts(peak: Peak) -> Parts:
+    """The bytes of a peak by category."""
+    found = peak.by_category
+    return Parts(*(found.get(category, 0) for category in (KV_CACHE, CAPTURED, TEMPORARIES, LOGITS)))
+
+
+def run(
+    described: Architecture,
+    ids: torch.Tensor,
+    workload: Workload,
+    points: Sequence[HookPoint],
+    held: bool = False,
+    store: str | None = None,
+    device: str = "cpu",
+    shorten: bool = False,
+) -> tuple[Peak, LiveStorages]:
+    """`trace` on a model as it is, real or fake: with real weights it measures what `trace` foretells."""
+    live = LiveStorages(whole=CUDA_KERNELS) if device == "cuda" else LiveStorages(inside=CPU_KERNELS)
+    live.ignore([ids, *described.model.parameters(), *described.model.buffers()])
+    kept: list[tuple[HookPoint, torch.Tensor]] = []
+    by_name = {p.name: p for p in points}
+    dtype = torch_dtype(store) if store else None
+
+    def sink(name: str, value: torch.Tensor) -> None:
+        if held:
+            live.mark(value, CAPTURED)
+            kept.append((by_name[name], value))
+        elif dtype is not None:
+            live.mark(value.to(dtype), CAPTURED)
+
+    steps = workload.steps
+    streamed = len(steps) > 1
+    taps = Taps(described, list(points), sink) if points else nullcontext()
+    with torch.inference_mode(), taps as opened, live:
+        forward = opened.run if opened is not None else described.model
+        if not streamed:
+            return _one_pass(forward, ids, live, masked=not looks_causal(described)), live
+        cache = MarkedCache(config=described.model.config)
+        cache.live = live
+        first = 0
+        for number, size in enumerate(steps):
+            if shorten and 0 < number < len(steps) - 2:
+                continue
+            if shorten and number == len(steps) - 2 and number > 1:
+                skipped = workload.chunk_size * (number - 1)
+                grow_cache(cache, skipped, workload.chunk_size)
+                distinct = {value.untyped_storage()._cdata: (point, value) for point, value in kept[: len(points)]}
+                for point, value in distinct.values():
+                    # a view keeps the whole of what it is a part of; keys: two chunks, then one more in each next step
+                    keys = (3 * workload.chunk_size + skipped) / 2 / workload.chunk_size if point.over_keys else 1
+                    whole = value.untyped_storage().nbytes() // value.element_size()
+                    grown = value.new_empty(int(whole * keys) // workload.chunk_size * skipped)
+                    kept.append((point, grown))
+                    live.mark(grown, CAPTURED)
+                first = len(live.events)
+            start = workload.chunk_size * number
+            output = forward(
+                input_ids=ids[:, start : start + size], use_cache=True, **{cache_name(described.model): cache}
+            )
+            del output
+        peak = live.peak(first)
+        del cache
+        return peak, live
+
+
+def _one_pass(forward: Any, ids: torch.Tensor, live: LiveStorages, masked: bool) -> Peak:
+    inputs = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    live.ignore(list(inputs.values()))
+    output = forward(input_ids=ids, use_cache=False, **inputs)
+    if getattr(output, "logits", None) is not None:
+        live.mark(output.logits, LOGITS)
+    return live.peak()
+
+
+def grow_cache(cache: PrefillCache, tokens: int, chunk_size: int) -> None:
+    """Add that many tokens to a KV cache that holds one chunk, as so many steps would have done."""
+    for length in (tokens - chunk_size, chunk_size):
+        for index, layer in enumerate(cache.layers):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if length > 0 and isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.ndim == 4:
+                cache.update(_longer(keys, length), _longer(values, length), index)
+
+
+def _longer(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    return tensor.new_empty(*tensor.shape[:2], length, tensor.shape[3])
+
+
+def _cpu_attention_buffers(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float = 0.0, causal: bool = False, *_: Any
+) -> int:
+    """Bytes that the fused CPU attention takes within itself, as ATen's FlashAttentionKernel.cpp: for each thread, and
+    where the processor multiplies tiles of 16 bits (AMX), for a copy of keys and values in the order that it wants."""
+    (windows, heads, tokens, width), size = query.shape, query.element_size()
+    rows = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
+    kv_heads, keys = key.shape[1], key.shape[2]
+    columns, float_bytes, threads = min(512, keys), 4, torch.get_num_threads()
+    own = float_bytes * (rows * columns + 2 * rows + rows * width)
+    if query.dtype == torch.float32:
+        return own * threads
+    fewest, least_gain = (64, 4) if query.dtype == torch.bfloat16 else (16, 1)
+    packs = multiplies_tiles(query.dtype) and min(tokens, keys) >= fewest
+    if packs:  # only where products outnumber the copies by so much
+        slices = (windows * heads * -(-tokens // rows) + threads - 1) // threads
+        seen = min(tokens, keys) if causal else keys
+        packs = slices * rows * seen >= least_gain * windows * kv_heads * keys
+    if not packs:
+        return (own + size * rows * columns) * threads
+    blocks, tail = divmod(keys - 1, columns)
+    padded = blocks * _even(columns) + _even(tail + 1)
+    copies = size * windows * kv_heads * (_even(width) * keys + padded * width)
+    own += size * (rows * _even(columns) + columns * width + (rows * _even(width) if width % 2 else 0))
+    return own * threads + copies
+
+
+def _even(count: int) -> int:
+    """Where the kernel takes two at a time."""
+    return count + count % 2
+
+
+def multiplies_tiles(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies tiles of a 16-bit type, and PyTorch makes use of it."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return torch.cpu._is_amx_tile_supported() if dtype == torch.bfloat16 else torch.cpu._is_amx_fp16_supported()
+
+
+CUDA_KERNELS = (torch.ops.aten.softmax.int,)  # with a dtype: half in, float out, in one kernel
+
+
+CPU_KERNELS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_attention_buffers}

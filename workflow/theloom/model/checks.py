@@ -1,0 +1,158 @@
+"""A model is tried on a few tokens before rows are taken from it.
+
+What TheLoom relies on (its taps read what the model calls its hidden states, padding on the right changes nothing,
+chunks through the KV cache give the rows of one pass) is shown to hold for the model at hand, or it is not relied on.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from theloom.errors import HookError, ModelError
+from theloom.hooks.blocks import Architecture
+from theloom.hooks.points import RESIDUALS
+from theloom.model.forward import forward_residuals, no_cache
+from theloom.model.reference import reference_residuals
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+Residuals = dict[str, "torch.Tensor"]  # by hook point, (batch, position, hidden size)
+
+log = logging.getLogger(__name__)
+
+REFUSALS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, NotImplementedError, StopIteration)
+
+
+@dataclass(frozen=True)
+class TriedOut:
+    """What a model showed on 24 tokens: errors as shares of the largest absolute value; whether it can be streamed.
+
+    A model that is not causal gets the padding mask of every batch, and cannot be streamed.
+    """
+
+    states_error: float
+    padding_error: float
+    chunk_error: float
+    causal: bool
+    streams: bool
+    not_streamed: str = ""  # the reason
+
+
+def self_check(architecture: Architecture, tolerance: float) -> TriedOut:
+    """Show that taps read the model's own hidden states, that padding leaves rows alone, and whether chunks do.
+
+    `tolerance` is the error, as a share of the largest value, that rounding explains. Raises ModelError, with the
+    reason, where rows would not be what the model computes, or would depend on what else is in the batch.
+    """
+    name, limit = type(architecture.model).__name__, 10 * tolerance
+    ids = tokens_of(architecture.model)
+    try:
+        whole = _residuals(architecture, ids[:1], 24)
+        states = reference_residuals(
+            architecture, input_ids=ids[:1].to(architecture.model.device), **no_cache(architecture.model)
+        )
+        alone = _residuals(architecture, ids[1:, :16], 16)
+    except REFUSALS as error:
+        raise ModelError(f"{name} cannot be run on token ids alone: {_words(error)}") from None
+    except HookError as error:
+        raise ModelError(f"{name}: {error}") from None
+    states_error = largest_error(states, whole)
+    if not states_error <= limit:
+        raise ModelError(
+            f"{name}: the residual stream that is read differs from its own output_hidden_states "
+            f"(by {states_error:.2g} of the largest value): its blocks are not one stream"
+        )
+    padding = _padding_error(architecture, ids, whole, alone, None)
+    if not padding <= limit:
+        masked = _padding_error(architecture, ids, whole, alone, (24, 16))
+        if not masked <= limit:
+            raise ModelError(
+                f"{name}: a token's hidden state depends on what else is in the batch, by {padding:.2g} of the largest "
+                f"value without a padding mask and {masked:.2g} with one: its rows would not be its own"
+            )
+        log.info("%s is not causal: batches get a padding mask, and documents go in one pass", name)
+        return TriedOut(states_error, masked, math.inf, False, False, "it is not causal")
+    chunks, reason = _in_chunks(architecture, ids[:1], whole, limit)
+    if reason:
+        log.warning("%s cannot be streamed: %s", name, reason)
+    return TriedOut(states_error, padding, chunks, True, not reason, reason)
+
+
+def _in_chunks(architecture: Architecture, ids: "torch.Tensor", whole: Residuals, limit: float) -> tuple[float, str]:
+    """The error of chunks of 7 tokens against one pass, and why the model is not to be streamed, if so."""
+    if any("indexer" in part for block in architecture.blocks for part, _ in block.named_modules()):
+        return math.inf, "it picks keys by a top-k, whose ties fall otherwise in chunks"
+    try:
+        error = largest_error(whole, _residuals(architecture, ids, 7))
+    except (*REFUSALS, HookError) as caught:
+        return math.inf, f"it does not take a KV cache ({_words(caught)})"
+    return error, "" if error <= limit else other_in_chunks(error)
+
+
+def other_in_chunks(error: float) -> str:
+    """Why a model is not streamed whose chunks are so far from one pass, as a share of the largest value."""
+    return f"chunks through a KV cache give other rows than one pass (by {error:.2g} of the largest value)"
+
+
+def _residuals(
+    architecture: Architecture, ids: "torch.Tensor", chunk_size: int, lengths: tuple[int, ...] | None = None
+) -> dict[str, "torch.Tensor"]:
+    return forward_residuals(architecture, ids, chunk_size, lengths, RESIDUALS)
+
+
+def _padding_error(
+    architecture: Architecture,
+    ids: "torch.Tensor",
+    whole: Residuals,
+    alone: Residuals,
+    lengths: tuple[int, int] | None,
+) -> float:
+    """Two windows of 24 and 16 tokens side by side against each by itself; infinite where they cannot be run so."""
+    try:
+        both = _residuals(architecture, padded(ids), 24, lengths)
+    except (*REFUSALS, HookError) as error:
+        log.warning("%s cannot be run on a padded batch: %s", type(architecture.model).__name__, _words(error))
+        return math.inf
+    return side_by_side(whole, alone, both)
+
+
+def side_by_side(whole: Residuals, alone: Residuals, both: Residuals) -> float:
+    """The error of two windows in one padded batch against each by itself."""
+    first = largest_error(whole, {k: v[:1] for k, v in both.items()})
+    return max(first, largest_error(alone, {k: v[1:, :16] for k, v in both.items()}))
+
+
+def tokens_of(model: "PreTrainedModel") -> "torch.Tensor":
+    """Random tokens of a model's vocabulary, (2, 24)."""
+    import torch
+
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(3, vocabulary - 1), vocabulary, (2, 24), generator=generator)
+
+
+def padded(ids: "torch.Tensor") -> "torch.Tensor":
+    """The same with padding behind 16 tokens of the second window."""
+    shorter = ids.clone()
+    shorter[1, 16:] = 0
+    return shorter
+
+
+def largest_error(expected: Residuals, found: Residuals) -> float:
+    """Infinite where anything is missing, of another shape or not finite."""
+    errors = []
+    for name, value in expected.items():
+        other = found[name]
+        if other.shape != value.shape:
+            return math.inf
+        value = value.float().cpu()
+        errors.append(float((other - value).abs().max() / value.abs().max().clamp_min(1e-30)))
+    return max((e if e == e else math.inf) for e in errors)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

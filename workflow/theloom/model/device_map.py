@@ -1,0 +1,110 @@
+"""Several GPUs for one model: which module goes to which of them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from theloom import terminal
+from theloom.devices import gpu_lease
+from theloom.devices.gpu import available_memory
+from theloom.errors import MemoryPlanError
+from theloom.hooks.blocks import Architecture, find_blocks
+from theloom.model.weight_format import Kind
+from theloom.precision import BYTES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def device_map(architecture: Architecture, sizes: Sequence[int], budgets: Sequence[int]) -> dict[str, int]:
+    """Which module goes to which GPU (by number), for `from_pretrained`.
+
+    `sizes` are the bytes of each block's weights, `budgets` the bytes that each GPU may give to blocks. Each GPU takes
+    blocks in proportion to its budget, and those before the first block and behind the last go with their neighbours.
+    Raises MemoryPlanError where they do not fit.
+    """
+    names = {id(module): name for name, module in architecture.model.named_modules()}
+    ends = _cut(sizes, budgets)
+    gpu_of = {
+        id(block): next(n for n, end in enumerate(ends) if i < end) for i, block in enumerate(architecture.blocks)
+    }
+    blocks = set(gpu_of)
+    found: dict[str, int] = {}
+
+    def walk(module: Any, gpu: int) -> int:
+        """Name every module that holds no block, and every block; returns the GPU of the last block seen."""
+        if id(module) in blocks:
+            found[names[id(module)]] = gpu_of[id(module)]
+            return gpu_of[id(module)]
+        if not any(id(m) in blocks for m in module.modules()):
+            # what comes behind the blocks in the model's own order, such as the final norm, goes with the last of them;
+            # the tables of rotary positions are small, and are where the first block is
+            stateless = not any(True for _ in module.parameters())
+            found[names[id(module)]] = 0 if stateless else gpu
+            return gpu
+        for child in module.children():
+            gpu = walk(child, gpu)
+        return gpu
+
+    walk(architecture.model, 0)
+    return found
+
+
+def _cut(sizes: Sequence[int], budgets: Sequence[int]) -> list[int]:
+    """The end of each GPU's range of blocks: as even a use of the budgets as whole blocks allow."""
+    low, high = 0.0, 1.0
+    if (ends := _filled(sizes, budgets, high)) is None:
+        raise MemoryPlanError(
+            f"{terminal.in_words(sum(sizes))} of blocks do not fit {len(budgets)} GPUs with "
+            f"{', '.join(terminal.in_words(b) for b in budgets)} for them; ask for more with resources.gpu"
+        )
+    for _ in range(20):
+        middle = (low + high) / 2
+        if (tried := _filled(sizes, budgets, middle)) is None:
+            low = middle
+        else:
+            high, ends = middle, tried
+    return ends
+
+
+def _filled(sizes: Sequence[int], budgets: Sequence[int], level: float) -> list[int] | None:
+    """Fill one GPU after the other up to a share of its budget; None where blocks are left over."""
+    ends, block = [], 0
+    for budget in budgets:
+        used = 0
+        while block < len(sizes) and used + sizes[block] <= level * budget:
+            used += sizes[block]
+            block += 1
+        ends.append(block)
+    return ends if block == len(sizes) else None
+
+
+def over_leased(model_config: "PretrainedConfig", kind: Kind, trust_remote_code: bool = False) -> "dict[str, Any]":
+    """The `device_map` of a model over the GPUs that this job has leased. Raises MemoryPlanError."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(model_config, trust_remote_code=trust_remote_code)
+    free = [available_memory(torch.device("cuda", number))[0].free for number in range(len(gpu_lease.held()))]
+    cut = cut_to(find_blocks(model), kind, free)
+    return {name: torch.device("cuda", number) for name, number in cut.items()}
+
+
+def cut_to(architecture: Architecture, kind: Kind, free: Sequence[int]) -> dict[str, int]:
+    """The same for GPUs with so many bytes free; `architecture` may be on the meta device.
+
+    The first GPU has the weights that are in no block. A tenth is left for the forward pass, whose plan is made for
+    what the fullest has. Raises MemoryPlanError.
+    """
+    sizes = [_bytes(block, kind) for block in architecture.blocks]
+    everything = sum(p.numel() for p in architecture.model.parameters())
+    in_blocks = sum(p.numel() for block in architecture.blocks for p in block.parameters())
+    budgets = [int(0.9 * room) for room in free]
+    budgets[0] = max(0, budgets[0] - BYTES[kind.precision] * (everything - in_blocks))
+    return device_map(architecture, sizes, budgets)
+
+
+def _bytes(block: Any, kind: Kind) -> int:
+    """Bytes of a block's weights, matrices quantised: NF4 has a 4-byte scale for each 64 weights."""
+    matrix = {None: BYTES[kind.precision], "int8": 1, "int4": 0.5 + 4 / 64}[kind.quantization]
+    return int(sum(p.numel() * (matrix if p.ndim > 1 else BYTES[kind.precision]) for p in block.parameters()))

@@ -1,0 +1,199 @@
+"""Models on fake tensors: the real classes with shapes and no bytes, quantised ones too."""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModel, AutoModelForCausalLM, masking_utils
+from transformers.integrations import moe
+from transformers.pytorch_utils import Conv1D
+
+from theloom.errors import ModelError
+from theloom.hooks.blocks import Architecture, find_blocks
+from theloom.hooks.catalog import build_catalog
+from theloom.hooks.points import Catalogue, HookPoint, residual_points
+from theloom.model import pruning
+from theloom.model.quantization import packed_on_the_cpu
+from theloom.model.weight_format import NF4_BLOCK, SCALES_BLOCK, quantization_config
+from theloom.precision import torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Int8Linear(nn.Module):
+    def __init__(self, linear: nn.Linear, on_cpu: bool) -> None:
+        super().__init__()
+        self.on_cpu = on_cpu
+        self.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(linear.out_features, dtype=torch.float32))
+        self.bias, self.out = linear.bias, linear.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // x.shape[-1]
+        half = x.to(torch.float16)
+        scaled = [x.new_empty((9, *x.shape), dtype=torch.int8)] if self.on_cpu else []  # twice in FP32, and outliers
+        scaled.clear()
+        quantized, row_scale = half.new_empty(x.shape, dtype=torch.int8), half.new_empty(rows, dtype=torch.float32)
+        if self.on_cpu:
+            del half
+            product = x.new_empty((rows, self.out), dtype=torch.int32)
+            factors, converted, exact = (x.new_empty((*x.shape[:-1], self.out), dtype=torch.float32) for _ in range(3))
+            del factors, converted, quantized
+            return exact.to(x.dtype)
+        product = half.new_empty((rows, self.out), dtype=torch.int32)
+        result = half.new_empty((*x.shape[:-1], self.out), dtype=torch.float16)
+        del half, quantized, row_scale, product
+        return result.to(x.dtype)
+
+
+class NF4Linear(nn.Module):
+    def __init__(self, linear: nn.Linear, double: bool = False, packed: bool = False) -> None:
+        super().__init__()
+        self.packed = packed
+        count = linear.weight.numel()
+        self.shape = linear.weight.shape
+        self.register_buffer("weight", torch.empty(math.ceil(count / 2), 1, dtype=torch.uint8))
+        scales = math.ceil(count / NF4_BLOCK)
+        self.register_buffer("absmax", torch.empty(scales, dtype=torch.uint8 if double else torch.float32))
+        if double:
+            self.register_buffer("absmax_of_absmax", torch.empty(math.ceil(scales / SCALES_BLOCK), dtype=torch.float32))
+            self.register_buffer("code", torch.empty(256, dtype=torch.float32))
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.packed:
+            return nn.functional.linear(x, x.new_empty(self.shape), self.bias)
+        packing = x.new_empty((7, *self.shape), dtype=torch.uint8)
+        del packing
+        half = x.to(torch.bfloat16)
+        product = half.new_empty((*x.shape[:-1], self.shape[0]))
+        return product.to(x.dtype)
+
+
+SCALED = (Int8Linear, NF4Linear)
+
+
+def quantize(
+    model: nn.Module, kind: str, model_config: "PretrainedConfig | None" = None, kernels: str = "cuda"
+) -> None:
+    """Replace every linear layer but the LM head, as `int8` or `int4`; a quantised checkpoint's as its config says.
+
+    `kernels`: those of cuda or of the cpu.
+    """
+    on_cpu, packed = kernels == "cpu", kernels == "cpu" and kind == "int4" and packed_on_the_cpu()
+    said = quantization_config(model_config) if model_config is not None else {}
+    left = said.get("llm_int8_skip_modules") or ()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for path, parent in list(model.named_modules()):
+        for name, child in list(parent.named_children()):
+            if is_linear(child) and child is not head and not _named(f"{path}.{name}", left):
+                linear = child if isinstance(child, nn.Linear) else _turned(child)
+                double = bool(said.get("bnb_4bit_use_double_quant"))
+                layer = Int8Linear(linear, on_cpu) if kind == "int8" else NF4Linear(linear, double, packed)
+                setattr(parent, name, layer)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether bitsandbytes takes it: a linear layer, or GPT-2's that is one."""
+    return isinstance(module, Conv1D) or type(module) is nn.Linear
+
+
+def _turned(layer: Conv1D) -> nn.Linear:
+    """GPT-2's layer as the linear one that it is, its weight the other way round."""
+    linear = nn.Linear(layer.nx, layer.nf, dtype=layer.weight.dtype)
+    linear.bias = layer.bias
+    return linear
+
+
+def _named(path: str, names: Collection[str]) -> bool:
+    return any(f".{name}." in f".{path}." for name in names)
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """A model without bytes: what a trace runs."""
+
+    architecture: Architecture
+    mode: FakeTensorMode
+    precision: str
+
+    @property
+    def weights(self) -> list[int]:
+        """Bytes of every storage of the model."""
+        return pruning.storages(self.architecture.model)
+
+    def weights_for(self, points: Sequence[HookPoint]) -> list[int]:
+        """Bytes of every storage that reading these hook points needs."""
+        return pruning.storages(self.architecture.model, self.unneeded(points))
+
+    def unneeded(self, points: Sequence[HookPoint]) -> list[str]:
+        """Names of the modules that reading these hook points does not need (`needed.unneeded`)."""
+        with self.mode, shapes_only():
+            return pruning.unneeded(self.architecture, points)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The hook points that can be read from the model."""
+        with self.mode, shapes_only():
+            return build_catalog(self.architecture)
+
+    @property
+    def residuals(self) -> list[HookPoint]:
+        """The residual stream before and after every block."""
+        return residual_points(len(self.architecture.blocks), self.architecture.hidden_size)
+
+
+def fake_model(
+    model_config: "PretrainedConfig",
+    precision: str,
+    quantization: str | None = None,
+    attention: str | None = None,
+    lm_head: bool = False,
+    trust_remote_code: bool = False,
+    kernels: str = "cuda",
+) -> FakeModel:
+    """The classes that extraction loads (no LM head, unless asked for), on fake tensors.
+
+    `precision` is fp32, fp16 or bf16; `quantization` int8, int4 or None, with bitsandbytes' `kernels` of cuda or of the
+    cpu. Raises ModelError for a model that cannot be built so.
+    """
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    build = AutoModelForCausalLM if lm_head else AutoModel
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode:
+            model = build.from_config(
+                model_config, dtype=torch_dtype(precision), trust_remote_code=trust_remote_code, **options
+            )
+            if quantization is not None:
+                quantize(model, quantization, model_config, kernels)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"{model_config.model_type}: cannot be traced: {' '.join(str(error).split())}") from None
+    model.eval().requires_grad_(False)
+    return FakeModel(find_blocks(model), mode, precision)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Replace what needs values or a kernel: two functions of transformers, each by one of the same result's shape.
+
+    Packed sequences are looked for in the position ids, and where one cannot look a b×s×s mask is made; the grouped
+    product of experts has no fake kernel for every dtype.
+    """
+    packed, grouped = masking_utils.find_packed_sequence_indices, moe._grouped_mm
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    moe._grouped_mm = _grouped_product
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices, moe._grouped_mm = packed, grouped
+
+
+def _grouped_product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    return input.new_empty(input.shape[0], weight.shape[-1], dtype=weight.dtype)

@@ -1,0 +1,328 @@
+"""Where a model's files are: a hub id, a local folder, an installed package, a GGUF file in any of them.
+
+`prepare` ends with a local folder of safetensors, config and tokenizer. A GGUF file is converted to such a folder once,
+in a cache that all runs share, so that every later job loads in a second.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+from filelock import FileLock
+
+from theloom.config import model_dims
+from theloom.config.model_dims import Numbers
+from theloom.config.schema import ArchitectureConfig, ModelConfig
+from theloom.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+log = logging.getLogger(__name__)
+
+_DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
+
+
+_SAFETENSORS = "model*.safetensors"  # the only names that transformers loads; repositories often hold others beside
+
+
+_PICKLES = "pytorch_model*.bin"
+
+
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A local folder that `from_pretrained` loads, where it came from, and the GGUF file that it was made from."""
+
+    folder: Path
+    source: str
+    revision: str | None
+    gguf_file: str | None = None
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold weights and those that say how to read them, sorted by name."""
+        weights = list(self.folder.glob(_SAFETENSORS)) or list(self.folder.glob(_PICKLES))
+        return sorted([*weights, *self.folder.glob("model*.index.json"), self.folder / "config.json"])
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: THELOOM_CACHE, else the user's cache folder."""
+    if "THELOOM_CACHE" in os.environ:
+        return Path(os.environ["THELOOM_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "theloom"
+
+
+def prepare_files(config: ModelConfig, revision: str | None = None) -> ModelFiles:
+    """Find the model's files, fetch them where they are a hub's, convert them where they are GGUF.
+
+    `revision`, where given, is the commit that an earlier job found. Raises ModelError.
+    """
+    weights = [config.gguf_file] if config.gguf_file else [_SAFETENSORS] + [_PICKLES] * config.allow_pickle
+    folder, revision = _find(config.source, revision or config.revision, weights)
+    gguf = _check_folder(folder, config)
+    if gguf is not None:
+        return ModelFiles(_converted(gguf), config.source, revision, gguf.name)
+    return ModelFiles(folder, config.source, revision)
+
+
+def _check_folder(folder: Path, config: ModelConfig) -> Path | None:
+    """The GGUF file of a folder, None where it has weights that load as they are. Raises ModelError for neither."""
+    gguf = _gguf_file(folder, config)
+    if gguf is None:
+        if not any(folder.glob(_SAFETENSORS)) and not (config.allow_pickle and any(folder.glob(_PICKLES))):
+            raise ModelError(_no_weights(folder, config))
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.source: {config.source} has no config.json; give a folder of save_pretrained's")
+    return gguf
+
+
+@dataclass(frozen=True)
+class Description:
+    """The folder of a config and a tokenizer, the GGUF file if they are in one that is not converted, the commit."""
+
+    folder: Path
+    gguf_file: str | None
+    revision: str | None
+
+
+def describe(config: ModelConfig) -> Description:
+    """Where the model's config and tokenizer are. Fetches no safetensors."""
+    folder, revision = _find(config.source, config.revision, [config.gguf_file] if config.gguf_file else [])
+    gguf = _gguf_file(folder, config)
+    if gguf is None and not (folder / "config.json").is_file():
+        raise ModelError(f"model.source: {config.source} has no config.json; give a folder of save_pretrained's")
+    if gguf is not None and (converted := _conversion(gguf)).is_dir():
+        return Description(converted, None, revision)
+    return Description(folder, gguf.name if gguf else None, revision)
+
+
+def describe_tokenizer(config: ModelConfig) -> Description:
+    """Where the tokenizer is: model.tokenizer's, else the model's own."""
+    if config.tokenizer is None:
+        return describe(config)
+    folder, revision = _find(config.tokenizer, None, key="model.tokenizer")
+    return Description(folder, None, revision)
+
+
+def check_local(config: ModelConfig) -> None:
+    """What can be told at once, without a network: folders, packages or files that are not there. Raises ModelError."""
+    folder = _local_folder(config.source)
+    if folder is not None:
+        _check_folder(folder, config)
+    if config.tokenizer is not None:
+        _local_folder(config.tokenizer, "model.tokenizer")
+
+
+def is_gguf(config: ModelConfig) -> bool:
+    """Whether a local model is a GGUF file that is not converted yet. Raises ModelError."""
+    folder = _local_folder(config.source)
+    gguf = _check_folder(folder, config) if folder is not None else None
+    return gguf is not None and not _conversion(gguf).is_dir()
+
+
+def fetch(config: ModelConfig) -> str | None:
+    """Have all files of a model and its tokenizer here, fetched where they are a hub's; returns the commit.
+
+    Converts nothing. Raises ModelError.
+    """
+    weights = [config.gguf_file] if config.gguf_file else [_SAFETENSORS] + [_PICKLES] * config.allow_pickle
+    folder, revision = _find(config.source, config.revision, weights)
+    _check_folder(folder, config)
+    describe_tokenizer(config)
+    return revision
+
+
+def _local_folder(source: str, key: str = "model.source") -> Path | None:
+    """The folder of a package or a path, None for what must be a hub id. Errors name `key`."""
+    if source.startswith("package:"):
+        package = source.removeprefix("package:")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        places = list(spec.submodule_search_locations or []) if spec else []
+        if not places:
+            raise ModelError(f"{key}: no installed package {package!r}; pip install it, or give a folder")
+        return Path(places[0])
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelError(f"{key}: {source} is a file; give its folder (and model.gguf_file={folder.name})")
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ModelError(f"{key}: no folder {source!r} (a hub id looks like 'organisation/model')")
+    return None
+
+
+def _find(
+    source: str, revision: str | None, weights: Sequence[str] = (), key: str = "model.source"
+) -> tuple[Path, str | None]:
+    """The folder of a source and, for a hub model, its commit; `weights`: patterns to fetch beside the config."""
+    local = _local_folder(source, key)
+    if local is not None:
+        return local, None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_DESCRIPTIONS, *weights]))
+    except LocalEntryNotFoundError:
+        where = f"{source} at {revision}" if revision else source
+        raise ModelError(
+            f"{key}: {where} is no local folder, nor in the local hub cache, and the hub cannot be reached; "
+            "fetch it once with `hf download`, or give a folder"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"{key}: {source}: {' '.join(str(error).split())}") from None
+    return folder, folder.name  # a snapshot's folder is named after its commit
+
+
+def _gguf_file(folder: Path, config: ModelConfig) -> Path | None:
+    if config.gguf_file is not None:
+        file = folder / config.gguf_file
+        if not file.is_file():
+            here = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
+            raise ModelError(f"model.gguf_file: no {config.gguf_file!r} in {config.source}; GGUF files there: {here}")
+        return file
+    found = sorted(folder.glob("*.gguf"))
+    if not found or any(folder.glob(_SAFETENSORS)):
+        return None
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise ModelError(f"model.gguf_file: not set, and {config.source} has several GGUF files: {names}")
+    return found[0]
+
+
+def _no_weights(folder: Path, config: ModelConfig) -> str:
+    pickles = sorted(p.name for p in folder.glob(_PICKLES))
+    if pickles:
+        return (
+            f"model.source: {config.source} has no safetensors, only pickled weights ({pickles[0]}), which can run "
+            "code; set model.allow_pickle=true if you trust them"
+        )
+    return f"model.source: {config.source} has no safetensors and no GGUF file; give a folder or a hub id that has"
+
+
+def _conversion(gguf: Path) -> Path:
+    """Where the conversion of a GGUF file is kept, named by the file's content."""
+    return cache_folder() / "models" / f"{gguf.stem}-{content_hash(gguf)[:16]}"
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder of safetensors made from a GGUF file, converted now if need be; it appears whole or not at all."""
+    target = _conversion(gguf)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            log.info("converting %s to safetensors, once", gguf.name)
+            unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+            try:
+                _convert(gguf, unfinished)
+                unfinished.chmod(0o755)
+                unfinished.rename(target)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"model.gguf_file: {gguf.name} cannot be read: {' '.join(str(error).split())}") from None
+    # the weights are dequantised now: without this save_pretrained refuses, taking them for quantised ones
+    setattr(model, "hf_quantizer", None)  # noqa: B010
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def content_hash(file: Path) -> str:
+    """XXH3-128 of a file's bytes, as 32 hex digits."""
+    state = xxhash.xxh3_128()
+    with file.open("rb") as f:
+        while block := f.read(_BLOCK):
+            state.update(block)
+    return state.hexdigest()
+
+
+def files_fingerprint(files: ModelFiles) -> str:
+    """XXH3-128 over the names and contents of a model's weight files and config."""
+    state = xxhash.xxh3_128()
+    for file in files.weight_files():
+        state.update(f"{file.name} {content_hash(file)}\n".encode())
+    return state.hexdigest()
+
+
+def files_signature(files: ModelFiles) -> str:
+    """Names, sizes and times of a model's files as JSON: the same signature means that nobody has changed them."""
+    return json.dumps(list(_stats(files)))
+
+
+def _stats(files: ModelFiles) -> Iterator[tuple[str, int, int]]:
+    for file in files.weight_files():
+        stat = file.stat()
+        yield file.name, stat.st_size, stat.st_mtime_ns
+
+
+def hf_config(config: ModelConfig) -> "PretrainedConfig":
+    """The model's own config, read without its weights. Raises ModelError."""
+    from transformers import AutoConfig
+
+    place = describe(config)
+    try:
+        return AutoConfig.from_pretrained(
+            place.folder, gguf_file=place.gguf_file, trust_remote_code=config.trust_remote_code
+        )
+    except (ValueError, KeyError, OSError) as error:
+        message = " ".join(str(error).split())
+        if "trust_remote_code" in message:
+            message = "its config is Python code of its own; set model.trust_remote_code=true if you trust it"
+        raise ModelError(f"model.source: {config.source}: {message}") from None
+
+
+def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
+    """The config in a model's own folder (`source.prepare`)."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+
+
+def read_config(config: ModelConfig) -> Numbers:
+    """The numbers of the model's own config. Raises ModelError."""
+    return model_dims.numbers(hf_config(config))
+
+
+def check_architecture(declared: ArchitectureConfig | None, found: Numbers, source_name: str) -> None:
+    """The profile's numbers, by which memory was planned, are those of the model. Raises ModelError."""
+    if declared is None:
+        return
+    pairs = {
+        "model_type": found.model_type,
+        "hidden_size": found.hidden_size,
+        "num_hidden_layers": found.num_blocks,
+        "num_attention_heads": found.num_heads,
+        "num_key_value_heads": found.num_kv_heads,
+        "intermediate_size": found.intermediate_size,
+        "vocab_size": found.vocab_size,
+    }
+    for name, value in pairs.items():
+        planned = getattr(declared, name)
+        if planned != value:
+            raise ModelError(
+                f"model.architecture.{name}: the profile says {planned}, the config of {source_name} says {value}; "
+                "use profiles=custom for a model of your own, or set model.architecture=null"
+            )

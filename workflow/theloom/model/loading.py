@@ -1,0 +1,238 @@
+"""Load a model for extraction: at the resolved precision, on the device, without its LM head, unmodified."""
+
+import logging
+import mmap
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from theloom.config.schema import Config
+from theloom.devices import gpu, gpu_lease
+from theloom.errors import ModelError
+from theloom.hooks.blocks import Architecture, find_blocks
+from theloom.hooks.points import Catalogue, HookPoint
+from theloom.model import weight_format
+from theloom.model.files import ModelFiles, config_in, hf_config
+from theloom.model.quantization import bitsandbytes_config, one_tensor_at_a_time
+from theloom.model.weight_format import quantization_of
+from theloom.precision import TOLERANCE, Resolved, choose_precision, cpu_has_fp16, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    from theloom.model.fake import FakeModel
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, ready for forward passes, and how it came to be there."""
+
+    architecture: Architecture
+    files: ModelFiles
+    device: "torch.device"
+    precision: Resolved
+    attention: str
+    quantization: str | None
+    left_out: tuple[str, ...] = ()  # modules that are not loaded
+
+    @property
+    def tolerance(self) -> float:
+        """The error that rounding explains; bitsandbytes rounds to 16 bits inside, whatever the precision around it."""
+        return max(TOLERANCE[self.precision.resolved], TOLERANCE["bf16"] if self.quantization else 0)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The hook points that can be read from it."""
+        from theloom.hooks.catalog import build_catalog
+
+        return build_catalog(self.architecture)
+
+
+def resolve_precision(config: Config) -> tuple["torch.device", Resolved]:
+    """The device of a run and the precision that it gets there."""
+    device = gpu.choose_device(config.extraction.device)
+    capability = gpu.compute_capability(device)
+    asked = config.memory.precision_mode.name
+    fp16_here = cpu_has_fp16() if capability is None and asked == "fp16" else True
+    return device, choose_precision(asked, capability, fp16_here)
+
+
+def load_model(
+    config: Config, files: ModelFiles, points: Sequence[HookPoint] | None = None, exact: bool = False
+) -> LoadedModel:
+    """Load the model from its files (`source.prepare`): all of it, or what reading `points` needs.
+
+    Tensors go one by one to their device and precision; what is not needed is not read. A quantised checkpoint is taken
+    as it is. `exact`: in FP32 and not quantised, whatever the config asks for. Raises ModelError where any of the
+    weights is missing or has another shape.
+    """
+    device, resolved = resolve_precision(config)
+    if exact:
+        resolved = Resolved("fp32", "fp32", ())
+    options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": _device_map(config, device, resolved)}
+    if config.extraction.attention.name != "auto":
+        options["attn_implementation"] = config.extraction.attention.name
+    own = quantization_of(config, config_in(files, config.model.trust_remote_code))
+    quantization = own or (None if exact else weight_format.asked_quantization(config))
+    whole = _without_bytes(config, resolved.resolved) if points is not None else None
+    left_out = whole.unneeded(points) if whole is not None and points is not None else []
+    if quantization is not None:
+        # transformers leaves the last module as it is, which of a model without its end would be another one
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        stays = None if whole is None else get_keys_to_not_convert(whole.architecture.model)
+        new = bitsandbytes_config(quantization, resolved.resolved, stays)
+        if own is None:
+            options["quantization_config"] = new
+        else:
+            log.info("its weights are quantised to %s already, and loaded as they are", own)
+    try:
+        with one_tensor_at_a_time(), report_held_back():
+            model, info = _part_of_model(config, left_out).from_pretrained(
+                files.folder,
+                dtype=torch_dtype(resolved.resolved),
+                use_safetensors=None if config.model.allow_pickle else True,
+                trust_remote_code=config.model.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which `load_report` does not
+                **options,
+            )
+    except (ValueError, OSError, ImportError) as error:
+        raise ModelError(f"model.source: {config.model.source}: {' '.join(str(error).split())}") from None
+    if left_out:
+        model.__class__ = type(model).__base__  # the class as transformers has it
+    check_loaded(model, info, config.model.source)
+    if quantization == "4bit" and device.type == "cpu":
+        from theloom.model.quantization import check_runs_on_the_cpu
+
+        check_runs_on_the_cpu(model)
+    model.eval().requires_grad_(False)
+    _read_in(model)
+    attention = str(model.config._attn_implementation)
+    described = getattr(model, "_described", None) or find_blocks(model)
+    return LoadedModel(described, files, device, resolved, attention, quantization, tuple(left_out))
+
+
+def _read_in(model: "nn.Module") -> None:
+    """Have all weights in memory from the start: mapped files come page by page, and a run's memory would grow."""
+    import torch
+
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu":
+            stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            stored[:: mmap.PAGESIZE].sum()
+
+
+def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":
+    """The whole model on tensors without bytes, by which it is loaded in part; None for one whose code is its own."""
+    from theloom.model import fake
+
+    model_config = hf_config(config.model)
+    if _is_own_code(model_config):
+        return None
+    asked = config.extraction.attention.name
+    attention = None if asked in ("auto", "flash_attention_2") else asked
+    return fake.fake_model(model_config, resolved, attention=attention)
+
+
+def _part_of_model(config: Config, left_out: list[str]) -> Any:
+    """The class that loads a model without the modules of these names: they are gone before weights are looked for."""
+    from transformers import AutoModel
+
+    from theloom.model import pruning
+
+    if not left_out:
+        return AutoModel
+    whole = _model_class(hf_config(config.model))
+
+    def build(self: Any, *args: Any, **options: Any) -> None:
+        whole.__init__(self, *args, **options)
+        described = find_blocks(self)
+        gone = {self.get_submodule(name): name for name in left_out}
+        pruning.leave_out(self, left_out)
+        blocks = [self.get_submodule(gone[b]) if b in gone else b for b in described.blocks]
+        object.__setattr__(self, "_described", Architecture(self, blocks, described.hidden_size))
+        self._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){re.escape(name)}\." for name in left_out}
+
+    return type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__})
+
+
+def _model_class(model_config: "PretrainedConfig") -> Any:
+    """The class of transformers for a config, without a head."""
+    from transformers import AutoModel
+
+    found = AutoModel._model_mapping[type(model_config)]
+    if not isinstance(found, list | tuple):
+        return found
+    classes: list[Any] = list(found)
+    named = {c.__name__: c for c in classes}
+    return next((named[n] for n in model_config.architectures or () if n in named), classes[0])
+
+
+def _is_own_code(model_config: "PretrainedConfig") -> bool:
+    """Whether the model's folder brings its own code, so that its class is not known beforehand."""
+    return "AutoModel" in (getattr(model_config, "auto_map", None) or {})
+
+
+def _device_map(config: Config, device: "torch.device", resolved: Resolved) -> dict[str, "torch.device"]:
+    """Everything on one device, or over the GPUs that this job has leased. Raises MemoryPlanError."""
+    if len(gpu_lease.held()) < 2:
+        return {"": device}
+    from theloom.model import device_map, weight_format
+
+    kind = weight_format.kind_of(config, resolved.resolved)
+    return device_map.over_leased(hf_config(config.model), kind, config.model.trust_remote_code)
+
+
+@contextmanager
+def report_held_back() -> Iterator[None]:
+    """Within the context transformers does not print its table: `check` says what is in it."""
+    theirs = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    theirs.addFilter(other)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(other)
+
+
+def check_loaded(model: "nn.Module", info: Mapping[str, Any], source: str) -> None:
+    """`info` is what `from_pretrained(…, output_loading_info=True, ignore_mismatched_sizes=True)` gives.
+
+    Weights that have no place in the model are said: a head's, which no hook point reads, or others, with a warning.
+    Raises ModelError where any of the model's weights is missing or has another shape.
+    """
+    name = type(model).__name__
+    missing = [key for key in sorted(info["missing_keys"]) if not key.startswith("pooler.")]  # after all hook points
+    if missing:
+        raise ModelError(
+            f"model.source: {source} lacks {len(missing)} weights of {name} ({missing[0]}, …); "
+            "its files are incomplete or of another architecture"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, in_file, by_config = mismatched[0]
+        raise ModelError(
+            f"model.source: {source} has {len(mismatched)} weights of another shape than its config says ({key}: "
+            f"{tuple(in_file)} in the files, {tuple(by_config)} by the config); they are not of one model"
+        )
+    prefix, parts = f"{getattr(model, 'base_model_prefix', '')}.", dict(model.named_children())
+    of_head = {key: key.removeprefix(prefix).split(".")[0] not in parts for key in sorted(info["unexpected_keys"])}
+    if heads := [key for key, head in of_head.items() if head]:
+        log.info("not read, as no hook point needs them: %s", _few_names(heads))
+    if others := [key for key, head in of_head.items() if not head]:
+        words = "%d weights of the files have no place in %s, as its config has it, and are left out: %s"
+        log.warning(words, len(others), name, _few_names(others))
+
+
+def _few_names(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, … {names[-1]}"

@@ -1,0 +1,83 @@
+"""The residual stream as the model itself tells it: `output_hidden_states`, by the names of hook points.
+
+Most models give the input of every block and then what the final norm makes of the last output; some (Mamba, RWKV)
+give the output of every block. Which it is, is seen: by the inputs of the first two blocks and the last one's output.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from theloom.errors import ModelError
+from theloom.hooks.blocks import Architecture
+from theloom.hooks.sites import Site
+
+if TYPE_CHECKING:
+    import torch
+
+
+def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, "torch.Tensor"]:
+    """Every residual of the loaded blocks, (batch, position, hidden size), by hook point, of one plain forward pass.
+
+    Raises ModelError where the model does not give its hidden states, or not one for every block.
+    """
+    import torch
+
+    from theloom.model.pruning import passed_over
+
+    model, blocks, loaded = architecture.model, architecture.blocks, architecture.loaded
+    seen: dict[str, torch.Tensor] = {}
+
+    def before(name: str) -> Any:
+        def keep(module: Any, args: Any, kwargs: Any) -> None:
+            seen.setdefault(name, Site.input(args, kwargs).clone())
+
+        return keep
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        seen["last"] = Site.output(output).clone()
+
+    handles = [
+        blocks[i].register_forward_pre_hook(before(str(i)), with_kwargs=True) for i in range(min(2, len(blocks)))
+    ]
+    handles.append(loaded[-1].register_forward_hook(after))
+    try:
+        with torch.inference_mode(), passed_over(architecture), _no_hooks_left(model):
+            output = model(**inputs, output_hidden_states=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    given = getattr(output, "hidden_states", None)
+    states = list(given if given is not None else getattr(output, "decoder_hidden_states", None) or ())
+    name, count = type(model).__name__, len(loaded)
+    if len(states) < count:
+        raise ModelError(f"{name} gives {len(states)} hidden states for its {count} blocks: its rows cannot be checked")
+    first, second = seen["0"], seen["1"] if len(blocks) > 1 else seen["last"]
+    if _same(states[0], second) and not _same(states[0], first):
+        inputs_, outputs = [first, *states[: count - 1]], [*states[: count - 1], seen["last"]]
+    else:
+        inputs_, outputs = states[:count], [*states[1:count], seen["last"]]
+    found = {f"blocks.{i}.hook_resid_pre": state.detach() for i, state in enumerate(inputs_)}
+    return found | {f"blocks.{i}.hook_resid_post": state.detach() for i, state in enumerate(outputs)}
+
+
+@contextmanager
+def _no_hooks_left(model: "torch.nn.Module") -> Iterator[None]:
+    """Take off what transformers leaves on a model that is asked for its hidden states: hooks, and a mark of them."""
+    before = [(m, set(m._forward_hooks), vars(m).get(_MARK)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, mark in before:
+            for key in set(module._forward_hooks) - hooks:
+                for kept in (module._forward_hooks, module._forward_hooks_with_kwargs):
+                    kept.pop(key, None)
+            if mark is None:
+                vars(module).pop(_MARK, None)
+
+
+_MARK = "_output_capturing_hooks_installed"
+
+
+def _same(a: "torch.Tensor", b: "torch.Tensor") -> bool:
+    return a.shape == b.shape and bool((a == b).all())

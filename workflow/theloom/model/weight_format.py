@@ -1,0 +1,105 @@
+"""How weights are held: their precision, and their quantisation, as requested or as stored."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from theloom.config.schema import Config
+from theloom.errors import ModelError
+from theloom.precision import BYTES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+NF4_BLOCK = 64
+
+
+SCALES_BLOCK = 256
+
+
+PACKED_ROWS = 32
+
+
+def quantized_by_checkpoint(model_config: "PretrainedConfig") -> str | None:
+    """`8bit` or `4bit` for a checkpoint that bitsandbytes has quantised, None for one that is as it was trained.
+
+    Raises ModelError for other kinds of quantisation, whose sizes are not known here.
+    """
+    said = quantization_config(model_config)
+    method = said.get("quant_method")
+    method = str(getattr(method, "value", method) or "an unnamed method")
+    if not said or method == "gguf":  # GGUF is made whole when it is converted
+        return None
+    if not method.startswith("bitsandbytes"):
+        raise ModelError(
+            f"its weights are quantised by {method}, and TheLoom knows the memory of "
+            "bitsandbytes alone; take its unquantised weights, with memory.quantization where they are too large"
+        )
+    return "4bit" if said.get("load_in_4bit") or said.get("_load_in_4bit") else "8bit"
+
+
+def quantization_config(model_config: "PretrainedConfig") -> dict[str, Any]:
+    said: Any = getattr(model_config, "quantization_config", None) or {}
+    return said if isinstance(said, dict) else said.to_dict()
+
+
+def quantization_of(config: Config, found: "PretrainedConfig") -> str | None:
+    """`8bit` or `4bit` where a checkpoint is quantised itself. Raises ModelError where the config asks for another."""
+    own = quantized_as(found)
+    asked = asked_quantization(config)
+    if own is not None and asked not in (None, own):
+        raise ModelError(
+            f"memory.quantization={asked}: the weights of {config.model.source} are quantised to {own} already; "
+            "leave memory.quantization=null, or take the unquantised weights"
+        )
+    return own
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How weights are held: their precision, and the quantisation of the linear layers, `int8` or `int4`."""
+
+    precision: str
+    quantization: str | None = None
+
+    @property
+    def name(self) -> str:
+        """fp32, fp16, bf16; int8 and int4, whose other weights are 16-bit; int8+fp32 and int4+fp32."""
+        if self.quantization is None:
+            return self.precision
+        return self.quantization if BYTES[self.precision] == 2 else f"{self.quantization}+{self.precision}"
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        *(Kind(precision) for precision in BYTES),
+        Kind("bf16", "int8"),
+        Kind("bf16", "int4"),
+        Kind("fp32", "int8"),
+        Kind("fp32", "int4"),
+    )
+}
+
+
+def kind_of(config: Config, precision: str, own: str | None = None) -> Kind:
+    """The kind of a run that was resolved to a precision; `own`: the checkpoint's own quantisation, 8bit or 4bit."""
+    return kind_as(precision, own or asked_quantization(config))
+
+
+def asked_quantization(config: Config) -> str | None:
+    """`8bit`, `4bit` or None, as the config asks for it."""
+    return config.memory.quantization.name if config.memory.quantization else None
+
+
+def kind_as(precision: str, bits: str | None) -> Kind:
+    """The kind of a precision and a quantisation to `8bit` or `4bit`, or none."""
+    return Kind(precision, None if bits is None else {"8bit": "int8", "4bit": "int4"}[bits])
+
+
+def quantized_as(model_config: "PretrainedConfig") -> str | None:
+    """The quantisation of a checkpoint, without torch where it has none. Raises ModelError for a kind not known."""
+    if getattr(model_config, "quantization_config", None) is None:
+        return None
+
+    return quantized_by_checkpoint(model_config)

@@ -1,0 +1,128 @@
+"""What Snakemake says while it runs, shortened to what a user needs.
+
+Its own bookkeeping is left out. A job that ended on a user's error is one line in place of a block, and a lock says how
+to take it away. All that is not named here stays as Snakemake wrote it.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from theloom.dataset import activations
+from theloom.pipeline.job import error_of
+from theloom.store import file_format
+from theloom.terminal import lines
+
+_BOOKKEEPING = (
+    "Select jobs to execute",
+    "Execute ",
+    "Assuming unrestricted shared filesystem usage",
+    "Building DAG of jobs",
+    "Using shell: ",
+    "Creating report...",
+    "Loading script code for rule ",
+    "Adding ",  # a file to the report
+    "Conda environments: ignored",
+    "Singularity containers: ignored",
+    "RuleException:\nCalledProcessError in file",  # where our scripts are called; the job's log says why one failed
+)
+
+
+_END = ("Complete log(s): ", "Elapsed time: ", "WorkflowError:\nAt least one job did not complete")
+
+
+_QUIET_RULE = "freeze_config"  # seven jobs of a moment each
+
+
+LOCKED = (
+    "error: another call of the pipeline is making the same files: wait for it. If there is none (one was killed), run "
+    ".venv/bin/snakemake --unlock, then this again"
+)
+
+
+class Brief(logging.Filter):
+    """Drops and rewrites records of Snakemake's logger. `ended` is set when the call's errors have been printed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = False
+        self._quiet_jobs: set[int] = set()
+        self._skip_progress = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        fields: dict[str, Any] = record.__dict__
+        event = str(fields.get("event") or "")
+        if event == "resources_info":
+            return False
+        if event == "job_info" and fields["rule_name"] == _QUIET_RULE:
+            self._quiet_jobs.add(fields["jobid"])
+            return False
+        if event == "job_finished":  # the progress that follows says as much
+            self._skip_progress = fields["job_id"] in self._quiet_jobs
+            return False
+        if event == "progress":
+            return not self._skip_progress
+        if event == "job_error":
+            _shorten(record, [Path(file) for file in fields.get("log") or []])
+            return True
+        text = str(record.msg)
+        if text.startswith("LockException:"):
+            _say(record, LOCKED)
+        return not text.startswith(_BOOKKEEPING + (_END if self.ended else ()))
+
+
+def _shorten(record: logging.LogRecord, logs: list[Path]) -> None:
+    """Put a job's own line in place of Snakemake's block, where the job ended on a user's error."""
+    for file in logs:
+        if error := error_of(file):
+            _say(record, f"{error} (log: {file})")
+
+
+def _say(record: logging.LogRecord, text: str) -> None:
+    record.msg, record.args = text, None
+    record.__dict__["event"] = None
+
+
+def shorten() -> Brief:
+    """Shorten what this process's Snakemake says from now on."""
+    brief = Brief()
+    logging.getLogger("snakemake.logging").addFilter(brief)
+    return brief
+
+
+def summary(folder: Path) -> str:
+    """A few lines on a finished run: the file, what it holds, and how it was verified."""
+    acts = activations.open_activations(folder / "activations.h5")
+    with file_format.open_h5(folder / "verification.h5", "verification") as file:
+        error, largest = file["recomputed/error"][:], file["recomputed/largest"][:]
+        documents, allowed = len(error), np.full(error.shape[1], file.attrs["tolerance"])
+        if "recomputed/allowed" in file:
+            allowed = file["recomputed/allowed"][:]
+        cosine = file["fp32/cosine"][:].mean(axis=0) if "fp32" in file else None
+    shares = (error / np.maximum(largest, 1e-30)).max(axis=0)
+    nearest = int((shares / allowed).argmax())
+    size = sum(acts[hook].nbytes for hook in acts.hooks)
+    said = [
+        f"{acts.path}",
+        f"  {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, {size / 1e6:.1f} MB",
+        f"  hook points: {_few_hooks(acts.hooks)}",
+        f"  verified: {documents} documents recomputed, largest error {shares[nearest]:.1e} of the largest value "
+        f"(at most {allowed[nearest]:.0e}); all rows' hashes are right",
+    ]
+    if cosine is not None:
+        quantization = acts.attributes["model_quantization"]
+        said.append(f"  {quantization} weights: residuals' cosine similarity to FP32 {cosine.min():.4f} or more")
+    return "\n".join([*map(lines, said), *_next_steps(folder, acts.path)])
+
+
+def _next_steps(folder: Path, path: Path) -> list[str]:
+    """What to do with a finished run, as commands to paste."""
+    figures = [] if (folder / "figures").is_dir() else ["make report, with the same PROFILES and SET"]
+    first, *others = [*figures, f".venv/bin/theloom inspect {path}"]
+    return [f"  next: {first}", *(f"        {command}" for command in others)]
+
+
+def _few_hooks(hooks: list[str]) -> str:
+    return ", ".join(hooks) if len(hooks) <= 4 else f"{hooks[0]} … {hooks[-1]} ({len(hooks)} in all)"

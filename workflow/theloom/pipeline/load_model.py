@@ -1,0 +1,149 @@
+"""The load_model stage: load a model, try it out, measure, and write `model.h5`."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import h5py
+
+from theloom import terminal
+from theloom.config.model_dims import numbers
+from theloom.config.schema import Config
+from theloom.corpus import tokens
+from theloom.devices import gpu, host, peak_memory
+from theloom.engine.layerwise.model import measure_sweep, opened
+from theloom.engine.model_record import model_attributes, write_catalog
+from theloom.errors import MemoryPlanError, ModelError
+from theloom.memory.estimators import Traced
+from theloom.model import weight_format
+from theloom.model.checks import self_check
+from theloom.model.files import check_architecture, hf_config, prepare_files
+from theloom.model.loading import load_model, resolve_precision
+from theloom.planning import estimate
+from theloom.planning.estimate import Estimate
+from theloom.planning.measure import before_counting, measure
+from theloom.planning.multi_gpu import fit_plan
+from theloom.planning.plan import Planned
+from theloom.store import file_format
+
+if TYPE_CHECKING:
+    from theloom.planning.measure import Measured
+
+
+log = logging.getLogger(__name__)
+
+
+def record_layerwise(config: Config, estimated: Estimate, tokens_path: Path, output: Path, why: str = "") -> None:
+    """Write `model.h5`. `why`: what speaks against a resident model, in words, for the message where this fails too.
+
+    Raises ModelError, HookError, MemoryPlanError.
+    """
+    files = prepare_files(config.model)
+    before_counting(config.model)
+    before = host.resident()  # from where a job's growth is counted (`layerwise_shard`)
+    with opened(config, files) as found:
+        points = found.loaded.catalogue.select(estimated.hooks)
+        threshold = config.memory.memory_warning_threshold
+        try:
+            planned = found.fit(estimated, points, tokens.window_lengths(tokens_path), threshold, 0)
+        except MemoryPlanError as error:
+            raise MemoryPlanError(f"{why}; and {error}" if why else str(error)) from None
+        said = terminal.in_words(planned.need.device if found.loaded.device.type == "cuda" else planned.need.cpu)
+        log.info("block by block: batches of %d tokens, %s", planned.plan.batch_tokens, said)
+        for change in planned.changes:
+            log.warning("to fit: %s", change)
+        tried = found.try_out()
+        measured = measure_sweep(found, planned, points, before)
+        foretold, grown = terminal.in_words(measured.foretold), terminal.in_words(measured.growth)
+        log.info("a sweep over the largest batch: %s foretold, %s found", foretold, grown)
+        beside = max(0, measured.growth - measured.foretold)
+        with h5py.File(output, "w") as file:
+            attributes = model_attributes(found.loaded, config)
+            file_format.set_attributes(file, attributes | asdict(tried) | {"execution": "layerwise"})
+            group = file.create_group("memory")
+            file_format.set_attributes(group, {"changes": list(planned.changes), "ratio": 1.0, "beside": beside})
+            file_format.set_attributes(group.create_group("plan"), asdict(planned.plan) | {"spilled": planned.spilled})
+            predicted = asdict(planned.need) | {"device": planned.need.device, "host": planned.need.host}
+            file_format.set_attributes(group.create_group("predicted"), predicted)
+            file_format.set_attributes(group.create_group("sizes"), asdict(found.sizes(points)))
+            file_format.set_attributes(group.create_group("measured"), asdict(measured))
+            write_catalog(file, found.loaded.catalogue)
+
+
+def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path) -> None:
+    """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError, MemoryPlanError."""
+    from theloom.model.pruning import storages
+
+    estimated = estimate.read(estimate_path)
+    if config.memory.enable_gradient_checkpointing:
+        log.warning("enable_gradient_checkpointing has no effect: extraction has no backward pass")
+    model_config = hf_config(config.model)
+    check_architecture(config.model.architecture, numbers(model_config), config.model.source)
+    device, resolved = resolve_precision(config)
+    kind = weight_format.kind_of(config, resolved.resolved, weight_format.quantization_of(config, model_config))
+    threshold = config.memory.memory_warning_threshold
+    execution = config.extraction.execution.name
+    try:
+        if execution == "layerwise":
+            record_layerwise(config, estimated, tokens_path, output)
+            return
+        planned = fit_plan(estimated, kind, device, threshold, tokens.window_lengths(tokens_path))
+    except MemoryPlanError as error:
+        if execution != "auto":
+            raise
+        log.warning("%s; extraction.execution=auto: it goes block by block", error)
+        try:
+            record_layerwise(config, estimated, tokens_path, output, str(error))
+        except ModelError as refused:
+            raise MemoryPlanError(f"{error}; nor block by block: {refused}") from None
+        return
+    files = prepare_files(config.model)
+    asked = config.extraction.attention.name
+    attention = None if asked in ("auto", "flash_attention_2") else asked  # FlashAttention is not built for the CPU
+    before_counting(config.model)
+    with peak_memory.PeakMemory(device) as loading:  # from where a job's growth is counted (`engine`)
+        traced = Traced(model_config, attention, config.model.trust_remote_code)
+        catalogue = traced.catalogue()  # of the whole model, of which only what is needed is loaded
+        points = catalogue.select(estimated.hooks)
+        loaded = load_model(config, files, points)
+    tried = self_check(loaded.architecture, loaded.tolerance)
+    measured = measure(loaded, kind, traced, planned.plan, points, loading)
+    gpu.warn_above(threshold, device)
+    log.info("loaded %s in %s on %s", config.model.source, resolved.resolved, gpu.device_name(device))
+    _log(measured)
+    with h5py.File(output, "w") as file:
+        attributes = (
+            model_attributes(loaded, config)
+            | {"parameters": traced.parameters, **asdict(tried)}
+            | {"execution": "resident"}
+        )
+        file_format.set_attributes(file, attributes)
+        weights = sum(storages(traced.fake(kind).architecture.model, loaded.left_out))
+        _write_memory(file.create_group("memory"), planned, measured, weights, loading.growth)
+        write_catalog(file, catalogue)
+
+
+def _log(measured: "Measured") -> None:
+    """The largest pass, foretold and found side by side."""
+    workload = measured.workload
+    log.info("largest pass: %d × %d tokens, steps of %d", workload.windows, workload.tokens, workload.chunk_size)
+    found = asdict(measured.found)
+    for category, foretold in asdict(measured.foretold).items():
+        if foretold or found[category]:
+            sizes = terminal.in_words(foretold), terminal.in_words(found[category])
+            log.info("  %s: %s foretold, %s found", category.replace("_", " "), *sizes)
+    log.info(
+        "  memory in use grew by %s: tensors %s, pages of files %s, heap %s",
+        *map(terminal.in_words, (measured.growth, measured.found.total, measured.files, measured.heap)),
+    )
+
+
+def _write_memory(group: h5py.Group, planned: Planned, measured: "Measured", weights: int, load_growth: int) -> None:
+    file_format.set_attributes(group, {"changes": list(planned.changes), **asdict(measured.correction)})
+    file_format.set_attributes(group.create_group("plan"), asdict(planned.plan))
+    file_format.set_attributes(group.create_group("workload"), asdict(measured.workload))
+    file_format.set_attributes(group.create_group("predicted"), {"weights": weights, **asdict(measured.foretold)})
+    found = {"weights": measured.weights, **asdict(measured.found)}
+    growth = {"growth": measured.growth, "files": measured.files, "heap": measured.heap, "load_growth": load_growth}
+    file_format.set_attributes(group.create_group("measured"), found | growth)

@@ -1,0 +1,231 @@
+"""What `theloom estimate` answers: the memory of one model for one workload, and the GPUs that it fits on.
+
+Llama-like models are answered in closed form, without torch; others, and any with `trace`, by a trace.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from theloom.config import compose, frozen
+from theloom.config.model_dims import Numbers
+from theloom.config.schema import Config
+from theloom.devices import gpu_specs
+from theloom.errors import ConfigError, ModelError
+from theloom.hooks.points import RESIDUALS, HookPoint, residual_points
+from theloom.memory import sizes
+from theloom.memory.estimators import Estimator, row_bytes
+from theloom.memory.sizes import Components, Parts, Workload
+from theloom.model import weight_format
+from theloom.model.weight_format import KINDS, Kind
+from theloom.planning import estimate, execution_modes
+from theloom.planning.execution_modes import CardModes, Layerwise
+from theloom.precision import BYTES
+from theloom.store.provenance import PACKAGES, package_version
+
+CONFIG_FOLDER = Path(__file__).parents[3] / "config"
+
+
+HEADROOM = 0.85  # of a GPU's usable memory, for its largest batch: memory_warning_threshold's default
+
+
+@dataclass(frozen=True)
+class FittingGPU:
+    """A GPU with room for the run: what is left, and the most windows of the asked length that go side by side."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    usable_bytes: int
+    margin_bytes: int
+    largest_batch: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The memory of one model at one kind of weights. Bytes, unless a name says otherwise."""
+
+    model: str
+    model_type: str
+    method: str
+    kind: str
+    attention: str
+    windows: int
+    tokens: int
+    chunk_size: int
+    hooks: list[str]
+    versions: dict[str, str]
+    weights: int
+    lm_head: int  # not loaded
+    kv_cache: int  # of all windows, keys and values of every block that runs
+    captured_full: int  # every residual, held at once
+    captured_every: int  # every hook point of the model, attention patterns included
+    captured_selected: int
+    temporaries: int
+    held_full: Components
+    held_selected: Components
+    pipeline: Components  # hook points written as they come
+    load_peak: int
+    host: int
+    disk_per_million_tokens: int
+    totals: dict[str, int]  # of the pipeline, by kind
+    gpus: list[FittingGPU]
+    layerwise: Layerwise | None  # None: refused, for the reason beside it
+    layerwise_refused: str
+    layerwise_gpus: list[str]  # with room for it block by block, smallest first
+    cards: list[CardModes]
+
+
+def forecast(
+    target: str,
+    precision: str | None = None,
+    windows: int = 1,
+    tokens: int = 2048,
+    filters: Sequence[str] | None = None,
+    trace: bool = False,
+) -> Forecast:
+    """The forecast of a profile or a model (hub id, folder, `package:NAME`). Raises TheLoomError.
+
+    `precision` is one of fp32, fp16, bf16, int8, int4 (default: the profile's; bf16 where it leaves that open);
+    `filters` are hook filters (default: the profile's).
+    """
+    settings = settings_of(target)
+    asked = settings.memory.activation_cache_filter if filters is None else filters
+    estimator = estimate.estimator_of(settings, trace, asked, held=True)
+    kind = _kind(settings, precision, estimator.own)
+    residuals = residual_points(estimator.size.num_blocks, estimator.size.hidden_size)
+    catalogue = estimator.catalogue()
+    points = catalogue.select(asked)
+    chunk_size = min(settings.memory.streaming_chunk_size, tokens)
+    workload = Workload(windows, tokens, chunk_size)
+    written = smaller_pass(estimator, kind, workload, points)
+    weights = estimator.weights(kind)
+    values = windows * tokens * BYTES[kind.precision]
+    pipeline = sizes.with_device_overhead(weights, written, "cuda")
+    full, selected = (estimator.forward(kind, workload, chosen, held=True) for chosen in (residuals, points))
+    swept, refused = _layerwise(estimator, kind, workload, points)
+    deepest = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
+    able = [gpu for gpu in gpu_specs.gpus() if gpu.computes(kind.name)]
+    return Forecast(
+        model=settings.model.source,
+        model_type=estimator.size.model_type,
+        method=estimator.method,
+        kind=kind.name,
+        attention=getattr(estimator, "attention", "sdpa"),
+        windows=windows,
+        tokens=tokens,
+        chunk_size=chunk_size,
+        hooks=[p.name for p in points],
+        versions={p: v for p in PACKAGES if (v := package_version(p))},
+        weights=weights,
+        lm_head=_lm_head(settings, estimator.size, kind),
+        kv_cache=kv_cache(estimator.size, kind, windows * tokens),
+        captured_full=values * _held_width(residuals, tokens),
+        captured_every=values * _held_width(catalogue.points, tokens),
+        captured_selected=values * _held_width(points, tokens),
+        temporaries=written.temporaries,
+        held_full=sizes.with_device_overhead(weights, full, "cuda"),
+        held_selected=sizes.with_device_overhead(weights, selected, "cuda"),
+        pipeline=pipeline,
+        load_peak=weights + (estimator.largest_weight(kind) if kind.quantization else 0),
+        host=estimate.HOST_PROCESS + weights + written.total,
+        disk_per_million_tokens=10**6 * row_bytes(points, kind.precision, tokens),
+        totals={name: _total(estimator, other, workload, points) for name, other in KINDS.items() if "+" not in name},
+        gpus=fitting(estimator, kind, workload, points, pipeline),
+        layerwise=swept,
+        layerwise_refused=refused,
+        layerwise_gpus=[gpu.name for gpu in able if swept is not None and swept.device <= gpu.usable_bytes],
+        cards=[] if swept is None else execution_modes.cards(estimator, kind, tokens, pipeline.total, swept, deepest),
+    )
+
+
+def _layerwise(
+    estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]
+) -> tuple[Layerwise | None, str]:
+    """What it takes block by block, or why it does not go so."""
+    try:
+        return execution_modes.layerwise(estimator, kind, workload, points), ""
+    except ModelError as error:
+        return None, str(error)
+
+
+def smaller_pass(estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> Parts:
+    """The cheaper of one pass over whole windows and chunks through the KV cache, hook points written as they come."""
+    one_pass = Workload(workload.windows, workload.tokens, workload.tokens)
+    passes = [estimator.forward(kind, shape, points) for shape in dict.fromkeys((one_pass, workload))]
+    return min(passes, key=lambda parts: parts.total)
+
+
+def kv_cache(size: Numbers, kind: Kind, tokens: int) -> int:
+    """Bytes of the keys and values of every block, for tokens of all windows together."""
+    return 2 * size.num_blocks * size.num_kv_heads * size.head_dim * BYTES[kind.precision] * tokens
+
+
+def fitting(
+    estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint], needed: Components
+) -> list[FittingGPU]:
+    """The GPUs with room for what is needed, smallest first, that compute in its precision."""
+    one = smaller_pass(estimator, kind, Workload(1, workload.tokens, workload.chunk_size), points)
+    found = []
+    for gpu in gpu_specs.gpus():
+        if not gpu.computes(kind.name) or gpu.usable_bytes < needed.total:
+            continue
+        fixed = sizes.with_device_overhead(needed.weights, one.times(0), "cuda", gpu.compute_capability).total
+        room = HEADROOM * gpu.usable_bytes - fixed
+        batch = max(workload.windows, int(room / ((1 + sizes.FRAGMENTATION) * one.total)))
+        margin = gpu.usable_bytes - needed.total
+        found.append(FittingGPU(gpu.name, gpu.compute_capability, gpu.usable_bytes, margin, batch, workload.tokens))
+    return found
+
+
+def as_json(found: Forecast) -> dict[str, Any]:
+    """Plain data, with the derived totals."""
+    report = asdict(found)
+    for name in ("held_full", "held_selected", "pipeline"):
+        components: Components = getattr(found, name)
+        report[name] |= {part: getattr(components, part) for part in ("allocated", "reserved", "total")}
+    return report
+
+
+def _total(estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> int:
+    return sizes.with_device_overhead(
+        estimator.weights(kind), smaller_pass(estimator, kind, workload, points), "cuda"
+    ).total
+
+
+def _held_width(points: Sequence[HookPoint], tokens: int) -> int:
+    """Elements of a token that hook points hold: one block's output is the next one's input, and is held once."""
+    width = {
+        p.block + (p.value == "hook_resid_post") if p.value in RESIDUALS else p.name: p.width(tokens) for p in points
+    }
+    return sum(width.values())
+
+
+def _lm_head(settings: Config, size: Numbers, kind: Kind) -> int:
+    declared = settings.model.architecture
+    if declared is None or declared.tie_word_embeddings:
+        return 0
+    return size.vocab_size * size.hidden_size * BYTES[kind.precision]
+
+
+def settings_of(target: str) -> Config:
+    """The config of a profile, or of any model with the settings of the profile `custom`."""
+    profiles = sorted(path.stem for path in (CONFIG_FOLDER / "profile").glob("*.yaml"))
+    if target in profiles and target != "custom":
+        (run,) = compose.runs(CONFIG_FOLDER, target).values()
+    elif "/" in target or target.startswith("package:") or Path(target).exists():
+        (run,) = compose.runs(CONFIG_FOLDER, "custom", f"'model.source=\"{target}\"'").values()
+    else:
+        raise ConfigError(
+            f"{target!r} is neither a profile ({', '.join(profiles)}) nor a model; "
+            "give a hub id (owner/name), a folder, or package:NAME"
+        )
+    return frozen.to_config(run.config)
+
+
+def _kind(settings: Config, precision: str | None, own: str | None) -> Kind:
+    if precision is not None:
+        return KINDS[precision]
+    asked = settings.memory.precision_mode.name
+    return weight_format.kind_of(settings, "bf16" if asked == "auto" else asked, own)

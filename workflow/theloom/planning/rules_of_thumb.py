@@ -1,0 +1,154 @@
+"""Two tables of rules of thumb for models of 3 to 70 billion parameters, beside what TheLoom computes.
+
+The rules are those that the project began with: weights are the nominal number of parameters times the bytes of one;
+totals are what was recommended for extraction with 2048 tokens. Of each difference over 10% it is said where it comes
+from.
+"""
+
+from dataclasses import dataclass
+
+from theloom.config.schema import Config
+from theloom.devices import gpu_specs
+from theloom.hooks import points
+from theloom.memory import sizes
+from theloom.memory.closed_form import parameters
+from theloom.memory.estimators import Estimator
+from theloom.memory.sizes import Components, Workload
+from theloom.model.weight_format import KINDS, Kind
+from theloom.planning import estimate, forecast
+
+PROFILES = {"3b": 3, "7b": 7, "13b": 13, "30b": 30, "70b": 70}  # nominal size, in billions of parameters
+
+
+RULE_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+
+
+RULE_TOTALS = {
+    "3b": {"fp32": 16, "fp16": 8, "bf16": 8},
+    "7b": {"fp32": 36, "fp16": 18, "bf16": 18},
+    "13b": {"fp32": 68, "fp16": 34, "bf16": 34},
+    "30b": {"fp32": 160, "fp16": 80, "bf16": 80},
+    "70b": {"fp32": 360, "fp16": 180, "bf16": 180},
+}
+
+
+TOKENS = 2048
+
+
+EXPLAINED_FROM = 0.10
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure: TheLoom's beside the rule's, in GB, and where a difference of over 10% is from ("" below that)."""
+
+    computed: float
+    rule: float
+    reason: str
+
+    @property
+    def difference(self) -> float:
+        return self.computed / self.rule - 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model."""
+
+    profile: str
+    model: str
+    parameters: int
+    cells: dict[str, Cell]
+    gpus: dict[str, str]  # by kind: the smallest that do
+
+
+def weights_table() -> list[Row]:
+    """Weights alone, as extraction loads them: without the LM head."""
+    rows = []
+    for profile, billions in PROFILES.items():
+        settings, estimator = _of(profile)
+        cells = {}
+        for name, rule_bytes in RULE_BYTES.items():
+            computed, rule = estimator.weights(KINDS[name]) / 1e9, billions * rule_bytes
+            cells[name] = _cell(computed, rule, _weights_reason(settings, estimator, KINDS[name], billions, rule_bytes))
+        rows.append(_row(profile, settings, cells, {}))
+    return rows
+
+
+def totals_table() -> list[Row]:
+    """Weights, KV cache of 2048 tokens, every residual held, and what CUDA takes."""
+    rows = []
+    for profile, rules in RULE_TOTALS.items():
+        settings, estimator = _of(profile)
+        everything = points.residual_points(estimator.size.num_blocks, estimator.size.hidden_size)
+        workload = Workload(1, TOKENS, settings.memory.streaming_chunk_size)
+        cells, gpus = {}, {}
+        for name, rule in rules.items():
+            kind = KINDS[name]
+            parts = estimator.forward(kind, workload, everything, held=True)
+            components = sizes.with_device_overhead(estimator.weights(kind), parts, "cuda")
+            beyond = rule - PROFILES[profile] * RULE_BYTES[name]
+            cells[name] = _cell(components.total / 1e9, rule, _total_reason(components, rule, beyond))
+            gpus[name] = _recommended(components.total)
+        rows.append(_row(profile, settings, cells, gpus))
+    return rows
+
+
+def _of(profile: str) -> tuple[Config, Estimator]:
+    settings = forecast.settings_of(profile)
+    return settings, estimate.estimator_of(settings)
+
+
+def _row(profile: str, settings: Config, cells: dict[str, Cell], gpus: dict[str, str]) -> Row:
+    declared = settings.model.architecture
+    assert declared is not None
+    return Row(profile, settings.model.source, declared.parameters, cells, gpus)
+
+
+def _cell(computed: float, rule: float, reason: str) -> Cell:
+    return Cell(computed, rule, reason if abs(computed / rule - 1) > EXPLAINED_FROM else "")
+
+
+def _weights_reason(settings: Config, estimator: Estimator, kind: Kind, billions: int, rule_bytes: float) -> str:
+    """The steps from the rule to the figure: real parameters, no LM head, what quantisation leaves as it is."""
+    declared = settings.model.architecture
+    assert declared is not None
+    counts = parameters(estimator.size, declared.tie_word_embeddings)
+    steps = {
+        f"{declared.parameters / 1e9:.2f}e9 parameters, not {billions}e9": (declared.parameters / 1e9 - billions)
+        * rule_bytes,
+        "LM head not loaded": -counts.lm_head * rule_bytes / 1e9,
+    }
+    if kind.quantization:
+        whole = counts.other * (2 - rule_bytes) / 1e9
+        steps["embeddings and norms stay 16-bit"] = whole
+        steps["scales of the quantised weights"] = (
+            estimator.weights(kind) / 1e9 - counts.base * rule_bytes / 1e9 - whole
+        )
+    return _in_words(steps)
+
+
+def _total_reason(components: Components, rule: float, beyond: float) -> str:
+    steps = {
+        "weights": components.weights / 1e9 - (rule - beyond),
+        f"KV cache, activations, temporaries and CUDA, against {beyond:.0f} GB in the rule": (
+            components.total - components.weights
+        )
+        / 1e9
+        - beyond,
+    }
+    return _in_words(steps)
+
+
+def _in_words(steps: dict[str, float]) -> str:
+    return "; ".join(f"{text}: {value:+.2f} GB" for text, value in steps.items() if abs(value) >= 0.005)
+
+
+def _recommended(needed: int) -> str:
+    """The smallest GPU with room, or how many of 80 GB hold the weights and all else together."""
+    fitting = [gpu for gpu in gpu_specs.gpus() if gpu.usable_bytes >= needed and gpu.bf16]
+    if fitting:
+        smallest = [gpu.name for gpu in fitting if gpu.nominal_gb == fitting[0].nominal_gb]
+        return f"{' / '.join(smallest[:2])} ({fitting[0].nominal_gb} GB)"
+    large = next(gpu for gpu in gpu_specs.gpus() if gpu.name == "A100 80 GB")
+    return f"{-(-needed // large.usable_bytes)} × A100 80 GB"

@@ -1,0 +1,75 @@
+"""The report stage: which figures a run has, and how each group of them is drawn into the run's folder.
+
+Figures read what earlier stages left and nothing reads them, so that drawing one anew runs nothing else again.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from theloom.config.schema import Config, ReportConfig
+from theloom.dataset import token_text
+from theloom.dataset.activations import open_activations
+from theloom.errors import ConfigError
+from theloom.report import attention, memory, runs, speed, style
+from theloom.report.states import (
+    draw_massive,
+    draw_norms,
+    draw_similarity,
+    draw_token_map,
+    measure_states,
+    middle_layer,
+)
+
+log = logging.getLogger(__name__)
+
+
+def draw_memory(config: Config, estimate: Path, model: Path, folder: Path) -> None:
+    """Memory foretold and found, and the GPUs with room for it."""
+    title = _title(config, folder)
+    style.save(memory.predicted_against_measured(model, title), folder / "memory")
+    style.save(memory.fits_on(estimate, title), folder / "gpus")
+
+
+def draw_speed(config: Config, shards: Sequence[Path], folder: Path) -> None:
+    """Speed, padding, and where the time went, shard by shard."""
+    works = [speed.shard_work(shard) for shard in shards]
+    style.save(speed.throughput(works, _title(config, folder)), folder / "throughput")
+    style.save(speed.where_time_went(works, _title(config, folder)), folder / "time")
+
+
+def draw_states(config: Config, activations: Path, folder: Path) -> None:
+    """Norms, massive activations, likeness of layers, and the map. Raises ConfigError for a hook that is not there."""
+    acts, settings, title = open_activations(activations), config.report, _title(config, folder)
+    states = measure_states(acts, settings.sampled_rows, settings.figure_seed)
+    log.info("%d rows of %d hook points sampled", len(states.rows), len(states.hooks))
+    style.save(draw_norms(states, title), folder / "norms")
+    style.save(draw_massive(states, title), folder / "massive")
+    style.save(draw_similarity(states, title), folder / "likeness")
+    hook = settings.map_hook or middle_layer(acts)
+    if hook not in acts:
+        raise ConfigError(f"report.map_hook: {hook!r} was not captured; the run has {', '.join(acts.hooks)}")
+    rows = np.sort(np.random.default_rng(settings.figure_seed).permutation(states.rows)[: settings.map_rows])
+    tokens = token_text.texts(acts, acts.input_ids.numpy(rows))
+    style.save(draw_token_map(acts, hook, rows, tokens, title), folder / "map")
+
+
+def draw_attention(config: Config, activations: Path, folder: Path) -> None:
+    """Attention patterns of one document. Raises ConfigError for a document that is not there."""
+    acts, number = open_activations(activations), config.report.attention_document
+    if number >= len(acts.documents):
+        raise ConfigError(f"report.attention_document: no document {number}; the run has {len(acts.documents)}, from 0")
+    tokens = token_text.texts(acts, acts.document(number).input_ids[:64])
+    style.save(attention.patterns(acts, number, tokens, _title(config, folder)), folder / "attention")
+
+
+def draw_runs(folders: Sequence[Path], folder: Path) -> None:
+    """All runs of a call side by side."""
+    style.save(runs.side_by_side(runs.compare(list(folders))), folder / "runs")
+
+
+def _title(config: Config, folder: Path) -> str:
+    settings: ReportConfig = config.report
+    return settings.title or folder.parent.name

@@ -1,0 +1,116 @@
+"""Figures of memory: what a run was foretold to take against what it took, and the GPUs that have room for it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from theloom.devices import gpu_specs
+from theloom.memory import sizes
+from theloom.planning import estimate
+from theloom.planning.estimate import Estimate
+from theloom.report import style
+from theloom.report.style import Drawn, Table
+from theloom.store import file_format
+
+_PARTS = ("weights", "kv_cache", "captured", "temporaries", "logits")
+
+
+_WORDS = {"kv_cache": "KV cache", "captured": "hook points, held"}
+
+
+# one or two of each generation and size: what people have, smallest first
+_SHOWN = (
+    "GTX 1080 Ti",
+    "RTX 2080 Ti",
+    "RTX 3060 12 GB",
+    "T4",
+    "RTX 4080",
+    "A10",
+    "RTX 3090",
+    "RTX 4090",
+    "RTX 5090",
+    "A100 40 GB",
+    "L40S",
+    "A100 80 GB",
+    "H100",
+    "H200",
+    "B200",
+)
+
+
+def predicted_against_measured(model: Path, title: str) -> Drawn:
+    """The largest planned pass by component, from `model.h5`: bytes foretold, and bytes found."""
+    with file_format.open_h5(model, "model") as file:
+        predicted, measured = (dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured"))
+        workload = dict(file["memory/workload"].attrs)
+    rows = [(part, int(predicted[part]), int(measured[part])) for part in _PARTS]
+    rows = [row for row in rows if row[1] or row[2]]
+    beside = [(name, None, int(measured[name])) for name in ("files", "heap") if measured.get(name, 0) > 0]
+    table = Table(("component", "predicted_bytes", "measured_bytes"), [*rows, *beside])
+    shape = f"largest pass: {workload['windows']} × {workload['tokens']} tokens, steps of {workload['chunk_size']}"
+    drawing, (panel,) = style.new(9, 1.4 + 0.7 * len(table.rows), f"{title}: memory by component ({shape})")
+    at = np.arange(len(table.rows))
+    for offset, column, label in ((-0.19, 1, "predicted"), (0.19, 2, "measured")):
+        values = [row[column] for row in table.rows]
+        bars = panel.barh(
+            at + offset,
+            [v / 1e6 for v in style.lengths(values)],
+            0.36,
+            label=label,
+            **style.bars(column - 1),
+        )
+        labels = ["not foretold" if v is None else f"{v / 1e6:,.1f}" for v in values]
+        panel.bar_label(bars, labels, padding=3, fontsize=9)
+    names = {"files": "beside: pages of files", "heap": "beside: heap that malloc keeps"}
+    panel.set_yticks(at, [names.get(r[0], _WORDS.get(r[0], r[0])) for r in table.rows])
+    panel.invert_yaxis()
+    panel.set_xlabel("MB (10⁶ bytes)")
+    panel.margins(x=0.15)
+    panel.grid(axis="y", visible=False)
+    panel.legend(loc="lower right")
+    return Drawn(drawing, table)
+
+
+def fits_on(estimate_path: Path, title: str) -> Drawn:
+    """The share of each GPU's usable memory that the run takes, by precision of the weights."""
+    found = estimate.read(estimate_path)
+    kinds = [kind for kind in ("fp32", "fp16", "bf16", "int8", "int4") if kind in found.passes]
+    gpus = [gpu for gpu in gpu_specs.gpus() if gpu.name in _SHOWN]
+    rows = []
+    for gpu in gpus:
+        for kind in kinds:
+            needed = _needed(found, kind, gpu.compute_capability)
+            verdict = _verdict(gpu, needed, gpu.computes(kind))
+            rows.append((gpu.name, gpu.usable_bytes, kind, needed, needed / gpu.usable_bytes, verdict))
+    table = Table(("gpu", "usable_bytes", "kind", "needed_bytes", "share", "fits"), rows)
+    passes = f"windows of up to {found.context_length} tokens one at a time, in steps of {found.chunk_size}"
+    height = 1.6 + 0.36 * len(gpus)
+    drawing, (panel,) = style.new(9, height, f"{title}: share of each GPU's memory taken\n({passes})")
+    grid = np.array([row[4] if row[5] == "yes" else np.nan for row in rows]).reshape(len(gpus), len(kinds))
+    panel.grid(visible=False)
+    panel.pcolormesh(np.where(np.isnan(grid), np.nan, np.minimum(grid, 1)), cmap=f"{style.HEAT}_r", vmin=0, vmax=1.3)
+    for n, row in enumerate(rows):
+        y, x = divmod(n, len(kinds))
+        text = ("under 1%" if row[4] < 0.01 else f"{row[4]:.0%}") if row[5] == "yes" else row[5]
+        dark = row[5] == "yes" and row[4] > 0.6
+        panel.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=10, color="white" if dark else "black")
+    panel.set_xticks(np.arange(len(kinds)) + 0.5, [f"{k}\n{_needed(found, k, (8, 0)) / 1e9:.2f} GB" for k in kinds])
+    panel.set_yticks(np.arange(len(gpus)) + 0.5, [f"{g.name} ({g.usable_bytes / 1e9:.1f} GB)" for g in gpus])
+    panel.set_xlabel("weights, and what the run needs of a GPU")
+    panel.invert_yaxis()
+    return Drawn(drawing, table)
+
+
+def _needed(found: Estimate, kind: str, capability: tuple[int, int]) -> int:
+    tokens = min(found.chunk_size, found.context_length)
+    parts = found.find(kind, tokens, found.chunk_size)
+    if found.context_length > found.chunk_size:  # long documents stream
+        streamed = found.find(kind, found.context_length, found.chunk_size)
+        parts = max(parts, streamed, key=lambda p: p.total)
+    return max(sizes.with_device_overhead(found.weights[kind], parts, "cuda", capability).total, found.load_peak[kind])
+
+
+def _verdict(gpu: gpu_specs.GPU, needed: int, able: bool) -> str:
+    if not able:
+        return "not in this precision"
+    return "yes" if needed <= gpu.usable_bytes else "no room"

@@ -1,0 +1,131 @@
+"""Figures of speed: tokens a second and padding by shard, and where the time of each shard went."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from theloom.corpus import batching
+from theloom.report import style
+from theloom.report.style import Drawn, Table
+from theloom.store import file_format
+from theloom.store.file_format import FIGURES
+
+# how a shard's seconds are split, in the order in which they are stacked
+PARTS = {
+    "seconds_forward": "forward pass",
+    "seconds_copy": "copies from the device",
+    "seconds_waiting_for_disk": "waiting for the disk",
+    "seconds_waiting_for_weights": "waiting for weights",
+    "seconds_idle": "idle",
+}
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """What one shard took. Seconds are None where neither the shard nor a benchmark file says them."""
+
+    shard: int
+    tokens: int
+    tokens_forwarded: int  # padding included
+    seconds: float | None
+    parts: dict[str, float]
+    source: str  # of the seconds: the shard's own figures, or the job's benchmark, which counts loading the model too
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.seconds else None
+
+    @property
+    def padding(self) -> float:
+        """Share of the tokens forwarded that no document has."""
+        return 1 - self.tokens / self.tokens_forwarded if self.tokens_forwarded else 0.0
+
+
+def shard_work(path: Path) -> ShardWork:
+    """Read one shard's work."""
+    with file_format.open_h5(path, "activations") as file:
+        attributes = dict(file.attrs)
+        figures = dict(zip(FIGURES, file["figures"][:].tolist(), strict=True))
+        lengths = np.diff(file["windows/offset"][:])
+    batches = batching.plan_batches(lengths, int(attributes["batch_tokens"]), int(attributes["chunk_size"]))
+    forwarded = sum(len(b.windows) * b.width for b in batches)
+    seconds, source = figures["seconds_total"], "shard"
+    if not seconds:
+        seconds, source = _benchmark(path), "benchmark of the job"
+    return ShardWork(
+        shard=int(attributes["shard"]),
+        # a job that took up an unfinished shard has timed its own part alone
+        tokens=int(figures["tokens"] or attributes["rows"]),
+        tokens_forwarded=int(figures["tokens_forwarded"] or forwarded),
+        seconds=seconds,
+        parts={name: figures[name] for name in PARTS if figures[name]},
+        source=source if seconds else "",
+    )
+
+
+def _benchmark(shard: Path) -> float | None:
+    """Seconds of the job that wrote a shard, as Snakemake measured them."""
+    file = shard.parents[1] / "benchmarks" / "extract_shard" / f"{shard.stem}.tsv"
+    if not file.is_file():
+        return None
+    header, *rows = (line.split("\t") for line in file.read_text(encoding="utf-8").splitlines())
+    return float(dict(zip(header, rows[-1], strict=False))["s"]) if rows else None
+
+
+def throughput(works: list[ShardWork], title: str) -> Drawn:
+    """Tokens a second and padding, a bar for each shard."""
+    table = Table(
+        ("shard", "tokens", "tokens_forwarded", "padding_share", "seconds", "tokens_per_second", "seconds_from"),
+        [(w.shard, w.tokens, w.tokens_forwarded, w.padding, w.seconds, w.tokens_per_second, w.source) for w in works],
+    )
+    drawing, (speed, padding) = style.new(9, _height(works), f"{title}: speed by shard", columns=2, sharey=True)
+    at = np.arange(len(works))
+    values = style.lengths([w.tokens_per_second for w in works])
+    bars = speed.barh(at, values, 0.7, color=style.COLOURS[0])
+    padded = padding.barh(at, [100 * w.padding for w in works], 0.7, **style.bars(1))
+    if len(works) <= 24:
+        speed.bar_label(bars, [f"{v:,.0f}" if v else "not timed" for v in values], padding=3, fontsize=9)
+        padding.bar_label(padded, [f"{100 * w.padding:.1f}" for w in works], padding=3, fontsize=9)
+    speed.set_yticks(at, [str(w.shard) for w in works]) if len(works) <= 24 else None
+    speed.set_ylabel("shard")
+    speed.invert_yaxis()
+    speed.set_xlabel("tokens of documents per second")
+    padding.set_xlabel("padding, % of the tokens forwarded")
+    for panel, least in ((speed, 1.0), (padding, 5.0)):
+        panel.set_xlim(0, max(least, 1.2 * panel.get_xlim()[1]))
+        panel.grid(axis="y", visible=False)
+    return Drawn(drawing, table)
+
+
+def where_time_went(works: list[ShardWork], title: str) -> Drawn:
+    """Seconds of each shard, split into what they went into."""
+    if not any(w.seconds for w in works):
+        return style.note(f"{title}: where the time went", "The run's shards were not timed.")
+    split = any(w.parts for w in works)
+    names = [n for n in PARTS if any(n in w.parts for w in works)] if split else []
+    labels = [PARTS[n] for n in names] + ["not accounted for" if split else "the whole job, model loading included"]
+    rows = []
+    for w in works:
+        parts = [w.parts.get(n, 0.0) for n in names]
+        rows.append((w.shard, w.seconds, *parts, max(0.0, (w.seconds or 0.0) - sum(parts))))
+    table = Table(("shard", "seconds_total", *names, "seconds_other"), rows)
+    drawing, (panel,) = style.new(9, _height(works) + 0.5, f"{title}: where the time went")
+    at, left = np.arange(len(works)), np.zeros(len(works))
+    for n, label in enumerate(labels):
+        seconds = np.array([row[2 + n] for row in rows])
+        if not seconds.any():
+            continue
+        panel.barh(at, seconds, 0.7, left=left, label=label, **style.bars(n))
+        left = left + seconds
+    panel.set_yticks(at, [str(w.shard) for w in works]) if len(works) <= 24 else None
+    panel.set_ylabel("shard")
+    panel.set_xlabel("seconds")
+    panel.invert_yaxis()
+    panel.grid(axis="y", visible=False)
+    drawing.legend(loc="outside lower center", ncols=min(3, len(labels)))
+    return Drawn(drawing, table)
+
+
+def _height(works: list[ShardWork]) -> float:
+    return 1.6 + min(0.4 * len(works), 9.6)

@@ -1,0 +1,282 @@
+"""Figures of the hidden states themselves: norms, massive activations, likeness of layers, a map of one layer."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from theloom.dataset.activations import Activations
+from theloom.hooks.points import PATTERN, RESIDUALS, SCORES
+from theloom.report import style
+from theloom.report.style import Drawn, Table
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+_BLOCK = 256  # rows of every layer that are held at once
+
+
+# An activation is massive where its magnitude is above 100 and about 1,000 times the median of its layer's hidden
+# states: the definition of Sun, Chen, Kolter and Liu, "Massive Activations in Large Language Models" (2024).
+MASSIVE_AT_LEAST, MASSIVE_TIMES_MEDIAN = 100.0, 1000.0
+
+
+_MOST_LINES = 6
+
+
+@dataclass(frozen=True)
+class States:
+    """What a sample of rows tells: by hook point and row (hooks, rows), and between hook points (hooks, hooks)."""
+
+    hooks: list[str]
+    rows: np.ndarray
+    position: np.ndarray
+    norm: np.ndarray
+    largest: np.ndarray  # largest magnitude in a row
+    median: np.ndarray  # median magnitude in a row
+    cosine: np.ndarray  # mean over rows
+
+
+def sampled_rows(acts: Activations, count: int, seed: int) -> np.ndarray:
+    """Rows of whole windows, taken at random until there are `count` (the last window is cut), in ascending order."""
+    order = np.random.default_rng(seed).permutation(len(acts.window_document))
+    taken, chosen = 0, []
+    for window in order:
+        begin, end = (int(r) for r in acts.window_offset[window : window + 2])
+        chosen.append(np.arange(begin, min(end, begin + count - taken)))
+        taken += len(chosen[-1])
+        if taken >= count:
+            break
+    return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
+
+
+def layers(acts: Activations) -> list[str]:
+    """The hook points that are states of the residual stream; else all of the commonest width, attention's apart."""
+    residual = [h for h in acts.hooks if h.split(".")[-1] in RESIDUALS]
+    if residual:
+        return residual
+    flat = [h for h in acts.hooks if not h.endswith((PATTERN, SCORES))]
+    widths = [acts[h].shape[1:] for h in flat]
+    return [h for h, w in zip(flat, widths, strict=True) if w == max(widths, key=widths.count)]
+
+
+def measure_states(acts: Activations, count: int, seed: int) -> States:
+    """The statistics of a sample of about `count` rows, a block of rows of all layers at a time."""
+    hooks, rows = layers(acts), sampled_rows(acts, count, seed)
+    norm, largest, median = (np.zeros((len(hooks), len(rows)), "<f4") for _ in range(3))
+    cosine = np.zeros((len(hooks), len(hooks)))
+    for at, states in _blocks(acts, hooks, rows):  # (hooks, rows of the block, width)
+        norms = states.norm(dim=-1)
+        norm[:, at] = norms.numpy()
+        largest[:, at] = states.abs().amax(dim=-1).numpy()
+        median[:, at] = states.abs().median(dim=-1).values.numpy()
+        unit = states / norms.clamp_min(1e-30)[..., None]
+        cosine += (unit.transpose(0, 1) @ unit.permute(1, 2, 0)).sum(dim=0).double().numpy()
+    return States(hooks, rows, acts.position.numpy(rows), norm, largest, median, cosine / max(1, len(rows)))
+
+
+def _blocks(acts: Activations, hooks: list[str], rows: np.ndarray) -> Iterator[tuple[slice, "torch.Tensor"]]:
+    import torch
+
+    for start in range(0, len(rows), _BLOCK):
+        part = rows[start : start + _BLOCK]
+        values = [acts[h][part].float().flatten(1) for h in hooks]
+        yield slice(start, start + len(part)), torch.stack(values)
+
+
+def short(hook: str) -> str:
+    """`5 post` for blocks.5.hook_resid_post: what a tick label has room for."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(?:hook_)?(.*)", hook)
+    if not match:
+        return hook
+    return f"{match[1]} {match[2].replace('resid_', '').replace('hook_', '')}"
+
+
+def draw_norms(states: States, title: str) -> Drawn:
+    """Median norm of the residual stream by layer and position: lines for a few layers, a heat map for many."""
+    bins = _position_bins(states.position)
+    rows = []
+    for n, hook in enumerate(states.hooks):
+        for label, inside in bins:
+            low, middle, high = np.percentile(states.norm[n, inside], [5, 50, 95])
+            rows.append((hook, label, int(inside.sum()), float(low), float(middle), float(high)))
+    table = Table(("hook", "positions", "rows", "norm_5_percent", "norm_median", "norm_95_percent"), rows)
+    whole = f"{title}: norm of the residual stream by position"
+    count, at = len(states.hooks), np.arange(len(bins))
+    if count <= _MOST_LINES:
+        drawing, (panel,) = style.new(9, 4.5, whole)
+        for n, hook in enumerate(states.hooks):
+            low, middle, high = (np.array([r[c] for r in rows if r[0] == hook]) for c in (3, 4, 5))
+            panel.plot(at, middle, label=hook, **style.line(n))
+            panel.fill_between(at, low, high, color=style.COLOURS[n], alpha=0.15, linewidth=0)
+        panel.set_yscale("log")
+        panel.set_ylabel("norm (median; 5 to 95%)")
+        drawing.legend(loc="outside lower center", ncols=2)
+        panel.set_xticks(at, [b[0] for b in bins], fontsize=9, rotation=30)
+    else:
+        grid = np.array([r[4] for r in rows]).reshape(count, len(bins))
+        drawing, panel = _heat(grid, states.hooks, f"{whole} (median)", "norm", log=True)
+        panel.set_xticks(at + 0.5, [b[0] for b in bins], fontsize=9, rotation=30)
+    panel.set_xlabel("position in the window (tokens)")
+    return Drawn(drawing, table)
+
+
+def draw_massive(states: States, title: str) -> Drawn:
+    """By layer, the share of tokens with a massive activation, and how far the largest one stands above the median."""
+    medians = np.median(states.median, axis=1) if states.rows.size else np.zeros(len(states.hooks))
+    limit = np.maximum(MASSIVE_AT_LEAST, MASSIVE_TIMES_MEDIAN * medians)
+    share = (states.largest > limit[:, None]).mean(axis=1)
+    largest = states.largest.max(axis=1, initial=0.0)
+    table = Table(
+        ("hook", "median_magnitude", "largest_magnitude", "threshold", "share_of_tokens"),
+        [
+            (h, float(m), float(x), float(t), float(s))
+            for h, m, x, t, s in zip(states.hooks, medians, largest, limit, share, strict=True)
+        ],
+    )
+    height = 1.8 + min(0.32 * len(states.hooks), 11)
+    whole = f"{title}: massive activations in {len(states.rows):,} tokens"
+    drawing, (left, right) = style.new(9, height, whole, columns=2, sharey=True)
+    at = np.arange(len(states.hooks))
+    bars = left.barh(at, 100 * share, 0.7, color=style.COLOURS[0])
+    right.plot(largest, at, linestyle="", marker="D", color=style.COLOURS[1], label="largest magnitude")
+    right.plot(limit, at, linestyle="", marker="|", color="black", markersize=14, label="massive from here")
+    right.plot(medians, at, linestyle="", marker="o", color=style.COLOURS[2], label="median magnitude")
+    if len(at) <= 24:
+        left.bar_label(bars, [f"{100 * s:.2g}" for s in share], padding=3, fontsize=9)
+    left.set_yticks(at, [short(h) for h in states.hooks], fontsize=9 if len(at) <= 32 else 6)
+    left.set_ylabel("block and hook point")
+    left.invert_yaxis()
+    left.margins(x=0.15)
+    left.set_xlim(0, max(1.0, left.get_xlim()[1]))
+    left.set_xlabel("tokens with one, %")
+    right.set_xscale("log")
+    right.set_xlabel("magnitude")
+    drawing.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3)
+    return Drawn(drawing, table)
+
+
+def draw_similarity(states: States, title: str) -> Drawn:
+    """Mean cosine similarity of a token's states in every two layers."""
+    rows = [(a, b, float(states.cosine[i, j])) for i, a in enumerate(states.hooks) for j, b in enumerate(states.hooks)]
+    whole = f"{title}: cosine similarity between layers"
+    drawing, panel = _heat(states.cosine, states.hooks, whole, "mean cosine", log=False)
+    count = len(states.hooks)
+    if count <= 10:
+        for i in range(count):
+            for j in range(count):
+                value = states.cosine[i, j]
+                ink = "black" if value > 0.55 else "white"
+                panel.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", color=ink)
+    step = max(1, count // 16)
+    panel.set_xticks(np.arange(count)[::step] + 0.5, [short(h) for h in states.hooks][::step], rotation=60, ha="right")
+    return Drawn(drawing, Table(("hook", "other_hook", "mean_cosine"), rows))
+
+
+def _heat(grid: np.ndarray, hooks: list[str], title: str, label: str, log: bool) -> tuple["Figure", "Axes"]:
+    from matplotlib.colors import LogNorm, Normalize
+
+    drawing, (panel,) = style.new(9, 2.2 + min(0.3 * len(hooks), 10), title)
+    scale = LogNorm(max(1e-12, grid.min()), grid.max()) if log else Normalize(min(0.0, grid.min()), 1)
+    mesh = panel.pcolormesh(grid, cmap=style.HEAT, norm=scale)
+    drawing.colorbar(mesh, ax=panel, label=label)
+    panel.grid(visible=False)
+    panel.set_yticks(np.arange(len(hooks)) + 0.5, [short(h) for h in hooks], fontsize=9 if len(hooks) <= 32 else 6)
+    panel.set_ylabel("block and hook point")
+    panel.invert_yaxis()
+    return drawing, panel
+
+
+def _position_bins(position: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Positions in bins that double, 0 and 1 by themselves; those without a row are left out."""
+    edges = [0, 1, 2]
+    while position.size and edges[-1] <= position.max():
+        edges.append(2 * edges[-1])
+    bins = []
+    for low, high in itertools.pairwise(edges):
+        inside = (position >= low) & (position < high)
+        if inside.any():
+            bins.append((str(low) if high == low + 1 else f"{low}–{high - 1}", inside))
+    return bins
+
+
+def middle_layer(acts: Activations) -> str:
+    """The layer in the middle of those that were captured."""
+    names = layers(acts)
+    return names[len(names) // 2]
+
+
+def principal_plane(rows: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Rows (n, width) in the plane of their two principal components, (n, 2), and the share of variance of each, (2,).
+
+    Each row is scaled to length 1 first: a few massive rows would be the plane otherwise.
+    """
+    import torch
+
+    unit = torch.nn.functional.normalize(rows.double(), dim=-1)
+    centred = unit - unit.mean(dim=0)
+    _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
+    largest = directions.abs().argmax(dim=1, keepdim=True)
+    directions = directions * directions.gather(1, largest).sign()  # a sign of its own makes the map the same each time
+    return centred @ directions[:2].T, (singular**2 / (singular**2).sum())[:2]
+
+
+_KINDS = ("word", "piece of a word", "number", "punctuation", "white space")
+
+
+def kind_of(token: str) -> str:
+    """What a token is, by its text."""
+    bare = token.strip()
+    if not bare:
+        return "white space"
+    if any(c.isalpha() for c in bare):
+        return "word" if token[:1].isspace() else "piece of a word"
+    return "number" if any(c.isdigit() for c in bare) else "punctuation"
+
+
+def draw_token_map(acts: Activations, hook: str, rows: np.ndarray, tokens: list[str], title: str) -> Drawn:
+    """Rows of one layer in the plane of their principal components, with their tokens as labels where there is room."""
+    plane, share = principal_plane(acts[hook][rows].float().flatten(1))
+    xy, kinds = plane.numpy(), [kind_of(t) for t in tokens]
+    table = Table(
+        ("row", "document", "position", "token", "kind", "component_1", "component_2"),
+        [
+            (int(r), int(d), int(p), t, k, float(x), float(y))
+            for r, d, p, t, k, (x, y) in zip(
+                rows, acts.document_of.numpy(rows), acts.position.numpy(rows), tokens, kinds, xy, strict=True
+            )
+        ],
+    )
+    drawing, (panel,) = style.new(9, 7.5, f"{title}: {len(rows):,} tokens in {hook}")
+    for n, kind in enumerate(_KINDS):
+        here = np.array([k == kind for k in kinds])
+        x, y = xy[here].T
+        panel.plot(x, y, **style.line(n) | {"linestyle": ""}, markersize=4, alpha=0.5, markeredgewidth=0, label=kind)
+    low, high = xy.min(axis=0), xy.max(axis=0)
+    span = np.maximum(high - low, 1e-12)
+    taken: list[tuple[float, float, float]] = []
+    for n in _outermost_first(xy):
+        text = tokens[n].strip()[:14]
+        x, y = (xy[n] - low) / span  # in shares of the panel
+        wide = 0.014 * len(text)
+        if text and all(abs(y - b) > 0.028 or x + wide < a or a + w < x for a, b, w in taken):
+            taken.append((x, y, wide))
+            # a dollar sign would begin a formula
+            panel.annotate(text.replace("$", r"\$"), xy[n], (3, 2), textcoords="offset points", fontsize=9)
+    panel.margins(x=0.08)
+    panel.set_xlabel(f"first principal component ({share[0]:.1%} of variance)")
+    panel.set_ylabel(f"second ({share[1]:.1%})")
+    drawing.legend(loc="outside lower center", ncols=5, markerscale=1.6)
+    return Drawn(drawing, table)
+
+
+def _outermost_first(xy: np.ndarray) -> np.ndarray:
+    """The order in which points get labels: by distance from the middle, so that what stands out is named."""
+    spread = (xy - np.median(xy, axis=0)) / np.maximum(xy.std(axis=0), 1e-12)
+    return np.argsort(-(spread**2).sum(axis=1), kind="stable")

@@ -1,0 +1,169 @@
+"""Compressed rows: HDF5 chunks, shuffled and compressed by zstd in threads, written past HDF5's own filter pipeline.
+
+A shard is written and committed uncompressed, like any other, and packed into its final file when all its rows are
+there. A job killed meanwhile has lost nothing: the next one packs the `.partial` file anew. Any HDF5 program that has
+the filters shuffle and zstd (number 32015: h5py with the package hdf5plugin) reads the result.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import zstandard
+
+from theloom.errors import StoreError
+from theloom.store import checksums, file_format
+from theloom.store.index import DIRECTORY, write_index
+
+ZSTD_FILTER = 32015
+
+
+LEVEL = 1  # of residuals, higher ones save little more and take far longer
+
+
+_CHUNK_BYTES = 1 << 18
+
+
+_CACHED_CHUNKS = 16
+
+
+_local = threading.local()
+
+Read = Callable[[int, int], np.ndarray]
+
+
+def create_packed(group: h5py.Group, name: str, shape: tuple[int, ...], type_id: h5py.h5t.TypeID) -> h5py.Dataset:
+    """A chunked dataset whose filters are shuffle and zstd."""
+    row = type_id.get_size() * int(np.prod(shape[1:]))
+    rows = min(max(1, _CHUNK_BYTES // max(1, row)), max(1, shape[0]))
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk((rows, *shape[1:]))
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)
+    properties.set_shuffle()
+    # optional, or it could not be created where HDF5 has no zstd; no program that lacks it can read the chunks
+    properties.set_filter(ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (LEVEL,))
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    space = h5py.h5s.create_simple(shape)
+    return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), type_id, space, dcpl=properties, lcpl=links))
+
+
+def write(dataset: h5py.Dataset, read: Read) -> None:
+    """Fill a packed dataset from `read(start, stop)`, which gives rows as bits, (rows, …)."""
+    rows, step = dataset.shape[0], dataset.chunks[0]
+    starts = range(0, rows, step)
+    threads = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads) as pool:
+        for group in range(0, len(starts), 4 * threads):
+            some = starts[group : group + 4 * threads]
+            packed = pool.map(lambda start: _packed(read(start, min(start + step, rows)), step), some)
+            for start, data in zip(some, packed, strict=True):
+                dataset.id.write_direct_chunk((start, *(0 for _ in dataset.shape[1:])), data)
+
+
+def _packed(rows: np.ndarray, step: int) -> bytes:
+    if len(rows) < step:  # HDF5's chunks are all of one size
+        rows = np.concatenate([rows, np.zeros((step - len(rows), *rows.shape[1:]), rows.dtype)])
+    if not hasattr(_local, "compressor"):
+        _local.compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
+    shuffled = np.ascontiguousarray(rows).view("u1").reshape(-1, rows.itemsize).T
+    return _local.compressor.compress(np.ascontiguousarray(shuffled).data)
+
+
+def pack_shard(partial: Path, path: Path) -> None:
+    """Write `path`, the packed form of a finished `.partial` file, and remove that. Raises MemoryPlanError."""
+    packing = path.with_name(path.name + ".packing")
+    try:
+        with h5py.File(partial, "r") as source, h5py.File(packing, "w") as target:
+            copy_all_but_rows(source, target)
+            target.attrs["compression"] = "zstd"
+            for hook, group in source["hooks"].items():
+                rows = group["activations"]
+                dataset = create_packed(target, file_format.hook_path(hook), rows.shape, rows.id.get_type())
+                bits = file_format.bits_dtype(file_format.precision_of(rows))
+                place = file_format.byte_offset(rows)
+                if rows.size:
+                    mapped = np.memmap(partial, bits, "r", place, rows.shape)
+                    write(dataset, _slices(mapped))
+            write_index(target)
+        checksums.write_checksums(packing, checksums.METADATA, checksums.TABLES, checksums.RESULTS)
+        file_format.sync(packing)
+    except (OSError, RuntimeError) as error:
+        if not file_format.is_full(error):
+            raise
+        packing.unlink(missing_ok=True)
+        raise file_format.no_room(path.parent, "a packed shard", partial.stat().st_size) from None
+    packing.replace(path)
+    file_format.sync(path.parent)
+    partial.unlink()
+
+
+def _slices(array: np.ndarray) -> Read:
+    return lambda start, stop: array[start:stop]
+
+
+def copy_all_but_rows(source: h5py.File, target: h5py.File) -> None:
+    """Attributes, tables, hashes, log and statistics."""
+    for name, value in source.attrs.items():
+        target.attrs[name] = value
+    for name in source:
+        if name not in ("hooks", DIRECTORY):
+            source.copy(name, target)
+
+
+class PackedRows:
+    """The rows of a packed dataset, read chunk by chunk: `rows[a:b]`, `rows[array]`. The last chunks are kept."""
+
+    def __init__(self, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._path, self._shape, self._dtype = path, shape, dtype
+        chunks: list[tuple[int, int, int]] = []
+        try:
+            with file_format.open_h5(path, "activations") as file:
+                rows = file[name]
+                step = self._step = rows.chunks[0]
+                rows.id.chunk_iter(lambda c: chunks.append((c.chunk_offset[0] // step, c.byte_offset, c.size)))
+        except file_format.DAMAGE as error:
+            raise file_format.damaged(path, error) from None
+        self._chunks = {number: (place, size) for number, place, size in chunks}
+        if len(chunks) != (expected := -(-shape[0] // step)):
+            raise StoreError(f"{path}: has {len(chunks)} of {expected} chunks of {name}; run the pipeline again")
+        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __getitem__(self, index: "slice | np.ndarray") -> np.ndarray:
+        wanted = np.arange(*index.indices(len(self))) if isinstance(index, slice) else index
+        out = np.empty((len(wanted), *self._shape[1:]), self._dtype)
+        numbers = wanted // self._step
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            out[here] = self._chunk(number)[wanted[here] - number * self._step]
+        return out
+
+    def _chunk(self, number: int) -> np.ndarray:
+        if number in self._cache:
+            self._cache.move_to_end(number)
+            return self._cache[number]
+        place, size = self._chunks.get(number, (0, 0))
+        with self._path.open("rb") as f:
+            packed = os.pread(f.fileno(), size, place)
+        elements = self._step * int(np.prod(self._shape[1:]))
+        if not hasattr(_local, "decompressor"):
+            _local.decompressor = zstandard.ZstdDecompressor()
+        try:
+            shuffled = _local.decompressor.decompress(packed, max_output_size=elements * self._dtype.itemsize)
+            plain = np.frombuffer(shuffled, "u1").reshape(self._dtype.itemsize, elements).T
+        except (zstandard.ZstdError, ValueError) as error:
+            raise StoreError(f"{self._path}: rows from {number * self._step} on are damaged ({error})") from None
+        rows = np.ascontiguousarray(plain).view(self._dtype).reshape(self._step, *self._shape[1:])
+        self._cache[number] = rows
+        if len(self._cache) > _CACHED_CHUNKS:
+            self._cache.popitem(last=False)
+        return rows

@@ -1,0 +1,68 @@
+"""Where a file came from, as attributes: versions, code, config. No secret, and no path of a user's home."""
+
+import platform
+import re
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from theloom.store import file_format
+
+PACKAGES = (
+    "theloom",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "h5py",
+    "numpy",
+    "snakemake",
+    "hydra-core",
+)
+
+
+def attributes(file_kind: str, **others: Any) -> dict[str, Any]:
+    """The attributes that every file carries: format, versions, code, and what the stage adds."""
+    return {
+        "format": f"theloom.{file_kind}",
+        "format_version": file_format.FORMAT_VERSION,
+        "python": platform.python_version(),
+        "versions": {p: v for p in PACKAGES if (v := package_version(p))},
+        "code": code_version(),
+    } | {name: without_home(value) for name, value in others.items()}
+
+
+def package_version(package: str) -> str | None:
+    """The version of an installed package, None where it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def code_version() -> str:
+    """The commit of the checkout that runs, `+` where it has changes; the package's version outside a checkout."""
+    checkout = Path(__file__).parents[3]
+    if (checkout / "Snakefile").is_file():
+        command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        try:
+            described = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=10, check=True)
+            return described.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            pass  # no git, or no repository: the package's version has to do
+    return package_version("theloom") or "unknown"
+
+
+def without_home(value: Any) -> Any:
+    """The same value with the user's home folder written as `~` in every text."""
+    if isinstance(value, str):
+        home = str(Path.home())
+        return re.sub(rf"(?<![\w.-]){re.escape(home)}(?=/|$)", "~", value) if home != "/" else value
+    if isinstance(value, dict):
+        return {k: without_home(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_home(v) for v in value]
+    return value

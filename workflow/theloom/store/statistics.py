@@ -1,0 +1,167 @@
+"""Statistics of a hook point's rows: for each element of a row count, mean and variance; the mean norm; what is wrong.
+
+Tiles of rows are reduced in float32, as deviations from the mean of what came before, and put together in float64 by
+Chan's formula for the mean and the squared deviations of two sets. So a mean that is large against the spread costs no
+digits (where a tile's mean is far from those before it, their distance is most of the variance), the order of shards
+matters by rounding alone, and memory does not grow with the rows. Values that are not finite are counted, and
+left out of all else; a score of a masked key, which is -inf, is left out and not counted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+
+from theloom.hooks.points import SCORES
+
+_TILE = 1 << 18  # elements: a core's second cache holds them
+
+
+_MOST_ROWS = 1024  # that are added up in float32
+
+
+@dataclass
+class Statistics:
+    """Of one hook point. `count`, `mean`, `squares` (summed squared deviations from the mean): (elements of a row,)."""
+
+    masked: bool
+    count: np.ndarray
+    mean: np.ndarray
+    squares: np.ndarray
+    rows: int = 0
+    norms: float = 0.0  # sum of the rows' Euclidean norms
+    not_finite: int = 0
+    infinite: int = 0  # of those: where the store is fp16, mostly values beyond 65,504
+
+    @property
+    def variance(self) -> np.ndarray:
+        """By element of a row, of the values themselves (not of a larger population): (elements of a row,)."""
+        return self.squares / np.maximum(self.count, 1)
+
+    @property
+    def norm(self) -> float:
+        """The mean Euclidean norm of a row."""
+        return self.norms / max(1, self.rows)
+
+    @property
+    def mean_of_all(self) -> float:
+        """The mean of all elements of all rows."""
+        return float(self.mean @ self.count / max(1.0, self.count.sum()))
+
+    @property
+    def variance_of_all(self) -> float:
+        """The variance of all elements of all rows."""
+        between = self.count @ (self.mean - self.mean_of_all) ** 2
+        return float((self.squares.sum() + between) / max(1.0, self.count.sum()))
+
+    def add(self, bits: np.ndarray, precision: str) -> None:
+        """Rows as `layout.bits` gives them, (rows, …)."""
+        flat = bits.reshape(len(bits), -1)
+        step = tile_rows(flat.shape[1])
+        for start in range(0, len(flat), step):
+            self._add_tile(flat[start : start + step], precision)
+
+    def _add_tile(self, bits: np.ndarray, precision: str) -> None:
+        tile = _as_float32(bits, precision)
+        self.rows += len(tile)
+        with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot sum is looked for, and summed wider
+            squared_norms = np.vecdot(tile, tile)
+            if np.isfinite(squared_norms).all():
+                if self._add_finite(tile, np.shares_memory(tile, bits)):
+                    self.norms += float(np.sqrt(squared_norms).sum(dtype="f8"))
+                    return
+                tile = _as_float32(bits, precision)  # which has been overwritten
+        self._add_with_gaps(tile)
+
+    def _add_finite(self, tile: np.ndarray, shared: bool) -> bool:
+        """Add rows without gaps, and overwrite them unless they are shared; False, and nothing added, on overflow."""
+        ones, many = np.ones(len(tile), "f4"), np.float64(len(tile))
+        # the mean of fewer rows than these is too rough a guess of theirs
+        about = self.mean.astype("f4") if self.count.min() >= many else (ones @ tile) / np.float32(many)
+        deviations = np.subtract(tile, about, out=None if shared else tile)
+        off = (ones @ deviations).astype("f8")
+        squares = ones @ np.square(deviations, out=deviations)
+        if not np.isfinite(squares).all():
+            return False
+        self._join(many, about + off / many, squares - off**2 / many)
+        return True
+
+    def _add_with_gaps(self, tile: np.ndarray) -> None:
+        finite = np.isfinite(tile)
+        wrong = ~finite & ~np.isneginf(tile) if self.masked else ~finite
+        self.not_finite += int(wrong.sum())
+        self.infinite += int((wrong & ~np.isnan(tile)).sum())
+        values = np.where(finite, tile, np.float32(0)).astype("f8")
+        self.norms += float(np.linalg.norm(values, axis=1).sum())
+        count = finite.sum(axis=0).astype("f8")
+        mean = values.sum(axis=0) / np.maximum(count, 1)
+        self._join(count, mean, (np.where(finite, values - mean, 0.0) ** 2).sum(axis=0))
+
+    def join(self, other: "Statistics") -> None:
+        """Add what another file's rows have."""
+        self._join(other.count, other.mean, other.squares)
+        for name in ("rows", "norms", "not_finite", "infinite"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def _join(self, count: "np.ndarray | np.float64", mean: np.ndarray, squares: np.ndarray) -> None:
+        total = np.maximum(self.count + count, 1)
+        apart = mean - self.mean
+        self.squares += squares + apart**2 * (self.count * count / total)
+        self.mean += apart * (count / total)
+        self.count += count
+
+
+def tile_rows(width: int) -> int:
+    """Rows of that many elements that are reduced together."""
+    return min(max(1, _TILE // max(1, width)), _MOST_ROWS)
+
+
+def _as_float32(bits: np.ndarray, precision: str) -> np.ndarray:
+    if precision == "bf16":
+        wide = bits.astype("<u4")
+        wide <<= 16
+        return wide.view("<f4")
+    return bits.view({"fp32": "<f4", "fp16": "<f2"}[precision]).astype("<f4", copy=False)
+
+
+def empty_statistics(hook: str, width: int) -> Statistics:
+    """Statistics of no rows yet."""
+    return Statistics(hook.endswith(SCORES), np.zeros(width), np.zeros(width), np.zeros(width))
+
+
+_BY_ELEMENT = ("count", "mean", "squares")
+
+
+_BY_HOOK = ("rows", "norms", "not_finite", "infinite")
+
+
+def create_statistics(file: h5py.File, widths: Sequence[int]) -> None:
+    """Room for the statistics of all hook points: by element one after the other, `first` says where each begins."""
+    file["statistics/first"] = np.concatenate([[0], np.cumsum(widths)]).astype("<i8")
+    for name in _BY_ELEMENT:
+        file[f"statistics/{name}"] = np.zeros(sum(widths), "<f8")
+    for name in _BY_HOOK:
+        file[f"statistics/{name}"] = np.zeros(len(widths), "<f8")
+
+
+def statistics_columns(of_hooks: Sequence[Statistics]) -> dict[str, np.ndarray]:
+    """The content of those datasets, by name."""
+    found = {name: np.concatenate([getattr(s, name) for s in of_hooks] or [np.zeros(0)]) for name in _BY_ELEMENT}
+    found |= {name: np.array([getattr(s, name) for s in of_hooks], "<f8") for name in _BY_HOOK}
+    return {f"statistics/{name}": np.ascontiguousarray(value, "<f8") for name, value in found.items()}
+
+
+def read_statistics(array: Callable[[str], np.ndarray], hooks: Sequence[str]) -> list[Statistics]:
+    """The inverse of `columns`; `array` gives the content of a dataset."""
+    first = array("statistics/first")
+    by_element = {name: array(f"statistics/{name}") for name in _BY_ELEMENT}
+    by_hook = {name: array(f"statistics/{name}").tolist() for name in _BY_HOOK}
+    found = []
+    for number, hook in enumerate(hooks):
+        part = slice(int(first[number]), int(first[number + 1]))
+        count, mean, squares = (by_element[name][part] for name in _BY_ELEMENT)
+        rows, norms, not_finite, infinite = (by_hook[name][number] for name in _BY_HOOK)
+        masked = hook.endswith(SCORES)
+        found.append(Statistics(masked, count, mean, squares, int(rows), norms, int(not_finite), int(infinite)))
+    return found

@@ -1,0 +1,426 @@
+"""The writer of one shard: a file that a killed job cannot spoil.
+
+All HDF5 metadata is written and synced before the first row. From then on only bytes are written, at places that are
+known beforehand: rows of hidden states, their hashes, and a log of what is committed. A commit is data, fdatasync, log
+record, fdatasync; so whatever the log says is on disk, and a job that dies loses no more than what came after its last
+record. The unfinished file is `<shard>.partial`, which the same job takes up again; the finished one is renamed.
+
+A commit runs beside the writing of what comes next. So does the reckoning of the statistics, which reads the rows back
+while they are in the page cache, always batch by batch and tile by tile: they do not tell how often a job was killed.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import xxhash
+
+from theloom.errors import StoreError
+from theloom.hooks.points import HookPoint
+from theloom.store import checksums, commit_log, file_format, index, statistics
+from theloom.store.commit_log import RECORD
+from theloom.store.compression import pack_shard
+from theloom.store.file_format import FIGURES, hook_path
+from theloom.store.lock import WriterLock
+from theloom.store.partial import partial_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+log = logging.getLogger(__name__)
+
+# A commit's two waits cost their latency whatever its size. It is as large as keeps that below a twentieth of its time
+# on the disk at hand, between these bounds: the second is what a killed job loses at most.
+COMMIT_BYTES, MOST_TIMES_THAT = 8 << 20, 8
+
+
+_LATENCY_SHARE = 0.05
+
+COUNTERS = 2  # threads that reckon the statistics, each of hook points of its own
+
+
+@dataclass(frozen=True)
+class ShardTokens:
+    """The tokens and tables of one shard. Offsets are rows of the shard; document numbers are those of the corpus."""
+
+    first_row: int
+    input_ids: np.ndarray  # (rows,) int32
+    document: np.ndarray  # (rows,) int32
+    position: np.ndarray  # (rows,) int32
+    document_offset: np.ndarray  # (documents + 1,) int64
+    document_id: np.ndarray  # (documents,) bytes
+    window_offset: np.ndarray  # (windows + 1,) int64
+    window_document: np.ndarray  # (windows,) int32
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What a shard will hold: its tokens, its hook points, the precision on disk, the attributes of the file.
+
+    `keys`: the tokens of the longest window of all shards, the last axis of attention's rows. `identity` says which
+    config, tokens and model made it: a `.partial` file of another identity is not taken up. `max_overflow`: the share
+    of a hook point's fp16 values that may be infinite.
+    """
+
+    tokens: ShardTokens
+    points: list[HookPoint]
+    keys: int
+    precision: str
+    batches: int  # units of work that are committed: batches, or block by block (block, batch)
+    identity: str
+    attributes: Mapping[str, Any]
+    compression: str = "none"
+    max_overflow: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens.input_ids)
+
+    @property
+    def windows(self) -> int:
+        return len(self.tokens.window_document)
+
+    def row_bytes(self) -> dict[str, int]:
+        """Bytes of a row, by hook point."""
+        itemsize = file_format.bits_dtype(self.precision).itemsize
+        return {p.name: p.width(self.keys) * itemsize for p in self.points}
+
+
+class ShardWriter:
+    """Writes rows window by window, in any order, and commits batch by batch, in a fixed order.
+
+    `batches_done` says how many batches an earlier job has committed: the caller goes on behind them. `figures` starts
+    with what earlier jobs had committed, and is committed with the rows. Use it as a context manager; `finish` gives
+    the file its name, and leaving without it keeps the `.partial` for the next job. One thread may call it.
+    """
+
+    def __init__(self, path: Path, spec: ShardSpec) -> None:
+        self.path = path
+        self.partial = partial_of(path)
+        self.batches_done = 0
+        self.figures = dict.fromkeys(FIGURES, 0.0)
+        self._spec = spec
+        self._lock = WriterLock(path)
+        self._points = {p.name: p for p in spec.points}
+        self._number = {p.name: n for n, p in enumerate(spec.points)}
+        self._row_bytes = spec.row_bytes()
+        self._statistics = {p.name: statistics.empty_statistics(p.name, p.width(spec.keys)) for p in spec.points}
+        self._begun: dict[tuple[int, str], tuple[xxhash.xxh3_64, int]] = {}  # windows of which a part is written
+        self._hashes: dict[int, int] = {}  # of what this batch wrote, by cell (`commit`)
+        self._digest = 0
+        self._records: list[np.ndarray] = []  # of batches that are written and not committed
+        self._uncommitted = 0
+        self.commit_bytes = COMMIT_BYTES  # what a commit holds, by the disk at hand
+        self._seconds_writing = 0.0
+        self._fd = -1
+
+    def __enter__(self) -> "ShardWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.take()
+        try:
+            if not self._take_up():
+                self._create()
+            with h5py.File(self.partial, "r") as file:
+                self._places = _places(file, self._spec.points)
+                self.figures = dict(zip(FIGURES, file["figures"][:].tolist(), strict=True))
+            self._fd = os.open(self.partial, os.O_RDWR)
+            self._check_committed()
+        except BaseException:
+            self._close()
+            raise
+        self._syncing = ThreadPoolExecutor(1)
+        self._counting = [ThreadPoolExecutor(1) for _ in range(min(COUNTERS, len(self._points)))]
+        self._sync: Future[float] | None = None
+        self._counted: list[Future[None]] = []  # of the batch that was written last
+        self._to_count: list[Future[None]] = []  # of the last that is being committed
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._syncing.shutdown()  # waits for a commit that is on its way
+        for counting in self._counting:
+            counting.shutdown(cancel_futures=True)
+        self._close()
+
+    def write(self, window: int, hook: str, start: int, rows: "torch.Tensor") -> None:
+        """Rows of one hook point for the positions from `start` of a window: (positions, …), in stored dtype.
+
+        Rows over keys may have less of them than the file: the others are filled as those of masked ones. The chunks
+        of a window come in order. The tensor is the caller's again when this returns.
+        """
+        first = int(self._spec.tokens.window_offset[window])
+        length = int(self._spec.tokens.window_offset[window + 1]) - first
+        point = self._points[hook]
+        if point.over_keys:
+            rows = _with_all_keys(rows, self._spec.keys, point.fill)
+        data = file_format.raw_bytes(rows)
+        state, seen = self._begun.pop((window, hook), (xxhash.xxh3_64(), 0))
+        if start != seen or start + len(rows) > length:
+            raise ValueError(f"window {window}: rows {start} to {start + len(rows)} after {seen} of {length}")
+        state.update(data)
+        self._pwrite(data, self._places[hook] + (first + start) * self._row_bytes[hook])
+        if start + len(rows) < length:
+            self._begun[window, hook] = (state, start + len(rows))
+        else:
+            self._hashes[window * len(self._number) + self._number[hook]] = state.intdigest()
+        self._uncommitted += len(data)
+
+    def batch_done(self, rows: int, last: bool = False) -> None:
+        """Say that one more batch is written, `rows` in all; commits when enough has come together, or at the last.
+
+        Raises StoreError where more fp16 values are infinite than the spec allows.
+        """
+        if self._begun:
+            raise ValueError(f"windows {sorted({w for w, _ in self._begun})} are written in part")
+        self.batches_done += 1
+        cells = np.array(sorted(self._hashes), "<u8")
+        hashes = np.array([self._hashes[c] for c in cells.tolist()], "<u8")
+        for run in np.split(np.arange(len(cells)), np.flatnonzero(np.diff(cells) != 1) + 1):
+            if len(run):
+                first = int(cells[run[0]])
+                self._pwrite(hashes[run].tobytes(), self._places["windows/hash"] + 8 * first)
+                numbers = np.full(len(run), self.batches_done, "<u4").tobytes()
+                self._pwrite(numbers, self._places["windows/batch"] + 4 * first)
+        self._digest = commit_log.chain(self._digest, cells, hashes)
+        self._records.append(commit_log.record(self.batches_done, rows, self._digest))
+        counters = len(self._counting)
+        self._counted = [
+            counting.submit(self._count, cells[cells % len(self._points) % counters == number])
+            for number, counting in enumerate(self._counting)
+        ]
+        self._hashes.clear()
+        if self._uncommitted >= self.commit_bytes or last:
+            self._commit()
+        if last:
+            self._wait_for_commit()
+
+    def commit(self) -> None:
+        """Have all batches that are done on disk before it returns."""
+        if self._records:
+            self._commit()
+        self._wait_for_commit()
+
+    def finish(self) -> None:
+        """Give the file its name, for good. Raises StoreError as `batch_done` does."""
+        if self.batches_done != self._spec.batches or self._begun or self._hashes:
+            raise ValueError(f"{self.batches_done} of {self._spec.batches} batches are written")
+        self.commit()
+        for counted in self._counted:
+            counted.result()
+        self._check_overflow()
+        for name, values in statistics.statistics_columns(
+            [self._statistics[p.name] for p in self._spec.points]
+        ).items():
+            self._pwrite(values.tobytes(), self._places[name])
+        self._pwrite(self._figures(), self._places["figures"])
+        checksums.write_checksums(self.partial, checksums.RESULTS)
+        os.fsync(self._fd)
+        if self._spec.compression == "none":
+            self.partial.replace(self.path)
+        else:
+            pack_shard(self.partial, self.path)
+        file_format.sync(self.path.parent)
+
+    def _pwrite(self, data: bytes | memoryview, place: int) -> None:
+        begun = time.perf_counter()
+        try:
+            file_format.pwrite(self._fd, data, place)
+        except OSError as error:
+            if file_format.is_full(error):  # a file system that does not keep what it allocated
+                raise self._no_room() from None
+            raise
+        self._seconds_writing += time.perf_counter() - begun
+        self.figures["seconds_disk"] += time.perf_counter() - begun
+
+    def _commit(self) -> None:
+        """Start to commit all batches that are written, when the commit before is through."""
+        self._wait_for_commit()
+        for counted in self._to_count:
+            counted.result()  # so that the statistics fall no more than a commit behind
+        if self._to_count:
+            self._check_overflow()
+        self._to_count = self._counted
+        first = self.batches_done - len(self._records)
+        log_records = np.array(self._records, RECORD).tobytes()
+        place = self._places["commit_log"] + first * RECORD.itemsize
+        self._sync = self._syncing.submit(
+            self._to_disk, log_records, place, self._figures(), self._uncommitted, self._seconds_writing
+        )
+        self._records.clear()
+        self._uncommitted, self._seconds_writing = 0, 0.0
+
+    def _to_disk(self, log_records: bytes, place: int, figures: bytes, size: int, seconds_writing: float) -> float:
+        """The commit: seconds that it took."""
+        begun = time.perf_counter()
+        os.fdatasync(self._fd)
+        synced = time.perf_counter()
+        file_format.pwrite(self._fd, log_records, place)
+        file_format.pwrite(self._fd, figures, self._places["figures"])
+        os.fdatasync(self._fd)
+        ended = time.perf_counter()
+        latency, bandwidth = ended - synced, size / (synced - begun + seconds_writing)
+        wanted = int(latency * bandwidth / _LATENCY_SHARE)
+        self.commit_bytes = min(max(wanted, COMMIT_BYTES), COMMIT_BYTES * MOST_TIMES_THAT)
+        return ended - begun
+
+    def _wait_for_commit(self) -> None:
+        if self._sync:
+            sync, self._sync = self._sync, None
+            try:
+                self.figures["seconds_disk"] += sync.result()
+            except OSError as error:
+                if file_format.is_full(error):
+                    raise self._no_room() from None
+                raise
+
+    def _figures(self) -> bytes:
+        return np.array([self.figures[name] for name in FIGURES], "<f8").tobytes()
+
+    def _count(self, cells: np.ndarray) -> None:
+        """Reckon the statistics of a batch's rows, from the file."""
+        hooks = list(self._row_bytes.items())
+        for cell in cells.tolist():
+            window, number = divmod(cell, len(hooks))
+            begin, end = (int(r) for r in self._spec.tokens.window_offset[window : window + 2])
+            hook, size = hooks[number]
+            for data in commit_log.tiles(
+                self._fd, self._places[hook] + begin * size, end - begin, size, self._spec.precision
+            ):
+                self._statistics[hook].add(data, self._spec.precision)
+
+    def _check_overflow(self) -> None:
+        if self._spec.precision != "fp16":
+            return
+        for point in self._spec.points:
+            found = self._statistics[point.name].infinite
+            values = self._spec.rows * point.width(self._spec.keys)
+            if found > self._spec.max_overflow * values:
+                raise StoreError(
+                    f"{self.path.name}: {found} of {values} values of {point.name} are beyond fp16's 65,504 and so "
+                    f"infinite, more than store.max_overflow={self._spec.max_overflow:g} of them; set store.dtype=bf16 "
+                    "or fp32, or raise store.max_overflow"
+                )
+            if found and self.batches_done == self._spec.batches:
+                log.warning("%s: %d of %d values are infinite in fp16", point.name, found, values)
+
+    def _take_up(self) -> bool:
+        """Whether there is an unfinished file that we can go on with; any other is discarded, with a warning."""
+        if not self.partial.exists():
+            return False
+        try:
+            with h5py.File(self.partial, "r") as file:
+                same = file.attrs.get("identity") == self._spec.identity
+                reason = "" if same else "is of another config, model or corpus"
+                if same:
+                    with self.partial.open("rb") as f:
+                        broken = checksums.broken_checksums(
+                            f.fileno(), index.read(file), checksums.METADATA, checksums.TABLES
+                        )
+                    reason = f"is damaged ({', '.join(broken)})" if broken else ""
+        except (OSError, KeyError, ValueError, RuntimeError):
+            reason = "is not a shard that can be read"
+        if reason:
+            log.warning("%s %s: discarded", self.partial.name, reason)
+        return not reason
+
+    def _check_committed(self) -> None:
+        """Read what earlier jobs have committed, and go on behind the last batch that is as it was written."""
+        offsets, precision = self._spec.tokens.window_offset, self._spec.precision
+        found = commit_log.recheck(self.partial, offsets, self._row_bytes, precision, self._statistics)
+        self.batches_done, self._digest = found.batches, found.digest
+        if found.batches < found.vouched:
+            log.warning(
+                "%s: of %d committed batches, those from %d on are not what was written (the disk or a program has "
+                "changed them): extracted again",
+                *(self.partial.name, found.vouched, found.batches + 1),
+            )
+        if found.vouched:
+            log.info("going on with %s after %d of %d batches", self.partial.name, found.batches, self._spec.batches)
+        with h5py.File(self.partial, "r") as file:
+            batch_of, records = file["windows/batch"][:], file["commit_log"][:]
+        batch_of[batch_of > found.batches] = 0
+        records[found.batches :] = np.zeros((), RECORD)
+        file_format.pwrite(self._fd, records.tobytes(), self._places["commit_log"])
+        file_format.pwrite(self._fd, batch_of.tobytes(), self._places["windows/batch"])
+        os.fdatasync(self._fd)
+
+    def _create(self) -> None:
+        """Lay out the file with room for all rows; it gets its `.partial` name when all of that is on disk."""
+        begun = self.partial.with_name(self.partial.name + ".begun")
+        for old in (begun, self.partial):
+            old.unlink(missing_ok=True)
+        try:
+            with h5py.File(begun, "w") as file:
+                _lay_out(file, self._spec)
+                end = max(_ends(file, self._spec.points), default=0)
+            with begun.open("rb+") as f:
+                os.posix_fallocate(f.fileno(), 0, max(end, 1))
+            checksums.write_checksums(begun, checksums.METADATA, checksums.TABLES)
+        except (OSError, RuntimeError) as error:  # h5py raises either when a file cannot be closed
+            begun.unlink(missing_ok=True)
+            if not file_format.is_full(error):
+                raise
+            raise self._no_room() from None
+        file_format.sync(begun)
+        begun.replace(self.partial)
+        file_format.sync(self.partial.parent)
+
+    def _no_room(self) -> Exception:
+        return file_format.no_room(self.path.parent, "a shard", self._spec.rows * sum(self._row_bytes.values()))
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._lock.release()
+
+
+def _with_all_keys(rows: "torch.Tensor", keys: int, fill: float) -> "torch.Tensor":
+    import torch
+
+    rows = rows[..., :keys]  # a batch is as wide as its longest window
+    return torch.nn.functional.pad(rows, (0, keys - rows.shape[-1]), value=fill)
+
+
+def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
+    """All metadata and all tables of a shard; rows, hashes, log and statistics are places without content yet."""
+    tokens = spec.tokens
+    names = [p.name for p in spec.points]
+    file_format.set_attributes(file, {**spec.attributes, "identity": spec.identity, "rows": spec.rows, "hooks": names})
+    for name in ("input_ids", "document", "position"):
+        file[f"tokens/{name}"] = getattr(tokens, name)
+    file["documents/offset"] = tokens.document_offset
+    file["documents/id"] = tokens.document_id
+    file["windows/offset"] = tokens.window_offset
+    file["windows/document"] = tokens.window_document
+    file["windows/hash"] = np.zeros((spec.windows, len(names)), "<u8")
+    file["windows/batch"] = np.zeros((spec.windows, len(names)), "<u4")
+    file["commit_log"] = np.zeros(spec.batches, RECORD)
+    file["figures"] = np.zeros(len(FIGURES))
+    file[checksums.SEAL] = np.zeros(3, "<u8")
+    statistics.create_statistics(file, [p.width(spec.keys) for p in spec.points])
+    for point in spec.points:
+        shape = (spec.rows, *point.row(spec.keys))
+        file_format.create_contiguous(file, hook_path(point.name), shape, file_format.hdf5_type(spec.precision))
+    index.write_index(file)
+
+
+def _places(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
+    names = ["windows/hash", "windows/batch", "commit_log", "figures", *map("statistics/{}".format, file["statistics"])]
+    places = {p.name: file_format.byte_offset(file[hook_path(p.name)]) for p in points}
+    return places | {name: file_format.byte_offset(file[name]) for name in names}
+
+
+def _ends(file: h5py.File, points: list[HookPoint]) -> list[int]:
+    return [
+        file_format.byte_offset(d) + d.id.get_storage_size()
+        for d in (file[hook_path(p.name)] for p in points)
+        if d.size
+    ]
