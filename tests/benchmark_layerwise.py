@@ -1,7 +1,9 @@
-"""Tokens a second of both modes on SmolLM2, in interleaved rounds: python tests/benchmark_layerwise.py ROUNDS TOKENS.
+"""Tokens a second of both modes on SmolLM2, in interleaved rounds: python
+tests/benchmark_layerwise.py ROUNDS TOKENS.
 
-Each round forwards the same batches of 2,048 tokens, windows of 512, and keeps three blocks' residuals as the default
-run does. The layerwise round reads all weights from disk, the page cache dropped before.
+Each round forwards the same batches of 2,048 tokens, windows of 512, and keeps three blocks'
+residuals as the default run does. The layerwise round reads all weights from disk, the page cache
+dropped before.
 """
 
 import os

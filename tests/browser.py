@@ -1,4 +1,6 @@
-"""A page in Chromium without a window, by its DevTools protocol: what it says, and what a script finds in it."""
+"""A page in Chromium without a window, by its DevTools protocol: what it says, and what a script
+finds in it.
+"""
 
 import base64
 import json
@@ -10,11 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 class Page:
-    """Opens `url`, `width` pixels wide, in a context. `errors` are what its console and its scripts complained of."""
+    """Opens `url`, `width` pixels wide, in a context. `errors` are what its console and its scripts
+    complained of.
+    """
 
     def __init__(self, url: str, profile: Path, width: int, height: int = 900) -> None:
         self._url, self._profile, self._size = url, profile, (width, height)
@@ -33,9 +39,15 @@ class Page:
             "--remote-debugging-port=0",
             "--remote-allow-origins=*",
         ]
-        options += [f"--window-size={width},{height}", f"--user-data-dir={self._profile}", "about:blank"]
+        options += [
+            f"--window-size={width},{height}",
+            f"--user-data-dir={self._profile}",
+            "about:blank",
+        ]
         assert CHROMIUM is not None
-        self._process = subprocess.Popen([CHROMIUM, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            [CHROMIUM, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         port = self._port()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             (target,) = [t for t in json.load(answer) if t["type"] == "page"]
@@ -49,13 +61,17 @@ class Page:
         self.wait_for("document.readyState == 'complete'")
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._process.kill()
         self._process.wait()
 
     def script(self, expression: str) -> Any:
         """The value of an expression of JavaScript, awaited."""
-        found = self._call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        found = self._call(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 

@@ -17,7 +17,9 @@ from theloom.memory.cuda_allocator import (
 
 @dataclass(frozen=True)
 class Usage:
-    """Peaks in bytes: of the blocks that were given out, and of the segments that were held for them."""
+    """Peaks in bytes: of the blocks that were given out, and of the segments that were held for
+    them.
+    """
 
     allocated: int
     reserved: int
@@ -28,7 +30,9 @@ class Block:
 
     __slots__ = ("address", "after", "before", "free", "size", "small")
 
-    def __init__(self, address: int, size: int, small: bool, before: "Block | None", after: "Block | None") -> None:
+    def __init__(
+        self, address: int, size: int, small: bool, before: "Block | None", after: "Block | None"
+    ) -> None:
         self.address, self.size, self.small, self.free = address, size, small, True
         self.before, self.after = before, after
 
@@ -41,7 +45,10 @@ class CachingAllocator:
         self.reserved = 0
         self._most = 0  # of `allocated`
         self.free_blocks: dict[int, Block] = {}  # by address
-        self._pools: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # small or not: sorted (size, address)
+        self._pools: dict[bool, list[tuple[int, int]]] = {
+            True: [],
+            False: [],
+        }  # small or not: sorted (size, address)
         self._end = 0  # the address of the next segment
 
     @property
@@ -113,12 +120,14 @@ class CachingAllocator:
 
 
 def replay(weights: Sequence[int], events: Sequence[Event], warmed_up: bool = False) -> Usage:
-    """The peaks of a model's life: its weights first, which stay, then the births and ends of storages, in order.
+    """The peaks of a model's life: its weights first, which stay, then the births and ends of
+    storages, in order.
 
-    `weights` are bytes of each storage in the order of loading; what else stays for good is one more of them, such as
-    the cuBLAS workspace. `warmed_up`: all of their bytes are asked for at once and let go before the first is loaded,
-    as transformers 5 does where `from_pretrained` has a device_map; weights then lie close together. Raises ValueError
-    where a storage ends that was not born.
+    `weights` are bytes of each storage in the order of loading; what else stays for good is one
+    more of them, such as the cuBLAS workspace. `warmed_up`: all of their bytes are asked for at
+    once and let go before the first is loaded, as transformers 5 does where `from_pretrained` has a
+    device_map; weights then lie close together. Raises ValueError where a storage ends that was not
+    born.
     """
     allocator = CachingAllocator()
     total = sum(weights)
@@ -139,7 +148,8 @@ def replay(weights: Sequence[int], events: Sequence[Event], warmed_up: bool = Fa
 
 
 def in_turn(passes: Iterable[Sequence[Event]]) -> list[Event]:
-    """The events of several traces, one after another, as those of one: batches of different shapes, in their order.
+    """The events of several traces, one after another, as those of one: batches of different
+    shapes, in their order.
 
     What a pass still holds at its end is let go there.
     """

@@ -4,7 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for each other on a busy machine are slow
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # threads that spin for each other on a busy machine are slow
 
 import shutil
 from collections.abc import Callable
@@ -16,7 +18,9 @@ from support import Project, build_tiny, copy_project
 from theloom.config.schema import ModelConfig
 from theloom.model import files
 
-torch.set_num_threads(1)  # small models are faster so, and threads that wait for each other on a busy machine are slow
+torch.set_num_threads(
+    1
+)  # small models are faster so, and threads that wait for each other on a busy machine are slow
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +38,9 @@ def smollm2() -> files.ModelFiles:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: files.ModelFiles) -> Path:
-    """A tiny random Llama with the tokenizer of SmolLM2: real text runs through the whole pipeline in seconds."""
+    """A tiny random Llama with the tokenizer of SmolLM2: real text runs through the whole pipeline
+    in seconds.
+    """
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     build_tiny("llama", folder, vocab_size=49152)
     for file in smollm2.folder.glob("tokenizer*"):

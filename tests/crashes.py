@@ -1,7 +1,9 @@
-"""A writer's disk under a lens: every call that changes a file is recorded, and replayed up to any point.
+"""A writer's disk under a lens: every call that changes a file is recorded, and replayed up to any
+point.
 
-`after_kill` gives the files as a killed process leaves them: all calls up to a point. `after_power_cut` gives them as a
-machine without power may: what was synced is there, and of what was written since, any sectors or none.
+`after_kill` gives the files as a killed process leaves them: all calls up to a point.
+`after_power_cut` gives them as a machine without power may: what was synced is there, and of what
+was written since, any sectors or none.
 """
 
 import os
@@ -13,7 +15,9 @@ SECTOR = 512
 
 
 class Disk:
-    """Records what the code under test does to the files of one folder, from a first copy of them on."""
+    """Records what the code under test does to the files of one folder, from a first copy of them
+    on.
+    """
 
     def __init__(self, folder: Path, monkeypatch) -> None:
         self.folder = folder
@@ -40,7 +44,8 @@ class Disk:
                     number = len(self.calls) - 1
                 real[which](fd)
                 with self._lock:
-                    # a file that HDF5 itself has written comes into the record as it is when it is first synced
+                    # a file that HDF5 itself has written comes into the record as it is when it is
+                    # first synced
                     whole = (folder / name).read_bytes() if name and not self._known(name) else None
                     self.calls.append(("sync ends", name, number, whole))
 
@@ -63,18 +68,22 @@ class Disk:
         monkeypatch.setattr(Path, "unlink", unlinked)
 
     def _known(self, name: str) -> bool:
-        return any(c[0] == "sync ends" and c[1] == name and c[3] is not None for c in self.calls) or any(
-            c[0] == "rename" and c[2] == name for c in self.calls
-        )
+        return any(
+            c[0] == "sync ends" and c[1] == name and c[3] is not None for c in self.calls
+        ) or any(c[0] == "rename" and c[2] == name for c in self.calls)
 
     def after_kill(self, point: int, target: Path) -> None:
         """The folder after the first `point` calls."""
         self._replay(point, target, lambda number, place, data: [(place, data)])
 
     def after_power_cut(self, point: int, target: Path, choose: random.Random) -> None:
-        """The folder after a power cut there: of writes that no completed sync covers, random sectors are there."""
+        """The folder after a power cut there: of writes that no completed sync covers, random
+        sectors are there.
+        """
         calls = self.calls[:point]
-        covered = {c[1]: c[2] for c in calls if c[0] == "sync ends"}  # by file: when its last completed sync began
+        covered = {
+            c[1]: c[2] for c in calls if c[0] == "sync ends"
+        }  # by file: when its last completed sync began
         names = self._final_names(calls)
         share = choose.choice([0.0, 0.5, 1.0])
 

@@ -1,7 +1,9 @@
-"""An NVIDIA driver for tests: the installed pynvml, whose functions answer for boards that are described here.
+"""An NVIDIA driver for tests: the installed pynvml, whose functions answer for boards that are
+described here.
 
-Exceptions, constants and structures are pynvml's own. Each function answers, or fails, as NVML's API reference says:
-anything before nvmlInit is "Uninitialized", an empty MIG slot "Not Found", what a board lacks "Not Supported".
+Exceptions, constants and structures are pynvml's own. Each function answers, or fails, as NVML's
+API reference says: anything before nvmlInit is "Uninitialized", an empty MIG slot "Not Found", what
+a board lacks "Not Supported".
 """
 
 import sys
@@ -18,7 +20,9 @@ GIB = 1 << 30
 
 @dataclass
 class Board:
-    """A GPU, or a MIG instance. `errors`: function to NVML error code; "…MemoryInfo_v2" is the second version alone."""
+    """A GPU, or a MIG instance. `errors`: function to NVML error code; "…MemoryInfo_v2" is the
+    second version alone.
+    """
 
     uuid: str
     name: str = "NVIDIA A100-SXM4-80GB"
@@ -38,7 +42,9 @@ def install(
     names: dict[int, str] | None = None,
     errors: dict[str, int | Exception] | None = None,
 ) -> ModuleType:
-    """Put the driver in place of pynvml. `errors` are of functions without a board; `names` of processes, by pid."""
+    """Put the driver in place of pynvml. `errors` are of functions without a board; `names` of
+    processes, by pid.
+    """
     module = ModuleType("pynvml")
     module.__dict__.update({k: v for k, v in vars(pynvml).items() if not k.startswith("__")})
     state = {"open": 0}
@@ -75,7 +81,12 @@ def install(
         assert version == pynvml.nvmlMemory_v2
         fail("nvmlDeviceGetMemoryInfo_v2", board)
         second = pynvml.c_nvmlMemory_v2_t()
-        second.total, second.reserved, second.free, second.used = board.total, board.reserved, free, board.used
+        second.total, second.reserved, second.free, second.used = (
+            board.total,
+            board.reserved,
+            free,
+            board.used,
+        )
         return second
 
     def mig_mode(board: Board) -> list[int]:
@@ -91,7 +102,10 @@ def install(
     def listed(processes: list[tuple[int, int | None]] | None) -> list[Any] | None:
         if processes is None:
             return None
-        return [pynvml.nvmlFriendlyObject({"pid": pid, "usedGpuMemory": used}) for pid, used in processes]
+        return [
+            pynvml.nvmlFriendlyObject({"pid": pid, "usedGpuMemory": used})
+            for pid, used in processes
+        ]
 
     def process_name(pid: int) -> str:
         if pid not in (names or {}):

@@ -12,16 +12,20 @@ if TYPE_CHECKING:
 
 
 def generation(fake: FakeModel, windows: int, prompt: int, new_tokens: int) -> LiveStorages:
-    """All births and ends of storages while text is generated on a CUDA device, as the allocator's replay takes them.
+    """All births and ends of storages while text is generated on a CUDA device, as the allocator's
+    replay takes them.
 
-    The prompt of so many tokens goes through in one pass with the KV cache, and the LM head, if the model has one,
-    sees its last token alone. Of the steps of one token that follow, only the last is traced, with the KV cache that
-    the others have left: it is the largest of them.
+    The prompt of so many tokens goes through in one pass with the KV cache, and the LM head, if the
+    model has one, sees its last token alone. Of the steps of one token that follow, only the last
+    is traced, with the KV cache that the others have left: it is the largest of them.
     """
     model = fake.architecture.model
     live = LiveStorages(whole=CUDA_KERNELS)
     with fake.mode, shapes_only(), torch.inference_mode():
-        ids, token = torch.zeros(windows, prompt, dtype=torch.int64), torch.zeros(windows, 1, dtype=torch.int64)
+        ids, token = (
+            torch.zeros(windows, prompt, dtype=torch.int64),
+            torch.zeros(windows, 1, dtype=torch.int64),
+        )
         live.ignore([ids, token, *model.parameters(), *model.buffers()])
         options = {"logits_to_keep": 1} if model.get_output_embeddings() is not None else {}
         with live:

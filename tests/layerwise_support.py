@@ -1,4 +1,6 @@
-"""What the tests of layerwise execution share: the rows of both modes, and tiny models of harder architectures."""
+"""What the tests of layerwise execution share: the rows of both modes, and tiny models of harder
+architectures.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +21,19 @@ from theloom.model.loading import LoadedModel
 from theloom.precision import torch_dtype
 from theloom.store import writer
 
-LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
-EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 4}
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
+EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "num_key_value_heads": 4,
+}
 HARDER = {
     "mixtral": {"num_local_experts": 4},
     "deepseek_v3": {**LATENT, **EXPERTS, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
@@ -78,7 +91,9 @@ def load(folder: Path, precision: str = "fp32") -> LoadedModel:
 
 
 @contextmanager
-def shell_of(folder: Path, precision: str = "fp32", device: str = "cpu") -> Iterator[tuple[Shell, BlockSource]]:
+def shell_of(
+    folder: Path, precision: str = "fp32", device: str = "cpu"
+) -> Iterator[tuple[Shell, BlockSource]]:
     """The model's shell, examined, and the source of its blocks."""
     config = a_config(folder)
     shell = Shell(folder, files.hf_config(config.model), precision, torch.device(device))
@@ -88,7 +103,9 @@ def shell_of(folder: Path, precision: str = "fp32", device: str = "cpu") -> Iter
 
 
 def keeper(rows: Rows):
-    """A sink that keeps what it is given, by batch and hook point, at its position; windows in their order."""
+    """A sink that keeps what it is given, by batch and hook point, at its position; windows in
+    their order.
+    """
 
     def keep(batch: int, name: str, start: int, values: torch.Tensor, first: int = 0) -> None:
         kept = rows.setdefault((batch, name), {})
@@ -98,7 +115,10 @@ def keeper(rows: Rows):
 
 
 def resident_rows(
-    loaded: LoadedModel, points: Sequence[HookPoint], batches: Sequence[torch.Tensor], chunk_size: int
+    loaded: LoadedModel,
+    points: Sequence[HookPoint],
+    batches: Sequence[torch.Tensor],
+    chunk_size: int,
 ) -> Rows:
     rows: Rows = {}
     keep = keeper(rows)
@@ -121,7 +141,9 @@ def layerwise_rows(
     rows: Rows = {}
     with shell_of(folder, precision, device) as (shell, blocks):
         runner = LayerwiseRunner(shell, blocks, points, chunk_size, precision, groups)
-        store = ResidualStore(runner.residuals(batches, "test"), spilled, spilled=spilled is not None)
+        store = ResidualStore(
+            runner.residuals(batches, "test"), spilled, spilled=spilled is not None
+        )
         with store:
             runner.sweep(batches, store, keeper(rows))
     assert all(p.is_meta for block in shell.blocks for p in block.parameters())
@@ -139,14 +161,18 @@ def assert_equal(found: Rows, expected: Rows) -> None:
 
 
 def some_batches(vocabulary: int = 128) -> list[torch.Tensor]:
-    """Long documents, alone and two side by side, with last chunks of one token and of three, and short ones."""
+    """Long documents, alone and two side by side, with last chunks of one token and of three, and
+    short ones.
+    """
     generator = torch.Generator().manual_seed(1)
     shapes = [(1, 64), (2, 31), (3, 7), (2, 7), (1, 1)]
     return [torch.randint(3, vocabulary, shape, generator=generator) for shape in shapes]
 
 
 def extract_with_small_commits(folder: Path, spilled: bool) -> None:
-    """The extraction of a layerwise run, committed every 16 KiB: the body of a job that a test kills."""
+    """The extraction of a layerwise run, committed every 16 KiB: the body of a job that a test
+    kills.
+    """
     torch.set_num_threads(1)
     writer.COMMIT_BYTES = 1 << 14
     residual_store.BLOCKS_BETWEEN_CHECKPOINTS = KEPT_EVERY

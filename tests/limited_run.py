@@ -1,7 +1,8 @@
-"""A whole run in a process that may take little memory: python limited_run.py FOLDER MODEL LIMIT [CGROUP].
+"""A whole run in a process that may take little memory: python limited_run.py FOLDER MODEL LIMIT
+[CGROUP].
 
-LIMIT is bytes: with CGROUP (a folder of the kernel's) of all memory that the process has, without it of address space
-beyond what the loaded interpreter has. Prints one JSON object.
+LIMIT is bytes: with CGROUP (a folder of the kernel's) of all memory that the process has, without
+it of address space beyond what the loaded interpreter has. Prints one JSON object.
 """
 
 import json
@@ -50,7 +51,12 @@ def main(folder: Path, source: str, limit: int) -> None:
     seconds = time.time() - begun
     with h5py.File(run.folder / "verification.h5") as file:
         errors = (file["recomputed/error"][:] / file["recomputed/largest"][:]).max()
-    found = {"refused": said, "seconds": seconds, "peak": host.peak_resident(), "error": float(errors)}
+    found = {
+        "refused": said,
+        "seconds": seconds,
+        "peak": host.peak_resident(),
+        "error": float(errors),
+    }
     print(json.dumps(found))
 
 

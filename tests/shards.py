@@ -17,13 +17,17 @@ def spec(precision="fp32", identity="me", lengths=LENGTHS, batches=None, **other
         first_row=0,
         input_ids=np.arange(rows, dtype="<i4"),
         document=np.repeat(np.arange(len(lengths), dtype="<i4"), lengths),
-        position=np.concatenate([np.arange(n, dtype="<i4") for n in lengths] or [np.array([], "<i4")]),
+        position=np.concatenate(
+            [np.arange(n, dtype="<i4") for n in lengths] or [np.array([], "<i4")]
+        ),
         document_offset=offsets,
         document_id=file_format.fixed_strings([f"d{n}" for n in range(len(lengths))]),
         window_offset=offsets,
         window_document=np.arange(len(lengths), dtype="<i4"),
     )
-    attributes = provenance.attributes("activations", kind="shard", shard=0, first_row=0, precision=precision)
+    attributes = provenance.attributes(
+        "activations", kind="shard", shard=0, first_row=0, precision=precision
+    )
     batches = len(lengths) if batches is None else batches
     return ShardSpec(tokens, POINTS, 5, precision, batches, identity, attributes, **others)
 

@@ -1,7 +1,8 @@
-"""A real Slurm on this machine's loopback, for tests: one node with pretend GPUs, started and stopped by its fixture.
+"""A real Slurm on this machine's loopback, for tests: one node with pretend GPUs, started and
+stopped by its fixture.
 
-Needs root and Debian's packages, which are installed where apt has them. What is started here is stopped by its own
-process id, and what lay in /etc/slurm before is put back.
+Needs root and Debian's packages, which are installed where apt has them. What is started here is
+stopped by its own process id, and what lay in /etc/slurm before is put back.
 """
 
 import os
@@ -17,7 +18,9 @@ from pathlib import Path
 from filelock import FileLock
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-ETC = Path("/etc/slurm")  # a job step forgets SLURM_CONF, so that only the place that was compiled in will do
+ETC = Path(
+    "/etc/slurm"
+)  # a job step forgets SLURM_CONF, so that only the place that was compiled in will do
 GPUS = 4
 
 
@@ -34,15 +37,22 @@ def install() -> None:
 
 
 def install_packages(programs: Sequence[str], packages: Sequence[str]) -> str:
-    """Install Debian packages where their programs are not here yet; returns why that cannot be done, "" if it is."""
+    """Install Debian packages where their programs are not here yet; returns why that cannot be
+    done, "" if it is.
+    """
     if all(shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin") for program in programs):
         return ""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         return f"{', '.join(packages)} are not installed, and there is no apt-get, or no right, to install them with"
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     with FileLock("/tmp/theloom-tests-apt.lock"):  # apt-get does not wait for another one
-        for words in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *packages]):
-            done = subprocess.run(["apt-get", *words], env=environment, capture_output=True, text=True, timeout=600)
+        for words in (
+            ["update", "-qq"],
+            ["install", "-qq", "-y", "--no-install-recommends", *packages],
+        ):
+            done = subprocess.run(
+                ["apt-get", *words], env=environment, capture_output=True, text=True, timeout=600
+            )
     return f"apt-get cannot install them: {done.stderr.strip()[-200:]}" if done.returncode else ""
 
 
@@ -63,7 +73,10 @@ class Slurm:
         path = os.environ["PATH"] + ":/usr/sbin:/sbin"
         with (self.folder / f"{name}.out").open("ab") as output:
             self.daemons[name] = subprocess.Popen(
-                [shutil.which(commands[name][0], path=path) or commands[name][0], *commands[name][1:]],
+                [
+                    shutil.which(commands[name][0], path=path) or commands[name][0],
+                    *commands[name][1:],
+                ],
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
@@ -106,7 +119,11 @@ class Slurm:
         return found
 
     def wait_until_ready(self, seconds: float = 30) -> None:
-        wait_for(lambda: "idle" in self.ask("sinfo", "--noheader", "--format", "%T"), seconds, self.folder)
+        wait_for(
+            lambda: "idle" in self.ask("sinfo", "--noheader", "--format", "%T"),
+            seconds,
+            self.folder,
+        )
 
 
 def wait_for(condition, seconds: float, what: object = "") -> None:
@@ -122,10 +139,18 @@ def node_name() -> str:
 
 
 def start(folder: Path) -> Slurm:
-    """Write the config of a cluster of one node into a folder and start it. Raises SlurmUnavailableError."""
+    """Write the config of a cluster of one node into a folder and start it. Raises
+    SlurmUnavailableError.
+    """
     folder.chmod(0o755)
-    for parent in folder.parents:  # the daemons' sockets lie below it, and munge wants to trust the way there
-        if parent != Path("/") and parent.stat().st_mode & 0o022 and not parent.stat().st_mode & 0o1000:
+    for parent in (
+        folder.parents
+    ):  # the daemons' sockets lie below it, and munge wants to trust the way there
+        if (
+            parent != Path("/")
+            and parent.stat().st_mode & 0o022
+            and not parent.stat().st_mode & 0o1000
+        ):
             raise SlurmUnavailableError(f"{parent} can be written by others")
     for name in ("spool", "state", "devices"):
         (folder / name).mkdir()
@@ -206,7 +231,8 @@ def _slurm_conf(folder: Path) -> str:
         "MinJobAge": "3600",
         "KillWait": "3",
         "JobRequeue": "0",
-        # the memory of a job is looked at every second, and a job with more than it asked for is killed
+        # the memory of a job is looked at every second, and a job with more than it asked for is
+        # killed
         "JobAcctGatherType": "jobacct_gather/linux",
         "JobAcctGatherFrequency": "task=1",
         "JobAcctGatherParams": "OverMemoryKill",
@@ -216,7 +242,9 @@ def _slurm_conf(folder: Path) -> str:
     lines = [f"{key}={value}" for key, value in settings.items()]
     has = f"CPUs=16 RealMemory=64000 Gres=gpu:a100:{GPUS}"
     lines.append(f"NodeName={node_name()} NodeAddr=127.0.0.1 {has} State=UNKNOWN")
-    lines.append(f"PartitionName=gpu Nodes={node_name()} Default=YES DefMemPerCPU=500 MaxTime=INFINITE State=UP")
+    lines.append(
+        f"PartitionName=gpu Nodes={node_name()} Default=YES DefMemPerCPU=500 MaxTime=INFINITE State=UP"
+    )
     return "\n".join(lines) + "\n"
 
 

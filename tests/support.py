@@ -1,4 +1,6 @@
-"""Builders that the tests share: a config for any model, tiny real models, a run without snakemake, and one with it."""
+"""Builders that the tests share: a config for any model, tiny real models, a run without snakemake,
+and one with it.
+"""
 
 import gc
 import mmap
@@ -30,7 +32,9 @@ ROOT = Path(__file__).parents[1]
 
 def a_config(model_source: str | Path, overrides: str = "") -> Config:
     """The whole config of a run on the CPU, with any model."""
-    runs = compose.runs(ROOT / "config", "custom", f"model.source={model_source} extraction.device=cpu {overrides}")
+    runs = compose.runs(
+        ROOT / "config", "custom", f"model.source={model_source} extraction.device=cpu {overrides}"
+    )
     (run,) = runs.values()
     return frozen.to_config(run.config)
 
@@ -49,7 +53,12 @@ TINY = {
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "phi": {},
     "olmo2": {},
-    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
 }
 
 
@@ -72,7 +81,9 @@ def build_tiny(model_type: str, folder: Path, **numbers: int) -> Path:
     }
     if not hasattr(AutoConfig.for_model(model_type), "num_key_value_heads"):
         del common["num_key_value_heads"]
-    model_config = AutoConfig.for_model(model_type, **{**common, **TINY.get(model_type, {}), **numbers})
+    model_config = AutoConfig.for_model(
+        model_type, **{**common, **TINY.get(model_type, {}), **numbers}
+    )
     model = AutoModelForCausalLM.from_config(model_config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -155,7 +166,9 @@ def extract_one_shard(run: Stages, oom_level: int = 0) -> None:
     """The only shard of a run, as a job that earlier ones have left without memory so many times."""
     names = ("extract.json", "estimate.h5", "model.h5", "tokens.h5")
     output = run.folder / "shards/00000-of-00001.h5"
-    extract_shard.extract_shard(*(run.folder / name for name in names), 0, output, oom_level=oom_level)
+    extract_shard.extract_shard(
+        *(run.folder / name for name in names), 0, output, oom_level=oom_level
+    )
 
 
 def extract_with_small_commits(folder: Path) -> None:
@@ -166,14 +179,18 @@ def extract_with_small_commits(folder: Path) -> None:
 
 
 def touch(size: int) -> None:
-    """Have so many more bytes resident for a moment: mapped anew, since malloc may have as many left from before."""
+    """Have so many more bytes resident for a moment: mapped anew, since malloc may have as many
+    left from before.
+    """
     with mmap.mmap(-1, size) as block:
         for page in range(0, size, mmap.PAGESIZE):
             block[page] = 1
 
 
 def allocator_peak(work: Callable[[], object]) -> int:
-    """The most bytes that the CPU allocator had given out at once, above what it had before: torch's profiler tells."""
+    """The most bytes that the CPU allocator had given out at once, above what it had before:
+    torch's profiler tells.
+    """
     work()  # what libraries allocate once is not the work's
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -191,50 +208,72 @@ def residuals_of(described: Architecture) -> list[HookPoint]:
     return residual_points(len(described.blocks), described.hidden_size)
 
 
-def values_of(described: Architecture, ids: torch.Tensor, **inputs: object) -> dict[str, torch.Tensor]:
+def values_of(
+    described: Architecture, ids: torch.Tensor, **inputs: object
+) -> dict[str, torch.Tensor]:
     """Every hook point of a model, by name, in one pass over ids (batch, position)."""
     found: dict[str, torch.Tensor] = {}
-    taps = Taps(described, build_catalog(described).points, lambda name, value: found.__setitem__(name, value.clone()))
+    taps = Taps(
+        described,
+        build_catalog(described).points,
+        lambda name, value: found.__setitem__(name, value.clone()),
+    )
     with torch.no_grad(), taps:
         taps.run(input_ids=ids, use_cache=False, **inputs)
     return found
 
 
-def chunks_of(described: Architecture, ids: torch.Tensor, chunk_size: int) -> dict[str, torch.Tensor]:
+def chunks_of(
+    described: Architecture, ids: torch.Tensor, chunk_size: int
+) -> dict[str, torch.Tensor]:
     """The same in chunks through the KV cache, put together again."""
     points = {p.name: p for p in build_catalog(described).points}
     found: dict[str, list[torch.Tensor]] = {name: [] for name in points}
-    with Taps(described, list(points.values()), lambda name, value: found[name].append(value.clone())) as taps:
+    with Taps(
+        described, list(points.values()), lambda name, value: found[name].append(value.clone())
+    ) as taps:
         prefill(taps, ids, chunk_size)
 
     def together(point: HookPoint) -> torch.Tensor:
         chunks = found[point.name]
         if point.over_keys:
             keys = ids.shape[1]
-            chunks = [torch.nn.functional.pad(c, (0, keys - c.shape[3]), value=point.fill) for c in chunks]
+            chunks = [
+                torch.nn.functional.pad(c, (0, keys - c.shape[3]), value=point.fill) for c in chunks
+            ]
         return torch.cat(chunks, dim=point.position_axis)
 
     return {name: together(point) for name, point in points.items()}
 
 
-def plain_residuals(folder: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """The oracle: every residual of one plain forward pass of transformers, (position, hidden size) by hook point.
+def plain_residuals(
+    folder: Path, ids: list[int], dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """The oracle: every residual of one plain forward pass of transformers, (position, hidden size)
+    by hook point.
 
-    The last block's output is not in `hidden_states`, whose last entry is normed: a hook on the last block reads it,
-    and the model's own norm of it is shown to be that last entry.
+    The last block's output is not in `hidden_states`, whose last entry is normed: a hook on the
+    last block reads it, and the model's own norm of it is shown to be that last entry.
     """
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, dtype=dtype).eval()
     blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1)
     kept = []
-    blocks[-1].register_forward_hook(lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out))
+    blocks[-1].register_forward_hook(
+        lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out)
+    )
     with torch.no_grad():
-        states = model(torch.tensor(ids)[None], output_hidden_states=True, use_cache=False).hidden_states
+        states = model(
+            torch.tensor(ids)[None], output_hidden_states=True, use_cache=False
+        ).hidden_states
     found = {f"blocks.{i}.hook_resid_pre": s[0] for i, s in enumerate(states[:-1])}
     found |= {f"blocks.{i - 1}.hook_resid_post": s[0] for i, s in enumerate(states[:-1]) if i}
     found[f"blocks.{len(blocks) - 1}.hook_resid_post"] = kept[0][0]
-    norm = next((m for n, m in model.named_modules() if n.split(".")[-1] in FINAL_NORMS and "." not in n), None)
+    norm = next(
+        (m for n, m in model.named_modules() if n.split(".")[-1] in FINAL_NORMS and "." not in n),
+        None,
+    )
     if norm is not None:
         torch.testing.assert_close(norm(kept[0])[0], states[-1][0])
     return found
@@ -255,7 +294,9 @@ class Project:
         base = [sys.executable, "-m", "snakemake", "--profile", "workflow/profiles/local"]
         return [*base, *arguments, *config_arguments]
 
-    def snakemake(self, *arguments: str, profiles: str = "", overrides: str = "") -> subprocess.CompletedProcess[str]:
+    def snakemake(
+        self, *arguments: str, profiles: str = "", overrides: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments, profiles=profiles, overrides=overrides),
             cwd=self.folder,
@@ -272,7 +313,11 @@ class Project:
         if "Nothing to be done" in text:
             return {}
         table = text.split("Job stats:")[1].split("\n\n")[0].splitlines()[3:]
-        return {line.split()[0]: int(line.split()[1]) for line in table if line.split()[0] not in ("all", "total")}
+        return {
+            line.split()[0]: int(line.split()[1])
+            for line in table
+            if line.split()[0] not in ("all", "total")
+        }
 
     def results(self, run: str) -> Path:
         return self.folder / "results" / run
@@ -282,7 +327,9 @@ def copy_project(folder: Path) -> Project:
     for name in ("Snakefile", "workflow", "config", "envs"):
         place = ROOT / name
         if place.is_dir():
-            shutil.copytree(place, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(
+                place, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+            )
         else:
             shutil.copy(place, folder / name)
     return Project(folder)

@@ -1,7 +1,9 @@
-"""Every causal LM of transformers, made tiny: what TheLoom reads from it, against the model's own hidden states.
+"""Every causal LM of transformers, made tiny: what TheLoom reads from it, against the model's own
+hidden states.
 
-`python tests/sweep.py` runs all and writes the table of workflow/docs/architectures.md; `python tests/sweep.py NAME …`
-shows some. One import, and a fork for each model: what one breaks is not the next one's.
+`python tests/sweep.py` runs all and writes the table of workflow/docs/architectures.md; `python
+tests/sweep.py NAME …` shows some. One import, and a fork for each model: what one breaks is not the
+next one's.
 """
 
 import logging
@@ -57,17 +59,23 @@ class Row:
 
     @property
     def streams(self) -> bool:
-        return self.tried is not None and self.tried.streams and self.chunk_error <= TOLERANCE["fp32"]
+        return (
+            self.tried is not None and self.tried.streams and self.chunk_error <= TOLERANCE["fp32"]
+        )
 
     @property
     def silently_wrong(self) -> bool:
-        """Taken by TheLoom, though its rows are not the model's own, or streamed, though chunks change them."""
+        """Taken by TheLoom, though its rows are not the model's own, or streamed, though chunks
+        change them.
+        """
         streamed = self.tried is not None and self.tried.streams
         return self.tried is not None and (not self.parity or (streamed and not self.streams))
 
 
 def build(model_type: str) -> PreTrainedModel:
-    """A tiny model of an architecture, as a decoder, with weights scaled by 1/√fan-in: 0.02 would hide errors."""
+    """A tiny model of an architecture, as a decoder, with weights scaled by 1/√fan-in: 0.02 would
+    hide errors.
+    """
     torch.manual_seed(0)
     config = tiny_config(model_type)
     if model_type.startswith("musicgen"):
@@ -119,13 +127,17 @@ def _read(described: Architecture, ids: torch.Tensor, chunk_size: int) -> dict[s
 def _against_own_states(
     described: Architecture, ids: torch.Tensor, found: dict[str, torch.Tensor]
 ) -> tuple[bool, float]:
-    """Whether the model's own hidden states are its blocks' outputs, and the largest error against them.
+    """Whether the model's own hidden states are its blocks' outputs, and the largest error against
+    them.
 
-    The last of them is after the final norm, in most models: then the model's own norm of the last output must be it.
+    The last of them is after the final norm, in most models: then the model's own norm of the last
+    output must be it.
     """
     count = len(described.blocks)
     with torch.inference_mode():
-        states = described.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+        states = described.model(
+            input_ids=ids, use_cache=False, output_hidden_states=True
+        ).hidden_states
     before = [found[f"blocks.{i}.hook_resid_pre"] for i in range(count)]
     after = [found[f"blocks.{i}.hook_resid_post"] for i in range(count)]
     joined = max((_error(a, b) for a, b in zip(after, before[1:], strict=False)), default=0.0)
@@ -141,7 +153,9 @@ def _normed(described: Architecture, value: torch.Tensor) -> Iterator[torch.Tens
     """What each norm outside the blocks makes of a value."""
     inside = {m for block in described.blocks for m in block.modules()}
     for name, module in described.model.named_modules():
-        if module not in inside and ("norm" in type(module).__name__.lower() or "norm" in name.rpartition(".")[2]):
+        if module not in inside and (
+            "norm" in type(module).__name__.lower() or "norm" in name.rpartition(".")[2]
+        ):
             try:
                 with torch.inference_mode():
                     normed = module(value)
@@ -152,17 +166,29 @@ def _normed(described: Architecture, value: torch.Tensor) -> Iterator[torch.Tens
 
 
 def _goes_on(described: Architecture, ids: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a module beyond the blocks that is no norm, but mixes several streams or outputs, takes a value."""
+    """Whether a module beyond the blocks that is no norm, but mixes several streams or outputs,
+    takes a value.
+    """
     inside = {m for block in described.blocks for m in block.modules()} | {described.model}
     seen = []
 
     def look(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        given = [v for a in (*args, *kwargs.values()) for v in (a if isinstance(a, list | tuple) else [a])]
+        given = [
+            v
+            for a in (*args, *kwargs.values())
+            for v in (a if isinstance(a, list | tuple) else [a])
+        ]
         seen.extend(
-            v for v in given if isinstance(v, torch.Tensor) and v.shape == value.shape and torch.equal(v, value)
+            v
+            for v in given
+            if isinstance(v, torch.Tensor) and v.shape == value.shape and torch.equal(v, value)
         )
 
-    mixers = [m for m in described.model.modules() if m not in inside and re.search("Residual|Mixer", type(m).__name__)]
+    mixers = [
+        m
+        for m in described.model.modules()
+        if m not in inside and re.search("Residual|Mixer", type(m).__name__)
+    ]
     handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in mixers]
     with torch.inference_mode():
         described.model(input_ids=ids, use_cache=False)
@@ -194,7 +220,11 @@ def _in_a_fork(model_type: str) -> Row:
             try:
                 row = examine(model_type)
             except BaseException as error:
-                row = Row(model_type, problem=f"the sweep failed: {_words(error)}", states_error=float("inf"))
+                row = Row(
+                    model_type,
+                    problem=f"the sweep failed: {_words(error)}",
+                    states_error=float("inf"),
+                )
             pipe.write(pickle.dumps(row))
         os._exit(0)
     os.close(writing)
@@ -202,7 +232,9 @@ def _in_a_fork(model_type: str) -> Row:
         said = pipe.read()
     os.waitpid(child, 0)
     return (
-        pickle.loads(said) if said else Row(model_type, problem=f"the sweep took more than {SECONDS} s or its memory")
+        pickle.loads(said)
+        if said
+        else Row(model_type, problem=f"the sweep took more than {SECONDS} s or its memory")
     )
 
 
@@ -250,7 +282,10 @@ def _line(row: Row) -> str:
     reason = row.problem or row.refusal or (row.tried.not_streamed if row.tried else "")
     if row.problem:
         return f"| `{row.model_type}` | | not made tiny | | {_cell(reason)} |\n"
-    kept, streamed = ("yes" if row.parity else "refused"), ("yes" if row.streams else "refused" if row.parity else "")
+    kept, streamed = (
+        ("yes" if row.parity else "refused"),
+        ("yes" if row.streams else "refused" if row.parity else ""),
+    )
     return f"| `{row.model_type}` | {row.model_class} | {kept} | {streamed} | {_cell(reason)} |\n"
 
 
@@ -267,7 +302,9 @@ def main(asked: list[str]) -> None:
         rows.append(row)
         print(_say(row), flush=True)
     parity, streams = (sum(getattr(r, what) for r in rows) for what in ("parity", "streams"))
-    print(f"{len(rows)} architectures: {parity} with the model's own hidden states, {streams} streamed")
+    print(
+        f"{len(rows)} architectures: {parity} with the model's own hidden states, {streams} streamed"
+    )
     wrong = [r.model_type for r in rows if r.silently_wrong]
     if not asked:
         DOCUMENT.parent.mkdir(exist_ok=True)

@@ -1,6 +1,8 @@
-"""A tiny config of any architecture of transformers: its own default config with every size made small.
+"""A tiny config of any architecture of transformers: its own default config with every size made
+small.
 
-Every list with an entry for each layer keeps one entry of each kind of layer, so that hybrids keep their mixture.
+Every list with an entry for each layer keeps one entry of each kind of layer, so that hybrids keep
+their mixture.
 """
 
 from typing import Any
@@ -10,7 +12,9 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 VOCABULARY = 160  # special tokens take the numbers from 128 on
 BLOCKS = 3
 
-DEPTH = "num_hidden_layers n_layer n_layers num_layers num_blocks encoder_layers decoder_layers depth"
+DEPTH = (
+    "num_hidden_layers n_layer n_layers num_layers num_blocks encoder_layers decoder_layers depth"
+)
 SIZES = {
     64: "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim attention_hidden_size "
     "input_embedding_size output_embedding_size lru_width input_size backbone_hidden_size mamba_d_ssm linear_attn_dim "
@@ -62,10 +66,17 @@ QWEN4 = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+        "ffn_config": {
+            "hidden_size": 64,
+            "ffn_hidden_size": 96,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
@@ -100,7 +111,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": ZAMBA,
     "zamba2": ZAMBA
-    | {"attention_head_dim": 32, "n_mamba_heads": 8, "hybrid_layer_ids": [1, 3, 5], "mamba_headdim": 16},
+    | {
+        "attention_head_dim": 32,
+        "n_mamba_heads": 8,
+        "hybrid_layer_ids": [1, 3, 5],
+        "mamba_headdim": 16,
+    },
 }
 
 
@@ -131,19 +147,29 @@ def _shrink(plain: dict[str, Any], special: dict[str, Any]) -> None:
                 if "kv_lora_rank" in layer:
                     layer["num_key_value_heads"] = layer["num_attention_heads"]
         elif isinstance(value, dict) and ("model_type" in value or key.endswith("_config")):
-            _shrink(value, {k.partition(".")[2]: v for k, v in special.items() if k.startswith(f"{key}.")})
+            _shrink(
+                value,
+                {k.partition(".")[2]: v for k, v in special.items() if k.startswith(f"{key}.")},
+            )
         elif key in lists:
             plain[key] = [value[i] for i in kept]
         elif key in DEPTH.split() and isinstance(value, int):
             plain[key] = len(kept)
         elif key.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= 128:
             plain[key] = 128 + sum(map(ord, key)) % 32
-        elif key in SIZE and isinstance(value, int) and not isinstance(value, bool) and value > SIZE[key]:
+        elif (
+            key in SIZE
+            and isinstance(value, int)
+            and not isinstance(value, bool)
+            and value > SIZE[key]
+        ):
             plain[key] = SIZE[key]
         elif key in ("num_key_value_heads", "num_kv_heads") and isinstance(value, int):
             plain[key] = min(value, 2)
     if "kv_lora_rank" in plain and plain.get("num_key_value_heads"):
-        plain["num_key_value_heads"] = plain["num_attention_heads"]  # latent attention has keys for every head
+        plain["num_key_value_heads"] = plain[
+            "num_attention_heads"
+        ]  # latent attention has keys for every head
     plain |= {k: v for k, v in special.items() if "." not in k}
 
 

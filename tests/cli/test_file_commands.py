@@ -17,14 +17,18 @@ HOOK = "blocks.1.hook_resid_post"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_llama):
-    return stages(tmp_path_factory.mktemp("run"), tiny_llama, "extraction.shards=2 corpus.max_tokens=400").all()
+    return stages(
+        tmp_path_factory.mktemp("run"), tiny_llama, "extraction.shards=2 corpus.max_tokens=400"
+    ).all()
 
 
 def test_inspect_says_what_a_file_holds(run, capsys):
     for file in (run.activations, run.shards[0]):
         assert main.main(["inspect", str(file)]) == 0
         text = capsys.readouterr().out
-        assert max(len(line) for line in text.splitlines() if "/" not in line) <= 80  # but for paths
+        assert (
+            max(len(line) for line in text.splitlines() if "/" not in line) <= 80
+        )  # but for paths
         assert HOOK in text
         assert "Where the time went" in text
         assert "corpus_hash" in text
@@ -42,7 +46,9 @@ def test_inspect_as_json(run, capsys):
     assert found["provenance"]["versions"]["torch"]
 
 
-def test_a_path_that_is_no_file_of_hidden_states_is_refused_with_what_to_give(run, tmp_path, capsys):
+def test_a_path_that_is_no_file_of_hidden_states_is_refused_with_what_to_give(
+    run, tmp_path, capsys
+):
     cut = tmp_path / "cut.h5"
     cut.write_bytes(run.shards[0].read_bytes()[:-1000])
     size = run.shards[0].stat().st_size
@@ -73,7 +79,15 @@ def test_verify_recomputes_documents_with_the_model(run, capsys):
 
 def test_verify_draws_no_bar_into_a_pipe(run):
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    command = [sys.executable, "-m", "theloom.cli.main", "verify", str(run.activations), "--recompute", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "theloom.cli.main",
+        "verify",
+        str(run.activations),
+        "--recompute",
+        "1",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0
     assert "Loading weights" not in done.stderr

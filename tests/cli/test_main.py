@@ -22,13 +22,17 @@ from theloom.terminal import bold, red
 
 
 def theloom(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "theloom.cli.main", *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "theloom.cli.main", *arguments], capture_output=True, text=True
+    )
 
 
 def test_help_is_quick_and_lists_the_commands():
     source = "import sys; from theloom.cli import main\ntry: main.main(['--help'])\nexcept SystemExit: pass\n"
     source += "assert not {'torch', 'gpuhunt', 'psutil', 'transformers'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
     assert "gpus" in done.stdout
     done.stdout.encode("ascii")  # for any terminal
 
@@ -72,9 +76,12 @@ def test_gpus_as_json():
     machine = report["machine"][0]
     assert machine["index"] == 0
     assert 0 < machine["used_memory_gb"] < machine["total_memory_gb"]
-    assert {"name": "H100", "nominal_gb": 80, "compute_capability": [9, 0], "bf16": True}.items() <= next(
-        gpu for gpu in report["gpus"] if gpu["name"] == "H100"
-    ).items()
+    assert {
+        "name": "H100",
+        "nominal_gb": 80,
+        "compute_capability": [9, 0],
+        "bf16": True,
+    }.items() <= next(gpu for gpu in report["gpus"] if gpu["name"] == "H100").items()
     assert report["cloud"]["as_of"] == "2026-11"
     assert report["cloud"]["offers"][0]["best_for"] == "7B"
     if not torch.cuda.is_available():
@@ -85,11 +92,27 @@ def test_gpus_as_json():
 def test_gpus_with_processes_and_notes_under_the_table():
     full = GPUInfo(
         *(1, "NVIDIA GTX 980", "GPU-aa", (5, 2), 4.0, 3.0, 1.0, 0.0, 0.0),
-        processes=(nvml.Process(7, "VLLM::EngineCore", 2 * 10**9, is_vllm=True), nvml.Process(8, "x", None, False)),
+        processes=(
+            nvml.Process(7, "VLLM::EngineCore", 2 * 10**9, is_vllm=True),
+            nvml.Process(8, "x", None, False),
+        ),
         note="a reason",
     )
     table = main._machine_table([(full, "fp32")]).splitlines()[-1]
-    assert table.split() == ["1", "NVIDIA", "GTX", "980", "5.2", "4.0", "(3.7)", "3.0", "(2.8)", "1.0", "(0.9)", "FP32"]
+    assert table.split() == [
+        "1",
+        "NVIDIA",
+        "GTX",
+        "980",
+        "5.2",
+        "4.0",
+        "(3.7)",
+        "3.0",
+        "(2.8)",
+        "1.0",
+        "(0.9)",
+        "FP32",
+    ]
     assert main._remarks([full]).splitlines() == [
         "",
         "  GPU 1 (NVIDIA GTX 980): VLLM::EngineCore (pid 7, vLLM) 2.0 GB",
@@ -101,7 +124,10 @@ def test_gpus_with_processes_and_notes_under_the_table():
 def test_a_reader_that_stops_reading():
     script = f"{sys.executable} -m theloom.cli gpus | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert (done.stdout.splitlines(), done.stderr) == (["This machine (memory in GB, and in GiB)", "0"], "")
+    assert (done.stdout.splitlines(), done.stderr) == (
+        ["This machine (memory in GB, and in GiB)", "0"],
+        "",
+    )
 
 
 def test_a_user_s_error_is_one_line_and_exit_code_1(monkeypatch, capsys):
@@ -126,7 +152,9 @@ def test_without_cuda_the_driver_s_gpus_are_named(monkeypatch, capsys):
 @pytest.mark.gpu
 def test_gpus_of_a_machine_that_has_one():
     machine = json.loads(theloom("gpus", "--json").stdout)["machine"]
-    assert [m["name"] for m in machine] == [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    assert [m["name"] for m in machine] == [
+        torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+    ]
     assert machine[0]["auto"] in ("bf16", "fp16", "fp32")
 
 
@@ -161,7 +189,11 @@ def test_on_a_terminal_headers_are_bold_unless_no_color_is_set(monkeypatch):
 
 def test_the_savings_of_training_fit_80_columns():
     row = {"workflow": "inference", "applies": True, "claim": "40-50%", "percent": -9.8}
-    row |= {"optimisation": "gradient checkpointing", "percent_of_activations": -101.6, "compared": "word " * 40}
+    row |= {
+        "optimisation": "gradient checkpointing",
+        "percent_of_activations": -101.6,
+        "compared": "word " * 40,
+    }
     row |= {"before": {"total": 5.58e11}, "after": {"total": 3.54e11}}
     printed = estimate._savings_table([row, row | {"applies": False}])
     assert max(map(len, printed.splitlines())) <= 80
@@ -172,7 +204,9 @@ def test_a_number_that_is_none_is_refused_in_words(capsys):
     for wrong in ("x", "0", "-1"):
         with pytest.raises(SystemExit):
             main.main(["estimate", "7b", "--batch", wrong])
-        assert f"argument --batch: '{wrong}' is no whole number from 1 on" in capsys.readouterr().err
+        assert (
+            f"argument --batch: '{wrong}' is no whole number from 1 on" in capsys.readouterr().err
+        )
 
 
 def test_long_words_of_a_table_are_folded_into_its_80_columns():

@@ -44,19 +44,31 @@ def test_every_profile_composes_and_names_a_model_with_its_numbers():
 
 
 def test_a_comma_sweeps_and_each_combination_is_a_run():
-    runs = compose.runs(CONFIG, "smollm2-135m", "memory.streaming_chunk_size=128,256 memory.precision_mode=fp32,bf16")
+    runs = compose.runs(
+        CONFIG,
+        "smollm2-135m",
+        "memory.streaming_chunk_size=128,256 memory.precision_mode=fp32,bf16",
+    )
     assert list(runs) == [
         "smollm2-135m+streaming_chunk_size=128+precision_mode=fp32",
         "smollm2-135m+streaming_chunk_size=128+precision_mode=bf16",
         "smollm2-135m+streaming_chunk_size=256+precision_mode=fp32",
         "smollm2-135m+streaming_chunk_size=256+precision_mode=bf16",
     ]
-    assert [r.config["memory"]["streaming_chunk_size"] for r in runs.values()] == [128, 128, 256, 256]
+    assert [r.config["memory"]["streaming_chunk_size"] for r in runs.values()] == [
+        128,
+        128,
+        256,
+        256,
+    ]
 
 
 def test_a_list_is_one_value_and_not_a_sweep():
     run = one("memory.activation_cache_filter=[blocks.1.hook_resid_pre,blocks.*.hook_resid_post]")
-    assert run.config["memory"]["activation_cache_filter"] == ["blocks.1.hook_resid_pre", "blocks.*.hook_resid_post"]
+    assert run.config["memory"]["activation_cache_filter"] == [
+        "blocks.1.hook_resid_pre",
+        "blocks.*.hook_resid_post",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +80,10 @@ def test_a_list_is_one_value_and_not_a_sweep():
             "name=mine memory.streaming_chunk_size=64,65",
             ["mine+streaming_chunk_size=64", "mine+streaming_chunk_size=65"],
         ),
-        ("corpus=text corpus.path='/a b/c.txt'", ["smollm2-135m+corpus=text+path=-a-b-c.txt-eef307c8"]),
+        (
+            "corpus=text corpus.path='/a b/c.txt'",
+            ["smollm2-135m+corpus=text+path=-a-b-c.txt-eef307c8"],
+        ),
     ],
 )
 def test_names_of_runs(overrides, names):
@@ -83,7 +98,9 @@ def test_long_values_get_short_names_that_differ():
 
 
 def test_values_that_look_alike_in_a_path_are_different_runs():
-    names = [one(f"corpus=text corpus.path={path}").name for path in ("/a/b", "/a-b", "a/b", "-a-b")]
+    names = [
+        one(f"corpus=text corpus.path={path}").name for path in ("/a/b", "/a-b", "a/b", "-a-b")
+    ]
     assert len(set(names)) == 4
 
 
@@ -103,12 +120,24 @@ def test_the_default_profile_is_the_one_of_default_yaml():
         ("smollm-135m", "", ["did you mean 'smollm2-135m'?"]),
         ("", "", ["names no profile"]),
         ("3b,3b", "", ["'3b'", "twice"]),
-        ("3b", "memory.streaming_chunk=64", ["unknown key 'memory.streaming_chunk'", "'memory.streaming_chunk_size'"]),
+        (
+            "3b",
+            "memory.streaming_chunk=64",
+            ["unknown key 'memory.streaming_chunk'", "'memory.streaming_chunk_size'"],
+        ),
         ("3b", "+foo=1", ["unknown key 'foo'", "memory"]),
         ("3b", "+memory.foo=1", ["unknown key 'memory.foo'", "memory.precision_mode"]),
-        ("3b", "memory.streaming_chunk_size=many", ["memory.streaming_chunk_size", "'many'", "Integer"]),
+        (
+            "3b",
+            "memory.streaming_chunk_size=many",
+            ["memory.streaming_chunk_size", "'many'", "Integer"],
+        ),
         ("3b", "memory.streaming_chunk_size=0", ["memory.streaming_chunk_size", "least is 1"]),
-        ("3b", "memory.precision_mode=fp8", ["memory.precision_mode", "'fp8'", "[auto, fp32, fp16, bf16]"]),
+        (
+            "3b",
+            "memory.precision_mode=fp8",
+            ["memory.precision_mode", "'fp8'", "[auto, fp32, fp16, bf16]"],
+        ),
         ("3b", "memory.quantization=2bit", ["memory.quantization", "[8bit, 4bit]"]),
         ("3b", "memory.memory_warning_threshold=85", ["memory.memory_warning_threshold", "share"]),
         ("3b", "memory.activation_cache_filter=x", ["memory.activation_cache_filter", "list"]),
@@ -121,7 +150,11 @@ def test_the_default_profile_is_the_one_of_default_yaml():
         ("3b", "a=[", ["a=["]),
         ("3b", "name=../x", ["name", "folder"]),
         ("custom", "", ["model.source", "not set"]),
-        ("custom", "model.source=x model.architecture.hidden_size=64", ["model.architecture", "null"]),
+        (
+            "custom",
+            "model.source=x model.architecture.hidden_size=64",
+            ["model.architecture", "null"],
+        ),
     ],
 )
 def test_mistakes_are_refused_in_one_line_that_names_the_key(profiles, overrides, words):
@@ -138,7 +171,9 @@ def test_a_key_that_no_schema_has_is_refused_in_a_yaml_file_too(tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "default.yaml").write_text((CONFIG / "default.yaml").read_text())
     (tmp_path / "corpus/python-docs.yaml").write_text("kind: python_docs\n")
-    (tmp_path / "profile/mine.yaml").write_text("# @package _global_\nmodel:\n  source: x\n  colour: red\n")
+    (tmp_path / "profile/mine.yaml").write_text(
+        "# @package _global_\nmodel:\n  source: x\n  colour: red\n"
+    )
     with pytest.raises(ConfigError, match=r"unknown key 'model\.colour'"):
         compose.runs(tmp_path, "mine")
 
@@ -194,8 +229,12 @@ def test_environment_file_pins_what_the_constraints_pin():
             assert line.strip("- ") in pins
 
 
-@pytest.mark.parametrize(("max_tokens", "shards"), [("16384", 2), ("500001", 3), ("10000000000", 1000), ("null", 8)])
+@pytest.mark.parametrize(
+    ("max_tokens", "shards"), [("16384", 2), ("500001", 3), ("10000000000", 1000), ("null", 8)]
+)
 def test_shards_that_are_left_open_follow_from_the_tokens(max_tokens, shards):
-    (run,) = compose.runs(CONFIG, "custom", f"model.source=a/b corpus.max_tokens={max_tokens}").values()
+    (run,) = compose.runs(
+        CONFIG, "custom", f"model.source=a/b corpus.max_tokens={max_tokens}"
+    ).values()
     assert run.config["extraction"]["shards"] == shards
     assert run.stage("merge")["config"]["extraction"]["shards"] == shards

@@ -34,4 +34,8 @@ def test_no_windows_give_no_batches():
 def test_padding_is_on_the_right():
     ids = np.arange(1, 8, dtype="<i4")
     (batch,) = plan_batches(np.array([2, 4, 1]), 100, 10)
-    assert padded(batch, ids, np.array([0, 2, 6, 7])).tolist() == [[3, 4, 5, 6], [1, 2, 0, 0], [7, 0, 0, 0]]
+    assert padded(batch, ids, np.array([0, 2, 6, 7])).tolist() == [
+        [3, 4, 5, 6],
+        [1, 2, 0, 0],
+        [7, 0, 0, 0],
+    ]

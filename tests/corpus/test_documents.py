@@ -38,7 +38,9 @@ def test_a_folder_of_texts_is_read_in_order(tmp_path):
 
 def test_columns_of_json_lines(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"body": "one", "key": 7}\n')
-    (found,) = read(f"corpus=text corpus.path={tmp_path}/x.jsonl corpus.column=body corpus.id_column=key")
+    (found,) = read(
+        f"corpus=text corpus.path={tmp_path}/x.jsonl corpus.column=body corpus.id_column=key"
+    )
     assert (found.id, found.text) == ("7", "one")
 
 
@@ -67,7 +69,9 @@ def test_another_encoding_is_read_when_asked_for(tmp_path):
         read(f"corpus=text corpus.path={tmp_path} corpus.encoding=klingon")
 
 
-@pytest.mark.parametrize(("path", "words"), [("nowhere", "no file or folder"), (".", "holds no .txt")])
+@pytest.mark.parametrize(
+    ("path", "words"), [("nowhere", "no file or folder"), (".", "holds no .txt")]
+)
 def test_missing_files_are_found_before_any_job(tmp_path, monkeypatch, path, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CorpusError, match=words):
@@ -76,11 +80,16 @@ def test_missing_files_are_found_before_any_job(tmp_path, monkeypatch, path, wor
 
 def test_a_data_set_on_disk_is_read_by_split_and_column(tmp_path):
     rows = {"body": ["one", "two", "three"], "name": ["x", "y", "z"]}
-    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows), "test": datasets.Dataset.from_dict(rows)})
+    splits = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_dict(rows), "test": datasets.Dataset.from_dict(rows)}
+    )
     splits.save_to_disk(tmp_path / "saved")
     asked = f"corpus=hub corpus.dataset={tmp_path}/saved corpus.column=body"
     assert [(d.id, d.text) for d in read(f"{asked} corpus.split=test")][:1] == [("test/0", "one")]
-    assert [d.id for d in read(f"{asked} corpus.id_column=name corpus.max_documents=2")] == ["x", "y"]
+    assert [d.id for d in read(f"{asked} corpus.id_column=name corpus.max_documents=2")] == [
+        "x",
+        "y",
+    ]
     with pytest.raises(CorpusError, match=r"corpus\.split.*'dev'.*train, test"):
         read(f"{asked} corpus.split=dev")
 

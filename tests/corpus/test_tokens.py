@@ -1,4 +1,6 @@
-"""Windows, positions, shards of documents, and the tokens of real text against the tokenizer itself."""
+"""Windows, positions, shards of documents, and the tokens of real text against the tokenizer
+itself.
+"""
 
 import numpy as np
 import pytest
@@ -57,7 +59,9 @@ def test_window_lengths_are_those_of_each_shard(tmp_path, tiny_llama, shards):
     asked = f"corpus=text corpus.path={folder} corpus.context_length=100 extraction.shards={shards}"
     tokenize(a_config(tiny_llama, asked), path)
     found, parts = tokens.window_lengths(path), [read_shard(path, n) for n in range(shards)]
-    assert [x.tolist() for x in found.shards] == [np.diff(part.window_offset).tolist() for part in parts]
+    assert [x.tolist() for x in found.shards] == [
+        np.diff(part.window_offset).tolist() for part in parts
+    ]
     assert found.longest == tokens.longest_window(path) == 100
     assert found.tokens == max(len(part.input_ids) for part in parts)
 
@@ -65,7 +69,10 @@ def test_window_lengths_are_those_of_each_shard(tmp_path, tiny_llama, shards):
 def test_tokens_are_those_of_the_tokenizer(tmp_path, tiny_llama):
     texts = {"a.txt": "One two three.", "b.md": "x", "c.txt": "", "d.txt": "word " * 500}
     folder = write_texts(tmp_path / "texts", texts)
-    tokenize(a_config(tiny_llama, f"corpus=text corpus.path={folder} extraction.shards=2"), tmp_path / "tokens.h5")
+    tokenize(
+        a_config(tiny_llama, f"corpus=text corpus.path={folder} extraction.shards=2"),
+        tmp_path / "tokens.h5",
+    )
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     expected = [tokenizer(t)["input_ids"] for t in texts.values() if t]
     with file_format.open_h5(tmp_path / "tokens.h5", "tokens") as file:
@@ -74,10 +81,17 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path, tiny_llama):
         assert np.diff(file["documents/offset"][:]).tolist() == [len(e) for e in expected]
         assert file.attrs["documents_empty"] == 1
         # the model's context is 256 tokens: the long document is split, and nothing of it is lost
-        assert np.diff(file["windows/offset"][:]).tolist() == [len(expected[0]), len(expected[1]), 256, 245]
+        assert np.diff(file["windows/offset"][:]).tolist() == [
+            len(expected[0]),
+            len(expected[1]),
+            256,
+            245,
+        ]
         assert file["windows/document"][:].tolist() == [0, 1, 2, 2]
     parts = [read_shard(tmp_path / "tokens.h5", n) for n in range(2)]
-    assert np.concatenate([p.input_ids for p in parts]).tolist() == np.concatenate(expected).tolist()
+    assert (
+        np.concatenate([p.input_ids for p in parts]).tolist() == np.concatenate(expected).tolist()
+    )
     assert [p.first_row for p in parts] == [0, len(parts[0].input_ids)]
     for part in parts:
         assert part.window_offset[0] == part.document_offset[0] == 0
@@ -86,8 +100,13 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path, tiny_llama):
 
 
 def test_max_tokens_is_exact_and_the_cut_is_recorded(tmp_path, tiny_llama, caplog):
-    folder = write_texts(tmp_path / "texts", {"a.txt": "word " * 30, "b.txt": "word " * 50, "c.txt": "never read"})
-    tokenize(a_config(tiny_llama, f"corpus=text corpus.path={folder} corpus.max_tokens=60"), tmp_path / "tokens.h5")
+    folder = write_texts(
+        tmp_path / "texts", {"a.txt": "word " * 30, "b.txt": "word " * 50, "c.txt": "never read"}
+    )
+    tokenize(
+        a_config(tiny_llama, f"corpus=text corpus.path={folder} corpus.max_tokens=60"),
+        tmp_path / "tokens.h5",
+    )
     attributes = tokens.attributes(tmp_path / "tokens.h5")
     with file_format.open_h5(tmp_path / "tokens.h5", "tokens") as file:
         assert len(file["tokens/input_ids"]) == 60
@@ -109,7 +128,9 @@ def test_a_corpus_of_empty_documents_is_refused(tmp_path, tiny_llama):
 
 
 def test_a_context_beyond_the_model_is_refused(tmp_path, tiny_llama):
-    with pytest.raises(ConfigError, match=r"corpus\.context_length: 1000 is more than the model's 256"):
+    with pytest.raises(
+        ConfigError, match=r"corpus\.context_length: 1000 is more than the model's 256"
+    ):
         tokenize(a_config(tiny_llama, "corpus.context_length=1000"), tmp_path / "tokens.h5")
 
 

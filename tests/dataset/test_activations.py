@@ -1,4 +1,6 @@
-"""Reading: every way to index, against the shards' own bytes; and files that are missing, cut short or foreign."""
+"""Reading: every way to index, against the shards' own bytes; and files that are missing, cut short
+or foreign.
+"""
 
 import pickle
 import shutil
@@ -104,7 +106,9 @@ def test_documents_by_number_and_by_id(run, truth):
 
 def test_the_reader_says_what_it_has(run):
     acts = theloom.open(run.activations)
-    assert acts.hooks == [f"blocks.{b}.{v}" for b in range(3) for v in ("hook_resid_pre", "hook_resid_post")]
+    assert acts.hooks == [
+        f"blocks.{b}.{v}" for b in range(3) for v in ("hook_resid_pre", "hook_resid_post")
+    ]
     assert HOOK in acts
     assert "2,000 tokens of" in repr(acts)
     assert "(6 in all): row of 64" in repr(acts)
@@ -157,7 +161,9 @@ def test_missing_and_spoilt_files_are_refused_by_name(copy):
     checksums.write_checksums(
         middle, checksums.METADATA, checksums.TABLES, checksums.RESULTS
     )  # a whole shard, of another run
-    middle.write_bytes(middle.read_bytes()[: aside.stat().st_size].ljust(aside.stat().st_size, b"\0"))
+    middle.write_bytes(
+        middle.read_bytes()[: aside.stat().st_size].ljust(aside.stat().st_size, b"\0")
+    )
     with pytest.raises(StoreError, match=rf"{middle.name}: is not the shard"):
         theloom.open(copy / "activations.h5")
 
@@ -172,7 +178,9 @@ def test_what_is_not_hdf5_is_refused(tmp_path, content):
 def test_what_is_not_there_or_of_another_format_is_refused(run, tmp_path):
     with pytest.raises(StoreError, match="no file"):
         theloom.open(tmp_path / "nothing.h5")
-    with pytest.raises(StoreError, match=r"not a file of theloom\.activations version 1, found theloom\.tokens"):
+    with pytest.raises(
+        StoreError, match=r"not a file of theloom\.activations version 1, found theloom\.tokens"
+    ):
         theloom.open(run.folder / "tokens.h5")
     later = shutil.copy(run.shards[0], tmp_path / "later.h5")
     with h5py.File(later, "a") as file:

@@ -14,7 +14,9 @@ HOOK = "blocks.1.hook_resid_post"
 
 @pytest.fixture(scope="module")
 def acts(tmp_path_factory, tiny_llama):
-    return theloom.open(stages(tmp_path_factory.mktemp("run"), tiny_llama, "extraction.shards=3").all().activations)
+    return theloom.open(
+        stages(tmp_path_factory.mktemp("run"), tiny_llama, "extraction.shards=3").all().activations
+    )
 
 
 def together(batches) -> list[int]:
@@ -61,7 +63,9 @@ def test_a_seed_and_an_epoch_give_an_order(acts):
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_ranks_share_the_rows(acts, world, drop_last):
     of_rank = [
-        acts.dataset("row", 60, shuffle=True, drop_last=drop_last, block_rows=64, rank=r, world_size=world)
+        acts.dataset(
+            "row", 60, shuffle=True, drop_last=drop_last, block_rows=64, rank=r, world_size=world
+        )
         for r in range(world)
     ]
     batches = [list(rows) for rows in of_rank]
@@ -80,7 +84,9 @@ def test_a_batch_mixes_as_well_as_is_said(acts):
     block, buffer = 32, 1000
     pairs = same = 0
     for seed in range(20):
-        for batch in acts.batches("row", 100, shuffle=True, seed=seed, block_rows=block, buffer_rows=buffer):
+        for batch in acts.batches(
+            "row", 100, shuffle=True, seed=seed, block_rows=block, buffer_rows=buffer
+        ):
             counts = np.unique(batch.numpy() // block, return_counts=True)[1]
             pairs += len(batch) * (len(batch) - 1)
             same += int((counts * (counts - 1)).sum())

@@ -1,4 +1,6 @@
-"""What theloom.open returns, in the forms of other libraries: against h5py and the dataset's own rows."""
+"""What theloom.open returns, in the forms of other libraries: against h5py and the dataset's own
+rows.
+"""
 
 import h5py
 import numpy as np
@@ -20,7 +22,14 @@ def acts(tmp_path_factory, tiny_llama):
 
 def test_the_repr_names_rows_model_precision_hook_points_and_the_next_step(acts):
     for text in (repr(acts), acts._repr_html_()):
-        for words in ("300 tokens of", "in fp32", "bf16", "blocks.1.attn.hook_pattern", "4 × 120", "to_dataframe()"):
+        for words in (
+            "300 tokens of",
+            "in fp32",
+            "bf16",
+            "blocks.1.attn.hook_pattern",
+            "4 × 120",
+            "to_dataframe()",
+        ):
             assert words in " ".join(text.split())
     assert max(map(len, repr(acts).splitlines()[1:])) <= 80  # the first names the file
 
@@ -50,7 +59,9 @@ def test_a_cache_has_the_shapes_of_transformer_lens(acts):
     assert torch.equal(cache["resid_post", 2], document["blocks.2.hook_resid_post"][None])
     pattern = cache["pattern", 1]
     assert pattern.shape == (1, 4, len(document), len(document))
-    torch.testing.assert_close(pattern.float().sum(dim=-1), torch.ones(1, 4, len(document)), atol=2e-2, rtol=0)
+    torch.testing.assert_close(
+        pattern.float().sum(dim=-1), torch.ones(1, 4, len(document)), atol=2e-2, rtol=0
+    )
     assert not pattern.triu(1).any()
     assert "blocks.9.hook_resid_post" not in cache
     with pytest.raises(KeyError, match="no such hook point"):

@@ -1,8 +1,7 @@
 """Files of every version of the format that was ever released can be read.
 
-`released/activations-format-1-bf16.h5` was written by 0.1.0: the last block of a tiny Llama over 290 tokens, merged
-physically.
-A new version of the format adds a file here, and removes none.
+`released/activations-format-1-bf16.h5` was written by 0.1.0: the last block of a tiny Llama over
+290 tokens, merged physically. A new version of the format adds a file here, and removes none.
 """
 
 import itertools
@@ -39,7 +38,10 @@ def test_format_1_has_the_rows_that_it_had():
     assert acts.documents == ["pydoc_data.topics/assert", "pydoc_data.topics/assignment"]
     assert acts.window_offset.tolist() == [0, 100, 200, 260, 290]
     rows = acts["blocks.1.hook_resid_post"]
-    assert rows[:2][:, :3].tolist() == [[0.609375, 1.03125, -0.625], [-0.357421875, -0.90625, -1.3046875]]
+    assert rows[:2][:, :3].tolist() == [
+        [0.609375, 1.03125, -0.625],
+        [-0.357421875, -0.90625, -1.3046875],
+    ]
     assert xxhash.xxh3_64_hexdigest(rows.numpy(...).tobytes()) == "d2dae97e6ba4f769"
 
 
@@ -50,11 +52,15 @@ def test_the_page_on_the_format_is_enough_for_a_reader_without_theloom():
         hashes, windows = file["windows/hash"][:, 0], file["windows/offset"][:]
         assert file.attrs["kind"] == "physical"
     data = RELEASED[0].read_bytes()[place : place + 2 * shape[0] * shape[1]]
-    values = torch.frombuffer(bytearray(data), dtype=torch.uint16).to(torch.int32) << 16  # the upper half of an FP32
+    values = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint16).to(torch.int32) << 16
+    )  # the upper half of an FP32
     expected = theloom.open(RELEASED[0])["blocks.1.hook_resid_post"][:].float()
     assert torch.equal(values.view(torch.float32).view(shape), expected)
     for n, (begin, end) in enumerate(itertools.pairwise(windows)):
-        assert xxhash.xxh3_64_intdigest(data[2 * shape[1] * begin : 2 * shape[1] * end]) == hashes[n]
+        assert (
+            xxhash.xxh3_64_intdigest(data[2 * shape[1] * begin : 2 * shape[1] * end]) == hashes[n]
+        )
 
 
 def test_a_version_that_is_not_known_is_refused(tmp_path):

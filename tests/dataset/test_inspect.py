@@ -1,4 +1,6 @@
-"""Flipped bits and cut files: found by verification wherever they lie, and never read as if nothing were wrong."""
+"""Flipped bits and cut files: found by verification wherever they lie, and never read as if nothing
+were wrong.
+"""
 
 import os
 import random
@@ -13,8 +15,21 @@ from theloom.dataset import inspect
 from theloom.errors import StoreError
 
 FLIPS = 200 if os.environ.get("LONG_TESTS") else 24
-AREAS = ["hooks/{hook}/activations", "tokens/input_ids", "tokens/document", "tokens/position", "commit_log"]
-AREAS += ["windows/hash", "windows/offset", "documents/offset", "documents/id", "statistics/mean", "windows/batch"]
+AREAS = [
+    "hooks/{hook}/activations",
+    "tokens/input_ids",
+    "tokens/document",
+    "tokens/position",
+    "commit_log",
+]
+AREAS += [
+    "windows/hash",
+    "windows/offset",
+    "documents/offset",
+    "documents/id",
+    "statistics/mean",
+    "windows/batch",
+]
 
 
 @pytest.fixture(scope="module", params=["none", "zstd"])
@@ -60,7 +75,9 @@ def test_every_flipped_bit_of_data_tokens_tables_and_log_is_found(run):
 
 
 def test_a_flipped_bit_anywhere_is_found_or_in_the_figures(run):
-    """At places of the whole file, metadata included; the seconds that a job took are the only thing without a hash."""
+    """At places of the whole file, metadata included; the seconds that a job took are the only
+    thing without a hash.
+    """
     choose, shard = random.Random(1), run.shards[0]
     with h5py.File(shard) as file:
         (figures,) = extents(file, "figures")

@@ -1,6 +1,8 @@
-"""Many small shards as one dataset: what merging and reading them takes, and that every row is right.
+"""Many small shards as one dataset: what merging and reading them takes, and that every row is
+right.
 
-`THELOOM_MANY_SHARDS=10000 pytest -s tests/dataset/test_many_shards.py` prints the figures of workflow/docs/clusters.md.
+`THELOOM_MANY_SHARDS=10000 pytest -s tests/dataset/test_many_shards.py` prints the figures of
+workflow/docs/clusters.md.
 """
 
 import os
@@ -35,7 +37,9 @@ def value(row: int) -> torch.Tensor:
 def write_first(path: Path) -> None:
     """A shard by the writer itself."""
     one = spec(identity="run-0", lengths=[ROWS])
-    one.attributes.update(shard=0, first_row=0, batch_tokens=ROWS, chunk_size=ROWS, run_identity="run")
+    one.attributes.update(
+        shard=0, first_row=0, batch_tokens=ROWS, chunk_size=ROWS, run_identity="run"
+    )
     with ShardWriter(path, one) as writer:
         for point in one.points:
             writer.write(0, point.name, 0, torch.stack([value(row) for row in range(ROWS)]))
@@ -52,7 +56,11 @@ def shards(tmp_path_factory) -> list[Path]:
     for number, path in enumerate(found[1:], start=1):
         shutil.copyfile(found[0], path)
         with h5py.File(path, "r+") as file:
-            for name, new in {"shard": number, "first_row": number * ROWS, "identity": f"run-{number}"}.items():
+            for name, new in {
+                "shard": number,
+                "first_row": number * ROWS,
+                "identity": f"run-{number}",
+            }.items():
                 file.attrs[name] = new
             file[f"hooks/{HOOK}/activations"][:] += number * ROWS
             index.write_index(file)
@@ -68,7 +76,9 @@ def test_every_row_of_many_shards_is_read_whatever_the_soft_limit_of_open_files(
     def timed(name: str, work):
         begun, used = time.perf_counter(), time.process_time()
         result = work()
-        times[name] = f"{time.perf_counter() - begun:.2f} s ({time.process_time() - used:.2f} s of a processor)"
+        times[name] = (
+            f"{time.perf_counter() - begun:.2f} s ({time.process_time() - used:.2f} s of a processor)"
+        )
         return result
 
     timed("merge", lambda: merge_shards(shards, mode, activations))
@@ -78,13 +88,17 @@ def test_every_row_of_many_shards_is_read_whatever_the_soft_limit_of_open_files(
         with pytest.raises(StoreError, match=r"with store.merge=physical"):
             theloom.open(activations)
         return
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))  # fewer than there are shards
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (min(256, soft), hard)
+    )  # fewer than there are shards
     try:
         acts = timed("open", lambda: theloom.open(activations))
         picked = np.random.default_rng(0).choice(len(acts), 200)
         rows = timed("200 rows, here and there", lambda: acts[HOOK][picked])
         everything = timed("all rows", lambda: acts[HOOK][:])
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= (min(256, soft) if mode == "physical" else SHARDS)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= (
+            min(256, soft) if mode == "physical" else SHARDS
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert torch.equal(rows[:, 0], torch.from_numpy(picked).float())
@@ -94,7 +108,9 @@ def test_every_row_of_many_shards_is_read_whatever_the_soft_limit_of_open_files(
     right = int((data[:, 0] == np.arange(SHARDS * ROWS)).sum())
     size = activations.stat().st_size / 1e6
     print(f"\n{mode}, {SHARDS} shards, {size:.1f} MB, soft limit of open files {soft}:")
-    print(", ".join(f"{name} {took}" for name, took in times.items()), f"(h5py: {right} rows right)")
+    print(
+        ", ".join(f"{name} {took}" for name, took in times.items()), f"(h5py: {right} rows right)"
+    )
     if mode == "physical":
         assert right == SHARDS * ROWS
 
@@ -108,6 +124,8 @@ def test_more_shards_than_the_hard_limit_of_open_files_are_refused_with_what_to_
         "try: theloom.open(sys.argv[1])\n"
         "except theloom.errors.StoreError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(activations)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(activations)], capture_output=True, text=True
+    )
     assert f"{SHARDS} shards are {SHARDS} open files, and this process may have 256" in done.stdout
     assert "store.merge=physical" in done.stdout

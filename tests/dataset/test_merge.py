@@ -15,7 +15,9 @@ from theloom.errors import StoreError
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_llama):
-    run = stages(tmp_path_factory.mktemp("run"), tiny_llama, "extraction.shards=3 corpus.max_tokens=600")
+    run = stages(
+        tmp_path_factory.mktemp("run"), tiny_llama, "extraction.shards=3 corpus.max_tokens=600"
+    )
     run.prepare()
     run.extract()
     return run
@@ -51,12 +53,16 @@ def test_an_uncommitted_shard_is_named(shards, tmp_path):
 
 def test_a_shard_of_another_run_is_named(shards, tmp_path, tiny_llama):
     other = stages(
-        tmp_path / "other", tiny_llama, "extraction.shards=3 corpus.max_tokens=600 memory.streaming_chunk_size=32"
+        tmp_path / "other",
+        tiny_llama,
+        "extraction.shards=3 corpus.max_tokens=600 memory.streaming_chunk_size=32",
     )
     other.prepare()
     other.extract()
     with pytest.raises(StoreError, match=r"its run_identity is not that of"):
-        merge_shards([shards[0], other.shards[1], shards[2]], "virtual", tmp_path / "activations.h5")
+        merge_shards(
+            [shards[0], other.shards[1], shards[2]], "virtual", tmp_path / "activations.h5"
+        )
 
 
 def test_shards_out_of_order_are_refused(shards, tmp_path):
@@ -70,7 +76,9 @@ def test_a_shard_with_a_changed_table_is_named(shards, tmp_path, name):
         table = file[name][:]
         table.reshape(-1)[0] += 1
         file[name][:] = table
-    with pytest.raises(StoreError, match=rf"{shards[0].name}: its .* were changed after it was written"):
+    with pytest.raises(
+        StoreError, match=rf"{shards[0].name}: its .* were changed after it was written"
+    ):
         merge_shards(shards, "physical", tmp_path / "activations.h5")
 
 

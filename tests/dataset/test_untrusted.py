@@ -1,4 +1,6 @@
-"""Files from somebody else: what would lead out of their folder is refused, and sizes are checked before a map."""
+"""Files from somebody else: what would lead out of their folder is refused, and sizes are checked
+before a map.
+"""
 
 import shutil
 
@@ -15,7 +17,9 @@ HOOK = "hooks/blocks.1.hook_resid_post/activations"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_llama):
-    return stages(tmp_path_factory.mktemp("run"), tiny_llama, "extraction.shards=2 corpus.max_tokens=300").all()
+    return stages(
+        tmp_path_factory.mktemp("run"), tiny_llama, "extraction.shards=2 corpus.max_tokens=300"
+    ).all()
 
 
 @pytest.fixture
@@ -55,7 +59,9 @@ def test_external_storage_is_refused(copy, tmp_path):
     def store(file):
         shape = file["tokens/position"].shape
         del file["tokens/position"]
-        file.create_dataset("tokens/position", shape, "<i4", external=[(str(tmp_path / "secret"), 0, 1 << 20)])
+        file.create_dataset(
+            "tokens/position", shape, "<i4", external=[(str(tmp_path / "secret"), 0, 1 << 20)]
+        )
 
     shard = sorted(copy.glob("shards/*.h5"))[0]
     forge(shard, store)
@@ -71,7 +77,9 @@ def test_virtual_sources_outside_of_the_folder_are_refused_unless_allowed(copy, 
         file["sources/file"] = np.array([where.encode(), *names[1:]], "S40")
 
     forge(copy / "activations.h5", refer)
-    with pytest.raises(StoreError, match=r"it refers to .*elsewhere\.h5, which is outside of its folder"):
+    with pytest.raises(
+        StoreError, match=r"it refers to .*elsewhere\.h5, which is outside of its folder"
+    ):
         theloom.open(copy / "activations.h5")
     with pytest.raises(StoreError, match=r"elsewhere\.h5, which is missing"):
         theloom.open(copy / "activations.h5", allow=[where])

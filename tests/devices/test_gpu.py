@@ -1,7 +1,7 @@
 """The device of a run and its memory; what needs a GPU is marked so.
 
-Where a test is of several GPUs, of MIG or of a driver that fails, NVIDIA's driver and torch's CUDA are stood in for, by
-what their documentation says that they answer; nothing of TheLoom is.
+Where a test is of several GPUs, of MIG or of a driver that fails, NVIDIA's driver and torch's CUDA
+are stood in for, by what their documentation says that they answer; nothing of TheLoom is.
 """
 
 import logging
@@ -50,9 +50,11 @@ def test_a_warning_names_the_share_in_use(monkeypatch, caplog):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Puts a driver with boards in place of the real one, and has torch see some of them, in an order of its own.
+    """Puts a driver with boards in place of the real one, and has torch see some of them, in an
+    order of its own.
 
-    What torch's CUDA functions give there is set by keyword: `reserved`, `allocated` and `peak` of each device.
+    What torch's CUDA functions give there is set by keyword: `reserved`, `allocated` and `peak` of
+    each device.
     """
 
     def install(boards: list[Board], seen: list[Board], names=None, errors=None, **figures: int):
@@ -71,7 +73,9 @@ def cuda(monkeypatch):
 
         def mem_get_info(index: int) -> tuple[int, int]:
             calls.append("mem_get_info")
-            return seen[index].total - seen[index].reserved - seen[index].used, seen[index].total - seen[index].reserved
+            return seen[index].total - seen[index].reserved - seen[index].used, seen[
+                index
+            ].total - seen[index].reserved
 
         monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
         functions = {
@@ -98,7 +102,13 @@ def test_without_a_gpu_the_manager_answers_for_the_cpu():
     manager = gpu.GPUManager()
     info = manager.get_gpu_info()
     assert isinstance(info, gpu.GPUInfo)
-    assert (info.index, info.name, info.uuid, info.compute_capability, info.processes) == (0, "CPU", "", None, ())
+    assert (info.index, info.name, info.uuid, info.compute_capability, info.processes) == (
+        0,
+        "CPU",
+        "",
+        None,
+        (),
+    )
     assert info.used_memory_gb + info.free_memory_gb == pytest.approx(info.total_memory_gb)
     assert 0.05 < info.own_memory_gb <= info.peak_memory_gb < info.total_memory_gb
     assert info.note.startswith("no GPU: ")
@@ -144,7 +154,10 @@ def test_a_cpu_build_of_torch_says_which_gpus_there_are(monkeypatch):
     fake_nvml.install(monkeypatch, [Board("GPU-aa")])
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     note = gpu.GPUManager().get_gpu_info().note
-    assert f"torch {torch.__version__} is built without CUDA; the driver shows NVIDIA A100-SXM4-80GB" in note
+    assert (
+        f"torch {torch.__version__} is built without CUDA; the driver shows NVIDIA A100-SXM4-80GB"
+        in note
+    )
 
 
 def test_gpus_that_the_environment_hides(monkeypatch, cuda):
@@ -202,8 +215,15 @@ def test_a_mig_instance_is_a_device(monkeypatch, cuda):
 
 
 def test_a_board_that_shares_the_host_s_memory_has_the_host_s(monkeypatch, cuda):
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(100 * 10**9, 60 * 10**9, "the cgroup /job (100.0 GB)"))
-    board = Board("GPU-aa", "NVIDIA GB10", (12, 1), errors={"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED})
+    monkeypatch.setattr(
+        host, "memory", lambda: DeviceMemory(100 * 10**9, 60 * 10**9, "the cgroup /job (100.0 GB)")
+    )
+    board = Board(
+        "GPU-aa",
+        "NVIDIA GB10",
+        (12, 1),
+        errors={"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED},
+    )
     calls = cuda([board], [board])
     info = gpu.GPUManager().get_gpu_info()
     assert (info.name, info.total_memory_gb, info.free_memory_gb) == ("NVIDIA GB10", 100, 60)
@@ -214,16 +234,27 @@ def test_a_board_that_shares_the_host_s_memory_has_the_host_s(monkeypatch, cuda)
 @pytest.mark.parametrize(
     ("errors", "note"),
     [
-        ({"nvmlInit": pynvml.NVML_ERROR_LIBRARY_NOT_FOUND}, "no NVIDIA driver here"),  # as under ROCm
-        ({"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NO_PERMISSION}, "memory: the NVIDIA driver gives this user no"),
-        ({"nvmlDeviceGetHandleByIndex(0)": pynvml.NVML_ERROR_NO_PERMISSION}, "GPU 0 of the driver's list: "),
+        (
+            {"nvmlInit": pynvml.NVML_ERROR_LIBRARY_NOT_FOUND},
+            "no NVIDIA driver here",
+        ),  # as under ROCm
+        (
+            {"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NO_PERMISSION},
+            "memory: the NVIDIA driver gives this user no",
+        ),
+        (
+            {"nvmlDeviceGetHandleByIndex(0)": pynvml.NVML_ERROR_NO_PERMISSION},
+            "GPU 0 of the driver's list: ",
+        ),
     ],
 )
 def test_where_nvml_does_not_tell_cuda_is_asked(cuda, errors, note):
     board = Board("GPU-aa", used=10 * GIB)
     calls = cuda([board], [board], errors=errors)
     info = gpu.GPUManager().get_gpu_info()
-    assert (info.total_memory_gb * 1e9, info.used_memory_gb * 1e9) == pytest.approx((80 * GIB, 10 * GIB))
+    assert (info.total_memory_gb * 1e9, info.used_memory_gb * 1e9) == pytest.approx(
+        (80 * GIB, 10 * GIB)
+    )
     assert info.note.startswith(note)
     assert info.note.endswith("its total and free memory are CUDA's")
     assert calls == ["mem_get_info"]
@@ -239,18 +270,25 @@ def test_a_gpu_too_full_for_a_context_has_nothing_free(monkeypatch, cuda):
     monkeypatch.setattr(torch.cuda, "mem_get_info", full)
     info = gpu.GPUManager().get_gpu_info()
     assert (info.free_memory_gb, info.usage_percent) == (0, 100)
-    assert info.note == "the NVIDIA driver gives this user no permission; CUDA: CUDA error: out of memory"
+    assert (
+        info.note
+        == "the NVIDIA driver gives this user no permission; CUDA: CUDA error: out of memory"
+    )
 
 
 def test_what_other_processes_use_cannot_be_had(cuda):
-    board = Board("GPU-aa", used=70 * 10**9, total=80 * 10**9, processes=[(999_999_999, 70 * 10**9)])
+    board = Board(
+        "GPU-aa", used=70 * 10**9, total=80 * 10**9, processes=[(999_999_999, 70 * 10**9)]
+    )
     cuda([board], [board])
     assert gpu.GPUManager().can_allocate(10.0)
     assert not gpu.GPUManager().can_allocate(10.1)
 
 
 def test_what_this_process_s_allocator_holds_unused_can_be_had(cuda):
-    board = Board("GPU-aa", used=70 * 10**9, total=80 * 10**9, processes=[(os.getpid(), 70 * 10**9)])
+    board = Board(
+        "GPU-aa", used=70 * 10**9, total=80 * 10**9, processes=[(os.getpid(), 70 * 10**9)]
+    )
     cuda([board], [board], reserved=69 * 10**9, allocated=40 * 10**9)
     assert gpu.GPUManager().can_allocate(39.0, device=0)
     assert not gpu.GPUManager().can_allocate(39.1, device=0)
@@ -261,8 +299,14 @@ def test_a_device_that_is_not_there(cuda, device):
     boards = [Board("GPU-aa"), Board("GPU-bb", "NVIDIA T4")]
     cuda(boards, boards)
     manager = gpu.GPUManager()
-    for method in (manager.get_gpu_info, manager.reset_peak_memory, lambda d: manager.can_allocate(1.0, d)):
-        with pytest.raises(ConfigError, match=rf"GPU {device} is not there, found GPU 0 .*, GPU 1 \(NVIDIA T4\)$"):
+    for method in (
+        manager.get_gpu_info,
+        manager.reset_peak_memory,
+        lambda d: manager.can_allocate(1.0, d),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"GPU {device} is not there, found GPU 0 .*, GPU 1 \(NVIDIA T4\)$"
+        ):
             method(device)
 
 
@@ -282,7 +326,10 @@ def test_a_full_gpu_is_warned_of_with_who_fills_it(cuda, caplog):
     with caplog.at_level(logging.WARNING):
         status = gpu.GPUManager().check_memory_threshold(threshold=0.85)
     assert status["threshold"] == 0.85
-    assert [(d["device"], round(d["usage_percent"], 1)) for d in status["devices"]] == [(0, 50.0), (1, 91.2)]
+    assert [(d["device"], round(d["usage_percent"], 1)) for d in status["devices"]] == [
+        (0, 50.0),
+        (1, 91.2),
+    ]
     (warning,) = status["warnings"]
     assert warning == {
         "device": 1,
@@ -290,7 +337,12 @@ def test_a_full_gpu_is_warned_of_with_who_fills_it(cuda, caplog):
         "used_memory_gb": pytest.approx(72.96),
         "total_memory_gb": 80,
         "processes": [
-            {"pid": 999_999_998, "name": "VLLM::EngineCore", "used_memory_gb": 61.2, "is_vllm": True},
+            {
+                "pid": 999_999_998,
+                "name": "VLLM::EngineCore",
+                "used_memory_gb": 61.2,
+                "is_vllm": True,
+            },
             {"pid": 999_999_999, "name": "python", "used_memory_gb": None, "is_vllm": False},
         ],
     }
@@ -385,5 +437,7 @@ assert cuda.cuInit(0) == 0
 assert cuda.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active)) == 0
 print(active.value)
 """
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split()[-1] == "0"

@@ -1,4 +1,6 @@
-"""The GPU lease: concurrent jobs hold distinct GPUs, whatever becomes of them. Real processes, pretend GPUs."""
+"""The GPU lease: concurrent jobs hold distinct GPUs, whatever becomes of them. Real processes,
+pretend GPUs.
+"""
 
 import multiprocessing
 import os
@@ -45,7 +47,9 @@ def shard(folder: Path, trials: int, seed: int) -> None:
 
 
 def assert_one_holder_at_a_time(diary: str) -> int:
-    """Nobody writes after the next one has begun: the dead do not write. Returns the number of leases."""
+    """Nobody writes after the next one has begun: the dead do not write. Returns the number of
+    leases.
+    """
     holder, leases = "", 0
     for line in diary.splitlines():
         word, who = line.split()
@@ -99,7 +103,9 @@ def test_a_waiting_job_says_who_holds_the_gpu_and_gets_it_when_the_holder_is_kil
         "with gpu_lease.leased(lambda: [gpu_lease.Candidate('GPU-0')], 1, folder=Path(sys.argv[1])):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout.readline() == "held\n"
     said: list[str] = []
 
@@ -126,12 +132,20 @@ def test_more_gpus_than_there_are_is_an_error_at_once(tmp_path):
 
 
 def test_a_gpu_that_a_stranger_fills_is_passed_over(tmp_path, caplog):
-    machine = [Candidate("GPU-0", 4 * 10**9, "VLLM::Worker (pid 7, vLLM)"), Candidate("GPU-1", 70 * 10**9)]
+    machine = [
+        Candidate("GPU-0", 4 * 10**9, "VLLM::Worker (pid 7, vLLM)"),
+        Candidate("GPU-1", 70 * 10**9),
+    ]
     with gpu_lease.leased(lambda: machine, 1, 15 * 10**9, tmp_path) as held:
         assert held == ("GPU-1",)
-    with gpu_lease.leased(lambda: machine[:1], 1, 15 * 10**9, tmp_path) as held:  # the plan says what would make it fit
+    with gpu_lease.leased(
+        lambda: machine[:1], 1, 15 * 10**9, tmp_path
+    ) as held:  # the plan says what would make it fit
         assert held == ("GPU-0",)
-    assert "has 4.00 GB free, less than the 15.00 GB that the job needs; others on it: VLLM::Worker" in caplog.text
+    assert (
+        "has 4.00 GB free, less than the 15.00 GB that the job needs; others on it: VLLM::Worker"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +167,9 @@ def test_cuda_visible_devices_is_read_as_cuda_reads_it(monkeypatch, visible, exp
 
 
 def test_a_job_sees_its_gpus_alone_by_uuid(monkeypatch, tmp_path):
-    fake_nvml.install(monkeypatch, [Board("GPU-aaa1"), Board("GPU-bbb2", used=70 << 30), Board("GPU-ccc3")])
+    fake_nvml.install(
+        monkeypatch, [Board("GPU-aaa1"), Board("GPU-bbb2", used=70 << 30), Board("GPU-ccc3")]
+    )
     monkeypatch.setattr(gpu_lease, "_lock_folder", lambda: tmp_path)
     with gpu_lease.gpus(2, 20 << 30) as held:
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(held) == "GPU-aaa1,GPU-ccc3"

@@ -13,14 +13,34 @@ NAMED = {gpu.name: gpu for gpu in gpu_specs.gpus()}
 @pytest.mark.parametrize(
     ("names", "capability", "bf16", "fp16"),
     [
-        (["RTX 4060", "RTX 4070 Ti SUPER", "RTX 4080 SUPER", "RTX 4090", "L4", "L40S"], (8, 9), True, True),
-        (["RTX 3060 12 GB", "RTX 3080 10 GB", "RTX 3080 12 GB", "RTX 3090", "RTX A6000", "A10"], (8, 6), True, True),
+        (
+            ["RTX 4060", "RTX 4070 Ti SUPER", "RTX 4080 SUPER", "RTX 4090", "L4", "L40S"],
+            (8, 9),
+            True,
+            True,
+        ),
+        (
+            ["RTX 3060 12 GB", "RTX 3080 10 GB", "RTX 3080 12 GB", "RTX 3090", "RTX A6000", "A10"],
+            (8, 6),
+            True,
+            True,
+        ),
         (["A100 40 GB", "A100 80 GB", "A30"], (8, 0), True, True),
         (["H100", "H100 NVL", "H200", "GH200"], (9, 0), True, True),
-        (["RTX 2060 SUPER", "RTX 2080 Ti", "T4", "GTX 1660", "Quadro RTX 6000"], (7, 5), False, True),
+        (
+            ["RTX 2060 SUPER", "RTX 2080 Ti", "T4", "GTX 1660", "Quadro RTX 6000"],
+            (7, 5),
+            False,
+            True,
+        ),
         (["V100 16 GB", "V100 32 GB"], (7, 0), False, True),
         (["GTX 1050 Ti", "GTX 1060 6 GB", "GTX 1080", "GTX 1080 Ti", "P40"], (6, 1), False, True),
-        (["GTX 950", "GTX 960 4 GB", "GTX 970", "GTX 980", "GTX 980 Ti", "GTX TITAN X"], (5, 2), False, False),
+        (
+            ["GTX 950", "GTX 960 4 GB", "GTX 970", "GTX 980", "GTX 980 Ti", "GTX TITAN X"],
+            (5, 2),
+            False,
+            False,
+        ),
         (["B200", "GB200"], (10, 0), True, True),
         (["B300", "GB300"], (10, 3), True, True),
         (["RTX 5090", "RTX PRO 6000"], (12, 0), True, True),
@@ -77,7 +97,9 @@ socket.socket.connect = socket.getaddrinfo = refuse
 from theloom.devices import gpu_specs
 print(len(gpu_specs.gpus()))
 """
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) == len(gpu_specs.gpus())
 
 

@@ -1,4 +1,6 @@
-"""The host's memory: the machine's, a cgroup's, `ulimit -v`; on files as the kernel writes them, and on real ones."""
+"""The host's memory: the machine's, a cgroup's, `ulimit -v`; on files as the kernel writes them,
+and on real ones.
+"""
 
 import os
 import subprocess
@@ -25,7 +27,11 @@ def tree(tmp_path: Path) -> Callable[..., Path]:
 
     def write(mounts: str, cgroups: str, groups: dict[str, dict[str, str]]) -> Path:
         files = {"proc/self/mountinfo": mounts, "proc/self/cgroup": cgroups}
-        files |= {f"sys/fs/cgroup/{group}/{name}": text for group, own in groups.items() for name, text in own.items()}
+        files |= {
+            f"sys/fs/cgroup/{group}/{name}": text
+            for group, own in groups.items()
+            for name, text in own.items()
+        }
         for name, text in files.items():
             file = tmp_path / name
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,21 +68,33 @@ def test_the_machine_s_memory_where_nothing_limits_it(tmp_path):
 
 def test_cgroup_v1(tree):
     mounts = V1_MOUNTS.format(top="/", mount="/sys/fs/cgroup/memory")
-    root = tree(mounts, "4:memory:/job\n3:cpu:/other\n0::/\n", {"memory/job": v1(3_000_000, 2_000_000, 500_000)})
+    root = tree(
+        mounts,
+        "4:memory:/job\n3:cpu:/other\n0::/\n",
+        {"memory/job": v1(3_000_000, 2_000_000, 500_000)},
+    )
     assert host.memory(root) == host.DeviceMemory(3_000_000, 1_500_000, "the cgroup /job (0.0 GB)")
 
 
 def test_cgroup_v1_mounted_with_other_controllers(tree):
-    mounts = V1_MOUNTS.format(top="/", mount="/sys/fs/cgroup/cpu,memory").replace("rw,memory", "rw,cpu,memory")
+    mounts = V1_MOUNTS.format(top="/", mount="/sys/fs/cgroup/cpu,memory").replace(
+        "rw,memory", "rw,cpu,memory"
+    )
     root = tree(mounts, "4:cpu,memory:/job\n", {"cpu,memory/job": v1(3_000_000, 1_000_000)})
     assert host.memory(root).free == 2_000_000
 
 
 def test_cgroup_v2(tree):
     mounts = V2_MOUNTS.format(top="/", mount="/sys/fs/cgroup")
-    root = tree(mounts, "0::/user.slice/a b.scope\n", {"user.slice/a b.scope": v2(2_100_000_000, 500_000_000)})
+    root = tree(
+        mounts,
+        "0::/user.slice/a b.scope\n",
+        {"user.slice/a b.scope": v2(2_100_000_000, 500_000_000)},
+    )
     memory = host.memory(root)
-    assert memory == host.DeviceMemory(2_100_000_000, 1_600_000_000, "the cgroup /user.slice/a b.scope (2.1 GB)")
+    assert memory == host.DeviceMemory(
+        2_100_000_000, 1_600_000_000, "the cgroup /user.slice/a b.scope (2.1 GB)"
+    )
 
 
 def test_a_cgroup_is_throttled_from_high_on(tree):
@@ -87,7 +105,11 @@ def test_a_cgroup_is_throttled_from_high_on(tree):
 
 def test_ancestors_count_up_to_the_mount(tree):
     mounts = V2_MOUNTS.format(top="/", mount="/sys/fs/cgroup")
-    groups = {"a/b": v2("max", 100_000), "a": v2(1_000_000, 900_000), ".": {"memory.stat": "anon 1\n"}}
+    groups = {
+        "a/b": v2("max", 100_000),
+        "a": v2(1_000_000, 900_000),
+        ".": {"memory.stat": "anon 1\n"},
+    }
     memory = host.memory(tree(mounts, "0::/a/b\n", groups))
     assert memory == host.DeviceMemory(1_000_000, 100_000, "the cgroup /a (0.0 GB)")
 
@@ -101,7 +123,9 @@ def test_the_least_of_total_and_free_may_come_from_two_cgroups(tree):
 
 def test_page_cache_that_can_be_dropped_is_free(tree):
     mounts = V2_MOUNTS.format(top="/", mount="/sys/fs/cgroup")
-    assert host.memory(tree(mounts, "0::/a\n", {"a": v2(1_000_000, 990_000, 900_000)})).free == 910_000
+    assert (
+        host.memory(tree(mounts, "0::/a\n", {"a": v2(1_000_000, 990_000, 900_000)})).free == 910_000
+    )
 
 
 def test_a_cgroup_over_its_limit_has_nothing_free(tree):
@@ -125,14 +149,19 @@ def test_both_versions_at_once(tree):
     mounts = V1_MOUNTS.format(top="/", mount="/sys/fs/cgroup/memory")
     mounts += V2_MOUNTS.format(top="/", mount="/sys/fs/cgroup/unified")
     groups = {"memory/job": v1(3_000_000, 1_000_000), "unified/job": {"cgroup.procs": "1\n"}}
-    assert host.memory(tree(mounts, "4:memory:/job\n0::/job\n", groups)).limited_by == "the cgroup /job (0.0 GB)"
+    assert (
+        host.memory(tree(mounts, "4:memory:/job\n0::/job\n", groups)).limited_by
+        == "the cgroup /job (0.0 GB)"
+    )
 
 
 @pytest.mark.parametrize("unlimited", [v1(2**63 - 4096, 10**9), v2("max", 10**9)])
 def test_a_cgroup_without_a_limit_says_nothing(tree, unlimited):
     mounts = V1_MOUNTS.format(top="/", mount="/sys/fs/cgroup/memory")
     mounts += V2_MOUNTS.format(top="/", mount="/sys/fs/cgroup/unified")
-    root = tree(mounts, "4:memory:/job\n0::/job\n", {"memory/job": unlimited, "unified/job": unlimited})
+    root = tree(
+        mounts, "4:memory:/job\n0::/job\n", {"memory/job": unlimited, "unified/job": unlimited}
+    )
     assert host.memory(root).limited_by == ""
     assert host.memory(root).total == psutil.virtual_memory().total
 
@@ -154,7 +183,9 @@ print(memory.total, memory.free, memory.limited_by)
 def report(before: str, start: Callable[[], None] | None = None) -> tuple[int, int, str]:
     """What a new process, which first does `before`, says of its memory."""
     source = REPORT.format(before=before)
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, preexec_fn=start, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, preexec_fn=start, check=True
+    )
     total, free, limited_by = done.stdout.strip().split(" ", 2)
     return int(total), int(free), limited_by
 
@@ -165,14 +196,17 @@ def test_a_real_ulimit():
 
     limit = 4_000_000_000
     total, free, limited_by = report(
-        "held = bytearray(500_000_000)", lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        "held = bytearray(500_000_000)",
+        lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     assert (total, limited_by) == (limit, "ulimit -v (4.0 GB)")
     assert limit - 2_500_000_000 < free < limit - 500_000_000
 
 
 def memory_hierarchy() -> tuple[Path, str, str] | None:
-    """The top of the mounted hierarchy with a memory controller, and the names of its limit and usage."""
+    """The top of the mounted hierarchy with a memory controller, and the names of its limit and
+    usage.
+    """
     for mount, names in host._memory_controllers(host.ROOT):
         top = Path(mount.mount_point)
         if names is host._V1 or "memory" in host._text(top / "cgroup.subtree_control").split():
@@ -206,7 +240,9 @@ def cgroup() -> Iterator[Path]:
 
 
 def test_a_real_cgroup(cgroup, tmp_path):
-    """The limit is found on an ancestor, what is held is used, and the page cache of a file that was read is free."""
+    """The limit is found on an ancestor, what is held is used, and the page cache of a file that
+    was read is free.
+    """
     enter = f"open({str(cgroup / 'cgroup.procs')!r}, 'w').write('0')"
     total, free, limited_by = report(enter)
     assert total == pytest.approx(400_000_000, abs=4096)

@@ -8,8 +8,8 @@ import sys
 import pytest
 from theloom.devices import host
 
-# Tensors of the shapes that a small model's pass makes, batches of ever fewer tokens, and small ones that stay between
-# them; at most 47 MB at once.
+# Tensors of the shapes that a small model's pass makes, batches of ever fewer tokens, and small
+# ones that stay between them; at most 47 MB at once.
 FORWARD = """
 import torch, psutil
 rss = lambda: psutil.Process().memory_info().rss
@@ -38,7 +38,9 @@ def environment(**own: str) -> dict[str, str]:
 
 
 def printed(script: str, env: dict[str, str]) -> int:
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+    )
     return int(done.stdout)
 
 

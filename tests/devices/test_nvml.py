@@ -28,10 +28,19 @@ def test_a_machine_s_devices(monkeypatch):
     driver = fake_nvml.install(monkeypatch, boards, {os.getpid(): "/usr/bin/python3"})
     machine = nvml.read()
     first, second = machine.devices
-    assert (first.uuid, first.name, first.compute_capability) == ("GPU-aa", "NVIDIA A100-SXM4-80GB", (8, 0))
+    assert (first.uuid, first.name, first.compute_capability) == (
+        "GPU-aa",
+        "NVIDIA A100-SXM4-80GB",
+        (8, 0),
+    )
     assert (first.total, first.used, first.free) == (79 * GIB, 10 * GIB, 69 * GIB)
     assert first.processes == (nvml.Process(os.getpid(), "python3", 10 * GIB, is_vllm=False),)
-    assert (second.name, second.total, second.used, second.processes) == ("NVIDIA GeForce GTX 1080", 8 * GIB, 0, ())
+    assert (second.name, second.total, second.used, second.processes) == (
+        "NVIDIA GeForce GTX 1080",
+        8 * GIB,
+        0,
+        (),
+    )
     assert first.note == second.note == machine.note == ""
     assert driver.times_open() == 0
 
@@ -66,7 +75,9 @@ def test_a_driver_without_gpus(monkeypatch):
 
 
 def test_nvml_is_shut_down_whatever_fails(monkeypatch):
-    driver = fake_nvml.install(monkeypatch, [Board("GPU-aa")], errors={"nvmlDeviceGetCount": pynvml.NVML_ERROR_UNKNOWN})
+    driver = fake_nvml.install(
+        monkeypatch, [Board("GPU-aa")], errors={"nvmlDeviceGetCount": pynvml.NVML_ERROR_UNKNOWN}
+    )
     assert nvml.read().note == "NVML: Unknown Error"
     assert driver.times_open() == 0
 
@@ -76,12 +87,17 @@ def test_one_gpu_that_is_lost_does_not_hide_the_others(monkeypatch):
     fake_nvml.install(monkeypatch, [Board("GPU-aa"), Board("GPU-bb")], errors=errors)
     machine = nvml.read()
     assert [d.uuid for d in machine.devices] == ["GPU-bb"]
-    assert machine.note == "GPU 0 of the driver's list: the GPU has fallen off the bus; restart the machine"
+    assert (
+        machine.note
+        == "GPU 0 of the driver's list: the GPU has fallen off the bus; restart the machine"
+    )
 
 
 def test_a_driver_that_has_the_first_version_of_the_memory_call_only(monkeypatch):
     old = {"nvmlDeviceGetMemoryInfo_v2": pynvml.NVML_ERROR_FUNCTION_NOT_FOUND}
-    fake_nvml.install(monkeypatch, [Board("GPU-aa", reserved=GIB, used=GIB, processes=[(1, GIB)], errors=old)])
+    fake_nvml.install(
+        monkeypatch, [Board("GPU-aa", reserved=GIB, used=GIB, processes=[(1, GIB)], errors=old)]
+    )
     (device,) = nvml.read().devices
     assert (device.total, device.free, device.note) == (80 * GIB, 78 * GIB, "")
 
@@ -105,14 +121,21 @@ def test_memory_without_permission(monkeypatch):
 def mig_board() -> Board:
     """A GPU of two instances and an empty slot, that may not be asked itself."""
     refused = dict.fromkeys(
-        ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses"), pynvml.NVML_ERROR_NO_PERMISSION
+        ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses"),
+        pynvml.NVML_ERROR_NO_PERMISSION,
     )
     lacking = {
         "nvmlDeviceGetCudaComputeCapability": pynvml.NVML_ERROR_NOT_SUPPORTED,
         "nvmlDeviceGetGraphicsRunningProcesses": pynvml.NVML_ERROR_NOT_SUPPORTED,
     }
     slots = [
-        Board("MIG-11", "NVIDIA A100-SXM4-80GB MIG 3g.40gb", total=39 * GIB, used=GIB, processes=[(7, GIB)]),
+        Board(
+            "MIG-11",
+            "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
+            total=39 * GIB,
+            used=GIB,
+            processes=[(7, GIB)],
+        ),
         None,
         Board("MIG-22", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", total=9 * GIB),
     ]
@@ -128,7 +151,12 @@ def test_mig(monkeypatch):
     assert (parent.mig, plain.mig, plain.instances) == (True, False, ())
     assert parent.note == "in MIG mode: programs run on its instances"
     first, second = parent.instances
-    assert (first.uuid, first.total, first.used, first.compute_capability) == ("MIG-11", 39 * GIB, GIB, (8, 0))
+    assert (first.uuid, first.total, first.used, first.compute_capability) == (
+        "MIG-11",
+        39 * GIB,
+        GIB,
+        (8, 0),
+    )
     assert (second.uuid, second.total, second.note) == ("MIG-22", 9 * GIB, "")
     assert first.processes[0].pid == 7
 
@@ -163,11 +191,15 @@ def test_a_container_where_no_process_is_listed(monkeypatch):
         fake_nvml.install(monkeypatch, [Board("GPU-aa", used=30 * 10**9, processes=nothing)])
         (device,) = nvml.read().devices
         assert device.processes == ()
-        assert device.note.startswith("30.0 GB are in use by processes that the driver does not list")
+        assert device.note.startswith(
+            "30.0 GB are in use by processes that the driver does not list"
+        )
 
 
 def test_a_driver_that_does_not_tell_each_process_s_memory(monkeypatch):
-    fake_nvml.install(monkeypatch, [Board("GPU-aa", used=30 * GIB, processes=[(999_999_999, None)])])
+    fake_nvml.install(
+        monkeypatch, [Board("GPU-aa", used=30 * GIB, processes=[(999_999_999, None)])]
+    )
     (device,) = nvml.read().devices
     assert device.processes == (nvml.Process(999_999_999, "unknown process", None, is_vllm=False),)
     assert device.note == "the driver does not tell how much memory each process has"
@@ -175,19 +207,38 @@ def test_a_driver_that_does_not_tell_each_process_s_memory(monkeypatch):
 
 @pytest.mark.parametrize(
     "error",
-    [pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND), pynvml.NVMLLibraryMismatchError("unversioned")],
+    [
+        pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND),
+        pynvml.NVMLLibraryMismatchError("unversioned"),
+    ],
 )
 def test_a_driver_too_old_to_list_processes(monkeypatch, error):
-    fake_nvml.install(monkeypatch, [Board("GPU-aa")], errors={"nvmlDeviceGetComputeRunningProcesses": error})
+    fake_nvml.install(
+        monkeypatch, [Board("GPU-aa")], errors={"nvmlDeviceGetComputeRunningProcesses": error}
+    )
     (device,) = nvml.read().devices
-    assert (device.processes, device.note) == ((), "processes: the NVIDIA driver is too old to tell")
+    assert (device.processes, device.note) == (
+        (),
+        "processes: the NVIDIA driver is too old to tell",
+    )
 
 
 def test_processes_that_compute_and_draw_are_counted_once_the_largest_first(monkeypatch):
-    board = Board("GPU-aa", used=4 * GIB, processes=[(1, GIB), (2, 2 * GIB)], graphics=[(1, GIB), (3, GIB // 2)])
-    fake_nvml.install(monkeypatch, [board], {1: "/usr/bin/blender", 2: "python", 3: "/usr/lib/xorg/Xorg"})
+    board = Board(
+        "GPU-aa",
+        used=4 * GIB,
+        processes=[(1, GIB), (2, 2 * GIB)],
+        graphics=[(1, GIB), (3, GIB // 2)],
+    )
+    fake_nvml.install(
+        monkeypatch, [board], {1: "/usr/bin/blender", 2: "python", 3: "/usr/lib/xorg/Xorg"}
+    )
     (device,) = nvml.read().devices
-    assert [(p.name, p.used) for p in device.processes] == [("python", 2 * GIB), ("blender", GIB), ("Xorg", GIB // 2)]
+    assert [(p.name, p.used) for p in device.processes] == [
+        ("python", 2 * GIB),
+        ("blender", GIB),
+        ("Xorg", GIB // 2),
+    ]
 
 
 def test_a_process_without_a_name_of_the_driver_s_has_the_system_s(monkeypatch):
@@ -200,7 +251,9 @@ def test_a_process_without_a_name_of_the_driver_s_has_the_system_s(monkeypatch):
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[list[int]]:
-    """Real processes that are started as vLLM is: the server itself, and a worker that it starts under no name."""
+    """Real processes that are started as vLLM is: the server itself, and a worker that it starts
+    under no name.
+    """
     package = tmp_path / "vllm/entrypoints/openai"
     package.mkdir(parents=True)
     worker = "import time; time.sleep(60)"
@@ -213,7 +266,11 @@ def server(tmp_path: Path) -> Iterator[list[int]]:
     )
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "x"]
     with subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": "."}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": "."},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as process:
         yield [process.pid, int(process.stdout.readline())]
         process.stdin.close()
@@ -221,7 +278,9 @@ def server(tmp_path: Path) -> Iterator[list[int]]:
 
 
 def test_vllm_is_known_by_its_command_and_its_workers_by_their_parent(monkeypatch, server):
-    fake_nvml.install(monkeypatch, [Board("GPU-aa", used=GIB, processes=[(pid, GIB) for pid in server])])
+    fake_nvml.install(
+        monkeypatch, [Board("GPU-aa", used=GIB, processes=[(pid, GIB) for pid in server])]
+    )
     assert [p.is_vllm for p in nvml.read().devices[0].processes] == [True, True]
 
 
@@ -263,7 +322,9 @@ def test_the_real_driver_is_asked_in_milliseconds_and_agrees_with_nvidia_smi():
     )
     rows = [line.split(", ") for line in done.stdout.strip().splitlines()]
     assert [d.uuid for d in machine.devices] == [row[0] for row in rows]
-    for device, (_, name, total, reserved, free, capability) in zip(machine.devices, rows, strict=True):
+    for device, (_, name, total, reserved, free, capability) in zip(
+        machine.devices, rows, strict=True
+    ):
         assert device.name == name
         assert ".".join(str(part) for part in device.compute_capability) == capability
         if not device.mig and total.isdigit():

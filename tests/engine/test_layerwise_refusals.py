@@ -47,5 +47,7 @@ def test_a_block_that_looks_at_another_s_cache_is_stopped(tmp_path):
     values = torch.zeros(1, 2, 3, 16)
     cache.update(values, values, 1)
     assert cache.get_seq_length(1) == 3
-    with pytest.raises(ModelError, match=r"block 1 looks at the KV cache of block 0.*execution=resident"):
+    with pytest.raises(
+        ModelError, match=r"block 1 looks at the KV cache of block 0.*execution=resident"
+    ):
         cache.get_seq_length()

@@ -35,7 +35,9 @@ def test_smollm2_equals_resident_mode_bit_for_bit_at_all_hook_points(smollm2):
     loaded = load(smollm2.folder)
     points = loaded.catalogue.points
     generator = torch.Generator().manual_seed(2)
-    batches = [torch.randint(49152, shape, generator=generator) for shape in [(1, 70), (2, 32), (3, 5)]]
+    batches = [
+        torch.randint(49152, shape, generator=generator) for shape in [(1, 70), (2, 32), (3, 5)]
+    ]
     expected = resident_rows(loaded, points, batches, chunk_size=32)
     assert len(points) == 603
     assert_equal(layerwise_rows(smollm2.folder, points, batches, chunk_size=32), expected)
@@ -46,7 +48,9 @@ def test_smollm2_equals_resident_mode_bit_for_bit_at_all_hook_points(smollm2):
 def test_half_precision_equals_resident_mode(tmp_path, model_type, precision):
     folder = build(model_type, tmp_path)
     loaded = load(folder, precision)
-    points = loaded.catalogue.select(["blocks.*.hook_resid_post", "hook_embed", "ln_final.hook_normalized"])
+    points = loaded.catalogue.select(
+        ["blocks.*.hook_resid_post", "hook_embed", "ln_final.hook_normalized"]
+    )
     batches = some_batches()
     expected = resident_rows(loaded, points, batches, chunk_size=7)
     assert_equal(layerwise_rows(folder, points, batches, 7, precision), expected)
@@ -57,16 +61,22 @@ def test_a_model_without_attention_equals_resident_mode(tmp_path):
     loaded = load(folder)
     points = loaded.catalogue.points
     batches = some_batches()[2:]
-    assert_equal(layerwise_rows(folder, points, batches, 7), resident_rows(loaded, points, batches, 7))
+    assert_equal(
+        layerwise_rows(folder, points, batches, 7), resident_rows(loaded, points, batches, 7)
+    )
 
 
 @pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize("groups", [2, 64])
-def test_windows_of_a_batch_in_groups_give_the_same_rows_but_for_rounding(tmp_path, groups, spilled):
+def test_windows_of_a_batch_in_groups_give_the_same_rows_but_for_rounding(
+    tmp_path, groups, spilled
+):
     folder = build("llama", tmp_path / "model")
     loaded = load(folder)
     points, batches = loaded.catalogue.points, some_batches()
-    found = layerwise_rows(folder, points, batches, 7, spilled=tmp_path / "shard" if spilled else None, groups=groups)
+    found = layerwise_rows(
+        folder, points, batches, 7, spilled=tmp_path / "shard" if spilled else None, groups=groups
+    )
     expected = resident_rows(loaded, points, batches, 7)
     assert found.keys() == expected.keys()
     for key, chunks in expected.items():
@@ -83,7 +93,8 @@ def test_residuals_on_disk_give_the_same_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "last"), [(["blocks.1.hook_resid_post"], 1), (["hook_embed"], -1), (["blocks.0.*"], 0)]
+    ("names", "last"),
+    [(["blocks.1.hook_resid_post"], 1), (["hook_embed"], -1), (["blocks.0.*"], 0)],
 )
 def test_blocks_beyond_the_deepest_hook_point_are_not_read(tmp_path, monkeypatch, names, last):
     folder = build("llama", tmp_path)

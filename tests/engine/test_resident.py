@@ -1,4 +1,6 @@
-"""The engine against plain transformers: every architecture, uneven lengths, chunks, precisions, and a job killed."""
+"""The engine against plain transformers: every architecture, uneven lengths, chunks, precisions,
+and a job killed.
+"""
 
 import dataclasses
 import json
@@ -14,7 +16,15 @@ import numpy as np
 import pytest
 import theloom
 import torch
-from support import TINY, a_config, build_tiny, extract_with_small_commits, plain_residuals, residuals_of, stages
+from support import (
+    TINY,
+    a_config,
+    build_tiny,
+    extract_with_small_commits,
+    plain_residuals,
+    residuals_of,
+    stages,
+)
 from theloom.config.schema import ArchitectureConfig
 from theloom.corpus import batching
 from theloom.devices import host
@@ -43,7 +53,9 @@ def rows_of_engine(folder, ids, chunk_size, batch_tokens, precision="fp32"):
 
         def keep(hook, start, values, batch=batch):
             for row, (window, length) in enumerate(zip(batch.windows, batch.lengths, strict=True)):
-                found.setdefault((window, hook), []).append(values[row, : max(0, length - start)].clone())
+                found.setdefault((window, hook), []).append(
+                    values[row, : max(0, length - start)].clone()
+                )
 
         runner.run(batching.padded(batch, np.concatenate(ids), offsets), keep)
     return {key: torch.cat(chunks) for key, chunks in found.items()}
@@ -75,16 +87,22 @@ def test_half_precision_rows_are_the_model_s_own(tmp_path, precision):
         assert torch.equal(found[0, hook], expected)
 
 
-def test_a_model_that_cannot_be_streamed_is_extracted_in_one_pass_or_refused(tmp_path, tiny_llama, caplog):
+def test_a_model_that_cannot_be_streamed_is_extracted_in_one_pass_or_refused(
+    tmp_path, tiny_llama, caplog
+):
     """RecurrentGemma keeps state on its modules, which a KV cache does not carry."""
-    folder = build_tiny("recurrent_gemma", tmp_path / "m", vocab_size=49152, lru_width=64, attention_window_size=8)
+    folder = build_tiny(
+        "recurrent_gemma", tmp_path / "m", vocab_size=49152, lru_width=64, attention_window_size=8
+    )
     for file in tiny_llama.glob("tokenizer*"):
         shutil.copy(file, folder)
     asked = "extraction.shards=1 corpus.max_documents=1"
     run = stages(tmp_path / "run", folder, asked)
     run.prepare()
     assert "cannot be streamed" in caplog.text
-    with pytest.raises(ModelError, match=r"a document has 256 tokens; set memory\.streaming_chunk_size=256"):
+    with pytest.raises(
+        ModelError, match=r"a document has 256 tokens; set memory\.streaming_chunk_size=256"
+    ):
         run.extract()
     whole = stages(tmp_path / "whole", folder, f"{asked} memory.streaming_chunk_size=256").all()
     whole.verify()
@@ -111,7 +129,8 @@ def edited(folder, **numbers):
 def test_weights_of_another_shape_than_the_config_says_are_refused(tmp_path):
     config = edited(build_tiny("llama", tmp_path), intermediate_size=128)
     with pytest.raises(
-        ModelError, match=r"has 9 weights of another shape .*\(layers\.0\.mlp\.down_proj\.weight: \(64, 96\)"
+        ModelError,
+        match=r"has 9 weights of another shape .*\(layers\.0\.mlp\.down_proj\.weight: \(64, 96\)",
     ):
         loading.load_model(config, files.prepare_files(config.model))
 
@@ -123,7 +142,10 @@ def test_weights_without_a_place_in_the_model_are_said_in_a_line(tmp_path, caplo
     assert len(loaded.architecture.blocks) == 2
     said = {record.levelname: record.getMessage() for record in caplog.records}
     assert said["INFO"] == "not read, as no hook point needs them: lm_head.weight"
-    assert "9 weights of the files have no place in LlamaModel, as its config has it" in said["WARNING"]
+    assert (
+        "9 weights of the files have no place in LlamaModel, as its config has it"
+        in said["WARNING"]
+    )
     assert "model.layers.2.input_layernorm.weight" in said["WARNING"]
     assert "LOAD REPORT" not in caplog.text
 
@@ -140,7 +162,9 @@ def test_a_profile_s_numbers_must_be_those_of_the_model(tmp_path):
     )
     files.check_architecture(right, found, "m")
     files.check_architecture(None, found, "m")
-    with pytest.raises(ModelError, match=r"num_hidden_layers: the profile says 4, the config of m says 3"):
+    with pytest.raises(
+        ModelError, match=r"num_hidden_layers: the profile says 4, the config of m says 3"
+    ):
         files.check_architecture(dataclasses.replace(right, num_hidden_layers=4), found, "m")
 
 
@@ -153,18 +177,29 @@ def test_stored_rows_equal_plain_transformers_for_every_document(finished, tiny_
     acts = theloom.open(finished.activations)
     assert len(acts) == 2000
     assert max(len(acts.document(d)) for d in acts.documents) > 256  # beyond the context: windows
-    for window, (begin, end) in enumerate(zip(acts.window_offset[:-1], acts.window_offset[1:], strict=True)):
+    for window, (begin, end) in enumerate(
+        zip(acts.window_offset[:-1], acts.window_offset[1:], strict=True)
+    ):
         rows = slice(int(begin), int(end))
         expected = plain_residuals(tiny_llama, acts.input_ids.numpy(rows).tolist())
         assert acts.position.numpy(rows).tolist() == list(range(end - begin))
         for hook in acts.hooks:
-            error = float((acts[hook][rows] - expected[hook]).abs().max() / expected[hook].abs().max())
+            error = float(
+                (acts[hook][rows] - expected[hook]).abs().max() / expected[hook].abs().max()
+            )
             assert error <= 1e-5, (window, hook, error)
 
 
 def test_the_files_say_where_they_came_from(finished):
     attributes = theloom.open(finished.activations).attributes
-    for name in ("model_source", "model_fingerprint", "model_precision", "model_attention", "corpus_hash", "tokenizer"):
+    for name in (
+        "model_source",
+        "model_fingerprint",
+        "model_precision",
+        "model_attention",
+        "corpus_hash",
+        "tokenizer",
+    ):
         assert attributes[name]
     assert "streaming_chunk_size" in attributes["config"]
     assert "torch" in attributes["versions"]
@@ -176,7 +211,9 @@ def test_no_file_holds_the_user_s_home(tmp_path, monkeypatch, tiny_llama):
     monkeypatch.setenv("HOME", str(home))
     (home / "model").symlink_to(tiny_llama)
     (home / "texts.txt").write_text("some text of a private folder")
-    run = stages(tmp_path / "run", home / "model", f"corpus=text corpus.path={home}/texts.txt").all()
+    run = stages(
+        tmp_path / "run", home / "model", f"corpus=text corpus.path={home}/texts.txt"
+    ).all()
     run.verify()
     for file in [*run.folder.glob("*.h5"), *run.shards]:
         assert str(home).encode() not in file.read_bytes(), file
@@ -191,7 +228,9 @@ def test_half_precision_is_stored_bit_for_bit(tmp_path, tiny_llama, merge, preci
     assert acts.dtype == torch_dtype(precision)
     rows = slice(*(int(r) for r in acts.window_offset[:2]))
     alone = rows_of_engine(tiny_llama, [acts.input_ids.numpy(rows)], 64, 64, precision)
-    stored = acts["blocks.0.hook_resid_pre"][rows]  # the embedding: no sum whose order a batch could change
+    stored = acts["blocks.0.hook_resid_pre"][
+        rows
+    ]  # the embedding: no sum whose order a batch could change
     assert torch.equal(stored, alone[0, "blocks.0.hook_resid_pre"])
     with h5py.File(run.activations) as file:  # plain h5py reads numbers
         numbers = file["hooks/blocks.0.hook_resid_pre/activations"][rows].astype("f4")
@@ -229,7 +268,9 @@ def test_a_run_larger_than_the_memory_ends_before_loading(tmp_path, tiny_llama, 
     run = stages(tmp_path, tiny_llama)
     monkeypatch.setattr(host, "memory", lambda: DeviceMemory(10**9, 10**6, "a small cgroup"))
     monkeypatch.setattr(loading, "load_model", None)
-    with pytest.raises(MemoryPlanError, match=r"cpu has 1.0 MB of 1.00 GB free, limited by a small cgroup"):
+    with pytest.raises(
+        MemoryPlanError, match=r"cpu has 1.0 MB of 1.00 GB free, limited by a small cgroup"
+    ):
         run.prepare()
 
 
@@ -250,14 +291,18 @@ def test_another_precision_than_recorded_is_refused(tmp_path, tiny_llama):
     run = stages(tmp_path, tiny_llama, "corpus.max_tokens=100")
     run.prepare()
     recorded = model_record.read(run.folder / "model.h5")
-    other = stages(tmp_path, tiny_llama, "corpus.max_tokens=100 memory.precision_mode=bf16").config("extract")
+    other = stages(tmp_path, tiny_llama, "corpus.max_tokens=100 memory.precision_mode=bf16").config(
+        "extract"
+    )
     with pytest.raises(StoreError, match=r"made in fp32.*gives bf16"):
         model_record.load_again(other, recorded)
 
 
 def data_of(run):
     acts = theloom.open(run.activations)
-    return {hook: acts[hook].numpy(...).tobytes() for hook in acts.hooks} | {"hash": acts.window_hash.tobytes()}
+    return {hook: acts[hook].numpy(...).tobytes() for hook in acts.hooks} | {
+        "hash": acts.window_hash.tobytes()
+    }
 
 
 def rows_committed(partial):
@@ -276,7 +321,9 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_pat
     whole = stages(tmp_path / "whole", tiny_llama, asked).all()
     run = stages(tmp_path / "killed", tiny_llama, asked)
     run.prepare()
-    processes = multiprocessing.get_context("forkserver")  # a server that has torch loaded: jobs start at once
+    processes = multiprocessing.get_context(
+        "forkserver"
+    )  # a server that has torch loaded: jobs start at once
     processes.set_forkserver_preload(
         ["torch", "transformers.models.llama.modeling_llama", "theloom.pipeline.extract_shard"]
     )
@@ -286,7 +333,9 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_pat
     for number in range(24):
         job = processes.Process(target=extract_with_small_commits, args=(run.folder,))
         job.start()
-        if number % 3:  # once it has committed something new; else at any moment, before the model is loaded too
+        if (
+            number % 3
+        ):  # once it has committed something new; else at any moment, before the model is loaded too
             while job.is_alive() and rows_committed(partial) <= committed[-1]:
                 time.sleep(0.002)
         job.join(choose.uniform(0, 0.05))
@@ -297,7 +346,9 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_pat
         if partial.exists():
             committed.append(rows_committed(partial))
             assert committed[-1] >= committed[-2]  # nothing that was committed is lost
-    assert len(set(committed)) >= 4  # jobs died at several places, and the next one went on from there
+    assert (
+        len(set(committed)) >= 4
+    )  # jobs died at several places, and the next one went on from there
     if not run.shards:
         run.extract()
     run.merge()
@@ -305,13 +356,19 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_pat
     run.verify()
 
 
-def test_an_unfinished_shard_of_another_config_is_discarded_with_a_warning(tmp_path, tiny_llama, caplog):
+def test_an_unfinished_shard_of_another_config_is_discarded_with_a_warning(
+    tmp_path, tiny_llama, caplog
+):
     run = stages(tmp_path, tiny_llama, "corpus.max_tokens=200 extraction.shards=1").all()
     run.activations.unlink()
     (shard,) = run.shards
     partial = shard.with_name(shard.name + ".partial")
     shard.rename(partial)
-    again = stages(tmp_path, tiny_llama, "corpus.max_tokens=200 extraction.shards=1 memory.streaming_chunk_size=32")
+    again = stages(
+        tmp_path,
+        tiny_llama,
+        "corpus.max_tokens=200 extraction.shards=1 memory.streaming_chunk_size=32",
+    )
     again.prepare()
     with caplog.at_level(logging.WARNING):
         again.extract()
@@ -335,15 +392,21 @@ def test_a_gpu_gives_the_rows_of_plain_transformers_there(tmp_path, precision):
     ids = torch.arange(3, 60)[None]
     rows = forward_residuals(loaded.architecture, ids, chunk_size=16)
     with torch.no_grad():
-        states = loaded.architecture.model(ids.cuda(), output_hidden_states=True, use_cache=False).hidden_states
+        states = loaded.architecture.model(
+            ids.cuda(), output_hidden_states=True, use_cache=False
+        ).hidden_states
     tolerance = TOLERANCE[precision]
     for block in (0, 1):
         expected = states[block + 1].float().cpu()
-        error = float((rows[f"blocks.{block}.hook_resid_post"] - expected).abs().max() / expected.abs().max())
+        error = float(
+            (rows[f"blocks.{block}.hook_resid_post"] - expected).abs().max() / expected.abs().max()
+        )
         assert error <= tolerance
 
 
-def test_a_shard_that_was_begun_is_gone_on_with_as_it_was_planned(tmp_path, tiny_llama, monkeypatch):
+def test_a_shard_that_was_begun_is_gone_on_with_as_it_was_planned(
+    tmp_path, tiny_llama, monkeypatch
+):
     asked = "extraction.batch_tokens=null extraction.shards=1 corpus.max_tokens=6000 corpus.context_length=200"
     whole = stages(tmp_path / "whole", tiny_llama, asked).all()
     run = stages(tmp_path / "run", tiny_llama, asked)
@@ -368,8 +431,14 @@ def test_a_shard_that_was_begun_is_gone_on_with_as_it_was_planned(tmp_path, tiny
     assert data_of(run) == data_of(whole)
 
 
-def test_shards_whose_jobs_had_room_for_different_batches_are_one_data_set(tmp_path, tiny_llama, monkeypatch):
-    run = stages(tmp_path, tiny_llama, "extraction.batch_tokens=null corpus.max_tokens=4000 corpus.context_length=200")
+def test_shards_whose_jobs_had_room_for_different_batches_are_one_data_set(
+    tmp_path, tiny_llama, monkeypatch
+):
+    run = stages(
+        tmp_path,
+        tiny_llama,
+        "extraction.batch_tokens=null corpus.max_tokens=4000 corpus.context_length=200",
+    )
     run.prepare()
     run.extract(0)
     monkeypatch.setitem(MOST_BATCH_TOKENS, "cpu", 128)
@@ -392,5 +461,9 @@ def test_what_was_foretold_and_what_was_found_lie_side_by_side(tmp_path, tiny_ll
     assert plan["longest"] <= 500
     recorded, settings = model_record.read(run.folder / "model.h5"), run.config("extract")
     points = recorded.catalogue.select(settings.memory.activation_cache_filter)
-    real = loading.load_model(settings, files.prepare_files(settings.model), points).architecture.model
-    assert found["weights"] == sum(t.numel() * t.element_size() for t in [*real.parameters(), *real.buffers()])
+    real = loading.load_model(
+        settings, files.prepare_files(settings.model), points
+    ).architecture.model
+    assert found["weights"] == sum(
+        t.numel() * t.element_size() for t in [*real.parameters(), *real.buffers()]
+    )

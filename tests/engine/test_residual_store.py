@@ -87,5 +87,8 @@ def test_no_checkpoint_is_kept_of_a_store_without_a_place(tmp_path):
 
 
 def test_another_precision_than_the_residual_s_is_not_rounded_silently():
-    with ResidualStore(ResidualSpec(SHAPES, torch.bfloat16, ""), None) as store, pytest.raises(AssertionError):
+    with (
+        ResidualStore(ResidualSpec(SHAPES, torch.bfloat16, ""), None) as store,
+        pytest.raises(AssertionError),
+    ):
         store.write(1, values(0)[1])

@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from layerwise_support import assert_equal, build, layerwise_rows, load, resident_rows, shell_of, some_batches
+from layerwise_support import (
+    assert_equal,
+    build,
+    layerwise_rows,
+    load,
+    resident_rows,
+    shell_of,
+    some_batches,
+)
 from safetensors.torch import load_file, save_file
 from theloom.engine.layerwise import block_loader, weights_index
 from theloom.errors import ModelError
@@ -13,7 +21,9 @@ from transformers import AutoModelForCausalLM
 
 def test_a_model_in_several_files_is_read_block_by_block(tmp_path):
     folder = build("llama", tmp_path / "whole")
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "split", max_shard_size="60KB")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
+        tmp_path / "split", max_shard_size="60KB"
+    )
     assert len(list((tmp_path / "split").glob("*.safetensors"))) > 3
     points = load(folder).catalogue.select(["blocks.*.hook_resid_post"])
     expected = resident_rows(load(tmp_path / "split"), points, some_batches(), 7)
@@ -59,7 +69,9 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model\.safetensors is cut short"):
         weights_index.index(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "not-there.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "not-there.safetensors"}})
+    )
     with pytest.raises(ModelError, match=r"not-there\.safetensors"):
         weights_index.index(folder)
 

@@ -1,4 +1,6 @@
-"""The public functions against plain transformers: one pass, chunks, padding on either side; models left alone."""
+"""The public functions against plain transformers: one pass, chunks, padding on either side; models
+left alone.
+"""
 
 import gc
 import subprocess
@@ -17,7 +19,14 @@ from theloom.extraction.api import (
     extract_streaming,
     extract_with_checkpointing,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 LENGTHS = (5, 23, 14)
 MODELS = [t for t in TINY if t != "qwen3_moe"]
@@ -34,7 +43,13 @@ def tiny(folder, model_type, attention=None, **numbers):
 def encoder(kind=BertModel, config=BertConfig):
     torch.manual_seed(0)
     return kind(
-        config(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, vocab_size=128)
+        config(
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=96,
+            vocab_size=128,
+        )
     ).eval()
 
 
@@ -68,9 +83,18 @@ def state_of(model):
     """All that an extraction could leave changed."""
     modules = list(model.modules())
     return (
-        [(id(p), p.dtype, p._version, p.requires_grad) for p in [*model.parameters(), *model.buffers()]],
-        [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in modules],
-        [(id(getattr(m, "config", None)), getattr(m, "gradient_checkpointing", None)) for m in modules],
+        [
+            (id(p), p.dtype, p._version, p.requires_grad)
+            for p in [*model.parameters(), *model.buffers()]
+        ],
+        [
+            (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
+            for m in modules
+        ],
+        [
+            (id(getattr(m, "config", None)), getattr(m, "gradient_checkpointing", None))
+            for m in modules
+        ],
         model.config._attn_implementation,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -84,7 +108,9 @@ def test_padding_on_either_side_gives_the_rows_of_each_sequence_alone(tmp_path, 
     ids, mask = padded(side)
     found = extract_hidden_states(model, ids, hooks=[], attention_mask=mask)
     assert torch.equal(found.attention_mask, mask.bool())
-    streamed = collect_streaming_results(extract_streaming(model, ids, 7, hooks=[], attention_mask=mask))
+    streamed = collect_streaming_results(
+        extract_streaming(model, ids, 7, hooks=[], attention_mask=mask)
+    )
     assert torch.equal(streamed.attention_mask, mask.bool())
     for i, row in enumerate(rows()):
         alone = extract_hidden_states(model, row, hooks=[])
@@ -106,10 +132,14 @@ def test_padding_on_either_side_gives_the_rows_of_each_sequence_alone(tmp_path, 
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("model", [encoder(), encoder(RobertaModel, RobertaConfig)], ids=["bert", "roberta"])
+@pytest.mark.parametrize(
+    "model", [encoder(), encoder(RobertaModel, RobertaConfig)], ids=["bert", "roberta"]
+)
 def test_padding_on_either_side_of_an_encoder(model, side):
     ids, mask = padded(side)
-    found = extract_hidden_states(model, ids, hooks=["blocks.*.hook_resid_post", "*.hook_pattern"], attention_mask=mask)
+    found = extract_hidden_states(
+        model, ids, hooks=["blocks.*.hook_resid_post", "*.hook_pattern"], attention_mask=mask
+    )
     for i, row in enumerate(rows()):
         here = mask[i].bool()
         for name, expected in plain(model, row).items():
@@ -119,7 +149,9 @@ def test_padding_on_either_side_of_an_encoder(model, side):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 100])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mistral", "gemma3_text", "bloom", "opt", "falcon"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gpt2", "mistral", "gemma3_text", "bloom", "opt", "falcon"]
+)
 def test_streaming_gives_the_values_of_one_pass(tmp_path, model_type, chunk_size):
     model = tiny(tmp_path, model_type, "eager")
     ids = torch.randint(3, 128, (2, 80), generator=torch.Generator().manual_seed(1))
@@ -146,7 +178,10 @@ def test_streaming_gives_the_values_of_one_pass(tmp_path, model_type, chunk_size
 def test_smollm2_of_a_tokenizer_s_batch(smollm2):
     model = AutoModelForCausalLM.from_pretrained(smollm2.folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(smollm2.folder, padding_side="left")
-    texts = ["A loom weaves.", "The warp is held under tension while the weft is drawn through it, again and again."]
+    texts = [
+        "A loom weaves.",
+        "The warp is held under tension while the weft is drawn through it, again and again.",
+    ]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     assert not batch.attention_mask.all()
     found = extract_hidden_states(model, batch)
@@ -167,11 +202,18 @@ def test_every_form_of_tokens_gives_the_same(tmp_path, kind):
         "list": ids.tolist(),
         "lists": [ids.tolist()],
         "uneven lists": [ids.tolist(), [5, 6]],
-        "encoding": {"input_ids": ids[None], "attention_mask": torch.ones(1, 12), "token_type_ids": ids[None] * 0},
+        "encoding": {
+            "input_ids": ids[None],
+            "attention_mask": torch.ones(1, 12),
+            "token_type_ids": ids[None] * 0,
+        },
     }[kind]
     found = extract_hidden_states(model, tokens)
     assert found["blocks.1.hook_resid_post"].shape == (2 if kind == "uneven lists" else 1, 12, 64)
-    assert far(found["blocks.1.hook_resid_post"][0], plain(model, ids)["blocks.1.hook_resid_post"]) <= 1e-5
+    assert (
+        far(found["blocks.1.hook_resid_post"][0], plain(model, ids)["blocks.1.hook_resid_post"])
+        <= 1e-5
+    )
 
 
 def test_token_types_reach_the_model_with_their_tokens(tmp_path):
@@ -183,7 +225,9 @@ def test_token_types_reach_the_model_with_their_tokens(tmp_path):
     for i, row in enumerate(rows()):
         with torch.no_grad():
             own = types[i, -len(row) :][None]
-            expected = model(row[None], token_type_ids=own, output_hidden_states=True).hidden_states[2][0]
+            expected = model(
+                row[None], token_type_ids=own, output_hidden_states=True
+            ).hidden_states[2][0]
         assert far(found["blocks.1.hook_resid_post"][i, -len(row) :], expected) <= 1e-5
 
 
@@ -230,7 +274,10 @@ def test_models_that_cannot_stream_are_refused_and_run_in_one_pass(tmp_path):
         with pytest.raises(ModelError, match=r"cannot be streamed: .*; use extract_hidden_states"):
             extract_streaming(model, ids, chunk_size=8)
         (chunk,) = extract_streaming(model, ids, chunk_size=20)
-        assert far(chunk["blocks.0.hook_resid_post"][0], plain(model, ids)["blocks.0.hook_resid_post"]) <= 1e-5
+        assert (
+            far(chunk["blocks.0.hook_resid_post"][0], plain(model, ids)["blocks.0.hook_resid_post"])
+            <= 1e-5
+        )
     with pytest.raises(ModelError, match="a model of transformers is needed, found Linear"):
         extract_hidden_states(torch.nn.Linear(2, 2), ids)
 
@@ -284,7 +331,9 @@ def test_the_model_is_left_as_it_was(tmp_path, training):
     chunks.close()
     assert state_of(model) == before
     for precision in ("fp16", "bf16"):
-        extract_inference_optimized(model=model, tokens=ids, layers=[-1], precision=precision, clear_cache=True)
+        extract_inference_optimized(
+            model=model, tokens=ids, layers=[-1], precision=precision, clear_cache=True
+        )
         assert state_of(model) == before
 
 
@@ -322,7 +371,11 @@ def test_results_can_be_inputs_of_a_probe(tmp_path):
     model = tiny(tmp_path, "llama")
     ids = torch.arange(3, 43)
     (chunk, *_) = extract_streaming(model, ids, 8)
-    for found in (extract_hidden_states(model, ids), extract_inference_optimized(model, ids, [-1], "bf16"), chunk):
+    for found in (
+        extract_hidden_states(model, ids),
+        extract_inference_optimized(model, ids, [-1], "bf16"),
+        chunk,
+    ):
         value = found["blocks.2.hook_resid_post"]
         assert not value.requires_grad
         probe = torch.nn.Linear(64, 1, dtype=value.dtype)
@@ -332,7 +385,9 @@ def test_results_can_be_inputs_of_a_probe(tmp_path):
 
 def test_values_of_a_fused_projection_do_not_keep_the_whole_of_it_alive(tmp_path):
     model = tiny(tmp_path, "gpt2")
-    found = extract_hidden_states(model, torch.arange(3, 43), hooks=["blocks.1.attn.hook_q"])["blocks.1.attn.hook_q"]
+    found = extract_hidden_states(model, torch.arange(3, 43), hooks=["blocks.1.attn.hook_q"])[
+        "blocks.1.attn.hook_q"
+    ]
     assert found.untyped_storage().nbytes() == found.numel() * 4
 
 
@@ -354,7 +409,9 @@ def test_on_a_gpu_values_stay_there_and_chunks_are_given_back(tmp_path):
         in_use.append(torch.cuda.memory_allocated())
     held = 8 * 2048 * 256 * 4
     assert in_use[-1] - in_use[0] < held / 2  # the KV cache alone grows
-    half = extract_inference_optimized(model, ids, [-1], "fp16", clear_cache=True, attention_mask=mask)
+    half = extract_inference_optimized(
+        model, ids, [-1], "fp16", clear_cache=True, attention_mask=mask
+    )
     assert half["blocks.7.hook_resid_post"].dtype == torch.float16
 
 
@@ -370,14 +427,24 @@ def test_the_calls_of_the_specification(tmp_path):
     shapes = []
     for chunk in extract_streaming(model, tokens, chunk_size=32):
         shapes.append({name: tuple(value.shape) for name, value in chunk.hidden_states.items()})
-    assert [s["blocks.1.hook_resid_post"] for s in shapes] == [(1, 32, 64), (1, 32, 64), (1, 16, 64)]
+    assert [s["blocks.1.hook_resid_post"] for s in shapes] == [
+        (1, 32, 64),
+        (1, 32, 64),
+        (1, 16, 64),
+    ]
     full_hidden_states = collect_streaming_results(extract_streaming(model, tokens, chunk_size=32))
     assert full_hidden_states["blocks.1.hook_resid_post"].shape == (1, 80, 64)
     gpu = GPUManager()
-    asked = extract_hidden_states if gpu.can_allocate(required_memory_gb=0.001, device=0) else extract_streaming
+    asked = (
+        extract_hidden_states
+        if gpu.can_allocate(required_memory_gb=0.001, device=0)
+        else extract_streaming
+    )
     assert asked(model, tokens).hidden_states["blocks.2.hook_resid_post"].shape == (1, 80, 64)
     assert gpu.check_memory_threshold(threshold=1.0)["warnings"] == []
-    result = extract_inference_optimized(model=model, tokens=tokens, layers=[-1], precision="fp16", clear_cache=True)
+    result = extract_inference_optimized(
+        model=model, tokens=tokens, layers=[-1], precision="fp16", clear_cache=True
+    )
     assert result.hidden_states["blocks.2.hook_resid_post"].dtype == torch.float16
     result = extract_with_checkpointing(model=model, tokens=tokens, use_reentrant=True)
     result.hidden_states["blocks.2.hook_resid_post"].sum().backward()

@@ -1,4 +1,6 @@
-"""A model run at another precision gives what it gives when it is loaded so; its own weights stay as they are."""
+"""A model run at another precision gives what it gives when it is loaded so; its own weights stay
+as they are.
+"""
 
 import logging
 
@@ -16,18 +18,26 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @pytest.mark.parametrize("asked", ["fp16", "bf16"])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma3_text", "bloom", "opt", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gpt2", "gpt_neox", "gemma3_text", "bloom", "opt", "qwen3_moe"]
+)
 def test_values_are_those_of_the_model_loaded_at_that_precision(tmp_path, model_type, asked):
     folder = build_tiny(model_type, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     weights = {n: (id(p), p.clone()) for n, p in model.named_parameters()}
     found = extract_inference_optimized(model, IDS, precision=asked, hooks=[])
-    expected = extract_hidden_states(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[asked]).eval(), IDS, [])
+    expected = extract_hidden_states(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[asked]).eval(), IDS, []
+    )
     assert list(found) == list(expected)
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value), name
-    assert (found.precision.requested, found.precision.resolved, found.precision.steps) == (asked, asked, ())
+    assert (found.precision.requested, found.precision.resolved, found.precision.steps) == (
+        asked,
+        asked,
+        (),
+    )
     for name, parameter in model.named_parameters():
         assert id(parameter) == weights[name][0]
         assert torch.equal(parameter, weights[name][1])
@@ -40,8 +50,12 @@ def test_a_16_bit_model_runs_in_fp32_and_on_the_cpu_auto_is_fp32(tmp_path):
     found = extract_inference_optimized(half, IDS, precision="auto", layers=[-1])
     assert found.precision.resolved == "fp32"
     assert found["blocks.2.hook_resid_post"].dtype == torch.float32
-    expected = extract_hidden_states(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float(), IDS)
-    torch.testing.assert_close(found["blocks.2.hook_resid_post"], expected["blocks.2.hook_resid_post"])
+    expected = extract_hidden_states(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float(), IDS
+    )
+    torch.testing.assert_close(
+        found["blocks.2.hook_resid_post"], expected["blocks.2.hook_resid_post"]
+    )
     assert half.dtype == torch.bfloat16
     own = extract_inference_optimized(half, IDS)
     assert own.precision is None
@@ -77,7 +91,9 @@ def test_one_block_at_a_time_is_converted(tmp_path):
 
 def test_quantised_weights_are_refused_another_precision(tmp_path):
     folder = build_tiny("llama", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
     with pytest.raises(ModelError, match="weights of this model are quantised"):
         extract_inference_optimized(model, IDS, precision="fp16")
     assert extract_inference_optimized(model, IDS)["blocks.2.hook_resid_post"].isfinite().all()
@@ -85,11 +101,21 @@ def test_quantised_weights_are_refused_another_precision(tmp_path):
 
 @pytest.mark.parametrize("asked", ["fp16", "bf16"])
 def test_weights_that_transformers_keeps_in_fp32_stay_so(tmp_path, asked):
-    numbers = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}
+    numbers = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+    }
     folder = build_tiny("gpt_oss", tmp_path, **numbers)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[asked]).eval()
-    assert loaded.model.layers[0].input_layernorm.weight.dtype == (torch.float32 if asked == "fp16" else DTYPES[asked])
+    assert loaded.model.layers[0].input_layernorm.weight.dtype == (
+        torch.float32 if asked == "fp16" else DTYPES[asked]
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found, expected = extract_inference_optimized(model, IDS, precision=asked), extract_hidden_states(loaded, IDS)
+    found, expected = (
+        extract_inference_optimized(model, IDS, precision=asked),
+        extract_hidden_states(loaded, IDS),
+    )
     for name, value in expected.items():
         assert torch.equal(found[name], value), name

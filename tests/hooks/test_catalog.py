@@ -1,4 +1,6 @@
-"""What models have and have not, refused with the reason; the model is left as it was; every hook point on disk."""
+"""What models have and have not, refused with the reason; the model is left as it was; every hook
+point on disk.
+"""
 
 import numpy as np
 import pytest
@@ -22,12 +24,16 @@ IDS = torch.arange(3, 23)[None]
 
 def tiny(folder, model_type="llama", attention=None, **numbers):
     folder = build_tiny(model_type, folder, **numbers)
-    return blocks.find_blocks(AutoModel.from_pretrained(folder, attn_implementation=attention).eval())
+    return blocks.find_blocks(
+        AutoModel.from_pretrained(folder, attn_implementation=attention).eval()
+    )
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
 def test_the_catalogue_of_a_llama_follows_from_its_numbers(tmp_path, model_type):
-    described = tiny(tmp_path, model_type, **({"sliding_window": None} if model_type == "mistral" else {}))
+    described = tiny(
+        tmp_path, model_type, **({"sliding_window": None} if model_type == "mistral" else {})
+    )
     size = model_dims.numbers(described.model.config)
     assert covers(size)
     assert llama_catalog(size) == build_catalog(described)
@@ -48,7 +54,9 @@ def test_the_catalogue_of_a_llama_follows_from_its_numbers(tmp_path, model_type)
         ("recurrent_gemma", "blocks.0.attn.hook_z", "no attention"),
     ],
 )
-def test_what_an_architecture_has_not_is_refused_with_the_reason(tmp_path, model_type, entry, reason):
+def test_what_an_architecture_has_not_is_refused_with_the_reason(
+    tmp_path, model_type, entry, reason
+):
     small = {"lru_width": 64, "attention_window_size": 8} if model_type == "recurrent_gemma" else {}
     found = build_catalog(tiny(tmp_path, model_type, **small))
     with pytest.raises(HookError, match=rf"{entry.replace('*', '.')}.*{reason}".replace("-", ".")):
@@ -57,13 +65,26 @@ def test_what_an_architecture_has_not_is_refused_with_the_reason(tmp_path, model
 
 
 def test_an_encoder_has_what_makes_sense_there(tmp_path):
-    small = BertConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, vocab_size=128)
+    small = BertConfig(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
+        vocab_size=128,
+    )
     torch.manual_seed(0)
     model = BertModel(small).eval()
     described = blocks.find_blocks(model)
     found = build_catalog(described)
     assert {p.value for p in found.points} == {
-        *("hook_embed", "hook_pos_embed", "hook_resid_pre", "attn.hook_q", "attn.hook_k", "attn.hook_v"),
+        *(
+            "hook_embed",
+            "hook_pos_embed",
+            "hook_resid_pre",
+            "attn.hook_q",
+            "attn.hook_k",
+            "attn.hook_v",
+        ),
         *(SCORES, PATTERN, "attn.hook_z", "hook_attn_out", "mlp.hook_pre", "mlp.hook_post"),
         *("hook_mlp_out", "hook_resid_post"),
     }
@@ -75,12 +96,16 @@ def test_an_encoder_has_what_makes_sense_there(tmp_path):
     for block in range(3):
         torch.testing.assert_close(values[f"blocks.{block}.hook_resid_post"], expected[block + 1])
         layer = model.encoder.layer[block]
-        mid = layer.attention.output.LayerNorm(expected[block] + values[f"blocks.{block}.hook_attn_out"])
+        mid = layer.attention.output.LayerNorm(
+            expected[block] + values[f"blocks.{block}.hook_attn_out"]
+        )
         post = layer.output.LayerNorm(mid + values[f"blocks.{block}.hook_mlp_out"])
         torch.testing.assert_close(post, expected[block + 1])
         pattern = values[f"blocks.{block}.attn.hook_pattern"]
         assert (pattern[..., 13:] == 0).all()
-        torch.testing.assert_close(pattern[:, :, :13, :13], alone[f"blocks.{block}.attn.hook_pattern"])
+        torch.testing.assert_close(
+            pattern[:, :, :13, :13], alone[f"blocks.{block}.attn.hook_pattern"]
+        )
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
@@ -99,7 +124,9 @@ def test_the_model_is_left_as_it_was(tmp_path):
         taps.run(input_ids=IDS)
     assert torch.equal(torch.get_rng_state(), before)
     assert [m.training for m in model.modules()] == modes
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
+    )
     assert all(m.self_attn.config is c for m, c in zip(model.model.layers, configs, strict=True))
     assert model.config._attn_implementation == "sdpa"
 
@@ -119,7 +146,9 @@ def test_a_pattern_of_one_block_leaves_the_others_their_fused_attention(tmp_path
     fused = []
     attention = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: fused.append(1) or attention(*a, **k)
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: fused.append(1) or attention(*a, **k),
     )
     seen = {}
     points = build_catalog(described).select(
@@ -129,24 +158,36 @@ def test_a_pattern_of_one_block_leaves_the_others_their_fused_attention(tmp_path
         taps.run(input_ids=IDS)
     assert len(fused) == 2
     torch.testing.assert_close(seen["blocks.2.attn.hook_rot_k"], plain["blocks.2.attn.hook_rot_k"])
-    torch.testing.assert_close(seen["blocks.1.attn.hook_pattern"], plain["blocks.1.attn.hook_pattern"])
+    torch.testing.assert_close(
+        seen["blocks.1.attn.hook_pattern"], plain["blocks.1.attn.hook_pattern"]
+    )
     one, none = (
-        trace.run(described, torch.zeros(1, 512, dtype=torch.int64), Workload(1, 512, 512), chosen)[0].total
+        trace.run(described, torch.zeros(1, 512, dtype=torch.int64), Workload(1, 512, 512), chosen)[
+            0
+        ].total
         for chosen in (points, points[-1:])
     )
     assert one - none > 4 * 512 * 512 * 4  # scores of four heads, at least once
 
 
 def test_the_pattern_of_one_block_takes_the_scores_of_one_block(tmp_path):
-    """Real memory: at 1024 tokens, eager attention in one block of six is a sixth of the patterns of all, when held."""
+    """Real memory: at 1024 tokens, eager attention in one block of six is a sixth of the patterns
+    of all, when held.
+    """
     described = tiny(tmp_path, num_hidden_layers=6, max_position_embeddings=1024)
-    ids, scores = torch.arange(1024)[None] % 128, 4 * 1024 * 1024 * 4  # heads × queries × keys × bytes
+    ids, scores = (
+        torch.arange(1024)[None] % 128,
+        4 * 1024 * 1024 * 4,
+    )  # heads × queries × keys × bytes
 
     def peak(*filters):
         def work():
             held = []
             points = build_catalog(described).select(filters)
-            with torch.inference_mode(), Taps(described, points, lambda name, value: held.append(value)) as taps:
+            with (
+                torch.inference_mode(),
+                Taps(described, points, lambda name, value: held.append(value)) as taps,
+            ):
                 taps.run(input_ids=ids, use_cache=False)
 
         return allocator_peak(work)
@@ -171,7 +212,9 @@ def test_a_hook_point_that_a_forward_does_not_reach_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text"])
 def test_every_hook_point_comes_back_from_disk(tmp_path, smollm2, model_type):
-    """Windows of uneven length, some in chunks, in two shards: all rows of all hook points, and what is beyond them."""
+    """Windows of uneven length, some in chunks, in two shards: all rows of all hook points, and
+    what is beyond them.
+    """
     import shutil
 
     folder = build_tiny(model_type, tmp_path / "model", vocab_size=49152)
@@ -185,8 +228,12 @@ def test_every_hook_point_comes_back_from_disk(tmp_path, smollm2, model_type):
     points = build_catalog(described).points
     assert acts.hooks == [p.name for p in points]
     longest = int(np.diff(acts.window_offset).max())
-    for begin, end in zip(acts.window_offset[:-1].tolist(), acts.window_offset[1:].tolist(), strict=True):
-        expected = values_of(described, torch.from_numpy(acts.input_ids.numpy(slice(begin, end)).astype("i8"))[None])
+    for begin, end in zip(
+        acts.window_offset[:-1].tolist(), acts.window_offset[1:].tolist(), strict=True
+    ):
+        expected = values_of(
+            described, torch.from_numpy(acts.input_ids.numpy(slice(begin, end)).astype("i8"))[None]
+        )
         for point in points:
             found, value = acts[point.name][begin:end], expected[point.name][0]
             assert found.shape == (end - begin, *point.row(longest))

@@ -1,7 +1,8 @@
-"""Hook points against TransformerLens' TransformerBridge on an eager model, and against the models' own modules.
+"""Hook points against TransformerLens' TransformerBridge on an eager model, and against the models'
+own modules.
 
-Where the Bridge is off the model's own values say so: its scores of OPT are the pattern, and it does not take Falcon's
-grouped queries.
+Where the Bridge is off the model's own values say so: its scores of OPT are the pattern, and it
+does not take Falcon's grouped queries.
 """
 
 import functools
@@ -28,7 +29,9 @@ def bridge_values(folder, tokenizer, ids):
 
 
 def error(found, expected) -> float:
-    """The largest difference as a share of the largest value; masked scores are -inf here and very small there."""
+    """The largest difference as a share of the largest value; masked scores are -inf here and very
+    small there.
+    """
     assert found.numel() == expected.numel(), (found.shape, expected.shape)
     expected = expected.reshape(found.shape)
     masked = found.isneginf()
@@ -45,7 +48,9 @@ def tokenizer(smollm2):
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
     """The folder of each tiny model, built once."""
-    return functools.cache(lambda model_type: build_tiny(model_type, tmp_path_factory.mktemp(model_type)))
+    return functools.cache(
+        lambda model_type: build_tiny(model_type, tmp_path_factory.mktemp(model_type))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,9 @@ def eager(folder_of):
     """Each tiny model with eager attention, loaded once; its catalogue is found once with it."""
 
     def load(model_type):
-        model = AutoModelForCausalLM.from_pretrained(folder_of(model_type), attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder_of(model_type), attn_implementation="eager"
+        ).eval()
         return blocks.find_blocks(model)
 
     return functools.cache(load)
@@ -62,7 +69,9 @@ def eager(folder_of):
 @pytest.fixture(scope="module")
 def smollm2_values(smollm2, tokenizer):
     """A sentence, and what the Bridge makes of it."""
-    ids = tokenizer("Weaving is a method of textile production in which two sets of yarns are interlaced.").input_ids
+    ids = tokenizer(
+        "Weaving is a method of textile production in which two sets of yarns are interlaced."
+    ).input_ids
     ids = torch.tensor(ids)[None]
     return ids, bridge_values(smollm2.folder, tokenizer, ids)
 
@@ -74,18 +83,24 @@ def test_every_hook_point_of_both_is_equal(folder_of, eager, tokenizer, model_ty
     found = values_of(described, IDS)
     if model_type == "opt":
         for block in range(3):
-            assert torch.equal(expected.pop(f"blocks.{block}.{SCORES}"), expected[f"blocks.{block}.{PATTERN}"])
+            assert torch.equal(
+                expected.pop(f"blocks.{block}.{SCORES}"), expected[f"blocks.{block}.{PATTERN}"]
+            )
     far = {n: error(v, expected[n]) for n, v in found.items() if n in expected}
     assert len(far) > 45
     assert max(far.values()) <= 1e-5, max(far, key=far.get)
-    lacking = {n for n in expected if n.partition(".")[2].partition(".")[2] in IN_BLOCK} - set(found)
+    lacking = {n for n in expected if n.partition(".")[2].partition(".")[2] in IN_BLOCK} - set(
+        found
+    )
     assert lacking == set()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_every_hook_point_of_smollm2_is_equal(smollm2, smollm2_values, attention):
     ids, expected = smollm2_values
-    model = AutoModelForCausalLM.from_pretrained(smollm2.folder, attn_implementation=attention).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2.folder, attn_implementation=attention
+    ).eval()
     found = values_of(blocks.find_blocks(model), ids)
     assert len(found) == 30 * 20 + 3
     far = {name: error(value, expected[name]) for name, value in found.items()}
@@ -95,7 +110,9 @@ def test_every_hook_point_of_smollm2_is_equal(smollm2, smollm2_values, attention
 @pytest.mark.parametrize("model_type", TINY)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_scores_and_patterns_belong_to_what_the_model_computes(folder_of, model_type, attention):
-    """softmax(scores) is the pattern, the pattern of the values is z; fused and eager attention give the same."""
+    """softmax(scores) is the pattern, the pattern of the values is z; fused and eager attention
+    give the same.
+    """
     folder = folder_of(model_type)
     if attention == "sdpa" and model_type == "gemma2":
         attention = "eager"  # its capped scores are beyond the fused kernel
@@ -109,7 +126,9 @@ def test_scores_and_patterns_belong_to_what_the_model_computes(folder_of, model_
         return
     found = values_of(described, IDS)
     for block in range(3):
-        scores, pattern, z, v = (found[f"blocks.{block}.attn.hook_{n}"] for n in ("attn_scores", "pattern", "z", "v"))
+        scores, pattern, z, v = (
+            found[f"blocks.{block}.attn.hook_{n}"] for n in ("attn_scores", "pattern", "z", "v")
+        )
         torch.testing.assert_close(scores.softmax(-1), pattern)
         heads = pattern.shape[1] // v.shape[2]
         v = v.transpose(1, 2).repeat_interleave(heads, dim=1)
@@ -120,7 +139,11 @@ def test_scores_and_patterns_belong_to_what_the_model_computes(folder_of, model_
 
 def test_falcon_s_grouped_projection_is_split_as_the_model_splits_it(tmp_path):
     old = {"new_decoder_architecture": False}
-    for numbers in ({}, old | {"multi_query": True}, old | {"multi_query": False, "num_kv_heads": 4}):
+    for numbers in (
+        {},
+        old | {"multi_query": True},
+        old | {"multi_query": False, "num_kv_heads": 4},
+    ):
         folder = build_tiny("falcon", tmp_path / str(numbers), **numbers)
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         found = values_of(blocks.find_blocks(model), IDS)
@@ -131,18 +154,25 @@ def test_falcon_s_grouped_projection_is_split_as_the_model_splits_it(tmp_path):
             model(IDS)
         for name, theirs in zip("qkv", attn._split_heads(kept[0]), strict=True):
             ours = found[f"blocks.1.attn.hook_{name}"]
-            assert torch.equal(ours.repeat_interleave(theirs.shape[2] // ours.shape[2], dim=2), theirs)
+            assert torch.equal(
+                ours.repeat_interleave(theirs.shape[2] // ours.shape[2], dim=2), theirs
+            )
 
 
 @pytest.mark.parametrize("model_type", TINY)
 def test_values_add_up_to_the_residual_stream(eager, model_type):
     found = values_of(eager(model_type), IDS)
     for block in range(3):
-        at = {n: found.get(f"blocks.{block}.hook_{n}") for n in ("resid_pre", "resid_mid", "resid_post")}
+        at = {
+            n: found.get(f"blocks.{block}.hook_{n}")
+            for n in ("resid_pre", "resid_mid", "resid_post")
+        }
         attn, mlp = (found[f"blocks.{block}.hook_{n}_out"] for n in ("attn", "mlp"))
         if at["resid_mid"] is not None:
             torch.testing.assert_close(at["resid_mid"], at["resid_pre"] + attn)
-        torch.testing.assert_close(at["resid_post"], at["resid_pre"] + attn + mlp, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            at["resid_post"], at["resid_pre"] + attn + mlp, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 100])
@@ -152,5 +182,8 @@ def test_chunks_give_the_values_of_one_pass(eager, model_type, chunk_size):
     ids = torch.randint(3, 128, (2, 80), generator=torch.Generator().manual_seed(1))
     whole, chunked = values_of(described, ids), chunks_of(described, ids, chunk_size)
     assert set(whole) == set(chunked)
-    far = {name: error(chunked[name], value.masked_fill(value.isneginf(), -1e30)) for name, value in whole.items()}
+    far = {
+        name: error(chunked[name], value.masked_fill(value.isneginf(), -1e30))
+        for name, value in whole.items()
+    }
     assert max(far.values()) <= 1e-5, max(far, key=far.get)

@@ -24,7 +24,10 @@ def test_filters_take_exact_names_globs_and_numbers_from_the_end():
     ]
     assert names("blocks.*.hook_resid_pre") == [f"blocks.{i}.hook_resid_pre" for i in range(30)]
     assert names("blocks.?.hook_resid_post") == [f"blocks.{i}.hook_resid_post" for i in range(10)]
-    assert names("blocks.1.*", "blocks.1.hook_resid_pre") == ["blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"]
+    assert names("blocks.1.*", "blocks.1.hook_resid_pre") == [
+        "blocks.1.hook_resid_pre",
+        "blocks.1.hook_resid_post",
+    ]
 
 
 def test_an_empty_filter_is_every_hook_point():
@@ -34,9 +37,15 @@ def test_an_empty_filter_is_every_hook_point():
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("blocks.31.hook_resid_pst", ["'blocks.31.hook_resid_pst'", "30 blocks", "'blocks.29.hook_resid_post'"]),
+        (
+            "blocks.31.hook_resid_pst",
+            ["'blocks.31.hook_resid_pst'", "30 blocks", "'blocks.29.hook_resid_post'"],
+        ),
         ("blocks.3.hook_resid_poste", ["'blocks.3.hook_resid_post'"]),
-        ("blocks.-31.hook_resid_post", ["'blocks.-31.hook_resid_post'", "'blocks.0.hook_resid_post'"]),
+        (
+            "blocks.-31.hook_resid_post",
+            ["'blocks.-31.hook_resid_post'", "'blocks.0.hook_resid_post'"],
+        ),
         ("blocks.40.*", ["matches nothing", "0 to 29"]),
         ("layers.3", ["'layers.3'", "blocks.0.hook_resid_pre"]),
         ("blocks.[5].hook_resid_post", ["'blocks.[5].hook_resid_post'"]),
@@ -55,7 +64,9 @@ def test_taps_are_removed_and_the_forward_ends_after_the_deepest_block(tmp_path)
     reached = []
     spy = model.layers[2].register_forward_pre_hook(lambda *_: reached.append(2))
     seen = {}
-    with Taps(found, select_points(["blocks.1.hook_resid_post"], residual_points(3, 64)), seen.__setitem__) as taps:
+    with Taps(
+        found, select_points(["blocks.1.hook_resid_post"], residual_points(3, 64)), seen.__setitem__
+    ) as taps:
         taps.run(input_ids=torch.arange(5)[None])
     assert list(seen) == ["blocks.1.hook_resid_post"]
     assert seen["blocks.1.hook_resid_post"].shape == (1, 5, 64)

@@ -26,8 +26,18 @@ KINDS = [
     Kind("bf16", "int4"),
     Kind("fp32", "int4"),
 ]
-MADE = ["hook_embed", "blocks.*.attn.hook_?", "blocks.*.hook_rot_?", "blocks.*.mlp.*", "blocks.*.hook_*_out"]
-LAST, TWO, ALL = ["blocks.-1.hook_resid_post"], ["blocks.1.hook_resid_post", "blocks.3.hook_resid_pre"], []
+MADE = [
+    "hook_embed",
+    "blocks.*.attn.hook_?",
+    "blocks.*.hook_rot_?",
+    "blocks.*.mlp.*",
+    "blocks.*.hook_*_out",
+]
+LAST, TWO, ALL = (
+    ["blocks.-1.hook_resid_post"],
+    ["blocks.1.hook_resid_post", "blocks.3.hook_resid_pre"],
+    [],
+)
 CASES = [
     (Workload(1, 1, 512), LAST, False),
     (Workload(3, 512, 512), LAST, False),
@@ -43,8 +53,15 @@ CASES = [
 
 def model_config(name: str):
     model_type, numbers = SHAPES[name]
-    sizes = {"hidden_size": 512, "num_hidden_layers": 5, "num_attention_heads": 8, "intermediate_size": 1408}
-    return AutoConfig.for_model(model_type, **sizes | {"vocab_size": 1000, "max_position_embeddings": 8192} | numbers)
+    sizes = {
+        "hidden_size": 512,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "intermediate_size": 1408,
+    }
+    return AutoConfig.for_model(
+        model_type, **sizes | {"vocab_size": 1000, "max_position_embeddings": 8192} | numbers
+    )
 
 
 def residuals(points) -> set[int]:
@@ -60,8 +77,14 @@ def test_closed_form_equals_the_trace(name: str, kind: Kind) -> None:
     far = {}
     for workload, filters, held in CASES:
         points = fake.catalogue.select(filters) if filters else fake.residuals
-        traced, _ = trace.trace(fake, workload, points, held=held, store=kind.precision, device="cuda")
+        traced, _ = trace.trace(
+            fake, workload, points, held=held, store=kind.precision, device="cuda"
+        )
         blocks = 1 + max(p.block for p in points)
-        formula = closed_form.forward(size, kind, workload, blocks, residuals(points) if held else ())
+        formula = closed_form.forward(
+            size, kind, workload, blocks, residuals(points) if held else ()
+        )
         far[workload, len(points), held] = formula.total / traced.total - 1
-    assert all(abs(error) <= 1e-3 for error in far.values()), {k: v for k, v in far.items() if abs(v) > 1e-3}
+    assert all(abs(error) <= 1e-3 for error in far.values()), {
+        k: v for k, v in far.items() if abs(v) > 1e-3
+    }

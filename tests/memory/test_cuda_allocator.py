@@ -1,4 +1,6 @@
-"""The replay of the CUDA caching allocator: cases worked out by hand, a slow second implementation, and a GPU."""
+"""The replay of the CUDA caching allocator: cases worked out by hand, a slow second implementation,
+and a GPU.
+"""
 
 import gc
 import random
@@ -42,7 +44,9 @@ LLAMA = {"model_type": "llama", "num_attention_heads": 16, "num_key_value_heads"
         ([11 * MIB - 512, 512], Usage(11 * MIB, 14 * MIB)),
     ],
 )
-def test_requests_are_rounded_and_packed_by_their_pool(requests: list[int], expected: Usage) -> None:
+def test_requests_are_rounded_and_packed_by_their_pool(
+    requests: list[int], expected: Usage
+) -> None:
     assert replay(requests, []) == expected
     assert replay([], [(number, nbytes) for number, nbytes in enumerate(requests)]) == expected
 
@@ -52,7 +56,9 @@ def test_a_freed_block_is_reused_and_the_smallest_that_fits_is_taken() -> None:
     blocks = [allocator.allocate(size * MIB) for size in (40, 16, 60, 16)]
     for block in blocks:
         allocator.release(block)
-    assert allocator.allocate(15 * MIB).address == blocks[1].address  # of two that fit alike, the lower address
+    assert (
+        allocator.allocate(15 * MIB).address == blocks[1].address
+    )  # of two that fit alike, the lower address
     assert allocator.allocate(39 * MIB).address == blocks[0].address
     assert allocator.reserved == (40 + 16 + 60 + 16) * MIB
     assert allocator.allocated == (16 + 40) * MIB  # neither rest is more than 1 MiB
@@ -76,7 +82,9 @@ def test_free_blocks_of_different_segments_are_not_joined() -> None:
 
 def test_memory_fragments_where_a_living_block_lies_between_free_ones() -> None:
     events = [(0, 8 * MIB), (1, 4 * MIB), (2, 8 * MIB), (0, -8 * MIB), (2, -8 * MIB)]
-    assert replay([], [*events, (3, 9 * MIB)]) == Usage(20 * MIB, 40 * MIB)  # 16 MiB are free, in two halves
+    assert replay([], [*events, (3, 9 * MIB)]) == Usage(
+        20 * MIB, 40 * MIB
+    )  # 16 MiB are free, in two halves
     assert replay([], [*events, (1, -4 * MIB), (3, 16 * MIB)]) == Usage(20 * MIB, 20 * MIB)
 
 
@@ -87,10 +95,15 @@ def test_weights_loaded_into_one_warm_segment_lie_close_together() -> None:
 
 
 def test_longest_batch_first_holds_less_memory_than_shortest_first() -> None:
-    config = AutoConfig.for_model(**LLAMA, hidden_size=256, num_hidden_layers=2, intermediate_size=704, vocab_size=512)
+    config = AutoConfig.for_model(
+        **LLAMA, hidden_size=256, num_hidden_layers=2, intermediate_size=704, vocab_size=512
+    )
     fake = fake_model(config, "fp32")
     lengths = [256, 640, 1024, 1536, 2048]
-    traces = {n: trace.trace(fake, Workload(8, n, n), fake.residuals, device="cuda")[1].events for n in lengths}
+    traces = {
+        n: trace.trace(fake, Workload(8, n, n), fake.residuals, device="cuda")[1].events
+        for n in lengths
+    }
     alone = replay(fake.weights, traces[2048])
     longest_first = replay(fake.weights, in_turn([traces[n] for n in reversed(lengths)]))
     shortest_first = replay(fake.weights, in_turn([traces[n] for n in lengths]))
@@ -114,14 +127,21 @@ def test_an_end_without_a_birth_is_refused() -> None:
 
 def test_the_workspace_of_cublas_grew_with_hopper_and_blackwell() -> None:
     assert cublas_workspace((8, 0)) == cublas_workspace((7, 5)) == 8320 * KIB
-    assert cublas_workspace((9, 0)) == cublas_workspace((10, 0)) == cublas_workspace((12, 0)) == 32 * MIB
+    assert (
+        cublas_workspace((9, 0))
+        == cublas_workspace((10, 0))
+        == cublas_workspace((12, 0))
+        == 32 * MIB
+    )
 
 
 class Slow:
     """The same rules, written as a walk over every part of every segment."""
 
     def __init__(self) -> None:
-        self.segments: list[tuple[bool, list[list]]] = []  # small or not, and its parts: [bytes, owner or None]
+        self.segments: list[
+            tuple[bool, list[list]]
+        ] = []  # small or not, and its parts: [bytes, owner or None]
 
     def allocate(self, owner: int, nbytes: int) -> None:
         size = (nbytes + 511) // 512 * 512
@@ -133,7 +153,13 @@ class Slow:
             if kind == small and part[1] is None and part[0] >= size
         ]
         if not fitting:
-            length = 2 * MIB if small else 20 * MIB if size < 10 * MIB else (size + 2 * MIB - 1) // (2 * MIB) * 2 * MIB
+            length = (
+                2 * MIB
+                if small
+                else 20 * MIB
+                if size < 10 * MIB
+                else (size + 2 * MIB - 1) // (2 * MIB) * 2 * MIB
+            )
             self.segments.append((small, [[length, None]]))
             fitting = [(length, len(self.segments) - 1, 0)]
         length, number, at = min(fitting)
@@ -211,7 +237,9 @@ def test_replay_of_a_trace_gives_the_peaks_of_a_gpu(tokens: int) -> None:
     )
     fake = fake_model(config, "bf16")
     live = trace.trace(fake, Workload(8, tokens, tokens), [], device="cuda")[1]
-    expected = replay([*fake.weights, cublas_workspace(torch.cuda.get_device_capability())], live.events)
+    expected = replay(
+        [*fake.weights, cublas_workspace(torch.cuda.get_device_capability())], live.events
+    )
     model = AutoModel.from_config(config, dtype=torch.bfloat16).eval()
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
@@ -221,5 +249,9 @@ def test_replay_of_a_trace_gives_the_peaks_of_a_gpu(tokens: int) -> None:
     model.to("cuda")
     with torch.inference_mode():
         model(input_ids=torch.zeros(8, tokens, dtype=torch.int64, device="cuda"), use_cache=False)
-    assert torch.cuda.max_memory_allocated() - before.allocated == pytest.approx(expected.allocated, rel=0.03)
-    assert torch.cuda.max_memory_reserved() - before.reserved == pytest.approx(expected.reserved, rel=0.03)
+    assert torch.cuda.max_memory_allocated() - before.allocated == pytest.approx(
+        expected.allocated, rel=0.03
+    )
+    assert torch.cuda.max_memory_reserved() - before.reserved == pytest.approx(
+        expected.reserved, rel=0.03
+    )

@@ -1,4 +1,6 @@
-"""Memory debugging: the recorded peak against the CPU allocator's, and that recording changes nothing else."""
+"""Memory debugging: the recorded peak against the CPU allocator's, and that recording changes
+nothing else.
+"""
 
 import json
 import logging
@@ -25,9 +27,21 @@ from theloom.store import commit_log, writer
 from transformers import AutoModel
 
 CHUNK = 64
-# Sizes of which the peak is in no kernel's own buffers: those of attention are reckoned for 512 keys at least.
-WIDE = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 704, "max_position_embeddings": 4096}
-GPT2_WIDE = {"n_embd": 256, "n_head": 8, "n_positions": 4096, "n_inner": 704, "max_position_embeddings": 4096}
+# Sizes of which the peak is in no kernel's own buffers: those of attention are reckoned for 512
+# keys at least.
+WIDE = {
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "intermediate_size": 704,
+    "max_position_embeddings": 4096,
+}
+GPT2_WIDE = {
+    "n_embd": 256,
+    "n_head": 8,
+    "n_positions": 4096,
+    "n_inner": 704,
+    "max_position_embeddings": 4096,
+}
 SHAPES = {"one pass": ((2, 1024), 1024), "streamed": ((1, 1152), 256)}
 
 
@@ -61,7 +75,9 @@ def test_the_peak_is_that_of_the_allocator_in_a_batch_that_is_not_recorded(
     with ShardProfile(loaded, tmp_path / "shards/s.h5", {0}).batch(0, ids) as captured:
         runner.run(ids, lambda *_: None, captured)
     found = json.loads((tmp_path / "memory/s.json").read_text())
-    assert found["peak_bytes"] == pytest.approx(allocator_peak(lambda: runner.run(ids, lambda *_: None)), rel=1e-3)
+    assert found["peak_bytes"] == pytest.approx(
+        allocator_peak(lambda: runner.run(ids, lambda *_: None)), rel=1e-3
+    )
     assert found["peak_bytes"] == sum(found["by_category"].values())
     assert found["peak_bytes"] == sum(made["bytes"] for made in found["alive_at_peak"])
     assert found["peak_bytes"] == max(found["peak_by_module"].values())
@@ -73,8 +89,16 @@ def test_modules_are_named_as_the_model_names_them_in_the_order_in_which_they_ru
     found, _ = recorded(loaded, torch.zeros(1, 200, dtype=torch.int64), tmp_path / "shards/s.h5")
     names = list(found["peak_by_module"])
     assert names[:4] == ["(the model itself)", "embed_tokens", "rotary_emb", "layers.0"]
-    assert set(names[1:]) == {name for name, _ in loaded.architecture.model.named_modules()} - {"", "layers", "norm"}
-    assert names.index("layers.1.mlp") < names.index("layers.2.self_attn") < names.index("layers.2.mlp")
+    assert set(names[1:]) == {name for name, _ in loaded.architecture.model.named_modules()} - {
+        "",
+        "layers",
+        "norm",
+    }
+    assert (
+        names.index("layers.1.mlp")
+        < names.index("layers.2.self_attn")
+        < names.index("layers.2.mlp")
+    )
     for inner, outer in (("layers.2.mlp.up_proj", "layers.2.mlp"), ("layers.2.mlp", "layers.2")):
         assert 0 < found["peak_by_module"][inner] <= found["peak_by_module"][outer]
     assert {made["module"] for made in found["alive_at_peak"]} <= {*names, "(outside the model)"}
@@ -82,9 +106,9 @@ def test_modules_are_named_as_the_model_names_them_in_the_order_in_which_they_ru
     assert sizes == sorted(sizes, reverse=True)
     # what a KV cache of 200 tokens takes: keys and values, 3 blocks, 2 heads of 16 numbers in FP32
     assert found["by_category"]["kv_cache"] == pytest.approx(2 * 3 * 2 * 16 * 4 * 200, rel=0.35)
-    assert found["weight_bytes"] == sum(p.nbytes for p in loaded.architecture.model.parameters()) + sum(
-        b.nbytes for b in loaded.architecture.model.buffers()
-    )
+    assert found["weight_bytes"] == sum(
+        p.nbytes for p in loaded.architecture.model.parameters()
+    ) + sum(b.nbytes for b in loaded.architecture.model.buffers())
 
 
 @pytest.mark.parametrize("store", ["fp32", "bf16"])
@@ -92,7 +116,9 @@ def test_values_are_those_of_a_batch_that_is_not_recorded(tmp_path, store):
     loaded = loaded_tiny(tmp_path / "model", precision="bf16")
     ids = torch.randint(128, (3, 50), generator=torch.Generator().manual_seed(0))
     plain = []
-    ResidentRunner(loaded, residuals_of(loaded.architecture), CHUNK, store).run(ids, lambda *chunk: plain.append(chunk))
+    ResidentRunner(loaded, residuals_of(loaded.architecture), CHUNK, store).run(
+        ids, lambda *chunk: plain.append(chunk)
+    )
     _, values = recorded(loaded, ids, tmp_path / "shards/s.h5", store)
     assert len(values) == len(plain) == 6
     for (name, start, value), expected in zip(values, plain, strict=True):
@@ -101,8 +127,15 @@ def test_values_are_those_of_a_batch_that_is_not_recorded(tmp_path, store):
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, 3, 4])
-def test_the_batches_recorded_are_the_longest_window_and_the_widest_step_of_those_that_remain(first):
-    batches = [Batch((0,), (900,)), Batch((1,), (300,)), Batch((2,), (90,)), Batch((3, 4, 5), (40, 40, 30))]
+def test_the_batches_recorded_are_the_longest_window_and_the_widest_step_of_those_that_remain(
+    first,
+):
+    batches = [
+        Batch((0,), (900,)),
+        Batch((1,), (300,)),
+        Batch((2,), (90,)),
+        Batch((3, 4, 5), (40, 40, 30)),
+    ]
     found = batching.largest(batches, first, 100)
     assert found == [{0, 3}, {1, 3}, {2, 3}, {3}, set()][first]
 
@@ -114,10 +147,14 @@ def plain_run(tmp_path_factory, tiny_llama):
 
 @pytest.fixture(scope="module")
 def profiled_run(tmp_path_factory, tiny_llama):
-    return stages(tmp_path_factory.mktemp("profiled"), tiny_llama, "name=r memory.profile_shard=1").all()
+    return stages(
+        tmp_path_factory.mktemp("profiled"), tiny_llama, "name=r memory.profile_shard=1"
+    ).all()
 
 
-def test_a_profiled_shard_holds_the_same_rows_and_says_nothing_of_its_profile(plain_run, profiled_run):
+def test_a_profiled_shard_holds_the_same_rows_and_says_nothing_of_its_profile(
+    plain_run, profiled_run
+):
     plain, found = theloom.open(plain_run.activations), theloom.open(profiled_run.activations)
     assert plain.hooks == found.hooks
     for hook in plain.hooks:
@@ -138,11 +175,16 @@ def test_a_shard_that_goes_block_by_block_is_recorded_too(tmp_path, tiny_llama, 
     plain = stages(tmp_path / "plain", tiny_llama, asked).all()
     with caplog.at_level(logging.WARNING):
         run = stages(tmp_path / "run", tiny_llama, f"{asked} memory.profile_shard=1").all()
-    assert caplog.text.count("is recorded, which slows it down") <= 2  # the largest batches, not each block
+    assert (
+        caplog.text.count("is recorded, which slows it down") <= 2
+    )  # the largest batches, not each block
     for hook in theloom.open(plain.activations).hooks:
         rows = [theloom.open(r.activations)[hook].numpy(...).tobytes() for r in (plain, run)]
         assert rows[0] == rows[1]
-    assert sorted(p.name for p in (run.folder / "memory").iterdir()) == ["00001-of-00002.json", "00001-of-00002.txt"]
+    assert sorted(p.name for p in (run.folder / "memory").iterdir()) == [
+        "00001-of-00002.json",
+        "00001-of-00002.txt",
+    ]
     found = json.loads((run.folder / "memory/00001-of-00002.json").read_text())
     assert re.match(r"layers\.\d\.", found["peak_in"])
     block = sum(p.nbytes for p in model_of(tiny_llama).layers[0].parameters())
@@ -200,7 +242,10 @@ def test_an_unfinished_shard_is_gone_on_with_and_its_first_remaining_batch_recor
     warned = [m for m in caplog.messages if m.startswith("memory.profile_shard: ")]
     assert warned[0] == "memory.profile_shard: batch 2 is recorded, which slows it down"
     assert len(warned) <= 2
-    assert re.search(r"memory peak of batch \d+: .* beyond the weights, in .*; see .*memory/00001-of", caplog.text)
+    assert re.search(
+        r"memory peak of batch \d+: .* beyond the weights, in .*; see .*memory/00001-of",
+        caplog.text,
+    )
     again.merge()
     assert theloom.open(again.activations).window_hash.tobytes() == (
         theloom.open(plain_run.activations).window_hash.tobytes()
@@ -227,13 +272,20 @@ def test_a_batch_that_fails_leaves_its_profile_and_the_model_as_it_was(tmp_path,
     found = json.loads((tmp_path / "memory/s.json").read_text())
     assert found["failed"] == "OutOfMemoryError in layers.1.mlp.act_fn"
     assert "layers.2" not in found["peak_by_module"]
-    assert "the batch failed: OutOfMemoryError in layers.1.mlp.act_fn" in (tmp_path / "memory/s.txt").read_text()
+    assert (
+        "the batch failed: OutOfMemoryError in layers.1.mlp.act_fn"
+        in (tmp_path / "memory/s.txt").read_text()
+    )
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules]
 
 
 def test_of_two_batches_the_files_are_of_the_higher_peak_unless_one_fails(tmp_path):
-    shard_profile = ShardProfile(loaded_tiny(tmp_path / "model"), tmp_path / "shards/s.h5", {0, 1, 2, 3})
-    runner = ResidentRunner(shard_profile._loaded, residuals_of(shard_profile._loaded.architecture), CHUNK, "fp32")
+    shard_profile = ShardProfile(
+        loaded_tiny(tmp_path / "model"), tmp_path / "shards/s.h5", {0, 1, 2, 3}
+    )
+    runner = ResidentRunner(
+        shard_profile._loaded, residuals_of(shard_profile._loaded.architecture), CHUNK, "fp32"
+    )
     kept = []
     for number, windows in enumerate((2, 3, 1)):
         ids = torch.zeros(windows, 40, dtype=torch.int64)
@@ -241,9 +293,15 @@ def test_of_two_batches_the_files_are_of_the_higher_peak_unless_one_fails(tmp_pa
             runner.run(ids, lambda *_: None, captured)
         kept.append(json.loads((tmp_path / "memory/s.json").read_text())["batch"])
     assert kept == [1, 2, 2]
-    with pytest.raises(ZeroDivisionError), shard_profile.batch(3, torch.zeros(1, 1, dtype=torch.int64)):
+    with (
+        pytest.raises(ZeroDivisionError),
+        shard_profile.batch(3, torch.zeros(1, 1, dtype=torch.int64)),
+    ):
         raise ZeroDivisionError
-    assert json.loads((tmp_path / "memory/s.json").read_text())["failed"] == "ZeroDivisionError in (outside the model)"
+    assert (
+        json.loads((tmp_path / "memory/s.json").read_text())["failed"]
+        == "ZeroDivisionError in (outside the model)"
+    )
 
 
 def test_a_profile_that_cannot_be_written_does_not_end_the_job(tmp_path, caplog):
@@ -260,7 +318,9 @@ def test_the_allocators_history_is_dumped_and_switched_off_on_a_gpu_even_if_the_
 ):
     """The order of the calls into torch, with those of CUDA replaced."""
     said = []
-    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all", **_: said.append(enabled))
+    monkeypatch.setattr(
+        torch.cuda.memory, "_record_memory_history", lambda enabled="all", **_: said.append(enabled)
+    )
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", said.append)
     loaded = loaded_tiny(tmp_path / "model")
     on_gpu = SimpleNamespace(architecture=loaded.architecture, device=torch.device("cuda"))
@@ -293,13 +353,17 @@ def test_on_a_gpu_the_peak_is_the_allocators_and_its_history_is_kept(tmp_path):
 
 @pytest.mark.parametrize("number", [-1, 2, 7])
 def test_a_shard_that_the_run_does_not_have_is_refused_in_one_line(number):
-    with pytest.raises(ConfigError, match=rf"^memory\.profile_shard: {number} is no shard; .* are 0 to 1$"):
+    with pytest.raises(
+        ConfigError, match=rf"^memory\.profile_shard: {number} is no shard; .* are 0 to 1$"
+    ):
         compose.runs(ROOT / "config", "smollm2-135m", f"memory.profile_shard={number}")
 
 
 def test_the_key_is_frozen_for_the_extraction_alone_and_only_where_it_is_set(tmp_path):
     (plain,) = compose.runs(ROOT / "config", "smollm2-135m", "name=r").values()
-    (asked,) = compose.runs(ROOT / "config", "smollm2-135m", "name=r memory.profile_shard=1").values()
+    (asked,) = compose.runs(
+        ROOT / "config", "smollm2-135m", "name=r memory.profile_shard=1"
+    ).values()
     assert {s for s in frozen.STAGES if plain.stage(s) != asked.stage(s)} == {"extract"}
     for stage in frozen.STAGES:
         assert "profile_shard" not in json.dumps(plain.stage(stage))
@@ -310,16 +374,21 @@ def test_the_key_is_frozen_for_the_extraction_alone_and_only_where_it_is_set(tmp
     assert digests[0] == digests[1]
     assert frozen.load_frozen(tmp_path / "0.json").memory.profile_shard is None
     assert frozen.load_frozen(tmp_path / "1.json").memory.profile_shard == 1
-    assert frozen.to_plain(frozen.load_frozen(tmp_path / "1.json")) == plain.stage("extract")["config"]
+    assert (
+        frozen.to_plain(frozen.load_frozen(tmp_path / "1.json")) == plain.stage("extract")["config"]
+    )
 
 
 def test_a_config_that_does_not_set_the_key_has_the_digest_of_its_bytes(tmp_path):
     """So that a shard begun before the key existed is gone on with."""
     import hashlib
 
-    (run,) = compose.runs(ROOT / "config", "smollm2-135m", """corpus=text corpus.path="'/é'" """).values()
+    (run,) = compose.runs(
+        ROOT / "config", "smollm2-135m", """corpus=text corpus.path="'/é'" """
+    ).values()
     for stage in frozen.STAGES:
         frozen.freeze(run.stage(stage), tmp_path / "c.json")
         assert (
-            frozen.frozen_digest(tmp_path / "c.json") == hashlib.sha256((tmp_path / "c.json").read_bytes()).hexdigest()
+            frozen.frozen_digest(tmp_path / "c.json")
+            == hashlib.sha256((tmp_path / "c.json").read_bytes()).hexdigest()
         )

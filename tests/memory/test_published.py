@@ -1,31 +1,35 @@
-"""The estimate against peaks that others published: torch.cuda.max_memory_allocated, at most 3% apart.
+"""The estimate against peaks that others published: torch.cuda.max_memory_allocated, at most 3%
+apart.
 
-Each is foretold from a config alone: weights, the cuBLAS workspace and the traced forward pass, through the replay of
-the allocator. Nothing is fitted.
+Each is foretold from a config alone: weights, the cuBLAS workspace and the traced forward pass,
+through the replay of the allocator. Nothing is fitted.
 
 Sources:
 
-- Qwen2.5: "Qwen2.5 Speed Benchmark" of the Qwen documentation and its script speed_benchmark_transformers.py (A100,
-  torch 2.3.1, transformers 4.46.0, flash-attn 2.5.8). BF16, one prompt of so many tokens in one pass through the KV
-  cache with the last token's logits alone, then 2048 tokens generated. Printed as GB; the script divides by 1024³.
-- OctoCoder: "Optimizing LLMs for Speed and Memory" of the transformers documentation, a prompt of about 20 tokens and
-  60 new ones, bytes / 1024³. In 8 bits it was a bitsandbytes of 2023, which kept one re-laid copy of a weight besides:
-  it is not in the estimate, which is lower by that.
-- GPT-2 XL: the notebook "Memory-efficient Model Weight Loading" of the book "Build a Large Language Model (From
-  Scratch)", chapter 5 (torch 2.4.1), FP32, loading alone, bytes / 1024³ to one decimal: its own GPTModel, with an
-  untied head and an FP32 mask in each block.
+- Qwen2.5: "Qwen2.5 Speed Benchmark" of the Qwen documentation and its script
+  speed_benchmark_transformers.py (A100, torch 2.3.1, transformers 4.46.0, flash-attn 2.5.8). BF16,
+  one prompt of so many tokens in one pass through the KV cache with the last token's logits alone,
+  then 2048 tokens generated. Printed as GB; the script divides by 1024³.
+- OctoCoder: "Optimizing LLMs for Speed and Memory" of the transformers documentation, a prompt of
+  about 20 tokens and 60 new ones, bytes / 1024³. In 8 bits it was a bitsandbytes of 2023, which
+  kept one re-laid copy of a weight besides: it is not in the estimate, which is lower by that.
+- GPT-2 XL: the notebook "Memory-efficient Model Weight Loading" of the book "Build a Large Language
+  Model (From Scratch)", chapter 5 (torch 2.4.1), FP32, loading alone, bytes / 1024³ to one decimal:
+  its own GPTModel, with an untied head and an FP32 mask in each block.
 
-Flash attention and fused attention take the same memory here: neither makes a mask or repeats keys, and both write the
-output and one FP32 number for each head and position.
+Flash attention and fused attention take the same memory here: neither makes a mask or repeats keys,
+and both write the output and one FP32 number for each head and position.
 
 Left out, as what was measured is not what runs today:
 
-- pythia-410m, gpt2-large and opt-350m of the transformers documentation: their KV cache was a tuple whose old and new
-  copies lived side by side, twice the memory of today's.
-- albert-base-v2, a classifier in FP16: today's block holds the attention weights through its MLP and its mask is
-  boolean, so eager attention comes out 1% below to 17% above what was measured, and fused attention 2 to 5% below.
-- OctoCoder in 4 bits: its compute dtype was the default, FP32, so each weight was made whole in FP16 and again in
-  FP32. Models are loaded here to compute in their own precision, which makes it whole once (6% less).
+- pythia-410m, gpt2-large and opt-350m of the transformers documentation: their KV cache was a tuple
+  whose old and new copies lived side by side, twice the memory of today's.
+- albert-base-v2, a classifier in FP16: today's block holds the attention weights through its MLP
+  and its mask is boolean, so eager attention comes out 1% below to 17% above what was measured, and
+  fused attention 2 to 5% below.
+- OctoCoder in 4 bits: its compute dtype was the default, FP32, so each weight was made whole in
+  FP16 and again in FP32. Models are loaded here to compute in their own precision, which makes it
+  whole once (6% less).
 - Qwen2.5 with GPTQ and AWQ weights: schemes that are not modelled here.
 - LitGPT's resource tables: the length of the prompt is not stated.
 """
@@ -86,14 +90,19 @@ def generated(fake: FakeModel, prompt: int, new_tokens: int) -> int:
 
 @pytest.mark.parametrize(
     ("size", "prompt", "published"),
-    [(size, prompt, gib) for size in QWEN for prompt, gib in zip(PROMPTS, QWEN_GIB[size], strict=True)],
+    [
+        (size, prompt, gib)
+        for size in QWEN
+        for prompt, gib in zip(PROMPTS, QWEN_GIB[size], strict=True)
+    ],
 )
 def test_qwen2_5(size: str, prompt: int, published: float) -> None:
     assert generated(qwen(size), prompt, 2048) / GIB == pytest.approx(published, rel=0.03)
 
 
 @pytest.mark.parametrize(
-    ("precision", "quantization", "published"), [("bf16", None, 29.0260648727417), ("fp16", "int8", 15.219234466552734)]
+    ("precision", "quantization", "published"),
+    [("bf16", None, 29.0260648727417), ("fp16", "int8", 15.219234466552734)],
 )
 def test_octocoder(precision: str, quantization: str | None, published: float) -> None:
     config = AutoConfig.for_model(
@@ -116,11 +125,23 @@ def gpt2_xl() -> list[int]:
     """Bytes of each tensor of the book's GPTModel, in the order in which they are moved to the GPU."""
     h, mlp, vocabulary, context = 1600, 6400, 50257, 1024
     attention = [h * h, h] * 4 + [context * context]  # queries, keys, values, output; then the mask
-    block = [*attention, h * mlp, mlp, mlp * h, h, h, h, h, h]  # MLP, and scale and shift of two norms
+    block = [
+        *attention,
+        h * mlp,
+        mlp,
+        mlp * h,
+        h,
+        h,
+        h,
+        h,
+        h,
+    ]  # MLP, and scale and shift of two norms
     return [4 * n for n in [vocabulary * h, context * h, *block * 48, h, h, vocabulary * h]]
 
 
-@pytest.mark.parametrize(("copies", "published"), [(1, 6.4), (2, 12.8)])  # the model; and its state_dict beside it
+@pytest.mark.parametrize(
+    ("copies", "published"), [(1, 6.4), (2, 12.8)]
+)  # the model; and its state_dict beside it
 def test_gpt2_xl_loaded(copies: int, published: float) -> None:
     tensors = gpt2_xl()
     assert sum(tensors) == 4 * (1_638_022_400 + 48 * 1024**2)

@@ -1,4 +1,6 @@
-"""The trace against the CPU allocator itself: the same forward, with the same taps, measured by torch's profiler."""
+"""The trace against the CPU allocator itself: the same forward, with the same taps, measured by
+torch's profiler.
+"""
 
 from functools import cache
 
@@ -23,8 +25,17 @@ FILTERS = {
     "all": ["blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"],
 }
 WORKLOADS = {"one pass": Workload(2, 1024, 1024), "streamed": Workload(2, 640, 192)}
-INSIDE = ["blocks.*.attn.hook_pattern", "blocks.1.*.hook_normalized", "blocks.*.attn.hook_v", "blocks.*.hook_mlp_out"]
-SHORT_WORKLOADS = {"one pass": Workload(1, 256, 256), "streamed": Workload(2, 160, 48), "in two": Workload(1, 90, 64)}
+INSIDE = [
+    "blocks.*.attn.hook_pattern",
+    "blocks.1.*.hook_normalized",
+    "blocks.*.attn.hook_v",
+    "blocks.*.hook_mlp_out",
+]
+SHORT_WORKLOADS = {
+    "one pass": Workload(1, 256, 256),
+    "streamed": Workload(2, 160, 48),
+    "in two": Workload(1, 90, 64),
+}
 
 
 def real_peak(described, workload, points) -> int:
@@ -47,7 +58,12 @@ def test_it_does_so_for_hook_points_inside_the_blocks(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("windows", "tokens", "keys", "width", "causal"),
-    [(1, 24, 24, 16, True), (2, 64, 65, 33, False), (1, 192, 640, 64, True), (1, 800, 801, 16, False)],
+    [
+        (1, 24, 24, 16, True),
+        (2, 64, 65, 33, False),
+        (1, 192, 640, 64, True),
+        (1, 800, 801, 16, False),
+    ],
 )
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -69,9 +85,15 @@ def test_fused_attention_takes_what_its_kernel_takes(
         torch.set_num_threads(before)
 
 
-def errors(name: str, precision: str, filters_by_name, workloads) -> dict[tuple[str, str], tuple[float, float]]:
-    """By how much the trace is off the real peak, and what products take within themselves, as shares of the peak."""
-    described = blocks.find_blocks(AutoModel.from_config(model_config(name), dtype=torch_dtype(precision)).eval())
+def errors(
+    name: str, precision: str, filters_by_name, workloads
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """By how much the trace is off the real peak, and what products take within themselves, as
+    shares of the peak.
+    """
+    described = blocks.find_blocks(
+        AutoModel.from_config(model_config(name), dtype=torch_dtype(precision)).eval()
+    )
     fake = fake_model(model_config(name), precision)
     far = {}
     for asked, filters in filters_by_name.items():
@@ -79,26 +101,37 @@ def errors(name: str, precision: str, filters_by_name, workloads) -> dict[tuple[
         for shape, workload in workloads.items():
             foretold = trace.trace(fake, workload, chosen, held=True)[0].total
             measured = real_peak(described, workload, chosen)
-            within = within_products(described, workload.windows * min(workload.tokens, workload.chunk_size))
+            within = within_products(
+                described, workload.windows * min(workload.tokens, workload.chunk_size)
+            )
             far[asked, shape] = (foretold / measured - 1, within / measured)
     return far
 
 
 def within_products(described, tokens: int) -> int:
-    """Bytes that oneDNN takes for a product of 16 bits on some processors, some 0.1 to 0.2 MB for each thread.
+    """Bytes that oneDNN takes for a product of 16 bits on some processors, some 0.1 to 0.2 MB for
+    each thread.
 
     The trace leaves them out: they depend on the processor, and not on the model's size.
     """
     linears = [m for m in described.model.modules() if isinstance(m, torch.nn.Linear)]
     sizes = {(m.in_features, m.out_features) for m in linears if m.weight.dtype != torch.float32}
-    return max((_within_product(*size, linears[0].weight.dtype, tokens) for size in sizes), default=0)
+    return max(
+        (_within_product(*size, linears[0].weight.dtype, tokens) for size in sizes), default=0
+    )
 
 
 @cache
 def _within_product(width: int, outputs: int, dtype: torch.dtype, tokens: int) -> int:
-    values, weight = torch.zeros(tokens, width, dtype=dtype), torch.zeros(outputs, width, dtype=dtype)
+    values, weight = (
+        torch.zeros(tokens, width, dtype=dtype),
+        torch.zeros(outputs, width, dtype=dtype),
+    )
     with torch.inference_mode():
-        return allocator_peak(lambda: torch.nn.functional.linear(values, weight)) - tokens * outputs * dtype.itemsize
+        return (
+            allocator_peak(lambda: torch.nn.functional.linear(values, weight))
+            - tokens * outputs * dtype.itemsize
+        )
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 20])
@@ -107,7 +140,9 @@ def test_generation_has_the_peak_of_every_step_traced(new_tokens: int) -> None:
     model = fake.architecture.model
     live = LiveStorages()
     with fake.mode, shapes_only(), torch.inference_mode():
-        steps = [torch.zeros(2, tokens, dtype=torch.int64) for tokens in [16] + [1] * (new_tokens - 1)]
+        steps = [
+            torch.zeros(2, tokens, dtype=torch.int64) for tokens in [16] + [1] * (new_tokens - 1)
+        ]
         live.ignore([*steps, *model.parameters(), *model.buffers()])
         with live:
             cache = DynamicCache(config=model.config)

@@ -1,7 +1,8 @@
-"""Foretold training steps and savings against the CPU allocator itself, by torch's profiler, as in test_trace.py.
+"""Foretold training steps and savings against the CPU allocator itself, by torch's profiler, as in
+test_trace.py.
 
-What remains between the two is the state of the random generator, which checkpointing keeps for each block (5056 bytes,
-not an operation's), and on so small a model is up to 0.1%.
+What remains between the two is the state of the random generator, which checkpointing keeps for
+each block (5056 bytes, not an operation's), and on so small a model is up to 0.1%.
 """
 
 import gc
@@ -45,7 +46,9 @@ def weights_bytes(model) -> int:
 
 
 def follow_allocator(work) -> dict[str, tuple[int, int]]:
-    """The most bytes that the CPU allocator had given out in each phase of some work, and those at its end."""
+    """The most bytes that the CPU allocator had given out in each phase of some work, and those at
+    its end.
+    """
 
     def ended(phase: str) -> None:
         with record_function(f"end of {phase}"):
@@ -67,13 +70,21 @@ def follow_allocator(work) -> dict[str, tuple[int, int]]:
 
 
 def measured_step(model, recipe: Recipe) -> tuple[dict[str, int], int]:
-    """Peaks of the second step's phases, and what is alive after its forward; with weights and states."""
+    """Peaks of the second step's phases, and what is alive after its forward; with weights and
+    states.
+    """
     ids = torch.randint(512, (WINDOWS, TOKENS))
     optimizer = training.prepare(model, recipe)
     training.step(model, optimizer, ids, recipe)
-    found = follow_allocator(lambda ended: training.step(model, optimizer, ids, recipe, ended=ended))
-    before = weights_bytes(model) + sum(t.nbytes for state in optimizer.state.values() for t in state.values())
-    return {phase: before + most for phase, (most, _) in found.items()}, before + found["forward"][1]
+    found = follow_allocator(
+        lambda ended: training.step(model, optimizer, ids, recipe, ended=ended)
+    )
+    before = weights_bytes(model) + sum(
+        t.nbytes for state in optimizer.state.values() for t in state.values()
+    )
+    return {phase: before + most for phase, (most, _) in found.items()}, before + found["forward"][
+        1
+    ]
 
 
 SCHEMES = {
@@ -83,7 +94,10 @@ SCHEMES = {
     "for-loop optimiser": Recipe(foreach=False),
 }
 CASES = [
-    (name, dtype, scheme) for name in MODELS for dtype in ("fp32", "bf16") for scheme in ("plain", "checkpointing")
+    (name, dtype, scheme)
+    for name in MODELS
+    for dtype in ("fp32", "bf16")
+    for scheme in ("plain", "checkpointing")
 ]
 CASES += [
     ("llama-gqa", "fp32", "for-loop optimiser"),
@@ -112,7 +126,9 @@ def foretold(name: str, precision: str, scheme: str) -> TrainingMemory:
 def test_step_has_the_peaks_of_the_cpu_allocator(name: str, precision: str, scheme: str) -> None:
     autocast, _, dtype = precision.rpartition(" ")
     recipe = replace(SCHEMES[scheme], autocast=dtype if autocast else None)
-    peaks, alive_after_forward = measured_step(fresh_model(name, "fp32" if autocast else dtype), recipe)
+    peaks, alive_after_forward = measured_step(
+        fresh_model(name, "fp32" if autocast else dtype), recipe
+    )
     memory = foretold(name, precision, scheme)
     far = {phase: sum(memory.phases[phase].values()) / peaks[phase] - 1 for phase in PHASES}
     far["after forward"] = sum(memory.after_forward.values()) / alive_after_forward - 1
@@ -132,7 +148,10 @@ def _without_onednn():
 @pytest.mark.parametrize("tokens", [24, 100, 200, 800])
 def test_backward_of_attention_has_its_buffers_for_each_thread(tokens: int, precision: str) -> None:
     torch.set_num_threads(2)
-    inputs = [torch.randn(1, 2, tokens, 32, dtype=torch_dtype(precision), requires_grad=True) for _ in range(3)]
+    inputs = [
+        torch.randn(1, 2, tokens, 32, dtype=torch_dtype(precision), requires_grad=True)
+        for _ in range(3)
+    ]
     output = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
     gradient = torch.ones_like(output)
 
@@ -154,9 +173,13 @@ def test_gradients_and_states_have_the_bytes_of_their_scheme(precision: str) -> 
     each = 2 if precision == "bf16" else 4
     step = foretold("llama-gqa", precision, "plain").phases["optimizer"]
     assert step["gradients"] == elements * each
-    assert step["optimizer_states"] == 2 * elements * each + 4 * tensors  # AdamW counts each tensor's steps in FP32
+    assert (
+        step["optimizer_states"] == 2 * elements * each + 4 * tensors
+    )  # AdamW counts each tensor's steps in FP32
     assert step["weights"] == elements * each + sum(b.nbytes for b in model.buffers())
-    assert step["temporaries"] == pytest.approx(elements * each, abs=8)  # foreach: a square root of the whole
+    assert step["temporaries"] == pytest.approx(
+        elements * each, abs=8
+    )  # foreach: a square root of the whole
 
 
 def test_real_and_fake_models_give_the_same_bytes() -> None:
@@ -171,7 +194,9 @@ def test_checkpointing_keeps_the_input_of_each_block_and_what_is_outside_the_blo
     plain, less = (foretold("llama-gqa", "fp32", scheme) for scheme in ("plain", "checkpointing"))
     residual = WINDOWS * TOKENS * 256 * 4
     saved = less.after_forward["saved_activations"]
-    inputs_and_final_norm = 4 * residual + 3 * residual  # the norm keeps its input, the normalised, and its output
+    inputs_and_final_norm = (
+        4 * residual + 3 * residual
+    )  # the norm keeps its input, the normalised, and its output
     assert inputs_and_final_norm <= saved <= 1.05 * inputs_and_final_norm
     assert saved < plain.after_forward["saved_activations"] / 4
     assert less.peak < plain.peak
@@ -179,7 +204,10 @@ def test_checkpointing_keeps_the_input_of_each_block_and_what_is_outside_the_blo
 
 def test_dropout_of_attention_is_fused_on_cuda() -> None:
     config = model_config("gpt2")
-    cpu, cuda = (training.training_step(config, "bf16", 1, 256, device=device).peak for device in ("cpu", "cuda"))
+    cpu, cuda = (
+        training.training_step(config, "bf16", 1, 256, device=device).peak
+        for device in ("cpu", "cuda")
+    )
     one_matrix_of_each_block = 4 * 8 * 256 * 256 * 2
     assert cuda < cpu - one_matrix_of_each_block
 
@@ -189,15 +217,27 @@ def test_autocast_to_fp32_is_refused() -> None:
         training.training_step(model_config("llama-gqa"), "fp32", 1, 8, autocast=True)
 
 
-# Forward and backward without an optimiser on an RTX 3080 Ti (torch 2.2, transformers 4.42) and an L40S (torch 2.4,
-# transformers 4.46): max_memory_allocated in MB, of pull requests 31172 and 33298 of huggingface/transformers.
-# The loss is logits.sum(), and the output of a step is alive during the next: with its KV cache, which the classes of
-# that time took from the activations without a copy. GPT-2's had a mask of 1024 × 1024 for each block.
+# Forward and backward without an optimiser on an RTX 3080 Ti (torch 2.2, transformers 4.42) and an
+# L40S (torch 2.4, transformers 4.46): max_memory_allocated in MB, of pull requests 31172 and 33298
+# of huggingface/transformers. The loss is logits.sum(), and the output of a step is alive during
+# the next: with its KV cache, which the classes of that time took from the activations without a
+# copy. GPT-2's had a mask of 1024 × 1024 for each block.
 PUBLISHED = {
-    "gpt2-large": ("gpt2", {"n_embd": 1280, "n_layer": 36, "n_head": 20}, (4, 1024), 36 * 1024**2, 14568.2),
+    "gpt2-large": (
+        "gpt2",
+        {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+        (4, 1024),
+        36 * 1024**2,
+        14568.2,
+    ),
     "opt-350m": (
         "opt",
-        {"hidden_size": 1024, "word_embed_proj_dim": 512, "num_hidden_layers": 24, "num_attention_heads": 16}
+        {
+            "hidden_size": 1024,
+            "word_embed_proj_dim": 512,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        }
         | {"ffn_dim": 4096, "do_layer_norm_before": False},
         (8, 1024),
         0,
@@ -232,7 +272,9 @@ def test_forward_and_backward_have_the_published_peak_on_cuda(name: str) -> None
 def rows():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = savings.optimisations(model_config("llama-gqa"), WINDOWS, 1024, 256, ["blocks.1.hook_resid_post"])
+    found = savings.optimisations(
+        model_config("llama-gqa"), WINDOWS, 1024, 256, ["blocks.1.hook_resid_post"]
+    )
     torch.set_num_threads(threads)
     return found
 
@@ -242,9 +284,14 @@ def only(rows, name: str, workflow: str):
 
 
 def test_table_has_each_optimisation_in_both_workflows(rows) -> None:
-    assert {(r.optimisation, r.workflow) for r in rows} == {(n, w) for n in savings.CLAIMS for w in WORKFLOWS}
+    assert {(r.optimisation, r.workflow) for r in rows} == {
+        (n, w) for n in savings.CLAIMS for w in WORKFLOWS
+    }
     refused = {(r.optimisation, r.workflow) for r in rows if not r.applies}
-    assert refused == {("gradient checkpointing", "inference"), ("torch.inference_mode()", "training")}
+    assert refused == {
+        ("gradient checkpointing", "inference"),
+        ("torch.inference_mode()", "training"),
+    }
     assert all(r.before == r.after and r.percent == 0 for r in rows if not r.applies)
     assert all(r.claim and r.compared and r.before.total > r.before.activations > 0 for r in rows)
     assert all(r.percent > 0 for r in rows if r.applies)
@@ -252,14 +299,18 @@ def test_table_has_each_optimisation_in_both_workflows(rows) -> None:
 
 
 def test_streaming_can_cost_more_than_one_pass() -> None:
-    wide = savings.optimisations(model_config("llama-mha"), 2, 512, 256, ["blocks.-1.hook_resid_post"])
+    wide = savings.optimisations(
+        model_config("llama-mha"), 2, 512, 256, ["blocks.-1.hook_resid_post"]
+    )
     narrow = only(wide, "streaming extraction", "inference")
     assert narrow.after.activations > narrow.before.activations
     assert narrow.percent < 0
 
 
 def test_rows_of_inference_are_those_of_the_cpu_allocator(rows) -> None:
-    described = blocks.find_blocks(AutoModel.from_config(model_config("llama-gqa"), dtype=torch.bfloat16).eval())
+    described = blocks.find_blocks(
+        AutoModel.from_config(model_config("llama-gqa"), dtype=torch.bfloat16).eval()
+    )
     points = select_points(["blocks.1.hook_resid_post"], residual_points(4, 256))
     every = residual_points(4, 256)
     ids = torch.randint(512, (WINDOWS, 1024))

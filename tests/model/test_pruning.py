@@ -18,13 +18,18 @@ from theloom.planning import estimate
 
 def values(described, points, ids):
     found = {}
-    with torch.inference_mode(), Taps(described, points, lambda n, v: found.__setitem__(n, v.clone())) as taps:
+    with (
+        torch.inference_mode(),
+        Taps(described, points, lambda n, v: found.__setitem__(n, v.clone())) as taps,
+    ):
         taps.run(input_ids=ids, use_cache=False)
     return found
 
 
 @pytest.mark.parametrize("model_type", TINY)
-def test_a_part_of_a_model_gives_the_rows_of_the_whole_and_is_foretold_to_the_byte(tmp_path, model_type):
+def test_a_part_of_a_model_gives_the_rows_of_the_whole_and_is_foretold_to_the_byte(
+    tmp_path, model_type
+):
     config = a_config(build_tiny(model_type, tmp_path))
     files = prepare_files(config.model)
     whole = load_model(config, files).architecture
@@ -52,7 +57,9 @@ def test_the_final_norm_is_loaded_where_it_is_asked_for_alone(tmp_path):
     points = build_catalog(load_model(config, files).architecture).points
     residuals = [p for p in points if p.name == "blocks.2.hook_resid_post"]
     final = [p for p in points if p.name == "ln_final.hook_scale"]
-    without, with_norm = (load_model(config, files, asked).architecture.model for asked in (residuals, final))
+    without, with_norm = (
+        load_model(config, files, asked).architecture.model for asked in (residuals, final)
+    )
     assert "norm.weight" not in dict(without.named_parameters())
     assert "norm.weight" in dict(with_norm.named_parameters())
     with pytest.raises(BlockNotLoadedError):
@@ -70,7 +77,9 @@ def test_the_closed_form_knows_what_is_loaded(tmp_path):
 def test_blocks_that_are_not_needed_are_not_read_from_disk(tmp_path, monkeypatch):
     config = a_config(build_tiny("gpt_neox", tmp_path))
     files = prepare_files(config.model)
-    points = [p for p in build_catalog(load_model(config, files).architecture).points if p.block <= 0]
+    points = [
+        p for p in build_catalog(load_model(config, files).architecture).points if p.block <= 0
+    ]
     read, materialize = [], loading.spawn_materialize
 
     def note(pool, tensor, *args, **kwargs):

@@ -50,7 +50,10 @@ def test_a_job_that_ended_on_a_user_s_error_is_that_line(tmp_path):
     log.write_text("much\nerror: what was asked, what to do\n")
     said = record("Error in rule x, jobid: 1", event="job_error", log=[str(log)])
     assert console.Brief().filter(said)
-    assert (said.getMessage(), said.__dict__["event"]) == (f"error: what was asked, what to do (log: {log})", None)
+    assert (said.getMessage(), said.__dict__["event"]) == (
+        f"error: what was asked, what to do (log: {log})",
+        None,
+    )
 
 
 def test_a_job_that_ended_otherwise_keeps_snakemake_s_block(tmp_path):
@@ -76,10 +79,19 @@ def test_a_call_beside_another_says_so_and_how_to_unlock(project):
 
 
 def test_a_failed_call_ends_on_the_error_s_line(project):
-    done = project.snakemake("--until", "load_model", profiles="smollm2-135m", overrides="corpus.context_length=100000")
+    done = project.snakemake(
+        "--until", "load_model", profiles="smollm2-135m", overrides="corpus.context_length=100000"
+    )
     printed = done.stdout + done.stderr
     assert done.returncode != 0
     assert printed.splitlines()[-1].startswith("error: corpus.context_length")
-    for left_out in ("Reason:", "RuleException", "freeze the config", "Select jobs", "=====", "WorkflowError"):
+    for left_out in (
+        "Reason:",
+        "RuleException",
+        "freeze the config",
+        "Select jobs",
+        "=====",
+        "WorkflowError",
+    ):
         assert left_out not in printed
     assert "turn the corpus into tokens" in printed

@@ -23,7 +23,9 @@ with job(sys.argv[1], 2):
 def run(tmp_path: Path, ending: str) -> tuple[int, str, str]:
     log = tmp_path / "x.log"
     script = BODY.format(ending=ending)
-    done = subprocess.run([sys.executable, "-u", "-c", script, str(log)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", script, str(log)], capture_output=True, text=True
+    )
     return done.returncode, log.read_text(), done.stdout + done.stderr
 
 
@@ -43,7 +45,10 @@ def test_a_user_s_error_is_one_line_and_no_traceback(tmp_path):
 
 
 def test_memory_that_ran_out_is_one_line_too(tmp_path):
-    for ending in ("raise MemoryError", "import torch; raise torch.OutOfMemoryError('CUDA out of memory')"):
+    for ending in (
+        "raise MemoryError",
+        "import torch; raise torch.OutOfMemoryError('CUDA out of memory')",
+    ):
         code, log, _ = run(tmp_path, ending)
         assert code == 1
         assert "memory ran out; lower extraction.batch_tokens" in log.splitlines()[-1]
@@ -71,6 +76,8 @@ def test_a_job_is_offline_and_sees_no_token_but_the_one_that_fetches_does(tmp_pa
     tell = "import os; print(os.environ.get('HF_HUB_OFFLINE'), os.environ.get('HF_TOKEN'))"
     for online, expected in ((False, "1 None"), (True, f"None {SECRET}")):
         script = f"from theloom.pipeline.job import job\nwith job({str(tmp_path / 'log')!r}, online={online}): {tell}"
-        environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_TOKEN": SECRET}
+        environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
+            "HF_TOKEN": SECRET
+        }
         subprocess.run([sys.executable, "-c", script], env=environment, check=True)
         assert (tmp_path / "log").read_text().strip() == expected

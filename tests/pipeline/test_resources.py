@@ -1,4 +1,6 @@
-"""What jobs ask of a scheduler: from the estimate, without torch, and kept for a run that has begun."""
+"""What jobs ask of a scheduler: from the estimate, without torch, and kept for a run that has
+begun.
+"""
 
 import dataclasses
 import json
@@ -44,8 +46,16 @@ def test_on_the_cpu_the_host_holds_all_and_no_gpu_is_asked_for():
 
 
 def test_what_the_config_names_is_asked_for_as_it_is():
-    found = asked("7b", "resources.mem_mb=1 resources.runtime=2 resources.gpu=3 resources.disk_mb=4")
-    assert (found.mem_mb, found.runtime, found.verify_runtime, found.gpu, found.disk_mb) == (1, 2, 2, 3, 4)
+    found = asked(
+        "7b", "resources.mem_mb=1 resources.runtime=2 resources.gpu=3 resources.disk_mb=4"
+    )
+    assert (found.mem_mb, found.runtime, found.verify_runtime, found.gpu, found.disk_mb) == (
+        1,
+        2,
+        2,
+        3,
+        4,
+    )
 
 
 def test_a_model_without_numbers_gets_its_profile_s_figures():
@@ -61,7 +71,13 @@ def test_a_shard_s_disk_is_its_rows():
 
 @pytest.mark.parametrize(
     ("overrides", "card"),
-    [("a100", 39.39), ("nvidia_a100_80gb", 79.14), ("l4", 22.03), ("unheard-of", 73.67), ("l40s", 44.34)],
+    [
+        ("a100", 39.39),
+        ("nvidia_a100_80gb", 79.14),
+        ("l4", 22.03),
+        ("unheard-of", 73.67),
+        ("l40s", 44.34),
+    ],
 )
 def test_a_scheduler_s_name_of_a_gpu_gives_its_memory(overrides, card):
     settings = to_config(a_run("7b", f"resources.gpu_model={overrides}").config)
@@ -74,12 +90,17 @@ def test_shards_are_ten_minutes_of_the_planned_throughput():
     speed = sharding.tokens_per_second(settings)
     assert 100_000_000 / settings.extraction.shards / speed == pytest.approx(600, rel=0.1)
     faster = a_run("7b", f"{overrides} resources.tokens_per_second={2 * speed}")
-    assert faster.config["extraction"]["shards"] == pytest.approx(settings.extraction.shards / 2, abs=1)
+    assert faster.config["extraction"]["shards"] == pytest.approx(
+        settings.extraction.shards / 2, abs=1
+    )
 
 
 def test_there_is_a_shard_for_each_gpu_that_shall_work():
     assert a_run("3b", "resources.least_shards=8").config["extraction"]["shards"] == 8
-    assert a_run("3b", "resources.least_shards=8 extraction.shards=3").config["extraction"]["shards"] == 3
+    assert (
+        a_run("3b", "resources.least_shards=8 extraction.shards=3").config["extraction"]["shards"]
+        == 3
+    )
 
 
 def begin(results, run: compose.Run) -> None:
@@ -103,13 +124,18 @@ def test_a_run_that_has_begun_keeps_its_shards_until_its_corpus_changes(tmp_path
 
 
 def test_the_dry_run_of_five_sizes_in_256_shards_lists_jobs_with_what_they_ask_for(project):
-    done = project.snakemake("--dry-run", profiles="3b,7b,13b,30b,70b", overrides="extraction.shards=256")
+    done = project.snakemake(
+        "--dry-run", profiles="3b,7b,13b,30b,70b", overrides="extraction.shards=256"
+    )
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     assert printed.count(": extract shard ") == 5 * 256
     for name in ("3b", "7b", "13b", "30b", "70b"):
         found = asked(name, "extraction.shards=256")
-        assert f"{name}+shards=256: 256 shards of about 3,907 tokens; a job asks for 1 GPU with" in printed
+        assert (
+            f"{name}+shards=256: 256 shards of about 3,907 tokens; a job asks for 1 GPU with"
+            in printed
+        )
         job = rf"{re.escape(name)}.shards=256: extract shard 00255 of 00256 \(\d+ threads, {found.mem_mb} MB, "
         assert re.search(rf"{job}{found.runtime} min\)", printed)
 
@@ -121,7 +147,9 @@ def test_planning_a_run_imports_no_torch():
         "planned = {name: resources.planned(run, Path('none')) for name, run in runs.items()}\n"
         "print(resources.table(planned)); print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "False False"
 
 

@@ -1,4 +1,6 @@
-"""What is done about Snakemake's Slurm executor where Slurm keeps no accounts, and left alone where it does."""
+"""What is done about Snakemake's Slurm executor where Slurm keeps no accounts, and left alone where
+it does.
+"""
 
 import sys
 import types

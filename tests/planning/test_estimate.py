@@ -33,7 +33,9 @@ def test_weights_of_every_profile_are_its_public_parameter_count(profile):
 
 def test_a_multi_head_7b_needs_a_gigabyte_of_keys_and_values_for_2048_tokens():
     (run,) = compose.runs(ROOT / "config", "7b", "corpus.context_length=2048").values()
-    settings = frozen.to_config(run.config | {"model": run.config["model"] | {"architecture": LLAMA_2_7B}})
+    settings = frozen.to_config(
+        run.config | {"model": run.config["model"] | {"architecture": LLAMA_2_7B}}
+    )
     found = estimate.estimate(settings, estimate.estimator_of(settings))
     assert found.find("fp16", 2048, 1024).kv_cache == 1_073_741_824
 
@@ -56,14 +58,20 @@ LLAMA_2_7B = {
 @pytest.mark.parametrize("model_type", [t for t in TINY if t != "qwen3_moe"])
 def test_weights_cache_and_captures_are_those_of_the_real_model(tmp_path, model_type):
     folder = build_tiny(model_type, tmp_path)
-    asked = "memory.activation_cache_filter=[blocks.*.hook_resid_post] memory.streaming_chunk_size=32"
+    asked = (
+        "memory.activation_cache_filter=[blocks.*.hook_resid_post] memory.streaming_chunk_size=32"
+    )
     settings = a_config(folder, f"{asked} corpus.context_length=96 extraction.batch_tokens=64")
     found = estimate.estimate(settings, estimate.estimator_of(settings))
     files = prepare_files(settings.model)
     loaded = loading.load_model(settings, files)
     real = loaded.architecture.model
-    part = loading.load_model(settings, files, loaded.catalogue.select(["blocks.*.hook_resid_post"])).architecture.model
-    held = {t.data_ptr(): t.numel() * t.element_size() for t in [*part.parameters(), *part.buffers()]}
+    part = loading.load_model(
+        settings, files, loaded.catalogue.select(["blocks.*.hook_resid_post"])
+    ).architecture.model
+    held = {
+        t.data_ptr(): t.numel() * t.element_size() for t in [*part.parameters(), *part.buffers()]
+    }
     assert found.weights["fp32"] == pytest.approx(sum(held.values()), rel=1e-3)
     captured = forward_residuals(loaded.architecture, torch.zeros(2, 32, dtype=torch.int64), 32)
     assert found.captured_selected["fp32"] * 64 == sum(t.numel() * 4 for t in captured.values())
@@ -83,7 +91,10 @@ def test_smollm2_is_estimated_from_its_numbers_as_it_is_loaded(smollm2):
     _, found = of_profile("smollm2-135m")
     real = AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32)
     held = [*real.model.parameters(), *real.model.buffers()]
-    assert found.weights["fp32"] == sum(p.numel() * 4 for p in held) - 4 * real.model.norm.weight.numel()
+    assert (
+        found.weights["fp32"]
+        == sum(p.numel() * 4 for p in held) - 4 * real.model.norm.weight.numel()
+    )
     assert found.hooks == [f"blocks.{i}.hook_resid_post" for i in (5, 15, 29)]
     assert found.disk_bytes("fp32") == 16384 * (3 * 576 * 4 + 12)
 

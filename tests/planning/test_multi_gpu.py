@@ -1,4 +1,6 @@
-"""Several GPUs for one model: how many, and which blocks where. accelerate checks the maps on transformers' models."""
+"""Several GPUs for one model: how many, and which blocks where. accelerate checks the maps on
+transformers' models.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from transformers import AutoConfig, AutoModel
 
 def on_meta(model_type: str, **numbers) -> blocks.Architecture:
     with torch.device("meta"):
-        return blocks.find_blocks(AutoModel.from_config(AutoConfig.for_model(model_type, **numbers)))
+        return blocks.find_blocks(
+            AutoModel.from_config(AutoConfig.for_model(model_type, **numbers))
+        )
 
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
@@ -54,7 +58,9 @@ def test_gpus_take_blocks_in_proportion_to_what_they_have_free():
 
 def test_a_model_that_does_not_fit_is_refused_with_what_to_do():
     described = on_meta("llama", **MODELS["llama"])
-    with pytest.raises(MemoryPlanError, match=r"do not fit 2 GPUs .* ask for more with resources.gpu"):
+    with pytest.raises(
+        MemoryPlanError, match=r"do not fit 2 GPUs .* ask for more with resources.gpu"
+    ):
         device_map.cut_to(described, Kind("fp32"), [100_000, 100_000])
 
 
@@ -64,7 +70,8 @@ def settings(profile: str, overrides: str):
 
 
 @pytest.mark.parametrize(
-    ("profile", "card", "gpus"), [("7b", 80, 1), ("7b", 12, 2), ("30b", 80, 1), ("30b", 40, 2), ("70b", 80, 3)]
+    ("profile", "card", "gpus"),
+    [("7b", 80, 1), ("7b", 12, 2), ("30b", 80, 1), ("30b", 40, 2), ("70b", 80, 3)],
 )
 def test_as_few_gpus_are_asked_for_as_hold_the_model(profile, card, gpus):
     asked = settings(profile, f"resources.gpu_memory_gb={card} memory.quantization=null")

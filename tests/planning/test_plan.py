@@ -37,7 +37,9 @@ def has_room(estimated: Estimate, free: int) -> bool:
 
 def test_where_there_is_room_the_plan_is_the_one_asked_for(mistral):
     planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(80 * GB, 79 * GB), threshold=0.85)
-    assert planned.plan == Plan(plan.MOST_BATCH_TOKENS["cuda"], 4096, 4096)  # chunks of 1024 would take more
+    assert planned.plan == Plan(
+        plan.MOST_BATCH_TOKENS["cuda"], 4096, 4096
+    )  # chunks of 1024 would take more
     assert planned.changes == ()
     assert planned.components.weights == mistral.weights["bf16"]
     assert planned.components.context > 0
@@ -53,9 +55,16 @@ def test_less_free_memory_makes_smaller_batches_and_keeps_the_headroom(mistral, 
 
 def test_a_smaller_chunk_is_taken_where_no_batch_would_do_and_said(caplog):
     (run,) = compose.runs(ROOT / "config", "7b").values()
-    wide = run.config["model"]["architecture"] | {"num_hidden_layers": 2, "intermediate_size": 131072}
-    hooks = {"memory": run.config["memory"] | {"activation_cache_filter": ["blocks.1.hook_resid_post"]}}
-    settings = frozen.to_config(run.config | {"model": run.config["model"] | {"architecture": wide}} | hooks)
+    wide = run.config["model"]["architecture"] | {
+        "num_hidden_layers": 2,
+        "intermediate_size": 131072,
+    }
+    hooks = {
+        "memory": run.config["memory"] | {"activation_cache_filter": ["blocks.1.hook_resid_post"]}
+    }
+    settings = frozen.to_config(
+        run.config | {"model": run.config["model"] | {"architecture": wide}} | hooks
+    )
     found = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
     fixed = found.weights["bf16"] + 6 * 10**8
     whole = plan.choose(found, "bf16", "cuda", DeviceMemory(80 * GB, fixed + 2 * GB))
@@ -73,7 +82,9 @@ def test_one_pass_is_taken_where_the_cache_and_its_masks_take_more(mistral):
 
 @pytest.fixture(scope="module")
 def long() -> Estimate:
-    """The first quarter of a 7B over documents of 32,768 tokens, for which chunks take less than one pass."""
+    """The first quarter of a 7B over documents of 32,768 tokens, for which chunks take less than
+    one pass.
+    """
     asked = "corpus.context_length=32768 memory.activation_cache_filter=[blocks.7.hook_resid_post]"
     (run,) = compose.runs(ROOT / "config", "7b", asked).values()
     settings = frozen.to_config(run.config)
@@ -90,9 +101,16 @@ def test_chunks_are_taken_where_one_pass_would_take_more_side_by_side_where_ther
 
 def test_no_more_long_documents_are_planned_side_by_side_than_a_shard_has(long):
     free = DeviceMemory(200 * GB, 200 * GB)
-    shards = tuple(np.array(lengths) for lengths in ([9000, 1024, 7, 2000], [1500, 4000, 1490, 1500], [5] * 40, []))
+    shards = tuple(
+        np.array(lengths)
+        for lengths in ([9000, 1024, 7, 2000], [1500, 4000, 1490, 1500], [5] * 40, [])
+    )
     planned = plan.choose(long, "bf16", "cuda", free, windows=Lengths(shards))
-    assert (planned.plan.longest, planned.plan.chunk_size, planned.plan.streamed_windows) == (9000, 1024, 3)
+    assert (planned.plan.longest, planned.plan.chunk_size, planned.plan.streamed_windows) == (
+        9000,
+        1024,
+        3,
+    )
     assert set(planned.plan.long_batches) == {(1, 9000), (3, 1500)}
     none = plan.choose(long, "bf16", "cuda", free, windows=Lengths(shards[2:])).plan
     assert (none.streamed, none.streamed_windows) == (False, 1)
@@ -105,35 +123,51 @@ def test_no_more_long_documents_are_planned_side_by_side_than_a_shard_has(long):
 @pytest.mark.parametrize("seed", range(8))
 def test_the_largest_long_batches_are_those_that_a_run_has(seed, side_by_side):
     choose = np.random.default_rng(seed)
-    kinds = (choose.integers(1, 3000, 60), choose.choice([50, 700, 710, 2048], 300), choose.integers(600, 640, 90))
+    kinds = (
+        choose.integers(1, 3000, 60),
+        choose.choice([50, 700, 710, 2048], 300),
+        choose.integers(600, 640, 90),
+    )
     shards = [kind[: choose.integers(1, len(kind))] for kind in kinds]
     for chunk_size in (64, 512, 1000, 4000):
-        batches = [b for lengths in shards for b in plan_batches(lengths, 2048, chunk_size, side_by_side)]
+        batches = [
+            b for lengths in shards for b in plan_batches(lengths, 2048, chunk_size, side_by_side)
+        ]
         streamed = [(len(b.windows), b.width) for b in batches if b.width > chunk_size]
         found = Lengths(tuple(shards)).streamed(chunk_size, side_by_side)
         assert set(found) <= set(streamed)
         assert bool(found) == bool(streamed)
         for step in (0, 1, 100, 10_000):  # of memory: what a window's step takes, beside its cache
-            size = [max((n * (tokens + step) for n, tokens in b), default=0) for b in (found, streamed)]
+            size = [
+                max((n * (tokens + step) for n, tokens in b), default=0) for b in (found, streamed)
+            ]
             assert size[0] == size[1]
 
 
 def test_a_cache_that_outgrows_the_device_goes_to_host_memory_and_is_said(long, caplog):
     on_device = dataclasses.replace(long, cache="device")
-    free = next(f for f in range(4 * GB, 12 * GB, GB // 20) if not has_room(on_device, f) and has_room(long, f))
+    free = next(
+        f
+        for f in range(4 * GB, 12 * GB, GB // 20)
+        if not has_room(on_device, f) and has_room(long, f)
+    )
     planned = plan.choose(long, "bf16", "cuda", DeviceMemory(24 * GB, free))
     assert planned.plan.offloaded
     assert fits(planned, free)
     assert "the KV cache of long documents lies in host memory" in caplog.text
     with pytest.raises(MemoryPlanError):
         plan.choose(on_device, "bf16", "cuda", DeviceMemory(24 * GB, free))
-    asked = plan.choose(dataclasses.replace(long, cache="offloaded"), "bf16", "cuda", DeviceMemory(80 * GB, 80 * GB))
+    asked = plan.choose(
+        dataclasses.replace(long, cache="offloaded"), "bf16", "cuda", DeviceMemory(80 * GB, 80 * GB)
+    )
     assert asked.plan.offloaded
 
 
 def test_backing_off_halves_windows_then_chunks_and_ends_at_the_smallest():
     begun = Plan(2048, 512, 3000, streamed_windows=4)
-    sizes = [(p.batch_tokens, p.chunk_size, p.streamed_windows) for p in map(begun.backed_off, range(8))]
+    sizes = [
+        (p.batch_tokens, p.chunk_size, p.streamed_windows) for p in map(begun.backed_off, range(8))
+    ]
     assert sizes[:4] == [(2048, 512, 4), (1024, 512, 2), (512, 512, 1), (256, 256, 1)]
     assert sizes[5:] == [(64, 64, 1)] * 3
     assert begun.backed_off(9, streams=False) == Plan(512, 512, 3000)
@@ -149,25 +183,39 @@ def test_every_plan_that_is_chosen_fits_and_more_memory_never_gives_less(mistral
 
 
 def test_memory_above_the_threshold_is_used_where_nothing_else_fits_with_a_warning(mistral, caplog):
-    planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(16 * GB, 15_500_000_000), threshold=0.85)
+    planned = plan.choose(
+        mistral, "bf16", "cuda", DeviceMemory(16 * GB, 15_500_000_000), threshold=0.85
+    )
     assert fits(planned, 15_500_000_000)
     assert "more than memory_warning_threshold=0.85 will be in use" in caplog.text
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_changes_that_would_do(mistral):
     with pytest.raises(MemoryPlanError) as refusal:
-        plan.choose(mistral, "fp32", "cuda", DeviceMemory(24 * GB, 20 * GB), others="python (pid 7, vLLM) 3.0 GB")
+        plan.choose(
+            mistral,
+            "fp32",
+            "cuda",
+            DeviceMemory(24 * GB, 20 * GB),
+            others="python (pid 7, vLLM) 3.0 GB",
+        )
     message = str(refusal.value)
     assert "\n" not in message
     assert "cuda has 20.00 GB of 24.00 GB free" in message
     assert "weights 28.46 GB" in message
     assert "others on it: python (pid 7, vLLM) 3.0 GB" in message
-    for change in ("memory.precision_mode=bf16 (saves 14.", "memory.quantization=8bit (saves 21.", "=4bit (saves 24."):
+    for change in (
+        "memory.precision_mode=bf16 (saves 14.",
+        "memory.quantization=8bit (saves 21.",
+        "=4bit (saves 24.",
+    ):
         assert change in message
 
 
 def test_a_change_that_is_offered_would_fit(mistral):
-    with pytest.raises(MemoryPlanError, match=r"it would fit with memory\.quantization=4bit \(saves [\d.]+ GB\)$"):
+    with pytest.raises(
+        MemoryPlanError, match=r"it would fit with memory\.quantization=4bit \(saves [\d.]+ GB\)$"
+    ):
         plan.choose(mistral, "bf16", "cuda", DeviceMemory(8 * GB, 7 * GB))
     assert fits(plan.choose(mistral, "int4", "cuda", DeviceMemory(8 * GB, 7 * GB)), 7 * GB)
     with pytest.raises(MemoryPlanError, match="no other precision would fit either"):
@@ -203,7 +251,10 @@ def test_the_batch_that_the_config_asks_for_is_obeyed_and_its_change_is_said():
     (run,) = compose.runs(ROOT / "config", "7b", "extraction.batch_tokens=32768").values()
     settings = frozen.to_config(run.config)
     found = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
-    assert plan.choose(found, "bf16", "cuda", DeviceMemory(80 * GB, 79 * GB)).plan.batch_tokens == 32768
+    assert (
+        plan.choose(found, "bf16", "cuda", DeviceMemory(80 * GB, 79 * GB)).plan.batch_tokens
+        == 32768
+    )
     smaller = plan.choose(found, "bf16", "cuda", DeviceMemory(17 * GB, 17 * GB))
     assert smaller.changes == (f"batches of {smaller.plan.batch_tokens} tokens, not 32768",)
 
@@ -212,12 +263,27 @@ def test_the_batch_that_the_config_asks_for_is_obeyed_and_its_change_is_said():
 def test_the_passes_of_a_plan_are_the_largest_that_batching_makes(batch_tokens, chunk):
     lengths = np.random.default_rng(0).integers(1, 2000, 500)
     asked = Plan(batch_tokens, chunk, int(lengths.max()))
-    largest = max(len(b.windows) * min(b.width, chunk) for b in plan_batches(lengths, batch_tokens, chunk))
+    largest = max(
+        len(b.windows) * min(b.width, chunk) for b in plan_batches(lengths, batch_tokens, chunk)
+    )
     assert largest <= max(asked.batch_windows * asked.width, batch_tokens)
 
 
 def test_a_shard_that_was_begun_with_more_than_is_free_is_not_gone_on_with(mistral):
     begun = Plan(16384, 1024, 4096)
-    plan.check_begun(mistral, "bf16", "cuda", DeviceMemory(24 * GB, 20 * GB), begun, Correction(), "x.partial")
-    with pytest.raises(MemoryPlanError, match=r"x\.partial was begun with batches of 16384 tokens, which take 1[78]\."):
-        plan.check_begun(mistral, "bf16", "cuda", DeviceMemory(24 * GB, 16 * GB), begun, Correction(), "x.partial")
+    plan.check_begun(
+        mistral, "bf16", "cuda", DeviceMemory(24 * GB, 20 * GB), begun, Correction(), "x.partial"
+    )
+    with pytest.raises(
+        MemoryPlanError,
+        match=r"x\.partial was begun with batches of 16384 tokens, which take 1[78]\.",
+    ):
+        plan.check_begun(
+            mistral,
+            "bf16",
+            "cuda",
+            DeviceMemory(24 * GB, 16 * GB),
+            begun,
+            Correction(),
+            "x.partial",
+        )

@@ -1,4 +1,6 @@
-"""Figures: their numbers against definitions written out anew, their files, and what reruns for them."""
+"""Figures: their numbers against definitions written out anew, their files, and what reruns for
+them.
+"""
 
 import csv
 import json
@@ -23,7 +25,9 @@ HOOKS = "memory.activation_cache_filter=[blocks.*.hook_resid_post,blocks.1.attn.
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_llama):
-    return stages(tmp_path_factory.mktemp("run"), tiny_llama, f"{HOOKS} corpus.max_tokens=1500 name=a").all()
+    return stages(
+        tmp_path_factory.mktemp("run"), tiny_llama, f"{HOOKS} corpus.max_tokens=1500 name=a"
+    ).all()
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,9 @@ def figures(run):
     benchmarks = run.folder / "benchmarks/extract_shard"
     benchmarks.mkdir(parents=True)
     for number, shard in enumerate(run.shards):  # as Snakemake leaves them
-        (benchmarks / f"{shard.stem}.tsv").write_text(f"s\th:m:s\tmax_rss\n{10.0 + number}\t0:00:10\t512.0\n")
+        (benchmarks / f"{shard.stem}.tsv").write_text(
+            f"s\th:m:s\tmax_rss\n{10.0 + number}\t0:00:10\t512.0\n"
+        )
     draw_memory(settings, run.folder / "estimate.h5", run.folder / "model.h5", folder)
     draw_speed(settings, run.shards, folder)
     draw_states(settings, run.activations, folder)
@@ -46,7 +52,11 @@ def table(path):
 
 
 def test_every_figure_has_a_drawing_with_words_a_table_and_a_caption(figures):
-    names = [name for group in ("memory", "speed", "states", "attention") for name in groups.GROUPS[group]]
+    names = [
+        name
+        for group in ("memory", "speed", "states", "attention")
+        for name in groups.GROUPS[group]
+    ]
     for name in names:
         drawing = ElementTree.parse(figures / f"{name}.svg").getroot()
         assert len(list(drawing.iter("{http://www.w3.org/2000/svg}text"))) > 5, name
@@ -59,7 +69,9 @@ def test_every_figure_has_a_drawing_with_words_a_table_and_a_caption(figures):
 
 
 def test_the_same_data_give_the_same_drawing(run, figures, tmp_path):
-    draw_states(frozen.load_frozen(run.folder / "report.json"), run.activations, tmp_path / "a/figures")
+    draw_states(
+        frozen.load_frozen(run.folder / "report.json"), run.activations, tmp_path / "a/figures"
+    )
     again = (tmp_path / "a/figures/likeness.svg").read_text()
     first = (figures / "likeness.svg").read_text()
     title = run.folder.name
@@ -84,7 +96,9 @@ def test_a_sample_is_of_whole_windows_but_for_the_last_and_has_the_size_asked_fo
     rows = sampled_rows(acts, 400, seed=1)
     assert len(rows) == len(set(rows.tolist())) == 400
     window = np.searchsorted(acts.window_offset, rows, "right") - 1
-    whole = [w for w in set(window.tolist()) if (window == w).sum() == np.diff(acts.window_offset)[w]]
+    whole = [
+        w for w in set(window.tolist()) if (window == w).sum() == np.diff(acts.window_offset)[w]
+    ]
     assert len(whole) >= len(set(window.tolist())) - 1
 
 
@@ -95,12 +109,20 @@ def test_the_map_keeps_the_distances_of_rows_that_lie_in_a_plane():
     rows = torch.stack([angles.cos(), angles.sin()], dim=1) @ plane
     found, share = principal_plane(rows)
     assert float(share.sum()) == pytest.approx(1, abs=1e-9)
-    torch.testing.assert_close(torch.cdist(found, found).float(), torch.cdist(rows, rows), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        torch.cdist(found, found).float(), torch.cdist(rows, rows), atol=1e-3, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
     ("token", "kind"),
-    [(" the", "word"), ("ing", "piece of a word"), (" 12", "number"), (".", "punctuation"), ("\n", "white space")],
+    [
+        (" the", "word"),
+        ("ing", "piece of a word"),
+        (" 12", "number"),
+        (".", "punctuation"),
+        ("\n", "white space"),
+    ],
 )
 def test_kinds_of_tokens(token, kind):
     assert kind_of(token) == kind
@@ -108,7 +130,9 @@ def test_kinds_of_tokens(token, kind):
 
 def test_memory_is_what_model_h5_says(run, figures):
     with h5py.File(run.folder / "model.h5") as file:
-        predicted, measured = (dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured"))
+        predicted, measured = (
+            dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured")
+        )
     found = {row["component"]: row for row in table(figures / "memory.csv")}
     assert int(found["weights"]["predicted_bytes"]) == predicted["weights"]
     assert int(found["temporaries"]["measured_bytes"]) == measured["temporaries"]
@@ -116,12 +140,16 @@ def test_memory_is_what_model_h5_says(run, figures):
 
 def test_padding_is_what_the_engine_counted(tmp_path, tiny_llama, caplog):
     caplog.set_level("INFO")
-    made = stages(tmp_path, tiny_llama, "corpus.max_tokens=1500 extraction.shards=1 corpus.context_length=50").all()
+    made = stages(
+        tmp_path, tiny_llama, "corpus.max_tokens=1500 extraction.shards=1 corpus.context_length=50"
+    ).all()
     said = next(r.getMessage() for r in caplog.records if "padding: " in r.getMessage())
     assert f"padding: {100 * speed.shard_work(made.shards[0]).padding:.1f}%" in said
 
 
-def test_seconds_are_the_shard_s_own_where_it_has_them_else_those_of_the_job(run, figures, tmp_path):
+def test_seconds_are_the_shard_s_own_where_it_has_them_else_those_of_the_job(
+    run, figures, tmp_path
+):
     shard = run.shards[0]
     found = speed.shard_work(shard)
     assert found.source == "shard"
@@ -159,7 +187,9 @@ def test_attention_weights_of_a_query_add_up_to_one(figures):
 
 
 def test_runs_side_by_side_give_the_error_against_fp32(run, tmp_path, tiny_llama):
-    half = stages(tmp_path / "half", tiny_llama, f"{HOOKS} corpus.max_tokens=1500 name=b store.dtype=bf16").all()
+    half = stages(
+        tmp_path / "half", tiny_llama, f"{HOOKS} corpus.max_tokens=1500 name=b store.dtype=bf16"
+    ).all()
     precise, rounded = runs.compare([run.folder, half.folder])
     assert (precise.error_rms, precise.error_largest) == (0, 0)
     a, b = (theloom.open(r.activations) for r in (run, half))
@@ -193,7 +223,9 @@ def test_figures_of_attention_are_drawn_where_the_filter_takes_patterns():
     assert "attention" not in groups.groups(["blocks.*.hook_resid_post"])
 
 
-def test_one_call_draws_and_reports_and_a_new_title_draws_anew_and_runs_nothing_else(project, tiny_profile):
+def test_one_call_draws_and_reports_and_a_new_title_draws_anew_and_runs_nothing_else(
+    project, tiny_profile
+):
     tiny_profile(project)
     done = project.snakemake("figures", profiles="tiny")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -202,12 +234,26 @@ def test_one_call_draws_and_reports_and_a_new_title_draws_anew_and_runs_nothing_
     done = project.snakemake("figures", "--report", str(page), profiles="tiny")
     assert done.returncode == 0, done.stdout + done.stderr
     text = page.read_text()
-    for label in ("Memory by component", "Map of a middle layer", "Norms by layer and position", "shown as"):
+    for label in (
+        "Memory by component",
+        "Map of a middle layer",
+        "Norms by layer and position",
+        "shown as",
+    ):
         assert label in text
     assert 'src="http' not in text
     assert json.dumps("results/tiny/figures/map.svg") in text
-    project.folder.joinpath("config/profile/tiny.yaml").open("a").write("report:\n  title: Another\n")
+    project.folder.joinpath("config/profile/tiny.yaml").open("a").write(
+        "report:\n  title: Another\n"
+    )
     dry = project.snakemake("figures", "--dry-run", "--quiet", "host", profiles="tiny")
     stats = (dry.stdout + dry.stderr).split("Job stats:")[1].split("\n\n")[0]
     rerun = {line.split()[0] for line in stats.splitlines()[3:]}
-    assert rerun == {"freeze_config", "report_memory", "report_speed", "report_states", "figures", "total"}
+    assert rerun == {
+        "freeze_config",
+        "report_memory",
+        "report_speed",
+        "report_states",
+        "figures",
+        "total",
+    }

@@ -11,14 +11,26 @@ from theloom.dataset.merge import merge_shards
 from theloom.errors import StoreError
 
 HOOK = "blocks.1.hook_resid_post"
-INDICES = [slice(None), slice(190, 1203), slice(None, None, -7), 0, -1, [3, 1, 1999, 3], [], np.arange(2000) % 3 == 0]
+INDICES = [
+    slice(None),
+    slice(190, 1203),
+    slice(None, None, -7),
+    0,
+    -1,
+    [3, 1, 1999, 3],
+    [],
+    np.arange(2000) % 3 == 0,
+]
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def runs(request, tmp_path_factory, tiny_llama):
     """The same run plain and packed."""
     asked = f"extraction.shards=3 store.dtype={request.param} store.compression="
-    return [stages(tmp_path_factory.mktemp(how), tiny_llama, asked + how).all() for how in ("none", "zstd")]
+    return [
+        stages(tmp_path_factory.mktemp(how), tiny_llama, asked + how).all()
+        for how in ("none", "zstd")
+    ]
 
 
 @pytest.mark.parametrize("index", INDICES, ids=str)

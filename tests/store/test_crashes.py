@@ -1,6 +1,8 @@
-"""A writer that dies: at each call that changes its file, and with the power, when only what was synced is sure.
+"""A writer that dies: at each call that changes its file, and with the power, when only what was
+synced is sure.
 
-LONG_TESTS=1 (`make test-store`) takes every point and 150 power cuts; the short version takes a seeded choice of them.
+LONG_TESTS=1 (`make test-store`) takes every point and 150 power cuts; the short version takes a
+seeded choice of them.
 """
 
 import os
@@ -25,7 +27,9 @@ ORDER = [[2, 6], [9, 3], [7, 0], [8], [5, 1, 4]]
 
 
 def rows_of(window: int, hook: str) -> torch.Tensor:
-    return torch.randn(WINDOWS[window], 8, generator=torch.Generator().manual_seed(100 * window + len(hook)))
+    return torch.randn(
+        WINDOWS[window], 8, generator=torch.Generator().manual_seed(100 * window + len(hook))
+    )
 
 
 def write_batches(path: Path, compression: str = "none") -> int:
@@ -55,14 +59,18 @@ def check_committed(path: Path) -> int:
                 assert (file["windows/batch"][window] == number).all()
                 first = int(file["windows/offset"][window])
                 for point in POINTS:
-                    stored = file[f"hooks/{point.name}/activations"][first : first + WINDOWS[window]]
+                    stored = file[f"hooks/{point.name}/activations"][
+                        first : first + WINDOWS[window]
+                    ]
                     assert np.array_equal(stored, rows_of(window, point.name).numpy())
     return done
 
 
 @pytest.fixture(params=["none", "zstd"])
 def recorded(request, tmp_path, monkeypatch):
-    """A whole run of the writer, each batch committed, as a record of its calls; and its finished file."""
+    """A whole run of the writer, each batch committed, as a record of its calls; and its finished
+    file.
+    """
     monkeypatch.setattr(writer_module, "COMMIT_BYTES", 1)
     folder = tmp_path / "run"
     folder.mkdir()
@@ -75,7 +83,10 @@ def recorded(request, tmp_path, monkeypatch):
 
 def go_on(disk: Disk, target: Path, point: int, whole: Path, compression: str) -> None:
     """After a crash: nothing committed is lost or wrong, and the same job ends with the same file."""
-    synced = max((c[2] for c in disk.calls[:point] if c[0] == "sync ends" and c[1] == "s.h5.partial"), default=-1)
+    synced = max(
+        (c[2] for c in disk.calls[:point] if c[0] == "sync ends" and c[1] == "s.h5.partial"),
+        default=-1,
+    )
     promised = max((batches for number, batches in commits(disk) if number < synced), default=0)
     partial = target / "s.h5.partial"
     if partial.exists():
@@ -168,7 +179,11 @@ def test_damage_to_committed_rows_is_found_when_a_job_goes_on(tmp_path, monkeypa
         partial = shutil.copy(tmp_path / "whole.h5", tmp_path / "s.h5.partial")
         with h5py.File(partial) as file:
             name = places[number % len(places)]
-            dataset = file[f"hooks/{choose.choice(POINTS).name}/activations"] if name == "hooks" else file[name]
+            dataset = (
+                file[f"hooks/{choose.choice(POINTS).name}/activations"]
+                if name == "hooks"
+                else file[name]
+            )
             place = dataset.id.get_offset() + choose.randrange(dataset.id.get_storage_size())
         flip(partial, place, choose.randrange(8))
         assert write_batches(path) < len(ORDER)

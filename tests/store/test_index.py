@@ -1,4 +1,6 @@
-"""The directory says of every file what HDF5 itself says, and a file without one is read all the same."""
+"""The directory says of every file what HDF5 itself says, and a file without one is read all the
+same.
+"""
 
 import shutil
 from pathlib import Path
@@ -41,7 +43,9 @@ def test_it_is_what_hdf5_says(files):
 def test_arrays_are_those_that_h5py_reads(run):
     with h5py.File(run.shards[0]) as file, run.shards[0].open("rb") as raw:
         listed = index.read(file)
-        names = [n for n, d in listed.datasets.items() if d.type and d.layout == h5py.h5d.CONTIGUOUS]
+        names = [
+            n for n, d in listed.datasets.items() if d.type and d.layout == h5py.h5d.CONTIGUOUS
+        ]
         assert {"documents/id", "commit_log", "windows/hash", "statistics/mean"} <= set(names)
         for name in names:
             assert listed.array(raw.fileno(), name).tobytes() == file[name][:].tobytes()

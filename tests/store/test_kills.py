@@ -1,4 +1,6 @@
-"""kill -9 at random moments of a real extraction, again and again: KILLS=500 (`make test-store`); by default a few."""
+"""kill -9 at random moments of a real extraction, again and again: KILLS=500 (`make test-store`);
+by default a few.
+"""
 
 import multiprocessing
 import os
@@ -26,7 +28,9 @@ def whole(tmp_path_factory, tiny_llama):
 
 
 def job(folder):
-    processes = multiprocessing.get_context("forkserver")  # a server that has torch loaded: jobs start at once
+    processes = multiprocessing.get_context(
+        "forkserver"
+    )  # a server that has torch loaded: jobs start at once
     processes.set_forkserver_preload(
         ["torch", "transformers.models.llama.modeling_llama", "theloom.pipeline.extract_shard"]
     )
@@ -74,7 +78,9 @@ def test_an_extraction_that_is_killed_again_and_again_loses_no_committed_row(who
         before = 0
         while not target.exists():
             running = job(folder)
-            if kills < KILLS and kills % 2:  # soon after it has committed something new; else at any moment
+            if (
+                kills < KILLS and kills % 2
+            ):  # soon after it has committed something new; else at any moment
                 while running.is_alive() and batches(partial_of(target)) <= before:
                     time.sleep(0.002)
                 running.join(choose.uniform(0, 0.1))
@@ -96,7 +102,11 @@ def test_an_extraction_that_is_killed_again_and_again_loses_no_committed_row(who
         for hook, expected in truth.items():
             assert np.array_equal(found[hook][:].numpy(), expected)
         assert np.array_equal(found.window_hash, acts.window_hash)
-        assert all(np.array_equal(found.statistics[h].mean, acts.statistics[h].mean) for h in acts.hooks)
+        assert all(
+            np.array_equal(found.statistics[h].mean, acts.statistics[h].mean) for h in acts.hooks
+        )
         shutil.rmtree(folder)
-    print(f"{kills} kills, {finished} shards finished, {went_on} jobs went on behind committed batches")
+    print(
+        f"{kills} kills, {finished} shards finished, {went_on} jobs went on behind committed batches"
+    )
     assert finished

@@ -15,5 +15,7 @@ def test_versions_and_code_are_recorded():
 
 def test_the_home_folder_is_written_as_a_tilde(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/home/ada"))
-    hidden = provenance.without_home({"a": ["/home/ada/x", "x=/home/ada/y z", "/home/adam", "/home/ada"], "b": 3})
+    hidden = provenance.without_home(
+        {"a": ["/home/ada/x", "x=/home/ada/y z", "/home/adam", "/home/ada"], "b": 3}
+    )
     assert hidden == {"a": ["~/x", "x=~/y z", "/home/adam", "~"], "b": 3}

@@ -37,7 +37,9 @@ def test_mean_variance_and_norm_are_numpy_s(precision):
 
 @pytest.mark.parametrize("first", [1, 3, 900, 2000])
 def test_rows_whose_mean_moves_lose_no_digits(first):
-    """Sorted documents: steps far larger than the spread, a few rows at first and many afterwards, and a slow drift."""
+    """Sorted documents: steps far larger than the spread, a few rows at first and many afterwards,
+    and a slow drift.
+    """
     values = rows(5000)
     values[:, 2] = (torch.arange(5000) >= first) * 1e4
     values[:, 3] += torch.arange(5000) * 10.0
@@ -93,10 +95,15 @@ def test_values_whose_squares_are_beyond_float32_are_finite():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_values_whose_sums_of_squares_are_beyond_float32_are_right(precision):
-    """Each row's squares can be summed in float32, those of a column, or of deviations twice as large, cannot."""
+    """Each row's squares can be summed in float32, those of a column, or of deviations twice as
+    large, cannot.
+    """
     values = torch.full((6000, 4), 8e18)
     values[::3] = -8e18
-    found, truth = of(values.to(torch_dtype(precision)), pieces=3), values.to(torch_dtype(precision)).double().numpy()
+    found, truth = (
+        of(values.to(torch_dtype(precision)), pieces=3),
+        values.to(torch_dtype(precision)).double().numpy(),
+    )
     assert found.not_finite == 0
     np.testing.assert_allclose(found.mean, truth.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(found.variance, truth.var(axis=0), rtol=1e-5)

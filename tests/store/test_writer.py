@@ -1,4 +1,6 @@
-"""The writer: what is committed is on disk, what is torn is seen, and only finished files get their name."""
+"""The writer: what is committed is on disk, what is torn is seen, and only finished files get their
+name.
+"""
 
 import dataclasses
 import os
@@ -69,7 +71,9 @@ def test_rows_hashes_and_tables_are_what_was_written(tmp_path, precision):
 
 
 def test_bfloat16_keeps_every_bit_pattern_nan_payloads_included(tmp_path):
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(-1, 8)
+    every = (
+        torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(-1, 8)
+    )
     with ShardWriter(tmp_path / "s.h5", spec("bf16", lengths=[len(every)])) as writer:
         for point in POINTS:
             writer.write(0, point.name, 0, every)
@@ -134,7 +138,9 @@ def small_disk(tmp_path):
     """A file system of 1 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("a small file system can be mounted by root only")
     yield folder
@@ -149,10 +155,15 @@ def test_a_second_writer_is_refused_while_the_first_lives_and_not_after_it_died(
         "with ShardWriter(Path(sys.argv[2]), shards.spec()): print('writing', flush=True); os.kill(os.getpid(), 19)"
     )
     first = subprocess.Popen(
-        [sys.executable, "-c", source, str(Path(__file__).parents[1]), str(path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", source, str(Path(__file__).parents[1]), str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert first.stdout.readline() == "writing\n"
-    with pytest.raises(StoreError, match=rf"another job writes it \(process {first.pid} on"), ShardWriter(path, spec()):
+    with (
+        pytest.raises(StoreError, match=rf"another job writes it \(process {first.pid} on"),
+        ShardWriter(path, spec()),
+    ):
         pass
     first.kill()
     first.wait()
@@ -182,7 +193,9 @@ def test_figures_add_up_over_jobs_and_are_in_the_file(tmp_path, monkeypatch):
     assert (found["tokens"], found["seconds_total"]) == (9, 1.5)
 
 
-@pytest.mark.parametrize(("latency", "speed", "expected"), [(0.0, 1e9, 8), (0.001, 1e9, 19), (0.1, 2e9, 64)])
+@pytest.mark.parametrize(
+    ("latency", "speed", "expected"), [(0.0, 1e9, 8), (0.001, 1e9, 19), (0.1, 2e9, 64)]
+)
 def test_a_commit_is_as_large_as_the_disk_asks_for(tmp_path, monkeypatch, latency, speed, expected):
     """Of 1 ms and 1 GB/s: 20 MB, so that the wait is a twentieth."""
     with ShardWriter(tmp_path / "s.h5", spec()) as writer:
@@ -210,7 +223,9 @@ def test_values_beyond_fp16_are_an_error_unless_so_many_are_allowed(tmp_path, ca
             writer.finish()
 
     path = tmp_path / "s.h5"
-    with pytest.raises(StoreError, match=rf"1 of 72 values of {POINTS[1].name} .* store\.dtype=bf16"):
+    with pytest.raises(
+        StoreError, match=rf"1 of 72 values of {POINTS[1].name} .* store\.dtype=bf16"
+    ):
         write(path, 0.0)
     assert names(tmp_path) == ["s.h5.partial"]
     write(path, 0.02)  # goes on with it
@@ -220,8 +235,12 @@ def test_values_beyond_fp16_are_an_error_unless_so_many_are_allowed(tmp_path, ca
 
 
 def test_fp16_keeps_every_bit_pattern_nan_payloads_included(tmp_path):
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float16).view(-1, 8)
-    with ShardWriter(tmp_path / "s.h5", spec("fp16", lengths=[len(every)], max_overflow=1.0)) as writer:
+    every = (
+        torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float16).view(-1, 8)
+    )
+    with ShardWriter(
+        tmp_path / "s.h5", spec("fp16", lengths=[len(every)], max_overflow=1.0)
+    ) as writer:
         for point in POINTS:
             writer.write(0, point.name, 0, every)
         writer.batch_done(len(every), last=True)
@@ -229,7 +248,10 @@ def test_fp16_keeps_every_bit_pattern_nan_payloads_included(tmp_path):
     with h5py.File(tmp_path / "s.h5") as file:
         place = file[f"hooks/{POINTS[0].name}/activations"].id.get_offset()
         assert file["statistics/not_finite"][0] == 2 * (1 << 10)
-    assert np.array_equal(np.fromfile(tmp_path / "s.h5", "<u2", 1 << 16, offset=place), np.arange(1 << 16, dtype="<u2"))
+    assert np.array_equal(
+        np.fromfile(tmp_path / "s.h5", "<u2", 1 << 16, offset=place),
+        np.arange(1 << 16, dtype="<u2"),
+    )
 
 
 def test_a_full_disk_ends_with_the_space_that_is_needed_and_leaves_nothing(small_disk):
@@ -252,13 +274,17 @@ def test_a_shard_on_a_full_disk_goes_on_after_space_is_made(small_disk):
             there = writer.batches_done
             for window in range(there, 3):
                 for point in POINTS:
-                    rows = torch.randn(lengths[window], 8, generator=torch.Generator().manual_seed(window))
+                    rows = torch.randn(
+                        lengths[window], 8, generator=torch.Generator().manual_seed(window)
+                    )
                     writer.write(window, point.name, 0, rows)
                 writer.batch_done(sum(lengths[: window + 1]), last=window == 2)
             writer.finish()
         return there
 
-    with pytest.raises(MemoryPlanError, match=r"no room for a packed shard of 0\.00\d GB, .* are free"):
+    with pytest.raises(
+        MemoryPlanError, match=r"no room for a packed shard of 0\.00\d GB, .* are free"
+    ):
         write()
     assert names(small_disk) == ["s.h5.partial"]
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
@@ -289,7 +315,8 @@ def test_a_disk_that_fills_up_midway_loses_no_committed_row(small_disk, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(os, "posix_fallocate", lambda *_: None)
         with pytest.raises(
-            MemoryPlanError, match=r"no room for a shard of 0\.003 GB, .* free disk space and run again"
+            MemoryPlanError,
+            match=r"no room for a shard of 0\.003 GB, .* free disk space and run again",
         ):
             write()
     subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
@@ -297,4 +324,6 @@ def test_a_disk_that_fills_up_midway_loses_no_committed_row(small_disk, monkeypa
     with h5py.File(small_disk / "s.h5") as file:
         for point in POINTS:
             stored = file[f"hooks/{point.name}/activations"][:]
-            assert np.array_equal(stored, torch.cat([rows_of(w) for w in range(len(lengths))]).numpy())
+            assert np.array_equal(
+                stored, torch.cat([rows_of(w) for w in range(len(lengths))]).numpy()
+            )

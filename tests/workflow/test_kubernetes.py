@@ -1,4 +1,6 @@
-"""The Kubernetes profile: the jobs that Snakemake's real executor sends, to an API server that writes them down."""
+"""The Kubernetes profile: the jobs that Snakemake's real executor sends, to an API server that
+writes them down.
+"""
 
 import json
 import os
@@ -62,7 +64,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServe
         "kind": "Config",
         "current-context": "here",
         "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-        "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{running.server_port}"}}],
+        "clusters": [
+            {"name": "here", "cluster": {"server": f"http://127.0.0.1:{running.server_port}"}}
+        ],
         "users": [{"name": "me", "user": {}}],
     }
     (tmp_path / "kubeconfig").write_text(json.dumps(kubeconfig))
@@ -72,17 +76,40 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServe
     running.server_close()
 
 
-def test_a_shard_s_pod_asks_for_what_is_planned_and_carries_no_token(server, project, tmp_path, monkeypatch):
+def test_a_shard_s_pod_asks_for_what_is_planned_and_carries_no_token(
+    server, project, tmp_path, monkeypatch
+):
     if missing := install_packages(["rsync"], ["rsync"]):
         pytest.skip(missing)  # Snakemake's storage plugin copies with it
     run = "results/7b+shards=3+gpu=2"
     storage = tmp_path / "volume"
-    for name in ("config/extract.json", "config/tokens.json", "estimate.h5", "model.h5", "tokens.h5"):
+    for name in (
+        "config/extract.json",
+        "config/tokens.json",
+        "estimate.h5",
+        "model.h5",
+        "tokens.h5",
+    ):
         (storage / run / name).parent.mkdir(parents=True, exist_ok=True)
         (storage / run / name).write_text("{}")
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    command = [sys.executable, "-m", "snakemake", "--profile", "workflow/profiles/kubernetes", "--retries", "0"]
-    command += ["--default-storage-prefix", str(storage), "--envvars", "HF_TOKEN", "--rerun-triggers", "mtime"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--profile",
+        "workflow/profiles/kubernetes",
+        "--retries",
+        "0",
+    ]
+    command += [
+        "--default-storage-prefix",
+        str(storage),
+        "--envvars",
+        "HF_TOKEN",
+        "--rerun-triggers",
+        "mtime",
+    ]
     command += ["--seconds-between-status-checks", "1", "--allowed-rules", "extract_shard"]
     command += [
         "--config",
@@ -91,7 +118,9 @@ def test_a_shard_s_pod_asks_for_what_is_planned_and_carries_no_token(server, pro
         "--",
         f"{run}/shards/00001-of-00003.h5",
     ]
-    done = subprocess.run(command, cwd=project.folder, capture_output=True, text=True, timeout=300, env=os.environ)
+    done = subprocess.run(
+        command, cwd=project.folder, capture_output=True, text=True, timeout=300, env=os.environ
+    )
     assert len(server.jobs) == 1, done.stdout + done.stderr
     (container,) = server.jobs[0]["spec"]["template"]["spec"]["containers"]
     asked = container["resources"]

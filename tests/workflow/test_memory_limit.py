@@ -1,4 +1,6 @@
-"""The pipeline under a memory limit that the kernel enforces: within the foretold peak it passes, below it stops."""
+"""The pipeline under a memory limit that the kernel enforces: within the foretold peak it passes,
+below it stops.
+"""
 
 import os
 import subprocess
@@ -40,7 +42,9 @@ def cgroup() -> Iterator[Cgroup]:
     group.folder.rmdir()
 
 
-def run_within(cgroup: Cgroup, project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_within(
+    cgroup: Cgroup, project: Project, *arguments: str
+) -> subprocess.CompletedProcess[str]:
     command = project.command(*arguments, overrides=ASKED)
     options = {"cwd": project.folder, "capture_output": True, "text": True, "timeout": 900}
     return subprocess.run(command, preexec_fn=cgroup.enter, **options)

@@ -1,4 +1,6 @@
-"""The report of a sweep, by a real snakemake, in a browser without a window: no error in it, every figure visible."""
+"""The report of a sweep, by a real snakemake, in a browser without a window: no error in it, every
+figure visible.
+"""
 
 import pytest
 from browser import CHROMIUM, Page
@@ -39,4 +41,6 @@ def test_a_browser_shows_every_figure_of_every_run_without_an_error(page, tmp_pa
         assert shown.errors == []
     for group, names in groups.GROUPS.items():
         for name in names:
-            assert sum(path.endswith(f"/{name}.svg") for path in drawn) == (1 if group == "runs" else 2), name
+            assert sum(path.endswith(f"/{name}.svg") for path in drawn) == (
+                1 if group == "runs" else 2
+            ), name

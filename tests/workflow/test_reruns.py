@@ -1,4 +1,6 @@
-"""What a changed key runs again, what an edit during a run leaves alone, and what a dry run imports."""
+"""What a changed key runs again, what an edit during a run leaves alone, and what a dry run
+imports.
+"""
 
 import json
 import re
@@ -42,15 +44,25 @@ EXTRACTION = {"estimate_memory": 1, "extract_shard": 2, **REST}
 @pytest.mark.parametrize(
     ("before", "after", "jobs"),
     [
-        ("streaming_chunk_size: 64", "streaming_chunk_size: 32", {"freeze_config": 3, **EXTRACTION}),
+        (
+            "streaming_chunk_size: 64",
+            "streaming_chunk_size: 32",
+            {"freeze_config": 3, **EXTRACTION},
+        ),
         ("extraction:", "extraction: # a remark", {}),
         ("extraction:", "verify: {documents: 3}\nextraction:", {"freeze_config": 1, "verify": 1}),
         ("extraction:", "store: {merge: physical}\nextraction:", {"freeze_config": 1, **REST}),
         ("extraction:", "resources: {mem_mb: 999}\nextraction:", {}),
-        ("max_tokens: 3000", "max_tokens: 2000", {"freeze_config": 2, "tokenize_corpus": 1, **EXTRACTION}),
+        (
+            "max_tokens: 3000",
+            "max_tokens: 2000",
+            {"freeze_config": 2, "tokenize_corpus": 1, **EXTRACTION},
+        ),
     ],
 )
-def test_a_changed_key_runs_again_what_depends_on_it_and_nothing_before(finished, before, after, jobs):
+def test_a_changed_key_runs_again_what_depends_on_it_and_nothing_before(
+    finished, before, after, jobs
+):
     back = edited(finished, before, after)
     try:
         assert finished.jobs(profiles="tiny") == jobs
@@ -61,7 +73,9 @@ def test_a_changed_key_runs_again_what_depends_on_it_and_nothing_before(finished
 
 def test_an_unfinished_run_goes_on_with_other_resources(finished):
     folder = finished.results("tiny")
-    files = [folder / name for name in ("shards/00000-of-00002.h5", "activations.h5", "verification.h5")]
+    files = [
+        folder / name for name in ("shards/00000-of-00002.h5", "activations.h5", "verification.h5")
+    ]
     kept = {file: file.rename(file.with_suffix(".kept")) for file in files}
     back = edited(finished, "extraction:", "resources: {mem_mb: 999}\nextraction:")
     try:
@@ -74,13 +88,17 @@ def test_an_unfinished_run_goes_on_with_other_resources(finished):
 
 def test_an_edit_during_a_run_changes_nothing_in_it(tiny):
     command = tiny.command(profiles="tiny")
-    running = subprocess.Popen(command, cwd=tiny.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running = subprocess.Popen(
+        command, cwd=tiny.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     begun = tiny.results("tiny") / "config/estimate.json"
     while not begun.exists() and running.poll() is None:
         time.sleep(0.01)
     for file in ("default.yaml", "profile/tiny.yaml"):
         path = tiny.folder / "config" / file
-        path.write_text(re.sub(r"streaming_chunk_size: \d+", "streaming_chunk_size: 16", path.read_text()))
+        path.write_text(
+            re.sub(r"streaming_chunk_size: \d+", "streaming_chunk_size: 16", path.read_text())
+        )
     (tiny.folder / "config/corpus/python-docs.yaml").write_text("kind: [this is, no corpus")
     printed, _ = running.communicate(timeout=600)
     assert running.returncode == 0, printed
@@ -99,7 +117,9 @@ def test_planning_imports_neither_torch_nor_transformers(project):
         "heavy = [m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules]\n"
         "print(code or 0, heavy)"
     )
-    done = subprocess.run([sys.executable, "-c", spy], cwd=project.folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", spy], cwd=project.folder, capture_output=True, text=True
+    )
     assert done.stdout.splitlines()[-1] == "0 []", done.stdout + done.stderr
 
 

@@ -1,4 +1,6 @@
-"""The pipeline on a real Slurm: GPUs, memory, cancelled jobs, and what a controller or Snakemake itself can suffer."""
+"""The pipeline on a real Slurm: GPUs, memory, cancelled jobs, and what a controller or Snakemake
+itself can suffer.
+"""
 
 import contextlib
 import os
@@ -28,7 +30,14 @@ from theloom.store import commit_log
 
 RUN = "run"
 FOUR = f"name={RUN} extraction.shards=4 extraction.batch_tokens=64 resources.mem_mb=1500 resources.threads=1"
-QUICK = ["--slurm-init-seconds-before-status-checks", "1", "--max-status-checks-per-second", "2", "--latency-wait", "5"]
+QUICK = [
+    "--slurm-init-seconds-before-status-checks",
+    "1",
+    "--max-status-checks-per-second",
+    "2",
+    "--latency-wait",
+    "5",
+]
 # what comes before the shards is there, and what comes after is as everywhere
 EXTRACTED = [f"results/{RUN}/shards/{number:05d}-of-00004.h5" for number in range(4)]
 
@@ -64,16 +73,22 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_profile) -> Project:
     stage_model.stage(frozen("source"), folder / "source.json")
     tokens.tokenize(frozen("tokens"), folder / "tokens.h5")
     estimate.run_estimate(frozen("estimate"), folder / "estimate.h5")
-    load_model.record(frozen("model"), folder / "estimate.h5", folder / "tokens.h5", folder / "model.h5")
+    load_model.record(
+        frozen("model"), folder / "estimate.h5", folder / "tokens.h5", folder / "model.h5"
+    )
     return project
 
 
 @pytest.fixture(scope="module")
-def local(prepared: Project, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, np.ndarray]]:
+def local(
+    prepared: Project, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, np.ndarray]]:
     """The rows of the same shards without Slurm and without Snakemake."""
     project = copy_of(prepared, tmp_path_factory.mktemp("local") / "project")
     folder = project.results(RUN)
-    inputs = [folder / name for name in ("config/extract.json", "estimate.h5", "model.h5", "tokens.h5")]
+    inputs = [
+        folder / name for name in ("config/extract.json", "estimate.h5", "model.h5", "tokens.h5")
+    ]
     for number, shard in enumerate(EXTRACTED):
         extract_shard.extract_shard(*inputs, number, project.folder / shard)
     return rows_of(project)
@@ -90,11 +105,26 @@ def copy_of(project: Project, folder: Path) -> Project:
 
 
 def asked(project: Project, *options: str, overrides: str = "", profile: str = "tiny") -> list[str]:
-    command = [sys.executable, "-m", "snakemake", *options, "--profile", "workflow/profiles/slurm", *QUICK]
-    return [*command, "--config", f"profiles={profile}", *([f"set={overrides}"] if overrides else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        *options,
+        "--profile",
+        "workflow/profiles/slurm",
+        *QUICK,
+    ]
+    return [
+        *command,
+        "--config",
+        f"profiles={profile}",
+        *([f"set={overrides}"] if overrides else []),
+    ]
 
 
-def start(project: Project, *options: str, overrides: str = "", profile: str = "tiny") -> subprocess.Popen:
+def start(
+    project: Project, *options: str, overrides: str = "", profile: str = "tiny"
+) -> subprocess.Popen:
     with (project.folder / "printed.txt").open("a") as printed:
         return subprocess.Popen(
             asked(project, *options, overrides=overrides, profile=profile),
@@ -123,7 +153,11 @@ def comment(record: dict[str, str]) -> str:
 
 
 def shard_jobs(slurm: Slurm, since: set[str]) -> list[dict[str, str]]:
-    return [r for r in slurm.records() if comment(r).startswith("rule_extract_shard") and r["JobId"] not in since]
+    return [
+        r
+        for r in slurm.records()
+        if comment(r).startswith("rule_extract_shard") and r["JobId"] not in since
+    ]
 
 
 def known(slurm: Slurm) -> set[str]:
@@ -166,7 +200,9 @@ def spy_on_gpus(project: Project) -> Path:
     return notes
 
 
-def test_shards_run_side_by_side_each_on_a_gpu_of_its_own_with_the_rows_of_a_local_run(slurm, tiny, local):
+def test_shards_run_side_by_side_each_on_a_gpu_of_its_own_with_the_rows_of_a_local_run(
+    slurm, tiny, local
+):
     notes, before = spy_on_gpus(tiny), known(slurm)
     running = start(tiny, *EXTRACTED, overrides=f"{FOUR} resources.gpu=1 resources.gpu_model=a100")
     printed = finish(running, tiny)
@@ -190,7 +226,9 @@ def test_a_job_killed_for_its_memory_is_submitted_again_with_more_and_passes(slu
         attempts.setdefault(comment(job), []).append((asked_for, job["JobState"]))
     assert len(attempts) == 4
     for tries in attempts.values():
-        assert [memory for memory, _ in tries] == [400 * number for number in range(1, len(tries) + 1)]
+        assert [memory for memory, _ in tries] == [
+            400 * number for number in range(1, len(tries) + 1)
+        ]
         assert len(tries) > 1
         assert [state == "COMPLETED" for _, state in tries] == [False] * (len(tries) - 1) + [True]
     assert "exceeded memory limit" in (slurm.folder / "slurmd.log").read_text()
@@ -223,7 +261,8 @@ def slow_shards(project: Project) -> None:
 
 
 def hold_shards(project: Project) -> Path:
-    """Have the extraction wait after its first batch, until the file exists whose path is returned, or it is killed.
+    """Have the extraction wait after its first batch, until the file exists whose path is returned,
+    or it is killed.
 
     So no shard is finished before, but for those without a document.
     """
@@ -236,7 +275,10 @@ def committed(project: Project) -> int:
     """Batches that the unfinished shards of a run have committed."""
     total = 0
     for partial in (project.results(RUN) / "shards").glob("*.partial"):
-        with contextlib.suppress(FileNotFoundError), h5py.File(partial) as file:  # a job may just have finished it
+        with (
+            contextlib.suppress(FileNotFoundError),
+            h5py.File(partial) as file,
+        ):  # a job may just have finished it
             total += commit_log.committed(file["commit_log"][:])
     return total
 
@@ -260,7 +302,9 @@ def test_a_cancelled_shard_goes_on_from_its_last_committed_row(slurm, tiny, loca
     printed = finish(running, tiny)
     assert running.returncode == 0, printed
     said = [log.read_text() for log in (tiny.results(RUN) / "logs/extract_shard").glob("*.log")]
-    taken_up = [int(n) for text in said for n in re.findall(r"going on with \S+ after (\d+) of", text)]
+    taken_up = [
+        int(n) for text in said for n in re.findall(r"going on with \S+ after (\d+) of", text)
+    ]
     assert taken_up == [1] * full(local)
     assert_same_rows(tiny, local)
 
@@ -284,7 +328,9 @@ def test_after_kill_9_of_snakemake_the_same_command_finishes(slurm, tiny, local)
     slow_shards(tiny)
     before = known(slurm)
     running = start(tiny, *EXTRACTED, overrides=FOUR)
-    wait_for(lambda: running.poll() is not None or len(shard_jobs(slurm, before)) == 4, 120, tiny.folder)
+    wait_for(
+        lambda: running.poll() is not None or len(shard_jobs(slurm, before)) == 4, 120, tiny.folder
+    )
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     unlocked = subprocess.run(
@@ -302,7 +348,14 @@ def test_after_kill_9_of_snakemake_the_same_command_finishes(slurm, tiny, local)
 
 def test_the_generic_profile_submits_through_sbatch(slurm, tiny, local):
     before = known(slurm)
-    command = [sys.executable, "-m", "snakemake", *EXTRACTED, "--profile", "workflow/profiles/cluster-generic"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        *EXTRACTED,
+        "--profile",
+        "workflow/profiles/cluster-generic",
+    ]
     command += ["--max-status-checks-per-second", "2", "--latency-wait", "5"]
     command += ["--config", "profiles=tiny", f"set={FOUR} resources.gpu=1"]
     done = subprocess.run(command, cwd=tiny.folder, capture_output=True, text=True, timeout=300)
@@ -318,7 +371,9 @@ def test_a_controller_that_is_away_for_half_a_minute_loses_no_run(slurm, tiny, l
     slow_shards(tiny)
     before = known(slurm)
     running = start(tiny, *EXTRACTED, overrides=FOUR)
-    wait_for(lambda: running.poll() is not None or len(shard_jobs(slurm, before)) == 4, 120, tiny.folder)
+    wait_for(
+        lambda: running.poll() is not None or len(shard_jobs(slurm, before)) == 4, 120, tiny.folder
+    )
     slurm.stop("slurmctld")
     with pytest.raises(subprocess.TimeoutExpired):
         running.wait(30)
@@ -330,8 +385,12 @@ def test_a_controller_that_is_away_for_half_a_minute_loses_no_run(slurm, tiny, l
     assert_same_rows(tiny, local)
 
 
-def test_the_default_experiment_in_four_shards_has_the_rows_of_plain_transformers(slurm, project, smollm2):
-    running = start(project, overrides="extraction.shards=4 resources.gpu=1", profile="smollm2-135m")
+def test_the_default_experiment_in_four_shards_has_the_rows_of_plain_transformers(
+    slurm, project, smollm2
+):
+    running = start(
+        project, overrides="extraction.shards=4 resources.gpu=1", profile="smollm2-135m"
+    )
     printed = finish(running, project, 900)
     assert running.returncode == 0, printed
     assert "16,384 tokens of 22 documents in fp32" in printed
@@ -358,7 +417,14 @@ def test_a_failed_run_of_a_sweep_leaves_the_others_alone_and_is_named_at_the_end
     printed = finish(running, tiny, 600)
     assert running.returncode != 0
     finished = list((tiny.folder / "results").glob("*/verification.h5"))
-    assert sorted(theloom.open(f.parent / "activations.h5").precision for f in finished) == ["bf16", "fp32"]
+    assert sorted(theloom.open(f.parent / "activations.h5").precision for f in finished) == [
+        "bf16",
+        "fp32",
+    ]
     assert printed.count("bad.txt: not utf-8") >= 2
-    named = {line for line in printed.splitlines() if line.startswith("error: bad.txt") and "(log: " in line}
+    named = {
+        line
+        for line in printed.splitlines()
+        if line.startswith("error: bad.txt") and "(log: " in line
+    }
     assert len(named) == 2

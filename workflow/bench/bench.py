@@ -1,7 +1,8 @@
 """`make bench`: TheLoom beside the bare forward pass and beside other tools, on this machine.
 
-Each contender has a process of its own, so that its peak memory is its own; rounds are interleaved, one contender after
-another, so that a busy machine is as busy for all. What counts are the ratios to the bare forward of the same round.
+Each contender has a process of its own, so that its peak memory is its own; rounds are interleaved,
+one contender after another, so that a busy machine is as busy for all. What counts are the ratios
+to the bare forward of the same round.
 """
 
 import argparse
@@ -33,7 +34,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One contender in one setting. Tokens/s and its ratio to the bare forward are medians over rounds."""
+    """One contender in one setting. Tokens/s and its ratio to the bare forward are medians over
+    rounds.
+    """
 
     setting: str
     contender: str
@@ -45,14 +48,24 @@ class Outcome:
 
 
 def settings(tokens: int, blocks: int) -> list[Setting]:
-    """One middle layer, three layers, all layers over documents of 16 to 2,048 tokens; and one long document."""
+    """One middle layer, three layers, all layers over documents of 16 to 2,048 tokens; and one long
+    document.
+    """
     choose, lengths = random.Random(0), []
     while sum(lengths) < tokens:
         lengths.append(min(round(2 ** choose.uniform(4, 11)), tokens - sum(lengths)))
-    middle, three, every = [blocks // 2 - 1], [blocks // 6, blocks // 2, blocks - 1], list(range(blocks))
+    middle, three, every = (
+        [blocks // 2 - 1],
+        [blocks // 6, blocks // 2, blocks - 1],
+        list(range(blocks)),
+    )
     mixed = [
         Setting(f"mixed lengths, {name}", lengths, layers)
-        for name, layers in (("one middle layer", middle), ("three layers", three), ("all layers", every))
+        for name, layers in (
+            ("one middle layer", middle),
+            ("three layers", three),
+            ("all layers", every),
+        )
     ]
     return [*mixed, Setting("one long document, one middle layer", [min(tokens, 4096)], middle)]
 
@@ -64,7 +77,9 @@ def documents(setting: Setting, vocabulary: int) -> list[list[int]]:
 
 
 def work(model: Path, setting: Setting, name: str, vocabulary: int, threads: int) -> None:
-    """A contender's process: a round for each line of its input, its seconds, bytes and peak memory as JSON."""
+    """A contender's process: a round for each line of its input, its seconds, bytes and peak memory
+    as JSON.
+    """
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
     from theloom.devices import host
@@ -76,22 +91,40 @@ def work(model: Path, setting: Setting, name: str, vocabulary: int, threads: int
     host.reset_peak_resident()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            run = contenders.CONTENDERS[name](model, setting.layers, documents(setting, vocabulary), Path(folder) / "o")
+            run = contenders.CONTENDERS[name](
+                model, setting.layers, documents(setting, vocabulary), Path(folder) / "o"
+            )
         except Exception as error:
-            print(json.dumps({"note": f"{type(error).__name__}: {error}"[:200]}), file=answers, flush=True)
+            print(
+                json.dumps({"note": f"{type(error).__name__}: {error}"[:200]}),
+                file=answers,
+                flush=True,
+            )
             return
         print(json.dumps({"note": ""}), file=answers, flush=True)
         for _ in sys.stdin:
             began = time.perf_counter()
             size = run()
             seconds, peak = time.perf_counter() - began, host.peak_resident() - before
-            print(json.dumps({"seconds": seconds, "disk": size, "peak": peak}), file=answers, flush=True)
+            print(
+                json.dumps({"seconds": seconds, "disk": size, "peak": peak}),
+                file=answers,
+                flush=True,
+            )
 
 
 def measure(
-    model: Path, setting: Setting, vocabulary: int, rounds: int, threads: int, older: str, names: list[str]
+    model: Path,
+    setting: Setting,
+    vocabulary: int,
+    rounds: int,
+    threads: int,
+    older: str,
+    names: list[str],
 ) -> list[Outcome]:
-    """All contenders in one setting, in interleaved rounds; medians forgive the first one, in which all is cold."""
+    """All contenders in one setting, in interleaved rounds; medians forgive the first one, in which
+    all is cold.
+    """
     begun = {}
     for name in names:
         asked = ["--model", str(model), "--vocabulary", str(vocabulary), "--threads", str(threads)]
@@ -135,7 +168,11 @@ def measure(
         speeds = [total / r["seconds"] for r in found[name]]
         ratios = [b["seconds"] / r["seconds"] for b, r in zip(baseline, found[name], strict=False)]
         peak, disk = (int(max(r[key] for r in found[name])) for key in ("peak", "disk"))
-        outcomes.append(Outcome(setting.name, name, statistics.median(speeds), statistics.median(ratios), peak, disk))
+        outcomes.append(
+            Outcome(
+                setting.name, name, statistics.median(speeds), statistics.median(ratios), peak, disk
+            )
+        )
     return outcomes
 
 
@@ -160,20 +197,32 @@ def table(outcomes: list[Outcome]) -> str:
         else:
             disk = f"{o.disk / 1e6:.1f} MB" if o.disk else ""
             speed = f"{o.ratio:.2f} | {o.tokens_per_second:,.0f}"
-            rows.append(f"| {o.setting} | {o.contender} | {speed} | {o.peak_memory / 1e6:,.0f} MB | {disk} |")
+            rows.append(
+                f"| {o.setting} | {o.contender} | {speed} | {o.peak_memory / 1e6:,.0f} MB | {disk} |"
+            )
     return "\n".join(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of the mixed-length corpus")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="tokens of the mixed-length corpus"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="settings whose names contain this")
     parser.add_argument("--json", type=Path, help="write the outcomes there, too")
-    parser.add_argument("--model", help="folder of another model, with a tokenizer; SmolLM2 if left out")
-    parser.add_argument("--older", default="", help="Python of an environment with TransformerLens 3 and SAELens")
-    parser.add_argument("--among", default="", help="parts of contenders' names, with commas; the bare forward always")
+    parser.add_argument(
+        "--model", help="folder of another model, with a tokenizer; SmolLM2 if left out"
+    )
+    parser.add_argument(
+        "--older", default="", help="Python of an environment with TransformerLens 3 and SAELens"
+    )
+    parser.add_argument(
+        "--among",
+        default="",
+        help="parts of contenders' names, with commas; the bare forward always",
+    )
     for hidden in ("--setting", "--contender", "--vocabulary"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -192,10 +241,20 @@ def main() -> None:
     names = [name for name in contenders.CONTENDERS if any(part in name for part in among)]
     for setting in settings(asked.tokens, size.num_blocks):
         if asked.only in setting.name:
-            outcomes += measure(files.folder, setting, size.vocab_size, asked.rounds, asked.threads, asked.older, names)
+            outcomes += measure(
+                files.folder,
+                setting,
+                size.vocab_size,
+                asked.rounds,
+                asked.threads,
+                asked.older,
+                names,
+            )
             if asked.json:
                 asked.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
-    print(f"{config.source} in FP32 on {asked.threads} CPU threads, {asked.tokens} tokens, {asked.rounds} rounds\n")
+    print(
+        f"{config.source} in FP32 on {asked.threads} CPU threads, {asked.tokens} tokens, {asked.rounds} rounds\n"
+    )
     print(table(outcomes))
 
 

@@ -1,7 +1,9 @@
-"""What is timed: the bare forward pass, TheLoom, and what people would use instead, each in its documented way.
+"""What is timed: the bare forward pass, TheLoom, and what people would use instead, each in its
+documented way.
 
-A contender is made with a model folder, layers, documents and a folder, and gives a function that runs all documents
-once and returns the bytes that it wrote. Peers are installed with the extra `bench`, and left out where they are not.
+A contender is made with a model folder, layers, documents and a folder, and gives a function that
+runs all documents once and returns the bytes that it wrote. Peers are installed with the extra
+`bench`, and left out where they are not.
 """
 
 import shutil
@@ -15,7 +17,10 @@ Round = Callable[[], int]
 Maker = Callable[[Path, list[int], list[list[int]], Path], Round]
 
 BATCH_TOKENS = 2048
-PEERS_BATCH, CONTEXT = 8, 2048  # batch_size=8 is what the peers' guides use; no document is longer than the context
+PEERS_BATCH, CONTEXT = (
+    8,
+    2048,
+)  # batch_size=8 is what the peers' guides use; no document is longer than the context
 MOST_RUNS = 3
 
 
@@ -36,7 +41,9 @@ def bare(model: Path, layers: list[int], documents: list[list[int]], folder: Pat
     return run
 
 
-def theloom_to_memory(model: Path, layers: list[int], documents: list[list[int]], folder: Path) -> Round:
+def theloom_to_memory(
+    model: Path, layers: list[int], documents: list[list[int]], folder: Path
+) -> Round:
     """The engine's forward pass, every value kept."""
     loaded, points = _loaded(model, layers)
     from theloom.engine.resident import ResidentRunner
@@ -52,7 +59,9 @@ def theloom_to_memory(model: Path, layers: list[int], documents: list[list[int]]
     return run
 
 
-def theloom_to_disk(model: Path, layers: list[int], documents: list[list[int]], folder: Path) -> Round:
+def theloom_to_disk(
+    model: Path, layers: list[int], documents: list[list[int]], folder: Path
+) -> Round:
     """The engine as a job runs it: a verified, crash-safe shard."""
     loaded, points = _loaded(model, layers)
     from theloom.corpus.batching import plan_batches
@@ -96,8 +105,12 @@ def theloom_to_disk(model: Path, layers: list[int], documents: list[list[int]], 
     return run
 
 
-def hidden_states_and_save(model: Path, layers: list[int], documents: list[list[int]], folder: Path) -> Round:
-    """`output_hidden_states=True` on padded batches with their mask, the layers' rows by `torch.save`."""
+def hidden_states_and_save(
+    model: Path, layers: list[int], documents: list[list[int]], folder: Path
+) -> Round:
+    """`output_hidden_states=True` on padded batches with their mask, the layers' rows by
+    `torch.save`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -108,31 +121,41 @@ def hidden_states_and_save(model: Path, layers: list[int], documents: list[list[
         _empty(folder)
         with torch.inference_mode():
             for number, (ids, mask) in enumerate(batches):
-                states = causal(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+                states = causal(
+                    input_ids=ids, attention_mask=mask, output_hidden_states=True
+                ).hidden_states
                 torch.save({k: states[k + 1].clone() for k in layers}, folder / f"{number}.pt")
         return _size(folder)
 
     return run
 
 
-def transformer_lens_bridge(model: Path, layers: list[int], documents: list[list[int]], folder: Path) -> Round:
+def transformer_lens_bridge(
+    model: Path, layers: list[int], documents: list[list[int]], folder: Path
+) -> Round:
     """`TransformerBridge.run_with_cache` with a names filter, the cache by `torch.save`."""
     import torch
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    causal = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     bridge = TransformerBridge.boot_transformers(
         str(model), hf_model=causal, tokenizer=AutoTokenizer.from_pretrained(model), device="cpu"
     )
     batches = _peers_batches(documents)
-    wanted = {f"blocks.{k}.hook_resid_post" for k in layers} | {f"blocks.{k}.hook_out" for k in layers}
+    wanted = {f"blocks.{k}.hook_resid_post" for k in layers} | {
+        f"blocks.{k}.hook_out" for k in layers
+    }
 
     def run() -> int:
         _empty(folder)
         with torch.inference_mode():
             for number, (ids, mask) in enumerate(batches):
-                _, cache = bridge.run_with_cache(ids, attention_mask=mask, names_filter=lambda name: name in wanted)
+                _, cache = bridge.run_with_cache(
+                    ids, attention_mask=mask, names_filter=lambda name: name in wanted
+                )
                 rows = {name: value.clone() for name, value in cache.items()}
                 assert len({name.split(".")[1] for name in rows}) == len(layers)
                 torch.save(rows, folder / f"{number}.pt")
@@ -157,22 +180,33 @@ def nnsight(model: Path, layers: list[int], documents: list[list[int]], folder: 
                 with traced.trace(input_ids=ids, attention_mask=mask):
                     saved = peer.save([traced.model.layers[k].output for k in layers])
                 values = [v[0] if isinstance(v, tuple) else v for v in saved]
-                torch.save({k: v.clone() for k, v in zip(layers, values, strict=True)}, folder / f"{number}.pt")
+                torch.save(
+                    {k: v.clone() for k, v in zip(layers, values, strict=True)},
+                    folder / f"{number}.pt",
+                )
         return _size(folder)
 
     return run
 
 
-def hooked_transformer(model: Path, layers: list[int], documents: list[list[int]], folder: Path) -> Round:
-    """`HookedTransformer.run_with_cache` up to the last layer, with a names filter, the cache by `torch.save`."""
+def hooked_transformer(
+    model: Path, layers: list[int], documents: list[list[int]], folder: Path
+) -> Round:
+    """`HookedTransformer.run_with_cache` up to the last layer, with a names filter, the cache by
+    `torch.save`.
+    """
     import torch
     from transformer_lens import HookedTransformer, loading_from_pretrained
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # what from_pretrained_no_processing does, which takes no model by its folder
     causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    config = loading_from_pretrained.get_pretrained_model_config(str(model), device="cpu", dtype=torch.float32)
-    weights = loading_from_pretrained.get_pretrained_state_dict(str(model), config, causal, dtype=torch.float32)
+    config = loading_from_pretrained.get_pretrained_model_config(
+        str(model), device="cpu", dtype=torch.float32
+    )
+    weights = loading_from_pretrained.get_pretrained_state_dict(
+        str(model), config, causal, dtype=torch.float32
+    )
     hooked = HookedTransformer(config, AutoTokenizer.from_pretrained(model))
     hooked.load_and_process_state_dict(weights, *(False,) * 4)
     del causal, weights
@@ -183,7 +217,11 @@ def hooked_transformer(model: Path, layers: list[int], documents: list[list[int]
         with torch.inference_mode():
             for number, (ids, mask) in enumerate(batches):
                 _, cache = hooked.run_with_cache(
-                    ids, attention_mask=mask, names_filter=names, stop_at_layer=max(layers) + 1, return_type=None
+                    ids,
+                    attention_mask=mask,
+                    names_filter=names,
+                    stop_at_layer=max(layers) + 1,
+                    return_type=None,
                 )
                 torch.save({name: cache[name].clone() for name in names}, folder / f"{number}.pt")
         return _size(folder)
@@ -192,7 +230,9 @@ def hooked_transformer(model: Path, layers: list[int], documents: list[list[int]
 
 
 def sae_lens(model: Path, layers: list[int], documents: list[list[int]], folder: Path) -> Round:
-    """SAELens' `CacheActivationsRunner`, a run for each layer: documents joined and cut into contexts of one length."""
+    """SAELens' `CacheActivationsRunner`, a run for each layer: documents joined and cut into
+    contexts of one length.
+    """
     from datasets import Dataset
     from sae_lens.cache_activations_runner import CacheActivationsRunner
     from sae_lens.config import CacheActivationsRunnerConfig
@@ -204,8 +244,12 @@ def sae_lens(model: Path, layers: list[int], documents: list[list[int]], folder:
     context = min(CONTEXT, len(ids)) if len(documents) > 1 else len(ids)
     batch = min(PEERS_BATCH, len(ids) // context)
     if len(ids) % (context * batch):
-        raise ValueError(f"{len(ids)} tokens are not whole batches of {batch} contexts of {context}")
-    contexts = Dataset.from_dict({"input_ids": [ids[n : n + context] for n in range(0, len(ids), context)]})
+        raise ValueError(
+            f"{len(ids)} tokens are not whole batches of {batch} contexts of {context}"
+        )
+    contexts = Dataset.from_dict(
+        {"input_ids": [ids[n : n + context] for n in range(0, len(ids), context)]}
+    )
     width = AutoConfig.from_pretrained(model).hidden_size
     runners = [
         CacheActivationsRunner(
@@ -251,7 +295,8 @@ CONTENDERS: dict[str, Maker] = {
     "HookedTransformer + torch.save": hooked_transformer,
     "SAELens CacheActivationsRunner": sae_lens,
 }
-# they need a TransformerLens before its version 4, which no longer has HookedTransformer: another environment
+# they need a TransformerLens before its version 4, which no longer has HookedTransformer: another
+# environment
 OLDER = ("HookedTransformer + torch.save", "SAELens CacheActivationsRunner")
 
 
@@ -271,7 +316,9 @@ def _loaded(folder: Path, layers: list[int]) -> tuple[Any, Any]:
 
 
 def _chunk(documents: list[list[int]]) -> int:
-    """Documents in one pass: the plan streams nothing that takes no more memory so, and these do not."""
+    """Documents in one pass: the plan streams nothing that takes no more memory so, and these do
+    not.
+    """
     return max(map(len, documents))
 
 
@@ -281,11 +328,16 @@ def _batches(documents: list[list[int]]) -> list[Any]:
     lengths = np.array([len(d) for d in documents])
     offset = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([np.array(d, "<i4") for d in documents])
-    return [padded(batch, ids, offset) for batch in plan_batches(lengths, BATCH_TOKENS, _chunk(documents))]
+    return [
+        padded(batch, ids, offset)
+        for batch in plan_batches(lengths, BATCH_TOKENS, _chunk(documents))
+    ]
 
 
 def _peers_batches(documents: list[list[int]]) -> list[tuple[Any, Any]]:
-    """Documents in the order of the corpus, so many at a time, padded on the right, with their mask."""
+    """Documents in the order of the corpus, so many at a time, padded on the right, with their
+    mask.
+    """
     import torch
 
     batches = []

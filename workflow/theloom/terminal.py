@@ -13,29 +13,45 @@ GIB = 1 << 30
 WIDTH = 80  # characters: what every terminal has
 
 
-def table(rows: list[list[Any]], headers: list[str], numbers: Collection[int], fold: int | None = None) -> str:
-    """Aligned columns; those in `numbers` to the right; the words of column `fold` in lines, so that 80 columns do.
+def table(
+    rows: list[list[Any]], headers: list[str], numbers: Collection[int], fold: int | None = None
+) -> str:
+    """Aligned columns; those in `numbers` to the right; the words of column `fold` in lines, so
+    that 80 columns do.
 
     The line of headers is bold on a terminal (`bold`), and nothing else is.
     """
     import tabulate
 
-    tabulate.MIN_PADDING = 0  # beside what separates columns, headers of numbers would get two blanks more
+    tabulate.MIN_PADDING = (
+        0  # beside what separates columns, headers of numbers would get two blanks more
+    )
     align = ["right" if column in numbers else "left" for column in range(len(headers))]
     if fold is not None:
         cells = [headers, *([str(cell) for cell in row] for row in rows)]
-        others = sum(2 + max(len(row[column]) for row in cells) for column in range(len(headers)) if column != fold)
-        rows = [[*row[:fold], fill(str(row[fold]), max(16, WIDTH - others)), *row[fold + 1 :]] for row in rows]
-    head, *lines = tabulate.tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True).split(
-        "\n"
-    )
+        others = sum(
+            2 + max(len(row[column]) for row in cells)
+            for column in range(len(headers))
+            if column != fold
+        )
+        rows = [
+            [*row[:fold], fill(str(row[fold]), max(16, WIDTH - others)), *row[fold + 1 :]]
+            for row in rows
+        ]
+    head, *lines = tabulate.tabulate(
+        rows, headers, tablefmt="simple", colalign=align, disable_numparse=True
+    ).split("\n")
     return "\n".join([bold(head), *(line.rstrip() for line in lines)])
 
 
 def lines(text: str) -> str:
-    """A sentence in lines of at most 80 characters; all of them but the first are indented by two more."""
+    """A sentence in lines of at most 80 characters; all of them but the first are indented by two
+    more.
+    """
     indent = " " * (2 + len(text) - len(text.lstrip()))
-    return fill(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+    return fill(
+        text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
 
 
 def positive(text: str) -> int:
@@ -67,7 +83,9 @@ def examples(*commands: str) -> dict[str, Any]:
 
 
 class Help(argparse.HelpFormatter):
-    """Descriptions are filled to the terminal's width; examples, and what else has lines, stay as they are."""
+    """Descriptions are filled to the terminal's width; examples, and what else has lines, stay as
+    they are.
+    """
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)

@@ -2,9 +2,9 @@
 
     .venv/bin/python workflow/docs/examples/logit_lens.py results/examples
 
-A state goes through the model's own final norm and LM head. By layer: how often its first choice is the one that the
-model makes in the end, and the probability that it gives to the token that comes next. The run is that of probe.py;
-the last block must be among its hook points.
+A state goes through the model's own final norm and LM head. By layer: how often its first choice is
+the one that the model makes in the end, and the probability that it gives to the token that comes
+next. The run is that of probe.py; the last block must be among its hook points.
 """
 
 import sys
@@ -31,7 +31,9 @@ def lens(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
 
 
 def main(run: Path, rows_read: int = 1024) -> dict[str, tuple[float, float]]:
-    """By hook point: agreement with the last one's first choice, and mean probability of the next token."""
+    """By hook point: agreement with the last one's first choice, and mean probability of the next
+    token.
+    """
     acts = theloom.open(run / "activations.h5")
     document = acts.document_of.numpy(slice(0, rows_read + 1))
     rows = (document[1:] == document[:-1]).nonzero()[0]
@@ -44,7 +46,9 @@ def main(run: Path, rows_read: int = 1024) -> dict[str, tuple[float, float]]:
         agrees = float((logits.argmax(dim=-1) == final).float().mean())
         probability = float(logits.softmax(dim=-1).gather(1, following[:, None]).mean())
         found[hook] = (agrees, probability)
-        print(f"{hook:<28} agrees with the end {agrees:.3f}   probability of the next token {probability:.4f}")
+        print(
+            f"{hook:<28} agrees with the end {agrees:.3f}   probability of the next token {probability:.4f}"
+        )
     return found
 
 

@@ -17,8 +17,14 @@ def main(folders: list[Path]) -> list[Compared]:
     found = compare(folders)
     for run in found:
         error = "no FP32 run beside it" if run.error_rms is None else f"error {run.error_rms:.2e}"
-        speed = "not timed" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f} tokens/s"
-        print(f"{run.run}: {run.precision}, stored as {run.stored}: {error}, {run.memory / 1e6:,.0f} MB, {speed}")
+        speed = (
+            "not timed"
+            if run.tokens_per_second is None
+            else f"{run.tokens_per_second:,.0f} tokens/s"
+        )
+        print(
+            f"{run.run}: {run.precision}, stored as {run.stored}: {error}, {run.memory / 1e6:,.0f} MB, {speed}"
+        )
     return found
 
 

@@ -52,8 +52,12 @@ def main(run: Path) -> dict[str, tuple[float, float]]:
     acts = theloom.open(run / "activations.h5")
     tokens = acts.to_dataframe("tokens")
     begins_word = tokens["token"].str.startswith(" ").to_numpy()
-    same_document = (tokens["document"].to_numpy()[1:] == tokens["document"].to_numpy()[:-1]).nonzero()[0]
-    rows = same_document[tokens["position"].to_numpy()[same_document] > 0]  # the first position is unlike all others
+    same_document = (
+        tokens["document"].to_numpy()[1:] == tokens["document"].to_numpy()[:-1]
+    ).nonzero()[0]
+    rows = same_document[
+        tokens["position"].to_numpy()[same_document] > 0
+    ]  # the first position is unlike all others
     labels = np.append(begins_word[1:], False)
     cut = int(0.7 * len(acts))
     train, test = (balanced(labels, part, seed=0) for part in (rows[rows < cut], rows[rows >= cut]))
@@ -64,7 +68,9 @@ def main(run: Path) -> dict[str, tuple[float, float]]:
         states, held_out = acts[hook][train].float(), acts[hook][test].float()
         mean, scale = states.mean(dim=0), states.std(dim=0) + 1e-6
         states, held_out = (states - mean) / scale, (held_out - mean) / scale
-        found[hook] = tuple(accuracy(fit(states, y[train]), held_out, y[test]) for y in (truth, shuffled))
+        found[hook] = tuple(
+            accuracy(fit(states, y[train]), held_out, y[test]) for y in (truth, shuffled)
+        )
         print(f"{hook:<28} accuracy {found[hook][0]:.3f}   shuffled labels {found[hook][1]:.3f}")
     return found
 

@@ -3,8 +3,8 @@
     make run SET="corpus.max_tokens=16384"
     .venv/bin/python workflow/docs/examples/sparse_autoencoder.py results/smollm2-135m
 
-Each row becomes a sum of 32 of 1,024 learned directions. What is left over, as a share of the rows' variance (the
-fraction of variance unexplained), is what training brings down.
+Each row becomes a sum of 32 of 1,024 learned directions. What is left over, as a share of the rows'
+variance (the fraction of variance unexplained), is what training brings down.
 """
 
 import sys
@@ -44,7 +44,9 @@ def batches(acts: Activations, hook: str, end: int, epochs: int) -> Iterator[tor
     The massive activations there would be all of the variance.
     """
     for epoch in range(epochs):
-        for batch in acts.batches([hook, "position", "row"], BATCH, shuffle=True, seed=epoch, drop_last=True):
+        for batch in acts.batches(
+            [hook, "position", "row"], BATCH, shuffle=True, seed=epoch, drop_last=True
+        ):
             yield batch[hook][(batch["position"] > 0) & (batch["row"] < end)].float()
 
 
@@ -76,7 +78,9 @@ def main(run: Path, epochs: int = 12) -> tuple[float, float]:
         if step % 100 == 0:
             print(f"step {step}: loss {loss.item():.4f}")
     after = unexplained(model, test)
-    print(f"{hook}: variance unexplained of rows held out {before:.3f} before, {after:.3f} after training")
+    print(
+        f"{hook}: variance unexplained of rows held out {before:.3f} before, {after:.3f} after training"
+    )
     return before, after
 
 

@@ -1,11 +1,13 @@
-"""A steering vector: the difference of two sets of texts, added to the stream of the model as it runs.
+"""A steering vector: the difference of two sets of texts, added to the stream of the model as it
+runs.
 
     .venv/bin/python workflow/docs/examples/steering.py --texts texts.jsonl
     make run SET="name=steering corpus=text corpus.path=texts.jsonl corpus.id_column=id memory.activation_cache_filter=[blocks.15.hook_resid_post]"
     .venv/bin/python workflow/docs/examples/steering.py results/steering
 
-The vector is the mean state of the joyful texts' last tokens minus that of the sad ones'. It is judged on sentences that
-are in neither set: how much likelier than "sad" words it makes "joyful" ones.
+The vector is the mean state of the joyful texts' last tokens minus that of the sad ones'. It is
+judged on sentences that are in neither set: how much likelier than "sad" words it makes "joyful"
+ones.
 """  # noqa: E501
 
 import json
@@ -22,11 +24,28 @@ from theloom.model.files import prepare_files
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 HOOK, BLOCK = "blocks.15.hook_resid_post", 15
-SUBJECTS = ("I", "My sister", "The old man", "Everyone at the table", "Our neighbour", "The child", "My friend", "He")
+SUBJECTS = (
+    "I",
+    "My sister",
+    "The old man",
+    "Everyone at the table",
+    "Our neighbour",
+    "The child",
+    "My friend",
+    "He",
+)
 JOY = ("felt happy and full of joy", "laughed with delight", "was thrilled by the wonderful news")
 GRIEF = ("felt sad and full of sorrow", "wept with grief", "was crushed by the terrible news")
-PROMPTS = ("When she opened the letter she felt", "Today has been", "After the journey they were", "The music made me")
-WORDS = {"joy": (" happy", " wonderful", " delighted", " great"), "grief": (" sad", " terrible", " lonely", " awful")}
+PROMPTS = (
+    "When she opened the letter she felt",
+    "Today has been",
+    "After the journey they were",
+    "The music made me",
+)
+WORDS = {
+    "joy": (" happy", " wonderful", " delighted", " great"),
+    "grief": (" sad", " terrible", " lonely", " awful"),
+}
 
 
 def write_texts(path: Path) -> None:
@@ -43,7 +62,10 @@ def write_texts(path: Path) -> None:
 def vector(run: Path) -> torch.Tensor:
     """Mean last state of the one set minus that of the other, (width,)."""
     acts = theloom.open(run / "activations.h5")
-    last = {name: [acts.document(i)[HOOK][-1].float() for i in acts.documents if i.startswith(name)] for name in WORDS}
+    last = {
+        name: [acts.document(i)[HOOK][-1].float() for i in acts.documents if i.startswith(name)]
+        for name in WORDS
+    }
     return torch.stack(last["joy"]).mean(dim=0) - torch.stack(last["grief"]).mean(dim=0)
 
 
@@ -67,7 +89,9 @@ def preference(model: PreTrainedModel, words: object) -> float:
     found = []
     for prompt in PROMPTS:
         logits = model(torch.tensor([words.encode(prompt)])).logits[0, -1].log_softmax(dim=-1)
-        joy, grief = (logits[[words.encode(w)[0] for w in WORDS[name]]].logsumexp(dim=0) for name in WORDS)
+        joy, grief = (
+            logits[[words.encode(w)[0] for w in WORDS[name]]].logsumexp(dim=0) for name in WORDS
+        )
         found.append(float(joy - grief))
     return sum(found) / len(found)
 

@@ -33,15 +33,38 @@ def add_estimate(commands: Any) -> None:
             "theloom estimate --table",
         ),
     )
-    parser.add_argument("target", nargs="?", metavar="PROFILE_OR_MODEL", help="a profile, hub id, folder, package:NAME")
-    parser.add_argument("--precision", choices=KINDS, help="of the weights; default: the profile's, bf16 for auto")
-    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="windows side by side (1)")
-    parser.add_argument("--tokens", type=positive, default=2048, metavar="N", help="tokens of each (2048)")
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="PROFILE_OR_MODEL",
+        help="a profile, hub id, folder, package:NAME",
+    )
+    parser.add_argument(
+        "--precision", choices=KINDS, help="of the weights; default: the profile's, bf16 for auto"
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=1, metavar="N", help="windows side by side (1)"
+    )
+    parser.add_argument(
+        "--tokens", type=positive, default=2048, metavar="N", help="tokens of each (2048)"
+    )
     parser.add_argument("--hooks", metavar="FILTER,...", help="hook filter; default: the profile's")
-    parser.add_argument("--trace", action="store_true", help="trace the model even where there is a closed form")
-    parser.add_argument("--training", action="store_true", help="also what each optimisation saves, traced (a minute)")
-    parser.add_argument("--table", action="store_true", help="models of 3B to 70B beside rules of thumb")
-    parser.add_argument("--all", action="store_true", help=f"every GPU that it fits on, not the {GPUS_SHOWN} smallest")
+    parser.add_argument(
+        "--trace", action="store_true", help="trace the model even where there is a closed form"
+    )
+    parser.add_argument(
+        "--training",
+        action="store_true",
+        help="also what each optimisation saves, traced (a minute)",
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="models of 3B to 70B beside rules of thumb"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help=f"every GPU that it fits on, not the {GPUS_SHOWN} smallest",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_estimate)
 
@@ -51,12 +74,19 @@ def _estimate(arguments: argparse.Namespace) -> None:
         _tables(arguments)
         return
     if arguments.target is None:
-        raise ConfigError("theloom estimate: name a profile or a model (theloom estimate 7b), or give --table")
+        raise ConfigError(
+            "theloom estimate: name a profile or a model (theloom estimate 7b), or give --table"
+        )
     from theloom.planning import forecast
 
     filters = arguments.hooks.split(",") if arguments.hooks else None
     found = forecast.forecast(
-        arguments.target, arguments.precision, arguments.batch, arguments.tokens, filters, arguments.trace
+        arguments.target,
+        arguments.precision,
+        arguments.batch,
+        arguments.tokens,
+        filters,
+        arguments.trace,
     )
     savings = _savings(arguments, found) if arguments.training else []
     if arguments.json:
@@ -65,7 +95,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
         return
     print(_inputs(found))
     print(_components(found))
-    print("\n" + lines(f"Totals by weights, hook points written as they come (GB): {_by_kind(found)}"))
+    print(
+        "\n" + lines(f"Totals by weights, hook points written as they come (GB): {_by_kind(found)}")
+    )
     sizes = f"To load: {_gb(found.load_peak)}; host process on a CPU: {_gb(found.host)}"
     print(lines(f"{sizes}; disk for a million tokens: {_gb(found.disk_per_million_tokens)}") + "\n")
     print(_gpus(found, len(found.gpus) if arguments.all else GPUS_SHOWN))
@@ -77,7 +109,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
 def _inputs(found: "Forecast") -> str:
     hooks = f"{len(found.hooks)} hook points ({found.hooks[0]} … {found.hooks[-1]})"
     versions = ", ".join(
-        f"{p} {found.versions[p]}" for p in ("theloom", "torch", "transformers") if p in found.versions
+        f"{p} {found.versions[p]}"
+        for p in ("theloom", "torch", "transformers")
+        if p in found.versions
     )
     run = (
         f"{found.model} ({found.model_type}) in {found.kind}; attention {found.attention}; "
@@ -89,19 +123,47 @@ def _inputs(found: "Forecast") -> str:
 def _components(found: "Forecast") -> str:
     cuda = found.pipeline
     rows = [
-        ["weights", *size(found.weights), "the base model; LM head not loaded" + _saved(found.lm_head)],
-        [f"KV cache of {found.windows * found.tokens} tokens", *size(found.kv_cache), "held only while chunks stream"],
+        [
+            "weights",
+            *size(found.weights),
+            "the base model; LM head not loaded" + _saved(found.lm_head),
+        ],
+        [
+            f"KV cache of {found.windows * found.tokens} tokens",
+            *size(found.kv_cache),
+            "held only while chunks stream",
+        ],
         ["activation cache, full", *size(found.captured_full), "every residual, held at once"],
-        ["activation cache, all names", *size(found.captured_every), "every hook point, attention patterns too"],
-        ["activation cache, selective", *size(found.captured_selected), "the hook points asked for, held at once"],
+        [
+            "activation cache, all names",
+            *size(found.captured_every),
+            "every hook point, attention patterns too",
+        ],
+        [
+            "activation cache, selective",
+            *size(found.captured_selected),
+            "the hook points asked for, held at once",
+        ],
         ["temporaries", *size(found.temporaries), "of a forward pass at its peak"],
         ["logits", *size(0), "not computed"],
         ["workspace", *size(cuda.workspace), "cuBLAS"],
         ["fragmentation", *size(cuda.fragmentation), "held by CUDA's allocator, not given out"],
         ["CUDA context", *size(cuda.context), "approximate; differs by driver and card"],
-        ["total, full cache", *size(found.held_full.total), f"through the KV cache; {_allocated(found.held_full)}"],
-        ["total, selective cache", *size(found.held_selected.total), f"likewise; {_allocated(found.held_selected)}"],
-        ["total, written as they come", *size(cuda.total), f"what the pipeline needs; {_allocated(cuda)}"],
+        [
+            "total, full cache",
+            *size(found.held_full.total),
+            f"through the KV cache; {_allocated(found.held_full)}",
+        ],
+        [
+            "total, selective cache",
+            *size(found.held_selected.total),
+            f"likewise; {_allocated(found.held_selected)}",
+        ],
+        [
+            "total, written as they come",
+            *size(cuda.total),
+            f"what the pipeline needs; {_allocated(cuda)}",
+        ],
     ]
     return table(rows, ["component", "GB", "GiB", ""], (1, 2), fold=3)
 
@@ -111,7 +173,9 @@ def _saved(lm_head: int) -> str:
 
 
 def _allocated(components: Any) -> str:
-    return f"allocated {components.allocated / 1e9:.2f}, reserved {components.reserved / 1e9:.2f} GB"
+    return (
+        f"allocated {components.allocated / 1e9:.2f}, reserved {components.reserved / 1e9:.2f} GB"
+    )
 
 
 def _by_kind(found: "Forecast") -> str:
@@ -128,10 +192,14 @@ def _gpus(found: "Forecast", shown: int) -> str:
     rows = []
     for gpu in found.gpus[:shown]:
         margin, batch = f"{gpu.margin_bytes / 1e9:.2f}", f"{gpu.largest_batch} × {gpu.tokens}"
-        rows.append([gpu.name, capability(gpu.compute_capability), *size(gpu.usable_bytes), margin, batch])
+        rows.append(
+            [gpu.name, capability(gpu.compute_capability), *size(gpu.usable_bytes), margin, batch]
+        )
     headers = ["fits on", "cap.", "has GB", "GiB", "left GB", "largest batch × tokens"]
     more = len(found.gpus) - shown
-    return table(rows, headers, range(1, 6)) + (f"\n… and {more} larger ones (--all)" if more > 0 else "")
+    return table(rows, headers, range(1, 6)) + (
+        f"\n… and {more} larger ones (--all)" if more > 0 else ""
+    )
 
 
 def _layerwise(found: "Forecast") -> str:
@@ -152,7 +220,12 @@ def _layerwise(found: "Forecast") -> str:
         f"Hours as reckoned, not measured: {execution_modes.EFFICIENCY:.0%} of a card's peak, disk {execution_modes.DISK / 1e9:g} GB/s",
     ]
     rows = [
-        [card.name, *_hours(card.resident), *_hours(card.layerwise), "hidden" if card.reads_hidden else "not hidden"]
+        [
+            card.name,
+            *_hours(card.resident),
+            *_hours(card.layerwise),
+            "hidden" if card.reads_hidden else "not hidden",
+        ]
         for card in found.cards
     ]
     headers = ["card", "resident 1M", "10M tokens", "layerwise 1M", "10M tokens", "reads"]
@@ -174,7 +247,13 @@ def _savings(arguments: argparse.Namespace, found: "Forecast") -> list[dict[str,
     model_config = hf_config(settings.model) if declared is None else estimators.config_of(declared)
     precision = "fp16" if found.kind == "fp16" else "bf16"  # the mixed one, beside FP32
     rows = optimisations(
-        model_config, found.windows, found.tokens, found.chunk_size, found.hooks, precision, device="cuda"
+        model_config,
+        found.windows,
+        found.tokens,
+        found.chunk_size,
+        found.hooks,
+        precision,
+        device="cuda",
     )
     derived = ("claim", "percent", "percent_of_activations")
     return [asdict(row) | {name: getattr(row, name) for name in derived} for row in rows]
@@ -182,12 +261,23 @@ def _savings(arguments: argparse.Namespace, found: "Forecast") -> list[dict[str,
 
 def _savings_table(savings: list[dict[str, Any]]) -> str:
     rows = [
-        [s["optimisation"], s["workflow"], *_before_and_after(s), s["claim"] if s["applies"] else "no use here"]
+        [
+            s["optimisation"],
+            s["workflow"],
+            *_before_and_after(s),
+            s["claim"] if s["applies"] else "no use here",
+        ]
         for s in savings
     ]
     headers = ["", "workflow", "GB", "GB with", "saves", "of act.", "rule"]
-    notes = "\n".join(dict.fromkeys(lines(f"{s['optimisation']}, {s['workflow']}: {s['compared']}") for s in savings))
-    meaning = "saves: of all that is held; of act.: of all but the weights; rule: the usual rule of thumb"
+    notes = "\n".join(
+        dict.fromkeys(
+            lines(f"{s['optimisation']}, {s['workflow']}: {s['compared']}") for s in savings
+        )
+    )
+    meaning = (
+        "saves: of all that is held; of act.: of all but the weights; rule: the usual rule of thumb"
+    )
     return f"{table(rows, headers, (2, 3, 4, 5))}\n\n{lines(meaning)}\n\n{notes}"
 
 
@@ -201,33 +291,56 @@ def _tables(arguments: argparse.Namespace) -> None:
 
     weights, totals = rules_of_thumb.weights_table(), rules_of_thumb.totals_table()
     if arguments.json:
-        print(json.dumps({"weights": [asdict(r) for r in weights], "totals": [asdict(r) for r in totals]}, indent=2))
+        print(
+            json.dumps(
+                {"weights": [asdict(r) for r in weights], "totals": [asdict(r) for r in totals]},
+                indent=2,
+            )
+        )
         return
     print("Weights alone, in GB: TheLoom's figure / the rule of thumb\n")
     print(_beside(weights))
     print(
         "\n"
-        + lines(f"With {rules_of_thumb.TOKENS} tokens in the KV cache, every residual held, and what CUDA takes, in GB")
+        + lines(
+            f"With {rules_of_thumb.TOKENS} tokens in the KV cache, every residual held, and what CUDA takes, in GB"
+        )
     )
     print("\n" + _beside(totals))
 
 
 def _beside(rows: list["Row"]) -> str:
-    """The table, and below it what is too long for a column: models, GPUs, and why figures differ from the rules."""
+    """The table, and below it what is too long for a column: models, GPUs, and why figures differ
+    from the rules.
+    """
     kinds = list(rows[0].cells)
     cells = [
-        [row.profile, *(f"{row.cells[kind].computed:.1f} / {row.cells[kind].rule:g}" for kind in kinds)] for row in rows
+        [
+            row.profile,
+            *(f"{row.cells[kind].computed:.1f} / {row.cells[kind].rule:g}" for kind in kinds),
+        ]
+        for row in rows
     ]
     if any(row.gpus for row in rows):
         below = ["", "The smallest GPUs that have room:"]
-        below += [f"  {row.profile}: fp32 {row.gpus['fp32']}; 16-bit {row.gpus['bf16']}" for row in rows]
+        below += [
+            f"  {row.profile}: fp32 {row.gpus['fp32']}; 16-bit {row.gpus['bf16']}" for row in rows
+        ]
     else:
-        below = ["", *(f"  {row.profile}: {row.model}, {row.parameters / 1e9:.2f}e9 parameters" for row in rows)]
+        below = [
+            "",
+            *(
+                f"  {row.profile}: {row.model}, {row.parameters / 1e9:.2f}e9 parameters"
+                for row in rows
+            ),
+        ]
     reasons: dict[str, list[str]] = {}  # 16-bit kinds differ alike
     for row in rows:
         for kind, cell in row.cells.items():
             if cell.reason:
-                reasons.setdefault(f"{row.profile} {cell.difference:+.0%}: {cell.reason}", []).append(kind)
+                reasons.setdefault(
+                    f"{row.profile} {cell.difference:+.0%}: {cell.reason}", []
+                ).append(kind)
     below += ["", "Differences over 10%:"] if reasons else []
     below += [f"  {', '.join(alike)} of {reason}" for reason, alike in reasons.items()]
     return "\n".join([table(cells, ["", *kinds], range(1, 1 + len(kinds))), *map(lines, below)])

@@ -63,13 +63,25 @@ def _inspect(arguments: argparse.Namespace) -> None:
     acts = activations.open_activations(arguments.file, arguments.allow)
     schema, hooks, origin = file_schema(acts), summarize_hooks(acts), provenance_attributes(acts)
     if arguments.json:
-        report = {"schema": schema, "hooks": [asdict(h) for h in hooks], "figures": acts.figures, "provenance": origin}
+        report = {
+            "schema": schema,
+            "hooks": [asdict(h) for h in hooks],
+            "figures": acts.figures,
+            "provenance": origin,
+        }
         print(json.dumps(report, indent=2))
         return
     print(acts)
     print(f"\n{_lines(schema)}\n\n{_lines(origin)}\n")
     rows = [
-        [h.name, "×".join(map(str, h.shape)), f"{h.nbytes / 1e9:.3f}", *_numbers(h), h.not_finite, h.infinite]
+        [
+            h.name,
+            "×".join(map(str, h.shape)),
+            f"{h.nbytes / 1e9:.3f}",
+            *_numbers(h),
+            h.not_finite,
+            h.infinite,
+        ]
         for h in hooks
     ]
     heads = ["hook point", "row", "GB", "mean", "var.", "norm", "not fin.", "inf."]
@@ -82,7 +94,9 @@ def _numbers(hook: Any) -> list[str]:
 
 
 def _lines(found: dict[str, Any]) -> str:
-    """A line for each name; what is too long for 80 columns in several, and the config left to --json."""
+    """A line for each name; what is too long for 80 columns in several, and the config left to
+    --json.
+    """
     width = max(map(len, found))
     return "\n".join(
         fill(
@@ -144,12 +158,16 @@ def _verify(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report, indent=2))
         return
-    print(f"{acts.path}: all {report['hashes']} hashes of rows are right, and the seals of {report['files']} files")
+    print(
+        f"{acts.path}: all {report['hashes']} hashes of rows are right, and the seals of {report['files']} files"
+    )
     if total := int(not_finite.sum()):
         print(f"{total} values are not finite; theloom inspect shows where")
     if found:
         error, allowed = report["largest_error"], report["tolerance"]
-        print(f"{len(found.results)} documents recomputed, largest error {error:.1e} (at most {allowed:.0e})")
+        print(
+            f"{len(found.results)} documents recomputed, largest error {error:.1e} (at most {allowed:.0e})"
+        )
 
 
 def _recompute(acts: "Activations", documents: int) -> "Recomputation":
@@ -158,7 +176,9 @@ def _recompute(acts: "Activations", documents: int) -> "Recomputation":
     folders = [acts.path.parent, acts.path.parent.parent]
     model_path = next((f / "model.h5" for f in folders if (f / "model.h5").is_file()), None)
     if model_path is None:
-        raise StoreError(f"--recompute: no model.h5 in {folders[0]} or above; run it on a file in its run's folder")
+        raise StoreError(
+            f"--recompute: no model.h5 in {folders[0]} or above; run it on a file in its run's folder"
+        )
     return recompute(_config(acts, documents), acts, model_path)
 
 
@@ -170,5 +190,7 @@ def _config(acts: "Activations", documents: int) -> "Config":
     merged: dict[str, Any] = {"verify": {"documents": documents, "tolerance": None, "seed": 0}}
     for stage in ("model", "extract"):
         for section, keys in stages[stage].items():
-            merged[section] = {**merged.get(section, {}), **keys} if isinstance(keys, dict) else keys
+            merged[section] = (
+                {**merged.get(section, {}), **keys} if isinstance(keys, dict) else keys
+            )
     return frozen.to_config(merged)

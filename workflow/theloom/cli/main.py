@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and give its exit code: 1 for an error of the user's, which is one line on stderr."""
+    """Run the command line and give its exit code: 1 for an error of the user's, which is one line
+    on stderr.
+    """
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
         import argcomplete
@@ -78,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         "GB are 10^9 bytes, GiB 2^30.",
         **examples("theloom gpus", "theloom gpus --all", "theloom gpus --json"),
     )
-    gpus.add_argument("--all", action="store_true", help="every GPU to plan for, not the usual ones alone")
+    gpus.add_argument(
+        "--all", action="store_true", help="every GPU to plan for, not the usual ones alone"
+    )
     gpus.add_argument("--json", action="store_true", help="print one JSON object")
     gpus.set_defaults(run=_gpus)
     add_estimate(commands)
@@ -98,7 +102,10 @@ def _gpus(arguments: argparse.Namespace) -> None:
     ]
     if arguments.json:
         report = {
-            "machine": [asdict(info) | {"usage_percent": info.usage_percent, "auto": auto} for info, auto in machine],
+            "machine": [
+                asdict(info) | {"usage_percent": info.usage_percent, "auto": auto}
+                for info, auto in machine
+            ],
             "gpus": [asdict(gpu) for gpu in gpu_specs.gpus()],
             "cloud": {
                 "as_of": gpu_specs.CLOUD_AS_OF,
@@ -115,7 +122,9 @@ def _gpus(arguments: argparse.Namespace) -> None:
     print(_remarks([info for info, _ in machine]))
     print("GPUs to plan for (memory; usable: what is at least left of it for programs)\n")
     print(_hardware_table(arguments.all))
-    print(f"\nOffers of clouds, as of {gpu_specs.CLOUD_AS_OF} (for: the largest model in 16 bits, about)\n")
+    print(
+        f"\nOffers of clouds, as of {gpu_specs.CLOUD_AS_OF} (for: the largest model in 16 bits, about)\n"
+    )
     print(_cloud_table())
     for offer in gpu_specs.CLOUD:
         if offer.remark:
@@ -127,8 +136,15 @@ def _machine_table(machine: list[tuple["GPUInfo", str]]) -> str:
     for info, auto in machine:
         memory = (info.total_memory_gb, info.used_memory_gb, info.free_memory_gb)
         sizes = [f"{gb:.1f} ({gb * 1e9 / GIB:.1f})" for gb in memory]
-        rows.append([info.index, info.name, capability(info.compute_capability), *sizes, auto.upper()])
-    return table(rows, ["", "device", "capability", "total", "used", "free", "auto"], numbers=range(2, 6), fold=1)
+        rows.append(
+            [info.index, info.name, capability(info.compute_capability), *sizes, auto.upper()]
+        )
+    return table(
+        rows,
+        ["", "device", "capability", "total", "used", "free", "auto"],
+        numbers=range(2, 6),
+        fold=1,
+    )
 
 
 def _remarks(infos: list["GPUInfo"]) -> str:
@@ -164,7 +180,9 @@ def _hardware_table(every: bool) -> str:
         for gpu in shown
     ]
     more = len(known) - len(shown)
-    printed = table(rows, ["GPU", "GB", "usable GB", "GiB", "capability", "BF16", "FP16"], range(1, 5))
+    printed = table(
+        rows, ["GPU", "GB", "usable GB", "GiB", "capability", "BF16", "FP16"], range(1, 5)
+    )
     return printed + (f"\n… and {more} others (--all)" if more else "")
 
 
@@ -172,7 +190,13 @@ def _cloud_table() -> str:
     from theloom.devices import gpu_specs
 
     rows = [
-        [offer.provider, offer.offer, f"{offer.number} × {offer.gpu}", offer.memory_gb, offer.best_for]
+        [
+            offer.provider,
+            offer.offer,
+            f"{offer.number} × {offer.gpu}",
+            offer.memory_gb,
+            offer.best_for,
+        ]
         for offer in gpu_specs.CLOUD
     ]
     return table(rows, ["provider", "offer", "GPUs", "GB", "for"], range(3, 5))

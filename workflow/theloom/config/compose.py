@@ -1,8 +1,10 @@
-"""From YAML files and a command line to the runs that they describe, and to the frozen config of each stage.
+"""From YAML files and a command line to the runs that they describe, and to the frozen config of
+each stage.
 
-The only module that calls Hydra. The Snakefile composes once, when it is parsed; `freeze_config` writes to a JSON file
-the subset of keys on which one stage depends, and each job reads only that file. So an edit made while jobs wait in a
-queue cannot mix two configs, and a key reruns the stages that depend on it and no other.
+The only module that calls Hydra. The Snakefile composes once, when it is parsed; `freeze_config`
+writes to a JSON file the subset of keys on which one stage depends, and each job reads only that
+file. So an edit made while jobs wait in a queue cannot mix two configs, and a key reruns the stages
+that depend on it and no other.
 """
 
 import difflib
@@ -34,7 +36,9 @@ _OF_ONE_CORPUS = {"text": "path", "hub": "dataset"}
 
 @dataclass(frozen=True)
 class Run:
-    """One run: the name of its folder, its profile, its overrides, and its whole config as plain data."""
+    """One run: the name of its folder, its profile, its overrides, and its whole config as plain
+    data.
+    """
 
     name: str
     profile: str
@@ -52,41 +56,61 @@ class Run:
                 source, target = source[section], target.setdefault(section, {})
             if key not in BESIDE_THE_RESULT or source[leaf] is not None:
                 target[leaf] = source[leaf]
-        return {"run": self.name, "stage": stage, "revision": STAGES[stage].revision, "config": config}
+        return {
+            "run": self.name,
+            "stage": stage,
+            "revision": STAGES[stage].revision,
+            "config": config,
+        }
 
 
-def runs(config_dir: Path, profiles: str | None = None, overrides: str | None = None) -> dict[str, Run]:
-    """All runs of a command line, by name: each profile with each combination of the swept overrides.
+def runs(
+    config_dir: Path, profiles: str | None = None, overrides: str | None = None
+) -> dict[str, Run]:
+    """All runs of a command line, by name: each profile with each combination of the swept
+    overrides.
 
-    `profiles` is a comma list, by default the profile of default.yaml; `overrides` holds Hydra overrides, split as a
-    shell splits words; a comma in a value (outside brackets and quotes), `range(…)`, `choice(…)` and `glob(…)` sweep.
-    Raises ConfigError.
+    `profiles` is a comma list, by default the profile of default.yaml; `overrides` holds Hydra
+    overrides, split as a shell splits words; a comma in a value (outside brackets and quotes),
+    `range(…)`, `choice(…)` and `glob(…)` sweep. Raises ConfigError.
     """
     profiles = _default_profile(config_dir) if profiles is None else profiles
     overrides = overrides or ""
     if not isinstance(profiles, str) or not isinstance(overrides, str):
         asked = profiles if not isinstance(profiles, str) else overrides
-        raise ConfigError(f"profiles and set take text, found {asked!r}; put quotes round the whole value")
+        raise ConfigError(
+            f"profiles and set take text, found {asked!r}; put quotes round the whole value"
+        )
     found: dict[str, Run] = {}
     for profile in filter(None, (p.strip() for p in profiles.split(","))):
         for swept, combination in _combinations(overrides):
             config, left_open = _compose(config_dir, profile, combination)
             name = config["name"] or profile
-            named = [o for o in (swept if config["name"] else combination) if _assigned_key(o) != "name"]
+            named = [
+                o for o in (swept if config["name"] else combination) if _assigned_key(o) != "name"
+            ]
             if config["name"] and "," in profiles:
                 name += f"+{profile}"
             name = _run_name(name, named)
             if name in found:
-                raise ConfigError(f"two runs have the name {name!r}; a profile or a value is given twice")
+                raise ConfigError(
+                    f"two runs have the name {name!r}; a profile or a value is given twice"
+                )
             found[name] = Run(name, profile, combination, config, left_open)
     if not found:
-        raise ConfigError(f"profiles={profiles!r} names no profile; choose from {', '.join(_profiles(config_dir))}")
+        raise ConfigError(
+            f"profiles={profiles!r} names no profile; choose from {', '.join(_profiles(config_dir))}"
+        )
     return found
 
 
 def _default_profile(config_dir: Path) -> str:
     defaults = OmegaConf.load(config_dir / "default.yaml").defaults
-    return str(next(entry.profile for entry in defaults if OmegaConf.is_config(entry) and "profile" in entry))
+    return str(
+        next(
+            entry.profile for entry in defaults if OmegaConf.is_config(entry) and "profile" in entry
+        )
+    )
 
 
 def _profiles(config_dir: Path) -> list[str]:
@@ -102,11 +126,16 @@ def _combinations(overrides: str) -> list[tuple[tuple[str, ...], tuple[str, ...]
         hint = "write key=value, with a blank between two, and quotes inside round a value that holds blanks"
         raise ConfigError(f"set={overrides!r}: {_one_line(error)}; {hint}") from None
     choices = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [word]
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [word]
         for o, word in zip(parsed, words, strict=True)
     ]
     swept = [o.is_sweep_override() for o in parsed]
-    return [(tuple(itertools.compress(combination, swept)), combination) for combination in itertools.product(*choices)]
+    return [
+        (tuple(itertools.compress(combination, swept)), combination)
+        for combination in itertools.product(*choices)
+    ]
 
 
 def _assigned_key(override: str) -> str:
@@ -114,7 +143,9 @@ def _assigned_key(override: str) -> str:
 
 
 def _run_name(name: str, overrides: list[str]) -> str:
-    """`profile+key=value+key=value`: the last word of each key, and only characters that are safe in a path."""
+    """`profile+key=value+key=value`: the last word of each key, and only characters that are safe
+    in a path.
+    """
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         written = f"{key.rpartition('.')[2]}={value}"
@@ -123,40 +154,56 @@ def _run_name(name: str, overrides: list[str]) -> str:
             plain = plain[:48] + "-" + hashlib.sha256(override.encode()).hexdigest()[:8]
         name += "+" + plain
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):
-        raise ConfigError(f"name={name!r}: a run's name is a folder's; use letters, digits, '.', '_', '-', '+', '='")
+        raise ConfigError(
+            f"name={name!r}: a run's name is a folder's; use letters, digits, '.', '_', '-', '+', '='"
+        )
     return name
 
 
-def _compose(config_dir: Path, profile: str, overrides: tuple[str, ...]) -> tuple[dict[str, Any], bool]:
+def _compose(
+    config_dir: Path, profile: str, overrides: tuple[str, ...]
+) -> tuple[dict[str, Any], bool]:
     """The composed config as plain data, and whether it left the number of shards open."""
     profiles = _profiles(config_dir)
     if profile not in profiles:
         several = "; put commas between profiles" if " " in profile else ""
         choices = ", ".join(profiles)
-        raise ConfigError(f"unknown profile {profile!r}{_near(profile, profiles)}{several}; choose from {choices}")
+        raise ConfigError(
+            f"unknown profile {profile!r}{_near(profile, profiles)}{several}; choose from {choices}"
+        )
     for override in overrides:
         if _assigned_key(override) == "profile":
             raise ConfigError(f"set={override!r}: choose profiles with profiles=A,B, beside set")
     try:
         with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
             composed = compose("default", [*overrides, f"profile={profile}"])
-        # merged into the bare schema once more: Hydra lets `+key=value` add keys that the schema does not have
+        # merged into the bare schema once more: Hydra lets `+key=value` add keys that the schema
+        # does not have
         strict = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))
         left_open = strict.extraction.shards is None
         if left_open:
             strict.extraction.shards = sharding.shards(cast(Config, strict))
-        config = cast(dict[str, Any], OmegaConf.to_container(strict, enum_to_str=True, resolve=True))
+        config = cast(
+            dict[str, Any], OmegaConf.to_container(strict, enum_to_str=True, resolve=True)
+        )
         _check(cast(Config, strict))
     except MissingConfigException as error:
         options = ", ".join(error.options or [])
         group, _, asked = str(error.missing_cfg_file).rpartition("/")
-        raise ConfigError(f"{group}={asked}: there is no such {group}; choose from {options}") from None
+        raise ConfigError(
+            f"{group}={asked}: there is no such {group}; choose from {options}"
+        ) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from None
-    except (AttributeError, AssertionError):  # how OmegaConf fails where a value is set below a section that is null
+    except (
+        AttributeError,
+        AssertionError,
+    ):  # how OmegaConf fails where a value is set below a section that is null
         if not any(_assigned_key(o).startswith("model.architecture") for o in overrides):
             raise
-        raise ConfigError(f"model.architecture: is null in {profile}; write a profile with all its numbers") from None
+        raise ConfigError(
+            f"model.architecture: is null in {profile}; write a profile with all its numbers"
+        ) from None
     return config, left_open
 
 
@@ -178,7 +225,9 @@ def _explain(error: BaseException) -> str:
         siblings = siblings or list(dict.fromkeys(k.split(".")[0] for k in known))
         return f"unknown key {asked!r}{_near(asked, known)}; keys there: {', '.join(siblings)}"
     if "is not a ListConfig" in text:
-        return f"{full_key}: one value where a list is wanted; put brackets round it: {full_key}=[…]"
+        return (
+            f"{full_key}: one value where a list is wanted; put brackets round it: {full_key}=[…]"
+        )
     return f"{full_key}: {text}" if full_key else _one_line(inner)
 
 
@@ -231,17 +280,25 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key}: {number} is too small; the least is 0")
     profiled, shards = config.memory.profile_shard, config.extraction.shards or 1  # a number by now
     if profiled is not None and not 0 <= profiled < shards:
-        raise ConfigError(f"memory.profile_shard: {profiled} is no shard; the run's shards are 0 to {shards - 1}")
+        raise ConfigError(
+            f"memory.profile_shard: {profiled} is no shard; the run's shards are 0 to {shards - 1}"
+        )
     if not 0 < config.memory.memory_warning_threshold <= 1:
         threshold = config.memory.memory_warning_threshold
-        raise ConfigError(f"memory.memory_warning_threshold: {threshold} is not a share; give more than 0, at most 1")
+        raise ConfigError(
+            f"memory.memory_warning_threshold: {threshold} is not a share; give more than 0, at most 1"
+        )
     overflow = config.store.max_overflow
     if overflow is not None and not 0 <= overflow <= 1:
-        raise ConfigError(f"store.max_overflow: {overflow} is not a share; give at least 0, at most 1")
+        raise ConfigError(
+            f"store.max_overflow: {overflow} is not a share; give at least 0, at most 1"
+        )
     if config.verify.tolerance is not None and not config.verify.tolerance > 0:
         raise ConfigError(f"verify.tolerance: {config.verify.tolerance} is not above 0")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.extraction.device):
-        raise ConfigError(f"extraction.device: {config.extraction.device!r} is not auto, cpu, cuda or cuda:N")
+        raise ConfigError(
+            f"extraction.device: {config.extraction.device!r} is not auto, cpu, cuda or cuda:N"
+        )
     needed = _OF_ONE_CORPUS.get(config.corpus.kind.name)
     if needed and getattr(config.corpus, needed) is None:
         group = config.corpus.kind.name

@@ -17,16 +17,17 @@ from theloom.config.schema import Config
 class Stage:
     """The keys (or whole sections) on which a stage depends.
 
-    `revision` is raised when the stage's code gives another result for the same config, so that finished runs are
-    redone where that matters, and nowhere else.
+    `revision` is raised when the stage's code gives another result for the same config, so that
+    finished runs are redone where that matters, and nowhere else.
     """
 
     keys: tuple[str, ...]
     revision: int = 1
 
 
-# Keys that change what a job leaves beside its result, and nothing in the result. They are frozen only where they are
-# set, so that the config of a run without them is what it was before they existed; elsewhere they read as null.
+# Keys that change what a job leaves beside its result, and nothing in the result. They are frozen
+# only where they are set, so that the config of a run without them is what it was before they
+# existed; elsewhere they read as null.
 BESIDE_THE_RESULT = ("memory.profile_shard", "store.max_overflow")
 
 _MODEL_FILES = (
@@ -59,7 +60,16 @@ _MEMORY = (
 
 
 STAGES: dict[str, Stage] = {
-    "estimate": Stage(("model", *_MEMORY, "extraction", "store.dtype", "corpus.max_tokens", "corpus.context_length")),
+    "estimate": Stage(
+        (
+            "model",
+            *_MEMORY,
+            "extraction",
+            "store.dtype",
+            "corpus.max_tokens",
+            "corpus.context_length",
+        )
+    ),
     "model": Stage(
         (
             *_LOADING,
@@ -86,7 +96,14 @@ STAGES: dict[str, Stage] = {
     "merge": Stage(("store.merge", "extraction.shards")),
     "verify": Stage((*_LOADING, "memory.streaming_chunk_size", "verify")),
     "source": Stage(
-        (*_MODEL_FILES, "model.tokenizer", "corpus.kind", "corpus.dataset", "corpus.subset", "corpus.split")
+        (
+            *_MODEL_FILES,
+            "model.tokenizer",
+            "corpus.kind",
+            "corpus.dataset",
+            "corpus.subset",
+            "corpus.split",
+        )
     ),
     "report": Stage(("report",)),
     "resources": Stage(("resources",)),
@@ -119,7 +136,9 @@ def to_config(plain: dict[str, Any]) -> Config:
 
 
 def to_plain(config: Config) -> dict[str, Any]:
-    """The keys that a stage's config holds and its result depends on, as plain data: the inverse of `typed`."""
+    """The keys that a stage's config holds and its result depends on, as plain data: the inverse of
+    `typed`.
+    """
     return _held(_decisive(OmegaConf.to_container(cast(Any, config), enum_to_str=True)))
 
 
@@ -139,7 +158,9 @@ def _decisive(data: Any) -> Any:
 
 
 def frozen_digest(path: str | Path) -> str:
-    """SHA-256 of a frozen config, of what the stage's result depends on: to tell which config made a file."""
+    """SHA-256 of a frozen config, of what the stage's result depends on: to tell which config made
+    a file.
+    """
     frozen = json.loads(Path(path).read_text(encoding="utf-8"))
     _decisive(frozen["config"])
     return hashlib.sha256(_as_json(frozen).encode()).hexdigest()

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a config says of a decoder's size. All sizes in elements, `context_length` in tokens (0: not said)."""
+    """What a config says of a decoder's size. All sizes in elements, `context_length` in tokens (0:
+    not said).
+    """
 
     model_type: str
     hidden_size: int
@@ -23,16 +25,22 @@ class Numbers:
     intermediate_size: int
     vocab_size: int
     context_length: int
-    sliding_window: bool = False  # whether the attention of any block sees less than the whole context
+    sliding_window: bool = (
+        False  # whether the attention of any block sees less than the whole context
+    )
 
 
 def numbers(config: "PretrainedConfig") -> Numbers:
-    """The numbers of a model's text decoder. Raises ModelError where the config has no blocks or width."""
+    """The numbers of a model's text decoder. Raises ModelError where the config has no blocks or
+    width.
+    """
     text = config.get_text_config()
     blocks = getattr(text, "num_hidden_layers", None)
     hidden = getattr(text, "hidden_size", None)
     if not blocks or not hidden:
-        raise ModelError(f"{config.model_type}: its config has no num_hidden_layers or hidden_size; not a text decoder")
+        raise ModelError(
+            f"{config.model_type}: its config has no num_hidden_layers or hidden_size; not a text decoder"
+        )
     heads = _said(text, "num_attention_heads") or 1
     return Numbers(
         model_type=config.model_type,
@@ -44,13 +52,24 @@ def numbers(config: "PretrainedConfig") -> Numbers:
         intermediate_size=_said(text, "intermediate_size") or _said(text, "n_inner") or 4 * hidden,
         vocab_size=text.vocab_size,
         context_length=_context_length(text),
-        sliding_window=bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True),
+        sliding_window=bool(getattr(text, "sliding_window", None))
+        and getattr(text, "use_sliding_window", True),
     )
 
 
 # number positions from one after that of the padding token, so that the first ones are never used
 POSITIONS_AFTER_PADDING = (
-    *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm"),
+    *(
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "longformer",
+        "luke",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+    ),
     *("xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 
@@ -63,9 +82,13 @@ def _context_length(text: "PretrainedConfig") -> int:
 
 
 def _said(config: "PretrainedConfig", name: str) -> Any:
-    """What a config says, the largest where it says something for every block by itself (Gemma 4), or None."""
+    """What a config says, the largest where it says something for every block by itself (Gemma 4),
+    or None.
+    """
     per_block = getattr(config, "per_layer_config", None) or []
-    value = max((getattr(c, name, None) or 0 for c in per_block), default=0) or getattr(config, name, None)
+    value = max((getattr(c, name, None) or 0 for c in per_block), default=0) or getattr(
+        config, name, None
+    )
     return max(value) if isinstance(value, list) else value
 
 

@@ -1,7 +1,7 @@
 """The schema of the configuration: every key with its type, its default and what it means.
 
-Hydra composes the YAML files of `config/` into this schema, which rejects unknown keys and wrong types. The `help` of a
-field is its documentation: the table in config/README.md is made from it.
+Hydra composes the YAML files of `config/` into this schema, which rejects unknown keys and wrong
+types. The `help` of a field is its documentation: the table in config/README.md is made from it.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -38,13 +38,18 @@ CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
 def key(default: Any, help: str) -> Any:  # noqa: A002
     """A dataclass field with its documentation."""
     if isinstance(default, list | type):
-        return field(default_factory=default.copy if isinstance(default, list) else default, metadata={"help": help})
+        return field(
+            default_factory=default.copy if isinstance(default, list) else default,
+            metadata={"help": help},
+        )
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class ArchitectureConfig:
-    """Numbers of a public model's config.json, so that the estimate needs neither weights nor a hub."""
+    """Numbers of a public model's config.json, so that the estimate needs neither weights nor a
+    hub.
+    """
 
     model_type: str = key("llama", "architecture, as transformers names it")
     hidden_size: int = key(0, "width of the residual stream")
@@ -63,9 +68,14 @@ class ArchitectureConfig:
 class ModelConfig:
     """Which model, and where its files are."""
 
-    source: str = key("???", "hub id, local folder, or `package:NAME` for the folder of an installed Python package")
+    source: str = key(
+        "???",
+        "hub id, local folder, or `package:NAME` for the folder of an installed Python package",
+    )
     revision: str | None = key(None, "branch, tag or commit of a hub model; null: its main branch")
-    gguf_file: str | None = key(None, "GGUF file inside the source; null: found, where the source has no safetensors")
+    gguf_file: str | None = key(
+        None, "GGUF file inside the source; null: found, where the source has no safetensors"
+    )
     tokenizer: str | None = key(None, "source of another tokenizer; null: the model's own")
     allow_pickle: bool = key(False, "load pickled weights (.bin): they can run code on loading")
     trust_remote_code: bool = key(False, "run Python code that the model's folder brings along")
@@ -78,12 +88,20 @@ class ModelConfig:
 class MemoryConfig:
     """How the model's memory is spent."""
 
-    precision_mode: PrecisionMode = key(PrecisionMode["auto"], "precision of weights and forward pass")
+    precision_mode: PrecisionMode = key(
+        PrecisionMode["auto"], "precision of weights and forward pass"
+    )
     quantization: Quantization | None = key(None, "8-bit or 4-bit weights through bitsandbytes")
-    enable_gradient_checkpointing: bool = key(False, "for training only; extraction has no backward pass")
+    enable_gradient_checkpointing: bool = key(
+        False, "for training only; extraction has no backward pass"
+    )
     streaming_chunk_size: int = key(512, "tokens of one forward step over a long document")
-    memory_warning_threshold: float = key(0.85, "warn when more than this share of the device's memory is in use")
-    activation_cache_filter: list[str] = key([], "hook points: exact names or globs; empty: every hook point")
+    memory_warning_threshold: float = key(
+        0.85, "warn when more than this share of the device's memory is in use"
+    )
+    activation_cache_filter: list[str] = key(
+        [], "hook points: exact names or globs; empty: every hook point"
+    )
     profile_shard: int | None = key(
         None,
         "debugging: the shard, from 0, of whose largest batch the memory peak is recorded in `memory/` of the run's "
@@ -96,7 +114,9 @@ class ExtractionConfig:
     """How the forward passes are run."""
 
     device: str = key("auto", "auto, cpu, cuda or cuda:N; auto: a GPU where there is one")
-    attention: Attention = key(Attention["auto"], "attention implementation; auto: what transformers chooses")
+    attention: Attention = key(
+        Attention["auto"], "attention implementation; auto: what transformers chooses"
+    )
     execution: Execution = key(
         Execution["auto"],
         "resident: the model stays on the device; layerwise: one block at a time does, for models larger than it; "
@@ -125,10 +145,12 @@ class StoreConfig:
 
     dtype: StoreDtype = key(StoreDtype["auto"], "precision on disk; auto: that of the forward pass")
     merge: MergeMode = key(
-        MergeMode["virtual"], "activations.h5 refers to the shards (virtual) or copies them (physical)"
+        MergeMode["virtual"],
+        "activations.h5 refers to the shards (virtual) or copies them (physical)",
     )
     compression: Compression = key(
-        Compression["none"], "zstd: smaller by a seventh (bf16: by a third), and slower to read, above all row by row"
+        Compression["none"],
+        "zstd: smaller by a seventh (bf16: by a third), and slower to read, above all row by row",
     )
     max_overflow: float | None = key(
         None,
@@ -141,18 +163,25 @@ class StoreConfig:
 class CorpusConfig:
     """Where the texts come from, and how they become tokens."""
 
-    kind: CorpusKind = key(CorpusKind["python_docs"], "set by the corpus group: `corpus=text`, `corpus=hub`")
+    kind: CorpusKind = key(
+        CorpusKind["python_docs"], "set by the corpus group: `corpus=text`, `corpus=hub`"
+    )
     path: str | None = key(None, "text: a .txt, .md or .jsonl file, or a folder of them")
     encoding: str = key("utf-8", "text: encoding of the files")
     dataset: str | None = key(None, "hub: id or local path of a `datasets` data set")
     subset: str | None = key(None, "hub: name of the configuration, where the data set has several")
     split: str = key("train", "hub: which split")
     column: str = key("text", "hub, and .jsonl files: the column that holds the text")
-    id_column: str | None = key(None, "hub, and .jsonl files: the column that names a document; null: its number")
+    id_column: str | None = key(
+        None, "hub, and .jsonl files: the column that names a document; null: its number"
+    )
     max_documents: int | None = key(None, "take at most this many documents; null: all")
-    max_tokens: int | None = key(None, "take at most this many tokens; the last document is cut there; null: all")
+    max_tokens: int | None = key(
+        None, "take at most this many tokens; the last document is cut there; null: all"
+    )
     context_length: int | None = key(
-        None, "longer documents are split into windows of this many tokens; null: the model's own limit"
+        None,
+        "longer documents are split into windows of this many tokens; null: the model's own limit",
     )
     add_special_tokens: bool = key(True, "let the tokenizer add its special tokens (BOS, for most)")
 
@@ -179,10 +208,16 @@ class ReportConfig:
     """What the figures show; nothing but figures depends on it."""
 
     title: str | None = key(None, "first words of each figure's title; null: the run's name")
-    sampled_rows: int = key(8192, "rows that the figures of hidden states are taken over, of windows chosen at random")
-    map_hook: str | None = key(None, "hook point of the map; null: the middle one of the residual stream")
+    sampled_rows: int = key(
+        8192, "rows that the figures of hidden states are taken over, of windows chosen at random"
+    )
+    map_hook: str | None = key(
+        None, "hook point of the map; null: the middle one of the residual stream"
+    )
     map_rows: int = key(1000, "rows on the map")
-    attention_document: int = key(0, "document, from 0, whose attention patterns are shown, where they were captured")
+    attention_document: int = key(
+        0, "document, from 0, whose attention patterns are shown, where they were captured"
+    )
     figure_seed: int = key(0, "seed of the choice of rows")
 
 
@@ -191,28 +226,39 @@ class ResourcesConfig:
     """What a job that holds the model asks of the scheduler."""
 
     threads: int = key(2, "CPU threads")
-    mem_mb: int | None = key(None, "host memory in MB, and that much more for each retry; null: from the estimate")
-    load_mem_mb: int | None = key(None, "the same for load_model, which converts GGUF files; null: from the estimate")
-    runtime: int | None = key(None, "minutes, and as many more for each retry; null: from the planned throughput")
+    mem_mb: int | None = key(
+        None, "host memory in MB, and that much more for each retry; null: from the estimate"
+    )
+    load_mem_mb: int | None = key(
+        None, "the same for load_model, which converts GGUF files; null: from the estimate"
+    )
+    runtime: int | None = key(
+        None, "minutes, and as many more for each retry; null: from the planned throughput"
+    )
     verify_runtime: int | None = key(
         None, "the same for verify, which reads all rows; null: from the planned throughput"
     )
     disk_mb: int | None = key(None, "disk that a shard takes in MB; null: from the estimate")
-    gpu: int | None = key(None, "GPUs; null: as many as hold the model, none where extraction.device is cpu")
+    gpu: int | None = key(
+        None, "GPUs; null: as many as hold the model, none where extraction.device is cpu"
+    )
     gpu_model: str | None = key(None, "the GPU to ask for, by the scheduler's name, such as a100")
     gpu_memory_gb: float | None = key(
-        None, "memory of one such GPU in GB of 10⁹ bytes; null: that of gpu_model, else of an 80 GB card"
+        None,
+        "memory of one such GPU in GB of 10⁹ bytes; null: that of gpu_model, else of an 80 GB card",
     )
     needed_gpu_mb: int | None = key(
         None,
         "memory that a job needs on each of its GPUs in MB, looked at before one is taken; null: from the estimate",
     )
     least_shards: int = key(
-        2, "where extraction.shards is null, at least so many: the GPUs or nodes that shall work at once"
+        2,
+        "where extraction.shards is null, at least so many: the GPUs or nodes that shall work at once",
     )
     constraint: str | None = key(None, "Slurm: features that a node must have, such as gpu80gb")
     tokens_per_second: float | None = key(
-        None, "measured throughput of one job, for the number of shards and the minutes; null: planned"
+        None,
+        "measured throughput of one job, for the number of shards and the minutes; null: planned",
     )
 
 
@@ -220,7 +266,9 @@ class ResourcesConfig:
 class Config:
     """One run."""
 
-    name: str | None = key(None, "folder of the run under results/; null: the profile and the overrides")
+    name: str | None = key(
+        None, "folder of the run under results/; null: the profile and the overrides"
+    )
     model: ModelConfig = key(ModelConfig, "")
     memory: MemoryConfig = key(MemoryConfig, "")
     extraction: ExtractionConfig = key(ExtractionConfig, "")
@@ -249,7 +297,9 @@ def _written_type(annotation: Any) -> str:
         return f"{_written_type(members[0])} \\| null"
     if members:
         return f"list of {_written_type(members[0])}"
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "true \\| false"}[annotation.__name__]
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true \\| false"}[
+        annotation.__name__
+    ]
 
 
 def leaf_keys(section: type = Config, prefix: str = "") -> list[Key]:

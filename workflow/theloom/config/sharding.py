@@ -1,14 +1,15 @@
-"""How long a run is thought to take, before anything runs: tokens per second of one job, and shards of ten minutes.
+"""How long a run is thought to take, before anything runs: tokens per second of one job, and shards
+of ten minutes.
 
-A forward pass costs two floating-point operations for each weight of the blocks and each token (attention over the
-context, a few per cent, is left out). What devices do of them per second is the makers' figure for dense 16-bit
-products times the share that inference reaches.
+A forward pass costs two floating-point operations for each weight of the blocks and each token
+(attention over the context, a few per cent, is left out). What devices do of them per second is the
+makers' figure for dense 16-bit products times the share that inference reaches.
 """
 
 from theloom.config.schema import Config
 
-# Dense BF16 (V100, T4: FP16) TFLOP/s of NVIDIA's data sheets, without sparsity; a scheduler's name for a GPU contains
-# the key. The first that fits counts.
+# Dense BF16 (V100, T4: FP16) TFLOP/s of NVIDIA's data sheets, without sparsity; a scheduler's name
+# for a GPU contains the key. The first that fits counts.
 PEAK_TFLOPS = {
     "h200": 989,
     "h100": 989,
@@ -83,7 +84,8 @@ def _tflops(config: Config) -> float:
 def shards(config: Config) -> int:
     """How many shards a corpus is split into where `extraction.shards` leaves it open.
 
-    Jobs of about ten minutes: long enough that loading the model is little of them, short enough that losing one is.
+    Jobs of about ten minutes: long enough that loading the model is little of them, short enough
+    that losing one is.
     """
     least = max(LEAST_SHARDS, config.resources.least_shards)
     if config.corpus.max_tokens is None:

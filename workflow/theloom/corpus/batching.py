@@ -1,8 +1,9 @@
 """Which windows go through the model together.
 
-Windows of like length share forward passes: short ones a single pass, those longer than the chunk size one chunk after
-another. The order is fixed by the lengths alone, longest first, so that the largest need of memory comes at the start,
-and so that a resumed run goes on where the first one stopped.
+Windows of like length share forward passes: short ones a single pass, those longer than the chunk
+size one chunk after another. The order is fixed by the lengths alone, longest first, so that the
+largest need of memory comes at the start, and so that a resumed run goes on where the first one
+stopped.
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,16 @@ if TYPE_CHECKING:
     import torch
 
 
-# Tokens of padding that cost as much as a pass of its own: 85 on two CPU cores, some 300 where a GPU reads its weights
-# for every pass.
+# Tokens of padding that cost as much as a pass of its own: 85 on two CPU cores, some 300 where a
+# GPU reads its weights for every pass.
 PASS_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows that are forwarded together: their numbers in the shard and their lengths in tokens, longest first."""
+    """Windows that are forwarded together: their numbers in the shard and their lengths in tokens,
+    longest first.
+    """
 
     windows: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -59,16 +62,20 @@ class Lengths:
         return max((int(lengths.sum()) for lengths in self.shards), default=0)
 
     def streamed(self, chunk_size: int, side_by_side: int) -> tuple[tuple[int, int], ...]:
-        """Windows and tokens of those batches of windows longer than a chunk of which one takes the most memory.
+        """Windows and tokens of those batches of windows longer than a chunk of which one takes the
+        most memory.
 
-        `side_by_side` may stream together. Left out is what has both fewer windows and a smaller KV cache than another.
+        `side_by_side` may stream together. Left out is what has both fewer windows and a smaller KV
+        cache than another.
         """
         found: set[tuple[int, int]] = set()
         for lengths in self.shards:
             different, counts = np.unique(lengths[lengths > chunk_size], return_counts=True)
             # two full batches of one length: what more of them would add is in these
             kept = np.repeat(different, np.minimum(counts, 2 * side_by_side))
-            found |= {(len(b.windows), b.width) for b in plan_batches(kept, 0, chunk_size, side_by_side)}
+            found |= {
+                (len(b.windows), b.width) for b in plan_batches(kept, 0, chunk_size, side_by_side)
+            }
         most: list[tuple[int, int]] = []
         for count, tokens in sorted(found, reverse=True):
             if not most or count * tokens > most[-1][0] * most[-1][1]:
@@ -76,19 +83,25 @@ class Lengths:
         return tuple(most)
 
 
-def plan_batches(lengths: np.ndarray, batch_tokens: int, chunk_size: int, streamed_windows: int = 1) -> list[Batch]:
-    """All windows in batches of at most `batch_tokens` tokens, padding included (one window may be more by itself).
+def plan_batches(
+    lengths: np.ndarray, batch_tokens: int, chunk_size: int, streamed_windows: int = 1
+) -> list[Batch]:
+    """All windows in batches of at most `batch_tokens` tokens, padding included (one window may be
+    more by itself).
 
-    Windows are sorted by length, longest first and then by number. A batch ends where its padding would cost more than
-    a pass of its own. Windows longer than `chunk_size` go through the KV cache side by side, `streamed_windows` at
-    most, where they take the same number of chunks: so no chunk of padding alone is run.
+    Windows are sorted by length, longest first and then by number. A batch ends where its padding
+    would cost more than a pass of its own. Windows longer than `chunk_size` go through the KV cache
+    side by side, `streamed_windows` at most, where they take the same number of chunks: so no chunk
+    of padding alone is run.
     """
 
     def joins(length: int, longest: int, windows: int, tokens: int) -> bool:
         if windows * longest - tokens > PASS_TOKENS:
             return False
         if longest > chunk_size:
-            return windows <= streamed_windows and -(-length // chunk_size) == -(-longest // chunk_size)
+            return windows <= streamed_windows and -(-length // chunk_size) == -(
+                -longest // chunk_size
+            )
         return windows * longest <= batch_tokens
 
     order = sorted(range(len(lengths)), key=lambda w: (-int(lengths[w]), w))
@@ -114,7 +127,8 @@ def smaller(batch: Batch, batch_tokens: int, chunk_size: int, streamed_windows: 
 
 
 def largest(batches: Sequence[Batch], first: int, chunk_size: int) -> set[int]:
-    """The numbers of the batches, from `first` on, one of which takes the most memory: one or two of them.
+    """The numbers of the batches, from `first` on, one of which takes the most memory: one or two
+    of them.
 
     They are the one with the largest KV cache, and the batch of most tokens in one forward step.
     """
@@ -132,7 +146,8 @@ def _batch(windows: list[int], lengths: np.ndarray) -> Batch:
 def padded(batch: Batch, input_ids: np.ndarray, window_offset: np.ndarray) -> "torch.Tensor":
     """The token ids of a batch, (windows, width) int64, padded on the right with token 0.
 
-    A causal model's real tokens cannot see what is to their right, so any id will do and no attention mask is needed.
+    A causal model's real tokens cannot see what is to their right, so any id will do and no
+    attention mask is needed.
     """
     import torch
 

@@ -47,10 +47,14 @@ def _files(config: CorpusConfig) -> list[Path]:
     path = Path(config.path or "").expanduser()
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise CorpusError(f"corpus.path: {config.path} is not one of {', '.join(SUFFIXES)}; rename or convert it")
+            raise CorpusError(
+                f"corpus.path: {config.path} is not one of {', '.join(SUFFIXES)}; rename or convert it"
+            )
         return [path]
     if not path.is_dir():
-        raise CorpusError(f"corpus.path: no file or folder {config.path!r}; relative paths start at {Path.cwd()}")
+        raise CorpusError(
+            f"corpus.path: no file or folder {config.path!r}; relative paths start at {Path.cwd()}"
+        )
     found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
         raise CorpusError(
@@ -78,7 +82,9 @@ def _decoded(raw: bytes, name: str, encoding: str) -> str:
             "convert the file or set corpus.encoding"
         ) from None
     except LookupError:
-        raise CorpusError(f"corpus.encoding: Python knows no encoding {encoding!r}; try utf-8 or latin-1") from None
+        raise CorpusError(
+            f"corpus.encoding: Python knows no encoding {encoding!r}; try utf-8 or latin-1"
+        ) from None
 
 
 def _json_lines(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
@@ -90,7 +96,9 @@ def _json_lines(file: Path, name: str, config: CorpusConfig) -> Iterator[Documen
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise CorpusError(f"{name}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+                raise CorpusError(
+                    f"{name}, line {number}: not JSON ({error.msg}, column {error.colno})"
+                ) from None
             yield _row(row, f"{name}:{number}", config)
 
 
@@ -103,7 +111,9 @@ def _row(row: Any, default_id: str, config: CorpusConfig) -> Document:
     if config.id_column is None:
         return Document(default_id, row[config.column])
     if config.id_column not in row:
-        raise CorpusError(f"{default_id}: no column {config.id_column!r}; columns there: {', '.join(map(str, row))}")
+        raise CorpusError(
+            f"{default_id}: no column {config.id_column!r}; columns there: {', '.join(map(str, row))}"
+        )
     return Document(str(row[config.id_column]), row[config.column])
 
 
@@ -124,14 +134,18 @@ def _data_set(config: CorpusConfig) -> Any:
     try:
         import datasets
     except ImportError:
-        raise CorpusError("corpus=hub needs the package datasets: pip install 'theloom[hub]'") from None
+        raise CorpusError(
+            "corpus=hub needs the package datasets: pip install 'theloom[hub]'"
+        ) from None
     name = str(config.dataset)
     local = Path(name).expanduser()
     try:
         if any((local / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
             rows = datasets.load_from_disk(str(local))
         else:
-            rows = datasets.load_dataset(str(local) if local.exists() else name, config.subset, split=config.split)
+            rows = datasets.load_dataset(
+                str(local) if local.exists() else name, config.subset, split=config.split
+            )
     except (
         ValueError,
         OSError,
@@ -139,6 +153,8 @@ def _data_set(config: CorpusConfig) -> Any:
         raise CorpusError(f"corpus.dataset: {name}: {' '.join(str(error).split())}") from None
     if isinstance(rows, datasets.DatasetDict):
         if config.split not in rows:
-            raise CorpusError(f"corpus.split: {name} has no split {config.split!r}; it has {', '.join(rows)}")
+            raise CorpusError(
+                f"corpus.split: {name} has no split {config.split!r}; it has {', '.join(rows)}"
+            )
         rows = rows[config.split]
     return rows

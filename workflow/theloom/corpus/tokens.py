@@ -1,7 +1,9 @@
-"""Documents to token ids: `tokens.h5`, with windows for what is longer than the context, and the plan of shards.
+"""Documents to token ids: `tokens.h5`, with windows for what is longer than the context, and the
+plan of shards.
 
-A *document* is one text of the corpus. A *window* is what one forward pass sees: the whole document, or a part of it
-where it is longer than the context. A *shard* is a range of whole documents.
+A *document* is one text of the corpus. A *window* is what one forward pass sees: the whole
+document, or a part of it where it is longer than the context. A *shard* is a range of whole
+documents.
 """
 
 import logging
@@ -50,12 +52,16 @@ class _Tally:
 
 
 def tokenize(config: Config, output: Path) -> None:
-    """Write `tokens.h5` for the corpus of a config. Raises CorpusError where there is nothing to extract."""
+    """Write `tokens.h5` for the corpus of a config. Raises CorpusError where there is nothing to
+    extract.
+    """
     place = files.describe_tokenizer(config.model)
     tokenizer, context = _tokenizer(config, place), _context_length(config)
     tally = _Tally()
     with h5py.File(output, "w") as file:
-        growing = file.create_dataset("tokens/input_ids", (0,), "<i4", maxshape=(None,), chunks=(1 << 18,))
+        growing = file.create_dataset(
+            "tokens/input_ids", (0,), "<i4", maxshape=(None,), chunks=(1 << 18,)
+        )
         total, ids_hash = 0, xxhash.xxh3_128()
         for input_ids in _encoded(config, tokenizer, tally):
             growing.resize((total + len(input_ids),))
@@ -63,8 +69,12 @@ def tokenize(config: Config, output: Path) -> None:
             ids_hash.update(input_ids.tobytes())
             total += len(input_ids)
         if not total:
-            raise CorpusError(f"the corpus has no tokens: {tally.empty} documents read, all empty; check corpus.*")
-        _write_tables(file, tally, context, config.extraction.shards or 1)  # a number, once composed
+            raise CorpusError(
+                f"the corpus has no tokens: {tally.empty} documents read, all empty; check corpus.*"
+            )
+        _write_tables(
+            file, tally, context, config.extraction.shards or 1
+        )  # a number, once composed
         file_format.set_attributes(
             file,
             provenance.attributes(
@@ -82,7 +92,9 @@ def tokenize(config: Config, output: Path) -> None:
                 context_length=context,
             ),
         )
-    log.info("%d tokens in %d documents; %d empty documents skipped", total, len(tally.ids), tally.empty)
+    log.info(
+        "%d tokens in %d documents; %d empty documents skipped", total, len(tally.ids), tally.empty
+    )
 
 
 def _tokenizer(config: Config, place: Description) -> "PreTrainedTokenizerBase":
@@ -90,28 +102,40 @@ def _tokenizer(config: Config, place: Description) -> "PreTrainedTokenizerBase":
 
     try:
         return AutoTokenizer.from_pretrained(
-            place.folder, gguf_file=place.gguf_file, trust_remote_code=config.model.trust_remote_code
+            place.folder,
+            gguf_file=place.gguf_file,
+            trust_remote_code=config.model.trust_remote_code,
         )
     except (ValueError, OSError, KeyError) as error:
         name = config.model.tokenizer or config.model.source
-        raise CorpusError(f"model.tokenizer: {name} has no usable tokenizer: {' '.join(str(error).split())}") from None
+        raise CorpusError(
+            f"model.tokenizer: {name} has no usable tokenizer: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _context_length(config: Config) -> int:
-    """Tokens of the longest window: corpus.context_length, else the model's own limit; 0 where there is none."""
+    """Tokens of the longest window: corpus.context_length, else the model's own limit; 0 where
+    there is none.
+    """
     limit, asked = read_config(config.model).context_length, config.corpus.context_length
     if asked and limit and asked > limit:
-        raise ConfigError(f"corpus.context_length: {asked} is more than the model's {limit}; give at most that")
+        raise ConfigError(
+            f"corpus.context_length: {asked} is more than the model's {limit}; give at most that"
+        )
     return asked or limit
 
 
-def _encoded(config: Config, tokenizer: "PreTrainedTokenizerBase", tally: _Tally) -> Iterator[np.ndarray]:
+def _encoded(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", tally: _Tally
+) -> Iterator[np.ndarray]:
     """The token ids of each document that has any, until max_tokens; counts go to `tally`."""
     left = config.corpus.max_tokens
     documents = read_documents(config.corpus)
     while group := list(islice(documents, _TOGETHER)):
         texts = [d.text for d in group]
-        encoded: Any = tokenizer(texts, add_special_tokens=config.corpus.add_special_tokens, verbose=False)
+        encoded: Any = tokenizer(
+            texts, add_special_tokens=config.corpus.add_special_tokens, verbose=False
+        )
         for document, ids in zip(group, encoded["input_ids"], strict=True):
             if not document.text or not ids:
                 tally.empty += 1
@@ -152,7 +176,9 @@ def _write_tables(file: h5py.File, tally: _Tally, context: int, shards: int) -> 
 
 
 def split_windows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of the windows of all documents, and the document of each; `context` 0 means no limit."""
+    """Lengths of the windows of all documents, and the document of each; `context` 0 means no
+    limit.
+    """
     if not context:
         return lengths, np.arange(len(lengths), dtype="<i4")
     counts = -(-lengths // context)
@@ -169,7 +195,8 @@ def positions(window_lengths: np.ndarray) -> np.ndarray:
 
 
 def plan_shards(offsets: np.ndarray, shards: int) -> np.ndarray:
-    """First document of each shard, and the end: whole documents, as nearly equal in tokens as they allow.
+    """First document of each shard, and the end: whole documents, as nearly equal in tokens as they
+    allow.
 
     With fewer documents than shards some shards are empty.
     """
@@ -216,4 +243,7 @@ def window_lengths(path: Path) -> Lengths:
 def attributes(path: Path) -> dict[str, Any]:
     """The attributes of `tokens.h5`, as plain Python values."""
     with file_format.open_h5(path, "tokens") as file:
-        return {name: value.item() if hasattr(value, "item") else value for name, value in file.attrs.items()}
+        return {
+            name: value.item() if hasattr(value, "item") else value
+            for name, value in file.attrs.items()
+        }

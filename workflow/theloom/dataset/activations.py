@@ -1,7 +1,8 @@
 """Reading a run's hidden states: `theloom.open("results/<run>/activations.h5")`.
 
-Rows are mapped from the files where they lie, and come as torch tensors in their stored dtype. Before anything is read,
-every file that the dataset refers to is checked, since HDF5 reads a missing one as zeros.
+Rows are mapped from the files where they lie, and come as torch tensors in their stored dtype.
+Before anything is read, every file that the dataset refers to is checked, since HDF5 reads a
+missing one as zeros.
 """
 
 import json
@@ -32,14 +33,21 @@ if TYPE_CHECKING:
     from theloom.dataset.exports import Cache
 
 
-# beside hook points, what can be asked for with the batches: names of tables that have a row for each token
-TABLES = {"input_ids": "tokens/input_ids", "document": "tokens/document", "position": "tokens/position"}
+# beside hook points, what can be asked for with the batches: names of tables that have a row for
+# each token
+TABLES = {
+    "input_ids": "tokens/input_ids",
+    "document": "tokens/document",
+    "position": "tokens/position",
+}
 
 
 def open_activations(path: str | Path, allow: Collection[str] = ()) -> "Activations":
-    """Open `activations.h5` or a single shard. Raises StoreError for what is missing, cut short or of another run.
+    """Open `activations.h5` or a single shard. Raises StoreError for what is missing, cut short or
+    of another run.
 
-    A file that refers to others outside of its own folder is refused, unless `allow` has their names as it gives them.
+    A file that refers to others outside of its own folder is refused, unless `allow` has their
+    names as it gives them.
     """
     try:
         return Activations(path, allow)
@@ -49,7 +57,9 @@ def open_activations(path: str | Path, allow: Collection[str] = ()) -> "Activati
 
 @dataclass(frozen=True)
 class DocumentRows:
-    """One document: its id, its rows in the dataset, its tokens, and by hook point its hidden states."""
+    """One document: its id, its rows in the dataset, its tokens, and by hook point its hidden
+    states.
+    """
 
     id: str
     rows: slice
@@ -65,9 +75,11 @@ class DocumentRows:
 
 
 class Activations:
-    """The hidden states of a run. Row r of every hook point, and of the token tables, is the same token.
+    """The hidden states of a run. Row r of every hook point, and of the token tables, is the same
+    token.
 
-    `hooks`: names of the hook points; `dtype`: the stored one; `len`: rows; `attributes`: where the file came from.
+    `hooks`: names of the hook points; `dtype`: the stored one; `len`: rows; `attributes`: where the
+    file came from.
     """
 
     def __init__(self, path: str | Path, allow: Collection[str] = ()) -> None:
@@ -97,12 +109,18 @@ class Activations:
             self.window_offset: np.ndarray = file["windows/offset"][:]
             self.window_document: np.ndarray = file["windows/document"][:]
             self.window_hash: np.ndarray = file["windows/hash"][:]
-            self.figures: dict[str, float] = dict(zip(FIGURES, file["figures"][:].tolist(), strict=True))
+            self.figures: dict[str, float] = dict(
+                zip(FIGURES, file["figures"][:].tolist(), strict=True)
+            )
         if sum(p.rows for p in self._parts) != self.attributes["rows"]:
-            raise StoreError(f"{self.path}: its parts hold other rows than it says; run the merge again")
+            raise StoreError(
+                f"{self.path}: its parts hold other rows than it says; run the merge again"
+            )
         for offset in (self._document_offset, self.window_offset):
             if offset[0] or offset[-1] != len(self) or (np.diff(offset) < 0).any():
-                raise StoreError(f"{self.path}: its tables of documents and windows are damaged; run the merge again")
+                raise StoreError(
+                    f"{self.path}: its tables of documents and windows are damaged; run the merge again"
+                )
         parts.allow_open_files(
             len(self._parts), f"{len(self._parts)} shards"
         )  # each stays open while its rows are mapped
@@ -121,14 +139,22 @@ class Activations:
         return exports.describe_html(self)
 
     def to_dataframe(self, of: str = "documents", rows: slice | None = None) -> "pd.DataFrame":
-        """A table of the `documents`, or of the `tokens` (of some rows); `theloom.exports` has more."""
+        """A table of the `documents`, or of the `tokens` (of some rows); `theloom.exports` has
+        more.
+        """
         from theloom.dataset import exports
 
         if of not in ("documents", "tokens"):
-            raise ConfigError(f"to_dataframe({of!r}): give 'documents' or 'tokens'; hidden states: acts.to_xarray()")
-        return exports.documents_frame(self) if of == "documents" else exports.tokens_frame(self, rows)
+            raise ConfigError(
+                f"to_dataframe({of!r}): give 'documents' or 'tokens'; hidden states: acts.to_xarray()"
+            )
+        return (
+            exports.documents_frame(self) if of == "documents" else exports.tokens_frame(self, rows)
+        )
 
-    def to_xarray(self, hooks: Sequence[str] | None = None, rows: slice | None = None) -> "xr.Dataset":
+    def to_xarray(
+        self, hooks: Sequence[str] | None = None, rows: slice | None = None
+    ) -> "xr.Dataset":
         """Hidden states with their tokens as coordinates: `exports.to_xarray`."""
         from theloom.dataset import exports
 
@@ -151,7 +177,9 @@ class Activations:
 
     def __getitem__(self, hook: str) -> HookRows:
         if hook not in self.hooks:
-            raise HookError(f"no hook point {hook!r} in {self.path}; it has {', '.join(self.hooks)}")
+            raise HookError(
+                f"no hook point {hook!r} in {self.path}; it has {', '.join(self.hooks)}"
+            )
         name = hook_path(hook)
         return HookRows(self._parts, self._maps, name, self._widths[name], self.precision)
 
@@ -183,9 +211,15 @@ class Activations:
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
-        """By hook point: for each element of a row count, mean and variance; the mean norm; values not finite."""
+        """By hook point: for each element of a row count, mean and variance; the mean norm; values
+        not finite.
+        """
         with h5py.File(self.path, "r") as file:
-            return dict(zip(self.hooks, read_statistics(lambda name: file[name][:], self.hooks), strict=True))
+            return dict(
+                zip(
+                    self.hooks, read_statistics(lambda name: file[name][:], self.hooks), strict=True
+                )
+            )
 
     def batches(
         self,
@@ -197,22 +231,31 @@ class Activations:
         drop_last: bool = False,
         **others: Any,
     ) -> "Iterator[Batch]":
-        """All rows in batches: tensors (batch_size, …) of one hook point, or of several a dict by name.
+        """All rows in batches: tensors (batch_size, …) of one hook point, or of several a dict by
+        name.
 
-        `hooks` may also name `input_ids`, `document`, `position` and `row`. `shuffle` mixes blocks of rows in a buffer
-        (`theloom.loader` says how well), the same for the same seed. Others: as of `loader.RowBatches`, whose
-        `dataset(…)` below is this for a DataLoader.
+        `hooks` may also name `input_ids`, `document`, `position` and `row`. `shuffle` mixes blocks
+        of rows in a buffer (`theloom.loader` says how well), the same for the same seed. Others: as
+        of `loader.RowBatches`, whose `dataset(…)` below is this for a DataLoader.
         """
-        return iter(self.dataset(hooks, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, **others))
+        return iter(
+            self.dataset(
+                hooks, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, **others
+            )
+        )
 
     def dataset(self, hooks: str | Sequence[str], batch_size: int, **others: Any) -> "RowBatches":
-        """The same as an IterableDataset: DataLoader(acts.dataset(…), batch_size=None, num_workers=…)."""
+        """The same as an IterableDataset: DataLoader(acts.dataset(…), batch_size=None,
+        num_workers=…).
+        """
         from theloom.dataset.batches import RowBatches
 
         return RowBatches(self, hooks, batch_size, **others)
 
     def rows_of(self, name: str) -> Rows:
-        """The rows of a hook point, or of `input_ids`, `document`, `position` or `row` (its number in the dataset)."""
+        """The rows of a hook point, or of `input_ids`, `document`, `position` or `row` (its number
+        in the dataset).
+        """
         if name == "row":
             return RowNumbers(len(self))
         return self._table(TABLES[name]) if name in TABLES else self[name]

@@ -1,9 +1,10 @@
 """Batches of rows for training: read in blocks, mixed in a buffer, split among processes.
 
-Single rows at random cost a seek each; whole blocks are read ten times as fast. So a shuffled pass takes blocks of
-consecutive rows in random order, fills a buffer with them, and takes its rows out in random order. How well that mixes:
-two rows of a batch are of the same block with a probability of (block_rows - 1) / (buffer_rows - 1), by default 0.8%;
-in a shuffle of all rows it would be block_rows / rows. A larger buffer, or smaller blocks, mix better.
+Single rows at random cost a seek each; whole blocks are read ten times as fast. So a shuffled pass
+takes blocks of consecutive rows in random order, fills a buffer with them, and takes its rows out
+in random order. How well that mixes: two rows of a batch are of the same block with a probability
+of (block_rows - 1) / (buffer_rows - 1), by default 0.8%; in a shuffle of all rows it would be
+block_rows / rows. A larger buffer, or smaller blocks, mix better.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,9 +29,10 @@ BUFFER_ROWS = 1 << 14
 class RowBatches(IterableDataset[Batch]):
     """Batches of one pass over a dataset's rows; `set_epoch` gives the next pass another order.
 
-    In DataLoader workers, and in the processes of torch.distributed (or `rank` of `world_size`), each row comes to one
-    of them, in blocks. With `drop_last` every process gets the same number of batches, and up to two blocks' rows for
-    each process more are left out. Give DataLoader batch_size=None: the batches are made here.
+    In DataLoader workers, and in the processes of torch.distributed (or `rank` of `world_size`),
+    each row comes to one of them, in blocks. With `drop_last` every process gets the same number of
+    batches, and up to two blocks' rows for each process more are left out. Give DataLoader
+    batch_size=None: the batches are made here.
     """
 
     def __init__(
@@ -48,20 +50,34 @@ class RowBatches(IterableDataset[Batch]):
         world_size: int | None = None,
     ) -> None:
         if min(batch_size, block_rows, buffer_rows) < 1:
-            raise ValueError(f"batch_size {batch_size}, block_rows {block_rows}, buffer_rows {buffer_rows}: at least 1")
+            raise ValueError(
+                f"batch_size {batch_size}, block_rows {block_rows}, buffer_rows {buffer_rows}: at least 1"
+            )
         self.names = [hooks] if isinstance(hooks, str) else list(hooks)
         self.single = isinstance(hooks, str)
-        self.batch_size, self.shuffle, self.seed, self.drop_last = batch_size, shuffle, seed, drop_last
-        self.block_rows, self.buffer_rows = block_rows, max(batch_size, buffer_rows // batch_size * batch_size)
+        self.batch_size, self.shuffle, self.seed, self.drop_last = (
+            batch_size,
+            shuffle,
+            seed,
+            drop_last,
+        )
+        self.block_rows, self.buffer_rows = (
+            block_rows,
+            max(batch_size, buffer_rows // batch_size * batch_size),
+        )
         self.epoch = 0
         self._activations = activations
-        self._rows = [activations.rows_of(name) for name in self.names]  # so that an unknown name is an error at once
+        self._rows = [
+            activations.rows_of(name) for name in self.names
+        ]  # so that an unknown name is an error at once
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = rank if rank is not None else torch.distributed.get_rank() if distributed else 0
         self.world_size = world_size or (torch.distributed.get_world_size() if distributed else 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """The order of the next pass: call it before each, in the process that makes the DataLoader's iterator."""
+        """The order of the next pass: call it before each, in the process that makes the
+        DataLoader's iterator.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -71,7 +87,10 @@ class RowBatches(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         workers = worker.num_workers if worker else 1
-        reader, readers = self.rank * workers + (worker.id if worker else 0), self.world_size * workers
+        reader, readers = (
+            self.rank * workers + (worker.id if worker else 0),
+            self.world_size * workers,
+        )
         blocks = self._blocks(reader, readers)
         left = self._batches(blocks, readers)
         random = np.random.default_rng([self.seed, self.epoch, reader])
@@ -83,7 +102,10 @@ class RowBatches(IterableDataset[Batch]):
                     return
                 left -= 1
                 part = slice(start, start + self.batch_size)
-                found = [b[part].copy() if order is None else b.take(order[part], axis=0) for b in buffered]
+                found = [
+                    b[part].copy() if order is None else b.take(order[part], axis=0)
+                    for b in buffered
+                ]
                 tensors = [self._tensor(n, values) for n, values in enumerate(found)]
                 yield tensors[0] if self.single else dict(zip(self.names, tensors, strict=True))
 
@@ -96,7 +118,9 @@ class RowBatches(IterableDataset[Batch]):
 
     def _batches(self, blocks: np.ndarray, readers: int) -> int:
         total = len(self._activations)
-        if self.drop_last:  # what the reader with the least rows has: it may have one block less, and the short one
+        if (
+            self.drop_last
+        ):  # what the reader with the least rows has: it may have one block less, and the short one
             count = -(-total // self.block_rows)
             short = count * self.block_rows - total
             return max(0, count // readers * self.block_rows - short) // self.batch_size

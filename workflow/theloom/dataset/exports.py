@@ -1,7 +1,8 @@
-"""What `theloom.open` returns, in the forms that other libraries take: pandas, xarray, datasets, safetensors, `.npy`.
+"""What `theloom.open` returns, in the forms that other libraries take: pandas, xarray, datasets,
+safetensors, `.npy`.
 
-Each function takes the dataset first; those that are used most are methods of `Activations` too. pandas, xarray and
-datasets are imported where they are used: `pip install 'theloom[notebook,hub]'`.
+Each function takes the dataset first; those that are used most are methods of `Activations` too.
+pandas, xarray and datasets are imported where they are used: `pip install 'theloom[notebook,hub]'`.
 """
 
 import html
@@ -32,24 +33,38 @@ _LARGEST_FRAME = 10_000_000  # rows: more tokens than a notebook's table can hol
 
 
 def documents_frame(acts: "Activations") -> "pd.DataFrame":
-    """A row for each document: its id, its first row, its tokens, and the windows that it was cut into."""
+    """A row for each document: its id, its first row, its tokens, and the windows that it was cut
+    into.
+    """
     offsets = acts.document_offset
     windows = np.bincount(acts.window_document, minlength=len(offsets) - 1)
     return (
         _pandas()
-        .DataFrame({"id": acts.documents, "first_row": offsets[:-1], "tokens": np.diff(offsets), "windows": windows})
+        .DataFrame(
+            {
+                "id": acts.documents,
+                "first_row": offsets[:-1],
+                "tokens": np.diff(offsets),
+                "windows": windows,
+            }
+        )
         .rename_axis("document")
     )
 
 
-def tokens_frame(acts: "Activations", rows: slice | Sequence[int] | np.ndarray | None = None) -> "pd.DataFrame":
-    """A row for each token: its document, its position in the window, its number and its text. `rows`: which; all.
+def tokens_frame(
+    acts: "Activations", rows: slice | Sequence[int] | np.ndarray | None = None
+) -> "pd.DataFrame":
+    """A row for each token: its document, its position in the window, its number and its text.
+    `rows`: which; all.
 
     Raises ConfigError for more than ten million rows.
     """
     numbers = np.arange(len(acts))[slice(None) if rows is None else rows]
     if len(numbers) > _LARGEST_FRAME:
-        raise ConfigError(f"{len(numbers):,} tokens are more than a table should hold; give rows=slice(0, 100_000)")
+        raise ConfigError(
+            f"{len(numbers):,} tokens are more than a table should hold; give rows=slice(0, 100_000)"
+        )
     ids = acts.input_ids.numpy(numbers)
     return _pandas().DataFrame(
         {
@@ -63,15 +78,19 @@ def tokens_frame(acts: "Activations", rows: slice | Sequence[int] | np.ndarray |
 
 
 class Cache(Mapping[str, "torch.Tensor"]):
-    """One document's hidden states by hook point, shaped as TransformerLens' ActivationCache: (1, position, …).
+    """One document's hidden states by hook point, shaped as TransformerLens' ActivationCache: (1,
+    position, …).
 
-    Attention patterns and scores are (1, head, query, key). Values are read when they are asked for, in the stored
-    dtype. A hook point may be asked for as ("resid_post", 5) too. Documents of several windows have no such cache.
+    Attention patterns and scores are (1, head, query, key). Values are read when they are asked
+    for, in the stored dtype. A hook point may be asked for as ("resid_post", 5) too. Documents of
+    several windows have no such cache.
     """
 
     def __init__(self, acts: "Activations", document: int | str) -> None:
         self._document = acts.document(document)
-        windows = np.searchsorted(acts.window_offset, [self._document.rows.start, self._document.rows.stop])
+        windows = np.searchsorted(
+            acts.window_offset, [self._document.rows.start, self._document.rows.stop]
+        )
         if windows[1] - windows[0] > 1:
             raise ConfigError(
                 f"document {self._document.id!r} was cut into {windows[1] - windows[0]} windows, each seen by itself; "
@@ -85,7 +104,9 @@ class Cache(Mapping[str, "torch.Tensor"]):
             rows = self._document[name]
         except HookError as error:
             raise KeyError(str(error)) from None
-        if name.endswith(("hook_pattern", "hook_attn_scores")):  # (query, head, key of the longest window)
+        if name.endswith(
+            ("hook_pattern", "hook_attn_scores")
+        ):  # (query, head, key of the longest window)
             rows = rows[..., : len(rows)].transpose(0, 1)
         return rows.unsqueeze(0)
 
@@ -100,21 +121,29 @@ class Cache(Mapping[str, "torch.Tensor"]):
 
     def _name(self, key: tuple[str, int]) -> str:
         value, block = key
-        for name in (f"blocks.{block}.hook_{value}", f"blocks.{block}.attn.hook_{value}", f"blocks.{block}.{value}"):
+        for name in (
+            f"blocks.{block}.hook_{value}",
+            f"blocks.{block}.attn.hook_{value}",
+            f"blocks.{block}.{value}",
+        ):
             if name in self._acts:
                 return name
         raise KeyError(f"{key}: no such hook point; there are {', '.join(self._acts.hooks)}")
 
 
 def to_datasets(acts: "Activations", hooks: Sequence[str] | None = None) -> "datasets.Dataset":
-    """A `datasets.Dataset` with a row for each token, hidden states as float32, written to its cache as it is made."""
+    """A `datasets.Dataset` with a row for each token, hidden states as float32, written to its
+    cache as it is made.
+    """
     try:
         import datasets
     except ImportError:
         raise ConfigError("to_datasets needs datasets; pip install 'theloom[hub]'") from None
 
     names = _chosen(acts, hooks)
-    features: dict[str, Any] = {n: datasets.Value("int32") for n in ("document", "position", "input_id")}
+    features: dict[str, Any] = {
+        n: datasets.Value("int32") for n in ("document", "position", "input_id")
+    }
     features |= {name: _feature(datasets, acts[name].shape[1:]) for name in names}
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -134,11 +163,13 @@ def to_datasets(acts: "Activations", hooks: Sequence[str] | None = None) -> "dat
     )
 
 
-def to_xarray(acts: "Activations", hooks: Sequence[str] | None = None, rows: slice | None = None) -> "xr.Dataset":
+def to_xarray(
+    acts: "Activations", hooks: Sequence[str] | None = None, rows: slice | None = None
+) -> "xr.Dataset":
     """An `xarray.Dataset` along `row`, with document, position and input_id as its coordinates.
 
-    The rows asked for pass into memory; BF16 ones, which NumPy has not, become float32. Hook points of one shape share
-    their axes, `axis1_576` for one of 576 elements.
+    The rows asked for pass into memory; BF16 ones, which NumPy has not, become float32. Hook points
+    of one shape share their axes, `axis1_576` for one of 576 elements.
     """
     try:
         import xarray as xr
@@ -156,24 +187,34 @@ def to_xarray(acts: "Activations", hooks: Sequence[str] | None = None, rows: sli
     for name in _chosen(acts, hooks):
         array = acts[name][part]
         array = array.float() if acts.precision == "bf16" else array
-        values[name] = (("row", *(f"axis{axis}_{n}" for axis, n in enumerate(array.shape[1:], 1))), array.numpy())
-    return xr.Dataset(values, coordinates, attrs={"source": acts.path.name, "precision": acts.precision})
+        values[name] = (
+            ("row", *(f"axis{axis}_{n}" for axis, n in enumerate(array.shape[1:], 1))),
+            array.numpy(),
+        )
+    return xr.Dataset(
+        values, coordinates, attrs={"source": acts.path.name, "precision": acts.precision}
+    )
 
 
 def to_npy(acts: "Activations", hook: str, path: str | Path) -> Path:
-    """One hook point as `.npy`, written block by block. NumPy has no bfloat16: BF16 rows are written as float32."""
+    """One hook point as `.npy`, written block by block. NumPy has no bfloat16: BF16 rows are
+    written as float32.
+    """
     path, rows = Path(path), acts[hook]
     dtype = {"fp32": "<f4", "fp16": "<f2", "bf16": "<f4"}[acts.precision]
     out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=rows.shape)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         block = rows[start : start + _ROWS_AT_ONCE]
-        out[start : start + len(block)] = (block.float() if acts.precision == "bf16" else block).numpy()
+        out[start : start + len(block)] = (
+            block.float() if acts.precision == "bf16" else block
+        ).numpy()
     out.flush()
     return path
 
 
 def to_safetensors(acts: "Activations", hooks: Sequence[str] | str, path: str | Path) -> Path:
-    """Hook points as safetensors in the stored dtype, with the token tables and the file's provenance.
+    """Hook points as safetensors in the stored dtype, with the token tables and the file's
+    provenance.
 
     Safetensors are written in one piece: the hook points pass through memory as a whole.
     """
@@ -183,14 +224,18 @@ def to_safetensors(acts: "Activations", hooks: Sequence[str] | str, path: str | 
     names = _chosen(acts, [hooks] if isinstance(hooks, str) else hooks)
     tensors = {name: acts[name][:] for name in names}
     tables = {"input_ids": acts.input_ids, "document": acts.document_of, "position": acts.position}
-    tensors |= {f"tokens.{name}": torch.from_numpy(table.numpy(...)) for name, table in tables.items()}
+    tensors |= {
+        f"tokens.{name}": torch.from_numpy(table.numpy(...)) for name, table in tables.items()
+    }
     save_file(tensors, str(path), {k: str(v) for k, v in acts.attributes.items()})
     return Path(path)
 
 
 def describe(acts: "Activations") -> str:
     """What a dataset holds, in a few lines: what a notebook shows."""
-    lines = [fill(f"  {key:<14}{value}", 80, subsequent_indent=" " * 16) for key, value in _summary(acts)]
+    lines = [
+        fill(f"  {key:<14}{value}", 80, subsequent_indent=" " * 16) for key, value in _summary(acts)
+    ]
     return "\n".join([f"Activations of {acts.path}", *lines])
 
 
@@ -214,13 +259,20 @@ def _summary(acts: "Activations") -> list[tuple[str, str]]:
         ("rows", f"{len(acts):,} tokens of {len(acts.documents):,} documents"),
         ("model", f"{model} in {acts.attributes.get('model_precision', 'unknown precision')}"),
         ("stored", f"{acts.precision}, {size / 1e9:.3f} GB"),
-        *(("hook points", f"{_few(names)}: row of {' × '.join(map(str, shape))}") for shape, names in shapes.items()),
+        *(
+            ("hook points", f"{_few(names)}: row of {' × '.join(map(str, shape))}")
+            for shape, names in shapes.items()
+        ),
         ("next", "acts[hook][rows], acts.document(n), acts.to_dataframe(), acts.cache(n)"),
     ]
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, … {names[-1]} ({len(names)} in all)"
+    return (
+        ", ".join(names)
+        if len(names) <= 4
+        else f"{names[0]}, {names[1]}, … {names[-1]} ({len(names)} in all)"
+    )
 
 
 def _chosen(acts: "Activations", hooks: Sequence[str] | None) -> list[str]:

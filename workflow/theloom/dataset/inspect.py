@@ -1,4 +1,6 @@
-"""What a file of activations says of itself: schema, provenance, hook points, statistics, and where the time went."""
+"""What a file of activations says of itself: schema, provenance, hook points, statistics, and where
+the time went.
+"""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +16,17 @@ from theloom.errors import StoreError
 from theloom.hooks.points import SCORES
 from theloom.store import checksums, commit_log, file_format, index
 
-_PROVENANCE = ("model_", "tokenizer", "corpus", "versions", "code", "python", "device", "run_identity", "config")
+_PROVENANCE = (
+    "model_",
+    "tokenizer",
+    "corpus",
+    "versions",
+    "code",
+    "python",
+    "device",
+    "run_identity",
+    "config",
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,15 @@ def provenance_attributes(acts: Activations) -> dict[str, Any]:
 
 def file_schema(acts: Activations) -> dict[str, Any]:
     """The format, and what the file holds."""
-    names = ("format", "format_version", "kind", "precision", "compression", "batch_tokens", "chunk_size")
+    names = (
+        "format",
+        "format_version",
+        "kind",
+        "precision",
+        "compression",
+        "batch_tokens",
+        "chunk_size",
+    )
     found = {name: _plain(acts.attributes[name]) for name in names if name in acts.attributes}
     windows = len(acts.window_document)
     longest = int(np.diff(acts.window_offset).max(initial=0))
@@ -76,7 +96,9 @@ _ROWS_AT_ONCE = 1 << 14
 
 
 def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
-    """Windows whose rows are not those that were written, and for each hook point how many values are not finite."""
+    """Windows whose rows are not those that were written, and for each hook point how many values
+    are not finite.
+    """
     import torch
 
     wrong: list[int] = []
@@ -91,7 +113,9 @@ def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
                 for start in range(begin, end, _ROWS_AT_ONCE):
                     rows = reader[start : min(start + _ROWS_AT_ONCE, end)]
                     state.update(file_format.raw_bytes(rows))
-                    not_finite[number] += int((~torch.isfinite(rows) & ~(masked[number] & rows.isneginf())).sum())
+                    not_finite[number] += int(
+                        (~torch.isfinite(rows) & ~(masked[number] & rows.isneginf())).sum()
+                    )
             except StoreError:  # a packed chunk that cannot be unpacked
                 state.reset()
             if state.intdigest() != acts.window_hash[window, number]:
@@ -101,7 +125,9 @@ def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
 
 
 def damaged_parts(acts: Activations) -> list[str]:
-    """What beside the rows is not as it was written, in words: metadata, tables, logs, of the file and its shards."""
+    """What beside the rows is not as it was written, in words: metadata, tables, logs, of the file
+    and its shards.
+    """
     found = []
     for path in dict.fromkeys([acts.path, *acts.files]):
         try:

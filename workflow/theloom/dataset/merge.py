@@ -1,8 +1,10 @@
-"""Shards to one dataset: `activations.h5`, which refers to them (virtual) or holds a copy (physical).
+"""Shards to one dataset: `activations.h5`, which refers to them (virtual) or holds a copy
+(physical).
 
-Both check first that every shard is there, finished, of this run and of one schema: HDF5 itself reads a missing source
-as zeros. The merged file gets its name when all of it is on disk; a job that is killed leaves a `.partial`, which the
-next one writes anew, since the shards still hold everything.
+Both check first that every shard is there, finished, of this run and of one schema: HDF5 itself
+reads a missing source as zeros. The merged file gets its name when all of it is on disk; a job that
+is killed leaves a `.partial`, which the next one writes anew, since the shards still hold
+everything.
 """
 
 import json
@@ -34,10 +36,20 @@ from theloom.store.statistics import (
 
 log = logging.getLogger(__name__)
 
-_PLAN = ("batch_tokens", "chunk_size")  # what each job had room for: of the merged file, one number for each shard
+_PLAN = (
+    "batch_tokens",
+    "chunk_size",
+)  # what each job had room for: of the merged file, one number for each shard
 
 
-_OWN = ("kind", "shard", "first_row", "identity", "rows", *_PLAN)  # attributes of a shard, not of the run
+_OWN = (
+    "kind",
+    "shard",
+    "first_row",
+    "identity",
+    "rows",
+    *_PLAN,
+)  # attributes of a shard, not of the run
 
 
 _LARGEST = ("peak_memory", "predicted_memory", "oom_level")  # figures that do not add up
@@ -45,7 +57,9 @@ _LARGEST = ("peak_memory", "predicted_memory", "oom_level")  # figures that do n
 
 @dataclass(frozen=True)
 class _Shard:
-    """One checked shard: its rows, its attributes, and the shapes and the statistics of its hook points."""
+    """One checked shard: its rows, its attributes, and the shapes and the statistics of its hook
+    points.
+    """
 
     part: Part
     attributes: dict[str, Any]
@@ -58,7 +72,9 @@ class _Shard:
 
 
 def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
-    """The merge_shards stage: write `activations.h5`. `mode` is virtual or physical. Raises StoreError."""
+    """The merge_shards stage: write `activations.h5`. `mode` is virtual or physical. Raises
+    StoreError.
+    """
     lock = WriterLock(output)
     lock.take()
     unfinished = output.with_name(output.name + ".partial")
@@ -66,7 +82,9 @@ def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
         checked = [_checked(path, number) for number, path in enumerate(shards)]
         _check_together(checked)
         _write(checked, mode, unfinished, output.parent)
-        checksums.write_checksums(unfinished, checksums.METADATA, checksums.TABLES, checksums.RESULTS)
+        checksums.write_checksums(
+            unfinished, checksums.METADATA, checksums.TABLES, checksums.RESULTS
+        )
         file_format.sync(unfinished)
         unfinished.replace(output)
         file_format.sync(output.parent)
@@ -74,7 +92,9 @@ def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
         if not file_format.is_full(error):
             raise
         unfinished.unlink(missing_ok=True)
-        raise file_format.no_room(output.parent, "the merged file", _bytes_of(checked, mode)) from None
+        raise file_format.no_room(
+            output.parent, "the merged file", _bytes_of(checked, mode)
+        ) from None
     finally:
         lock.release()
     rows, hooks = sum(s.part.rows for s in checked), len(checked[0].statistics)
@@ -101,11 +121,17 @@ def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> N
         with h5py.File(first.part.path, "r") as source:
             types = {name: source[name].id.get_type() for name in names}
         for name in names:
-            create = compression.create_packed if packed and name not in TOKENS else file_format.create_contiguous
+            create = (
+                compression.create_packed
+                if packed and name not in TOKENS
+                else file_format.create_contiguous
+            )
             create(file, name, (rows, *first.shapes[name][1:]), types[name])
             if packed and name not in TOKENS:
                 _pack(file[name], name, shards, str(first.attributes["precision"]))
-        places = {n: file_format.byte_offset(file[n]) for n in names if not (packed and n not in TOKENS)}
+        places = {
+            n: file_format.byte_offset(file[n]) for n in names if not (packed and n not in TOKENS)
+        }
         row_bytes = {n: types[n].get_size() * int(np.prod(first.shapes[n][1:])) for n in places}
         index.write_index(file)
     _copy(target, places, row_bytes, shards)
@@ -119,7 +145,9 @@ def _checked(path: Path, number: int) -> _Shard:
 
 
 def _check(path: Path, number: int) -> _Shard:
-    """One shard, finished and whole, its metadata and tables as they were written. Raises StoreError."""
+    """One shard, finished and whole, its metadata and tables as they were written. Raises
+    StoreError.
+    """
     with file_format.open_any(path) as file:
         listed = index.read(file)
     attributes = listed.attributes
@@ -132,8 +160,16 @@ def _check(path: Path, number: int) -> _Shard:
         if broken := checksums.broken_checksums(
             f.fileno(), listed, checksums.METADATA, checksums.TABLES, checksums.RESULTS
         ):
-            raise StoreError(f"{path}: {', '.join(broken)} were changed after it was written; remove it and run again")
-        tables = ("documents/offset", "windows/offset", "documents/id", "windows/document", "windows/hash")
+            raise StoreError(
+                f"{path}: {', '.join(broken)} were changed after it was written; remove it and run again"
+            )
+        tables = (
+            "documents/offset",
+            "windows/offset",
+            "documents/id",
+            "windows/document",
+            "windows/hash",
+        )
         return _Shard(
             part,
             attributes,
@@ -159,14 +195,20 @@ def _check_together(shards: Sequence[_Shard]) -> None:
                 )
         for name, shape in shard.shapes.items():
             if shape[1:] != first.shapes[name][1:]:
-                raise StoreError(f"{path}: its rows of {name} have the shape {shape[1:]}, not {first.shapes[name][1:]}")
+                raise StoreError(
+                    f"{path}: its rows of {name} have the shape {shape[1:]}, not {first.shapes[name][1:]}"
+                )
         if shard.attributes["first_row"] != row:
-            raise StoreError(f"{path}: begins at row {shard.attributes['first_row']}, expected {row}")
+            raise StoreError(
+                f"{path}: begins at row {shard.attributes['first_row']}, expected {row}"
+            )
         row += shard.part.rows
 
 
 def _write_tables(file: h5py.File, shards: Sequence[_Shard]) -> None:
-    """Documents, windows, statistics and figures, joined: small, so always copied; offsets become rows of the whole."""
+    """Documents, windows, statistics and figures, joined: small, so always copied; offsets become
+    rows of the whole.
+    """
     first_rows = np.cumsum([0, *(s.part.rows for s in shards)])
     for name in shards[0].tables:
         if name.endswith("offset"):
@@ -174,9 +216,13 @@ def _write_tables(file: h5py.File, shards: Sequence[_Shard]) -> None:
             file[name] = np.concatenate([*joined, first_rows[-1:]])
         else:
             file[name] = np.concatenate([s.tables[name] for s in shards])
-    widths = [int(np.prod(shape[1:])) for name, shape in shards[0].shapes.items() if name not in TOKENS]
+    widths = [
+        int(np.prod(shape[1:])) for name, shape in shards[0].shapes.items() if name not in TOKENS
+    ]
     create_statistics(file, widths)
-    total = [empty_statistics(hook, width) for hook, width in zip(_hooks(shards), widths, strict=True)]
+    total = [
+        empty_statistics(hook, width) for hook, width in zip(_hooks(shards), widths, strict=True)
+    ]
     for shard in shards:
         for mine, others in zip(total, shard.statistics, strict=True):
             mine.join(others)
@@ -190,7 +236,9 @@ def _hooks(shards: Sequence[_Shard]) -> list[str]:
     return json.loads(shards[0].attributes["hooks"])
 
 
-def _refer(file: h5py.File, name: str, shards: Sequence[_Shard], folder: Path, type_id: h5py.h5t.TypeID) -> None:
+def _refer(
+    file: h5py.File, name: str, shards: Sequence[_Shard], folder: Path, type_id: h5py.h5t.TypeID
+) -> None:
     """A virtual dataset over the shards' datasets, by names relative to the merged file."""
     width = shards[0].shapes[name][1:]
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -203,7 +251,9 @@ def _refer(file: h5py.File, name: str, shards: Sequence[_Shard], folder: Path, t
             continue
         whole.select_hyperslab((row, *(0 for _ in width)), (rows, *width))
         source = h5py.h5s.create_simple((rows, *width))
-        properties.set_virtual(whole, _relative(shard.part.path, folder).encode(), name.encode(), source)
+        properties.set_virtual(
+            whole, _relative(shard.part.path, folder).encode(), name.encode(), source
+        )
         row += rows
     whole.select_all()
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
@@ -213,7 +263,14 @@ def _refer(file: h5py.File, name: str, shards: Sequence[_Shard], folder: Path, t
 
 def _source(shard: _Shard, folder: Path) -> Source:
     path, identity = shard.part.path, str(shard.attributes["identity"])
-    return Source(shard.part, _relative(path, folder), path.stat().st_size, identity, shard.seal, shard.seal_place)
+    return Source(
+        shard.part,
+        _relative(path, folder),
+        path.stat().st_size,
+        identity,
+        shard.seal,
+        shard.seal_place,
+    )
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -222,11 +279,15 @@ def _relative(path: Path, folder: Path) -> str:
 
 def _pack(dataset: h5py.Dataset, name: str, shards: Sequence[_Shard], precision: str) -> None:
     """Packed rows of all shards, packed anew: their chunks do not begin where the whole's do."""
-    rows = Rows([s.part for s in shards], Maps(), name, dataset.shape[1:], file_format.bits_dtype(precision))
+    rows = Rows(
+        [s.part for s in shards], Maps(), name, dataset.shape[1:], file_format.bits_dtype(precision)
+    )
     compression.write(dataset, lambda start, stop: rows.numpy(slice(start, stop)))
 
 
-def _copy(target: Path, places: dict[str, int], row_bytes: dict[str, int], shards: Sequence[_Shard]) -> None:
+def _copy(
+    target: Path, places: dict[str, int], row_bytes: dict[str, int], shards: Sequence[_Shard]
+) -> None:
     """Bytes of every contiguous dataset from the shards to their places, without decoding."""
     out = os.open(target, os.O_RDWR)
     try:
@@ -238,7 +299,9 @@ def _copy(target: Path, places: dict[str, int], row_bytes: dict[str, int], shard
             try:
                 for name, place in places.items():
                     size = shard.part.rows * row_bytes[name]
-                    _copy_range(source, shard.part.places[name], out, place + row * row_bytes[name], size)
+                    _copy_range(
+                        source, shard.part.places[name], out, place + row * row_bytes[name], size
+                    )
             finally:
                 os.close(source)
             row += shard.part.rows
@@ -252,7 +315,9 @@ def _copy_range(source: int, start: int, out: int, place: int, size: int) -> Non
     while size:
         sent = os.sendfile(out, source, start, min(size, 1 << 30))
         if not sent:
-            raise StoreError(f"a shard ended {size} bytes early while it was copied; check the file system")
+            raise StoreError(
+                f"a shard ended {size} bytes early while it was copied; check the file system"
+            )
         start, size = start + sent, size - sent
 
 

@@ -1,7 +1,8 @@
 """The files that hold a dataset's rows: each is checked before a byte of it is believed.
 
-HDF5 reads a missing source, one that is cut short, or one that it has no file descriptor for, as zeros. So nothing here
-is read through HDF5's virtual datasets: the merged file says where each shard's bytes lie, and they are mapped.
+HDF5 reads a missing source, one that is cut short, or one that it has no file descriptor for, as
+zeros. So nothing here is read through HDF5's virtual datasets: the merged file says where each
+shard's bytes lie, and they are mapped.
 """
 
 import errno
@@ -29,7 +30,9 @@ _AGAIN = "run the pipeline again, or fetch the file again"
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows in one file: how many, and where each dataset's bytes begin; -1: packed, in chunks."""
+    """Consecutive rows in one file: how many, and where each dataset's bytes begin; -1: packed, in
+    chunks.
+    """
 
     path: Path
     rows: int
@@ -38,7 +41,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A shard that a virtual dataset refers to: its rows, its name from there, and what tells it from any other."""
+    """A shard that a virtual dataset refers to: its rows, its name from there, and what tells it
+    from any other.
+    """
 
     part: Part
     name: str
@@ -54,7 +59,8 @@ def names_of(attributes: dict[str, Any]) -> list[str]:
 
 
 def own(fd: int, listed: Directory) -> Part:
-    """An open file that holds its own rows, a shard or a physical merge: all of it there, and finished.
+    """An open file that holds its own rows, a shard or a physical merge: all of it there, and
+    finished.
 
     Raises StoreError.
     """
@@ -63,7 +69,9 @@ def own(fd: int, listed: Directory) -> Part:
     for name in names_of(attributes):
         dataset = listed.datasets[name]
         if dataset.shape[0] != rows:
-            raise StoreError(f"{path}: its {name} has {dataset.shape[0]} rows instead of {rows}; {_AGAIN}")
+            raise StoreError(
+                f"{path}: its {name} has {dataset.shape[0]} rows instead of {rows}; {_AGAIN}"
+            )
         if dataset.layout == h5py.h5d.CHUNKED and attributes.get("compression") == "zstd":
             places[name] = -1
         elif dataset.layout == h5py.h5d.CONTIGUOUS and (dataset.extents or 0 in dataset.shape):
@@ -78,12 +86,16 @@ def own(fd: int, listed: Directory) -> Part:
         log = listed.array(fd, "commit_log")
         done = commit_log.committed(log)
         if done != len(log):
-            raise StoreError(f"{path}: only {done} of its {len(log)} batches are committed; {_AGAIN}")
+            raise StoreError(
+                f"{path}: only {done} of its {len(log)} batches are committed; {_AGAIN}"
+            )
     return Part(path, rows, places)
 
 
 def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
-    """The shards of a virtual dataset: each there, of the size and the seals that the merge saw. Raises StoreError."""
+    """The shards of a virtual dataset: each there, of the size and the seals that the merge saw.
+    Raises StoreError.
+    """
     names = names_of(dict(file.attrs))
     columns = ("file", "rows", "bytes", "seal_place")
     table = [file[f"sources/{column}"][:].tolist() for column in columns]
@@ -105,26 +117,42 @@ def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
 
 def _row_bytes(name: str, shape: tuple[int, ...], precision: str) -> int:
     """Bytes of a row of a token table or of a hook point."""
-    return int(np.prod(shape[1:])) * (4 if name in TOKENS else file_format.bits_dtype(precision).itemsize)
+    return int(np.prod(shape[1:])) * (
+        4 if name in TOKENS else file_format.bits_dtype(precision).itemsize
+    )
 
 
 def _check_referred(path: Path, shard: Path, size: int, seal_place: int, seal: bytes) -> None:
-    """A shard is the one that the merge saw: by its size and its seals, which go over all of it but the rows."""
+    """A shard is the one that the merge saw: by its size and its seals, which go over all of it but
+    the rows.
+    """
     try:
-        fd = os.open(shard, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
+        fd = os.open(
+            shard, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        )  # a pipe would wait for its writer
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise file_format.too_many_files(shard) from None
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror})"
-        raise StoreError(f"{path} refers to {shard}, which {what}; put it back, or run the pipeline again") from None
+        what = (
+            "is missing"
+            if isinstance(error, FileNotFoundError)
+            else f"cannot be opened ({error.strerror})"
+        )
+        raise StoreError(
+            f"{path} refers to {shard}, which {what}; put it back, or run the pipeline again"
+        ) from None
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise StoreError(f"{path} refers to {shard}, which is not a file; put it back, or run the pipeline again")
+            raise StoreError(
+                f"{path} refers to {shard}, which is not a file; put it back, or run the pipeline again"
+            )
         if found.st_size != size:
             raise StoreError(f"{shard}: has {found.st_size} bytes, {size} at the merge; {_AGAIN}")
         if os.pread(fd, len(seal), seal_place) != seal:
-            raise StoreError(f"{shard}: is not the shard that {path.name} was merged from; {_AGAIN}")
+            raise StoreError(
+                f"{shard}: is not the shard that {path.name} was merged from; {_AGAIN}"
+            )
     finally:
         os.close(fd)
 
@@ -145,12 +173,16 @@ def check_references(file: h5py.File, path: Path, allow: Collection[str] = ()) -
 
     links: list[tuple[str, object]] = []
     items: list[tuple[str, object]] = []
-    file.visititems_links(lambda name, link: links.append((name, link)))  # h5py cannot raise from within a visit
+    file.visititems_links(
+        lambda name, link: links.append((name, link))
+    )  # h5py cannot raise from within a visit
     for name, link in links:
         if isinstance(link, h5py.ExternalLink):
             check_reference(path, link.filename, allow, f"its {name} is a link to")
         if isinstance(link, h5py.SoftLink):
-            raise StoreError(f"{path}: its {name} is a soft link, which no file of TheLoom has; do not use this file")
+            raise StoreError(
+                f"{path}: its {name} is a soft link, which no file of TheLoom has; do not use this file"
+            )
     file.visititems(lambda name, item: items.append((name, item)))
     for name, item in items:
         if not isinstance(item, h5py.Dataset):
@@ -180,7 +212,9 @@ OTHER_OPEN_FILES = 100  # libraries, sockets, what else the process reads
 
 
 def allow_open_files(files: int, what: str) -> None:
-    """Let this process open so many files more. Raises StoreError where the hard limit is lower; `what` names them."""
+    """Let this process open so many files more. Raises StoreError where the hard limit is lower;
+    `what` names them.
+    """
     if sys.platform == "win32":
         return
     import resource

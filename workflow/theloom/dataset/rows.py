@@ -23,7 +23,9 @@ Index = Union[int, slice, EllipsisType, Sequence[int], np.ndarray, "torch.Tensor
 
 
 class Maps:
-    """Each file mapped once for all of its datasets, when it is first read, in the process that reads it."""
+    """Each file mapped once for all of its datasets, when it is first read, in the process that
+    reads it.
+    """
 
     def __init__(self) -> None:
         self._maps: dict[Path, np.ndarray] = {}
@@ -38,14 +40,18 @@ class Maps:
             try:
                 self._maps[part.path] = np.memmap(part.path, "u1", "r")
             except FileNotFoundError:
-                raise StoreError(f"{part.path}: is missing; put it back, or run the pipeline again") from None
+                raise StoreError(
+                    f"{part.path}: is missing; put it back, or run the pipeline again"
+                ) from None
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise file_format.too_many_files(part.path) from None
                 raise
         whole = self._maps[part.path]
         if os.stat(part.path).st_size < place + size or len(whole) < place + size:  # noqa: PTH116
-            raise StoreError(f"{part.path}: was cut short after it was opened; run the pipeline again")
+            raise StoreError(
+                f"{part.path}: was cut short after it was opened; run the pipeline again"
+            )
         return whole[place : place + size].view(dtype).reshape(shape)
 
     def __reduce__(self) -> tuple[type["Maps"], tuple[()]]:
@@ -58,7 +64,9 @@ class Rows:
     `rows[i]`, `rows[a:b:c]`, `rows[[3, 1, 2]]` (any order, repeats allowed), `rows[mask]`.
     """
 
-    def __init__(self, parts: Sequence[Part], maps: Maps, name: str, width: tuple[int, ...], dtype: np.dtype) -> None:
+    def __init__(
+        self, parts: Sequence[Part], maps: Maps, name: str, width: tuple[int, ...], dtype: np.dtype
+    ) -> None:
         self._parts = [p for p in parts if p.rows]
         self._maps, self._name, self._dtype = maps, name, dtype
         self._starts = np.cumsum([0, *(p.rows for p in self._parts)])
@@ -146,7 +154,9 @@ class RowNumbers(Rows):
 class HookRows(Rows):
     """The rows of one hook point: indexing gives torch tensors (rows, width) in the stored dtype."""
 
-    def __init__(self, parts: Sequence[Part], maps: Maps, name: str, width: tuple[int, ...], precision: str) -> None:
+    def __init__(
+        self, parts: Sequence[Part], maps: Maps, name: str, width: tuple[int, ...], precision: str
+    ) -> None:
         super().__init__(parts, maps, name, width, file_format.bits_dtype(precision))
         self._precision = precision
 

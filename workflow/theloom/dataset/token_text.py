@@ -35,7 +35,9 @@ def of(acts: "Activations") -> "PreTrainedTokenizerBase":
 
 
 def texts(acts: "Activations", input_ids: "Sequence[int] | np.ndarray") -> list[str]:
-    """The text of each token by itself, leading space kept; `#` and its number where the tokenizer is not to be had."""
+    """The text of each token by itself, leading space kept; `#` and its number where the tokenizer
+    is not to be had.
+    """
     decode = _decoder(acts.path, str(acts.attributes.get("run_identity")))
     return [decode(int(i)) for i in input_ids]
 

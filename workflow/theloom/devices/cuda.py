@@ -1,8 +1,9 @@
 """The GPUs that torch sees, and the memory of each, with as little of CUDA as will do.
 
-Of torch's calls, `is_available` and `device_count` ask the driver; `get_device_properties` initialises CUDA in the
-process (a fork of it cannot use CUDA then), but makes no context; `mem_get_info` makes one, some 0.5 GB of the GPU, and
-so is asked only where NVML does not tell. The allocator's own figures make none, and are 0 before there is one.
+Of torch's calls, `is_available` and `device_count` ask the driver; `get_device_properties`
+initialises CUDA in the process (a fork of it cannot use CUDA then), but makes no context;
+`mem_get_info` makes one, some 0.5 GB of the GPU, and so is asked only where NVML does not tell. The
+allocator's own figures make none, and are 0 before there is one.
 """
 
 import os
@@ -14,7 +15,9 @@ from theloom.devices.host import DeviceMemory
 
 @dataclass(frozen=True)
 class VisibleGPU:
-    """A GPU as torch sees and numbers it, under CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER. `total` is in bytes."""
+    """A GPU as torch sees and numbers it, under CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER. `total`
+    is in bytes.
+    """
 
     index: int
     uuid: str
@@ -32,7 +35,11 @@ def visible_gpus() -> tuple[list[VisibleGPU], str]:
     try:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         properties = [torch.cuda.get_device_properties(index) for index in range(count)]
-    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:  # a broken driver, or a fork
+    except (
+        RuntimeError,
+        AssertionError,
+        torch.cuda.DeferredCudaCallError,
+    ) as error:  # a broken driver, or a fork
         return [], _why_none(f"torch cannot use CUDA: {_first_line(error)}")
     gpus = [
         VisibleGPU(i, str(getattr(p, "uuid", "")), p.name, (p.major, p.minor), p.total_memory)
@@ -46,11 +53,13 @@ def find(gpu: VisibleGPU, machine: nvml.Machine) -> nvml.Device | None:
     return machine.find(gpu.uuid, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
-def memory(gpu: VisibleGPU, found: nvml.Device | None, machine: nvml.Machine) -> tuple[DeviceMemory, str]:
+def memory(
+    gpu: VisibleGPU, found: nvml.Device | None, machine: nvml.Machine
+) -> tuple[DeviceMemory, str]:
     """The memory of a GPU, and the reasons in words for what could not be known.
 
-    From NVML where it tells; for a board that shares the host's memory from there, since cudaMemGetInfo counts page
-    cache as used on it; else from CUDA.
+    From NVML where it tells; for a board that shares the host's memory from there, since
+    cudaMemGetInfo counts page cache as used on it; else from CUDA.
     """
     import torch
 
@@ -58,7 +67,10 @@ def memory(gpu: VisibleGPU, found: nvml.Device | None, machine: nvml.Machine) ->
         return DeviceMemory(found.total, found.free), found.note
     if found and found.unified:
         shared = host.memory()
-        return shared, f"{found.note}{f', bound by {shared.limited_by}' if shared.limited_by else ''}"
+        return (
+            shared,
+            f"{found.note}{f', bound by {shared.limited_by}' if shared.limited_by else ''}",
+        )
     note = found.note if found else machine.note or "NVML does not list this GPU"
     try:
         free, total = torch.cuda.mem_get_info(gpu.index)

@@ -1,4 +1,6 @@
-"""The device of a run: which one, what it can do, how much memory it has, how much of it is in use, and by whom."""
+"""The device of a run: which one, what it can do, how much memory it has, how much of it is in use,
+and by whom.
+"""
 
 import logging
 import os
@@ -19,7 +21,9 @@ VLLM_HINT = "vLLM takes 90% of a GPU by default: start it with a lower gpu_memor
 
 
 def choose_device(asked: str) -> "torch.device":
-    """The device of `extraction.device`: auto, cpu, cuda or cuda:N. Raises ConfigError where there is no such GPU."""
+    """The device of `extraction.device`: auto, cpu, cuda or cuda:N. Raises ConfigError where there
+    is no such GPU.
+    """
     import torch
 
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
@@ -28,7 +32,9 @@ def choose_device(asked: str) -> "torch.device":
     index = int(asked.partition(":")[2] or 0)
     if index >= count:
         found = f"{count} CUDA GPUs" if torch.backends.cuda.is_built() else "a CPU build of torch"
-        raise ConfigError(f"extraction.device: {asked} is not there, found {found}; set extraction.device=cpu or auto")
+        raise ConfigError(
+            f"extraction.device: {asked} is not there, found {found}; set extraction.device=cpu or auto"
+        )
     return torch.device("cuda", index)
 
 
@@ -49,7 +55,9 @@ def device_name(device: "torch.device") -> str:
 
 
 def device_memory(device: "torch.device") -> DeviceMemory:
-    """The memory of a GPU (makes a CUDA context); for the CPU that of the host, as `host.memory` bounds it."""
+    """The memory of a GPU (makes a CUDA context); for the CPU that of the host, as `host.memory`
+    bounds it.
+    """
     import torch
 
     if device.type == "cuda":
@@ -59,7 +67,9 @@ def device_memory(device: "torch.device") -> DeviceMemory:
 
 
 def available_memory(device: "torch.device") -> tuple[DeviceMemory, str]:
-    """The memory of a device before anything is loaded, and in words who else uses it. Makes no CUDA context."""
+    """The memory of a device before anything is loaded, and in words who else uses it. Makes no
+    CUDA context.
+    """
     if device.type != "cuda":
         return host.memory(), ""
     info = GPUManager().get_gpu_info(device.index or 0)
@@ -71,7 +81,9 @@ def available_memory(device: "torch.device") -> tuple[DeviceMemory, str]:
 
 
 def warn_above(threshold: float, device: "torch.device") -> bool:
-    """Log a warning, and say True, if more than `threshold` (a share) of the device's memory is in use, by anyone."""
+    """Log a warning, and say True, if more than `threshold` (a share) of the device's memory is in
+    use, by anyone.
+    """
     memory = device_memory(device)
     share = memory.used / memory.total
     if share > threshold:
@@ -102,11 +114,13 @@ def release(device: "torch.device") -> None:
 
 @dataclass(frozen=True)
 class GPUInfo:
-    """A device at one moment. GB are 10⁹ bytes, and `total` is what programs can have, less than the nominal size.
+    """A device at one moment. GB are 10⁹ bytes, and `total` is what programs can have, less than
+    the nominal size.
 
-    `used` is everyone's, `own` and `peak` are this process's: on a GPU what torch's allocator holds, and the most that
-    tensors took since `reset_peak_memory`; on the CPU resident memory. `processes` are those that the driver lists.
-    `note` says why something could not be known, "" if all is.
+    `used` is everyone's, `own` and `peak` are this process's: on a GPU what torch's allocator
+    holds, and the most that tensors took since `reset_peak_memory`; on the CPU resident memory.
+    `processes` are those that the driver lists. `note` says why something could not be known, "" if
+    all is.
     """
 
     index: int
@@ -138,11 +152,13 @@ class GPUInfo:
 
 
 class GPUManager:
-    """The memory of the GPUs that torch sees, numbered as torch numbers them; without any, of the CPU, as number 0.
+    """The memory of the GPUs that torch sees, numbered as torch numbers them; without any, of the
+    CPU, as number 0.
 
-    Making one never fails. NVML numbers GPUs otherwise than CUDA does (which sorts by speed unless CUDA_DEVICE_ORDER
-    says PCI_BUS_ID, and shows those of CUDA_VISIBLE_DEVICES only), so that the two are matched by UUID. Each question
-    is answered anew. Methods that take a device raise ConfigError where there is no such one.
+    Making one never fails. NVML numbers GPUs otherwise than CUDA does (which sorts by speed unless
+    CUDA_DEVICE_ORDER says PCI_BUS_ID, and shows those of CUDA_VISIBLE_DEVICES only), so that the
+    two are matched by UUID. Each question is answered anew. Methods that take a device raise
+    ConfigError where there is no such one.
     """
 
     def __init__(self) -> None:
@@ -151,8 +167,9 @@ class GPUManager:
     def can_allocate(self, required_memory_gb: float, device: int = 0) -> bool:
         """Whether this process can have that much more memory (GB of 10⁹ bytes) on a device now.
 
-        What other processes use is not free; what torch's allocator of this process holds and no tensor uses is.
-        Fragmentation can still make one large allocation fail: leave 10 to 15 % of headroom.
+        What other processes use is not free; what torch's allocator of this process holds and no
+        tensor uses is. Fragmentation can still make one large allocation fail: leave 10 to 15 % of
+        headroom.
         """
         info, cached = self._info(self._checked(device)), 0
         if self._visible:
@@ -162,14 +179,17 @@ class GPUManager:
         return required_memory_gb * 1e9 <= info.free_memory_gb * 1e9 + cached
 
     def check_memory_threshold(self, threshold: float = 0.85) -> dict[str, Any]:
-        """Which devices have more than `threshold` (a share) of their memory in use, by anyone; each is logged.
+        """Which devices have more than `threshold` (a share) of their memory in use, by anyone;
+        each is logged.
 
-        Gives plain values: `threshold`; `devices`, with `device` (its index), `usage_percent`, `used_memory_gb` and
-        `total_memory_gb`; and `warnings`, the same of those above it, with `processes`, the others than this one.
-        Raises ConfigError for a threshold that is no share.
+        Gives plain values: `threshold`; `devices`, with `device` (its index), `usage_percent`,
+        `used_memory_gb` and `total_memory_gb`; and `warnings`, the same of those above it, with
+        `processes`, the others than this one. Raises ConfigError for a threshold that is no share.
         """
         if not 0 < threshold <= 1:
-            raise ConfigError(f"threshold: {threshold} is not a share of the memory, a number above 0 and at most 1")
+            raise ConfigError(
+                f"threshold: {threshold} is not a share of the memory, a number above 0 and at most 1"
+            )
         devices, warnings = [], []
         for info in self._all():
             usage = {
@@ -201,7 +221,9 @@ class GPUManager:
         return found[0] if len(found) == 1 else found
 
     def reset_peak_memory(self, device: int | None = None) -> None:
-        """Count `peak_memory_gb` from now, of one device or of all. The CPU's cannot be reset but on Linux."""
+        """Count `peak_memory_gb` from now, of one device or of all. The CPU's cannot be reset but
+        on Linux.
+        """
         if device is not None:
             self._checked(device)
         if not self._visible:
@@ -213,7 +235,9 @@ class GPUManager:
             torch.cuda.reset_peak_memory_stats(index)
 
     def empty_cache(self) -> None:
-        """Give the memory that torch's allocator holds, and no tensor uses, back to the GPUs, for other processes."""
+        """Give the memory that torch's allocator holds, and no tensor uses, back to the GPUs, for
+        other processes.
+        """
         import torch
 
         if any(torch.cuda.memory_reserved(v.index) for v in self._visible):
@@ -255,7 +279,9 @@ class GPUManager:
 
 
 def other_processes(device: int = 0) -> str:
-    """Who else has memory on a device, in words for messages: "python (pid 4711, vLLM) 61.2 GB"; "" if nobody known."""
+    """Who else has memory on a device, in words for messages: "python (pid 4711, vLLM) 61.2 GB"; ""
+    if nobody known.
+    """
     info = GPUManager().get_gpu_info(device)
     assert isinstance(info, GPUInfo)
     return _in_words(info.other_processes)

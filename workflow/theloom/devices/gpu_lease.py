@@ -1,8 +1,8 @@
 """A lease on GPUs: jobs of one machine that run at the same time hold distinct ones.
 
-A lease is a lock of the operating system on a file named after the GPU's UUID: the kernel gives it back when its
-holder ends, however it ends. Jobs of all users of the machine share the files. Where a scheduler has assigned GPUs to
-the job, those are its own and no lease is needed.
+A lease is a lock of the operating system on a file named after the GPU's UUID: the kernel gives it
+back when its holder ends, however it ends. Jobs of all users of the machine share the files. Where
+a scheduler has assigned GPUs to the job, those are its own and no lease is needed.
 """
 
 import fcntl
@@ -33,7 +33,9 @@ _held: tuple[str, ...] = ()  # of this process
 
 @dataclass(frozen=True)
 class Candidate:
-    """A GPU that may be leased. `free` is bytes, None where it is not known; `users` says in words who has the rest."""
+    """A GPU that may be leased. `free` is bytes, None where it is not known; `users` says in words
+    who has the rest.
+    """
 
     uuid: str
     free: int | None = None
@@ -52,11 +54,13 @@ def of_job(resources: Any, device: str) -> AbstractContextManager[tuple[str, ...
 
 @contextmanager
 def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[str, ...]]:
-    """Hold `count` GPUs, each with `needed` bytes free, and show this process no other; nothing on machines without.
+    """Hold `count` GPUs, each with `needed` bytes free, and show this process no other; nothing on
+    machines without.
 
-    To be entered before torch looks for GPUs. Waits while others hold them, and says for whom. Where the GPUs that
-    nobody holds have too little free, the ones with most are taken: the plan then makes batches smaller, or refuses.
-    Raises ConfigError where the machine has fewer GPUs than asked for.
+    To be entered before torch looks for GPUs. Waits while others hold them, and says for whom.
+    Where the GPUs that nobody holds have too little free, the ones with most are taken: the plan
+    then makes batches smaller, or refuses. Raises ConfigError where the machine has fewer GPUs than
+    asked for.
     """
     global _held
     if count < 1 or device == "cpu":
@@ -92,10 +96,14 @@ def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[st
 
 
 def assigned_by_scheduler() -> tuple[str, ...]:
-    """What Slurm, PBS, LSF or Grid Engine has given to this job, as they write it in CUDA_VISIBLE_DEVICES."""
+    """What Slurm, PBS, LSF or Grid Engine has given to this job, as they write it in
+    CUDA_VISIBLE_DEVICES.
+    """
     batch = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return tuple(filter(None, names.split(","))) if any(name in os.environ for name in batch) else ()
+    return (
+        tuple(filter(None, names.split(","))) if any(name in os.environ for name in batch) else ()
+    )
 
 
 def _candidates() -> list[Candidate]:
@@ -103,15 +111,19 @@ def _candidates() -> list[Candidate]:
     found: list[Candidate] = []
     for board in nvml.read().devices:
         for device in board.instances if board.mig else [board]:
-            users = ", ".join(f"{p.name} (pid {p.pid}{', vLLM' if p.is_vllm else ''})" for p in device.processes)
+            users = ", ".join(
+                f"{p.name} (pid {p.pid}{', vLLM' if p.is_vllm else ''})" for p in device.processes
+            )
             found.append(Candidate(device.uuid, device.free, users))
     return found
 
 
 def visible(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that CUDA_VISIBLE_DEVICES shows, in its order: by UUID or the beginning of one, or by CUDA's number.
+    """Those that CUDA_VISIBLE_DEVICES shows, in its order: by UUID or the beginning of one, or by
+    CUDA's number.
 
-    As CUDA does, it stops at the first entry that names none. Raises ConfigError where numbers cannot be told apart.
+    As CUDA does, it stops at the first entry that names none. Raises ConfigError where numbers
+    cannot be told apart.
     """
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
@@ -131,7 +143,9 @@ def visible(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _by_cuda_number(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The GPUs as CUDA numbers them: as the driver does if CUDA_DEVICE_ORDER says PCI_BUS_ID, else fastest first."""
+    """The GPUs as CUDA numbers them: as the driver does if CUDA_DEVICE_ORDER says PCI_BUS_ID, else
+    fastest first.
+    """
     if len(candidates) < 2 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
         return list(candidates)
     boards = nvml.read().devices
@@ -141,7 +155,9 @@ def _by_cuda_number(candidates: Sequence[Candidate]) -> list[Candidate]:
     script = "import torch; [print('GPU-' + str(torch.cuda.get_device_properties(i).uuid)) "
     script += "for i in range(torch.cuda.device_count())]"
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    told = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
     by_uuid = {c.uuid: c for c in candidates}
     if told.returncode or not all(uuid in by_uuid for uuid in told.stdout.split()):
         raise ConfigError(
@@ -153,26 +169,41 @@ def _by_cuda_number(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 @contextmanager
 def leased(
-    look: Callable[[], list[Candidate]], count: int, needed: int = 0, folder: Path | None = None, pause: float = 1.0
+    look: Callable[[], list[Candidate]],
+    count: int,
+    needed: int = 0,
+    folder: Path | None = None,
+    pause: float = 1.0,
 ) -> Iterator[tuple[str, ...]]:
-    """Hold `count` of the GPUs that `look` finds, all of them or none: two waiting jobs cannot block each other.
+    """Hold `count` of the GPUs that `look` finds, all of them or none: two waiting jobs cannot
+    block each other.
 
-    A job that asks for several can be overtaken by jobs that ask for fewer. `pause` is about the seconds between
-    attempts, `folder` where the locks are. Raises ConfigError where there are fewer GPUs than asked for.
+    A job that asks for several can be overtaken by jobs that ask for fewer. `pause` is about the
+    seconds between attempts, `folder` where the locks are. Raises ConfigError where there are fewer
+    GPUs than asked for.
     """
     folder = _lock_folder() if folder is None else folder
     said = -float(SECONDS_BETWEEN_LINES)
     while True:
         candidates = look()
         if len(candidates) < count:
-            raise ConfigError(f"resources.gpu: {count} GPUs are asked for, and {len(candidates)} are here")
-        with _gate(folder):  # one attempt at a time: none takes another's look at a lock for a lease
+            raise ConfigError(
+                f"resources.gpu: {count} GPUs are asked for, and {len(candidates)} are here"
+            )
+        with _gate(
+            folder
+        ):  # one attempt at a time: none takes another's look at a lock for a lease
             locks, busy = _attempt(candidates, count, needed, folder)
         if locks:
             break
         if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
             said = time.monotonic()
-            log.info("waiting for %d of %d GPUs; they are held by %s", count, len(candidates), _holders(folder, busy))
+            log.info(
+                "waiting for %d of %d GPUs; they are held by %s",
+                count,
+                len(candidates),
+                _holders(folder, busy),
+            )
         time.sleep(pause * random.uniform(0.5, 1.5))  # so that waiting jobs do not keep in step
     try:
         log.info("leased %s", ", ".join(locks))
@@ -191,11 +222,13 @@ def _gate(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _attempt(candidates: list[Candidate], count: int, needed: int, folder: Path) -> tuple[dict[str, int], list[str]]:
+def _attempt(
+    candidates: list[Candidate], count: int, needed: int, folder: Path
+) -> tuple[dict[str, int], list[str]]:
     """Locks by UUID, and the UUIDs that others hold.
 
-    The locks are of GPUs with `needed` bytes free, or of the freest if nobody holds one. There are none if the job
-    is to wait.
+    The locks are of GPUs with `needed` bytes free, or of the freest if nobody holds one. There are
+    none if the job is to wait.
     """
     locks: dict[str, int] = {}
     for candidate in sorted(candidates, key=lambda c: -(c.free or 0)):
@@ -238,7 +271,9 @@ def _locked(path: Path) -> int | None:
 
 
 def _opened(path: Path) -> int:
-    """Open a lock's file, made where it is not there; programs that this process starts do not inherit it."""
+    """Open a lock's file, made where it is not there; programs that this process starts do not
+    inherit it.
+    """
     options = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return os.open(path, options)
@@ -264,5 +299,7 @@ def _lock_folder() -> Path:
 
 
 def _holders(folder: Path, busy: list[str]) -> str:
-    words = [f"{(folder / f'{uuid}.lock').read_text()[:40] or 'another job'} ({uuid})" for uuid in busy]
+    words = [
+        f"{(folder / f'{uuid}.lock').read_text()[:40] or 'another job'} ({uuid})" for uuid in busy
+    ]
     return ", ".join(words) or "nobody, but have too little memory free"

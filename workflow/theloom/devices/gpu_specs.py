@@ -1,7 +1,8 @@
 """The GPUs to plan for, and where to rent some: what a run fits on that this machine does not have.
 
-Names, nominal memory and compute capabilities are gpuhunt's (a catalogue that dstack maintains), with the boards that
-it lacks, and two capabilities that it has wrong, by NVIDIA's lists (developer.nvidia.com/cuda-gpus, /cuda-legacy-gpus).
+Names, nominal memory and compute capabilities are gpuhunt's (a catalogue that dstack maintains),
+with the boards that it lacks, and two capabilities that it has wrong, by NVIDIA's lists
+(developer.nvidia.com/cuda-gpus, /cuda-legacy-gpus).
 """
 
 import re
@@ -12,8 +13,9 @@ from theloom.precision import BF16_CAPABILITY, FP16_CAPABILITY
 
 GIB = 1 << 30
 
-# What a program gets of the nominal size, in GiB: the least total that torch names in public out-of-memory messages and
-# device properties (2021 to 2026). Drivers differ, and newer ones reserve more.
+# What a program gets of the nominal size, in GiB: the least total that torch names in public
+# out-of-memory messages and device properties (2021 to 2026). Drivers differ, and newer ones
+# reserve more.
 _SEEN = {
     ("A10", 24): 21.99,
     ("A10G", 24): 22.03,
@@ -46,8 +48,8 @@ _SEEN = {
 }
 
 
-# For the rest, a share below all that was seen of their kind. ECC takes a sixteenth of GDDR memory where it is on; HBM
-# has bits of its own for it, and GeForce and TITAN boards have none.
+# For the rest, a share below all that was seen of their kind. ECC takes a sixteenth of GDDR memory
+# where it is on; HBM has bits of its own for it, and GeForce and TITAN boards have none.
 _SHARE = 0.96
 
 
@@ -108,9 +110,11 @@ _WORKSTATION = {
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU model. `nominal_gb` is what it is sold as, `usable_bytes` what a program gets of it at least.
+    """A GPU model. `nominal_gb` is what it is sold as, `usable_bytes` what a program gets of it at
+    least.
 
-    `bf16` and `fp16` say whether `precision_mode` can be so on it: arithmetic, not storage, which every GPU has.
+    `bf16` and `fp16` say whether `precision_mode` can be so on it: arithmetic, not storage, which
+    every GPU has.
     """
 
     name: str
@@ -121,15 +125,19 @@ class GPU:
     fp16: bool
 
     def computes(self, kind: str) -> bool:
-        """Whether it computes with a kind of weights (`memory.Kind.name`): beside quantised ones any 16 bits do."""
+        """Whether it computes with a kind of weights (`memory.Kind.name`): beside quantised ones
+        any 16 bits do.
+        """
         return self.bf16 if kind == "bf16" else self.fp16 or kind == "fp32"
 
 
 @dataclass(frozen=True)
 class CloudOffer:
-    """A machine to rent: `number` GPUs of `gpu_gb` GB (nominal) each. No prices: they change by the week.
+    """A machine to rent: `number` GPUs of `gpu_gb` GB (nominal) each. No prices: they change by the
+    week.
 
-    `remark` says where an offer is not, or not so, in the provider's list at the time of `CLOUD_AS_OF`.
+    `remark` says where an offer is not, or not so, in the provider's list at the time of
+    `CLOUD_AS_OF`.
     """
 
     provider: str
@@ -148,7 +156,8 @@ class CloudOffer:
     def best_for(self) -> str:
         """The largest of the usual model sizes that it extracts in 16 bits, "" if none.
 
-        By the rule of thumb of 2 bytes a parameter and 30 % on top, for the cache, the activations and CUDA itself.
+        By the rule of thumb of 2 bytes a parameter and 30 % on top, for the cache, the activations
+        and CUDA itself.
         """
         fitting = [size for size in (3, 7, 13, 30, 70) if size * 2 * 1.3 <= self.memory_gb]
         return f"{fitting[-1]}B" if fitting else ""
@@ -187,10 +196,14 @@ CLOUD = (
 
 @cache
 def gpus() -> tuple[GPU, ...]:
-    """NVIDIA's GPUs, by memory and then by name. Needs no network; the first call imports gpuhunt (0.1 s)."""
+    """NVIDIA's GPUs, by memory and then by name. Needs no network; the first call imports gpuhunt
+    (0.1 s).
+    """
     from gpuhunt import KNOWN_NVIDIA_GPUS
 
-    known = {(g.name, g.memory): _CORRECTED.get(g.name, g.compute_capability) for g in KNOWN_NVIDIA_GPUS}
+    known = {
+        (g.name, g.memory): _CORRECTED.get(g.name, g.compute_capability) for g in KNOWN_NVIDIA_GPUS
+    }
     boards = {(name, memory): capability for name, memory, capability in _MORE} | known
     sizes: dict[str, int] = {}
     for name, _ in boards:
@@ -212,8 +225,8 @@ def gpus() -> tuple[GPU, ...]:
 def usable_bytes(name: str, nominal_gb: int) -> int:
     """What a program gets of a board's memory, at least; `name` is gpuhunt's, without spaces.
 
-    A nominal GB is 2³⁰ bytes of memory chips. The driver takes some of it, and so does ECC where it is on, as it is by
-    default on data-center boards.
+    A nominal GB is 2³⁰ bytes of memory chips. The driver takes some of it, and so does ECC where it
+    is on, as it is by default on data-center boards.
     """
     if seen := _SEEN.get((name, nominal_gb)):
         return int(seen * GIB)

@@ -1,9 +1,11 @@
-"""The host's memory as this process may use it: the machine's, less where a cgroup or `ulimit -v` says less.
+"""The host's memory as this process may use it: the machine's, less where a cgroup or `ulimit -v`
+says less.
 
-A cgroup's limit is what the kernel kills by, on a laptop with systemd, in a container and in a Slurm job alike, and no
-library asks for it: psutil sees the machine. Read from the kernel's own files, cgroup v1 and v2 (kernel documentation,
-admin-guide/cgroup-v1/memory.rst and admin-guide/cgroup-v2.rst; the paths by cgroups(7)). Elsewhere than on Linux there
-are no such files, and the answer is psutil's.
+A cgroup's limit is what the kernel kills by, on a laptop with systemd, in a container and in a
+Slurm job alike, and no library asks for it: psutil sees the machine. Read from the kernel's own
+files, cgroup v1 and v2 (kernel documentation, admin-guide/cgroup-v1/memory.rst and
+admin-guide/cgroup-v2.rst; the paths by cgroups(7)). Elsewhere than on Linux there are no such
+files, and the answer is psutil's.
 """
 
 import ctypes
@@ -38,15 +40,19 @@ class DeviceMemory:
 
 
 def memory(root: Path = ROOT) -> DeviceMemory:
-    """The memory that this process may have, in bytes. `root` is where /proc and /sys are looked for.
+    """The memory that this process may have, in bytes. `root` is where /proc and /sys are looked
+    for.
 
-    `total` and `free` are each the least of all bounds; `limited_by` names the bound with the least free.
+    `total` and `free` are each the least of all bounds; `limited_by` names the bound with the least
+    free.
     """
     machine = psutil.virtual_memory()
     bounds = [DeviceMemory(machine.total, machine.available), *_cgroups(root), *_address_space()]
     tightest = min(bounds, key=lambda b: (b.free, b.total))
     smallest = min(bounds, key=lambda b: b.total)
-    return DeviceMemory(smallest.total, max(tightest.free, 0), tightest.limited_by or smallest.limited_by)
+    return DeviceMemory(
+        smallest.total, max(tightest.free, 0), tightest.limited_by or smallest.limited_by
+    )
 
 
 def resident() -> int:
@@ -55,12 +61,16 @@ def resident() -> int:
 
 
 def resident_files() -> int:
-    """What of this process's resident memory are pages of files, in bytes; 0 where the kernel does not tell."""
+    """What of this process's resident memory are pages of files, in bytes; 0 where the kernel does
+    not tell.
+    """
     return int(getattr(psutil.Process().memory_info(), "shared", 0))
 
 
 def peak_resident() -> int:
-    """The peak of this process's resident memory, in bytes, since its start or the last `reset_peak_resident`."""
+    """The peak of this process's resident memory, in bytes, since its start or the last
+    `reset_peak_resident`.
+    """
     status = _text(Path("/proc/self/status"))
     if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
         return max(int(found[1]) * 1024, resident())  # the kernel updates the mark a little late
@@ -69,11 +79,15 @@ def peak_resident() -> int:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # getrusage(2): bytes on macOS, kilobytes on Linux
+    return (
+        peak if sys.platform == "darwin" else peak * 1024
+    )  # getrusage(2): bytes on macOS, kilobytes on Linux
 
 
 def reset_peak_resident() -> bool:
-    """Start `peak_resident` again from now. False where the kernel does not let a process do so (all but Linux)."""
+    """Start `peak_resident` again from now. False where the kernel does not let a process do so
+    (all but Linux).
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -82,7 +96,9 @@ def reset_peak_resident() -> bool:
 
 
 def _address_space() -> list[DeviceMemory]:
-    """The bound of `ulimit -v`, which counts virtual memory: a process has used much of it before it loads anything."""
+    """The bound of `ulimit -v`, which counts virtual memory: a process has used much of it before
+    it loads anything.
+    """
     if sys.platform == "win32":
         return []
     import resource
@@ -90,11 +106,17 @@ def _address_space() -> list[DeviceMemory]:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return []
-    return [DeviceMemory(limit, limit - psutil.Process().memory_info().vms, f"ulimit -v ({limit / 1e9:.1f} GB)")]
+    return [
+        DeviceMemory(
+            limit, limit - psutil.Process().memory_info().vms, f"ulimit -v ({limit / 1e9:.1f} GB)"
+        )
+    ]
 
 
 def _cgroups(root: Path) -> Iterator[DeviceMemory]:
-    """The bound of each cgroup that this process is in, its ancestors' included, as far up as they are mounted."""
+    """The bound of each cgroup that this process is in, its ancestors' included, as far up as they
+    are mounted.
+    """
     for mount, names in _memory_controllers(root):
         path = _path_below(mount, root, names)
         for group in (path, *path.parents):
@@ -108,10 +130,16 @@ class _Names:
 
     limits: tuple[str, ...]
     usage: str
-    reclaimable: tuple[str, ...]  # the lines of memory.stat for page cache, which the kernel drops before it kills
+    reclaimable: tuple[
+        str, ...
+    ]  # the lines of memory.stat for page cache, which the kernel drops before it kills
 
 
-_V1 = _Names(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+_V1 = _Names(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
 
 
 _V2 = _Names(
@@ -128,7 +156,9 @@ class _Mount:
 
 
 def _memory_controllers(root: Path) -> Iterator[tuple[_Mount, _Names]]:
-    """The mounted hierarchies that may have a memory controller, by /proc/self/mountinfo (proc_pid_mountinfo(5))."""
+    """The mounted hierarchies that may have a memory controller, by /proc/self/mountinfo
+    (proc_pid_mountinfo(5)).
+    """
     line = re.compile(r"^\S+ \S+ \S+ (\S+) (\S+) .*- (cgroup2?) \S+ (\S+)$", re.MULTILINE)
     for top, mount_point, file_system, options in line.findall(_text(root / "proc/self/mountinfo")):
         mount = _Mount(PurePosixPath(_unescaped(top)), PurePosixPath(_unescaped(mount_point)))
@@ -141,8 +171,9 @@ def _memory_controllers(root: Path) -> Iterator[tuple[_Mount, _Names]]:
 def _path_below(mount: _Mount, root: Path, names: _Names) -> PurePosixPath:
     """This process's cgroup in a hierarchy, relative to its mount point.
 
-    A container may see its own cgroup alone, mounted as the whole; /proc/self/cgroup then has the path of the host, or
-    one that leads out of the container, and the mount point itself is the cgroup.
+    A container may see its own cgroup alone, mounted as the whole; /proc/self/cgroup then has the
+    path of the host, or one that leads out of the container, and the mount point itself is the
+    cgroup.
     """
     line = re.compile(r"^\d+:([^:]*):(/.*)$", re.MULTILINE)
     for controllers, path in line.findall(_text(root / "proc/self/cgroup")):
@@ -154,14 +185,22 @@ def _path_below(mount: _Mount, root: Path, names: _Names) -> PurePosixPath:
 
 
 def _bound(folder: Path, group: PurePosixPath, names: _Names) -> DeviceMemory | None:
-    limits = [int(text) for name in names.limits if (text := _text(folder / name).strip()).isdigit()]
+    limits = [
+        int(text) for name in names.limits if (text := _text(folder / name).strip()).isdigit()
+    ]
     usage = _text(folder / names.usage).strip()
-    if not limits or not usage.isdigit():  # no limit ("max"), the root of v2, or no memory controller here
+    if (
+        not limits or not usage.isdigit()
+    ):  # no limit ("max"), the root of v2, or no memory controller here
         return None
     lines = re.findall(r"^(\w+) (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
-    used = max(int(usage) - sum(int(nbytes) for name, nbytes in lines if name in names.reclaimable), 0)
+    used = max(
+        int(usage) - sum(int(nbytes) for name, nbytes in lines if name in names.reclaimable), 0
+    )
     limit = min(limits)
-    return DeviceMemory(limit, limit - used, f"the cgroup {PurePosixPath('/') / group} ({limit / 1e9:.1f} GB)")
+    return DeviceMemory(
+        limit, limit - used, f"the cgroup {PurePosixPath('/') / group} ({limit / 1e9:.1f} GB)"
+    )
 
 
 def _unescaped(field: str) -> str:
@@ -195,6 +234,8 @@ def reuse_freed_blocks(environment: MutableMapping[str, str] = os.environ) -> No
 
 
 def release_free_heap() -> None:
-    """Give what is free in this process's heap back to the system, so that growth from here on is counted whole."""
+    """Give what is free in this process's heap back to the system, so that growth from here on is
+    counted whole.
+    """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

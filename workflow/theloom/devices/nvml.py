@@ -1,8 +1,10 @@
-"""What NVIDIA's management library (NVML) says of this machine's GPUs: their memory, and who uses it.
+"""What NVIDIA's management library (NVML) says of this machine's GPUs: their memory, and who uses
+it.
 
-NVML is the library behind nvidia-smi. It sees every process's memory and makes no CUDA context, which itself would take
-some 0.5 GB of the GPU that is asked about. Nothing here raises: what the driver does not tell is None, with the reason
-in words. Behaviour by NVIDIA's NVML API reference (docs.nvidia.com/deploy/nvml-api) and its bindings, nvidia-ml-py.
+NVML is the library behind nvidia-smi. It sees every process's memory and makes no CUDA context,
+which itself would take some 0.5 GB of the GPU that is asked about. Nothing here raises: what the
+driver does not tell is None, with the reason in words. Behaviour by NVIDIA's NVML API reference
+(docs.nvidia.com/deploy/nvml-api) and its bindings, nvidia-ml-py.
 """
 
 import contextlib
@@ -13,12 +15,15 @@ from typing import Any
 
 import psutil
 
-UNEXPLAINED = 2_000_000_000  # bytes in use beyond the listed processes': contexts and an old driver's reserve are less
+# bytes in use beyond the listed processes': contexts and an old driver's reserve are less
+UNEXPLAINED = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process with memory on a GPU. `used` is in bytes, None where the driver does not tell (Windows, WDDM)."""
+    """A process with memory on a GPU. `used` is in bytes, None where the driver does not tell
+    (Windows, WDDM).
+    """
 
     pid: int
     name: str
@@ -30,10 +35,10 @@ class Process:
 class Device:
     """A GPU, or a MIG instance of one.
 
-    `total` and `free` are bytes that programs can have: without the few hundred MB that the driver reserves, which
-    nvidia-smi's total includes. They are None where NVML does not tell; `unified` if that is since the board has no
-    memory of its own but shares the host's. A GPU in MIG mode has `instances`, which alone run programs. `note` has the
-    reasons for what is missing, in words.
+    `total` and `free` are bytes that programs can have: without the few hundred MB that the driver
+    reserves, which nvidia-smi's total includes. They are None where NVML does not tell; `unified`
+    if that is since the board has no memory of its own but shares the host's. A GPU in MIG mode has
+    `instances`, which alone run programs. `note` has the reasons for what is missing, in words.
     """
 
     uuid: str
@@ -55,7 +60,9 @@ class Device:
 
 @dataclass(frozen=True)
 class Machine:
-    """All GPUs that the driver shows, in its order (by PCI bus, which is not always CUDA's), or why there are none."""
+    """All GPUs that the driver shows, in its order (by PCI bus, which is not always CUDA's), or why
+    there are none.
+    """
 
     devices: tuple[Device, ...] = ()
     note: str = ""
@@ -63,8 +70,8 @@ class Machine:
     def find(self, uuid: str, visible: str = "") -> Device | None:
         """The GPU or MIG instance with a UUID, prefixed with GPU- or MIG- or bare as CUDA gives it.
 
-        `visible` is CUDA_VISIBLE_DEVICES: where CUDA gives the UUID of a GPU in MIG mode, it runs on the instance named
-        there, or on the first, since a process can use one instance only.
+        `visible` is CUDA_VISIBLE_DEVICES: where CUDA gives the UUID of a GPU in MIG mode, it runs
+        on the instance named there, or on the first, since a process can use one instance only.
         """
         for device in self.devices:
             for instance in device.instances:
@@ -97,14 +104,19 @@ def read() -> Machine:
     return Machine(tuple(d for d in found if d.uuid), "; ".join(filter(None, notes)))
 
 
-def _ask(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, Exception | None]:
+def _ask(
+    function: Callable[..., Any], *arguments: Any, **options: Any
+) -> tuple[Any, Exception | None]:
     """The answer, or None and the error."""
     import pynvml
 
     try:
         return function(*arguments, **options), None
     except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError, UnicodeDecodeError) as error:
-        return None, error  # the second is nvidia-ml-py's own, the third is of names: it decodes them as UTF-8
+        return (
+            None,
+            error,
+        )  # the second is nvidia-ml-py's own, the third is of names: it decodes them as UTF-8
 
 
 def _words(error: Exception | None) -> str:
@@ -126,7 +138,9 @@ def _words(error: Exception | None) -> str:
         return ""
     if isinstance(error, pynvml.NVMLError):
         return reasons.get(error.value, f"NVML: {error}")
-    if isinstance(error, pynvml.NVMLLibraryMismatchError):  # the driver's library lacks the function
+    if isinstance(
+        error, pynvml.NVMLLibraryMismatchError
+    ):  # the driver's library lacks the function
         return reasons[pynvml.NVML_ERROR_FUNCTION_NOT_FOUND]
     return "a name is not UTF-8"
 
@@ -139,14 +153,25 @@ def _device(index: int) -> Device:
     device = _described(handle) if handle is not None else Device("", note=_words(error))
     if not device.uuid:
         return replace(device, note=f"GPU {index} of the driver's list: {device.note}")
-    mode, _ = _ask(pynvml.nvmlDeviceGetMigMode, handle)  # most boards do not support it: they are not in MIG mode then
+    mode, _ = _ask(
+        pynvml.nvmlDeviceGetMigMode, handle
+    )  # most boards do not support it: they are not in MIG mode then
     if not mode or mode[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
         return device
     slots, _ = _ask(pynvml.nvmlDeviceGetMaxMigDeviceCount, handle)
-    handles = [_ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, slot)[0] for slot in range(slots or 0)]
+    handles = [
+        _ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, slot)[0]
+        for slot in range(slots or 0)
+    ]
     capability = device.compute_capability  # NVML tells it for the whole GPU only
-    instances = [replace(_described(h), compute_capability=capability) for h in handles if h is not None]
-    note = "in MIG mode: programs run on its instances" if instances else "in MIG mode, and no instance is made"
+    instances = [
+        replace(_described(h), compute_capability=capability) for h in handles if h is not None
+    ]
+    note = (
+        "in MIG mode: programs run on its instances"
+        if instances
+        else "in MIG mode, and no instance is made"
+    )
     return replace(device, mig=True, instances=tuple(i for i in instances if i.uuid), note=note)
 
 
@@ -175,9 +200,11 @@ def _described(handle: Any) -> Device:
 
 
 def _memory(handle: Any) -> tuple[int | None, int | None, bool, str]:
-    """Total and free bytes, whether the board shares the host's memory, and the reason why they are not known.
+    """Total and free bytes, whether the board shares the host's memory, and the reason why they are
+    not known.
 
-    The second version of the call alone tells what the driver reserves; drivers before 510 have the first only.
+    The second version of the call alone tells what the driver reserves; drivers before 510 have the
+    first only.
     """
     import pynvml
 
@@ -187,19 +214,34 @@ def _memory(handle: Any) -> tuple[int | None, int | None, bool, str]:
     memory, error = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
     if memory is not None:
         return memory.total, memory.free, False, ""
-    unified = isinstance(error, pynvml.NVMLError_NotSupported)  # Jetson, DGX Spark: no memory of their own
-    return None, None, unified, "its memory is the host's" if unified else f"memory: {_words(error)}"
+    unified = isinstance(
+        error, pynvml.NVMLError_NotSupported
+    )  # Jetson, DGX Spark: no memory of their own
+    return (
+        None,
+        None,
+        unified,
+        "its memory is the host's" if unified else f"memory: {_words(error)}",
+    )
 
 
 def _processes(handle: Any) -> tuple[tuple[Process, ...], str]:
-    """The processes with memory on a GPU, most memory first; and the reason if they cannot be listed."""
+    """The processes with memory on a GPU, most memory first; and the reason if they cannot be
+    listed.
+    """
     import pynvml
 
     computing, error = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
-    drawing, _ = _ask(pynvml.nvmlDeviceGetGraphicsRunningProcesses, handle)  # a desktop's; MIG has none
-    used = {p.pid: p.usedGpuMemory for p in [*(drawing or []), *(computing or [])]}  # one may be in both lists
+    drawing, _ = _ask(
+        pynvml.nvmlDeviceGetGraphicsRunningProcesses, handle
+    )  # a desktop's; MIG has none
+    used = {
+        p.pid: p.usedGpuMemory for p in [*(drawing or []), *(computing or [])]
+    }  # one may be in both lists
     names = {pid: _process_name(pid) for pid in used}
-    listed = [Process(pid, names[pid], memory, _is_vllm(pid, names[pid])) for pid, memory in used.items()]
+    listed = [
+        Process(pid, names[pid], memory, _is_vllm(pid, names[pid])) for pid, memory in used.items()
+    ]
     listed.sort(key=lambda p: -(p.used or 0))
     return tuple(listed), f"processes: {_words(error)}" if error else ""
 
@@ -224,7 +266,9 @@ def _process_name(pid: int) -> str:
 
 
 def _is_vllm(pid: int, name: str) -> bool:
-    """Whether a process is a vLLM server's: by the title that it gives itself, or by its or its parents' command."""
+    """Whether a process is a vLLM server's: by the title that it gives itself, or by its or its
+    parents' command.
+    """
     if name.startswith("VLLM::"):
         return True
     try:

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 
 
 class PeakMemory:
-    """Peak growth of memory within a `with` block, in bytes: of the device (CUDA), or of this process (CPU).
+    """Peak growth of memory within a `with` block, in bytes: of the device (CUDA), or of this
+    process (CPU).
 
-    `growth` is the peak's, beyond the bytes in use `before`; `files` is what of it are pages of files (code, mapped
-    weights) that were not read before. On CUDA it is torch's allocator's own peak. On the CPU resident memory is
-    sampled every 2 ms, and where the kernel lets a process reset its high-water mark (Linux: 5 into
-    /proc/self/clear_refs), the mark is read as well.
+    `growth` is the peak's, beyond the bytes in use `before`; `files` is what of it are pages of
+    files (code, mapped weights) that were not read before. On CUDA it is torch's allocator's own
+    peak. On the CPU resident memory is sampled every 2 ms, and where the kernel lets a process
+    reset its high-water mark (Linux: 5 into /proc/self/clear_refs), the mark is read as well.
     """
 
     def __init__(self, device: "torch.device") -> None:
@@ -39,7 +40,9 @@ class PeakMemory:
         self._sampler.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         import torch
 
         if self.device.type == "cuda":
@@ -59,7 +62,9 @@ class PeakMemory:
 
 
 class MemoryWatch:
-    """Memory that the run has taken since the watch was made: on CUDA its tensors, on the CPU the process's growth."""
+    """Memory that the run has taken since the watch was made: on CUDA its tensors, on the CPU the
+    process's growth.
+    """
 
     def __init__(self, device: "torch.device") -> None:
         import torch
@@ -85,7 +90,9 @@ class MemoryWatch:
 
     @property
     def peak(self) -> int:
-        """The most bytes that were in use at once; where the kernel keeps no mark of it, of the moments looked at."""
+        """The most bytes that were in use at once; where the kernel keeps no mark of it, of the
+        moments looked at.
+        """
         import torch
 
         if self._device.type == "cuda":

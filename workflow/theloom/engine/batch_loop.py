@@ -1,4 +1,5 @@
-"""The loop over a shard's batches: each through a runner, its rows into the hand-off, what was measured beside them.
+"""The loop over a shard's batches: each through a runner, its rows into the hand-off, what was
+measured beside them.
 
 It knows nothing of how a runner runs its blocks, nor of how rows come to be on disk.
 """
@@ -32,13 +33,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# called with a hook point's name, the first position of a chunk, and its values (window, position, …) on the device;
-# they are the model's own, which may change them after the call
+# called with a hook point's name, the first position of a chunk, and its values (window, position,
+# …) on the device; they are the model's own, which may change them after the call
 Sink = Callable[[str, int, "torch.Tensor"], None]
 
 
 class Runner(Protocol):
-    """What runs the blocks over one batch of token ids (window, position) and gives every chunk to a sink."""
+    """What runs the blocks over one batch of token ids (window, position) and gives every chunk to
+    a sink.
+    """
 
     def run(
         self,
@@ -65,9 +68,13 @@ class Work:
     warning_threshold: float
 
 
-def largest_value(batches: list[Batch], points: list[HookPoint], chunk_size: int, precision: str) -> int:
+def largest_value(
+    batches: list[Batch], points: list[HookPoint], chunk_size: int, precision: str
+) -> int:
     """Bytes of the largest value that a hook point can have in one forward step."""
-    return max(b.step(chunk_size) * p.width(b.width) * BYTES[precision] for b in batches for p in points)
+    return max(
+        b.step(chunk_size) * p.width(b.width) * BYTES[precision] for b in batches for p in points
+    )
 
 
 def run_batches(
@@ -79,7 +86,8 @@ def run_batches(
     watch: MemoryWatch,
     oom_level: int = 0,
 ) -> None:
-    """All batches that are not committed yet; a batch that is larger than the plan goes in several passes.
+    """All batches that are not committed yet; a batch that is larger than the plan goes in several
+    passes.
 
     Raises StoppedError once the job is asked to stop, with all that was forwarded committed.
     """
@@ -92,33 +100,46 @@ def run_batches(
     warned = False
     with StopRequest() as stop, Handoff(writer, work.device, largest) as handoff:
         for number in range(first, len(batches)):
-            for batch in batching.smaller(batches[number], plan.batch_tokens, plan.chunk_size, plan.streamed_windows):
+            for batch in batching.smaller(
+                batches[number], plan.batch_tokens, plan.chunk_size, plan.streamed_windows
+            ):
                 ids = batching.padded(batch, work.tokens.input_ids, work.tokens.window_offset)
 
-                def hand_over(hook: str, start: int, values: "torch.Tensor", batch: Batch = batch) -> None:
+                def hand_over(
+                    hook: str, start: int, values: "torch.Tensor", batch: Batch = batch
+                ) -> None:
                     handoff.rows(batch, hook, start, values)
 
                 with profile.batch(number, ids) as captured, measured.forward():
                     runner.run(
-                        ids.pin_memory() if work.device.type == "cuda" else ids, hand_over, captured, batch.lengths
+                        ids.pin_memory() if work.device.type == "cuda" else ids,
+                        hand_over,
+                        captured,
+                        batch.lengths,
                     )
                 measured.forwarded += ids.numel()
             done += sum(batches[number].lengths)
             last = number == len(batches) - 1
-            handoff.batch_done(done, last or stop.asked is not None, measured.figures(handoff, done))
+            handoff.batch_done(
+                done, last or stop.asked is not None, measured.figures(handoff, done)
+            )
             warned = warned or gpu.warn_above(work.warning_threshold, work.device)
             progress.update(Moment(done, handoff.bytes_written, handoff.seconds_waiting), last)
             if stop.asked is not None and not last:
                 break
     measured.log(handoff, done)
     if done < total:
-        raise StoppedError(f"stopped by {stop.asked} with {done:,} of {total:,} tokens on disk; run again to go on")
+        raise StoppedError(
+            f"stopped by {stop.asked} with {done:,} of {total:,} tokens on disk; run again to go on"
+        )
 
 
 class _Measured:
     """The figures of a run, on top of those of earlier jobs on the same shard."""
 
-    def __init__(self, writer: "ShardWriter", work: Work, watch: MemoryWatch, first: int, oom_level: int) -> None:
+    def __init__(
+        self, writer: "ShardWriter", work: Work, watch: MemoryWatch, first: int, oom_level: int
+    ) -> None:
         self._before: dict[str, float] = dict(writer.figures)
         self._work, self._watch, self._first, self._level = work, watch, first, oom_level
         self._began = time.perf_counter()
@@ -130,18 +151,28 @@ class _Measured:
         return self._forward
 
     def figures(self, handoff: Handoff, done: int) -> dict[str, float]:
-        """Seconds and tokens of all jobs so far, by the names that the file has for them; bytes of memory."""
+        """Seconds and tokens of all jobs so far, by the names that the file has for them; bytes of
+        memory.
+        """
         now = self._of_this_job(handoff, done)
         summed = {name: self._before[name] + value for name, value in now.items()}
         peak = max(self._before["peak_memory"], float(self._watch.peak))
         level = max(self._before["oom_level"], float(self._level))
-        return summed | {"peak_memory": peak, "predicted_memory": float(self._work.predicted), "oom_level": level}
+        return summed | {
+            "peak_memory": peak,
+            "predicted_memory": float(self._work.predicted),
+            "oom_level": level,
+        }
 
     def log(self, handoff: Handoff, done: int) -> None:
         """Where the time went, and how much of what was forwarded was padding."""
         now = self._of_this_job(handoff, done)
         total = max(now["seconds_total"], 1e-9)
-        shares = {n.removeprefix("seconds_"): 100 * v / total for n, v in now.items() if n.startswith("seconds_")}
+        shares = {
+            n.removeprefix("seconds_"): 100 * v / total
+            for n, v in now.items()
+            if n.startswith("seconds_")
+        }
         log.info(
             "of %.1f s: forward %.1f%%, copies %.1f%%, waiting for the disk %.1f%%, idle %.1f%%; the writer was busy "
             "for %.1f%%; padding: %.1f%% of the tokens forwarded",
@@ -158,7 +189,9 @@ class _Measured:
             )
 
     def _of_this_job(self, handoff: Handoff, done: int) -> dict[str, float]:
-        """`idle` is the time in which neither the device computed nor its rows were copied: disk waits are in it."""
+        """`idle` is the time in which neither the device computed nor its rows were copied: disk
+        waits are in it.
+        """
         total = time.perf_counter() - self._began
         # on the CPU rows are copied within the forward; a GPU copies them beside it
         copies = handoff.seconds_copying if self._work.device.type == "cpu" else 0.0
@@ -175,7 +208,9 @@ class _Measured:
 
 
 class _Clock:
-    """Seconds that a device spent in the `with` blocks: on CUDA between events of its stream, without a wait."""
+    """Seconds that a device spent in the `with` blocks: on CUDA between events of its stream,
+    without a wait.
+    """
 
     def __init__(self, device: "torch.device") -> None:
         self._device, self._seconds = device, 0.0

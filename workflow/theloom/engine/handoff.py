@@ -1,8 +1,10 @@
-"""Rows from the model to the file: copied out of the model's way, and written by a thread of their own.
+"""Rows from the model to the file: copied out of the model's way, and written by a thread of their
+own.
 
-The model's thread copies each value into a ring of host memory and goes on; on CUDA the copy itself runs beside the
-computation, on a stream of its own. One writer thread hashes, writes and commits. What is on its way is bounded by the
-ring: where the disk is the slower one, the model waits for it, and the time that it waits is counted.
+The model's thread copies each value into a ring of host memory and goes on; on CUDA the copy itself
+runs beside the computation, on a stream of its own. One writer thread hashes, writes and commits.
+What is on its way is bounded by the ring: where the disk is the slower one, the model waits for it,
+and the time that it waits is counted.
 """
 
 import logging
@@ -28,7 +30,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Rows:
-    """Values of one hook point, (window, position, …), in host memory once `copied` has come to pass."""
+    """Values of one hook point, (window, position, …), in host memory once `copied` has come to
+    pass.
+    """
 
     batch: Batch
     hook: str
@@ -47,10 +51,12 @@ class _Done:
 
 
 class Handoff:
-    """Between the model's thread, which calls `rows` and `batch_done`, and a writer thread, which writes the shard.
+    """Between the model's thread, which calls `rows` and `batch_done`, and a writer thread, which
+    writes the shard.
 
-    An error of the writer is raised in the model's thread at its next call, at the latest by `drain`. Leaving the
-    context waits for what is on its way; on an error it drops that, since it is not committed.
+    An error of the writer is raised in the model's thread at its next call, at the latest by
+    `drain`. Leaving the context waits for what is on its way; on an error it drops that, since it
+    is not committed.
     """
 
     def __init__(self, writer: "ShardWriter", device: "torch.device", largest: int) -> None:
@@ -73,7 +79,9 @@ class Handoff:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._dropped = error is not None
         self._finish_copies(0)
         self._queue.put(None)
@@ -82,7 +90,9 @@ class Handoff:
             self._raise()
 
     def rows(self, batch: Batch, hook: str, start: int, values: "torch.Tensor") -> None:
-        """Take values of a batch, (window, position, …), from position `start` on; they may change after the call."""
+        """Take values of a batch, (window, position, …), from position `start` on; they may change
+        after the call.
+        """
         self._raise()
         began = time.perf_counter()
         place = self._ring.take(tuple(values.shape), values.dtype)
@@ -95,12 +105,16 @@ class Handoff:
         self.seconds_copying += time.perf_counter() - taken
 
     def batch_done(self, rows: int, last: bool, figures: dict[str, float]) -> None:
-        """All rows of a batch are handed over, `rows` in all batches; `last` asks for a commit whatever its size."""
+        """All rows of a batch are handed over, `rows` in all batches; `last` asks for a commit
+        whatever its size.
+        """
         self._raise()
         self._queue.put(_Done(rows, last, figures))
 
     def _copy(self, values: "torch.Tensor", place: "torch.Tensor") -> Any:
-        """Copy into the ring; on CUDA beside the computation, and then give the event that says that it is done."""
+        """Copy into the ring; on CUDA beside the computation, and then give the event that says
+        that it is done.
+        """
         import torch
 
         if self._side is None:
@@ -111,7 +125,9 @@ class Handoff:
             self._side.wait_event(ready)
             place.copy_(values, non_blocking=True)
             copied = self._side.record_event()
-        self._in_flight.append((copied, values))  # held: its memory must not be another tensor's before it is copied
+        self._in_flight.append(
+            (copied, values)
+        )  # held: its memory must not be another tensor's before it is copied
         self._finish_copies(IN_FLIGHT)
         return copied
 
@@ -143,7 +159,9 @@ class Handoff:
             self._writer.figures.update(item.figures)
             self._writer.batch_done(item.rows, item.last)
         else:
-            for number, (window, length) in enumerate(zip(item.batch.windows, item.batch.lengths, strict=True)):
+            for number, (window, length) in enumerate(
+                zip(item.batch.windows, item.batch.lengths, strict=True)
+            ):
                 real = min(length - item.start, item.values.shape[1])
                 if real > 0:
                     rows = item.values[number, :real]

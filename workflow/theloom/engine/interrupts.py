@@ -1,4 +1,6 @@
-"""A job that is asked to stop (Ctrl-C, or a scheduler's SIGTERM) ends after its batch, with all rows committed."""
+"""A job that is asked to stop (Ctrl-C, or a scheduler's SIGTERM) ends after its batch, with all
+rows committed.
+"""
 
 import logging
 import signal
@@ -20,7 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Within the context, the first SIGINT or SIGTERM is only noted in `asked`; a second one ends the job at once."""
+    """Within the context, the first SIGINT or SIGTERM is only noted in `asked`; a second one ends
+    the job at once.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
@@ -32,7 +36,9 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -57,7 +63,8 @@ def until_it_fits(
     device: "torch.device",
     advice: Callable[[Plan], str],
 ) -> None:
-    """Call `run(level)`; where memory runs out, again with the next level, as long as its `cut` is smaller.
+    """Call `run(level)`; where memory runs out, again with the next level, as long as its `cut` is
+    smaller.
 
     Raises MemoryPlanError, with `advice`, after three failures at the smallest size.
     """
@@ -91,7 +98,9 @@ def until_it_fits(
 
 
 def _out_of_memory(work: Callable[[], None]) -> str | None:
-    """Run something; the error in one line if memory ran out, else None. Nothing of what failed is kept alive."""
+    """Run something; the error in one line if memory ran out, else None. Nothing of what failed is
+    kept alive.
+    """
     try:
         work()
     except (MemoryError, RuntimeError) as error:

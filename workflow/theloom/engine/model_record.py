@@ -1,4 +1,5 @@
-"""`model.h5`: which model a run uses, at which precision, its hook points, and what loading and running it took.
+"""`model.h5`: which model a run uses, at which precision, its hook points, and what loading and
+running it took.
 
 Every later job loads the same model by this record, and refuses one that has changed since.
 """
@@ -49,11 +50,15 @@ class ModelRecord:
     @property
     def quantization(self) -> str | None:
         """`8bit` or `4bit`: asked for, or the checkpoint's own."""
-        return None if self.attributes["quantization"] == "null" else self.attributes["quantization"]
+        return (
+            None if self.attributes["quantization"] == "null" else self.attributes["quantization"]
+        )
 
 
 def write_catalog(file: h5py.File, catalogue: Catalogue) -> None:
-    """Every hook point with the shape of a token's row, and what the model has not, with the reason."""
+    """Every hook point with the shape of a token's row, and what the model has not, with the
+    reason.
+    """
     points = catalogue.points
     for name in ("name", "value"):
         file[f"hooks/{name}"] = file_format.fixed_strings([getattr(p, name) for p in points])
@@ -106,13 +111,17 @@ def read(path: Path) -> ModelRecord:
             catalogue=_read_catalogue(file),
             causal=bool(attributes["causal"]),
             streams=bool(attributes["streams"]),
-            correction=Correction(float(file["memory"].attrs["ratio"]), int(file["memory"].attrs["beside"])),
+            correction=Correction(
+                float(file["memory"].attrs["ratio"]), int(file["memory"].attrs["beside"])
+            ),
             layerwise=attributes["execution"] == "layerwise",
             attributes=attributes,
         )
 
 
-def load_again(config: Config, recorded: ModelRecord, points: Sequence[HookPoint] | None = None) -> LoadedModel:
+def load_again(
+    config: Config, recorded: ModelRecord, points: Sequence[HookPoint] | None = None
+) -> LoadedModel:
     """Load the model of a record, or what reading `points` needs.
 
     Raises StoreError if its files, or the precision at hand, are others by now.
@@ -136,7 +145,10 @@ def _same_files(config: Config, recorded: ModelRecord) -> ModelFiles:
             f"set memory.precision_mode={recorded.precision}, or run on the same kind of device"
         )
     files = prepare_files(config.model, recorded.revision)
-    if files_signature(files) != recorded.signature and files_fingerprint(files) != recorded.fingerprint:
+    if (
+        files_signature(files) != recorded.signature
+        and files_fingerprint(files) != recorded.fingerprint
+    ):
         raise ModelError(
             f"model.source: the files of {config.model.source} have changed since load_model; "
             "put them back, or run it again with --forcerun load_model"
@@ -146,6 +158,14 @@ def _same_files(config: Config, recorded: ModelRecord) -> ModelFiles:
 
 def provenance_of(recorded: ModelRecord) -> dict[str, Any]:
     """The model's part of a data file's attributes."""
-    names = ["source", "revision", "gguf_file", "model_class", "fingerprint", "precision_requested", "precision"]
+    names = [
+        "source",
+        "revision",
+        "gguf_file",
+        "model_class",
+        "fingerprint",
+        "precision_requested",
+        "precision",
+    ]
     names += ["precision_steps", "quantization", "attention"]
     return {f"model_{n.removeprefix('model_')}": recorded.attributes[n] for n in names}

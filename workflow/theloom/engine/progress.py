@@ -26,7 +26,9 @@ _BAR = 24  # characters
 
 @dataclass(frozen=True)
 class Moment:
-    """How far a run is: tokens on their way or written, bytes written, seconds that the model waited for the disk."""
+    """How far a run is: tokens on their way or written, bytes written, seconds that the model
+    waited for the disk.
+    """
 
     tokens: int
     bytes_written: int
@@ -34,14 +36,20 @@ class Moment:
 
 
 class Progress:
-    """Tells how far a shard is: tokens, tokens/s, time left, memory now and at its peak beside what was foretold,
-    bytes written in a second.
+    """Tells how far a shard is: tokens, tokens/s, time left, memory now and at its peak beside what
+    was foretold, bytes written in a second.
 
-    `first` tokens of `total` were there before. A terminal gets a bar, anything else a log line every 30 s.
+    `first` tokens of `total` were there before. A terminal gets a bar, anything else a log line
+    every 30 s.
     """
 
     def __init__(
-        self, total: int, first: int, predicted: int, watch: MemoryWatch, stream: TextIO | None = None
+        self,
+        total: int,
+        first: int,
+        predicted: int,
+        watch: MemoryWatch,
+        stream: TextIO | None = None,
     ) -> None:
         self._total, self._first, self._predicted, self._watch = total, first, predicted, watch
         self._stream = stream or sys.stderr
@@ -51,13 +59,18 @@ class Progress:
     def update(self, moment: Moment, last: bool = False) -> None:
         """Say it, if it is time to."""
         now = time.perf_counter()
-        if now - self._said < (_SECONDS_BETWEEN_BARS if self._bar else SECONDS_BETWEEN_LINES) and not last:
+        if (
+            now - self._said < (_SECONDS_BETWEEN_BARS if self._bar else SECONDS_BETWEEN_LINES)
+            and not last
+        ):
             return
         self._said = now
         text = self.line(moment, now - self._began)
         if self._bar:
             filled = _BAR * moment.tokens // max(1, self._total)
-            self._stream.write(f"\r\x1b[K[{'#' * filled}{'.' * (_BAR - filled)}] {text}" + "\n" * last)
+            self._stream.write(
+                f"\r\x1b[K[{'#' * filled}{'.' * (_BAR - filled)}] {text}" + "\n" * last
+            )
             self._stream.flush()
         else:
             log.info("%s", text)
@@ -74,7 +87,9 @@ class Progress:
         )
         waited = moment.seconds_waiting / seconds
         return text + (
-            f"; the disk is the limit: {100 * waited:.0f}% of the time waited for it" if waited > 0.1 else ""
+            f"; the disk is the limit: {100 * waited:.0f}% of the time waited for it"
+            if waited > 0.1
+            else ""
         )
 
 

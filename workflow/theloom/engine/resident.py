@@ -51,10 +51,11 @@ class ResidentRunner:
         captured: "Callable[[torch.Tensor], None] | None" = None,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        """Forward token ids (window, position), padded on the right; hand every chunk of every hook point to `sink`.
+        """Forward token ids (window, position), padded on the right; hand every chunk of every hook
+        point to `sink`.
 
-        Values are in the stored dtype; `captured` sees each of them before. `lengths`, the tokens of each window, are
-        what a model that is not causal masks its padding by.
+        Values are in the stored dtype; `captured` sees each of them before. `lengths`, the tokens
+        of each window, are what a model that is not causal masks its padding by.
         """
         position = dict.fromkeys((p.name for p in self._points), 0)
         over_keys = {p.name for p in self._points if p.over_keys}
@@ -63,7 +64,8 @@ class ResidentRunner:
         def hand_over(name: str, value: "torch.Tensor") -> None:
             if name in over_keys:  # (window, head, position, key): a row is a position's
                 value = value.transpose(1, 2)
-            # a GPU goes on while the value is copied from it: it must not be one that the model still writes to
+            # a GPU goes on while the value is copied from it: it must not be one that the model
+            # still writes to
             rows = value.to(self._dtype, copy=on_gpu)
             if on_gpu:
                 rows = rows.contiguous()
@@ -92,15 +94,24 @@ class ResidentJob:
     def run(self, smaller: Plan, level: int) -> None:
         """Go on from the last committed row, to the end."""
         runner = ResidentRunner(
-            self.loaded, self.work.points, smaller.chunk_size, self.work.precision, smaller.offloaded, self.causal
+            self.loaded,
+            self.work.points,
+            smaller.chunk_size,
+            self.work.precision,
+            smaller.offloaded,
+            self.causal,
         )
         with ShardWriter(self.output, self.spec) as writer:
             run_batches(runner, self.work, smaller, writer, self.profile, self.watch, level)
             writer.finish()
 
 
-def load_counted(frozen: Config, recorded: ModelRecord, points: list[HookPoint]) -> tuple[LoadedModel, MemoryWatch]:
-    """The model, and a watch over the memory that it and the run take; the import of code is not counted."""
+def load_counted(
+    frozen: Config, recorded: ModelRecord, points: list[HookPoint]
+) -> tuple[LoadedModel, MemoryWatch]:
+    """The model, and a watch over the memory that it and the run take; the import of code is not
+    counted.
+    """
     device, _ = loading.resolve_precision(frozen)
     measure.before_counting(frozen.model)
     watch = MemoryWatch(device)
@@ -108,11 +119,19 @@ def load_counted(frozen: Config, recorded: ModelRecord, points: list[HookPoint])
 
 
 def plan_resident(
-    frozen: Config, estimated: Estimate, recorded: ModelRecord, windows: Lengths, output: Path, identity: str
+    frozen: Config,
+    estimated: Estimate,
+    recorded: ModelRecord,
+    windows: Lengths,
+    output: Path,
+    identity: str,
 ) -> Planned:
     """What fits the device now; a shard that was begun is gone on with as it was begun."""
     device, _ = loading.resolve_precision(frozen)
-    kind, unfinished = weight_format.kind_of(frozen, recorded.precision, recorded.quantization), begun(output, identity)
+    kind, unfinished = (
+        weight_format.kind_of(frozen, recorded.precision, recorded.quantization),
+        begun(output, identity),
+    )
     if unfinished is None:
         threshold = frozen.memory.memory_warning_threshold
         return multi_gpu.fit_plan(estimated, kind, device, threshold, windows, recorded.correction)
@@ -125,4 +144,6 @@ def plan_resident(
     )
     found, _ = gpu.available_memory(device)
     name = partial_of(output).name
-    return check_begun(estimated, kind.name, device.type, found, as_begun.over(windows), recorded.correction, name)
+    return check_begun(
+        estimated, kind.name, device.type, found, as_begun.over(windows), recorded.correction, name
+    )

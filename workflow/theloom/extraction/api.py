@@ -1,15 +1,18 @@
-"""Hidden states of any transformers model, from Python: whole, in chunks, at another precision, or with their graph.
+"""Hidden states of any transformers model, from Python: whole, in chunks, at another precision, or
+with their graph.
 
-The functions take a model as it is (a causal LM, a base model, an encoder) and leave it so: no hook stays on it, and
-weights, attention implementation, training mode and checkpointing flags are what they were, also after an error and
-between the chunks of a stream. Tokens are ids (batch, position), (position,), lists, or what a tokenizer returns.
-`attention_mask` is 0 where a column is padding, on the left or on the right of a row; a tokenizer's output brings its
-own. Rows of padding come back as zeros (attention scores as -inf), and the mask with them. Special tokens are not
-padding unless the mask says so.
+The functions take a model as it is (a causal LM, a base model, an encoder) and leave it so: no hook
+stays on it, and weights, attention implementation, training mode and checkpointing flags are what
+they were, also after an error and between the chunks of a stream. Tokens are ids (batch, position),
+(position,), lists, or what a tokenizer returns. `attention_mask` is 0 where a column is padding, on
+the left or on the right of a row; a tokenizer's output brings its own. Rows of padding come back as
+zeros (attention scores as -inf), and the mask with them. Special tokens are not padding unless the
+mask says so.
 
-Hook points are asked for by `hooks`, filter entries as in the config (an exact name, a glob, `blocks.-1.` for the last
-block; an empty list is every hook point of the model), by `layers`, short for their hook_resid_post (negative ones
-count from the end), or by both. By default it is the residual after every block. The forward ends after the deepest.
+Hook points are asked for by `hooks`, filter entries as in the config (an exact name, a glob,
+`blocks.-1.` for the last block; an empty list is every hook point of the model), by `layers`, short
+for their hook_resid_post (negative ones count from the end), or by both. By default it is the
+residual after every block. The forward ends after the deepest.
 """
 
 import gc
@@ -36,12 +39,13 @@ if TYPE_CHECKING:
 class HiddenStates(Mapping[str, torch.Tensor]):
     """What an extraction gives; it is also a mapping from hook names to tensors.
 
-    `hidden_states`: by hook name, in the order of the forward pass, a tensor [batch, position, …] on the model's device
-    in the dtype of the forward pass; attention scores and patterns are [batch, head, position, key].
-    `attention_mask`: [batch, position], on the CPU: true where a row is a token's, false where it is padding's.
-    `start`: of a chunk, the position of its first token in its row, counted from the row's first token: padding on the
-    left is not streamed. 0 otherwise.
-    `precision`: where one was asked for, what was asked for, what was used, and each fallback.
+    `hidden_states`: by hook name, in the order of the forward pass, a tensor [batch, position, …]
+    on the model's device in the dtype of the forward pass; attention scores and patterns are
+    [batch, head, position, key]. `attention_mask`: [batch, position], on the CPU: true where a row
+    is a token's, false where it is padding's. `start`: of a chunk, the position of its first token
+    in its row, counted from the row's first token: padding on the left is not streamed. 0
+    otherwise. `precision`: where one was asked for, what was asked for, what was used, and each
+    fallback.
     """
 
     hidden_states: dict[str, torch.Tensor]
@@ -61,7 +65,9 @@ class HiddenStates(Mapping[str, torch.Tensor]):
         return len(self.hidden_states)
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.hidden_states.items())
+        shapes = ", ".join(
+            f"{name} {tuple(value.shape)}" for name, value in self.hidden_states.items()
+        )
         return f"HiddenStates({shapes})"
 
 
@@ -72,9 +78,11 @@ def extract_hidden_states(
     layers: Sequence[int] | None = None,
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
 ) -> HiddenStates:
-    """Hidden states of one forward pass in eval mode, without gradients: [batch, position, …] by hook name.
+    """Hidden states of one forward pass in eval mode, without gradients: [batch, position, …] by
+    hook name.
 
-    The tensors are copies of their own, which autograd takes as inputs. Raises InputError, HookError, ModelError.
+    The tensors are copies of their own, which autograd takes as inputs. Raises InputError,
+    HookError, ModelError.
     """
     asked = ask(model, tokens, hooks, layers, attention_mask)
     return _in_one_pass(asked, None)
@@ -88,15 +96,17 @@ def extract_streaming(
     layers: Sequence[int] | None = None,
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
 ) -> Generator[HiddenStates, None, None]:
-    """Hidden states chunk by chunk through the KV cache: each [batch, up to chunk_size, …], equal to one pass.
+    """Hidden states chunk by chunk through the KV cache: each [batch, up to chunk_size, …], equal
+    to one pass.
 
-    A chunk's memory is free once the caller has let go of it; what stays until the generator ends or is closed is the
-    KV cache. Keys grow: attention scores and patterns of a chunk are [batch, head, position, keys so far]. Padding on
-    the left is skipped: chunks count positions from each row's first token, and `collect_streaming_results` puts rows
-    back to the columns of `tokens`. Between chunks the model is free for other use.
+    A chunk's memory is free once the caller has let go of it; what stays until the generator ends
+    or is closed is the KV cache. Keys grow: attention scores and patterns of a chunk are [batch,
+    head, position, keys so far]. Padding on the left is skipped: chunks count positions from each
+    row's first token, and `collect_streaming_results` puts rows back to the columns of `tokens`.
+    Between chunks the model is free for other use.
 
-    Raises InputError, HookError, and ModelError for a model whose rows would not be those of one pass, before the first
-    chunk; that is tried on the model itself, on a few tokens, once.
+    Raises InputError, HookError, and ModelError for a model whose rows would not be those of one
+    pass, before the first chunk; that is tried on the model itself, on a few tokens, once.
     """
     if chunk_size < 1:
         raise InputError(f"chunk_size must be at least 1, found {chunk_size}")
@@ -107,11 +117,12 @@ def extract_streaming(
 
 
 def collect_streaming_results(chunks: Iterable[HiddenStates]) -> HiddenStates:
-    """The chunks of `extract_streaming` as one result: what `extract_hidden_states` gives for the same tokens.
+    """The chunks of `extract_streaming` as one result: what `extract_hidden_states` gives for the
+    same tokens.
 
-    Room for all positions is taken at the first chunk, and chunks are let go one by one, so that at most one is in
-    memory beside the result. Where the chunks end early, the mask says which rows there are. Raises InputError where
-    there is no chunk.
+    Room for all positions is taken at the first chunk, and chunks are let go one by one, so that at
+    most one is in memory beside the result. Where the chunks end early, the mask says which rows
+    there are. Raises InputError where there is no chunk.
     """
     whole: dict[str, torch.Tensor] = {}
     points: tuple[HookPoint, ...] = ()
@@ -127,7 +138,9 @@ def collect_streaming_results(chunks: Iterable[HiddenStates]) -> HiddenStates:
         end = max(end, chunk.start + chunk.attention_mask.shape[1])
         del chunk  # before the next is made
     if rows is None:
-        raise InputError("there are no chunks to collect: the generator has been used, or was closed")
+        raise InputError(
+            "there are no chunks to collect: the generator has been used, or was closed"
+        )
     return HiddenStates(whole, rows.mask_given(end), 0, None, points, rows)
 
 
@@ -140,17 +153,21 @@ def extract_inference_optimized(
     hooks: Sequence[str] | None = None,
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
 ) -> HiddenStates:
-    """`extract_hidden_states` at another precision: auto, fp32, fp16 or bf16; None is the model's own.
+    """`extract_hidden_states` at another precision: auto, fp32, fp16 or bf16; None is the model's
+    own.
 
-    The values are those of the model loaded at that precision. The weights stay as they are: beside them there is a
-    converted copy of what lies outside of the blocks (token embedding, norms; not the LM head) and of one block at a
-    time, which is made anew for each call; for many calls load the model at that precision. Where the device lacks it,
-    it falls back (BF16, FP16, FP32), which is logged and recorded on the result. `clear_cache` gives what CUDA's
-    allocator holds unused back to the driver afterwards. Raises InputError, HookError, ModelError.
+    The values are those of the model loaded at that precision. The weights stay as they are: beside
+    them there is a converted copy of what lies outside of the blocks (token embedding, norms; not
+    the LM head) and of one block at a time, which is made anew for each call; for many calls load
+    the model at that precision. Where the device lacks it, it falls back (BF16, FP16, FP32), which
+    is logged and recorded on the result. `clear_cache` gives what CUDA's allocator holds unused
+    back to the driver afterwards. Raises InputError, HookError, ModelError.
     """
     asked = ask(model, tokens, hooks, layers, attention_mask)
     try:
-        return _in_one_pass(asked, None if precision is None else _resolved(asked.architecture, precision))
+        return _in_one_pass(
+            asked, None if precision is None else _resolved(asked.architecture, precision)
+        )
     finally:
         if clear_cache:
             gc.collect()
@@ -165,12 +182,14 @@ def extract_with_checkpointing(
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
     use_reentrant: bool = False,
 ) -> HiddenStates:
-    """Hidden states with their graph, for a backward pass that computes each block again instead of keeping its inside.
+    """Hidden states with their graph, for a backward pass that computes each block again instead of
+    keeping its inside.
 
-    Gradients are those of the plain forward. Dropout acts where the model is in training mode; do not change its mode
-    or weights before the backward. A block of which an inner hook point is asked keeps its inside, which is what was
-    asked for. `use_reentrant` is torch.utils.checkpoint's: the reentrant kind takes `backward()` but not
-    `torch.autograd.grad`. Raises InputError, HookError, and ModelError where nothing requires a gradient.
+    Gradients are those of the plain forward. Dropout acts where the model is in training mode; do
+    not change its mode or weights before the backward. A block of which an inner hook point is
+    asked keeps its inside, which is what was asked for. `use_reentrant` is
+    torch.utils.checkpoint's: the reentrant kind takes `backward()` but not `torch.autograd.grad`.
+    Raises InputError, HookError, and ModelError where nothing requires a gradient.
     """
     from theloom.extraction.gradient_checkpointing import Checkpointed
     from theloom.hooks.taps import Taps
@@ -193,7 +212,9 @@ def extract_with_checkpointing(
 
 
 class _Kept:
-    """The values of one forward pass, copied as they arise and, if they are the whole, in the columns given."""
+    """The values of one forward pass, copied as they arise and, if they are the whole, in the
+    columns given.
+    """
 
     def __init__(self, asked: Request, whole: bool, graph: bool = False) -> None:
         self._asked, self._whole, self._graph = asked, whole, graph
@@ -202,7 +223,10 @@ class _Kept:
 
     def keep(self, name: str, value: torch.Tensor) -> None:
         # outside of inference mode, so that the copy can be an input of autograd
-        with nullcontext() if self._graph else torch.inference_mode(False), torch.set_grad_enabled(self._graph):
+        with (
+            nullcontext() if self._graph else torch.inference_mode(False),
+            torch.set_grad_enabled(self._graph),
+        ):
             if self._whole and not self._asked.rows.as_given:
                 point, rows = self._points[name], self._asked.rows
                 whole = padding.empty(value, point, rows)
@@ -235,7 +259,11 @@ def _in_one_pass(asked: Request, resolved: Resolved | None) -> HiddenStates:
     described = asked.architecture
     inputs = asked.inputs()
     kept = _Kept(asked, whole=True)
-    cast = nullcontext() if resolved is None else InPrecision(described, torch_dtype(resolved.resolved))
+    cast = (
+        nullcontext()
+        if resolved is None
+        else InPrecision(described, torch_dtype(resolved.resolved))
+    )
     with evaluating(described.model), cast, Taps(described, asked.points, kept.keep) as taps:
         for _ in steps(taps, asked.rows.ids, asked.rows.ids.shape[1], inputs=inputs):
             pass

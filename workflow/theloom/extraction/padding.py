@@ -1,8 +1,9 @@
 """Batches of rows of uneven length, padded on either side or not at all.
 
-For a forward pass the tokens of every row move to its front. So padding is always on the right, where a causal model
-needs neither a mask nor position ids: position ids some models do not take and others get wrong, and left padding
-without them gives wrong values from models with learned positions. Afterwards values go back to their tokens' columns.
+For a forward pass the tokens of every row move to its front. So padding is always on the right,
+where a causal model needs neither a mask nor position ids: position ids some models do not take and
+others get wrong, and left padding without them gives wrong values from models with learned
+positions. Afterwards values go back to their tokens' columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,9 @@ Tokens = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, A
 class Rows:
     """A batch with every row's tokens at its front.
 
-    `ids` is (batch, longest), `first` the column of each row's first token in what was given, `lengths` its tokens,
-    `width` the columns of what was given, `others` further inputs of the model, (batch, longest) as well.
+    `ids` is (batch, longest), `first` the column of each row's first token in what was given,
+    `lengths` its tokens, `width` the columns of what was given, `others` further inputs of the
+    model, (batch, longest) as well.
     """
 
     ids: torch.Tensor
@@ -46,40 +48,57 @@ class Rows:
         return torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths)[:, None]
 
     def mask_given(self, until: int | None = None) -> torch.Tensor:
-        """(batch, width): true where there is a token, in the columns that were given; of the first `until` tokens."""
+        """(batch, width): true where there is a token, in the columns that were given; of the first
+        `until` tokens.
+        """
         column, first = torch.arange(self.width), torch.tensor(self.first)[:, None]
-        lengths = torch.tensor(self.lengths)[:, None].clamp(max=self.width if until is None else until)
+        lengths = torch.tensor(self.lengths)[:, None].clamp(
+            max=self.width if until is None else until
+        )
         return (column >= first) & (column < first + lengths)
 
 
 def rows_of(tokens: Tokens, attention_mask: Any = None, pad: int = 0) -> Rows:
-    """Token ids, and which of them are padding (0 in the mask), as rows. `pad` is the id that padding runs as.
+    """Token ids, and which of them are padding (0 in the mask), as rows. `pad` is the id that
+    padding runs as.
 
-    A mapping is a tokenizer's output: its mask counts where none is given, its other tensors go to the model. Lists of
-    uneven length are taken as padded on the right. Raises InputError.
+    A mapping is a tokenizer's output: its mask counts where none is given, its other tensors go to
+    the model. Lists of uneven length are taken as padded on the right. Raises InputError.
     """
     others: dict[str, Any] = {}
     if isinstance(tokens, Mapping):
         if "input_ids" not in tokens:
-            raise InputError(f"tokens: a mapping needs 'input_ids', found {', '.join(map(repr, tokens)) or 'nothing'}")
-        others = {k: v for k, v in tokens.items() if k not in ("input_ids", "attention_mask", "length")}
+            raise InputError(
+                f"tokens: a mapping needs 'input_ids', found {', '.join(map(repr, tokens)) or 'nothing'}"
+            )
+        others = {
+            k: v for k, v in tokens.items() if k not in ("input_ids", "attention_mask", "length")
+        }
         attention_mask = tokens.get("attention_mask") if attention_mask is None else attention_mask
         tokens = tokens["input_ids"]
     ids, own_mask = _matrix(tokens)
     if attention_mask is None:
         mask = own_mask
     else:
-        given = attention_mask if isinstance(attention_mask, Sequence) else torch.as_tensor(attention_mask).bool()
+        given = (
+            attention_mask
+            if isinstance(attention_mask, Sequence)
+            else torch.as_tensor(attention_mask).bool()
+        )
         mask = _matrix(given)[0].bool()
         if mask.shape != ids.shape:
-            raise InputError(f"attention_mask is {tuple(mask.shape)} and the tokens are {tuple(ids.shape)}")
+            raise InputError(
+                f"attention_mask is {tuple(mask.shape)} and the tokens are {tuple(ids.shape)}"
+            )
         mask &= own_mask
     lengths = mask.sum(1)
     first = mask.int().argmax(1)
     last = mask.shape[1] - mask.flip(1).int().argmax(1)
     broken = (lengths > 0) & (last - first != lengths)
     if broken.any():
-        raise InputError(f"attention_mask: row {int(broken.nonzero()[0])} has padding between its tokens")
+        raise InputError(
+            f"attention_mask: row {int(broken.nonzero()[0])} has padding between its tokens"
+        )
     longest = int(lengths.max())
     if longest == 0:
         raise InputError("tokens: there is no token but padding")
@@ -91,11 +110,15 @@ def rows_of(tokens: Tokens, attention_mask: Any = None, pad: int = 0) -> Rows:
         return values.gather(1, column).masked_fill(behind, filling)
 
     moved = {name: to_the_front(_like(name, value, ids), 0) for name, value in others.items()}
-    return Rows(to_the_front(ids, pad), tuple(first.tolist()), tuple(lengths.tolist()), ids.shape[1], moved)
+    return Rows(
+        to_the_front(ids, pad), tuple(first.tolist()), tuple(lengths.tolist()), ids.shape[1], moved
+    )
 
 
 def blank(value: torch.Tensor, point: HookPoint, rows: Rows, start: int) -> torch.Tensor:
-    """A chunk of rows as they run, from position `start` on, with the fill of its hook point where there is padding."""
+    """A chunk of rows as they run, from position `start` on, with the fill of its hook point where
+    there is padding.
+    """
     axis = point.position_axis
     for row, length in enumerate(rows.lengths):
         begin = max(0, length - start)
@@ -105,7 +128,9 @@ def blank(value: torch.Tensor, point: HookPoint, rows: Rows, start: int) -> torc
 
 
 def empty(value: torch.Tensor, point: HookPoint, rows: Rows) -> torch.Tensor:
-    """Room for all rows of a hook point in the columns that were given, of the kind of `value`; all of it padding."""
+    """Room for all rows of a hook point in the columns that were given, of the kind of `value`; all
+    of it padding.
+    """
     shape = list(value.shape)
     shape[point.position_axis] = rows.width
     if point.over_keys:
@@ -113,7 +138,9 @@ def empty(value: torch.Tensor, point: HookPoint, rows: Rows) -> torch.Tensor:
     return value.new_full(shape, point.fill)
 
 
-def put_back(value: torch.Tensor, point: HookPoint, rows: Rows, start: int, whole: torch.Tensor) -> None:
+def put_back(
+    value: torch.Tensor, point: HookPoint, rows: Rows, start: int, whole: torch.Tensor
+) -> None:
     """Put rows as they ran, from position `start` on, into `whole`, in the columns that were given."""
     for row, (first, length) in enumerate(zip(rows.first, rows.lengths, strict=True)):
         count = min(length - start, value.shape[point.position_axis])
@@ -128,9 +155,15 @@ def put_back(value: torch.Tensor, point: HookPoint, rows: Rows, start: int, whol
 
 
 def _matrix(values: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers as (batch, position) on the CPU, and a mask that is false where a list ended before others."""
-    if isinstance(values, str) or (isinstance(values, Sequence) and values and isinstance(values[0], str)):
-        raise InputError("tokens: text was given where token ids are needed; tokenizer(text, return_tensors='pt')")
+    """Whole numbers as (batch, position) on the CPU, and a mask that is false where a list ended
+    before others.
+    """
+    if isinstance(values, str) or (
+        isinstance(values, Sequence) and values and isinstance(values[0], str)
+    ):
+        raise InputError(
+            "tokens: text was given where token ids are needed; tokenizer(text, return_tensors='pt')"
+        )
     if isinstance(values, Sequence) and values and isinstance(values[0], Sequence | torch.Tensor):
         rows = [torch.as_tensor(row).reshape(-1) for row in values]
         matrix = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -151,5 +184,7 @@ def _matrix(values: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _like(name: str, value: Any, ids: torch.Tensor) -> torch.Tensor:
     matrix = _matrix(value)[0]
     if matrix.shape != ids.shape:
-        raise InputError(f"tokens: {name!r} is {tuple(matrix.shape)} and 'input_ids' are {tuple(ids.shape)}")
+        raise InputError(
+            f"tokens: {name!r} is {tuple(matrix.shape)} and 'input_ids' are {tuple(ids.shape)}"
+        )
     return matrix

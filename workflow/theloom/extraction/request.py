@@ -34,7 +34,9 @@ class Request:
     rows: Rows
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What the model is given beside the ids: a mask where padding on the right could reach a token."""
+        """What the model is given beside the ids: a mask where padding on the right could reach a
+        token.
+        """
         masked = self.rows.uneven and not causal(self.architecture)
         return self.rows.others | ({"attention_mask": self.rows.mask().long()} if masked else {})
 
@@ -73,12 +75,16 @@ def _entries(hooks: Sequence[str] | None, layers: Sequence[int] | None, blocks: 
         raise HookError("layers is empty: name at least one, or leave it out for all of them")
     for layer in layers or ():
         if not -blocks <= layer < blocks:
-            raise HookError(f"layers: {layer} is not in this model, which has {blocks} blocks, 0 to {blocks - 1}")
+            raise HookError(
+                f"layers: {layer} is not in this model, which has {blocks} blocks, 0 to {blocks - 1}"
+            )
     return [*(hooks or ()), *(f"blocks.{layer}.hook_resid_post" for layer in layers or ())]
 
 
 def _that_the_model_takes(model: "PreTrainedModel", rows: Rows) -> Rows:
-    """Rows without further inputs that the model does not know; zeros (token types, mostly) say nothing."""
+    """Rows without further inputs that the model does not know; zeros (token types, mostly) say
+    nothing.
+    """
     known = inspect.signature(model.forward).parameters
     for name in [n for n in rows.others if n not in known]:
         if rows.others[name].any():
@@ -90,10 +96,15 @@ def _that_the_model_takes(model: "PreTrainedModel", rows: Rows) -> Rows:
 def _check_length(described: Architecture, tokens: int) -> None:
     from theloom.hooks.locate import Anatomy
 
-    name, limit = type(described.model).__name__, model_dims.numbers(described.model.config).context_length
+    name, limit = (
+        type(described.model).__name__,
+        model_dims.numbers(described.model.config).context_length,
+    )
     if limit and tokens > limit:
         if "hook_pos_embed" in Anatomy.of(described).sites:
-            raise InputError(f"tokens: {tokens} in a row, and {name} has {limit} positions; give it shorter rows")
+            raise InputError(
+                f"tokens: {tokens} in a row, and {name} has {limit} positions; give it shorter rows"
+            )
         log.warning("%s was made for %d tokens, and a row has %d", name, limit, tokens)
 
 
@@ -124,19 +135,28 @@ def causal(described: Architecture) -> bool:
     if shown.causal is None:
         ids = _some_tokens(described)
         with evaluating(described.model):
-            whole, part = forward_residuals(described, ids, 24), forward_residuals(described, ids[:, :16], 16)
-        error = max(float((part[n] - v[:, :16]).abs().max() / v.abs().max()) for n, v in whole.items())
+            whole, part = (
+                forward_residuals(described, ids, 24),
+                forward_residuals(described, ids[:, :16], 16),
+            )
+        error = max(
+            float((part[n] - v[:, :16]).abs().max() / v.abs().max()) for n, v in whole.items()
+        )
         shown.causal = error <= 10 * _tolerance(described)
     return shown.causal
 
 
 def _some_tokens(described: Architecture) -> torch.Tensor:
     seeded = torch.Generator().manual_seed(0)
-    return torch.randint(described.model.config.get_text_config().vocab_size, (1, 24), generator=seeded)
+    return torch.randint(
+        described.model.config.get_text_config().vocab_size, (1, 24), generator=seeded
+    )
 
 
 def check_streams(described: Architecture) -> None:
-    """Raises ModelError where chunks through the KV cache give other rows than one pass, with the reason."""
+    """Raises ModelError where chunks through the KV cache give other rows than one pass, with the
+    reason.
+    """
     from theloom.hooks.blocks import evaluating
     from theloom.model.checks import self_check
 

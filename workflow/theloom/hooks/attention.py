@@ -1,9 +1,10 @@
 """What happens inside attention: queries and keys as they meet, their scores, and the pattern.
 
-transformers hands queries, keys and values of most models to a function that it finds by name in a registry. A layer
-that is asked for its inside gets a function of ours by way of its own copy of the config; all other layers keep theirs.
-That function runs the layer's eager attention, whose softmax shows scores and pattern, only where these are asked for.
-Attention classes that do not use the registry, and call softmax themselves, are read at that softmax.
+transformers hands queries, keys and values of most models to a function that it finds by name in a
+registry. A layer that is asked for its inside gets a function of ours by way of its own copy of the
+config; all other layers keep theirs. That function runs the layer's eager attention, whose softmax
+shows scores and pattern, only where these are asked for. Attention classes that do not use the
+registry, and call softmax themselves, are read at that softmax.
 """
 
 import copy
@@ -30,18 +31,30 @@ ROT_Q, ROT_K = "attn.hook_rot_q", "attn.hook_rot_k"
 OURS = "theloom"
 
 
-MASKED = -3e4  # scores below it are those of masked keys, which transformers sets to the least number of some dtype
+# scores below it are those of masked keys, which transformers sets to the least number of some
+# dtype
+MASKED = -3e4
 
-Reader = Callable[[str, torch.Tensor], None]  # called with a value's name in the block and the value
+Reader = Callable[
+    [str, torch.Tensor], None
+]  # called with a value's name in the block and the value
 
 
 def uses_registry(core: torch.nn.Module) -> bool:
-    """Whether a module that computes attention asks transformers' registry for the function that does."""
-    return "ALL_ATTENTION_FUNCTIONS" in _code(core).co_names and hasattr(core, "config") and _eager(core) is not None
+    """Whether a module that computes attention asks transformers' registry for the function that
+    does.
+    """
+    return (
+        "ALL_ATTENTION_FUNCTIONS" in _code(core).co_names
+        and hasattr(core, "config")
+        and _eager(core) is not None
+    )
 
 
 def rotates(core: torch.nn.Module) -> bool:
-    """Whether a module that computes attention gives positions to its queries and keys by rotating them."""
+    """Whether a module that computes attention gives positions to its queries and keys by rotating
+    them.
+    """
     code = _code(core)
     names = {*code.co_names, *code.co_varnames}
     return any(word in name for name in names for word in ("rotary", "rope", "position_embeddings"))
@@ -50,9 +63,10 @@ def rotates(core: torch.nn.Module) -> bool:
 class Inside:
     """Reads the inside of one attention module while the context is open.
 
-    `wanted` holds names of values: `attn.hook_rot_q`, `attn.hook_rot_k`, `attn.hook_attn_scores`, `attn.hook_pattern`.
-    `read` gets queries and keys as (batch, position, heads, head size), scores and pattern as (batch, heads, position,
-    key), where keys are those that the layer holds. Raises HookError for what the module cannot show.
+    `wanted` holds names of values: `attn.hook_rot_q`, `attn.hook_rot_k`, `attn.hook_attn_scores`,
+    `attn.hook_pattern`. `read` gets queries and keys as (batch, position, heads, head size), scores
+    and pattern as (batch, heads, position, key), where keys are those that the layer holds. Raises
+    HookError for what the module cannot show.
     """
 
     def __init__(self, core: torch.nn.Module, wanted: Collection[str], read: Reader) -> None:
@@ -83,8 +97,12 @@ class Inside:
         else:
             core.forward = self._was
 
-    def call(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any) -> Any:
-        """Attention for the module at hand, as transformers' registry calls it; heads come before positions."""
+    def call(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+    ) -> Any:
+        """Attention for the module at hand, as transformers' registry calls it; heads come before
+        positions.
+        """
         if ROT_Q in self._wanted:
             self._read(ROT_Q, query.transpose(1, 2))
         if ROT_K in self._wanted:
@@ -93,14 +111,26 @@ class Inside:
         assert eager is not None
         if not self._wanted & {SCORES, PATTERN}:
             core: Any = self._core
-            ours, core.config = core.config, self._was  # the function at hand may look at its name there
+            ours, core.config = (
+                core.config,
+                self._was,
+            )  # the function at hand may look at its name there
             try:
-                usual = ALL_ATTENTION_FUNCTIONS.get_interface(core.config._attn_implementation, eager)
+                usual = ALL_ATTENTION_FUNCTIONS.get_interface(
+                    core.config._attn_implementation, eager
+                )
                 return usual(core, query, key, value, mask, **options)
             finally:
                 core.config = ours
         with _Softmax(keep_input=SCORES in self._wanted) as softmax:
-            output = eager(self._core, query, key, value, _additive(self._core, query, key, mask, options), **options)
+            output = eager(
+                self._core,
+                query,
+                key,
+                value,
+                _additive(self._core, query, key, mask, options),
+                **options,
+            )
         self._show(softmax, key.shape[2], query.dtype)
         return output
 
@@ -112,10 +142,14 @@ class Inside:
         return output
 
     def _show(self, softmax: "_Softmax", keys: int | None, dtype: torch.dtype) -> None:
-        """Hand on what softmax was given and gave. Columns beyond the keys are sinks, which no token has."""
+        """Hand on what softmax was given and gave. Columns beyond the keys are sinks, which no
+        token has.
+        """
         name = type(self._core).__name__
         if len(softmax.seen) != 1:
-            raise HookError(f"{name} took {len(softmax.seen)} softmaxes where one would be its attention pattern")
+            raise HookError(
+                f"{name} took {len(softmax.seen)} softmaxes where one would be its attention pattern"
+            )
         given, pattern = softmax.seen[0]
         if PATTERN in self._wanted:
             self._read(PATTERN, pattern[..., :keys].to(dtype))
@@ -127,7 +161,9 @@ class Inside:
 _open: WeakKeyDictionary[torch.nn.Module, Inside] = WeakKeyDictionary()
 
 
-def _dispatch(module: torch.nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+def _dispatch(
+    module: torch.nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
+) -> Any:
     return _open[module].call(query, key, value, attention_mask, **options)
 
 
@@ -135,7 +171,9 @@ AttentionInterface.register(OURS, _dispatch)
 
 
 class _Softmax(TorchFunctionMode):
-    """Sees every softmax over the last of four axes: what it gave and, if that is to be kept, what it was given."""
+    """Sees every softmax over the last of four axes: what it gave and, if that is to be kept, what
+    it was given.
+    """
 
     def __init__(self, keep_input: bool) -> None:
         super().__init__()
@@ -155,12 +193,17 @@ _SOFTMAX = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
 
 
 def _additive(
-    core: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, options: dict[str, Any]
+    core: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: Any,
+    options: dict[str, Any],
 ) -> torch.Tensor | None:
-    """The mask that eager attention adds to the scores, from the one that was made for another implementation.
+    """The mask that eager attention adds to the scores, from the one that was made for another
+    implementation.
 
-    A fused implementation gets a Boolean mask, or one of the padding alone, or none at all where it masks by itself.
-    Queries are the last tokens of the keys.
+    A fused implementation gets a Boolean mask, or one of the padding alone, or none at all where it
+    masks by itself. Queries are the last tokens of the keys.
     """
     if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.dtype != torch.bool:
         return mask
@@ -177,13 +220,17 @@ def _additive(
         said = options.get("is_causal")
         if getattr(core, "is_causal", True) if said is None else said:
             first = keys - queries
-            behind = torch.arange(first, keys, device=query.device)[:, None] - torch.arange(keys, device=query.device)
+            behind = torch.arange(first, keys, device=query.device)[:, None] - torch.arange(
+                keys, device=query.device
+            )
             window = options.get("sliding_window") or keys
             allowed = allowed & (behind >= 0) & (behind < window)
         if mask is not None:
             allowed = allowed & mask[:, None, None, -keys:].bool()
     least = torch.finfo(query.dtype).min
-    return torch.zeros(allowed.shape, dtype=query.dtype, device=query.device).masked_fill(~allowed, least)
+    return torch.zeros(allowed.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~allowed, least
+    )
 
 
 def _code(core: torch.nn.Module) -> Any:
@@ -193,5 +240,7 @@ def _code(core: torch.nn.Module) -> Any:
 def _eager(core: torch.nn.Module) -> Callable[..., Any] | None:
     """The eager attention function that a module's own file has."""
     forward: FunctionType = inspect.unwrap(type(core).forward)
-    name = next((n for n in forward.__code__.co_names if "eager" in n and n in forward.__globals__), None)
+    name = next(
+        (n for n in forward.__code__.co_names if "eager" in n and n in forward.__globals__), None
+    )
     return forward.__globals__[name] if name else None

@@ -1,7 +1,7 @@
 """Where a Hugging Face model keeps its blocks, and the numbers of its config.
 
-Blocks are found from what transformers declares (`_can_record_outputs`, `_no_split_modules`), not from a list of
-architectures.
+Blocks are found from what transformers declares (`_can_record_outputs`, `_no_split_modules`), not
+from a list of architectures.
 """
 
 from collections.abc import Iterator
@@ -40,15 +40,22 @@ class Architecture:
 def find_blocks(model: "PreTrainedModel") -> Architecture:
     """Find the blocks of a model. Raises ModelError where they cannot be told for certain.
 
-    They are the list of as many modules as the config says, of classes that transformers declares for the part of the
-    model that owns them. Where no list is so, any list of that length will do, or any of those classes; where more than
-    one is, a forward pass of three tokens says which one runs.
+    They are the list of as many modules as the config says, of classes that transformers declares
+    for the part of the model that owns them. Where no list is so, any list of that length will do,
+    or any of those classes; where more than one is, a forward pass of three tokens says which one
+    runs.
     """
     size = numbers(model.config)
     every = _module_lists(model)
-    lists = [(owner, blocks) for owner, blocks in every if len(blocks) in (size.num_blocks, _decoder_blocks(model))]
+    lists = [
+        (owner, blocks)
+        for owner, blocks in every
+        if len(blocks) in (size.num_blocks, _decoder_blocks(model))
+    ]
     declared = {name for owner, _ in every for name in _declared_block_classes(owner)}
-    found = [blocks for owner, blocks in lists if _declared(owner, blocks)] or [blocks for _, blocks in lists]
+    found = [blocks for owner, blocks in lists if _declared(owner, blocks)] or [
+        blocks for _, blocks in lists
+    ]
     found = found or [blocks for owner, blocks in every if _declared(owner, blocks)]
     if len(found) > 1:
         found = _those_that_run(model, found)
@@ -66,7 +73,9 @@ def _decoder_blocks(model: "PreTrainedModel") -> int:
 
 
 def _declared_block_classes(owner: "PreTrainedModel") -> set[str]:
-    """Names of the classes that transformers declares to give hidden states, or never to be split over devices."""
+    """Names of the classes that transformers declares to give hidden states, or never to be split
+    over devices.
+    """
     recorded: Any = (owner._can_record_outputs or {}).get("hidden_states")
     names = set(owner._no_split_modules or [])
     for entry in recorded if isinstance(recorded, list | tuple) else [recorded]:
@@ -81,7 +90,9 @@ def _declared(owner: "PreTrainedModel", blocks: list["torch.nn.Module"]) -> bool
     return all(type(block).__name__ in declared for block in blocks)
 
 
-def _module_lists(model: "PreTrainedModel") -> list[tuple["PreTrainedModel", list["torch.nn.Module"]]]:
+def _module_lists(
+    model: "PreTrainedModel",
+) -> list[tuple["PreTrainedModel", list["torch.nn.Module"]]]:
     """Every list of modules, with the innermost PreTrainedModel that it lies in."""
     import torch
     from transformers import PreTrainedModel
@@ -102,12 +113,18 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
 
 
-def _those_that_run(model: "PreTrainedModel", lists: list[list["torch.nn.Module"]]) -> list[list["torch.nn.Module"]]:
-    """The lists whose modules all run, on their own or within each other's outermost, in a pass of three tokens."""
+def _those_that_run(
+    model: "PreTrainedModel", lists: list[list["torch.nn.Module"]]
+) -> list[list["torch.nn.Module"]]:
+    """The lists whose modules all run, on their own or within each other's outermost, in a pass of
+    three tokens.
+    """
 
     ran: set[torch.nn.Module] = set()
     modules = {module for blocks in lists for module in blocks}
-    handles = [module.register_forward_hook(lambda module, *_: ran.add(module)) for module in modules]
+    handles = [
+        module.register_forward_hook(lambda module, *_: ran.add(module)) for module in modules
+    ]
     try:
         forward_three_tokens(model)
     finally:
@@ -141,4 +158,6 @@ def forward_three_tokens(model: nn.Module) -> None:
             pass
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
             words = " ".join(str(error).split())
-            raise ModelError(f"{type(model).__name__} cannot be run on token ids alone: {words}") from None
+            raise ModelError(
+                f"{type(model).__name__} cannot be run on token ids alone: {words}"
+            ) from None

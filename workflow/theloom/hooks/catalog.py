@@ -1,4 +1,6 @@
-"""Every hook point that a model has, with shapes: each is read once, in a forward pass of three tokens."""
+"""Every hook point that a model has, with shapes: each is read once, in a forward pass of three
+tokens.
+"""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -15,7 +17,9 @@ from theloom.hooks.taps import Taps
 
 
 def build_catalog(architecture: Architecture) -> Catalogue:
-    """What can be read from a model. Raises ModelError for one that does not run on token ids alone."""
+    """What can be read from a model. Raises ModelError for one that does not run on token ids
+    alone.
+    """
     anatomy = Anatomy.of(architecture)
     found = _known.get(architecture.model)
     if found is None or found[0] is not anatomy:
@@ -29,7 +33,9 @@ _known: WeakKeyDictionary[nn.Module, tuple[Anatomy, Catalogue]] = WeakKeyDiction
 def _read_all(architecture: Architecture, anatomy: Anatomy) -> Catalogue:
     refused = dict(anatomy.refused)
     shapes = _shapes(architecture, anatomy.points)
-    if shapes is None:  # the inside of attention ended the forward: without it, and then block by block
+    if (
+        shapes is None
+    ):  # the inside of attention ended the forward: without it, and then block by block
         inside = [p for p in anatomy.points if p.over_keys]
         rest = [p for p in anatomy.points if not p.over_keys]
         shapes = _shapes(architecture, rest) or {}
@@ -44,7 +50,9 @@ def _read_all(architecture: Architecture, anatomy: Anatomy) -> Catalogue:
     return Catalogue(points, refused)
 
 
-def _shapes(architecture: Architecture, points: Collection[HookPoint]) -> dict[str, tuple[int, ...]] | None:
+def _shapes(
+    architecture: Architecture, points: Collection[HookPoint]
+) -> dict[str, tuple[int, ...]] | None:
     """The shape of a token's row by hook point; None where a forward with these taps fails."""
     over_keys = {p.name for p in points if p.over_keys}
     found: dict[str, tuple[int, ...]] = {}

@@ -28,7 +28,9 @@ class Flow:
         with ExitStack() as opened:
             for module in model.modules():
                 if module is not model:
-                    opened.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                    opened.callback(
+                        module.register_forward_pre_hook(self._before, with_kwargs=True).remove
+                    )
                     opened.callback(module.register_forward_hook(self._after).remove)
             for block in architecture.blocks:
                 attn = find_attention(block)
@@ -39,7 +41,9 @@ class Flow:
         self._norms = {m: Norm(m, self._in[m]) for m in self.ran if is_norm(m) and m in self._in}
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module not in self._in and any(isinstance(v, torch.Tensor) for v in (*args, *kwargs.values())):
+        if module not in self._in and any(
+            isinstance(v, torch.Tensor) for v in (*args, *kwargs.values())
+        ):
             self._in[module] = Site.input(args, kwargs)
         self.ran.append(module)
 
@@ -52,7 +56,9 @@ class Flow:
     def _meet(self, core: nn.Module) -> Callable[[str, torch.Tensor], None]:
         def read(name: str, value: torch.Tensor) -> None:
             heads, kv_heads = self.heads.get(core, (0, 0))
-            self.heads[core] = (value.shape[2], kv_heads) if name == ROT_Q else (heads, value.shape[2])
+            self.heads[core] = (
+                (value.shape[2], kv_heads) if name == ROT_Q else (heads, value.shape[2])
+            )
             if name == ROT_Q:
                 self.head_size[core] = value.shape[3]
 
@@ -75,12 +81,19 @@ class Flow:
     def norm_to(self, value: int, block: nn.Module) -> Norm | None:
         """The norm of a block that a value comes from."""
         norms = self._norms.items()
-        return next((n for m, n in norms if value and self.output(m) == value and self.inside(m, block)), None)
+        return next(
+            (n for m, n in norms if value and self.output(m) == value and self.inside(m, block)),
+            None,
+        )
 
     def norm_of(self, value: int, outside: bool = False) -> Norm | None:
         """The norm that takes a value, within a block or outside of all."""
         return next(
-            (n for m, n in self._norms.items() if value and self.input(m) == value and outside != self.in_a_block(m)),
+            (
+                n
+                for m, n in self._norms.items()
+                if value and self.input(m) == value and outside != self.in_a_block(m)
+            ),
             None,
         )
 

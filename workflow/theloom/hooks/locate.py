@@ -1,8 +1,9 @@
 """Where the values of hook points are in a Hugging Face model.
 
-Projections are known by the names that transformers uses for them (`conventions`). Which norm comes before
-what, and whether attention and MLP run one after the other, is seen in a forward pass of three tokens: by which
-module's output is which one's input. What a model has not, or has in another meaning, is refused with the reason.
+Projections are known by the names that transformers uses for them (`conventions`). Which norm comes
+before what, and whether attention and MLP run one after the other, is seen in a forward pass of
+three tokens: by which module's output is which one's input. What a model has not, or has in another
+meaning, is refused with the reason.
 """
 
 import re
@@ -51,7 +52,9 @@ from theloom.hooks.sites import Norm, Site, by_head, columns, grouped, whole
 
 @dataclass
 class Anatomy:
-    """The sites of all hook points that a model has, by name, and the reasons for those that it has not."""
+    """The sites of all hook points that a model has, by name, and the reasons for those that it has
+    not.
+    """
 
     final_norm: nn.Module | None = None
     sites: dict[str, Site] = field(default_factory=dict)
@@ -61,7 +64,9 @@ class Anatomy:
 
     @staticmethod
     def of(architecture: Architecture) -> "Anatomy":
-        """The anatomy of a model, found once as long as its modules are the same. Raises ModelError."""
+        """The anatomy of a model, found once as long as its modules are the same. Raises
+        ModelError.
+        """
         signature = tuple(map(id, architecture.model.modules()))
         found = _known.get(architecture.model)
         if found is None or found.signature != signature:
@@ -72,7 +77,9 @@ class Anatomy:
     def site(self, asked: HookPoint) -> Site:
         """Where a hook point is. Raises HookError for one that the model has not."""
         if asked.name not in self.sites:
-            raise HookError(f"{asked.name}: {self.refused.get(asked.name, 'this model has no such hook point')}")
+            raise HookError(
+                f"{asked.name}: {self.refused.get(asked.name, 'this model has no such hook point')}"
+            )
         return self.sites[asked.name]
 
 
@@ -93,7 +100,9 @@ def _find(architecture: Architecture) -> Anatomy:
         found.final_norm = norm.module
     final = _norm_sites(norm, "no norm takes the last block's output")
     unloaded = range(len(architecture.loaded), count)
-    organs += [(number, value, "its block is not loaded") for number in unloaded for value in IN_BLOCK]
+    organs += [
+        (number, value, "its block is not loaded") for number in unloaded for value in IN_BLOCK
+    ]
     organs += [(count, value, where) for value, where in zip(AFTER_BLOCKS, final, strict=True)]
     for block_number, value, where in organs:
         new = point(value, block_number, count, ())
@@ -113,11 +122,15 @@ def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
         if isinstance(module, nn.Embedding) and module is not embedding and module in flow.ran
         if re.search(r"wpe|position", name) and not flow.in_a_block(module)
     ]
-    norm = flow.norm_of(flow.output(embedding), outside=True)  # counted to the embedding, where there is one
+    norm = flow.norm_of(
+        flow.output(embedding), outside=True
+    )  # counted to the embedding, where there is one
     embed = Site(embedding if norm is None else norm.module, "output")
     return {
         "hook_embed": embed if embedding in flow.ran else "its embedding is not a module that runs",
-        "hook_pos_embed": Site(positions[0], "output") if len(positions) == 1 else NO_LEARNED_POSITIONS,
+        "hook_pos_embed": Site(positions[0], "output")
+        if len(positions) == 1
+        else NO_LEARNED_POSITIONS,
     }
 
 
@@ -140,7 +153,9 @@ class _Block:
         self._block, self._flow = block, flow
         self._attention = find_attention(block)
         self._mlp = find_mlp(block, self._attention)
-        self._entry: Any = self._mlp if self._mlp is not None else first_linear(block, self._attention)
+        self._entry: Any = (
+            self._mlp if self._mlp is not None else first_linear(block, self._attention)
+        )
         self._before_attention = flow.input(self._attention)
         self._before_mlp = flow.input(self._entry)
         self._ln1 = flow.norm_to(self._before_attention, block)
@@ -152,8 +167,14 @@ class _Block:
         found["hook_resid_pre"] = Site(block, "input")
         found["hook_resid_post"] = Site(block, "output")
         found |= self._norms()
-        found |= self._of_attention() if attn is not None else _none("attn.", "this block has no attention")
-        found["hook_attn_out"] = self._out(attn, leaf(attn, ATTENTION_OUTPUT), "this block has no attention")
+        found |= (
+            self._of_attention()
+            if attn is not None
+            else _none("attn.", "this block has no attention")
+        )
+        found["hook_attn_out"] = self._out(
+            attn, leaf(attn, ATTENTION_OUTPUT), "this block has no attention"
+        )
         found |= self._neurons()
         last = self._last_linear()
         found["hook_mlp_out"] = self._out(mlp, last, "its MLP is not one that TheLoom knows")
@@ -165,16 +186,24 @@ class _Block:
         flow, ln1, ln2 = self._flow, self._ln1, self._ln2
         found: dict[str, Site | str] = {}
         reason = POST_NORM if ln1 is None else ""
-        parallel = ln1 is not None and ln2 is not None and flow.input(ln2.module) == flow.input(self._block)
+        parallel = (
+            ln1 is not None
+            and ln2 is not None
+            and flow.input(ln2.module) == flow.input(self._block)
+        )
         shared = ln1 is not None and ln2 is not None and ln2.module is ln1.module
         for name, norm in (("ln1", ln1), ("ln2", None if shared else ln2)):
-            why = reason or ("attention and MLP share one norm" if shared else "no norm leads into its MLP")
+            why = reason or (
+                "attention and MLP share one norm" if shared else "no norm leads into its MLP"
+            )
             pair = _norm_sites(None if reason else norm, why)
             found |= dict(zip((f"{name}.hook_scale", f"{name}.hook_normalized"), pair, strict=True))
         if ln1 is None and ln2 is None and self._before_mlp:
             found["hook_resid_mid"] = Site(self._entry, "input")
         elif ln1 is None or ln2 is None:
-            found["hook_resid_mid"] = reason or "the residual between attention and MLP is no module's input"
+            found["hook_resid_mid"] = (
+                reason or "the residual between attention and MLP is no module's input"
+            )
         elif parallel or shared:
             found["hook_resid_mid"] = "its attention and MLP run in parallel"
         else:
@@ -182,11 +211,15 @@ class _Block:
         return found
 
     def _out(self, module: nn.Module | None, last: nn.Module | None, reason: str) -> Site | str:
-        """What attention or MLP adds to the residual: its output, or that of the norm which takes it."""
+        """What attention or MLP adds to the residual: its output, or that of the norm which takes
+        it.
+        """
         if module is None:
             return reason
         if adds_residual(module):
-            return Site(last, "output") if last is not None else "it comes out with the residual added"
+            return (
+                Site(last, "output") if last is not None else "it comes out with the residual added"
+            )
         after = self._flow.norm_of(self._flow.output(module))
         if after is not None and self._flow.inside(after.module, self._block):
             return Site(after.module, "output")
@@ -236,10 +269,17 @@ class _Block:
             for name, module, n in zip(names, separate, (heads, kv, kv), strict=False):
                 found[name] = Site(module, "output", by_head(n))
             return found
-        fused = next(((n, m) for n in FUSED_QUERY_KEY_VALUE if (m := leaf(attn, (n,))) is not None), None)
+        fused = next(
+            ((n, m) for n in FUSED_QUERY_KEY_VALUE if (m := leaf(attn, (n,))) is not None), None
+        )
         width = self._flow.width_out(fused[1]) if fused else 0
         size = z // heads
-        if fused is None or not width or type(attn).__name__ in SCRAMBLED or (width // size - heads) % 2:
+        if (
+            fused is None
+            or not width
+            or type(attn).__name__ in SCRAMBLED
+            or (width // size - heads) % 2
+        ):
             reason = f"{type(attn).__name__} has its queries, keys and values in a projection of another kind"
             return found | dict.fromkeys(names[:3], reason)
         kv_heads = (width // size - heads) // 2
@@ -247,8 +287,14 @@ class _Block:
         if type(attn).__name__ == "GPTBigCodeAttention" and kv_heads == heads:
             layout = BY_HEADS
         ends = [heads * size, (heads + kv_heads) * size, (heads + 2 * kv_heads) * size]
-        for name, start, stop, n in zip(names, [0, *ends], ends, (heads, kv_heads, kv_heads), strict=False):
-            read = columns(start, stop, n) if layout == IN_A_ROW else grouped(heads, kv_heads, size, name[-1])
+        for name, start, stop, n in zip(
+            names, [0, *ends], ends, (heads, kv_heads, kv_heads), strict=False
+        ):
+            read = (
+                columns(start, stop, n)
+                if layout == IN_A_ROW
+                else grouped(heads, kv_heads, size, name[-1])
+            )
             found[name] = Site(fused[1], "output", read)
         return found
 
@@ -261,13 +307,26 @@ class _Block:
         ungated = "its MLP has no gate"
         if three := next((m for m in (leaves(home, n, exclude) for n in GATE_UP_DOWN) if m), None):
             gate, up, down = three
-            return dict(zip(names, (Site(gate, "output"), Site(up, "output"), Site(down, "input")), strict=True))
-        if two := next((m for m in (leaves(home, n, exclude) for n in GATE_AND_UP_IN_ONE) if m), None):
+            return dict(
+                zip(
+                    names,
+                    (Site(gate, "output"), Site(up, "output"), Site(down, "input")),
+                    strict=True,
+                )
+            )
+        if two := next(
+            (m for m in (leaves(home, n, exclude) for n in GATE_AND_UP_IN_ONE) if m), None
+        ):
             half = self._flow.width_out(two[0]) // 2
-            both = (Site(two[0], "output", columns(0, half)), Site(two[0], "output", columns(half, 2 * half)))
+            both = (
+                Site(two[0], "output", columns(0, half)),
+                Site(two[0], "output", columns(half, 2 * half)),
+            )
             return dict(zip(names, (*both, Site(two[1], "input")), strict=True))
         if two := next((m for m in (leaves(home, n, exclude) for n in UP_DOWN) if m), None):
-            return dict(zip(names, (Site(two[0], "output"), ungated, Site(two[1], "input")), strict=True))
+            return dict(
+                zip(names, (Site(two[0], "output"), ungated, Site(two[1], "input")), strict=True)
+            )
         return dict.fromkeys(names, "its MLP is not one that TheLoom knows")
 
     def _last_linear(self) -> nn.Module | None:

@@ -1,4 +1,6 @@
-"""What transformers calls the parts of a block: the small tables of names, and finding modules by them."""
+"""What transformers calls the parts of a block: the small tables of names, and finding modules by
+them.
+"""
 
 import re
 
@@ -16,11 +18,17 @@ QUERY_KEY_VALUE = (
 )
 
 
-# by heads: for each key head its queries, then its key, then its value; else all queries, all keys, all values
+# by heads: for each key head its queries, then its key, then its value; else all queries, all keys,
+# all values
 IN_A_ROW, BY_HEADS = "in a row", "by heads"
 
 
-FUSED_QUERY_KEY_VALUE = {"c_attn": IN_A_ROW, "qkv_proj": IN_A_ROW, "Wqkv": IN_A_ROW, "query_key_value": BY_HEADS}
+FUSED_QUERY_KEY_VALUE = {
+    "c_attn": IN_A_ROW,
+    "qkv_proj": IN_A_ROW,
+    "Wqkv": IN_A_ROW,
+    "query_key_value": BY_HEADS,
+}
 
 
 ATTENTION_OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo")
@@ -56,9 +64,17 @@ def find_attention(block: nn.Module) -> nn.Module | None:
     """The self-attention of a block."""
     for name, module in block.named_modules():
         last = name.rpartition(".")[2]
-        if name.count(".") > 1 or is_norm(module) or re.search(r"cross|encoder_attn|x_attn", name) or not name:
+        if (
+            name.count(".") > 1
+            or is_norm(module)
+            or re.search(r"cross|encoder_attn|x_attn", name)
+            or not name
+        ):
             continue
-        named = last in ("attn", "self_attn", "attention", "self_attention") or "Attention" in type(module).__name__
+        named = (
+            last in ("attn", "self_attn", "attention", "self_attention")
+            or "Attention" in type(module).__name__
+        )
         if named and "norm" not in last and len([*module.parameters(), *module.buffers()]):
             return module
     return None
@@ -78,13 +94,24 @@ def find_core(attn: nn.Module) -> nn.Module | None:
 
 def looks_causal(architecture: Architecture) -> bool:
     """Whether no block's self-attention says that it sees to the right; `trial` is what shows it."""
-    cores = [find_core(attn) for block in architecture.blocks if (attn := find_attention(block)) is not None]
+    cores = [
+        find_core(attn)
+        for block in architecture.blocks
+        if (attn := find_attention(block)) is not None
+    ]
     return not any(getattr(core, "is_causal", None) is False for core in cores)
 
 
 def find_mlp(block: nn.Module, attn: nn.Module | None) -> nn.Module | None:
     """The MLP of a block where it is one module."""
-    return next((m for name in MLP if isinstance(m := getattr(block, name, None), nn.Module) and m is not attn), None)
+    return next(
+        (
+            m
+            for name in MLP
+            if isinstance(m := getattr(block, name, None), nn.Module) and m is not attn
+        ),
+        None,
+    )
 
 
 def first_linear(block: nn.Module, attn: nn.Module | None) -> nn.Module | None:
@@ -104,11 +131,17 @@ def leaf(home: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:
     return None
 
 
-def leaves(home: nn.Module, names: tuple[str, ...], exclude: nn.Module | None = None) -> list[nn.Module] | None:
-    """The modules within another, directly or one below, that have all of these names; None if any is missing."""
+def leaves(
+    home: nn.Module, names: tuple[str, ...], exclude: nn.Module | None = None
+) -> list[nn.Module] | None:
+    """The modules within another, directly or one below, that have all of these names; None if any
+    is missing.
+    """
     outside = set() if exclude is None else set(exclude.modules())
     modules = {n: m for n, m in home.named_modules() if m not in outside}
-    prefixes = sorted({n.rpartition(names[0])[0] for n in modules if f".{n}".endswith(f".{names[0]}")}, key=len)
+    prefixes = sorted(
+        {n.rpartition(names[0])[0] for n in modules if f".{n}".endswith(f".{names[0]}")}, key=len
+    )
     for prefix in prefixes:
         found = [modules.get(prefix + name) for name in names]
         if all(found):
@@ -119,9 +152,14 @@ def leaves(home: nn.Module, names: tuple[str, ...], exclude: nn.Module | None = 
 def heads_of(core: nn.Module) -> tuple[int, int]:
     """Heads of queries and of keys, from a module's own numbers or its config's."""
     places = [core, getattr(core, "config", None)]
-    heads = next((getattr(p, n) for p in places for n in HEADS if isinstance(getattr(p, n, None), int)), 0)
+    heads = next(
+        (getattr(p, n) for p in places for n in HEADS if isinstance(getattr(p, n, None), int)), 0
+    )
     names = ("num_kv_heads", "num_key_value_heads")
-    return heads, next((getattr(p, n) for p in places for n in names if isinstance(getattr(p, n, None), int)), heads)
+    return heads, next(
+        (getattr(p, n) for p in places for n in names if isinstance(getattr(p, n, None), int)),
+        heads,
+    )
 
 
 def adds_residual(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Hook points: TransformerLens names for values of a Hugging Face model.
 
-A name says where in the model a value is. `anatomy` finds which of them a model has, `select` turns a filter into hook
-points, and `taps` reads their values during a forward pass.
+A name says where in the model a value is. `anatomy` finds which of them a model has, `select` turns
+a filter into hook points, and `taps` reads their values during a forward pass.
 """
 
 import difflib
@@ -51,10 +51,11 @@ IN_BLOCK = (
 AFTER_BLOCKS = ("ln_final.hook_scale", "ln_final.hook_normalized")
 
 
-# values that take memory of their own to read; the others are tensors that the model has made anyway
-COMPUTED = frozenset({"ln1.hook_scale", "ln1.hook_normalized", "ln2.hook_scale", "ln2.hook_normalized"}) | frozenset(
-    {SCORES, PATTERN, *AFTER_BLOCKS}
-)
+# values that take memory of their own to read; the others are tensors that the model has made
+# anyway
+COMPUTED = frozenset(
+    {"ln1.hook_scale", "ln1.hook_normalized", "ln2.hook_scale", "ln2.hook_normalized"}
+) | frozenset({SCORES, PATTERN, *AFTER_BLOCKS})
 
 
 NO_LEARNED_POSITIONS = "it has no learned positions"
@@ -65,10 +66,11 @@ POST_NORM = "no norm comes before its attention, so that the norms it has see so
 
 @dataclass(frozen=True)
 class HookPoint:
-    """One hook point of a model: its name, its block, which value of the block, and the shape of a token's row.
+    """One hook point of a model: its name, its block, which value of the block, and the shape of a
+    token's row.
 
-    `block` is -1 before the first block, and the number of blocks after the last. `shape` leaves out the axis of the
-    keys, which attention scores and patterns have as their last.
+    `block` is -1 before the first block, and the number of blocks after the last. `shape` leaves
+    out the axis of the keys, which attention scores and patterns have as their last.
     """
 
     name: str
@@ -102,7 +104,9 @@ class HookPoint:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The hook points of a model, in the order of its forward pass, and by name the reason for each that it has not."""
+    """The hook points of a model, in the order of its forward pass, and by name the reason for each
+    that it has not.
+    """
 
     points: list[HookPoint]
     refused: dict[str, str]
@@ -120,7 +124,11 @@ def point(value: str, block: int, num_blocks: int, shape: Sequence[int]) -> Hook
 
 def residual_points(num_blocks: int, hidden_size: int) -> list[HookPoint]:
     """The residual stream before and after every block."""
-    return [point(value, block, num_blocks, [hidden_size]) for block in range(num_blocks) for value in RESIDUALS]
+    return [
+        point(value, block, num_blocks, [hidden_size])
+        for block in range(num_blocks)
+        for value in RESIDUALS
+    ]
 
 
 def llama_catalog(size: Numbers) -> Catalogue:
@@ -154,11 +162,12 @@ def llama_catalog(size: Numbers) -> Catalogue:
 def select_points(
     filters: Iterable[str], points: Sequence[HookPoint], refused: Mapping[str, str] | None = None
 ) -> list[HookPoint]:
-    """The hook points that a filter asks for, in the order of the model; an empty filter asks for all.
+    """The hook points that a filter asks for, in the order of the model; an empty filter asks for
+    all.
 
-    An entry is an exact name or a glob (`*`, `?`); `blocks.-1.` counts from the last block. Raises HookError for an
-    entry that names nothing: with the reason where this model's architecture has not the hook point (`refused`, by
-    name), else with near matches.
+    An entry is an exact name or a glob (`*`, `?`); `blocks.-1.` counts from the last block. Raises
+    HookError for an entry that names nothing: with the reason where this model's architecture has
+    not the hook point (`refused`, by name), else with near matches.
     """
     entries = list(filters)
     if not entries:
@@ -170,7 +179,10 @@ def select_points(
         pattern = _from_the_end(entry, num_blocks)
         matched = {p.name for p in points if fnmatchcase(p.name, _literal_brackets(pattern))}
         if not matched:
-            reason = next((r for name, r in refused.items() if fnmatchcase(name, _literal_brackets(pattern))), None)
+            reason = next(
+                (r for name, r in refused.items() if fnmatchcase(name, _literal_brackets(pattern))),
+                None,
+            )
             raise HookError(
                 f"hook point {entry!r} is not to be had from this model: {reason}"
                 if reason
@@ -181,13 +193,17 @@ def select_points(
 
 
 def check_names(filters: Iterable[str]) -> None:
-    """That a filter's entries can name something in some model, however many blocks it has. Raises HookError."""
+    """That a filter's entries can name something in some model, however many blocks it has. Raises
+    HookError.
+    """
     values = {*BEFORE_BLOCKS, *AFTER_BLOCKS, *(f"blocks.0.{value}" for value in IN_BLOCK)}
     for entry in filters:
         pattern = re.sub(r"^blocks\.-?\d+\.", "blocks.0.", entry)
         if not any(fnmatchcase(name, _literal_brackets(pattern)) for name in values):
             near = next(iter(difflib.get_close_matches(pattern, sorted(values), n=1)), None)
-            hint = f"; did you mean {near.replace('blocks.0.', 'blocks.{block}.')!r}?" if near else ""
+            hint = (
+                f"; did you mean {near.replace('blocks.0.', 'blocks.{block}.')!r}?" if near else ""
+            )
             raise HookError(f"{entry!r} names no hook point of any model{hint}")
 
 
@@ -207,12 +223,18 @@ def _unknown(entry: str, pattern: str, points: Sequence[HookPoint], num_blocks: 
     glob = "*" in entry or "?" in entry
     asked = f"hook filter {entry!r} matches nothing" if glob else f"unknown hook point {entry!r}"
     near = _near(pattern, points, num_blocks)
-    hint = f"did you mean {near!r}?" if near else f"its hook points are like {points[0].name!r}, {points[-1].name!r}"
+    hint = (
+        f"did you mean {near!r}?"
+        if near
+        else f"its hook points are like {points[0].name!r}, {points[-1].name!r}"
+    )
     return f"{asked} (this model has {num_blocks} blocks, 0 to {num_blocks - 1}); {hint}"
 
 
 def _near(pattern: str, points: Sequence[HookPoint], num_blocks: int) -> str | None:
-    """The nearest name: a block number past the end counts as the last one; then the spelling of the value decides."""
+    """The nearest name: a block number past the end counts as the last one; then the spelling of
+    the value decides.
+    """
     match = re.match(r"blocks\.(-?\d+)\.(.*)", pattern)
     if not match:
         return next(iter(difflib.get_close_matches(pattern, [p.name for p in points], n=1)), None)

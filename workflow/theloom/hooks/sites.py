@@ -17,7 +17,9 @@ Read = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 @dataclass(frozen=True)
 class Site:
-    """Where a value is: a module's input or output, or inside an attention module; and how to read it there."""
+    """Where a value is: a module's input or output, or inside an attention module; and how to read
+    it there.
+    """
 
     module: nn.Module
     place: str  # input, output, inside
@@ -31,11 +33,17 @@ class Site:
     @staticmethod
     def output(output: Any) -> torch.Tensor:
         """The first tensor that a module returns."""
-        return output if isinstance(output, torch.Tensor) else next(v for v in output if isinstance(v, torch.Tensor))
+        return (
+            output
+            if isinstance(output, torch.Tensor)
+            else next(v for v in output if isinstance(v, torch.Tensor))
+        )
 
 
 def whole(value: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """(batch, position, width), also where the module sees all tokens in a row, or one sequence for all."""
+    """(batch, position, width), also where the module sees all tokens in a row, or one sequence for
+    all.
+    """
     if tuple(value.shape[:-1]) == batch:
         return value
     if value.numel() == batch[1] * value.shape[-1]:
@@ -85,21 +93,26 @@ def is_norm(module: nn.Module) -> bool:
 
 
 class Norm:
-    """A norm, with an input that it has had: `scale` and `normalized` are what TransformerLens calls so.
+    """A norm, with an input that it has had: `scale` and `normalized` are what TransformerLens
+    calls so.
 
-    Whether it subtracts the mean is seen by its behaviour: then a shift of the input changes nothing. `problem` says
-    why the two cannot be had, and is empty where they can.
+    Whether it subtracts the mean is seen by its behaviour: then a shift of the input changes
+    nothing. `problem` says why the two cannot be had, and is empty where they can.
     """
 
     def __init__(self, module: nn.Module, example: torch.Tensor) -> None:
         self.module = module
-        eps = next((getattr(module, n) for n in EPS if isinstance(getattr(module, n, None), float)), None)
+        eps = next(
+            (getattr(module, n) for n in EPS if isinstance(getattr(module, n, None), float)), None
+        )
         self._eps = 0.0 if eps is None else eps
         self.problem = f"the epsilon of {type(module).__name__} is not known" if eps is None else ""
         self._centres = self._is_centred(example)
 
     def _is_centred(self, example: torch.Tensor) -> bool:
-        by_name = isinstance(self.module, nn.LayerNorm) or "rms" not in type(self.module).__name__.lower()
+        by_name = (
+            isinstance(self.module, nn.LayerNorm) or "rms" not in type(self.module).__name__.lower()
+        )
         weights = [*self.module.parameters(), example]
         if type(example) is not torch.Tensor or any(w.is_meta for w in weights):
             return by_name  # shapes alone
@@ -114,11 +127,15 @@ class Norm:
         if not isinstance(found, torch.Tensor):
             self.problem = f"{type(self.module).__name__} is not a function of one tensor"
             return by_name
-        change = float((shifted - found).float().abs().max() / found.float().abs().max().clamp_min(1e-30))
+        change = float(
+            (shifted - found).float().abs().max() / found.float().abs().max().clamp_min(1e-30)
+        )
         return change < 0.2
 
     def scale(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, 1): the root of the mean square, and of epsilon; of what is left of x without its mean, for LayerNorm."""
+        """(…, 1): the root of the mean square, and of epsilon; of what is left of x without its
+        mean, for LayerNorm.
+        """
         return self._centred(x).pow(2).mean(-1, keepdim=True).add(self._eps).sqrt().to(x.dtype)
 
     def normalized(self, x: torch.Tensor) -> torch.Tensor:

@@ -25,10 +25,12 @@ class _DeepestReached(Exception):  # noqa: N818
 
 
 class Taps:
-    """Reads hook points during forward passes: `sink(name, tensor)` is called as soon as a value exists.
+    """Reads hook points during forward passes: `sink(name, tensor)` is called as soon as a value
+    exists.
 
-    The tensor is the model's own: copy what is kept, since later operations may write to it and a view keeps the whole
-    alive. `run` calls the model and ends its forward after the deepest block asked for. The model is left as it was.
+    The tensor is the model's own: copy what is kept, since later operations may write to it and a
+    view keeps the whole alive. `run` calls the model and ends its forward after the deepest block
+    asked for. The model is left as it was.
     """
 
     def __init__(self, architecture: Architecture, points: Sequence[HookPoint], sink: Sink) -> None:
@@ -40,7 +42,9 @@ class Taps:
         self._over_keys = any(p.over_keys for p in points)
 
     def __enter__(self) -> "Taps":
-        sites = [(point, self._site(point)) for point in self._points]  # before any hook: it may run the model
+        sites = [
+            (point, self._site(point)) for point in self._points
+        ]  # before any hook: it may run the model
         inside: dict[torch.nn.Module, dict[str, str]] = {}
         with ExitStack() as opened:  # closed again if a tap cannot be placed
             for point, site in sites:
@@ -53,11 +57,15 @@ class Taps:
             self._open = opened.pop_all()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._open.close()
 
     def run(self, **inputs: Any) -> None:
-        """One forward pass of the model, up to the deepest block asked for. Raises HookError for what was not read."""
+        """One forward pass of the model, up to the deepest block asked for. Raises HookError for
+        what was not read.
+        """
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         cache = inputs.get("past_key_values")
         self._batch = (tokens.shape[0], tokens.shape[1]) if tokens is not None else (0, 0)
@@ -71,10 +79,13 @@ class Taps:
             return
         finally:
             stop.remove()
-        raise HookError(f"the forward pass of {type(self.architecture.model).__name__} did not reach its own blocks")
+        raise HookError(
+            f"the forward pass of {type(self.architecture.model).__name__} did not reach its own blocks"
+        )
 
     def through(self, part: Callable[[], T], batch: tuple[int, int], seen: int = 0) -> T:
-        """Run a part of the model that has all of these hook points, over so many (windows, positions), to its end.
+        """Run a part of the model that has all of these hook points, over so many (windows,
+        positions), to its end.
 
         `seen`: the positions that came before. Raises HookError for what was not read.
         """
@@ -88,7 +99,9 @@ class Taps:
         missing = [p.name for p in self._points if p.name not in self._read]
         if missing:
             name = type(self.architecture.model).__name__
-            raise HookError(f"{missing[0]}: was not reached in the forward pass of {name}") from None
+            raise HookError(
+                f"{missing[0]}: was not reached in the forward pass of {name}"
+            ) from None
 
     def _hook(self, name: str, site: Site) -> Any:
         if site.place == "input":
@@ -106,7 +119,9 @@ class Taps:
     def _inside(self, names: dict[str, str]) -> Callable[[str, torch.Tensor], None]:
         def read(value: str, tensor: torch.Tensor) -> None:
             if value in (SCORES, PATTERN):
-                missing = self._seen + self._batch[1] - tensor.shape[3]  # keys that a sliding window has let go
+                missing = (
+                    self._seen + self._batch[1] - tensor.shape[3]
+                )  # keys that a sliding window has let go
                 if missing > 0:
                     fill = -torch.inf if value == SCORES else 0.0
                     tensor = torch.nn.functional.pad(tensor, (missing, 0), value=fill)
@@ -120,14 +135,19 @@ class Taps:
 
     def _site(self, point: HookPoint) -> Site:
         if point.value in RESIDUALS:  # known without a look at the block's inside
-            return Site(self.architecture.blocks[point.block], "input" if point.value == RESIDUALS[0] else "output")
+            return Site(
+                self.architecture.blocks[point.block],
+                "input" if point.value == RESIDUALS[0] else "output",
+            )
         return Anatomy.of(self.architecture).site(point)
 
     def _stop_after(self, deepest: int) -> Any:
         blocks = self.architecture.blocks
         if deepest < 0:
             return blocks[0].register_forward_pre_hook(_stop)
-        last = Anatomy.of(self.architecture).final_norm if deepest == len(blocks) else blocks[deepest]
+        last = (
+            Anatomy.of(self.architecture).final_norm if deepest == len(blocks) else blocks[deepest]
+        )
         assert last is not None
         return last.register_forward_hook(_stop)
 

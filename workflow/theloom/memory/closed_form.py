@@ -1,9 +1,11 @@
-"""Memory of Llama-like models in closed form: the same numbers as the trace, at once, without torch.
+"""Memory of Llama-like models in closed form: the same numbers as the trace, at once, without
+torch.
 
-Symbols as in the field: h width of the residual stream, I of the MLP, H query and K key heads of size d, L blocks run,
-b windows, c tokens of a step, T tokens of the KV cache at the last step, e bytes of an element. The formulas list what
-is alive at the moments that can be the peak: the end of the gated MLP, the rotation of queries and keys, the growth of
-the KV cache, and the attention over it.
+Symbols as in the field: h width of the residual stream, I of the MLP, H query and K key heads of
+size d, L blocks run, b windows, c tokens of a step, T tokens of the KV cache at the last step, e
+bytes of an element. The formulas list what is alive at the moments that can be the peak: the end of
+the gated MLP, the rotation of queries and keys, the growth of the KV cache, and the attention over
+it.
 """
 
 from collections.abc import Collection
@@ -28,7 +30,9 @@ def covers(size: Numbers) -> bool:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Elements of a model: linear layers of all blocks, everything else in the base model, and the LM head."""
+    """Elements of a model: linear layers of all blocks, everything else in the base model, and the
+    LM head.
+    """
 
     linear: int
     output_rows: int  # rows of all linear layers together
@@ -45,7 +49,9 @@ def parameters(size: Numbers, tied: bool) -> Parameters:
     """Counts of a Llama-like model."""
     h, q, kv = size.hidden_size, size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
     block = h * (2 * q + 2 * kv) + 3 * h * size.intermediate_size
-    norms = {"qwen3": 2 * h + 2 * size.head_dim, "olmo2": 2 * h + q + kv}.get(size.model_type, 2 * h)
+    norms = {"qwen3": 2 * h + 2 * size.head_dim, "olmo2": 2 * h + q + kv}.get(
+        size.model_type, 2 * h
+    )
     biases = q + 2 * kv if size.model_type == "qwen2" else 0
     embedding = size.vocab_size * h
     return Parameters(
@@ -58,7 +64,9 @@ def parameters(size: Numbers, tied: bool) -> Parameters:
 
 
 def weights(size: Numbers, kind: Kind, blocks: int | None = None, final_norm: bool = True) -> int:
-    """Bytes of the base model, without LM head, with its two rotary tables in FP32; of the first `blocks` alone."""
+    """Bytes of the base model, without LM head, with its two rotary tables in FP32; of the first
+    `blocks` alone.
+    """
     if blocks is not None:
         size = replace(size, num_blocks=blocks)
     counts, e = parameters(size, tied=True), BYTES[kind.precision]
@@ -71,24 +79,44 @@ def weights(size: Numbers, kind: Kind, blocks: int | None = None, final_norm: bo
     return linear + other * e + 2 * 4 * (size.head_dim // 2)
 
 
-def forward(size: Numbers, kind: Kind, workload: Workload, blocks: int, held: Collection[int] = ()) -> Parts:
+def forward(
+    size: Numbers, kind: Kind, workload: Workload, blocks: int, held: Collection[int] = ()
+) -> Parts:
     """The peak of one forward pass over the first `blocks` blocks, with fused attention.
 
-    `held` are residuals that are kept until the end: 0 is the token embedding, k the output of block k − 1.
+    `held` are residuals that are kept until the end: 0 is the token embedding, k the output of
+    block k − 1.
     """
     steps = list(zip(accumulate(workload.steps), workload.steps, strict=True))
     cached = len(steps) > 1
     last_two = steps[-2:]  # the last may be a short one
-    peaks = [_step(size, kind, workload.windows, tokens, end, cached, blocks, held) for end, tokens in last_two]
+    peaks = [
+        _step(size, kind, workload.windows, tokens, end, cached, blocks, held)
+        for end, tokens in last_two
+    ]
     return max(peaks, key=lambda parts: parts.total)
 
 
 def _step(
-    size: Numbers, kind: Kind, windows: int, tokens: int, end: int, cached: bool, blocks: int, held: Collection[int]
+    size: Numbers,
+    kind: Kind,
+    windows: int,
+    tokens: int,
+    end: int,
+    cached: bool,
+    blocks: int,
+    held: Collection[int],
 ) -> Parts:
-    """One step over `tokens` positions of each window, the last of `end`; `cached`: through a KV cache."""
+    """One step over `tokens` positions of each window, the last of `end`; `cached`: through a KV
+    cache.
+    """
     e, h, i, d = BYTES[kind.precision], size.hidden_size, size.intermediate_size, size.head_dim
-    q, kv, n, olmo2 = size.num_heads * d, size.num_kv_heads * d, windows * tokens, size.model_type == "olmo2"
+    q, kv, n, olmo2 = (
+        size.num_heads * d,
+        size.num_kv_heads * d,
+        windows * tokens,
+        size.model_type == "olmo2",
+    )
     before = sum(end if residual < blocks else end - tokens for residual in held)
 
     def product(inputs: int, outputs: int) -> int:
@@ -98,7 +126,12 @@ def _step(
         if (
             kind.quantization == "int8"
         ):  # rows in FP16, unless they are, and int8 with scales; products in int32 and FP16
-            return (0 if kind.precision == "fp16" else 2 * n * inputs) + n * inputs + 4 * n + 6 * n * outputs
+            return (
+                (0 if kind.precision == "fp16" else 2 * n * inputs)
+                + n * inputs
+                + 4 * n
+                + 6 * n * outputs
+            )
         return n * outputs * e
 
     # the embedding, the input of the last block, and what its first norm makes of that
@@ -107,7 +140,9 @@ def _step(
     moments = [
         streams + product(h, q),
         streams + n * (q + kv) * e + product(h, kv),
-        streams + n * ((q + 2 * kv) * e + max(3 * q, q + 3 * kv) * rotary) - (2 * n * kv * e if cached else 0),
+        streams
+        + n * ((q + 2 * kv) * e + max(3 * q, q + 3 * kv) * rotary)
+        - (2 * n * kv * e if cached else 0),
         streams + n * (2 * q + (0 if cached else 2 * kv)) * e + product(q, h),
         streams + n * h * e + n * i * e + product(h, i),
         streams + n * h * e + 3 * n * i * e,
@@ -116,10 +151,13 @@ def _step(
     common = 8 * tokens + 2 * tokens * d * rotary
     if not cached:
         return Parts(0, before * windows * h * e, common + max(moments))
-    # the last block's new values beside the old ones, which are cached, as its keys and all of the others' are
+    # the last block's new values beside the old ones, which are cached, as its keys and all of the
+    # others' are
     moments.append(streams + n * (q + 2 * kv) * e + windows * kv * e * (end - tokens))
     mask = 0
-    if end > tokens:  # a mask, once in booleans, and in the attention as numbers; with it, keys and values are repeated
+    if (
+        end > tokens
+    ):  # a mask, once in booleans, and in the attention as numbers; with it, keys and values are repeated
         mask = tokens * end
         repeated = 2 * windows * end * q * e if kv < q else 0
         attention = 2 * n * q * e + 4 * windows * size.num_heads * tokens

@@ -1,13 +1,15 @@
-"""What PyTorch's CUDA caching allocator makes of a trace: the bytes that it gives out, and those that it holds.
+"""What PyTorch's CUDA caching allocator makes of a trace: the bytes that it gives out, and those
+that it holds.
 
-Tensors do not get the bytes that they ask for. The allocator rounds each request, carves it out of a segment that it
-got from the driver, keeps what is freed, and merges neighbours that are both free. `allocated` is what
-`torch.cuda.max_memory_allocated` shows, `reserved` what `torch.cuda.max_memory_reserved` shows and what must fit.
+Tensors do not get the bytes that they ask for. The allocator rounds each request, carves it out of
+a segment that it got from the driver, keeps what is freed, and merges neighbours that are both
+free. `allocated` is what `torch.cuda.max_memory_allocated` shows, `reserved` what
+`torch.cuda.max_memory_reserved` shows and what must fit.
 
-The rules are those of c10/cuda/CUDACachingAllocator.cpp in torch 2.13 with its default settings, on one stream:
-segments are not expandable, blocks of any size are split, and nothing is given back to the driver, which real programs
-do only when they would run out. Of free blocks of one size the one at the lowest address is taken; the driver is taken
-to hand out rising addresses.
+The rules are those of c10/cuda/CUDACachingAllocator.cpp in torch 2.13 with its default settings, on
+one stream: segments are not expandable, blocks of any size are split, and nothing is given back to
+the driver, which real programs do only when they would run out. Of free blocks of one size the one
+at the lowest address is taken; the driver is taken to hand out rising addresses.
 """
 
 Event = tuple[int, int]  # of LiveStorages: the number of a storage, its bytes; negative at its end
@@ -44,7 +46,8 @@ An approximation: 0.3e9 to 0.6e9 by driver, GPU and the libraries in use. No all
 def cublas_workspace(capability: tuple[int, int]) -> int:
     """Bytes that torch allocates at the first matrix product, for as long as the process lives.
 
-    `capability` is the compute capability, such as (8, 0). The default of ATen/cuda/CublasHandlePool.cpp in torch 2.13,
-    which the environment variable CUBLAS_WORKSPACE_CONFIG overrides; cuBLASLt shares it.
+    `capability` is the compute capability, such as (8, 0). The default of
+    ATen/cuda/CublasHandlePool.cpp in torch 2.13, which the environment variable
+    CUBLAS_WORKSPACE_CONFIG overrides; cuBLASLt shares it.
     """
     return 32 * MIB if capability[0] in (9, 10, 12) else 2 * 4096 * KIB + 8 * 16 * KIB

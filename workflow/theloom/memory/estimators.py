@@ -1,4 +1,5 @@
-"""Two ways to the same bytes: in closed form, at once, for Llama-like models; by a trace, for any model.
+"""Two ways to the same bytes: in closed form, at once, for Llama-like models; by a trace, for any
+model.
 
 Both answer for the base model that extraction loads, without LM head.
 """
@@ -34,26 +35,43 @@ class Estimator(Protocol):
         """The hook points of the model."""
 
     def weights(self, kind: Kind, points: Sequence[HookPoint] | None = None) -> int:
-        """Bytes of all parameters and buffers; with `points`, of those that reading these hook points needs."""
+        """Bytes of all parameters and buffers; with `points`, of those that reading these hook
+        points needs.
+        """
 
     def largest_weight(self, kind: Kind) -> int:
-        """Bytes of the largest tensor as it is in the checkpoint, which a quantising load holds beside its result."""
+        """Bytes of the largest tensor as it is in the checkpoint, which a quantising load holds
+        beside its result.
+        """
 
     def forward(
-        self, kind: Kind, workload: Workload, points: Sequence[HookPoint], held: bool = False, device: str = "cuda"
+        self,
+        kind: Kind,
+        workload: Workload,
+        points: Sequence[HookPoint],
+        held: bool = False,
+        device: str = "cuda",
     ) -> Parts:
-        """The peak of one forward pass that reads hook points, which are `held` or written as they come."""
+        """The peak of one forward pass that reads hook points, which are `held` or written as they
+        come.
+        """
 
     def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
-        """Bytes of the weights block by block, up to the deepest hook point; as if on disk in the same precision."""
+        """Bytes of the weights block by block, up to the deepest hook point; as if on disk in the
+        same precision.
+        """
 
-    def block_forward(self, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> tuple[Parts, int]:
-        """The peak of one pass through one block on a GPU, and the arguments recorded for all. Raises ModelError."""
+    def block_forward(
+        self, kind: Kind, workload: Workload, points: Sequence[HookPoint]
+    ) -> tuple[Parts, int]:
+        """The peak of one pass through one block on a GPU, and the arguments recorded for all.
+        Raises ModelError.
+        """
 
 
 class ClosedForm:
-    """Llama-like models (`closed_form.covers`), hook points that the model makes anyway (`covers`), of which the
-    residuals alone can be held. The device makes no difference to it.
+    """Llama-like models (`closed_form.covers`), hook points that the model makes anyway (`covers`),
+    of which the residuals alone can be held. The device makes no difference to it.
     """
 
     method = "closed form"
@@ -75,15 +93,23 @@ class ClosedForm:
             return closed_form.weights(self.size, kind)
         deepest = max(p.block for p in points)
         blocks = min(deepest + 1, self.size.num_blocks)
-        return closed_form.weights(self.size, kind, blocks, final_norm=deepest >= self.size.num_blocks)
+        return closed_form.weights(
+            self.size, kind, blocks, final_norm=deepest >= self.size.num_blocks
+        )
 
     def largest_weight(self, kind: Kind) -> int:
         return 2 * max(
-            closed_form.parameters(self.size, tied=True).largest_linear, self.size.vocab_size * self.size.hidden_size
+            closed_form.parameters(self.size, tied=True).largest_linear,
+            self.size.vocab_size * self.size.hidden_size,
         )
 
     def forward(
-        self, kind: Kind, workload: Workload, points: Sequence[HookPoint], held: bool = False, device: str = "cuda"
+        self,
+        kind: Kind,
+        workload: Workload,
+        points: Sequence[HookPoint],
+        held: bool = False,
+        device: str = "cuda",
     ) -> Parts:
         residuals = {p.block + (p.value == "hook_resid_post") for p in points} if held else set()
         deepest = max((p.block for p in points), default=self.size.num_blocks)
@@ -105,7 +131,9 @@ class ClosedForm:
             **_quantising(kind, closed_form.parameters(size, tied=True).largest_linear),
         )
 
-    def block_forward(self, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> tuple[Parts, int]:
+    def block_forward(
+        self, kind: Kind, workload: Workload, points: Sequence[HookPoint]
+    ) -> tuple[Parts, int]:
         tokens = max(workload.steps)
         recorded = 2 * tokens * self.size.head_dim * BYTES[kind.precision] + 8 * tokens
         return closed_form.forward(replace(self.size, num_blocks=1), kind, workload, 1), recorded
@@ -117,7 +145,10 @@ class Traced:
     method = "trace"
 
     def __init__(
-        self, model_config: "PretrainedConfig", attention: str | None = None, trust_remote_code: bool = False
+        self,
+        model_config: "PretrainedConfig",
+        attention: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.size = model_dims.numbers(model_config)
         self._config, self._attention, self._trust = model_config, attention, trust_remote_code
@@ -130,7 +161,11 @@ class Traced:
 
         if kind not in self._fakes:
             self._fakes[kind] = fake_model(
-                self._config, kind.precision, kind.quantization, self._attention, trust_remote_code=self._trust
+                self._config,
+                kind.precision,
+                kind.quantization,
+                self._attention,
+                trust_remote_code=self._trust,
             )
         return self._fakes[kind]
 
@@ -155,21 +190,33 @@ class Traced:
         return max(self.fake(Kind("bf16")).weights)
 
     def forward(
-        self, kind: Kind, workload: Workload, points: Sequence[HookPoint], held: bool = False, device: str = "cuda"
+        self,
+        kind: Kind,
+        workload: Workload,
+        points: Sequence[HookPoint],
+        held: bool = False,
+        device: str = "cuda",
     ) -> Parts:
         from theloom.memory import trace
 
-        return trace.parts(trace.trace(self.fake(kind), workload, points, held, kind.precision, device)[0])
+        return trace.parts(
+            trace.trace(self.fake(kind), workload, points, held, kind.precision, device)[0]
+        )
 
     def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
         from theloom.model.fake import is_linear
 
-        described, plain = self.fake(kind).architecture, self.fake(Kind(kind.precision)).architecture
+        described, plain = (
+            self.fake(kind).architecture,
+            self.fake(Kind(kind.precision)).architecture,
+        )
         blocks, whole = ([_nbytes(b) for b in found.blocks] for found in (described, plain))
         embedding = _nbytes(described.model.get_input_embeddings())
         linear: list[Any] = [m for b in plain.blocks for m in b.modules() if is_linear(m)]
         largest = max((m.weight.numel() for m in linear), default=0)
-        staged = _quantising(kind, largest) if self.own is None else {"converted": 0, "tensor": largest}
+        staged = (
+            _quantising(kind, largest) if self.own is None else {"converted": 0, "tensor": largest}
+        )
         return BlockSizes(
             block=max(blocks),
             kept=self.weights(kind) - sum(blocks) - embedding,
@@ -178,7 +225,9 @@ class Traced:
             **staged,
         )
 
-    def block_forward(self, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> tuple[Parts, int]:
+    def block_forward(
+        self, kind: Kind, workload: Workload, points: Sequence[HookPoint]
+    ) -> tuple[Parts, int]:
         from theloom.memory.trace_block import trace_block
 
         found = trace_block(self.fake(kind), workload, points, "cuda")
@@ -189,14 +238,17 @@ def _nbytes(module: Any) -> int:
     """Bytes of a module's weights, the scales of quantised ones included."""
     from theloom.model.fake import SCALED
 
-    scaled = [b for m in module.modules() if isinstance(m, SCALED) for b in m.buffers(recurse=False)]
+    scaled = [
+        b for m in module.modules() if isinstance(m, SCALED) for b in m.buffers(recurse=False)
+    ]
     return sum(t.untyped_storage().nbytes() for t in [*module.parameters(), *scaled])
 
 
 def _quantising(kind: Kind, largest: int) -> dict[str, int]:
     """What quantising the largest weight takes: of a GPU beside its result, and of the host.
 
-    As `quantizing.staging` for a GPU; LLM.int8() takes the weight back to the host before it quantises it.
+    As `quantizing.staging` for a GPU; LLM.int8() takes the weight back to the host before it
+    quantises it.
     """
     size = BYTES[kind.precision]
     return {
@@ -215,12 +267,17 @@ def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":
     """A transformers config from the numbers of a profile."""
     from transformers import AutoConfig
 
-    known = {k: v for k, v in cast(Any, numbers).items() if k not in ("model_type", "parameters") and v is not None}
+    known = {
+        k: v
+        for k, v in cast(Any, numbers).items()
+        if k not in ("model_type", "parameters") and v is not None
+    }
     return AutoConfig.for_model(numbers.model_type, **known)
 
 
 def row_bytes(points: Sequence[HookPoint], precision: str, keys: int) -> int:
-    """Bytes on disk of one token: its hidden states, and its place in three tables of 4-byte numbers.
+    """Bytes on disk of one token: its hidden states, and its place in three tables of 4-byte
+    numbers.
 
     `keys`: the tokens of the longest window.
     """

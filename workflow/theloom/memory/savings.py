@@ -1,7 +1,9 @@
-"""What each memory optimisation of the specification's table saves for a model and a workload: computed, not quoted.
+"""What each memory optimisation of the specification's table saves for a model and a workload:
+computed, not quoted.
 
-Every figure is a trace of the real classes: `trace.trace` for a forward pass, `training.training_step` for a training
-step. Where a claim of the specification does not hold, the figures say so.
+Every figure is a trace of the real classes: `trace.trace` for a forward pass,
+`training.training_step` for a training step. Where a claim of the specification does not hold, the
+figures say so.
 """
 
 from collections.abc import Sequence
@@ -44,8 +46,8 @@ class Bytes:
 class Saving:
     """What one optimisation saves in one workflow (inference or training).
 
-    `compared` says what was compared. Where the optimisation does not apply, `after` is `before`. `claim` is the
-    specification's figure.
+    `compared` says what was compared. Where the optimisation does not apply, `after` is `before`.
+    `claim` is the specification's figure.
     """
 
     optimisation: str
@@ -81,9 +83,10 @@ def optimisations(
 ) -> list[Saving]:
     """The specification's table for a workload: each optimisation in inference and in training.
 
-    `hooks` is a filter as in `hooks.select`. `precision` (fp16 or bf16) is the mixed one, and that of the other rows.
-    Inference is a forward without the head that holds the chosen values, if no row says otherwise. About sixteen
-    traces: a few seconds for a small model, a minute for one of 7 billion parameters. `device` as in `trace.trace`.
+    `hooks` is a filter as in `hooks.select`. `precision` (fp16 or bf16) is the mixed one, and that
+    of the other rows. Inference is a forward without the head that holds the chosen values, if no
+    row says otherwise. About sixteen traces: a few seconds for a small model, a minute for one of 7
+    billion parameters. `device` as in `trace.trace`.
     """
     return _Table(model_config, windows, tokens, chunk_size, hooks, precision, device).rows()
 
@@ -108,7 +111,14 @@ class _Table:
     def rows(self) -> list[Saving]:
         rows: list[Saving] = []
 
-        def row(name: str, workflow: str, before: Bytes, after: Bytes, compared: str, applies: bool = True) -> None:
+        def row(
+            name: str,
+            workflow: str,
+            before: Bytes,
+            after: Bytes,
+            compared: str,
+            applies: bool = True,
+        ) -> None:
             rows.append(Saving(name, workflow, applies, before, after, compared))
 
         low, tokens, chunk = self._precision, self._one_pass.tokens, self._chunks.chunk_size
@@ -118,45 +128,122 @@ class _Table:
         step, step_full = self._step(low), self._step("fp32")
 
         name = "mixed precision"
-        row(name, "inference", self._pass(full, chosen), held, f"FP32 against {low}, weights and values")
-        row(name, "training", step_full, self._step(low, autocast=True), f"FP32 against {low} autocast, FP32 weights")
-        row(name, "training", step_full, step, f"FP32 against all in {low}: weights, gradients and moments")
+        row(
+            name,
+            "inference",
+            self._pass(full, chosen),
+            held,
+            f"FP32 against {low}, weights and values",
+        )
+        row(
+            name,
+            "training",
+            step_full,
+            self._step(low, autocast=True),
+            f"FP32 against {low} autocast, FP32 weights",
+        )
+        row(
+            name,
+            "training",
+            step_full,
+            step,
+            f"FP32 against all in {low}: weights, gradients and moments",
+        )
 
         name, several = "selective caching", f"all {len(every)} values held against {len(chosen)}"
-        row(name, "inference", self._pass(self._fake, every), held, f"{several}; stops after the deepest")
-        row(name, "training", self._holding(every), self._holding(chosen), f"{several}; autograd keeps most anyway")
+        row(
+            name,
+            "inference",
+            self._pass(self._fake, every),
+            held,
+            f"{several}; stops after the deepest",
+        )
+        row(
+            name,
+            "training",
+            self._holding(every),
+            self._holding(chosen),
+            f"{several}; autograd keeps most anyway",
+        )
 
         name, written = "streaming extraction", "values written as they come"
-        one, many = self._pass(self._fake, chosen, store=low), self._pass(self._fake, chosen, store=low, chunks=True)
-        row(name, "inference", one, many, f"one pass of {tokens} against chunks of {chunk} with a KV cache; {written}")
+        one, many = (
+            self._pass(self._fake, chosen, store=low),
+            self._pass(self._fake, chosen, store=low, chunks=True),
+        )
+        row(
+            name,
+            "inference",
+            one,
+            many,
+            f"one pass of {tokens} against chunks of {chunk} with a KV cache; {written}",
+        )
         cut = self._step(low, tokens=chunk, accumulated=chunk < tokens)
         limits = "gradients accumulated, no token sees an earlier chunk"
-        row(name, "training", step, cut, f"a step on {tokens} tokens against chunks of {chunk}: {limits}")
+        row(
+            name,
+            "training",
+            step,
+            cut,
+            f"a step on {tokens} tokens against chunks of {chunk}: {limits}",
+        )
 
         name = "gradient checkpointing"
         checkpointed = fake_model(self._config, low)
         checkpointed.architecture.model.activation_checkpointing_enable()
         nothing = "no effect without a backward"
-        row(name, "inference", held, self._pass(checkpointed, chosen), f"off against on: {nothing}", applies=False)
-        row(name, "training", step, self._step(low, checkpointing=True), "off against on for every block")
+        row(
+            name,
+            "inference",
+            held,
+            self._pass(checkpointed, chosen),
+            f"off against on: {nothing}",
+            applies=False,
+        )
+        row(
+            name,
+            "training",
+            step,
+            self._step(low, checkpointing=True),
+            "off against on for every block",
+        )
 
         name = "torch.inference_mode()"
-        graph, no_grad = (self._pass_outside_inference_mode(chosen, enabled) for enabled in (True, False))
+        graph, no_grad = (
+            self._pass_outside_inference_mode(chosen, enabled) for enabled in (True, False)
+        )
         compared = f"with autograd's graph (under torch.no_grad() {_percent(graph.total, no_grad.total):.1f}% is saved)"
         row(name, "inference", graph, held, compared)
-        row(name, "training", step, step, "cannot be used: autograd refuses its tensors", applies=False)
+        row(
+            name,
+            "training",
+            step,
+            step,
+            "cannot be used: autograd refuses its tensors",
+            applies=False,
+        )
         return rows
 
     def _step(self, precision: str, tokens: int | None = None, **options: bool) -> Bytes:
         tokens = tokens or self._one_pass.tokens
         windows = self._one_pass.windows
         return _of_step(
-            training.training_step(self._config, precision, windows, tokens, device=self._device, **options)
+            training.training_step(
+                self._config, precision, windows, tokens, device=self._device, **options
+            )
         )
 
-    def _pass(self, fake: FakeModel, points: list[HookPoint], store: str | None = None, chunks: bool = False) -> Bytes:
+    def _pass(
+        self,
+        fake: FakeModel,
+        points: list[HookPoint],
+        store: str | None = None,
+        chunks: bool = False,
+    ) -> Bytes:
         workload = self._chunks if chunks else self._one_pass
-        peak, _ = trace.trace(fake, workload, points, held=store is None, store=store, device=self._device)
+        peak, _ = trace.trace(
+            fake, workload, points, held=store is None, store=store, device=self._device
+        )
         return Bytes(sum(fake.weights) + peak.total, peak.total)
 
     def _pass_outside_inference_mode(self, points: list[HookPoint], grad: bool) -> Bytes:
@@ -169,7 +256,9 @@ class _Table:
         return Bytes(sum(fake.weights) + peak, peak)
 
     def _holding(self, points: list[HookPoint]) -> Bytes:
-        """A training step that holds the values of hook points, as the model gives them, until the next forward."""
+        """A training step that holds the values of hook points, as the model gives them, until the
+        next forward.
+        """
         fake = fake_model(self._config, self._precision, lm_head=True)
         kept: list[Any] = []
         fake.architecture.model.register_forward_pre_hook(lambda *_: kept.clear())
@@ -177,20 +266,32 @@ class _Table:
             block = fake.architecture.blocks[point.block]
             if point.value == "hook_resid_pre":
                 block.register_forward_pre_hook(
-                    lambda _, args, kwargs: kept.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+                    lambda _, args, kwargs: kept.append(
+                        args[0] if args else kwargs["hidden_states"]
+                    ),
+                    with_kwargs=True,
                 )
             else:
-                block.register_forward_hook(lambda _, args, out: kept.append(out[0] if isinstance(out, tuple) else out))
+                block.register_forward_hook(
+                    lambda _, args, out: kept.append(out[0] if isinstance(out, tuple) else out)
+                )
         return _of_step(
-            training.trace_step(fake, self._one_pass.windows, self._one_pass.tokens, Recipe(), self._device)
+            training.trace_step(
+                fake, self._one_pass.windows, self._one_pass.tokens, Recipe(), self._device
+            )
         )
 
 
-def forward_peak(described: Any, ids: torch.Tensor, points: list[HookPoint], grad: bool, device: str = "cpu") -> int:
-    """Peak bytes of one pass that holds values, outside inference mode, with or without autograd's graph."""
+def forward_peak(
+    described: Any, ids: torch.Tensor, points: list[HookPoint], grad: bool, device: str = "cpu"
+) -> int:
+    """Peak bytes of one pass that holds values, outside inference mode, with or without autograd's
+    graph.
+    """
     cuda = device == "cuda"
     live = LiveStorages(
-        whole=(*training.OWN_KERNELS, *(CUDA_KERNELS if cuda else ())), inside={} if cuda else CPU_KERNELS
+        whole=(*training.OWN_KERNELS, *(CUDA_KERNELS if cuda else ())),
+        inside={} if cuda else CPU_KERNELS,
     )
     live.ignore([ids, *described.model.parameters(), *described.model.buffers()])
     kept: list[torch.Tensor] = []

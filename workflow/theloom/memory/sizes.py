@@ -1,4 +1,5 @@
-"""What memory is counted in: workloads, categories of bytes, and the kinds of weights that a model can have.
+"""What memory is counted in: workloads, categories of bytes, and the kinds of weights that a model
+can have.
 
 All sizes are bytes. GB are 10⁹ of them, GiB 2³⁰.
 """
@@ -8,9 +9,9 @@ from dataclasses import dataclass, replace
 from theloom.memory.cuda_allocator import CUDA_CONTEXT, LARGE_SEGMENT, cublas_workspace
 from theloom.terminal import in_words
 
-# What the caching allocator holds beyond what it gives out, as a share of what is not weights, and at least: one
-# forward pass of a 7B left 34%, in a replay of its rules. Batches of many lengths leave more, which the allocator gives
-# back to the driver before it fails.
+# What the caching allocator holds beyond what it gives out, as a share of what is not weights, and
+# at least: one forward pass of a 7B left 34%, in a replay of its rules. Batches of many lengths
+# leave more, which the allocator gives back to the driver before it fails.
 FRAGMENTATION = 0.35
 
 
@@ -19,7 +20,9 @@ LEAST_FRAGMENTATION = 2 * LARGE_SEGMENT
 
 @dataclass(frozen=True)
 class Workload:
-    """One forward pass: windows side by side, tokens of each, and tokens of one step through the KV cache."""
+    """One forward pass: windows side by side, tokens of each, and tokens of one step through the KV
+    cache.
+    """
 
     windows: int
     tokens: int
@@ -47,17 +50,23 @@ class Parts:
 
     def times(self, factor: float) -> "Parts":
         """The same with `factor` as many windows: every part grows with them."""
-        return Parts(*(int(n * factor) for n in (self.kv_cache, self.captured, self.temporaries, self.logits)))
+        return Parts(
+            *(
+                int(n * factor)
+                for n in (self.kv_cache, self.captured, self.temporaries, self.logits)
+            )
+        )
 
 
 @dataclass(frozen=True)
 class BlockSizes:
     """Bytes of a model's weights as they are read block by block.
 
-    `block`: the largest, as it lies in a buffer, or quantised; `converted`: what the largest takes beside it where the
-    file has another precision or layout, or while it is quantised; `kept`: what is in no block and no embedding;
-    `embeddings`, mapped; `read`: all blocks that a sweep reads, as they are on disk; `tensor`: the largest one on the
-    host while it is quantised for a GPU, 0 where whole blocks come through buffers.
+    `block`: the largest, as it lies in a buffer, or quantised; `converted`: what the largest takes
+    beside it where the file has another precision or layout, or while it is quantised; `kept`: what
+    is in no block and no embedding; `embeddings`, mapped; `read`: all blocks that a sweep reads, as
+    they are on disk; `tensor`: the largest one on the host while it is quantised for a GPU, 0 where
+    whole blocks come through buffers.
     """
 
     block: int
@@ -110,9 +119,13 @@ class Components:
         return self.reserved + self.context + self.beside
 
 
-def with_device_overhead(weights: int, parts: Parts, device: str, capability: tuple[int, int] = (8, 0)) -> Components:
+def with_device_overhead(
+    weights: int, parts: Parts, device: str, capability: tuple[int, int] = (8, 0)
+) -> Components:
     """All that a run takes on a device, `cpu` or `cuda` of a compute capability."""
-    components = Components(weights, parts.kv_cache, parts.captured, parts.temporaries, parts.logits)
+    components = Components(
+        weights, parts.kv_cache, parts.captured, parts.temporaries, parts.logits
+    )
     if device == "cpu":
         return components
     return replace(
@@ -125,4 +138,6 @@ def with_device_overhead(weights: int, parts: Parts, device: str, capability: tu
 
 def by_category(sizes: "Parts | Components") -> str:
     """The sizes that are not 0, each with its name."""
-    return ", ".join(f"{name.replace('_', ' ')} {in_words(size)}" for name, size in vars(sizes).items() if size)
+    return ", ".join(
+        f"{name.replace('_', ' ')} {in_words(size)}" for name, size in vars(sizes).items() if size
+    )

@@ -1,7 +1,7 @@
 """Which storages are alive at each moment of a computation, and to what they belong.
 
-Works on real tensors and on fake ones, which have shapes and no bytes: so the same code measures a forward pass and
-foretells it.
+Works on real tensors and on fake ones, which have shapes and no bytes: so the same code measures a
+forward pass and foretells it.
 """
 
 import weakref
@@ -22,7 +22,9 @@ TEMPORARIES = "temporaries"
 
 @dataclass(frozen=True)
 class Storage:
-    """A storage: its bytes, the category that it was marked with, the operation and the module that it came from."""
+    """A storage: its bytes, the category that it was marked with, the operation and the module that
+    it came from.
+    """
 
     nbytes: int
     category: str
@@ -43,12 +45,14 @@ class Peak:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Follows every storage that an operation makes within the `with` block, from its birth to its end.
+    """Follows every storage that an operation makes within the `with` block, from its birth to its
+    end.
 
-    Storages that were there before are not counted: weights and inputs. `module` names the module that is running.
-    What a kernel allocates and frees within itself is not seen, but for the operations of `inside`, which say how much
-    that is. `whole` are composite operations that are one kernel on the device that is meant. With `device` (cpu, cuda)
-    storages elsewhere are left out.
+    Storages that were there before are not counted: weights and inputs. `module` names the module
+    that is running. What a kernel allocates and frees within itself is not seen, but for the
+    operations of `inside`, which say how much that is. `whole` are composite operations that are
+    one kernel on the device that is meant. With `device` (cpu, cuda) storages elsewhere are left
+    out.
     """
 
     def __init__(
@@ -62,10 +66,14 @@ class LiveStorages(TorchDispatchMode):
         self._whole = frozenset(whole)
         self._inside = dict(inside or {})
         self._device = device
-        self.events: list[tuple[int, int]] = []  # (number of a storage, its bytes; negative at its end)
+        self.events: list[
+            tuple[int, int]
+        ] = []  # (number of a storage, its bytes; negative at its end)
         self._module = module
         self._storages: list[Storage] = []
-        self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}  # by address: the storage and its number
+        self._alive: dict[
+            int, tuple[weakref.ref[Any], int]
+        ] = {}  # by address: the storage and its number
 
     def ignore(self, tensors: Iterable["torch.Tensor"]) -> None:
         """Leave the storages of these tensors out of the account."""
@@ -103,7 +111,8 @@ class LiveStorages(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args, **(kwargs or {}))
         if func not in self._whole:
-            # under inference mode an operation made of others arrives as one, with the temporaries between them unseen
+            # under inference mode an operation made of others arrives as one, with the temporaries
+            # between them unseen
             with self:
                 result = func.decompose(*args, **(kwargs or {}))
             if result is not NotImplemented:

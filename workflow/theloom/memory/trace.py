@@ -1,7 +1,9 @@
-"""The memory of a forward pass, foretold: the real forward of the real classes, with the real taps, on fake tensors.
+"""The memory of a forward pass, foretold: the real forward of the real classes, with the real taps,
+on fake tensors.
 
-Fake tensors have shapes and no bytes, so neither weights nor a GPU are needed, and a model of 70 billion parameters is
-traced in a second or a few. The fake device is the CPU: fake CUDA tensors would take attention's unfused path.
+Fake tensors have shapes and no bytes, so neither weights nor a GPU are needed, and a model of 70
+billion parameters is traced in a second or a few. The fake device is the CPU: fake CUDA tensors
+would take attention's unfused path.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,9 @@ class MarkedCache(PrefillCache):
 
     live: LiveStorages
 
-    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         for tensor in (*updated, getattr(layer, "keys", None), getattr(layer, "values", None)):
@@ -49,12 +53,14 @@ def trace(
     store: str | None = None,
     device: str = "cpu",
 ) -> tuple[Peak, LiveStorages]:
-    """The peak of one workload, weights and inputs not counted, and all births and ends of storages on the way.
+    """The peak of one workload, weights and inputs not counted, and all births and ends of storages
+    on the way.
 
-    `points` are the hook points that are read (the forward ends after the deepest; with none it runs through). Their
-    values are `held` until the forward ends, or else converted to the precision `store` and let go, as when they are
-    written to a file. `device` is cpu or cuda: what its kernels allocate within themselves differs. Long windows are
-    not traced chunk by chunk: the KV cache is filled, then the last two steps run.
+    `points` are the hook points that are read (the forward ends after the deepest; with none it
+    runs through). Their values are `held` until the forward ends, or else converted to the
+    precision `store` and let go, as when they are written to a file. `device` is cpu or cuda: what
+    its kernels allocate within themselves differs. Long windows are not traced chunk by chunk: the
+    KV cache is filled, then the last two steps run.
     """
     with fake.mode, shapes_only():
         ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
@@ -64,7 +70,9 @@ def trace(
 def parts(peak: Peak) -> Parts:
     """The bytes of a peak by category."""
     found = peak.by_category
-    return Parts(*(found.get(category, 0) for category in (KV_CACHE, CAPTURED, TEMPORARIES, LOGITS)))
+    return Parts(
+        *(found.get(category, 0) for category in (KV_CACHE, CAPTURED, TEMPORARIES, LOGITS))
+    )
 
 
 def run(
@@ -77,8 +85,12 @@ def run(
     device: str = "cpu",
     shorten: bool = False,
 ) -> tuple[Peak, LiveStorages]:
-    """`trace` on a model as it is, real or fake: with real weights it measures what `trace` foretells."""
-    live = LiveStorages(whole=CUDA_KERNELS) if device == "cuda" else LiveStorages(inside=CPU_KERNELS)
+    """`trace` on a model as it is, real or fake: with real weights it measures what `trace`
+    foretells.
+    """
+    live = (
+        LiveStorages(whole=CUDA_KERNELS) if device == "cuda" else LiveStorages(inside=CPU_KERNELS)
+    )
     live.ignore([ids, *described.model.parameters(), *described.model.buffers()])
     kept: list[tuple[HookPoint, torch.Tensor]] = []
     by_name = {p.name: p for p in points}
@@ -107,10 +119,18 @@ def run(
             if shorten and number == len(steps) - 2 and number > 1:
                 skipped = workload.chunk_size * (number - 1)
                 grow_cache(cache, skipped, workload.chunk_size)
-                distinct = {value.untyped_storage()._cdata: (point, value) for point, value in kept[: len(points)]}
+                distinct = {
+                    value.untyped_storage()._cdata: (point, value)
+                    for point, value in kept[: len(points)]
+                }
                 for point, value in distinct.values():
-                    # a view keeps the whole of what it is a part of; keys: two chunks, then one more in each next step
-                    keys = (3 * workload.chunk_size + skipped) / 2 / workload.chunk_size if point.over_keys else 1
+                    # a view keeps the whole of what it is a part of; keys: two chunks, then one
+                    # more in each next step
+                    keys = (
+                        (3 * workload.chunk_size + skipped) / 2 / workload.chunk_size
+                        if point.over_keys
+                        else 1
+                    )
                     whole = value.untyped_storage().nbytes() // value.element_size()
                     grown = value.new_empty(int(whole * keys) // workload.chunk_size * skipped)
                     kept.append((point, grown))
@@ -118,7 +138,9 @@ def run(
                 first = len(live.events)
             start = workload.chunk_size * number
             output = forward(
-                input_ids=ids[:, start : start + size], use_cache=True, **{cache_name(described.model): cache}
+                input_ids=ids[:, start : start + size],
+                use_cache=True,
+                **{cache_name(described.model): cache},
             )
             del output
         peak = live.peak(first)
@@ -140,7 +162,12 @@ def grow_cache(cache: PrefillCache, tokens: int, chunk_size: int) -> None:
     for length in (tokens - chunk_size, chunk_size):
         for index, layer in enumerate(cache.layers):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if length > 0 and isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.ndim == 4:
+            if (
+                length > 0
+                and isinstance(keys, torch.Tensor)
+                and isinstance(values, torch.Tensor)
+                and keys.ndim == 4
+            ):
                 cache.update(_longer(keys, length), _longer(values, length), index)
 
 
@@ -149,10 +176,16 @@ def _longer(tensor: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _cpu_attention_buffers(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float = 0.0, causal: bool = False, *_: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *_: Any,
 ) -> int:
-    """Bytes that the fused CPU attention takes within itself, as ATen's FlashAttentionKernel.cpp: for each thread, and
-    where the processor multiplies tiles of 16 bits (AMX), for a copy of keys and values in the order that it wants."""
+    """Bytes that the fused CPU attention takes within itself, as ATen's FlashAttentionKernel.cpp:
+    for each thread, and where the processor multiplies tiles of 16 bits (AMX), for a copy of keys
+    and values in the order that it wants."""
     (windows, heads, tokens, width), size = query.shape, query.element_size()
     rows = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
     kv_heads, keys = key.shape[1], key.shape[2]
@@ -171,7 +204,9 @@ def _cpu_attention_buffers(
     blocks, tail = divmod(keys - 1, columns)
     padded = blocks * _even(columns) + _even(tail + 1)
     copies = size * windows * kv_heads * (_even(width) * keys + padded * width)
-    own += size * (rows * _even(columns) + columns * width + (rows * _even(width) if width % 2 else 0))
+    own += size * (
+        rows * _even(columns) + columns * width + (rows * _even(width) if width % 2 else 0)
+    )
     return own * threads + copies
 
 
@@ -184,10 +219,16 @@ def multiplies_tiles(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies tiles of a 16-bit type, and PyTorch makes use of it."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    return torch.cpu._is_amx_tile_supported() if dtype == torch.bfloat16 else torch.cpu._is_amx_fp16_supported()
+    return (
+        torch.cpu._is_amx_tile_supported()
+        if dtype == torch.bfloat16
+        else torch.cpu._is_amx_fp16_supported()
+    )
 
 
 CUDA_KERNELS = (torch.ops.aten.softmax.int,)  # with a dtype: half in, float out, in one kernel
 
 
-CPU_KERNELS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_attention_buffers}
+CPU_KERNELS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_attention_buffers
+}

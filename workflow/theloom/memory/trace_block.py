@@ -1,4 +1,6 @@
-"""The memory of a forward pass through one block, foretold as that of a whole model is: on tensors without bytes."""
+"""The memory of a forward pass through one block, foretold as that of a whole model is: on tensors
+without bytes.
+"""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,7 +23,9 @@ from theloom.model.fake import FakeModel, shapes_only
 
 @dataclass(frozen=True)
 class BlockPass:
-    """The bytes of the most demanding block at its peak, weights apart, and of the arguments of all blocks."""
+    """The bytes of the most demanding block at its peak, weights apart, and of the arguments of all
+    blocks.
+    """
 
     parts: Parts
     recorded: int
@@ -32,18 +36,23 @@ class _MarkedBlockCache(BlockCache):
 
     live: LiveStorages
 
-    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         for tensor in updated:
             self.live.mark(tensor, trace.KV_CACHE)
         return updated
 
 
-def trace_block(fake: FakeModel, workload: Workload, points: Sequence[HookPoint], device: str = "cpu") -> BlockPass:
-    """One workload through each kind of block that the model has; the values of `points` are written as they come.
+def trace_block(
+    fake: FakeModel, workload: Workload, points: Sequence[HookPoint], device: str = "cpu"
+) -> BlockPass:
+    """One workload through each kind of block that the model has; the values of `points` are
+    written as they come.
 
-    On a GPU (`device` cuda) the residual that goes in is counted; on the CPU it is the shard's own. Raises ModelError
-    for a model that cannot run block by block.
+    On a GPU (`device` cuda) the residual that goes in is counted; on the CPU it is the shard's own.
+    Raises ModelError for a model that cannot run block by block.
     """
     frame = Frame(fake.architecture, torch.device("cpu"))
     with fake.mode, shapes_only(), torch.inference_mode():
@@ -59,12 +68,18 @@ def trace_block(fake: FakeModel, workload: Workload, points: Sequence[HookPoint]
                 calls = frame.record(ids, start, len(steps) > 1)
                 first = calls if number == 0 else first
             if last:
-                passes += [_pass(frame, first, calls, b, workload, start, size, points, device) for b in _kinds(frame)]
+                passes += [
+                    _pass(frame, first, calls, b, workload, start, size, points, device)
+                    for b in _kinds(frame)
+                ]
                 leaves = tree_leaves([(call.args, call.kwargs) for call in calls])
-                recorded |= {x.untyped_storage()._cdata: x for x in leaves if isinstance(x, torch.Tensor)}
+                recorded |= {
+                    x.untyped_storage()._cdata: x for x in leaves if isinstance(x, torch.Tensor)
+                }
             start += size
     return BlockPass(
-        max(passes, key=lambda parts: parts.total), sum(x.untyped_storage().nbytes() for x in recorded.values())
+        max(passes, key=lambda parts: parts.total),
+        sum(x.untyped_storage().nbytes() for x in recorded.values()),
     )
 
 
@@ -74,7 +89,9 @@ def _kinds(frame: Frame) -> list[int]:
     found: dict[Any, int] = {}
     for number, block in enumerate(frame.blocks):
         shapes = tuple(tuple(p.shape) for p in block.parameters())
-        found.setdefault((type(block), shapes, type(layers[number]) if number < len(layers) else None), number)
+        found.setdefault(
+            (type(block), shapes, type(layers[number]) if number < len(layers) else None), number
+        )
     return list(found.values())
 
 
@@ -91,9 +108,19 @@ def _pass(
 ) -> Parts:
     """The peak of one step over `size` positions from `start`, in one block."""
     module, hidden = frame.blocks[block], frame.architecture.hidden_size
-    live = LiveStorages(whole=trace.CUDA_KERNELS) if device == "cuda" else LiveStorages(inside=trace.CPU_KERNELS)
+    live = (
+        LiveStorages(whole=trace.CUDA_KERNELS)
+        if device == "cuda"
+        else LiveStorages(inside=trace.CPU_KERNELS)
+    )
     given = tree_leaves([(c.args, c.kwargs) for c in (first[block], calls[block])])
-    live.ignore([*module.parameters(), *module.buffers(), *(x for x in given if isinstance(x, torch.Tensor))])
+    live.ignore(
+        [
+            *module.parameters(),
+            *module.buffers(),
+            *(x for x in given if isinstance(x, torch.Tensor)),
+        ]
+    )
     read = [p for p in points if p.block == block] or _like(points, block)
     dtype = frame.residual_dtype
 
@@ -122,13 +149,19 @@ def _pass(
                 output = calls[block].run(module, residual_in, cache)
             else:
                 shape = (workload.windows, size)
-                output = opened.through(partial(calls[block].run, module, residual_in, cache), shape, start)
+                output = opened.through(
+                    partial(calls[block].run, module, residual_in, cache), shape, start
+                )
         peak = live.peak(begun)
         del output
     found = trace.parts(peak)
     if device == "cpu":
         return found
-    arguments = {id(x): x for x in tree_leaves((calls[block].args, calls[block].kwargs)) if isinstance(x, torch.Tensor)}
+    arguments = {
+        id(x): x
+        for x in tree_leaves((calls[block].args, calls[block].kwargs))
+        if isinstance(x, torch.Tensor)
+    }
     copied = sum(x.numel() * x.element_size() for x in arguments.values())
     return replace(found, temporaries=found.temporaries + copied)
 

@@ -1,18 +1,21 @@
 """The memory of one training step, foretold.
 
-A step is that of a causal language model with its head: forward with `labels` (the loss of transformers, in FP32),
-backward, `torch.optim.AdamW`, gradients let go. It is the second step that counts, when the optimiser has its states.
-The precision is one of three schemes:
+A step is that of a causal language model with its head: forward with `labels` (the loss of
+transformers, in FP32), backward, `torch.optim.AdamW`, gradients let go. It is the second step that
+counts, when the optimiser has its states. The precision is one of three schemes:
 
 - `fp32`: weights, gradients, both moments and computation in FP32: 16 bytes a parameter.
-- `fp16` or `bf16` with `autocast`: weights (they are the FP32 master copy), gradients and moments in FP32, computation
-  under `torch.autocast`: 16 bytes a parameter, and the 16-bit copies of the weights among the saved activations. A
-  gradient scaler is not traced; it needs no memory of the model's size.
-- `fp16` or `bf16` alone: everything in 16 bits, the moments too, as AdamW makes them: 8 bytes a parameter.
+- `fp16` or `bf16` with `autocast`: weights (they are the FP32 master copy), gradients and moments
+  in FP32, computation under `torch.autocast`: 16 bytes a parameter, and the 16-bit copies of the
+  weights among the saved activations. A gradient scaler is not traced; it needs no memory of the
+  model's size.
+- `fp16` or `bf16` alone: everything in 16 bits, the moments too, as AdamW makes them: 8 bytes a
+  parameter.
 
-Against the CPU allocator (tests/memory/test_training.py): within 0.1%. What is not seen: the state of the random generator
-that checkpointing keeps for each block, 5 kB of host memory. On CUDA autocast keeps more operations in FP32 than on the
-CPU, whose lists are traced: with autocast the figures are a lower bound there. The KV cache is off, as it should be.
+Against the CPU allocator (tests/memory/test_training.py): within 0.1%. What is not seen: the state
+of the random generator that checkpointing keeps for each block, 5 kB of host memory. On CUDA
+autocast keeps more operations in FP32 than on the CPU, whose lists are traced: with autocast the
+figures are a lower bound there. The KV cache is off, as it should be.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -47,9 +50,9 @@ PHASES = ("forward", "backward", "optimizer")
 class Recipe:
     """How a step is trained.
 
-    `autocast` is the dtype of torch.autocast (fp16, bf16), or None. `foreach` is AdamW's: true on CUDA by default, with
-    one temporary of the size of all weights; false on the CPU, with one of the size of the largest. `accumulated`:
-    gradients of an earlier backward are held.
+    `autocast` is the dtype of torch.autocast (fp16, bf16), or None. `foreach` is AdamW's: true on
+    CUDA by default, with one temporary of the size of all weights; false on the CPU, with one of
+    the size of the largest. `accumulated`: gradients of an earlier backward are held.
     """
 
     checkpointing: bool = False
@@ -61,11 +64,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of one training step, by category: at the peak of each phase, and at the end of the forward.
+    """Bytes of one training step, by category: at the peak of each phase, and at the end of the
+    forward.
 
-    Categories: weights (with buffers), gradients, optimizer_states, saved_activations (what autograd keeps from forward
-    to backward, but for logits), logits (and everything of their shape: the loss's temporaries and gradients, saved or
-    not), temporaries (all else; a checkpointed block's recomputed activations too). Inputs are not counted.
+    Categories: weights (with buffers), gradients, optimizer_states, saved_activations (what
+    autograd keeps from forward to backward, but for logits), logits (and everything of their shape:
+    the loss's temporaries and gradients, saved or not), temporaries (all else; a checkpointed
+    block's recomputed activations too). Inputs are not counted.
     """
 
     phases: Mapping[str, Mapping[str, int]]
@@ -86,9 +91,13 @@ class TrainingMemory:
 
     @property
     def activations(self) -> int:
-        """Bytes beyond weights, gradients and states: the more of those at the peaks of forward and backward."""
+        """Bytes beyond weights, gradients and states: the more of those at the peaks of forward and
+        backward.
+        """
         resident = (WEIGHTS, GRADIENTS, OPTIMIZER_STATES)
-        return max(sum(n for c, n in self.phases[p].items() if c not in resident) for p in PHASES[:2])
+        return max(
+            sum(n for c, n in self.phases[p].items() if c not in resident) for p in PHASES[:2]
+        )
 
 
 def training_step(
@@ -103,32 +112,52 @@ def training_step(
     accumulated: bool = False,
     device: str = "cpu",
 ) -> TrainingMemory:
-    """One step on so many windows of so many tokens, without weights or a GPU. `precision` and `autocast` as above.
+    """One step on so many windows of so many tokens, without weights or a GPU. `precision` and
+    `autocast` as above.
 
-    `device` is cpu or cuda, as in `trace.trace`; on cuda attention is taken to be fused with dropout too.
+    `device` is cpu or cuda, as in `trace.trace`; on cuda attention is taken to be fused with
+    dropout too.
     """
     if autocast and precision == "fp32":
         raise ModelError("autocast needs a precision of 16 bits: fp16 or bf16")
     fake = fake_model(model_config, "fp32" if autocast else precision, lm_head=True)
-    recipe = Recipe(checkpointing, use_reentrant, precision if autocast else None, foreach, accumulated)
+    recipe = Recipe(
+        checkpointing, use_reentrant, precision if autocast else None, foreach, accumulated
+    )
     return trace_step(fake, windows, tokens, recipe, device)
 
 
-def trace_step(fake: FakeModel, windows: int, tokens: int, recipe: Recipe, device: str = "cpu") -> TrainingMemory:
-    """`training_step` on a fake model with its head, whose weights are of the precision that the recipe needs."""
+def trace_step(
+    fake: FakeModel, windows: int, tokens: int, recipe: Recipe, device: str = "cpu"
+) -> TrainingMemory:
+    """`training_step` on a fake model with its head, whose weights are of the precision that the
+    recipe needs.
+    """
     with fake.mode, shapes_only(), _fused_dropout() if device == "cuda" else nullcontext():
-        return measure(fake.architecture.model, torch.zeros(windows, tokens, dtype=torch.int64), recipe, device)
+        return measure(
+            fake.architecture.model, torch.zeros(windows, tokens, dtype=torch.int64), recipe, device
+        )
 
 
-def measure(model: "PreTrainedModel", ids: torch.Tensor, recipe: Recipe, device: str = "cpu") -> TrainingMemory:
-    """`training_step` on a model with its head, real or fake, which is left ready to train and with its weights."""
+def measure(
+    model: "PreTrainedModel", ids: torch.Tensor, recipe: Recipe, device: str = "cpu"
+) -> TrainingMemory:
+    """`training_step` on a model with its head, real or fake, which is left ready to train and with
+    its weights.
+    """
     optimizer = prepare(model, recipe)
     live = _Step(ids.numel(), model.config.get_text_config().vocab_size, device)
     live.ignore([ids, *model.parameters(), *model.buffers()])
-    weights = {t.untyped_storage()._cdata: t.untyped_storage() for t in [*model.parameters(), *model.buffers()]}
+    weights = {
+        t.untyped_storage()._cdata: t.untyped_storage()
+        for t in [*model.parameters(), *model.buffers()]
+    }
     resident = sum(storage.nbytes() for storage in weights.values())
     ends: list[int] = []
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: live.mark(p.grad, GRADIENTS)) for p in model.parameters()]
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: live.mark(p.grad, GRADIENTS))
+        for p in model.parameters()
+    ]
     try:
         with live:
             step(model, optimizer, ids, replace(recipe, accumulated=False), live)
@@ -148,11 +177,15 @@ def measure(model: "PreTrainedModel", ids: torch.Tensor, recipe: Recipe, device:
 
 
 def prepare(model: "PreTrainedModel", recipe: Recipe) -> torch.optim.AdamW:
-    """Make a model ready to train by a recipe. The learning rate is 0: finite gradients leave the weights."""
+    """Make a model ready to train by a recipe. The learning rate is 0: finite gradients leave the
+    weights.
+    """
     model.train().requires_grad_(True)
     model.activation_checkpointing_disable()
     if recipe.checkpointing:  # the name of gradient_checkpointing_enable from transformers 5.23 on
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": recipe.use_reentrant})
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": recipe.use_reentrant}
+        )
     return torch.optim.AdamW(model.parameters(), lr=0.0, foreach=recipe.foreach)
 
 
@@ -164,7 +197,9 @@ def step(
     live: "_Step | None" = None,
     ended: Callable[[str], None] = lambda phase: None,
 ) -> None:
-    """One training step; `ended` is called at the end of each phase, `live` is told what belongs to what."""
+    """One training step; `ended` is called at the end of each phase, `live` is told what belongs to
+    what.
+    """
     loss = _forward(model, ids, recipe, live)
     ended("forward")
     loss.backward()
@@ -174,7 +209,9 @@ def step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _forward(model: "PreTrainedModel", ids: torch.Tensor, recipe: Recipe, live: "_Step | None") -> torch.Tensor:
+def _forward(
+    model: "PreTrainedModel", ids: torch.Tensor, recipe: Recipe, live: "_Step | None"
+) -> torch.Tensor:
     dtype = torch_dtype(recipe.autocast) if recipe.autocast else None
     cast = torch.autocast(ids.device.type, dtype) if dtype else nullcontext()
     with cast, live.saving() if live else nullcontext():
@@ -219,7 +256,9 @@ def _whole(peak: Peak, weights: int) -> dict[str, int]:
 
 @contextmanager
 def _fused_dropout() -> Iterator[None]:
-    """Attention with dropout as CUDA has it: its fused kernels keep a seed, no mask; the CPU's have no dropout."""
+    """Attention with dropout as CUDA has it: its fused kernels keep a seed, no mask; the CPU's have
+    no dropout.
+    """
     attention = functional.scaled_dot_product_attention
 
     def fused(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> torch.Tensor:
@@ -233,9 +272,11 @@ def _fused_dropout() -> Iterator[None]:
 
 
 def _cpu_attention_backward_buffers(gradient: torch.Tensor, query: torch.Tensor, *_: Any) -> int:
-    """Bytes that the fused CPU attention's backward takes within itself, for each thread: as trace's of the forward.
+    """Bytes that the fused CPU attention's backward takes within itself, for each thread: as
+    trace's of the forward.
 
-    In 16 bits, on processors that multiply them, oneDNN's products take up to some 0.4 MB a thread more: left out.
+    In 16 bits, on processors that multiply them, oneDNN's products take up to some 0.4 MB a thread
+    more: left out.
     """
     tokens = query.shape[2]
     rows = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)

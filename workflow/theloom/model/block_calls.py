@@ -23,7 +23,9 @@ class _Stop(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls one block: all but the residual, whose place is kept, and the KV cache, which is not."""
+    """How the model calls one block: all but the residual, whose place is kept, and the KV cache,
+    which is not.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -35,10 +37,18 @@ class Call:
         def fill(value: Any) -> Any:
             if value is CACHE:
                 return cache
-            return value.to(residual.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            return (
+                value.to(residual.device, non_blocking=True)
+                if isinstance(value, torch.Tensor)
+                else value
+            )
 
         args, kwargs = tree_map(fill, self.args), tree_map(fill, self.kwargs)
-        output = block(*args, **kwargs | {RESIDUAL: residual}) if self.named else block(residual, *args, **kwargs)
+        output = (
+            block(*args, **kwargs | {RESIDUAL: residual})
+            if self.named
+            else block(residual, *args, **kwargs)
+        )
         return output if isinstance(output, torch.Tensor) else output[0]
 
 
@@ -52,8 +62,8 @@ CACHE = _Placeholder()
 class Frame:
     """A model seen as what is round its blocks; it may be one without bytes.
 
-    `outputs` says of every block how many values it returns (0: a tensor, not a tuple), `residual_dtype` the precision
-    of the residual stream; `blockwise.look` finds both.
+    `outputs` says of every block how many values it returns (0: a tensor, not a tuple),
+    `residual_dtype` the precision of the residual stream; `blockwise.look` finds both.
     """
 
     def __init__(self, described: Architecture, device: torch.device) -> None:
@@ -64,14 +74,18 @@ class Frame:
 
     @property
     def streams(self) -> bool:
-        """Whether a block's part of the KV cache is keys and values alone, which a cache of its own can hold."""
+        """Whether a block's part of the KV cache is keys and values alone, which a cache of its own
+        can hold.
+        """
         layers = DynamicCache(config=self.model.config).layers
         return len(layers) == len(self.blocks) and all(
             type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers
         )
 
     def enter(self, ids: torch.Tensor, seen: int = 0, streamed: bool = False) -> torch.Tensor:
-        """What enters the first block for token ids (batch, position), of which `seen` came before these."""
+        """What enters the first block for token ids (batch, position), of which `seen` came before
+        these.
+        """
         found: list[torch.Tensor] = []
 
         def first(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -82,7 +96,9 @@ class Frame:
         return found[0]
 
     def record(self, ids: torch.Tensor, seen: int = 0, streamed: bool = False) -> list[Call]:
-        """Every block's arguments for token ids of a shape, on the host. Raises ModelError for a block not met."""
+        """Every block's arguments for token ids of a shape, on the host. Raises ModelError for a
+        block not met.
+        """
         calls: list[Call] = []
         to_host = _Once()
 
@@ -90,7 +106,13 @@ class Frame:
             if number != len(calls):
                 raise ModelError(f"{self._name}: its blocks do not run once each, in order")
             named = not (args and isinstance(args[0], torch.Tensor))
-            calls.append(Call(tree_map(to_host, args if named else args[1:]), _mapped(to_host, kwargs, named), named))
+            calls.append(
+                Call(
+                    tree_map(to_host, args if named else args[1:]),
+                    _mapped(to_host, kwargs, named),
+                    named,
+                )
+            )
             if number == len(self.blocks) - 1:
                 raise _Stop
             residual, count = residual_of(args, kwargs), self.outputs[number]
@@ -98,14 +120,18 @@ class Frame:
 
         self._forward(through, ids, seen, streamed)
         if len(calls) < len(self.blocks):
-            raise ModelError(f"{self._name}: only {len(calls)} of its {len(self.blocks)} blocks ran")
+            raise ModelError(
+                f"{self._name}: only {len(calls)} of its {len(self.blocks)} blocks ran"
+            )
         return calls
 
     @property
     def _name(self) -> str:
         return type(self.model).__name__
 
-    def _forward(self, run: Callable[..., Any], ids: torch.Tensor, seen: int, streamed: bool) -> None:
+    def _forward(
+        self, run: Callable[..., Any], ids: torch.Tensor, seen: int, streamed: bool
+    ) -> None:
         """The model's own forward, with every block's work replaced; the modules stay themselves."""
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": streamed}
         if streamed:
@@ -141,7 +167,10 @@ class _Once:
 
 def _mapped(to_host: _Once, kwargs: dict[str, Any], named: bool) -> dict[str, Any]:
     """Arguments by name in their order, the residual's place kept."""
-    return {name: None if named and name == RESIDUAL else tree_map(to_host, value) for name, value in kwargs.items()}
+    return {
+        name: None if named and name == RESIDUAL else tree_map(to_host, value)
+        for name, value in kwargs.items()
+    }
 
 
 def residual_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -149,7 +178,9 @@ def residual_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def cache_that_saw(config: PretrainedConfig, seen: int) -> DynamicCache:
-    """A KV cache without data, which tells every layer that `seen` tokens came before: for positions and masks."""
+    """A KV cache without data, which tells every layer that `seen` tokens came before: for
+    positions and masks.
+    """
     cache = DynamicCache(config=config)
     for layer in cache.layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
@@ -162,13 +193,17 @@ def cache_that_saw(config: PretrainedConfig, seen: int) -> DynamicCache:
 
 
 class BlockCache(PrefillCache):
-    """The KV cache of one block. Raises ModelError where the block looks at another's, which is not there."""
+    """The KV cache of one block. Raises ModelError where the block looks at another's, which is not
+    there.
+    """
 
     def __init__(self, config: PretrainedConfig, block: int) -> None:
         super().__init__(config=config)
         self._block = block
 
-    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         return super().update(key_states, value_states, self._own(layer_idx), *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -190,11 +225,15 @@ PROBE_TOKENS = 5
 
 
 def look(frame: Frame) -> "BlockCalls":
-    """See how the blocks of a model without bytes are called. Raises ModelError for a model that is refused."""
+    """See how the blocks of a model without bytes are called. Raises ModelError for a model that is
+    refused.
+    """
     _whole_blocks(frame)
     seen = BlockCalls(frame)
     if len(seen.dtypes) > 1:
-        raise refusal(frame, f"its residual stream changes its precision ({', '.join(map(str, seen.dtypes))})")
+        raise refusal(
+            frame, f"its residual stream changes its precision ({', '.join(map(str, seen.dtypes))})"
+        )
     frame.outputs, frame.residual_dtype = seen.outputs, seen.dtypes.pop()
     return seen
 
@@ -215,9 +254,13 @@ class BlockCalls:
             handles.append(block.register_forward_hook(self._after))
         try:
             with torch.inference_mode():
-                shell.model(input_ids=torch.zeros(2, PROBE_TOKENS, dtype=torch.int64), use_cache=False)
+                shell.model(
+                    input_ids=torch.zeros(2, PROBE_TOKENS, dtype=torch.int64), use_cache=False
+                )
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-            raise refusal(shell, f"it cannot be run without its weights ({' '.join(str(error).split())})") from None
+            raise refusal(
+                shell, f"it cannot be run without its weights ({' '.join(str(error).split())})"
+            ) from None
         finally:
             for handle in handles:
                 handle.remove()
@@ -232,12 +275,25 @@ class BlockCalls:
             residual = kwargs.get("hidden_states") if named else args[0]
             expected = (2, PROBE_TOKENS, self._shell.architecture.hidden_size)
             if not isinstance(residual, torch.Tensor) or tuple(residual.shape) != expected:
-                shape = list(residual.shape) if isinstance(residual, torch.Tensor) else type(residual).__name__
-                raise refusal(self._shell, f"what goes into block {number} is no residual stream of its own: {shape}")
+                shape = (
+                    list(residual.shape)
+                    if isinstance(residual, torch.Tensor)
+                    else type(residual).__name__
+                )
+                raise refusal(
+                    self._shell,
+                    f"what goes into block {number} is no residual stream of its own: {shape}",
+                )
             if number and residual is not self._last:
-                raise refusal(self._shell, f"the residual is changed between block {number - 1} and block {number}")
+                raise refusal(
+                    self._shell,
+                    f"the residual is changed between block {number - 1} and block {number}",
+                )
             self.dtypes.add(residual.dtype)
-            rest = (args if named else args[1:], {k: v for k, v in kwargs.items() if not (named and v is residual)})
+            rest = (
+                args if named else args[1:],
+                {k: v for k, v in kwargs.items() if not (named and v is residual)},
+            )
             self._no_shared_state(number, rest)
             self.calls.append(list(leaves(rest)))
 
@@ -253,7 +309,10 @@ class BlockCalls:
             if isinstance(value, dict | list | set):
                 if id(value) in self._shared:
                     kind = type(value).__name__
-                    raise refusal(self._shell, f"blocks pass a {kind} from one to the next (block {number} has it too)")
+                    raise refusal(
+                        self._shell,
+                        f"blocks pass a {kind} from one to the next (block {number} has it too)",
+                    )
                 self._shared[id(value)] = value
 
 

@@ -1,7 +1,8 @@
 """A model is tried on a few tokens before rows are taken from it.
 
-What TheLoom relies on (its taps read what the model calls its hidden states, padding on the right changes nothing,
-chunks through the KV cache give the rows of one pass) is shown to hold for the model at hand, or it is not relied on.
+What TheLoom relies on (its taps read what the model calls its hidden states, padding on the right
+changes nothing, chunks through the KV cache give the rows of one pass) is shown to hold for the
+model at hand, or it is not relied on.
 """
 
 import logging
@@ -24,12 +25,21 @@ Residuals = dict[str, "torch.Tensor"]  # by hook point, (batch, position, hidden
 
 log = logging.getLogger(__name__)
 
-REFUSALS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, NotImplementedError, StopIteration)
+REFUSALS = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    NotImplementedError,
+    StopIteration,
+)
 
 
 @dataclass(frozen=True)
 class TriedOut:
-    """What a model showed on 24 tokens: errors as shares of the largest absolute value; whether it can be streamed.
+    """What a model showed on 24 tokens: errors as shares of the largest absolute value; whether it
+    can be streamed.
 
     A model that is not causal gets the padding mask of every batch, and cannot be streamed.
     """
@@ -43,17 +53,21 @@ class TriedOut:
 
 
 def self_check(architecture: Architecture, tolerance: float) -> TriedOut:
-    """Show that taps read the model's own hidden states, that padding leaves rows alone, and whether chunks do.
+    """Show that taps read the model's own hidden states, that padding leaves rows alone, and
+    whether chunks do.
 
-    `tolerance` is the error, as a share of the largest value, that rounding explains. Raises ModelError, with the
-    reason, where rows would not be what the model computes, or would depend on what else is in the batch.
+    `tolerance` is the error, as a share of the largest value, that rounding explains. Raises
+    ModelError, with the reason, where rows would not be what the model computes, or would depend on
+    what else is in the batch.
     """
     name, limit = type(architecture.model).__name__, 10 * tolerance
     ids = tokens_of(architecture.model)
     try:
         whole = _residuals(architecture, ids[:1], 24)
         states = reference_residuals(
-            architecture, input_ids=ids[:1].to(architecture.model.device), **no_cache(architecture.model)
+            architecture,
+            input_ids=ids[:1].to(architecture.model.device),
+            **no_cache(architecture.model),
         )
         alone = _residuals(architecture, ids[1:, :16], 16)
     except REFUSALS as error:
@@ -82,8 +96,12 @@ def self_check(architecture: Architecture, tolerance: float) -> TriedOut:
     return TriedOut(states_error, padding, chunks, True, not reason, reason)
 
 
-def _in_chunks(architecture: Architecture, ids: "torch.Tensor", whole: Residuals, limit: float) -> tuple[float, str]:
-    """The error of chunks of 7 tokens against one pass, and why the model is not to be streamed, if so."""
+def _in_chunks(
+    architecture: Architecture, ids: "torch.Tensor", whole: Residuals, limit: float
+) -> tuple[float, str]:
+    """The error of chunks of 7 tokens against one pass, and why the model is not to be streamed, if
+    so.
+    """
     if any("indexer" in part for block in architecture.blocks for part, _ in block.named_modules()):
         return math.inf, "it picks keys by a top-k, whose ties fall otherwise in chunks"
     try:
@@ -94,12 +112,17 @@ def _in_chunks(architecture: Architecture, ids: "torch.Tensor", whole: Residuals
 
 
 def other_in_chunks(error: float) -> str:
-    """Why a model is not streamed whose chunks are so far from one pass, as a share of the largest value."""
+    """Why a model is not streamed whose chunks are so far from one pass, as a share of the largest
+    value.
+    """
     return f"chunks through a KV cache give other rows than one pass (by {error:.2g} of the largest value)"
 
 
 def _residuals(
-    architecture: Architecture, ids: "torch.Tensor", chunk_size: int, lengths: tuple[int, ...] | None = None
+    architecture: Architecture,
+    ids: "torch.Tensor",
+    chunk_size: int,
+    lengths: tuple[int, ...] | None = None,
 ) -> dict[str, "torch.Tensor"]:
     return forward_residuals(architecture, ids, chunk_size, lengths, RESIDUALS)
 
@@ -111,11 +134,17 @@ def _padding_error(
     alone: Residuals,
     lengths: tuple[int, int] | None,
 ) -> float:
-    """Two windows of 24 and 16 tokens side by side against each by itself; infinite where they cannot be run so."""
+    """Two windows of 24 and 16 tokens side by side against each by itself; infinite where they
+    cannot be run so.
+    """
     try:
         both = _residuals(architecture, padded(ids), 24, lengths)
     except (*REFUSALS, HookError) as error:
-        log.warning("%s cannot be run on a padded batch: %s", type(architecture.model).__name__, _words(error))
+        log.warning(
+            "%s cannot be run on a padded batch: %s",
+            type(architecture.model).__name__,
+            _words(error),
+        )
         return math.inf
     return side_by_side(whole, alone, both)
 

@@ -15,29 +15,35 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def device_map(architecture: Architecture, sizes: Sequence[int], budgets: Sequence[int]) -> dict[str, int]:
+def device_map(
+    architecture: Architecture, sizes: Sequence[int], budgets: Sequence[int]
+) -> dict[str, int]:
     """Which module goes to which GPU (by number), for `from_pretrained`.
 
-    `sizes` are the bytes of each block's weights, `budgets` the bytes that each GPU may give to blocks. Each GPU takes
-    blocks in proportion to its budget, and those before the first block and behind the last go with their neighbours.
-    Raises MemoryPlanError where they do not fit.
+    `sizes` are the bytes of each block's weights, `budgets` the bytes that each GPU may give to
+    blocks. Each GPU takes blocks in proportion to its budget, and those before the first block and
+    behind the last go with their neighbours. Raises MemoryPlanError where they do not fit.
     """
     names = {id(module): name for name, module in architecture.model.named_modules()}
     ends = _cut(sizes, budgets)
     gpu_of = {
-        id(block): next(n for n, end in enumerate(ends) if i < end) for i, block in enumerate(architecture.blocks)
+        id(block): next(n for n, end in enumerate(ends) if i < end)
+        for i, block in enumerate(architecture.blocks)
     }
     blocks = set(gpu_of)
     found: dict[str, int] = {}
 
     def walk(module: Any, gpu: int) -> int:
-        """Name every module that holds no block, and every block; returns the GPU of the last block seen."""
+        """Name every module that holds no block, and every block; returns the GPU of the last block
+        seen.
+        """
         if id(module) in blocks:
             found[names[id(module)]] = gpu_of[id(module)]
             return gpu_of[id(module)]
         if not any(id(m) in blocks for m in module.modules()):
-            # what comes behind the blocks in the model's own order, such as the final norm, goes with the last of them;
-            # the tables of rotary positions are small, and are where the first block is
+            # what comes behind the blocks in the model's own order, such as the final norm, goes
+            # with the last of them; the tables of rotary positions are small, and are where the
+            # first block is
             stateless = not any(True for _ in module.parameters())
             found[names[id(module)]] = 0 if stateless else gpu
             return gpu
@@ -78,14 +84,19 @@ def _filled(sizes: Sequence[int], budgets: Sequence[int], level: float) -> list[
     return ends if block == len(sizes) else None
 
 
-def over_leased(model_config: "PretrainedConfig", kind: Kind, trust_remote_code: bool = False) -> "dict[str, Any]":
+def over_leased(
+    model_config: "PretrainedConfig", kind: Kind, trust_remote_code: bool = False
+) -> "dict[str, Any]":
     """The `device_map` of a model over the GPUs that this job has leased. Raises MemoryPlanError."""
     import torch
     from transformers import AutoModel
 
     with torch.device("meta"):
         model = AutoModel.from_config(model_config, trust_remote_code=trust_remote_code)
-    free = [available_memory(torch.device("cuda", number))[0].free for number in range(len(gpu_lease.held()))]
+    free = [
+        available_memory(torch.device("cuda", number))[0].free
+        for number in range(len(gpu_lease.held()))
+    ]
     cut = cut_to(find_blocks(model), kind, free)
     return {name: torch.device("cuda", number) for name, number in cut.items()}
 
@@ -93,8 +104,8 @@ def over_leased(model_config: "PretrainedConfig", kind: Kind, trust_remote_code:
 def cut_to(architecture: Architecture, kind: Kind, free: Sequence[int]) -> dict[str, int]:
     """The same for GPUs with so many bytes free; `architecture` may be on the meta device.
 
-    The first GPU has the weights that are in no block. A tenth is left for the forward pass, whose plan is made for
-    what the fullest has. Raises MemoryPlanError.
+    The first GPU has the weights that are in no block. A tenth is left for the forward pass, whose
+    plan is made for what the fullest has. Raises MemoryPlanError.
     """
     sizes = [_bytes(block, kind) for block in architecture.blocks]
     everything = sum(p.numel() for p in architecture.model.parameters())
@@ -107,4 +118,9 @@ def cut_to(architecture: Architecture, kind: Kind, free: Sequence[int]) -> dict[
 def _bytes(block: Any, kind: Kind) -> int:
     """Bytes of a block's weights, matrices quantised: NF4 has a 4-byte scale for each 64 weights."""
     matrix = {None: BYTES[kind.precision], "int8": 1, "int4": 0.5 + 4 / 64}[kind.quantization]
-    return int(sum(p.numel() * (matrix if p.ndim > 1 else BYTES[kind.precision]) for p in block.parameters()))
+    return int(
+        sum(
+            p.numel() * (matrix if p.ndim > 1 else BYTES[kind.precision])
+            for p in block.parameters()
+        )
+    )

@@ -37,13 +37,20 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
         half = x.to(torch.float16)
-        scaled = [x.new_empty((9, *x.shape), dtype=torch.int8)] if self.on_cpu else []  # twice in FP32, and outliers
+        scaled = (
+            [x.new_empty((9, *x.shape), dtype=torch.int8)] if self.on_cpu else []
+        )  # twice in FP32, and outliers
         scaled.clear()
-        quantized, row_scale = half.new_empty(x.shape, dtype=torch.int8), half.new_empty(rows, dtype=torch.float32)
+        quantized, row_scale = (
+            half.new_empty(x.shape, dtype=torch.int8),
+            half.new_empty(rows, dtype=torch.float32),
+        )
         if self.on_cpu:
             del half
             product = x.new_empty((rows, self.out), dtype=torch.int32)
-            factors, converted, exact = (x.new_empty((*x.shape[:-1], self.out), dtype=torch.float32) for _ in range(3))
+            factors, converted, exact = (
+                x.new_empty((*x.shape[:-1], self.out), dtype=torch.float32) for _ in range(3)
+            )
             del factors, converted, quantized
             return exact.to(x.dtype)
         product = half.new_empty((rows, self.out), dtype=torch.int32)
@@ -60,9 +67,14 @@ class NF4Linear(nn.Module):
         self.shape = linear.weight.shape
         self.register_buffer("weight", torch.empty(math.ceil(count / 2), 1, dtype=torch.uint8))
         scales = math.ceil(count / NF4_BLOCK)
-        self.register_buffer("absmax", torch.empty(scales, dtype=torch.uint8 if double else torch.float32))
+        self.register_buffer(
+            "absmax", torch.empty(scales, dtype=torch.uint8 if double else torch.float32)
+        )
         if double:
-            self.register_buffer("absmax_of_absmax", torch.empty(math.ceil(scales / SCALES_BLOCK), dtype=torch.float32))
+            self.register_buffer(
+                "absmax_of_absmax",
+                torch.empty(math.ceil(scales / SCALES_BLOCK), dtype=torch.float32),
+            )
             self.register_buffer("code", torch.empty(256, dtype=torch.float32))
         self.bias = linear.bias
 
@@ -80,9 +92,13 @@ SCALED = (Int8Linear, NF4Linear)
 
 
 def quantize(
-    model: nn.Module, kind: str, model_config: "PretrainedConfig | None" = None, kernels: str = "cuda"
+    model: nn.Module,
+    kind: str,
+    model_config: "PretrainedConfig | None" = None,
+    kernels: str = "cuda",
 ) -> None:
-    """Replace every linear layer but the LM head, as `int8` or `int4`; a quantised checkpoint's as its config says.
+    """Replace every linear layer but the LM head, as `int8` or `int4`; a quantised checkpoint's as
+    its config says.
 
     `kernels`: those of cuda or of the cpu.
     """
@@ -95,7 +111,11 @@ def quantize(
             if is_linear(child) and child is not head and not _named(f"{path}.{name}", left):
                 linear = child if isinstance(child, nn.Linear) else _turned(child)
                 double = bool(said.get("bnb_4bit_use_double_quant"))
-                layer = Int8Linear(linear, on_cpu) if kind == "int8" else NF4Linear(linear, double, packed)
+                layer = (
+                    Int8Linear(linear, on_cpu)
+                    if kind == "int8"
+                    else NF4Linear(linear, double, packed)
+                )
                 setattr(parent, name, layer)
 
 
@@ -160,8 +180,8 @@ def fake_model(
 ) -> FakeModel:
     """The classes that extraction loads (no LM head, unless asked for), on fake tensors.
 
-    `precision` is fp32, fp16 or bf16; `quantization` int8, int4 or None, with bitsandbytes' `kernels` of cuda or of the
-    cpu. Raises ModelError for a model that cannot be built so.
+    `precision` is fp32, fp16 or bf16; `quantization` int8, int4 or None, with bitsandbytes'
+    `kernels` of cuda or of the cpu. Raises ModelError for a model that cannot be built so.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     build = AutoModelForCausalLM if lm_head else AutoModel
@@ -169,22 +189,28 @@ def fake_model(
     try:
         with mode:
             model = build.from_config(
-                model_config, dtype=torch_dtype(precision), trust_remote_code=trust_remote_code, **options
+                model_config,
+                dtype=torch_dtype(precision),
+                trust_remote_code=trust_remote_code,
+                **options,
             )
             if quantization is not None:
                 quantize(model, quantization, model_config, kernels)
     except (ValueError, ImportError) as error:
-        raise ModelError(f"{model_config.model_type}: cannot be traced: {' '.join(str(error).split())}") from None
+        raise ModelError(
+            f"{model_config.model_type}: cannot be traced: {' '.join(str(error).split())}"
+        ) from None
     model.eval().requires_grad_(False)
     return FakeModel(find_blocks(model), mode, precision)
 
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Replace what needs values or a kernel: two functions of transformers, each by one of the same result's shape.
+    """Replace what needs values or a kernel: two functions of transformers, each by one of the same
+    result's shape.
 
-    Packed sequences are looked for in the position ids, and where one cannot look a b×s×s mask is made; the grouped
-    product of experts has no fake kernel for every dtype.
+    Packed sequences are looked for in the position ids, and where one cannot look a b×s×s mask is
+    made; the grouped product of experts has no fake kernel for every dtype.
     """
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._grouped_mm
     masking_utils.find_packed_sequence_indices = lambda position_ids: None

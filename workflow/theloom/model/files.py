@@ -1,7 +1,8 @@
-"""Where a model's files are: a hub id, a local folder, an installed package, a GGUF file in any of them.
+"""Where a model's files are: a hub id, a local folder, an installed package, a GGUF file in any of
+them.
 
-`prepare` ends with a local folder of safetensors, config and tokenizer. A GGUF file is converted to such a folder once,
-in a cache that all runs share, so that every later job loads in a second.
+`prepare` ends with a local folder of safetensors, config and tokenizer. A GGUF file is converted to
+such a folder once, in a cache that all runs share, so that every later job loads in a second.
 """
 
 import importlib.util
@@ -43,7 +44,9 @@ _BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A local folder that `from_pretrained` loads, where it came from, and the GGUF file that it was made from."""
+    """A local folder that `from_pretrained` loads, where it came from, and the GGUF file that it
+    was made from.
+    """
 
     folder: Path
     source: str
@@ -53,7 +56,9 @@ class ModelFiles:
     def weight_files(self) -> list[Path]:
         """The files that hold weights and those that say how to read them, sorted by name."""
         weights = list(self.folder.glob(_SAFETENSORS)) or list(self.folder.glob(_PICKLES))
-        return sorted([*weights, *self.folder.glob("model*.index.json"), self.folder / "config.json"])
+        return sorted(
+            [*weights, *self.folder.glob("model*.index.json"), self.folder / "config.json"]
+        )
 
 
 def cache_folder() -> Path:
@@ -68,7 +73,11 @@ def prepare_files(config: ModelConfig, revision: str | None = None) -> ModelFile
 
     `revision`, where given, is the commit that an earlier job found. Raises ModelError.
     """
-    weights = [config.gguf_file] if config.gguf_file else [_SAFETENSORS] + [_PICKLES] * config.allow_pickle
+    weights = (
+        [config.gguf_file]
+        if config.gguf_file
+        else [_SAFETENSORS] + [_PICKLES] * config.allow_pickle
+    )
     folder, revision = _find(config.source, revision or config.revision, weights)
     gguf = _check_folder(folder, config)
     if gguf is not None:
@@ -77,19 +86,27 @@ def prepare_files(config: ModelConfig, revision: str | None = None) -> ModelFile
 
 
 def _check_folder(folder: Path, config: ModelConfig) -> Path | None:
-    """The GGUF file of a folder, None where it has weights that load as they are. Raises ModelError for neither."""
+    """The GGUF file of a folder, None where it has weights that load as they are. Raises ModelError
+    for neither.
+    """
     gguf = _gguf_file(folder, config)
     if gguf is None:
-        if not any(folder.glob(_SAFETENSORS)) and not (config.allow_pickle and any(folder.glob(_PICKLES))):
+        if not any(folder.glob(_SAFETENSORS)) and not (
+            config.allow_pickle and any(folder.glob(_PICKLES))
+        ):
             raise ModelError(_no_weights(folder, config))
         if not (folder / "config.json").is_file():
-            raise ModelError(f"model.source: {config.source} has no config.json; give a folder of save_pretrained's")
+            raise ModelError(
+                f"model.source: {config.source} has no config.json; give a folder of save_pretrained's"
+            )
     return gguf
 
 
 @dataclass(frozen=True)
 class Description:
-    """The folder of a config and a tokenizer, the GGUF file if they are in one that is not converted, the commit."""
+    """The folder of a config and a tokenizer, the GGUF file if they are in one that is not
+    converted, the commit.
+    """
 
     folder: Path
     gguf_file: str | None
@@ -98,10 +115,14 @@ class Description:
 
 def describe(config: ModelConfig) -> Description:
     """Where the model's config and tokenizer are. Fetches no safetensors."""
-    folder, revision = _find(config.source, config.revision, [config.gguf_file] if config.gguf_file else [])
+    folder, revision = _find(
+        config.source, config.revision, [config.gguf_file] if config.gguf_file else []
+    )
     gguf = _gguf_file(folder, config)
     if gguf is None and not (folder / "config.json").is_file():
-        raise ModelError(f"model.source: {config.source} has no config.json; give a folder of save_pretrained's")
+        raise ModelError(
+            f"model.source: {config.source} has no config.json; give a folder of save_pretrained's"
+        )
     if gguf is not None and (converted := _conversion(gguf)).is_dir():
         return Description(converted, None, revision)
     return Description(folder, gguf.name if gguf else None, revision)
@@ -116,7 +137,9 @@ def describe_tokenizer(config: ModelConfig) -> Description:
 
 
 def check_local(config: ModelConfig) -> None:
-    """What can be told at once, without a network: folders, packages or files that are not there. Raises ModelError."""
+    """What can be told at once, without a network: folders, packages or files that are not there.
+    Raises ModelError.
+    """
     folder = _local_folder(config.source)
     if folder is not None:
         _check_folder(folder, config)
@@ -132,11 +155,16 @@ def is_gguf(config: ModelConfig) -> bool:
 
 
 def fetch(config: ModelConfig) -> str | None:
-    """Have all files of a model and its tokenizer here, fetched where they are a hub's; returns the commit.
+    """Have all files of a model and its tokenizer here, fetched where they are a hub's; returns the
+    commit.
 
     Converts nothing. Raises ModelError.
     """
-    weights = [config.gguf_file] if config.gguf_file else [_SAFETENSORS] + [_PICKLES] * config.allow_pickle
+    weights = (
+        [config.gguf_file]
+        if config.gguf_file
+        else [_SAFETENSORS] + [_PICKLES] * config.allow_pickle
+    )
     folder, revision = _find(config.source, config.revision, weights)
     _check_folder(folder, config)
     describe_tokenizer(config)
@@ -150,13 +178,17 @@ def _local_folder(source: str, key: str = "model.source") -> Path | None:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         places = list(spec.submodule_search_locations or []) if spec else []
         if not places:
-            raise ModelError(f"{key}: no installed package {package!r}; pip install it, or give a folder")
+            raise ModelError(
+                f"{key}: no installed package {package!r}; pip install it, or give a folder"
+            )
         return Path(places[0])
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise ModelError(f"{key}: {source} is a file; give its folder (and model.gguf_file={folder.name})")
+        raise ModelError(
+            f"{key}: {source} is a file; give its folder (and model.gguf_file={folder.name})"
+        )
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ModelError(f"{key}: no folder {source!r} (a hub id looks like 'organisation/model')")
     return None
@@ -165,7 +197,9 @@ def _local_folder(source: str, key: str = "model.source") -> Path | None:
 def _find(
     source: str, revision: str | None, weights: Sequence[str] = (), key: str = "model.source"
 ) -> tuple[Path, str | None]:
-    """The folder of a source and, for a hub model, its commit; `weights`: patterns to fetch beside the config."""
+    """The folder of a source and, for a hub model, its commit; `weights`: patterns to fetch beside
+    the config.
+    """
     local = _local_folder(source, key)
     if local is not None:
         return local, None
@@ -173,7 +207,9 @@ def _find(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_DESCRIPTIONS, *weights]))
+        folder = Path(
+            snapshot_download(source, revision=revision, allow_patterns=[*_DESCRIPTIONS, *weights])
+        )
     except LocalEntryNotFoundError:
         where = f"{source} at {revision}" if revision else source
         raise ModelError(
@@ -190,14 +226,18 @@ def _gguf_file(folder: Path, config: ModelConfig) -> Path | None:
         file = folder / config.gguf_file
         if not file.is_file():
             here = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
-            raise ModelError(f"model.gguf_file: no {config.gguf_file!r} in {config.source}; GGUF files there: {here}")
+            raise ModelError(
+                f"model.gguf_file: no {config.gguf_file!r} in {config.source}; GGUF files there: {here}"
+            )
         return file
     found = sorted(folder.glob("*.gguf"))
     if not found or any(folder.glob(_SAFETENSORS)):
         return None
     if len(found) > 1:
         names = ", ".join(p.name for p in found)
-        raise ModelError(f"model.gguf_file: not set, and {config.source} has several GGUF files: {names}")
+        raise ModelError(
+            f"model.gguf_file: not set, and {config.source} has several GGUF files: {names}"
+        )
     return found[0]
 
 
@@ -217,7 +257,9 @@ def _conversion(gguf: Path) -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """The folder of safetensors made from a GGUF file, converted now if need be; it appears whole or not at all."""
+    """The folder of safetensors made from a GGUF file, converted now if need be; it appears whole
+    or not at all.
+    """
     target = _conversion(gguf)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
@@ -238,11 +280,16 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"model.gguf_file: {gguf.name} cannot be read: {' '.join(str(error).split())}") from None
-    # the weights are dequantised now: without this save_pretrained refuses, taking them for quantised ones
+        raise ModelError(
+            f"model.gguf_file: {gguf.name} cannot be read: {' '.join(str(error).split())}"
+        ) from None
+    # the weights are dequantised now: without this save_pretrained refuses, taking them for
+    # quantised ones
     setattr(model, "hf_quantizer", None)  # noqa: B010
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -268,7 +315,9 @@ def files_fingerprint(files: ModelFiles) -> str:
 
 
 def files_signature(files: ModelFiles) -> str:
-    """Names, sizes and times of a model's files as JSON: the same signature means that nobody has changed them."""
+    """Names, sizes and times of a model's files as JSON: the same signature means that nobody has
+    changed them.
+    """
     return json.dumps(list(_stats(files)))
 
 
@@ -306,8 +355,12 @@ def read_config(config: ModelConfig) -> Numbers:
     return model_dims.numbers(hf_config(config))
 
 
-def check_architecture(declared: ArchitectureConfig | None, found: Numbers, source_name: str) -> None:
-    """The profile's numbers, by which memory was planned, are those of the model. Raises ModelError."""
+def check_architecture(
+    declared: ArchitectureConfig | None, found: Numbers, source_name: str
+) -> None:
+    """The profile's numbers, by which memory was planned, are those of the model. Raises
+    ModelError.
+    """
     if declared is None:
         return
     pairs = {

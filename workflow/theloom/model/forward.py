@@ -15,18 +15,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# count positions from 0 in every chunk unless told; others do not take position ids, or are wrong with them (RoBERTa)
+# count positions from 0 in every chunk unless told; others do not take position ids, or are wrong
+# with them (RoBERTa)
 RESTARTS_POSITIONS = ("bamba",)
 
 
 def prefill(
-    taps: Taps, ids: "torch.Tensor", chunk_size: int, lengths: Sequence[int] | None = None, offloaded: bool = False
+    taps: Taps,
+    ids: "torch.Tensor",
+    chunk_size: int,
+    lengths: Sequence[int] | None = None,
+    offloaded: bool = False,
 ) -> None:
-    """Forward token ids (batch, position): at once where they fit a chunk, else chunk by chunk through a KV cache.
+    """Forward token ids (batch, position): at once where they fit a chunk, else chunk by chunk
+    through a KV cache.
 
-    A causal model gets no attention mask: padding, if any, is on the right, where no real token looks. For any other
-    model `lengths` are the real tokens of every row, and what is beyond them is masked; it goes through in one pass.
-    With `offloaded` the cache lies in host memory, and a GPU holds that of two blocks.
+    A causal model gets no attention mask: padding, if any, is on the right, where no real token
+    looks. For any other model `lengths` are the real tokens of every row, and what is beyond them
+    is masked; it goes through in one pass. With `offloaded` the cache lies in host memory, and a
+    GPU holds that of two blocks.
     """
     for _ in steps(taps, ids, chunk_size, lengths, offloaded):
         pass
@@ -40,7 +47,8 @@ def steps(
     offloaded: bool = False,
     inputs: "Mapping[str, torch.Tensor] | None" = None,
 ) -> Iterator[int]:
-    """The same step by step: after each, the position of its first token. Taps need be open during a step only.
+    """The same step by step: after each, the position of its first token. Taps need be open during
+    a step only.
 
     `inputs` are further arguments of the model, (batch, position) as the ids are.
     """
@@ -57,20 +65,26 @@ def steps(
             taps.run(**named, **no_cache(model))
         yield 0
         return
-    cache: dict[str, Any] = {cache_name(model): PrefillCache(config=model.config, offloading=offloaded)}
+    cache: dict[str, Any] = {
+        cache_name(model): PrefillCache(config=model.config, offloading=offloaded)
+    }
     for start in range(0, ids.shape[1], chunk_size):
         chunk = {name: value[:, start : start + chunk_size] for name, value in named.items()}
         if model.config.model_type in RESTARTS_POSITIONS:
             end = start + chunk["input_ids"].shape[1]
             chunk.setdefault("position_ids", torch.arange(start, end, device=model.device)[None])
-        with torch.inference_mode():  # not while the caller has the turn: it would be the caller's mode too
+        with (
+            torch.inference_mode()
+        ):  # not while the caller has the turn: it would be the caller's mode too
             taps.run(**chunk, use_cache=True, **cache)
         yield start
 
 
 def no_cache(model: "PreTrainedModel") -> dict[str, Any]:
     """How a model's forward is told not to keep a cache, where it knows of any."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return (
+        {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    )
 
 
 def cache_name(model: "PreTrainedModel") -> str:
@@ -95,7 +109,9 @@ def forward_residuals(
     everything = residual_points(len(architecture.loaded), architecture.hidden_size)
     points = [p for p in everything if p.value in values]
     seen: dict[str, list[torch.Tensor]] = {p.name: [] for p in points}
-    with Taps(architecture, points, lambda name, value: seen[name].append(value.float().cpu())) as taps:
+    with Taps(
+        architecture, points, lambda name, value: seen[name].append(value.float().cpu())
+    ) as taps:
         prefill(taps, ids, chunk_size, lengths)
     return {name: torch.cat(chunks, dim=1) for name, chunks in seen.items()}
 
@@ -103,11 +119,14 @@ def forward_residuals(
 class PrefillCache(DynamicCache):
     """A DynamicCache whose sliding-window layers hold their window alone.
 
-    Theirs is a view of window and chunk together, which keeps the whole alive: a prefill's first chunk, however long,
-    would stay on the device until the next one. Here a layer's window is a tensor of its own.
+    Theirs is a view of window and chunk together, which keeps the whole alive: a prefill's first
+    chunk, however long, would stay on the device until the next one. Here a layer's window is a
+    tensor of its own.
     """
 
-    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         for name in ("keys", "values"):

@@ -1,4 +1,6 @@
-"""Load a model for extraction: at the resolved precision, on the device, without its LM head, unmodified."""
+"""Load a model for extraction: at the resolved precision, on the device, without its LM head,
+unmodified.
+"""
 
 import logging
 import mmap
@@ -44,8 +46,12 @@ class LoadedModel:
 
     @property
     def tolerance(self) -> float:
-        """The error that rounding explains; bitsandbytes rounds to 16 bits inside, whatever the precision around it."""
-        return max(TOLERANCE[self.precision.resolved], TOLERANCE["bf16"] if self.quantization else 0)
+        """The error that rounding explains; bitsandbytes rounds to 16 bits inside, whatever the
+        precision around it.
+        """
+        return max(
+            TOLERANCE[self.precision.resolved], TOLERANCE["bf16"] if self.quantization else 0
+        )
 
     @property
     def catalogue(self) -> Catalogue:
@@ -65,18 +71,23 @@ def resolve_precision(config: Config) -> tuple["torch.device", Resolved]:
 
 
 def load_model(
-    config: Config, files: ModelFiles, points: Sequence[HookPoint] | None = None, exact: bool = False
+    config: Config,
+    files: ModelFiles,
+    points: Sequence[HookPoint] | None = None,
+    exact: bool = False,
 ) -> LoadedModel:
     """Load the model from its files (`source.prepare`): all of it, or what reading `points` needs.
 
-    Tensors go one by one to their device and precision; what is not needed is not read. A quantised checkpoint is taken
-    as it is. `exact`: in FP32 and not quantised, whatever the config asks for. Raises ModelError where any of the
-    weights is missing or has another shape.
+    Tensors go one by one to their device and precision; what is not needed is not read. A quantised
+    checkpoint is taken as it is. `exact`: in FP32 and not quantised, whatever the config asks for.
+    Raises ModelError where any of the weights is missing or has another shape.
     """
     device, resolved = resolve_precision(config)
     if exact:
         resolved = Resolved("fp32", "fp32", ())
-    options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": _device_map(config, device, resolved)}
+    options: dict[str, Any] = (
+        {} if device.type == "cpu" else {"device_map": _device_map(config, device, resolved)}
+    )
     if config.extraction.attention.name != "auto":
         options["attn_implementation"] = config.extraction.attention.name
     own = quantization_of(config, config_in(files, config.model.trust_remote_code))
@@ -84,7 +95,8 @@ def load_model(
     whole = _without_bytes(config, resolved.resolved) if points is not None else None
     left_out = whole.unneeded(points) if whole is not None and points is not None else []
     if quantization is not None:
-        # transformers leaves the last module as it is, which of a model without its end would be another one
+        # transformers leaves the last module as it is, which of a model without its end would be
+        # another one
         from transformers.quantizers.base import get_keys_to_not_convert
 
         stays = None if whole is None else get_keys_to_not_convert(whole.architecture.model)
@@ -105,7 +117,9 @@ def load_model(
                 **options,
             )
     except (ValueError, OSError, ImportError) as error:
-        raise ModelError(f"model.source: {config.model.source}: {' '.join(str(error).split())}") from None
+        raise ModelError(
+            f"model.source: {config.model.source}: {' '.join(str(error).split())}"
+        ) from None
     if left_out:
         model.__class__ = type(model).__base__  # the class as transformers has it
     check_loaded(model, info, config.model.source)
@@ -121,7 +135,9 @@ def load_model(
 
 
 def _read_in(model: "nn.Module") -> None:
-    """Have all weights in memory from the start: mapped files come page by page, and a run's memory would grow."""
+    """Have all weights in memory from the start: mapped files come page by page, and a run's memory
+    would grow.
+    """
     import torch
 
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -131,7 +147,9 @@ def _read_in(model: "nn.Module") -> None:
 
 
 def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":
-    """The whole model on tensors without bytes, by which it is loaded in part; None for one whose code is its own."""
+    """The whole model on tensors without bytes, by which it is loaded in part; None for one whose
+    code is its own.
+    """
     from theloom.model import fake
 
     model_config = hf_config(config.model)
@@ -143,7 +161,9 @@ def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":
 
 
 def _part_of_model(config: Config, left_out: list[str]) -> Any:
-    """The class that loads a model without the modules of these names: they are gone before weights are looked for."""
+    """The class that loads a model without the modules of these names: they are gone before weights
+    are looked for.
+    """
     from transformers import AutoModel
 
     from theloom.model import pruning
@@ -159,7 +179,9 @@ def _part_of_model(config: Config, left_out: list[str]) -> Any:
         pruning.leave_out(self, left_out)
         blocks = [self.get_submodule(gone[b]) if b in gone else b for b in described.blocks]
         object.__setattr__(self, "_described", Architecture(self, blocks, described.hidden_size))
-        self._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){re.escape(name)}\." for name in left_out}
+        self._keys_to_ignore_on_load_unexpected |= {
+            rf"(^|\.){re.escape(name)}\." for name in left_out
+        }
 
     return type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__})
 
@@ -181,7 +203,9 @@ def _is_own_code(model_config: "PretrainedConfig") -> bool:
     return "AutoModel" in (getattr(model_config, "auto_map", None) or {})
 
 
-def _device_map(config: Config, device: "torch.device", resolved: Resolved) -> dict[str, "torch.device"]:
+def _device_map(
+    config: Config, device: "torch.device", resolved: Resolved
+) -> dict[str, "torch.device"]:
     """Everything on one device, or over the GPUs that this job has leased. Raises MemoryPlanError."""
     if len(gpu_lease.held()) < 2:
         return {"": device}
@@ -207,13 +231,17 @@ def report_held_back() -> Iterator[None]:
 
 
 def check_loaded(model: "nn.Module", info: Mapping[str, Any], source: str) -> None:
-    """`info` is what `from_pretrained(…, output_loading_info=True, ignore_mismatched_sizes=True)` gives.
+    """`info` is what `from_pretrained(…, output_loading_info=True, ignore_mismatched_sizes=True)`
+    gives.
 
-    Weights that have no place in the model are said: a head's, which no hook point reads, or others, with a warning.
-    Raises ModelError where any of the model's weights is missing or has another shape.
+    Weights that have no place in the model are said: a head's, which no hook point reads, or
+    others, with a warning. Raises ModelError where any of the model's weights is missing or has
+    another shape.
     """
     name = type(model).__name__
-    missing = [key for key in sorted(info["missing_keys"]) if not key.startswith("pooler.")]  # after all hook points
+    missing = [
+        key for key in sorted(info["missing_keys"]) if not key.startswith("pooler.")
+    ]  # after all hook points
     if missing:
         raise ModelError(
             f"model.source: {source} lacks {len(missing)} weights of {name} ({missing[0]}, …); "
@@ -226,7 +254,10 @@ def check_loaded(model: "nn.Module", info: Mapping[str, Any], source: str) -> No
             f"{tuple(in_file)} in the files, {tuple(by_config)} by the config); they are not of one model"
         )
     prefix, parts = f"{getattr(model, 'base_model_prefix', '')}.", dict(model.named_children())
-    of_head = {key: key.removeprefix(prefix).split(".")[0] not in parts for key in sorted(info["unexpected_keys"])}
+    of_head = {
+        key: key.removeprefix(prefix).split(".")[0] not in parts
+        for key in sorted(info["unexpected_keys"])
+    }
     if heads := [key for key, head in of_head.items() if head]:
         log.info("not read, as no hook point needs them: %s", _few_names(heads))
     if others := [key for key, head in of_head.items() if not head]:

@@ -1,8 +1,9 @@
-"""What of a model a run needs: neither blocks behind the deepest hook point nor what comes after them.
+"""What of a model a run needs: neither blocks behind the deepest hook point nor what comes after
+them.
 
-Blocks are known by their number. What else is not needed is seen on fake tensors: a module that the whole forward pass
-calls, and that the pass up to the deepest hook point does not; or a whole model within the model (a vision tower) that
-is not called at all.
+Blocks are known by their number. What else is not needed is seen on fake tensors: a module that the
+whole forward pass calls, and that the pass up to the deepest hook point does not; or a whole model
+within the model (a vision tower) that is not called at all.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,7 +29,9 @@ class NotLoaded(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.instead: Callable[[torch.Tensor], Any] | None = None  # what to give for its input, in `passed_over`
+        self.instead: Callable[[torch.Tensor], Any] | None = (
+            None  # what to give for its input, in `passed_over`
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.instead is None:
@@ -38,7 +41,8 @@ class NotLoaded(nn.Module):
 
 @contextmanager
 def passed_over(architecture: Architecture) -> Iterator[None]:
-    """Let forward passes go on to their end: what is not loaded gives its input, a block in the form that blocks have.
+    """Let forward passes go on to their end: what is not loaded gives its input, a block in the
+    form that blocks have.
 
     So a model says what its loaded blocks did; what it says of the others is of no use.
     """
@@ -50,7 +54,9 @@ def passed_over(architecture: Architecture) -> Iterator[None]:
 
     for module in missing:
         module.instead = as_a_block if any(module is b for b in architecture.blocks) else _itself
-    handle = architecture.loaded[-1].register_forward_hook(lambda module, args, output: form.append(output))
+    handle = architecture.loaded[-1].register_forward_hook(
+        lambda module, args, output: form.append(output)
+    )
     try:
         yield
     finally:
@@ -64,7 +70,8 @@ def _itself(value: torch.Tensor) -> torch.Tensor:
 
 
 def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
-    """Names of the modules that reading these hook points does not need; of none of them is one within another.
+    """Names of the modules that reading these hook points does not need; of none of them is one
+    within another.
 
     Runs the model twice on three tokens: call it under the fake mode of a fake model.
     """
@@ -72,13 +79,21 @@ def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
 
     model, deepest = described.model, max(p.block for p in points)
     blocks = {m for block in described.blocks for m in block.modules()}
-    around = {a for name, m in model.named_modules() if m in blocks for a in _ancestors(name)} | {""}
+    around = {a for name, m in model.named_modules() if m in blocks for a in _ancestors(name)} | {
+        ""
+    }
     everywhere, before = _called(described, None), _called(described, points)
-    dropped = {n for n, m in model.named_modules() if any(m is b for b in described.blocks[max(deepest, 0) + 1 :])}
+    dropped = {
+        n
+        for n, m in model.named_modules()
+        if any(m is b for b in described.blocks[max(deepest, 0) + 1 :])
+    }
     for name, module in model.named_modules():
         if name in around or module in blocks or module in before:
             continue
-        apart = isinstance(module, PreTrainedModel) and not everywhere.intersection(module.modules())
+        apart = isinstance(module, PreTrainedModel) and not everywhere.intersection(
+            module.modules()
+        )
         if apart or (module in everywhere and not before.intersection(module.modules())):
             dropped.add(name)
     return sorted(n for n in dropped if not dropped.intersection(_ancestors(n)))
@@ -95,7 +110,10 @@ def storages(model: nn.Module, left_out: Collection[str] = ()) -> list[int]:
     """Bytes of every storage that stays for a model's life: parameters and buffers, tied ones once."""
     found = {
         t.untyped_storage()._cdata: t
-        for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        for name, t in [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
         if not any(ancestor in left_out for ancestor in _ancestors(name))
     }
     return [t.untyped_storage().nbytes() for t in found.values()]
@@ -108,7 +126,9 @@ def _ancestors(name: str) -> list[str]:
 
 
 def _called(described: Architecture, points: Sequence[HookPoint] | None) -> set[nn.Module]:
-    """The modules that a forward pass over three tokens calls: the whole pass, or up to the deepest hook point."""
+    """The modules that a forward pass over three tokens calls: the whole pass, or up to the deepest
+    hook point.
+    """
     called: set[nn.Module] = set()
 
     def note(module: nn.Module, *_: Any) -> None:

@@ -1,14 +1,18 @@
-"""Quantised weights: what a checkpoint says of its own, what is resident of them, and their shapes for traces.
+"""Quantised weights: what a checkpoint says of its own, what is resident of them, and their shapes
+for traces.
 
-Linear layers are made here as bitsandbytes holds and runs them, in shapes alone, where no kernel runs.
+Linear layers are made here as bitsandbytes holds and runs them, in shapes alone, where no kernel
+runs.
 
-Sizes follow bitsandbytes 0.50: LLM.int8() keeps a byte a weight and a 4-byte scale for each output row, and its product
-makes the rows in int8, an int32 result and a float16 one; NF4 keeps half a byte a weight and a 4-byte scale for each 64
-weights, and the whole weight is made 16-bit for each product. Where these scales are quantised once more, they are a
-byte each, with a 4-byte scale for each 256 and a table of 256 numbers.
+Sizes follow bitsandbytes 0.50: LLM.int8() keeps a byte a weight and a 4-byte scale for each output
+row, and its product makes the rows in int8, an int32 result and a float16 one; NF4 keeps half a
+byte a weight and a 4-byte scale for each 64 weights, and the whole weight is made 16-bit for each
+product. Where these scales are quantised once more, they are a byte each, with a 4-byte scale for
+each 256 and a table of 256 numbers.
 
-On the CPU the 8-bit product is scaled in FP32, with three tables of its size beside it. Where the processor has
-AVX512-BF16, a 4-bit weight is packed anew at its first product, which takes 7 bytes a weight, and products are in BF16.
+On the CPU the 8-bit product is scaled in FP32, with three tables of its size beside it. Where the
+processor has AVX512-BF16, a 4-bit weight is packed anew at its first product, which takes 7 bytes a
+weight, and products are in BF16.
 """
 
 import logging
@@ -32,7 +36,9 @@ log = logging.getLogger(__name__)
 
 
 def check_runs_on_the_cpu(model: nn.Module) -> None:
-    """Raises ModelError where bitsandbytes' product for 4-bit weights on this CPU does not take their widths."""
+    """Raises ModelError where bitsandbytes' product for 4-bit weights on this CPU does not take
+    their widths.
+    """
     from bitsandbytes.nn import Linear4bit
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit)]
@@ -49,7 +55,9 @@ def check_runs_on_the_cpu(model: nn.Module) -> None:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of all weights and buffers of a real model, and of the scales that bitsandbytes keeps beside them."""
+    """Bytes of all weights and buffers of a real model, and of the scales that bitsandbytes keeps
+    beside them.
+    """
     held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(model)}
     return sum(held.values())
 
@@ -65,7 +73,9 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 def with_scales(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """A weight and what bitsandbytes keeps beside it, before the first product."""
     yield tensor
-    yield from (v for name in ("CB", "SCB") if isinstance(v := getattr(tensor, name, None), torch.Tensor))
+    yield from (
+        v for name in ("CB", "SCB") if isinstance(v := getattr(tensor, name, None), torch.Tensor)
+    )
     state = getattr(tensor, "quant_state", None)
     while state is not None:
         parts = vars(state)
@@ -84,7 +94,9 @@ _SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' own switch
 
 @contextmanager
 def one_tensor_at_a_time() -> Iterator[None]:
-    """Have transformers load in this thread, so that at most one tensor waits in host memory for its device."""
+    """Have transformers load in this thread, so that at most one tensor waits in host memory for
+    its device.
+    """
     before = os.environ.get(_SEQUENTIAL)
     os.environ[_SEQUENTIAL] = "1"
     try:
@@ -97,13 +109,17 @@ def one_tensor_at_a_time() -> Iterator[None]:
 
 
 def bitsandbytes_config(bits: str, compute: str, stays: list[str] | None = None) -> Any:
-    """The config of bitsandbytes; `stays`: names of modules that are not quantised, where not those that it finds."""
+    """The config of bitsandbytes; `stays`: names of modules that are not quantised, where not those
+    that it finds.
+    """
     import importlib.util
 
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"memory.quantization={bits} needs bitsandbytes: pip install 'theloom[quantization]'")
+        raise ModelError(
+            f"memory.quantization={bits} needs bitsandbytes: pip install 'theloom[quantization]'"
+        )
     if bits == "8bit":
         # it says at every product of every layer that it computes in float16
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,7 +1,9 @@
-"""The residual stream as the model itself tells it: `output_hidden_states`, by the names of hook points.
+"""The residual stream as the model itself tells it: `output_hidden_states`, by the names of hook
+points.
 
-Most models give the input of every block and then what the final norm makes of the last output; some (Mamba, RWKV)
-give the output of every block. Which it is, is seen: by the inputs of the first two blocks and the last one's output.
+Most models give the input of every block and then what the final norm makes of the last output;
+some (Mamba, RWKV) give the output of every block. Which it is, is seen: by the inputs of the first
+two blocks and the last one's output.
 """
 
 from collections.abc import Iterator
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, "torch.Tensor"]:
-    """Every residual of the loaded blocks, (batch, position, hidden size), by hook point, of one plain forward pass.
+    """Every residual of the loaded blocks, (batch, position, hidden size), by hook point, of one
+    plain forward pass.
 
     Raises ModelError where the model does not give its hidden states, or not one for every block.
     """
@@ -38,7 +41,8 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
         seen["last"] = Site.output(output).clone()
 
     handles = [
-        blocks[i].register_forward_pre_hook(before(str(i)), with_kwargs=True) for i in range(min(2, len(blocks)))
+        blocks[i].register_forward_pre_hook(before(str(i)), with_kwargs=True)
+        for i in range(min(2, len(blocks)))
     ]
     handles.append(loaded[-1].register_forward_hook(after))
     try:
@@ -48,22 +52,30 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
         for handle in handles:
             handle.remove()
     given = getattr(output, "hidden_states", None)
-    states = list(given if given is not None else getattr(output, "decoder_hidden_states", None) or ())
+    states = list(
+        given if given is not None else getattr(output, "decoder_hidden_states", None) or ()
+    )
     name, count = type(model).__name__, len(loaded)
     if len(states) < count:
-        raise ModelError(f"{name} gives {len(states)} hidden states for its {count} blocks: its rows cannot be checked")
+        raise ModelError(
+            f"{name} gives {len(states)} hidden states for its {count} blocks: its rows cannot be checked"
+        )
     first, second = seen["0"], seen["1"] if len(blocks) > 1 else seen["last"]
     if _same(states[0], second) and not _same(states[0], first):
         inputs_, outputs = [first, *states[: count - 1]], [*states[: count - 1], seen["last"]]
     else:
         inputs_, outputs = states[:count], [*states[1:count], seen["last"]]
     found = {f"blocks.{i}.hook_resid_pre": state.detach() for i, state in enumerate(inputs_)}
-    return found | {f"blocks.{i}.hook_resid_post": state.detach() for i, state in enumerate(outputs)}
+    return found | {
+        f"blocks.{i}.hook_resid_post": state.detach() for i, state in enumerate(outputs)
+    }
 
 
 @contextmanager
 def _no_hooks_left(model: "torch.nn.Module") -> Iterator[None]:
-    """Take off what transformers leaves on a model that is asked for its hidden states: hooks, and a mark of them."""
+    """Take off what transformers leaves on a model that is asked for its hidden states: hooks, and
+    a mark of them.
+    """
     before = [(m, set(m._forward_hooks), vars(m).get(_MARK)) for m in model.modules()]
     try:
         yield

@@ -21,7 +21,8 @@ PACKED_ROWS = 32
 
 
 def quantized_by_checkpoint(model_config: "PretrainedConfig") -> str | None:
-    """`8bit` or `4bit` for a checkpoint that bitsandbytes has quantised, None for one that is as it was trained.
+    """`8bit` or `4bit` for a checkpoint that bitsandbytes has quantised, None for one that is as it
+    was trained.
 
     Raises ModelError for other kinds of quantisation, whose sizes are not known here.
     """
@@ -44,7 +45,9 @@ def quantization_config(model_config: "PretrainedConfig") -> dict[str, Any]:
 
 
 def quantization_of(config: Config, found: "PretrainedConfig") -> str | None:
-    """`8bit` or `4bit` where a checkpoint is quantised itself. Raises ModelError where the config asks for another."""
+    """`8bit` or `4bit` where a checkpoint is quantised itself. Raises ModelError where the config
+    asks for another.
+    """
     own = quantized_as(found)
     asked = asked_quantization(config)
     if own is not None and asked not in (None, own):
@@ -57,7 +60,9 @@ def quantization_of(config: Config, found: "PretrainedConfig") -> str | None:
 
 @dataclass(frozen=True)
 class Kind:
-    """How weights are held: their precision, and the quantisation of the linear layers, `int8` or `int4`."""
+    """How weights are held: their precision, and the quantisation of the linear layers, `int8` or
+    `int4`.
+    """
 
     precision: str
     quantization: str | None = None
@@ -67,7 +72,11 @@ class Kind:
         """fp32, fp16, bf16; int8 and int4, whose other weights are 16-bit; int8+fp32 and int4+fp32."""
         if self.quantization is None:
             return self.precision
-        return self.quantization if BYTES[self.precision] == 2 else f"{self.quantization}+{self.precision}"
+        return (
+            self.quantization
+            if BYTES[self.precision] == 2
+            else f"{self.quantization}+{self.precision}"
+        )
 
 
 KINDS = {
@@ -83,7 +92,9 @@ KINDS = {
 
 
 def kind_of(config: Config, precision: str, own: str | None = None) -> Kind:
-    """The kind of a run that was resolved to a precision; `own`: the checkpoint's own quantisation, 8bit or 4bit."""
+    """The kind of a run that was resolved to a precision; `own`: the checkpoint's own quantisation,
+    8bit or 4bit.
+    """
     return kind_as(precision, own or asked_quantization(config))
 
 
@@ -98,7 +109,9 @@ def kind_as(precision: str, bits: str | None) -> Kind:
 
 
 def quantized_as(model_config: "PretrainedConfig") -> str | None:
-    """The quantisation of a checkpoint, without torch where it has none. Raises ModelError for a kind not known."""
+    """The quantisation of a checkpoint, without torch where it has none. Raises ModelError for a
+    kind not known.
+    """
     if getattr(model_config, "quantization_config", None) is None:
         return None
 

@@ -1,7 +1,7 @@
 """What Snakemake says while it runs, shortened to what a user needs.
 
-Its own bookkeeping is left out. A job that ended on a user's error is one line in place of a block, and a lock says how
-to take it away. All that is not named here stays as Snakemake wrote it.
+Its own bookkeeping is left out. A job that ended on a user's error is one line in place of a block,
+and a lock says how to take it away. All that is not named here stays as Snakemake wrote it.
 """
 
 import logging
@@ -43,7 +43,9 @@ LOCKED = (
 
 
 class Brief(logging.Filter):
-    """Drops and rewrites records of Snakemake's logger. `ended` is set when the call's errors have been printed."""
+    """Drops and rewrites records of Snakemake's logger. `ended` is set when the call's errors have
+    been printed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,16 +115,22 @@ def summary(folder: Path) -> str:
     ]
     if cosine is not None:
         quantization = acts.attributes["model_quantization"]
-        said.append(f"  {quantization} weights: residuals' cosine similarity to FP32 {cosine.min():.4f} or more")
+        said.append(
+            f"  {quantization} weights: residuals' cosine similarity to FP32 {cosine.min():.4f} or more"
+        )
     return "\n".join([*map(lines, said), *_next_steps(folder, acts.path)])
 
 
 def _next_steps(folder: Path, path: Path) -> list[str]:
     """What to do with a finished run, as commands to paste."""
-    figures = [] if (folder / "figures").is_dir() else ["make report, with the same PROFILES and SET"]
+    figures = (
+        [] if (folder / "figures").is_dir() else ["make report, with the same PROFILES and SET"]
+    )
     first, *others = [*figures, f".venv/bin/theloom inspect {path}"]
     return [f"  next: {first}", *(f"        {command}" for command in others)]
 
 
 def _few_hooks(hooks: list[str]) -> str:
-    return ", ".join(hooks) if len(hooks) <= 4 else f"{hooks[0]} … {hooks[-1]} ({len(hooks)} in all)"
+    return (
+        ", ".join(hooks) if len(hooks) <= 4 else f"{hooks[0]} … {hooks[-1]} ({len(hooks)} in all)"
+    )

@@ -1,8 +1,9 @@
-"""The extract_shard stage: one shard of documents through the model, their hidden states into the shard writer.
+"""The extract_shard stage: one shard of documents through the model, their hidden states into the
+shard writer.
 
-Parts that know nothing of each other's inside: what runs the blocks over one batch (`runner`), the loop over batches
-(`batch_loop`), the way of rows to the file (`handoff`). Here they are put together, by a plan that gets smaller where
-memory runs out all the same.
+Parts that know nothing of each other's inside: what runs the blocks over one batch (`runner`), the
+loop over batches (`batch_loop`), the way of rows to the file (`handoff`). Here they are put
+together, by a plan that gets smaller where memory runs out all the same.
 """
 
 import hashlib
@@ -45,11 +46,12 @@ def extract_shard(
     output: Path,
     oom_level: int = 0,
 ) -> None:
-    """The extract_shard stage: write the hidden states of one shard of `tokens.h5`, or go on with a shard begun.
+    """The extract_shard stage: write the hidden states of one shard of `tokens.h5`, or go on with a
+    shard begun.
 
-    `oom_level`: how many times batch and chunk are halved from the start, since earlier jobs ran out of memory. Raises
-    HookError, ModelError, MemoryPlanError before the model is loaded, where something does not fit; StoppedError where
-    the job is asked to stop.
+    `oom_level`: how many times batch and chunk are halved from the start, since earlier jobs ran
+    out of memory. Raises HookError, ModelError, MemoryPlanError before the model is loaded, where
+    something does not fit; StoppedError where the job is asked to stop.
     """
     frozen = load_frozen(config_path)
     estimated, recorded = estimate.read(estimate_path), model_record.read(model_path)
@@ -70,7 +72,12 @@ def extract_shard(
             batches=units,
             identity=identity,
             attributes=_attributes(config_path, recorded, tokens_path, planned, run_identity)
-            | {"kind": "shard", "shard": shard, "first_row": shard_tokens.first_row, "precision": store},
+            | {
+                "kind": "shard",
+                "shard": shard,
+                "first_row": shard_tokens.first_row,
+                "precision": store,
+            },
             compression=frozen.store.compression.name,
             max_overflow=frozen.store.max_overflow or 0.0,
         )
@@ -86,7 +93,9 @@ def extract_shard(
     fitting = plan_resident(frozen, estimated, recorded, Lengths((lengths,)), output, identity)
     planned = fitting.plan
     _check_streaming(recorded, lengths, planned.chunk_size)
-    batches = batching.plan_batches(lengths, planned.batch_tokens, planned.chunk_size, planned.streamed_windows)
+    batches = batching.plan_batches(
+        lengths, planned.batch_tokens, planned.chunk_size, planned.streamed_windows
+    )
     spec = spec_of(planned, len(batches))
     needed = _still_to_write(spec, estimated, output)
     estimate.check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
@@ -97,7 +106,11 @@ def extract_shard(
                 writer.finish()
                 return
     loaded, watch = load_counted(frozen, recorded, points)
-    largest = batching.largest(batches, first, planned.chunk_size) if frozen.memory.profile_shard == shard else ()
+    largest = (
+        batching.largest(batches, first, planned.chunk_size)
+        if frozen.memory.profile_shard == shard
+        else ()
+    )
     work = Work(
         batches,
         shard_tokens,
@@ -107,21 +120,31 @@ def extract_shard(
         fitting.components.allocated if loaded.device.type == "cuda" else fitting.components.total,
         frozen.memory.memory_warning_threshold,
     )
-    job = ResidentJob(work, loaded, watch, spec, output, ShardProfile(loaded, output, largest), recorded.causal)
+    job = ResidentJob(
+        work, loaded, watch, spec, output, ShardProfile(loaded, output, largest), recorded.causal
+    )
     kind = weight_format.kind_of(frozen, recorded.precision, recorded.quantization).name
 
     def advice(smallest: Plan) -> str:
         found, _ = gpu.available_memory(loaded.device)
-        return plan_advice(estimated, kind, loaded.device.type, found, smallest, recorded.correction)
+        return plan_advice(
+            estimated, kind, loaded.device.type, found, smallest, recorded.correction
+        )
 
     cut = partial(planned.backed_off, streams=recorded.streams)
-    interrupts.until_it_fits(lambda level: job.run(cut(level), level), cut, oom_level, loaded.device, advice)
+    interrupts.until_it_fits(
+        lambda level: job.run(cut(level), level), cut, oom_level, loaded.device, advice
+    )
 
 
 def _check_revision(recorded: ModelRecord, tokens_path: Path) -> None:
     """The tokens are of the commit that the model is of: a hub's branch may move between two jobs."""
     corpus = tokens.attributes(tokens_path)
-    name, found, expected = corpus["tokenizer"], corpus["tokenizer_revision"], recorded.attributes["revision"]
+    name, found, expected = (
+        corpus["tokenizer"],
+        corpus["tokenizer_revision"],
+        recorded.attributes["revision"],
+    )
     if name == recorded.attributes["source"] and found != expected:
         raise StoreError(
             f"tokens.h5 is of revision {found} of {name}, and model.h5 of {expected}; "
@@ -147,16 +170,20 @@ def _still_to_write(spec: ShardSpec, estimated: Estimate, output: Path) -> int:
 
 
 def _identity(config_path: Path, recorded: ModelRecord, tokens_path: Path) -> str:
-    """A hash of all that decides the rows of a run: config, model, tokens, versions of what computes.
+    """A hash of all that decides the rows of a run: config, model, tokens, versions of what
+    computes.
 
-    The plan is not in it: how a shard is cut into batches differs by rounding alone, and each file records its own.
+    The plan is not in it: how a shard is cut into batches differs by rounding alone, and each file
+    records its own.
     """
     corpus = tokens.attributes(tokens_path)
     parts = {
         "config": frozen_digest(config_path),
         "model": [recorded.fingerprint, recorded.precision, recorded.attributes["attention"]],
         "tokens": [corpus["corpus_hash"], corpus["tokens_hash"]],
-        "versions": [provenance.attributes("")["versions"].get(p) for p in ("torch", "transformers")],
+        "versions": [
+            provenance.attributes("")["versions"].get(p) for p in ("torch", "transformers")
+        ],
         "format": file_format.FORMAT_VERSION,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -167,7 +194,14 @@ def _attributes(
 ) -> dict[str, Any]:
     """Where the rows come from. `config` holds, by stage, all keys that had a say in them."""
     corpus = tokens.attributes(tokens_path)
-    names = ("tokenizer", "tokenizer_revision", "corpus", "corpus_hash", "documents_empty", "last_document_cut_from")
+    names = (
+        "tokenizer",
+        "tokenizer_revision",
+        "corpus",
+        "corpus_hash",
+        "documents_empty",
+        "last_document_cut_from",
+    )
     return provenance.attributes(
         "activations",
         run_identity=identity,

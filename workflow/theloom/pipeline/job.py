@@ -1,7 +1,8 @@
-"""What every script of the pipeline does around its one call: log to the rule's file, and end on one line.
+"""What every script of the pipeline does around its one call: log to the rule's file, and end on
+one line.
 
-A user's error ends the job with its one line, which the pipeline shows again at the end; any other exception leaves its
-traceback in the log.
+A user's error ends the job with its one line, which the pipeline shows again at the end; any other
+exception leaves its traceback in the log.
 """
 
 import logging
@@ -17,14 +18,18 @@ from theloom.errors import TheLoomError
 ERROR = "error: "
 
 
-_SPEND_LESS = "lower extraction.batch_tokens or memory.streaming_chunk_size, or set memory.quantization"
+_SPEND_LESS = (
+    "lower extraction.batch_tokens or memory.streaming_chunk_size, or set memory.quantization"
+)
 
 
 @contextmanager
 def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]:
-    """Run a job's body with stdout, stderr and logging in `log_file`, native code's output included.
+    """Run a job's body with stdout, stderr and logging in `log_file`, native code's output
+    included.
 
-    Only an `online` job may reach the hub: all others find what it has fetched, and do not see the user's token.
+    Only an `online` job may reach the hub: all others find what it has fetched, and do not see the
+    user's token.
     """
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
@@ -33,10 +38,14 @@ def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]
         os.environ["HF_HUB_OFFLINE"] = "1"
         for token in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             os.environ.pop(token, None)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported: it sizes its pool by it
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(threads)
+    )  # before torch is imported: it sizes its pool by it
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
     for noisy in ("filelock", "httpx", "urllib3", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -46,7 +55,9 @@ def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]
     except MemoryError:
         _end(f"the host's memory ran out; {_SPEND_LESS}")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's own, named so that torch need not be imported
+        if (
+            type(error).__name__ != "OutOfMemoryError"
+        ):  # torch's own, named so that torch need not be imported
             raise
         _end(f"the GPU's memory ran out; {_SPEND_LESS}")
 
@@ -59,11 +70,15 @@ def _end(message: str) -> NoReturn:
 
 def let_jobs_import(folder: Path) -> None:
     """Put a folder on the import path of every job that this process starts."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(folder), os.environ.get("PYTHONPATH")])
+    )
 
 
 def last_errors(logs: list[Path], since: float) -> list[str]:
-    """The lines in which jobs ended on a user's error, each with its log file, from logs written after a time."""
+    """The lines in which jobs ended on a user's error, each with its log file, from logs written
+    after a time.
+    """
     found = []
     for file in sorted(logs):
         if file.stat().st_mtime >= since and (error := error_of(file)):

@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def record_layerwise(config: Config, estimated: Estimate, tokens_path: Path, output: Path, why: str = "") -> None:
-    """Write `model.h5`. `why`: what speaks against a resident model, in words, for the message where this fails too.
+def record_layerwise(
+    config: Config, estimated: Estimate, tokens_path: Path, output: Path, why: str = ""
+) -> None:
+    """Write `model.h5`. `why`: what speaks against a resident model, in words, for the message
+    where this fails too.
 
     Raises ModelError, HookError, MemoryPlanError.
     """
@@ -49,7 +52,9 @@ def record_layerwise(config: Config, estimated: Estimate, tokens_path: Path, out
             planned = found.fit(estimated, points, tokens.window_lengths(tokens_path), threshold, 0)
         except MemoryPlanError as error:
             raise MemoryPlanError(f"{why}; and {error}" if why else str(error)) from None
-        said = terminal.in_words(planned.need.device if found.loaded.device.type == "cuda" else planned.need.cpu)
+        said = terminal.in_words(
+            planned.need.device if found.loaded.device.type == "cuda" else planned.need.cpu
+        )
         log.info("block by block: batches of %d tokens, %s", planned.plan.batch_tokens, said)
         for change in planned.changes:
             log.warning("to fit: %s", change)
@@ -60,11 +65,20 @@ def record_layerwise(config: Config, estimated: Estimate, tokens_path: Path, out
         beside = max(0, measured.growth - measured.foretold)
         with h5py.File(output, "w") as file:
             attributes = model_attributes(found.loaded, config)
-            file_format.set_attributes(file, attributes | asdict(tried) | {"execution": "layerwise"})
+            file_format.set_attributes(
+                file, attributes | asdict(tried) | {"execution": "layerwise"}
+            )
             group = file.create_group("memory")
-            file_format.set_attributes(group, {"changes": list(planned.changes), "ratio": 1.0, "beside": beside})
-            file_format.set_attributes(group.create_group("plan"), asdict(planned.plan) | {"spilled": planned.spilled})
-            predicted = asdict(planned.need) | {"device": planned.need.device, "host": planned.need.host}
+            file_format.set_attributes(
+                group, {"changes": list(planned.changes), "ratio": 1.0, "beside": beside}
+            )
+            file_format.set_attributes(
+                group.create_group("plan"), asdict(planned.plan) | {"spilled": planned.spilled}
+            )
+            predicted = asdict(planned.need) | {
+                "device": planned.need.device,
+                "host": planned.need.host,
+            }
             file_format.set_attributes(group.create_group("predicted"), predicted)
             file_format.set_attributes(group.create_group("sizes"), asdict(found.sizes(points)))
             file_format.set_attributes(group.create_group("measured"), asdict(measured))
@@ -72,7 +86,9 @@ def record_layerwise(config: Config, estimated: Estimate, tokens_path: Path, out
 
 
 def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path) -> None:
-    """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError, MemoryPlanError."""
+    """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError,
+    MemoryPlanError.
+    """
     from theloom.model.pruning import storages
 
     estimated = estimate.read(estimate_path)
@@ -81,7 +97,9 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     model_config = hf_config(config.model)
     check_architecture(config.model.architecture, numbers(model_config), config.model.source)
     device, resolved = resolve_precision(config)
-    kind = weight_format.kind_of(config, resolved.resolved, weight_format.quantization_of(config, model_config))
+    kind = weight_format.kind_of(
+        config, resolved.resolved, weight_format.quantization_of(config, model_config)
+    )
     threshold = config.memory.memory_warning_threshold
     execution = config.extraction.execution.name
     try:
@@ -100,9 +118,13 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         return
     files = prepare_files(config.model)
     asked = config.extraction.attention.name
-    attention = None if asked in ("auto", "flash_attention_2") else asked  # FlashAttention is not built for the CPU
+    attention = (
+        None if asked in ("auto", "flash_attention_2") else asked
+    )  # FlashAttention is not built for the CPU
     before_counting(config.model)
-    with peak_memory.PeakMemory(device) as loading:  # from where a job's growth is counted (`engine`)
+    with peak_memory.PeakMemory(
+        device
+    ) as loading:  # from where a job's growth is counted (`engine`)
         traced = Traced(model_config, attention, config.model.trust_remote_code)
         catalogue = traced.catalogue()  # of the whole model, of which only what is needed is loaded
         points = catalogue.select(estimated.hooks)
@@ -110,7 +132,9 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     tried = self_check(loaded.architecture, loaded.tolerance)
     measured = measure(loaded, kind, traced, planned.plan, points, loading)
     gpu.warn_above(threshold, device)
-    log.info("loaded %s in %s on %s", config.model.source, resolved.resolved, gpu.device_name(device))
+    log.info(
+        "loaded %s in %s on %s", config.model.source, resolved.resolved, gpu.device_name(device)
+    )
     _log(measured)
     with h5py.File(output, "w") as file:
         attributes = (
@@ -127,7 +151,12 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
 def _log(measured: "Measured") -> None:
     """The largest pass, foretold and found side by side."""
     workload = measured.workload
-    log.info("largest pass: %d × %d tokens, steps of %d", workload.windows, workload.tokens, workload.chunk_size)
+    log.info(
+        "largest pass: %d × %d tokens, steps of %d",
+        workload.windows,
+        workload.tokens,
+        workload.chunk_size,
+    )
     found = asdict(measured.found)
     for category, foretold in asdict(measured.foretold).items():
         if foretold or found[category]:
@@ -135,15 +164,29 @@ def _log(measured: "Measured") -> None:
             log.info("  %s: %s foretold, %s found", category.replace("_", " "), *sizes)
     log.info(
         "  memory in use grew by %s: tensors %s, pages of files %s, heap %s",
-        *map(terminal.in_words, (measured.growth, measured.found.total, measured.files, measured.heap)),
+        *map(
+            terminal.in_words,
+            (measured.growth, measured.found.total, measured.files, measured.heap),
+        ),
     )
 
 
-def _write_memory(group: h5py.Group, planned: Planned, measured: "Measured", weights: int, load_growth: int) -> None:
-    file_format.set_attributes(group, {"changes": list(planned.changes), **asdict(measured.correction)})
+def _write_memory(
+    group: h5py.Group, planned: Planned, measured: "Measured", weights: int, load_growth: int
+) -> None:
+    file_format.set_attributes(
+        group, {"changes": list(planned.changes), **asdict(measured.correction)}
+    )
     file_format.set_attributes(group.create_group("plan"), asdict(planned.plan))
     file_format.set_attributes(group.create_group("workload"), asdict(measured.workload))
-    file_format.set_attributes(group.create_group("predicted"), {"weights": weights, **asdict(measured.foretold)})
+    file_format.set_attributes(
+        group.create_group("predicted"), {"weights": weights, **asdict(measured.foretold)}
+    )
     found = {"weights": measured.weights, **asdict(measured.found)}
-    growth = {"growth": measured.growth, "files": measured.files, "heap": measured.heap, "load_growth": load_growth}
+    growth = {
+        "growth": measured.growth,
+        "files": measured.files,
+        "heap": measured.heap,
+        "load_growth": load_growth,
+    }
     file_format.set_attributes(group.create_group("measured"), found | growth)

@@ -9,7 +9,9 @@ from theloom.model import files
 
 
 def check(run: Run) -> None:
-    """Files that are not there, and hook points that the profile's numbers rule out. Raises TheLoomError."""
+    """Files that are not there, and hook points that the profile's numbers rule out. Raises
+    TheLoomError.
+    """
     whole = frozen.to_config(run.config)
     files.check_local(whole.model)
     documents.check_local(whole.corpus)

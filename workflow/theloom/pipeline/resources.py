@@ -1,7 +1,8 @@
-"""What the jobs of a run ask of a scheduler: from the estimate, before anything runs, in milliseconds, without torch.
+"""What the jobs of a run ask of a scheduler: from the estimate, before anything runs, in
+milliseconds, without torch.
 
-For Llama-like models with the numbers in their profile the closed form answers. For others the profile's own
-`resources.*` stand, and where it has none, figures that hold most models.
+For Llama-like models with the numbers in their profile the closed form answers. For others the
+profile's own `resources.*` stand, and where it has none, figures that hold most models.
 """
 
 import json
@@ -24,8 +25,9 @@ from theloom.planning import estimate, multi_gpu
 from theloom.planning.estimate import Estimate
 from theloom.terminal import lines
 
-# Host memory of a job beside the estimate, MB: what CUDA's libraries map, the page of a weights file that is being
-# read (hub models come in files of at most 5 GB), and what rows take on their way to the disk.
+# Host memory of a job beside the estimate, MB: what CUDA's libraries map, the page of a weights
+# file that is being read (hub models come in files of at most 5 GB), and what rows take on their
+# way to the disk.
 CUDA_LIBRARIES, WEIGHTS_FILE, ROWS_ON_THEIR_WAY = 3000, 5000, 400
 
 
@@ -54,7 +56,9 @@ ON_80_GB = 79.1e9  # what programs get of such a card
 
 @dataclass(frozen=True)
 class Resources:
-    """What each job that holds the model asks for. MB are 10⁶ bytes, `runtime` minutes; None: not asked for."""
+    """What each job that holds the model asks for. MB are 10⁶ bytes, `runtime` minutes; None: not
+    asked for.
+    """
 
     threads: int
     mem_mb: int
@@ -69,10 +73,11 @@ class Resources:
 
 
 def planned(run: Run, results: Path) -> Run:
-    """The run with every key of `resources` that its config leaves open, and the shards that it has begun with.
+    """The run with every key of `resources` that its config leaves open, and the shards that it has
+    begun with.
 
-    `results` is the folder of all runs: a run that is there, over the same corpus, keeps its number of shards, though
-    the planned throughput be another by now.
+    `results` is the folder of all runs: a run that is there, over the same corpus, keeps its number
+    of shards, though the planned throughput be another by now.
     """
     kept = _shards_begun(run, results) if run.shards_left_open else None
     settings: dict[str, Any] = run.config
@@ -89,7 +94,9 @@ def _shards_begun(run: Run, results: Path) -> int | None:
     except (OSError, ValueError):
         return None
     now = run.stage("tokens")["config"]
-    same = {k: v for k, v in before.items() if k != "extraction"} == {k: v for k, v in now.items() if k != "extraction"}
+    same = {k: v for k, v in before.items() if k != "extraction"} == {
+        k: v for k, v in now.items() if k != "extraction"
+    }
     return int(before["extraction"]["shards"]) if same else None
 
 
@@ -142,7 +149,9 @@ def _from_estimate(settings: Config, size: Numbers, on_gpu: bool) -> dict[str, A
     if on_gpu:
         beside = size.vocab_size * size.hidden_size * 2 / found.weights[kind]
         budget = settings.memory.memory_warning_threshold * _card(settings)
-        count = settings.resources.gpu or multi_gpu.gpus_for(found, kind, size.num_blocks, beside, budget)
+        count = settings.resources.gpu or multi_gpu.gpus_for(
+            found, kind, size.num_blocks, beside, budget
+        )
         of_one = multi_gpu.of_one(found, multi_gpu.share(size.num_blocks, count, beside))
         answer |= {"gpu": count, "needed_gpu_mb": _mb(multi_gpu.least(of_one, kind))}
         beside_it = CUDA_LIBRARIES + min(weights, WEIGHTS_FILE) + ROWS_ON_THEIR_WAY
@@ -160,17 +169,24 @@ def _minutes(settings: Config, found: Estimate, store: str) -> dict[str, int]:
         return {name: UNKNOWN[name] for name in ("runtime", "verify_runtime")}
     loading, rows = found.weights["bf16"] / READING, found.rows * found.row_bytes[store] / READING
     sampled = settings.verify.documents * found.context_length / speed
-    seconds = {"runtime": loading + found.rows / shards / speed, "verify_runtime": loading + rows + sampled}
+    seconds = {
+        "runtime": loading + found.rows / shards / speed,
+        "verify_runtime": loading + rows + sampled,
+    }
     return {name: STARTING + math.ceil(TIMES_PLANNED * s / 60) for name, s in seconds.items()}
 
 
 def _card(settings: Config) -> float:
-    """Bytes that a program gets of one GPU: as the config says, else of the smallest that has the model's name."""
+    """Bytes that a program gets of one GPU: as the config says, else of the smallest that has the
+    model's name.
+    """
     if settings.resources.gpu_memory_gb is not None:
         return float(settings.resources.gpu_memory_gb) * 1e9
     asked = _plain(settings.resources.gpu_model or "")
     boards = [(_plain(g.name), g.usable_bytes) for g in gpu_specs.gpus()]
-    sizes = [size for name, size in boards if asked and (name.startswith(asked) or asked.endswith(name))]
+    sizes = [
+        size for name, size in boards if asked and (name.startswith(asked) or asked.endswith(name))
+    ]
     return min(sizes, default=ON_80_GB)
 
 

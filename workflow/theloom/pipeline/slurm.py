@@ -1,7 +1,9 @@
-"""Slurm without accounting, and a controller that is away: what Snakemake's executor makes of both together.
+"""Slurm without accounting, and a controller that is away: what Snakemake's executor makes of both
+together.
 
-While `scontrol` does not answer, the executor asks `sacct` in place of `squeue`, whatever its profile says. Where
-Slurm keeps no accounts that fails until its attempts are used up; then it loses sight of all jobs, and waits for ever.
+While `scontrol` does not answer, the executor asks `sacct` in place of `squeue`, whatever its
+profile says. Where Slurm keeps no accounts that fails until its attempts are used up; then it loses
+sight of all jobs, and waits for ever.
 """
 
 import shutil
@@ -13,7 +15,9 @@ _PATIENCE = 10  # seconds: without accounts some versions of sacct do not answer
 
 
 def keep_to_squeue() -> bool:
-    """Have the executor ask `squeue` alone, if it is loaded and `sacct` knows nothing; whether that was done."""
+    """Have the executor ask `squeue` alone, if it is loaded and `sacct` knows nothing; whether that
+    was done.
+    """
     executor: Any = sys.modules.get("snakemake_executor_plugin_slurm")
     if executor is None or shutil.which("sacct") is None or _has_accounts():
         return False
@@ -24,6 +28,9 @@ def keep_to_squeue() -> bool:
 
 def _has_accounts() -> bool:
     try:
-        return subprocess.run(["sacct", "-X", "-n"], capture_output=True, timeout=_PATIENCE).returncode == 0
+        return (
+            subprocess.run(["sacct", "-X", "-n"], capture_output=True, timeout=_PATIENCE).returncode
+            == 0
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False

@@ -1,4 +1,6 @@
-"""Fetch a run's model and data set once, before its jobs, which then run without the hub and without its token."""
+"""Fetch a run's model and data set once, before its jobs, which then run without the hub and
+without its token.
+"""
 
 import json
 import logging
@@ -12,14 +14,22 @@ log = logging.getLogger(__name__)
 
 
 def stage(config: Config, output: Path) -> None:
-    """Have the files of a model, its tokenizer and a hub's data set here; write which they are to a JSON file.
+    """Have the files of a model, its tokenizer and a hub's data set here; write which they are to a
+    JSON file.
 
-    The hub's own login is used (`hf auth login`, or HF_TOKEN), and never written. Raises ModelError, CorpusError.
+    The hub's own login is used (`hf auth login`, or HF_TOKEN), and never written. Raises
+    ModelError, CorpusError.
     """
     revision = files.fetch(config.model)
     if config.corpus.kind.name == "hub":
         documents.fetch(config.corpus)
         log.info("corpus.dataset: %s is here", config.corpus.dataset)
-    log.info("model.source: %s is here%s", config.model.source, f", at {revision}" if revision else "")
-    record = {"source": config.model.source, "revision": revision, "tokenizer": config.model.tokenizer}
+    log.info(
+        "model.source: %s is here%s", config.model.source, f", at {revision}" if revision else ""
+    )
+    record = {
+        "source": config.model.source,
+        "revision": revision,
+        "tokenizer": config.model.tokenizer,
+    }
     output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
-"""The memory and the disk of a run, from its config alone: no weights, no GPU. What `estimate.h5` holds.
+"""The memory and the disk of a run, from its config alone: no weights, no GPU. What `estimate.h5`
+holds.
 
-Since the job that will run may find less memory free than was thought of, forward passes of several shapes are
-foretold, among which `plan` chooses. They come in closed form where that holds, else from traces; what is planned in
-the end is traced, and measured, by `load_model`.
+Since the job that will run may find less memory free than was thought of, forward passes of several
+shapes are foretold, among which `plan` chooses. They come in closed form where that holds, else
+from traces; what is planned in the end is traced, and measured, by `load_model`.
 """
 
 import json
@@ -37,7 +38,9 @@ log = logging.getLogger(__name__)
 SMALLEST_CHUNK = 64
 
 
-HOST_PROCESS = 450_000_000  # bytes resident in a process that has imported torch, transformers and h5py
+HOST_PROCESS = (
+    450_000_000  # bytes resident in a process that has imported torch, transformers and h5py
+)
 
 
 DEFAULT_CONTEXT = 2048  # tokens, of a model whose config does not say
@@ -45,7 +48,8 @@ DEFAULT_CONTEXT = 2048  # tokens, of a model whose config does not say
 
 @dataclass(frozen=True)
 class Pass:
-    """One window's forward pass: its tokens, those of a step, and its bytes while hook points are written as they come.
+    """One window's forward pass: its tokens, those of a step, and its bytes while hook points are
+    written as they come.
 
     More windows side by side take as many times the bytes.
     """
@@ -57,7 +61,9 @@ class Pass:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of a run before anything is loaded. Bytes; by kind of weights: fp32, fp16, bf16, int8, int4, …"""
+    """What is known of a run before anything is loaded. Bytes; by kind of weights: fp32, fp16,
+    bf16, int8, int4, …
+    """
 
     model_type: str
     attention: str
@@ -83,11 +89,15 @@ class Estimate:
         return None if self.rows is None else self.rows * self.row_bytes[store_precision]
 
     def find(self, kind: str, tokens: int, chunk_size: int) -> Parts:
-        """The bytes of one window of `tokens`, in steps of `chunk_size`: of the least pass foretold that covers it."""
+        """The bytes of one window of `tokens`, in steps of `chunk_size`: of the least pass foretold
+        that covers it.
+        """
         for candidate in sorted(self.passes[kind], key=lambda p: p.tokens):
             if candidate.tokens >= tokens and candidate.chunk_size == chunk_size:
                 return candidate.parts.times(tokens / candidate.tokens)
-        one_pass = max((p for p in self.passes[kind] if p.tokens <= p.chunk_size), key=lambda p: p.tokens)
+        one_pass = max(
+            (p for p in self.passes[kind] if p.tokens <= p.chunk_size), key=lambda p: p.tokens
+        )
         return one_pass.parts.times(tokens / one_pass.tokens)
 
 
@@ -100,7 +110,9 @@ def chunk_sizes(largest: int) -> list[int]:
 
 
 def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estimate:
-    """The estimate of a run. `device` is cpu or cuda. Raises HookError for hook points that the model has not."""
+    """The estimate of a run. `device` is cpu or cuda. Raises HookError for hook points that the
+    model has not.
+    """
     size = estimator.size
     catalogue = estimator.catalogue()
     points = catalogue.select(config.memory.activation_cache_filter)
@@ -115,7 +127,9 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         except ModelError as error:
             if config.memory.quantization or not kind.quantization:
                 raise
-            log.info("not offered in %s: %s", kind.name, error)  # Mamba's own kernels take no quantised weights
+            log.info(
+                "not offered in %s: %s", kind.name, error
+            )  # Mamba's own kernels take no quantised weights
     weights = {name: estimator.weights(kind, points) for name, kind in KINDS.items()}
     return Estimate(
         model_type=size.model_type,
@@ -128,11 +142,17 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         blocks=min(max(max(p.block for p in points), 0) + 1, size.num_blocks),
         hooks=[p.name for p in points],
         weights=weights,
-        load_peak={name: _load_peak(estimator, kind, weights[name]) for name, kind in KINDS.items()},
+        load_peak={
+            name: _load_peak(estimator, kind, weights[name]) for name, kind in KINDS.items()
+        },
         passes=passes,
-        captured_full={name: _captured(catalogue.points, kind, context) for name, kind in KINDS.items()},
+        captured_full={
+            name: _captured(catalogue.points, kind, context) for name, kind in KINDS.items()
+        },
         captured_selected={name: _captured(points, kind, context) for name, kind in KINDS.items()},
-        largest_capture={name: _largest(points, _stored(config, kind), context) for name, kind in KINDS.items()},
+        largest_capture={
+            name: _largest(points, _stored(config, kind), context) for name, kind in KINDS.items()
+        },
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
         rows=config.corpus.max_tokens,
         host={
@@ -145,20 +165,31 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
 def _wanted(config: Config, own: str | None) -> list[Kind]:
     """The kinds that the run can have, and those that it is offered where it does not fit."""
     asked = config.memory.precision_mode.name
-    precisions = {"fp32": ["fp32", "bf16"], "fp16": ["fp16", "fp32"]}.get(asked, ["bf16", "fp16", "fp32"])
+    precisions = {"fp32": ["fp32", "bf16"], "fp16": ["fp16", "fp32"]}.get(
+        asked, ["bf16", "fp16", "fp32"]
+    )
     kinds = [weight_format.kind_of(config, precision, own) for precision in precisions]
     offered = [Kind("bf16"), Kind("bf16", "int8"), Kind("bf16", "int4")]
     return list({kind.name: kind for kind in [*kinds, *offered]}.values())
 
 
 def _passes(
-    estimator: Estimator, kind: Kind, points: list[HookPoint], context: int, chunk_size: int, device: str
+    estimator: Estimator,
+    kind: Kind,
+    points: list[HookPoint],
+    context: int,
+    chunk_size: int,
+    device: str,
 ) -> list[Pass]:
-    """One pass and streamed, for every chunk size that a plan may choose, and one pass over the whole context."""
+    """One pass and streamed, for every chunk size that a plan may choose, and one pass over the
+    whole context.
+    """
     shapes = [Workload(1, context, context)]
     for size in chunk_sizes(chunk_size):
         shapes += [Workload(1, min(size, context), size), Workload(1, context, size)]
-    twin = Kind("bf16", kind.quantization) if kind.precision == "fp16" else kind  # of the same sizes
+    twin = (
+        Kind("bf16", kind.quantization) if kind.precision == "fp16" else kind
+    )  # of the same sizes
     return [
         Pass(shape.tokens, shape.chunk_size, estimator.forward(twin, shape, points, device=device))
         for shape in dict.fromkeys(shapes)
@@ -166,12 +197,18 @@ def _passes(
 
 
 def _load_peak(estimator: Estimator, kind: Kind, weights: int) -> int:
-    """Weights, and where they are quantised the largest as it comes: that is made int8 or int4 on the device."""
+    """Weights, and where they are quantised the largest as it comes: that is made int8 or int4 on
+    the device.
+    """
     return weights + (estimator.largest_weight(kind) if kind.quantization else 0)
 
 
-def _host(estimator: Estimator, kind: Kind, weights: int, passes: list[Pass], chunk_size: int, device: str) -> int:
-    """On the CPU all of it; for a GPU, the largest tensor on its way there (CUDA's own libraries not counted)."""
+def _host(
+    estimator: Estimator, kind: Kind, weights: int, passes: list[Pass], chunk_size: int, device: str
+) -> int:
+    """On the CPU all of it; for a GPU, the largest tensor on its way there (CUDA's own libraries
+    not counted).
+    """
     if device != "cpu":
         return HOST_PROCESS + estimator.largest_weight(kind) + RING_BYTES["cuda"]
     asked = max(p.parts.total for p in passes if p.chunk_size == chunk_size)
@@ -216,14 +253,25 @@ def run_estimate(config: Config, output: Path) -> None:
     _write_modes(found, estimator, config, chosen, output)
     kind = chosen.name
     log.info(
-        "%s weights: %s; host: %s", kind, terminal.in_words(found.weights[kind]), terminal.in_words(found.host[kind])
+        "%s weights: %s; host: %s",
+        kind,
+        terminal.in_words(found.weights[kind]),
+        terminal.in_words(found.host[kind]),
     )
     for candidate in found.passes[kind]:
         total, parts = terminal.in_words(candidate.parts.total), by_category(candidate.parts)
-        log.info("%d tokens in steps of %d: %s (%s)", candidate.tokens, candidate.chunk_size, total, parts)
+        log.info(
+            "%d tokens in steps of %d: %s (%s)",
+            candidate.tokens,
+            candidate.chunk_size,
+            total,
+            parts,
+        )
 
 
-def _write_modes(found: Estimate, estimator: Estimator, config: Config, kind: Kind, output: Path) -> None:
+def _write_modes(
+    found: Estimate, estimator: Estimator, config: Config, kind: Kind, output: Path
+) -> None:
     """What resident and layerwise execution take, and for how long, into `estimate.h5`."""
     from theloom.planning import execution_modes
 
@@ -233,7 +281,11 @@ def _write_modes(found: Estimate, estimator: Estimator, config: Config, kind: Ki
     resident = with_device_overhead(
         found.weights[kind.name], found.find(kind.name, tokens, found.chunk_size), found.device
     )
-    shard = execution_modes.SHARD_TOKENS if found.rows is None else -(-found.rows // (config.extraction.shards or 1))
+    shard = (
+        execution_modes.SHARD_TOKENS
+        if found.rows is None
+        else -(-found.rows // (config.extraction.shards or 1))
+    )
     swept: execution_modes.Layerwise | str
     answered: list[execution_modes.CardModes] = []
     try:
@@ -241,7 +293,12 @@ def _write_modes(found: Estimate, estimator: Estimator, config: Config, kind: Ki
         run = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
         answered = execution_modes.cards(estimator, kind, tokens, resident.total, swept, run)
         read, host = terminal.in_words(swept.read), terminal.in_words(swept.host)
-        log.info("block by block: %s of a GPU, host %s, %s read a shard", terminal.in_words(swept.device), host, read)
+        log.info(
+            "block by block: %s of a GPU, host %s, %s read a shard",
+            terminal.in_words(swept.device),
+            host,
+            read,
+        )
     except ModelError as error:
         swept = str(error)
         log.info("%s", error)
@@ -252,10 +309,11 @@ def _write_modes(found: Estimate, estimator: Estimator, config: Config, kind: Ki
 def estimator_of(
     config: Config, trace: bool = False, filters: Sequence[str] | None = None, held: bool = False
 ) -> Estimator:
-    """The closed form where it holds for the model and its hook points, else (or if `trace` asks for it) the trace.
+    """The closed form where it holds for the model and its hook points, else (or if `trace` asks
+    for it) the trace.
 
-    `filters`: hook filter, where it is not the config's; `held`: the hook points stay on the device. Raises HookError
-    for those that the model has not.
+    `filters`: hook filter, where it is not the config's; `held`: the hook points stay on the
+    device. Raises HookError for those that the model has not.
     """
     declared, attention = config.model.architecture, config.extraction.attention.name
     own = None
@@ -271,20 +329,32 @@ def estimator_of(
             return closed
     return Traced(
         found if declared is None else config_of(declared),
-        None if attention in ("auto", "flash_attention_2") else attention,  # FlashAttention is not built for the CPU
+        None
+        if attention in ("auto", "flash_attention_2")
+        else attention,  # FlashAttention is not built for the CPU
         config.model.trust_remote_code,
     )
 
 
 def likely_precision(config: Config) -> str:
-    """What precision_mode will give, said without a look at the device: the job may run on another machine."""
+    """What precision_mode will give, said without a look at the device: the job may run on another
+    machine.
+    """
     asked = config.memory.precision_mode.name
     if asked == "auto":
         return "fp32" if config.extraction.device == "cpu" else "bf16"
     return asked
 
 
-_BY_KIND = ("weights", "load_peak", "host", "captured_full", "captured_selected", "largest_capture", "row_bytes")
+_BY_KIND = (
+    "weights",
+    "load_peak",
+    "host",
+    "captured_full",
+    "captured_selected",
+    "largest_capture",
+    "row_bytes",
+)
 
 
 _SINGLE = ("model_type", "attention", "device", "context_length", "chunk_size", "cache", "blocks")
@@ -293,7 +363,9 @@ _SINGLE = ("model_type", "attention", "device", "context_length", "chunk_size", 
 _OPTIONAL = ("rows", "batch_tokens")
 
 
-_PASS = np.dtype([(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(Parts)))])
+_PASS = np.dtype(
+    [(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(Parts)))]
+)
 
 
 def write(estimate: Estimate, config: Config, output: Path) -> None:
@@ -301,24 +373,37 @@ def write(estimate: Estimate, config: Config, output: Path) -> None:
     with h5py.File(output, "w") as file:
         values = {name: getattr(estimate, name) for name in _SINGLE}
         file_format.set_attributes(
-            file, provenance.attributes("estimate", config=to_plain(config), hooks=estimate.hooks, **values)
+            file,
+            provenance.attributes(
+                "estimate", config=to_plain(config), hooks=estimate.hooks, **values
+            ),
         )
-        file_format.set_attributes(file, {n: v for n in _OPTIONAL if (v := getattr(estimate, n)) is not None})
+        file_format.set_attributes(
+            file, {n: v for n in _OPTIONAL if (v := getattr(estimate, n)) is not None}
+        )
         for name in _BY_KIND:
             file_format.set_attributes(file.create_group(name), getattr(estimate, name))
         for kind, passes in estimate.passes.items():
-            file[f"passes/{kind}"] = np.array([(p.tokens, p.chunk_size, *astuple(p.parts)) for p in passes], _PASS)
+            file[f"passes/{kind}"] = np.array(
+                [(p.tokens, p.chunk_size, *astuple(p.parts)) for p in passes], _PASS
+            )
 
 
 def read(path: Path) -> Estimate:
     """Read `estimate.h5`."""
     with file_format.open_h5(path, "estimate") as file:
-        single: dict[str, Any] = {name: _plain(file.attrs.get(name)) for name in (*_SINGLE, *_OPTIONAL)}
+        single: dict[str, Any] = {
+            name: _plain(file.attrs.get(name)) for name in (*_SINGLE, *_OPTIONAL)
+        }
         by_kind: dict[str, Any] = {
-            name: {kind: int(value) for kind, value in file[name].attrs.items()} for name in _BY_KIND
+            name: {kind: int(value) for kind, value in file[name].attrs.items()}
+            for name in _BY_KIND
         }
         passes = {
-            kind: [Pass(int(row[0]), int(row[1]), Parts(*(int(n) for n in list(row)[2:]))) for row in rows[:]]
+            kind: [
+                Pass(int(row[0]), int(row[1]), Parts(*(int(n) for n in list(row)[2:])))
+                for row in rows[:]
+            ]
             for kind, rows in file["passes"].items()
         }
         return Estimate(hooks=json.loads(file.attrs["hooks"]), passes=passes, **single, **by_kind)

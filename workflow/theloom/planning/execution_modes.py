@@ -1,8 +1,10 @@
-"""Both ways to run a model beside each other: what each takes of a card, the host and the disk, and for how long.
+"""Both ways to run a model beside each other: what each takes of a card, the host and the disk, and
+for how long.
 
-Times are reckoned, not measured: floating-point operations over a card's dense 16-bit peak (NVIDIA's data sheets), of
-which a prefill is taken to reach `EFFICIENCY`; weights over the disk's speed; residuals over the bus. A block's
-reading and computing overlap, so the longer of the two counts.
+Times are reckoned, not measured: floating-point operations over a card's dense 16-bit peak
+(NVIDIA's data sheets), of which a prefill is taken to reach `EFFICIENCY`; weights over the disk's
+speed; residuals over the bus. A block's reading and computing overlap, so the longer of the two
+counts.
 """
 
 from collections.abc import Sequence
@@ -71,7 +73,9 @@ class Layerwise:
 
 @dataclass(frozen=True)
 class CardModes:
-    """One card: hours for a million and for ten million tokens in both modes, None where the model does not fit."""
+    """One card: hours for a million and for ten million tokens in both modes, None where the model
+    does not fit.
+    """
 
     name: str
     usable_bytes: int
@@ -81,7 +85,11 @@ class CardModes:
 
 
 def layerwise(
-    estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint], shard_tokens: int = SHARD_TOKENS
+    estimator: Estimator,
+    kind: Kind,
+    workload: Workload,
+    points: Sequence[HookPoint],
+    shard_tokens: int = SHARD_TOKENS,
 ) -> Layerwise:
     """What a sweep takes on a GPU, where a shard has so many tokens.
 
@@ -91,7 +99,9 @@ def layerwise(
     parts, recorded = estimator.block_forward(kind, workload, points)
     whole = with_device_overhead(0, parts, "cuda").total
     residuals = shard_tokens * estimator.size.hidden_size * BYTES[kind.precision]
-    plain = sizes if kind.quantization is None else estimator.block_sizes(Kind(kind.precision), points)
+    plain = (
+        sizes if kind.quantization is None else estimator.block_sizes(Kind(kind.precision), points)
+    )
     return Layerwise(
         kind=kind.name,
         parameters=plain.read // BYTES[kind.precision],
@@ -106,16 +116,22 @@ def layerwise(
 
 
 def operations(size: Numbers, blocks: int, parameters: int, tokens: int) -> float:
-    """Floating-point operations of a token through so many blocks with their parameters, in windows of `tokens`.
+    """Floating-point operations of a token through so many blocks with their parameters, in windows
+    of `tokens`.
 
-    Two for each weight, and 4·q·t/2 for each block's attention over t/2 keys on average. Experts that a token does
-    not meet are counted too: an upper bound for mixtures of experts.
+    Two for each weight, and 4·q·t/2 for each block's attention over t/2 keys on average. Experts
+    that a token does not meet are counted too: an upper bound for mixtures of experts.
     """
     return 2 * parameters + 2 * blocks * size.num_heads * size.head_dim * tokens
 
 
 def cards(
-    estimator: Estimator, kind: Kind, tokens: int, resident_bytes: int, found: Layerwise, blocks: int
+    estimator: Estimator,
+    kind: Kind,
+    tokens: int,
+    resident_bytes: int,
+    found: Layerwise,
+    blocks: int,
 ) -> list[CardModes]:
     """Both modes on every card whose speed is known, with windows of so many tokens."""
     each = operations(estimator.size, blocks, found.parameters, tokens)
@@ -130,13 +146,24 @@ def cards(
         if able and resident_bytes <= gpu.usable_bytes:
             resident = (_hours(1e6 * each / speed), _hours(1e7 * each / speed))
         if able and found.device <= gpu.usable_bytes:
-            swept = (_swept(1e6, each, speed, found, blocks), _swept(1e7, each, speed, found, blocks))
+            swept = (
+                _swept(1e6, each, speed, found, blocks),
+                _swept(1e7, each, speed, found, blocks),
+            )
         answered.append(CardModes(gpu.name, gpu.usable_bytes, resident, swept, hidden))
     return answered
 
 
-def write(file: "h5py.File", resident: int, host: int, found: "Layerwise | str", answered: Sequence[CardModes]) -> None:
-    """Write both modes beside each other to `/modes` of `estimate.h5`; `found` is why it does not go block by block."""
+def write(
+    file: "h5py.File",
+    resident: int,
+    host: int,
+    found: "Layerwise | str",
+    answered: Sequence[CardModes],
+) -> None:
+    """Write both modes beside each other to `/modes` of `estimate.h5`; `found` is why it does not
+    go block by block.
+    """
     group = file.create_group("modes")
     file_format.set_attributes(group.create_group("resident"), {"device": resident, "host": host})
     one = group.create_group("layerwise")
@@ -148,12 +175,16 @@ def write(file: "h5py.File", resident: int, host: int, found: "Layerwise | str",
     group["cards"] = file_format.fixed_strings([card.name for card in answered])
     never = (np.nan, np.nan)
     for mode in ("resident", "layerwise"):  # hours for a million and for ten million tokens
-        group[f"{mode}/hours"] = np.array([getattr(card, mode) or never for card in answered]).reshape(-1, 2)
+        group[f"{mode}/hours"] = np.array(
+            [getattr(card, mode) or never for card in answered]
+        ).reshape(-1, 2)
     file_format.set_attributes(group, {"efficiency": EFFICIENCY, "disk_bytes_a_second": DISK})
 
 
 def _swept(tokens: float, each: float, speed: float, found: Layerwise, blocks: int) -> float:
-    """Hours block by block: for each shard and block the longer of reading and computing, and the residuals' way."""
+    """Hours block by block: for each shard and block the longer of reading and computing, and the
+    residuals' way.
+    """
     shard = min(tokens, found.shard_tokens)
     block = max(shard * each / blocks / speed, found.read / blocks / DISK)
     moved = 2 * found.residuals * shard / found.shard_tokens / BUS

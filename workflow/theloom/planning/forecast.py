@@ -1,6 +1,8 @@
-"""What `theloom estimate` answers: the memory of one model for one workload, and the GPUs that it fits on.
+"""What `theloom estimate` answers: the memory of one model for one workload, and the GPUs that it
+fits on.
 
-Llama-like models are answered in closed form, without torch; others, and any with `trace`, by a trace.
+Llama-like models are answered in closed form, without torch; others, and any with `trace`, by a
+trace.
 """
 
 from collections.abc import Sequence
@@ -27,12 +29,16 @@ from theloom.store.provenance import PACKAGES, package_version
 CONFIG_FOLDER = Path(__file__).parents[3] / "config"
 
 
-HEADROOM = 0.85  # of a GPU's usable memory, for its largest batch: memory_warning_threshold's default
+HEADROOM = (
+    0.85  # of a GPU's usable memory, for its largest batch: memory_warning_threshold's default
+)
 
 
 @dataclass(frozen=True)
 class FittingGPU:
-    """A GPU with room for the run: what is left, and the most windows of the asked length that go side by side."""
+    """A GPU with room for the run: what is left, and the most windows of the asked length that go
+    side by side.
+    """
 
     name: str
     compute_capability: tuple[int, int]
@@ -87,8 +93,8 @@ def forecast(
 ) -> Forecast:
     """The forecast of a profile or a model (hub id, folder, `package:NAME`). Raises TheLoomError.
 
-    `precision` is one of fp32, fp16, bf16, int8, int4 (default: the profile's; bf16 where it leaves that open);
-    `filters` are hook filters (default: the profile's).
+    `precision` is one of fp32, fp16, bf16, int8, int4 (default: the profile's; bf16 where it leaves
+    that open); `filters` are hook filters (default: the profile's).
     """
     settings = settings_of(target)
     asked = settings.memory.activation_cache_filter if filters is None else filters
@@ -103,7 +109,9 @@ def forecast(
     weights = estimator.weights(kind)
     values = windows * tokens * BYTES[kind.precision]
     pipeline = sizes.with_device_overhead(weights, written, "cuda")
-    full, selected = (estimator.forward(kind, workload, chosen, held=True) for chosen in (residuals, points))
+    full, selected = (
+        estimator.forward(kind, workload, chosen, held=True) for chosen in (residuals, points)
+    )
     swept, refused = _layerwise(estimator, kind, workload, points)
     deepest = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
     able = [gpu for gpu in gpu_specs.gpus() if gpu.computes(kind.name)]
@@ -131,12 +139,20 @@ def forecast(
         load_peak=weights + (estimator.largest_weight(kind) if kind.quantization else 0),
         host=estimate.HOST_PROCESS + weights + written.total,
         disk_per_million_tokens=10**6 * row_bytes(points, kind.precision, tokens),
-        totals={name: _total(estimator, other, workload, points) for name, other in KINDS.items() if "+" not in name},
+        totals={
+            name: _total(estimator, other, workload, points)
+            for name, other in KINDS.items()
+            if "+" not in name
+        },
         gpus=fitting(estimator, kind, workload, points, pipeline),
         layerwise=swept,
         layerwise_refused=refused,
-        layerwise_gpus=[gpu.name for gpu in able if swept is not None and swept.device <= gpu.usable_bytes],
-        cards=[] if swept is None else execution_modes.cards(estimator, kind, tokens, pipeline.total, swept, deepest),
+        layerwise_gpus=[
+            gpu.name for gpu in able if swept is not None and swept.device <= gpu.usable_bytes
+        ],
+        cards=[]
+        if swept is None
+        else execution_modes.cards(estimator, kind, tokens, pipeline.total, swept, deepest),
     )
 
 
@@ -150,10 +166,16 @@ def _layerwise(
         return None, str(error)
 
 
-def smaller_pass(estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> Parts:
-    """The cheaper of one pass over whole windows and chunks through the KV cache, hook points written as they come."""
+def smaller_pass(
+    estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]
+) -> Parts:
+    """The cheaper of one pass over whole windows and chunks through the KV cache, hook points
+    written as they come.
+    """
     one_pass = Workload(workload.windows, workload.tokens, workload.tokens)
-    passes = [estimator.forward(kind, shape, points) for shape in dict.fromkeys((one_pass, workload))]
+    passes = [
+        estimator.forward(kind, shape, points) for shape in dict.fromkeys((one_pass, workload))
+    ]
     return min(passes, key=lambda parts: parts.total)
 
 
@@ -163,7 +185,11 @@ def kv_cache(size: Numbers, kind: Kind, tokens: int) -> int:
 
 
 def fitting(
-    estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint], needed: Components
+    estimator: Estimator,
+    kind: Kind,
+    workload: Workload,
+    points: Sequence[HookPoint],
+    needed: Components,
 ) -> list[FittingGPU]:
     """The GPUs with room for what is needed, smallest first, that compute in its precision."""
     one = smaller_pass(estimator, kind, Workload(1, workload.tokens, workload.chunk_size), points)
@@ -171,11 +197,17 @@ def fitting(
     for gpu in gpu_specs.gpus():
         if not gpu.computes(kind.name) or gpu.usable_bytes < needed.total:
             continue
-        fixed = sizes.with_device_overhead(needed.weights, one.times(0), "cuda", gpu.compute_capability).total
+        fixed = sizes.with_device_overhead(
+            needed.weights, one.times(0), "cuda", gpu.compute_capability
+        ).total
         room = HEADROOM * gpu.usable_bytes - fixed
         batch = max(workload.windows, int(room / ((1 + sizes.FRAGMENTATION) * one.total)))
         margin = gpu.usable_bytes - needed.total
-        found.append(FittingGPU(gpu.name, gpu.compute_capability, gpu.usable_bytes, margin, batch, workload.tokens))
+        found.append(
+            FittingGPU(
+                gpu.name, gpu.compute_capability, gpu.usable_bytes, margin, batch, workload.tokens
+            )
+        )
     return found
 
 
@@ -184,20 +216,29 @@ def as_json(found: Forecast) -> dict[str, Any]:
     report = asdict(found)
     for name in ("held_full", "held_selected", "pipeline"):
         components: Components = getattr(found, name)
-        report[name] |= {part: getattr(components, part) for part in ("allocated", "reserved", "total")}
+        report[name] |= {
+            part: getattr(components, part) for part in ("allocated", "reserved", "total")
+        }
     return report
 
 
-def _total(estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]) -> int:
+def _total(
+    estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]
+) -> int:
     return sizes.with_device_overhead(
         estimator.weights(kind), smaller_pass(estimator, kind, workload, points), "cuda"
     ).total
 
 
 def _held_width(points: Sequence[HookPoint], tokens: int) -> int:
-    """Elements of a token that hook points hold: one block's output is the next one's input, and is held once."""
+    """Elements of a token that hook points hold: one block's output is the next one's input, and is
+    held once.
+    """
     width = {
-        p.block + (p.value == "hook_resid_post") if p.value in RESIDUALS else p.name: p.width(tokens) for p in points
+        p.block + (p.value == "hook_resid_post") if p.value in RESIDUALS else p.name: p.width(
+            tokens
+        )
+        for p in points
     }
     return sum(width.values())
 

@@ -1,9 +1,11 @@
-"""What a sweep block by block takes of a device, of the host and of the disk, and which batches fit.
+"""What a sweep block by block takes of a device, of the host and of the disk, and which batches
+fit.
 
-On the device: two blocks of weights, what is in no block and no embedding, one batch's pass through one block. On the
-host: the residuals of the shard, the arguments of the blocks, the embeddings' pages, and for a GPU the two buffers that
-weights come through. On the CPU both are one memory. Of quantised weights the device holds two blocks as they are
-quantised and what it takes to quantise one tensor, and the host that tensor.
+On the device: two blocks of weights, what is in no block and no embedding, one batch's pass through
+one block. On the host: the residuals of the shard, the arguments of the blocks, the embeddings'
+pages, and for a GPU the two buffers that weights come through. On the CPU both are one memory. Of
+quantised weights the device holds two blocks as they are quantised and what it takes to quantise
+one tensor, and the host that tensor.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +19,8 @@ from theloom.memory.sizes import BlockSizes, Parts, Workload, with_device_overhe
 from theloom.planning.plan import Plan, smaller_plans
 from theloom.store.ring_buffer import WRITER_BYTES
 
-# Bytes of a mapped file that Linux brings in around one that is read, where they are in its cache (fault_around_bytes)
+# Bytes of a mapped file that Linux brings in around one that is read, where they are in its cache
+# (fault_around_bytes)
 FAULT_AROUND = 65_536
 
 
@@ -28,7 +31,9 @@ class Need:
     buffers: int  # two blocks, and what is converted or quantised
     host_buffers: int  # what a GPU's host holds of them
     kept: int
-    working_set: int  # one batch's pass through one block, its KV cache and what hook points make included
+    working_set: (
+        int  # one batch's pass through one block, its KV cache and what hook points make included
+    )
     residuals: int  # of the shard, in host memory; of one batch, twice, where they are on disk
     recorded: int
     embeddings: int  # at most: the pages of the rows that are looked up
@@ -54,7 +59,9 @@ class Need:
 
 @dataclass(frozen=True)
 class LayerwisePlan:
-    """How a shard is swept: the cut into batches and chunks, where the residuals wait, and the bytes it takes."""
+    """How a shard is swept: the cut into batches and chunks, where the residuals wait, and the
+    bytes it takes.
+    """
 
     plan: Plan
     spilled: bool
@@ -75,11 +82,15 @@ def need(
     device: str,
     spilled: bool,
 ) -> Need:
-    """The bytes of a sweep. `workloads`: its largest passes; `residuals`: of all tokens; `residual_row`: of one."""
+    """The bytes of a sweep. `workloads`: its largest passes; `residuals`: of all tokens;
+    `residual_row`: of one.
+    """
     passes = [pass_of(workload) for workload in workloads]
     widest = max(w.windows * w.tokens for w in workloads)
     working = max((parts for parts, _ in passes), key=lambda p: p.total)
-    fixed = with_device_overhead(0, working, "cuda").total - working.total if device == "cuda" else 0
+    fixed = (
+        with_device_overhead(0, working, "cuda").total - working.total if device == "cuda" else 0
+    )
     return Need(
         buffers=sizes.on_device,
         host_buffers=sizes.on_host,
@@ -108,15 +119,19 @@ def choose(
     one_pass: bool = False,
     windows: Lengths | None = None,
 ) -> LayerwisePlan:
-    """The largest batch that fits, residuals in host memory if there is room, else on disk. Raises MemoryPlanError.
+    """The largest batch that fits, residuals in host memory if there is room, else on disk. Raises
+    MemoryPlanError.
 
-    `found` is what the device has free, `host` what the host has; `beside` what a process was seen to take beside what
-    is foretold; `one_pass`: long documents go in one pass where that fits, as they would in a resident model;
-    `windows`: as `plan.choose` takes them.
+    `found` is what the device has free, `host` what the host has; `beside` what a process was seen
+    to take beside what is foretold; `one_pass`: long documents go in one pass where that fits, as
+    they would in a resident model; `windows`: as `plan.choose` takes them.
     """
     cuts = [cut.over(windows) for cut in smaller_plans(asked, "device", one_pass)]
     least: tuple[Need, bool] | None = None
-    budget = (found.free - int((1 - threshold) * found.total), host.free - int((1 - threshold) * host.total))
+    budget = (
+        found.free - int((1 - threshold) * found.total),
+        host.free - int((1 - threshold) * host.total),
+    )
     for free, host_free in (budget, (found.free, host.free)):
         for spilled in (False, True):
             for cut in cuts:
@@ -125,7 +140,9 @@ def choose(
                 if device == "cuda":
                     fits = needed.device + beside <= free and needed.host <= host_free
                 if fits:
-                    return LayerwisePlan(cut, spilled, needed, _changes(asked, cut, spilled, residuals))
+                    return LayerwisePlan(
+                        cut, spilled, needed, _changes(asked, cut, spilled, residuals)
+                    )
                 least = (needed, spilled)
     assert least is not None
     raise MemoryPlanError(_refusal(least[0], device, found, host))
@@ -138,7 +155,9 @@ def _changes(asked: Plan, cut: Plan, spilled: bool, residuals: int) -> tuple[str
             f"the residuals between blocks ({terminal.in_words(residuals)}) wait on disk, not in host memory"
         )
     if cut.chunk_size != asked.chunk_size:
-        changes.append(f"long documents go in chunks of {cut.chunk_size} tokens, not {asked.chunk_size}")
+        changes.append(
+            f"long documents go in chunks of {cut.chunk_size} tokens, not {asked.chunk_size}"
+        )
     if cut.batch_tokens != asked.batch_tokens:
         changes.append(f"batches of {cut.batch_tokens} tokens, not {asked.batch_tokens}")
     return tuple(changes)

@@ -31,10 +31,11 @@ log = logging.getLogger(__name__)
 class Measured:
     """One forward pass: bytes foretold and found, and by how much the device's memory in use grew.
 
-    `growth` is what CUDA's allocator counted, or, on the CPU, what the process had grown by since before its model was
-    loaded, without the weights. There it has three parts: the tensors (`found`), pages of files that the pass read
-    first (`files`: code), and what malloc keeps of blocks that were freed, with what loading and libraries take for
-    themselves (`heap`; negative where the tensors went into memory that the process had left from before).
+    `growth` is what CUDA's allocator counted, or, on the CPU, what the process had grown by since
+    before its model was loaded, without the weights. There it has three parts: the tensors
+    (`found`), pages of files that the pass read first (`files`: code), and what malloc keeps of
+    blocks that were freed, with what loading and libraries take for themselves (`heap`; negative
+    where the tensors went into memory that the process had left from before).
     """
 
     workload: Workload
@@ -51,28 +52,41 @@ class Measured:
     @property
     def correction(self) -> Correction:
         """What the next plan is to reckon with."""
-        return Correction(self.found.total / self.foretold.total, max(0, self.growth - self.found.total))
+        return Correction(
+            self.found.total / self.foretold.total, max(0, self.growth - self.found.total)
+        )
 
 
 def largest_pass(
     traced: Traced, kind: Kind, plan: Plan, points: Sequence[HookPoint], device: str
 ) -> tuple[Workload, Parts]:
     """The one of a plan's passes that is foretold to take the most."""
-    foretold = [(workload, traced.forward(kind, workload, points, device=device)) for workload in plan.passes]
+    foretold = [
+        (workload, traced.forward(kind, workload, points, device=device))
+        for workload in plan.passes
+    ]
     return max(foretold, key=lambda pair: pair[1].total)
 
 
 def measure(
-    loaded: LoadedModel, kind: Kind, traced: Traced, plan: Plan, points: Sequence[HookPoint], loading: PeakMemory
+    loaded: LoadedModel,
+    kind: Kind,
+    traced: Traced,
+    plan: Plan,
+    points: Sequence[HookPoint],
+    loading: PeakMemory,
 ) -> Measured:
-    """Run the largest pass of a plan on random tokens, once for the growth of memory and once storage by storage.
+    """Run the largest pass of a plan on random tokens, once for the growth of memory and once
+    storage by storage.
 
     `loading`: the memory that loading the model took.
     """
     workload, foretold = largest_pass(traced, kind, plan, points, loaded.device.type)
     vocabulary = loaded.architecture.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (workload.windows, workload.tokens), generator=generator).to(loaded.device)
+    ids = torch.randint(vocabulary, (workload.windows, workload.tokens), generator=generator).to(
+        loaded.device
+    )
     with PeakMemory(loaded.device) as growing:
         _run(loaded, ids, workload, points, kind)
     found = _run(loaded, ids, workload, points, kind)
@@ -83,18 +97,31 @@ def measure(
     return Measured(workload, foretold, found, growth, growing.files, weights)
 
 
-def _run(loaded: LoadedModel, ids: torch.Tensor, workload: Workload, points: Sequence[HookPoint], kind: Kind) -> Parts:
+def _run(
+    loaded: LoadedModel,
+    ids: torch.Tensor,
+    workload: Workload,
+    points: Sequence[HookPoint],
+    kind: Kind,
+) -> Parts:
     peak, _ = trace.run(
-        loaded.architecture, ids, workload, points, store=kind.precision, device=loaded.device.type, shorten=True
+        loaded.architecture,
+        ids,
+        workload,
+        points,
+        store=kind.precision,
+        device=loaded.device.type,
+        shorten=True,
     )
     return trace.parts(peak)
 
 
 def before_counting(config: ModelConfig) -> None:
-    """What a process does before its growth is counted, so that it is the same in `load_model` and in a job.
+    """What a process does before its growth is counted, so that it is the same in `load_model` and
+    in a job.
 
-    Imports the code that a model of this config takes, and what tells which of its modules are needed; gives back the
-    heap's free memory (of a checkpoint that was converted here, say).
+    Imports the code that a model of this config takes, and what tells which of its modules are
+    needed; gives back the heap's free memory (of a checkpoint that was converted here, say).
     """
     from theloom.memory import trace  # noqa: F401
 

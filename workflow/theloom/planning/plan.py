@@ -1,7 +1,9 @@
-"""How a run is cut into forward passes, so that it fits the memory that is free; or what would make it fit.
+"""How a run is cut into forward passes, so that it fits the memory that is free; or what would make
+it fit.
 
-A plan may make batches and chunks smaller: rows do not depend on them but for rounding. It never changes precision,
-quantisation, context or hook points: those are the user's, who is told which change would do.
+A plan may make batches and chunks smaller: rows do not depend on them but for rounding. It never
+changes precision, quantisation, context or hook points: those are the user's, who is told which
+change would do.
 """
 
 import logging
@@ -19,8 +21,8 @@ from theloom.store.ring_buffer import bytes_on_device
 
 log = logging.getLogger(__name__)
 
-# Tokens of a batch where the config leaves it open: enough to keep the device busy, and no more. On CPUs batches larger
-# than the caches are no faster.
+# Tokens of a batch where the config leaves it open: enough to keep the device busy, and no more. On
+# CPUs batches larger than the caches are no faster.
 MOST_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
@@ -33,7 +35,9 @@ class Plan:
     longest: int  # longest window
     streamed_windows: int = 1  # windows that stream side by side, at most
     offloaded: bool = False  # whether their KV cache lies in host memory
-    long_batches: tuple[tuple[int, int], ...] = ()  # windows and tokens of the largest that stream; empty: not known
+    long_batches: tuple[
+        tuple[int, int], ...
+    ] = ()  # windows and tokens of the largest that stream; empty: not known
 
     @property
     def streamed(self) -> bool:
@@ -52,8 +56,12 @@ class Plan:
 
     @property
     def passes(self) -> list[Workload]:
-        """The passes of which one takes the most: a full batch of the widest windows, and the largest that stream."""
-        streamed = self.long_batches or ((self.streamed_windows, self.longest),) if self.streamed else ()
+        """The passes of which one takes the most: a full batch of the widest windows, and the
+        largest that stream.
+        """
+        streamed = (
+            self.long_batches or ((self.streamed_windows, self.longest),) if self.streamed else ()
+        )
         shapes = [(self.batch_windows, self.width), *streamed]
         return [Workload(windows, tokens, self.chunk_size) for windows, tokens in shapes]
 
@@ -63,20 +71,32 @@ class Plan:
         return max(p.windows * min(p.tokens, self.chunk_size) for p in self.passes)
 
     def over(self, windows: Lengths | None) -> "Plan":
-        """The plan with those batches of long windows that a corpus makes, of which it may have fewer."""
-        long_batches = windows.streamed(self.chunk_size, self.streamed_windows) if windows and self.streamed else ()
+        """The plan with those batches of long windows that a corpus makes, of which it may have
+        fewer.
+        """
+        long_batches = (
+            windows.streamed(self.chunk_size, self.streamed_windows)
+            if windows and self.streamed
+            else ()
+        )
         most = max((count for count, _ in long_batches), default=self.streamed_windows)
         return replace(self, long_batches=long_batches, streamed_windows=most)
 
     def backed_off(self, level: int, streams: bool = True) -> "Plan":
-        """The plan with its batches, and then its chunks, halved so many times; a model that does not stream keeps
-        its chunks. Where nothing can be halved any more it stays as it is.
+        """The plan with its batches, and then its chunks, halved so many times; a model that does
+        not stream keeps its chunks. Where nothing can be halved any more it stays as it is.
         """
         plan = self
         for _ in range(level):
             if plan.streamed and plan.streamed_windows > 1:
-                plan = replace(plan, streamed_windows=plan.streamed_windows // 2, batch_tokens=plan.batch_tokens // 2)
-                fewer = dict.fromkeys((min(n, plan.streamed_windows), tokens) for n, tokens in plan.long_batches)
+                plan = replace(
+                    plan,
+                    streamed_windows=plan.streamed_windows // 2,
+                    batch_tokens=plan.batch_tokens // 2,
+                )
+                fewer = dict.fromkeys(
+                    (min(n, plan.streamed_windows), tokens) for n, tokens in plan.long_batches
+                )
                 plan = replace(plan, long_batches=tuple(fewer))
             elif plan.batch_windows > 1:
                 plan = replace(plan, batch_tokens=plan.batch_tokens // 2)
@@ -88,7 +108,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a measurement on the device taught: real bytes of a forward pass for one foretold, and bytes beside it."""
+    """What a measurement on the device taught: real bytes of a forward pass for one foretold, and
+    bytes beside it.
+    """
 
     ratio: float = 1.0
     beside: int = 0
@@ -107,7 +129,9 @@ def forward(estimate: Estimate, kind: str, plan: Plan) -> Parts:
     """The bytes of the largest of a plan's passes."""
     found = [estimate.find(kind, p.tokens, plan.chunk_size).times(p.windows) for p in plan.passes]
     if plan.offloaded:  # the KV cache of the block that runs, and of the next one on its way
-        found = [replace(p, kv_cache=min(p.kv_cache, 2 * p.kv_cache // estimate.blocks)) for p in found]
+        found = [
+            replace(p, kv_cache=min(p.kv_cache, 2 * p.kv_cache // estimate.blocks)) for p in found
+        ]
     return max(found, key=lambda parts: parts.total)
 
 
@@ -124,10 +148,10 @@ def choose(
 ) -> Planned:
     """The largest batch, and the largest chunk, with which a run fits a device (`cpu` or `cuda`).
 
-    `found` is the device's memory now, of which `threshold` (a share of the whole) may be in use; where nothing keeps
-    to it, what fits at all is taken, with a warning. `windows` are those of the corpus (default: any number of them, as
-    long as the estimate's context). `others` names who else uses the device. Raises MemoryPlanError, with what would
-    make it fit.
+    `found` is the device's memory now, of which `threshold` (a share of the whole) may be in use;
+    where nothing keeps to it, what fits at all is taken, with a warning. `windows` are those of the
+    corpus (default: any number of them, as long as the estimate's context). `others` names who else
+    uses the device. Raises MemoryPlanError, with what would make it fit.
     """
     longest = min(windows.longest if windows else estimate.context_length, estimate.context_length)
     asked = Plan(estimate.batch_tokens or MOST_BATCH_TOKENS[device], estimate.chunk_size, longest)
@@ -136,7 +160,10 @@ def choose(
     weigh = cache_of(lambda plan: _weigh(estimate, kind, device, plan.over(windows), correction))
     plans = smaller_plans(asked, cache, one_pass)
     if one_pass:
-        log.info("long documents go in one pass: in chunks of %d tokens they would take more memory", asked.chunk_size)
+        log.info(
+            "long documents go in one pass: in chunks of %d tokens they would take more memory",
+            asked.chunk_size,
+        )
     headroom = int((1 - threshold) * found.total)
     for budget in (found.free - headroom, found.free):
         for planned in map(weigh, plans):
@@ -153,9 +180,17 @@ def choose(
 
 
 def check_begun(
-    estimate: Estimate, kind: str, device: str, found: DeviceMemory, plan: Plan, correction: Correction, partial: str
+    estimate: Estimate,
+    kind: str,
+    device: str,
+    found: DeviceMemory,
+    plan: Plan,
+    correction: Correction,
+    partial: str,
 ) -> Planned:
-    """The plan of an unfinished file, which can be gone on with in what is free. Raises MemoryPlanError."""
+    """The plan of an unfinished file, which can be gone on with in what is free. Raises
+    MemoryPlanError.
+    """
     planned = _weigh(estimate, kind, device, plan, correction)
     needed = planned.components.total
     if needed > found.free:
@@ -167,35 +202,57 @@ def check_begun(
 
 
 def plan_advice(
-    estimate: Estimate, kind: str, device: str, found: DeviceMemory, plan: Plan, correction: Correction
+    estimate: Estimate,
+    kind: str,
+    device: str,
+    found: DeviceMemory,
+    plan: Plan,
+    correction: Correction,
 ) -> str:
     """What the user can change where memory ran out although the plan is as small as can be."""
     least = _weigh(estimate, kind, device, plan, correction)
-    full = replace(found, free=least.components.total - 1)  # whatever helps takes less than what did not fit
+    full = replace(
+        found, free=least.components.total - 1
+    )  # whatever helps takes less than what did not fit
     changes = _fitting_changes(estimate, kind, device, full, least, correction)
-    return "set " + ", or ".join(changes) if changes else "ask for fewer hook points, or take a larger device"
+    return (
+        "set " + ", or ".join(changes)
+        if changes
+        else "ask for fewer hook points, or take a larger device"
+    )
 
 
 def smaller_plans(asked: Plan, cache: str, one_pass: bool) -> list[Plan]:
     """The plan asked for, then ever smaller ones: fewer windows side by side, then smaller chunks.
 
-    With `one_pass` long documents go in one pass first of all, else at last. `cache` says where their KV cache may be.
+    With `one_pass` long documents go in one pass first of all, else at last. `cache` says where
+    their KV cache may be.
     """
     whole = replace(asked, chunk_size=asked.longest, streamed_windows=1)
     plans = _fewer_windows(whole, asked.longest) if one_pass else []
     streamed: list[Plan] = []
     for chunk_size in chunk_sizes(asked.chunk_size):
         batch = streamed[-1].batch_tokens if streamed else asked.batch_tokens
-        streamed += _fewer_windows(replace(asked, batch_tokens=batch, chunk_size=chunk_size), chunk_size)
-    offloaded = [replace(p, offloaded=True) for p in streamed] if asked.streamed and cache != "device" else []
+        streamed += _fewer_windows(
+            replace(asked, batch_tokens=batch, chunk_size=chunk_size), chunk_size
+        )
+    offloaded = (
+        [replace(p, offloaded=True) for p in streamed]
+        if asked.streamed and cache != "device"
+        else []
+    )
     plans += offloaded if cache == "offloaded" else streamed
-    if asked.streamed and not one_pass:  # the KV cache and its masks can take more than the whole document at once
+    if (
+        asked.streamed and not one_pass
+    ):  # the KV cache and its masks can take more than the whole document at once
         plans.append(replace(whole, batch_tokens=asked.longest))
     return plans + (offloaded if cache == "auto" else [])
 
 
 def _fewer_windows(plan: Plan, step: int) -> list[Plan]:
-    """A plan, then with fewer windows that stream side by side, then with smaller batches, down to steps of `step`."""
+    """A plan, then with fewer windows that stream side by side, then with smaller batches, down to
+    steps of `step`.
+    """
     windows = max(1, plan.batch_tokens // plan.chunk_size) if plan.streamed else 1
     plans = [replace(plan, streamed_windows=windows)]
     while plans[-1].streamed_windows > 1:
@@ -206,21 +263,27 @@ def _fewer_windows(plan: Plan, step: int) -> list[Plan]:
 
 
 def _one_pass_is_less(estimate: Estimate, kind: str, asked: Plan) -> bool:
-    """Whether the longest window takes no more memory in one pass than chunk by chunk: then it is faster so, too."""
+    """Whether the longest window takes no more memory in one pass than chunk by chunk: then it is
+    faster so, too.
+    """
     if not asked.streamed or estimate.cache == "offloaded":
         return False
     at_once = estimate.find(kind, asked.longest, asked.longest).total
     return at_once <= estimate.find(kind, asked.longest, asked.chunk_size).total
 
 
-def _weigh(estimate: Estimate, kind: str, device: str, plan: Plan, correction: Correction) -> Planned:
+def _weigh(
+    estimate: Estimate, kind: str, device: str, plan: Plan, correction: Correction
+) -> Planned:
     parts = forward(estimate, kind, plan).times(correction.ratio)
     components = sizes.with_device_overhead(estimate.weights[kind], parts, device)
     waiting = bytes_on_device(device, plan.step_tokens * estimate.largest_capture[kind])
     return Planned(plan, replace(components, on_their_way=waiting, beside=correction.beside))
 
 
-def _changes(asked: Plan, plan: Plan, chosen: bool, may_offload: bool, one_pass: bool) -> tuple[str, ...]:
+def _changes(
+    asked: Plan, plan: Plan, chosen: bool, may_offload: bool, one_pass: bool
+) -> tuple[str, ...]:
     changes = []
     whole = asked.streamed and not plan.streamed
     if plan.chunk_size != asked.chunk_size and not (whole and one_pass):
@@ -248,14 +311,26 @@ def _total(planned: Planned) -> int:
 
 
 def _refusal(
-    estimate: Estimate, kind: str, device: str, found: DeviceMemory, least: Planned, correction: Correction, others: str
+    estimate: Estimate,
+    kind: str,
+    device: str,
+    found: DeviceMemory,
+    least: Planned,
+    correction: Correction,
+    others: str,
 ) -> str:
-    """One line: what the run needs at least, by category, what is free, and the cheapest changes that would do."""
+    """One line: what the run needs at least, by category, what is free, and the cheapest changes
+    that would do.
+    """
     needed = least.components
     limit = f", limited by {found.limited_by}" if found.limited_by else ""
     limit += f"; others on it: {others}" if others else ""
     changes = _fitting_changes(estimate, kind, device, found, least, correction)
-    advice = "; it would fit with " + ", or ".join(changes) if changes else "; no other precision would fit either"
+    advice = (
+        "; it would fit with " + ", or ".join(changes)
+        if changes
+        else "; no other precision would fit either"
+    )
     return (
         f"the run needs at least {terminal.in_words(needed.total)} ({sizes.by_category(needed)}) and {device} has "
         f"{terminal.in_words(found.free)} of {terminal.in_words(found.total)} free{limit}{advice}"
@@ -263,7 +338,12 @@ def _refusal(
 
 
 def _fitting_changes(
-    estimate: Estimate, kind: str, device: str, found: DeviceMemory, least: Planned, correction: Correction
+    estimate: Estimate,
+    kind: str,
+    device: str,
+    found: DeviceMemory,
+    least: Planned,
+    correction: Correction,
 ) -> list[str]:
     """At most three changes, those that alter the rows least first, each with what it saves."""
     offers: list[tuple[str, Planned]] = []
@@ -281,7 +361,11 @@ def _fitting_changes(
         "int4": "memory.quantization=4bit",
     }
     for other, text in texts.items():
-        if other != kind and other in estimate.passes and estimate.weights[other] < estimate.weights[kind]:
+        if (
+            other != kind
+            and other in estimate.passes
+            and estimate.weights[other] < estimate.weights[kind]
+        ):
             offers.append((text, _weigh(estimate, other, device, least.plan, correction)))
     fitting = [(text, offer) for text, offer in offers if offer.components.total <= found.free]
     return [

@@ -1,8 +1,9 @@
-"""Two tables of rules of thumb for models of 3 to 70 billion parameters, beside what TheLoom computes.
+"""Two tables of rules of thumb for models of 3 to 70 billion parameters, beside what TheLoom
+computes.
 
-The rules are those that the project began with: weights are the nominal number of parameters times the bytes of one;
-totals are what was recommended for extraction with 2048 tokens. Of each difference over 10% it is said where it comes
-from.
+The rules are those that the project began with: weights are the nominal number of parameters times
+the bytes of one; totals are what was recommended for extraction with 2048 tokens. Of each
+difference over 10% it is said where it comes from.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,13 @@ from theloom.memory.sizes import Components, Workload
 from theloom.model.weight_format import KINDS, Kind
 from theloom.planning import estimate, forecast
 
-PROFILES = {"3b": 3, "7b": 7, "13b": 13, "30b": 30, "70b": 70}  # nominal size, in billions of parameters
+PROFILES = {
+    "3b": 3,
+    "7b": 7,
+    "13b": 13,
+    "30b": 30,
+    "70b": 70,
+}  # nominal size, in billions of parameters
 
 
 RULE_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -40,7 +47,9 @@ EXPLAINED_FROM = 0.10
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure: TheLoom's beside the rule's, in GB, and where a difference of over 10% is from ("" below that)."""
+    """One figure: TheLoom's beside the rule's, in GB, and where a difference of over 10% is from
+    ("" below that).
+    """
 
     computed: float
     rule: float
@@ -70,7 +79,11 @@ def weights_table() -> list[Row]:
         cells = {}
         for name, rule_bytes in RULE_BYTES.items():
             computed, rule = estimator.weights(KINDS[name]) / 1e9, billions * rule_bytes
-            cells[name] = _cell(computed, rule, _weights_reason(settings, estimator, KINDS[name], billions, rule_bytes))
+            cells[name] = _cell(
+                computed,
+                rule,
+                _weights_reason(settings, estimator, KINDS[name], billions, rule_bytes),
+            )
         rows.append(_row(profile, settings, cells, {}))
     return rows
 
@@ -88,7 +101,9 @@ def totals_table() -> list[Row]:
             parts = estimator.forward(kind, workload, everything, held=True)
             components = sizes.with_device_overhead(estimator.weights(kind), parts, "cuda")
             beyond = rule - PROFILES[profile] * RULE_BYTES[name]
-            cells[name] = _cell(components.total / 1e9, rule, _total_reason(components, rule, beyond))
+            cells[name] = _cell(
+                components.total / 1e9, rule, _total_reason(components, rule, beyond)
+            )
             gpus[name] = _recommended(components.total)
         rows.append(_row(profile, settings, cells, gpus))
     return rows
@@ -109,13 +124,19 @@ def _cell(computed: float, rule: float, reason: str) -> Cell:
     return Cell(computed, rule, reason if abs(computed / rule - 1) > EXPLAINED_FROM else "")
 
 
-def _weights_reason(settings: Config, estimator: Estimator, kind: Kind, billions: int, rule_bytes: float) -> str:
-    """The steps from the rule to the figure: real parameters, no LM head, what quantisation leaves as it is."""
+def _weights_reason(
+    settings: Config, estimator: Estimator, kind: Kind, billions: int, rule_bytes: float
+) -> str:
+    """The steps from the rule to the figure: real parameters, no LM head, what quantisation leaves
+    as it is.
+    """
     declared = settings.model.architecture
     assert declared is not None
     counts = parameters(estimator.size, declared.tie_word_embeddings)
     steps = {
-        f"{declared.parameters / 1e9:.2f}e9 parameters, not {billions}e9": (declared.parameters / 1e9 - billions)
+        f"{declared.parameters / 1e9:.2f}e9 parameters, not {billions}e9": (
+            declared.parameters / 1e9 - billions
+        )
         * rule_bytes,
         "LM head not loaded": -counts.lm_head * rule_bytes / 1e9,
     }
@@ -141,7 +162,9 @@ def _total_reason(components: Components, rule: float, beyond: float) -> str:
 
 
 def _in_words(steps: dict[str, float]) -> str:
-    return "; ".join(f"{text}: {value:+.2f} GB" for text, value in steps.items() if abs(value) >= 0.005)
+    return "; ".join(
+        f"{text}: {value:+.2f} GB" for text, value in steps.items() if abs(value) >= 0.005
+    )
 
 
 def _recommended(needed: int) -> str:

@@ -16,11 +16,17 @@ _HOW = "add blocks.*.attn.hook_pattern, or one block's, to memory.activation_cac
 
 
 def patterns(acts: Activations, document: int, tokens: list[str], title: str) -> Drawn:
-    """The first tokens of a document: who looks at whom, in the first heads of some layers. `tokens`: its texts."""
+    """The first tokens of a document: who looks at whom, in the first heads of some layers.
+    `tokens`: its texts.
+    """
     hooks = [h for h in acts.hooks if h.endswith(PATTERN)]
     if not hooks:
-        return style.note(f"{title}: attention patterns", f"The run captured no attention patterns; {_HOW}.")
-    hooks = [hooks[n] for n in np.unique(np.linspace(0, len(hooks) - 1, _LAYERS).round().astype(int))]
+        return style.note(
+            f"{title}: attention patterns", f"The run captured no attention patterns; {_HOW}."
+        )
+    hooks = [
+        hooks[n] for n in np.unique(np.linspace(0, len(hooks) - 1, _LAYERS).round().astype(int))
+    ]
     shown = acts.document(document)
     window_end = acts.window_offset[np.searchsorted(acts.window_offset, shown.rows.start, "right")]
     count = min(len(shown), _TOKENS, int(window_end) - shown.rows.start)
@@ -29,13 +35,20 @@ def patterns(acts: Activations, document: int, tokens: list[str], title: str) ->
     labels = [_label(t) for t in tokens[:count]]
     size = (2.2 * heads + 1.2, 2.2 * len(hooks) + 1.2)
     whole = f"{title}: attention patterns, first {count} tokens of {shown.id}"
-    drawing, panels = style.new(*size, whole, rows=len(hooks), columns=heads, sharex=True, sharey=True)
+    drawing, panels = style.new(
+        *size, whole, rows=len(hooks), columns=heads, sharex=True, sharey=True
+    )
     values: list[tuple[object, ...]] = []
     for layer, hook in enumerate(hooks):
         grid = acts[hook][rows].float().numpy()[:, :, :count]  # (query, head, key)
         for head in range(heads):
             panel = panels[layer * heads + head]
-            look: dict[str, Any] = {"cmap": style.HEAT, "vmin": 0, "vmax": 1, "interpolation": "none"}
+            look: dict[str, Any] = {
+                "cmap": style.HEAT,
+                "vmin": 0,
+                "vmax": 1,
+                "interpolation": "none",
+            }
             mesh = panel.imshow(np.sqrt(grid[:, head]), extent=(0, count, count, 0), **look)
             panel.grid(visible=False)
             panel.set_title(f"block {hook.split('.')[1]}, head {head}", fontsize=10)
@@ -51,9 +64,14 @@ def patterns(acts: Activations, document: int, tokens: list[str], title: str) ->
         panel.set_xticks(at, labels, fontsize=6, rotation=90)
     drawing.supxlabel("key: the token looked at", fontsize=10)
     drawing.supylabel("query", fontsize=10)
-    bar = drawing.colorbar(mesh, ax=panels, label="weight (colours by its root)", ticks=np.sqrt([0, 0.1, 0.25, 0.5, 1]))
+    bar = drawing.colorbar(
+        mesh, ax=panels, label="weight (colours by its root)", ticks=np.sqrt([0, 0.1, 0.25, 0.5, 1])
+    )
     bar.ax.set_yticklabels(["0", "0.1", "0.25", "0.5", "1"])
-    return Drawn(drawing, Table(("hook", "head", "query", "key", "query_token", "key_token", "weight"), values))
+    return Drawn(
+        drawing,
+        Table(("hook", "head", "query", "key", "query_token", "key_token", "weight"), values),
+    )
 
 
 def _label(token: str) -> str:

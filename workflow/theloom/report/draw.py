@@ -1,6 +1,8 @@
-"""The report stage: which figures a run has, and how each group of them is drawn into the run's folder.
+"""The report stage: which figures a run has, and how each group of them is drawn into the run's
+folder.
 
-Figures read what earlier stages left and nothing reads them, so that drawing one anew runs nothing else again.
+Figures read what earlier stages left and nothing reads them, so that drawing one anew runs nothing
+else again.
 """
 
 import logging
@@ -41,7 +43,9 @@ def draw_speed(config: Config, shards: Sequence[Path], folder: Path) -> None:
 
 
 def draw_states(config: Config, activations: Path, folder: Path) -> None:
-    """Norms, massive activations, likeness of layers, and the map. Raises ConfigError for a hook that is not there."""
+    """Norms, massive activations, likeness of layers, and the map. Raises ConfigError for a hook
+    that is not there.
+    """
     acts, settings, title = open_activations(activations), config.report, _title(config, folder)
     states = measure_states(acts, settings.sampled_rows, settings.figure_seed)
     log.info("%d rows of %d hook points sampled", len(states.rows), len(states.hooks))
@@ -50,8 +54,12 @@ def draw_states(config: Config, activations: Path, folder: Path) -> None:
     style.save(draw_similarity(states, title), folder / "likeness")
     hook = settings.map_hook or middle_layer(acts)
     if hook not in acts:
-        raise ConfigError(f"report.map_hook: {hook!r} was not captured; the run has {', '.join(acts.hooks)}")
-    rows = np.sort(np.random.default_rng(settings.figure_seed).permutation(states.rows)[: settings.map_rows])
+        raise ConfigError(
+            f"report.map_hook: {hook!r} was not captured; the run has {', '.join(acts.hooks)}"
+        )
+    rows = np.sort(
+        np.random.default_rng(settings.figure_seed).permutation(states.rows)[: settings.map_rows]
+    )
     tokens = token_text.texts(acts, acts.input_ids.numpy(rows))
     style.save(draw_token_map(acts, hook, rows, tokens, title), folder / "map")
 
@@ -60,9 +68,13 @@ def draw_attention(config: Config, activations: Path, folder: Path) -> None:
     """Attention patterns of one document. Raises ConfigError for a document that is not there."""
     acts, number = open_activations(activations), config.report.attention_document
     if number >= len(acts.documents):
-        raise ConfigError(f"report.attention_document: no document {number}; the run has {len(acts.documents)}, from 0")
+        raise ConfigError(
+            f"report.attention_document: no document {number}; the run has {len(acts.documents)}, from 0"
+        )
     tokens = token_text.texts(acts, acts.document(number).input_ids[:64])
-    style.save(attention.patterns(acts, number, tokens, _title(config, folder)), folder / "attention")
+    style.save(
+        attention.patterns(acts, number, tokens, _title(config, folder)), folder / "attention"
+    )
 
 
 def draw_runs(folders: Sequence[Path], folder: Path) -> None:

@@ -22,7 +22,11 @@ GROUPS = {
 
 
 def groups(filters: Sequence[str]) -> list[str]:
-    """The groups of figures that a run has: attention's only where its hook filter can take attention patterns."""
+    """The groups of figures that a run has: attention's only where its hook filter can take
+    attention patterns.
+    """
     name = f"blocks.0.{PATTERN}"
-    captured = not filters or any(fnmatchcase(name, re.sub(r"^blocks\.-?\d+\.", "blocks.0.", f)) for f in filters)
+    captured = not filters or any(
+        fnmatchcase(name, re.sub(r"^blocks\.-?\d+\.", "blocks.0.", f)) for f in filters
+    )
     return ["memory", "speed", "states", *["attention"] * captured]

@@ -1,4 +1,6 @@
-"""Figures of memory: what a run was foretold to take against what it took, and the GPUs that have room for it."""
+"""Figures of memory: what a run was foretold to take against what it took, and the GPUs that have
+room for it.
+"""
 
 from pathlib import Path
 
@@ -41,14 +43,20 @@ _SHOWN = (
 def predicted_against_measured(model: Path, title: str) -> Drawn:
     """The largest planned pass by component, from `model.h5`: bytes foretold, and bytes found."""
     with file_format.open_h5(model, "model") as file:
-        predicted, measured = (dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured"))
+        predicted, measured = (
+            dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured")
+        )
         workload = dict(file["memory/workload"].attrs)
     rows = [(part, int(predicted[part]), int(measured[part])) for part in _PARTS]
     rows = [row for row in rows if row[1] or row[2]]
-    beside = [(name, None, int(measured[name])) for name in ("files", "heap") if measured.get(name, 0) > 0]
+    beside = [
+        (name, None, int(measured[name])) for name in ("files", "heap") if measured.get(name, 0) > 0
+    ]
     table = Table(("component", "predicted_bytes", "measured_bytes"), [*rows, *beside])
     shape = f"largest pass: {workload['windows']} × {workload['tokens']} tokens, steps of {workload['chunk_size']}"
-    drawing, (panel,) = style.new(9, 1.4 + 0.7 * len(table.rows), f"{title}: memory by component ({shape})")
+    drawing, (panel,) = style.new(
+        9, 1.4 + 0.7 * len(table.rows), f"{title}: memory by component ({shape})"
+    )
     at = np.arange(len(table.rows))
     for offset, column, label in ((-0.19, 1, "predicted"), (0.19, 2, "measured")):
         values = [row[column] for row in table.rows]
@@ -81,21 +89,45 @@ def fits_on(estimate_path: Path, title: str) -> Drawn:
         for kind in kinds:
             needed = _needed(found, kind, gpu.compute_capability)
             verdict = _verdict(gpu, needed, gpu.computes(kind))
-            rows.append((gpu.name, gpu.usable_bytes, kind, needed, needed / gpu.usable_bytes, verdict))
+            rows.append(
+                (gpu.name, gpu.usable_bytes, kind, needed, needed / gpu.usable_bytes, verdict)
+            )
     table = Table(("gpu", "usable_bytes", "kind", "needed_bytes", "share", "fits"), rows)
     passes = f"windows of up to {found.context_length} tokens one at a time, in steps of {found.chunk_size}"
     height = 1.6 + 0.36 * len(gpus)
-    drawing, (panel,) = style.new(9, height, f"{title}: share of each GPU's memory taken\n({passes})")
-    grid = np.array([row[4] if row[5] == "yes" else np.nan for row in rows]).reshape(len(gpus), len(kinds))
+    drawing, (panel,) = style.new(
+        9, height, f"{title}: share of each GPU's memory taken\n({passes})"
+    )
+    grid = np.array([row[4] if row[5] == "yes" else np.nan for row in rows]).reshape(
+        len(gpus), len(kinds)
+    )
     panel.grid(visible=False)
-    panel.pcolormesh(np.where(np.isnan(grid), np.nan, np.minimum(grid, 1)), cmap=f"{style.HEAT}_r", vmin=0, vmax=1.3)
+    panel.pcolormesh(
+        np.where(np.isnan(grid), np.nan, np.minimum(grid, 1)),
+        cmap=f"{style.HEAT}_r",
+        vmin=0,
+        vmax=1.3,
+    )
     for n, row in enumerate(rows):
         y, x = divmod(n, len(kinds))
         text = ("under 1%" if row[4] < 0.01 else f"{row[4]:.0%}") if row[5] == "yes" else row[5]
         dark = row[5] == "yes" and row[4] > 0.6
-        panel.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=10, color="white" if dark else "black")
-    panel.set_xticks(np.arange(len(kinds)) + 0.5, [f"{k}\n{_needed(found, k, (8, 0)) / 1e9:.2f} GB" for k in kinds])
-    panel.set_yticks(np.arange(len(gpus)) + 0.5, [f"{g.name} ({g.usable_bytes / 1e9:.1f} GB)" for g in gpus])
+        panel.text(
+            x + 0.5,
+            y + 0.5,
+            text,
+            ha="center",
+            va="center",
+            fontsize=10,
+            color="white" if dark else "black",
+        )
+    panel.set_xticks(
+        np.arange(len(kinds)) + 0.5,
+        [f"{k}\n{_needed(found, k, (8, 0)) / 1e9:.2f} GB" for k in kinds],
+    )
+    panel.set_yticks(
+        np.arange(len(gpus)) + 0.5, [f"{g.name} ({g.usable_bytes / 1e9:.1f} GB)" for g in gpus]
+    )
     panel.set_xlabel("weights, and what the run needs of a GPU")
     panel.invert_yaxis()
     return Drawn(drawing, table)
@@ -107,7 +139,10 @@ def _needed(found: Estimate, kind: str, capability: tuple[int, int]) -> int:
     if found.context_length > found.chunk_size:  # long documents stream
         streamed = found.find(kind, found.context_length, found.chunk_size)
         parts = max(parts, streamed, key=lambda p: p.total)
-    return max(sizes.with_device_overhead(found.weights[kind], parts, "cuda", capability).total, found.load_peak[kind])
+    return max(
+        sizes.with_device_overhead(found.weights[kind], parts, "cuda", capability).total,
+        found.load_peak[kind],
+    )
 
 
 def _verdict(gpu: gpu_specs.GPU, needed: int, able: bool) -> str:

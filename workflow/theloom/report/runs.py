@@ -20,12 +20,16 @@ _ROWS = 4096  # that errors are taken over
 
 @dataclass(frozen=True)
 class Compared:
-    """One run of a sweep. Errors are None where there is no FP32 run of the same model, tokens and hook points."""
+    """One run of a sweep. Errors are None where there is no FP32 run of the same model, tokens and
+    hook points.
+    """
 
     run: str
     precision: str
     stored: str
-    error_rms: float | None  # root mean square of the difference, as a share of that of the FP32 rows
+    error_rms: (
+        float | None
+    )  # root mean square of the difference, as a share of that of the FP32 rows
     error_largest: float | None  # largest difference, as a share of the largest FP32 value
     memory: int  # bytes of weights and of the largest pass, as measured
     tokens_per_second: float | None
@@ -35,20 +39,29 @@ class Compared:
 def compare(folders: list[Path]) -> list[Compared]:
     """Each run's folder against the FP32 run among them."""
     opened = {folder: activations.open_activations(folder / "activations.h5") for folder in folders}
-    precise = [f for f in folders if _precisions(opened[f]) == ("fp32", "fp32") and not _quantised(opened[f])]
+    precise = [
+        f
+        for f in folders
+        if _precisions(opened[f]) == ("fp32", "fp32") and not _quantised(opened[f])
+    ]
     found = []
     for folder in folders:
         acts = opened[folder]
         reference = next((opened[p] for p in precise if _same(opened[p], acts)), None)
         if reference is None:
-            log.warning("%s: no FP32 run of the same model and tokens beside it, so no error is given", folder.name)
+            log.warning(
+                "%s: no FP32 run of the same model and tokens beside it, so no error is given",
+                folder.name,
+            )
         rms, largest = (None, None) if reference is None else errors(acts, reference)
         works = [shard_work(shard) for shard in sorted((folder / "shards").glob("*.h5"))]
         timed = [w for w in works if w.seconds]
         seconds, tokens = sum(w.seconds or 0.0 for w in timed), sum(w.tokens for w in timed)
         with file_format.open_h5(folder / "model.h5", "model") as file:
             parts = dict(file["memory/measured"].attrs)
-        memory = sum(int(parts[n]) for n in ("weights", "kv_cache", "captured", "temporaries", "logits"))
+        memory = sum(
+            int(parts[n]) for n in ("weights", "kv_cache", "captured", "temporaries", "logits")
+        )
         speed = tokens / seconds if seconds else None
         disk = sum(acts[h].nbytes for h in acts.hooks)
         found.append(Compared(folder.name, *_precisions(acts), rms, largest, memory, speed, disk))
@@ -56,14 +69,18 @@ def compare(folders: list[Path]) -> list[Compared]:
 
 
 def errors(acts: Activations, reference: Activations) -> tuple[float, float]:
-    """Relative root mean square error and relative largest error, the worst over the common hook points."""
+    """Relative root mean square error and relative largest error, the worst over the common hook
+    points.
+    """
     rows = states.sampled_rows(reference, _ROWS, seed=0)
     rms, largest = 0.0, 0.0
     for hook in (h for h in acts.hooks if h in reference):
         truth, other = reference[hook][rows].double(), acts[hook][rows].double()
         there = truth.isfinite()  # scores of masked keys are -inf
         truth, off = truth[there], (other[there] - truth[there])
-        rms = max(rms, float(off.square().mean().sqrt() / truth.square().mean().sqrt().clamp_min(1e-30)))
+        rms = max(
+            rms, float(off.square().mean().sqrt() / truth.square().mean().sqrt().clamp_min(1e-30))
+        )
         largest = max(largest, float(off.abs().max() / truth.abs().max().clamp_min(1e-30)))
     return rms, largest
 
@@ -92,24 +109,41 @@ def side_by_side(compared: list[Compared]) -> Drawn:
             *("memory_measured_bytes", "tokens_per_second", "rows_on_disk_bytes"),
         ),
         [
-            (c.run, c.precision, c.stored, c.error_rms, c.error_largest, c.memory, c.tokens_per_second, c.disk)
+            (
+                c.run,
+                c.precision,
+                c.stored,
+                c.error_rms,
+                c.error_largest,
+                c.memory,
+                c.tokens_per_second,
+                c.disk,
+            )
             for c in compared
         ],
     )
     labels = [
-        f"{_own_part(n, names)}\n({c.precision}, stored as {c.stored})" for n, c in zip(names, compared, strict=True)
+        f"{_own_part(n, names)}\n({c.precision}, stored as {c.stored})"
+        for n, c in zip(names, compared, strict=True)
     ]
     height = 1.8 + 0.55 * len(compared)
-    drawing, panels = style.new(12, height, f"{len(compared)} runs side by side", columns=3, sharey=True)
+    drawing, panels = style.new(
+        12, height, f"{len(compared)} runs side by side", columns=3, sharey=True
+    )
     columns: list[tuple[str, list[float | None]]] = [
-        ("error relative to FP32 (RMS), %", [None if c.error_rms is None else 100 * c.error_rms for c in compared]),
+        (
+            "error relative to FP32 (RMS), %",
+            [None if c.error_rms is None else 100 * c.error_rms for c in compared],
+        ),
         ("memory measured, MB", [c.memory / 1e6 for c in compared]),
         ("tokens per second", [c.tokens_per_second for c in compared]),
     ]
     at = np.arange(len(compared))
     for n, (panel, (label, values)) in enumerate(zip(panels, columns, strict=True)):
         bars = panel.barh(at, style.lengths(values), 0.7, **style.bars(n))
-        written = ["not known" if v is None else f"{v:.3g}" if v < 10 else f"{v:,.0f}" for v in values]
+        written = [
+            "not known" if v is None else f"{v:.3g}" if v < 10 else f"{v:,.0f}" for v in values
+        ]
         panel.bar_label(bars, written, padding=3, fontsize=9)
         panel.set_xlabel(label)
         panel.margins(x=0.25)

@@ -30,7 +30,9 @@ class ShardWork:
     tokens_forwarded: int  # padding included
     seconds: float | None
     parts: dict[str, float]
-    source: str  # of the seconds: the shard's own figures, or the job's benchmark, which counts loading the model too
+    # of the seconds: the shard's own figures, or the job's benchmark, which counts loading the
+    # model too
+    source: str
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -48,7 +50,9 @@ def shard_work(path: Path) -> ShardWork:
         attributes = dict(file.attrs)
         figures = dict(zip(FIGURES, file["figures"][:].tolist(), strict=True))
         lengths = np.diff(file["windows/offset"][:])
-    batches = batching.plan_batches(lengths, int(attributes["batch_tokens"]), int(attributes["chunk_size"]))
+    batches = batching.plan_batches(
+        lengths, int(attributes["batch_tokens"]), int(attributes["chunk_size"])
+    )
     forwarded = sum(len(b.windows) * b.width for b in batches)
     seconds, source = figures["seconds_total"], "shard"
     if not seconds:
@@ -76,16 +80,39 @@ def _benchmark(shard: Path) -> float | None:
 def throughput(works: list[ShardWork], title: str) -> Drawn:
     """Tokens a second and padding, a bar for each shard."""
     table = Table(
-        ("shard", "tokens", "tokens_forwarded", "padding_share", "seconds", "tokens_per_second", "seconds_from"),
-        [(w.shard, w.tokens, w.tokens_forwarded, w.padding, w.seconds, w.tokens_per_second, w.source) for w in works],
+        (
+            "shard",
+            "tokens",
+            "tokens_forwarded",
+            "padding_share",
+            "seconds",
+            "tokens_per_second",
+            "seconds_from",
+        ),
+        [
+            (
+                w.shard,
+                w.tokens,
+                w.tokens_forwarded,
+                w.padding,
+                w.seconds,
+                w.tokens_per_second,
+                w.source,
+            )
+            for w in works
+        ],
     )
-    drawing, (speed, padding) = style.new(9, _height(works), f"{title}: speed by shard", columns=2, sharey=True)
+    drawing, (speed, padding) = style.new(
+        9, _height(works), f"{title}: speed by shard", columns=2, sharey=True
+    )
     at = np.arange(len(works))
     values = style.lengths([w.tokens_per_second for w in works])
     bars = speed.barh(at, values, 0.7, color=style.COLOURS[0])
     padded = padding.barh(at, [100 * w.padding for w in works], 0.7, **style.bars(1))
     if len(works) <= 24:
-        speed.bar_label(bars, [f"{v:,.0f}" if v else "not timed" for v in values], padding=3, fontsize=9)
+        speed.bar_label(
+            bars, [f"{v:,.0f}" if v else "not timed" for v in values], padding=3, fontsize=9
+        )
         padding.bar_label(padded, [f"{100 * w.padding:.1f}" for w in works], padding=3, fontsize=9)
     speed.set_yticks(at, [str(w.shard) for w in works]) if len(works) <= 24 else None
     speed.set_ylabel("shard")
@@ -104,7 +131,9 @@ def where_time_went(works: list[ShardWork], title: str) -> Drawn:
         return style.note(f"{title}: where the time went", "The run's shards were not timed.")
     split = any(w.parts for w in works)
     names = [n for n in PARTS if any(n in w.parts for w in works)] if split else []
-    labels = [PARTS[n] for n in names] + ["not accounted for" if split else "the whole job, model loading included"]
+    labels = [PARTS[n] for n in names] + [
+        "not accounted for" if split else "the whole job, model loading included"
+    ]
     rows = []
     for w in works:
         parts = [w.parts.get(n, 0.0) for n in names]

@@ -1,4 +1,6 @@
-"""Figures of the hidden states themselves: norms, massive activations, likeness of layers, a map of one layer."""
+"""Figures of the hidden states themselves: norms, massive activations, likeness of layers, a map of
+one layer.
+"""
 
 import itertools
 import re
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
 _BLOCK = 256  # rows of every layer that are held at once
 
 
-# An activation is massive where its magnitude is above 100 and about 1,000 times the median of its layer's hidden
-# states: the definition of Sun, Chen, Kolter and Liu, "Massive Activations in Large Language Models" (2024).
+# An activation is massive where its magnitude is above 100 and about 1,000 times the median of its
+# layer's hidden states: the definition of Sun, Chen, Kolter and Liu, "Massive Activations in Large
+# Language Models" (2024).
 MASSIVE_AT_LEAST, MASSIVE_TIMES_MEDIAN = 100.0, 1000.0
 
 
@@ -32,7 +35,9 @@ _MOST_LINES = 6
 
 @dataclass(frozen=True)
 class States:
-    """What a sample of rows tells: by hook point and row (hooks, rows), and between hook points (hooks, hooks)."""
+    """What a sample of rows tells: by hook point and row (hooks, rows), and between hook points
+    (hooks, hooks).
+    """
 
     hooks: list[str]
     rows: np.ndarray
@@ -44,7 +49,9 @@ class States:
 
 
 def sampled_rows(acts: Activations, count: int, seed: int) -> np.ndarray:
-    """Rows of whole windows, taken at random until there are `count` (the last window is cut), in ascending order."""
+    """Rows of whole windows, taken at random until there are `count` (the last window is cut), in
+    ascending order.
+    """
     order = np.random.default_rng(seed).permutation(len(acts.window_document))
     taken, chosen = 0, []
     for window in order:
@@ -57,7 +64,9 @@ def sampled_rows(acts: Activations, count: int, seed: int) -> np.ndarray:
 
 
 def layers(acts: Activations) -> list[str]:
-    """The hook points that are states of the residual stream; else all of the commonest width, attention's apart."""
+    """The hook points that are states of the residual stream; else all of the commonest width,
+    attention's apart.
+    """
     residual = [h for h in acts.hooks if h.split(".")[-1] in RESIDUALS]
     if residual:
         return residual
@@ -78,10 +87,14 @@ def measure_states(acts: Activations, count: int, seed: int) -> States:
         median[:, at] = states.abs().median(dim=-1).values.numpy()
         unit = states / norms.clamp_min(1e-30)[..., None]
         cosine += (unit.transpose(0, 1) @ unit.permute(1, 2, 0)).sum(dim=0).double().numpy()
-    return States(hooks, rows, acts.position.numpy(rows), norm, largest, median, cosine / max(1, len(rows)))
+    return States(
+        hooks, rows, acts.position.numpy(rows), norm, largest, median, cosine / max(1, len(rows))
+    )
 
 
-def _blocks(acts: Activations, hooks: list[str], rows: np.ndarray) -> Iterator[tuple[slice, "torch.Tensor"]]:
+def _blocks(
+    acts: Activations, hooks: list[str], rows: np.ndarray
+) -> Iterator[tuple[slice, "torch.Tensor"]]:
     import torch
 
     for start in range(0, len(rows), _BLOCK):
@@ -99,14 +112,18 @@ def short(hook: str) -> str:
 
 
 def draw_norms(states: States, title: str) -> Drawn:
-    """Median norm of the residual stream by layer and position: lines for a few layers, a heat map for many."""
+    """Median norm of the residual stream by layer and position: lines for a few layers, a heat map
+    for many.
+    """
     bins = _position_bins(states.position)
     rows = []
     for n, hook in enumerate(states.hooks):
         for label, inside in bins:
             low, middle, high = np.percentile(states.norm[n, inside], [5, 50, 95])
             rows.append((hook, label, int(inside.sum()), float(low), float(middle), float(high)))
-    table = Table(("hook", "positions", "rows", "norm_5_percent", "norm_median", "norm_95_percent"), rows)
+    table = Table(
+        ("hook", "positions", "rows", "norm_5_percent", "norm_median", "norm_95_percent"), rows
+    )
     whole = f"{title}: norm of the residual stream by position"
     count, at = len(states.hooks), np.arange(len(bins))
     if count <= _MOST_LINES:
@@ -128,7 +145,9 @@ def draw_norms(states: States, title: str) -> Drawn:
 
 
 def draw_massive(states: States, title: str) -> Drawn:
-    """By layer, the share of tokens with a massive activation, and how far the largest one stands above the median."""
+    """By layer, the share of tokens with a massive activation, and how far the largest one stands
+    above the median.
+    """
     medians = np.median(states.median, axis=1) if states.rows.size else np.zeros(len(states.hooks))
     limit = np.maximum(MASSIVE_AT_LEAST, MASSIVE_TIMES_MEDIAN * medians)
     share = (states.largest > limit[:, None]).mean(axis=1)
@@ -145,9 +164,15 @@ def draw_massive(states: States, title: str) -> Drawn:
     drawing, (left, right) = style.new(9, height, whole, columns=2, sharey=True)
     at = np.arange(len(states.hooks))
     bars = left.barh(at, 100 * share, 0.7, color=style.COLOURS[0])
-    right.plot(largest, at, linestyle="", marker="D", color=style.COLOURS[1], label="largest magnitude")
-    right.plot(limit, at, linestyle="", marker="|", color="black", markersize=14, label="massive from here")
-    right.plot(medians, at, linestyle="", marker="o", color=style.COLOURS[2], label="median magnitude")
+    right.plot(
+        largest, at, linestyle="", marker="D", color=style.COLOURS[1], label="largest magnitude"
+    )
+    right.plot(
+        limit, at, linestyle="", marker="|", color="black", markersize=14, label="massive from here"
+    )
+    right.plot(
+        medians, at, linestyle="", marker="o", color=style.COLOURS[2], label="median magnitude"
+    )
     if len(at) <= 24:
         left.bar_label(bars, [f"{100 * s:.2g}" for s in share], padding=3, fontsize=9)
     left.set_yticks(at, [short(h) for h in states.hooks], fontsize=9 if len(at) <= 32 else 6)
@@ -164,7 +189,11 @@ def draw_massive(states: States, title: str) -> Drawn:
 
 def draw_similarity(states: States, title: str) -> Drawn:
     """Mean cosine similarity of a token's states in every two layers."""
-    rows = [(a, b, float(states.cosine[i, j])) for i, a in enumerate(states.hooks) for j, b in enumerate(states.hooks)]
+    rows = [
+        (a, b, float(states.cosine[i, j]))
+        for i, a in enumerate(states.hooks)
+        for j, b in enumerate(states.hooks)
+    ]
     whole = f"{title}: cosine similarity between layers"
     drawing, panel = _heat(states.cosine, states.hooks, whole, "mean cosine", log=False)
     count = len(states.hooks)
@@ -175,19 +204,32 @@ def draw_similarity(states: States, title: str) -> Drawn:
                 ink = "black" if value > 0.55 else "white"
                 panel.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", color=ink)
     step = max(1, count // 16)
-    panel.set_xticks(np.arange(count)[::step] + 0.5, [short(h) for h in states.hooks][::step], rotation=60, ha="right")
+    panel.set_xticks(
+        np.arange(count)[::step] + 0.5,
+        [short(h) for h in states.hooks][::step],
+        rotation=60,
+        ha="right",
+    )
     return Drawn(drawing, Table(("hook", "other_hook", "mean_cosine"), rows))
 
 
-def _heat(grid: np.ndarray, hooks: list[str], title: str, label: str, log: bool) -> tuple["Figure", "Axes"]:
+def _heat(
+    grid: np.ndarray, hooks: list[str], title: str, label: str, log: bool
+) -> tuple["Figure", "Axes"]:
     from matplotlib.colors import LogNorm, Normalize
 
     drawing, (panel,) = style.new(9, 2.2 + min(0.3 * len(hooks), 10), title)
-    scale = LogNorm(max(1e-12, grid.min()), grid.max()) if log else Normalize(min(0.0, grid.min()), 1)
+    scale = (
+        LogNorm(max(1e-12, grid.min()), grid.max()) if log else Normalize(min(0.0, grid.min()), 1)
+    )
     mesh = panel.pcolormesh(grid, cmap=style.HEAT, norm=scale)
     drawing.colorbar(mesh, ax=panel, label=label)
     panel.grid(visible=False)
-    panel.set_yticks(np.arange(len(hooks)) + 0.5, [short(h) for h in hooks], fontsize=9 if len(hooks) <= 32 else 6)
+    panel.set_yticks(
+        np.arange(len(hooks)) + 0.5,
+        [short(h) for h in hooks],
+        fontsize=9 if len(hooks) <= 32 else 6,
+    )
     panel.set_ylabel("block and hook point")
     panel.invert_yaxis()
     return drawing, panel
@@ -213,7 +255,8 @@ def middle_layer(acts: Activations) -> str:
 
 
 def principal_plane(rows: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Rows (n, width) in the plane of their two principal components, (n, 2), and the share of variance of each, (2,).
+    """Rows (n, width) in the plane of their two principal components, (n, 2), and the share of
+    variance of each, (2,).
 
     Each row is scaled to length 1 first: a few massive rows would be the plane otherwise.
     """
@@ -223,7 +266,9 @@ def principal_plane(rows: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor
     centred = unit - unit.mean(dim=0)
     _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
     largest = directions.abs().argmax(dim=1, keepdim=True)
-    directions = directions * directions.gather(1, largest).sign()  # a sign of its own makes the map the same each time
+    directions = (
+        directions * directions.gather(1, largest).sign()
+    )  # a sign of its own makes the map the same each time
     return centred @ directions[:2].T, (singular**2 / (singular**2).sum())[:2]
 
 
@@ -240,8 +285,12 @@ def kind_of(token: str) -> str:
     return "number" if any(c.isdigit() for c in bare) else "punctuation"
 
 
-def draw_token_map(acts: Activations, hook: str, rows: np.ndarray, tokens: list[str], title: str) -> Drawn:
-    """Rows of one layer in the plane of their principal components, with their tokens as labels where there is room."""
+def draw_token_map(
+    acts: Activations, hook: str, rows: np.ndarray, tokens: list[str], title: str
+) -> Drawn:
+    """Rows of one layer in the plane of their principal components, with their tokens as labels
+    where there is room.
+    """
     plane, share = principal_plane(acts[hook][rows].float().flatten(1))
     xy, kinds = plane.numpy(), [kind_of(t) for t in tokens]
     table = Table(
@@ -249,7 +298,13 @@ def draw_token_map(acts: Activations, hook: str, rows: np.ndarray, tokens: list[
         [
             (int(r), int(d), int(p), t, k, float(x), float(y))
             for r, d, p, t, k, (x, y) in zip(
-                rows, acts.document_of.numpy(rows), acts.position.numpy(rows), tokens, kinds, xy, strict=True
+                rows,
+                acts.document_of.numpy(rows),
+                acts.position.numpy(rows),
+                tokens,
+                kinds,
+                xy,
+                strict=True,
             )
         ],
     )
@@ -257,7 +312,15 @@ def draw_token_map(acts: Activations, hook: str, rows: np.ndarray, tokens: list[
     for n, kind in enumerate(_KINDS):
         here = np.array([k == kind for k in kinds])
         x, y = xy[here].T
-        panel.plot(x, y, **style.line(n) | {"linestyle": ""}, markersize=4, alpha=0.5, markeredgewidth=0, label=kind)
+        panel.plot(
+            x,
+            y,
+            **style.line(n) | {"linestyle": ""},
+            markersize=4,
+            alpha=0.5,
+            markeredgewidth=0,
+            label=kind,
+        )
     low, high = xy.min(axis=0), xy.max(axis=0)
     span = np.maximum(high - low, 1e-12)
     taken: list[tuple[float, float, float]] = []
@@ -268,7 +331,9 @@ def draw_token_map(acts: Activations, hook: str, rows: np.ndarray, tokens: list[
         if text and all(abs(y - b) > 0.028 or x + wide < a or a + w < x for a, b, w in taken):
             taken.append((x, y, wide))
             # a dollar sign would begin a formula
-            panel.annotate(text.replace("$", r"\$"), xy[n], (3, 2), textcoords="offset points", fontsize=9)
+            panel.annotate(
+                text.replace("$", r"\$"), xy[n], (3, 2), textcoords="offset points", fontsize=9
+            )
     panel.margins(x=0.08)
     panel.set_xlabel(f"first principal component ({share[0]:.1%} of variance)")
     panel.set_ylabel(f"second ({share[1]:.1%})")
@@ -277,6 +342,8 @@ def draw_token_map(acts: Activations, hook: str, rows: np.ndarray, tokens: list[
 
 
 def _outermost_first(xy: np.ndarray) -> np.ndarray:
-    """The order in which points get labels: by distance from the middle, so that what stands out is named."""
+    """The order in which points get labels: by distance from the middle, so that what stands out is
+    named.
+    """
     spread = (xy - np.median(xy, axis=0)) / np.maximum(xy.std(axis=0), 1e-12)
     return np.argsort(-(spread**2).sum(axis=1), kind="stable")

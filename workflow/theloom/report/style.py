@@ -1,7 +1,9 @@
-"""How the report's figures look, and how one is written: a drawing as SVG, and the data behind it as a table.
+"""How the report's figures look, and how one is written: a drawing as SVG, and the data behind it
+as a table.
 
-Colours are those of Okabe and Ito, told apart by readers of every colour vision; markers, hatches and line styles tell
-the same things in grey print. Heat maps are in cividis, whose lightness alone carries the value.
+Colours are those of Okabe and Ito, told apart by readers of every colour vision; markers, hatches
+and line styles tell the same things in grey print. Heat maps are in cividis, whose lightness alone
+carries the value.
 """
 
 import csv
@@ -89,7 +91,8 @@ class Drawn:
 def new(
     width: float, height: float, title: str, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple["Figure", list["Axes"]]:
-    """An empty figure of a size in inches, with its panels in reading order; what a long title takes comes on top.
+    """An empty figure of a size in inches, with its panels in reading order; what a long title
+    takes comes on top.
 
     Raises ConfigError without matplotlib.
     """
@@ -100,7 +103,9 @@ def new(
         raise ConfigError("figures need matplotlib; pip install 'theloom[report]'") from None
 
     mpl.rcParams.update(_STYLE)
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of each font and glyph that it does not find
+    logging.getLogger("matplotlib").setLevel(
+        logging.ERROR
+    )  # it warns of each font and glyph that it does not find
     title = in_lines(title, int(_CHARACTERS * width))
     drawing = Figure(figsize=(width, height + _LINE * title.count("\n")))
     axes = drawing.subplots(rows, columns, squeeze=False, **options)
@@ -109,7 +114,9 @@ def new(
 
 
 def in_lines(title: str, most: int) -> str:
-    """A title in lines of at most so many characters: the names of runs have no blanks, but a plus before each key."""
+    """A title in lines of at most so many characters: the names of runs have no blanks, but a plus
+    before each key.
+    """
     found = []
     for line in title.split("\n"):
         found.append("")
@@ -139,9 +146,13 @@ def note(title: str, sentence: str) -> Drawn:
 
 
 def save(drawn: Drawn, stem: Path) -> None:
-    """Write `<stem>.svg`, `<stem>.csv`, and the table as a page, `<stem>.html`, that holds the CSV too."""
+    """Write `<stem>.svg`, `<stem>.csv`, and the table as a page, `<stem>.html`, that holds the CSV
+    too.
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    drawn.drawing.savefig(f"{stem}.svg", format="svg", metadata={"Date": None, "Creator": "TheLoom"})
+    drawn.drawing.savefig(
+        f"{stem}.svg", format="svg", metadata={"Date": None, "Creator": "TheLoom"}
+    )
     text = drawn.table.as_csv()
     Path(f"{stem}.csv").write_text(text, encoding="utf-8")
     Path(f"{stem}.html").write_text(_page(drawn.table, text, stem.name), encoding="utf-8")
@@ -168,7 +179,11 @@ def _page(table: Table, text: str, name: str) -> str:
         )
 
     shown = table.rows[:ROWS_SHOWN]
-    more = f"<p>The first {len(shown)} of {len(table.rows)} rows.</p>" if len(table.rows) > len(shown) else ""
+    more = (
+        f"<p>The first {len(shown)} of {len(table.rows)} rows.</p>"
+        if len(table.rows) > len(shown)
+        else ""
+    )
     body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in shown)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>

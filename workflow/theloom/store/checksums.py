@@ -1,8 +1,10 @@
-"""Seals: hashes of all that a file holds beside the rows, so that a change of any bit of it is found.
+"""Seals: hashes of all that a file holds beside the rows, so that a change of any bit of it is
+found.
 
-Rows have a hash for each window and hook point. The rest of a file falls into three parts with a seal each: HDF5's own
-metadata, the attributes and the directory; the tables that are written when the file is laid out; and what is known
-when it is finished. A seal finds damage and mistakes; it does not keep out somebody who writes a new one.
+Rows have a hash for each window and hook point. The rest of a file falls into three parts with a
+seal each: HDF5's own metadata, the attributes and the directory; the tables that are written when
+the file is laid out; and what is known when it is finished. A seal finds damage and mistakes; it
+does not keep out somebody who writes a new one.
 """
 
 import os
@@ -31,8 +33,12 @@ _UNSEALED = ("hooks/", "figures", SEAL)
 
 
 def compute_checksums(fd: int, listed: Directory, *which: int) -> dict[int, int]:
-    """These seals of an open file, as it is. Metadata is all that the directory does not list, itself included."""
-    extents = sorted((place, size, name) for name, d in listed.datasets.items() for place, size in d.extents)
+    """These seals of an open file, as it is. Metadata is all that the directory does not list,
+    itself included.
+    """
+    extents = sorted(
+        (place, size, name) for name, d in listed.datasets.items() for place, size in d.extents
+    )
     hashes = [xxhash.xxh3_64() for _ in range(3)]
     at = 0
     for place, size, name in [*extents, (os.fstat(fd).st_size, 0, SEAL)]:
@@ -66,6 +72,10 @@ def write_checksums(path: Path, *which: int) -> None:
 
 def broken_checksums(fd: int, listed: Directory, *which: int) -> list[str]:
     """Which parts of an open file are not as they were sealed, in words."""
-    words = ("its metadata", "its tables of tokens, documents and windows", "its log, hashes or statistics")
+    words = (
+        "its metadata",
+        "its tables of tokens, documents and windows",
+        "its log, hashes or statistics",
+    )
     found, written = compute_checksums(fd, listed, *which), listed.array(fd, SEAL).tolist()
     return [words[number] for number in which if found[number] != written[number]]

@@ -1,8 +1,10 @@
-"""The commit log of a shard: which batches are on disk, and the check that they are what was written.
+"""The commit log of a shard: which batches are on disk, and the check that they are what was
+written.
 
-Each batch has a record, written after its rows are synced. Its digest goes over the hashes of all that its batch and
-those before have written, so that a record vouches for the whole of what lies before it. What is hashed is a cell: one
-window of one hook point, numbered window by window; `windows/batch` says in which batch each of them came.
+Each batch has a record, written after its rows are synced. Its digest goes over the hashes of all
+that its batch and those before have written, so that a record vouches for the whole of what lies
+before it. What is hashed is a cell: one window of one hook point, numbered window by window;
+`windows/batch` says in which batch each of them came.
 """
 
 import itertools
@@ -59,8 +61,14 @@ def cells_by_batch(batch_of: np.ndarray, batches: int) -> list[np.ndarray]:
 
 
 def broken_records(file: h5py.File) -> list[int]:
-    """Batches of a finished file whose records are torn, or vouch for other hashes than the file has."""
-    records, hashes, batch_of = file["commit_log"][:], file["windows/hash"][:].reshape(-1), file["windows/batch"][:]
+    """Batches of a finished file whose records are torn, or vouch for other hashes than the file
+    has.
+    """
+    records, hashes, batch_of = (
+        file["commit_log"][:],
+        file["windows/hash"][:].reshape(-1),
+        file["windows/batch"][:],
+    )
     digest, wrong = 0, []
     for number, cells in enumerate(cells_by_batch(batch_of, len(records)), start=1):
         found = records[number - 1].astype(RECORD)
@@ -72,7 +80,9 @@ def broken_records(file: h5py.File) -> list[int]:
 
 @dataclass(frozen=True)
 class Sound:
-    """What of an unfinished file is as it was written: so many batches, and the digest of the last of them."""
+    """What of an unfinished file is as it was written: so many batches, and the digest of the last
+    of them.
+    """
 
     batches: int
     vouched: int  # batches that the log claims
@@ -80,14 +90,23 @@ class Sound:
 
 
 def recheck(
-    path: Path, window_offset: np.ndarray, row_bytes: Mapping[str, int], precision: str, into: Mapping[str, Statistics]
+    path: Path,
+    window_offset: np.ndarray,
+    row_bytes: Mapping[str, int],
+    precision: str,
+    into: Mapping[str, Statistics],
 ) -> Sound:
-    """Read all that an unfinished file has committed, in the order of its batches, up to the first that is not right.
+    """Read all that an unfinished file has committed, in the order of its batches, up to the first
+    that is not right.
 
     Adds the rows that are right to the statistics by hook point.
     """
     with h5py.File(path, "r") as file:
-        records, hashes, batch_of = file["commit_log"][:], file["windows/hash"][:].reshape(-1), file["windows/batch"][:]
+        records, hashes, batch_of = (
+            file["commit_log"][:],
+            file["windows/hash"][:].reshape(-1),
+            file["windows/batch"][:],
+        )
         places = [file_format.byte_offset(file[f"hooks/{hook}/activations"]) for hook in row_bytes]
     hooks = list(row_bytes.items())
     vouched, digest = committed(records), 0
@@ -95,14 +114,21 @@ def recheck(
         for batch, cells in enumerate(cells_by_batch(batch_of, vouched), start=1):
             after = chain(digest, cells, hashes[cells])
             found = records[batch - 1]
-            if not is_valid(found) or int(found["batches"]) != batch or int(found["digest"]) != after:
+            if (
+                not is_valid(found)
+                or int(found["batches"]) != batch
+                or int(found["digest"]) != after
+            ):
                 return Sound(batch - 1, vouched, digest)
             parts = []
             for cell in cells.tolist():
                 window, number = divmod(cell, len(hooks))
                 begin, end = (int(r) for r in window_offset[window : window + 2])
                 hook, size = hooks[number]
-                state, part = xxhash.xxh3_64(), (f.fileno(), places[number] + begin * size, end - begin, size)
+                state, part = (
+                    xxhash.xxh3_64(),
+                    (f.fileno(), places[number] + begin * size, end - begin, size),
+                )
                 for data in tiles(*part, precision):
                     state.update(data.data)
                 if state.intdigest() != hashes[cell]:
@@ -116,9 +142,11 @@ def recheck(
 
 
 def tiles(fd: int, place: int, rows: int, row_bytes: int, precision: str) -> Iterator[np.ndarray]:
-    """Consecutive rows of a file as bits, (rows, elements), a few tiles of the statistics at a time.
+    """Consecutive rows of a file as bits, (rows, elements), a few tiles of the statistics at a
+    time.
 
-    Where the tiles begin depends on the rows alone, so that statistics do not tell how often a job was interrupted.
+    Where the tiles begin depends on the rows alone, so that statistics do not tell how often a job
+    was interrupted.
     """
     dtype = file_format.bits_dtype(precision)
     step = tile_rows(row_bytes // dtype.itemsize) * _TILES_AT_ONCE

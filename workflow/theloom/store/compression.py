@@ -1,8 +1,10 @@
-"""Compressed rows: HDF5 chunks, shuffled and compressed by zstd in threads, written past HDF5's own filter pipeline.
+"""Compressed rows: HDF5 chunks, shuffled and compressed by zstd in threads, written past HDF5's own
+filter pipeline.
 
-A shard is written and committed uncompressed, like any other, and packed into its final file when all its rows are
-there. A job killed meanwhile has lost nothing: the next one packs the `.partial` file anew. Any HDF5 program that has
-the filters shuffle and zstd (number 32015: h5py with the package hdf5plugin) reads the result.
+A shard is written and committed uncompressed, like any other, and packed into its final file when
+all its rows are there. A job killed meanwhile has lost nothing: the next one packs the `.partial`
+file anew. Any HDF5 program that has the filters shuffle and zstd (number 32015: h5py with the
+package hdf5plugin) reads the result.
 """
 
 import os
@@ -37,7 +39,9 @@ _local = threading.local()
 Read = Callable[[int, int], np.ndarray]
 
 
-def create_packed(group: h5py.Group, name: str, shape: tuple[int, ...], type_id: h5py.h5t.TypeID) -> h5py.Dataset:
+def create_packed(
+    group: h5py.Group, name: str, shape: tuple[int, ...], type_id: h5py.h5t.TypeID
+) -> h5py.Dataset:
     """A chunked dataset whose filters are shuffle and zstd."""
     row = type_id.get_size() * int(np.prod(shape[1:]))
     rows = min(max(1, _CHUNK_BYTES // max(1, row)), max(1, shape[0]))
@@ -46,12 +50,15 @@ def create_packed(group: h5py.Group, name: str, shape: tuple[int, ...], type_id:
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     properties.set_obj_track_times(False)
     properties.set_shuffle()
-    # optional, or it could not be created where HDF5 has no zstd; no program that lacks it can read the chunks
+    # optional, or it could not be created where HDF5 has no zstd; no program that lacks it can read
+    # the chunks
     properties.set_filter(ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (LEVEL,))
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
     space = h5py.h5s.create_simple(shape)
-    return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), type_id, space, dcpl=properties, lcpl=links))
+    return h5py.Dataset(
+        h5py.h5d.create(group.id, name.encode(), type_id, space, dcpl=properties, lcpl=links)
+    )
 
 
 def write(dataset: h5py.Dataset, read: Read) -> None:
@@ -62,7 +69,9 @@ def write(dataset: h5py.Dataset, read: Read) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for group in range(0, len(starts), 4 * threads):
             some = starts[group : group + 4 * threads]
-            packed = pool.map(lambda start: _packed(read(start, min(start + step, rows)), step), some)
+            packed = pool.map(
+                lambda start: _packed(read(start, min(start + step, rows)), step), some
+            )
             for start, data in zip(some, packed, strict=True):
                 dataset.id.write_direct_chunk((start, *(0 for _ in dataset.shape[1:])), data)
 
@@ -77,7 +86,9 @@ def _packed(rows: np.ndarray, step: int) -> bytes:
 
 
 def pack_shard(partial: Path, path: Path) -> None:
-    """Write `path`, the packed form of a finished `.partial` file, and remove that. Raises MemoryPlanError."""
+    """Write `path`, the packed form of a finished `.partial` file, and remove that. Raises
+    MemoryPlanError.
+    """
     packing = path.with_name(path.name + ".packing")
     try:
         with h5py.File(partial, "r") as source, h5py.File(packing, "w") as target:
@@ -85,7 +96,9 @@ def pack_shard(partial: Path, path: Path) -> None:
             target.attrs["compression"] = "zstd"
             for hook, group in source["hooks"].items():
                 rows = group["activations"]
-                dataset = create_packed(target, file_format.hook_path(hook), rows.shape, rows.id.get_type())
+                dataset = create_packed(
+                    target, file_format.hook_path(hook), rows.shape, rows.id.get_type()
+                )
                 bits = file_format.bits_dtype(file_format.precision_of(rows))
                 place = file_format.byte_offset(rows)
                 if rows.size:
@@ -118,7 +131,9 @@ def copy_all_but_rows(source: h5py.File, target: h5py.File) -> None:
 
 
 class PackedRows:
-    """The rows of a packed dataset, read chunk by chunk: `rows[a:b]`, `rows[array]`. The last chunks are kept."""
+    """The rows of a packed dataset, read chunk by chunk: `rows[a:b]`, `rows[array]`. The last
+    chunks are kept.
+    """
 
     def __init__(self, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self._path, self._shape, self._dtype = path, shape, dtype
@@ -127,12 +142,16 @@ class PackedRows:
             with file_format.open_h5(path, "activations") as file:
                 rows = file[name]
                 step = self._step = rows.chunks[0]
-                rows.id.chunk_iter(lambda c: chunks.append((c.chunk_offset[0] // step, c.byte_offset, c.size)))
+                rows.id.chunk_iter(
+                    lambda c: chunks.append((c.chunk_offset[0] // step, c.byte_offset, c.size))
+                )
         except file_format.DAMAGE as error:
             raise file_format.damaged(path, error) from None
         self._chunks = {number: (place, size) for number, place, size in chunks}
         if len(chunks) != (expected := -(-shape[0] // step)):
-            raise StoreError(f"{path}: has {len(chunks)} of {expected} chunks of {name}; run the pipeline again")
+            raise StoreError(
+                f"{path}: has {len(chunks)} of {expected} chunks of {name}; run the pipeline again"
+            )
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
@@ -158,10 +177,14 @@ class PackedRows:
         if not hasattr(_local, "decompressor"):
             _local.decompressor = zstandard.ZstdDecompressor()
         try:
-            shuffled = _local.decompressor.decompress(packed, max_output_size=elements * self._dtype.itemsize)
+            shuffled = _local.decompressor.decompress(
+                packed, max_output_size=elements * self._dtype.itemsize
+            )
             plain = np.frombuffer(shuffled, "u1").reshape(self._dtype.itemsize, elements).T
         except (zstandard.ZstdError, ValueError) as error:
-            raise StoreError(f"{self._path}: rows from {number * self._step} on are damaged ({error})") from None
+            raise StoreError(
+                f"{self._path}: rows from {number * self._step} on are damaged ({error})"
+            ) from None
         rows = np.ascontiguousarray(plain).view(self._dtype).reshape(self._step, *self._shape[1:])
         self._cache[number] = rows
         if len(self._cache) > _CACHED_CHUNKS:

@@ -1,7 +1,8 @@
 """What the HDF5 files have in common: element types, attributes, and raw contiguous datasets.
 
-Hidden states lie in contiguous datasets, so that a program can map them; FP32 and FP16 are HDF5's IEEE types, BF16 is a
-native HDF5 float of two bytes (8 exponent bits, 7 of mantissa), which HDF5 tools read as numbers.
+Hidden states lie in contiguous datasets, so that a program can map them; FP32 and FP16 are HDF5's
+IEEE types, BF16 is a native HDF5 float of two bytes (8 exponent bits, 7 of mantissa), which HDF5
+tools read as numbers.
 """
 
 import errno
@@ -27,7 +28,16 @@ FORMAT_VERSION = 1
 
 
 # what h5py, and reading what it gives, may raise where a file's metadata is damaged
-DAMAGE = (OSError, KeyError, IndexError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError)
+DAMAGE = (
+    OSError,
+    KeyError,
+    IndexError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+)
 
 
 def bfloat16() -> h5py.h5t.TypeID:
@@ -56,7 +66,9 @@ def precision_of(dataset: h5py.Dataset) -> str:
 
 
 def bits(tensor: "torch.Tensor") -> np.ndarray:
-    """The bytes of a CPU tensor as an array of unsigned integers of its item size, without a copy if contiguous."""
+    """The bytes of a CPU tensor as an array of unsigned integers of its item size, without a copy
+    if contiguous.
+    """
     import torch
 
     integer = {2: torch.uint16, 4: torch.uint32}[tensor.element_size()]
@@ -82,17 +94,25 @@ def bits_dtype(precision: str) -> np.dtype:
     return np.dtype({"fp32": "<u4", "fp16": "<u2", "bf16": "<u2"}[precision])
 
 
-def create_contiguous(group: h5py.Group, name: str, shape: tuple[int, ...], type_id: h5py.h5t.TypeID) -> h5py.Dataset:
-    """A contiguous dataset whose place in the file is fixed at once and whose bytes are not written."""
+def create_contiguous(
+    group: h5py.Group, name: str, shape: tuple[int, ...], type_id: h5py.h5t.TypeID
+) -> h5py.Dataset:
+    """A contiguous dataset whose place in the file is fixed at once and whose bytes are not
+    written.
+    """
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    properties.set_obj_track_times(False)  # a time in the metadata would make two runs' files differ
+    properties.set_obj_track_times(
+        False
+    )  # a time in the metadata would make two runs' files differ
     space = h5py.h5s.create_simple(shape)
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
-    return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), type_id, space, dcpl=properties, lcpl=links))
+    return h5py.Dataset(
+        h5py.h5d.create(group.id, name.encode(), type_id, space, dcpl=properties, lcpl=links)
+    )
 
 
 def hook_path(hook: str) -> str:
@@ -128,13 +148,19 @@ def pwrite(fd: int, data: bytes | memoryview, place: int) -> None:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether an error says that a disk or a quota is full; HDF5 says so in its text alone, in errors of any type."""
+    """Whether an error says that a disk or a quota is full; HDF5 says so in its text alone, in
+    errors of any type.
+    """
     full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
+    return getattr(error, "errno", None) in full or any(
+        os.strerror(number) in str(error) for number in full
+    )
 
 
 def no_room(folder: Path, what: str, needed: int) -> MemoryPlanError:
-    """The error for a full disk: what was to be written, the bytes that it needs and those that there are."""
+    """The error for a full disk: what was to be written, the bytes that it needs and those that
+    there are.
+    """
     free = shutil.disk_usage(folder).free
     return MemoryPlanError(
         f"{folder}: no room for {what} of {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; free disk space and run "
@@ -168,7 +194,9 @@ def sync(path: Path) -> None:
 
 
 def open_h5(path: str | Path, kind: str) -> h5py.File:
-    """Open one of the run's files for reading, and check that it is of that kind and of a format that we know."""
+    """Open one of the run's files for reading, and check that it is of that kind and of a format
+    that we know.
+    """
     file = open_any(Path(path))
     try:
         check_format(Path(path), kind, file.attrs)
@@ -179,9 +207,13 @@ def open_h5(path: str | Path, kind: str) -> h5py.File:
 
 
 def open_any(path: Path) -> h5py.File:
-    """Open a file for reading. Raises StoreError where it is not there, not HDF5, or one open file too many."""
+    """Open a file for reading. Raises StoreError where it is not there, not HDF5, or one open file
+    too many.
+    """
     if path.is_dir():
-        raise StoreError(f"{path} is a folder; give a file in it, for example {path / 'activations.h5'}")
+        raise StoreError(
+            f"{path} is a folder; give a file in it, for example {path / 'activations.h5'}"
+        )
     if not path.is_file():
         raise StoreError(f"no file {path}; run the pipeline first, or give another path")
     try:
@@ -211,13 +243,17 @@ def check_format(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
     if found != f"theloom.{kind}" or version != FORMAT_VERSION:
         raise StoreError(
             f"{path}: not a file of theloom.{kind} version {FORMAT_VERSION}, found {_format(found, version)}; "
-            + ("give activations.h5 or a shard of a run" if kind == "activations" else "run the pipeline again")
+            + (
+                "give activations.h5 or a shard of a run"
+                if kind == "activations"
+                else "run the pipeline again"
+            )
         )
 
 
-# where a shard's time went; seconds_disk is the writer's own, the others are its caller's; block by block the weights
-# are read and waited for. peak_memory and
-# predicted_memory are bytes, oom_level says how often batch and chunk were halved: of these three the largest counts
+# where a shard's time went; seconds_disk is the writer's own, the others are its caller's; block by
+# block the weights are read and waited for. peak_memory and predicted_memory are bytes, oom_level
+# says how often batch and chunk were halved: of these three the largest counts
 FIGURES = (
     "seconds_total",
     "seconds_forward",

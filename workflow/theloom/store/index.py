@@ -1,7 +1,8 @@
-"""The directory of a file: its attributes, and where each of its datasets lies, in one small dataset of JSON.
+"""The directory of a file: its attributes, and where each of its datasets lies, in one small
+dataset of JSON.
 
-Whoever reads ten thousand shards asks HDF5 for one object of each, instead of for all of them, and then reads bytes at
-places that it knows. A file that has none is asked object by object.
+Whoever reads ten thousand shards asks HDF5 for one object of each, instead of for all of them, and
+then reads bytes at places that it knows. A file that has none is asked object by object.
 """
 
 import json
@@ -25,8 +26,8 @@ Extent = tuple[int, int]
 class Dataset:
     """A dataset's shape and type, and the places and sizes in bytes of what is stored of it.
 
-    A contiguous one has a single extent, or none if it is empty; one in chunks those of its chunks, run by run; a
-    virtual one has none. `type` is numpy's; of hidden states it says nothing.
+    A contiguous one has a single extent, or none if it is empty; one in chunks those of its chunks,
+    run by run; a virtual one has none. `type` is numpy's; of hidden states it says nothing.
     """
 
     shape: tuple[int, ...]
@@ -64,7 +65,10 @@ def read(file: h5py.File) -> Directory:
     data = np.empty(identity.shape, "u1")
     identity.read(h5py.h5s.ALL, h5py.h5s.ALL, data)
     found = json.loads(data.tobytes())
-    datasets = {n: Dataset(tuple(s), t, k, [(a, b) for a, b in e]) for n, (s, t, k, e) in found["datasets"].items()}
+    datasets = {
+        n: Dataset(tuple(s), t, k, [(a, b) for a, b in e])
+        for n, (s, t, k, e) in found["datasets"].items()
+    }
     return Directory(Path(file.filename), found["attributes"], datasets)
 
 
@@ -81,7 +85,9 @@ def write_index(file: h5py.File) -> None:
 def derive(file: h5py.File) -> Directory:
     """What HDF5 says of every object of an open file."""
     objects: list[tuple[str, h5py.Dataset]] = []
-    file.visititems(lambda name, item: objects.append((name, item)) if isinstance(item, h5py.Dataset) else None)
+    file.visititems(
+        lambda name, item: objects.append((name, item)) if isinstance(item, h5py.Dataset) else None
+    )
     attributes = {k: v.item() if hasattr(v, "item") else v for k, v in file.attrs.items()}
     datasets = {name: _dataset(name, item) for name, item in objects if name != DIRECTORY}
     return Directory(Path(file.filename), attributes, datasets)

@@ -12,7 +12,9 @@ log = logging.getLogger(__name__)
 
 
 class WriterLock:
-    """Holds `<file>.lock` from `take` to `release`. Raises StoreError where another process, or writer, has it."""
+    """Holds `<file>.lock` from `take` to `release`. Raises StoreError where another process, or
+    writer, has it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._target = path
@@ -33,7 +35,10 @@ class WriterLock:
                     raise StoreError(
                         f"{self._target}: another job writes it (process {holder or 'unknown'}); wait for it, or end it"
                     ) from None
-                log.warning("%s: this file system has no locks: nothing keeps a second writer out", self._path)
+                log.warning(
+                    "%s: this file system has no locks: nothing keeps a second writer out",
+                    self._path,
+                )
             if _is_at(self._path, fd):
                 self._fd = fd
                 os.ftruncate(fd, 0)

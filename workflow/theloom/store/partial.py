@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def begun(path: Path, identity: str) -> dict[str, Any] | None:
-    """The attributes of the unfinished file of a shard, None where there is none that can be gone on with."""
+    """The attributes of the unfinished file of a shard, None where there is none that can be gone
+    on with.
+    """
     try:
         with h5py.File(partial_of(path), "r") as file:
             return dict(file.attrs) if file.attrs.get("identity") == identity else None
@@ -21,10 +23,16 @@ def begun(path: Path, identity: str) -> dict[str, Any] | None:
 
 
 def batches_logged(path: Path, identity: str) -> int:
-    """The batches that the unfinished file of a shard vouches for, unread; 0 where there is none to be gone on with."""
+    """The batches that the unfinished file of a shard vouches for, unread; 0 where there is none to
+    be gone on with.
+    """
     try:
         with h5py.File(partial_of(path), "r") as file:
-            return commit_log.committed(file["commit_log"][:]) if file.attrs.get("identity") == identity else 0
+            return (
+                commit_log.committed(file["commit_log"][:])
+                if file.attrs.get("identity") == identity
+                else 0
+            )
     except (OSError, KeyError):
         return 0
 

@@ -1,4 +1,6 @@
-"""Where a file came from, as attributes: versions, code, config. No secret, and no path of a user's home."""
+"""Where a file came from, as attributes: versions, code, config. No secret, and no path of a user's
+home.
+"""
 
 import platform
 import re
@@ -44,12 +46,16 @@ def package_version(package: str) -> str | None:
 
 @cache
 def code_version() -> str:
-    """The commit of the checkout that runs, `+` where it has changes; the package's version outside a checkout."""
+    """The commit of the checkout that runs, `+` where it has changes; the package's version outside
+    a checkout.
+    """
     checkout = Path(__file__).parents[3]
     if (checkout / "Snakefile").is_file():
         command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
         try:
-            described = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=10, check=True)
+            described = subprocess.run(
+                command, cwd=checkout, capture_output=True, text=True, timeout=10, check=True
+            )
             return described.stdout.strip()
         except (OSError, subprocess.SubprocessError):
             pass  # no git, or no repository: the package's version has to do

@@ -1,7 +1,8 @@
-"""Host memory that rows wait in on their way from the model to the file: taken once, and used over and over.
+"""Host memory that rows wait in on their way from the model to the file: taken once, and used over
+and over.
 
-A ring: what is taken first is given back first. So the memory of a run does not grow with what it writes, and where the
-disk is slower than the model, the model waits.
+A ring: what is taken first is given back first. So the memory of a run does not grow with what it
+writes, and where the disk is slower than the model, the model waits.
 """
 
 import threading
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# Copies from a GPU that may be on their way at once, each of which holds its value on the device until it is done.
+# Copies from a GPU that may be on their way at once, each of which holds its value on the device
+# until it is done.
 IN_FLIGHT = 2
 
 
@@ -20,7 +22,8 @@ IN_FLIGHT = 2
 RING_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
-# Bytes of the writer beside it: its threads and their tiles of rows whose statistics are reckoned (seen: 17 to 23 MB).
+# Bytes of the writer beside it: its threads and their tiles of rows whose statistics are reckoned
+# (seen: 17 to 23 MB).
 WRITER_BYTES = 24 << 20
 
 
@@ -28,17 +31,22 @@ _ALIGNED = 64  # bytes: a cache line, and more than any element
 
 
 def ring_bytes(device: str, largest: int) -> int:
-    """The size of the ring on a device (`cpu` or `cuda`) where the largest value has so many bytes: two of it fit."""
+    """The size of the ring on a device (`cpu` or `cuda`) where the largest value has so many bytes:
+    two of it fit.
+    """
     return max(RING_BYTES[device], 2 * (largest + _ALIGNED))
 
 
 def bytes_on_device(device: str, largest: int) -> int:
-    """What values on their way to the file take of the device's memory: a CPU's has ring and writer in it."""
+    """What values on their way to the file take of the device's memory: a CPU's has ring and writer
+    in it.
+    """
     return ring_bytes(device, largest) + WRITER_BYTES if device == "cpu" else IN_FLIGHT * largest
 
 
 class Ring:
-    """A buffer of `capacity` bytes, page-locked if `pinned`, so that a GPU can copy into it while it computes.
+    """A buffer of `capacity` bytes, page-locked if `pinned`, so that a GPU can copy into it while
+    it computes.
 
     One thread takes places and another gives them back, in the order in which they were taken.
     """
@@ -48,7 +56,9 @@ class Ring:
 
         self.capacity = capacity
         self._buffer = torch.empty(capacity, dtype=torch.uint8, pin_memory=pinned)
-        self._taken: deque[tuple[int, int]] = deque()  # first byte and end of each place, oldest first
+        self._taken: deque[tuple[int, int]] = (
+            deque()
+        )  # first byte and end of each place, oldest first
         self._changed = threading.Condition()
         self._closed = False
 

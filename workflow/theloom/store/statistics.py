@@ -1,10 +1,12 @@
-"""Statistics of a hook point's rows: for each element of a row count, mean and variance; the mean norm; what is wrong.
+"""Statistics of a hook point's rows: for each element of a row count, mean and variance; the mean
+norm; what is wrong.
 
-Tiles of rows are reduced in float32, as deviations from the mean of what came before, and put together in float64 by
-Chan's formula for the mean and the squared deviations of two sets. So a mean that is large against the spread costs no
-digits (where a tile's mean is far from those before it, their distance is most of the variance), the order of shards
-matters by rounding alone, and memory does not grow with the rows. Values that are not finite are counted, and
-left out of all else; a score of a masked key, which is -inf, is left out and not counted.
+Tiles of rows are reduced in float32, as deviations from the mean of what came before, and put
+together in float64 by Chan's formula for the mean and the squared deviations of two sets. So a mean
+that is large against the spread costs no digits (where a tile's mean is far from those before it,
+their distance is most of the variance), the order of shards matters by rounding alone, and memory
+does not grow with the rows. Values that are not finite are counted, and left out of all else; a
+score of a masked key, which is -inf, is left out and not counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +25,9 @@ _MOST_ROWS = 1024  # that are added up in float32
 
 @dataclass
 class Statistics:
-    """Of one hook point. `count`, `mean`, `squares` (summed squared deviations from the mean): (elements of a row,)."""
+    """Of one hook point. `count`, `mean`, `squares` (summed squared deviations from the mean):
+    (elements of a row,).
+    """
 
     masked: bool
     count: np.ndarray
@@ -36,7 +40,9 @@ class Statistics:
 
     @property
     def variance(self) -> np.ndarray:
-        """By element of a row, of the values themselves (not of a larger population): (elements of a row,)."""
+        """By element of a row, of the values themselves (not of a larger population): (elements of
+        a row,).
+        """
         return self.squares / np.maximum(self.count, 1)
 
     @property
@@ -65,7 +71,9 @@ class Statistics:
     def _add_tile(self, bits: np.ndarray, precision: str) -> None:
         tile = _as_float32(bits, precision)
         self.rows += len(tile)
-        with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot sum is looked for, and summed wider
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # what float32 cannot sum is looked for, and summed wider
             squared_norms = np.vecdot(tile, tile)
             if np.isfinite(squared_norms).all():
                 if self._add_finite(tile, np.shares_memory(tile, bits)):
@@ -75,10 +83,14 @@ class Statistics:
         self._add_with_gaps(tile)
 
     def _add_finite(self, tile: np.ndarray, shared: bool) -> bool:
-        """Add rows without gaps, and overwrite them unless they are shared; False, and nothing added, on overflow."""
+        """Add rows without gaps, and overwrite them unless they are shared; False, and nothing
+        added, on overflow.
+        """
         ones, many = np.ones(len(tile), "f4"), np.float64(len(tile))
         # the mean of fewer rows than these is too rough a guess of theirs
-        about = self.mean.astype("f4") if self.count.min() >= many else (ones @ tile) / np.float32(many)
+        about = (
+            self.mean.astype("f4") if self.count.min() >= many else (ones @ tile) / np.float32(many)
+        )
         deviations = np.subtract(tile, about, out=None if shared else tile)
         off = (ones @ deviations).astype("f8")
         squares = ones @ np.square(deviations, out=deviations)
@@ -104,7 +116,9 @@ class Statistics:
         for name in ("rows", "norms", "not_finite", "infinite"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def _join(self, count: "np.ndarray | np.float64", mean: np.ndarray, squares: np.ndarray) -> None:
+    def _join(
+        self, count: "np.ndarray | np.float64", mean: np.ndarray, squares: np.ndarray
+    ) -> None:
         total = np.maximum(self.count + count, 1)
         apart = mean - self.mean
         self.squares += squares + apart**2 * (self.count * count / total)
@@ -137,7 +151,9 @@ _BY_HOOK = ("rows", "norms", "not_finite", "infinite")
 
 
 def create_statistics(file: h5py.File, widths: Sequence[int]) -> None:
-    """Room for the statistics of all hook points: by element one after the other, `first` says where each begins."""
+    """Room for the statistics of all hook points: by element one after the other, `first` says
+    where each begins.
+    """
     file["statistics/first"] = np.concatenate([[0], np.cumsum(widths)]).astype("<i8")
     for name in _BY_ELEMENT:
         file[f"statistics/{name}"] = np.zeros(sum(widths), "<f8")
@@ -147,9 +163,14 @@ def create_statistics(file: h5py.File, widths: Sequence[int]) -> None:
 
 def statistics_columns(of_hooks: Sequence[Statistics]) -> dict[str, np.ndarray]:
     """The content of those datasets, by name."""
-    found = {name: np.concatenate([getattr(s, name) for s in of_hooks] or [np.zeros(0)]) for name in _BY_ELEMENT}
+    found = {
+        name: np.concatenate([getattr(s, name) for s in of_hooks] or [np.zeros(0)])
+        for name in _BY_ELEMENT
+    }
     found |= {name: np.array([getattr(s, name) for s in of_hooks], "<f8") for name in _BY_HOOK}
-    return {f"statistics/{name}": np.ascontiguousarray(value, "<f8") for name, value in found.items()}
+    return {
+        f"statistics/{name}": np.ascontiguousarray(value, "<f8") for name, value in found.items()
+    }
 
 
 def read_statistics(array: Callable[[str], np.ndarray], hooks: Sequence[str]) -> list[Statistics]:
@@ -163,5 +184,9 @@ def read_statistics(array: Callable[[str], np.ndarray], hooks: Sequence[str]) ->
         count, mean, squares = (by_element[name][part] for name in _BY_ELEMENT)
         rows, norms, not_finite, infinite = (by_hook[name][number] for name in _BY_HOOK)
         masked = hook.endswith(SCORES)
-        found.append(Statistics(masked, count, mean, squares, int(rows), norms, int(not_finite), int(infinite)))
+        found.append(
+            Statistics(
+                masked, count, mean, squares, int(rows), norms, int(not_finite), int(infinite)
+            )
+        )
     return found

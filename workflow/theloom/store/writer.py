@@ -1,12 +1,14 @@
 """The writer of one shard: a file that a killed job cannot spoil.
 
-All HDF5 metadata is written and synced before the first row. From then on only bytes are written, at places that are
-known beforehand: rows of hidden states, their hashes, and a log of what is committed. A commit is data, fdatasync, log
-record, fdatasync; so whatever the log says is on disk, and a job that dies loses no more than what came after its last
-record. The unfinished file is `<shard>.partial`, which the same job takes up again; the finished one is renamed.
+All HDF5 metadata is written and synced before the first row. From then on only bytes are written,
+at places that are known beforehand: rows of hidden states, their hashes, and a log of what is
+committed. A commit is data, fdatasync, log record, fdatasync; so whatever the log says is on disk,
+and a job that dies loses no more than what came after its last record. The unfinished file is
+`<shard>.partial`, which the same job takes up again; the finished one is renamed.
 
-A commit runs beside the writing of what comes next. So does the reckoning of the statistics, which reads the rows back
-while they are in the page cache, always batch by batch and tile by tile: they do not tell how often a job was killed.
+A commit runs beside the writing of what comes next. So does the reckoning of the statistics, which
+reads the rows back while they are in the page cache, always batch by batch and tile by tile: they
+do not tell how often a job was killed.
 """
 
 import logging
@@ -37,8 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A commit's two waits cost their latency whatever its size. It is as large as keeps that below a twentieth of its time
-# on the disk at hand, between these bounds: the second is what a killed job loses at most.
+# A commit's two waits cost their latency whatever its size. It is as large as keeps that below a
+# twentieth of its time on the disk at hand, between these bounds: the second is what a killed job
+# loses at most.
 COMMIT_BYTES, MOST_TIMES_THAT = 8 << 20, 8
 
 
@@ -49,7 +52,9 @@ COUNTERS = 2  # threads that reckon the statistics, each of hook points of its o
 
 @dataclass(frozen=True)
 class ShardTokens:
-    """The tokens and tables of one shard. Offsets are rows of the shard; document numbers are those of the corpus."""
+    """The tokens and tables of one shard. Offsets are rows of the shard; document numbers are those
+    of the corpus.
+    """
 
     first_row: int
     input_ids: np.ndarray  # (rows,) int32
@@ -63,11 +68,12 @@ class ShardTokens:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What a shard will hold: its tokens, its hook points, the precision on disk, the attributes of the file.
+    """What a shard will hold: its tokens, its hook points, the precision on disk, the attributes of
+    the file.
 
-    `keys`: the tokens of the longest window of all shards, the last axis of attention's rows. `identity` says which
-    config, tokens and model made it: a `.partial` file of another identity is not taken up. `max_overflow`: the share
-    of a hook point's fp16 values that may be infinite.
+    `keys`: the tokens of the longest window of all shards, the last axis of attention's rows.
+    `identity` says which config, tokens and model made it: a `.partial` file of another identity is
+    not taken up. `max_overflow`: the share of a hook point's fp16 values that may be infinite.
     """
 
     tokens: ShardTokens
@@ -97,9 +103,10 @@ class ShardSpec:
 class ShardWriter:
     """Writes rows window by window, in any order, and commits batch by batch, in a fixed order.
 
-    `batches_done` says how many batches an earlier job has committed: the caller goes on behind them. `figures` starts
-    with what earlier jobs had committed, and is committed with the rows. Use it as a context manager; `finish` gives
-    the file its name, and leaving without it keeps the `.partial` for the next job. One thread may call it.
+    `batches_done` says how many batches an earlier job has committed: the caller goes on behind
+    them. `figures` starts with what earlier jobs had committed, and is committed with the rows. Use
+    it as a context manager; `finish` gives the file its name, and leaving without it keeps the
+    `.partial` for the next job. One thread may call it.
     """
 
     def __init__(self, path: Path, spec: ShardSpec) -> None:
@@ -112,8 +119,12 @@ class ShardWriter:
         self._points = {p.name: p for p in spec.points}
         self._number = {p.name: n for n, p in enumerate(spec.points)}
         self._row_bytes = spec.row_bytes()
-        self._statistics = {p.name: statistics.empty_statistics(p.name, p.width(spec.keys)) for p in spec.points}
-        self._begun: dict[tuple[int, str], tuple[xxhash.xxh3_64, int]] = {}  # windows of which a part is written
+        self._statistics = {
+            p.name: statistics.empty_statistics(p.name, p.width(spec.keys)) for p in spec.points
+        }
+        self._begun: dict[
+            tuple[int, str], tuple[xxhash.xxh3_64, int]
+        ] = {}  # windows of which a part is written
         self._hashes: dict[int, int] = {}  # of what this batch wrote, by cell (`commit`)
         self._digest = 0
         self._records: list[np.ndarray] = []  # of batches that are written and not committed
@@ -150,10 +161,12 @@ class ShardWriter:
         self._close()
 
     def write(self, window: int, hook: str, start: int, rows: "torch.Tensor") -> None:
-        """Rows of one hook point for the positions from `start` of a window: (positions, …), in stored dtype.
+        """Rows of one hook point for the positions from `start` of a window: (positions, …), in
+        stored dtype.
 
-        Rows over keys may have less of them than the file: the others are filled as those of masked ones. The chunks
-        of a window come in order. The tensor is the caller's again when this returns.
+        Rows over keys may have less of them than the file: the others are filled as those of masked
+        ones. The chunks of a window come in order. The tensor is the caller's again when this
+        returns.
         """
         first = int(self._spec.tokens.window_offset[window])
         length = int(self._spec.tokens.window_offset[window + 1]) - first
@@ -163,7 +176,9 @@ class ShardWriter:
         data = file_format.raw_bytes(rows)
         state, seen = self._begun.pop((window, hook), (xxhash.xxh3_64(), 0))
         if start != seen or start + len(rows) > length:
-            raise ValueError(f"window {window}: rows {start} to {start + len(rows)} after {seen} of {length}")
+            raise ValueError(
+                f"window {window}: rows {start} to {start + len(rows)} after {seen} of {length}"
+            )
         state.update(data)
         self._pwrite(data, self._places[hook] + (first + start) * self._row_bytes[hook])
         if start + len(rows) < length:
@@ -173,7 +188,8 @@ class ShardWriter:
         self._uncommitted += len(data)
 
     def batch_done(self, rows: int, last: bool = False) -> None:
-        """Say that one more batch is written, `rows` in all; commits when enough has come together, or at the last.
+        """Say that one more batch is written, `rows` in all; commits when enough has come together,
+        or at the last.
 
         Raises StoreError where more fp16 values are infinite than the spec allows.
         """
@@ -251,12 +267,19 @@ class ShardWriter:
         log_records = np.array(self._records, RECORD).tobytes()
         place = self._places["commit_log"] + first * RECORD.itemsize
         self._sync = self._syncing.submit(
-            self._to_disk, log_records, place, self._figures(), self._uncommitted, self._seconds_writing
+            self._to_disk,
+            log_records,
+            place,
+            self._figures(),
+            self._uncommitted,
+            self._seconds_writing,
         )
         self._records.clear()
         self._uncommitted, self._seconds_writing = 0, 0.0
 
-    def _to_disk(self, log_records: bytes, place: int, figures: bytes, size: int, seconds_writing: float) -> float:
+    def _to_disk(
+        self, log_records: bytes, place: int, figures: bytes, size: int, seconds_writing: float
+    ) -> float:
         """The commit: seconds that it took."""
         begun = time.perf_counter()
         os.fdatasync(self._fd)
@@ -311,7 +334,9 @@ class ShardWriter:
                 log.warning("%s: %d of %d values are infinite in fp16", point.name, found, values)
 
     def _take_up(self) -> bool:
-        """Whether there is an unfinished file that we can go on with; any other is discarded, with a warning."""
+        """Whether there is an unfinished file that we can go on with; any other is discarded, with
+        a warning.
+        """
         if not self.partial.exists():
             return False
         try:
@@ -331,9 +356,13 @@ class ShardWriter:
         return not reason
 
     def _check_committed(self) -> None:
-        """Read what earlier jobs have committed, and go on behind the last batch that is as it was written."""
+        """Read what earlier jobs have committed, and go on behind the last batch that is as it was
+        written.
+        """
         offsets, precision = self._spec.tokens.window_offset, self._spec.precision
-        found = commit_log.recheck(self.partial, offsets, self._row_bytes, precision, self._statistics)
+        found = commit_log.recheck(
+            self.partial, offsets, self._row_bytes, precision, self._statistics
+        )
         self.batches_done, self._digest = found.batches, found.digest
         if found.batches < found.vouched:
             log.warning(
@@ -342,7 +371,12 @@ class ShardWriter:
                 *(self.partial.name, found.vouched, found.batches + 1),
             )
         if found.vouched:
-            log.info("going on with %s after %d of %d batches", self.partial.name, found.batches, self._spec.batches)
+            log.info(
+                "going on with %s after %d of %d batches",
+                self.partial.name,
+                found.batches,
+                self._spec.batches,
+            )
         with h5py.File(self.partial, "r") as file:
             batch_of, records = file["windows/batch"][:], file["commit_log"][:]
         batch_of[batch_of > found.batches] = 0
@@ -352,7 +386,9 @@ class ShardWriter:
         os.fdatasync(self._fd)
 
     def _create(self) -> None:
-        """Lay out the file with room for all rows; it gets its `.partial` name when all of that is on disk."""
+        """Lay out the file with room for all rows; it gets its `.partial` name when all of that is
+        on disk.
+        """
         begun = self.partial.with_name(self.partial.name + ".begun")
         for old in (begun, self.partial):
             old.unlink(missing_ok=True)
@@ -373,7 +409,9 @@ class ShardWriter:
         file_format.sync(self.partial.parent)
 
     def _no_room(self) -> Exception:
-        return file_format.no_room(self.path.parent, "a shard", self._spec.rows * sum(self._row_bytes.values()))
+        return file_format.no_room(
+            self.path.parent, "a shard", self._spec.rows * sum(self._row_bytes.values())
+        )
 
     def _close(self) -> None:
         if self._fd >= 0:
@@ -390,10 +428,14 @@ def _with_all_keys(rows: "torch.Tensor", keys: int, fill: float) -> "torch.Tenso
 
 
 def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
-    """All metadata and all tables of a shard; rows, hashes, log and statistics are places without content yet."""
+    """All metadata and all tables of a shard; rows, hashes, log and statistics are places without
+    content yet.
+    """
     tokens = spec.tokens
     names = [p.name for p in spec.points]
-    file_format.set_attributes(file, {**spec.attributes, "identity": spec.identity, "rows": spec.rows, "hooks": names})
+    file_format.set_attributes(
+        file, {**spec.attributes, "identity": spec.identity, "rows": spec.rows, "hooks": names}
+    )
     for name in ("input_ids", "document", "position"):
         file[f"tokens/{name}"] = getattr(tokens, name)
     file["documents/offset"] = tokens.document_offset
@@ -408,12 +450,20 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     statistics.create_statistics(file, [p.width(spec.keys) for p in spec.points])
     for point in spec.points:
         shape = (spec.rows, *point.row(spec.keys))
-        file_format.create_contiguous(file, hook_path(point.name), shape, file_format.hdf5_type(spec.precision))
+        file_format.create_contiguous(
+            file, hook_path(point.name), shape, file_format.hdf5_type(spec.precision)
+        )
     index.write_index(file)
 
 
 def _places(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
-    names = ["windows/hash", "windows/batch", "commit_log", "figures", *map("statistics/{}".format, file["statistics"])]
+    names = [
+        "windows/hash",
+        "windows/batch",
+        "commit_log",
+        "figures",
+        *map("statistics/{}".format, file["statistics"]),
+    ]
     places = {p.name: file_format.byte_offset(file[hook_path(p.name)]) for p in points}
     return places | {name: file_format.byte_offset(file[name]) for name in names}
 

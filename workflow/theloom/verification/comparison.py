@@ -1,8 +1,10 @@
-"""Stored rows against recomputed ones, hook point by hook point; and where 16 bits differ by much, against FP32.
+"""Stored rows against recomputed ones, hook point by hook point; and where 16 bits differ by much,
+against FP32.
 
-Where a block takes back a large value that an earlier one has added, as models do with massive activations, what is
-left has the rounding errors of what has gone: two orders of summing differ by more of it than anywhere else. So the
-model's own distance from FP32 is what rounding explains there.
+Where a block takes back a large value that an earlier one has added, as models do with massive
+activations, what is left has the rounding errors of what has gone: two orders of summing differ by
+more of it than anywhere else. So the model's own distance from FP32 is what rounding explains
+there.
 """
 
 import logging
@@ -27,12 +29,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 1 << 30  # of doubtful values that wait for FP32; where there are more, rounding is not what is wrong
+MOST_BYTES = (
+    1 << 30
+)  # of doubtful values that wait for FP32; where there are more, rounding is not what is wrong
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """One window against the oracle: for each hook point its largest error and its largest absolute value."""
+    """One window against the oracle: for each hook point its largest error and its largest absolute
+    value.
+    """
 
     window: int
     error: list[float]
@@ -41,10 +47,11 @@ class Recomputed:
 
 @dataclass(frozen=True)
 class Recomputation:
-    """All recomputed windows, the hook points of their errors, the largest error allowed, and the model they are of.
+    """All recomputed windows, the hook points of their errors, the largest error allowed, and the
+    model they are of.
 
-    `rounding`: by hook point whose error is larger than that, how far the model itself is from FP32, both as a share of
-    the largest value.
+    `rounding`: by hook point whose error is larger than that, how far the model itself is from
+    FP32, both as a share of the largest value.
     """
 
     points: list[HookPoint]
@@ -56,27 +63,41 @@ class Recomputation:
     @property
     def worst(self) -> np.ndarray:
         """By hook point the largest error, as a share of the largest value."""
-        errors, largest = (np.array([getattr(r, name) for r in self.results]) for name in ("error", "largest"))
+        errors, largest = (
+            np.array([getattr(r, name) for r in self.results]) for name in ("error", "largest")
+        )
         return (errors / np.maximum(largest, 1e-30)).max(axis=0)
 
     @property
     def allowed(self) -> np.ndarray:
-        """By hook point the largest error allowed: two passes that are each as far from FP32 as the model itself."""
-        return np.array([max(self.tolerance, 2 * self.rounding.get(p.name, 0.0)) for p in self.points])
+        """By hook point the largest error allowed: two passes that are each as far from FP32 as the
+        model itself.
+        """
+        return np.array(
+            [max(self.tolerance, 2 * self.rounding.get(p.name, 0.0)) for p in self.points]
+        )
 
 
 class Comparison:
-    """What a model gives for windows of a run: in its precision (`see`), then in FP32 what is `doubtful` (`judge`).
+    """What a model gives for windows of a run: in its precision (`see`), then in FP32 what is
+    `doubtful` (`judge`).
 
     Values are of one window and hook point, (position, …), on any device.
     """
 
-    def __init__(self, config: Config, acts: Activations, loaded: LoadedModel, points: list[HookPoint]) -> None:
+    def __init__(
+        self, config: Config, acts: Activations, loaded: LoadedModel, points: list[HookPoint]
+    ) -> None:
         quantised = loaded.quantization is not None
         self._acts, self._points, self._files = acts, points, loaded.files if quantised else None
-        # the coarser of the forward pass' precision and the stored one decides what rounding explains
-        self._tolerance = config.verify.tolerance or max(loaded.tolerance, TOLERANCE[acts.precision])
-        self._may_doubt = not (config.verify.tolerance or quantised or loaded.precision.resolved == "fp32")
+        # the coarser of the forward pass' precision and the stored one decides what rounding
+        # explains
+        self._tolerance = config.verify.tolerance or max(
+            loaded.tolerance, TOLERANCE[acts.precision]
+        )
+        self._may_doubt = not (
+            config.verify.tolerance or quantised or loaded.precision.resolved == "fp32"
+        )
         self._found: dict[int, dict[str, tuple[float, float]]] = defaultdict(dict)
         self._own: dict[int, dict[HookPoint, torch.Tensor]] = defaultdict(dict)
         self._waiting = 0
@@ -84,7 +105,9 @@ class Comparison:
 
     def see(self, window: int, point: HookPoint, values: "torch.Tensor") -> None:
         """Compare values to the rows that are stored."""
-        error, largest = self._found[window][point.name] = _compare(self._acts, window, point, values)
+        error, largest = self._found[window][point.name] = _compare(
+            self._acts, window, point, values
+        )
         if self._may_doubt and not error <= self._tolerance * largest:
             self._waiting += 4 * values.numel()
             if self._waiting <= MOST_BYTES:
@@ -102,17 +125,25 @@ class Comparison:
         """See how far the model's own values are from FP32; nothing for what is not doubtful."""
         if (own := self._own[window].pop(point, None)) is not None:
             apart, largest = _farthest(own, exact.float().cpu())
-            self._rounding[point.name] = max(self._rounding.get(point.name, 0.0), apart / max(largest, 1e-30))
+            self._rounding[point.name] = max(
+                self._rounding.get(point.name, 0.0), apart / max(largest, 1e-30)
+            )
 
     def result(self) -> Recomputation:
         """What has been seen, window by window."""
         pairs = {w: [found[p.name] for p in self._points] for w, found in self._found.items()}
-        results = [Recomputed(w, [e for e, _ in pair], [m for _, m in pair]) for w, pair in pairs.items()]
+        results = [
+            Recomputed(w, [e for e, _ in pair], [m for _, m in pair]) for w, pair in pairs.items()
+        ]
         return Recomputation(self._points, results, self._tolerance, self._files, self._rounding)
 
 
-def _compare(acts: Activations, window: int, point: HookPoint, found: "torch.Tensor") -> tuple[float, float]:
-    """Stored rows of a window against recomputed ones (position, …): the largest error, the largest absolute value."""
+def _compare(
+    acts: Activations, window: int, point: HookPoint, found: "torch.Tensor"
+) -> tuple[float, float]:
+    """Stored rows of a window against recomputed ones (position, …): the largest error, the largest
+    absolute value.
+    """
     import torch
 
     truth = found.float()

@@ -1,4 +1,6 @@
-"""A run beside the same model in FP32: that model, where it fits; how near a quantised run's residuals are to its."""
+"""A run beside the same model in FP32: that model, where it fits; how near a quantised run's
+residuals are to its.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -26,12 +28,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Oracle = Callable[[LoadedModel, "torch.Tensor"], "dict[str, torch.Tensor]"]  # every residual of ids (1, position)
+Oracle = Callable[
+    [LoadedModel, "torch.Tensor"], "dict[str, torch.Tensor]"
+]  # every residual of ids (1, position)
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Cosine similarity of stored rows to the FP32 model's, over the rows of a window: [window][hook point]."""
+    """Cosine similarity of stored rows to the FP32 model's, over the rows of a window:
+    [window][hook point].
+    """
 
     hooks: list[str]
     windows: list[int]
@@ -42,15 +48,21 @@ class Fidelity:
 def compare(
     config: Config, files: ModelFiles, acts: Activations, windows: Sequence[int], oracle: Oracle
 ) -> Fidelity | None:
-    """Load the model in FP32 and compare the residuals of some windows; None, and why in the log, where that cannot be.
+    """Load the model in FP32 and compare the residuals of some windows; None, and why in the log,
+    where that cannot be.
 
     It takes four bytes a parameter: the quantised model should be gone by then.
     """
     # the files' config: that of a model which was quantised on loading says so
-    traced = Traced(config_in(files, config.model.trust_remote_code), None, config.model.trust_remote_code)
+    traced = Traced(
+        config_in(files, config.model.trust_remote_code), None, config.model.trust_remote_code
+    )
     points = [p for p in traced.catalogue().points if p.value in RESIDUALS and p.name in acts.hooks]
     if not points or not windows or traced.own is not None:
-        log.info("not compared to FP32: %s", "the checkpoint is quantised itself" if traced.own else "no residuals")
+        log.info(
+            "not compared to FP32: %s",
+            "the checkpoint is quantised itself" if traced.own else "no residuals",
+        )
         return None
     exact = exact_model(config, files, acts, windows, points, traced)
     if exact is None:
@@ -67,13 +79,19 @@ def exact_model(
     points: Sequence[HookPoint],
     traced: Traced | None = None,
 ) -> LoadedModel | None:
-    """The model in FP32; None, with a warning, where there is no room for it and the longest of some windows."""
+    """The model in FP32; None, with a warning, where there is no room for it and the longest of
+    some windows.
+    """
     trust = config.model.trust_remote_code
     traced = traced or Traced(config_in(files, trust), None, trust)
     device, _ = loading.resolve_precision(config)
     longest = max(int(acts.window_offset[w + 1] - acts.window_offset[w]) for w in windows)
     kind = Kind("fp32")
-    held = {p.name: p for p in [*traced.catalogue().points, *points] if p.value in RESIDUALS or p in points}
+    held = {
+        p.name: p
+        for p in [*traced.catalogue().points, *points]
+        if p.value in RESIDUALS or p in points
+    }
     running = traced.forward(
         kind, Workload(1, longest, longest), list(held.values()), held=True, device=device.type
     ).total
@@ -105,7 +123,10 @@ def _cosines(
 
     rows = window_rows(acts, window)
     truth = oracle(exact, window_ids(acts, window).to(exact.device))
-    found = [torch.cosine_similarity(acts[h][rows].float(), truth[h][0].float().cpu(), dim=-1) for h in hooks]
+    found = [
+        torch.cosine_similarity(acts[h][rows].float(), truth[h][0].float().cpu(), dim=-1)
+        for h in hooks
+    ]
     return [float(c.mean()) for c in found], [float(c.min()) for c in found]
 
 
@@ -118,4 +139,6 @@ def write(found: Fidelity, file: h5py.File) -> None:
     for number, name in enumerate(found.hooks):
         mean = sum(window[number] for window in found.mean) / len(found.mean)
         least = min(window[number] for window in found.least)
-        log.info("%s: cosine similarity to FP32 %.4f, of the least similar row %.4f", name, mean, least)
+        log.info(
+            "%s: cosine similarity to FP32 %.4f, of the least similar row %.4f", name, mean, least
+        )

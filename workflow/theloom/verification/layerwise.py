@@ -1,7 +1,9 @@
-"""Documents of a run recomputed block by block: each in one piece, unpadded and without the shard's batches or chunks.
+"""Documents of a run recomputed block by block: each in one piece, unpadded and without the shard's
+batches or chunks.
 
-The oracle of resident runs, plain transformers with all of the model, is what such a run has no room for. What resident
-runs are compared to in FP32 is compared here too, in a sweep of FP32 blocks.
+The oracle of resident runs, plain transformers with all of the model, is what such a run has no
+room for. What resident runs are compared to in FP32 is compared here too, in a sweep of FP32
+blocks.
 """
 
 import logging
@@ -29,11 +31,17 @@ from theloom.verification.fp32 import Fidelity
 
 log = logging.getLogger(__name__)
 
-See = Callable[[int, HookPoint, torch.Tensor], None]  # a window, a hook point, its values (position, …)
+See = Callable[
+    [int, HookPoint, torch.Tensor], None
+]  # a window, a hook point, its values (position, …)
 
 
 def recompute(
-    config: Config, recorded: ModelRecord, acts: Activations, points: list[HookPoint], windows: list[int]
+    config: Config,
+    recorded: ModelRecord,
+    acts: Activations,
+    points: list[HookPoint],
+    windows: list[int],
 ) -> Recomputation:
     """Windows of the whole dataset against one sweep of their own."""
     with model_record.open_again(config, recorded) as found:
@@ -42,11 +50,19 @@ def recompute(
     if doubtful := comparison.doubtful():
         names = {p.name for of_window in doubtful.values() for p in of_window}
         with opened(config, files, exact=True) as exact:
-            _sweep(exact, acts, [p for p in points if p.name in names], list(doubtful), comparison.judge)
+            _sweep(
+                exact,
+                acts,
+                [p for p in points if p.name in names],
+                list(doubtful),
+                comparison.judge,
+            )
     return comparison.result()
 
 
-def compare_to_fp32(config: Config, files: ModelFiles, acts: Activations, windows: Sequence[int]) -> Fidelity | None:
+def compare_to_fp32(
+    config: Config, files: ModelFiles, acts: Activations, windows: Sequence[int]
+) -> Fidelity | None:
     """`fidelity.compare`, block by block."""
     if weight_format.quantization_of(config, hf_config(config.model)) is not None:
         log.info("not compared to FP32: the checkpoint is quantised itself")
@@ -65,12 +81,18 @@ def compare_to_fp32(config: Config, files: ModelFiles, acts: Activations, window
         log.info("not compared to FP32: %s", "no room for a document" if points else "no residuals")
         return None
     by_window = [[cosines[w, p.name] for p in points] for w in kept]
-    mean, least = ([[float(of(c)) for c in row] for row in by_window] for of in (torch.mean, torch.min))
+    mean, least = (
+        [[float(of(c)) for c in row] for row in by_window] for of in (torch.mean, torch.min)
+    )
     return Fidelity([p.name for p in points], list(kept), mean, least)
 
 
 def _sweep(
-    found: LayerwiseModel, acts: Activations, points: list[HookPoint], windows: Sequence[int], see: See
+    found: LayerwiseModel,
+    acts: Activations,
+    points: list[HookPoint],
+    windows: Sequence[int],
+    see: See,
 ) -> list[int]:
     """Those of the windows that fit, one batch each, in one sweep; the others are said in the log."""
     lengths = np.diff(acts.window_offset)
@@ -83,7 +105,12 @@ def _sweep(
         if needed > host.memory().free and found.loaded.device.type == "cpu":
             name = acts.documents[int(acts.window_document[window])]
             sizes = in_words(needed), in_words(host.memory().free)
-            log.warning("%s (%d tokens) takes %s in one piece, %s are free: not recomputed", name, tokens, *sizes)
+            log.warning(
+                "%s (%d tokens) takes %s in one piece, %s are free: not recomputed",
+                name,
+                tokens,
+                *sizes,
+            )
         else:
             kept.append(window)
     if not kept:
@@ -95,7 +122,9 @@ def _sweep(
         see(kept[number], by_name[name], values[0])
 
     longest = max(b.shape[1] for b in batches)
-    runner = LayerwiseRunner(found.shell, found.source, points, longest, found.loaded.precision.resolved)
+    runner = LayerwiseRunner(
+        found.shell, found.source, points, longest, found.loaded.precision.resolved
+    )
     with ResidualStore(runner.residuals(batches, ""), None) as store:
         runner.sweep(batches, store, sink)
     return kept

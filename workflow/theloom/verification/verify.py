@@ -1,7 +1,9 @@
-"""Check a finished run: documents recomputed with plain transformers, every window's hash, what is not finite.
+"""Check a finished run: documents recomputed with plain transformers, every window's hash, what is
+not finite.
 
-The oracle is the unmodified model's own `output_hidden_states=True` in one unchunked, unpadded forward pass. Its last
-entry is after the final norm, so the last block's output is read by a plain forward hook in that same pass (`states`).
+The oracle is the unmodified model's own `output_hidden_states=True` in one unchunked, unpadded
+forward pass. Its last entry is after the final norm, so the last block's output is read by a plain
+forward hook in that same pass (`states`).
 """
 
 import logging
@@ -58,7 +60,9 @@ def verify_run(config: Config, activations: Path, model_path: Path, output: Path
     report_recomputed(acts, found)
 
 
-def _compare_to_fp32(config: Config, files: ModelFiles, acts: Activations, windows: list[int]) -> Fidelity | None:
+def _compare_to_fp32(
+    config: Config, files: ModelFiles, acts: Activations, windows: list[int]
+) -> Fidelity | None:
     if "layerwise" in acts.attributes.get("execution", ""):
         from theloom.verification import layerwise
 
@@ -67,12 +71,18 @@ def _compare_to_fp32(config: Config, files: ModelFiles, acts: Activations, windo
 
 
 def recompute(config: Config, acts: Activations, model_path: Path) -> Recomputation:
-    """`config.verify.documents` documents of a run through the plain model, against the rows that are stored."""
+    """`config.verify.documents` documents of a run through the plain model, against the rows that
+    are stored.
+    """
     recorded = model_record.read(model_path)
     if recorded.fingerprint != acts.attributes["model_fingerprint"]:
-        raise VerificationError(f"{model_path} is not of the model that {acts.path} is from; give the run's own folder")
+        raise VerificationError(
+            f"{model_path} is not of the model that {acts.path} is from; give the run's own folder"
+        )
     points = [p for p in recorded.catalogue.points if p.name in acts]
-    windows = choose_windows(acts, config.verify.documents, config.memory.streaming_chunk_size, config.verify.seed)
+    windows = choose_windows(
+        acts, config.verify.documents, config.memory.streaming_chunk_size, config.verify.seed
+    )
     if recorded.layerwise:
         from theloom.verification import layerwise
 
@@ -101,7 +111,9 @@ def _see_all(
     """Every window that fits."""
     import torch
 
-    traced = Traced(loaded.architecture.model.config, loaded.attention, config.model.trust_remote_code)
+    traced = Traced(
+        loaded.architecture.model.config, loaded.attention, config.model.trust_remote_code
+    )
     kind = weight_format.kind_of(config, loaded.precision.resolved, loaded.quantization)
     for window in windows:
         if not _fits(acts, loaded, points, traced, kind, window):
@@ -109,7 +121,10 @@ def _see_all(
         try:
             expected = _plain(loaded, acts, points, window)
         except torch.OutOfMemoryError:
-            name, rows = acts.documents[int(acts.window_document[window])], fp32.window_rows(acts, window)
+            name, rows = (
+                acts.documents[int(acts.window_document[window])],
+                fp32.window_rows(acts, window),
+            )
             words = "%s (%d tokens) does not fit the device in one piece: not recomputed"
             log.warning(words, name, rows.stop - rows.start)
             continue
@@ -118,7 +133,9 @@ def _see_all(
 
 
 def choose_windows(acts: Activations, documents: int, chunk_size: int, seed: int) -> list[int]:
-    """One window each of `documents` documents: the longest, one that was streamed in chunks, and random ones."""
+    """One window each of `documents` documents: the longest, one that was streamed in chunks, and
+    random ones.
+    """
     lengths = np.diff(acts.window_offset)
     order = np.random.default_rng(seed).permutation(len(lengths))
     streamed = [w for w in order if lengths[w] > chunk_size]
@@ -130,48 +147,84 @@ def choose_windows(acts: Activations, documents: int, chunk_size: int, seed: int
 
 
 def _fits(
-    acts: Activations, loaded: LoadedModel, points: list[HookPoint], traced: Traced, kind: Kind, window: int
+    acts: Activations,
+    loaded: LoadedModel,
+    points: list[HookPoint],
+    traced: Traced,
+    kind: Kind,
+    window: int,
 ) -> bool:
-    """Whether the device has room for a window in one piece, every residual held; says so where it has not."""
+    """Whether the device has room for a window in one piece, every residual held; says so where it
+    has not.
+    """
     tokens = int(acts.window_offset[window + 1] - acts.window_offset[window])
     architecture = loaded.architecture
-    held = {p.name: p for p in (*residual_points(len(architecture.blocks), architecture.hidden_size), *points)}
-    needed = traced.forward(kind, Workload(1, tokens, tokens), list(held.values()), True, loaded.device.type).total
+    held = {
+        p.name: p
+        for p in (*residual_points(len(architecture.blocks), architecture.hidden_size), *points)
+    }
+    needed = traced.forward(
+        kind, Workload(1, tokens, tokens), list(held.values()), True, loaded.device.type
+    ).total
     free = gpu.device_memory(loaded.device).free
     if needed > free:
-        name, sizes = acts.documents[int(acts.window_document[window])], (in_words(needed), in_words(free))
-        log.warning("%s (%d tokens) takes %s in one piece, %s are free: not recomputed", name, tokens, *sizes)
+        name, sizes = (
+            acts.documents[int(acts.window_document[window])],
+            (in_words(needed), in_words(free)),
+        )
+        log.warning(
+            "%s (%d tokens) takes %s in one piece, %s are free: not recomputed",
+            name,
+            tokens,
+            *sizes,
+        )
     return needed <= free
 
 
 def _plain(
     loaded: LoadedModel, acts: Activations, points: Sequence[HookPoint], window: int
 ) -> "dict[HookPoint, torch.Tensor]":
-    """The model's values of a window, (position, …), in one pass without this library's ways to save memory."""
+    """The model's values of a window, (position, …), in one pass without this library's ways to
+    save memory.
+    """
     ids = fp32.window_ids(acts, window).to(loaded.device)
     found = oracle(loaded, ids) | _in_one_piece(loaded, ids, points)
-    return {p: found[p.name][0].transpose(0, 1) if p.over_keys else found[p.name][0] for p in points}
+    return {
+        p: found[p.name][0].transpose(0, 1) if p.over_keys else found[p.name][0] for p in points
+    }
 
 
 def oracle(loaded: LoadedModel, ids: "torch.Tensor") -> dict[str, "torch.Tensor"]:
-    """Every residual of one plain forward pass over ids (1, position), by hook point: (1, position, hidden size)."""
-    return reference_residuals(loaded.architecture, input_ids=ids, **no_cache(loaded.architecture.model))
+    """Every residual of one plain forward pass over ids (1, position), by hook point: (1, position,
+    hidden size).
+    """
+    return reference_residuals(
+        loaded.architecture, input_ids=ids, **no_cache(loaded.architecture.model)
+    )
 
 
-def _in_one_piece(loaded: LoadedModel, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
-    """What is not in `output_hidden_states`: the same taps in one pass without padding, chunks or files."""
+def _in_one_piece(
+    loaded: LoadedModel, ids: "torch.Tensor", points: Sequence[HookPoint]
+) -> "dict[str, torch.Tensor]":
+    """What is not in `output_hidden_states`: the same taps in one pass without padding, chunks or
+    files.
+    """
     import torch
 
     others = [p for p in points if p.value not in RESIDUALS]
     found: dict[str, torch.Tensor] = {}
     if others:
-        taps = Taps(loaded.architecture, others, lambda name, value: found.__setitem__(name, value.clone()))
+        taps = Taps(
+            loaded.architecture, others, lambda name, value: found.__setitem__(name, value.clone())
+        )
         with torch.inference_mode(), taps:
             taps.run(input_ids=ids, **no_cache(loaded.architecture.model))
     return found
 
 
-def _write(acts: Activations, found: Recomputation, wrong: list[int], not_finite: np.ndarray, output: Path) -> None:
+def _write(
+    acts: Activations, found: Recomputation, wrong: list[int], not_finite: np.ndarray, output: Path
+) -> None:
     with h5py.File(output, "w") as file:
         file_format.set_attributes(
             file,
@@ -201,7 +254,10 @@ def report_damage(acts: Activations, damaged: list[str], wrong: list[int]) -> No
     """Raises VerificationError where a file is not as it was written."""
     if wrong:
         name = acts.documents[int(acts.window_document[wrong[0]])]
-        damaged = [f"rows of {len(wrong)} windows are not those that were written (first: {name})", *damaged]
+        damaged = [
+            f"rows of {len(wrong)} windows are not those that were written (first: {name})",
+            *damaged,
+        ]
     if damaged:
         raise VerificationError(
             f"{acts.path}: {'; '.join(damaged)}; the disk or a program has changed them; run again with --forcerun "
@@ -210,13 +266,20 @@ def report_damage(acts: Activations, damaged: list[str], wrong: list[int]) -> No
 
 
 def report_recomputed(acts: Activations, found: Recomputation) -> None:
-    """Say what recomputing has shown. Raises VerificationError where rows are not those of the model."""
+    """Say what recomputing has shown. Raises VerificationError where rows are not those of the
+    model.
+    """
     if not found.results:
-        raise VerificationError("no document could be recomputed in one piece; lower corpus.context_length")
+        raise VerificationError(
+            "no document could be recomputed in one piece; lower corpus.context_length"
+        )
     worst, allowed = found.worst, found.allowed
     for point, share in zip(found.points, worst, strict=True):
         log.info(
-            "%s: largest error %.2g of the largest value, over %d documents", point.name, share, len(found.results)
+            "%s: largest error %.2g of the largest value, over %d documents",
+            point.name,
+            share,
+            len(found.results),
         )
         if (own := found.rounding.get(point.name)) is not None:
             words = "%s: more than %.2g; the model itself is %.2g from its values in FP32: so ill-conditioned are they"

@@ -1,4 +1,6 @@
-"""The weights of one block after the other, read ahead of the computation by one thread into two reused buffers."""
+"""The weights of one block after the other, read ahead of the computation by one thread into two
+reused buffers.
+"""
 
 import logging
 import os
@@ -26,17 +28,20 @@ READ_BYTES = 64 << 20
 class BlockSource:
     """Attaches blocks to a model one at a time, while the next is on its way from disk.
 
-    On CUDA the buffers are pinned, and the next block is copied to the device on a stream of its own; the device holds
-    two blocks. On the CPU parameters are views of the buffers. `waited` are the seconds for which the computation stood
-    still for want of weights, `bytes_read` what came from the files. Pages read are dropped from the page cache where
-    the blocks are more than half of what is free: they would be gone before the next sweep, and take others' room.
-    Of a quantised model the thread makes the next block itself, tensor by tensor, each in memory of its own: the device
-    holds two quantised blocks, the host one tensor as it is in its file.
+    On CUDA the buffers are pinned, and the next block is copied to the device on a stream of its
+    own; the device holds two blocks. On the CPU parameters are views of the buffers. `waited` are
+    the seconds for which the computation stood still for want of weights, `bytes_read` what came
+    from the files. Pages read are dropped from the page cache where the blocks are more than half
+    of what is free: they would be gone before the next sweep, and take others' room. Of a quantised
+    model the thread makes the next block itself, tensor by tensor, each in memory of its own: the
+    device holds two quantised blocks, the host one tensor as it is in its file.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, blocks: int) -> None:
         self._checkpoint, self._device, self._blocks = checkpoint, device, blocks
-        self._files = {f: os.open(f, os.O_RDONLY) for f in {s.file for s in checkpoint.stored.values()}}
+        self._files = {
+            f: os.open(f, os.O_RDONLY) for f in {s.file for s in checkpoint.stored.values()}
+        }
         self._slots = [_Slot(device), _Slot(device)]
         self.largest = max(checkpoint.room(block) for block in range(blocks))  # of the buffers
         total = sum(checkpoint.nbytes(block) for block in range(blocks))
@@ -61,7 +66,9 @@ class BlockSource:
         self.close()
 
     def sweep(self, blocks: Sequence[int]) -> Iterator[int]:
-        """Each block in turn, its weights attached until the next one is asked for. Raises ModelError, OSError."""
+        """Each block in turn, its weights attached until the next one is asked for. Raises
+        ModelError, OSError.
+        """
         ready: queue.Queue[Any] = queue.Queue()
         free, stop = threading.Semaphore(len(self._slots)), threading.Event()
 
@@ -183,12 +190,16 @@ class _Slot:
         return self._host
 
     def send(self, size: int) -> torch.Tensor:
-        """The bytes where the block will be: the buffer itself on the CPU, a copy under way on a GPU."""
+        """The bytes where the block will be: the buffer itself on the CPU, a copy under way on a
+        GPU.
+        """
         if self._stream is None:
             return self._host
         with torch.cuda.stream(self._stream):
             if self._used is not None:
-                self._stream.wait_event(self._used)  # the block before the last may still be computing there
+                self._stream.wait_event(
+                    self._used
+                )  # the block before the last may still be computing there
             self._there[:size].copy_(self._host[:size], non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record(self._stream)
@@ -206,7 +217,9 @@ class _Slot:
             self._copied.record(self._stream)
 
     def used_here(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Have the memory of tensors made on the copies' stream given out again once the computation is through."""
+        """Have the memory of tensors made on the copies' stream given out again once the
+        computation is through.
+        """
         if self._stream is not None:
             for tensor in (part for weight in tensors.values() for part in with_scales(weight)):
                 tensor.record_stream(torch.cuda.current_stream(self._device))

@@ -1,4 +1,6 @@
-"""A model opened to be run block by block: shell, source of blocks, what they take, and a trial on a few tokens."""
+"""A model opened to be run block by block: shell, source of blocks, what they take, and a trial on
+a few tokens.
+"""
 
 import logging
 import math
@@ -54,10 +56,15 @@ class LayerwiseModel:
         blocks = range(min(max(p.block for p in points) + 1, len(self.shell.blocks)))
         embeddings = sum(checkpoint.stored[k].nbytes for k in self.shell.mapped)
         if checkpoint.quantized:
-            device, block = self.loaded.device.type, max((checkpoint.held(b) for b in blocks), default=0)
+            device, block = (
+                self.loaded.device.type,
+                max((checkpoint.held(b) for b in blocks), default=0),
+            )
             return BlockSizes(
                 block=block,
-                converted=max(0, max((checkpoint.arriving(b, device) for b in blocks), default=0) - block),
+                converted=max(
+                    0, max((checkpoint.arriving(b, device) for b in blocks), default=0) - block
+                ),
                 kept=checkpoint.held(OUTSIDE, self.shell.mapped),
                 embeddings=embeddings,
                 read=sum(checkpoint.nbytes(b) for b in blocks),
@@ -74,7 +81,11 @@ class LayerwiseModel:
     def pass_of(self, points: Sequence[HookPoint]) -> PassOf:
         """Foretells the bytes of one pass through one block: by a trace, each workload once."""
         config, device = self.shell.model.config, self.loaded.device.type
-        precision, quantization, attention = self.kind.precision, self.kind.quantization, self.loaded.attention
+        precision, quantization, attention = (
+            self.kind.precision,
+            self.kind.quantization,
+            self.loaded.attention,
+        )
         fake = fake_model(config, precision, quantization, attention, kernels=device)
 
         @cache
@@ -95,13 +106,20 @@ class LayerwiseModel:
         return self.shell.architecture.hidden_size * self.shell.residual_dtype.itemsize
 
     def fit(
-        self, estimated: Estimate, points: Sequence[HookPoint], windows: Lengths, threshold: float, beside: int
+        self,
+        estimated: Estimate,
+        points: Sequence[HookPoint],
+        windows: Lengths,
+        threshold: float,
+        beside: int,
     ) -> LayerwisePlan:
         """The plan for the largest shard of a corpus, or for one alone. Raises MemoryPlanError."""
         device = self.loaded.device.type
         found, _ = gpu.available_memory(self.loaded.device)
         longest = min(windows.longest, estimated.context_length)
-        asked = Plan(estimated.batch_tokens or MOST_BATCH_TOKENS[device], estimated.chunk_size, longest)
+        asked = Plan(
+            estimated.batch_tokens or MOST_BATCH_TOKENS[device], estimated.chunk_size, longest
+        )
         row = self.residual_row
         sizes, pass_of = self.sizes(points), self.pass_of(points)
         return layerwise_plan.choose(
@@ -120,7 +138,8 @@ class LayerwiseModel:
         )
 
     def try_out(self) -> TriedOut:
-        """`trial.try_out`, in one sweep, but for the model's own hidden states, which take all of it at once.
+        """`trial.try_out`, in one sweep, but for the model's own hidden states, which take all of
+        it at once.
 
         Raises ModelError where a row depends on what else is in the batch.
         """
@@ -128,16 +147,22 @@ class LayerwiseModel:
         ids = checks.tokens_of(self.shell.model)
         batches, chunk_sizes = [ids[:1], ids[1:, :16], checks.padded(ids), ids[:1]], [24, 24, 24, 7]
         count = 4 if self.shell.streams else 3
-        found: list[dict[str, list[torch.Tensor]]] = [{p.name: [] for p in points} for _ in range(count)]
+        found: list[dict[str, list[torch.Tensor]]] = [
+            {p.name: [] for p in points} for _ in range(count)
+        ]
         runner = LayerwiseRunner(self.shell, self.source, points, 24, "fp32")
-        with ResidualStore(runner.residuals(batches[:count], "", chunk_sizes[:count]), None) as store:
+        with ResidualStore(
+            runner.residuals(batches[:count], "", chunk_sizes[:count]), None
+        ) as store:
             runner.sweep(
                 batches[:count],
                 store,
                 lambda batch, name, start, rows, first: found[batch][name].append(rows),
                 chunk_sizes=chunk_sizes[:count],
             )
-        whole, alone, both, *chunked = [{n: torch.cat(c, dim=1) for n, c in by_name.items()} for by_name in found]
+        whole, alone, both, *chunked = [
+            {n: torch.cat(c, dim=1) for n, c in by_name.items()} for by_name in found
+        ]
         name, limit = type(self.shell.model).__name__, 10 * self.loaded.tolerance
         padding = checks.side_by_side(whole, alone, both)
         if not padding <= limit:
@@ -146,7 +171,13 @@ class LayerwiseModel:
                 "value); block by block there is no padding mask: set extraction.execution=resident"
             )
         chunks = checks.largest_error(whole, chunked[0]) if chunked else math.inf
-        reason = "" if chunks <= limit else checks.other_in_chunks(chunks) if chunked else "it does not take a KV cache"
+        reason = (
+            ""
+            if chunks <= limit
+            else checks.other_in_chunks(chunks)
+            if chunked
+            else "it does not take a KV cache"
+        )
         if reason:
             log.warning("%s cannot be streamed: %s", name, reason)
         return TriedOut(math.nan, padding, chunks, True, not reason, reason)
@@ -159,11 +190,15 @@ def opened(config: Config, files: ModelFiles, exact: bool = False) -> Iterator[L
     Raises ModelError for one that cannot be run block by block.
     """
     if not list(files.folder.glob("*.safetensors")):
-        raise ModelError(f"model.source: {config.model.source} has no safetensors, which block by block are needed")
+        raise ModelError(
+            f"model.source: {config.model.source} has no safetensors, which block by block are needed"
+        )
     device, resolved = loading.resolve_precision(config)
     attention = config.extraction.attention.name
     model_config = hf_config(config.model)
-    bits = weight_format.quantization_of(config, model_config) or weight_format.asked_quantization(config)
+    bits = weight_format.quantization_of(config, model_config) or weight_format.asked_quantization(
+        config
+    )
     if exact:
         resolved, bits = Resolved("fp32", "fp32", ()), None
     shell = Shell(
@@ -189,7 +224,9 @@ MEASURED_BLOCKS = 3  # the two buffers and all that is done but once have been s
 
 @dataclass(frozen=True)
 class SweptPeak:
-    """A sweep over one largest batch: bytes foretold, and by how much memory in use grew; `files`: pages of files."""
+    """A sweep over one largest batch: bytes foretold, and by how much memory in use grew; `files`:
+    pages of files.
+    """
 
     foretold: int
     growth: int
@@ -197,11 +234,16 @@ class SweptPeak:
 
 
 def measure_sweep(
-    found: LayerwiseModel, planned: LayerwisePlan, points: Sequence[HookPoint], before: int | None = None
+    found: LayerwiseModel,
+    planned: LayerwisePlan,
+    points: Sequence[HookPoint],
+    before: int | None = None,
 ) -> SweptPeak:
-    """Sweep one largest batch of random tokens through the first blocks, and see by how much memory grows.
+    """Sweep one largest batch of random tokens through the first blocks, and see by how much memory
+    grows.
 
-    `before`: the bytes that this process held before the model was opened, from where growth counts on the CPU.
+    `before`: the bytes that this process held before the model was opened, from where growth counts
+    on the CPU.
     """
     blocks = min(MEASURED_BLOCKS, len(found.shell.blocks))
     last = found.loaded.catalogue.select([f"blocks.{blocks - 1}.hook_resid_post"])
@@ -222,6 +264,8 @@ def measure_sweep(
     if device.type == "cpu":
         foretold = expected.cpu - expected.writer  # which is not in this sweep
     growth = growing.growth
-    if device.type == "cpu" and before is not None:  # as the job will, whose heap has what opening left in it
+    if (
+        device.type == "cpu" and before is not None
+    ):  # as the job will, whose heap has what opening left in it
         growth += growing.before - before
     return SweptPeak(foretold, growth, growing.files)

@@ -1,8 +1,10 @@
-"""Weights quantised as they come from their files, one tensor at a time, as transformers quantises a whole model.
+"""Weights quantised as they come from their files, one tensor at a time, as transformers quantises
+a whole model.
 
-Which layers are replaced, in what precision a weight is before it is quantised, and the quantisation itself are those
-of `from_pretrained`: its quantizer prepares the empty model, and its own loading makes a part's tensors. Checkpoints
-that bitsandbytes has quantised take the same way, with the quantizer that puts their tensors together.
+Which layers are replaced, in what precision a weight is before it is quantised, and the
+quantisation itself are those of `from_pretrained`: its quantizer prepares the empty model, and its
+own loading makes a part's tensors. Checkpoints that bitsandbytes has quantised take the same way,
+with the quantizer that puts their tensors together.
 """
 
 import copy
@@ -29,7 +31,9 @@ CODE_OF_SCALES = 256 * 4
 
 
 def quantizer(bits: str, model_config: PretrainedConfig, precision: str) -> HfQuantizer:
-    """What quantises to `8bit` or `4bit` on loading, or loads what a checkpoint says it is quantised to already."""
+    """What quantises to `8bit` or `4bit` on loading, or loads what a checkpoint says it is
+    quantised to already.
+    """
     own = getattr(model_config, "quantization_config", None)
     asked = quantization.bitsandbytes_config(bits, precision) if own is None else own
     found: HfQuantizer = AutoHfQuantizer.from_config(asked, pre_quantized=own is not None)
@@ -37,12 +41,16 @@ def quantizer(bits: str, model_config: PretrainedConfig, precision: str) -> HfQu
     return found
 
 
-def replace_layers(model: PreTrainedModel, found: HfQuantizer, dtype: torch.dtype, device: torch.device) -> None:
+def replace_layers(
+    model: PreTrainedModel, found: HfQuantizer, dtype: torch.dtype, device: torch.device
+) -> None:
     """Put bitsandbytes' layers into a model on the meta device, where a quantised load has them."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # that of the new layers' biases
     try:
-        found.preprocess_model(model=model, dtype=dtype, device_map={"": device}, checkpoint_files=None)
+        found.preprocess_model(
+            model=model, dtype=dtype, device_map={"": device}, checkpoint_files=None
+        )
     finally:
         torch.set_default_dtype(before)
     model.requires_grad_(False)
@@ -62,7 +70,8 @@ class OnDisk:
 
 
 class PartLoader:
-    """Makes the tensors of a part of a model, quantised where they are to be, in an `empty` model of its own.
+    """Makes the tensors of a part of a model, quantised where they are to be, in an `empty` model
+    of its own.
 
     The model that runs is not touched, so that one block can be made while another computes.
     """
@@ -95,7 +104,9 @@ class PartLoader:
                 tensor = getattr(module, leaf)
                 if tensor is not meta:
                     made[name] = tensor.requires_grad_(False)
-                    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = cast(Any, meta)
+                    (module._parameters if leaf in module._parameters else module._buffers)[
+                        leaf
+                    ] = cast(Any, meta)
                 let_go(module)
         return made
 
@@ -116,7 +127,13 @@ def kind_of(module: nn.Module) -> str | None:
     """`8bit` or `4bit` for a layer of bitsandbytes."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    return "8bit" if isinstance(module, Linear8bitLt) else "4bit" if isinstance(module, Linear4bit) else None
+    return (
+        "8bit"
+        if isinstance(module, Linear8bitLt)
+        else "4bit"
+        if isinstance(module, Linear4bit)
+        else None
+    )
 
 
 def let_go(module: nn.Module) -> None:
@@ -139,15 +156,20 @@ def held(module: nn.Module, leaf: str, tensor: torch.Tensor) -> int:
         return count + 4 * int(layer.out_features)
     scales = -(-count // NF4_BLOCK)
     double = layer.weight.compress_statistics
-    return -(-count // 2) + CODE + (scales + 4 * -(-scales // SCALES_BLOCK) + CODE_OF_SCALES if double else 4 * scales)
+    return (
+        -(-count // 2)
+        + CODE
+        + (scales + 4 * -(-scales // SCALES_BLOCK) + CODE_OF_SCALES if double else 4 * scales)
+    )
 
 
 def staging(bits: str, count: int, stored: torch.dtype, precision: torch.dtype, device: str) -> int:
     """Bytes that quantising a weight of `count` elements takes beside its result.
 
-    `stored` is what it is in the file, `precision` the model's, from which it is quantised. On a GPU the weight in that
-    precision, and for 8 bits in FP16 too. On the CPU bitsandbytes 0.50 (backends/default/ops.py) makes copies: for 8
-    bits one in FP16 and two in FP32; for 4 bits one in FP32, one of 32-bit numbers, one of bytes and half of that.
+    `stored` is what it is in the file, `precision` the model's, from which it is quantised. On a
+    GPU the weight in that precision, and for 8 bits in FP16 too. On the CPU bitsandbytes 0.50
+    (backends/default/ops.py) makes copies: for 8 bits one in FP16 and two in FP32; for 4 bits one
+    in FP32, one of 32-bit numbers, one of bytes and half of that.
     """
     size, half = precision.itemsize, 0 if precision == torch.float16 else 2
     if device != "cpu":
@@ -164,11 +186,15 @@ def shapes_alone(model: nn.Module) -> Iterator[None]:
 
     def plain(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(x, x.new_empty(layer.out_features, layer.in_features), layer.bias)
+            return nn.functional.linear(
+                x, x.new_empty(layer.out_features, layer.in_features), layer.bias
+            )
 
         return forward
 
-    layers: list[Any] = [m for m in model.modules() if kind_of(m)] if getattr(model, "is_quantized", False) else []
+    layers: list[Any] = (
+        [m for m in model.modules() if kind_of(m)] if getattr(model, "is_quantized", False) else []
+    )
     for layer in layers:
         layer.forward = plain(layer)
     try:

@@ -1,7 +1,9 @@
-"""The residual stream of a whole shard between two blocks: in host memory, or on disk where it does not fit there.
+"""The residual stream of a whole shard between two blocks: in host memory, or on disk where it does
+not fit there.
 
-What a killed job has done is kept at checkpoints: the residuals after a block go to one of two files in turn, are
-synced, and then a manifest that names them takes its place at once. On disk anyway, every block is a checkpoint.
+What a killed job has done is kept at checkpoints: the residuals after a block go to one of two
+files in turn, are synced, and then a manifest that names them takes its place at once. On disk
+anyway, every block is a checkpoint.
 """
 
 import json
@@ -27,7 +29,8 @@ PIECE = 64 << 20
 
 @dataclass(frozen=True)
 class ResidualSpec:
-    """The residuals of a shard, piece by piece: a batch, or a chunk of one, (windows, positions, hidden size).
+    """The residuals of a shard, piece by piece: a batch, or a chunk of one, (windows, positions,
+    hidden size).
 
     `identity` says whose they are.
     """
@@ -42,19 +45,25 @@ class ResidualSpec:
 
 
 class ResidualStore:
-    """Residuals by piece. `path` is the place of its files less their ends; None: no checkpoints, memory alone.
+    """Residuals by piece. `path` is the place of its files less their ends; None: no checkpoints,
+    memory alone.
 
-    `block_done` ends a block; it writes a checkpoint when one is due, after `commit` has made safe all rows up to it.
-    `take_up` gives the number of blocks that an earlier job's checkpoint has behind it. Use it as a context manager.
+    `block_done` ends a block; it writes a checkpoint when one is due, after `commit` has made safe
+    all rows up to it. `take_up` gives the number of blocks that an earlier job's checkpoint has
+    behind it. Use it as a context manager.
     """
 
-    def __init__(self, spec: ResidualSpec, path: Path | None, spilled: bool = False, pinned: bool = False) -> None:
+    def __init__(
+        self, spec: ResidualSpec, path: Path | None, spilled: bool = False, pinned: bool = False
+    ) -> None:
         assert path is not None or not spilled
         self._spec, self._path, self._spilled = spec, path, spilled
         self._starts = [0]
         for windows, positions, hidden in spec.shapes:
             self._starts.append(self._starts[-1] + windows * positions * hidden)
-        self._memory = torch.empty(0 if spilled else self._starts[-1], dtype=spec.dtype, pin_memory=pinned)
+        self._memory = torch.empty(
+            0 if spilled else self._starts[-1], dtype=spec.dtype, pin_memory=pinned
+        )
         self._fds: list[int] = []
         self._written = xxhash.xxh3_64()
         self._turn = 0  # the file that is read, or was last written
@@ -62,7 +71,9 @@ class ResidualStore:
 
     def __enter__(self) -> "ResidualStore":
         if self._spilled:
-            self._fds = [os.open(self._file(turn), os.O_RDWR | os.O_CREAT, 0o644) for turn in (0, 1)]
+            self._fds = [
+                os.open(self._file(turn), os.O_RDWR | os.O_CREAT, 0o644) for turn in (0, 1)
+            ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,14 +127,20 @@ class ResidualStore:
         self._turn_over()
 
     def take_up(self) -> int:
-        """The blocks behind a checkpoint, whose residuals are now in the store; 0 where there is none of this shard."""
+        """The blocks behind a checkpoint, whose residuals are now in the store; 0 where there is
+        none of this shard.
+        """
         if self._path is None:
             return 0
         try:
             manifest = json.loads(self._manifest.read_text(encoding="utf-8"))
             if manifest["identity"] != self._key():
                 return 0
-            turn, blocks, expected = int(manifest["file"]), int(manifest["blocks"]), manifest["hash"]
+            turn, blocks, expected = (
+                int(manifest["file"]),
+                int(manifest["blocks"]),
+                manifest["hash"],
+            )
             found = self._hash_of_file(turn, None if self._spilled else raw_bytes(self._memory))
         except (OSError, ValueError, KeyError, TypeError):
             return 0
@@ -188,7 +205,9 @@ class ResidualStore:
         file_format.sync(self._manifest.parent)
 
     def _hash_of_file(self, turn: int, into: memoryview | None) -> str:
-        """Read a file through, into memory if so asked. Raises OSError where it is shorter than the residuals."""
+        """Read a file through, into memory if so asked. Raises OSError where it is shorter than the
+        residuals.
+        """
         state, place = xxhash.xxh3_64(), 0
         piece = bytearray(min(PIECE, self._spec.nbytes)) if into is None else b""
         with self._file(turn).open("rb", buffering=0) as f:

@@ -1,8 +1,10 @@
-"""Extraction with one block on the device at a time: all documents of a shard go through it before the next one comes.
+"""Extraction with one block on the device at a time: all documents of a shard go through it before
+the next one comes.
 
-A forward pass over a prompt has no dependency between documents, so a model need not be on the device as a whole. The
-residuals of the shard wait in host memory; the weights of each block are read once a shard, while the block before is
-computing. Blocks, batches, chunks and taps are those of resident execution, and so are the rows.
+A forward pass over a prompt has no dependency between documents, so a model need not be on the
+device as a whole. The residuals of the shard wait in host memory; the weights of each block are
+read once a shard, while the block before is computing. Blocks, batches, chunks and taps are those
+of resident execution, and so are the rows.
 """
 
 import logging
@@ -32,8 +34,8 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10
 
-# called with a batch's number, a hook point's name, the first position of a chunk, its values (window, position, …)
-# and which window of the batch is the first of theirs
+# called with a batch's number, a hook point's name, the first position of a chunk, its values
+# (window, position, …) and which window of the batch is the first of theirs
 Sink = Callable[[int, str, int, torch.Tensor, int], None]
 
 
@@ -42,13 +44,15 @@ Captured = Callable[[torch.Tensor], None] | None
 
 
 # around a batch: its number, its token ids, and what gives the tensors that were there before
-Profile = Callable[[int, torch.Tensor, Callable[[], list[torch.Tensor]]], AbstractContextManager[Captured]]
+Profile = Callable[
+    [int, torch.Tensor, Callable[[], list[torch.Tensor]]], AbstractContextManager[Captured]
+]
 
 
 @dataclass
 class Swept:
-    """What a sweep took: seconds in all, those of them without weights to compute with, bytes read of the weights,
-    tokens that went through, and blocks that they went through.
+    """What a sweep took: seconds in all, those of them without weights to compute with, bytes read
+    of the weights, tokens that went through, and blocks that they went through.
     """
 
     seconds: float = 0.0
@@ -61,9 +65,10 @@ class Swept:
 class LayerwiseRunner:
     """Runs all batches of a shard through a model of which one block is on the device.
 
-    Units of work, in the order in which they end: for each of `stages` (the blocks with hook points that are asked for;
-    -1 before the first block, the number of blocks after the last), each batch. The windows of a batch go through a
-    block in so many `groups`, one after the other, where memory has run out.
+    Units of work, in the order in which they end: for each of `stages` (the blocks with hook points
+    that are asked for; -1 before the first block, the number of blocks after the last), each batch.
+    The windows of a batch go through a block in so many `groups`, one after the other, where memory
+    has run out.
     """
 
     def __init__(
@@ -75,7 +80,12 @@ class LayerwiseRunner:
         store: str,
         groups: int = 1,
     ) -> None:
-        self._shell, self._source, self._chunk_size, self._most_groups = shell, source, chunk_size, groups
+        self._shell, self._source, self._chunk_size, self._most_groups = (
+            shell,
+            source,
+            chunk_size,
+            groups,
+        )
         self._dtype = torch_dtype(store)
         self._points: dict[int, list[HookPoint]] = defaultdict(list)
         for point in points:
@@ -88,10 +98,16 @@ class LayerwiseRunner:
         self._pieces: list[int] = []  # the first of each batch
 
     def residuals(
-        self, batches: Sequence[torch.Tensor], identity: str, chunk_sizes: Sequence[int] | None = None
+        self,
+        batches: Sequence[torch.Tensor],
+        identity: str,
+        chunk_sizes: Sequence[int] | None = None,
     ) -> ResidualSpec:
         """The residuals of token ids (window, position), chunk by chunk of each batch."""
-        hidden, sizes = self._shell.architecture.hidden_size, chunk_sizes or [self._chunk_size] * len(batches)
+        hidden, sizes = (
+            self._shell.architecture.hidden_size,
+            chunk_sizes or [self._chunk_size] * len(batches),
+        )
         shapes = tuple(
             (ids.shape[0], min(size, ids.shape[1] - start), hidden)
             for ids, size in zip(batches, sizes, strict=True)
@@ -113,12 +129,14 @@ class LayerwiseRunner:
         stop: Callable[[], str | None] = lambda: None,
         profile: Profile = lambda batch, ids, there: nullcontext(),
     ) -> Swept:
-        """All batches of token ids (window, position) through all blocks, up to the deepest hook point.
+        """All batches of token ids (window, position) through all blocks, up to the deepest hook
+        point.
 
-        `chunk_sizes`: of each batch, where they are not the runner's. The first `done` units are not handed to `sink`
-        again. `unit_done(batch)` is called when a unit ends, and `commit` before the residuals that a later job would
-        go on with are made safe. `profile` is open while a batch goes through a block, and gives what is
-        to see captured values. Raises StoppedError, after a commit, once `stop` says by what it is asked to.
+        `chunk_sizes`: of each batch, where they are not the runner's. The first `done` units are
+        not handed to `sink` again. `unit_done(batch)` is called when a unit ends, and `commit`
+        before the residuals that a later job would go on with are made safe. `profile` is open
+        while a batch goes through a block, and gives what is to see captured values. Raises
+        StoppedError, after a commit, once `stop` says by what it is asked to.
         """
         self._sizes = list(chunk_sizes or [self._chunk_size] * len(batches))
         counts = [-(-ids.shape[1] // size) for ids, size in zip(batches, self._sizes, strict=True)]
@@ -136,12 +154,16 @@ class LayerwiseRunner:
         for block in self._source.sweep(blocks):
             for number, ids in enumerate(batches):
                 pieces = range(self._pieces[number], self._pieces[number + 1])
-                with profile(number, ids, lambda: [residuals.read(p) for p in pieces]) as units.captured:  # noqa: B023
+                with profile(
+                    number, ids, lambda: [residuals.read(p) for p in pieces]
+                ) as units.captured:  # noqa: B023
                     self._through_block(block, number, ids, residuals, units)
                 progress.say(block, number + 1, len(batches), ids.numel())
                 if asked := stop():
                     commit()
-                    raise StoppedError(f"stopped by {asked} in block {block} of {self._last + 1}; run again to go on")
+                    raise StoppedError(
+                        f"stopped by {asked} in block {block} of {self._last + 1}; run again to go on"
+                    )
             residuals.block_done(block + 1, commit, last=block == self._last)
         if self.stages[-1] > self._last:
             self._after(batches, residuals, units)
@@ -158,23 +180,37 @@ class LayerwiseRunner:
         """The units that have ended when so many blocks are done."""
         return batches * sum(stage < blocks for stage in self.stages)
 
-    def _enter(self, batches: Sequence[torch.Tensor], residuals: ResidualStore, units: "_Units", fresh: bool) -> None:
-        """The residuals before the first block, if `fresh`; and how every block is called, for each shape."""
+    def _enter(
+        self,
+        batches: Sequence[torch.Tensor],
+        residuals: ResidualStore,
+        units: "_Units",
+        fresh: bool,
+    ) -> None:
+        """The residuals before the first block, if `fresh`; and how every block is called, for each
+        shape.
+        """
         with self._shell.embedded(self._source):
             for number, ids in enumerate(batches):
                 for group in self._groups(ids):
                     for start, chunk, streamed in self._chunks(number, ids[group]):
                         key = (*chunk.shape, start if streamed else -1)
                         if key not in self._calls:
-                            self._calls[key] = self._shell.record(chunk, start, streamed)[: self._last + 1]
+                            self._calls[key] = self._shell.record(chunk, start, streamed)[
+                                : self._last + 1
+                            ]
                 if not fresh:
                     continue
                 with units.unit(-1, number) as taps, _Outputs(residuals, len(ids)) as outputs:
                     for group in self._groups(ids):
                         units.group(group.start)
                         for start, chunk, streamed in self._chunks(number, ids[group]):
-                            entering = _through(taps, chunk, start, self._shell.enter, chunk, start, streamed)
-                            outputs.write(self._pieces[number] + start // self._sizes[number], entering)
+                            entering = _through(
+                                taps, chunk, start, self._shell.enter, chunk, start, streamed
+                            )
+                            outputs.write(
+                                self._pieces[number] + start // self._sizes[number], entering
+                            )
         if fresh:
             residuals.entered()
 
@@ -191,10 +227,16 @@ class LayerwiseRunner:
                         cache = BlockCache(self._shell.model.config, block)
                     call = self._calls[(*chunk.shape, start if streamed else -1)][block]
                     piece = self._pieces[number] + start // self._sizes[number]
-                    residual = residuals.read(piece)[group].to(self._shell.device, non_blocking=True)
-                    outputs.write(piece, _through(taps, chunk, start, call.run, module, residual, cache))
+                    residual = residuals.read(piece)[group].to(
+                        self._shell.device, non_blocking=True
+                    )
+                    outputs.write(
+                        piece, _through(taps, chunk, start, call.run, module, residual, cache)
+                    )
 
-    def _after(self, batches: Sequence[torch.Tensor], residuals: ResidualStore, units: "_Units") -> None:
+    def _after(
+        self, batches: Sequence[torch.Tensor], residuals: ResidualStore, units: "_Units"
+    ) -> None:
         """The final norm."""
         norm = Anatomy.of(self._shell.architecture).final_norm
         assert norm is not None
@@ -204,7 +246,9 @@ class LayerwiseRunner:
                     for group in self._groups(ids):
                         units.group(group.start)
                         for start, chunk, _ in self._chunks(number, ids[group]):
-                            piece = residuals.read(self._pieces[number] + start // self._sizes[number])
+                            piece = residuals.read(
+                                self._pieces[number] + start // self._sizes[number]
+                            )
                             _through(taps, chunk, start, norm, piece[group].to(self._shell.device))
 
     def _groups(self, ids: torch.Tensor) -> Iterator[slice]:
@@ -234,7 +278,9 @@ class LayerwiseRunner:
 
 
 class _Outputs:
-    """What a block gives for the pieces of a batch, on its way into the store: of several groups once all are there."""
+    """What a block gives for the pieces of a batch, on its way into the store: of several groups
+    once all are there.
+    """
 
     def __init__(self, residuals: ResidualStore, windows: int) -> None:
         self._residuals, self._windows = residuals, windows
@@ -243,7 +289,9 @@ class _Outputs:
     def __enter__(self) -> "_Outputs":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             for piece, values in sorted(self._kept.items()):
                 self._residuals.write(piece, torch.cat(values))
@@ -257,7 +305,9 @@ class _Outputs:
 
 
 class _Units:
-    """Opens the taps of a unit of work, where it is one that is not done yet, and counts it when it ends."""
+    """Opens the taps of a unit of work, where it is one that is not done yet, and counts it when it
+    ends.
+    """
 
     def __init__(
         self,
@@ -268,7 +318,12 @@ class _Units:
         done: int,
         unit_done: Callable[[int], None],
     ) -> None:
-        self._runner, self._architecture, self._sink, self._batches = runner, architecture, sink, batches
+        self._runner, self._architecture, self._sink, self._batches = (
+            runner,
+            architecture,
+            sink,
+            batches,
+        )
         self._done, self._unit_done = done, unit_done
         self.captured: Captured = None
         self._first = 0
@@ -315,7 +370,9 @@ class _Progress:
             return
         self._said = now
         speed = self._through / (self._blocks * (now - self._begun))
-        left = (self._tokens * (self._blocks - self._first) - self._through) / (speed * self._blocks)
+        left = (self._tokens * (self._blocks - self._first) - self._through) / (
+            speed * self._blocks
+        )
         words = "block %d of %d, batch %d of %d: %.0f tokens/s through all blocks, %.0f s to go"
         log.info(words, block + 1, self._blocks, batch, batches, speed, left)
 

@@ -1,4 +1,6 @@
-"""The extraction of one shard block by block: plan, sweep, rows into the shard writer, and what a killed job left."""
+"""The extraction of one shard block by block: plan, sweep, rows into the shard writer, and what a
+killed job left.
+"""
 
 import logging
 import shutil
@@ -36,7 +38,9 @@ log = logging.getLogger(__name__)
 
 WAITED_TOO_LONG = 0.1  # of a sweep's time without weights, above which it is worth a word
 
-_ADVICE = "lower memory.streaming_chunk_size or corpus.context_length, or free memory, and run again"
+_ADVICE = (
+    "lower memory.streaming_chunk_size or corpus.context_length, or free memory, and run again"
+)
 
 # makes the shard's spec of the plan and the number of units that are committed
 SpecOf = Callable[[Plan, int], ShardSpec]
@@ -44,7 +48,9 @@ SpecOf = Callable[[Plan, int], ShardSpec]
 
 @dataclass(frozen=True)
 class _Measured:
-    """The bytes that a sweep was foretold to take, what watches and records its memory, and what asks it to stop."""
+    """The bytes that a sweep was foretold to take, what watches and records its memory, and what
+    asks it to stop.
+    """
 
     predicted: int
     watch: MemoryWatch
@@ -67,9 +73,9 @@ def extract_layerwise(
 ) -> None:
     """Write the hidden states of a shard, or go on with one that was begun.
 
-    `check` is called with the planned chunk size before anything is run; `profiled`: the memory of its largest batch is
-    recorded; `oom_level` says how many times the windows of
-    a batch are halved from the start. Raises ModelError, MemoryPlanError, StoppedError.
+    `check` is called with the planned chunk size before anything is run; `profiled`: the memory of
+    its largest batch is recorded; `oom_level` says how many times the windows of a batch are halved
+    from the start. Raises ModelError, MemoryPlanError, StoppedError.
     """
     lengths = np.diff(shard_tokens.window_offset)
     device, _ = loading.resolve_precision(frozen)
@@ -79,10 +85,18 @@ def extract_layerwise(
         planned = _plan(frozen, estimated, recorded, found, points, lengths, output, identity)
         check(planned.plan.chunk_size)
         batches = batching.plan_batches(
-            lengths, planned.plan.batch_tokens, planned.plan.chunk_size, planned.plan.streamed_windows
+            lengths,
+            planned.plan.batch_tokens,
+            planned.plan.chunk_size,
+            planned.plan.streamed_windows,
         )
-        ids = [batching.padded(b, shard_tokens.input_ids, shard_tokens.window_offset) for b in batches]
-        precision, most = spec_of(planned.plan, 0).precision, max((len(b.windows) for b in batches), default=1)
+        ids = [
+            batching.padded(b, shard_tokens.input_ids, shard_tokens.window_offset) for b in batches
+        ]
+        precision, most = (
+            spec_of(planned.plan, 0).precision,
+            max((len(b.windows) for b in batches), default=1),
+        )
         pinned = device.type == "cuda" and not planned.spilled
         largest = batching.largest(batches, 0, planned.plan.chunk_size) if profiled else ()
         profile = ShardProfile(found.loaded, output, largest)
@@ -92,7 +106,9 @@ def extract_layerwise(
 
         def run(level: int) -> None:
             groups = 1 << level
-            runner = LayerwiseRunner(found.shell, found.source, points, planned.plan.chunk_size, precision, groups)
+            runner = LayerwiseRunner(
+                found.shell, found.source, points, planned.plan.chunk_size, precision, groups
+            )
             spec = spec_of(planned.plan, len(runner.stages) * len(batches))
             residual_spec = runner.residuals(ids, identity)
             _check_disk(spec, estimated, output, residual_spec.nbytes)
@@ -108,9 +124,13 @@ def extract_layerwise(
                 writer.finish()
 
         def cut(level: int) -> Plan:
-            """Batches get smaller as long as one has several windows; what is committed keeps its chunks."""
+            """Batches get smaller as long as one has several windows; what is committed keeps its
+            chunks.
+            """
             halved = min(level, (most - 1).bit_length())
-            return replace(planned.plan, batch_tokens=-(-planned.plan.batch_tokens // (1 << halved)))
+            return replace(
+                planned.plan, batch_tokens=-(-planned.plan.batch_tokens // (1 << halved))
+            )
 
         interrupts.until_it_fits(run, cut, oom_level, device, lambda _: _ADVICE)
 
@@ -131,11 +151,16 @@ def _plan(
     if unfinished is None:
         planned = found.fit(estimated, points, windows, threshold, beside)
     else:
-        sizes = [int(unfinished[name]) for name in ("batch_tokens", "chunk_size", "streamed_windows")]
+        sizes = [
+            int(unfinished[name]) for name in ("batch_tokens", "chunk_size", "streamed_windows")
+        ]
         as_begun = Plan(sizes[0], sizes[1], windows.longest, sizes[2]).over(windows)
         planned = _as_begun(found, points, as_begun, windows.tokens, beside)
     device = found.loaded.device.type
-    words = [terminal.in_words(n) for n in (planned.need.cpu if device == "cpu" else planned.need.device,)]
+    words = [
+        terminal.in_words(n)
+        for n in (planned.need.cpu if device == "cpu" else planned.need.device,)
+    ]
     log.info(
         "plan: block by block, batches of %d tokens, chunks of %d; %s%s",
         planned.plan.batch_tokens,
@@ -148,15 +173,25 @@ def _plan(
     return planned
 
 
-def _as_begun(found: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens: int, beside: int) -> LayerwisePlan:
+def _as_begun(
+    found: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens: int, beside: int
+) -> LayerwisePlan:
     device, row = found.loaded.device.type, found.residual_row
     available, _ = gpu.available_memory(found.loaded.device)
     for spilled in (False, True):
         needed = layerwise_plan.need(
-            found.sizes(points), found.pass_of(points), cut.passes, tokens * row, row, device, spilled
+            found.sizes(points),
+            found.pass_of(points),
+            cut.passes,
+            tokens * row,
+            row,
+            device,
+            spilled,
         )
         on_host = needed.cpu if device == "cpu" else needed.host
-        if on_host + beside <= host.memory().free and (device == "cpu" or needed.device <= available.free):
+        if on_host + beside <= host.memory().free and (
+            device == "cpu" or needed.device <= available.free
+        ):
             return LayerwisePlan(cut, spilled, needed)
     raise MemoryPlanError(
         f"a shard was begun block by block with batches of {cut.batch_tokens} tokens, which take "
@@ -167,10 +202,15 @@ def _as_begun(found: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens:
 
 def _check_disk(spec: ShardSpec, estimated: Estimate, output: Path, residuals: int) -> None:
     """Rows, and twice the residuals: files of earlier jobs count as free."""
-    there = [*output.parent.glob(f"{output.name}.partial"), *output.parent.glob(f"{output.name}.residuals.*")]
+    there = [
+        *output.parent.glob(f"{output.name}.partial"),
+        *output.parent.glob(f"{output.name}.residuals.*"),
+    ]
     taken = sum(file.stat().st_blocks * 512 for file in there)
     needed = spec.rows * estimated.row_bytes[spec.precision] + 2 * residuals
-    estimate.check_disk(output.parent, max(0, needed - taken), shutil.disk_usage(output.parent).free)
+    estimate.check_disk(
+        output.parent, max(0, needed - taken), shutil.disk_usage(output.parent).free
+    )
 
 
 def _sweep(
@@ -181,14 +221,18 @@ def _sweep(
     writer: ShardWriter,
     measured: _Measured,
 ) -> Swept:
-    """All blocks; rows reach the writer hook point by hook point, and are whole with the last block."""
+    """All blocks; rows reach the writer hook point by hook point, and are whole with the last
+    block.
+    """
     rows = sum(sum(b.lengths) for b in batches)
     last_stage, total = (len(runner.stages) - 1) * len(batches), len(runner.stages) * len(batches)
     ready = 0
 
     def write(number: int, name: str, start: int, values: torch.Tensor, first: int) -> None:
         batch, own = batches[number], slice(first, first + len(values))
-        for row, (window, length) in enumerate(zip(batch.windows[own], batch.lengths[own], strict=True)):
+        for row, (window, length) in enumerate(
+            zip(batch.windows[own], batch.lengths[own], strict=True)
+        ):
             real = min(length - start, values.shape[1])
             if real > 0:
                 writer.write(window, name, start, values[row, :real])

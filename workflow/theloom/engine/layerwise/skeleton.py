@@ -1,10 +1,10 @@
 """A model without the weights of its blocks: what it does before, between and after them.
 
-The shell is the unmodified model of transformers on the meta device, with its real non-persistent buffers (rotary
-frequencies and the like) and its small weights outside the blocks. Its own forward, with every block's replaced by a
-recorder that lets the residual through, gives what enters the first block, and the arguments of every block: masks,
-rotary tables, positions. These depend on a batch's shape alone (`refusals` holds a model to that), so they are recorded
-once a shape.
+The shell is the unmodified model of transformers on the meta device, with its real non-persistent
+buffers (rotary frequencies and the like) and its small weights outside the blocks. Its own forward,
+with every block's replaced by a recorder that lets the residual through, gives what enters the
+first block, and the arguments of every block: masks, rotary tables, positions. These depend on a
+batch's shape alone (`refusals` holds a model to that), so they are recorded once a shape.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,17 @@ from theloom.engine.layerwise.weights_index import OUTSIDE, Checkpoint
 from theloom.errors import ModelError
 from theloom.hooks.blocks import find_blocks
 from theloom.hooks.catalog import build_catalog
-from theloom.model.block_calls import CACHE, PROBE_TOKENS, BlockCalls, Call, Frame, leaf_kind, leaves, look, refusal
+from theloom.model.block_calls import (
+    CACHE,
+    PROBE_TOKENS,
+    BlockCalls,
+    Call,
+    Frame,
+    leaf_kind,
+    leaves,
+    look,
+    refusal,
+)
 from theloom.model.fake import shapes_only
 from theloom.precision import torch_dtype
 
@@ -56,7 +66,9 @@ class Shell(Frame):
                 model: PreTrainedModel = AutoModel.from_config(
                     model_config, dtype=dtype, trust_remote_code=trust_remote_code, **options
                 )
-            _fill_buffers(model, device)  # before there are layers whose weights cannot be initialised
+            _fill_buffers(
+                model, device
+            )  # before there are layers whose weights cannot be initialised
             if quantizer is not None:
                 quantize.replace_layers(model, quantizer, dtype, device)
             model.eval().requires_grad_(False)
@@ -69,7 +81,9 @@ class Shell(Frame):
 
     @contextmanager
     def embedded(self, source: BlockSource) -> Iterator[None]:
-        """All weights outside the blocks attached; those of embeddings stay in the file, and on the host."""
+        """All weights outside the blocks attached; those of embeddings stay in the file, and on the
+        host.
+        """
         part, keys = OUTSIDE, self.checkpoint.keys[OUTSIDE]
         with ExitStack() as opened:
             opened.callback(self.checkpoint.detach, part)
@@ -77,7 +91,9 @@ class Shell(Frame):
             self.checkpoint.put({k: source.mapped(k) for k in mapped}, torch.device("cpu"))
             rest = [k for k in keys if k not in set(mapped)]
             if self.checkpoint.quantized:
-                self.checkpoint.place(part, self.checkpoint.load(part, source.on_disk(rest), self.device))
+                self.checkpoint.place(
+                    part, self.checkpoint.load(part, source.on_disk(rest), self.device)
+                )
             else:
                 self.checkpoint.attach(part, source.read(rest), self.device)
             if mapped and self.device.type != "cpu":
@@ -115,7 +131,9 @@ class Shell(Frame):
                 if id(tensor) not in fakes:
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                     parameter = isinstance(tensor, nn.Parameter)
-                    fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if parameter else fake
+                    fakes[id(tensor)] = (
+                        nn.Parameter(fake, requires_grad=False) if parameter else fake
+                    )
                 table[leaf] = fakes[id(tensor)]
         try:
             with mode, shapes_only(), quantize.shapes_alone(self.model):
@@ -137,14 +155,18 @@ def _keep_precise(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Make real the buffers that are in no file: the model's own initialisation fills them, as on loading."""
+    """Make real the buffers that are in no file: the model's own initialisation fills them, as on
+    loading.
+    """
     made = []
     for module in model.modules():
         for leaf in module._non_persistent_buffers_set:
             meta = module._buffers.get(leaf)
             if meta is not None:
                 real = torch.empty_like(meta, device=device)
-                module._buffers[leaf] = real.fill_(float("nan")) if real.is_floating_point() else real
+                module._buffers[leaf] = (
+                    real.fill_(float("nan")) if real.is_floating_point() else real
+                )
                 made.append((module, leaf))
     for module in model.modules():  # all of them: some fill their children's
         model._init_weights(module)
@@ -184,7 +206,9 @@ PLAIN = (int, float, str, bool, torch.dtype, torch.device, type(None))
 
 
 def examine(shell: Shell, source: BlockSource) -> None:
-    """Find the shell's hook points and what its blocks return. Raises ModelError for a model that is refused."""
+    """Find the shell's hook points and what its blocks return. Raises ModelError for a model that
+    is refused.
+    """
     with shell.without_bytes():
         seen = look(shell)
         build_catalog(shell.architecture)
@@ -196,17 +220,28 @@ def _texts(shell: Shell, source: BlockSource, seen: BlockCalls) -> None:
     vocabulary = shell.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(5)
     with shell.embedded(source):
-        calls = [shell.record(torch.randint(vocabulary, (2, PROBE_TOKENS), generator=generator)) for _ in range(2)]
+        calls = [
+            shell.record(torch.randint(vocabulary, (2, PROBE_TOKENS), generator=generator))
+            for _ in range(2)
+        ]
     for number, (first, second) in enumerate(zip(*calls, strict=True)):
         ours, others = list(_leaves_of(first)), list(_leaves_of(second))
         if [leaf_kind(*leaf) for leaf in ours] != [leaf_kind(*leaf) for leaf in seen.calls[number]]:
-            raise refusal(shell, f"block {number} takes more than the residual from the blocks before it")
+            raise refusal(
+                shell, f"block {number} takes more than the residual from the blocks before it"
+            )
         for (path, one), (_, other) in zip(ours, others, strict=True):
             if isinstance(one, torch.Tensor):
                 if one.shape != other.shape or not torch.equal(one, other):
-                    raise refusal(shell, f"block {number} is given something that depends on the text ({path})")
+                    raise refusal(
+                        shell,
+                        f"block {number} is given something that depends on the text ({path})",
+                    )
             elif not isinstance(one, PLAIN) and one is not CACHE:
-                raise refusal(shell, f"block {number} is given a {type(one).__name__}, which may carry state ({path})")
+                raise refusal(
+                    shell,
+                    f"block {number} is given a {type(one).__name__}, which may carry state ({path})",
+                )
 
 
 def _leaves_of(call: Call) -> Iterator[tuple[str, Any]]:

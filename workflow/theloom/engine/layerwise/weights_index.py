@@ -1,7 +1,9 @@
-"""The tensors of a checkpoint by the block that they belong to, and how a block's are put into a model and taken out.
+"""The tensors of a checkpoint by the block that they belong to, and how a block's are put into a
+model and taken out.
 
-Safetensors files are read by their headers (the format's specification: 8 bytes of length, a JSON header, the data).
-Keys of older or fused layouts go through transformers' own renaming and conversion.
+Safetensors files are read by their headers (the format's specification: 8 bytes of length, a JSON
+header, the data). Keys of older or fused layouts go through transformers' own renaming and
+conversion.
 """
 
 import copy
@@ -66,7 +68,8 @@ class Stored:
     def shift(self) -> int:
         """Bytes by which it is off a cache line, as it is where the file is mapped.
 
-        A buffer on the host keeps that: products of one row depend on it by rounding, and resident models are mapped.
+        A buffer on the host keeps that: products of one row depend on it by rounding, and resident
+        models are mapped.
         """
         return self.offset % CACHE_LINE if self.offset % self.dtype.itemsize == 0 else 0
 
@@ -81,12 +84,16 @@ def index(folder: Path) -> dict[str, Stored]:
     listed = folder / "model.safetensors.index.json"
     try:
         if listed.is_file():
-            names = sorted(set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         else:
             names = ["model.safetensors"]
         return {key: stored for name in names for key, stored in _header(folder / name).items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder.name}: its safetensors cannot be read: {' '.join(str(error).split())}") from None
+        raise ModelError(
+            f"{folder.name}: its safetensors cannot be read: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _header(file: Path) -> dict[str, Stored]:
@@ -98,19 +105,24 @@ def _header(file: Path) -> dict[str, Stored]:
         if key == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise ModelError(f"{file.name}: {key} is of type {entry['dtype']}, not read block by block")
+            raise ModelError(
+                f"{file.name}: {key} is of type {entry['dtype']}, not read block by block"
+            )
         begin, end = entry["data_offsets"]
-        found[key] = Stored(file, 8 + length + begin, end - begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        found[key] = Stored(
+            file, 8 + length + begin, end - begin, DTYPES[entry["dtype"]], tuple(entry["shape"])
+        )
     if any(s.offset + s.nbytes > file.stat().st_size for s in found.values()):
         raise ModelError(f"{file.name} is cut short; fetch it again")
     return found
 
 
 class Checkpoint:
-    """The keys of a checkpoint by block, and the places in a model on the meta device that they go to.
+    """The keys of a checkpoint by block, and the places in a model on the meta device that they go
+    to.
 
-    `attach` gives a part (a block's number, or OUTSIDE) its tensors, `detach` makes it meta again. Of a quantised
-    model `loader` makes a part's tensors, and `place` gives it them.
+    `attach` gives a part (a block's number, or OUTSIDE) its tensors, `detach` makes it meta again.
+    Of a quantised model `loader` makes a part's tensors, and `place` gives it them.
     """
 
     def __init__(
@@ -136,7 +148,9 @@ class Checkpoint:
         converters = [w for w in self._mapping if isinstance(w, WeightConverter)]
         state = model.state_dict()
         for key in stored:
-            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+            target, pattern = rename_source_key(
+                key, renamings, converters, model.base_model_prefix, state
+            )
             if target not in state:
                 continue  # an LM head, say: never read
             part = self._part_of.get(model.get_submodule(target.rpartition(".")[0]), OUTSIDE)
@@ -161,7 +175,9 @@ class Checkpoint:
         return sum(quantize.held(*place) for number, place in places.items() if number not in left)
 
     def arriving(self, part: int, device: str) -> int:
-        """The most bytes of a device while a part is loaded tensor by tensor, with what of it is there already."""
+        """The most bytes of a device while a part is loaded tensor by tensor, with what of it is
+        there already.
+        """
         assert self._loader is not None
         own, there, most = self._loader.quantizer.pre_quantized, 0, 0
         for target, keys in self._by_target(part).items():
@@ -169,7 +185,11 @@ class Checkpoint:
             result, dtype = quantize.held(module, leaf, meta), self.stored[keys[0]].dtype
             bits = quantize.kind_of(module) if leaf == "weight" else None
             if bits is not None:
-                beside = 0 if own else quantize.staging(bits, meta.numel(), dtype, self._model.dtype, device)
+                beside = (
+                    0
+                    if own
+                    else quantize.staging(bits, meta.numel(), dtype, self._model.dtype, device)
+                )
             elif len(keys) > 1:
                 beside = 2 * result  # what is put together, in two steps
             else:
@@ -179,12 +199,18 @@ class Checkpoint:
         return most
 
     def largest_on_host(self, part: int) -> int:
-        """Bytes of the host's memory through which a GPU's tensors come; LLM.int8() wants them back there once."""
+        """Bytes of the host's memory through which a GPU's tensors come; LLM.int8() wants them back
+        there once.
+        """
         assert self._loader is not None
         sizes = []
         for target, keys in self._by_target(part).items():
             module, leaf, meta = self._place(target)
-            back = leaf == "weight" and quantize.kind_of(module) == "8bit" and not self._loader.quantizer.pre_quantized
+            back = (
+                leaf == "weight"
+                and quantize.kind_of(module) == "8bit"
+                and not self._loader.quantizer.pre_quantized
+            )
             read = sum(self.stored[k].nbytes for k in keys)
             sizes.append(read + (meta.numel() * self._model.dtype.itemsize if back else 0))
         return max(sizes)
@@ -194,15 +220,22 @@ class Checkpoint:
         return sum(self.stored[k].nbytes for k in self.keys[part])
 
     def converted_bytes(self, part: int) -> int:
-        """Bytes that a part takes beside its buffer: all of it where its precision or its layout is another on disk."""
+        """Bytes that a part takes beside its buffer: all of it where its precision or its layout is
+        another on disk.
+        """
         wanted = sum(t.numel() * t.element_size() for t in self._meta(part))
         if part in self._converted:
             return wanted
-        targets = ((self.stored[k].dtype, self._model.state_dict()[self._targets[k]]) for k in self.keys[part])
+        targets = (
+            (self.stored[k].dtype, self._model.state_dict()[self._targets[k]])
+            for k in self.keys[part]
+        )
         return sum(t.numel() * t.element_size() for dtype, t in targets if dtype != t.dtype)
 
     def attach(self, part: int, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        """Put a part's tensors, by key, into the model, in the model's precision. Raises ModelError for one missing."""
+        """Put a part's tensors, by key, into the model, in the model's precision. Raises ModelError
+        for one missing.
+        """
         if part in self._converted:
             config = LoadStateDictConfig(
                 weight_mapping=cast(Any, copy.deepcopy(self._mapping)),
@@ -228,10 +261,18 @@ class Checkpoint:
         """Whether parts are quantised as they are loaded, or were before."""
         return self._loader is not None
 
-    def load(self, part: int, tensors: Mapping[str, OnDisk], device: torch.device) -> dict[str, torch.Tensor]:
-        """A part's tensors by their names in the model, quantised; the model itself is left as it is."""
+    def load(
+        self, part: int, tensors: Mapping[str, OnDisk], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """A part's tensors by their names in the model, quantised; the model itself is left as it
+        is.
+        """
         assert self._loader is not None
-        names = list(dict.fromkeys(f"{self._names[m]}.{leaf}".lstrip(".") for m, leaf, _ in self._places[part]))
+        names = list(
+            dict.fromkeys(
+                f"{self._names[m]}.{leaf}".lstrip(".") for m, leaf, _ in self._places[part]
+            )
+        )
         return self._loader.load(tensors, names, device)
 
     def place(self, part: int, loaded: Mapping[str, torch.Tensor]) -> None:
@@ -264,10 +305,14 @@ class Checkpoint:
     def _put(self, target: str, tensor: torch.Tensor, device: torch.device) -> None:
         module, leaf, meta = self._place(target)
         if tuple(meta.shape) != tuple(tensor.shape):
-            raise ModelError(f"{target}: the files have {tuple(tensor.shape)}, the config wants {tuple(meta.shape)}")
+            raise ModelError(
+                f"{target}: the files have {tuple(tensor.shape)}, the config wants {tuple(meta.shape)}"
+            )
         value = tensor.to(device=device, dtype=meta.dtype)
         self._set_tied(
-            module, leaf, nn.Parameter(value, requires_grad=False) if isinstance(meta, nn.Parameter) else value
+            module,
+            leaf,
+            nn.Parameter(value, requires_grad=False) if isinstance(meta, nn.Parameter) else value,
         )
 
     def _set_tied(self, module: nn.Module, leaf: str, new: torch.Tensor) -> None:
@@ -290,7 +335,9 @@ class Checkpoint:
         return module, leaf, getattr(module, leaf)
 
     def _keep_dtype(self, target: str, dtype: torch.dtype) -> None:
-        """A weight of a quantised checkpoint that is not quantised stays as the file has it, as transformers does."""
+        """A weight of a quantised checkpoint that is not quantised stays as the file has it, as
+        transformers does.
+        """
         module, _, meta = self._place(target)
         if not quantize.kind_of(module):
             meta.data = meta.data.to(dtype)
