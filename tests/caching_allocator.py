@@ -124,7 +124,7 @@ def replay(weights: Sequence[int], events: Sequence[Event], warmed_up: bool = Fa
     storages, in order.
 
     `weights` are bytes of each storage in the order of loading; what else stays for good is one
-    more of them, such as the cuBLAS workspace. `warmed_up`: all of their bytes are asked for at
+    more of them, such as the cuBLAS workspace. `warmed_up`: all of their bytes are requested at
     once and let go before the first is loaded, as transformers 5 does where `from_pretrained` has a
     device_map; weights then lie close together. Raises ValueError where a storage ends that was not
     born.

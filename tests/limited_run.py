@@ -29,16 +29,16 @@ torch.set_num_threads(2)
 
 
 def main(folder: Path, source: str, limit: int) -> None:
-    asked = f"memory.activation_cache_filter=[blocks.-1.hook_resid_post] extraction.shards=1 {os.environ['ASKED']}"
+    requested = f"memory.activation_cache_filter=[blocks.-1.hook_resid_post] extraction.shards=1 {os.environ['REQUESTED']}"
     torch.nn.functional.linear(torch.zeros(64, 64), torch.zeros(64, 64))
     if len(sys.argv) <= 4:
         whole = psutil.Process().memory_info().vms + limit
         resource.setrlimit(resource.RLIMIT_AS, (whole, whole))
     loading.load_model = None  # nothing may load the whole model
     begun = time.time()
-    run = stages(folder / "auto", source, asked)
+    run = stages(folder / "auto", source, requested)
     run.prepare()
-    resident = stages(folder / "resident", source, f"{asked} extraction.execution=resident")
+    resident = stages(folder / "resident", source, f"{requested} extraction.execution=resident")
     said = ""
     try:
         files = (run.folder / "estimate.h5", run.folder / "tokens.h5", resident.folder / "model.h5")

@@ -32,9 +32,9 @@ def spec(precision="fp32", identity="me", lengths=LENGTHS, batches=None, **other
     return ShardSpec(tokens, POINTS, 5, precision, batches, identity, attributes, **others)
 
 
-def all_but_figures(path) -> bytes:
+def all_but_metrics(path) -> bytes:
     """The whole file, metadata included, without the seconds that its job took."""
     with h5py.File(path) as file:
-        place, size = file["figures"].id.get_offset(), file["figures"].id.get_storage_size()
+        place, size = file["metrics"].id.get_offset(), file["metrics"].id.get_storage_size()
     raw = path.read_bytes()
     return raw[:place] + raw[place + size :]

@@ -231,7 +231,7 @@ def _slurm_conf(folder: Path) -> str:
         "MinJobAge": "3600",
         "KillWait": "3",
         "JobRequeue": "0",
-        # the memory of a job is looked at every second, and a job with more than it asked for is
+        # the memory of a job is looked at every second, and a job with more than it requested is
         # killed
         "JobAcctGatherType": "jobacct_gather/linux",
         "JobAcctGatherFrequency": "task=1",

@@ -152,8 +152,8 @@ def stages(folder: Path, model_source: str | Path, overrides: str = "") -> Stage
         "extraction.batch_tokens": 256,
         "corpus.max_tokens": 2000,
     }
-    asked = {o.partition("=")[0] for o in overrides.split()}
-    defaults = " ".join(f"{key}={value}" for key, value in small.items() if key not in asked)
+    requested = {o.partition("=")[0] for o in overrides.split()}
+    defaults = " ".join(f"{key}={value}" for key, value in small.items() if key not in requested)
     overrides = f"model.source={model_source} extraction.device=cpu {defaults} {overrides}"
     (run,) = compose.runs(ROOT / "config", "custom", overrides).values()
     (folder / "shards").mkdir(parents=True, exist_ok=True)
@@ -289,8 +289,10 @@ class Project:
     folder: Path
 
     def command(self, *arguments: str, profiles: str = "", overrides: str = "") -> list[str]:
-        asked = [f"profiles={profiles}"] * bool(profiles) + [f"set={overrides}"] * bool(overrides)
-        config_arguments = ["--config", *asked] if asked else []
+        requested = [f"profiles={profiles}"] * bool(profiles) + [f"set={overrides}"] * bool(
+            overrides
+        )
+        config_arguments = ["--config", *requested] if requested else []
         base = [sys.executable, "-m", "snakemake", "--profile", "workflow/profiles/local"]
         return [*base, *arguments, *config_arguments]
 
@@ -305,9 +307,9 @@ class Project:
             timeout=900,
         )
 
-    def jobs(self, **asked: str) -> dict[str, int]:
+    def jobs(self, **requested: str) -> dict[str, int]:
         """What a dry run says it would run: the number of jobs by rule."""
-        dry = self.snakemake("--dry-run", "--quiet", "host", **asked)
+        dry = self.snakemake("--dry-run", "--quiet", "host", **requested)
         assert dry.returncode == 0, dry.stdout + dry.stderr
         text = dry.stdout + dry.stderr
         if "Nothing to be done" in text:

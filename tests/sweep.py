@@ -26,7 +26,7 @@ from theloom.errors import TheLoomError
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.points import residual_points
 from theloom.hooks.taps import Taps
-from theloom.model.checks import TriedOut, self_check
+from theloom.model.checks import SelfCheck, self_check
 from theloom.model.forward import prefill
 from theloom.precision import TOLERANCE
 from tiny_configs import tiny_config
@@ -48,7 +48,7 @@ class Row:
     blocks: str = ""
     problem: str = ""  # why it cannot be made tiny
     refusal: str = ""  # why TheLoom refuses it
-    tried: TriedOut | None = None
+    tried: SelfCheck | None = None
     states_error: float = float("nan")
     chunk_error: float = float("nan")
     shifted: bool = False  # its hidden states are the blocks' outputs
@@ -293,12 +293,12 @@ def _cell(words: str) -> str:
     return words.replace("|", "\\|").replace("<", "&lt;")[:160]
 
 
-def main(asked: list[str]) -> None:
+def main(requested: list[str]) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     rows = []
-    for row in sweep(asked or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for row in sweep(requested or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         rows.append(row)
         print(_say(row), flush=True)
     parity, streams = (sum(getattr(r, what) for r in rows) for what in ("parity", "streams"))
@@ -306,7 +306,7 @@ def main(asked: list[str]) -> None:
         f"{len(rows)} architectures: {parity} with the model's own hidden states, {streams} streamed"
     )
     wrong = [r.model_type for r in rows if r.silently_wrong]
-    if not asked:
+    if not requested:
         DOCUMENT.parent.mkdir(exist_ok=True)
         DOCUMENT.write_text(table(rows))
     if wrong:

@@ -133,11 +133,13 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 def _shrink(plain: dict[str, Any], special: dict[str, Any]) -> None:
     depth = next((plain[n] for n in DEPTH.split() if isinstance(plain.get(n), int)), 0)
-    asked = special.get("num_hidden_layers")
+    requested = special.get("num_hidden_layers")
     lists = {k: v for k, v in plain.items() if isinstance(v, list | tuple) and len(v) == depth > 3}
     rows = list(zip(*map(_hashable, lists.values()), strict=True)) or [()] * depth
     kept = [rows.index(row) for row in dict.fromkeys(rows)] or list(range(BLOCKS))
-    kept += [i for i in range(len(rows)) if i not in kept][: max(0, (asked or BLOCKS) - len(kept))]
+    kept += [i for i in range(len(rows)) if i not in kept][
+        : max(0, (requested or BLOCKS) - len(kept))
+    ]
     kept.sort()
     for key, value in list(plain.items()):
         if key == "per_layer_config" and isinstance(value, dict):

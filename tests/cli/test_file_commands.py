@@ -10,7 +10,7 @@ import pytest
 from crashes import flip
 from support import stages
 from theloom.cli import main
-from theloom.store.file_format import FIGURES
+from theloom.store.file_format import METRICS
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -39,10 +39,10 @@ def test_inspect_as_json(run, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["schema"]["rows"] == 400
     assert len(found["schema"]["files"]) == 2
-    assert list(found["figures"]) == list(FIGURES)
-    assert found["figures"]["seconds_disk"] > 0
+    assert list(found["metrics"]) == list(METRICS)
+    assert found["metrics"]["seconds_disk"] > 0
     (hook,) = [h for h in found["hooks"] if h["name"] == HOOK]
-    assert (hook["shape"], hook["nbytes"], hook["not_finite"]) == ([64], 400 * 64 * 4, 0)
+    assert (hook["shape"], hook["nbytes"], hook["nonfinite"]) == ([64], 400 * 64 * 4, 0)
     assert found["provenance"]["versions"]["torch"]
 
 

@@ -132,11 +132,11 @@ def test_a_reader_that_stops_reading():
 
 def test_a_user_s_error_is_one_line_and_exit_code_1(monkeypatch, capsys):
     def refuse(self: GPUManager, device: int | None = None) -> None:
-        raise ConfigError("what was asked, what was found, what to do")
+        raise ConfigError("what was requested, what was found, what to do")
 
     monkeypatch.setattr(GPUManager, "get_gpu_info", refuse)
     assert main.main(["gpus"]) == 1
-    assert capsys.readouterr().err == "error: what was asked, what was found, what to do\n"
+    assert capsys.readouterr().err == "error: what was requested, what was found, what to do\n"
 
 
 def test_without_cuda_the_driver_s_gpus_are_named(monkeypatch, capsys):
@@ -168,9 +168,9 @@ def test_every_help_has_an_example_and_fits_80_columns(command, monkeypatch, cap
     assert max(map(len, printed.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("asked", ["7b", "--table"])
-def test_the_estimate_fits_80_columns_and_is_plain_in_a_pipe(asked):
-    done = theloom("estimate", asked)
+@pytest.mark.parametrize("requested", ["7b", "--table"])
+def test_the_estimate_fits_80_columns_and_is_plain_in_a_pipe(requested):
+    done = theloom("estimate", requested)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "\033" not in done.stdout
@@ -204,9 +204,7 @@ def test_a_number_that_is_none_is_refused_in_words(capsys):
     for wrong in ("x", "0", "-1"):
         with pytest.raises(SystemExit):
             main.main(["estimate", "7b", "--batch", wrong])
-        assert (
-            f"argument --batch: '{wrong}' is no whole number from 1 on" in capsys.readouterr().err
-        )
+        assert f"argument --batch: '{wrong}' is no integer from 1 on" in capsys.readouterr().err
 
 
 def test_long_words_of_a_table_are_folded_into_its_80_columns():
@@ -218,13 +216,13 @@ def test_long_words_of_a_table_are_folded_into_its_80_columns():
 
 def test_a_shell_is_told_what_can_come_next(tmp_path):
     answer = tmp_path / "answer"
-    asked = "theloom estimate --pre"
+    requested = "theloom estimate --pre"
     environment = os.environ | {
         "_ARGCOMPLETE": "1",
         "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
         "_ARGCOMPLETE_IFS": "\n",
-        "COMP_LINE": asked,
-        "COMP_POINT": str(len(asked)),
+        "COMP_LINE": requested,
+        "COMP_POINT": str(len(requested)),
     }
     subprocess.run([sys.executable, "-m", "theloom.cli.main"], env=environment, capture_output=True)
     assert answer.read_text().split() == ["--precision"]

@@ -62,7 +62,7 @@ def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, wo
         assert word in str(caught.value)
 
 
-def test_another_encoding_is_read_when_asked_for(tmp_path):
+def test_another_encoding_is_read_when_requested(tmp_path):
     (tmp_path / "x.txt").write_bytes("grün".encode("latin-1"))
     assert read(f"corpus=text corpus.path={tmp_path} corpus.encoding=latin-1")[0].text == "grün"
     with pytest.raises(CorpusError, match="no encoding 'klingon'"):
@@ -84,14 +84,16 @@ def test_a_data_set_on_disk_is_read_by_split_and_column(tmp_path):
         {"train": datasets.Dataset.from_dict(rows), "test": datasets.Dataset.from_dict(rows)}
     )
     splits.save_to_disk(tmp_path / "saved")
-    asked = f"corpus=hub corpus.dataset={tmp_path}/saved corpus.column=body"
-    assert [(d.id, d.text) for d in read(f"{asked} corpus.split=test")][:1] == [("test/0", "one")]
-    assert [d.id for d in read(f"{asked} corpus.id_column=name corpus.max_documents=2")] == [
+    requested = f"corpus=hub corpus.dataset={tmp_path}/saved corpus.column=body"
+    assert [(d.id, d.text) for d in read(f"{requested} corpus.split=test")][:1] == [
+        ("test/0", "one")
+    ]
+    assert [d.id for d in read(f"{requested} corpus.id_column=name corpus.max_documents=2")] == [
         "x",
         "y",
     ]
     with pytest.raises(CorpusError, match=r"corpus\.split.*'dev'.*train, test"):
-        read(f"{asked} corpus.split=dev")
+        read(f"{requested} corpus.split=dev")
 
 
 def test_a_folder_of_parquet_is_a_data_set_too(tmp_path):

@@ -56,8 +56,10 @@ def write_texts(folder, texts):
 def test_window_lengths_are_those_of_each_shard(tmp_path, tiny_llama, shards):
     texts = {"a.txt": "One two three.", "b.txt": "word " * 500, "c.txt": "x", "d.txt": "word " * 90}
     folder, path = write_texts(tmp_path / "texts", texts), tmp_path / "tokens.h5"
-    asked = f"corpus=text corpus.path={folder} corpus.context_length=100 extraction.shards={shards}"
-    tokenize(a_config(tiny_llama, asked), path)
+    requested = (
+        f"corpus=text corpus.path={folder} corpus.context_length=100 extraction.shards={shards}"
+    )
+    tokenize(a_config(tiny_llama, requested), path)
     found, parts = tokens.window_lengths(path), [read_shard(path, n) for n in range(shards)]
     assert [x.tolist() for x in found.shards] == [
         np.diff(part.window_offset).tolist() for part in parts
@@ -79,7 +81,7 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path, tiny_llama):
         assert file["tokens/input_ids"][:].tolist() == np.concatenate(expected).tolist()
         assert file["documents/id"][:].tolist() == [b"a.txt", b"b.md", b"d.txt"]
         assert np.diff(file["documents/offset"][:]).tolist() == [len(e) for e in expected]
-        assert file.attrs["documents_empty"] == 1
+        assert file.attrs["empty_documents"] == 1
         # the model's context is 256 tokens: the long document is split, and nothing of it is lost
         assert np.diff(file["windows/offset"][:]).tolist() == [
             len(expected[0]),
@@ -111,7 +113,7 @@ def test_max_tokens_is_exact_and_the_cut_is_recorded(tmp_path, tiny_llama, caplo
     with file_format.open_h5(tmp_path / "tokens.h5", "tokens") as file:
         assert len(file["tokens/input_ids"]) == 60
         assert len(file["documents/id"]) == 2
-    assert attributes["last_document_cut_from"] > 20
+    assert attributes["truncated_from"] > 20
     assert "b.txt is cut" in caplog.text
 
 

@@ -16,8 +16,10 @@ from theloom.errors import ConfigError, HookError
 @pytest.fixture(scope="module")
 def acts(tmp_path_factory, tiny_llama):
     hooks = "memory.activation_cache_filter=[blocks.*.hook_resid_post,blocks.1.attn.hook_pattern]"
-    asked = f"{hooks} corpus.max_tokens=300 corpus.context_length=120 store.dtype=bf16"
-    return theloom.open(stages(tmp_path_factory.mktemp("run"), tiny_llama, asked).all().activations)
+    requested = f"{hooks} corpus.max_tokens=300 corpus.context_length=120 store.dtype=bf16"
+    return theloom.open(
+        stages(tmp_path_factory.mktemp("run"), tiny_llama, requested).all().activations
+    )
 
 
 def test_the_repr_names_rows_model_precision_hook_points_and_the_next_step(acts):

@@ -27,9 +27,9 @@ def test_there_is_a_file_of_every_version_up_to_this_one():
 @pytest.mark.parametrize("path", RELEASED, ids=lambda p: p.stem)
 def test_it_opens_and_its_rows_have_the_hashes_that_were_written(path):
     acts = theloom.open(path)
-    wrong, not_finite = inspect.check_hashes(acts)
+    wrong, nonfinite = inspect.check_hashes(acts)
     assert wrong == []
-    assert not not_finite.any()
+    assert not nonfinite.any()
 
 
 def test_format_1_has_the_rows_that_it_had():

@@ -34,8 +34,8 @@ AREAS += [
 
 @pytest.fixture(scope="module", params=["none", "zstd"])
 def run(request, tmp_path_factory, tiny_llama):
-    asked = f"extraction.shards=2 corpus.max_tokens=600 store.compression={request.param}"
-    return stages(tmp_path_factory.mktemp("run"), tiny_llama, asked).all()
+    requested = f"extraction.shards=2 corpus.max_tokens=600 store.compression={request.param}"
+    return stages(tmp_path_factory.mktemp("run"), tiny_llama, requested).all()
 
 
 def found_wrong(path) -> bool:
@@ -80,12 +80,12 @@ def test_a_flipped_bit_anywhere_is_found_or_in_the_figures(run):
     """
     choose, shard = random.Random(1), run.shards[0]
     with h5py.File(shard) as file:
-        (figures,) = extents(file, "figures")
+        (metrics,) = extents(file, "metrics")
     for _ in range(FLIPS):
         place, bit = choose.randrange(shard.stat().st_size), choose.randrange(8)
         flip(shard, place, bit)
         if not found_wrong(shard):
-            assert figures[0] <= place < sum(figures)
+            assert metrics[0] <= place < sum(metrics)
         flip(shard, place, bit)
 
 

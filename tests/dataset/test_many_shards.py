@@ -38,7 +38,7 @@ def write_first(path: Path) -> None:
     """A shard by the writer itself."""
     one = spec(identity="run-0", lengths=[ROWS])
     one.attributes.update(
-        shard=0, first_row=0, batch_tokens=ROWS, chunk_size=ROWS, run_identity="run"
+        shard=0, first_row=0, batch_tokens=ROWS, chunk_size=ROWS, run_fingerprint="run"
     )
     with ShardWriter(path, one) as writer:
         for point in one.points:

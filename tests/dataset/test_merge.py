@@ -59,7 +59,7 @@ def test_a_shard_of_another_run_is_named(shards, tmp_path, tiny_llama):
     )
     other.prepare()
     other.extract()
-    with pytest.raises(StoreError, match=r"its run_identity is not that of"):
+    with pytest.raises(StoreError, match=r"its run_fingerprint is not that of"):
         merge_shards(
             [shards[0], other.shards[1], shards[2]], "virtual", tmp_path / "activations.h5"
         )

@@ -15,8 +15,8 @@ HOOK = "blocks.1.hook_resid_post"
 
 @pytest.fixture(scope="module", params=["fp32", "fp16", "bf16"])
 def run(request, tmp_path_factory, tiny_llama):
-    asked = f"extraction.shards=2 corpus.max_tokens=300 store.dtype={request.param}"
-    return stages(tmp_path_factory.mktemp("run"), tiny_llama, asked).all()
+    requested = f"extraction.shards=2 corpus.max_tokens=300 store.dtype={request.param}"
+    return stages(tmp_path_factory.mktemp("run"), tiny_llama, requested).all()
 
 
 @pytest.fixture(params=["shard", "virtual", "physical"])

@@ -28,7 +28,7 @@ def copy(run, tmp_path):
 
 
 def forge(path, change) -> None:
-    """Change a file as somebody would who seals it again."""
+    """Change a file as somebody would who checksums it again."""
     with h5py.File(path, "a") as file:
         change(file)
         index.write_index(file)

@@ -248,7 +248,7 @@ def test_a_board_that_shares_the_host_s_memory_has_the_host_s(monkeypatch, cuda)
         ),
     ],
 )
-def test_where_nvml_does_not_tell_cuda_is_asked(cuda, errors, note):
+def test_where_nvml_does_not_tell_cuda_is_requested(cuda, errors, note):
     board = Board("GPU-aa", used=10 * GIB)
     calls = cuda([board], [board], errors=errors)
     info = gpu.GPUManager().get_gpu_info()
@@ -375,7 +375,7 @@ def test_other_processes_in_words(cuda):
     assert gpu.other_processes(0) == "VLLM::EngineCore (pid 999999998, vLLM) 61.2 GB"
 
 
-def test_peaks_are_reset_and_the_cache_emptied_where_asked(cuda):
+def test_peaks_are_reset_and_the_cache_emptied_where_requested(cuda):
     boards = [Board("GPU-aa"), Board("GPU-bb")]
     calls = cuda(boards, boards, reserved=1)
     manager = gpu.GPUManager()

@@ -47,7 +47,7 @@ def shard(folder: Path, trials: int, seed: int) -> None:
 
 
 def assert_one_holder_at_a_time(diary: str) -> int:
-    """Nobody writes after the next one has begun: the dead do not write. Returns the number of
+    """Nobody writes after the next one has started: the dead do not write. Returns the number of
     leases.
     """
     holder, leases = "", 0
@@ -125,7 +125,7 @@ def test_a_waiting_job_says_who_holds_the_gpu_and_gets_it_when_the_holder_is_kil
 
 def test_more_gpus_than_there_are_is_an_error_at_once(tmp_path):
     with (
-        pytest.raises(ConfigError, match=r"resources.gpu: 3 GPUs are asked for, and 2 are here"),
+        pytest.raises(ConfigError, match=r"resources.gpu: 3 GPUs are requested, and 2 are here"),
         gpu_lease.leased(lambda: found(*TWO), 3, folder=tmp_path),
     ):
         pass

@@ -92,7 +92,7 @@ def test_the_table_needs_no_network():
     source = """
 import socket
 def refuse(*arguments, **options):
-    raise AssertionError("the network was asked")
+    raise AssertionError("the network was requested")
 socket.socket.connect = socket.getaddrinfo = refuse
 from theloom.devices import gpu_specs
 print(len(gpu_specs.gpus()))

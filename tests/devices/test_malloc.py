@@ -77,7 +77,7 @@ print(before - rss())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_free_memory_is_given_back_when_it_is_asked_for():
+def test_free_memory_is_given_back_when_it_is_requested():
     tuned = environment()
     host.reuse_freed_blocks(tuned)
     assert printed(FREED, tuned) > 150e6  # of 210 MB

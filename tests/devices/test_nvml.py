@@ -56,7 +56,7 @@ def test_a_machine_s_devices(monkeypatch):
         (pynvml.NVML_ERROR_UNKNOWN, "NVML: Unknown Error"),
     ],
 )
-def test_why_nothing_can_be_asked(monkeypatch, code, words):
+def test_why_nothing_can_be_requested(monkeypatch, code, words):
     fake_nvml.install(monkeypatch, [Board("GPU-aa")], errors={"nvmlInit": code})
     machine = nvml.read()
     assert machine.devices == ()
@@ -119,7 +119,7 @@ def test_memory_without_permission(monkeypatch):
 
 
 def mig_board() -> Board:
-    """A GPU of two instances and an empty slot, that may not be asked itself."""
+    """A GPU of two instances and an empty slot, that may not be requested itself."""
     refused = dict.fromkeys(
         ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses"),
         pynvml.NVML_ERROR_NO_PERMISSION,
@@ -172,7 +172,7 @@ def test_mig_without_instances(monkeypatch):
         ("bb", "", "GPU-bb"),  # as CUDA gives it
         ("GPU-BB", "1", "GPU-bb"),
         ("22", "MIG-22", "MIG-22"),
-        ("aa", "MIG-22", "MIG-22"),  # the GPU's UUID, where an instance of it was asked for
+        ("aa", "MIG-22", "MIG-22"),  # the GPU's UUID, where an instance of it was requested
         ("aa", "MIG-2", "MIG-22"),  # CUDA takes the beginning of one
         ("aa", "0", "MIG-11"),
         ("aa", "", "MIG-11"),
@@ -309,7 +309,7 @@ def test_commands_of_vllm(command, vllm):
 
 
 @pytest.mark.gpu
-def test_the_real_driver_is_asked_in_milliseconds_and_agrees_with_nvidia_smi():
+def test_the_real_driver_is_requested_in_milliseconds_and_agrees_with_nvidia_smi():
     start = time.perf_counter()
     machine = nvml.read()
     assert time.perf_counter() - start < 2

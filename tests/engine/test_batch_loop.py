@@ -20,18 +20,18 @@ from theloom.errors import MemoryPlanError, StoppedError
 from theloom.store import ring_buffer, writer
 from theloom.store.writer import ShardWriter
 
-ASKED = "corpus.max_tokens=3000 corpus.context_length=256 memory.streaming_chunk_size=128 extraction.shards=1"
+Requested = "corpus.max_tokens=3000 corpus.context_length=256 memory.streaming_chunk_size=128 extraction.shards=1"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_llama):
-    return stages(tmp_path_factory.mktemp("whole"), tiny_llama, ASKED).all()
+    return stages(tmp_path_factory.mktemp("whole"), tiny_llama, Requested).all()
 
 
 @pytest.fixture
 def run(tmp_path, whole, monkeypatch):
     monkeypatch.setattr(writer, "COMMIT_BYTES", 1)
-    begun = stages(tmp_path, whole.config("extract").model.source, ASKED)
+    begun = stages(tmp_path, whole.config("extract").model.source, Requested)
     for name in ("estimate.h5", "tokens.h5", "model.h5"):
         (begun.folder / name).write_bytes((whole.folder / name).read_bytes())
     return begun
@@ -117,7 +117,7 @@ def test_an_error_that_is_not_of_memory_is_not_tried_again(run, memory_for, monk
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_job_that_is_asked_to_stop_commits_what_it_has_and_the_next_one_goes_on(
+def test_a_job_that_is_requested_to_stop_commits_what_it_has_and_the_next_one_goes_on(
     run, whole, monkeypatch, number
 ):
     monkeypatch.setattr(writer, "COMMIT_BYTES", 1 << 30)  # only the stop commits
@@ -180,7 +180,7 @@ def test_progress_says_tokens_speed_time_left_memory_and_bytes():
     progress = Progress(10_000, 1_000, 2 * 10**9, MemoryWatch(torch.device("cpu")))
     line = progress.line(Moment(4_000, 50_000_000, 0.5), 10.0)
     assert line.startswith("4,000 of 10,000 tokens, 300 tokens/s, 0:00:20 left; memory ")
-    assert " of 2.00 GB foretold; 5.0 MB/s written" in line
+    assert " of 2.00 GB predicted; 5.0 MB/s written" in line
     assert "the disk is the limit" not in line
     assert "the disk is the limit: 50% of the time" in progress.line(
         Moment(4_000, 50_000_000, 5.0), 10.0

@@ -36,12 +36,12 @@ def encoders(tmp_path_factory, tiny_llama):
     return folders
 
 
-ASKED = "memory.activation_cache_filter=[] corpus.max_tokens=600 extraction.shards=2 extraction.batch_tokens=200"
+Requested = "memory.activation_cache_filter=[] corpus.max_tokens=600 extraction.shards=2 extraction.batch_tokens=200"
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "ibert"])
 def test_rows_are_those_of_each_document_by_itself(tmp_path, encoders, model_type):
-    run = stages(tmp_path, encoders[model_type], f"{ASKED} corpus.context_length=60").all()
+    run = stages(tmp_path, encoders[model_type], f"{Requested} corpus.context_length=60").all()
     run.verify()
     recorded = model_record.read(run.folder / "model.h5")
     assert not recorded.causal
@@ -63,7 +63,7 @@ def test_rows_are_those_of_each_document_by_itself(tmp_path, encoders, model_typ
 
 
 def test_a_document_longer_than_a_chunk_is_refused_with_the_reason(tmp_path, encoders):
-    run = stages(tmp_path, encoders["bert"], f"{ASKED} corpus.context_length=100")
+    run = stages(tmp_path, encoders["bert"], f"{Requested} corpus.context_length=100")
     run.prepare()
     with pytest.raises(
         ModelError, match=r"cannot be streamed \(it is not causal\).*streaming_chunk_size=100"

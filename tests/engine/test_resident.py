@@ -96,15 +96,15 @@ def test_a_model_that_cannot_be_streamed_is_extracted_in_one_pass_or_refused(
     )
     for file in tiny_llama.glob("tokenizer*"):
         shutil.copy(file, folder)
-    asked = "extraction.shards=1 corpus.max_documents=1"
-    run = stages(tmp_path / "run", folder, asked)
+    requested = "extraction.shards=1 corpus.max_documents=1"
+    run = stages(tmp_path / "run", folder, requested)
     run.prepare()
     assert "cannot be streamed" in caplog.text
     with pytest.raises(
         ModelError, match=r"a document has 256 tokens; set memory\.streaming_chunk_size=256"
     ):
         run.extract()
-    whole = stages(tmp_path / "whole", folder, f"{asked} memory.streaming_chunk_size=256").all()
+    whole = stages(tmp_path / "whole", folder, f"{requested} memory.streaming_chunk_size=256").all()
     whole.verify()
 
 
@@ -222,8 +222,8 @@ def test_no_file_holds_the_user_s_home(tmp_path, monkeypatch, tiny_llama):
 @pytest.mark.parametrize("merge", ["virtual", "physical"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_stored_bit_for_bit(tmp_path, tiny_llama, merge, precision):
-    asked = f"memory.precision_mode={precision} store.merge={merge} corpus.max_tokens=500"
-    run = stages(tmp_path, tiny_llama, asked).all()
+    requested = f"memory.precision_mode={precision} store.merge={merge} corpus.max_tokens=500"
+    run = stages(tmp_path, tiny_llama, requested).all()
     acts = theloom.open(run.activations)
     assert acts.dtype == torch_dtype(precision)
     rows = slice(*(int(r) for r in acts.window_offset[:2]))
@@ -317,9 +317,9 @@ def rows_committed(partial):
 
 
 def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_path, tiny_llama):
-    asked = "corpus.max_tokens=30000 extraction.shards=1 extraction.batch_tokens=128"
-    whole = stages(tmp_path / "whole", tiny_llama, asked).all()
-    run = stages(tmp_path / "killed", tiny_llama, asked)
+    requested = "corpus.max_tokens=30000 extraction.shards=1 extraction.batch_tokens=128"
+    whole = stages(tmp_path / "whole", tiny_llama, requested).all()
+    run = stages(tmp_path / "killed", tiny_llama, requested)
     run.prepare()
     processes = multiprocessing.get_context(
         "forkserver"
@@ -407,9 +407,9 @@ def test_a_gpu_gives_the_rows_of_plain_transformers_there(tmp_path, precision):
 def test_a_shard_that_was_begun_is_gone_on_with_as_it_was_planned(
     tmp_path, tiny_llama, monkeypatch
 ):
-    asked = "extraction.batch_tokens=null extraction.shards=1 corpus.max_tokens=6000 corpus.context_length=200"
-    whole = stages(tmp_path / "whole", tiny_llama, asked).all()
-    run = stages(tmp_path / "run", tiny_llama, asked)
+    requested = "extraction.batch_tokens=null extraction.shards=1 corpus.max_tokens=6000 corpus.context_length=200"
+    whole = stages(tmp_path / "whole", tiny_llama, requested).all()
+    run = stages(tmp_path / "run", tiny_llama, requested)
     run.prepare()
     forward, calls = ResidentRunner.run, []
 
@@ -448,19 +448,21 @@ def test_shards_whose_jobs_had_room_for_different_batches_are_one_data_set(
     assert theloom.open(run.activations).attributes["batch_tokens"] == "[2048, 128]"
 
 
-def test_what_was_foretold_and_what_was_found_lie_side_by_side(tmp_path, tiny_llama):
+def test_what_was_predicted_and_what_was_found_lie_side_by_side(tmp_path, tiny_llama):
     run = stages(tmp_path, tiny_llama, "corpus.max_tokens=500")
     run.prepare()
     with h5py.File(run.folder / "model.h5") as file:
-        foretold, found = (dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured"))
+        predicted, found = (
+            dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured")
+        )
         plan = dict(file["memory/plan"].attrs)
     for category in ("weights", "kv_cache", "captured", "temporaries"):
-        assert found[category] == pytest.approx(foretold[category], rel=1e-3)
+        assert found[category] == pytest.approx(predicted[category], rel=1e-3)
     tensors = sum(found[part] for part in ("kv_cache", "captured", "temporaries", "logits"))
     assert found["growth"] == tensors + found["files"] + found["heap"]
     assert plan["longest"] <= 500
     recorded, settings = model_record.read(run.folder / "model.h5"), run.config("extract")
-    points = recorded.catalogue.select(settings.memory.activation_cache_filter)
+    points = recorded.catalog.select(settings.memory.activation_cache_filter)
     real = loading.load_model(
         settings, files.prepare_files(settings.model), points
     ).architecture.model

@@ -19,13 +19,13 @@ from theloom.errors import ModelError
 from transformers import AutoModelForCausalLM
 
 
-def test_a_model_in_several_files_is_read_block_by_block(tmp_path):
+def test_a_model_in_several_files_is_read_layer_by_layer(tmp_path):
     folder = build("llama", tmp_path / "whole")
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
         tmp_path / "split", max_shard_size="60KB"
     )
     assert len(list((tmp_path / "split").glob("*.safetensors"))) > 3
-    points = load(folder).catalogue.select(["blocks.*.hook_resid_post"])
+    points = load(folder).catalog.select(["blocks.*.hook_resid_post"])
     expected = resident_rows(load(tmp_path / "split"), points, some_batches(), 7)
     assert_equal(layerwise_rows(tmp_path / "split", points, some_batches(), 7), expected)
 

@@ -251,9 +251,9 @@ def test_layers_are_short_for_the_residual_after_them_and_end_the_forward(tmp_pa
     [
         ("a text", None, "text was given"),
         (["a", "b"], None, "text was given"),
-        ([], None, "whole numbers"),
-        (torch.ones(2, 3), None, "whole numbers of shape"),
-        (torch.ones(2, 3, 4, dtype=torch.long), None, "whole numbers of shape"),
+        ([], None, "integers"),
+        (torch.ones(2, 3), None, "integers of shape"),
+        (torch.ones(2, 3, 4, dtype=torch.long), None, "integers of shape"),
         ([[5, 6, 7, 8]], [[1, 0, 1, 1]], "row 0 has padding between its tokens"),
         ([[5, 6, 7, 8]], [[1, 1, 1]], r"attention_mask is \(1, 3\) and the tokens are \(1, 4\)"),
         ([[5, 6]], [[0, 0]], "no token but padding"),
@@ -435,12 +435,12 @@ def test_the_calls_of_the_specification(tmp_path):
     full_hidden_states = collect_streaming_results(extract_streaming(model, tokens, chunk_size=32))
     assert full_hidden_states["blocks.1.hook_resid_post"].shape == (1, 80, 64)
     gpu = GPUManager()
-    asked = (
+    requested = (
         extract_hidden_states
         if gpu.can_allocate(required_memory_gb=0.001, device=0)
         else extract_streaming
     )
-    assert asked(model, tokens).hidden_states["blocks.2.hook_resid_post"].shape == (1, 80, 64)
+    assert requested(model, tokens).hidden_states["blocks.2.hook_resid_post"].shape == (1, 80, 64)
     assert gpu.check_memory_threshold(threshold=1.0)["warnings"] == []
     result = extract_inference_optimized(
         model=model, tokens=tokens, layers=[-1], precision="fp16", clear_cache=True

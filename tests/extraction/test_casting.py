@@ -17,25 +17,25 @@ IDS = torch.arange(3, 23)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-@pytest.mark.parametrize("asked", ["fp16", "bf16"])
+@pytest.mark.parametrize("requested", ["fp16", "bf16"])
 @pytest.mark.parametrize(
     "model_type", ["llama", "gpt2", "gpt_neox", "gemma3_text", "bloom", "opt", "qwen3_moe"]
 )
-def test_values_are_those_of_the_model_loaded_at_that_precision(tmp_path, model_type, asked):
+def test_values_are_those_of_the_model_loaded_at_that_precision(tmp_path, model_type, requested):
     folder = build_tiny(model_type, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     weights = {n: (id(p), p.clone()) for n, p in model.named_parameters()}
-    found = extract_inference_optimized(model, IDS, precision=asked, hooks=[])
+    found = extract_inference_optimized(model, IDS, precision=requested, hooks=[])
     expected = extract_hidden_states(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[asked]).eval(), IDS, []
+        AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[requested]).eval(), IDS, []
     )
     assert list(found) == list(expected)
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value), name
     assert (found.precision.requested, found.precision.resolved, found.precision.steps) == (
-        asked,
-        asked,
+        requested,
+        requested,
         (),
     )
     for name, parameter in model.named_parameters():
@@ -99,8 +99,8 @@ def test_quantised_weights_are_refused_another_precision(tmp_path):
     assert extract_inference_optimized(model, IDS)["blocks.2.hook_resid_post"].isfinite().all()
 
 
-@pytest.mark.parametrize("asked", ["fp16", "bf16"])
-def test_weights_that_transformers_keeps_in_fp32_stay_so(tmp_path, asked):
+@pytest.mark.parametrize("requested", ["fp16", "bf16"])
+def test_weights_that_transformers_keeps_in_fp32_stay_so(tmp_path, requested):
     numbers = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
@@ -108,13 +108,13 @@ def test_weights_that_transformers_keeps_in_fp32_stay_so(tmp_path, asked):
         "sliding_window": 8,
     }
     folder = build_tiny("gpt_oss", tmp_path, **numbers)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[asked]).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[requested]).eval()
     assert loaded.model.layers[0].input_layernorm.weight.dtype == (
-        torch.float32 if asked == "fp16" else DTYPES[asked]
+        torch.float32 if requested == "fp16" else DTYPES[requested]
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found, expected = (
-        extract_inference_optimized(model, IDS, precision=asked),
+        extract_inference_optimized(model, IDS, precision=requested),
         extract_hidden_states(loaded, IDS),
     )
     for name, value in expected.items():

@@ -30,14 +30,14 @@ def tiny(folder, model_type="llama", attention=None, **numbers):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
-def test_the_catalogue_of_a_llama_follows_from_its_numbers(tmp_path, model_type):
+def test_the_catalog_of_a_llama_follows_from_its_numbers(tmp_path, model_type):
     described = tiny(
         tmp_path, model_type, **({"sliding_window": None} if model_type == "mistral" else {})
     )
     size = model_dims.numbers(described.model.config)
     assert covers(size)
     assert llama_catalog(size) == build_catalog(described)
-    assert fake.fake_model(described.model.config, "bf16").catalogue == build_catalog(described)
+    assert fake.fake_model(described.model.config, "bf16").catalog == build_catalog(described)
 
 
 @pytest.mark.parametrize(
@@ -220,8 +220,8 @@ def test_every_hook_point_comes_back_from_disk(tmp_path, smollm2, model_type):
     folder = build_tiny(model_type, tmp_path / "model", vocab_size=49152)
     for file in smollm2.folder.glob("tokenizer*"):
         shutil.copy(file, folder)
-    asked = "memory.activation_cache_filter=[] corpus.max_tokens=700 corpus.context_length=100 extraction.shards=2"
-    run = stages(tmp_path / "run", folder, f"{asked} extraction.batch_tokens=200").all()
+    requested = "memory.activation_cache_filter=[] corpus.max_tokens=700 corpus.context_length=100 extraction.shards=2"
+    run = stages(tmp_path / "run", folder, f"{requested} extraction.batch_tokens=200").all()
     run.verify()
     acts = theloom.open(run.activations)
     described = blocks.find_blocks(AutoModel.from_pretrained(folder).eval())

@@ -55,7 +55,7 @@ def folder_of(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eager(folder_of):
-    """Each tiny model with eager attention, loaded once; its catalogue is found once with it."""
+    """Each tiny model with eager attention, loaded once; its catalog is found once with it."""
 
     def load(model_type):
         model = AutoModelForCausalLM.from_pretrained(

@@ -5,7 +5,7 @@ from theloom.config import model_dims
 from theloom.memory import closed_form, trace
 from theloom.memory.sizes import Workload
 from theloom.model.fake import fake_model
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from transformers import AutoConfig
 
 SHAPES = {
@@ -18,13 +18,13 @@ SHAPES = {
     "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 64}),
     "olmo2": ("olmo2", {"num_key_value_heads": 8}),
 }
-KINDS = [
-    Kind("fp32"),
-    Kind("bf16"),
-    Kind("fp16", "int8"),
-    Kind("bf16", "int8"),
-    Kind("bf16", "int4"),
-    Kind("fp32", "int4"),
+WEIGHT_FORMATS = [
+    WeightFormat("fp32"),
+    WeightFormat("bf16"),
+    WeightFormat("fp16", "int8"),
+    WeightFormat("bf16", "int8"),
+    WeightFormat("bf16", "int4"),
+    WeightFormat("fp32", "int4"),
 ]
 MADE = [
     "hook_embed",
@@ -68,15 +68,17 @@ def residuals(points) -> set[int]:
     return {p.block + (p.value == "hook_resid_post") for p in points}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.precision}-{kind.quantization}")
+@pytest.mark.parametrize(
+    "kind", WEIGHT_FORMATS, ids=lambda kind: f"{kind.precision}-{kind.quantization}"
+)
 @pytest.mark.parametrize("name", SHAPES)
-def test_closed_form_equals_the_trace(name: str, kind: Kind) -> None:
+def test_closed_form_equals_the_trace(name: str, kind: WeightFormat) -> None:
     size = model_dims.numbers(model_config(name))
     fake = fake_model(model_config(name), kind.precision, kind.quantization)
     assert closed_form.weights(size, kind) == pytest.approx(sum(fake.weights), rel=1e-3)
     far = {}
     for workload, filters, held in CASES:
-        points = fake.catalogue.select(filters) if filters else fake.residuals
+        points = fake.catalog.select(filters) if filters else fake.residuals
         traced, _ = trace.trace(
             fake, workload, points, held=held, store=kind.precision, device="cuda"
         )

@@ -27,7 +27,7 @@ from theloom.store import commit_log, writer
 from transformers import AutoModel
 
 CHUNK = 64
-# Sizes of which the peak is in no kernel's own buffers: those of attention are reckoned for 512
+# Sizes of which the peak is in no kernel's own buffers: those of attention are estimated for 512
 # keys at least.
 WIDE = {
     "hidden_size": 256,
@@ -47,8 +47,8 @@ SHAPES = {"one pass": ((2, 1024), 1024), "streamed": ((1, 1152), 256)}
 
 def loaded_tiny(folder, model_type="llama", precision="fp32", device="cpu", **numbers):
     build_tiny(model_type, folder, **numbers)
-    asked = a_config(folder, f"memory.precision_mode={precision} extraction.device={device}")
-    return loading.load_model(asked, prepare_files(asked.model))
+    requested = a_config(folder, f"memory.precision_mode={precision} extraction.device={device}")
+    return loading.load_model(requested, prepare_files(requested.model))
 
 
 def recorded(loaded, ids, output, store="fp32"):
@@ -160,21 +160,21 @@ def test_a_profiled_shard_holds_the_same_rows_and_says_nothing_of_its_profile(
     for hook in plain.hooks:
         assert plain[hook].numpy(...).tobytes() == found[hook].numpy(...).tobytes()
     assert plain.window_hash.tobytes() == found.window_hash.tobytes()
-    assert plain.attributes["run_identity"] == found.attributes["run_identity"]
+    assert plain.attributes["run_fingerprint"] == found.attributes["run_fingerprint"]
     assert plain.attributes["config"] == found.attributes["config"]
 
 
-def test_only_the_shard_asked_for_is_recorded_and_nothing_without_the_key(plain_run, profiled_run):
+def test_only_the_shard_requested_is_recorded_and_nothing_without_the_key(plain_run, profiled_run):
     assert not (plain_run.folder / "memory").exists()
     files = sorted(p.name for p in (profiled_run.folder / "memory").iterdir())
     assert files == ["00001-of-00002.json", "00001-of-00002.txt"]
 
 
-def test_a_shard_that_goes_block_by_block_is_recorded_too(tmp_path, tiny_llama, caplog):
-    asked = "name=r extraction.execution=layerwise"
-    plain = stages(tmp_path / "plain", tiny_llama, asked).all()
+def test_a_shard_that_goes_layer_by_layer_is_recorded_too(tmp_path, tiny_llama, caplog):
+    requested = "name=r extraction.execution=layerwise"
+    plain = stages(tmp_path / "plain", tiny_llama, requested).all()
     with caplog.at_level(logging.WARNING):
-        run = stages(tmp_path / "run", tiny_llama, f"{asked} memory.profile_shard=1").all()
+        run = stages(tmp_path / "run", tiny_llama, f"{requested} memory.profile_shard=1").all()
     assert (
         caplog.text.count("is recorded, which slows it down") <= 2
     )  # the largest batches, not each block
@@ -190,8 +190,8 @@ def test_a_shard_that_goes_block_by_block_is_recorded_too(tmp_path, tiny_llama, 
     block = sum(p.nbytes for p in model_of(tiny_llama).layers[0].parameters())
     assert block <= found["weight_bytes"] <= 1.1 * block  # one block, and the norm and buffers
     with h5py.File(run.folder / "model.h5") as file:
-        foretold = int(file["memory/predicted"].attrs["working_set"])
-    assert found["peak_bytes"] == pytest.approx(foretold, rel=0.03)
+        predicted = int(file["memory/predicted"].attrs["working_set"])
+    assert found["peak_bytes"] == pytest.approx(predicted, rel=0.03)
 
 
 def model_of(folder):
@@ -361,14 +361,14 @@ def test_a_shard_that_the_run_does_not_have_is_refused_in_one_line(number):
 
 def test_the_key_is_frozen_for_the_extraction_alone_and_only_where_it_is_set(tmp_path):
     (plain,) = compose.runs(ROOT / "config", "smollm2-135m", "name=r").values()
-    (asked,) = compose.runs(
+    (requested,) = compose.runs(
         ROOT / "config", "smollm2-135m", "name=r memory.profile_shard=1"
     ).values()
-    assert {s for s in frozen.STAGES if plain.stage(s) != asked.stage(s)} == {"extract"}
+    assert {s for s in frozen.STAGES if plain.stage(s) != requested.stage(s)} == {"extract"}
     for stage in frozen.STAGES:
         assert "profile_shard" not in json.dumps(plain.stage(stage))
     digests = []
-    for number, run in enumerate((plain, asked)):
+    for number, run in enumerate((plain, requested)):
         frozen.freeze(run.stage("extract"), tmp_path / f"{number}.json")
         digests.append(frozen.frozen_digest(tmp_path / f"{number}.json"))
     assert digests[0] == digests[1]

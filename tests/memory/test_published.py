@@ -1,7 +1,7 @@
 """The estimate against peaks that others published: torch.cuda.max_memory_allocated, at most 3%
 apart.
 
-Each is foretold from a config alone: weights, the cuBLAS workspace and the traced forward pass,
+Each is predicted from a config alone: weights, the cuBLAS workspace and the traced forward pass,
 through the replay of the allocator. Nothing is fitted.
 
 Sources:
@@ -146,4 +146,4 @@ def test_gpt2_xl_loaded(copies: int, published: float) -> None:
     tensors = gpt2_xl()
     assert sum(tensors) == 4 * (1_638_022_400 + 48 * 1024**2)
     predicted = replay(tensors * copies, []).allocated / GIB
-    assert round(predicted, 1) == published  # bytes that were asked for would print as 6.3 and 12.6
+    assert round(predicted, 1) == published  # bytes that were requested would print as 6.3 and 12.6

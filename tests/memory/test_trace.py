@@ -96,15 +96,15 @@ def errors(
     )
     fake = fake_model(model_config(name), precision)
     far = {}
-    for asked, filters in filters_by_name.items():
+    for requested, filters in filters_by_name.items():
         chosen = [] if filters is None else build_catalog(described).select(filters)
         for shape, workload in workloads.items():
-            foretold = trace.trace(fake, workload, chosen, held=True)[0].total
+            predicted = trace.trace(fake, workload, chosen, held=True)[0].total
             measured = real_peak(described, workload, chosen)
             within = within_products(
                 described, workload.windows * min(workload.tokens, workload.chunk_size)
             )
-            far[asked, shape] = (foretold / measured - 1, within / measured)
+            far[requested, shape] = (predicted / measured - 1, within / measured)
     return far
 
 

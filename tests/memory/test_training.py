@@ -1,4 +1,4 @@
-"""Foretold training steps and savings against the CPU allocator itself, by torch's profiler, as in
+"""Predicted training steps and savings against the CPU allocator itself, by torch's profiler, as in
 test_trace.py.
 
 What remains between the two is the state of the random generator, which checkpointing keeps for
@@ -107,7 +107,7 @@ CASES += [
 ]
 
 
-def foretold(name: str, precision: str, scheme: str) -> TrainingMemory:
+def predicted(name: str, precision: str, scheme: str) -> TrainingMemory:
     recipe = SCHEMES[scheme]
     autocast, _, dtype = precision.rpartition(" ")
     return training.training_step(
@@ -129,7 +129,7 @@ def test_step_has_the_peaks_of_the_cpu_allocator(name: str, precision: str, sche
     peaks, alive_after_forward = measured_step(
         fresh_model(name, "fp32" if autocast else dtype), recipe
     )
-    memory = foretold(name, precision, scheme)
+    memory = predicted(name, precision, scheme)
     far = {phase: sum(memory.phases[phase].values()) / peaks[phase] - 1 for phase in PHASES}
     far["after forward"] = sum(memory.after_forward.values()) / alive_after_forward - 1
     assert all(abs(error) <= 1e-3 for error in far.values()), far
@@ -171,7 +171,7 @@ def test_gradients_and_states_have_the_bytes_of_their_scheme(precision: str) -> 
     model = fresh_model("llama-gqa", "fp32")
     elements, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
     each = 2 if precision == "bf16" else 4
-    step = foretold("llama-gqa", precision, "plain").phases["optimizer"]
+    step = predicted("llama-gqa", precision, "plain").phases["optimizer"]
     assert step["gradients"] == elements * each
     assert (
         step["optimizer_states"] == 2 * elements * each + 4 * tensors
@@ -186,12 +186,12 @@ def test_real_and_fake_models_give_the_same_bytes() -> None:
     ids = torch.randint(512, (WINDOWS, TOKENS))
     model = fresh_model("qwen3", "fp32")
     before = [p.detach().clone() for p in model.parameters()]
-    assert training.measure(model, ids, Recipe()) == foretold("qwen3", "fp32", "plain")
+    assert training.measure(model, ids, Recipe()) == predicted("qwen3", "fp32", "plain")
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_checkpointing_keeps_the_input_of_each_block_and_what_is_outside_the_blocks() -> None:
-    plain, less = (foretold("llama-gqa", "fp32", scheme) for scheme in ("plain", "checkpointing"))
+    plain, less = (predicted("llama-gqa", "fp32", scheme) for scheme in ("plain", "checkpointing"))
     residual = WINDOWS * TOKENS * 256 * 4
     saved = less.after_forward["saved_activations"]
     inputs_and_final_norm = (

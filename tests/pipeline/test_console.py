@@ -47,11 +47,11 @@ def test_freezing_a_config_is_not_shown_nor_its_progress():
 
 def test_a_job_that_ended_on_a_user_s_error_is_that_line(tmp_path):
     log = tmp_path / "job.log"
-    log.write_text("much\nerror: what was asked, what to do\n")
+    log.write_text("much\nerror: what was requested, what to do\n")
     said = record("Error in rule x, jobid: 1", event="job_error", log=[str(log)])
     assert console.Brief().filter(said)
     assert (said.getMessage(), said.__dict__["event"]) == (
-        f"error: what was asked, what to do (log: {log})",
+        f"error: what was requested, what to do (log: {log})",
         None,
     )
 

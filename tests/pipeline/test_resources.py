@@ -12,9 +12,9 @@ import pytest
 from support import ROOT
 from theloom.config import compose, sharding
 from theloom.config.frozen import freeze, to_config
-from theloom.config.model_dims import numbers_of_profile
+from theloom.config.model_dims import dims_of_profile
 from theloom.memory import closed_form
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.pipeline import resources
 
 CONFIG = ROOT / "config"
@@ -25,28 +25,28 @@ def a_run(profile: str, overrides: str = "") -> compose.Run:
     return found
 
 
-def asked(profile: str, overrides: str = "") -> resources.Resources:
+def requested(profile: str, overrides: str = "") -> resources.Resources:
     return resources.of(to_config(a_run(profile, overrides).config))
 
 
 @pytest.mark.parametrize("profile", ["3b", "7b", "13b", "30b", "70b"])
 def test_a_job_asks_for_gpus_that_hold_the_weights_and_for_host_memory_that_need_not(profile):
-    found = asked(profile, "memory.quantization=null resources.gpu_memory_gb=80")
-    size = numbers_of_profile(to_config(a_run(profile).config).model.architecture)
-    weights = closed_form.weights(size, Kind("bf16"))
-    assert weights < found.gpu * found.needed_gpu_mb * 1e6 < 1.2 * weights + found.gpu * 2e9
+    found = requested(profile, "memory.quantization=null resources.gpu_memory_gb=80")
+    size = dims_of_profile(to_config(a_run(profile).config).model.architecture)
+    weights = closed_form.weights(size, WeightFormat("bf16"))
+    assert weights < found.gpu * found.min_free_gpu_mb * 1e6 < 1.2 * weights + found.gpu * 2e9
     assert (found.gpu - 1) * 0.85 * 80e9 < weights
     assert found.mem_mb < 15_000
 
 
-def test_on_the_cpu_the_host_holds_all_and_no_gpu_is_asked_for():
-    found = asked("7b", "extraction.device=cpu memory.precision_mode=fp32")
-    assert (found.gpu, found.needed_gpu_mb, found.gpu_model) == (0, 0, None)
+def test_on_the_cpu_the_host_holds_all_and_no_gpu_is_requested():
+    found = requested("7b", "extraction.device=cpu memory.precision_mode=fp32")
+    assert (found.gpu, found.min_free_gpu_mb, found.gpu_model) == (0, 0, None)
     assert found.mem_mb > 4 * 7000
 
 
-def test_what_the_config_names_is_asked_for_as_it_is():
-    found = asked(
+def test_what_the_config_names_is_requested_as_it_is():
+    found = requested(
         "7b", "resources.mem_mb=1 resources.runtime=2 resources.gpu=3 resources.disk_mb=4"
     )
     assert (found.mem_mb, found.runtime, found.verify_runtime, found.gpu, found.disk_mb) == (
@@ -59,18 +59,18 @@ def test_what_the_config_names_is_asked_for_as_it_is():
 
 
 def test_a_model_without_numbers_gets_its_profile_s_figures():
-    found = asked("custom", "model.source=a/b")
+    found = requested("custom", "model.source=a/b")
     assert (found.mem_mb, found.runtime, found.gpu) == (32_000, 240, 0)
 
 
 def test_a_shard_s_disk_is_its_rows():
-    found = asked("smollm2-135m", "extraction.shards=1 corpus.max_tokens=1000000")
+    found = requested("smollm2-135m", "extraction.shards=1 corpus.max_tokens=1000000")
     rows = 10**6 * (3 * 576 * 4 + 12) / 1e6
     assert rows < found.disk_mb < 1.11 * rows + 101
 
 
 @pytest.mark.parametrize(
-    ("overrides", "card"),
+    ("overrides", "gpu"),
     [
         ("a100", 39.39),
         ("nvidia_a100_80gb", 79.14),
@@ -79,9 +79,9 @@ def test_a_shard_s_disk_is_its_rows():
         ("l40s", 44.34),
     ],
 )
-def test_a_scheduler_s_name_of_a_gpu_gives_its_memory(overrides, card):
+def test_a_scheduler_s_name_of_a_gpu_gives_its_memory(overrides, gpu):
     settings = to_config(a_run("7b", f"resources.gpu_model={overrides}").config)
-    assert resources._card(settings) / (1 << 30) == pytest.approx(card, abs=0.01)
+    assert resources._gpu_speed(settings) / (1 << 30) == pytest.approx(gpu, abs=0.01)
 
 
 def test_shards_are_ten_minutes_of_the_planned_throughput():
@@ -96,9 +96,9 @@ def test_shards_are_ten_minutes_of_the_planned_throughput():
 
 
 def test_there_is_a_shard_for_each_gpu_that_shall_work():
-    assert a_run("3b", "resources.least_shards=8").config["extraction"]["shards"] == 8
+    assert a_run("3b", "resources.min_shards=8").config["extraction"]["shards"] == 8
     assert (
-        a_run("3b", "resources.least_shards=8 extraction.shards=3").config["extraction"]["shards"]
+        a_run("3b", "resources.min_shards=8 extraction.shards=3").config["extraction"]["shards"]
         == 3
     )
 
@@ -131,7 +131,7 @@ def test_the_dry_run_of_five_sizes_in_256_shards_lists_jobs_with_what_they_ask_f
     assert done.returncode == 0, printed
     assert printed.count(": extract shard ") == 5 * 256
     for name in ("3b", "7b", "13b", "30b", "70b"):
-        found = asked(name, "extraction.shards=256")
+        found = requested(name, "extraction.shards=256")
         assert (
             f"{name}+shards=256: 256 shards of about 3,907 tokens; a job asks for 1 GPU with"
             in printed

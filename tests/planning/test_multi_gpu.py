@@ -11,7 +11,7 @@ from theloom.errors import MemoryPlanError
 from theloom.hooks import blocks
 from theloom.memory.estimators import ClosedForm
 from theloom.model import device_map
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.pipeline import resources
 from theloom.planning import estimate, multi_gpu
 from transformers import AutoConfig, AutoModel
@@ -36,7 +36,7 @@ MODELS = {
 @pytest.mark.parametrize("gpus", [2, 3])
 def test_every_weight_has_one_gpu_and_blocks_keep_their_order(model_type, gpus):
     described = on_meta(model_type, **MODELS[model_type])
-    found = device_map.cut_to(described, Kind("fp32"), [10**6] * gpus)
+    found = device_map.cut_to(described, WeightFormat("fp32"), [10**6] * gpus)
     check_device_map(described.model, found)
     names = {id(module): name for name, module in described.model.named_modules()}
     of_blocks = [found[names[id(block)]] for block in described.blocks]
@@ -50,8 +50,8 @@ def test_every_weight_has_one_gpu_and_blocks_keep_their_order(model_type, gpus):
 
 def test_gpus_take_blocks_in_proportion_to_what_they_have_free():
     described = on_meta("llama", **MODELS["llama"] | {"vocab_size": 2})
-    block = device_map._bytes(described.blocks[0], Kind("fp32"))
-    found = device_map.cut_to(described, Kind("fp32"), [4 * block, 16 * block])
+    block = device_map._bytes(described.blocks[0], WeightFormat("fp32"))
+    found = device_map.cut_to(described, WeightFormat("fp32"), [4 * block, 16 * block])
     counts = [[v for k, v in found.items() if "layers" in k].count(gpu) for gpu in (0, 1)]
     assert counts == [2, 8]
 
@@ -61,7 +61,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_to_do():
     with pytest.raises(
         MemoryPlanError, match=r"do not fit 2 GPUs .* ask for more with resources.gpu"
     ):
-        device_map.cut_to(described, Kind("fp32"), [100_000, 100_000])
+        device_map.cut_to(described, WeightFormat("fp32"), [100_000, 100_000])
 
 
 def settings(profile: str, overrides: str):
@@ -70,22 +70,22 @@ def settings(profile: str, overrides: str):
 
 
 @pytest.mark.parametrize(
-    ("profile", "card", "gpus"),
+    ("profile", "gpu", "gpus"),
     [("7b", 80, 1), ("7b", 12, 2), ("30b", 80, 1), ("30b", 40, 2), ("70b", 80, 3)],
 )
-def test_as_few_gpus_are_asked_for_as_hold_the_model(profile, card, gpus):
-    asked = settings(profile, f"resources.gpu_memory_gb={card} memory.quantization=null")
-    found = resources.of(asked)
+def test_as_few_gpus_are_requested_as_hold_the_model(profile, gpu, gpus):
+    requested = settings(profile, f"resources.gpu_memory_gb={gpu} memory.quantization=null")
+    found = resources.of(requested)
     assert found.gpu == gpus
-    assert found.needed_gpu_mb * 1e6 <= 0.85 * card * 1e9
-    weights = 2 * asked.model.architecture.parameters
-    assert gpus * 0.85 * card * 1e9 >= weights - 2 * 2 * 152064 * 8192  # the LM head is not loaded
+    assert found.min_free_gpu_mb * 1e6 <= 0.85 * gpu * 1e9
+    weights = 2 * requested.model.architecture.parameters
+    assert gpus * 0.85 * gpu * 1e9 >= weights - 2 * 2 * 152064 * 8192  # the LM head is not loaded
 
 
 def test_the_fullest_gpu_s_estimate_has_its_share_of_weights_and_cache_and_all_of_the_temporaries():
-    asked = settings("70b", "memory.quantization=null")
-    size = model_dims.numbers_of_profile(asked.model.architecture)
-    whole = estimate.estimate(asked, ClosedForm(size), "cuda")
+    requested = settings("70b", "memory.quantization=null")
+    size = model_dims.dims_of_profile(requested.model.architecture)
+    whole = estimate.estimate(requested, ClosedForm(size), "cuda")
     part = multi_gpu.of_one(whole, multi_gpu.share(80, 3))
     assert part.weights["bf16"] == pytest.approx(whole.weights["bf16"] * 27 / 80, rel=1e-6)
     for one, all_of_it in zip(part.passes["bf16"], whole.passes["bf16"], strict=True):

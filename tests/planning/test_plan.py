@@ -35,7 +35,7 @@ def has_room(estimated: Estimate, free: int) -> bool:
     return True
 
 
-def test_where_there_is_room_the_plan_is_the_one_asked_for(mistral):
+def test_where_there_is_room_the_plan_is_the_one_requested(mistral):
     planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(80 * GB, 79 * GB), threshold=0.85)
     assert planned.plan == Plan(
         plan.MOST_BATCH_TOKENS["cuda"], 4096, 4096
@@ -85,8 +85,10 @@ def long() -> Estimate:
     """The first quarter of a 7B over documents of 32,768 tokens, for which chunks take less than
     one pass.
     """
-    asked = "corpus.context_length=32768 memory.activation_cache_filter=[blocks.7.hook_resid_post]"
-    (run,) = compose.runs(ROOT / "config", "7b", asked).values()
+    requested = (
+        "corpus.context_length=32768 memory.activation_cache_filter=[blocks.7.hook_resid_post]"
+    )
+    (run,) = compose.runs(ROOT / "config", "7b", requested).values()
     settings = frozen.to_config(run.config)
     return estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
 
@@ -157,10 +159,10 @@ def test_a_cache_that_outgrows_the_device_goes_to_host_memory_and_is_said(long, 
     assert "the KV cache of long documents lies in host memory" in caplog.text
     with pytest.raises(MemoryPlanError):
         plan.choose(on_device, "bf16", "cuda", DeviceMemory(24 * GB, free))
-    asked = plan.choose(
+    requested = plan.choose(
         dataclasses.replace(long, cache="offloaded"), "bf16", "cuda", DeviceMemory(80 * GB, 80 * GB)
     )
-    assert asked.plan.offloaded
+    assert requested.plan.offloaded
 
 
 def test_backing_off_halves_windows_then_chunks_and_ends_at_the_smallest():
@@ -262,11 +264,11 @@ def test_the_batch_that_the_config_asks_for_is_obeyed_and_its_change_is_said():
 @pytest.mark.parametrize(("batch_tokens", "chunk"), [(2048, 512), (100, 512), (1000, 300)])
 def test_the_passes_of_a_plan_are_the_largest_that_batching_makes(batch_tokens, chunk):
     lengths = np.random.default_rng(0).integers(1, 2000, 500)
-    asked = Plan(batch_tokens, chunk, int(lengths.max()))
+    requested = Plan(batch_tokens, chunk, int(lengths.max()))
     largest = max(
         len(b.windows) * min(b.width, chunk) for b in plan_batches(lengths, batch_tokens, chunk)
     )
-    assert largest <= max(asked.batch_windows * asked.width, batch_tokens)
+    assert largest <= max(requested.batch_windows * requested.width, batch_tokens)
 
 
 def test_a_shard_that_was_begun_with_more_than_is_free_is_not_gone_on_with(mistral):
@@ -276,7 +278,7 @@ def test_a_shard_that_was_begun_with_more_than_is_free_is_not_gone_on_with(mistr
     )
     with pytest.raises(
         MemoryPlanError,
-        match=r"x\.partial was begun with batches of 16384 tokens, which take 1[78]\.",
+        match=r"x\.partial was started with batches of 16384 tokens, which take 1[78]\.",
     ):
         plan.check_begun(
             mistral,

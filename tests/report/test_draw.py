@@ -17,8 +17,8 @@ from theloom.config import frozen
 from theloom.errors import ConfigError
 from theloom.report import groups, runs, speed, style
 from theloom.report.draw import draw_attention, draw_memory, draw_runs, draw_speed, draw_states
-from theloom.report.states import kind_of, measure_states, principal_plane, sampled_rows
-from theloom.store.file_format import FIGURES
+from theloom.report.states import measure_states, principal_plane, sampled_rows, weight_format_of
+from theloom.store.file_format import METRICS
 
 HOOKS = "memory.activation_cache_filter=[blocks.*.hook_resid_post,blocks.1.attn.hook_pattern]"
 
@@ -72,8 +72,8 @@ def test_the_same_data_give_the_same_drawing(run, figures, tmp_path):
     draw_states(
         frozen.load_frozen(run.folder / "report.json"), run.activations, tmp_path / "a/figures"
     )
-    again = (tmp_path / "a/figures/likeness.svg").read_text()
-    first = (figures / "likeness.svg").read_text()
+    again = (tmp_path / "a/figures/similarity.svg").read_text()
+    first = (figures / "similarity.svg").read_text()
     title = run.folder.name
     assert again.replace("a: cosine", "") == first.replace(f"{title}: cosine", "")
 
@@ -91,7 +91,7 @@ def test_statistics_of_states_are_those_of_their_definitions(run):
     np.testing.assert_allclose(np.diag(states.cosine), 1, atol=1e-5)
 
 
-def test_a_sample_is_of_whole_windows_but_for_the_last_and_has_the_size_asked_for(run):
+def test_a_sample_is_of_whole_windows_but_for_the_last_and_has_the_size_requested(run):
     acts = theloom.open(run.activations)
     rows = sampled_rows(acts, 400, seed=1)
     assert len(rows) == len(set(rows.tolist())) == 400
@@ -125,7 +125,7 @@ def test_the_map_keeps_the_distances_of_rows_that_lie_in_a_plane():
     ],
 )
 def test_kinds_of_tokens(token, kind):
-    assert kind_of(token) == kind
+    assert weight_format_of(token) == kind
 
 
 def test_memory_is_what_model_h5_says(run, figures):
@@ -159,12 +159,12 @@ def test_seconds_are_the_shard_s_own_where_it_has_them_else_those_of_the_job(
     shutil.copy(shard, copy)
     shares = {"seconds_total": 8.0, "seconds_forward": 6.0, "seconds_waiting_for_disk": 1.5}
     with h5py.File(copy, "r+") as file:
-        file["figures"][:] = [shares.get(name, 0.0) for name in FIGURES]
+        file["metrics"][:] = [shares.get(name, 0.0) for name in METRICS]
     found = speed.shard_work(copy)
     assert (found.seconds, found.source) == (8.0, "shard")
     assert found.parts == {"seconds_forward": 6.0, "seconds_waiting_for_disk": 1.5}
     with h5py.File(copy, "r+") as file:
-        file["figures"][:] = 0.0
+        file["metrics"][:] = 0.0
     assert speed.shard_work(copy).seconds is None
     times = copy.parents[1] / "benchmarks/extract_shard" / f"{copy.stem}.tsv"
     times.parent.mkdir(parents=True)

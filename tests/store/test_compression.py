@@ -26,9 +26,9 @@ INDICES = [
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def runs(request, tmp_path_factory, tiny_llama):
     """The same run plain and packed."""
-    asked = f"extraction.shards=3 store.dtype={request.param} store.compression="
+    requested = f"extraction.shards=3 store.dtype={request.param} store.compression="
     return [
-        stages(tmp_path_factory.mktemp(how), tiny_llama, asked + how).all()
+        stages(tmp_path_factory.mktemp(how), tiny_llama, requested + how).all()
         for how in ("none", "zstd")
     ]
 

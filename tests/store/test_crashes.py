@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from crashes import Disk, flip
-from shards import POINTS, all_but_figures, spec
+from shards import POINTS, all_but_metrics, spec
 from theloom.store import commit_log, file_format
 from theloom.store import writer as writer_module
 from theloom.store.commit_log import committed
@@ -94,7 +94,7 @@ def go_on(disk: Disk, target: Path, point: int, whole: Path, compression: str) -
     if not (target / "s.h5").exists():
         there = check_committed(partial) if partial.exists() else 0
         assert write_batches(target / "s.h5", compression) == there
-    assert all_but_figures(target / "s.h5") == all_but_figures(whole)
+    assert all_but_metrics(target / "s.h5") == all_but_metrics(whole)
     shutil.rmtree(target)
 
 
@@ -134,7 +134,7 @@ def test_a_log_that_is_written_before_the_data_is_found_out(tmp_path, monkeypatc
     folder = tmp_path / "run"
     folder.mkdir()
 
-    def log_first(self, log_records, place, figures, size, seconds_writing) -> float:
+    def log_first(self, log_records, place, metrics, size, seconds_writing) -> float:
         file_format.pwrite(self._fd, log_records, place)
         os.fdatasync(self._fd)
         return 0.0
@@ -187,7 +187,7 @@ def test_damage_to_committed_rows_is_found_when_a_job_goes_on(tmp_path, monkeypa
             place = dataset.id.get_offset() + choose.randrange(dataset.id.get_storage_size())
         flip(partial, place, choose.randrange(8))
         assert write_batches(path) < len(ORDER)
-        assert all_but_figures(path) == all_but_figures(tmp_path / "whole.h5")
+        assert all_but_metrics(path) == all_but_metrics(tmp_path / "whole.h5")
         path.unlink()
     assert "are not what was written" in caplog.text
 

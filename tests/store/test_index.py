@@ -17,8 +17,8 @@ from theloom.store import checksums, index
 
 @pytest.fixture(scope="module", params=["none", "zstd"])
 def run(request, tmp_path_factory, tiny_llama):
-    asked = f"extraction.shards=2 corpus.max_tokens=300 store.compression={request.param}"
-    return stages(tmp_path_factory.mktemp("run"), tiny_llama, asked).all()
+    requested = f"extraction.shards=2 corpus.max_tokens=300 store.compression={request.param}"
+    return stages(tmp_path_factory.mktemp("run"), tiny_llama, requested).all()
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def files(run):
 def test_it_is_what_hdf5_says(files):
     for path in files:
         with h5py.File(path) as file:
-            assert index.DIRECTORY in file
+            assert index.INDEX in file
             listed = index.read(file)
             assert listed == index.derive(file)
             for name, value in file.attrs.items():
@@ -57,7 +57,7 @@ def test_a_file_without_one_is_read_and_merged(run, tmp_path):
     shards = [Path(shutil.copy(path, tmp_path)) for path in run.shards]
     for path in shards:
         with h5py.File(path, "a") as file:
-            del file[index.DIRECTORY]
+            del file[index.INDEX]
         checksums.write_checksums(path, checksums.METADATA, checksums.TABLES, checksums.RESULTS)
     merge_shards(shards, "virtual", tmp_path / "activations.h5")
     acts = theloom.open(tmp_path / "activations.h5")

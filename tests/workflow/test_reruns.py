@@ -128,8 +128,8 @@ def test_a_failed_run_of_a_sweep_does_not_stop_the_others(tiny):
     texts.mkdir()
     (texts / "bad.txt").write_bytes(b"\xff\xff")
     (texts / "good.txt").write_text("some good text " * 20)
-    asked = f"corpus=text corpus.path={texts}/bad.txt,{texts}/good.txt"
-    done = tiny.snakemake(profiles="tiny", overrides=asked)
+    requested = f"corpus=text corpus.path={texts}/bad.txt,{texts}/good.txt"
+    done = tiny.snakemake(profiles="tiny", overrides=requested)
     assert done.returncode != 0
     (finished,) = (tiny.folder / "results").glob("*/verification.h5")
     assert "bad.txt: not utf-8" in done.stdout + done.stderr

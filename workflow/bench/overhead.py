@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ASKED = "name=run extraction.shards=8 corpus.max_tokens=512 verify.documents=1"
+Requested = "name=run extraction.shards=8 corpus.max_tokens=512 verify.documents=1"
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
             "--cores",
             "1",
             "--config",
-            f"set={ASKED}",
+            f"set={Requested}",
         ]
         began = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

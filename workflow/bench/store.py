@@ -54,7 +54,7 @@ def spec(windows: int, shard: int, precision: str = "bf16", first_row: int = 0) 
         shard=shard,
         first_row=first_row,
         precision=precision,
-        run_identity="bench",
+        run_fingerprint="bench",
         batch_tokens=4 * _WINDOW,
         chunk_size=_WINDOW,
         config={},
@@ -64,16 +64,16 @@ def spec(windows: int, shard: int, precision: str = "bf16", first_row: int = 0) 
     )
 
 
-def write_shard(path: Path, asked: ShardSpec, rows: torch.Tensor) -> int:
+def write_shard(path: Path, requested: ShardSpec, rows: torch.Tensor) -> int:
     """Write a shard as the engine does; gives the bytes of a commit that its writer came to."""
-    windows = asked.windows
-    with ShardWriter(path, asked) as writer:
-        for batch in range(asked.batches):
+    windows = requested.windows
+    with ShardWriter(path, requested) as writer:
+        for batch in range(requested.batches):
             some = range(4 * batch, min(4 * batch + 4, windows))
-            for point in asked.points:
+            for point in requested.points:
                 for window in some:
                     writer.write(window, point.name, 0, rows[window % 4])
-            writer.batch_done((some.stop) * _WINDOW, last=batch == asked.batches - 1)
+            writer.batch_done((some.stop) * _WINDOW, last=batch == requested.batches - 1)
         writer.finish()
         return writer.commit_bytes
 
@@ -107,7 +107,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python workflow/bench/store.py", description=__doc__)
     parser.add_argument(
-        "--folder", type=Path, default=Path("results"), help="on the disk that is asked about"
+        "--folder", type=Path, default=Path("results"), help="on the disk that is requested about"
     )
     parser.add_argument(
         "--mb", type=int, default=400, help="size of the shard and of the merged file"
@@ -132,16 +132,16 @@ def _rows() -> torch.Tensor:
 def _writing(folder: Path, megabytes: int) -> list[list[str]]:
     rows = _rows()
     windows = max(4, megabytes * 10**6 // (2 * rows[0].nbytes))
-    asked, size = spec(windows, 0), windows * 2 * rows[0].nbytes
+    requested, size = spec(windows, 0), windows * 2 * rows[0].nbytes
     ours, plain = [], []
-    block = write_shard(folder / "warm.h5", asked, rows)
+    block = write_shard(folder / "warm.h5", requested, rows)
     (folder / "warm.h5").unlink()
     for _ in range(_ROUNDS):
         os.sync()
         plain.append(seconds(lambda: write_plainly(folder / "plain", size, block, rows)))
         (folder / "plain").unlink()
         os.sync()
-        ours.append(seconds(lambda: write_shard(folder / "s.h5", asked, rows)))
+        ours.append(seconds(lambda: write_shard(folder / "s.h5", requested, rows)))
         (folder / "s.h5").unlink()
     what = f"write + fdatasync every {block >> 20} MiB"
     return [_line("shard writer", size, ours, what, plain, "0.8")]

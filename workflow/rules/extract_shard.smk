@@ -21,7 +21,7 @@ rule extract_shard:
         disk_mb=resource("disk_mb"),
         gpu=resource("gpu"),
         gpu_model=resource("gpu_model"),
-        needed_gpu_mb=resource("needed_gpu_mb"),
+        min_free_gpu_mb=resource("min_free_gpu_mb"),
         constraint=resource("constraint"),
         oom_level=lambda wildcards, attempt: attempt - 1,
     message:

@@ -22,7 +22,7 @@ rule load_model:
         disk_mb=1000,
         gpu=resource("gpu"),
         gpu_model=resource("gpu_model"),
-        needed_gpu_mb=resource("needed_gpu_mb"),
+        min_free_gpu_mb=resource("min_free_gpu_mb"),
         constraint=resource("constraint"),
     message:
         "{wildcards.run}: load the model and measure it "

@@ -20,7 +20,7 @@ rule verify:
         disk_mb=whole_disk,
         gpu=resource("gpu"),
         gpu_model=resource("gpu_model"),
-        needed_gpu_mb=resource("needed_gpu_mb"),
+        min_free_gpu_mb=resource("min_free_gpu_mb"),
         constraint=resource("constraint"),
     message:
         "{wildcards.run}: verify against plain transformers "

@@ -1,4 +1,4 @@
-"""Draw norms, massive activations, likeness of layers, and the map of one layer."""
+"""Draw norms, massive activations, similarity of layers, and the map of one layer."""
 
 from pathlib import Path
 

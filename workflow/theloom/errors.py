@@ -1,6 +1,6 @@
 """The errors that TheLoom raises for what a user can mend.
 
-Each message is one line: what was asked, what was found, what to do. The pipeline prints it without
+Each message is one line: what was requested, what was found, what to do. The pipeline prints it without
 a traceback; every other exception is a defect of ours and keeps its traceback.
 """
 
@@ -22,7 +22,7 @@ class ModelError(TheLoomError):
 
 
 class HookError(TheLoomError):
-    """A hook point is asked for that the model does not have."""
+    """A hook point is requested that the model does not have."""
 
 
 class InputError(TheLoomError):
@@ -42,4 +42,4 @@ class VerificationError(TheLoomError):
 
 
 class StoppedError(TheLoomError):
-    """The job was asked to stop, and has committed what it had."""
+    """The job was requested to stop, and has committed what it had."""

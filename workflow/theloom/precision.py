@@ -30,7 +30,7 @@ TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 
 @dataclass(frozen=True)
 class Resolved:
-    """The precision asked for, the one that is used, and each fallback between them in words."""
+    """The precision requested, the one that is used, and each fallback between them in words."""
 
     requested: str
     resolved: str

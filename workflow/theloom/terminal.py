@@ -55,9 +55,9 @@ def lines(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
+    """An integer from 1 on, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer from 1 on")
     return int(text)
 
 
@@ -101,6 +101,6 @@ def size(nbytes: float) -> list[str]:
     return [f"{nbytes / 1e9:.2f}", f"{nbytes / GIB:.2f}"]
 
 
-def in_words(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A size in GB, or in MB where that is under 0.1 GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 GPUS_SHOWN = 12
 
 
-KINDS = ("fp32", "fp16", "bf16", "int8", "int4")
+WEIGHT_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 def add_estimate(commands: Any) -> None:
@@ -40,7 +40,9 @@ def add_estimate(commands: Any) -> None:
         help="a profile, hub id, folder, package:NAME",
     )
     parser.add_argument(
-        "--precision", choices=KINDS, help="of the weights; default: the profile's, bf16 for auto"
+        "--precision",
+        choices=WEIGHT_FORMATS,
+        help="of the weights; default: the profile's, bf16 for auto",
     )
     parser.add_argument(
         "--batch", type=positive, default=1, metavar="N", help="windows side by side (1)"
@@ -142,13 +144,13 @@ def _components(found: "Forecast") -> str:
         [
             "activation cache, selective",
             *size(found.captured_selected),
-            "the hook points asked for, held at once",
+            "the hook points requested, held at once",
         ],
         ["temporaries", *size(found.temporaries), "of a forward pass at its peak"],
         ["logits", *size(0), "not computed"],
         ["workspace", *size(cuda.workspace), "cuBLAS"],
         ["fragmentation", *size(cuda.fragmentation), "held by CUDA's allocator, not given out"],
-        ["CUDA context", *size(cuda.context), "approximate; differs by driver and card"],
+        ["CUDA context", *size(cuda.context), "approximate; differs by driver and GPU"],
         [
             "total, full cache",
             *size(found.held_full.total),
@@ -203,32 +205,32 @@ def _gpus(found: "Forecast", shown: int) -> str:
 
 
 def _layerwise(found: "Forecast") -> str:
-    """The model block by block, and both modes' hours by card."""
+    """The model layer by layer, and both modes' hours by gpu."""
     swept = found.layerwise
     if swept is None:
-        return lines(f"Does not go block by block: {found.layerwise_refused}")
+        return lines(f"Does not go layer by layer: {found.layerwise_refused}")
     smallest = ", ".join(found.layerwise_gpus[:3]) or "no GPU"
     from theloom.planning import execution_modes
 
     staged = f", {_gb(swept.sizes.converted)} to quantise a tensor" if swept.sizes.converted else ""
     said = [
-        f"Block by block (extraction.execution=layerwise) in {swept.kind}: {_gb(swept.device)} of the GPU, "
+        f"Layer by layer (extraction.execution=layerwise) in {swept.kind}: {_gb(swept.device)} of the GPU, "
         f"two blocks of {_gb(swept.sizes.block)}{staged} and {_gb(swept.working_set)} for a batch among it. "
         f"Host, beside the process: {_gb(swept.host)}, of which {_gb(swept.residuals)} residuals of a shard "
         f"of {swept.shard_tokens:,} tokens. Disk: {_gb(swept.read)} read for each shard. "
         f"Fits on {smallest} and larger.",
-        f"Hours as reckoned, not measured: {execution_modes.EFFICIENCY:.0%} of a card's peak, disk {execution_modes.DISK / 1e9:g} GB/s",
+        f"Hours as estimated, not measured: {execution_modes.EFFICIENCY:.0%} of a GPU's peak, disk {execution_modes.DISK / 1e9:g} GB/s",
     ]
     rows = [
         [
-            card.name,
-            *_hours(card.resident),
-            *_hours(card.layerwise),
-            "hidden" if card.reads_hidden else "not hidden",
+            gpu.name,
+            *_hours(gpu.resident),
+            *_hours(gpu.layerwise),
+            "hidden" if gpu.reads_hidden else "not hidden",
         ]
-        for card in found.cards
+        for gpu in found.gpu_modes
     ]
-    headers = ["card", "resident 1M", "10M tokens", "layerwise 1M", "10M tokens", "reads"]
+    headers = ["GPU", "resident 1M", "10M tokens", "layerwise 1M", "10M tokens", "reads"]
     return "\n\n".join(map(lines, said)) + "\n" + table(rows, headers, range(1, 5))
 
 

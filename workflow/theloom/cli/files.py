@@ -29,7 +29,7 @@ def add_store(commands: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="whether a file of hidden states is what was written",
-        description="Checks the hash of every window and hook point, and the seals of metadata, tables and log, of "
+        description="Checks the hash of every window and hook point, and the checksums of metadata, tables and log, of "
         "activations.h5 and all files that it refers to, or of a shard.",
         **examples(
             "theloom verify results/smollm2-135m/activations.h5",
@@ -66,7 +66,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         report = {
             "schema": schema,
             "hooks": [asdict(h) for h in hooks],
-            "figures": acts.figures,
+            "metrics": acts.metrics,
             "provenance": origin,
         }
         print(json.dumps(report, indent=2))
@@ -79,14 +79,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
             "×".join(map(str, h.shape)),
             f"{h.nbytes / 1e9:.3f}",
             *_numbers(h),
-            h.not_finite,
+            h.nonfinite,
             h.infinite,
         ]
         for h in hooks
     ]
     heads = ["hook point", "row", "GB", "mean", "var.", "norm", "not fin.", "inf."]
     print(table(rows, heads, range(2, 8), fold=0))
-    print(f"\nWhere the time went\n\n{_figures(acts.figures)}")
+    print(f"\nWhere the time went\n\n{_metrics(acts.metrics)}")
 
 
 def _numbers(hook: Any) -> list[str]:
@@ -119,10 +119,10 @@ def _plainly(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _figures(figures: dict[str, float]) -> str:
-    total = figures["seconds_total"]
+def _metrics(metrics: dict[str, float]) -> str:
+    total = metrics["seconds_total"]
     rows = []
-    for name, value in figures.items():
+    for name, value in metrics.items():
         what, _, unit = name.partition("_")
         if what == "seconds":
             share = f"{100 * value / total:.0f}%" if total else ""
@@ -139,7 +139,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     acts = activations.open_activations(arguments.file, arguments.allow)
     damaged = damaged_parts(acts)
-    wrong, not_finite = check_hashes(acts)
+    wrong, nonfinite = check_hashes(acts)
     report_damage(acts, damaged, wrong)
     found = _recompute(acts, arguments.recompute) if arguments.recompute else None
     if found:
@@ -149,7 +149,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         "rows": len(acts),
         "files": len(dict.fromkeys([acts.path, *acts.files])),
         "hashes": len(acts.window_document) * len(acts.hooks),
-        "not_finite": dict(zip(acts.hooks, not_finite.tolist(), strict=True)),
+        "nonfinite": dict(zip(acts.hooks, nonfinite.tolist(), strict=True)),
     }
     if found:
         nearest = int((found.worst / found.allowed).argmax())
@@ -159,9 +159,9 @@ def _verify(arguments: argparse.Namespace) -> None:
         print(json.dumps(report, indent=2))
         return
     print(
-        f"{acts.path}: all {report['hashes']} hashes of rows are right, and the seals of {report['files']} files"
+        f"{acts.path}: all {report['hashes']} hashes of rows are right, and the checksums of {report['files']} files"
     )
-    if total := int(not_finite.sum()):
+    if total := int(nonfinite.sum()):
         print(f"{total} values are not finite; theloom inspect shows where")
     if found:
         error, allowed = report["largest_error"], report["tolerance"]

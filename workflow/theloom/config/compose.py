@@ -77,9 +77,9 @@ def runs(
     profiles = _default_profile(config_dir) if profiles is None else profiles
     overrides = overrides or ""
     if not isinstance(profiles, str) or not isinstance(overrides, str):
-        asked = profiles if not isinstance(profiles, str) else overrides
+        requested = profiles if not isinstance(profiles, str) else overrides
         raise ConfigError(
-            f"profiles and set take text, found {asked!r}; put quotes round the whole value"
+            f"profiles and set take text, found {requested!r}; put quotes round the whole value"
         )
     found: dict[str, Run] = {}
     for profile in filter(None, (p.strip() for p in profiles.split(","))):
@@ -189,9 +189,9 @@ def _compose(
         _check(cast(Config, strict))
     except MissingConfigException as error:
         options = ", ".join(error.options or [])
-        group, _, asked = str(error.missing_cfg_file).rpartition("/")
+        group, _, requested = str(error.missing_cfg_file).rpartition("/")
         raise ConfigError(
-            f"{group}={asked}: there is no such {group}; choose from {options}"
+            f"{group}={requested}: there is no such {group}; choose from {options}"
         ) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from None
@@ -219,11 +219,13 @@ def _explain(error: BaseException) -> str:
     text = str(inner).split("\n")[0]
     if match := re.match(r"Key '(.*?)' (?:not in|is not in struct)", text):
         known = [k.name for k in schema.leaf_keys()]
-        asked = full_key or match[1]
-        section = asked.rpartition(".")[0]
+        requested = full_key or match[1]
+        section = requested.rpartition(".")[0]
         siblings = [k for k in known if section and k.rpartition(".")[0] == section]
         siblings = siblings or list(dict.fromkeys(k.split(".")[0] for k in known))
-        return f"unknown key {asked!r}{_near(asked, known)}; keys there: {', '.join(siblings)}"
+        return (
+            f"unknown key {requested!r}{_near(requested, known)}; keys there: {', '.join(siblings)}"
+        )
     if "is not a ListConfig" in text:
         return (
             f"{full_key}: one value where a list is wanted; put brackets round it: {full_key}=[…]"
@@ -231,8 +233,8 @@ def _explain(error: BaseException) -> str:
     return f"{full_key}: {text}" if full_key else _one_line(inner)
 
 
-def _near(asked: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(asked, known, n=1, cutoff=0.6)
+def _near(requested: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(requested, known, n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -255,13 +257,13 @@ def _check(config: Config) -> None:
         "report.sampled_rows": config.report.sampled_rows,
         "report.map_rows": config.report.map_rows,
         "resources.threads": config.resources.threads,
-        "resources.least_shards": config.resources.least_shards,
+        "resources.min_shards": config.resources.min_shards,
         "resources.mem_mb": config.resources.mem_mb,
         "resources.load_mem_mb": config.resources.load_mem_mb,
         "resources.runtime": config.resources.runtime,
         "resources.verify_runtime": config.resources.verify_runtime,
         "resources.disk_mb": config.resources.disk_mb,
-        "resources.needed_gpu_mb": config.resources.needed_gpu_mb,
+        "resources.min_free_gpu_mb": config.resources.min_free_gpu_mb,
     }
     for key, value in at_least_one.items():
         if value is not None and value < 1:
@@ -306,7 +308,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"corpus.{needed}: not set; corpus={group} needs it: {example}")
     for group, key in _OF_ONE_CORPUS.items():
         if group != config.corpus.kind.name and getattr(config.corpus, key) is not None:
-            asked = getattr(config.corpus, key)
+            requested = getattr(config.corpus, key)
             raise ConfigError(
-                f"corpus.{key}: {asked!r} is for corpus={group} alone; add corpus={group}, or take it out"
+                f"corpus.{key}: {requested!r} is for corpus={group} alone; add corpus={group}, or take it out"
             )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ModelDims:
     """What a config says of a decoder's size. All sizes in elements, `context_length` in tokens (0:
     not said).
     """
@@ -30,7 +30,7 @@ class Numbers:
     )
 
 
-def numbers(config: "PretrainedConfig") -> Numbers:
+def numbers(config: "PretrainedConfig") -> ModelDims:
     """The numbers of a model's text decoder. Raises ModelError where the config has no blocks or
     width.
     """
@@ -42,7 +42,7 @@ def numbers(config: "PretrainedConfig") -> Numbers:
             f"{config.model_type}: its config has no num_hidden_layers or hidden_size; not a text decoder"
         )
     heads = _said(text, "num_attention_heads") or 1
-    return Numbers(
+    return ModelDims(
         model_type=config.model_type,
         hidden_size=hidden,
         num_blocks=blocks,
@@ -92,9 +92,9 @@ def _said(config: "PretrainedConfig", name: str) -> Any:
     return max(value) if isinstance(value, list) else value
 
 
-def numbers_of_profile(declared: ArchitectureConfig) -> Numbers:
+def dims_of_profile(declared: ArchitectureConfig) -> ModelDims:
     """The same from the numbers that a profile carries, without transformers."""
-    return Numbers(
+    return ModelDims(
         model_type=declared.model_type,
         hidden_size=declared.hidden_size,
         num_blocks=declared.num_hidden_layers,

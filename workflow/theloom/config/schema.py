@@ -47,7 +47,7 @@ def key(default: Any, help: str) -> Any:  # noqa: A002
 
 @dataclass
 class ArchitectureConfig:
-    """Numbers of a public model's config.json, so that the estimate needs neither weights nor a
+    """ModelDims of a public model's config.json, so that the estimate needs neither weights nor a
     hub.
     """
 
@@ -135,7 +135,7 @@ class ExtractionConfig:
     shards: int | None = key(
         None,
         "files, and so independent jobs, that the corpus is split into; null: jobs of about ten minutes, at most "
-        "1,000; a run that has begun keeps its number",
+        "1,000; a run that has started keeps its number",
     )
 
 
@@ -245,13 +245,13 @@ class ResourcesConfig:
     gpu_model: str | None = key(None, "the GPU to ask for, by the scheduler's name, such as a100")
     gpu_memory_gb: float | None = key(
         None,
-        "memory of one such GPU in GB of 10⁹ bytes; null: that of gpu_model, else of an 80 GB card",
+        "memory of one such GPU in GB of 10⁹ bytes; null: that of gpu_model, else of an 80 GB GPU",
     )
-    needed_gpu_mb: int | None = key(
+    min_free_gpu_mb: int | None = key(
         None,
         "memory that a job needs on each of its GPUs in MB, looked at before one is taken; null: from the estimate",
     )
-    least_shards: int = key(
+    min_shards: int = key(
         2,
         "where extraction.shards is null, at least so many: the GPUs or nodes that shall work at once",
     )
@@ -297,7 +297,7 @@ def _written_type(annotation: Any) -> str:
         return f"{_written_type(members[0])} \\| null"
     if members:
         return f"list of {_written_type(members[0])}"
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "true \\| false"}[
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true \\| false"}[
         annotation.__name__
     ]
 

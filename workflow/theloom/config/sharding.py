@@ -48,7 +48,7 @@ CPU_THREAD_TFLOPS = 0.06
 SECONDS_OF_SHARD = 600
 
 
-LEAST_SHARDS, MOST_SHARDS = 2, 1000  # a virtual dataset opens every shard's file
+MIN_SHARDS, MAX_SHARDS = 2, 1000  # a virtual dataset opens every shard's file
 
 
 TOKENS_OF_SHARD = 250_000  # of a model whose numbers are not known before it is looked at
@@ -87,9 +87,9 @@ def shards(config: Config) -> int:
     Jobs of about ten minutes: long enough that loading the model is little of them, short enough
     that losing one is.
     """
-    least = max(LEAST_SHARDS, config.resources.least_shards)
+    least = max(MIN_SHARDS, config.resources.min_shards)
     if config.corpus.max_tokens is None:
         return max(SHARDS_OF_UNKNOWN, least)
     speed = tokens_per_second(config)
     tokens = TOKENS_OF_SHARD if speed is None else max(1, int(speed * SECONDS_OF_SHARD))
-    return max(least, min(-(-config.corpus.max_tokens // tokens), MOST_SHARDS))
+    return max(least, min(-(-config.corpus.max_tokens // tokens), MAX_SHARDS))

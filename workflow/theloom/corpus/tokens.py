@@ -87,8 +87,8 @@ def tokenize(config: Config, output: Path) -> None:
                 corpus=config.corpus.kind.name,
                 tokens_hash=ids_hash.hexdigest(),
                 corpus_hash=xxhash.xxh3_128_hexdigest("".join(tally.hashes).encode()),
-                documents_empty=tally.empty,
-                last_document_cut_from=tally.cut_from,
+                empty_documents=tally.empty,
+                truncated_from=tally.cut_from,
                 context_length=context,
             ),
         )
@@ -117,12 +117,12 @@ def _context_length(config: Config) -> int:
     """Tokens of the longest window: corpus.context_length, else the model's own limit; 0 where
     there is none.
     """
-    limit, asked = read_config(config.model).context_length, config.corpus.context_length
-    if asked and limit and asked > limit:
+    limit, requested = read_config(config.model).context_length, config.corpus.context_length
+    if requested and limit and requested > limit:
         raise ConfigError(
-            f"corpus.context_length: {asked} is more than the model's {limit}; give at most that"
+            f"corpus.context_length: {requested} is more than the model's {limit}; give at most that"
         )
-    return asked or limit
+    return requested or limit
 
 
 def _encoded(

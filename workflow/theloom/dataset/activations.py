@@ -20,7 +20,7 @@ from theloom.dataset.parts import Part
 from theloom.dataset.rows import HookRows, Maps, RowNumbers, Rows
 from theloom.errors import ConfigError, HookError, StoreError
 from theloom.store import checksums, file_format, index
-from theloom.store.file_format import FIGURES, hook_path
+from theloom.store.file_format import METRICS, hook_path
 from theloom.store.statistics import Statistics, read_statistics
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from theloom.dataset.exports import Cache
 
 
-# beside hook points, what can be asked for with the batches: names of tables that have a row for
+# beside hook points, what can be requested with the batches: names of tables that have a row for
 # each token
 TABLES = {
     "input_ids": "tokens/input_ids",
@@ -95,7 +95,7 @@ class Activations:
             self._widths = {name: file[name].shape[1:] for name in self._names}
             self.is_virtual = "sources" in file
             with self.path.open("rb") as f:
-                if checksums.SEAL not in listed.datasets or checksums.broken_checksums(
+                if checksums.CHECKSUMS not in listed.datasets or checksums.broken_checksums(
                     f.fileno(), listed, checksums.METADATA
                 ):
                     raise StoreError(
@@ -109,8 +109,8 @@ class Activations:
             self.window_offset: np.ndarray = file["windows/offset"][:]
             self.window_document: np.ndarray = file["windows/document"][:]
             self.window_hash: np.ndarray = file["windows/hash"][:]
-            self.figures: dict[str, float] = dict(
-                zip(FIGURES, file["figures"][:].tolist(), strict=True)
+            self.metrics: dict[str, float] = dict(
+                zip(METRICS, file["metrics"][:].tolist(), strict=True)
             )
         if sum(p.rows for p in self._parts) != self.attributes["rows"]:
             raise StoreError(

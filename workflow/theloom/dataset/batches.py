@@ -127,7 +127,7 @@ class RowBatches(IterableDataset[Batch]):
         return -(-int(np.minimum(self.block_rows, total - blocks).sum()) // self.batch_size)
 
     def _buffers(self, blocks: np.ndarray) -> Iterator[np.ndarray]:
-        """The rows of one buffer after the other, block by block."""
+        """The rows of one buffer after the other, layer by layer."""
         total = len(self._activations)
         step = -(-self.buffer_rows // self.block_rows)
         kept = np.zeros(0, np.int64)

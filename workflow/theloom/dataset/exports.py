@@ -81,8 +81,8 @@ class Cache(Mapping[str, "torch.Tensor"]):
     """One document's hidden states by hook point, shaped as TransformerLens' ActivationCache: (1,
     position, …).
 
-    Attention patterns and scores are (1, head, query, key). Values are read when they are asked
-    for, in the stored dtype. A hook point may be asked for as ("resid_post", 5) too. Documents of
+    Attention patterns and scores are (1, head, query, key). Values are read when they are requested
+    for, in the stored dtype. A hook point may be requested as ("resid_post", 5) too. Documents of
     several windows have no such cache.
     """
 
@@ -168,7 +168,7 @@ def to_xarray(
 ) -> "xr.Dataset":
     """An `xarray.Dataset` along `row`, with document, position and input_id as its coordinates.
 
-    The rows asked for pass into memory; BF16 ones, which NumPy has not, become float32. Hook points
+    The rows requested pass into memory; BF16 ones, which NumPy has not, become float32. Hook points
     of one shape share their axes, `axis1_576` for one of 576 elements.
     """
     try:
@@ -197,7 +197,7 @@ def to_xarray(
 
 
 def to_npy(acts: "Activations", hook: str, path: str | Path) -> Path:
-    """One hook point as `.npy`, written block by block. NumPy has no bfloat16: BF16 rows are
+    """One hook point as `.npy`, written layer by layer. NumPy has no bfloat16: BF16 rows are
     written as float32.
     """
     path, rows = Path(path), acts[hook]
@@ -292,7 +292,7 @@ def _feature(datasets: Any, shape: tuple[int, ...]) -> Any:
 def _fingerprint(acts: "Activations", names: Sequence[str]) -> str:
     import xxhash
 
-    identity = [str(acts.attributes.get("run_identity")), str(acts.attributes["rows"]), *names]
+    identity = [str(acts.attributes.get("run_fingerprint")), str(acts.attributes["rows"]), *names]
     return xxhash.xxh3_64_hexdigest(json.dumps(identity).encode())
 
 

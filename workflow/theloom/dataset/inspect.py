@@ -24,7 +24,7 @@ _PROVENANCE = (
     "code",
     "python",
     "device",
-    "run_identity",
+    "run_fingerprint",
     "config",
 )
 
@@ -39,7 +39,7 @@ class HookSummary:
     mean: float
     variance: float
     norm: float
-    not_finite: int
+    nonfinite: int
     infinite: int
 
 
@@ -48,7 +48,7 @@ def summarize_hooks(acts: Activations) -> list[HookSummary]:
     found = []
     for hook in acts.hooks:
         rows, s = acts[hook], acts.statistics[hook]
-        numbers = (s.mean_of_all, s.variance_of_all, s.norm, s.not_finite, s.infinite)
+        numbers = (s.mean_of_all, s.variance_of_all, s.norm, s.nonfinite, s.infinite)
         found.append(HookSummary(hook, rows.shape[1:], rows.nbytes, *numbers))
     return found
 
@@ -102,7 +102,7 @@ def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
     import torch
 
     wrong: list[int] = []
-    not_finite = np.zeros(len(acts.hooks), "<i8")
+    nonfinite = np.zeros(len(acts.hooks), "<i8")
     readers = [acts[h] for h in acts.hooks]
     masked = [h.endswith(SCORES) for h in acts.hooks]  # scores of masked keys are -inf
     for window in range(len(acts.window_document)):
@@ -113,7 +113,7 @@ def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
                 for start in range(begin, end, _ROWS_AT_ONCE):
                     rows = reader[start : min(start + _ROWS_AT_ONCE, end)]
                     state.update(file_format.raw_bytes(rows))
-                    not_finite[number] += int(
+                    nonfinite[number] += int(
                         (~torch.isfinite(rows) & ~(masked[number] & rows.isneginf())).sum()
                     )
             except StoreError:  # a packed chunk that cannot be unpacked
@@ -121,7 +121,7 @@ def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
             if state.intdigest() != acts.window_hash[window, number]:
                 wrong.append(window)
                 break
-    return wrong, not_finite
+    return wrong, nonfinite
 
 
 def damaged_parts(acts: Activations) -> list[str]:

@@ -24,7 +24,7 @@ from theloom.dataset.parts import TOKENS, Part, Source
 from theloom.dataset.rows import Maps, Rows
 from theloom.errors import StoreError
 from theloom.store import checksums, compression, file_format, index
-from theloom.store.file_format import FIGURES
+from theloom.store.file_format import METRICS
 from theloom.store.lock import WriterLock
 from theloom.store.statistics import (
     Statistics,
@@ -65,10 +65,10 @@ class _Shard:
     attributes: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     statistics: list[Statistics]
-    figures: dict[str, float]
+    metrics: dict[str, float]
     tables: dict[str, np.ndarray]
-    seal: list[int]
-    seal_place: int
+    checksum: list[int]
+    checksums_offset: int
 
 
 def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
@@ -110,7 +110,7 @@ def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> N
         plans = {name: [int(s.attributes[name]) for s in shards] for name in _PLAN}
         file_format.set_attributes(file, attributes | plans | {"kind": mode, "rows": rows})
         _write_tables(file, shards)
-        file[checksums.SEAL] = np.zeros(3, "<u8")
+        file[checksums.CHECKSUMS] = np.zeros(3, "<u8")
         if mode == "virtual":
             with h5py.File(first.part.path, "r") as source:
                 for name in names:
@@ -175,10 +175,10 @@ def _check(path: Path, number: int) -> _Shard:
             attributes,
             {name: listed.datasets[name].shape for name in parts.names_of(attributes)},
             read_statistics(read, json.loads(attributes["hooks"])),
-            dict(zip(FIGURES, read("figures").tolist(), strict=True)),
+            dict(zip(METRICS, read("metrics").tolist(), strict=True)),
             {name: read(name) for name in tables},
-            read(checksums.SEAL).tolist(),
-            listed.datasets[checksums.SEAL].extents[0][0],
+            read(checksums.CHECKSUMS).tolist(),
+            listed.datasets[checksums.CHECKSUMS].extents[0][0],
         )
 
 
@@ -187,7 +187,7 @@ def _check_together(shards: Sequence[_Shard]) -> None:
     row, first = 0, shards[0]
     for shard in shards:
         path = shard.part.path
-        for name in ("run_identity", "hooks", "precision", "compression"):
+        for name in ("run_fingerprint", "hooks", "precision", "compression"):
             if shard.attributes.get(name) != first.attributes.get(name):
                 raise StoreError(
                     f"{path}: its {name} is not that of {first.part.path.name}: the shards are of different runs; "
@@ -206,7 +206,7 @@ def _check_together(shards: Sequence[_Shard]) -> None:
 
 
 def _write_tables(file: h5py.File, shards: Sequence[_Shard]) -> None:
-    """Documents, windows, statistics and figures, joined: small, so always copied; offsets become
+    """Documents, windows, statistics and metrics, joined: small, so always copied; offsets become
     rows of the whole.
     """
     first_rows = np.cumsum([0, *(s.part.rows for s in shards)])
@@ -228,8 +228,8 @@ def _write_tables(file: h5py.File, shards: Sequence[_Shard]) -> None:
             mine.join(others)
     for name, values in statistics_columns(total).items():
         file[name][:] = values
-    joint = {n: (max if n in _LARGEST else sum)(s.figures[n] for s in shards) for n in FIGURES}
-    file["figures"] = np.array(list(joint.values()), "<f8")
+    joint = {n: (max if n in _LARGEST else sum)(s.metrics[n] for s in shards) for n in METRICS}
+    file["metrics"] = np.array(list(joint.values()), "<f8")
 
 
 def _hooks(shards: Sequence[_Shard]) -> list[str]:
@@ -268,8 +268,8 @@ def _source(shard: _Shard, folder: Path) -> Source:
         _relative(path, folder),
         path.stat().st_size,
         identity,
-        shard.seal,
-        shard.seal_place,
+        shard.checksum,
+        shard.checksums_offset,
     )
 
 

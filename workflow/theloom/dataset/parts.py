@@ -20,7 +20,7 @@ import numpy as np
 
 from theloom.errors import StoreError
 from theloom.store import commit_log, file_format
-from theloom.store.index import Directory
+from theloom.store.index import FileIndex
 
 TOKENS = ("tokens/input_ids", "tokens/document", "tokens/position")
 
@@ -49,8 +49,8 @@ class Source:
     name: str
     size: int
     identity: str
-    seal: list[int]
-    seal_place: int
+    checksum: list[int]
+    checksums_offset: int
 
 
 def names_of(attributes: dict[str, Any]) -> list[str]:
@@ -58,7 +58,7 @@ def names_of(attributes: dict[str, Any]) -> list[str]:
     return [*TOKENS, *map(file_format.hook_path, json.loads(attributes["hooks"]))]
 
 
-def own(fd: int, listed: Directory) -> Part:
+def own(fd: int, listed: FileIndex) -> Part:
     """An open file that holds its own rows, a shard or a physical merge: all of it there, and
     finished.
 
@@ -93,22 +93,22 @@ def own(fd: int, listed: Directory) -> Part:
 
 
 def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
-    """The shards of a virtual dataset: each there, of the size and the seals that the merge saw.
+    """The shards of a virtual dataset: each there, of the size and the checksums that the merge saw.
     Raises StoreError.
     """
     names = names_of(dict(file.attrs))
-    columns = ("file", "rows", "bytes", "seal_place")
+    columns = ("file", "rows", "bytes", "checksums_offset")
     table = [file[f"sources/{column}"][:].tolist() for column in columns]
-    seal, place = file["sources/seal"][:], file["sources/place"][:]
+    checksum, place = file["sources/checksum"][:], file["sources/place"][:]
     items = [_row_bytes(name, file[name].shape, file.attrs["precision"]) for name in names]
     ends = place + np.array(table[1], "<i8")[:, None] * np.array(items, "<i8")
     beyond = ((place < -1) | (ends > np.array(table[2], "<i8")[:, None])).any(axis=1)
     parts = []
-    for number, (encoded, rows, size, seal_place) in enumerate(zip(*table, strict=True)):
+    for number, (encoded, rows, size, checksums_offset) in enumerate(zip(*table, strict=True)):
         name = encoded.decode()
         check_reference(path, name, allow, "it refers to")
         shard = path.parent / name
-        _check_referred(path, shard, size, seal_place, seal[number].tobytes())
+        _check_referred(path, shard, size, checksums_offset, checksum[number].tobytes())
         if beyond[number]:
             raise StoreError(f"{path}: refers to bytes that {shard} does not have; {_AGAIN}")
         parts.append(Part(shard, rows, dict(zip(names, place[number].tolist(), strict=True))))
@@ -122,8 +122,10 @@ def _row_bytes(name: str, shape: tuple[int, ...], precision: str) -> int:
     )
 
 
-def _check_referred(path: Path, shard: Path, size: int, seal_place: int, seal: bytes) -> None:
-    """A shard is the one that the merge saw: by its size and its seals, which go over all of it but
+def _check_referred(
+    path: Path, shard: Path, size: int, checksums_offset: int, checksum: bytes
+) -> None:
+    """A shard is the one that the merge saw: by its size and its checksums, which go over all of it but
     the rows.
     """
     try:
@@ -149,7 +151,7 @@ def _check_referred(path: Path, shard: Path, size: int, seal_place: int, seal: b
             )
         if found.st_size != size:
             raise StoreError(f"{shard}: has {found.st_size} bytes, {size} at the merge; {_AGAIN}")
-        if os.pread(fd, len(seal), seal_place) != seal:
+        if os.pread(fd, len(checksum), checksums_offset) != checksum:
             raise StoreError(
                 f"{shard}: is not the shard that {path.name} was merged from; {_AGAIN}"
             )
@@ -163,8 +165,8 @@ def write_sources(file: h5py.File, shards: Sequence[Source], names: Sequence[str
     file["sources/rows"] = [s.part.rows for s in shards]
     file["sources/bytes"] = [s.size for s in shards]
     file["sources/identity"] = file_format.fixed_strings([s.identity for s in shards])
-    file["sources/seal"] = np.array([s.seal for s in shards], "<u8")
-    file["sources/seal_place"] = [s.seal_place for s in shards]
+    file["sources/checksum"] = np.array([s.checksum for s in shards], "<u8")
+    file["sources/checksums_offset"] = [s.checksums_offset for s in shards]
     file["sources/place"] = np.array([[s.part.places[n] for n in names] for s in shards], "<i8")
 
 

@@ -36,9 +36,9 @@ def of(acts: "Activations") -> "PreTrainedTokenizerBase":
 
 def texts(acts: "Activations", input_ids: "Sequence[int] | np.ndarray") -> list[str]:
     """The text of each token by itself, leading space kept; `#` and its number where the tokenizer
-    is not to be had.
+    is unavailable.
     """
-    decode = _decoder(acts.path, str(acts.attributes.get("run_identity")))
+    decode = _decoder(acts.path, str(acts.attributes.get("run_fingerprint")))
     return [decode(int(i)) for i in input_ids]
 
 
@@ -49,7 +49,7 @@ def _decoder(path: Path, identity: str) -> Any:
     try:
         tokenizer = of(activations.open_activations(path))
     except (TheLoomError, OSError, KeyError, ValueError) as error:
-        log.warning("tokens are shown by their numbers: the tokenizer is not to be had (%s)", error)
+        log.warning("tokens are shown by their numbers: the tokenizer is unavailable (%s)", error)
         return "#{}".format
     return cache(lambda number: tokenizer.decode([number], clean_up_tokenization_spaces=False))
 

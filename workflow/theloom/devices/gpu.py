@@ -20,20 +20,20 @@ log = logging.getLogger(__name__)
 VLLM_HINT = "vLLM takes 90% of a GPU by default: start it with a lower gpu_memory_utilization, or on another GPU"
 
 
-def choose_device(asked: str) -> "torch.device":
+def choose_device(requested: str) -> "torch.device":
     """The device of `extraction.device`: auto, cpu, cuda or cuda:N. Raises ConfigError where there
     is no such GPU.
     """
     import torch
 
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(asked.partition(":")[2] or 0)
+    index = int(requested.partition(":")[2] or 0)
     if index >= count:
         found = f"{count} CUDA GPUs" if torch.backends.cuda.is_built() else "a CPU build of torch"
         raise ConfigError(
-            f"extraction.device: {asked} is not there, found {found}; set extraction.device=cpu or auto"
+            f"extraction.device: {requested} is not there, found {found}; set extraction.device=cpu or auto"
         )
     return torch.device("cuda", index)
 

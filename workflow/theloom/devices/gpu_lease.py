@@ -49,7 +49,7 @@ def held() -> tuple[str, ...]:
 
 def of_job(resources: Any, device: str) -> AbstractContextManager[tuple[str, ...]]:
     """The GPUs that a job of Snakemake asks for by its resources, held as by `gpus`."""
-    return gpus(resources.get("gpu", 0), 10**6 * resources.get("needed_gpu_mb", 0), device)
+    return gpus(resources.get("gpu", 0), 10**6 * resources.get("min_free_gpu_mb", 0), device)
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[st
     To be entered before torch looks for GPUs. Waits while others hold them, and says for whom.
     Where the GPUs that nobody holds have too little free, the ones with most are taken: the plan
     then makes batches smaller, or refuses. Raises ConfigError where the machine has fewer GPUs than
-    asked for.
+    requested.
     """
     global _held
     if count < 1 or device == "cpu":
@@ -180,7 +180,7 @@ def leased(
 
     A job that asks for several can be overtaken by jobs that ask for fewer. `pause` is about the
     seconds between attempts, `folder` where the locks are. Raises ConfigError where there are fewer
-    GPUs than asked for.
+    GPUs than requested.
     """
     folder = _lock_folder() if folder is None else folder
     said = -float(SECONDS_BETWEEN_LINES)
@@ -188,7 +188,7 @@ def leased(
         candidates = look()
         if len(candidates) < count:
             raise ConfigError(
-                f"resources.gpu: {count} GPUs are asked for, and {len(candidates)} are here"
+                f"resources.gpu: {count} GPUs are requested, and {len(candidates)} are here"
             )
         with _gate(
             folder
@@ -245,8 +245,8 @@ def _attempt(
                 log.warning(
                     "GPU %s has %s free, less than the %s that the job needs; others on it: %s",
                     c.uuid,
-                    terminal.in_words(c.free or 0),
-                    terminal.in_words(needed),
+                    terminal.format_bytes(c.free or 0),
+                    terminal.format_bytes(needed),
                     c.users or "not known",
                 )
     if len(chosen) < count:

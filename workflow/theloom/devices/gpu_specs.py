@@ -1,6 +1,6 @@
 """The GPUs to plan for, and where to rent some: what a run fits on that this machine does not have.
 
-Names, nominal memory and compute capabilities are gpuhunt's (a catalogue that dstack maintains),
+Names, nominal memory and compute capabilities are gpuhunt's (a catalog that dstack maintains),
 with the boards that it lacks, and two capabilities that it has wrong, by NVIDIA's lists
 (developer.nvidia.com/cuda-gpus, /cuda-legacy-gpus).
 """
@@ -125,7 +125,7 @@ class GPU:
     fp16: bool
 
     def computes(self, kind: str) -> bool:
-        """Whether it computes with a kind of weights (`memory.Kind.name`): beside quantised ones
+        """Whether it computes with a kind of weights (`memory.WeightFormat.name`): beside quantised ones
         any 16 bits do.
         """
         return self.bf16 if kind == "bf16" else self.fp16 or kind == "fp32"

@@ -2,7 +2,7 @@
 it.
 
 NVML is the library behind nvidia-smi. It sees every process's memory and makes no CUDA context,
-which itself would take some 0.5 GB of the GPU that is asked about. Nothing here raises: what the
+which itself would take some 0.5 GB of the GPU that is requested about. Nothing here raises: what the
 driver does not tell is None, with the reason in words. Behaviour by NVIDIA's NVML API reference
 (docs.nvidia.com/deploy/nvml-api) and its bindings, nvidia-ml-py.
 """
@@ -78,8 +78,8 @@ class Machine:
                 if _bare(instance.uuid) == _bare(uuid):
                     return instance
             if device.uuid and _bare(device.uuid) == _bare(uuid):
-                asked = _bare(visible.split(",")[0]) if visible.startswith("MIG-") else ""
-                named = [i for i in device.instances if _bare(i.uuid).startswith(asked)]
+                requested = _bare(visible.split(",")[0]) if visible.startswith("MIG-") else ""
+                named = [i for i in device.instances if _bare(i.uuid).startswith(requested)]
                 return (named or device.instances or [device])[0]
         return None
 

@@ -56,7 +56,7 @@ class Runner(Protocol):
 class Work:
     """The batches of a shard, in the order in which they are committed, and what is read from them.
 
-    `predicted`: the bytes that the run was foretold to take.
+    `predicted`: the bytes that the run was predicted to take.
     """
 
     batches: list[Batch]
@@ -89,7 +89,7 @@ def run_batches(
     """All batches that are not committed yet; a batch that is larger than the plan goes in several
     passes.
 
-    Raises StoppedError once the job is asked to stop, with all that was forwarded committed.
+    Raises StoppedError once the job is requested to stop, with all that was forwarded committed.
     """
     batches, total = work.batches, len(work.tokens.input_ids)
     first = writer.batches_done
@@ -121,16 +121,16 @@ def run_batches(
             done += sum(batches[number].lengths)
             last = number == len(batches) - 1
             handoff.batch_done(
-                done, last or stop.asked is not None, measured.figures(handoff, done)
+                done, last or stop.requested is not None, measured.metrics(handoff, done)
             )
             warned = warned or gpu.warn_above(work.warning_threshold, work.device)
             progress.update(Moment(done, handoff.bytes_written, handoff.seconds_waiting), last)
-            if stop.asked is not None and not last:
+            if stop.requested is not None and not last:
                 break
     measured.log(handoff, done)
     if done < total:
         raise StoppedError(
-            f"stopped by {stop.asked} with {done:,} of {total:,} tokens on disk; run again to go on"
+            f"stopped by {stop.requested} with {done:,} of {total:,} tokens on disk; run again to go on"
         )
 
 
@@ -140,7 +140,7 @@ class _Measured:
     def __init__(
         self, writer: "ShardWriter", work: Work, watch: MemoryWatch, first: int, oom_level: int
     ) -> None:
-        self._before: dict[str, float] = dict(writer.figures)
+        self._before: dict[str, float] = dict(writer.metrics)
         self._work, self._watch, self._first, self._level = work, watch, first, oom_level
         self._began = time.perf_counter()
         self._forward = _Clock(work.device)
@@ -150,7 +150,7 @@ class _Measured:
         """Around a forward pass."""
         return self._forward
 
-    def figures(self, handoff: Handoff, done: int) -> dict[str, float]:
+    def metrics(self, handoff: Handoff, done: int) -> dict[str, float]:
         """Seconds and tokens of all jobs so far, by the names that the file has for them; bytes of
         memory.
         """

@@ -47,7 +47,7 @@ class _Done:
 
     rows: int
     last: bool
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 class Handoff:
@@ -104,12 +104,12 @@ class Handoff:
         self._queue.put(_Rows(batch, hook, start, place, self._copy(values, place)))
         self.seconds_copying += time.perf_counter() - taken
 
-    def batch_done(self, rows: int, last: bool, figures: dict[str, float]) -> None:
+    def batch_done(self, rows: int, last: bool, metrics: dict[str, float]) -> None:
         """All rows of a batch are handed over, `rows` in all batches; `last` asks for a commit
         whatever its size.
         """
         self._raise()
-        self._queue.put(_Done(rows, last, figures))
+        self._queue.put(_Done(rows, last, metrics))
 
     def _copy(self, values: "torch.Tensor", place: "torch.Tensor") -> Any:
         """Copy into the ring; on CUDA beside the computation, and then give the event that says
@@ -156,7 +156,7 @@ class Handoff:
             item.copied.synchronize()
         began = time.perf_counter()
         if isinstance(item, _Done):
-            self._writer.figures.update(item.figures)
+            self._writer.metrics.update(item.metrics)
             self._writer.batch_done(item.rows, item.last)
         else:
             for number, (window, length) in enumerate(

@@ -1,4 +1,4 @@
-"""A job that is asked to stop (Ctrl-C, or a scheduler's SIGTERM) ends after its batch, with all
+"""A job that is requested to stop (Ctrl-C, or a scheduler's SIGTERM) ends after its batch, with all
 rows committed.
 """
 
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Within the context, the first SIGINT or SIGTERM is only noted in `asked`; a second one ends
+    """Within the context, the first SIGINT or SIGTERM is only noted in `requested`; a second one ends
     the job at once.
     """
 
     def __init__(self) -> None:
-        self.asked: str | None = None
+        self.requested: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -42,8 +42,8 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
-        log.warning("%s: stopping after this batch; once more to stop at once", self.asked)
+        self.requested = signal.Signals(number).name
+        log.warning("%s: stopping after this batch; once more to stop at once", self.requested)
         self._restore()
 
     def _restore(self) -> None:

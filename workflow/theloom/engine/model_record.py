@@ -17,7 +17,7 @@ from theloom.config.frozen import to_plain
 from theloom.config.schema import Config
 from theloom.devices import gpu
 from theloom.errors import ModelError, StoreError
-from theloom.hooks.points import Catalogue, HookPoint
+from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.model.files import ModelFiles, files_fingerprint, files_signature, prepare_files
 from theloom.model.loading import LoadedModel, load_model, resolve_precision
 from theloom.planning.plan import Correction
@@ -40,42 +40,44 @@ class ModelRecord:
     fingerprint: str
     signature: str
     precision: str
-    catalogue: Catalogue
+    catalog: HookCatalog
     causal: bool
     streams: bool
     correction: Correction
-    layerwise: bool  # whether it goes block by block
+    layerwise: bool  # whether it goes layer by layer
     attributes: dict[str, Any]
 
     @property
     def quantization(self) -> str | None:
-        """`8bit` or `4bit`: asked for, or the checkpoint's own."""
+        """`8bit` or `4bit`: requested, or the checkpoint's own."""
         return (
             None if self.attributes["quantization"] == "null" else self.attributes["quantization"]
         )
 
 
-def write_catalog(file: h5py.File, catalogue: Catalogue) -> None:
+def write_catalog(file: h5py.File, catalog: HookCatalog) -> None:
     """Every hook point with the shape of a token's row, and what the model has not, with the
     reason.
     """
-    points = catalogue.points
+    points = catalog.points
     for name in ("name", "value"):
         file[f"hooks/{name}"] = file_format.fixed_strings([getattr(p, name) for p in points])
     file["hooks/block"] = [p.block for p in points]
     file["hooks/shape"] = file_format.fixed_strings([json.dumps(p.shape) for p in points])
-    file["hooks_refused/name"] = file_format.fixed_strings(list(catalogue.refused))
-    file["hooks_refused/reason"] = file_format.fixed_strings(list(catalogue.refused.values()))
+    file["unsupported_hooks/name"] = file_format.fixed_strings(list(catalog.refused))
+    file["unsupported_hooks/reason"] = file_format.fixed_strings(list(catalog.refused.values()))
 
 
-def _read_catalogue(file: h5py.File) -> Catalogue:
+def _read_catalog(file: h5py.File) -> HookCatalog:
     columns = [file[f"hooks/{name}"][:].tolist() for name in ("name", "block", "value", "shape")]
     points = [
         HookPoint(name.decode(), block, value.decode(), tuple(json.loads(shape)))
         for name, block, value, shape in zip(*columns, strict=True)
     ]
-    names, reasons = (file[f"hooks_refused/{name}"][:].tolist() for name in ("name", "reason"))
-    return Catalogue(points, {n.decode(): r.decode() for n, r in zip(names, reasons, strict=True)})
+    names, reasons = (file[f"unsupported_hooks/{name}"][:].tolist() for name in ("name", "reason"))
+    return HookCatalog(
+        points, {n.decode(): r.decode() for n, r in zip(names, reasons, strict=True)}
+    )
 
 
 def model_attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:
@@ -108,11 +110,11 @@ def read(path: Path) -> ModelRecord:
             fingerprint=attributes["fingerprint"],
             signature=attributes["signature"],
             precision=attributes["precision"],
-            catalogue=_read_catalogue(file),
+            catalog=_read_catalog(file),
             causal=bool(attributes["causal"]),
             streams=bool(attributes["streams"]),
             correction=Correction(
-                float(file["memory"].attrs["ratio"]), int(file["memory"].attrs["beside"])
+                float(file["memory"].attrs["ratio"]), int(file["memory"].attrs["overhead"])
             ),
             layerwise=attributes["execution"] == "layerwise",
             attributes=attributes,
@@ -130,7 +132,7 @@ def load_again(
 
 
 def open_again(config: Config, recorded: ModelRecord) -> "AbstractContextManager[LayerwiseModel]":
-    """The same for a model that goes block by block."""
+    """The same for a model that goes layer by layer."""
     from theloom.engine.layerwise.model import opened
 
     return opened(config, _same_files(config, recorded))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from theloom.devices.peak_memory import MemoryWatch
-from theloom.terminal import in_words
+from theloom.terminal import format_bytes
 
 if TYPE_CHECKING:
     pass
@@ -37,7 +37,7 @@ class Moment:
 
 class Progress:
     """Tells how far a shard is: tokens, tokens/s, time left, memory now and at its peak beside what
-    was foretold, bytes written in a second.
+    was predicted, bytes written in a second.
 
     `first` tokens of `total` were there before. A terminal gets a bar, anything else a log line
     every 30 s.
@@ -82,8 +82,8 @@ class Progress:
         left = (self._total - moment.tokens) / speed if speed else 0.0
         text = (
             f"{moment.tokens:,} of {self._total:,} tokens, {speed:,.0f} tokens/s, {_duration(left)} left; "
-            f"memory {in_words(self._watch.now)}, peak {in_words(self._watch.peak)} of {in_words(self._predicted)} "
-            f"foretold; {moment.bytes_written / seconds / 1e6:.1f} MB/s written"
+            f"memory {format_bytes(self._watch.now)}, peak {format_bytes(self._watch.peak)} of {format_bytes(self._predicted)} "
+            f"predicted; {moment.bytes_written / seconds / 1e6:.1f} MB/s written"
         )
         waited = moment.seconds_waiting / seconds
         return text + (

@@ -126,10 +126,10 @@ def plan_resident(
     output: Path,
     identity: str,
 ) -> Planned:
-    """What fits the device now; a shard that was begun is gone on with as it was begun."""
+    """What fits the device now; a shard that was started is gone on with as it was started."""
     device, _ = loading.resolve_precision(frozen)
     kind, unfinished = (
-        weight_format.kind_of(frozen, recorded.precision, recorded.quantization),
+        weight_format.weight_format_of(frozen, recorded.precision, recorded.quantization),
         begun(output, identity),
     )
     if unfinished is None:

@@ -9,7 +9,7 @@ the left or on the right of a row; a tokenizer's output brings its own. Rows of 
 zeros (attention scores as -inf), and the mask with them. Special tokens are not padding unless the
 mask says so.
 
-Hook points are asked for by `hooks`, filter entries as in the config (an exact name, a glob,
+Hook points are requested by `hooks`, filter entries as in the config (an exact name, a glob,
 `blocks.-1.` for the last block; an empty list is every hook point of the model), by `layers`, short
 for their hook_resid_post (negative ones count from the end), or by both. By default it is the
 residual after every block. The forward ends after the deepest.
@@ -44,7 +44,7 @@ class HiddenStates(Mapping[str, torch.Tensor]):
     [batch, head, position, key]. `attention_mask`: [batch, position], on the CPU: true where a row
     is a token's, false where it is padding's. `start`: of a chunk, the position of its first token
     in its row, counted from the row's first token: padding on the left is not streamed. 0
-    otherwise. `precision`: where one was asked for, what was asked for, what was used, and each
+    otherwise. `precision`: where one was requested, what was requested, what was used, and each
     fallback.
     """
 
@@ -84,8 +84,8 @@ def extract_hidden_states(
     The tensors are copies of their own, which autograd takes as inputs. Raises InputError,
     HookError, ModelError.
     """
-    asked = ask(model, tokens, hooks, layers, attention_mask)
-    return _in_one_pass(asked, None)
+    requested = ask(model, tokens, hooks, layers, attention_mask)
+    return _in_one_pass(requested, None)
 
 
 def extract_streaming(
@@ -110,10 +110,10 @@ def extract_streaming(
     """
     if chunk_size < 1:
         raise InputError(f"chunk_size must be at least 1, found {chunk_size}")
-    asked = ask(model, tokens, hooks, layers, attention_mask)
-    if asked.rows.ids.shape[1] > chunk_size:
-        request.check_streams(asked.architecture)
-    return _chunks(asked, chunk_size)
+    requested = ask(model, tokens, hooks, layers, attention_mask)
+    if requested.rows.ids.shape[1] > chunk_size:
+        request.check_streams(requested.architecture)
+    return _chunks(requested, chunk_size)
 
 
 def collect_streaming_results(chunks: Iterable[HiddenStates]) -> HiddenStates:
@@ -163,10 +163,10 @@ def extract_inference_optimized(
     is logged and recorded on the result. `clear_cache` gives what CUDA's allocator holds unused
     back to the driver afterwards. Raises InputError, HookError, ModelError.
     """
-    asked = ask(model, tokens, hooks, layers, attention_mask)
+    requested = ask(model, tokens, hooks, layers, attention_mask)
     try:
         return _in_one_pass(
-            asked, None if precision is None else _resolved(asked.architecture, precision)
+            requested, None if precision is None else _resolved(requested.architecture, precision)
         )
     finally:
         if clear_cache:
@@ -187,20 +187,20 @@ def extract_with_checkpointing(
 
     Gradients are those of the plain forward. Dropout acts where the model is in training mode; do
     not change its mode or weights before the backward. A block of which an inner hook point is
-    asked keeps its inside, which is what was asked for. `use_reentrant` is
+    requested keeps its inside, which is what was requested. `use_reentrant` is
     torch.utils.checkpoint's: the reentrant kind takes `backward()` but not `torch.autograd.grad`.
     Raises InputError, HookError, and ModelError where nothing requires a gradient.
     """
     from theloom.extraction.gradient_checkpointing import Checkpointed
     from theloom.hooks.taps import Taps
 
-    asked = ask(model, tokens, hooks, layers, attention_mask)
-    blocks, rows = asked.architecture.blocks, asked.rows
-    kept_whole = {p.block for p in asked.points if p.value not in RESIDUALS}
+    requested = ask(model, tokens, hooks, layers, attention_mask)
+    blocks, rows = requested.architecture.blocks, requested.rows
+    kept_whole = {p.block for p in requested.points if p.value not in RESIDUALS}
     again = [block for number, block in enumerate(blocks) if number not in kept_whole]
-    kept = _Kept(asked, whole=True, graph=True)
-    inputs = {name: value.to(model.device) for name, value in asked.inputs().items()}
-    taps = Taps(asked.architecture, asked.points, kept.keep)
+    kept = _Kept(requested, whole=True, graph=True)
+    inputs = {name: value.to(model.device) for name, value in requested.inputs().items()}
+    taps = Taps(requested.architecture, requested.points, kept.keep)
     with torch.enable_grad(), Checkpointed(again, use_reentrant), taps:
         taps.run(input_ids=rows.ids.to(model.device), use_cache=False, **inputs)
     if not any(value.requires_grad for value in kept.values.values()):
@@ -216,9 +216,9 @@ class _Kept:
     columns given.
     """
 
-    def __init__(self, asked: Request, whole: bool, graph: bool = False) -> None:
-        self._asked, self._whole, self._graph = asked, whole, graph
-        self._points = {p.name: p for p in asked.points}
+    def __init__(self, requested: Request, whole: bool, graph: bool = False) -> None:
+        self._requested, self._whole, self._graph = requested, whole, graph
+        self._points = {p.name: p for p in requested.points}
         self.values: dict[str, torch.Tensor] = {}
 
     def keep(self, name: str, value: torch.Tensor) -> None:
@@ -227,8 +227,8 @@ class _Kept:
             nullcontext() if self._graph else torch.inference_mode(False),
             torch.set_grad_enabled(self._graph),
         ):
-            if self._whole and not self._asked.rows.as_given:
-                point, rows = self._points[name], self._asked.rows
+            if self._whole and not self._requested.rows.as_given:
+                point, rows = self._points[name], self._requested.rows
                 whole = padding.empty(value, point, rows)
                 padding.put_back(value, point, rows, 0, whole)
                 self.values[name] = whole
@@ -237,49 +237,49 @@ class _Kept:
 
     def result(self, start: int, resolved: Resolved | None) -> HiddenStates:
         """What was kept, which is then no longer here."""
-        asked, values, self.values = self._asked, self.values, {}
-        rows = asked.rows
-        found = {p.name: values.pop(p.name) for p in asked.points}
+        requested, values, self.values = self._requested, self.values, {}
+        rows = requested.rows
+        found = {p.name: values.pop(p.name) for p in requested.points}
         mask = rows.mask_given()
         if not self._whole:
-            some = next(p for p in asked.points)
+            some = next(p for p in requested.points)
             mask = rows.mask()[:, start : start + found[some.name].shape[some.position_axis]]
             if rows.uneven:
-                for point in asked.points:
+                for point in requested.points:
                     padding.blank(found[point.name], point, rows, start)
-        return HiddenStates(found, mask, start, resolved, tuple(asked.points), rows)
+        return HiddenStates(found, mask, start, resolved, tuple(requested.points), rows)
 
 
-def _in_one_pass(asked: Request, resolved: Resolved | None) -> HiddenStates:
+def _in_one_pass(requested: Request, resolved: Resolved | None) -> HiddenStates:
     from theloom.extraction.casting import InPrecision
     from theloom.hooks.blocks import evaluating
     from theloom.hooks.taps import Taps
     from theloom.model.forward import steps
 
-    described = asked.architecture
-    inputs = asked.inputs()
-    kept = _Kept(asked, whole=True)
+    described = requested.architecture
+    inputs = requested.inputs()
+    kept = _Kept(requested, whole=True)
     cast = (
         nullcontext()
         if resolved is None
         else InPrecision(described, torch_dtype(resolved.resolved))
     )
-    with evaluating(described.model), cast, Taps(described, asked.points, kept.keep) as taps:
-        for _ in steps(taps, asked.rows.ids, asked.rows.ids.shape[1], inputs=inputs):
+    with evaluating(described.model), cast, Taps(described, requested.points, kept.keep) as taps:
+        for _ in steps(taps, requested.rows.ids, requested.rows.ids.shape[1], inputs=inputs):
             pass
     return kept.result(0, resolved)
 
 
-def _chunks(asked: Request, chunk_size: int) -> Generator[HiddenStates, None, None]:
+def _chunks(requested: Request, chunk_size: int) -> Generator[HiddenStates, None, None]:
     from theloom.hooks.blocks import evaluating
     from theloom.hooks.taps import Taps
     from theloom.model.forward import steps
 
-    kept = _Kept(asked, whole=False)
-    taps = Taps(asked.architecture, asked.points, kept.keep)
-    passes = steps(taps, asked.rows.ids, chunk_size, inputs=asked.inputs())
+    kept = _Kept(requested, whole=False)
+    taps = Taps(requested.architecture, requested.points, kept.keep)
+    passes = steps(taps, requested.rows.ids, chunk_size, inputs=requested.inputs())
     while True:
-        with evaluating(asked.architecture.model), taps:
+        with evaluating(requested.architecture.model), taps:
             start = next(passes, None)
         if start is None:
             return

@@ -104,7 +104,7 @@ def _put_back(kept: list[tuple[dict[str, Any], str, torch.Tensor]]) -> None:
 
 
 def _kept_in_fp32(model: Any, dtype: torch.dtype) -> set[int]:
-    """Identities of the weights that transformers loads in FP32 where this dtype is asked for."""
+    """Identities of the weights that transformers loads in FP32 where this dtype is requested."""
     names = set(model._keep_in_fp32_modules_strict or []) if dtype != torch.float32 else set()
     if dtype == torch.float16:
         names |= set(model._keep_in_fp32_modules or [])

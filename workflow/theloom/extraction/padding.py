@@ -155,7 +155,7 @@ def put_back(
 
 
 def _matrix(values: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers as (batch, position) on the CPU, and a mask that is false where a list ended
+    """Integers as (batch, position) on the CPU, and a mask that is false where a list ended
     before others.
     """
     if isinstance(values, str) or (
@@ -174,7 +174,7 @@ def _matrix(values: Any) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = torch.full((len(matrix),), matrix.shape[-1]) if matrix.ndim else torch.empty(0)
     if matrix.ndim != 2 or matrix.numel() == 0 or matrix.is_floating_point() or matrix.is_complex():
         raise InputError(
-            f"tokens: whole numbers of shape (batch, position) or (position,) are needed, "
+            f"tokens: integers of shape (batch, position) or (position,) are needed, "
             f"found {tuple(matrix.shape)} of {str(matrix.dtype).removeprefix('torch.')}"
         )
     matrix = matrix.detach().cpu().long()

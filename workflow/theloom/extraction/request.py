@@ -110,7 +110,7 @@ def _check_length(described: Architecture, tokens: int) -> None:
 
 @dataclass
 class _Shown:
-    """What a model has shown on a few tokens: `None` where it has not been asked."""
+    """What a model has shown on a few tokens: `None` where it has not been requested."""
 
     causal: bool | None = None
     no_streams: str | None = None

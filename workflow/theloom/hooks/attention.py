@@ -1,9 +1,9 @@
 """What happens inside attention: queries and keys as they meet, their scores, and the pattern.
 
 transformers hands queries, keys and values of most models to a function that it finds by name in a
-registry. A layer that is asked for its inside gets a function of ours by way of its own copy of the
+registry. A layer that is requested its inside gets a function of ours by way of its own copy of the
 config; all other layers keep theirs. That function runs the layer's eager attention, whose softmax
-shows scores and pattern, only where these are asked for. Attention classes that do not use the
+shows scores and pattern, only where these are requested. Attention classes that do not use the
 registry, and call softmax themselves, are read at that softmax.
 """
 

@@ -12,11 +12,11 @@ from torch import nn
 from theloom.errors import HookError
 from theloom.hooks.blocks import Architecture, evaluating
 from theloom.hooks.locate import Anatomy
-from theloom.hooks.points import Catalogue, HookPoint
+from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.hooks.taps import Taps
 
 
-def build_catalog(architecture: Architecture) -> Catalogue:
+def build_catalog(architecture: Architecture) -> HookCatalog:
     """What can be read from a model. Raises ModelError for one that does not run on token ids
     alone.
     """
@@ -27,15 +27,15 @@ def build_catalog(architecture: Architecture) -> Catalogue:
     return found[1]
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[Anatomy, Catalogue]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, tuple[Anatomy, HookCatalog]] = WeakKeyDictionary()
 
 
-def _read_all(architecture: Architecture, anatomy: Anatomy) -> Catalogue:
+def _read_all(architecture: Architecture, anatomy: Anatomy) -> HookCatalog:
     refused = dict(anatomy.refused)
     shapes = _shapes(architecture, anatomy.points)
     if (
         shapes is None
-    ):  # the inside of attention ended the forward: without it, and then block by block
+    ):  # the inside of attention ended the forward: without it, and then layer by layer
         inside = [p for p in anatomy.points if p.over_keys]
         rest = [p for p in anatomy.points if not p.over_keys]
         shapes = _shapes(architecture, rest) or {}
@@ -47,7 +47,7 @@ def _read_all(architecture: Architecture, anatomy: Anatomy) -> Catalogue:
             points.append(replace(point, shape=shapes[point.name]))
         else:
             refused[point.name] = "is not reached in the forward pass"
-    return Catalogue(points, refused)
+    return HookCatalog(points, refused)
 
 
 def _shapes(

@@ -74,13 +74,13 @@ class Anatomy:
             found.signature = signature
         return found
 
-    def site(self, asked: HookPoint) -> Site:
+    def site(self, requested: HookPoint) -> Site:
         """Where a hook point is. Raises HookError for one that the model has not."""
-        if asked.name not in self.sites:
+        if requested.name not in self.sites:
             raise HookError(
-                f"{asked.name}: {self.refused.get(asked.name, 'this model has no such hook point')}"
+                f"{requested.name}: {self.refused.get(requested.name, 'this model has no such hook point')}"
             )
-        return self.sites[asked.name]
+        return self.sites[requested.name]
 
 
 _known: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()

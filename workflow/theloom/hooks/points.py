@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from theloom.config.model_dims import Numbers
+from theloom.config.model_dims import ModelDims
 from theloom.errors import HookError
 
 RESIDUALS = ("hook_resid_pre", "hook_resid_post")
@@ -103,7 +103,7 @@ class HookPoint:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class HookCatalog:
     """The hook points of a model, in the order of its forward pass, and by name the reason for each
     that it has not.
     """
@@ -131,8 +131,8 @@ def residual_points(num_blocks: int, hidden_size: int) -> list[HookPoint]:
     ]
 
 
-def llama_catalog(size: Numbers) -> Catalogue:
-    """The catalogue of a Llama-like model (`closed_form.covers`), from its numbers alone."""
+def llama_catalog(size: ModelDims) -> HookCatalog:
+    """The catalog of a Llama-like model (`closed_form.covers`), from its numbers alone."""
     d, m, q, kv = (
         [size.hidden_size],
         [size.intermediate_size],
@@ -156,7 +156,7 @@ def llama_catalog(size: Numbers) -> Catalogue:
         point("ln_final.hook_scale", n, n, [1]),
         point("ln_final.hook_normalized", n, n, d),
     ]
-    return Catalogue([p for p in every if p.name not in absent], absent)
+    return HookCatalog([p for p in every if p.name not in absent], absent)
 
 
 def select_points(
@@ -184,7 +184,7 @@ def select_points(
                 None,
             )
             raise HookError(
-                f"hook point {entry!r} is not to be had from this model: {reason}"
+                f"hook point {entry!r} is unavailable from this model: {reason}"
                 if reason
                 else _unknown(entry, pattern, points, num_blocks)
             )
@@ -221,14 +221,16 @@ def _literal_brackets(pattern: str) -> str:
 
 def _unknown(entry: str, pattern: str, points: Sequence[HookPoint], num_blocks: int) -> str:
     glob = "*" in entry or "?" in entry
-    asked = f"hook filter {entry!r} matches nothing" if glob else f"unknown hook point {entry!r}"
+    requested = (
+        f"hook filter {entry!r} matches nothing" if glob else f"unknown hook point {entry!r}"
+    )
     near = _near(pattern, points, num_blocks)
     hint = (
         f"did you mean {near!r}?"
         if near
         else f"its hook points are like {points[0].name!r}, {points[-1].name!r}"
     )
-    return f"{asked} (this model has {num_blocks} blocks, 0 to {num_blocks - 1}); {hint}"
+    return f"{requested} (this model has {num_blocks} blocks, 0 to {num_blocks - 1}); {hint}"
 
 
 def _near(pattern: str, points: Sequence[HookPoint], num_blocks: int) -> str | None:

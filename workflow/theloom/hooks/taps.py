@@ -30,7 +30,7 @@ class Taps:
 
     The tensor is the model's own: copy what is kept, since later operations may write to it and a
     view keeps the whole alive. `run` calls the model and ends its forward after the deepest block
-    asked for. The model is left as it was.
+    requested. The model is left as it was.
     """
 
     def __init__(self, architecture: Architecture, points: Sequence[HookPoint], sink: Sink) -> None:
@@ -63,7 +63,7 @@ class Taps:
         self._open.close()
 
     def run(self, **inputs: Any) -> None:
-        """One forward pass of the model, up to the deepest block asked for. Raises HookError for
+        """One forward pass of the model, up to the deepest block requested. Raises HookError for
         what was not read.
         """
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))

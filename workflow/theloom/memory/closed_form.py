@@ -12,9 +12,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from theloom.config.model_dims import Numbers
-from theloom.memory.sizes import Parts, Workload
-from theloom.model.weight_format import Kind
+from theloom.config.model_dims import ModelDims
+from theloom.memory.sizes import PeakBytes, Workload
+from theloom.model.weight_format import WeightFormat
 from theloom.precision import BYTES
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
@@ -23,7 +23,7 @@ LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 NF4_BLOCK = 64  # weights that share one 4-byte scale
 
 
-def covers(size: Numbers) -> bool:
+def covers(size: ModelDims) -> bool:
     """Whether the formulas hold: a Llama-like model, whose attention sees all of its context."""
     return size.model_type in LLAMA_LIKE and not size.sliding_window
 
@@ -45,7 +45,7 @@ class Parameters:
         return self.linear + self.other
 
 
-def parameters(size: Numbers, tied: bool) -> Parameters:
+def parameters(size: ModelDims, tied: bool) -> Parameters:
     """Counts of a Llama-like model."""
     h, q, kv = size.hidden_size, size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
     block = h * (2 * q + 2 * kv) + 3 * h * size.intermediate_size
@@ -63,7 +63,9 @@ def parameters(size: Numbers, tied: bool) -> Parameters:
     )
 
 
-def weights(size: Numbers, kind: Kind, blocks: int | None = None, final_norm: bool = True) -> int:
+def weights(
+    size: ModelDims, kind: WeightFormat, blocks: int | None = None, final_norm: bool = True
+) -> int:
     """Bytes of the base model, without LM head, with its two rotary tables in FP32; of the first
     `blocks` alone.
     """
@@ -80,8 +82,8 @@ def weights(size: Numbers, kind: Kind, blocks: int | None = None, final_norm: bo
 
 
 def forward(
-    size: Numbers, kind: Kind, workload: Workload, blocks: int, held: Collection[int] = ()
-) -> Parts:
+    size: ModelDims, kind: WeightFormat, workload: Workload, blocks: int, held: Collection[int] = ()
+) -> PeakBytes:
     """The peak of one forward pass over the first `blocks` blocks, with fused attention.
 
     `held` are residuals that are kept until the end: 0 is the token embedding, k the output of
@@ -98,15 +100,15 @@ def forward(
 
 
 def _step(
-    size: Numbers,
-    kind: Kind,
+    size: ModelDims,
+    kind: WeightFormat,
     windows: int,
     tokens: int,
     end: int,
     cached: bool,
     blocks: int,
     held: Collection[int],
-) -> Parts:
+) -> PeakBytes:
     """One step over `tokens` positions of each window, the last of `end`; `cached`: through a KV
     cache.
     """
@@ -150,7 +152,7 @@ def _step(
     ]
     common = 8 * tokens + 2 * tokens * d * rotary
     if not cached:
-        return Parts(0, before * windows * h * e, common + max(moments))
+        return PeakBytes(0, before * windows * h * e, common + max(moments))
     # the last block's new values beside the old ones, which are cached, as its keys and all of the
     # others' are
     moments.append(streams + n * (q + 2 * kv) * e + windows * kv * e * (end - tokens))
@@ -163,4 +165,4 @@ def _step(
         attention = 2 * n * q * e + 4 * windows * size.num_heads * tokens
         moments.append(streams + attention + repeated + windows * mask * e)
     cache = 2 * blocks * windows * kv * e * end
-    return Parts(cache, before * windows * h * e, common + mask + max(moments))
+    return PeakBytes(cache, before * windows * h * e, common + mask + max(moments))

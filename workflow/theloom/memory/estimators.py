@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from theloom.config import model_dims
-from theloom.config.model_dims import Numbers
+from theloom.config.model_dims import ModelDims
 from theloom.config.schema import ArchitectureConfig
-from theloom.hooks.points import COMPUTED, RESIDUALS, Catalogue, HookPoint, llama_catalog
+from theloom.hooks.points import COMPUTED, RESIDUALS, HookCatalog, HookPoint, llama_catalog
 from theloom.memory import closed_form
-from theloom.memory.sizes import BlockSizes, Parts, Workload
-from theloom.model.weight_format import Kind, quantized_as
+from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
+from theloom.model.weight_format import WeightFormat, quantized_as
 from theloom.precision import BYTES
 
 if TYPE_CHECKING:
@@ -28,42 +28,42 @@ class Estimator(Protocol):
     """Bytes of one model, at any kind of weights, for any workload."""
 
     method: str
-    size: Numbers
+    size: ModelDims
     own: str | None  # the checkpoint's own quantisation, 8bit or 4bit
 
-    def catalogue(self) -> Catalogue:
+    def catalog(self) -> HookCatalog:
         """The hook points of the model."""
 
-    def weights(self, kind: Kind, points: Sequence[HookPoint] | None = None) -> int:
+    def weights(self, kind: WeightFormat, points: Sequence[HookPoint] | None = None) -> int:
         """Bytes of all parameters and buffers; with `points`, of those that reading these hook
         points needs.
         """
 
-    def largest_weight(self, kind: Kind) -> int:
+    def largest_weight(self, kind: WeightFormat) -> int:
         """Bytes of the largest tensor as it is in the checkpoint, which a quantising load holds
         beside its result.
         """
 
     def forward(
         self,
-        kind: Kind,
+        kind: WeightFormat,
         workload: Workload,
         points: Sequence[HookPoint],
         held: bool = False,
         device: str = "cuda",
-    ) -> Parts:
+    ) -> PeakBytes:
         """The peak of one forward pass that reads hook points, which are `held` or written as they
         come.
         """
 
-    def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
-        """Bytes of the weights block by block, up to the deepest hook point; as if on disk in the
+    def block_sizes(self, kind: WeightFormat, points: Sequence[HookPoint]) -> BlockSizes:
+        """Bytes of the weights layer by layer, up to the deepest hook point; as if on disk in the
         same precision.
         """
 
     def block_forward(
-        self, kind: Kind, workload: Workload, points: Sequence[HookPoint]
-    ) -> tuple[Parts, int]:
+        self, kind: WeightFormat, workload: Workload, points: Sequence[HookPoint]
+    ) -> tuple[PeakBytes, int]:
         """The peak of one pass through one block on a GPU, and the arguments recorded for all.
         Raises ModelError.
         """
@@ -77,7 +77,7 @@ class ClosedForm:
     method = "closed form"
     own: str | None = None
 
-    def __init__(self, size: Numbers) -> None:
+    def __init__(self, size: ModelDims) -> None:
         self.size = size
 
     @staticmethod
@@ -85,10 +85,10 @@ class ClosedForm:
         """Whether it can tell what reading these hook points takes."""
         return all(p.value in RESIDUALS if held else p.value not in COMPUTED for p in points)
 
-    def catalogue(self) -> Catalogue:
+    def catalog(self) -> HookCatalog:
         return llama_catalog(self.size)
 
-    def weights(self, kind: Kind, points: Sequence[HookPoint] | None = None) -> int:
+    def weights(self, kind: WeightFormat, points: Sequence[HookPoint] | None = None) -> int:
         if points is None:
             return closed_form.weights(self.size, kind)
         deepest = max(p.block for p in points)
@@ -97,7 +97,7 @@ class ClosedForm:
             self.size, kind, blocks, final_norm=deepest >= self.size.num_blocks
         )
 
-    def largest_weight(self, kind: Kind) -> int:
+    def largest_weight(self, kind: WeightFormat) -> int:
         return 2 * max(
             closed_form.parameters(self.size, tied=True).largest_linear,
             self.size.vocab_size * self.size.hidden_size,
@@ -105,22 +105,22 @@ class ClosedForm:
 
     def forward(
         self,
-        kind: Kind,
+        kind: WeightFormat,
         workload: Workload,
         points: Sequence[HookPoint],
         held: bool = False,
         device: str = "cuda",
-    ) -> Parts:
+    ) -> PeakBytes:
         residuals = {p.block + (p.value == "hook_resid_post") for p in points} if held else set()
         deepest = max((p.block for p in points), default=self.size.num_blocks)
         blocks = min(max(deepest, 0) + 1, self.size.num_blocks)
         return closed_form.forward(self.size, kind, workload, blocks, residuals)
 
-    def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
-        size, e, plain = self.size, BYTES[kind.precision], Kind(kind.precision)
+    def block_sizes(self, kind: WeightFormat, points: Sequence[HookPoint]) -> BlockSizes:
+        size, e, plain = self.size, BYTES[kind.precision], WeightFormat(kind.precision)
         embedding = size.vocab_size * size.hidden_size
 
-        def block(kind: Kind) -> int:
+        def block(kind: WeightFormat) -> int:
             return closed_form.weights(size, kind, 2) - closed_form.weights(size, kind, 1)
 
         return BlockSizes(
@@ -132,8 +132,8 @@ class ClosedForm:
         )
 
     def block_forward(
-        self, kind: Kind, workload: Workload, points: Sequence[HookPoint]
-    ) -> tuple[Parts, int]:
+        self, kind: WeightFormat, workload: Workload, points: Sequence[HookPoint]
+    ) -> tuple[PeakBytes, int]:
         tokens = max(workload.steps)
         recorded = 2 * tokens * self.size.head_dim * BYTES[kind.precision] + 8 * tokens
         return closed_form.forward(replace(self.size, num_blocks=1), kind, workload, 1), recorded
@@ -153,9 +153,9 @@ class Traced:
         self.size = model_dims.numbers(model_config)
         self._config, self._attention, self._trust = model_config, attention, trust_remote_code
         self.own = quantized_as(model_config)
-        self._fakes: dict[Kind, FakeModel] = {}
+        self._fakes: dict[WeightFormat, FakeModel] = {}
 
-    def fake(self, kind: Kind) -> "FakeModel":
+    def fake(self, kind: WeightFormat) -> "FakeModel":
         """The model without bytes, built once for each kind of weights."""
         from theloom.model.fake import fake_model
 
@@ -169,46 +169,46 @@ class Traced:
             )
         return self._fakes[kind]
 
-    def catalogue(self) -> Catalogue:
-        return self.fake(Kind("fp32")).catalogue
+    def catalog(self) -> HookCatalog:
+        return self.fake(WeightFormat("fp32")).catalog
 
     @cached_property
     def attention(self) -> str:
         """The attention implementation that transformers takes."""
-        return str(self.fake(Kind("fp32")).architecture.model.config._attn_implementation)
+        return str(self.fake(WeightFormat("fp32")).architecture.model.config._attn_implementation)
 
     @property
     def parameters(self) -> int:
         """Parameters of the whole base model."""
-        return int(self.fake(Kind("fp32")).architecture.model.num_parameters())
+        return int(self.fake(WeightFormat("fp32")).architecture.model.num_parameters())
 
-    def weights(self, kind: Kind, points: Sequence[HookPoint] | None = None) -> int:
+    def weights(self, kind: WeightFormat, points: Sequence[HookPoint] | None = None) -> int:
         fake = self.fake(kind)
         return sum(fake.weights if points is None else fake.weights_for(points))
 
-    def largest_weight(self, kind: Kind) -> int:
-        return max(self.fake(Kind("bf16")).weights)
+    def largest_weight(self, kind: WeightFormat) -> int:
+        return max(self.fake(WeightFormat("bf16")).weights)
 
     def forward(
         self,
-        kind: Kind,
+        kind: WeightFormat,
         workload: Workload,
         points: Sequence[HookPoint],
         held: bool = False,
         device: str = "cuda",
-    ) -> Parts:
+    ) -> PeakBytes:
         from theloom.memory import trace
 
         return trace.parts(
             trace.trace(self.fake(kind), workload, points, held, kind.precision, device)[0]
         )
 
-    def block_sizes(self, kind: Kind, points: Sequence[HookPoint]) -> BlockSizes:
+    def block_sizes(self, kind: WeightFormat, points: Sequence[HookPoint]) -> BlockSizes:
         from theloom.model.fake import is_linear
 
         described, plain = (
             self.fake(kind).architecture,
-            self.fake(Kind(kind.precision)).architecture,
+            self.fake(WeightFormat(kind.precision)).architecture,
         )
         blocks, whole = ([_nbytes(b) for b in found.blocks] for found in (described, plain))
         embedding = _nbytes(described.model.get_input_embeddings())
@@ -226,8 +226,8 @@ class Traced:
         )
 
     def block_forward(
-        self, kind: Kind, workload: Workload, points: Sequence[HookPoint]
-    ) -> tuple[Parts, int]:
+        self, kind: WeightFormat, workload: Workload, points: Sequence[HookPoint]
+    ) -> tuple[PeakBytes, int]:
         from theloom.memory.trace_block import trace_block
 
         found = trace_block(self.fake(kind), workload, points, "cuda")
@@ -244,7 +244,7 @@ def _nbytes(module: Any) -> int:
     return sum(t.untyped_storage().nbytes() for t in [*module.parameters(), *scaled])
 
 
-def _quantising(kind: Kind, largest: int) -> dict[str, int]:
+def _quantising(kind: WeightFormat, largest: int) -> dict[str, int]:
     """What quantising the largest weight takes: of a GPU beside its result, and of the host.
 
     As `quantizing.staging` for a GPU; LLM.int8() takes the weight back to the host before it

@@ -1,7 +1,7 @@
 """Memory debugging: which storages are alive at the memory peak of a shard's largest batch, and
 what made them.
 
-Asked for by `memory.profile_shard`. Two files come of it, `.txt` to read and `.json` with the same,
+Requested by `memory.profile_shard`. Two files come of it, `.txt` to read and `.json` with the same,
 and on a GPU the allocator's own history, `.pickle`, which pytorch.org/memory_viz shows. Recording
 slows a batch and changes no value.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from theloom.model.loading import LoadedModel
-from theloom.terminal import in_words
+from theloom.terminal import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ class ShardProfile:
 
 
 def _weights(model: "torch.nn.Module") -> int:
-    """Bytes of the parameters and buffers that are there: block by block, those of one block and
+    """Bytes of the parameters and buffers that are there: layer by layer, those of one block and
     what is in none.
     """
     return sum(
@@ -243,7 +243,7 @@ def _found(live: "LiveStorages", running: _Running) -> dict[str, Any]:
 
 
 def _in_one_line(found: dict[str, Any]) -> str:
-    place = f"{in_words(found['peak_bytes'])} beyond the weights, in {found['peak_in']} ({found['peak_operation']})"
+    place = f"{format_bytes(found['peak_bytes'])} beyond the weights, in {found['peak_in']} ({found['peak_operation']})"
     failed = f"; the batch failed: {found['failed']}" if found["failed"] else ""
     return f"memory peak of batch {found['batch']}: {place}{failed}"
 

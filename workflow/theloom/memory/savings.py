@@ -106,7 +106,7 @@ class _Table:
         self._one_pass = Workload(windows, tokens, tokens)
         self._chunks = Workload(windows, tokens, min(chunk_size, tokens))
         self._fake = fake_model(model_config, precision)
-        self._points = self._fake.catalogue.select(hooks)
+        self._points = self._fake.catalog.select(hooks)
 
     def rows(self) -> list[Saving]:
         rows: list[Saving] = []

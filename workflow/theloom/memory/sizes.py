@@ -7,7 +7,7 @@ All sizes are bytes. GB are 10⁹ of them, GiB 2³⁰.
 from dataclasses import dataclass, replace
 
 from theloom.memory.cuda_allocator import CUDA_CONTEXT, LARGE_SEGMENT, cublas_workspace
-from theloom.terminal import in_words
+from theloom.terminal import format_bytes
 
 # What the caching allocator holds beyond what it gives out, as a share of what is not weights, and
 # at least: one forward pass of a 7B left 34%, in a replay of its rules. Batches of many lengths
@@ -36,7 +36,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Parts:
+class PeakBytes:
     """Bytes of a forward pass at its peak, weights apart."""
 
     kv_cache: int
@@ -48,9 +48,9 @@ class Parts:
     def total(self) -> int:
         return self.kv_cache + self.captured + self.temporaries + self.logits
 
-    def times(self, factor: float) -> "Parts":
+    def times(self, factor: float) -> "PeakBytes":
         """The same with `factor` as many windows: every part grows with them."""
-        return Parts(
+        return PeakBytes(
             *(
                 int(n * factor)
                 for n in (self.kv_cache, self.captured, self.temporaries, self.logits)
@@ -60,7 +60,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Bytes of a model's weights as they are read block by block.
+    """Bytes of a model's weights as they are read layer by layer.
 
     `block`: the largest, as it lies in a buffer, or quantised; `converted`: what the largest takes
     beside it where the file has another precision or layout, or while it is quantised; `kept`: what
@@ -100,7 +100,7 @@ class Components:
     workspace: int = 0
     fragmentation: int = 0
     context: int = 0
-    beside: int = 0  # what a process was seen to take beside all of these
+    overhead: int = 0  # what a process was seen to take beside all of these
 
     @property
     def allocated(self) -> int:
@@ -116,11 +116,11 @@ class Components:
     @property
     def total(self) -> int:
         """What the device must have free before the process starts."""
-        return self.reserved + self.context + self.beside
+        return self.reserved + self.context + self.overhead
 
 
 def with_device_overhead(
-    weights: int, parts: Parts, device: str, capability: tuple[int, int] = (8, 0)
+    weights: int, parts: PeakBytes, device: str, capability: tuple[int, int] = (8, 0)
 ) -> Components:
     """All that a run takes on a device, `cpu` or `cuda` of a compute capability."""
     components = Components(
@@ -136,8 +136,10 @@ def with_device_overhead(
     )
 
 
-def by_category(sizes: "Parts | Components") -> str:
+def by_category(sizes: "PeakBytes | Components") -> str:
     """The sizes that are not 0, each with its name."""
     return ", ".join(
-        f"{name.replace('_', ' ')} {in_words(size)}" for name, size in vars(sizes).items() if size
+        f"{name.replace('_', ' ')} {format_bytes(size)}"
+        for name, size in vars(sizes).items()
+        if size
     )

@@ -1,7 +1,7 @@
 """Which storages are alive at each moment of a computation, and to what they belong.
 
 Works on real tensors and on fake ones, which have shapes and no bytes: so the same code measures a
-forward pass and foretells it.
+forward pass and predicts it.
 """
 
 import weakref

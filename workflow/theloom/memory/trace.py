@@ -1,4 +1,4 @@
-"""The memory of a forward pass, foretold: the real forward of the real classes, with the real taps,
+"""The memory of a forward pass, predicted: the real forward of the real classes, with the real taps,
 on fake tensors.
 
 Fake tensors have shapes and no bytes, so neither weights nor a GPU are needed, and a model of 70
@@ -16,7 +16,7 @@ from theloom.hooks.blocks import Architecture
 from theloom.hooks.module_names import looks_causal
 from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
-from theloom.memory.sizes import Parts, Workload
+from theloom.memory.sizes import PeakBytes, Workload
 from theloom.memory.storages import TEMPORARIES, LiveStorages, Peak
 from theloom.model.fake import FakeModel, shapes_only
 from theloom.model.forward import PrefillCache, cache_name
@@ -67,10 +67,10 @@ def trace(
         return run(fake.architecture, ids, workload, points, held, store, device, shorten=True)
 
 
-def parts(peak: Peak) -> Parts:
+def parts(peak: Peak) -> PeakBytes:
     """The bytes of a peak by category."""
     found = peak.by_category
-    return Parts(
+    return PeakBytes(
         *(found.get(category, 0) for category in (KV_CACHE, CAPTURED, TEMPORARIES, LOGITS))
     )
 
@@ -86,7 +86,7 @@ def run(
     shorten: bool = False,
 ) -> tuple[Peak, LiveStorages]:
     """`trace` on a model as it is, real or fake: with real weights it measures what `trace`
-    foretells.
+    predicts.
     """
     live = (
         LiveStorages(whole=CUDA_KERNELS) if device == "cuda" else LiveStorages(inside=CPU_KERNELS)

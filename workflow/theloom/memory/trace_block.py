@@ -1,4 +1,4 @@
-"""The memory of a forward pass through one block, foretold as that of a whole model is: on tensors
+"""The memory of a forward pass through one block, predicted as that of a whole model is: on tensors
 without bytes.
 """
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
 from theloom.memory import trace
-from theloom.memory.sizes import Parts, Workload
+from theloom.memory.sizes import PeakBytes, Workload
 from theloom.memory.storages import LiveStorages
 from theloom.model import block_calls
 from theloom.model.block_calls import BlockCache, Call, Frame
@@ -27,7 +27,7 @@ class BlockPass:
     blocks.
     """
 
-    parts: Parts
+    parts: PeakBytes
     recorded: int
 
 
@@ -52,14 +52,14 @@ def trace_block(
     written as they come.
 
     On a GPU (`device` cuda) the residual that goes in is counted; on the CPU it is the shard's own.
-    Raises ModelError for a model that cannot run block by block.
+    Raises ModelError for a model that cannot run layer by layer.
     """
     frame = Frame(fake.architecture, torch.device("cpu"))
     with fake.mode, shapes_only(), torch.inference_mode():
         block_calls.look(frame)
         steps, start = workload.steps, 0
         recorded: dict[int, torch.Tensor] = {}
-        passes: list[Parts] = []
+        passes: list[PeakBytes] = []
         first: list[Call] = []
         for number, size in enumerate(steps):
             ids = torch.zeros(workload.windows, size, dtype=torch.int64)
@@ -105,7 +105,7 @@ def _pass(
     size: int,
     points: Sequence[HookPoint],
     device: str,
-) -> Parts:
+) -> PeakBytes:
     """The peak of one step over `size` positions from `start`, in one block."""
     module, hidden = frame.blocks[block], frame.architecture.hidden_size
     live = (
@@ -167,7 +167,7 @@ def _pass(
 
 
 def _like(points: Sequence[HookPoint], block: int) -> list[HookPoint]:
-    """The hook points that are asked for in other blocks, as this one has them."""
+    """The hook points that are requested in other blocks, as this one has them."""
     values = {p.value: p for p in points if p.name.startswith("blocks.")}
     return [replace(p, name=f"blocks.{block}.{value}", block=block) for value, p in values.items()]
 

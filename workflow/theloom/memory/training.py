@@ -1,4 +1,4 @@
-"""The memory of one training step, foretold.
+"""The memory of one training step, predicted.
 
 A step is that of a causal language model with its head: forward with `labels` (the loss of
 transformers, in FP32), backward, `torch.optim.AdamW`, gradients let go. It is the second step that

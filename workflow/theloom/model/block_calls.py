@@ -212,13 +212,13 @@ class BlockCache(PrefillCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return super().get_mask_sizes(query_length, self._own(layer_idx))
 
-    def _own(self, asked: int) -> int:
-        if asked != self._block:
+    def _own(self, requested: int) -> int:
+        if requested != self._block:
             raise ModelError(
-                f"block {self._block} looks at the KV cache of block {asked}: documents longer than a chunk cannot go "
-                "through this model block by block; set extraction.execution=resident"
+                f"block {self._block} looks at the KV cache of block {requested}: documents longer than a chunk cannot go "
+                "through this model layer by layer; set extraction.execution=resident"
             )
-        return asked
+        return requested
 
 
 PROBE_TOKENS = 5
@@ -346,5 +346,5 @@ def refusal(shell: Frame, reason: str) -> ModelError:
     """The one line with which a model is refused."""
     model: PreTrainedModel = shell.model
     return ModelError(
-        f"{type(model).__name__} cannot be run block by block: {reason}; set extraction.execution=resident"
+        f"{type(model).__name__} cannot be run layer by layer: {reason}; set extraction.execution=resident"
     )

@@ -37,7 +37,7 @@ REFUSALS = (
 
 
 @dataclass(frozen=True)
-class TriedOut:
+class SelfCheck:
     """What a model showed on 24 tokens: errors as shares of the largest absolute value; whether it
     can be streamed.
 
@@ -52,7 +52,7 @@ class TriedOut:
     not_streamed: str = ""  # the reason
 
 
-def self_check(architecture: Architecture, tolerance: float) -> TriedOut:
+def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
     """Show that taps read the model's own hidden states, that padding leaves rows alone, and
     whether chunks do.
 
@@ -89,11 +89,11 @@ def self_check(architecture: Architecture, tolerance: float) -> TriedOut:
                 f"value without a padding mask and {masked:.2g} with one: its rows would not be its own"
             )
         log.info("%s is not causal: batches get a padding mask, and documents go in one pass", name)
-        return TriedOut(states_error, masked, math.inf, False, False, "it is not causal")
+        return SelfCheck(states_error, masked, math.inf, False, False, "it is not causal")
     chunks, reason = _in_chunks(architecture, ids[:1], whole, limit)
     if reason:
         log.warning("%s cannot be streamed: %s", name, reason)
-    return TriedOut(states_error, padding, chunks, True, not reason, reason)
+    return SelfCheck(states_error, padding, chunks, True, not reason, reason)
 
 
 def _in_chunks(

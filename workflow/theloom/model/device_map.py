@@ -8,7 +8,7 @@ from theloom.devices import gpu_lease
 from theloom.devices.gpu import available_memory
 from theloom.errors import MemoryPlanError
 from theloom.hooks.blocks import Architecture, find_blocks
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.precision import BYTES
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def _cut(sizes: Sequence[int], budgets: Sequence[int]) -> list[int]:
     low, high = 0.0, 1.0
     if (ends := _filled(sizes, budgets, high)) is None:
         raise MemoryPlanError(
-            f"{terminal.in_words(sum(sizes))} of blocks do not fit {len(budgets)} GPUs with "
-            f"{', '.join(terminal.in_words(b) for b in budgets)} for them; ask for more with resources.gpu"
+            f"{terminal.format_bytes(sum(sizes))} of blocks do not fit {len(budgets)} GPUs with "
+            f"{', '.join(terminal.format_bytes(b) for b in budgets)} for them; ask for more with resources.gpu"
         )
     for _ in range(20):
         middle = (low + high) / 2
@@ -85,7 +85,7 @@ def _filled(sizes: Sequence[int], budgets: Sequence[int], level: float) -> list[
 
 
 def over_leased(
-    model_config: "PretrainedConfig", kind: Kind, trust_remote_code: bool = False
+    model_config: "PretrainedConfig", kind: WeightFormat, trust_remote_code: bool = False
 ) -> "dict[str, Any]":
     """The `device_map` of a model over the GPUs that this job has leased. Raises MemoryPlanError."""
     import torch
@@ -101,7 +101,7 @@ def over_leased(
     return {name: torch.device("cuda", number) for name, number in cut.items()}
 
 
-def cut_to(architecture: Architecture, kind: Kind, free: Sequence[int]) -> dict[str, int]:
+def cut_to(architecture: Architecture, kind: WeightFormat, free: Sequence[int]) -> dict[str, int]:
     """The same for GPUs with so many bytes free; `architecture` may be on the meta device.
 
     The first GPU has the weights that are in no block. A tenth is left for the forward pass, whose
@@ -115,7 +115,7 @@ def cut_to(architecture: Architecture, kind: Kind, free: Sequence[int]) -> dict[
     return device_map(architecture, sizes, budgets)
 
 
-def _bytes(block: Any, kind: Kind) -> int:
+def _bytes(block: Any, kind: WeightFormat) -> int:
     """Bytes of a block's weights, matrices quantised: NF4 has a 4-byte scale for each 64 weights."""
     matrix = {None: BYTES[kind.precision], "int8": 1, "int4": 0.5 + 4 / 64}[kind.quantization]
     return int(

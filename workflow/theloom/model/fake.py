@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.catalog import build_catalog
-from theloom.hooks.points import Catalogue, HookPoint, residual_points
+from theloom.hooks.points import HookCatalog, HookPoint, residual_points
 from theloom.model import pruning
 from theloom.model.quantization import packed_on_the_cpu
 from theloom.model.weight_format import NF4_BLOCK, SCALES_BLOCK, quantization_config
@@ -158,7 +158,7 @@ class FakeModel:
             return pruning.unneeded(self.architecture, points)
 
     @property
-    def catalogue(self) -> Catalogue:
+    def catalog(self) -> HookCatalog:
         """The hook points that can be read from the model."""
         with self.mode, shapes_only():
             return build_catalog(self.architecture)
@@ -178,7 +178,7 @@ def fake_model(
     trust_remote_code: bool = False,
     kernels: str = "cuda",
 ) -> FakeModel:
-    """The classes that extraction loads (no LM head, unless asked for), on fake tensors.
+    """The classes that extraction loads (no LM head, unless requested), on fake tensors.
 
     `precision` is fp32, fp16 or bf16; `quantization` int8, int4 or None, with bitsandbytes'
     `kernels` of cuda or of the cpu. Raises ModelError for a model that cannot be built so.

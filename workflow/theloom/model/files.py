@@ -20,7 +20,7 @@ import xxhash
 from filelock import FileLock
 
 from theloom.config import model_dims
-from theloom.config.model_dims import Numbers
+from theloom.config.model_dims import ModelDims
 from theloom.config.schema import ArchitectureConfig, ModelConfig
 from theloom.errors import ModelError
 
@@ -350,13 +350,13 @@ def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
     return AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
 
 
-def read_config(config: ModelConfig) -> Numbers:
+def read_config(config: ModelConfig) -> ModelDims:
     """The numbers of the model's own config. Raises ModelError."""
     return model_dims.numbers(hf_config(config))
 
 
 def check_architecture(
-    declared: ArchitectureConfig | None, found: Numbers, source_name: str
+    declared: ArchitectureConfig | None, found: ModelDims, source_name: str
 ) -> None:
     """The profile's numbers, by which memory was planned, are those of the model. Raises
     ModelError.

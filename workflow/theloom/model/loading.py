@@ -14,7 +14,7 @@ from theloom.config.schema import Config
 from theloom.devices import gpu, gpu_lease
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture, find_blocks
-from theloom.hooks.points import Catalogue, HookPoint
+from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.model import weight_format
 from theloom.model.files import ModelFiles, config_in, hf_config
 from theloom.model.quantization import bitsandbytes_config, one_tensor_at_a_time
@@ -54,7 +54,7 @@ class LoadedModel:
         )
 
     @property
-    def catalogue(self) -> Catalogue:
+    def catalog(self) -> HookCatalog:
         """The hook points that can be read from it."""
         from theloom.hooks.catalog import build_catalog
 
@@ -65,9 +65,9 @@ def resolve_precision(config: Config) -> tuple["torch.device", Resolved]:
     """The device of a run and the precision that it gets there."""
     device = gpu.choose_device(config.extraction.device)
     capability = gpu.compute_capability(device)
-    asked = config.memory.precision_mode.name
-    fp16_here = cpu_has_fp16() if capability is None and asked == "fp16" else True
-    return device, choose_precision(asked, capability, fp16_here)
+    requested = config.memory.precision_mode.name
+    fp16_here = cpu_has_fp16() if capability is None and requested == "fp16" else True
+    return device, choose_precision(requested, capability, fp16_here)
 
 
 def load_model(
@@ -91,7 +91,7 @@ def load_model(
     if config.extraction.attention.name != "auto":
         options["attn_implementation"] = config.extraction.attention.name
     own = quantization_of(config, config_in(files, config.model.trust_remote_code))
-    quantization = own or (None if exact else weight_format.asked_quantization(config))
+    quantization = own or (None if exact else weight_format.requested_quantization(config))
     whole = _without_bytes(config, resolved.resolved) if points is not None else None
     left_out = whole.unneeded(points) if whole is not None and points is not None else []
     if quantization is not None:
@@ -155,8 +155,8 @@ def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":
     model_config = hf_config(config.model)
     if _is_own_code(model_config):
         return None
-    asked = config.extraction.attention.name
-    attention = None if asked in ("auto", "flash_attention_2") else asked
+    requested = config.extraction.attention.name
+    attention = None if requested in ("auto", "flash_attention_2") else requested
     return fake.fake_model(model_config, resolved, attention=attention)
 
 
@@ -211,7 +211,7 @@ def _device_map(
         return {"": device}
     from theloom.model import device_map, weight_format
 
-    kind = weight_format.kind_of(config, resolved.resolved)
+    kind = weight_format.weight_format_of(config, resolved.resolved)
     return device_map.over_leased(hf_config(config.model), kind, config.model.trust_remote_code)
 
 

@@ -73,7 +73,7 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
 
 @contextmanager
 def _no_hooks_left(model: "torch.nn.Module") -> Iterator[None]:
-    """Take off what transformers leaves on a model that is asked for its hidden states: hooks, and
+    """Take off what transformers leaves on a model that is requested its hidden states: hooks, and
     a mark of them.
     """
     before = [(m, set(m._forward_hooks), vars(m).get(_MARK)) for m in model.modules()]

@@ -49,17 +49,17 @@ def quantization_of(config: Config, found: "PretrainedConfig") -> str | None:
     asks for another.
     """
     own = quantized_as(found)
-    asked = asked_quantization(config)
-    if own is not None and asked not in (None, own):
+    requested = requested_quantization(config)
+    if own is not None and requested not in (None, own):
         raise ModelError(
-            f"memory.quantization={asked}: the weights of {config.model.source} are quantised to {own} already; "
+            f"memory.quantization={requested}: the weights of {config.model.source} are quantised to {own} already; "
             "leave memory.quantization=null, or take the unquantised weights"
         )
     return own
 
 
 @dataclass(frozen=True)
-class Kind:
+class WeightFormat:
     """How weights are held: their precision, and the quantisation of the linear layers, `int8` or
     `int4`.
     """
@@ -79,33 +79,33 @@ class Kind:
         )
 
 
-KINDS = {
+WEIGHT_FORMATS = {
     kind.name: kind
     for kind in (
-        *(Kind(precision) for precision in BYTES),
-        Kind("bf16", "int8"),
-        Kind("bf16", "int4"),
-        Kind("fp32", "int8"),
-        Kind("fp32", "int4"),
+        *(WeightFormat(precision) for precision in BYTES),
+        WeightFormat("bf16", "int8"),
+        WeightFormat("bf16", "int4"),
+        WeightFormat("fp32", "int8"),
+        WeightFormat("fp32", "int4"),
     )
 }
 
 
-def kind_of(config: Config, precision: str, own: str | None = None) -> Kind:
+def weight_format_of(config: Config, precision: str, own: str | None = None) -> WeightFormat:
     """The kind of a run that was resolved to a precision; `own`: the checkpoint's own quantisation,
     8bit or 4bit.
     """
-    return kind_as(precision, own or asked_quantization(config))
+    return weight_format_as(precision, own or requested_quantization(config))
 
 
-def asked_quantization(config: Config) -> str | None:
+def requested_quantization(config: Config) -> str | None:
     """`8bit`, `4bit` or None, as the config asks for it."""
     return config.memory.quantization.name if config.memory.quantization else None
 
 
-def kind_as(precision: str, bits: str | None) -> Kind:
+def weight_format_as(precision: str, bits: str | None) -> WeightFormat:
     """The kind of a precision and a quantisation to `8bit` or `4bit`, or none."""
-    return Kind(precision, None if bits is None else {"8bit": "int8", "4bit": "int4"}[bits])
+    return WeightFormat(precision, None if bits is None else {"8bit": "int8", "4bit": "int4"}[bits])
 
 
 def quantized_as(model_config: "PretrainedConfig") -> str | None:

@@ -1,7 +1,7 @@
 """The extract_shard stage: one shard of documents through the model, their hidden states into the
 shard writer.
 
-Parts that know nothing of each other's inside: what runs the blocks over one batch (`runner`), the
+PeakBytes that know nothing of each other's inside: what runs the blocks over one batch (`runner`), the
 loop over batches (`batch_loop`), the way of rows to the file (`handoff`). Here they are put
 together, by a plan that gets smaller where memory runs out all the same.
 """
@@ -51,17 +51,17 @@ def extract_shard(
 
     `oom_level`: how many times batch and chunk are halved from the start, since earlier jobs ran
     out of memory. Raises HookError, ModelError, MemoryPlanError before the model is loaded, where
-    something does not fit; StoppedError where the job is asked to stop.
+    something does not fit; StoppedError where the job is requested to stop.
     """
     frozen = load_frozen(config_path)
     estimated, recorded = estimate.read(estimate_path), model_record.read(model_path)
     shard_tokens = tokens.read_shard(tokens_path, shard)
-    points = recorded.catalogue.select(frozen.memory.activation_cache_filter)
+    points = recorded.catalog.select(frozen.memory.activation_cache_filter)
     store = recorded.precision if frozen.store.dtype.name == "auto" else frozen.store.dtype.name
     lengths = np.diff(shard_tokens.window_offset)
     _check_revision(recorded, tokens_path)
-    run_identity = _identity(config_path, recorded, tokens_path)
-    identity = f"{run_identity}-{shard}"
+    run_fingerprint = _identity(config_path, recorded, tokens_path)
+    identity = f"{run_fingerprint}-{shard}"
 
     def spec_of(planned: Plan, units: int) -> ShardSpec:
         return ShardSpec(
@@ -71,7 +71,7 @@ def extract_shard(
             precision=store,
             batches=units,
             identity=identity,
-            attributes=_attributes(config_path, recorded, tokens_path, planned, run_identity)
+            attributes=_attributes(config_path, recorded, tokens_path, planned, run_fingerprint)
             | {
                 "kind": "shard",
                 "shard": shard,
@@ -123,7 +123,7 @@ def extract_shard(
     job = ResidentJob(
         work, loaded, watch, spec, output, ShardProfile(loaded, output, largest), recorded.causal
     )
-    kind = weight_format.kind_of(frozen, recorded.precision, recorded.quantization).name
+    kind = weight_format.weight_format_of(frozen, recorded.precision, recorded.quantization).name
 
     def advice(smallest: Plan) -> str:
         found, _ = gpu.available_memory(loaded.device)
@@ -199,12 +199,12 @@ def _attributes(
         "tokenizer_revision",
         "corpus",
         "corpus_hash",
-        "documents_empty",
-        "last_document_cut_from",
+        "empty_documents",
+        "truncated_from",
     )
     return provenance.attributes(
         "activations",
-        run_identity=identity,
+        run_fingerprint=identity,
         config={
             "model": json.loads(recorded.attributes["config"]),
             "tokens": json.loads(corpus["config"]),

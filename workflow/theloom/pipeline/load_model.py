@@ -46,23 +46,26 @@ def record_layerwise(
     before_counting(config.model)
     before = host.resident()  # from where a job's growth is counted (`layerwise_shard`)
     with opened(config, files) as found:
-        points = found.loaded.catalogue.select(estimated.hooks)
+        points = found.loaded.catalog.select(estimated.hooks)
         threshold = config.memory.memory_warning_threshold
         try:
             planned = found.fit(estimated, points, tokens.window_lengths(tokens_path), threshold, 0)
         except MemoryPlanError as error:
             raise MemoryPlanError(f"{why}; and {error}" if why else str(error)) from None
-        said = terminal.in_words(
+        said = terminal.format_bytes(
             planned.need.device if found.loaded.device.type == "cuda" else planned.need.cpu
         )
-        log.info("block by block: batches of %d tokens, %s", planned.plan.batch_tokens, said)
+        log.info("layer by layer: batches of %d tokens, %s", planned.plan.batch_tokens, said)
         for change in planned.changes:
             log.warning("to fit: %s", change)
-        tried = found.try_out()
+        tried = found.self_check()
         measured = measure_sweep(found, planned, points, before)
-        foretold, grown = terminal.in_words(measured.foretold), terminal.in_words(measured.growth)
-        log.info("a sweep over the largest batch: %s foretold, %s found", foretold, grown)
-        beside = max(0, measured.growth - measured.foretold)
+        log.info(
+            "a sweep over the largest batch: %s predicted, %s measured",
+            terminal.format_bytes(measured.predicted),
+            terminal.format_bytes(measured.growth),
+        )
+        overhead = max(0, measured.growth - measured.predicted)
         with h5py.File(output, "w") as file:
             attributes = model_attributes(found.loaded, config)
             file_format.set_attributes(
@@ -70,7 +73,7 @@ def record_layerwise(
             )
             group = file.create_group("memory")
             file_format.set_attributes(
-                group, {"changes": list(planned.changes), "ratio": 1.0, "beside": beside}
+                group, {"changes": list(planned.changes), "ratio": 1.0, "overhead": overhead}
             )
             file_format.set_attributes(
                 group.create_group("plan"), asdict(planned.plan) | {"spilled": planned.spilled}
@@ -82,7 +85,7 @@ def record_layerwise(
             file_format.set_attributes(group.create_group("predicted"), predicted)
             file_format.set_attributes(group.create_group("sizes"), asdict(found.sizes(points)))
             file_format.set_attributes(group.create_group("measured"), asdict(measured))
-            write_catalog(file, found.loaded.catalogue)
+            write_catalog(file, found.loaded.catalog)
 
 
 def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path) -> None:
@@ -97,7 +100,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     model_config = hf_config(config.model)
     check_architecture(config.model.architecture, numbers(model_config), config.model.source)
     device, resolved = resolve_precision(config)
-    kind = weight_format.kind_of(
+    kind = weight_format.weight_format_of(
         config, resolved.resolved, weight_format.quantization_of(config, model_config)
     )
     threshold = config.memory.memory_warning_threshold
@@ -110,24 +113,24 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     except MemoryPlanError as error:
         if execution != "auto":
             raise
-        log.warning("%s; extraction.execution=auto: it goes block by block", error)
+        log.warning("%s; extraction.execution=auto: it goes layer by layer", error)
         try:
             record_layerwise(config, estimated, tokens_path, output, str(error))
         except ModelError as refused:
-            raise MemoryPlanError(f"{error}; nor block by block: {refused}") from None
+            raise MemoryPlanError(f"{error}; nor layer by layer: {refused}") from None
         return
     files = prepare_files(config.model)
-    asked = config.extraction.attention.name
+    requested = config.extraction.attention.name
     attention = (
-        None if asked in ("auto", "flash_attention_2") else asked
+        None if requested in ("auto", "flash_attention_2") else requested
     )  # FlashAttention is not built for the CPU
     before_counting(config.model)
     with peak_memory.PeakMemory(
         device
     ) as loading:  # from where a job's growth is counted (`engine`)
         traced = Traced(model_config, attention, config.model.trust_remote_code)
-        catalogue = traced.catalogue()  # of the whole model, of which only what is needed is loaded
-        points = catalogue.select(estimated.hooks)
+        catalog = traced.catalog()  # of the whole model, of which only what is needed is loaded
+        points = catalog.select(estimated.hooks)
         loaded = load_model(config, files, points)
     tried = self_check(loaded.architecture, loaded.tolerance)
     measured = measure(loaded, kind, traced, planned.plan, points, loading)
@@ -145,11 +148,11 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         file_format.set_attributes(file, attributes)
         weights = sum(storages(traced.fake(kind).architecture.model, loaded.left_out))
         _write_memory(file.create_group("memory"), planned, measured, weights, loading.growth)
-        write_catalog(file, catalogue)
+        write_catalog(file, catalog)
 
 
 def _log(measured: "Measured") -> None:
-    """The largest pass, foretold and found side by side."""
+    """The largest pass, predicted and found side by side."""
     workload = measured.workload
     log.info(
         "largest pass: %d × %d tokens, steps of %d",
@@ -158,14 +161,14 @@ def _log(measured: "Measured") -> None:
         workload.chunk_size,
     )
     found = asdict(measured.found)
-    for category, foretold in asdict(measured.foretold).items():
-        if foretold or found[category]:
-            sizes = terminal.in_words(foretold), terminal.in_words(found[category])
-            log.info("  %s: %s foretold, %s found", category.replace("_", " "), *sizes)
+    for category, predicted in asdict(measured.predicted).items():
+        if predicted or found[category]:
+            sizes = terminal.format_bytes(predicted), terminal.format_bytes(found[category])
+            log.info("  %s: %s predicted, %s found", category.replace("_", " "), *sizes)
     log.info(
         "  memory in use grew by %s: tensors %s, pages of files %s, heap %s",
         *map(
-            terminal.in_words,
+            terminal.format_bytes,
             (measured.growth, measured.found.total, measured.files, measured.heap),
         ),
     )
@@ -180,7 +183,7 @@ def _write_memory(
     file_format.set_attributes(group.create_group("plan"), asdict(planned.plan))
     file_format.set_attributes(group.create_group("workload"), asdict(measured.workload))
     file_format.set_attributes(
-        group.create_group("predicted"), {"weights": weights, **asdict(measured.foretold)}
+        group.create_group("predicted"), {"weights": weights, **asdict(measured.predicted)}
     )
     found = {"weights": measured.weights, **asdict(measured.found)}
     growth = {

@@ -16,7 +16,7 @@ def check(run: Run) -> None:
     files.check_local(whole.model)
     documents.check_local(whole.corpus)
     declared, filters = whole.model.architecture, whole.memory.activation_cache_filter
-    size = model_dims.numbers_of_profile(declared) if declared is not None else None
+    size = model_dims.dims_of_profile(declared) if declared is not None else None
     if size is not None and closed_form.covers(size):
         points.llama_catalog(size).select(filters)
     else:

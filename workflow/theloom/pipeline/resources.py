@@ -14,7 +14,7 @@ from typing import Any, cast
 from theloom.config import sharding
 from theloom.config.compose import Run
 from theloom.config.frozen import to_config
-from theloom.config.model_dims import Numbers, numbers_of_profile
+from theloom.config.model_dims import ModelDims, dims_of_profile
 from theloom.config.schema import Config
 from theloom.devices import gpu_specs
 from theloom.errors import TheLoomError
@@ -31,7 +31,7 @@ from theloom.terminal import lines
 CUDA_LIBRARIES, WEIGHTS_FILE, ROWS_ON_THEIR_WAY = 3000, 5000, 400
 
 
-SPARE = 1.15  # of host memory: allocators keep more than they are asked for
+SPARE = 1.15  # of host memory: allocators keep more than they are requested
 
 
 UNKNOWN = {
@@ -51,13 +51,13 @@ STARTING = 10  # minutes: a scheduler's prologue, imports from a network file sy
 TIMES_PLANNED = 3  # a time limit that is three times what is planned
 
 
-ON_80_GB = 79.1e9  # what programs get of such a card
+ON_80_GB = 79.1e9  # what programs get of such a GPU
 
 
 @dataclass(frozen=True)
 class Resources:
     """What each job that holds the model asks for. MB are 10⁶ bytes, `runtime` minutes; None: not
-    asked for.
+    requested.
     """
 
     threads: int
@@ -68,7 +68,7 @@ class Resources:
     disk_mb: int
     gpu: int
     gpu_model: str | None
-    needed_gpu_mb: int
+    min_free_gpu_mb: int
     constraint: str | None
 
 
@@ -102,44 +102,45 @@ def _shards_begun(run: Run, results: Path) -> int | None:
 
 def of(settings: Config) -> Resources:
     """The resources of a run's jobs. Raises MemoryPlanError where no machine has GPUs enough."""
-    asked, size = settings.resources, _covered(settings)
+    requested, size = settings.resources, _covered(settings)
     on_gpu = settings.extraction.device != "cpu"
     found: dict[str, Any] = dict(UNKNOWN)
     if size is not None:
         found |= _from_estimate(settings, size, on_gpu)
-    mem_mb = asked.mem_mb or found["mem_mb"]
-    gpu = asked.gpu if asked.gpu is not None else found.get("gpu", int(on_gpu))
+    mem_mb = requested.mem_mb or found["mem_mb"]
+    gpu = requested.gpu if requested.gpu is not None else found.get("gpu", int(on_gpu))
     return Resources(
-        threads=asked.threads,
+        threads=requested.threads,
         mem_mb=mem_mb,
-        load_mem_mb=asked.load_mem_mb or max(mem_mb, found.get("load_mem_mb", 0)),
-        runtime=asked.runtime or found["runtime"],
-        verify_runtime=asked.verify_runtime or asked.runtime or found["verify_runtime"],
-        disk_mb=asked.disk_mb or found["disk_mb"],
+        load_mem_mb=requested.load_mem_mb or max(mem_mb, found.get("load_mem_mb", 0)),
+        runtime=requested.runtime or found["runtime"],
+        verify_runtime=requested.verify_runtime or requested.runtime or found["verify_runtime"],
+        disk_mb=requested.disk_mb or found["disk_mb"],
         gpu=gpu,
-        gpu_model=asked.gpu_model if gpu else None,
-        needed_gpu_mb=asked.needed_gpu_mb or (found.get("needed_gpu_mb", 0) if gpu else 0),
-        constraint=asked.constraint,
+        gpu_model=requested.gpu_model if gpu else None,
+        min_free_gpu_mb=requested.min_free_gpu_mb
+        or (found.get("min_free_gpu_mb", 0) if gpu else 0),
+        constraint=requested.constraint,
     )
 
 
-def _covered(settings: Config) -> Numbers | None:
-    """The model's numbers if the closed form holds for all that is asked for."""
+def _covered(settings: Config) -> ModelDims | None:
+    """The model's numbers if the closed form holds for all that is requested."""
     declared = settings.model.architecture
     if declared is None or settings.extraction.attention.name == "eager":
         return None
-    size = numbers_of_profile(declared)
+    size = dims_of_profile(declared)
     if not closed_form.covers(size):
         return None
     estimator = ClosedForm(size)
-    points = estimator.catalogue().select(settings.memory.activation_cache_filter)
+    points = estimator.catalog().select(settings.memory.activation_cache_filter)
     return size if estimator.covers(points) else None
 
 
-def _from_estimate(settings: Config, size: Numbers, on_gpu: bool) -> dict[str, Any]:
+def _from_estimate(settings: Config, size: ModelDims, on_gpu: bool) -> dict[str, Any]:
     found = estimate.estimate(settings, ClosedForm(size), "cuda" if on_gpu else "cpu")
     precision = estimate.likely_precision(settings)
-    kind = weight_format.kind_of(settings, precision).name
+    kind = weight_format.weight_format_of(settings, precision).name
     store = precision if settings.store.dtype.name == "auto" else settings.store.dtype.name
     answer: dict[str, Any] = _minutes(settings, found, store)
     shards = settings.extraction.shards or 1
@@ -147,15 +148,15 @@ def _from_estimate(settings: Config, size: Numbers, on_gpu: bool) -> dict[str, A
         answer["disk_mb"] = 100 + _mb(1.1 * found.rows / shards * found.row_bytes[store])
     weights = _mb(found.weights[kind])
     if on_gpu:
-        beside = size.vocab_size * size.hidden_size * 2 / found.weights[kind]
-        budget = settings.memory.memory_warning_threshold * _card(settings)
+        overhead = size.vocab_size * size.hidden_size * 2 / found.weights[kind]
+        budget = settings.memory.memory_warning_threshold * _gpu_speed(settings)
         count = settings.resources.gpu or multi_gpu.gpus_for(
-            found, kind, size.num_blocks, beside, budget
+            found, kind, size.num_blocks, overhead, budget
         )
-        of_one = multi_gpu.of_one(found, multi_gpu.share(size.num_blocks, count, beside))
-        answer |= {"gpu": count, "needed_gpu_mb": _mb(multi_gpu.least(of_one, kind))}
-        beside_it = CUDA_LIBRARIES + min(weights, WEIGHTS_FILE) + ROWS_ON_THEIR_WAY
-        answer["mem_mb"] = math.ceil(SPARE * _mb(found.host[kind])) + beside_it
+        of_one = multi_gpu.of_one(found, multi_gpu.share(size.num_blocks, count, overhead))
+        answer |= {"gpu": count, "min_free_gpu_mb": _mb(multi_gpu.least(of_one, kind))}
+        overhead = CUDA_LIBRARIES + min(weights, WEIGHTS_FILE) + ROWS_ON_THEIR_WAY
+        answer["mem_mb"] = math.ceil(SPARE * _mb(found.host[kind])) + overhead
     else:
         answer["mem_mb"] = math.ceil(SPARE * _mb(found.host[kind])) + ROWS_ON_THEIR_WAY
     if _is_gguf(settings):  # converted once: dequantised in FP32, and written from there
@@ -176,16 +177,18 @@ def _minutes(settings: Config, found: Estimate, store: str) -> dict[str, int]:
     return {name: STARTING + math.ceil(TIMES_PLANNED * s / 60) for name, s in seconds.items()}
 
 
-def _card(settings: Config) -> float:
+def _gpu_speed(settings: Config) -> float:
     """Bytes that a program gets of one GPU: as the config says, else of the smallest that has the
     model's name.
     """
     if settings.resources.gpu_memory_gb is not None:
         return float(settings.resources.gpu_memory_gb) * 1e9
-    asked = _plain(settings.resources.gpu_model or "")
+    requested = _plain(settings.resources.gpu_model or "")
     boards = [(_plain(g.name), g.usable_bytes) for g in gpu_specs.gpus()]
     sizes = [
-        size for name, size in boards if asked and (name.startswith(asked) or asked.endswith(name))
+        size
+        for name, size in boards
+        if requested and (name.startswith(requested) or requested.endswith(name))
     ]
     return min(sizes, default=ON_80_GB)
 
@@ -211,15 +214,19 @@ def table(runs: dict[str, Run]) -> str:
     """A sentence for each run: its shards, and what each of its jobs asks for."""
     said = []
     for run in runs.values():
-        asked, shards = cast(Any, run.config["resources"]), run.config["extraction"]["shards"]
+        requested, shards = cast(Any, run.config["resources"]), run.config["extraction"]["shards"]
         tokens = run.config["corpus"]["max_tokens"]
         each = f" of about {math.ceil(tokens / shards):,} tokens" if tokens else ""
-        model = f" {asked['gpu_model']}" if asked["gpu_model"] else ""
-        gpus = f"{asked['gpu']}{model} GPU{'s' * (asked['gpu'] != 1)}" if asked["gpu"] else "no GPU"
-        if asked["gpu"] and asked["needed_gpu_mb"]:
-            gpus += f" with {asked['needed_gpu_mb'] / 1000:.1f} GB free"
+        model = f" {requested['gpu_model']}" if requested["gpu_model"] else ""
+        gpus = (
+            f"{requested['gpu']}{model} GPU{'s' * (requested['gpu'] != 1)}"
+            if requested["gpu"]
+            else "no GPU"
+        )
+        if requested["gpu"] and requested["min_free_gpu_mb"]:
+            gpus += f" with {requested['min_free_gpu_mb'] / 1000:.1f} GB free"
         said.append(
-            f"{run.name}: {shards} shards{each}; a job asks for {gpus}, {asked['threads']} threads, "
-            f"{asked['mem_mb']:,} MB of memory, {asked['runtime']} minutes, {asked['disk_mb']:,} MB of disk"
+            f"{run.name}: {shards} shards{each}; a job asks for {gpus}, {requested['threads']} threads, "
+            f"{requested['mem_mb']:,} MB of memory, {requested['runtime']} minutes, {requested['disk_mb']:,} MB of disk"
         )
     return "\n".join(map(lines, said))

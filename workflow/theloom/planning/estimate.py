@@ -2,7 +2,7 @@
 holds.
 
 Since the job that will run may find less memory free than was thought of, forward passes of several
-shapes are foretold, among which `plan` chooses. They come in closed form where that holds, else
+shapes are predicted, among which `plan` chooses. They come in closed form where that holds, else
 from traces; what is planned in the end is traced, and measured, by `load_model`.
 """
 
@@ -19,16 +19,16 @@ import numpy as np
 
 from theloom import terminal
 from theloom.config.frozen import to_plain
-from theloom.config.model_dims import numbers, numbers_of_profile
+from theloom.config.model_dims import dims_of_profile, numbers
 from theloom.config.schema import Config
 from theloom.errors import MemoryPlanError, ModelError
 from theloom.hooks.points import HookPoint
 from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
-from theloom.memory.sizes import Parts, Workload, by_category, with_device_overhead
+from theloom.memory.sizes import PeakBytes, Workload, by_category, with_device_overhead
 from theloom.model import weight_format
 from theloom.model.files import hf_config
-from theloom.model.weight_format import KINDS, Kind, quantization_of
+from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat, quantization_of
 from theloom.precision import BYTES
 from theloom.store import file_format, provenance
 from theloom.store.ring_buffer import RING_BYTES, bytes_on_device
@@ -56,7 +56,7 @@ class Pass:
 
     tokens: int
     chunk_size: int
-    parts: Parts
+    parts: PeakBytes
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Estimate:
     attention: str
     device: str  # cpu or cuda: whose kernels were thought of
     context_length: int  # tokens of the longest window
-    chunk_size: int  # asked for
-    batch_tokens: int | None  # asked for; None: the plan's to choose
+    chunk_size: int  # requested
+    batch_tokens: int | None  # requested; None: the plan's to choose
     cache: str  # where the KV cache of long documents may be: auto, device or offloaded
     blocks: int  # that run: up to the deepest hook point
     hooks: list[str]
@@ -78,7 +78,7 @@ class Estimate:
     load_peak: dict[str, int]
     passes: dict[str, list[Pass]]
     captured_full: dict[str, int]  # of a token, all hook points of the model
-    captured_selected: dict[str, int]  # of a token, those asked for
+    captured_selected: dict[str, int]  # of a token, those requested
     largest_capture: dict[str, int]  # of a token, the largest one of those, as it is stored
     row_bytes: dict[str, int]  # on disk, of a token, by precision of the store
     host: dict[str, int]  # resident memory of a job that holds the model
@@ -88,8 +88,8 @@ class Estimate:
         """Bytes of all shards together, where the number of tokens is known."""
         return None if self.rows is None else self.rows * self.row_bytes[store_precision]
 
-    def find(self, kind: str, tokens: int, chunk_size: int) -> Parts:
-        """The bytes of one window of `tokens`, in steps of `chunk_size`: of the least pass foretold
+    def find(self, kind: str, tokens: int, chunk_size: int) -> PeakBytes:
+        """The bytes of one window of `tokens`, in steps of `chunk_size`: of the least pass predicted
         that covers it.
         """
         for candidate in sorted(self.passes[kind], key=lambda p: p.tokens):
@@ -102,7 +102,7 @@ class Estimate:
 
 
 def chunk_sizes(largest: int) -> list[int]:
-    """The chunk sizes that a plan can choose from: the one asked for, a quarter of it, and so on."""
+    """The chunk sizes that a plan can choose from: the one requested, a quarter of it, and so on."""
     sizes = [largest]
     while sizes[-1] // 4 >= SMALLEST_CHUNK:
         sizes.append(sizes[-1] // 4)
@@ -114,8 +114,8 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
     model has not.
     """
     size = estimator.size
-    catalogue = estimator.catalogue()
-    points = catalogue.select(config.memory.activation_cache_filter)
+    catalog = estimator.catalog()
+    points = catalog.select(config.memory.activation_cache_filter)
     context = config.corpus.context_length or size.context_length or DEFAULT_CONTEXT
     if config.corpus.max_tokens is not None:
         context = min(context, config.corpus.max_tokens)
@@ -130,7 +130,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
             log.info(
                 "not offered in %s: %s", kind.name, error
             )  # Mamba's own kernels take no quantised weights
-    weights = {name: estimator.weights(kind, points) for name, kind in KINDS.items()}
+    weights = {name: estimator.weights(kind, points) for name, kind in WEIGHT_FORMATS.items()}
     return Estimate(
         model_type=size.model_type,
         attention=getattr(estimator, "attention", "sdpa"),
@@ -143,39 +143,43 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         hooks=[p.name for p in points],
         weights=weights,
         load_peak={
-            name: _load_peak(estimator, kind, weights[name]) for name, kind in KINDS.items()
+            name: _load_peak(estimator, kind, weights[name])
+            for name, kind in WEIGHT_FORMATS.items()
         },
         passes=passes,
         captured_full={
-            name: _captured(catalogue.points, kind, context) for name, kind in KINDS.items()
+            name: _captured(catalog.points, kind, context) for name, kind in WEIGHT_FORMATS.items()
         },
-        captured_selected={name: _captured(points, kind, context) for name, kind in KINDS.items()},
+        captured_selected={
+            name: _captured(points, kind, context) for name, kind in WEIGHT_FORMATS.items()
+        },
         largest_capture={
-            name: _largest(points, _stored(config, kind), context) for name, kind in KINDS.items()
+            name: _largest(points, _stored(config, kind), context)
+            for name, kind in WEIGHT_FORMATS.items()
         },
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
         rows=config.corpus.max_tokens,
         host={
-            name: _host(estimator, KINDS[name], weights[name], found, chunk_size, device)
+            name: _host(estimator, WEIGHT_FORMATS[name], weights[name], found, chunk_size, device)
             for name, found in passes.items()
         },
     )
 
 
-def _wanted(config: Config, own: str | None) -> list[Kind]:
+def _wanted(config: Config, own: str | None) -> list[WeightFormat]:
     """The kinds that the run can have, and those that it is offered where it does not fit."""
-    asked = config.memory.precision_mode.name
+    requested = config.memory.precision_mode.name
     precisions = {"fp32": ["fp32", "bf16"], "fp16": ["fp16", "fp32"]}.get(
-        asked, ["bf16", "fp16", "fp32"]
+        requested, ["bf16", "fp16", "fp32"]
     )
-    kinds = [weight_format.kind_of(config, precision, own) for precision in precisions]
-    offered = [Kind("bf16"), Kind("bf16", "int8"), Kind("bf16", "int4")]
+    kinds = [weight_format.weight_format_of(config, precision, own) for precision in precisions]
+    offered = [WeightFormat("bf16"), WeightFormat("bf16", "int8"), WeightFormat("bf16", "int4")]
     return list({kind.name: kind for kind in [*kinds, *offered]}.values())
 
 
 def _passes(
     estimator: Estimator,
-    kind: Kind,
+    kind: WeightFormat,
     points: list[HookPoint],
     context: int,
     chunk_size: int,
@@ -188,7 +192,7 @@ def _passes(
     for size in chunk_sizes(chunk_size):
         shapes += [Workload(1, min(size, context), size), Workload(1, context, size)]
     twin = (
-        Kind("bf16", kind.quantization) if kind.precision == "fp16" else kind
+        WeightFormat("bf16", kind.quantization) if kind.precision == "fp16" else kind
     )  # of the same sizes
     return [
         Pass(shape.tokens, shape.chunk_size, estimator.forward(twin, shape, points, device=device))
@@ -196,7 +200,7 @@ def _passes(
     ]
 
 
-def _load_peak(estimator: Estimator, kind: Kind, weights: int) -> int:
+def _load_peak(estimator: Estimator, kind: WeightFormat, weights: int) -> int:
     """Weights, and where they are quantised the largest as it comes: that is made int8 or int4 on
     the device.
     """
@@ -204,18 +208,23 @@ def _load_peak(estimator: Estimator, kind: Kind, weights: int) -> int:
 
 
 def _host(
-    estimator: Estimator, kind: Kind, weights: int, passes: list[Pass], chunk_size: int, device: str
+    estimator: Estimator,
+    kind: WeightFormat,
+    weights: int,
+    passes: list[Pass],
+    chunk_size: int,
+    device: str,
 ) -> int:
     """On the CPU all of it; for a GPU, the largest tensor on its way there (CUDA's own libraries
     not counted).
     """
     if device != "cpu":
         return HOST_PROCESS + estimator.largest_weight(kind) + RING_BYTES["cuda"]
-    asked = max(p.parts.total for p in passes if p.chunk_size == chunk_size)
-    return HOST_PROCESS + weights + asked + bytes_on_device("cpu", 0)
+    requested = max(p.parts.total for p in passes if p.chunk_size == chunk_size)
+    return HOST_PROCESS + weights + requested + bytes_on_device("cpu", 0)
 
 
-def _captured(points: list[HookPoint], kind: Kind, keys: int) -> int:
+def _captured(points: list[HookPoint], kind: WeightFormat, keys: int) -> int:
     return BYTES[kind.precision] * sum(p.width(keys) for p in points)
 
 
@@ -223,7 +232,7 @@ def _largest(points: list[HookPoint], precision: str, keys: int) -> int:
     return BYTES[precision] * max(p.width(keys) for p in points)
 
 
-def _stored(config: Config, kind: Kind) -> str:
+def _stored(config: Config, kind: WeightFormat) -> str:
     """The precision on disk of a run with that kind of weights."""
     return kind.precision if config.store.dtype.name == "auto" else config.store.dtype.name
 
@@ -247,19 +256,19 @@ def run_estimate(config: Config, output: Path) -> None:
     needed = found.disk_bytes(store)
     if needed is not None:
         check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
-        log.info("disk: %s", terminal.in_words(needed))
+        log.info("disk: %s", terminal.format_bytes(needed))
     write(found, config, output)
-    chosen = weight_format.kind_of(config, precision, estimator.own)
+    chosen = weight_format.weight_format_of(config, precision, estimator.own)
     _write_modes(found, estimator, config, chosen, output)
     kind = chosen.name
     log.info(
         "%s weights: %s; host: %s",
         kind,
-        terminal.in_words(found.weights[kind]),
-        terminal.in_words(found.host[kind]),
+        terminal.format_bytes(found.weights[kind]),
+        terminal.format_bytes(found.host[kind]),
     )
     for candidate in found.passes[kind]:
-        total, parts = terminal.in_words(candidate.parts.total), by_category(candidate.parts)
+        total, parts = terminal.format_bytes(candidate.parts.total), by_category(candidate.parts)
         log.info(
             "%d tokens in steps of %d: %s (%s)",
             candidate.tokens,
@@ -270,12 +279,12 @@ def run_estimate(config: Config, output: Path) -> None:
 
 
 def _write_modes(
-    found: Estimate, estimator: Estimator, config: Config, kind: Kind, output: Path
+    found: Estimate, estimator: Estimator, config: Config, kind: WeightFormat, output: Path
 ) -> None:
     """What resident and layerwise execution take, and for how long, into `estimate.h5`."""
     from theloom.planning import execution_modes
 
-    points = estimator.catalogue().select(config.memory.activation_cache_filter)
+    points = estimator.catalog().select(config.memory.activation_cache_filter)
     tokens = found.context_length
     shape = Workload(1, tokens, min(found.chunk_size, tokens))
     resident = with_device_overhead(
@@ -287,15 +296,15 @@ def _write_modes(
         else -(-found.rows // (config.extraction.shards or 1))
     )
     swept: execution_modes.Layerwise | str
-    answered: list[execution_modes.CardModes] = []
+    answered: list[execution_modes.GPUModes] = []
     try:
         swept = execution_modes.layerwise(estimator, kind, shape, points, shard)
         run = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
-        answered = execution_modes.cards(estimator, kind, tokens, resident.total, swept, run)
-        read, host = terminal.in_words(swept.read), terminal.in_words(swept.host)
+        answered = execution_modes.gpu_modes(estimator, kind, tokens, resident.total, swept, run)
+        read, host = terminal.format_bytes(swept.read), terminal.format_bytes(swept.host)
         log.info(
-            "block by block: %s of a GPU, host %s, %s read a shard",
-            terminal.in_words(swept.device),
+            "layer by layer: %s of a GPU, host %s, %s read a shard",
+            terminal.format_bytes(swept.device),
             host,
             read,
         )
@@ -321,11 +330,11 @@ def estimator_of(
         found = hf_config(config.model)
         size, own = numbers(found), quantization_of(config, found)
     else:
-        size = numbers_of_profile(declared)
+        size = dims_of_profile(declared)
     if own is None and closed_form.covers(size) and attention != "eager" and not trace:
         closed = ClosedForm(size)
-        asked = config.memory.activation_cache_filter if filters is None else filters
-        if closed.covers(closed.catalogue().select(asked), held):
+        requested = config.memory.activation_cache_filter if filters is None else filters
+        if closed.covers(closed.catalog().select(requested), held):
             return closed
     return Traced(
         found if declared is None else config_of(declared),
@@ -340,10 +349,10 @@ def likely_precision(config: Config) -> str:
     """What precision_mode will give, said without a look at the device: the job may run on another
     machine.
     """
-    asked = config.memory.precision_mode.name
-    if asked == "auto":
+    requested = config.memory.precision_mode.name
+    if requested == "auto":
         return "fp32" if config.extraction.device == "cpu" else "bf16"
-    return asked
+    return requested
 
 
 _BY_KIND = (
@@ -364,7 +373,7 @@ _OPTIONAL = ("rows", "batch_tokens")
 
 
 _PASS = np.dtype(
-    [(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(Parts)))]
+    [(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(PeakBytes)))]
 )
 
 
@@ -401,7 +410,7 @@ def read(path: Path) -> Estimate:
         }
         passes = {
             kind: [
-                Pass(int(row[0]), int(row[1]), Parts(*(int(n) for n in list(row)[2:])))
+                Pass(int(row[0]), int(row[1]), PeakBytes(*(int(n) for n in list(row)[2:])))
                 for row in rows[:]
             ]
             for kind, rows in file["passes"].items()

@@ -1,7 +1,7 @@
-"""Both ways to run a model beside each other: what each takes of a card, the host and the disk, and
+"""Both ways to run a model beside each other: what each takes of a gpu, the host and the disk, and
 for how long.
 
-Times are reckoned, not measured: floating-point operations over a card's dense 16-bit peak
+Times are estimated, not measured: floating-point operations over a GPU's dense 16-bit peak
 (NVIDIA's data sheets), of which a prefill is taken to reach `EFFICIENCY`; weights over the disk's
 speed; residuals over the bus. A block's reading and computing overlap, so the longer of the two
 counts.
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from theloom.config.model_dims import Numbers
+from theloom.config.model_dims import ModelDims
 from theloom.devices import gpu_specs
 from theloom.hooks.points import HookPoint
 from theloom.memory.estimators import Estimator
 from theloom.memory.sizes import BlockSizes, Workload, with_device_overhead
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.precision import BYTES
 from theloom.store import file_format
 
@@ -32,7 +32,7 @@ EFFICIENCY = 0.4
 DISK = 3e9  # bytes a second that a local NVMe drive reads
 
 
-BUS = 20e9  # bytes a second between pinned host memory and a card
+BUS = 20e9  # bytes a second between pinned host memory and a GPU
 
 
 SHARD_TOKENS = 250_000  # config.TOKENS_OF_SHARD
@@ -58,9 +58,9 @@ PEAK = {
 
 @dataclass(frozen=True)
 class Layerwise:
-    """A model block by block. Bytes: of the card, of host memory, and of a sweep's reading."""
+    """A model layer by layer. Bytes: of the gpu, of host memory, and of a sweep's reading."""
 
-    kind: str  # of the weights (`memory.Kind.name`)
+    kind: str  # of the weights (`memory.WeightFormat.name`)
     parameters: int  # of the blocks that a sweep runs
     sizes: BlockSizes
     working_set: int
@@ -72,8 +72,8 @@ class Layerwise:
 
 
 @dataclass(frozen=True)
-class CardModes:
-    """One card: hours for a million and for ten million tokens in both modes, None where the model
+class GPUModes:
+    """One gpu: hours for a million and for ten million tokens in both modes, None where the model
     does not fit.
     """
 
@@ -86,21 +86,23 @@ class CardModes:
 
 def layerwise(
     estimator: Estimator,
-    kind: Kind,
+    kind: WeightFormat,
     workload: Workload,
     points: Sequence[HookPoint],
     shard_tokens: int = SHARD_TOKENS,
 ) -> Layerwise:
     """What a sweep takes on a GPU, where a shard has so many tokens.
 
-    Raises ModelError for a model that does not go block by block.
+    Raises ModelError for a model that does not go layer by layer.
     """
     sizes = estimator.block_sizes(kind, points)
     parts, recorded = estimator.block_forward(kind, workload, points)
     whole = with_device_overhead(0, parts, "cuda").total
     residuals = shard_tokens * estimator.size.hidden_size * BYTES[kind.precision]
     plain = (
-        sizes if kind.quantization is None else estimator.block_sizes(Kind(kind.precision), points)
+        sizes
+        if kind.quantization is None
+        else estimator.block_sizes(WeightFormat(kind.precision), points)
     )
     return Layerwise(
         kind=kind.name,
@@ -115,7 +117,7 @@ def layerwise(
     )
 
 
-def operations(size: Numbers, blocks: int, parameters: int, tokens: int) -> float:
+def operations(size: ModelDims, blocks: int, parameters: int, tokens: int) -> float:
     """Floating-point operations of a token through so many blocks with their parameters, in windows
     of `tokens`.
 
@@ -125,15 +127,15 @@ def operations(size: Numbers, blocks: int, parameters: int, tokens: int) -> floa
     return 2 * parameters + 2 * blocks * size.num_heads * size.head_dim * tokens
 
 
-def cards(
+def gpu_modes(
     estimator: Estimator,
-    kind: Kind,
+    kind: WeightFormat,
     tokens: int,
     resident_bytes: int,
     found: Layerwise,
     blocks: int,
-) -> list[CardModes]:
-    """Both modes on every card whose speed is known, with windows of so many tokens."""
+) -> list[GPUModes]:
+    """Both modes on every GPU whose speed is known, with windows of so many tokens."""
     each = operations(estimator.size, blocks, found.parameters, tokens)
     answered = []
     for gpu in gpu_specs.gpus():
@@ -150,7 +152,7 @@ def cards(
                 _swept(1e6, each, speed, found, blocks),
                 _swept(1e7, each, speed, found, blocks),
             )
-        answered.append(CardModes(gpu.name, gpu.usable_bytes, resident, swept, hidden))
+        answered.append(GPUModes(gpu.name, gpu.usable_bytes, resident, swept, hidden))
     return answered
 
 
@@ -159,10 +161,10 @@ def write(
     resident: int,
     host: int,
     found: "Layerwise | str",
-    answered: Sequence[CardModes],
+    answered: Sequence[GPUModes],
 ) -> None:
     """Write both modes beside each other to `/modes` of `estimate.h5`; `found` is why it does not
-    go block by block.
+    go layer by layer.
     """
     group = file.create_group("modes")
     file_format.set_attributes(group.create_group("resident"), {"device": resident, "host": host})
@@ -172,17 +174,17 @@ def write(
         return
     plain = {name: value for name, value in asdict(found).items() if name != "sizes"}
     file_format.set_attributes(one, plain | asdict(found.sizes))
-    group["cards"] = file_format.fixed_strings([card.name for card in answered])
+    group["GPUs"] = file_format.fixed_strings([gpu.name for gpu in answered])
     never = (np.nan, np.nan)
     for mode in ("resident", "layerwise"):  # hours for a million and for ten million tokens
         group[f"{mode}/hours"] = np.array(
-            [getattr(card, mode) or never for card in answered]
+            [getattr(gpu, mode) or never for gpu in answered]
         ).reshape(-1, 2)
     file_format.set_attributes(group, {"efficiency": EFFICIENCY, "disk_bytes_a_second": DISK})
 
 
 def _swept(tokens: float, each: float, speed: float, found: Layerwise, blocks: int) -> float:
-    """Hours block by block: for each shard and block the longer of reading and computing, and the
+    """Hours layer by layer: for each shard and block the longer of reading and computing, and the
     residuals' way.
     """
     shard = min(tokens, found.shard_tokens)

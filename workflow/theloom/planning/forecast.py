@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from theloom.config import compose, frozen
-from theloom.config.model_dims import Numbers
+from theloom.config.model_dims import ModelDims
 from theloom.config.schema import Config
 from theloom.devices import gpu_specs
 from theloom.errors import ConfigError, ModelError
 from theloom.hooks.points import RESIDUALS, HookPoint, residual_points
 from theloom.memory import sizes
 from theloom.memory.estimators import Estimator, row_bytes
-from theloom.memory.sizes import Components, Parts, Workload
+from theloom.memory.sizes import Components, PeakBytes, Workload
 from theloom.model import weight_format
-from theloom.model.weight_format import KINDS, Kind
+from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat
 from theloom.planning import estimate, execution_modes
-from theloom.planning.execution_modes import CardModes, Layerwise
+from theloom.planning.execution_modes import GPUModes, Layerwise
 from theloom.precision import BYTES
 from theloom.store.provenance import PACKAGES, package_version
 
@@ -36,7 +36,7 @@ HEADROOM = (
 
 @dataclass(frozen=True)
 class FittingGPU:
-    """A GPU with room for the run: what is left, and the most windows of the asked length that go
+    """A GPU with room for the run: what is left, and the most windows of the requested length that go
     side by side.
     """
 
@@ -79,8 +79,8 @@ class Forecast:
     gpus: list[FittingGPU]
     layerwise: Layerwise | None  # None: refused, for the reason beside it
     layerwise_refused: str
-    layerwise_gpus: list[str]  # with room for it block by block, smallest first
-    cards: list[CardModes]
+    layerwise_gpus: list[str]  # with room for it layer by layer, smallest first
+    gpu_modes: list[GPUModes]
 
 
 def forecast(
@@ -97,12 +97,12 @@ def forecast(
     that open); `filters` are hook filters (default: the profile's).
     """
     settings = settings_of(target)
-    asked = settings.memory.activation_cache_filter if filters is None else filters
-    estimator = estimate.estimator_of(settings, trace, asked, held=True)
+    requested = settings.memory.activation_cache_filter if filters is None else filters
+    estimator = estimate.estimator_of(settings, trace, requested, held=True)
     kind = _kind(settings, precision, estimator.own)
     residuals = residual_points(estimator.size.num_blocks, estimator.size.hidden_size)
-    catalogue = estimator.catalogue()
-    points = catalogue.select(asked)
+    catalog = estimator.catalog()
+    points = catalog.select(requested)
     chunk_size = min(settings.memory.streaming_chunk_size, tokens)
     workload = Workload(windows, tokens, chunk_size)
     written = smaller_pass(estimator, kind, workload, points)
@@ -130,7 +130,7 @@ def forecast(
         lm_head=_lm_head(settings, estimator.size, kind),
         kv_cache=kv_cache(estimator.size, kind, windows * tokens),
         captured_full=values * _held_width(residuals, tokens),
-        captured_every=values * _held_width(catalogue.points, tokens),
+        captured_every=values * _held_width(catalog.points, tokens),
         captured_selected=values * _held_width(points, tokens),
         temporaries=written.temporaries,
         held_full=sizes.with_device_overhead(weights, full, "cuda"),
@@ -141,7 +141,7 @@ def forecast(
         disk_per_million_tokens=10**6 * row_bytes(points, kind.precision, tokens),
         totals={
             name: _total(estimator, other, workload, points)
-            for name, other in KINDS.items()
+            for name, other in WEIGHT_FORMATS.items()
             if "+" not in name
         },
         gpus=fitting(estimator, kind, workload, points, pipeline),
@@ -150,16 +150,16 @@ def forecast(
         layerwise_gpus=[
             gpu.name for gpu in able if swept is not None and swept.device <= gpu.usable_bytes
         ],
-        cards=[]
+        gpu_modes=[]
         if swept is None
-        else execution_modes.cards(estimator, kind, tokens, pipeline.total, swept, deepest),
+        else execution_modes.gpu_modes(estimator, kind, tokens, pipeline.total, swept, deepest),
     )
 
 
 def _layerwise(
-    estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]
+    estimator: Estimator, kind: WeightFormat, workload: Workload, points: Sequence[HookPoint]
 ) -> tuple[Layerwise | None, str]:
-    """What it takes block by block, or why it does not go so."""
+    """What it takes layer by layer, or why it does not go so."""
     try:
         return execution_modes.layerwise(estimator, kind, workload, points), ""
     except ModelError as error:
@@ -167,8 +167,8 @@ def _layerwise(
 
 
 def smaller_pass(
-    estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]
-) -> Parts:
+    estimator: Estimator, kind: WeightFormat, workload: Workload, points: Sequence[HookPoint]
+) -> PeakBytes:
     """The cheaper of one pass over whole windows and chunks through the KV cache, hook points
     written as they come.
     """
@@ -179,14 +179,14 @@ def smaller_pass(
     return min(passes, key=lambda parts: parts.total)
 
 
-def kv_cache(size: Numbers, kind: Kind, tokens: int) -> int:
+def kv_cache(size: ModelDims, kind: WeightFormat, tokens: int) -> int:
     """Bytes of the keys and values of every block, for tokens of all windows together."""
     return 2 * size.num_blocks * size.num_kv_heads * size.head_dim * BYTES[kind.precision] * tokens
 
 
 def fitting(
     estimator: Estimator,
-    kind: Kind,
+    kind: WeightFormat,
     workload: Workload,
     points: Sequence[HookPoint],
     needed: Components,
@@ -223,7 +223,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
 
 
 def _total(
-    estimator: Estimator, kind: Kind, workload: Workload, points: Sequence[HookPoint]
+    estimator: Estimator, kind: WeightFormat, workload: Workload, points: Sequence[HookPoint]
 ) -> int:
     return sizes.with_device_overhead(
         estimator.weights(kind), smaller_pass(estimator, kind, workload, points), "cuda"
@@ -243,7 +243,7 @@ def _held_width(points: Sequence[HookPoint], tokens: int) -> int:
     return sum(width.values())
 
 
-def _lm_head(settings: Config, size: Numbers, kind: Kind) -> int:
+def _lm_head(settings: Config, size: ModelDims, kind: WeightFormat) -> int:
     declared = settings.model.architecture
     if declared is None or declared.tie_word_embeddings:
         return 0
@@ -265,8 +265,10 @@ def settings_of(target: str) -> Config:
     return frozen.to_config(run.config)
 
 
-def _kind(settings: Config, precision: str | None, own: str | None) -> Kind:
+def _kind(settings: Config, precision: str | None, own: str | None) -> WeightFormat:
     if precision is not None:
-        return KINDS[precision]
-    asked = settings.memory.precision_mode.name
-    return weight_format.kind_of(settings, "bf16" if asked == "auto" else asked, own)
+        return WEIGHT_FORMATS[precision]
+    requested = settings.memory.precision_mode.name
+    return weight_format.weight_format_of(
+        settings, "bf16" if requested == "auto" else requested, own
+    )

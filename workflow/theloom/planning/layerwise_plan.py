@@ -1,4 +1,4 @@
-"""What a sweep block by block takes of a device, of the host and of the disk, and which batches
+"""What a sweep layer by layer takes of a device, of the host and of the disk, and which batches
 fit.
 
 On the device: two blocks of weights, what is in no block and no embedding, one batch's pass through
@@ -15,7 +15,7 @@ from theloom import terminal
 from theloom.corpus.batching import Lengths
 from theloom.devices.host import DeviceMemory
 from theloom.errors import MemoryPlanError
-from theloom.memory.sizes import BlockSizes, Parts, Workload, with_device_overhead
+from theloom.memory.sizes import BlockSizes, PeakBytes, Workload, with_device_overhead
 from theloom.planning.plan import Plan, smaller_plans
 from theloom.store.ring_buffer import WRITER_BYTES
 
@@ -70,7 +70,7 @@ class LayerwisePlan:
 
 
 # the bytes of one pass through one block, and of the arguments recorded for all blocks
-PassOf = Callable[[Workload], tuple[Parts, int]]
+PassOf = Callable[[Workload], tuple[PeakBytes, int]]
 
 
 def need(
@@ -107,7 +107,7 @@ def need(
 def choose(
     sizes: BlockSizes,
     pass_of: PassOf,
-    asked: Plan,
+    requested: Plan,
     residuals: int,
     residual_row: int,
     device: str,
@@ -115,7 +115,7 @@ def choose(
     host: DeviceMemory,
     *,
     threshold: float,
-    beside: int = 0,
+    overhead: int = 0,
     one_pass: bool = False,
     windows: Lengths | None = None,
 ) -> LayerwisePlan:
@@ -123,10 +123,10 @@ def choose(
     MemoryPlanError.
 
     `found` is what the device has free, `host` what the host has; `beside` what a process was seen
-    to take beside what is foretold; `one_pass`: long documents go in one pass where that fits, as
+    to take beside what is predicted; `one_pass`: long documents go in one pass where that fits, as
     they would in a resident model; `windows`: as `plan.choose` takes them.
     """
-    cuts = [cut.over(windows) for cut in smaller_plans(asked, "device", one_pass)]
+    cuts = [cut.over(windows) for cut in smaller_plans(requested, "device", one_pass)]
     least: tuple[Need, bool] | None = None
     budget = (
         found.free - int((1 - threshold) * found.total),
@@ -136,30 +136,30 @@ def choose(
         for spilled in (False, True):
             for cut in cuts:
                 needed = need(sizes, pass_of, cut.passes, residuals, residual_row, device, spilled)
-                fits = needed.cpu + beside <= free
+                fits = needed.cpu + overhead <= free
                 if device == "cuda":
-                    fits = needed.device + beside <= free and needed.host <= host_free
+                    fits = needed.device + overhead <= free and needed.host <= host_free
                 if fits:
                     return LayerwisePlan(
-                        cut, spilled, needed, _changes(asked, cut, spilled, residuals)
+                        cut, spilled, needed, _changes(requested, cut, spilled, residuals)
                     )
                 least = (needed, spilled)
     assert least is not None
     raise MemoryPlanError(_refusal(least[0], device, found, host))
 
 
-def _changes(asked: Plan, cut: Plan, spilled: bool, residuals: int) -> tuple[str, ...]:
+def _changes(requested: Plan, cut: Plan, spilled: bool, residuals: int) -> tuple[str, ...]:
     changes = []
     if spilled:
         changes.append(
-            f"the residuals between blocks ({terminal.in_words(residuals)}) wait on disk, not in host memory"
+            f"the residuals between blocks ({terminal.format_bytes(residuals)}) wait on disk, not in host memory"
         )
-    if cut.chunk_size != asked.chunk_size:
+    if cut.chunk_size != requested.chunk_size:
         changes.append(
-            f"long documents go in chunks of {cut.chunk_size} tokens, not {asked.chunk_size}"
+            f"long documents go in chunks of {cut.chunk_size} tokens, not {requested.chunk_size}"
         )
-    if cut.batch_tokens != asked.batch_tokens:
-        changes.append(f"batches of {cut.batch_tokens} tokens, not {asked.batch_tokens}")
+    if cut.batch_tokens != requested.batch_tokens:
+        changes.append(f"batches of {cut.batch_tokens} tokens, not {requested.batch_tokens}")
     return tuple(changes)
 
 
@@ -167,12 +167,12 @@ def _refusal(least: Need, device: str, found: DeviceMemory, host: DeviceMemory) 
     limit = f", limited by {found.limited_by}" if found.limited_by else ""
     if device == "cpu":
         return (
-            f"block by block the run needs at least {terminal.in_words(least.cpu)} (two blocks "
-            f"{terminal.in_words(least.buffers)}, one batch {terminal.in_words(least.working_set)}, embeddings at most "
-            f"{terminal.in_words(least.embeddings)}) and cpu has {terminal.in_words(found.free)} free{limit}"
+            f"layer by layer the run needs at least {terminal.format_bytes(least.cpu)} (two blocks "
+            f"{terminal.format_bytes(least.buffers)}, one batch {terminal.format_bytes(least.working_set)}, embeddings at most "
+            f"{terminal.format_bytes(least.embeddings)}) and cpu has {terminal.format_bytes(found.free)} free{limit}"
         )
     return (
-        f"block by block the run needs at least {terminal.in_words(least.device)} of the GPU and "
-        f"{terminal.in_words(least.host)} of the host, which have {terminal.in_words(found.free)} and "
-        f"{terminal.in_words(host.free)} free"
+        f"layer by layer the run needs at least {terminal.format_bytes(least.device)} of the GPU and "
+        f"{terminal.format_bytes(least.host)} of the host, which have {terminal.format_bytes(found.free)} and "
+        f"{terminal.format_bytes(host.free)} free"
     )

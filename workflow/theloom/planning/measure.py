@@ -1,4 +1,4 @@
-"""What the largest forward pass of a plan really takes, beside what was foretold, by category."""
+"""What the largest forward pass of a plan really takes, beside what was predicted, by category."""
 
 import logging
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from theloom.devices.peak_memory import PeakMemory
 from theloom.hooks.points import HookPoint
 from theloom.memory import trace
 from theloom.memory.estimators import Traced
-from theloom.memory.sizes import Parts, Workload
+from theloom.memory.sizes import PeakBytes, Workload
 from theloom.model import quantization
 from theloom.model.files import hf_config
 from theloom.model.loading import LoadedModel, _is_own_code, _model_class
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.planning.plan import Correction, Plan
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measured:
-    """One forward pass: bytes foretold and found, and by how much the device's memory in use grew.
+    """One forward pass: bytes predicted and found, and by how much the device's memory in use grew.
 
     `growth` is what CUDA's allocator counted, or, on the CPU, what the process had grown by since
     before its model was loaded, without the weights. There it has three parts: the tensors
@@ -39,8 +39,8 @@ class Measured:
     """
 
     workload: Workload
-    foretold: Parts
-    found: Parts
+    predicted: PeakBytes
+    found: PeakBytes
     growth: int
     files: int
     weights: int
@@ -51,26 +51,26 @@ class Measured:
 
     @property
     def correction(self) -> Correction:
-        """What the next plan is to reckon with."""
+        """What the next plan is to estimate with."""
         return Correction(
-            self.found.total / self.foretold.total, max(0, self.growth - self.found.total)
+            self.found.total / self.predicted.total, max(0, self.growth - self.found.total)
         )
 
 
 def largest_pass(
-    traced: Traced, kind: Kind, plan: Plan, points: Sequence[HookPoint], device: str
-) -> tuple[Workload, Parts]:
-    """The one of a plan's passes that is foretold to take the most."""
-    foretold = [
+    traced: Traced, kind: WeightFormat, plan: Plan, points: Sequence[HookPoint], device: str
+) -> tuple[Workload, PeakBytes]:
+    """The one of a plan's passes that is predicted to take the most."""
+    predicted = [
         (workload, traced.forward(kind, workload, points, device=device))
         for workload in plan.passes
     ]
-    return max(foretold, key=lambda pair: pair[1].total)
+    return max(predicted, key=lambda pair: pair[1].total)
 
 
 def measure(
     loaded: LoadedModel,
-    kind: Kind,
+    kind: WeightFormat,
     traced: Traced,
     plan: Plan,
     points: Sequence[HookPoint],
@@ -81,7 +81,7 @@ def measure(
 
     `loading`: the memory that loading the model took.
     """
-    workload, foretold = largest_pass(traced, kind, plan, points, loaded.device.type)
+    workload, predicted = largest_pass(traced, kind, plan, points, loaded.device.type)
     vocabulary = loaded.architecture.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (workload.windows, workload.tokens), generator=generator).to(
@@ -94,7 +94,7 @@ def measure(
     growth = growing.growth
     if loaded.device.type == "cpu":  # as the job will, whose heap has what loading left in it
         growth += growing.before - loading.before - weights
-    return Measured(workload, foretold, found, growth, growing.files, weights)
+    return Measured(workload, predicted, found, growth, growing.files, weights)
 
 
 def _run(
@@ -102,8 +102,8 @@ def _run(
     ids: torch.Tensor,
     workload: Workload,
     points: Sequence[HookPoint],
-    kind: Kind,
-) -> Parts:
+    kind: WeightFormat,
+) -> PeakBytes:
     peak, _ = trace.run(
         loaded.architecture,
         ids,

@@ -2,7 +2,7 @@
 
 Blocks stay in order and whole, so that a token's residual stream crosses each border once. The
 first GPU has the embeddings too. Nothing runs at the same time on two GPUs of a job: for speed
-there are shards, and this is for models that no single card holds.
+there are shards, and this is for models that no single GPU holds.
 """
 
 import logging
@@ -17,7 +17,7 @@ from theloom.devices.gpu import available_memory
 from theloom.devices.host import DeviceMemory
 from theloom.errors import MemoryPlanError
 from theloom.memory.sizes import with_device_overhead
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.planning import plan
 from theloom.planning.estimate import Estimate, Pass
 from theloom.planning.plan import Correction, Planned
@@ -42,12 +42,12 @@ class Share:
     blocks: float
 
 
-def share(blocks: int, gpus: int, beside: float = 0.0) -> Share:
+def share(blocks: int, gpus: int, overhead: float = 0.0) -> Share:
     """The share of the fullest of `gpus` alike GPUs; `beside` is the share of the weights that is
     in no block.
     """
     most = math.ceil(blocks / gpus) / blocks
-    return Share(most * (1 - beside) + beside, most) if gpus > 1 else Share(1.0, 1.0)
+    return Share(most * (1 - overhead) + overhead, most) if gpus > 1 else Share(1.0, 1.0)
 
 
 def of_one(estimate: Estimate, part: Share) -> Estimate:
@@ -71,16 +71,16 @@ def least(estimate: Estimate, kind: str) -> int:
     return with_device_overhead(estimate.weights[kind], smallest, "cuda").total
 
 
-def gpus_for(estimate: Estimate, kind: str, blocks: int, beside: float, budget: float) -> int:
+def gpus_for(estimate: Estimate, kind: str, blocks: int, overhead: float, budget: float) -> int:
     """The fewest alike GPUs that hold a model, with `budget` bytes of each in use. Raises
     MemoryPlanError.
     """
     for count in range(1, min(MOST_GPUS, blocks) + 1):
-        if least(of_one(estimate, share(blocks, count, beside)), kind) <= budget:
+        if least(of_one(estimate, share(blocks, count, overhead)), kind) <= budget:
             return count
-    needed = terminal.in_words(estimate.weights[kind])
+    needed = terminal.format_bytes(estimate.weights[kind])
     raise MemoryPlanError(
-        f"the model's {kind} weights ({needed}) do not fit {MOST_GPUS} GPUs of {terminal.in_words(budget)} each; "
+        f"the model's {kind} weights ({needed}) do not fit {MOST_GPUS} GPUs of {terminal.format_bytes(budget)} each; "
         "set memory.quantization, or resources.gpu_memory_gb to the size of your GPUs"
     )
 
@@ -109,7 +109,7 @@ def available(device: "torch.device") -> tuple[DeviceMemory, str]:
 
 def fit_plan(
     estimated: Estimate,
-    kind: Kind,
+    kind: WeightFormat,
     device: "torch.device",
     threshold: float,
     windows: Lengths,
@@ -133,7 +133,7 @@ def fit_plan(
         "plan: batches of %d tokens, chunks of %d; %s of %s free",
         planned.plan.batch_tokens,
         planned.plan.chunk_size,
-        terminal.in_words(planned.components.total),
-        terminal.in_words(found.free),
+        terminal.format_bytes(planned.components.total),
+        terminal.format_bytes(found.free),
     )
     return planned

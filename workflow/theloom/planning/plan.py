@@ -15,7 +15,7 @@ from theloom.corpus.batching import Lengths
 from theloom.devices.host import DeviceMemory
 from theloom.errors import MemoryPlanError
 from theloom.memory import sizes
-from theloom.memory.sizes import Components, Parts, Workload
+from theloom.memory.sizes import Components, PeakBytes, Workload
 from theloom.planning.estimate import SMALLEST_CHUNK, Estimate, chunk_sizes
 from theloom.store.ring_buffer import bytes_on_device
 
@@ -108,24 +108,24 @@ class Plan:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a measurement on the device taught: real bytes of a forward pass for one foretold, and
+    """What a measurement on the device taught: real bytes of a forward pass for one predicted, and
     bytes beside it.
     """
 
     ratio: float = 1.0
-    beside: int = 0
+    overhead: int = 0
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, the bytes that it is foretold to take, and what was changed for it to fit, in words."""
+    """A plan, the bytes that it is predicted to take, and what was changed for it to fit, in words."""
 
     plan: Plan
     components: Components
     changes: tuple[str, ...] = ()
 
 
-def forward(estimate: Estimate, kind: str, plan: Plan) -> Parts:
+def forward(estimate: Estimate, kind: str, plan: Plan) -> PeakBytes:
     """The bytes of the largest of a plan's passes."""
     found = [estimate.find(kind, p.tokens, plan.chunk_size).times(p.windows) for p in plan.passes]
     if plan.offloaded:  # the KV cache of the block that runs, and of the next one on its way
@@ -154,24 +154,26 @@ def choose(
     uses the device. Raises MemoryPlanError, with what would make it fit.
     """
     longest = min(windows.longest if windows else estimate.context_length, estimate.context_length)
-    asked = Plan(estimate.batch_tokens or MOST_BATCH_TOKENS[device], estimate.chunk_size, longest)
-    one_pass = _one_pass_is_less(estimate, kind, asked)
+    requested = Plan(
+        estimate.batch_tokens or MOST_BATCH_TOKENS[device], estimate.chunk_size, longest
+    )
+    one_pass = _one_pass_is_less(estimate, kind, requested)
     cache = "device" if device == "cpu" else estimate.cache
     weigh = cache_of(lambda plan: _weigh(estimate, kind, device, plan.over(windows), correction))
-    plans = smaller_plans(asked, cache, one_pass)
+    plans = smaller_plans(requested, cache, one_pass)
     if one_pass:
         log.info(
             "long documents go in one pass: in chunks of %d tokens they would take more memory",
-            asked.chunk_size,
+            requested.chunk_size,
         )
     headroom = int((1 - threshold) * found.total)
     for budget in (found.free - headroom, found.free):
         for planned in map(weigh, plans):
             if planned.components.total <= budget:
                 chosen, may_offload = estimate.batch_tokens is None, estimate.cache == "auto"
-                changes = _changes(asked, planned.plan, chosen, may_offload, one_pass)
+                changes = _changes(requested, planned.plan, chosen, may_offload, one_pass)
                 for change in changes:
-                    log.warning("to fit %s free: %s", terminal.in_words(found.free), change)
+                    log.warning("to fit %s free: %s", terminal.format_bytes(found.free), change)
                 if budget == found.free and headroom:
                     _warn_headroom(planned.components, found, threshold)
                 return replace(planned, changes=changes)
@@ -195,8 +197,8 @@ def check_begun(
     needed = planned.components.total
     if needed > found.free:
         raise MemoryPlanError(
-            f"{partial} was begun with batches of {plan.batch_tokens} tokens, which take {terminal.in_words(needed)}, "
-            f"and {device} has {terminal.in_words(found.free)} free; free some, or remove the file to begin anew"
+            f"{partial} was started with batches of {plan.batch_tokens} tokens, which take {terminal.format_bytes(needed)}, "
+            f"and {device} has {terminal.format_bytes(found.free)} free; free some, or remove the file to begin anew"
         )
     return planned
 
@@ -222,30 +224,30 @@ def plan_advice(
     )
 
 
-def smaller_plans(asked: Plan, cache: str, one_pass: bool) -> list[Plan]:
-    """The plan asked for, then ever smaller ones: fewer windows side by side, then smaller chunks.
+def smaller_plans(requested: Plan, cache: str, one_pass: bool) -> list[Plan]:
+    """The plan requested, then ever smaller ones: fewer windows side by side, then smaller chunks.
 
     With `one_pass` long documents go in one pass first of all, else at last. `cache` says where
     their KV cache may be.
     """
-    whole = replace(asked, chunk_size=asked.longest, streamed_windows=1)
-    plans = _fewer_windows(whole, asked.longest) if one_pass else []
+    whole = replace(requested, chunk_size=requested.longest, streamed_windows=1)
+    plans = _fewer_windows(whole, requested.longest) if one_pass else []
     streamed: list[Plan] = []
-    for chunk_size in chunk_sizes(asked.chunk_size):
-        batch = streamed[-1].batch_tokens if streamed else asked.batch_tokens
+    for chunk_size in chunk_sizes(requested.chunk_size):
+        batch = streamed[-1].batch_tokens if streamed else requested.batch_tokens
         streamed += _fewer_windows(
-            replace(asked, batch_tokens=batch, chunk_size=chunk_size), chunk_size
+            replace(requested, batch_tokens=batch, chunk_size=chunk_size), chunk_size
         )
     offloaded = (
         [replace(p, offloaded=True) for p in streamed]
-        if asked.streamed and cache != "device"
+        if requested.streamed and cache != "device"
         else []
     )
     plans += offloaded if cache == "offloaded" else streamed
     if (
-        asked.streamed and not one_pass
+        requested.streamed and not one_pass
     ):  # the KV cache and its masks can take more than the whole document at once
-        plans.append(replace(whole, batch_tokens=asked.longest))
+        plans.append(replace(whole, batch_tokens=requested.longest))
     return plans + (offloaded if cache == "auto" else [])
 
 
@@ -262,14 +264,14 @@ def _fewer_windows(plan: Plan, step: int) -> list[Plan]:
     return plans
 
 
-def _one_pass_is_less(estimate: Estimate, kind: str, asked: Plan) -> bool:
+def _one_pass_is_less(estimate: Estimate, kind: str, requested: Plan) -> bool:
     """Whether the longest window takes no more memory in one pass than chunk by chunk: then it is
     faster so, too.
     """
-    if not asked.streamed or estimate.cache == "offloaded":
+    if not requested.streamed or estimate.cache == "offloaded":
         return False
-    at_once = estimate.find(kind, asked.longest, asked.longest).total
-    return at_once <= estimate.find(kind, asked.longest, asked.chunk_size).total
+    at_once = estimate.find(kind, requested.longest, requested.longest).total
+    return at_once <= estimate.find(kind, requested.longest, requested.chunk_size).total
 
 
 def _weigh(
@@ -278,19 +280,19 @@ def _weigh(
     parts = forward(estimate, kind, plan).times(correction.ratio)
     components = sizes.with_device_overhead(estimate.weights[kind], parts, device)
     waiting = bytes_on_device(device, plan.step_tokens * estimate.largest_capture[kind])
-    return Planned(plan, replace(components, on_their_way=waiting, beside=correction.beside))
+    return Planned(plan, replace(components, on_their_way=waiting, overhead=correction.overhead))
 
 
 def _changes(
-    asked: Plan, plan: Plan, chosen: bool, may_offload: bool, one_pass: bool
+    requested: Plan, plan: Plan, chosen: bool, may_offload: bool, one_pass: bool
 ) -> tuple[str, ...]:
     changes = []
-    whole = asked.streamed and not plan.streamed
-    if plan.chunk_size != asked.chunk_size and not (whole and one_pass):
+    whole = requested.streamed and not plan.streamed
+    if plan.chunk_size != requested.chunk_size and not (whole and one_pass):
         how = "in one pass" if whole else f"in chunks of {plan.chunk_size} tokens"
-        changes.append(f"long documents go {how}, not in chunks of {asked.chunk_size}")
-    if plan.batch_tokens != asked.batch_tokens and not chosen:
-        changes.append(f"batches of {plan.batch_tokens} tokens, not {asked.batch_tokens}")
+        changes.append(f"long documents go {how}, not in chunks of {requested.chunk_size}")
+    if plan.batch_tokens != requested.batch_tokens and not chosen:
+        changes.append(f"batches of {plan.batch_tokens} tokens, not {requested.batch_tokens}")
     if plan.offloaded and may_offload:
         changes.append("the KV cache of long documents lies in host memory (extraction.cache=auto)")
     return tuple(changes)
@@ -299,9 +301,9 @@ def _changes(
 def _warn_headroom(needed: Components, found: DeviceMemory, threshold: float) -> None:
     log.warning(
         "the run is planned to take %s, and %s of %s are free: more than memory_warning_threshold=%.2f will be in use",
-        terminal.in_words(needed.total),
-        terminal.in_words(found.free),
-        terminal.in_words(found.total),
+        terminal.format_bytes(needed.total),
+        terminal.format_bytes(found.free),
+        terminal.format_bytes(found.total),
         threshold,
     )
 
@@ -332,8 +334,8 @@ def _refusal(
         else "; no other precision would fit either"
     )
     return (
-        f"the run needs at least {terminal.in_words(needed.total)} ({sizes.by_category(needed)}) and {device} has "
-        f"{terminal.in_words(found.free)} of {terminal.in_words(found.total)} free{limit}{advice}"
+        f"the run needs at least {terminal.format_bytes(needed.total)} ({sizes.by_category(needed)}) and {device} has "
+        f"{terminal.format_bytes(found.free)} of {terminal.format_bytes(found.total)} free{limit}{advice}"
     )
 
 
@@ -369,6 +371,6 @@ def _fitting_changes(
             offers.append((text, _weigh(estimate, other, device, least.plan, correction)))
     fitting = [(text, offer) for text, offer in offers if offer.components.total <= found.free]
     return [
-        f"{text} (saves {terminal.in_words(least.components.total - offer.components.total)})"
+        f"{text} (saves {terminal.format_bytes(least.components.total - offer.components.total)})"
         for text, offer in fitting
     ][:3]

@@ -15,7 +15,7 @@ from theloom.memory import sizes
 from theloom.memory.closed_form import parameters
 from theloom.memory.estimators import Estimator
 from theloom.memory.sizes import Components, Workload
-from theloom.model.weight_format import KINDS, Kind
+from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat
 from theloom.planning import estimate, forecast
 
 PROFILES = {
@@ -78,11 +78,11 @@ def weights_table() -> list[Row]:
         settings, estimator = _of(profile)
         cells = {}
         for name, rule_bytes in RULE_BYTES.items():
-            computed, rule = estimator.weights(KINDS[name]) / 1e9, billions * rule_bytes
+            computed, rule = estimator.weights(WEIGHT_FORMATS[name]) / 1e9, billions * rule_bytes
             cells[name] = _cell(
                 computed,
                 rule,
-                _weights_reason(settings, estimator, KINDS[name], billions, rule_bytes),
+                _weights_reason(settings, estimator, WEIGHT_FORMATS[name], billions, rule_bytes),
             )
         rows.append(_row(profile, settings, cells, {}))
     return rows
@@ -97,7 +97,7 @@ def totals_table() -> list[Row]:
         workload = Workload(1, TOKENS, settings.memory.streaming_chunk_size)
         cells, gpus = {}, {}
         for name, rule in rules.items():
-            kind = KINDS[name]
+            kind = WEIGHT_FORMATS[name]
             parts = estimator.forward(kind, workload, everything, held=True)
             components = sizes.with_device_overhead(estimator.weights(kind), parts, "cuda")
             beyond = rule - PROFILES[profile] * RULE_BYTES[name]
@@ -125,7 +125,7 @@ def _cell(computed: float, rule: float, reason: str) -> Cell:
 
 
 def _weights_reason(
-    settings: Config, estimator: Estimator, kind: Kind, billions: int, rule_bytes: float
+    settings: Config, estimator: Estimator, kind: WeightFormat, billions: int, rule_bytes: float
 ) -> str:
     """The steps from the rule to the figure: real parameters, no LM head, what quantisation leaves
     as it is.

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def draw_memory(config: Config, estimate: Path, model: Path, folder: Path) -> None:
-    """Memory foretold and found, and the GPUs with room for it."""
+    """Memory predicted and found, and the GPUs with room for it."""
     title = _title(config, folder)
     style.save(memory.predicted_against_measured(model, title), folder / "memory")
     style.save(memory.fits_on(estimate, title), folder / "gpus")
@@ -43,7 +43,7 @@ def draw_speed(config: Config, shards: Sequence[Path], folder: Path) -> None:
 
 
 def draw_states(config: Config, activations: Path, folder: Path) -> None:
-    """Norms, massive activations, likeness of layers, and the map. Raises ConfigError for a hook
+    """Norms, massive activations, similarity of layers, and the map. Raises ConfigError for a hook
     that is not there.
     """
     acts, settings, title = open_activations(activations), config.report, _title(config, folder)
@@ -51,7 +51,7 @@ def draw_states(config: Config, activations: Path, folder: Path) -> None:
     log.info("%d rows of %d hook points sampled", len(states.rows), len(states.hooks))
     style.save(draw_norms(states, title), folder / "norms")
     style.save(draw_massive(states, title), folder / "massive")
-    style.save(draw_similarity(states, title), folder / "likeness")
+    style.save(draw_similarity(states, title), folder / "similarity")
     hook = settings.map_hook or middle_layer(acts)
     if hook not in acts:
         raise ConfigError(

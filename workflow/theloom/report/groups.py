@@ -13,7 +13,7 @@ GROUPS = {
     "states": {
         "norms": "Norms by layer and position",
         "massive": "Massive activations",
-        "likeness": "Likeness of layers",
+        "similarity": "Similarity of layers",
         "map": "Map of a middle layer",
     },
     "attention": {"attention": "Attention patterns"},

@@ -1,4 +1,4 @@
-"""Figures of memory: what a run was foretold to take against what it took, and the GPUs that have
+"""Figures of memory: what a run was predicted to take against what it took, and the GPUs that have
 room for it.
 """
 
@@ -41,7 +41,7 @@ _SHOWN = (
 
 
 def predicted_against_measured(model: Path, title: str) -> Drawn:
-    """The largest planned pass by component, from `model.h5`: bytes foretold, and bytes found."""
+    """The largest planned pass by component, from `model.h5`: bytes predicted, and bytes found."""
     with file_format.open_h5(model, "model") as file:
         predicted, measured = (
             dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured")
@@ -49,10 +49,10 @@ def predicted_against_measured(model: Path, title: str) -> Drawn:
         workload = dict(file["memory/workload"].attrs)
     rows = [(part, int(predicted[part]), int(measured[part])) for part in _PARTS]
     rows = [row for row in rows if row[1] or row[2]]
-    beside = [
+    overhead = [
         (name, None, int(measured[name])) for name in ("files", "heap") if measured.get(name, 0) > 0
     ]
-    table = Table(("component", "predicted_bytes", "measured_bytes"), [*rows, *beside])
+    table = Table(("component", "predicted_bytes", "measured_bytes"), [*rows, *overhead])
     shape = f"largest pass: {workload['windows']} × {workload['tokens']} tokens, steps of {workload['chunk_size']}"
     drawing, (panel,) = style.new(
         9, 1.4 + 0.7 * len(table.rows), f"{title}: memory by component ({shape})"
@@ -67,9 +67,9 @@ def predicted_against_measured(model: Path, title: str) -> Drawn:
             label=label,
             **style.bars(column - 1),
         )
-        labels = ["not foretold" if v is None else f"{v / 1e6:,.1f}" for v in values]
+        labels = ["not predicted" if v is None else f"{v / 1e6:,.1f}" for v in values]
         panel.bar_label(bars, labels, padding=3, fontsize=9)
-    names = {"files": "beside: pages of files", "heap": "beside: heap that malloc keeps"}
+    names = {"files": "overhead: pages of files", "heap": "overhead: heap that malloc keeps"}
     panel.set_yticks(at, [names.get(r[0], _WORDS.get(r[0], r[0])) for r in table.rows])
     panel.invert_yaxis()
     panel.set_xlabel("MB (10⁶ bytes)")

@@ -9,7 +9,7 @@ from theloom.corpus import batching
 from theloom.report import style
 from theloom.report.style import Drawn, Table
 from theloom.store import file_format
-from theloom.store.file_format import FIGURES
+from theloom.store.file_format import METRICS
 
 # how a shard's seconds are split, in the order in which they are stacked
 PARTS = {
@@ -30,7 +30,7 @@ class ShardWork:
     tokens_forwarded: int  # padding included
     seconds: float | None
     parts: dict[str, float]
-    # of the seconds: the shard's own figures, or the job's benchmark, which counts loading the
+    # of the seconds: the shard's own metrics, or the job's benchmark, which counts loading the
     # model too
     source: str
 
@@ -48,22 +48,22 @@ def shard_work(path: Path) -> ShardWork:
     """Read one shard's work."""
     with file_format.open_h5(path, "activations") as file:
         attributes = dict(file.attrs)
-        figures = dict(zip(FIGURES, file["figures"][:].tolist(), strict=True))
+        metrics = dict(zip(METRICS, file["metrics"][:].tolist(), strict=True))
         lengths = np.diff(file["windows/offset"][:])
     batches = batching.plan_batches(
         lengths, int(attributes["batch_tokens"]), int(attributes["chunk_size"])
     )
     forwarded = sum(len(b.windows) * b.width for b in batches)
-    seconds, source = figures["seconds_total"], "shard"
+    seconds, source = metrics["seconds_total"], "shard"
     if not seconds:
         seconds, source = _benchmark(path), "benchmark of the job"
     return ShardWork(
         shard=int(attributes["shard"]),
         # a job that took up an unfinished shard has timed its own part alone
-        tokens=int(figures["tokens"] or attributes["rows"]),
-        tokens_forwarded=int(figures["tokens_forwarded"] or forwarded),
+        tokens=int(metrics["tokens"] or attributes["rows"]),
+        tokens_forwarded=int(metrics["tokens_forwarded"] or forwarded),
         seconds=seconds,
-        parts={name: figures[name] for name in PARTS if figures[name]},
+        parts={name: metrics[name] for name in PARTS if metrics[name]},
         source=source if seconds else "",
     )
 

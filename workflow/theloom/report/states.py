@@ -1,4 +1,4 @@
-"""Figures of the hidden states themselves: norms, massive activations, likeness of layers, a map of
+"""Figures of the hidden states themselves: norms, massive activations, similarity of layers, a map of
 one layer.
 """
 
@@ -275,7 +275,7 @@ def principal_plane(rows: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor
 _KINDS = ("word", "piece of a word", "number", "punctuation", "white space")
 
 
-def kind_of(token: str) -> str:
+def weight_format_of(token: str) -> str:
     """What a token is, by its text."""
     bare = token.strip()
     if not bare:
@@ -292,7 +292,7 @@ def draw_token_map(
     where there is room.
     """
     plane, share = principal_plane(acts[hook][rows].float().flatten(1))
-    xy, kinds = plane.numpy(), [kind_of(t) for t in tokens]
+    xy, kinds = plane.numpy(), [weight_format_of(t) for t in tokens]
     table = Table(
         ("row", "document", "position", "token", "kind", "component_1", "component_2"),
         [

@@ -1,9 +1,9 @@
-"""Seals: hashes of all that a file holds beside the rows, so that a change of any bit of it is
+"""Checksums: hashes of all that a file holds beside the rows, so that a change of any bit of it is
 found.
 
 Rows have a hash for each window and hook point. The rest of a file falls into three parts with a
-seal each: HDF5's own metadata, the attributes and the directory; the tables that are written when
-the file is laid out; and what is known when it is finished. A seal finds damage and mistakes; it
+checksum each: HDF5's own metadata, the attributes and the directory; the tables that are written when
+the file is laid out; and what is known when it is finished. A checksum finds damage and mistakes; it
 does not keep out somebody who writes a new one.
 """
 
@@ -14,9 +14,9 @@ import h5py
 import xxhash
 
 from theloom.store import file_format, index
-from theloom.store.index import Directory
+from theloom.store.index import FileIndex
 
-SEAL = "seal"  # of metadata, of tables, of results: in this order
+CHECKSUMS = "checksums"  # of metadata, of tables, of results: in this order
 
 
 METADATA, TABLES, RESULTS = range(3)
@@ -25,15 +25,15 @@ METADATA, TABLES, RESULTS = range(3)
 _READ_AT_ONCE = 1 << 20
 
 
-# written after the file was laid out; rows, and the seals themselves, are in none of the three
+# written after the file was laid out; rows, and the checksums themselves, are in none of the three
 _RESULTS = ("windows/hash", "windows/batch", "commit_log", "statistics/")
 
 
-_UNSEALED = ("hooks/", "figures", SEAL)
+_NOT_CHECKSUMMED = ("hooks/", "metrics", CHECKSUMS)
 
 
-def compute_checksums(fd: int, listed: Directory, *which: int) -> dict[int, int]:
-    """These seals of an open file, as it is. Metadata is all that the directory does not list,
+def compute_checksums(fd: int, listed: FileIndex, *which: int) -> dict[int, int]:
+    """These checksums of an open file, as it is. Metadata is all that the directory does not list,
     itself included.
     """
     extents = sorted(
@@ -41,12 +41,12 @@ def compute_checksums(fd: int, listed: Directory, *which: int) -> dict[int, int]
     )
     hashes = [xxhash.xxh3_64() for _ in range(3)]
     at = 0
-    for place, size, name in [*extents, (os.fstat(fd).st_size, 0, SEAL)]:
+    for place, size, name in [*extents, (os.fstat(fd).st_size, 0, CHECKSUMS)]:
         if place > at and METADATA in which:
             _update(hashes[METADATA], fd, at, place)
         at = max(at, place + size)
         part = RESULTS if name.startswith(_RESULTS) else TABLES
-        if part in which and not name.startswith(_UNSEALED):
+        if part in which and not name.startswith(_NOT_CHECKSUMMED):
             _update(hashes[part], fd, place, place + size)
     return {number: hashes[number].intdigest() for number in which}
 
@@ -61,21 +61,21 @@ def _update(state: xxhash.xxh3_64, fd: int, start: int, stop: int) -> None:
 
 
 def write_checksums(path: Path, *which: int) -> None:
-    """Write these seals of a closed file into it."""
+    """Write these checksums of a closed file into it."""
     with h5py.File(path, "r") as file:
         listed = index.read(file)
     with path.open("rb+") as f:
-        place = listed.datasets[SEAL].extents[0][0]
+        place = listed.datasets[CHECKSUMS].extents[0][0]
         for number, found in compute_checksums(f.fileno(), listed, *which).items():
             file_format.pwrite(f.fileno(), found.to_bytes(8, "little"), place + 8 * number)
 
 
-def broken_checksums(fd: int, listed: Directory, *which: int) -> list[str]:
-    """Which parts of an open file are not as they were sealed, in words."""
+def broken_checksums(fd: int, listed: FileIndex, *which: int) -> list[str]:
+    """Which parts of an open file are not as they were checksummed, in words."""
     words = (
         "its metadata",
         "its tables of tokens, documents and windows",
         "its log, hashes or statistics",
     )
-    found, written = compute_checksums(fd, listed, *which), listed.array(fd, SEAL).tolist()
+    found, written = compute_checksums(fd, listed, *which), listed.array(fd, CHECKSUMS).tolist()
     return [words[number] for number in which if found[number] != written[number]]

@@ -79,7 +79,7 @@ def broken_records(file: h5py.File) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Sound:
+class Verified:
     """What of an unfinished file is as it was written: so many batches, and the digest of the last
     of them.
     """
@@ -95,7 +95,7 @@ def recheck(
     row_bytes: Mapping[str, int],
     precision: str,
     into: Mapping[str, Statistics],
-) -> Sound:
+) -> Verified:
     """Read all that an unfinished file has committed, in the order of its batches, up to the first
     that is not right.
 
@@ -119,7 +119,7 @@ def recheck(
                 or int(found["batches"]) != batch
                 or int(found["digest"]) != after
             ):
-                return Sound(batch - 1, vouched, digest)
+                return Verified(batch - 1, vouched, digest)
             parts = []
             for cell in cells.tolist():
                 window, number = divmod(cell, len(hooks))
@@ -132,13 +132,13 @@ def recheck(
                 for data in tiles(*part, precision):
                     state.update(data.data)
                 if state.intdigest() != hashes[cell]:
-                    return Sound(batch - 1, vouched, digest)
+                    return Verified(batch - 1, vouched, digest)
                 parts.append((hook, part))
             for hook, part in parts:
                 for data in tiles(*part, precision):
                     into[hook].add(data, precision)
             digest = after
-    return Sound(vouched, vouched, digest)
+    return Verified(vouched, vouched, digest)
 
 
 def tiles(fd: int, place: int, rows: int, row_bytes: int, precision: str) -> Iterator[np.ndarray]:

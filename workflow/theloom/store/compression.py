@@ -20,7 +20,7 @@ import zstandard
 
 from theloom.errors import StoreError
 from theloom.store import checksums, file_format
-from theloom.store.index import DIRECTORY, write_index
+from theloom.store.index import INDEX, write_index
 
 ZSTD_FILTER = 32015
 
@@ -126,7 +126,7 @@ def copy_all_but_rows(source: h5py.File, target: h5py.File) -> None:
     for name, value in source.attrs.items():
         target.attrs[name] = value
     for name in source:
-        if name not in ("hooks", DIRECTORY):
+        if name not in ("hooks", INDEX):
             source.copy(name, target)
 
 

@@ -254,7 +254,7 @@ def check_format(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
 # where a shard's time went; seconds_disk is the writer's own, the others are its caller's; block by
 # block the weights are read and waited for. peak_memory and predicted_memory are bytes, oom_level
 # says how often batch and chunk were halved: of these three the largest counts
-FIGURES = (
+METRICS = (
     "seconds_total",
     "seconds_forward",
     "seconds_copy",

@@ -2,7 +2,7 @@
 dataset of JSON.
 
 Whoever reads ten thousand shards asks HDF5 for one object of each, instead of for all of them, and
-then reads bytes at places that it knows. A file that has none is asked object by object.
+then reads bytes at places that it knows. A file that has none is requested object by object.
 """
 
 import json
@@ -17,7 +17,7 @@ import numpy as np
 from theloom.store import file_format
 from theloom.store.commit_log import RECORD
 
-DIRECTORY = "directory"
+INDEX = "index"
 
 Extent = tuple[int, int]
 
@@ -42,7 +42,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Directory:
+class FileIndex:
     """Of one file."""
 
     path: Path
@@ -57,11 +57,11 @@ class Directory:
         return np.frombuffer(data, dtype).reshape(found.shape)
 
 
-def read(file: h5py.File) -> Directory:
+def read(file: h5py.File) -> FileIndex:
     """The directory of an open file. Raises one of `layout.DAMAGE` for one that is damaged."""
-    if DIRECTORY not in file:
+    if INDEX not in file:
         return derive(file)
-    identity = h5py.h5d.open(file.id, DIRECTORY.encode())
+    identity = h5py.h5d.open(file.id, INDEX.encode())
     data = np.empty(identity.shape, "u1")
     identity.read(h5py.h5s.ALL, h5py.h5s.ALL, data)
     found = json.loads(data.tobytes())
@@ -69,28 +69,28 @@ def read(file: h5py.File) -> Directory:
         n: Dataset(tuple(s), t, k, [(a, b) for a, b in e])
         for n, (s, t, k, e) in found["datasets"].items()
     }
-    return Directory(Path(file.filename), found["attributes"], datasets)
+    return FileIndex(Path(file.filename), found["attributes"], datasets)
 
 
 def write_index(file: h5py.File) -> None:
     """Give a file its directory, when all else in it has its place."""
-    if DIRECTORY in file:
-        del file[DIRECTORY]
+    if INDEX in file:
+        del file[INDEX]
     found = derive(file)
     datasets = {n: [d.shape, d.type, d.layout, d.extents] for n, d in found.datasets.items()}
     text = json.dumps({"attributes": found.attributes, "datasets": datasets})
-    file[DIRECTORY] = np.frombuffer(text.encode(), "u1")
+    file[INDEX] = np.frombuffer(text.encode(), "u1")
 
 
-def derive(file: h5py.File) -> Directory:
+def derive(file: h5py.File) -> FileIndex:
     """What HDF5 says of every object of an open file."""
     objects: list[tuple[str, h5py.Dataset]] = []
     file.visititems(
         lambda name, item: objects.append((name, item)) if isinstance(item, h5py.Dataset) else None
     )
     attributes = {k: v.item() if hasattr(v, "item") else v for k, v in file.attrs.items()}
-    datasets = {name: _dataset(name, item) for name, item in objects if name != DIRECTORY}
-    return Directory(Path(file.filename), attributes, datasets)
+    datasets = {name: _dataset(name, item) for name, item in objects if name != INDEX}
+    return FileIndex(Path(file.filename), attributes, datasets)
 
 
 def _dataset(name: str, item: h5py.Dataset) -> Dataset:

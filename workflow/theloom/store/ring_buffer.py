@@ -22,7 +22,7 @@ IN_FLIGHT = 2
 RING_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
-# Bytes of the writer beside it: its threads and their tiles of rows whose statistics are reckoned
+# Bytes of the writer beside it: its threads and their tiles of rows whose statistics are estimated
 # (seen: 17 to 23 MB).
 WRITER_BYTES = 24 << 20
 

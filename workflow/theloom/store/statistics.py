@@ -25,17 +25,17 @@ _MOST_ROWS = 1024  # that are added up in float32
 
 @dataclass
 class Statistics:
-    """Of one hook point. `count`, `mean`, `squares` (summed squared deviations from the mean):
+    """Of one hook point. `count`, `mean`, `m2` (summed squared deviations from the mean):
     (elements of a row,).
     """
 
     masked: bool
     count: np.ndarray
     mean: np.ndarray
-    squares: np.ndarray
+    m2: np.ndarray
     rows: int = 0
     norms: float = 0.0  # sum of the rows' Euclidean norms
-    not_finite: int = 0
+    nonfinite: int = 0
     infinite: int = 0  # of those: where the store is fp16, mostly values beyond 65,504
 
     @property
@@ -43,7 +43,7 @@ class Statistics:
         """By element of a row, of the values themselves (not of a larger population): (elements of
         a row,).
         """
-        return self.squares / np.maximum(self.count, 1)
+        return self.m2 / np.maximum(self.count, 1)
 
     @property
     def norm(self) -> float:
@@ -59,7 +59,7 @@ class Statistics:
     def variance_of_all(self) -> float:
         """The variance of all elements of all rows."""
         between = self.count @ (self.mean - self.mean_of_all) ** 2
-        return float((self.squares.sum() + between) / max(1.0, self.count.sum()))
+        return float((self.m2.sum() + between) / max(1.0, self.count.sum()))
 
     def add(self, bits: np.ndarray, precision: str) -> None:
         """Rows as `layout.bits` gives them, (rows, …)."""
@@ -93,16 +93,16 @@ class Statistics:
         )
         deviations = np.subtract(tile, about, out=None if shared else tile)
         off = (ones @ deviations).astype("f8")
-        squares = ones @ np.square(deviations, out=deviations)
-        if not np.isfinite(squares).all():
+        m2 = ones @ np.square(deviations, out=deviations)
+        if not np.isfinite(m2).all():
             return False
-        self._join(many, about + off / many, squares - off**2 / many)
+        self._join(many, about + off / many, m2 - off**2 / many)
         return True
 
     def _add_with_gaps(self, tile: np.ndarray) -> None:
         finite = np.isfinite(tile)
         wrong = ~finite & ~np.isneginf(tile) if self.masked else ~finite
-        self.not_finite += int(wrong.sum())
+        self.nonfinite += int(wrong.sum())
         self.infinite += int((wrong & ~np.isnan(tile)).sum())
         values = np.where(finite, tile, np.float32(0)).astype("f8")
         self.norms += float(np.linalg.norm(values, axis=1).sum())
@@ -112,16 +112,14 @@ class Statistics:
 
     def join(self, other: "Statistics") -> None:
         """Add what another file's rows have."""
-        self._join(other.count, other.mean, other.squares)
-        for name in ("rows", "norms", "not_finite", "infinite"):
+        self._join(other.count, other.mean, other.m2)
+        for name in ("rows", "norms", "nonfinite", "infinite"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def _join(
-        self, count: "np.ndarray | np.float64", mean: np.ndarray, squares: np.ndarray
-    ) -> None:
+    def _join(self, count: "np.ndarray | np.float64", mean: np.ndarray, m2: np.ndarray) -> None:
         total = np.maximum(self.count + count, 1)
         apart = mean - self.mean
-        self.squares += squares + apart**2 * (self.count * count / total)
+        self.m2 += m2 + apart**2 * (self.count * count / total)
         self.mean += apart * (count / total)
         self.count += count
 
@@ -144,17 +142,17 @@ def empty_statistics(hook: str, width: int) -> Statistics:
     return Statistics(hook.endswith(SCORES), np.zeros(width), np.zeros(width), np.zeros(width))
 
 
-_BY_ELEMENT = ("count", "mean", "squares")
+_BY_ELEMENT = ("count", "mean", "m2")
 
 
-_BY_HOOK = ("rows", "norms", "not_finite", "infinite")
+_BY_HOOK = ("rows", "norms", "nonfinite", "infinite")
 
 
 def create_statistics(file: h5py.File, widths: Sequence[int]) -> None:
     """Room for the statistics of all hook points: by element one after the other, `first` says
     where each begins.
     """
-    file["statistics/first"] = np.concatenate([[0], np.cumsum(widths)]).astype("<i8")
+    file["statistics/offset"] = np.concatenate([[0], np.cumsum(widths)]).astype("<i8")
     for name in _BY_ELEMENT:
         file[f"statistics/{name}"] = np.zeros(sum(widths), "<f8")
     for name in _BY_HOOK:
@@ -175,18 +173,16 @@ def statistics_columns(of_hooks: Sequence[Statistics]) -> dict[str, np.ndarray]:
 
 def read_statistics(array: Callable[[str], np.ndarray], hooks: Sequence[str]) -> list[Statistics]:
     """The inverse of `columns`; `array` gives the content of a dataset."""
-    first = array("statistics/first")
+    first = array("statistics/offset")
     by_element = {name: array(f"statistics/{name}") for name in _BY_ELEMENT}
     by_hook = {name: array(f"statistics/{name}").tolist() for name in _BY_HOOK}
     found = []
     for number, hook in enumerate(hooks):
         part = slice(int(first[number]), int(first[number + 1]))
-        count, mean, squares = (by_element[name][part] for name in _BY_ELEMENT)
-        rows, norms, not_finite, infinite = (by_hook[name][number] for name in _BY_HOOK)
+        count, mean, m2 = (by_element[name][part] for name in _BY_ELEMENT)
+        rows, norms, nonfinite, infinite = (by_hook[name][number] for name in _BY_HOOK)
         masked = hook.endswith(SCORES)
         found.append(
-            Statistics(
-                masked, count, mean, squares, int(rows), norms, int(not_finite), int(infinite)
-            )
+            Statistics(masked, count, mean, m2, int(rows), norms, int(nonfinite), int(infinite))
         )
     return found

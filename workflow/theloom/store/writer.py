@@ -6,7 +6,7 @@ committed. A commit is data, fdatasync, log record, fdatasync; so whatever the l
 and a job that dies loses no more than what came after its last record. The unfinished file is
 `<shard>.partial`, which the same job takes up again; the finished one is renamed.
 
-A commit runs beside the writing of what comes next. So does the reckoning of the statistics, which
+A commit runs beside the writing of what comes next. So does the estimating of the statistics, which
 reads the rows back while they are in the page cache, always batch by batch and tile by tile: they
 do not tell how often a job was killed.
 """
@@ -29,7 +29,7 @@ from theloom.hooks.points import HookPoint
 from theloom.store import checksums, commit_log, file_format, index, statistics
 from theloom.store.commit_log import RECORD
 from theloom.store.compression import pack_shard
-from theloom.store.file_format import FIGURES, hook_path
+from theloom.store.file_format import METRICS, hook_path
 from theloom.store.lock import WriterLock
 from theloom.store.partial import partial_of
 
@@ -47,7 +47,7 @@ COMMIT_BYTES, MOST_TIMES_THAT = 8 << 20, 8
 
 _LATENCY_SHARE = 0.05
 
-COUNTERS = 2  # threads that reckon the statistics, each of hook points of its own
+COUNTERS = 2  # threads that estimate the statistics, each of hook points of its own
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ShardSpec:
     points: list[HookPoint]
     keys: int
     precision: str
-    batches: int  # units of work that are committed: batches, or block by block (block, batch)
+    batches: int  # units of work that are committed: batches, or layer by layer (block, batch)
     identity: str
     attributes: Mapping[str, Any]
     compression: str = "none"
@@ -113,7 +113,7 @@ class ShardWriter:
         self.path = path
         self.partial = partial_of(path)
         self.batches_done = 0
-        self.figures = dict.fromkeys(FIGURES, 0.0)
+        self.metrics = dict.fromkeys(METRICS, 0.0)
         self._spec = spec
         self._lock = WriterLock(path)
         self._points = {p.name: p for p in spec.points}
@@ -141,7 +141,7 @@ class ShardWriter:
                 self._create()
             with h5py.File(self.partial, "r") as file:
                 self._places = _places(file, self._spec.points)
-                self.figures = dict(zip(FIGURES, file["figures"][:].tolist(), strict=True))
+                self.metrics = dict(zip(METRICS, file["metrics"][:].tolist(), strict=True))
             self._fd = os.open(self.partial, os.O_RDWR)
             self._check_committed()
         except BaseException:
@@ -235,7 +235,7 @@ class ShardWriter:
             [self._statistics[p.name] for p in self._spec.points]
         ).items():
             self._pwrite(values.tobytes(), self._places[name])
-        self._pwrite(self._figures(), self._places["figures"])
+        self._pwrite(self._metrics(), self._places["metrics"])
         checksums.write_checksums(self.partial, checksums.RESULTS)
         os.fsync(self._fd)
         if self._spec.compression == "none":
@@ -253,7 +253,7 @@ class ShardWriter:
                 raise self._no_room() from None
             raise
         self._seconds_writing += time.perf_counter() - begun
-        self.figures["seconds_disk"] += time.perf_counter() - begun
+        self.metrics["seconds_disk"] += time.perf_counter() - begun
 
     def _commit(self) -> None:
         """Start to commit all batches that are written, when the commit before is through."""
@@ -270,7 +270,7 @@ class ShardWriter:
             self._to_disk,
             log_records,
             place,
-            self._figures(),
+            self._metrics(),
             self._uncommitted,
             self._seconds_writing,
         )
@@ -278,14 +278,14 @@ class ShardWriter:
         self._uncommitted, self._seconds_writing = 0, 0.0
 
     def _to_disk(
-        self, log_records: bytes, place: int, figures: bytes, size: int, seconds_writing: float
+        self, log_records: bytes, place: int, metrics: bytes, size: int, seconds_writing: float
     ) -> float:
         """The commit: seconds that it took."""
         begun = time.perf_counter()
         os.fdatasync(self._fd)
         synced = time.perf_counter()
         file_format.pwrite(self._fd, log_records, place)
-        file_format.pwrite(self._fd, figures, self._places["figures"])
+        file_format.pwrite(self._fd, metrics, self._places["metrics"])
         os.fdatasync(self._fd)
         ended = time.perf_counter()
         latency, bandwidth = ended - synced, size / (synced - begun + seconds_writing)
@@ -297,17 +297,17 @@ class ShardWriter:
         if self._sync:
             sync, self._sync = self._sync, None
             try:
-                self.figures["seconds_disk"] += sync.result()
+                self.metrics["seconds_disk"] += sync.result()
             except OSError as error:
                 if file_format.is_full(error):
                     raise self._no_room() from None
                 raise
 
-    def _figures(self) -> bytes:
-        return np.array([self.figures[name] for name in FIGURES], "<f8").tobytes()
+    def _metrics(self) -> bytes:
+        return np.array([self.metrics[name] for name in METRICS], "<f8").tobytes()
 
     def _count(self, cells: np.ndarray) -> None:
-        """Reckon the statistics of a batch's rows, from the file."""
+        """Estimate the statistics of a batch's rows, from the file."""
         hooks = list(self._row_bytes.items())
         for cell in cells.tolist():
             window, number = divmod(cell, len(hooks))
@@ -445,8 +445,8 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     file["windows/hash"] = np.zeros((spec.windows, len(names)), "<u8")
     file["windows/batch"] = np.zeros((spec.windows, len(names)), "<u4")
     file["commit_log"] = np.zeros(spec.batches, RECORD)
-    file["figures"] = np.zeros(len(FIGURES))
-    file[checksums.SEAL] = np.zeros(3, "<u8")
+    file["metrics"] = np.zeros(len(METRICS))
+    file[checksums.CHECKSUMS] = np.zeros(3, "<u8")
     statistics.create_statistics(file, [p.width(spec.keys) for p in spec.points])
     for point in spec.points:
         shape = (spec.rows, *point.row(spec.keys))
@@ -461,7 +461,7 @@ def _places(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
         "windows/hash",
         "windows/batch",
         "commit_log",
-        "figures",
+        "metrics",
         *map("statistics/{}".format, file["statistics"]),
     ]
     places = {p.name: file_format.byte_offset(file[hook_path(p.name)]) for p in points}

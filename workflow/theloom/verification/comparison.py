@@ -20,7 +20,7 @@ from theloom.hooks.points import HookPoint
 from theloom.model.files import ModelFiles
 from theloom.model.loading import LoadedModel
 from theloom.precision import TOLERANCE
-from theloom.terminal import in_words
+from theloom.terminal import format_bytes
 from theloom.verification.fp32 import window_rows
 
 if TYPE_CHECKING:
@@ -118,7 +118,9 @@ class Comparison:
     def doubtful(self) -> dict[int, list[HookPoint]]:
         """By window the hook points whose error is more than the tolerance, to be judged in FP32."""
         if self._waiting > MOST_BYTES:
-            log.warning("more than %s of values differ: not compared to FP32", in_words(MOST_BYTES))
+            log.warning(
+                "more than %s of values differ: not compared to FP32", format_bytes(MOST_BYTES)
+            )
         return {window: list(points) for window, points in self._own.items()}
 
     def judge(self, window: int, point: HookPoint, exact: "torch.Tensor") -> None:

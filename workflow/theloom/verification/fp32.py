@@ -19,7 +19,7 @@ from theloom.memory.sizes import Workload
 from theloom.model import loading
 from theloom.model.files import ModelFiles, config_in
 from theloom.model.loading import LoadedModel
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.store import file_format
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def compare(
     traced = Traced(
         config_in(files, config.model.trust_remote_code), None, config.model.trust_remote_code
     )
-    points = [p for p in traced.catalogue().points if p.value in RESIDUALS and p.name in acts.hooks]
+    points = [p for p in traced.catalog().points if p.value in RESIDUALS and p.name in acts.hooks]
     if not points or not windows or traced.own is not None:
         log.info(
             "not compared to FP32: %s",
@@ -86,10 +86,10 @@ def exact_model(
     traced = traced or Traced(config_in(files, trust), None, trust)
     device, _ = loading.resolve_precision(config)
     longest = max(int(acts.window_offset[w + 1] - acts.window_offset[w]) for w in windows)
-    kind = Kind("fp32")
+    kind = WeightFormat("fp32")
     held = {
         p.name: p
-        for p in [*traced.catalogue().points, *points]
+        for p in [*traced.catalog().points, *points]
         if p.value in RESIDUALS or p in points
     }
     running = traced.forward(
@@ -97,7 +97,7 @@ def exact_model(
     ).total
     needed, free = traced.weights(kind) + running, gpu.device_memory(device).free
     if needed > free:
-        sizes = terminal.in_words(needed), terminal.in_words(free)
+        sizes = terminal.format_bytes(needed), terminal.format_bytes(free)
         log.warning("not compared to FP32: that takes %s, %s are free", *sizes)
         return None
     return loading.load_model(config, files, exact=True)
@@ -135,7 +135,7 @@ def write(found: Fidelity, file: h5py.File) -> None:
     file["fp32/hooks"] = file_format.fixed_strings(found.hooks)
     file["fp32/window"] = found.windows
     file["fp32/cosine"] = found.mean
-    file["fp32/least_cosine"] = found.least
+    file["fp32/min_cosine"] = found.least
     for number, name in enumerate(found.hooks):
         mean = sum(window[number] for window in found.mean) / len(found.mean)
         least = min(window[number] for window in found.least)

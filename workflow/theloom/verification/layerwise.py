@@ -1,4 +1,4 @@
-"""Documents of a run recomputed block by block: each in one piece, unpadded and without the shard's
+"""Documents of a run recomputed layer by layer: each in one piece, unpadded and without the shard's
 batches or chunks.
 
 The oracle of resident runs, plain transformers with all of the model, is what such a run has no
@@ -24,7 +24,7 @@ from theloom.hooks.points import RESIDUALS, HookPoint
 from theloom.memory.sizes import Workload
 from theloom.model import weight_format
 from theloom.model.files import ModelFiles, hf_config
-from theloom.terminal import in_words
+from theloom.terminal import format_bytes
 from theloom.verification import fp32
 from theloom.verification.comparison import Comparison, Recomputation
 from theloom.verification.fp32 import Fidelity
@@ -63,7 +63,7 @@ def recompute(
 def compare_to_fp32(
     config: Config, files: ModelFiles, acts: Activations, windows: Sequence[int]
 ) -> Fidelity | None:
-    """`fidelity.compare`, block by block."""
+    """`fidelity.compare`, layer by layer."""
     if weight_format.quantization_of(config, hf_config(config.model)) is not None:
         log.info("not compared to FP32: the checkpoint is quantised itself")
         return None
@@ -74,8 +74,8 @@ def compare_to_fp32(
         cosines[window, point.name] = torch.cosine_similarity(stored, values.float().cpu(), dim=-1)
 
     with opened(config, files, exact=True) as exact:
-        catalogue = exact.loaded.catalogue.points
-        points = [p for p in catalogue if p.value in RESIDUALS and p.name in acts.hooks]
+        catalog = exact.loaded.catalog.points
+        points = [p for p in catalog if p.value in RESIDUALS and p.name in acts.hooks]
         kept = _sweep(exact, acts, points, windows, see) if points else []
     if not kept:
         log.info("not compared to FP32: %s", "no room for a document" if points else "no residuals")
@@ -104,7 +104,7 @@ def _sweep(
         needed = fixed + pass_of(Workload(1, tokens, tokens))[0].total
         if needed > host.memory().free and found.loaded.device.type == "cpu":
             name = acts.documents[int(acts.window_document[window])]
-            sizes = in_words(needed), in_words(host.memory().free)
+            sizes = format_bytes(needed), format_bytes(host.memory().free)
             log.warning(
                 "%s (%d tokens) takes %s in one piece, %s are free: not recomputed",
                 name,

@@ -30,9 +30,9 @@ from theloom.model.files import ModelFiles
 from theloom.model.forward import no_cache
 from theloom.model.loading import LoadedModel
 from theloom.model.reference import reference_residuals
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.store import file_format, provenance
-from theloom.terminal import in_words
+from theloom.terminal import format_bytes
 from theloom.verification import fp32
 from theloom.verification.comparison import Comparison, Recomputation
 from theloom.verification.fp32 import Fidelity
@@ -48,9 +48,9 @@ def verify_run(config: Config, activations: Path, model_path: Path, output: Path
     """The verify stage: write `verification.h5`. Raises VerificationError where anything is wrong."""
     acts = open_activations(activations)
     damaged = inspect.damaged_parts(acts)
-    wrong, not_finite = check_hashes(acts)
+    wrong, nonfinite = check_hashes(acts)
     found = recompute(config, acts, model_path)
-    _write(acts, found, wrong, not_finite, output)
+    _write(acts, found, wrong, nonfinite, output)
     if found.files is not None and config.verify.compare_to_fp32:
         compared = _compare_to_fp32(config, found.files, acts, [r.window for r in found.results])
         if compared is not None:
@@ -79,7 +79,7 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> Recomputat
         raise VerificationError(
             f"{model_path} is not of the model that {acts.path} is from; give the run's own folder"
         )
-    points = [p for p in recorded.catalogue.points if p.name in acts]
+    points = [p for p in recorded.catalog.points if p.name in acts]
     windows = choose_windows(
         acts, config.verify.documents, config.memory.streaming_chunk_size, config.verify.seed
     )
@@ -92,8 +92,8 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> Recomputat
     _see_all(config, loaded, acts, points, windows, comparison)
     del loaded
     if doubtful := comparison.doubtful():
-        asked = list({p.name: p for of_window in doubtful.values() for p in of_window}.values())
-        if (exact := fp32.exact_model(config, files, acts, list(doubtful), asked)) is not None:
+        requested = list({p.name: p for of_window in doubtful.values() for p in of_window}.values())
+        if (exact := fp32.exact_model(config, files, acts, list(doubtful), requested)) is not None:
             for window, of_window in doubtful.items():
                 for point, values in _plain(exact, acts, of_window, window).items():
                     comparison.judge(window, point, values)
@@ -114,7 +114,7 @@ def _see_all(
     traced = Traced(
         loaded.architecture.model.config, loaded.attention, config.model.trust_remote_code
     )
-    kind = weight_format.kind_of(config, loaded.precision.resolved, loaded.quantization)
+    kind = weight_format.weight_format_of(config, loaded.precision.resolved, loaded.quantization)
     for window in windows:
         if not _fits(acts, loaded, points, traced, kind, window):
             continue
@@ -151,7 +151,7 @@ def _fits(
     loaded: LoadedModel,
     points: list[HookPoint],
     traced: Traced,
-    kind: Kind,
+    kind: WeightFormat,
     window: int,
 ) -> bool:
     """Whether the device has room for a window in one piece, every residual held; says so where it
@@ -170,7 +170,7 @@ def _fits(
     if needed > free:
         name, sizes = (
             acts.documents[int(acts.window_document[window])],
-            (in_words(needed), in_words(free)),
+            (format_bytes(needed), format_bytes(free)),
         )
         log.warning(
             "%s (%d tokens) takes %s in one piece, %s are free: not recomputed",
@@ -223,14 +223,14 @@ def _in_one_piece(
 
 
 def _write(
-    acts: Activations, found: Recomputation, wrong: list[int], not_finite: np.ndarray, output: Path
+    acts: Activations, found: Recomputation, wrong: list[int], nonfinite: np.ndarray, output: Path
 ) -> None:
     with h5py.File(output, "w") as file:
         file_format.set_attributes(
             file,
             provenance.attributes(
                 "verification",
-                run_identity=acts.attributes["run_identity"],
+                run_fingerprint=acts.attributes["run_fingerprint"],
                 tolerance=found.tolerance,
                 windows_hashed=len(acts.window_document),
                 windows_wrong=wrong,
@@ -238,7 +238,7 @@ def _write(
             ),
         )
         file["hooks"] = file_format.fixed_strings([p.name for p in found.points])
-        file["not_finite"] = not_finite
+        file["nonfinite"] = nonfinite
         windows = [r.window for r in found.results]
         file["recomputed/window"] = windows
         file["recomputed/document"] = file_format.fixed_strings(

@@ -66,7 +66,7 @@ class BlockSource:
         self.close()
 
     def sweep(self, blocks: Sequence[int]) -> Iterator[int]:
-        """Each block in turn, its weights attached until the next one is asked for. Raises
+        """Each block in turn, its weights attached until the next one is requested. Raises
         ModelError, OSError.
         """
         ready: queue.Queue[Any] = queue.Queue()
@@ -122,7 +122,7 @@ class BlockSource:
         return found
 
     def on_disk(self, keys: Sequence[str]) -> dict[str, OnDisk]:
-        """Tensors by key, to be read when they are asked for."""
+        """Tensors by key, to be read when they are requested."""
         stored = self._checkpoint.stored
         return {key: OnDisk(partial(self._read_alone, key), stored[key].dtype) for key in keys}
 

@@ -1,4 +1,4 @@
-"""A model opened to be run block by block: shell, source of blocks, what they take, and a trial on
+"""A model opened to be run layer by layer: shell, source of blocks, what they take, and a trial on
 a few tokens.
 """
 
@@ -24,15 +24,15 @@ from theloom.engine.layerwise.skeleton import Shell
 from theloom.engine.layerwise.weights_index import OUTSIDE
 from theloom.errors import ModelError
 from theloom.hooks.points import HookPoint, residual_points
-from theloom.memory.sizes import BlockSizes, Parts, Workload
+from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
 from theloom.memory.trace_block import trace_block
 from theloom.model import checks, loading, weight_format
-from theloom.model.checks import TriedOut
+from theloom.model.checks import SelfCheck
 from theloom.model.fake import fake_model
 from theloom.model.files import ModelFiles, hf_config
 from theloom.model.loading import LoadedModel
 from theloom.model.quantization import check_runs_on_the_cpu
-from theloom.model.weight_format import Kind
+from theloom.model.weight_format import WeightFormat
 from theloom.planning import layerwise_plan, plan
 from theloom.planning.estimate import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan, PassOf, need
@@ -79,7 +79,7 @@ class LayerwiseModel:
         )
 
     def pass_of(self, points: Sequence[HookPoint]) -> PassOf:
-        """Foretells the bytes of one pass through one block: by a trace, each workload once."""
+        """Predicts the bytes of one pass through one block: by a trace, each workload once."""
         config, device = self.shell.model.config, self.loaded.device.type
         precision, quantization, attention = (
             self.kind.precision,
@@ -89,16 +89,18 @@ class LayerwiseModel:
         fake = fake_model(config, precision, quantization, attention, kernels=device)
 
         @cache
-        def foretold(workload: Workload) -> tuple[Parts, int]:
+        def predicted(workload: Workload) -> tuple[PeakBytes, int]:
             found = trace_block(fake, workload, points, device)
             return found.parts, found.recorded
 
-        return foretold
+        return predicted
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> WeightFormat:
         """How its weights are held."""
-        return weight_format.kind_as(self.loaded.precision.resolved, self.loaded.quantization)
+        return weight_format.weight_format_as(
+            self.loaded.precision.resolved, self.loaded.quantization
+        )
 
     @property
     def residual_row(self) -> int:
@@ -111,13 +113,13 @@ class LayerwiseModel:
         points: Sequence[HookPoint],
         windows: Lengths,
         threshold: float,
-        beside: int,
+        overhead: int,
     ) -> LayerwisePlan:
         """The plan for the largest shard of a corpus, or for one alone. Raises MemoryPlanError."""
         device = self.loaded.device.type
         found, _ = gpu.available_memory(self.loaded.device)
         longest = min(windows.longest, estimated.context_length)
-        asked = Plan(
+        requested = Plan(
             estimated.batch_tokens or MOST_BATCH_TOKENS[device], estimated.chunk_size, longest
         )
         row = self.residual_row
@@ -125,20 +127,20 @@ class LayerwiseModel:
         return layerwise_plan.choose(
             sizes,
             pass_of,
-            asked,
+            requested,
             windows.tokens * row,
             row,
             device,
             found,
             host.memory(),
             threshold=threshold,
-            beside=beside,
+            overhead=overhead,
             windows=windows,
-            one_pass=plan._one_pass_is_less(estimated, self.kind.name, asked),
+            one_pass=plan._one_pass_is_less(estimated, self.kind.name, requested),
         )
 
-    def try_out(self) -> TriedOut:
-        """`trial.try_out`, in one sweep, but for the model's own hidden states, which take all of
+    def self_check(self) -> SelfCheck:
+        """`trial.self_check`, in one sweep, but for the model's own hidden states, which take all of
         it at once.
 
         Raises ModelError where a row depends on what else is in the batch.
@@ -168,7 +170,7 @@ class LayerwiseModel:
         if not padding <= limit:
             raise ModelError(
                 f"{name}: a token's hidden state depends on what else is in the batch (by {padding:.2g} of the largest "
-                "value); block by block there is no padding mask: set extraction.execution=resident"
+                "value); layer by layer there is no padding mask: set extraction.execution=resident"
             )
         chunks = checks.largest_error(whole, chunked[0]) if chunked else math.inf
         reason = (
@@ -180,25 +182,25 @@ class LayerwiseModel:
         )
         if reason:
             log.warning("%s cannot be streamed: %s", name, reason)
-        return TriedOut(math.nan, padding, chunks, True, not reason, reason)
+        return SelfCheck(math.nan, padding, chunks, True, not reason, reason)
 
 
 @contextmanager
 def opened(config: Config, files: ModelFiles, exact: bool = False) -> Iterator[LayerwiseModel]:
     """Open the model of a config. `exact`: in FP32 and not quantised, whatever the config asks for.
 
-    Raises ModelError for one that cannot be run block by block.
+    Raises ModelError for one that cannot be run layer by layer.
     """
     if not list(files.folder.glob("*.safetensors")):
         raise ModelError(
-            f"model.source: {config.model.source} has no safetensors, which block by block are needed"
+            f"model.source: {config.model.source} has no safetensors, which layer by layer are needed"
         )
     device, resolved = loading.resolve_precision(config)
     attention = config.extraction.attention.name
     model_config = hf_config(config.model)
-    bits = weight_format.quantization_of(config, model_config) or weight_format.asked_quantization(
-        config
-    )
+    bits = weight_format.quantization_of(
+        config, model_config
+    ) or weight_format.requested_quantization(config)
     if exact:
         resolved, bits = Resolved("fp32", "fp32", ()), None
     shell = Shell(
@@ -224,11 +226,11 @@ MEASURED_BLOCKS = 3  # the two buffers and all that is done but once have been s
 
 @dataclass(frozen=True)
 class SweptPeak:
-    """A sweep over one largest batch: bytes foretold, and by how much memory in use grew; `files`:
+    """A sweep over one largest batch: bytes predicted, and by how much memory in use grew; `files`:
     pages of files.
     """
 
-    foretold: int
+    predicted: int
     growth: int
     files: int
 
@@ -246,7 +248,7 @@ def measure_sweep(
     on the CPU.
     """
     blocks = min(MEASURED_BLOCKS, len(found.shell.blocks))
-    last = found.loaded.catalogue.select([f"blocks.{blocks - 1}.hook_resid_post"])
+    last = found.loaded.catalog.select([f"blocks.{blocks - 1}.hook_resid_post"])
     vocabulary = found.shell.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     precision, device = found.loaded.precision.resolved, found.loaded.device
@@ -260,12 +262,12 @@ def measure_sweep(
         runner.sweep([ids], store, lambda *_: None)
     sizes, pass_of, row = found.sizes(last), found.pass_of(last), found.residual_row
     expected = need(sizes, pass_of, [chosen], spec.nbytes, row, device.type, False)
-    foretold = expected.buffers + expected.kept + expected.working_set
+    predicted = expected.buffers + expected.kept + expected.working_set
     if device.type == "cpu":
-        foretold = expected.cpu - expected.writer  # which is not in this sweep
+        predicted = expected.cpu - expected.writer  # which is not in this sweep
     growth = growing.growth
     if (
         device.type == "cpu" and before is not None
     ):  # as the job will, whose heap has what opening left in it
         growth += growing.before - before
-    return SweptPeak(foretold, growth, growing.files)
+    return SweptPeak(predicted, growth, growing.files)

@@ -35,8 +35,8 @@ def quantizer(bits: str, model_config: PretrainedConfig, precision: str) -> HfQu
     quantised to already.
     """
     own = getattr(model_config, "quantization_config", None)
-    asked = quantization.bitsandbytes_config(bits, precision) if own is None else own
-    found: HfQuantizer = AutoHfQuantizer.from_config(asked, pre_quantized=own is not None)
+    requested = quantization.bitsandbytes_config(bits, precision) if own is None else own
+    found: HfQuantizer = AutoHfQuantizer.from_config(requested, pre_quantized=own is not None)
     found.validate_environment()
     return found
 
@@ -107,7 +107,7 @@ class PartLoader:
                     (module._parameters if leaf in module._parameters else module._buffers)[
                         leaf
                     ] = cast(Any, meta)
-                let_go(module)
+                release(module)
         return made
 
 
@@ -123,7 +123,7 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def kind_of(module: nn.Module) -> str | None:
+def weight_format_of(module: nn.Module) -> str | None:
     """`8bit` or `4bit` for a layer of bitsandbytes."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -136,9 +136,9 @@ def kind_of(module: nn.Module) -> str | None:
     )
 
 
-def let_go(module: nn.Module) -> None:
+def release(module: nn.Module) -> None:
     """Drop what a layer of bitsandbytes keeps of its weight beside the parameter."""
-    kind, layer = kind_of(module), cast(Any, module)
+    kind, layer = weight_format_of(module), cast(Any, module)
     if kind == "8bit":
         layer.state.reset_grads()
         layer.state.idx = layer.state.subB = layer.weight.SCB = None
@@ -148,7 +148,7 @@ def let_go(module: nn.Module) -> None:
 
 def held(module: nn.Module, leaf: str, tensor: torch.Tensor) -> int:
     """Bytes of a parameter or buffer once it is loaded, with the scales that are kept beside it."""
-    kind, count = kind_of(module), tensor.numel()
+    kind, count = weight_format_of(module), tensor.numel()
     if kind is None or leaf != "weight":
         return count * tensor.element_size()
     layer = cast(Any, module)
@@ -193,7 +193,9 @@ def shapes_alone(model: nn.Module) -> Iterator[None]:
         return forward
 
     layers: list[Any] = (
-        [m for m in model.modules() if kind_of(m)] if getattr(model, "is_quantized", False) else []
+        [m for m in model.modules() if weight_format_of(m)]
+        if getattr(model, "is_quantized", False)
+        else []
     )
     for layer in layers:
         layer.forward = plain(layer)

@@ -205,7 +205,7 @@ class ResidualStore:
         file_format.sync(self._manifest.parent)
 
     def _hash_of_file(self, turn: int, into: memoryview | None) -> str:
-        """Read a file through, into memory if so asked. Raises OSError where it is shorter than the
+        """Read a file through, into memory if so requested. Raises OSError where it is shorter than the
         residuals.
         """
         state, place = xxhash.xxh3_64(), 0

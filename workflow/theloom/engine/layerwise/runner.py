@@ -66,7 +66,7 @@ class LayerwiseRunner:
     """Runs all batches of a shard through a model of which one block is on the device.
 
     Units of work, in the order in which they end: for each of `stages` (the blocks with hook points
-    that are asked for; -1 before the first block, the number of blocks after the last), each batch.
+    that are requested; -1 before the first block, the number of blocks after the last), each batch.
     The windows of a batch go through a block in so many `groups`, one after the other, where memory
     has run out.
     """
@@ -136,7 +136,7 @@ class LayerwiseRunner:
         not handed to `sink` again. `unit_done(batch)` is called when a unit ends, and `commit`
         before the residuals that a later job would go on with are made safe. `profile` is open
         while a batch goes through a block, and gives what is to see captured values. Raises
-        StoppedError, after a commit, once `stop` says by what it is asked to.
+        StoppedError, after a commit, once `stop` says by what it is requested to.
         """
         self._sizes = list(chunk_sizes or [self._chunk_size] * len(batches))
         counts = [-(-ids.shape[1] // size) for ids, size in zip(batches, self._sizes, strict=True)]
@@ -155,14 +155,16 @@ class LayerwiseRunner:
             for number, ids in enumerate(batches):
                 pieces = range(self._pieces[number], self._pieces[number + 1])
                 with profile(
-                    number, ids, lambda: [residuals.read(p) for p in pieces]
-                ) as units.captured:  # noqa: B023
+                    number,
+                    ids,
+                    lambda: [residuals.read(p) for p in pieces],  # noqa: B023
+                ) as units.captured:
                     self._through_block(block, number, ids, residuals, units)
                 progress.say(block, number + 1, len(batches), ids.numel())
-                if asked := stop():
+                if requested := stop():
                     commit()
                     raise StoppedError(
-                        f"stopped by {asked} in block {block} of {self._last + 1}; run again to go on"
+                        f"stopped by {requested} in block {block} of {self._last + 1}; run again to go on"
                     )
             residuals.block_done(block + 1, commit, last=block == self._last)
         if self.stages[-1] > self._last:

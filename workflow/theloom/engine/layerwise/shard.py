@@ -1,4 +1,4 @@
-"""The extraction of one shard block by block: plan, sweep, rows into the shard writer, and what a
+"""The extraction of one shard layer by layer: plan, sweep, rows into the shard writer, and what a
 killed job left.
 """
 
@@ -48,7 +48,7 @@ SpecOf = Callable[[Plan, int], ShardSpec]
 
 @dataclass(frozen=True)
 class _Measured:
-    """The bytes that a sweep was foretold to take, what watches and records its memory, and what
+    """The bytes that a sweep was predicted to take, what watches and records its memory, and what
     asks it to stop.
     """
 
@@ -71,7 +71,7 @@ def extract_layerwise(
     profiled: bool = False,
     oom_level: int = 0,
 ) -> None:
-    """Write the hidden states of a shard, or go on with one that was begun.
+    """Write the hidden states of a shard, or go on with one that was started.
 
     `check` is called with the planned chunk size before anything is run; `profiled`: the memory of
     its largest batch is recorded; `oom_level` says how many times the windows of a batch are halved
@@ -102,7 +102,7 @@ def extract_layerwise(
         profile = ShardProfile(found.loaded, output, largest)
         predicted = planned.need.device - planned.need.fixed
         if device.type == "cpu":
-            predicted = planned.need.cpu + recorded.correction.beside
+            predicted = planned.need.cpu + recorded.correction.overhead
 
         def run(level: int) -> None:
             groups = 1 << level
@@ -115,7 +115,7 @@ def extract_layerwise(
             with ShardWriter(output, spec) as writer:
                 store = ResidualStore(residual_spec, output, planned.spilled, pinned)
                 if writer.batches_done < spec.batches:
-                    writer.figures["oom_level"] = max(writer.figures["oom_level"], level)
+                    writer.metrics["oom_level"] = max(writer.metrics["oom_level"], level)
                     with store, StopRequest() as stop:
                         measured = _Measured(predicted, watch, stop, profile)
                         _say(_sweep(runner, ids, batches, store, writer, measured), frozen)
@@ -145,28 +145,28 @@ def _plan(
     output: Path,
     identity: str,
 ) -> LayerwisePlan:
-    """What fits now; the batches of a shard that was begun are those that it was begun with."""
-    threshold, beside = frozen.memory.memory_warning_threshold, recorded.correction.beside
+    """What fits now; the batches of a shard that was started are those that it was started with."""
+    threshold, overhead = frozen.memory.memory_warning_threshold, recorded.correction.overhead
     windows, unfinished = Lengths((lengths,)), begun(output, identity)
     if unfinished is None:
-        planned = found.fit(estimated, points, windows, threshold, beside)
+        planned = found.fit(estimated, points, windows, threshold, overhead)
     else:
         sizes = [
             int(unfinished[name]) for name in ("batch_tokens", "chunk_size", "streamed_windows")
         ]
         as_begun = Plan(sizes[0], sizes[1], windows.longest, sizes[2]).over(windows)
-        planned = _as_begun(found, points, as_begun, windows.tokens, beside)
+        planned = _as_begun(found, points, as_begun, windows.tokens, overhead)
     device = found.loaded.device.type
     words = [
-        terminal.in_words(n)
+        terminal.format_bytes(n)
         for n in (planned.need.cpu if device == "cpu" else planned.need.device,)
     ]
     log.info(
-        "plan: block by block, batches of %d tokens, chunks of %d; %s%s",
+        "plan: layer by layer, batches of %d tokens, chunks of %d; %s%s",
         planned.plan.batch_tokens,
         planned.plan.chunk_size,
         words[0],
-        "" if device == "cpu" else f", host {terminal.in_words(planned.need.host)}",
+        "" if device == "cpu" else f", host {terminal.format_bytes(planned.need.host)}",
     )
     for change in planned.changes:
         log.warning("to fit: %s", change)
@@ -174,7 +174,7 @@ def _plan(
 
 
 def _as_begun(
-    found: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens: int, beside: int
+    found: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens: int, overhead: int
 ) -> LayerwisePlan:
     device, row = found.loaded.device.type, found.residual_row
     available, _ = gpu.available_memory(found.loaded.device)
@@ -189,14 +189,14 @@ def _as_begun(
             spilled,
         )
         on_host = needed.cpu if device == "cpu" else needed.host
-        if on_host + beside <= host.memory().free and (
+        if on_host + overhead <= host.memory().free and (
             device == "cpu" or needed.device <= available.free
         ):
             return LayerwisePlan(cut, spilled, needed)
     raise MemoryPlanError(
-        f"a shard was begun block by block with batches of {cut.batch_tokens} tokens, which take "
-        f"{terminal.in_words(needed.cpu if device == 'cpu' else needed.device)}, and {device} has "
-        f"{terminal.in_words(available.free)} free; free some, or remove its .partial file to begin anew"
+        f"a shard was started layer by layer with batches of {cut.batch_tokens} tokens, which take "
+        f"{terminal.format_bytes(needed.cpu if device == 'cpu' else needed.device)}, and {device} has "
+        f"{terminal.format_bytes(available.free)} free; free some, or remove its .partial file to begin anew"
     )
 
 
@@ -250,11 +250,11 @@ def _sweep(
         done=writer.batches_done,
         unit_done=unit_done,
         commit=writer.commit,
-        stop=lambda: measured.stop.asked,
+        stop=lambda: measured.stop.requested,
         profile=measured.profile.batch,
     )
-    writer.figures["peak_memory"] = max(writer.figures["peak_memory"], float(measured.watch.peak))
-    writer.figures["predicted_memory"] = float(measured.predicted)
+    writer.metrics["peak_memory"] = max(writer.metrics["peak_memory"], float(measured.watch.peak))
+    writer.metrics["predicted_memory"] = float(measured.predicted)
     taken = {
         "seconds_total": swept.seconds,
         "seconds_waiting_for_weights": swept.waited,
@@ -263,14 +263,14 @@ def _sweep(
         "tokens_forwarded": swept.tokens,
     }
     for name, value in taken.items():
-        writer.figures[name] += value
+        writer.metrics[name] += value
     return swept
 
 
 def _say(swept: Swept, frozen: Config) -> None:
     share = swept.waited / max(swept.seconds, 1e-9)
     words = "%d tokens through %d blocks in %.1f s; %s of weights read, waited for %.1f s (%.0f%%)"
-    read = terminal.in_words(swept.bytes_read)
+    read = terminal.format_bytes(swept.bytes_read)
     log.info(words, swept.tokens, swept.blocks, swept.seconds, read, swept.waited, 100 * share)
     if share > WAITED_TOO_LONG and (frozen.extraction.shards or 1) > 1:
         fewer = max(1, int((frozen.extraction.shards or 1) * WAITED_TOO_LONG / share))

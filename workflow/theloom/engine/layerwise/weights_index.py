@@ -106,7 +106,7 @@ def _header(file: Path) -> dict[str, Stored]:
             continue
         if entry["dtype"] not in DTYPES:
             raise ModelError(
-                f"{file.name}: {key} is of type {entry['dtype']}, not read block by block"
+                f"{file.name}: {key} is of type {entry['dtype']}, not read layer by layer"
             )
         begin, end = entry["data_offsets"]
         found[key] = Stored(
@@ -183,18 +183,18 @@ class Checkpoint:
         for target, keys in self._by_target(part).items():
             module, leaf, meta = self._place(target)
             result, dtype = quantize.held(module, leaf, meta), self.stored[keys[0]].dtype
-            bits = quantize.kind_of(module) if leaf == "weight" else None
+            bits = quantize.weight_format_of(module) if leaf == "weight" else None
             if bits is not None:
-                beside = (
+                overhead = (
                     0
                     if own
                     else quantize.staging(bits, meta.numel(), dtype, self._model.dtype, device)
                 )
             elif len(keys) > 1:
-                beside = 2 * result  # what is put together, in two steps
+                overhead = 2 * result  # what is put together, in two steps
             else:
-                beside = self.stored[keys[0]].nbytes if dtype != meta.dtype else 0
-            most = max(most, there + result + beside)
+                overhead = self.stored[keys[0]].nbytes if dtype != meta.dtype else 0
+            most = max(most, there + result + overhead)
             there += result
         return most
 
@@ -208,7 +208,7 @@ class Checkpoint:
             module, leaf, meta = self._place(target)
             back = (
                 leaf == "weight"
-                and quantize.kind_of(module) == "8bit"
+                and quantize.weight_format_of(module) == "8bit"
                 and not self._loader.quantizer.pre_quantized
             )
             read = sum(self.stored[k].nbytes for k in keys)
@@ -292,7 +292,7 @@ class Checkpoint:
         for module, leaf, tensor in self._places[part]:
             _set(module, leaf, tensor)
             if self._loader is not None:
-                quantize.let_go(module)
+                quantize.release(module)
 
     def target(self, key: str) -> str:
         """The name of the parameter or buffer that a key goes to."""
@@ -339,7 +339,7 @@ class Checkpoint:
         transformers does.
         """
         module, _, meta = self._place(target)
-        if not quantize.kind_of(module):
+        if not quantize.weight_format_of(module):
             meta.data = meta.data.to(dtype)
 
     def _all_places(self) -> dict[int, list[tuple[nn.Module, str, torch.Tensor]]]:
