@@ -55,7 +55,7 @@ def model_config(name: str):
     model_type, numbers = SHAPES[name]
     sizes = {
         "hidden_size": 512,
-        "num_hidden_layers": 5,
+        "num_hidden_layers": 4,
         "num_attention_heads": 8,
         "intermediate_size": 1408,
     }
@@ -68,17 +68,23 @@ def residuals(points) -> set[int]:
     return {p.block + (p.value == "hook_resid_post") for p in points}
 
 
-@pytest.mark.parametrize(
-    "kind", WEIGHT_FORMATS, ids=lambda kind: f"{kind.precision}-{kind.quantization}"
-)
-@pytest.mark.parametrize("name", SHAPES)
+# what quantisation changes is in the linear layers, whatever the shape of attention
+CASES_OF_FORMATS = [
+    (name, kind)
+    for name in SHAPES
+    for kind in WEIGHT_FORMATS
+    if kind.quantization is None or name in ("llama-gqa", "llama-narrow-mlp", "qwen3")
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES_OF_FORMATS, ids=str)
 def test_closed_form_equals_the_trace(name: str, kind: WeightFormat) -> None:
     size = model_dims.numbers(model_config(name))
     fake = fake_model(model_config(name), kind.precision, kind.quantization)
     assert closed_form.weights(size, kind) == pytest.approx(sum(fake.weights), rel=1e-3)
-    far = {}
+    catalog, far = fake.catalog, {}
     for workload, filters, held in CASES:
-        points = fake.catalog.select(filters) if filters else fake.residuals
+        points = catalog.select(filters) if filters else fake.residuals
         traced, _ = trace.trace(
             fake, workload, points, held=held, store=kind.precision, device="cuda"
         )

