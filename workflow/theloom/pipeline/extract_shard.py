@@ -70,7 +70,7 @@ def extract_shard(
             keys=tokens.longest_window(tokens_path),
             precision=store,
             batches=units,
-            identity=identity,
+            fingerprint=identity,
             attributes=_attributes(config_path, recorded, tokens_path, planned, run_fingerprint)
             | {
                 "kind": "shard",
@@ -182,7 +182,7 @@ def _identity(config_path: Path, recorded: ModelRecord, tokens_path: Path) -> st
         "model": [recorded.fingerprint, recorded.precision, recorded.attributes["attention"]],
         "tokens": [corpus["corpus_hash"], corpus["tokens_hash"]],
         "versions": [
-            provenance.attributes("")["versions"].get(p) for p in ("torch", "transformers")
+            provenance.attributes("")["package_versions"].get(p) for p in ("torch", "transformers")
         ],
         "format": file_format.FORMAT_VERSION,
     }

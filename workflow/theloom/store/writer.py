@@ -1,7 +1,7 @@
 """The writer of one shard: a file that a killed job cannot spoil.
 
 All HDF5 metadata is written and synced before the first row. From then on only bytes are written,
-at places that are known beforehand: rows of hidden states, their hashes, and a log of what is
+at offsets that are known beforehand: rows of hidden states, their hashes, and a log of what is
 committed. A commit is data, fdatasync, log record, fdatasync; so whatever the log says is on disk,
 and a job that dies loses no more than what came after its last record. The unfinished file is
 `<shard>.partial`, which the same job takes up again; the finished one is renamed.
@@ -72,7 +72,7 @@ class ShardSpec:
     the file.
 
     `keys`: the tokens of the longest window of all shards, the last axis of attention's rows.
-    `identity` says which config, tokens and model made it: a `.partial` file of another identity is
+    `fingerprint` says which config, tokens and model made it: a `.partial` file of another one is
     not taken up. `max_overflow`: the share of a hook point's fp16 values that may be infinite.
     """
 
@@ -81,7 +81,7 @@ class ShardSpec:
     keys: int
     precision: str
     batches: int  # units of work that are committed: batches, or layer by layer (block, batch)
-    identity: str
+    fingerprint: str
     attributes: Mapping[str, Any]
     compression: str = "none"
     max_overflow: float = 0.0
@@ -140,7 +140,7 @@ class ShardWriter:
             if not self._take_up():
                 self._create()
             with h5py.File(self.partial, "r") as file:
-                self._places = _places(file, self._spec.points)
+                self._offsets = _offsets(file, self._spec.points)
                 self.metrics = dict(zip(METRICS, file["metrics"][:].tolist(), strict=True))
             self._fd = os.open(self.partial, os.O_RDWR)
             self._check_committed()
@@ -180,7 +180,7 @@ class ShardWriter:
                 f"window {window}: rows {start} to {start + len(rows)} after {seen} of {length}"
             )
         state.update(data)
-        self._pwrite(data, self._places[hook] + (first + start) * self._row_bytes[hook])
+        self._pwrite(data, self._offsets[hook] + (first + start) * self._row_bytes[hook])
         if start + len(rows) < length:
             self._begun[window, hook] = (state, start + len(rows))
         else:
@@ -201,9 +201,9 @@ class ShardWriter:
         for run in np.split(np.arange(len(cells)), np.flatnonzero(np.diff(cells) != 1) + 1):
             if len(run):
                 first = int(cells[run[0]])
-                self._pwrite(hashes[run].tobytes(), self._places["windows/hash"] + 8 * first)
+                self._pwrite(hashes[run].tobytes(), self._offsets["windows/hash"] + 8 * first)
                 numbers = np.full(len(run), self.batches_done, "<u4").tobytes()
-                self._pwrite(numbers, self._places["windows/batch"] + 4 * first)
+                self._pwrite(numbers, self._offsets["windows/batch"] + 4 * first)
         self._digest = commit_log.chain(self._digest, cells, hashes)
         self._records.append(commit_log.record(self.batches_done, rows, self._digest))
         counters = len(self._counting)
@@ -234,8 +234,8 @@ class ShardWriter:
         for name, values in statistics.statistics_columns(
             [self._statistics[p.name] for p in self._spec.points]
         ).items():
-            self._pwrite(values.tobytes(), self._places[name])
-        self._pwrite(self._metrics(), self._places["metrics"])
+            self._pwrite(values.tobytes(), self._offsets[name])
+        self._pwrite(self._metrics(), self._offsets["metrics"])
         checksums.write_checksums(self.partial, checksums.RESULTS)
         os.fsync(self._fd)
         if self._spec.compression == "none":
@@ -244,10 +244,10 @@ class ShardWriter:
             pack_shard(self.partial, self.path)
         file_format.sync(self.path.parent)
 
-    def _pwrite(self, data: bytes | memoryview, place: int) -> None:
+    def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         begun = time.perf_counter()
         try:
-            file_format.pwrite(self._fd, data, place)
+            file_format.pwrite(self._fd, data, offset)
         except OSError as error:
             if file_format.is_full(error):  # a file system that does not keep what it allocated
                 raise self._no_room() from None
@@ -265,11 +265,11 @@ class ShardWriter:
         self._to_count = self._counted
         first = self.batches_done - len(self._records)
         log_records = np.array(self._records, RECORD).tobytes()
-        place = self._places["commit_log"] + first * RECORD.itemsize
+        offset = self._offsets["commit_log"] + first * RECORD.itemsize
         self._sync = self._syncing.submit(
             self._to_disk,
             log_records,
-            place,
+            offset,
             self._metrics(),
             self._uncommitted,
             self._seconds_writing,
@@ -278,14 +278,14 @@ class ShardWriter:
         self._uncommitted, self._seconds_writing = 0, 0.0
 
     def _to_disk(
-        self, log_records: bytes, place: int, metrics: bytes, size: int, seconds_writing: float
+        self, log_records: bytes, offset: int, metrics: bytes, size: int, seconds_writing: float
     ) -> float:
         """The commit: seconds that it took."""
         begun = time.perf_counter()
         os.fdatasync(self._fd)
         synced = time.perf_counter()
-        file_format.pwrite(self._fd, log_records, place)
-        file_format.pwrite(self._fd, metrics, self._places["metrics"])
+        file_format.pwrite(self._fd, log_records, offset)
+        file_format.pwrite(self._fd, metrics, self._offsets["metrics"])
         os.fdatasync(self._fd)
         ended = time.perf_counter()
         latency, bandwidth = ended - synced, size / (synced - begun + seconds_writing)
@@ -314,7 +314,11 @@ class ShardWriter:
             begin, end = (int(r) for r in self._spec.tokens.window_offset[window : window + 2])
             hook, size = hooks[number]
             for data in commit_log.tiles(
-                self._fd, self._places[hook] + begin * size, end - begin, size, self._spec.precision
+                self._fd,
+                self._offsets[hook] + begin * size,
+                end - begin,
+                size,
+                self._spec.precision,
             ):
                 self._statistics[hook].add(data, self._spec.precision)
 
@@ -341,7 +345,7 @@ class ShardWriter:
             return False
         try:
             with h5py.File(self.partial, "r") as file:
-                same = file.attrs.get("identity") == self._spec.identity
+                same = file.attrs.get("shard_fingerprint") == self._spec.fingerprint
                 reason = "" if same else "is of another config, model or corpus"
                 if same:
                     with self.partial.open("rb") as f:
@@ -381,8 +385,8 @@ class ShardWriter:
             batch_of, records = file["windows/batch"][:], file["commit_log"][:]
         batch_of[batch_of > found.batches] = 0
         records[found.batches :] = np.zeros((), RECORD)
-        file_format.pwrite(self._fd, records.tobytes(), self._places["commit_log"])
-        file_format.pwrite(self._fd, batch_of.tobytes(), self._places["windows/batch"])
+        file_format.pwrite(self._fd, records.tobytes(), self._offsets["commit_log"])
+        file_format.pwrite(self._fd, batch_of.tobytes(), self._offsets["windows/batch"])
         os.fdatasync(self._fd)
 
     def _create(self) -> None:
@@ -428,13 +432,19 @@ def _with_all_keys(rows: "torch.Tensor", keys: int, fill: float) -> "torch.Tenso
 
 
 def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
-    """All metadata and all tables of a shard; rows, hashes, log and statistics are places without
+    """All metadata and all tables of a shard; rows, hashes, log and statistics are offsets without
     content yet.
     """
     tokens = spec.tokens
     names = [p.name for p in spec.points]
     file_format.set_attributes(
-        file, {**spec.attributes, "identity": spec.identity, "rows": spec.rows, "hooks": names}
+        file,
+        {
+            **spec.attributes,
+            "shard_fingerprint": spec.fingerprint,
+            "rows": spec.rows,
+            "hooks": names,
+        },
     )
     for name in ("input_ids", "document", "position"):
         file[f"tokens/{name}"] = getattr(tokens, name)
@@ -456,7 +466,7 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     index.write_index(file)
 
 
-def _places(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
+def _offsets(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
     names = [
         "windows/hash",
         "windows/batch",
@@ -464,8 +474,8 @@ def _places(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
         "metrics",
         *map("statistics/{}".format, file["statistics"]),
     ]
-    places = {p.name: file_format.byte_offset(file[hook_path(p.name)]) for p in points}
-    return places | {name: file_format.byte_offset(file[name]) for name in names}
+    offsets = {p.name: file_format.byte_offset(file[hook_path(p.name)]) for p in points}
+    return offsets | {name: file_format.byte_offset(file[name]) for name in names}
 
 
 def _ends(file: h5py.File, points: list[HookPoint]) -> list[int]:
