@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 from theloom.hooks.points import residual_points
 from theloom.store import file_format, provenance
-from theloom.store.writer import ShardSpec, ShardTokens
+from theloom.store.shard_file import ShardSpec, ShardTokens
 
 POINTS = residual_points(1, 8)
 LENGTHS = [3, 1, 5]

@@ -25,7 +25,7 @@ from theloom.errors import ConfigError, CorpusError
 from theloom.model import files
 from theloom.model.files import Description, read_config
 from theloom.store import file_format, provenance
-from theloom.store.writer import ShardTokens
+from theloom.store.shard_file import ShardTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

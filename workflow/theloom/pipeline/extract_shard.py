@@ -32,7 +32,8 @@ from theloom.planning.estimate import Estimate
 from theloom.planning.plan import Plan, plan_advice
 from theloom.store import file_format, provenance
 from theloom.store.partial import batches_logged, partial_of
-from theloom.store.writer import ShardSpec, ShardWriter
+from theloom.store.shard_file import ShardSpec
+from theloom.store.writer import ShardWriter
 
 log = logging.getLogger(__name__)
 
