@@ -30,7 +30,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # so that the file records a path that says nothing of this machine
         model = Path("tiny-llama")
-        build_tiny("llama", model, vocab_size=49152, num_hidden_layers=2, hidden_size=32)
+        sizes = {"num_hidden_layers": 2, "hidden_size": 32}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        build_tiny("llama", model, vocab_size=49152, **sizes, **heads)
         for file in tokenizer.folder.glob("tokenizer*"):
             shutil.copy(file, model)
         shutil.copy(stages(Path("run"), "./tiny-llama", SETTINGS).all().activations, target)
