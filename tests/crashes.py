@@ -30,10 +30,10 @@ class Disk:
         def name_of(fd: int) -> str:
             return Path(f"/proc/self/fd/{fd}").readlink().name
 
-        def pwrite(fd: int, data, place: int) -> int:
+        def pwrite(fd: int, data, offset: int) -> int:
             with self._lock:
-                self.calls.append(("write", name_of(fd), place, bytes(data)))
-                return real["pwrite"](fd, data, place)
+                self.calls.append(("write", name_of(fd), offset, bytes(data)))
+                return real["pwrite"](fd, data, offset)
 
         def sync(which: str):
             def call(fd: int) -> None:
@@ -74,7 +74,7 @@ class Disk:
 
     def after_kill(self, point: int, target: Path) -> None:
         """The folder after the first `point` calls."""
-        self._replay(point, target, lambda number, place, data: [(place, data)])
+        self._replay(point, target, lambda number, offset, data: [(offset, data)])
 
     def after_power_cut(self, point: int, target: Path, choose: random.Random) -> None:
         """The folder after a power cut there: of writes that no completed sync covers, random
@@ -87,16 +87,16 @@ class Disk:
         names = self._final_names(calls)
         share = choose.choice([0.0, 0.5, 1.0])
 
-        def survives(number: int, place: int, data: bytes) -> list[tuple[int, bytes]]:
+        def survives(number: int, offset: int, data: bytes) -> list[tuple[int, bytes]]:
             name = calls[number][1]
             last = max((covered[n] for n in names.get(name, {name}) if n in covered), default=-1)
             if number < last:
-                return [(place, data)]
+                return [(offset, data)]
             kept, at = [], 0
             while at < len(data):
-                end = min(len(data), at + SECTOR - (place + at) % SECTOR)
+                end = min(len(data), at + SECTOR - (offset + at) % SECTOR)
                 if choose.random() < share:
-                    kept.append((place + at, data[at:end]))
+                    kept.append((offset + at, data[at:end]))
                 at = end
             return kept
 
@@ -120,8 +120,8 @@ class Disk:
             if call[0] == "sync ends" and call[3] is not None:
                 files[call[1]] = bytearray(call[3])
             elif call[0] == "write" and call[1] in files:
-                for place, data in survives(number, call[2], call[3]):
-                    files[call[1]][place : place + len(data)] = data
+                for offset, data in survives(number, call[2], call[3]):
+                    files[call[1]][offset : offset + len(data)] = data
             elif call[0] == "rename" and call[1] in files:
                 files[call[2]] = files.pop(call[1])
             elif call[0] == "unlink":
@@ -130,9 +130,9 @@ class Disk:
             (target / name).write_bytes(content)
 
 
-def flip(path: Path, place: int, bit: int) -> None:
+def flip(path: Path, offset: int, bit: int) -> None:
     with path.open("rb+") as f:
-        f.seek(place)
+        f.seek(offset)
         (byte,) = f.read(1)
-        f.seek(place)
+        f.seek(offset)
         f.write(bytes([byte ^ 1 << bit]))

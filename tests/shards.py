@@ -4,13 +4,13 @@ import h5py
 import numpy as np
 from theloom.hooks.points import residual_points
 from theloom.store import file_format, provenance
-from theloom.store.writer import ShardSpec, ShardTokens
+from theloom.store.shard_file import ShardSpec, ShardTokens
 
 POINTS = residual_points(1, 8)
 LENGTHS = [3, 1, 5]
 
 
-def spec(precision="fp32", identity="me", lengths=LENGTHS, batches=None, **others) -> ShardSpec:
+def spec(precision="fp32", fingerprint="me", lengths=LENGTHS, batches=None, **others) -> ShardSpec:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
     rows = int(offsets[-1])
     tokens = ShardTokens(
@@ -29,12 +29,12 @@ def spec(precision="fp32", identity="me", lengths=LENGTHS, batches=None, **other
         "activations", kind="shard", shard=0, first_row=0, precision=precision
     )
     batches = len(lengths) if batches is None else batches
-    return ShardSpec(tokens, POINTS, 5, precision, batches, identity, attributes, **others)
+    return ShardSpec(tokens, POINTS, 5, precision, batches, fingerprint, attributes, **others)
 
 
 def all_but_metrics(path) -> bytes:
     """The whole file, metadata included, without the seconds that its job took."""
     with h5py.File(path) as file:
-        place, size = file["metrics"].id.get_offset(), file["metrics"].id.get_storage_size()
+        offset, size = file["metrics"].id.get_offset(), file["metrics"].id.get_storage_size()
     raw = path.read_bytes()
-    return raw[:place] + raw[place + size :]
+    return raw[:offset] + raw[offset + size :]

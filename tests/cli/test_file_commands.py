@@ -43,7 +43,7 @@ def test_inspect_as_json(run, capsys):
     assert found["metrics"]["seconds_disk"] > 0
     (hook,) = [h for h in found["hooks"] if h["name"] == HOOK]
     assert (hook["shape"], hook["nbytes"], hook["nonfinite"]) == ([64], 400 * 64 * 4, 0)
-    assert found["provenance"]["versions"]["torch"]
+    assert found["provenance"]["package_versions"]["torch"]
 
 
 def test_a_path_that_is_no_file_of_hidden_states_is_refused_with_what_to_give(

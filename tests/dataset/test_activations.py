@@ -156,7 +156,7 @@ def test_missing_and_spoilt_files_are_refused_by_name(copy):
         theloom.open(copy / "activations.h5")
     shutil.copy(aside, middle)
     with h5py.File(middle, "a") as file:
-        file.attrs["identity"] = "x" * len(file.attrs["identity"])
+        file.attrs["shard_fingerprint"] = "x" * len(file.attrs["shard_fingerprint"])
         write_index(file)
     checksums.write_checksums(
         middle, checksums.METADATA, checksums.TABLES, checksums.RESULTS

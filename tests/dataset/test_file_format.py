@@ -48,10 +48,10 @@ def test_format_1_has_the_rows_that_it_had():
 def test_the_page_on_the_format_is_enough_for_a_reader_without_theloom():
     with h5py.File(RELEASED[0]) as file:
         dataset = file["hooks/blocks.1.hook_resid_post/activations"]
-        place, shape = dataset.id.get_offset(), dataset.shape
+        offset, shape = dataset.id.get_offset(), dataset.shape
         hashes, windows = file["windows/hash"][:, 0], file["windows/offset"][:]
         assert file.attrs["kind"] == "physical"
-    data = RELEASED[0].read_bytes()[place : place + 2 * shape[0] * shape[1]]
+    data = RELEASED[0].read_bytes()[offset : offset + 2 * shape[0] * shape[1]]
     values = (
         torch.frombuffer(bytearray(data), dtype=torch.uint16).to(torch.int32) << 16
     )  # the upper half of an FP32

@@ -66,27 +66,27 @@ def test_every_flipped_bit_of_data_tokens_tables_and_log_is_found(run):
         name = AREAS[number % len(AREAS)].format(hook=choose.choice(hooks))
         with h5py.File(shard) as file:
             first, size = choose.choice(extents(file, name))
-        place, bit = first + choose.randrange(size), choose.randrange(8)
-        flip(shard, place, bit)
-        assert found_wrong(run.activations), (name, place, bit)
-        assert found_wrong(shard), (name, place, bit)
-        flip(shard, place, bit)
+        offset, bit = first + choose.randrange(size), choose.randrange(8)
+        flip(shard, offset, bit)
+        assert found_wrong(run.activations), (name, offset, bit)
+        assert found_wrong(shard), (name, offset, bit)
+        flip(shard, offset, bit)
     assert not found_wrong(run.activations)
 
 
 def test_a_flipped_bit_anywhere_is_found_or_in_the_figures(run):
-    """At places of the whole file, metadata included; the seconds that a job took are the only
+    """At offsets of the whole file, metadata included; the seconds that a job took are the only
     thing without a hash.
     """
     choose, shard = random.Random(1), run.shards[0]
     with h5py.File(shard) as file:
         (metrics,) = extents(file, "metrics")
     for _ in range(FLIPS):
-        place, bit = choose.randrange(shard.stat().st_size), choose.randrange(8)
-        flip(shard, place, bit)
+        offset, bit = choose.randrange(shard.stat().st_size), choose.randrange(8)
+        flip(shard, offset, bit)
         if not found_wrong(shard):
-            assert metrics[0] <= place < sum(metrics)
-        flip(shard, place, bit)
+            assert metrics[0] <= offset < sum(metrics)
+        flip(shard, offset, bit)
 
 
 def test_a_shard_cut_short_anywhere_is_refused(run, tmp_path):

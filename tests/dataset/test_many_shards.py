@@ -36,7 +36,7 @@ def value(row: int) -> torch.Tensor:
 
 def write_first(path: Path) -> None:
     """A shard by the writer itself."""
-    one = spec(identity="run-0", lengths=[ROWS])
+    one = spec(fingerprint="run-0", lengths=[ROWS])
     one.attributes.update(
         shard=0, first_row=0, batch_tokens=ROWS, chunk_size=ROWS, run_fingerprint="run"
     )
@@ -59,7 +59,7 @@ def shards(tmp_path_factory) -> list[Path]:
             for name, new in {
                 "shard": number,
                 "first_row": number * ROWS,
-                "identity": f"run-{number}",
+                "shard_fingerprint": f"run-{number}",
             }.items():
                 file.attrs[name] = new
             file[f"hooks/{HOOK}/activations"][:] += number * ROWS

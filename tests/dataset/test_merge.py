@@ -45,7 +45,7 @@ def test_a_shard_cut_short_is_named(shards, tmp_path):
 def test_an_uncommitted_shard_is_named(shards, tmp_path):
     with h5py.File(shards[2], "a") as file:
         log = file["commit_log"][:]
-        log["check"] = 0
+        log["checksum"] = 0
         file["commit_log"][:] = log
     with pytest.raises(StoreError, match=rf"{shards[2].name}: only 0 of its"):
         merge_shards(shards, "virtual", tmp_path / "activations.h5")

@@ -99,7 +99,10 @@ def test_the_virtual_datasets_own_sources_are_looked_at_too(copy, run):
 
 
 def test_places_beyond_a_file_are_refused_before_anything_is_mapped(copy):
-    forge(copy / "activations.h5", lambda file: file["sources/place"].__setitem__((0, 3), 1 << 40))
+    forge(
+        copy / "activations.h5",
+        lambda file: file["sources/byte_offset"].__setitem__((0, 3), 1 << 40),
+    )
     with pytest.raises(StoreError, match=r"refers to bytes that .* does not have"):
         theloom.open(copy / "activations.h5")
 

@@ -202,7 +202,7 @@ def test_the_files_say_where_they_came_from(finished):
     ):
         assert attributes[name]
     assert "streaming_chunk_size" in attributes["config"]
-    assert "torch" in attributes["versions"]
+    assert "torch" in attributes["package_versions"]
 
 
 def test_no_file_holds_the_user_s_home(tmp_path, monkeypatch, tiny_llama):

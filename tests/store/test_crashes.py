@@ -134,19 +134,19 @@ def test_a_log_that_is_written_before_the_data_is_found_out(tmp_path, monkeypatc
     folder = tmp_path / "run"
     folder.mkdir()
 
-    def log_first(self, log_records, place, metrics, size, seconds_writing) -> float:
-        file_format.pwrite(self._fd, log_records, place)
+    def log_first(self, log_records, offset, metrics, size, seconds_writing) -> float:
+        file_format.pwrite(self._fd, log_records, offset)
         os.fdatasync(self._fd)
         return 0.0
 
-    def late(self, data, place) -> None:  # rows wait until their record is on its way
-        self.__dict__.setdefault("late", []).append((bytes(data), place))
+    def late(self, data, offset) -> None:  # rows wait until their record is on its way
+        self.__dict__.setdefault("late", []).append((bytes(data), offset))
 
     def commit_then_write(self) -> None:
         original(self)
         self._wait_for_commit()
-        for data, place in self.__dict__.pop("late", []):
-            file_format.pwrite(self._fd, data, place)
+        for data, offset in self.__dict__.pop("late", []):
+            file_format.pwrite(self._fd, data, offset)
 
     original = ShardWriter._commit
     with monkeypatch.context() as patched:
@@ -173,19 +173,19 @@ def test_damage_to_committed_rows_is_found_when_a_job_goes_on(tmp_path, monkeypa
     monkeypatch.setattr(writer_module, "COMMIT_BYTES", 1)
     write_batches(tmp_path / "whole.h5")
     choose = random.Random(3)
-    places = ["hooks", "commit_log", "windows/hash", "windows/batch"]
+    damageable = ["hooks", "commit_log", "windows/hash", "windows/batch"]
     for number in range(200 if LONG else 16):
         path = tmp_path / "s.h5"
         partial = shutil.copy(tmp_path / "whole.h5", tmp_path / "s.h5.partial")
         with h5py.File(partial) as file:
-            name = places[number % len(places)]
+            name = damageable[number % len(damageable)]
             dataset = (
                 file[f"hooks/{choose.choice(POINTS).name}/activations"]
                 if name == "hooks"
                 else file[name]
             )
-            place = dataset.id.get_offset() + choose.randrange(dataset.id.get_storage_size())
-        flip(partial, place, choose.randrange(8))
+            offset = dataset.id.get_offset() + choose.randrange(dataset.id.get_storage_size())
+        flip(partial, offset, choose.randrange(8))
         assert write_batches(path) < len(ORDER)
         assert all_but_metrics(path) == all_but_metrics(tmp_path / "whole.h5")
         path.unlink()
@@ -196,7 +196,7 @@ def test_a_damaged_table_or_attribute_of_an_unfinished_file_is_not_gone_on_with(
     write_batches(tmp_path / "s.h5")
     partial = (tmp_path / "s.h5").rename(tmp_path / "s.h5.partial")
     with h5py.File(partial) as file:
-        place = file["tokens/input_ids"].id.get_offset()
-    flip(partial, place + 5, 0)
+        offset = file["tokens/input_ids"].id.get_offset()
+    flip(partial, offset + 5, 0)
     assert write_batches(tmp_path / "s.h5") == 0
     assert "is damaged (its tables of tokens, documents and windows): discarded" in caplog.text

@@ -8,8 +8,8 @@ from theloom.store import provenance
 def test_versions_and_code_are_recorded():
     found = provenance.attributes("tokens", corpus="text")
     assert found["format"] == "theloom.tokens"
-    assert {"torch", "transformers", "h5py", "theloom"} <= set(found["versions"])
-    assert found["code"]
+    assert {"torch", "transformers", "h5py", "theloom"} <= set(found["package_versions"])
+    assert found["code_version"]
     assert found["corpus"] == "text"
 
 

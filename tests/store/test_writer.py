@@ -109,7 +109,7 @@ def test_a_torn_log_record_is_not_believed():
     log = np.zeros(3, RECORD)
     log[0], log[1] = commit_log.record(1, 10, 7), commit_log.record(2, 20, 8)
     assert committed(log) == 2
-    log[1]["check"] ^= 1
+    log[1]["checksum"] ^= 1
     assert committed(log) == 1
     log[0]["rows"] += 1
     assert committed(log) == 0
@@ -207,7 +207,7 @@ def test_a_commit_is_as_large_as_the_disk_asks_for(tmp_path, monkeypatch, latenc
 
         monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
         monkeypatch.setattr(os, "fdatasync", fdatasync)
-        writer._to_disk(b"", writer._places["commit_log"], writer._metrics(), 10**8, 0.0)
+        writer._to_disk(b"", writer._offsets["commit_log"], writer._metrics(), 10**8, 0.0)
         assert writer.commit_bytes >> 20 == expected
 
 
@@ -246,10 +246,10 @@ def test_fp16_keeps_every_bit_pattern_nan_payloads_included(tmp_path):
         writer.batch_done(len(every), last=True)
         writer.finish()
     with h5py.File(tmp_path / "s.h5") as file:
-        place = file[f"hooks/{POINTS[0].name}/activations"].id.get_offset()
+        offset = file[f"hooks/{POINTS[0].name}/activations"].id.get_offset()
         assert file["statistics/nonfinite"][0] == 2 * (1 << 10)
     assert np.array_equal(
-        np.fromfile(tmp_path / "s.h5", "<u2", 1 << 16, offset=place),
+        np.fromfile(tmp_path / "s.h5", "<u2", 1 << 16, offset=offset),
         np.arange(1 << 16, dtype="<u2"),
     )
 

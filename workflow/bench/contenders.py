@@ -70,7 +70,8 @@ def theloom_to_disk(
     from theloom.engine.resident import ResidentRunner
     from theloom.memory.profile import ShardProfile
     from theloom.planning.plan import Plan
-    from theloom.store.writer import ShardSpec, ShardTokens, ShardWriter
+    from theloom.store.shard_file import ShardSpec, ShardTokens
+    from theloom.store.writer import ShardWriter
 
     lengths = np.array([len(d) for d in documents])
     offset = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")

@@ -23,7 +23,8 @@ from theloom.dataset import activations, merge
 from theloom.dataset.batches import BLOCK_ROWS
 from theloom.hooks.points import residual_points
 from theloom.store import file_format, provenance
-from theloom.store.writer import ShardSpec, ShardTokens, ShardWriter
+from theloom.store.shard_file import ShardSpec, ShardTokens
+from theloom.store.writer import ShardWriter
 from theloom.terminal import table
 
 _HIDDEN, _WINDOW, _ROUNDS = 1024, 512, 5

@@ -25,7 +25,7 @@ from theloom.errors import ConfigError, CorpusError
 from theloom.model import files
 from theloom.model.files import Description, read_config
 from theloom.store import file_format, provenance
-from theloom.store.writer import ShardTokens
+from theloom.store.shard_file import ShardTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,8 +55,8 @@ def tokenize(config: Config, output: Path) -> None:
     """Write `tokens.h5` for the corpus of a config. Raises CorpusError where there is nothing to
     extract.
     """
-    place = files.describe_tokenizer(config.model)
-    tokenizer, context = _tokenizer(config, place), _context_length(config)
+    description = files.describe_tokenizer(config.model)
+    tokenizer, context = _tokenizer(config, description), _context_length(config)
     tally = _Tally()
     with h5py.File(output, "w") as file:
         growing = file.create_dataset(
@@ -81,7 +81,7 @@ def tokenize(config: Config, output: Path) -> None:
                 "tokens",
                 config=to_plain(config),
                 tokenizer=config.model.tokenizer or config.model.source,
-                tokenizer_revision=place.revision,
+                tokenizer_revision=description.revision,
                 tokenizer_class=type(tokenizer).__name__,
                 vocab_size=len(tokenizer),
                 corpus=config.corpus.kind.name,
@@ -97,13 +97,13 @@ def tokenize(config: Config, output: Path) -> None:
     )
 
 
-def _tokenizer(config: Config, place: Description) -> "PreTrainedTokenizerBase":
+def _tokenizer(config: Config, description: Description) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(
-            place.folder,
-            gguf_file=place.gguf_file,
+            description.folder,
+            gguf_file=description.gguf_file,
             trust_remote_code=config.model.trust_remote_code,
         )
     except (ValueError, OSError, KeyError) as error:
@@ -172,7 +172,7 @@ def _write_tables(file: h5py.File, tally: _Tally, context: int, shards: int) -> 
     file["documents/text_hash"] = file_format.fixed_strings(tally.hashes)
     file["windows/offset"] = windows
     file["windows/document"] = window_document
-    file["shards/document"] = plan_shards(offsets, shards)
+    file["shards/first_document"] = plan_shards(offsets, shards)
 
 
 def split_windows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
@@ -208,7 +208,7 @@ def plan_shards(offsets: np.ndarray, shards: int) -> np.ndarray:
 def read_shard(path: Path, shard: int) -> ShardTokens:
     """One shard of `tokens.h5`."""
     with file_format.open_h5(path, "tokens") as file:
-        first, last = (int(d) for d in file["shards/document"][shard : shard + 2])
+        first, last = (int(d) for d in file["shards/first_document"][shard : shard + 2])
         document_offset = file["documents/offset"][first : last + 1]
         rows = slice(int(document_offset[0]), int(document_offset[-1]))
         window_document = file["windows/document"][:]
@@ -236,7 +236,7 @@ def window_lengths(path: Path) -> Lengths:
     """The lengths of all windows, shard by shard."""
     with file_format.open_h5(path, "tokens") as file:
         lengths = np.diff(file["windows/offset"][:])
-        ends = np.searchsorted(file["windows/document"][:], file["shards/document"][1:-1])
+        ends = np.searchsorted(file["windows/document"][:], file["shards/first_document"][1:-1])
         return Lengths(tuple(np.split(lengths, ends)))
 
 

@@ -5,49 +5,43 @@ Before anything is read, every file that the dataset refers to is checked, since
 missing one as zeros.
 """
 
-import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5py
-import numpy as np
-
-from theloom.dataset import parts
-from theloom.dataset.parts import Part
-from theloom.dataset.rows import HookRows, Maps, RowNumbers, Rows
-from theloom.errors import ConfigError, HookError, StoreError
-from theloom.store import checksums, file_format, index
-from theloom.store.file_format import METRICS, hook_path
-from theloom.store.statistics import Statistics, read_statistics
+from theloom.dataset.reader import ActivationsReader
+from theloom.errors import ConfigError
+from theloom.store import file_format
 
 if TYPE_CHECKING:
     import datasets
     import pandas as pd
-    import torch
     import xarray as xr
 
     from theloom.dataset.batches import Batch, RowBatches
     from theloom.dataset.exports import Cache
 
 
-# beside hook points, what can be requested with the batches: names of tables that have a row for
-# each token
-TABLES = {
-    "input_ids": "tokens/input_ids",
-    "document": "tokens/document",
-    "position": "tokens/position",
-}
-
-
 def open_activations(path: str | Path, allow: Collection[str] = ()) -> "Activations":
-    """Open `activations.h5` or a single shard. Raises StoreError for what is missing, cut short or
-    of another run.
+    """Open `activations.h5` or a single shard; `theloom.open` is the same.
 
-    A file that refers to others outside of its own folder is refused, unless `allow` has their
-    names as it gives them.
+    Args:
+        path: the file.
+        allow: names of files outside of its own folder that it may refer to, as it spells them.
+
+    Returns:
+        The dataset. Rows are read when they are indexed.
+
+    Raises:
+        StoreError: a file is missing, cut short, damaged or of another run, or outside of the
+            folder and not allowed.
+
+    Example:
+        >>> acts = open_activations("results/tiny/activations.h5")
+        >>> acts.hooks
+        ['blocks.1.hook_resid_post']
+        >>> acts["blocks.1.hook_resid_post"][100:200].shape
+        torch.Size([100, 64])
     """
     try:
         return Activations(path, allow)
@@ -55,78 +49,21 @@ def open_activations(path: str | Path, allow: Collection[str] = ()) -> "Activati
         raise file_format.damaged(path, error) from None
 
 
-@dataclass(frozen=True)
-class DocumentRows:
-    """One document: its id, its rows in the dataset, its tokens, and by hook point its hidden
-    states.
+class Activations(ActivationsReader):
+    """The hidden states of a run, and the forms that other libraries take them in.
+
+    `acts[hook][rows]` gives a tensor; row r of every hook point, and of the token tables, is the
+    same token. `hooks`: names of the hook points; `dtype`: the stored one; `len`: rows;
+    `attributes`: where the rows come from.
+
+    Example:
+        >>> acts = open_activations("results/tiny/activations.h5")
+        >>> len(acts), acts.dtype
+        (290, torch.bfloat16)
+        >>> document = acts.document(1)
+        >>> document["blocks.1.hook_resid_post"].shape == (len(document), 64)
+        True
     """
-
-    id: str
-    rows: slice
-    input_ids: np.ndarray
-    position: np.ndarray
-    activations: "Activations"
-
-    def __len__(self) -> int:
-        return self.rows.stop - self.rows.start
-
-    def __getitem__(self, hook: str) -> "torch.Tensor":
-        return self.activations[hook][self.rows]
-
-
-class Activations:
-    """The hidden states of a run. Row r of every hook point, and of the token tables, is the same
-    token.
-
-    `hooks`: names of the hook points; `dtype`: the stored one; `len`: rows; `attributes`: where the
-    file came from.
-    """
-
-    def __init__(self, path: str | Path, allow: Collection[str] = ()) -> None:
-        self.path = Path(path)
-        self._maps = Maps()
-        with file_format.open_h5(self.path, "activations") as file:
-            parts.check_references(file, self.path, allow)
-            listed = index.read(file)
-            self.attributes = listed.attributes
-            self.hooks: list[str] = json.loads(self.attributes["hooks"])
-            self.precision: str = self.attributes["precision"]
-            self._names = parts.names_of(self.attributes)
-            self._widths = {name: file[name].shape[1:] for name in self._names}
-            self.is_virtual = "sources" in file
-            with self.path.open("rb") as f:
-                if checksums.CHECKSUMS not in listed.datasets or checksums.broken_checksums(
-                    f.fileno(), listed, checksums.METADATA
-                ):
-                    raise StoreError(
-                        f"{self.path}: its metadata is not as it was written: a program or the disk has changed it; "
-                        "run the pipeline again, or fetch the file again"
-                    )
-                own = [] if self.is_virtual else [parts.own(f.fileno(), listed)]
-            self._parts: list[Part] = own or parts.referred(file, self.path, allow)
-            self._document_offset = file["documents/offset"][:]
-            self._document_id = file["documents/id"][:]
-            self.window_offset: np.ndarray = file["windows/offset"][:]
-            self.window_document: np.ndarray = file["windows/document"][:]
-            self.window_hash: np.ndarray = file["windows/hash"][:]
-            self.metrics: dict[str, float] = dict(
-                zip(METRICS, file["metrics"][:].tolist(), strict=True)
-            )
-        if sum(p.rows for p in self._parts) != self.attributes["rows"]:
-            raise StoreError(
-                f"{self.path}: its parts hold other rows than it says; run the merge again"
-            )
-        for offset in (self._document_offset, self.window_offset):
-            if offset[0] or offset[-1] != len(self) or (np.diff(offset) < 0).any():
-                raise StoreError(
-                    f"{self.path}: its tables of documents and windows are damaged; run the merge again"
-                )
-        parts.allow_open_files(
-            len(self._parts), f"{len(self._parts)} shards"
-        )  # each stays open while its rows are mapped
-
-    def __len__(self) -> int:
-        return int(self.attributes["rows"])
 
     def __repr__(self) -> str:
         from theloom.dataset import exports
@@ -139,14 +76,27 @@ class Activations:
         return exports.describe_html(self)
 
     def to_dataframe(self, of: str = "documents", rows: slice | None = None) -> "pd.DataFrame":
-        """A table of the `documents`, or of the `tokens` (of some rows); `theloom.exports` has
-        more.
+        """A table as pandas has it: `exports.documents_frame` or `exports.tokens_frame`.
+
+        Args:
+            of: `documents` (a row for each document) or `tokens` (a row for each token).
+            rows: which tokens; all of them by default.
+
+        Raises:
+            ConfigError: `of` is another word, pandas is not installed, or more than ten million
+                tokens are requested.
+
+        Example:
+            >>> acts = open_activations("results/tiny/activations.h5")
+            >>> acts.to_dataframe()["tokens"].tolist()
+            [260, 30]
         """
         from theloom.dataset import exports
 
         if of not in ("documents", "tokens"):
             raise ConfigError(
-                f"to_dataframe({of!r}): give 'documents' or 'tokens'; hidden states: acts.to_xarray()"
+                f"to_dataframe({of!r}): give 'documents' or 'tokens'; "
+                "hidden states: acts.to_xarray()"
             )
         return (
             exports.documents_frame(self) if of == "documents" else exports.tokens_frame(self, rows)
@@ -172,55 +122,6 @@ class Activations:
 
         return exports.Cache(self, document)
 
-    def __contains__(self, hook: object) -> bool:
-        return hook in self.hooks
-
-    def __getitem__(self, hook: str) -> HookRows:
-        if hook not in self.hooks:
-            raise HookError(
-                f"no hook point {hook!r} in {self.path}; it has {', '.join(self.hooks)}"
-            )
-        name = hook_path(hook)
-        return HookRows(self._parts, self._maps, name, self._widths[name], self.precision)
-
-    @property
-    def dtype(self) -> "torch.dtype":
-        from theloom.precision import torch_dtype
-
-        return torch_dtype(self.precision)
-
-    @cached_property
-    def input_ids(self) -> Rows:
-        """The token of each row; `input_ids.numpy(rows)`."""
-        return self._table("tokens/input_ids")
-
-    @cached_property
-    def document_of(self) -> Rows:
-        """The number of the document of each row."""
-        return self._table("tokens/document")
-
-    @cached_property
-    def position(self) -> Rows:
-        """The position of each row in its window: what the model saw."""
-        return self._table("tokens/position")
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold the rows: the shards of a virtual dataset, else this file itself."""
-        return [p.path for p in self._parts]
-
-    @cached_property
-    def statistics(self) -> dict[str, Statistics]:
-        """By hook point: for each element of a row count, mean and variance; the mean norm; values
-        not finite.
-        """
-        with h5py.File(self.path, "r") as file:
-            return dict(
-                zip(
-                    self.hooks, read_statistics(lambda name: file[name][:], self.hooks), strict=True
-                )
-            )
-
     def batches(
         self,
         hooks: str | Sequence[str],
@@ -231,12 +132,31 @@ class Activations:
         drop_last: bool = False,
         **others: Any,
     ) -> "Iterator[Batch]":
-        """All rows in batches: tensors (batch_size, …) of one hook point, or of several a dict by
-        name.
+        """All rows in batches, for a training loop. `dataset` is the same for a DataLoader.
 
-        `hooks` may also name `input_ids`, `document`, `position` and `row`. `shuffle` mixes blocks
-        of rows in a buffer (`theloom.loader` says how well), the same for the same seed. Others: as
-        of `loader.RowBatches`, whose `dataset(…)` below is this for a DataLoader.
+        Args:
+            hooks: a hook point, or several; `input_ids`, `document`, `position` and `row` (the
+                number of the row in the dataset) are accepted too.
+            batch_size: rows of a batch; the last one may have fewer.
+            shuffle: mix the rows through a buffer; the module `theloom.dataset.batches` states how
+                well.
+            seed: of the order; the same seed gives the same order.
+            drop_last: leave out a last batch that has fewer rows.
+            **others: `block_rows`, `buffer_rows`, `rank` and `world_size` of `RowBatches`.
+
+        Returns:
+            Tensors (batch_size, …) in the stored dtype if `hooks` is a string, else dicts of them
+            by name.
+
+        Raises:
+            HookError: the dataset has no such hook point.
+            ValueError: a size is less than 1.
+
+        Example:
+            >>> acts = open_activations("results/tiny/activations.h5")
+            >>> hook = "blocks.1.hook_resid_post"
+            >>> [len(rows) for rows in acts.batches(hook, batch_size=128, shuffle=True)]
+            [128, 128, 34]
         """
         return iter(
             self.dataset(
@@ -245,50 +165,10 @@ class Activations:
         )
 
     def dataset(self, hooks: str | Sequence[str], batch_size: int, **others: Any) -> "RowBatches":
-        """The same as an IterableDataset: DataLoader(acts.dataset(…), batch_size=None,
-        num_workers=…).
+        """The batches as an IterableDataset, for DataLoader(acts.dataset(…), batch_size=None).
+
+        Takes the arguments of `batches`, and raises the same errors.
         """
         from theloom.dataset.batches import RowBatches
 
         return RowBatches(self, hooks, batch_size, **others)
-
-    def rows_of(self, name: str) -> Rows:
-        """The rows of a hook point, or of `input_ids`, `document`, `position` or `row` (its number
-        in the dataset).
-        """
-        if name == "row":
-            return RowNumbers(len(self))
-        return self._table(TABLES[name]) if name in TABLES else self[name]
-
-    def _table(self, name: str) -> Rows:
-        return Rows(self._parts, self._maps, name, (), np.dtype("<i4"))
-
-    @property
-    def documents(self) -> list[str]:
-        """The ids of the documents, in the order of their rows."""
-        return [d.decode() for d in self._document_id]
-
-    @property
-    def document_offset(self) -> np.ndarray:
-        """The first row of each document, and behind the last one the number of rows."""
-        return self._document_offset
-
-    def document(self, which: int | str) -> DocumentRows:
-        """One document, by number or id."""
-        if isinstance(which, str):
-            number = next(iter(np.flatnonzero(self._document_id == which.encode())), None)
-            if number is None:
-                raise KeyError(f"no document {which!r} in {self.path}; acts.documents lists them")
-            which = int(number)
-        count = len(self._document_id)
-        if not -count <= which < count:
-            raise IndexError(f"no document {which} in {self.path}; it has {count}, from 0")
-        which %= count
-        rows = slice(int(self._document_offset[which]), int(self._document_offset[which + 1]))
-        return DocumentRows(
-            id=self._document_id[which].decode(),
-            rows=rows,
-            input_ids=self.input_ids.numpy(rows),
-            position=self.position.numpy(rows),
-            activations=self,
-        )

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 if TYPE_CHECKING:
-    from theloom.dataset.activations import Activations
+    from theloom.dataset.reader import ActivationsReader
 
 
 Batch = torch.Tensor | dict[str, torch.Tensor]
@@ -37,7 +37,7 @@ class RowBatches(IterableDataset[Batch]):
 
     def __init__(
         self,
-        activations: "Activations",
+        activations: "ActivationsReader",
         hooks: str | Sequence[str],
         batch_size: int,
         *,

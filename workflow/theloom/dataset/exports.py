@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     import xarray as xr
 
-    from theloom.dataset.activations import Activations
+    from theloom.dataset.reader import ActivationsReader
 
 
 _ROWS_AT_ONCE = 1 << 14
@@ -32,7 +32,7 @@ _ROWS_AT_ONCE = 1 << 14
 _LARGEST_FRAME = 10_000_000  # rows: more tokens than a notebook's table can hold
 
 
-def documents_frame(acts: "Activations") -> "pd.DataFrame":
+def documents_frame(acts: "ActivationsReader") -> "pd.DataFrame":
     """A row for each document: its id, its first row, its tokens, and the windows that it was cut
     into.
     """
@@ -53,7 +53,7 @@ def documents_frame(acts: "Activations") -> "pd.DataFrame":
 
 
 def tokens_frame(
-    acts: "Activations", rows: slice | Sequence[int] | np.ndarray | None = None
+    acts: "ActivationsReader", rows: slice | Sequence[int] | np.ndarray | None = None
 ) -> "pd.DataFrame":
     """A row for each token: its document, its position in the window, its number and its text.
     `rows`: which; all.
@@ -86,7 +86,7 @@ class Cache(Mapping[str, "torch.Tensor"]):
     several windows have no such cache.
     """
 
-    def __init__(self, acts: "Activations", document: int | str) -> None:
+    def __init__(self, acts: "ActivationsReader", document: int | str) -> None:
         self._document = acts.document(document)
         windows = np.searchsorted(
             acts.window_offset, [self._document.rows.start, self._document.rows.stop]
@@ -131,7 +131,9 @@ class Cache(Mapping[str, "torch.Tensor"]):
         raise KeyError(f"{key}: no such hook point; there are {', '.join(self._acts.hooks)}")
 
 
-def to_datasets(acts: "Activations", hooks: Sequence[str] | None = None) -> "datasets.Dataset":
+def to_datasets(
+    acts: "ActivationsReader", hooks: Sequence[str] | None = None
+) -> "datasets.Dataset":
     """A `datasets.Dataset` with a row for each token, hidden states as float32, written to its
     cache as it is made.
     """
@@ -164,7 +166,7 @@ def to_datasets(acts: "Activations", hooks: Sequence[str] | None = None) -> "dat
 
 
 def to_xarray(
-    acts: "Activations", hooks: Sequence[str] | None = None, rows: slice | None = None
+    acts: "ActivationsReader", hooks: Sequence[str] | None = None, rows: slice | None = None
 ) -> "xr.Dataset":
     """An `xarray.Dataset` along `row`, with document, position and input_id as its coordinates.
 
@@ -196,7 +198,7 @@ def to_xarray(
     )
 
 
-def to_npy(acts: "Activations", hook: str, path: str | Path) -> Path:
+def to_npy(acts: "ActivationsReader", hook: str, path: str | Path) -> Path:
     """One hook point as `.npy`, written layer by layer. NumPy has no bfloat16: BF16 rows are
     written as float32.
     """
@@ -212,7 +214,7 @@ def to_npy(acts: "Activations", hook: str, path: str | Path) -> Path:
     return path
 
 
-def to_safetensors(acts: "Activations", hooks: Sequence[str] | str, path: str | Path) -> Path:
+def to_safetensors(acts: "ActivationsReader", hooks: Sequence[str] | str, path: str | Path) -> Path:
     """Hook points as safetensors in the stored dtype, with the token tables and the file's
     provenance.
 
@@ -231,7 +233,7 @@ def to_safetensors(acts: "Activations", hooks: Sequence[str] | str, path: str | 
     return Path(path)
 
 
-def describe(acts: "Activations") -> str:
+def describe(acts: "ActivationsReader") -> str:
     """What a dataset holds, in a few lines: what a notebook shows."""
     lines = [
         fill(f"  {key:<14}{value}", 80, subsequent_indent=" " * 16) for key, value in _summary(acts)
@@ -239,7 +241,7 @@ def describe(acts: "Activations") -> str:
     return "\n".join([f"Activations of {acts.path}", *lines])
 
 
-def describe_html(acts: "Activations") -> str:
+def describe_html(acts: "ActivationsReader") -> str:
     """The same as a table of a notebook."""
     left = "style='text-align:left'"
     rows = "".join(
@@ -249,7 +251,7 @@ def describe_html(acts: "Activations") -> str:
     return f"<table>{rows}</table>"
 
 
-def _summary(acts: "Activations") -> list[tuple[str, str]]:
+def _summary(acts: "ActivationsReader") -> list[tuple[str, str]]:
     shapes: dict[tuple[int, ...], list[str]] = {}
     for hook in acts.hooks:
         shapes.setdefault(acts[hook].shape[1:], []).append(hook)
@@ -275,7 +277,7 @@ def _few(names: list[str]) -> str:
     )
 
 
-def _chosen(acts: "Activations", hooks: Sequence[str] | None) -> list[str]:
+def _chosen(acts: "ActivationsReader", hooks: Sequence[str] | None) -> list[str]:
     names = list(acts.hooks if hooks is None else hooks)
     for name in names:
         acts[name]  # refuses one that is not there
@@ -289,7 +291,7 @@ def _feature(datasets: Any, shape: tuple[int, ...]) -> Any:
     return feature
 
 
-def _fingerprint(acts: "Activations", names: Sequence[str]) -> str:
+def _fingerprint(acts: "ActivationsReader", names: Sequence[str]) -> str:
     import xxhash
 
     identity = [str(acts.attributes.get("run_fingerprint")), str(acts.attributes["rows"]), *names]

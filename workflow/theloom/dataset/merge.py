@@ -46,7 +46,7 @@ _OWN = (
     "kind",
     "shard",
     "first_row",
-    "identity",
+    "shard_fingerprint",
     "rows",
     *_PLAN,
 )  # attributes of a shard, not of the run
@@ -67,7 +67,7 @@ class _Shard:
     statistics: list[Statistics]
     metrics: dict[str, float]
     tables: dict[str, np.ndarray]
-    checksum: list[int]
+    checksums: list[int]
     checksums_offset: int
 
 
@@ -129,12 +129,12 @@ def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> N
             create(file, name, (rows, *first.shapes[name][1:]), types[name])
             if packed and name not in TOKENS:
                 _pack(file[name], name, shards, str(first.attributes["precision"]))
-        places = {
+        offsets = {
             n: file_format.byte_offset(file[n]) for n in names if not (packed and n not in TOKENS)
         }
-        row_bytes = {n: types[n].get_size() * int(np.prod(first.shapes[n][1:])) for n in places}
+        row_bytes = {n: types[n].get_size() * int(np.prod(first.shapes[n][1:])) for n in offsets}
         index.write_index(file)
-    _copy(target, places, row_bytes, shards)
+    _copy(target, offsets, row_bytes, shards)
 
 
 def _checked(path: Path, number: int) -> _Shard:
@@ -262,13 +262,13 @@ def _refer(
 
 
 def _source(shard: _Shard, folder: Path) -> Source:
-    path, identity = shard.part.path, str(shard.attributes["identity"])
+    path, fingerprint = shard.part.path, str(shard.attributes["shard_fingerprint"])
     return Source(
         shard.part,
         _relative(path, folder),
         path.stat().st_size,
-        identity,
-        shard.checksum,
+        fingerprint,
+        shard.checksums,
         shard.checksums_offset,
     )
 
@@ -286,21 +286,21 @@ def _pack(dataset: h5py.Dataset, name: str, shards: Sequence[_Shard], precision:
 
 
 def _copy(
-    target: Path, places: dict[str, int], row_bytes: dict[str, int], shards: Sequence[_Shard]
+    target: Path, offsets: dict[str, int], row_bytes: dict[str, int], shards: Sequence[_Shard]
 ) -> None:
-    """Bytes of every contiguous dataset from the shards to their places, without decoding."""
+    """Bytes of every contiguous dataset from the shards to their offsets, without decoding."""
     out = os.open(target, os.O_RDWR)
     try:
         rows = sum(s.part.rows for s in shards)
-        os.posix_fallocate(out, 0, max([1, *(p + rows * row_bytes[n] for n, p in places.items())]))
+        os.posix_fallocate(out, 0, max([1, *(p + rows * row_bytes[n] for n, p in offsets.items())]))
         row = 0
         for shard in shards:
             source = os.open(shard.part.path, os.O_RDONLY)
             try:
-                for name, place in places.items():
+                for name, offset in offsets.items():
                     size = shard.part.rows * row_bytes[name]
                     _copy_range(
-                        source, shard.part.places[name], out, place + row * row_bytes[name], size
+                        source, shard.part.offsets[name], out, offset + row * row_bytes[name], size
                     )
             finally:
                 os.close(source)
@@ -310,8 +310,8 @@ def _copy(
         os.close(out)
 
 
-def _copy_range(source: int, start: int, out: int, place: int, size: int) -> None:
-    os.lseek(out, place, os.SEEK_SET)
+def _copy_range(source: int, start: int, out: int, offset: int, size: int) -> None:
+    os.lseek(out, offset, os.SEEK_SET)
     while size:
         sent = os.sendfile(out, source, start, min(size, 1 << 30))
         if not sent:

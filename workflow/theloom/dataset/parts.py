@@ -36,7 +36,7 @@ class Part:
 
     path: Path
     rows: int
-    places: dict[str, int]
+    offsets: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Source:
     part: Part
     name: str
     size: int
-    identity: str
-    checksum: list[int]
+    fingerprint: str
+    checksums: list[int]
     checksums_offset: int
 
 
@@ -65,7 +65,7 @@ def own(fd: int, listed: FileIndex) -> Part:
     Raises StoreError.
     """
     path, attributes = listed.path, listed.attributes
-    rows, places, size = int(attributes["rows"]), {}, os.fstat(fd).st_size
+    rows, offsets, size = int(attributes["rows"]), {}, os.fstat(fd).st_size
     for name in names_of(attributes):
         dataset = listed.datasets[name]
         if dataset.shape[0] != rows:
@@ -73,13 +73,13 @@ def own(fd: int, listed: FileIndex) -> Part:
                 f"{path}: its {name} has {dataset.shape[0]} rows instead of {rows}; {_AGAIN}"
             )
         if dataset.layout == h5py.h5d.CHUNKED and attributes.get("compression") == "zstd":
-            places[name] = -1
+            offsets[name] = -1
         elif dataset.layout == h5py.h5d.CONTIGUOUS and (dataset.extents or 0 in dataset.shape):
-            places[name] = dataset.extents[0][0] if dataset.extents else 0
+            offsets[name] = dataset.extents[0][0] if dataset.extents else 0
         else:
             raise StoreError(f"{path}: its {name} is not laid out as theloom does it; {_AGAIN}")
         row = _row_bytes(name, dataset.shape, attributes["precision"])
-        end = dataset.end if places[name] < 0 else places[name] + rows * row
+        end = dataset.end if offsets[name] < 0 else offsets[name] + rows * row
         if size < end:
             raise StoreError(f"{path}: is cut short at {size} of {end} bytes; {_AGAIN}")
     if "commit_log" in listed.datasets:
@@ -89,7 +89,7 @@ def own(fd: int, listed: FileIndex) -> Part:
             raise StoreError(
                 f"{path}: only {done} of its {len(log)} batches are committed; {_AGAIN}"
             )
-    return Part(path, rows, places)
+    return Part(path, rows, offsets)
 
 
 def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
@@ -99,10 +99,10 @@ def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
     names = names_of(dict(file.attrs))
     columns = ("file", "rows", "bytes", "checksums_offset")
     table = [file[f"sources/{column}"][:].tolist() for column in columns]
-    checksum, place = file["sources/checksum"][:], file["sources/place"][:]
+    checksum, offset = file["sources/checksums"][:], file["sources/byte_offset"][:]
     items = [_row_bytes(name, file[name].shape, file.attrs["precision"]) for name in names]
-    ends = place + np.array(table[1], "<i8")[:, None] * np.array(items, "<i8")
-    beyond = ((place < -1) | (ends > np.array(table[2], "<i8")[:, None])).any(axis=1)
+    ends = offset + np.array(table[1], "<i8")[:, None] * np.array(items, "<i8")
+    beyond = ((offset < -1) | (ends > np.array(table[2], "<i8")[:, None])).any(axis=1)
     parts = []
     for number, (encoded, rows, size, checksums_offset) in enumerate(zip(*table, strict=True)):
         name = encoded.decode()
@@ -111,7 +111,7 @@ def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
         _check_referred(path, shard, size, checksums_offset, checksum[number].tobytes())
         if beyond[number]:
             raise StoreError(f"{path}: refers to bytes that {shard} does not have; {_AGAIN}")
-        parts.append(Part(shard, rows, dict(zip(names, place[number].tolist(), strict=True))))
+        parts.append(Part(shard, rows, dict(zip(names, offset[number].tolist(), strict=True))))
     return parts
 
 
@@ -164,10 +164,12 @@ def write_sources(file: h5py.File, shards: Sequence[Source], names: Sequence[str
     file["sources/file"] = file_format.fixed_strings([s.name for s in shards])
     file["sources/rows"] = [s.part.rows for s in shards]
     file["sources/bytes"] = [s.size for s in shards]
-    file["sources/identity"] = file_format.fixed_strings([s.identity for s in shards])
-    file["sources/checksum"] = np.array([s.checksum for s in shards], "<u8")
+    file["sources/shard_fingerprint"] = file_format.fixed_strings([s.fingerprint for s in shards])
+    file["sources/checksums"] = np.array([s.checksums for s in shards], "<u8")
     file["sources/checksums_offset"] = [s.checksums_offset for s in shards]
-    file["sources/place"] = np.array([[s.part.places[n] for n in names] for s in shards], "<i8")
+    file["sources/byte_offset"] = np.array(
+        [[s.part.offsets[n] for n in names] for s in shards], "<i8"
+    )
 
 
 def check_references(file: h5py.File, path: Path, allow: Collection[str] = ()) -> None:

@@ -32,8 +32,8 @@ class Maps:
 
     def rows(self, part: Part, name: str, width: tuple[int, ...], dtype: np.dtype) -> Any:
         """The rows of a dataset in one file: a mapped array, or packed rows."""
-        shape, place = (part.rows, *width), part.places[name]
-        if place < 0:
+        shape, offset = (part.rows, *width), part.offsets[name]
+        if offset < 0:
             return PackedRows(part.path, name, shape, dtype)
         size = int(np.prod(shape)) * dtype.itemsize
         if part.path not in self._maps:
@@ -48,11 +48,11 @@ class Maps:
                     raise file_format.too_many_files(part.path) from None
                 raise
         whole = self._maps[part.path]
-        if os.stat(part.path).st_size < place + size or len(whole) < place + size:  # noqa: PTH116
+        if os.stat(part.path).st_size < offset + size or len(whole) < offset + size:  # noqa: PTH116
             raise StoreError(
                 f"{part.path}: was cut short after it was opened; run the pipeline again"
             )
-        return whole[place : place + size].view(dtype).reshape(shape)
+        return whole[offset : offset + size].view(dtype).reshape(shape)
 
     def __reduce__(self) -> tuple[type["Maps"], tuple[()]]:
         return Maps, ()  # a map is of one process

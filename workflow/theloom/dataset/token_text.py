@@ -15,40 +15,59 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from theloom.dataset.activations import Activations
+    from theloom.dataset.reader import ActivationsReader
 
 
 log = logging.getLogger(__name__)
 
 
-def of(acts: "Activations") -> "PreTrainedTokenizerBase":
-    """The tokenizer of a dataset, at its recorded revision. Raises TheLoomError where it is gone."""
+def of(acts: "ActivationsReader") -> "PreTrainedTokenizerBase":
+    """The tokenizer that a dataset was made with.
+
+    Args:
+        acts: the dataset; its attributes record the tokenizer and its revision.
+
+    Raises:
+        TheLoomError: the tokenizer is not available any more.
+        KeyError: the file does not record one.
+    """
+    return _load(acts.attributes["config"], acts.attributes["tokenizer_revision"])
+
+
+def _load(config: str, revision: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    recorded = json.loads(acts.attributes["config"])["tokens"]
-    recorded["model"]["revision"] = _revision(acts.attributes["tokenizer_revision"])
-    thawed = frozen.to_config(_with_home(recorded))
-    place = files.describe_tokenizer(thawed.model)
+    recorded = json.loads(config)["tokens"]
+    recorded["model"]["revision"] = _revision(revision)
+    settings = frozen.to_config(_with_home(recorded)).model
+    source = files.describe_tokenizer(settings)
     return AutoTokenizer.from_pretrained(
-        place.folder, gguf_file=place.gguf_file, trust_remote_code=thawed.model.trust_remote_code
+        source.folder, gguf_file=source.gguf_file, trust_remote_code=settings.trust_remote_code
     )
 
 
-def texts(acts: "Activations", input_ids: "Sequence[int] | np.ndarray") -> list[str]:
-    """The text of each token by itself, leading space kept; `#` and its number where the tokenizer
-    is unavailable.
+def texts(acts: "ActivationsReader", input_ids: "Sequence[int] | np.ndarray") -> list[str]:
+    """The text of each token by itself, leading space kept.
+
+    Args:
+        acts: the dataset that the tokens are of.
+        input_ids: (tokens,).
+
+    Returns:
+        A text for each token; `#` and its number, after a warning, where the tokenizer is
+        unavailable.
     """
-    decode = _decoder(acts.path, str(acts.attributes.get("run_fingerprint")))
+    # by what the file records, so that the tokenizer is loaded once for all datasets made with it
+    recorded = (acts.attributes.get(name, "null") for name in ("config", "tokenizer_revision"))
+    decode = _decoder(*recorded)
     return [decode(int(i)) for i in input_ids]
 
 
 @cache
-def _decoder(path: Path, identity: str) -> Any:
-    from theloom.dataset import activations
-
+def _decoder(config: str, revision: str) -> Any:
     try:
-        tokenizer = of(activations.open_activations(path))
-    except (TheLoomError, OSError, KeyError, ValueError) as error:
+        tokenizer = _load(config, revision)
+    except (TheLoomError, OSError, KeyError, TypeError, ValueError) as error:
         log.warning("tokens are shown by their numbers: the tokenizer is unavailable (%s)", error)
         return "#{}".format
     return cache(lambda number: tokenizer.decode([number], clean_up_tokenization_spaces=False))

@@ -22,7 +22,7 @@ from theloom.hooks.points import HookPoint
 from theloom.memory.profile import ShardProfile
 from theloom.planning.plan import Plan
 from theloom.precision import BYTES
-from theloom.store.writer import ShardTokens
+from theloom.store.shard_file import ShardTokens
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,8 @@ from theloom.planning.estimate import Estimate
 from theloom.planning.plan import Plan, Planned, check_begun
 from theloom.precision import torch_dtype
 from theloom.store.partial import begun, partial_of
-from theloom.store.writer import ShardSpec, ShardWriter
+from theloom.store.shard_file import ShardSpec
+from theloom.store.writer import ShardWriter
 
 if TYPE_CHECKING:
     import torch

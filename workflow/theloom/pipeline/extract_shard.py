@@ -32,7 +32,8 @@ from theloom.planning.estimate import Estimate
 from theloom.planning.plan import Plan, plan_advice
 from theloom.store import file_format, provenance
 from theloom.store.partial import batches_logged, partial_of
-from theloom.store.writer import ShardSpec, ShardWriter
+from theloom.store.shard_file import ShardSpec
+from theloom.store.writer import ShardWriter
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def extract_shard(
             keys=tokens.longest_window(tokens_path),
             precision=store,
             batches=units,
-            identity=identity,
+            fingerprint=identity,
             attributes=_attributes(config_path, recorded, tokens_path, planned, run_fingerprint)
             | {
                 "kind": "shard",
@@ -182,7 +183,7 @@ def _identity(config_path: Path, recorded: ModelRecord, tokens_path: Path) -> st
         "model": [recorded.fingerprint, recorded.precision, recorded.attributes["attention"]],
         "tokens": [corpus["corpus_hash"], corpus["tokens_hash"]],
         "versions": [
-            provenance.attributes("")["versions"].get(p) for p in ("torch", "transformers")
+            provenance.attributes("")["package_versions"].get(p) for p in ("torch", "transformers")
         ],
         "format": file_format.FORMAT_VERSION,
     }

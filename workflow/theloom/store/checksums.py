@@ -37,17 +37,17 @@ def compute_checksums(fd: int, listed: FileIndex, *which: int) -> dict[int, int]
     itself included.
     """
     extents = sorted(
-        (place, size, name) for name, d in listed.datasets.items() for place, size in d.extents
+        (offset, size, name) for name, d in listed.datasets.items() for offset, size in d.extents
     )
     hashes = [xxhash.xxh3_64() for _ in range(3)]
     at = 0
-    for place, size, name in [*extents, (os.fstat(fd).st_size, 0, CHECKSUMS)]:
-        if place > at and METADATA in which:
-            _update(hashes[METADATA], fd, at, place)
-        at = max(at, place + size)
+    for offset, size, name in [*extents, (os.fstat(fd).st_size, 0, CHECKSUMS)]:
+        if offset > at and METADATA in which:
+            _update(hashes[METADATA], fd, at, offset)
+        at = max(at, offset + size)
         part = RESULTS if name.startswith(_RESULTS) else TABLES
         if part in which and not name.startswith(_NOT_CHECKSUMMED):
-            _update(hashes[part], fd, place, place + size)
+            _update(hashes[part], fd, offset, offset + size)
     return {number: hashes[number].intdigest() for number in which}
 
 
@@ -65,9 +65,9 @@ def write_checksums(path: Path, *which: int) -> None:
     with h5py.File(path, "r") as file:
         listed = index.read(file)
     with path.open("rb+") as f:
-        place = listed.datasets[CHECKSUMS].extents[0][0]
+        offset = listed.datasets[CHECKSUMS].extents[0][0]
         for number, found in compute_checksums(f.fileno(), listed, *which).items():
-            file_format.pwrite(f.fileno(), found.to_bytes(8, "little"), place + 8 * number)
+            file_format.pwrite(f.fileno(), found.to_bytes(8, "little"), offset + 8 * number)
 
 
 def broken_checksums(fd: int, listed: FileIndex, *which: int) -> list[str]:

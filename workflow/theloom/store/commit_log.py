@@ -22,22 +22,22 @@ from theloom.store.statistics import Statistics, tile_rows
 
 _TILES_AT_ONCE = 4
 
-# `check` is the hash of the other three, so that a torn record is seen
-RECORD = np.dtype([("batches", "<u8"), ("rows", "<u8"), ("digest", "<u8"), ("check", "<u8")])
+# `checksum` is the hash of the other three, so that a torn record is seen
+RECORD = np.dtype([("batches", "<u8"), ("rows", "<u8"), ("digest", "<u8"), ("checksum", "<u8")])
 
 
 def record(batches: int, rows: int, digest: int) -> np.ndarray:
     """One record: what a batch's end vouches for."""
     found = np.zeros((), RECORD)
     found["batches"], found["rows"], found["digest"] = batches, rows, digest
-    found["check"] = xxhash.xxh3_64_intdigest(found.tobytes()[:-8])
+    found["checksum"] = xxhash.xxh3_64_intdigest(found.tobytes()[:-8])
     return found
 
 
 def is_valid(found: np.ndarray) -> bool:
     """Whether a record is whole."""
     batches, rows, digest, check = found.tolist()
-    return bool(batches) and check == int(record(batches, rows, digest)["check"])
+    return bool(batches) and check == int(record(batches, rows, digest)["checksum"])
 
 
 def committed(log_records: np.ndarray) -> int:
@@ -107,7 +107,7 @@ def recheck(
             file["windows/hash"][:].reshape(-1),
             file["windows/batch"][:],
         )
-        places = [file_format.byte_offset(file[f"hooks/{hook}/activations"]) for hook in row_bytes]
+        offsets = [file_format.byte_offset(file[f"hooks/{hook}/activations"]) for hook in row_bytes]
     hooks = list(row_bytes.items())
     vouched, digest = committed(records), 0
     with path.open("rb") as f:
@@ -127,7 +127,7 @@ def recheck(
                 hook, size = hooks[number]
                 state, part = (
                     xxhash.xxh3_64(),
-                    (f.fileno(), places[number] + begin * size, end - begin, size),
+                    (f.fileno(), offsets[number] + begin * size, end - begin, size),
                 )
                 for data in tiles(*part, precision):
                     state.update(data.data)
@@ -141,7 +141,7 @@ def recheck(
     return Verified(vouched, vouched, digest)
 
 
-def tiles(fd: int, place: int, rows: int, row_bytes: int, precision: str) -> Iterator[np.ndarray]:
+def tiles(fd: int, offset: int, rows: int, row_bytes: int, precision: str) -> Iterator[np.ndarray]:
     """Consecutive rows of a file as bits, (rows, elements), a few tiles of the statistics at a
     time.
 
@@ -152,5 +152,5 @@ def tiles(fd: int, place: int, rows: int, row_bytes: int, precision: str) -> Ite
     step = tile_rows(row_bytes // dtype.itemsize) * _TILES_AT_ONCE
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        data = os.pread(fd, count * row_bytes, place + start * row_bytes)
+        data = os.pread(fd, count * row_bytes, offset + start * row_bytes)
         yield np.frombuffer(data, dtype).reshape(count, -1)

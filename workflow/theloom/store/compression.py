@@ -100,9 +100,9 @@ def pack_shard(partial: Path, path: Path) -> None:
                     target, file_format.hook_path(hook), rows.shape, rows.id.get_type()
                 )
                 bits = file_format.bits_dtype(file_format.precision_of(rows))
-                place = file_format.byte_offset(rows)
+                offset = file_format.byte_offset(rows)
                 if rows.size:
-                    mapped = np.memmap(partial, bits, "r", place, rows.shape)
+                    mapped = np.memmap(partial, bits, "r", offset, rows.shape)
                     write(dataset, _slices(mapped))
             write_index(target)
         checksums.write_checksums(packing, checksums.METADATA, checksums.TABLES, checksums.RESULTS)
@@ -147,7 +147,7 @@ class PackedRows:
                 )
         except file_format.DAMAGE as error:
             raise file_format.damaged(path, error) from None
-        self._chunks = {number: (place, size) for number, place, size in chunks}
+        self._chunks = {number: (offset, size) for number, offset, size in chunks}
         if len(chunks) != (expected := -(-shape[0] // step)):
             raise StoreError(
                 f"{path}: has {len(chunks)} of {expected} chunks of {name}; run the pipeline again"
@@ -170,9 +170,9 @@ class PackedRows:
         if number in self._cache:
             self._cache.move_to_end(number)
             return self._cache[number]
-        place, size = self._chunks.get(number, (0, 0))
+        offset, size = self._chunks.get(number, (0, 0))
         with self._path.open("rb") as f:
-            packed = os.pread(f.fileno(), size, place)
+            packed = os.pread(f.fileno(), size, offset)
         elements = self._step * int(np.prod(self._shape[1:]))
         if not hasattr(_local, "decompressor"):
             _local.decompressor = zstandard.ZstdDecompressor()

@@ -97,7 +97,7 @@ def bits_dtype(precision: str) -> np.dtype:
 def create_contiguous(
     group: h5py.Group, name: str, shape: tuple[int, ...], type_id: h5py.h5t.TypeID
 ) -> h5py.Dataset:
-    """A contiguous dataset whose place in the file is fixed at once and whose bytes are not
+    """A contiguous dataset whose offset in the file is fixed at once and whose bytes are not
     written.
     """
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -139,12 +139,12 @@ def set_attributes(group: h5py.Group, attributes: Mapping[str, Any]) -> None:
         group.attrs[name] = value
 
 
-def pwrite(fd: int, data: bytes | memoryview, place: int) -> None:
-    """Write all bytes at a place of a file."""
+def pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all bytes at a offset of a file."""
     view = memoryview(data)
     while view:
-        written = os.pwrite(fd, view, place)
-        view, place = view[written:], place + written
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def is_full(error: Exception) -> bool:

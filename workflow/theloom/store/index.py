@@ -2,7 +2,7 @@
 dataset of JSON.
 
 Whoever reads ten thousand shards asks HDF5 for one object of each, instead of for all of them, and
-then reads bytes at places that it knows. A file that has none is requested object by object.
+then reads bytes at offsets that it knows. A file that has none is requested object by object.
 """
 
 import json
@@ -24,7 +24,7 @@ Extent = tuple[int, int]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset's shape and type, and the places and sizes in bytes of what is stored of it.
+    """A dataset's shape and type, and the offsets and sizes in bytes of what is stored of it.
 
     A contiguous one has a single extent, or none if it is empty; one in chunks those of its chunks,
     run by run; a virtual one has none. `type` is numpy's; of hidden states it says nothing.
@@ -38,7 +38,7 @@ class Dataset:
     @property
     def end(self) -> int:
         """Where the last of its bytes ends in the file."""
-        return max((place + size for place, size in self.extents), default=0)
+        return max((offset + size for offset, size in self.extents), default=0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class FileIndex:
         """The content of a small contiguous dataset, read from the open file."""
         found = self.datasets[name]
         dtype = RECORD if name == "commit_log" else np.dtype(found.type)
-        data = b"".join(os.pread(fd, size, place) for place, size in found.extents)
+        data = b"".join(os.pread(fd, size, offset) for offset, size in found.extents)
         return np.frombuffer(data, dtype).reshape(found.shape)
 
 
@@ -73,7 +73,7 @@ def read(file: h5py.File) -> FileIndex:
 
 
 def write_index(file: h5py.File) -> None:
-    """Give a file its directory, when all else in it has its place."""
+    """Give a file its directory, when all else in it has its offset."""
     if INDEX in file:
         del file[INDEX]
     found = derive(file)
@@ -99,17 +99,17 @@ def _dataset(name: str, item: h5py.Dataset) -> Dataset:
     extents: list[Extent] = []
     if kind == h5py.h5d.CHUNKED:
         item.id.chunk_iter(lambda chunk: extents.append((chunk.byte_offset, chunk.size)))
-    elif kind == h5py.h5d.CONTIGUOUS and (place := file_format.byte_offset(item)):
-        extents.append((place, item.id.get_storage_size()))
+    elif kind == h5py.h5d.CONTIGUOUS and (offset := file_format.byte_offset(item)):
+        extents.append((offset, item.id.get_storage_size()))
     return Dataset(item.shape, numpy_type, kind, _runs(extents))
 
 
 def _runs(extents: list[Extent]) -> list[Extent]:
-    """Extents in the order of their places, those that touch as one."""
+    """Extents in the order of their offsets, those that touch as one."""
     found: list[Extent] = []
-    for place, size in sorted(extents):
-        if found and sum(found[-1]) == place:
+    for offset, size in sorted(extents):
+        if found and sum(found[-1]) == offset:
             found[-1] = (found[-1][0], found[-1][1] + size)
         else:
-            found.append((place, size))
+            found.append((offset, size))
     return found

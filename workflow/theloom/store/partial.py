@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     pass
 
 
-def begun(path: Path, identity: str) -> dict[str, Any] | None:
+def begun(path: Path, fingerprint: str) -> dict[str, Any] | None:
     """The attributes of the unfinished file of a shard, None where there is none that can be gone
     on with.
     """
     try:
         with h5py.File(partial_of(path), "r") as file:
-            return dict(file.attrs) if file.attrs.get("identity") == identity else None
+            return dict(file.attrs) if file.attrs.get("shard_fingerprint") == fingerprint else None
     except OSError:
         return None
 
 
-def batches_logged(path: Path, identity: str) -> int:
+def batches_logged(path: Path, fingerprint: str) -> int:
     """The batches that the unfinished file of a shard vouches for, unread; 0 where there is none to
     be gone on with.
     """
@@ -30,7 +30,7 @@ def batches_logged(path: Path, identity: str) -> int:
         with h5py.File(partial_of(path), "r") as file:
             return (
                 commit_log.committed(file["commit_log"][:])
-                if file.attrs.get("identity") == identity
+                if file.attrs.get("shard_fingerprint") == fingerprint
                 else 0
             )
     except (OSError, KeyError):

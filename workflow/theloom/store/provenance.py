@@ -30,9 +30,9 @@ def attributes(file_kind: str, **others: Any) -> dict[str, Any]:
     return {
         "format": f"theloom.{file_kind}",
         "format_version": file_format.FORMAT_VERSION,
-        "python": platform.python_version(),
-        "versions": {p: v for p in PACKAGES if (v := package_version(p))},
-        "code": code_version(),
+        "python_version": platform.python_version(),
+        "package_versions": {p: v for p in PACKAGES if (v := package_version(p))},
+        "code_version": code_version(),
     } | {name: without_home(value) for name, value in others.items()}
 
 

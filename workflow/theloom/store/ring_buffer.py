@@ -48,7 +48,7 @@ class Ring:
     """A buffer of `capacity` bytes, page-locked if `pinned`, so that a GPU can copy into it while
     it computes.
 
-    One thread takes places and another gives them back, in the order in which they were taken.
+    One thread takes offsets and another gives them back, in the order in which they were taken.
     """
 
     def __init__(self, capacity: int, pinned: bool = False) -> None:
@@ -58,7 +58,7 @@ class Ring:
         self._buffer = torch.empty(capacity, dtype=torch.uint8, pin_memory=pinned)
         self._taken: deque[tuple[int, int]] = (
             deque()
-        )  # first byte and end of each place, oldest first
+        )  # first byte and end of each offset, oldest first
         self._changed = threading.Condition()
         self._closed = False
 
@@ -73,15 +73,15 @@ class Ring:
         if size > self.capacity:
             raise ValueError(f"{size} bytes do not fit a ring of {self.capacity}")
         with self._changed:
-            while (place := self._room_for(size)) is None and not self._closed:
+            while (offset := self._room_for(size)) is None and not self._closed:
                 self._changed.wait()
-            if place is None or self._closed:
+            if offset is None or self._closed:
                 return None
-            self._taken.append((place, place + max(_ALIGNED, -(-size // _ALIGNED) * _ALIGNED)))
-        return self._buffer[place : place + size].view(dtype).view(shape)
+            self._taken.append((offset, offset + max(_ALIGNED, -(-size // _ALIGNED) * _ALIGNED)))
+        return self._buffer[offset : offset + size].view(dtype).view(shape)
 
     def give_back(self) -> None:
-        """The oldest place is free again."""
+        """The oldest offset is free again."""
         with self._changed:
             self._taken.popleft()
             self._changed.notify()

@@ -34,7 +34,7 @@ class Statistics:
     mean: np.ndarray
     m2: np.ndarray
     rows: int = 0
-    norms: float = 0.0  # sum of the rows' Euclidean norms
+    norm_sum: float = 0.0  # sum of the rows' Euclidean norms
     nonfinite: int = 0
     infinite: int = 0  # of those: where the store is fp16, mostly values beyond 65,504
 
@@ -48,7 +48,7 @@ class Statistics:
     @property
     def norm(self) -> float:
         """The mean Euclidean norm of a row."""
-        return self.norms / max(1, self.rows)
+        return self.norm_sum / max(1, self.rows)
 
     @property
     def mean_of_all(self) -> float:
@@ -77,7 +77,7 @@ class Statistics:
             squared_norms = np.vecdot(tile, tile)
             if np.isfinite(squared_norms).all():
                 if self._add_finite(tile, np.shares_memory(tile, bits)):
-                    self.norms += float(np.sqrt(squared_norms).sum(dtype="f8"))
+                    self.norm_sum += float(np.sqrt(squared_norms).sum(dtype="f8"))
                     return
                 tile = _as_float32(bits, precision)  # which has been overwritten
         self._add_with_gaps(tile)
@@ -105,7 +105,7 @@ class Statistics:
         self.nonfinite += int(wrong.sum())
         self.infinite += int((wrong & ~np.isnan(tile)).sum())
         values = np.where(finite, tile, np.float32(0)).astype("f8")
-        self.norms += float(np.linalg.norm(values, axis=1).sum())
+        self.norm_sum += float(np.linalg.norm(values, axis=1).sum())
         count = finite.sum(axis=0).astype("f8")
         mean = values.sum(axis=0) / np.maximum(count, 1)
         self._join(count, mean, (np.where(finite, values - mean, 0.0) ** 2).sum(axis=0))
@@ -113,7 +113,7 @@ class Statistics:
     def join(self, other: "Statistics") -> None:
         """Add what another file's rows have."""
         self._join(other.count, other.mean, other.m2)
-        for name in ("rows", "norms", "nonfinite", "infinite"):
+        for name in ("rows", "norm_sum", "nonfinite", "infinite"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def _join(self, count: "np.ndarray | np.float64", mean: np.ndarray, m2: np.ndarray) -> None:
@@ -145,7 +145,7 @@ def empty_statistics(hook: str, width: int) -> Statistics:
 _BY_ELEMENT = ("count", "mean", "m2")
 
 
-_BY_HOOK = ("rows", "norms", "nonfinite", "infinite")
+_BY_HOOK = ("rows", "norm_sum", "nonfinite", "infinite")
 
 
 def create_statistics(file: h5py.File, widths: Sequence[int]) -> None:
@@ -180,9 +180,9 @@ def read_statistics(array: Callable[[str], np.ndarray], hooks: Sequence[str]) ->
     for number, hook in enumerate(hooks):
         part = slice(int(first[number]), int(first[number + 1]))
         count, mean, m2 = (by_element[name][part] for name in _BY_ELEMENT)
-        rows, norms, nonfinite, infinite = (by_hook[name][number] for name in _BY_HOOK)
+        rows, norm_sum, nonfinite, infinite = (by_hook[name][number] for name in _BY_HOOK)
         masked = hook.endswith(SCORES)
         found.append(
-            Statistics(masked, count, mean, m2, int(rows), norms, int(nonfinite), int(infinite))
+            Statistics(masked, count, mean, m2, int(rows), norm_sum, int(nonfinite), int(infinite))
         )
     return found

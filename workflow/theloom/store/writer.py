@@ -1,37 +1,41 @@
 """The writer of one shard: a file that a killed job cannot spoil.
 
-All HDF5 metadata is written and synced before the first row. From then on only bytes are written,
-at places that are known beforehand: rows of hidden states, their hashes, and a log of what is
-committed. A commit is data, fdatasync, log record, fdatasync; so whatever the log says is on disk,
-and a job that dies loses no more than what came after its last record. The unfinished file is
-`<shard>.partial`, which the same job takes up again; the finished one is renamed.
+All HDF5 metadata is written and synced before the first row (`shard_file`). From then on only bytes
+are written, at offsets that are known beforehand: rows of hidden states, their hashes, and a log of
+what is committed. They go through `os.pwrite`, not through HDF5: HDF5 would keep metadata in memory
+and write it when it likes, and a thread would wait for its global lock.
 
-A commit runs beside the writing of what comes next. So does the estimating of the statistics, which
-reads the rows back while they are in the page cache, always batch by batch and tile by tile: they
-do not tell how often a job was killed.
+A commit is data, fdatasync, log record, fdatasync. A disk may write in any order what is not synced;
+without the first fdatasync a record could be on disk before the rows that it vouches for, and
+without the second a job would count batches as committed that a power cut takes away. So whatever
+the log lists is on disk, and a job that dies loses no more than what came after its last record.
+fdatasync suffices, since the size of the file never changes. The unfinished file is
+`<shard>.partial`, which the next job resumes; the finished one is renamed.
+
+A commit runs in a thread while the next batches are written. So do the statistics: threads read the
+rows back while they are in the page cache, always batch by batch and tile by tile, so that the
+result does not depend on how often a job was killed.
 """
 
 import logging
 import os
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
 import xxhash
 
 from theloom.errors import StoreError
-from theloom.hooks.points import HookPoint
-from theloom.store import checksums, commit_log, file_format, index, statistics
+from theloom.store import checksums, commit_log, file_format, index, shard_file, statistics
 from theloom.store.commit_log import RECORD
 from theloom.store.compression import pack_shard
-from theloom.store.file_format import METRICS, hook_path
+from theloom.store.file_format import METRICS
 from theloom.store.lock import WriterLock
 from theloom.store.partial import partial_of
+from theloom.store.shard_file import ShardSpec
 
 if TYPE_CHECKING:
     import torch
@@ -48,56 +52,6 @@ COMMIT_BYTES, MOST_TIMES_THAT = 8 << 20, 8
 _LATENCY_SHARE = 0.05
 
 COUNTERS = 2  # threads that estimate the statistics, each of hook points of its own
-
-
-@dataclass(frozen=True)
-class ShardTokens:
-    """The tokens and tables of one shard. Offsets are rows of the shard; document numbers are those
-    of the corpus.
-    """
-
-    first_row: int
-    input_ids: np.ndarray  # (rows,) int32
-    document: np.ndarray  # (rows,) int32
-    position: np.ndarray  # (rows,) int32
-    document_offset: np.ndarray  # (documents + 1,) int64
-    document_id: np.ndarray  # (documents,) bytes
-    window_offset: np.ndarray  # (windows + 1,) int64
-    window_document: np.ndarray  # (windows,) int32
-
-
-@dataclass(frozen=True)
-class ShardSpec:
-    """What a shard will hold: its tokens, its hook points, the precision on disk, the attributes of
-    the file.
-
-    `keys`: the tokens of the longest window of all shards, the last axis of attention's rows.
-    `identity` says which config, tokens and model made it: a `.partial` file of another identity is
-    not taken up. `max_overflow`: the share of a hook point's fp16 values that may be infinite.
-    """
-
-    tokens: ShardTokens
-    points: list[HookPoint]
-    keys: int
-    precision: str
-    batches: int  # units of work that are committed: batches, or layer by layer (block, batch)
-    identity: str
-    attributes: Mapping[str, Any]
-    compression: str = "none"
-    max_overflow: float = 0.0
-
-    @property
-    def rows(self) -> int:
-        return len(self.tokens.input_ids)
-
-    @property
-    def windows(self) -> int:
-        return len(self.tokens.window_document)
-
-    def row_bytes(self) -> dict[str, int]:
-        """Bytes of a row, by hook point."""
-        itemsize = file_format.bits_dtype(self.precision).itemsize
-        return {p.name: p.width(self.keys) * itemsize for p in self.points}
 
 
 class ShardWriter:
@@ -140,7 +94,7 @@ class ShardWriter:
             if not self._take_up():
                 self._create()
             with h5py.File(self.partial, "r") as file:
-                self._places = _places(file, self._spec.points)
+                self._offsets = shard_file.byte_offsets(file, self._spec.points)
                 self.metrics = dict(zip(METRICS, file["metrics"][:].tolist(), strict=True))
             self._fd = os.open(self.partial, os.O_RDWR)
             self._check_committed()
@@ -180,7 +134,7 @@ class ShardWriter:
                 f"window {window}: rows {start} to {start + len(rows)} after {seen} of {length}"
             )
         state.update(data)
-        self._pwrite(data, self._places[hook] + (first + start) * self._row_bytes[hook])
+        self._pwrite(data, self._offsets[hook] + (first + start) * self._row_bytes[hook])
         if start + len(rows) < length:
             self._begun[window, hook] = (state, start + len(rows))
         else:
@@ -201,9 +155,9 @@ class ShardWriter:
         for run in np.split(np.arange(len(cells)), np.flatnonzero(np.diff(cells) != 1) + 1):
             if len(run):
                 first = int(cells[run[0]])
-                self._pwrite(hashes[run].tobytes(), self._places["windows/hash"] + 8 * first)
+                self._pwrite(hashes[run].tobytes(), self._offsets["windows/hash"] + 8 * first)
                 numbers = np.full(len(run), self.batches_done, "<u4").tobytes()
-                self._pwrite(numbers, self._places["windows/batch"] + 4 * first)
+                self._pwrite(numbers, self._offsets["windows/batch"] + 4 * first)
         self._digest = commit_log.chain(self._digest, cells, hashes)
         self._records.append(commit_log.record(self.batches_done, rows, self._digest))
         counters = len(self._counting)
@@ -234,8 +188,8 @@ class ShardWriter:
         for name, values in statistics.statistics_columns(
             [self._statistics[p.name] for p in self._spec.points]
         ).items():
-            self._pwrite(values.tobytes(), self._places[name])
-        self._pwrite(self._metrics(), self._places["metrics"])
+            self._pwrite(values.tobytes(), self._offsets[name])
+        self._pwrite(self._metrics(), self._offsets["metrics"])
         checksums.write_checksums(self.partial, checksums.RESULTS)
         os.fsync(self._fd)
         if self._spec.compression == "none":
@@ -244,10 +198,10 @@ class ShardWriter:
             pack_shard(self.partial, self.path)
         file_format.sync(self.path.parent)
 
-    def _pwrite(self, data: bytes | memoryview, place: int) -> None:
+    def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         begun = time.perf_counter()
         try:
-            file_format.pwrite(self._fd, data, place)
+            file_format.pwrite(self._fd, data, offset)
         except OSError as error:
             if file_format.is_full(error):  # a file system that does not keep what it allocated
                 raise self._no_room() from None
@@ -265,11 +219,11 @@ class ShardWriter:
         self._to_count = self._counted
         first = self.batches_done - len(self._records)
         log_records = np.array(self._records, RECORD).tobytes()
-        place = self._places["commit_log"] + first * RECORD.itemsize
+        offset = self._offsets["commit_log"] + first * RECORD.itemsize
         self._sync = self._syncing.submit(
             self._to_disk,
             log_records,
-            place,
+            offset,
             self._metrics(),
             self._uncommitted,
             self._seconds_writing,
@@ -278,14 +232,14 @@ class ShardWriter:
         self._uncommitted, self._seconds_writing = 0, 0.0
 
     def _to_disk(
-        self, log_records: bytes, place: int, metrics: bytes, size: int, seconds_writing: float
+        self, log_records: bytes, offset: int, metrics: bytes, size: int, seconds_writing: float
     ) -> float:
         """The commit: seconds that it took."""
         begun = time.perf_counter()
         os.fdatasync(self._fd)
         synced = time.perf_counter()
-        file_format.pwrite(self._fd, log_records, place)
-        file_format.pwrite(self._fd, metrics, self._places["metrics"])
+        file_format.pwrite(self._fd, log_records, offset)
+        file_format.pwrite(self._fd, metrics, self._offsets["metrics"])
         os.fdatasync(self._fd)
         ended = time.perf_counter()
         latency, bandwidth = ended - synced, size / (synced - begun + seconds_writing)
@@ -314,7 +268,11 @@ class ShardWriter:
             begin, end = (int(r) for r in self._spec.tokens.window_offset[window : window + 2])
             hook, size = hooks[number]
             for data in commit_log.tiles(
-                self._fd, self._places[hook] + begin * size, end - begin, size, self._spec.precision
+                self._fd,
+                self._offsets[hook] + begin * size,
+                end - begin,
+                size,
+                self._spec.precision,
             ):
                 self._statistics[hook].add(data, self._spec.precision)
 
@@ -341,7 +299,7 @@ class ShardWriter:
             return False
         try:
             with h5py.File(self.partial, "r") as file:
-                same = file.attrs.get("identity") == self._spec.identity
+                same = file.attrs.get("shard_fingerprint") == self._spec.fingerprint
                 reason = "" if same else "is of another config, model or corpus"
                 if same:
                     with self.partial.open("rb") as f:
@@ -381,32 +339,20 @@ class ShardWriter:
             batch_of, records = file["windows/batch"][:], file["commit_log"][:]
         batch_of[batch_of > found.batches] = 0
         records[found.batches :] = np.zeros((), RECORD)
-        file_format.pwrite(self._fd, records.tobytes(), self._places["commit_log"])
-        file_format.pwrite(self._fd, batch_of.tobytes(), self._places["windows/batch"])
+        file_format.pwrite(self._fd, records.tobytes(), self._offsets["commit_log"])
+        file_format.pwrite(self._fd, batch_of.tobytes(), self._offsets["windows/batch"])
         os.fdatasync(self._fd)
 
     def _create(self) -> None:
         """Lay out the file with room for all rows; it gets its `.partial` name when all of that is
         on disk.
         """
-        begun = self.partial.with_name(self.partial.name + ".begun")
-        for old in (begun, self.partial):
-            old.unlink(missing_ok=True)
         try:
-            with h5py.File(begun, "w") as file:
-                _lay_out(file, self._spec)
-                end = max(_ends(file, self._spec.points), default=0)
-            with begun.open("rb+") as f:
-                os.posix_fallocate(f.fileno(), 0, max(end, 1))
-            checksums.write_checksums(begun, checksums.METADATA, checksums.TABLES)
+            shard_file.create(self.partial, self._spec)
         except (OSError, RuntimeError) as error:  # h5py raises either when a file cannot be closed
-            begun.unlink(missing_ok=True)
             if not file_format.is_full(error):
                 raise
             raise self._no_room() from None
-        file_format.sync(begun)
-        begun.replace(self.partial)
-        file_format.sync(self.partial.parent)
 
     def _no_room(self) -> Exception:
         return file_format.no_room(
@@ -425,52 +371,3 @@ def _with_all_keys(rows: "torch.Tensor", keys: int, fill: float) -> "torch.Tenso
 
     rows = rows[..., :keys]  # a batch is as wide as its longest window
     return torch.nn.functional.pad(rows, (0, keys - rows.shape[-1]), value=fill)
-
-
-def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
-    """All metadata and all tables of a shard; rows, hashes, log and statistics are places without
-    content yet.
-    """
-    tokens = spec.tokens
-    names = [p.name for p in spec.points]
-    file_format.set_attributes(
-        file, {**spec.attributes, "identity": spec.identity, "rows": spec.rows, "hooks": names}
-    )
-    for name in ("input_ids", "document", "position"):
-        file[f"tokens/{name}"] = getattr(tokens, name)
-    file["documents/offset"] = tokens.document_offset
-    file["documents/id"] = tokens.document_id
-    file["windows/offset"] = tokens.window_offset
-    file["windows/document"] = tokens.window_document
-    file["windows/hash"] = np.zeros((spec.windows, len(names)), "<u8")
-    file["windows/batch"] = np.zeros((spec.windows, len(names)), "<u4")
-    file["commit_log"] = np.zeros(spec.batches, RECORD)
-    file["metrics"] = np.zeros(len(METRICS))
-    file[checksums.CHECKSUMS] = np.zeros(3, "<u8")
-    statistics.create_statistics(file, [p.width(spec.keys) for p in spec.points])
-    for point in spec.points:
-        shape = (spec.rows, *point.row(spec.keys))
-        file_format.create_contiguous(
-            file, hook_path(point.name), shape, file_format.hdf5_type(spec.precision)
-        )
-    index.write_index(file)
-
-
-def _places(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
-    names = [
-        "windows/hash",
-        "windows/batch",
-        "commit_log",
-        "metrics",
-        *map("statistics/{}".format, file["statistics"]),
-    ]
-    places = {p.name: file_format.byte_offset(file[hook_path(p.name)]) for p in points}
-    return places | {name: file_format.byte_offset(file[name]) for name in names}
-
-
-def _ends(file: h5py.File, points: list[HookPoint]) -> list[int]:
-    return [
-        file_format.byte_offset(d) + d.id.get_storage_size()
-        for d in (file[hook_path(p.name)] for p in points)
-        if d.size
-    ]

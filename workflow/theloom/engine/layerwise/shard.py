@@ -32,7 +32,8 @@ from theloom.planning.estimate import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan
 from theloom.planning.plan import Plan
 from theloom.store.partial import begun
-from theloom.store.writer import ShardSpec, ShardTokens, ShardWriter
+from theloom.store.shard_file import ShardSpec, ShardTokens
+from theloom.store.writer import ShardWriter
 
 log = logging.getLogger(__name__)
 

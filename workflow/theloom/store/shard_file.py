@@ -1,0 +1,162 @@
+"""The layout of one shard's file: what it will hold, all of its metadata and tables, and room for
+its rows.
+
+Everything is laid out before the first row is computed. HDF5 keeps its metadata in caches and
+writes it in an order of its own, so a process that is killed while HDF5 writes can leave a file
+that no program opens. After `create`, the writer needs HDF5 no more: it writes bytes at offsets
+that are known.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from theloom.hooks.points import HookPoint
+from theloom.store import checksums, file_format, index, statistics
+from theloom.store.commit_log import RECORD
+from theloom.store.file_format import METRICS, hook_path
+
+
+@dataclass(frozen=True)
+class ShardTokens:
+    """The tokens and tables of one shard. Offsets are rows of the shard; document numbers are
+    those of the corpus.
+    """
+
+    first_row: int
+    input_ids: np.ndarray  # (rows,) int32
+    document: np.ndarray  # (rows,) int32
+    position: np.ndarray  # (rows,) int32
+    document_offset: np.ndarray  # (documents + 1,) int64
+    document_id: np.ndarray  # (documents,) bytes
+    window_offset: np.ndarray  # (windows + 1,) int64
+    window_document: np.ndarray  # (windows,) int32
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What a shard will hold: its tokens, its hook points, the precision on disk, the attributes
+    of the file.
+
+    `keys`: the tokens of the longest window of all shards, the last axis of attention's rows.
+    `fingerprint`: identifies config, tokens and model; a `.partial` file with another one is not
+    resumed. `max_overflow`: the share of a hook point's fp16 values that may be infinite.
+    """
+
+    tokens: ShardTokens
+    points: list[HookPoint]
+    keys: int
+    precision: str
+    batches: int  # units of work that are committed: batches, or layer by layer (block, batch)
+    fingerprint: str
+    attributes: Mapping[str, Any]
+    compression: str = "none"
+    max_overflow: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the shard."""
+        return len(self.tokens.input_ids)
+
+    @property
+    def windows(self) -> int:
+        """Windows of the shard."""
+        return len(self.tokens.window_document)
+
+    def row_bytes(self) -> dict[str, int]:
+        """Bytes of a row, by hook point."""
+        itemsize = file_format.bits_dtype(self.precision).itemsize
+        return {p.name: p.width(self.keys) * itemsize for p in self.points}
+
+
+def create(path: Path, spec: ShardSpec) -> None:
+    """Lay out a shard's file with room for all rows; `path` exists only once all of it is on disk.
+
+    Args:
+        path: the unfinished file; one that is there is replaced.
+        spec: what the shard will hold.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+        RuntimeError: the same, where HDF5 noticed it only when it closed the file.
+    """
+    new = path.with_name(path.name + ".new")
+    for old in (new, path):
+        old.unlink(missing_ok=True)
+    try:
+        with h5py.File(new, "w") as file:
+            _lay_out(file, spec)
+            end = max(_ends(file, spec.points), default=0)
+        with new.open("rb+") as f:
+            # a full disk is an error now, not after hours of computing
+            os.posix_fallocate(f.fileno(), 0, max(end, 1))
+        checksums.write_checksums(new, checksums.METADATA, checksums.TABLES)
+    except (OSError, RuntimeError):
+        new.unlink(missing_ok=True)
+        raise
+    # synced before it is renamed, and the folder after: a power cut leaves a whole file or none
+    file_format.sync(new)
+    new.replace(path)
+    file_format.sync(path.parent)
+
+
+def byte_offsets(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
+    """The offset in bytes of everything that is written after the layout.
+
+    Args:
+        file: an open file that `create` laid out.
+        points: its hook points.
+
+    Returns:
+        By name of hook point, or of dataset (`windows/hash`, `commit_log`, …).
+    """
+    names = [
+        "windows/hash",
+        "windows/batch",
+        "commit_log",
+        "metrics",
+        *map("statistics/{}".format, file["statistics"]),
+    ]
+    offsets = {p.name: file_format.byte_offset(file[hook_path(p.name)]) for p in points}
+    return offsets | {name: file_format.byte_offset(file[name]) for name in names}
+
+
+def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
+    """All metadata and all tables; rows, hashes, log and statistics are zeros or room so far."""
+    tokens = spec.tokens
+    names = [p.name for p in spec.points]
+    of_shard = {"shard_fingerprint": spec.fingerprint, "rows": spec.rows, "hooks": names}
+    file_format.set_attributes(file, {**spec.attributes, **of_shard})
+    for name in ("input_ids", "document", "position"):
+        file[f"tokens/{name}"] = getattr(tokens, name)
+    file["documents/offset"] = tokens.document_offset
+    file["documents/id"] = tokens.document_id
+    file["windows/offset"] = tokens.window_offset
+    file["windows/document"] = tokens.window_document
+    file["windows/hash"] = np.zeros((spec.windows, len(names)), "<u8")
+    file["windows/batch"] = np.zeros((spec.windows, len(names)), "<u4")
+    file["commit_log"] = np.zeros(spec.batches, RECORD)
+    file["metrics"] = np.zeros(len(METRICS))
+    file[checksums.CHECKSUMS] = np.zeros(3, "<u8")
+    statistics.create_statistics(file, [p.width(spec.keys) for p in spec.points])
+    for point in spec.points:
+        shape = (spec.rows, *point.row(spec.keys))
+        # contiguous: a row's offset is arithmetic, so rows are written in any order without HDF5,
+        # and a reader maps them
+        file_format.create_contiguous(
+            file, hook_path(point.name), shape, file_format.hdf5_type(spec.precision)
+        )
+    index.write_index(file)
+
+
+def _ends(file: h5py.File, points: list[HookPoint]) -> list[int]:
+    return [
+        file_format.byte_offset(d) + d.id.get_storage_size()
+        for d in (file[hook_path(p.name)] for p in points)
+        if d.size
+    ]
