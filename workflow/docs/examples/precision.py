@@ -16,7 +16,9 @@ def main(folders: list[Path]) -> list[Compared]:
     """Errors as shares of FP32 rows, the measured memory, and the speed of every run."""
     runs = compare(folders)
     for run in runs:
-        error = "no FP32 run to compare with" if run.error_rms is None else f"error {run.error_rms:.2e}"
+        error = (
+            "no FP32 run to compare with" if run.error_rms is None else f"error {run.error_rms:.2e}"
+        )
         speed = (
             "not timed"
             if run.tokens_per_second is None
