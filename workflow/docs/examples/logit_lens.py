@@ -2,9 +2,9 @@
 
     .venv/bin/python workflow/docs/examples/logit_lens.py results/examples
 
-A state goes through the model's own final norm and LM head. By layer: how often its first choice is
-the one that the model makes in the end, and the probability that it gives to the token that comes
-next. The run is that of probe.py; the last block must be among its hook points.
+Each state goes through the model's own final norm and LM head. The result by layer: how often its
+first choice is the final one, and the probability of the next token. It reads the run of probe.py;
+the last block must be among the hook points.
 """
 
 import sys
@@ -40,16 +40,14 @@ def main(run: Path, rows_read: int = 1024) -> dict[str, tuple[float, float]]:
     following = torch.from_numpy(acts.input_ids.numpy(rows + 1).astype("int64"))
     model = model_of(acts)
     final = lens(model, acts[acts.hooks[-1]][rows]).argmax(dim=-1)
-    found = {}
+    agreement = {}
     for hook in acts.hooks:
         logits = lens(model, acts[hook][rows])
         agrees = float((logits.argmax(dim=-1) == final).float().mean())
         probability = float(logits.softmax(dim=-1).gather(1, following[:, None]).mean())
-        found[hook] = (agrees, probability)
-        print(
-            f"{hook:<28} agrees with the end {agrees:.3f}   probability of the next token {probability:.4f}"
-        )
-    return found
+        agreement[hook] = (agrees, probability)
+        print(f"{hook:<28} agrees with the last {agrees:.3f}   next token {probability:.4f}")
+    return agreement
 
 
 if __name__ == "__main__":

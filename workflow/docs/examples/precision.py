@@ -14,18 +14,19 @@ from theloom.report.runs import Compared, compare
 
 def main(folders: list[Path]) -> list[Compared]:
     """Errors as shares of FP32 rows, the measured memory, and the speed of every run."""
-    found = compare(folders)
-    for run in found:
-        error = "no FP32 run beside it" if run.error_rms is None else f"error {run.error_rms:.2e}"
+    runs = compare(folders)
+    for run in runs:
+        error = (
+            "no FP32 run to compare with" if run.error_rms is None else f"error {run.error_rms:.2e}"
+        )
         speed = (
             "not timed"
             if run.tokens_per_second is None
             else f"{run.tokens_per_second:,.0f} tokens/s"
         )
-        print(
-            f"{run.run}: {run.precision}, stored as {run.stored}: {error}, {run.memory / 1e6:,.0f} MB, {speed}"
-        )
-    return found
+        memory = f"{run.memory / 1e6:,.0f} MB"
+        print(f"{run.run}: {run.precision}, stored as {run.stored}: {error}, {memory}, {speed}")
+    return runs
 
 
 if __name__ == "__main__":

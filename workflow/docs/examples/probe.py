@@ -1,11 +1,11 @@
 """A linear probe for every captured layer: does the next token begin a new word?
 
-It needs a run with several layers:
+It reads a run with several layers:
 
     make run SET="name=examples corpus.max_tokens=4096 memory.activation_cache_filter=[blocks.2.hook_resid_post,blocks.8.hook_resid_post,blocks.15.hook_resid_post,blocks.22.hook_resid_post,blocks.29.hook_resid_post]"
     .venv/bin/python workflow/docs/examples/probe.py results/examples
 
-The control is the same probe on shuffled labels: what it reaches is chance.
+The control is the same probe on shuffled labels: its accuracy is chance.
 """  # noqa: E501
 
 import sys
@@ -17,7 +17,7 @@ import torch
 
 
 def balanced(labels: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
-    """As many rows of each label, so that chance is one half."""
+    """Equally many rows of each label, so that chance is one half."""
     order = np.random.default_rng(seed).permutation(rows)
     yes, no = order[labels[order]], order[~labels[order]]
     count = min(len(yes), len(no))
@@ -55,24 +55,23 @@ def main(run: Path) -> dict[str, tuple[float, float]]:
     same_document = (
         tokens["document"].to_numpy()[1:] == tokens["document"].to_numpy()[:-1]
     ).nonzero()[0]
-    rows = same_document[
-        tokens["position"].to_numpy()[same_document] > 0
-    ]  # the first position is unlike all others
+    # the first position is unlike all others
+    rows = same_document[tokens["position"].to_numpy()[same_document] > 0]
     labels = np.append(begins_word[1:], False)
     cut = int(0.7 * len(acts))
     train, test = (balanced(labels, part, seed=0) for part in (rows[rows < cut], rows[rows >= cut]))
     truth = torch.from_numpy(labels).float()
     shuffled = truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))]
-    found = {}
+    results = {}
     for hook in acts.hooks:
         states, held_out = acts[hook][train].float(), acts[hook][test].float()
         mean, scale = states.mean(dim=0), states.std(dim=0) + 1e-6
         states, held_out = (states - mean) / scale, (held_out - mean) / scale
-        found[hook] = tuple(
+        results[hook] = tuple(
             accuracy(fit(states, y[train]), held_out, y[test]) for y in (truth, shuffled)
         )
-        print(f"{hook:<28} accuracy {found[hook][0]:.3f}   shuffled labels {found[hook][1]:.3f}")
-    return found
+        print("{:<28} accuracy {:.3f}   shuffled labels {:.3f}".format(hook, *results[hook]))
+    return results
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     make run SET="corpus.max_tokens=16384"
     .venv/bin/python workflow/docs/examples/sparse_autoencoder.py results/smollm2-135m
 
-Each row becomes a sum of 32 of 1,024 learned directions. What is left over, as a share of the rows'
-variance (the fraction of variance unexplained), is what training brings down.
+Each row becomes a sum of 32 of 1,024 learned directions. Training minimizes what is left over, as
+a share of the rows' variance: the fraction of variance unexplained.
 """
 
 import sys
@@ -20,7 +20,7 @@ FEATURES, ACTIVE, BATCH = 1024, 32, 256
 
 
 class SparseAutoencoder(torch.nn.Module):
-    """The `ACTIVE` largest features of a row, and the row that they add up to."""
+    """Encodes a row as its `ACTIVE` largest features, and decodes their sum."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -33,15 +33,15 @@ class SparseAutoencoder(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (batch, width)
         features = self.encoder(rows - self.decoder.bias).relu()
-        values, places = features.topk(ACTIVE, dim=-1)
-        sparse = torch.zeros_like(features).scatter(-1, places, values)
+        values, indices = features.topk(ACTIVE, dim=-1)
+        sparse = torch.zeros_like(features).scatter(-1, indices, values)
         return self.decoder(sparse), sparse
 
 
 def batches(acts: Activations, hook: str, end: int, epochs: int) -> Iterator[torch.Tensor]:
     """Rows before `end`, in another order each epoch, without those of first positions.
 
-    The massive activations there would be all of the variance.
+    The massive activations there would make up all of the variance.
     """
     for epoch in range(epochs):
         for batch in acts.batches(
@@ -78,9 +78,7 @@ def main(run: Path, epochs: int = 12) -> tuple[float, float]:
         if step % 100 == 0:
             print(f"step {step}: loss {loss.item():.4f}")
     after = unexplained(model, test)
-    print(
-        f"{hook}: variance unexplained of rows held out {before:.3f} before, {after:.3f} after training"
-    )
+    print(f"{hook}: variance unexplained, held-out rows: {before:.3f} before, {after:.3f} after")
     return before, after
 
 

@@ -1,13 +1,11 @@
-"""A steering vector: the difference of two sets of texts, added to the stream of the model as it
-runs.
+"""A steering vector: the difference of two sets of texts, added to the residual stream.
 
     .venv/bin/python workflow/docs/examples/steering.py --texts texts.jsonl
     make run SET="name=steering corpus=text corpus.path=texts.jsonl corpus.id_column=id memory.activation_cache_filter=[blocks.15.hook_resid_post]"
     .venv/bin/python workflow/docs/examples/steering.py results/steering
 
 The vector is the mean state of the joyful texts' last tokens minus that of the sad ones'. It is
-judged on sentences that are in neither set: how much likelier than "sad" words it makes "joyful"
-ones.
+tested on sentences that are in neither set: how much likelier it makes joyful words than sad ones.
 """  # noqa: E501
 
 import json
@@ -49,7 +47,7 @@ WORDS = {
 
 
 def write_texts(path: Path) -> None:
-    """One text a line; the id of each says which set it is of."""
+    """Write one text a line; the id of each names its set."""
     lines = [
         {"id": f"{name}-{s}-{v}", "text": f"{subject} {verb}"}
         for name, verbs in (("joy", JOY), ("grief", GRIEF))
@@ -60,7 +58,7 @@ def write_texts(path: Path) -> None:
 
 
 def vector(run: Path) -> torch.Tensor:
-    """Mean last state of the one set minus that of the other, (width,)."""
+    """Mean last state of the joyful texts minus that of the sad ones, (width,)."""
     acts = theloom.open(run / "activations.h5")
     last = {
         name: [acts.document(i)[HOOK][-1].float() for i in acts.documents if i.startswith(name)]
@@ -84,30 +82,30 @@ def added(model: PreTrainedModel, direction: torch.Tensor) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def preference(model: PreTrainedModel, words: object) -> float:
+def preference(model: PreTrainedModel, tokenizer: object) -> float:
     """How much likelier the joyful words are than the sad ones, in nats, over all prompts."""
-    found = []
+    differences = []
     for prompt in PROMPTS:
-        logits = model(torch.tensor([words.encode(prompt)])).logits[0, -1].log_softmax(dim=-1)
+        logits = model(torch.tensor([tokenizer.encode(prompt)])).logits[0, -1].log_softmax(dim=-1)
         joy, grief = (
-            logits[[words.encode(w)[0] for w in WORDS[name]]].logsumexp(dim=0) for name in WORDS
+            logits[[tokenizer.encode(w)[0] for w in WORDS[name]]].logsumexp(dim=0) for name in WORDS
         )
-        found.append(float(joy - grief))
-    return sum(found) / len(found)
+        differences.append(float(joy - grief))
+    return sum(differences) / len(differences)
 
 
 def main(run: Path, strength: float = 2.0) -> tuple[float, float, float]:
-    """The preference steered away, as the model is, and steered towards joy."""
+    """The preference steered away from joy, unsteered, and steered towards joy."""
     acts, direction = theloom.open(run / "activations.h5"), vector(run)
     files = prepare_files(ModelConfig(source=acts.attributes["model_source"]))
     model = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32).eval()
-    words = token_text.of(acts)
-    found = []
+    tokenizer = token_text.of(acts)
+    results = []
     for factor in (-strength, 0.0, strength):
         with added(model, factor * direction):
-            found.append(preference(model, words))
-        print(f"{factor:+.1f} × vector: joyful words ahead of sad ones by {found[-1]:+.3f} nats")
-    return found[0], found[1], found[2]
+            results.append(preference(model, tokenizer))
+        print(f"{factor:+.1f} × vector: joyful words ahead of sad ones by {results[-1]:+.3f} nats")
+    return results[0], results[1], results[2]
 
 
 if __name__ == "__main__":
