@@ -33,7 +33,7 @@ test-store: environment
 # NO_MKDOCS_2_WARNING: mkdocs-material's note on its successor; the versions here are pinned
 docs: environment
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "next: open site/index.html in a browser"
+	@echo "next: open site/index.html in a browser; its search needs a server: python3 -m http.server -d site"
 
 sweep: environment
 	$(BIN)/python tests/sweep.py
