@@ -1,16 +1,12 @@
-# On the machine where Snakemake runs, which has a network and the user's login; without a shared file system, where
-# what it fetches could not be seen, it is a job like the others.
-if workflow.storage_settings.default_storage_provider is None:
-
-    localrules:
-        stage_model,
-
-
+# On the machine where Snakemake runs, which has a network and the user's login. Without a shared file system nobody
+# would see there what it fetches: then it is a job like the others.
 rule stage_model:
     input:
         # What does not fit the disk is refused before anything is fetched; a model whose numbers are in no profile
         # must be here to be estimated.
-        estimate=lambda wildcards: [] if unknown_model(wildcards) else ancient(f"results/{wildcards.run}/estimate.h5"),
+        estimate=lambda wildcards: (
+            [] if unknown_model(wildcards) else ancient(f"results/{wildcards.run}/estimate.h5")
+        ),
         config=frozen("source"),
     output:
         source="results/{run}/source.json",
@@ -18,6 +14,7 @@ rule stage_model:
         "results/{run}/logs/stage_model.log",
     benchmark:
         "results/{run}/benchmarks/stage_model.tsv"
+    localrule: workflow.storage_settings.default_storage_provider is None
     conda:
         "../../envs/theloom.yaml"
     container:
