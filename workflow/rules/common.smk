@@ -27,11 +27,12 @@ HOME = locations.home_of(
 )
 # Of a path, since `replace_prefix: {"results/": …}` matches no bare "results".
 RESULTS = Path(workflow.modifier.path_modifier.replace_prefix("results/_")).parent
-CONTAINER = str(HOME / "envs/theloom.sif")  # for --sdm apptainer; workflow/docs/clusters.md
 
+SDM = workflow.deployment_settings.deployment_method
+# Snakemake refuses an image whose path has a blank, even where jobs run without it.
+CONTAINER = str(HOME / "envs/theloom.sif") if DeploymentMethod.APPTAINER in SDM else None
 # Jobs in an environment of their own lack theloom. A checkout's jobs always import the checkout's.
-IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
-if IN_CONDA or (HOME / "workflow/theloom").is_dir():
+if DeploymentMethod.CONDA in SDM or (HOME / "workflow/theloom").is_dir():
     let_jobs_import(locations.jobs_path(HOME, Path(".snakemake/theloom")))
 host.reuse_freed_blocks()
 
