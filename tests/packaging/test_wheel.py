@@ -18,8 +18,6 @@ from theloom.config import locations
 
 pytest.importorskip("setuptools", minversion="77")  # builds without a network
 
-RELEASED = next((ROOT / "tests/released").glob("activations-format-1*.h5"))
-
 
 @dataclass(frozen=True)
 class Installed:
@@ -92,6 +90,20 @@ def made(installed) -> Path:
     return installed.folder.parent / "my project"
 
 
+@pytest.fixture(scope="module")
+def finished(made, installed, tiny_llama) -> tuple[Path, str]:
+    """The activations of a run with a profile of the user's, and what Snakemake printed."""
+    small = "corpus.max_tokens=600 memory.streaming_chunk_size=64 extraction.shards=1"
+    overrides = f"model.source={tiny_llama} extraction.device=cpu name=small {small}"
+    shutil.copy(made / "config/profile/custom.yaml", made / "config/profile/mine.yaml")
+    command = ["python", "-m", "snakemake", "--profile", "workflow/profiles/local"]
+    done = installed.run(*command, "--config", "profiles=mine", f"set={overrides}", cwd=made)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    (activations,) = (made / "results").glob("*/activations.h5")
+    return activations, printed
+
+
 def test_a_wheel_holds_the_project_files_once_and_no_residue(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     packaged = sorted(n.partition("_project/")[2] for n in names if "_project/" in n)
@@ -101,19 +113,6 @@ def test_a_wheel_holds_the_project_files_once_and_no_residue(wheel):
     assert not [n for n in names if n.startswith(("tests", "setup", "config"))]
 
 
-def test_the_command_line_works_in_an_empty_folder(installed, wheel):
-    where = installed.python("import theloom; print(theloom.__file__)")
-    assert where.startswith(str(installed.bin.parent))
-    commands = [["estimate", "7b"], ["gpus"], ["inspect", str(RELEASED)]]
-    source = (
-        "from theloom.cli.main import main; from theloom.store.provenance import code_version\n"
-        f"print([main(command) for command in {commands}], code_version())"
-    )
-    printed = installed.python(source)
-    assert printed.splitlines()[-1] == f"[0, 0, 0] {theloom.__version__}"
-    assert not list(installed.folder.iterdir())
-
-
 def test_a_project_has_all_files_and_runs_the_installed_library(made):
     assert locations.project_files(made) == locations.project_files(ROOT)
     assert not (made / "workflow/theloom").exists()
@@ -121,25 +120,26 @@ def test_a_project_has_all_files_and_runs_the_installed_library(made):
         assert os.access(made / name, os.X_OK) == os.access(ROOT / name, os.X_OK), name
 
 
-def test_a_project_runs(made, installed, tiny_llama):
-    small = "corpus.max_tokens=600 memory.streaming_chunk_size=64 extraction.batch_tokens=256"
-    requested = [
-        "--config",
-        "profiles=mine",
-        f"set=model.source={tiny_llama} extraction.device=cpu {small}",
-    ]
-    shutil.copy(made / "config/profile/custom.yaml", made / "config/profile/mine.yaml")
-    command = ["python", "-m", "snakemake", "--profile", "workflow/profiles/local"]
-    done = installed.run(*command, "--cores", "2", *requested, cwd=made)
-    printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed
+def test_a_project_runs(made, finished):
+    activations, printed = finished
     assert "warning" not in printed
-    (activations,) = (made / "results").glob("*/activations.h5")
     assert f"theloom inspect {activations.relative_to(made)}" in printed
     assert ".venv" not in printed
     acts = theloom.open(activations)
     assert len(acts) == 600
     assert acts.attributes["code"] == theloom.__version__
+
+
+def test_the_command_line_works_in_an_empty_folder(installed, finished):
+    activations, _ = finished
+    commands = [["estimate", "7b"], ["gpus"], ["inspect", str(activations)]]
+    source = (
+        "import theloom; from theloom.cli.main import main\n"
+        f"print([main(command) for command in {commands}], theloom.__file__)"
+    )
+    last = installed.python(source).splitlines()[-1]
+    assert last.startswith(f"[0, 0, 0] {installed.bin.parent}")
+    assert not list(installed.folder.iterdir())
 
 
 def test_the_command_line_knows_a_project_s_own_profiles(made, installed):
