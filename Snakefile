@@ -6,7 +6,7 @@ min_version("9.0")
 include: "workflow/rules/common.smk"
 
 
-# The first rule is the default target, unless a workflow that uses this one as a module has its own.
+# The first rule is the default target. A workflow that uses this one as a module has its own.
 rule all:
     input:
         expand("results/{run}/{file}", run=RUNS, file=["activations.h5", "verification.h5"]),

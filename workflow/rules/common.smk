@@ -98,9 +98,10 @@ def frozen(name):
 
 
 def resource(name):
-    """Resource function: what the run's plan gives to jobs that hold the model; 0 and null ask for nothing.
+    """Resource function: what the run's plan gives to jobs that hold the model.
 
-    Where the profile has a default, its submit command names the resource, which then is there as 0 too.
+    A value of 0 or null requests nothing. Where the Snakemake profile has a default for the
+    resource, its submit command names it, so that 0 must stay 0.
     """
     nothing = 0 if name in (workflow.resource_settings.default_resources or ()) else None
     return (
@@ -109,7 +110,7 @@ def resource(name):
 
 
 def escalating(name):
-    """Resource function: what the plan gives, and as much more for each retry."""
+    """Resource function: what the plan gives, times the number of the attempt."""
     return lambda wildcards, attempt: attempt * resource(name)(wildcards)
 
 
@@ -122,7 +123,7 @@ def whole_disk(wildcards):
 
 
 def unknown_model(wildcards):
-    """Whether the run's profile lacks the model's numbers, so that they must be read from the model itself."""
+    """Whether the profile lacks the model's dimensions, which then are read from the model."""
     return stage(wildcards.run, "estimate")["config"]["model"]["architecture"] is None
 
 
@@ -137,7 +138,7 @@ def shards_of(run):
 
 
 def drawn(group, category, folder="results/{run}/figures", subcategory="{run}"):
-    """The outputs of a group of figures: each as a drawing and as a table, which the report shows, and as CSV."""
+    """The outputs of a group of figures: each as a drawing, as a table, and as CSV."""
     outputs = {}
     for name, label in report_groups.GROUPS[group].items():
         shown = dict(caption=f"../report/{name}.rst", category=category, subcategory=subcategory)
@@ -162,8 +163,9 @@ def figures_of(run):
 onstart:
     if workflow.executor_plugin.name == "slurm":
         slurm.keep_to_squeue()
-    # For jobs on a cluster, which parse this file again. Not by freeze_config, as an ancient() input of theirs: Snakemake
-    # would leave out all jobs behind one that makes such an input anew, also those whose output is missing.
+    # For jobs on a cluster, which parse this file again. freeze_config cannot write it, as their
+    # ancient() input: where such an input is made anew, Snakemake leaves out all jobs downstream,
+    # even those whose output is missing.
     for name, run in RUNS.items():
         frozen_resources = RESULTS / name / "config/resources.json"
         frozen_resources.parent.mkdir(parents=True, exist_ok=True)

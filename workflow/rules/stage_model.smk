@@ -1,9 +1,9 @@
-# On the machine where Snakemake runs, which has a network and the user's login. Without a shared file system nobody
-# would see there what it fetches: then it is a job like the others.
+# Runs on the machine of Snakemake, which has a network and the user's login. Without a shared file
+# system other machines would not see what it fetches there: then it is a job like the others.
 rule stage_model:
     input:
-        # What does not fit the disk is refused before anything is fetched; a model whose numbers are in no profile
-        # must be here to be estimated.
+        # The estimate rejects what does not fit the disk before anything is fetched. A model whose
+        # dimensions are in no profile must be fetched first to be estimated.
         estimate=lambda wildcards: (
             [] if unknown_model(wildcards) else ancient(f"results/{wildcards.run}/estimate.h5")
         ),
@@ -23,6 +23,6 @@ rule stage_model:
         mem_mb=2000,
         runtime=240,
     message:
-        "{wildcards.run}: have the model's files here"
+        "{wildcards.run}: fetch the model's files"
     script:
         "../scripts/stage_model.py"
