@@ -1,6 +1,6 @@
 # make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…")
 # make report all figures of the runs, in one page: results/report.html (the same PROFILES and SET)
-# make bench  the same environment and peers, then TheLoom beside other tools (or BENCH="--rounds 7 --tokens 4096")
+# make bench  the same environment and peers, then TheLoom next to other tools (or BENCH="--rounds 7 --tokens 4096")
 # make test   build the same environment, then lint, type check and run all tests
 # make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
 # make docs   build the documentation site from the pages and docstrings: site/index.html
@@ -12,16 +12,16 @@ SET ?=
 BENCH ?=
 BIN := .venv/bin
 
-Requested = $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
+Config = $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
 
 .PHONY: run report test test-store docs sweep bench bench-store lint format environment lock clean
 
 run: environment
-	$(BIN)/snakemake --profile workflow/profiles/local $(Requested)
+	$(BIN)/snakemake --profile workflow/profiles/local $(Config)
 
 report: environment
-	$(BIN)/snakemake figures --profile workflow/profiles/local $(Requested)
-	$(BIN)/snakemake figures --profile workflow/profiles/local --report results/report.html $(Requested)
+	$(BIN)/snakemake figures --profile workflow/profiles/local $(Config)
+	$(BIN)/snakemake figures --profile workflow/profiles/local --report results/report.html $(Config)
 	@echo "next: open results/report.html in a browser"
 
 test: lint
@@ -51,14 +51,14 @@ bench-store: environment
 lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/snakefmt --check Snakefile workflow/rules
+	$(BIN)/snakefmt --check Snakefile workflow/rules workflow/docs/examples/module/Snakefile
 	$(BIN)/mypy
 	$(BIN)/snakemake --lint
 
 format: environment
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/snakefmt Snakefile workflow/rules
+	$(BIN)/snakefmt Snakefile workflow/rules workflow/docs/examples/module/Snakefile
 
 environment: .venv/complete
 

@@ -4,6 +4,17 @@ min_version("9.0")
 
 
 include: "workflow/rules/common.smk"
+
+
+# The first rule is the default target. A workflow that uses this one as a module has its own.
+rule all:
+    input:
+        expand("results/{run}/{file}", run=RUNS, file=["activations.h5", "verification.h5"]),
+    localrule: True
+    message:
+        "all runs are done"
+
+
 include: "workflow/rules/freeze_config.smk"
 include: "workflow/rules/estimate_memory.smk"
 include: "workflow/rules/stage_model.smk"
@@ -13,12 +24,3 @@ include: "workflow/rules/extract_shard.smk"
 include: "workflow/rules/merge_shards.smk"
 include: "workflow/rules/verify.smk"
 include: "workflow/rules/report.smk"
-
-
-rule all:
-    default_target: True
-    input:
-        expand("results/{run}/{file}", run=RUNS, file=["activations.h5", "verification.h5"]),
-    localrule: True
-    message:
-        "all runs are done"

@@ -1,10 +1,15 @@
-"""What all rules share: the runs of this call, composed once, and the frozen config of each of their stages."""
+"""What all rules share: the runs of this call, composed once, and the frozen config of each stage.
+
+Another workflow may use this one as a module (workflow/docs/install.md). Then `workflow.basedir` is
+the other's, its `prefix:` lies before `results`, and its console and handlers are its own.
+"""
 
 import json
 import sys
 import time
 from pathlib import Path
 
+from theloom.config import locations
 from theloom.config.compose import runs as composed_runs
 from theloom.config.frozen import freeze
 from theloom.devices import host
@@ -13,10 +18,22 @@ from theloom.pipeline import console, preflight, resources, slurm
 from theloom.pipeline.job import last_errors, let_jobs_import
 from theloom.report import groups as report_groups
 
-STARTED = time.time()
-CONTAINER = str(Path(workflow.basedir, "envs/theloom.sif"))  # for --sdm apptainer; workflow/docs/clusters.md
+from snakemake.settings.types import DeploymentMethod
 
-let_jobs_import(Path(workflow.basedir, "workflow"))  # for jobs in an environment of their own: --sdm conda
+STARTED = time.time()
+IS_MODULE = not workflow.modifier.is_main_snakefile()
+HOME = locations.home_of(
+    Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parents[1]
+)
+# Of a path, since `replace_prefix: {"results/": …}` matches no bare "results".
+RESULTS = Path(workflow.modifier.path_modifier.replace_prefix("results/_")).parent
+
+SDM = workflow.deployment_settings.deployment_method
+# Snakemake refuses an image whose path has a blank, even where jobs run without it.
+CONTAINER = str(HOME / "envs/theloom.sif") if DeploymentMethod.APPTAINER in SDM else None
+# Jobs in an environment of their own lack theloom. A checkout's jobs always import the checkout's.
+if DeploymentMethod.CONDA in SDM or (HOME / "workflow/theloom").is_dir():
+    let_jobs_import(locations.jobs_path(HOME, Path(".snakemake/theloom")))
 host.reuse_freed_blocks()
 
 
@@ -27,24 +44,24 @@ wildcard_constraints:
 
 
 def compose():
-    """The runs that `--config profiles=A,B set="key=value …"` asks for, by name."""
+    """The runs that `--config profiles=A,B set="key=value …"` requests, by name."""
     unknown = set(config) - {"profiles", "set"}
-    if unknown:
+    if unknown and not IS_MODULE:  # whose config may hold the other workflow's keys too
         raise TheLoomError(
             f"--config takes profiles and set, found {', '.join(sorted(unknown))}; "
             'to set a key of the configuration: --config set="memory.streaming_chunk_size=256"'
         )
     runs = composed_runs(
-        Path(workflow.basedir, "config"),
+        HOME / "config",
         config.get("profiles"),
         config.get("set"),
     )
     for run in runs.values():
         preflight.check(run)
-    return {name: resources.planned(run, Path("results")) for name, run in runs.items()}
+    return {name: resources.planned(run, RESULTS) for name, run in runs.items()}
 
 
-BRIEF = console.shorten() if workflow.is_main_process else None
+BRIEF = console.shorten() if workflow.is_main_process and not IS_MODULE else None
 
 if workflow.is_main_process or workflow.storage_settings.default_storage_provider is not None:
     try:
@@ -54,9 +71,11 @@ if workflow.is_main_process or workflow.storage_settings.default_storage_provide
         sys.exit(1)
     if workflow.is_main_process:
         print(resources.table(RUNS), file=sys.stderr)
+        if warning := locations.version_warning(HOME):
+            print(warning, file=sys.stderr)
 else:
-    # A job that a cluster runs parses this file again: it believes the frozen configs, not YAML edited since. Without a
-    # shared file system it has the YAML of its submission.
+    # A job on a cluster parses this file again. It reads the frozen configs, not YAML edited since.
+    # Without a shared file system it has the YAML of its submission.
     RUNS = {}
 
 
@@ -66,7 +85,11 @@ def stage(run, name):
         if run not in RUNS:
             raise WorkflowError(f"no run {run!r} in this call; it has {', '.join(RUNS)}")
         return RUNS[run].stage(name)
-    return json.loads(Path("results", run, "config", f"{name}.json").read_text(encoding="utf-8"))
+    file = RESULTS / run / "config" / f"{name}.json"
+    if IS_MODULE and not file.exists():  # the other workflow did not call this module's onstart
+        RUNS.update(compose())
+        return stage(run, name)
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def frozen(name):
@@ -75,26 +98,32 @@ def frozen(name):
 
 
 def resource(name):
-    """Resource function: what the run's plan gives to jobs that hold the model; 0 and null ask for nothing.
+    """Resource function: what the run's plan gives to jobs that hold the model.
 
-    Where the profile has a default, its submit command names the resource, which then is there as 0 too.
+    A value of 0 or null requests nothing. Where the Snakemake profile has a default for the
+    resource, its submit command names it, so that 0 must stay 0.
     """
     nothing = 0 if name in (workflow.resource_settings.default_resources or ()) else None
-    return lambda wildcards: stage(wildcards.run, "resources")["config"]["resources"][name] or nothing
+    return (
+        lambda wildcards: stage(wildcards.run, "resources")["config"]["resources"][name] or nothing
+    )
 
 
 def escalating(name):
-    """Resource function: what the plan gives, and as much more for each retry."""
+    """Resource function: what the plan gives, times the number of the attempt."""
     return lambda wildcards, attempt: attempt * resource(name)(wildcards)
 
 
 def whole_disk(wildcards):
     """Resource function: the disk that all shards take, in MB."""
-    return resource("disk_mb")(wildcards) * stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
+    return (
+        resource("disk_mb")(wildcards)
+        * stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
+    )
 
 
 def unknown_model(wildcards):
-    """Whether the run's profile lacks the model's numbers, so that they must be read from the model itself."""
+    """Whether the profile lacks the model's dimensions, which then are read from the model."""
     return stage(wildcards.run, "estimate")["config"]["model"]["architecture"] is None
 
 
@@ -109,7 +138,7 @@ def shards_of(run):
 
 
 def drawn(group, category, folder="results/{run}/figures", subcategory="{run}"):
-    """The outputs of a group of figures: each as a drawing and as a table, which the report shows, and as CSV."""
+    """The outputs of a group of figures: each as a drawing, as a table, and as CSV."""
     outputs = {}
     for name, label in report_groups.GROUPS[group].items():
         shown = dict(caption=f"../report/{name}.rst", category=category, subcategory=subcategory)
@@ -124,29 +153,36 @@ def drawn(group, category, folder="results/{run}/figures", subcategory="{run}"):
 def figures_of(run):
     """All figures of a run: those of attention only where the run's hook points hold some."""
     groups = report_groups.groups(RUNS[run].config["memory"]["activation_cache_filter"])
-    return [f"results/{run}/figures/{name}.svg" for group in groups for name in report_groups.GROUPS[group]]
+    return [
+        f"results/{run}/figures/{name}.svg"
+        for group in groups
+        for name in report_groups.GROUPS[group]
+    ]
 
 
 onstart:
     if workflow.executor_plugin.name == "slurm":
         slurm.keep_to_squeue()
-    # For jobs on a cluster, which parse this file again. Not by freeze_config, as an ancient() input of theirs: Snakemake
-    # would leave out all jobs behind one that makes such an input anew, also those whose output is missing.
+    # For jobs on a cluster, which parse this file again. freeze_config cannot write it, as their
+    # ancient() input: where such an input is made anew, Snakemake leaves out all jobs downstream,
+    # even those whose output is missing.
     for name, run in RUNS.items():
-        frozen_resources = Path("results", name, "config", "resources.json")
+        frozen_resources = RESULTS / name / "config/resources.json"
         frozen_resources.parent.mkdir(parents=True, exist_ok=True)
         freeze(run.stage("resources"), frozen_resources)
 
 
 onsuccess:
     for run in RUNS:
-        if Path("results", run, "verification.h5").exists():  # not with --until
-            print(console.summary(Path("results", run)), file=sys.stderr)
-            BRIEF.ended = True
+        if (RESULTS / run / "verification.h5").exists():  # not with --until
+            print(console.summary(RESULTS / run), file=sys.stderr)
+            if BRIEF:
+                BRIEF.ended = True
 
 
 onerror:
-    logs = [file for run in RUNS for file in Path("results", run, "logs").rglob("*.log")]
+    logs = [file for run in RUNS for file in (RESULTS / run / "logs").rglob("*.log")]
     for line in last_errors(logs, STARTED):
         print(line, file=sys.stderr)
-        BRIEF.ended = True
+        if BRIEF:
+            BRIEF.ended = True

@@ -1,7 +1,9 @@
 rule estimate_memory:
     input:
         config=frozen("estimate"),
-        source=lambda wildcards: f"results/{wildcards.run}/source.json" if unknown_model(wildcards) else [],
+        source=lambda wildcards: (
+            f"results/{wildcards.run}/source.json" if unknown_model(wildcards) else []
+        ),
     output:
         estimate="results/{run}/estimate.h5",
     log:

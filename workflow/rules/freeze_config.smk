@@ -1,7 +1,3 @@
-localrules:
-    freeze_config,
-
-
 rule freeze_config:
     output:
         config="results/{run}/config/{stage}.json",
@@ -9,6 +5,7 @@ rule freeze_config:
         "results/{run}/logs/freeze_config/{stage}.log",
     benchmark:
         "results/{run}/benchmarks/freeze_config/{stage}.tsv"
+    localrule: True
     conda:
         "../../envs/theloom.yaml"
     params:

@@ -1,8 +1,8 @@
 rule load_model:
     input:
         config=frozen("model"),
-        # A new plan or corpus is no reason to load the model again. The tokens are here so that a mistake in the corpus
-        # ends the run before any weight is loaded.
+        # A new plan or corpus is no reason to load the model again. The tokens are an input so that
+        # a mistake in the corpus ends the run before any weight is loaded.
         estimate=ancient("results/{run}/estimate.h5"),
         tokens=ancient("results/{run}/tokens.h5"),
     output:

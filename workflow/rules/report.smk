@@ -1,16 +1,12 @@
 report: "../report/workflow.rst"
 
 
-localrules:
-    figures,
-    report_runs,  # only this process knows all runs
-
-
 rule figures:
     input:
         [figure for run in RUNS for figure in figures_of(run)],
         ["results/_runs/figures/runs.svg"] if len(RUNS) > 1 else [],
         expand("results/{run}/verification.h5", run=RUNS),
+    localrule: True
     message:
         "all figures are drawn"
 
@@ -113,6 +109,7 @@ rule report_runs:
         "results/_runs/logs/report_runs.log",
     benchmark:
         "results/_runs/benchmarks/report_runs.tsv"
+    localrule: True  # only this process knows all runs
     conda:
         "../../envs/theloom.yaml"
     resources:

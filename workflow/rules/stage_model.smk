@@ -1,16 +1,12 @@
-# On the machine where Snakemake runs, which has a network and the user's login; without a shared file system, where
-# what it fetches could not be seen, it is a job like the others.
-if workflow.storage_settings.default_storage_provider is None:
-
-    localrules:
-        stage_model,
-
-
+# Runs on the machine of Snakemake, which has a network and the user's login. Without a shared file
+# system other machines would not see what it fetches there: then it is a job like the others.
 rule stage_model:
     input:
-        # What does not fit the disk is refused before anything is fetched; a model whose numbers are in no profile
-        # must be here to be estimated.
-        estimate=lambda wildcards: [] if unknown_model(wildcards) else ancient(f"results/{wildcards.run}/estimate.h5"),
+        # The estimate rejects what does not fit the disk before anything is fetched. A model whose
+        # dimensions are in no profile must be fetched first to be estimated.
+        estimate=lambda wildcards: (
+            [] if unknown_model(wildcards) else ancient(f"results/{wildcards.run}/estimate.h5")
+        ),
         config=frozen("source"),
     output:
         source="results/{run}/source.json",
@@ -18,6 +14,7 @@ rule stage_model:
         "results/{run}/logs/stage_model.log",
     benchmark:
         "results/{run}/benchmarks/stage_model.tsv"
+    localrule: workflow.storage_settings.default_storage_provider is None
     conda:
         "../../envs/theloom.yaml"
     container:
@@ -26,6 +23,6 @@ rule stage_model:
         mem_mb=2000,
         runtime=240,
     message:
-        "{wildcards.run}: have the model's files here"
+        "{wildcards.run}: fetch the model's files"
     script:
         "../scripts/stage_model.py"

@@ -13,6 +13,10 @@ class ConfigError(TheLoomError):
     """A key, a value or a profile of the configuration is wrong."""
 
 
+class ProjectError(TheLoomError):
+    """A folder cannot become a project."""
+
+
 class CorpusError(TheLoomError):
     """The texts are missing, empty or cannot be decoded."""
 

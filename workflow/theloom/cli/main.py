@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import theloom
 from theloom.cli.estimate import add_estimate
 from theloom.cli.files import add_store
+from theloom.cli.project import add_init
 from theloom.errors import TheLoomError
 from theloom.terminal import GIB, Help, capability, examples, lines, red, table
 
@@ -46,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _EPILOG = """\
 examples:
-  make run                     the pipeline itself (README.md), then:
+  theloom init my-project      a folder with the pipeline; in a clone: make run
   theloom inspect results/smollm2-135m/activations.h5
   theloom estimate 7b          the memory that a profile needs
   theloom COMMAND --help       a command's options, with examples
-  (it is .venv/bin/theloom unless the environment is activated)
+  (in a clone it is .venv/bin/theloom unless the environment is activated)
 
 exit codes:
   0  done
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     gpus.set_defaults(run=_gpus)
     add_estimate(commands)
     add_store(commands)
+    add_init(commands)
     return parser
 
 

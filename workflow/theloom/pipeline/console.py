@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from theloom.config import locations
 from theloom.dataset import activations
 from theloom.pipeline.job import error_of
 from theloom.store import file_format
@@ -38,7 +39,7 @@ _QUIET_RULE = "freeze_config"  # seven jobs of a moment each
 
 LOCKED = (
     "error: another call of the pipeline is making the same files: wait for it. If there is none (one was killed), run "
-    ".venv/bin/snakemake --unlock, then this again"
+    f"{locations.program('snakemake')} --unlock, then this again"
 )
 
 
@@ -123,10 +124,13 @@ def summary(folder: Path) -> str:
 
 def _next_steps(folder: Path, path: Path) -> list[str]:
     """What to do with a finished run, as commands to paste."""
-    figures = (
-        [] if (folder / "figures").is_dir() else ["make report, with the same PROFILES and SET"]
+    report = (
+        "make report, with the same PROFILES and SET"
+        if locations.checkout()
+        else "the same command with the target figures, then with --report report.html too"
     )
-    first, *others = [*figures, f".venv/bin/theloom inspect {path}"]
+    figures = [] if (folder / "figures").is_dir() else [report]
+    first, *others = [*figures, f"{locations.program('theloom')} inspect {path}"]
     return [f"  next: {first}", *(f"        {command}" for command in others)]
 
 

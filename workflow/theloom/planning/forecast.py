@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from theloom.config import compose, frozen
+from theloom.config import compose, frozen, locations
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import Config
 from theloom.devices import gpu_specs
@@ -25,9 +25,6 @@ from theloom.planning import estimate, execution_modes
 from theloom.planning.execution_modes import GPUModes, Layerwise
 from theloom.precision import BYTES
 from theloom.store.provenance import PACKAGES, package_version
-
-CONFIG_FOLDER = Path(__file__).parents[3] / "config"
-
 
 HEADROOM = (
     0.85  # of a GPU's usable memory, for its largest batch: memory_warning_threshold's default
@@ -252,11 +249,12 @@ def _lm_head(settings: Config, size: ModelDims, kind: WeightFormat) -> int:
 
 def settings_of(target: str) -> Config:
     """The config of a profile, or of any model with the settings of the profile `custom`."""
-    profiles = sorted(path.stem for path in (CONFIG_FOLDER / "profile").glob("*.yaml"))
+    folder = locations.config_folder()
+    profiles = sorted(path.stem for path in (folder / "profile").glob("*.yaml"))
     if target in profiles and target != "custom":
-        (run,) = compose.runs(CONFIG_FOLDER, target).values()
+        (run,) = compose.runs(folder, target).values()
     elif "/" in target or target.startswith("package:") or Path(target).exists():
-        (run,) = compose.runs(CONFIG_FOLDER, "custom", f"'model.source=\"{target}\"'").values()
+        (run,) = compose.runs(folder, "custom", f"'model.source=\"{target}\"'").values()
     else:
         raise ConfigError(
             f"{target!r} is neither a profile ({', '.join(profiles)}) nor a model; "

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from theloom.config import locations
 from theloom.store import file_format
 
 PACKAGES = (
@@ -49,8 +50,8 @@ def code_version() -> str:
     """The commit of the checkout that runs, `+` where it has changes; the package's version outside
     a checkout.
     """
-    checkout = Path(__file__).parents[3]
-    if (checkout / "Snakefile").is_file():
+    checkout = locations.checkout()
+    if checkout is not None:
         command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
         try:
             described = subprocess.run(
