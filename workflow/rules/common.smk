@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+from snakemake.common.tbdstring import TBDString
+
 from theloom.config.compose import runs as composed_runs
 from theloom.config.frozen import freeze
 from theloom.devices import host
@@ -41,7 +43,11 @@ def compose():
     )
     for run in runs.values():
         preflight.check(run)
-    return {name: resources.planned(run, Path("results")) for name, run in runs.items()}
+    return {name: PLANNER.plan(run) for name, run in runs.items()}
+
+
+READABLE = workflow.storage_settings.default_storage_provider in (None, "fs")  # results, from here
+PLANNER = resources.Planner(Path(workflow.storage_settings.default_storage_prefix or "", "results"))
 
 
 BRIEF = console.shorten() if workflow.is_main_process else None
@@ -74,23 +80,55 @@ def frozen(name):
     return f"results/{{run}}/config/{name}.json"
 
 
-def resource(name):
-    """Resource function: what the run's plan gives to jobs that hold the model; 0 and null ask for nothing.
+def resource(name, times=lambda wildcards, attempt: 1):
+    """Resource function: what the run's plan gives to jobs that hold the model; 0 and null request nothing.
 
     Where the profile has a default, its submit command names the resource, which then is there as 0 too.
+    A figure that waits for estimate.h5 is <TBD>, until the job's inputs are there and Snakemake evaluates it again.
     """
     nothing = 0 if name in (workflow.resource_settings.default_resources or ()) else None
-    return lambda wildcards: stage(wildcards.run, "resources")["config"]["resources"][name] or nothing
+
+    def evaluate(wildcards, attempt):
+        value = requested_resources(wildcards.run)[name]
+        if isinstance(value, TBDString):
+            return value
+        return value * times(wildcards, attempt) if value else nothing
+
+    return evaluate
 
 
 def escalating(name):
     """Resource function: what the plan gives, and as much more for each retry."""
-    return lambda wildcards, attempt: attempt * resource(name)(wildcards)
+    return resource(name, lambda wildcards, attempt: attempt)
 
 
-def whole_disk(wildcards):
+def whole_disk(wildcards, attempt):
     """Resource function: the disk that all shards take, in MB."""
-    return resource("disk_mb")(wildcards) * stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
+    count = stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
+    return resource("disk_mb", lambda wildcards, attempt: count)(wildcards, attempt)
+
+
+def requested_resources(run):
+    """What a run's plan gives, planned again once its estimate.h5 exists, which the model's trace has made."""
+    if RUNS and (renewed := PLANNER.renewed(RUNS[run])):
+        RUNS[run] = renewed
+        if workflow.is_main_process and not workflow.dryrun:
+            freeze_resources(renewed)
+    request = stage(run, "resources")["config"]["resources"]
+    waits = workflow.dryrun or (RUNS and READABLE and PLANNER.waits(RUNS[run]))
+    last_resort = {name: TBDString() if waits else value for name, value in resources.WITHOUT_ESTIMATE.items()}
+    return {name: last_resort.get(name) if value is None else value for name, value in request.items()}
+
+
+def freeze_resources(run):
+    """For jobs on a cluster, which parse this file again.
+
+    Not by freeze_config, as an ancient() input of theirs: Snakemake would leave out all jobs behind one that makes such
+    an input anew, also those whose output is missing.
+    """
+    path = Path("results", run.name, "config", "resources.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    freeze(run.stage("resources"), path)
 
 
 def unknown_model(wildcards):
@@ -130,12 +168,8 @@ def figures_of(run):
 onstart:
     if workflow.executor_plugin.name == "slurm":
         slurm.keep_to_squeue()
-    # For jobs on a cluster, which parse this file again. Not by freeze_config, as an ancient() input of theirs: Snakemake
-    # would leave out all jobs behind one that makes such an input anew, also those whose output is missing.
-    for name, run in RUNS.items():
-        frozen_resources = Path("results", name, "config", "resources.json")
-        frozen_resources.parent.mkdir(parents=True, exist_ok=True)
-        freeze(run.stage("resources"), frozen_resources)
+    for run in RUNS.values():
+        freeze_resources(run)
 
 
 onsuccess:
