@@ -11,7 +11,7 @@ from theloom.config.compose import runs as composed_runs
 from theloom.config.frozen import freeze
 from theloom.devices import host
 from theloom.errors import TheLoomError
-from theloom.pipeline import console, preflight, resources, slurm
+from theloom.pipeline import bars, console, preflight, resources, slurm
 from theloom.pipeline.job import last_errors, let_jobs_import
 from theloom.report import groups as report_groups
 
@@ -51,6 +51,7 @@ PLANNER = resources.Planner(Path(workflow.storage_settings.default_storage_prefi
 
 
 BRIEF = console.shorten() if workflow.is_main_process else None
+BARS = bars.for_terminal(sys.stderr) if workflow.is_main_process else None
 
 if workflow.is_main_process or workflow.storage_settings.default_storage_provider is not None:
     try:
@@ -170,9 +171,13 @@ onstart:
         slurm.keep_to_squeue()
     for run in RUNS.values():
         freeze_resources(run)
+    if BARS and workflow.local_exec:
+        BARS.start()
 
 
 onsuccess:
+    if BARS:
+        BARS.stop()
     for run in RUNS:
         if Path("results", run, "verification.h5").exists():  # not with --until
             print(console.summary(Path("results", run)), file=sys.stderr)
@@ -180,6 +185,8 @@ onsuccess:
 
 
 onerror:
+    if BARS:
+        BARS.stop()
     logs = [file for run in RUNS for file in Path("results", run, "logs").rglob("*.log")]
     for line in last_errors(logs, STARTED):
         print(line, file=sys.stderr)
