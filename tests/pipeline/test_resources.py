@@ -230,7 +230,8 @@ def test_a_dry_run_of_five_sizes_lists_what_each_job_requests(project):
             f"{name}+shards=256: 256 shards of about 3,907 tokens; a job requests 1 GPU with"
             in printed
         )
-        job = rf"{re.escape(name)}.shards=256: extract shard 00255 of 00256 \(\d+ threads, {request.mem_mb} MB, "
+        job = rf"{re.escape(name)}.shards=256: extract shard 00255 of 00256 "
+        job += rf"\(\d+ threads, {request.mem_mb} MB, "
         assert re.search(rf"{job}{request.runtime} min\)", printed)
 
 

@@ -1,4 +1,4 @@
-"""The default experiment, by a real snakemake on the real SmolLM2, and what the README says of it."""
+"""The default experiment, by a real snakemake on the real SmolLM2, as the README describes it."""
 
 import re
 
@@ -68,7 +68,8 @@ def test_a_second_call_has_nothing_to_do(default):
 
 def test_a_sweep_of_chunk_sizes_makes_two_runs_with_equal_rows(default):
     project, _ = default
-    requested = "memory.streaming_chunk_size=128,256 corpus.max_tokens=4096 extraction.shards=1 verify.documents=1"
+    requested = "memory.streaming_chunk_size=128,256 corpus.max_tokens=4096 "
+    requested += "extraction.shards=1 verify.documents=1"
     done = project.snakemake(profiles="smollm2-135m", overrides=requested)
     assert done.returncode == 0, done.stdout + done.stderr
     names = [

@@ -62,6 +62,7 @@ if workflow.is_main_process or workflow.storage_settings.default_storage_provide
     if workflow.is_main_process:
         print(resources.table(RUNS), file=sys.stderr)
 else:
+    slurm.wait_before_steps()
     # A job that a cluster runs parses this file again: it believes the frozen configs, not YAML edited since. Without a
     # shared file system it has the YAML of its submission.
     RUNS = {}

@@ -106,7 +106,7 @@ def planned(run: Run, results: Path) -> Run:
 
 
 class Planner:
-    """Plans the runs of a call, and plans a run again when its `estimate.h5` tells more.
+    """Plans the runs of a call, and plans a run again when its `estimate.h5` appears.
 
     Args:
         results: The folder of all runs.
