@@ -43,7 +43,8 @@ def install_packages(programs: Sequence[str], packages: Sequence[str]) -> str:
     if all(shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin") for program in programs):
         return ""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return f"{', '.join(packages)} are not installed, and there is no apt-get, or no right, to install them with"
+        names = ", ".join(packages)
+        return f"{names} are not installed, and there is no apt-get, or no right, to use it"
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     with FileLock("/tmp/theloom-tests-apt.lock"):  # apt-get does not wait for another one
         for words in (
@@ -112,18 +113,19 @@ class Slurm:
 
     def records(self) -> list[dict[str, str]]:
         """What the controller knows of all jobs, finished ones included."""
-        found = []
+        records = []
         for line in self.ask("scontrol", "--oneliner", "show", "job", "--details").splitlines():
             if "JobId=" in line:
-                found.append(dict(word.partition("=")[::2] for word in line.split() if "=" in word))
-        return found
+                records.append(
+                    dict(word.partition("=")[::2] for word in line.split() if "=" in word)
+                )
+        return records
 
     def wait_until_ready(self, seconds: float = 30) -> None:
-        wait_for(
-            lambda: "idle" in self.ask("sinfo", "--noheader", "--format", "%T"),
-            seconds,
-            self.folder,
-        )
+        """Wait until the controller answers and has the node, with or without jobs on it."""
+        states = {"idle", "mixed", "allocated"}
+        state = ["sinfo", "--noheader", "--format", "%T"]
+        wait_for(lambda: states & set(self.ask(*state).split()), seconds, self.folder)
 
 
 def wait_for(condition, seconds: float, what: object = "") -> None:
@@ -163,7 +165,8 @@ def start(folder: Path) -> Slurm:
         devices.append(device)
     files = {
         "slurm.conf": _slurm_conf(folder),
-        "gres.conf": f"AutoDetect=off\nName=gpu Type=a100 File={folder}/devices/gpu[0-{GPUS - 1}]\n",
+        "gres.conf": "AutoDetect=off\n"
+        f"Name=gpu Type=a100 File={folder}/devices/gpu[0-{GPUS - 1}]\n",
         "cgroup.conf": "CgroupPlugin=cgroup/v1\n",
     }
     ETC.mkdir(exist_ok=True)
@@ -181,9 +184,9 @@ def start(folder: Path) -> Slurm:
             slurm.start(daemon)
         slurm.wait_until_ready()
     except AssertionError as error:
-        told = "".join(file.read_text(errors="replace")[-2000:] for file in folder.glob("*.out"))
+        output = "".join(file.read_text(errors="replace")[-2000:] for file in folder.glob("*.out"))
         stop(slurm)
-        raise SlurmUnavailableError(f"{error}: {told}") from None
+        raise SlurmUnavailableError(f"{error}: {output}") from None
     return slurm
 
 
@@ -226,7 +229,8 @@ def _slurm_conf(folder: Path) -> str:
         "SchedulerParameters": "sched_interval=2,batch_sched_delay=0",
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_CPU_Memory",
-        "SlurmdParameters": "config_overrides",  # the node may say that it has more than the machine
+        # the node may claim to have more than the machine
+        "SlurmdParameters": "config_overrides",
         "ReturnToService": "2",
         "MinJobAge": "3600",
         "KillWait": "3",
@@ -243,7 +247,8 @@ def _slurm_conf(folder: Path) -> str:
     has = f"CPUs=16 RealMemory=64000 Gres=gpu:a100:{GPUS}"
     lines.append(f"NodeName={node_name()} NodeAddr=127.0.0.1 {has} State=UNKNOWN")
     lines.append(
-        f"PartitionName=gpu Nodes={node_name()} Default=YES DefMemPerCPU=500 MaxTime=INFINITE State=UP"
+        f"PartitionName=gpu Nodes={node_name()} Default=YES DefMemPerCPU=500 "
+        "MaxTime=INFINITE State=UP"
     )
     return "\n".join(lines) + "\n"
 

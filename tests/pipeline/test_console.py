@@ -27,7 +27,7 @@ def test_bookkeeping_is_left_out_and_the_rest_kept(text, kept):
     assert console.Brief().filter(record(text)) is kept
 
 
-def test_the_end_of_snakemake_s_own_is_left_out_once_the_errors_are_printed():
+def test_snakemake_s_own_end_is_left_out_once_the_errors_are_printed():
     brief = console.Brief()
     failed = "WorkflowError:\nAt least one job did not complete successfully."
     assert brief.filter(record(failed))
@@ -48,9 +48,9 @@ def test_freezing_a_config_is_not_shown_nor_its_progress():
 def test_a_job_that_ended_on_a_user_s_error_is_that_line(tmp_path):
     log = tmp_path / "job.log"
     log.write_text("much\nerror: what was requested, what to do\n")
-    said = record("Error in rule x, jobid: 1", event="job_error", log=[str(log)])
-    assert console.Brief().filter(said)
-    assert (said.getMessage(), said.__dict__["event"]) == (
+    changed = record("Error in rule x, jobid: 1", event="job_error", log=[str(log)])
+    assert console.Brief().filter(changed)
+    assert (changed.getMessage(), changed.__dict__["event"]) == (
         f"error: what was requested, what to do (log: {log})",
         None,
     )
@@ -61,9 +61,9 @@ def test_a_job_that_ended_otherwise_keeps_snakemake_s_block(tmp_path):
     log.write_text("Traceback …\nValueError: x\n")
     assert job.error_of(log) is None
     for logs in ([str(log)], [str(tmp_path / "none.log")], None):
-        said = record("Error in rule x", event="job_error", log=logs)
-        assert console.Brief().filter(said)
-        assert said.__dict__["event"] == "job_error"
+        changed = record("Error in rule x", event="job_error", log=logs)
+        assert console.Brief().filter(changed)
+        assert changed.__dict__["event"] == "job_error"
 
 
 def test_a_call_beside_another_says_so_and_how_to_unlock(project):

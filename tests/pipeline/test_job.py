@@ -75,7 +75,8 @@ SECRET = "hf_notARealTokenButSecret"
 def test_a_job_is_offline_and_sees_no_token_but_the_one_that_fetches_does(tmp_path):
     tell = "import os; print(os.environ.get('HF_HUB_OFFLINE'), os.environ.get('HF_TOKEN'))"
     for online, expected in ((False, "1 None"), (True, f"None {SECRET}")):
-        script = f"from theloom.pipeline.job import job\nwith job({str(tmp_path / 'log')!r}, online={online}): {tell}"
+        log = str(tmp_path / "log")
+        script = f"from theloom.pipeline.job import job\nwith job({log!r}, online={online}): {tell}"
         environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
             "HF_TOKEN": SECRET
         }

@@ -1,28 +1,30 @@
-"""What jobs ask of a scheduler: from the estimate, without torch, and kept for a run that has
-begun.
-"""
+"""What jobs request from a scheduler: from the estimate, without torch, kept for a started run."""
 
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, build_tiny
 from theloom.config import compose, sharding
-from theloom.config.frozen import freeze, to_config
+from theloom.config.frozen import freeze, load_frozen, to_config
 from theloom.config.model_dims import dims_of_profile
 from theloom.memory import closed_form
 from theloom.model.weight_format import WeightFormat
 from theloom.pipeline import resources
+from theloom.planning import estimate
 
 CONFIG = ROOT / "config"
 
 
 def a_run(profile: str, overrides: str = "") -> compose.Run:
-    (found,) = compose.runs(CONFIG, profile, overrides).values()
-    return found
+    (run,) = compose.runs(CONFIG, profile, overrides).values()
+    return run
 
 
 def requested(profile: str, overrides: str = "") -> resources.Resources:
@@ -30,26 +32,32 @@ def requested(profile: str, overrides: str = "") -> resources.Resources:
 
 
 @pytest.mark.parametrize("profile", ["3b", "7b", "13b", "30b", "70b"])
-def test_a_job_asks_for_gpus_that_hold_the_weights_and_for_host_memory_that_need_not(profile):
-    found = requested(profile, "memory.quantization=null resources.gpu_memory_gb=80")
+def test_the_gpus_of_a_job_hold_the_weights_and_its_host_need_not(profile):
+    request = requested(profile, "memory.quantization=null resources.gpu_memory_gb=80")
     size = dims_of_profile(to_config(a_run(profile).config).model.architecture)
     weights = closed_form.weights(size, WeightFormat("bf16"))
-    assert weights < found.gpu * found.min_free_gpu_mb * 1e6 < 1.2 * weights + found.gpu * 2e9
-    assert (found.gpu - 1) * 0.85 * 80e9 < weights
-    assert found.mem_mb < 15_000
+    assert weights < request.gpu * request.min_free_gpu_mb * 1e6 < 1.2 * weights + request.gpu * 2e9
+    assert (request.gpu - 1) * 0.85 * 80e9 < weights
+    assert request.mem_mb < 15_000
 
 
 def test_on_the_cpu_the_host_holds_all_and_no_gpu_is_requested():
-    found = requested("7b", "extraction.device=cpu memory.precision_mode=fp32")
-    assert (found.gpu, found.min_free_gpu_mb, found.gpu_model) == (0, 0, None)
-    assert found.mem_mb > 4 * 7000
+    request = requested("7b", "extraction.device=cpu memory.precision_mode=fp32")
+    assert (request.gpu, request.min_free_gpu_mb, request.gpu_model) == (0, 0, None)
+    assert request.mem_mb > 4 * 7000
 
 
 def test_what_the_config_names_is_requested_as_it_is():
-    found = requested(
+    request = requested(
         "7b", "resources.mem_mb=1 resources.runtime=2 resources.gpu=3 resources.disk_mb=4"
     )
-    assert (found.mem_mb, found.runtime, found.verify_runtime, found.gpu, found.disk_mb) == (
+    assert (
+        request.mem_mb,
+        request.runtime,
+        request.verify_runtime,
+        request.gpu,
+        request.disk_mb,
+    ) == (
         1,
         2,
         2,
@@ -58,15 +66,101 @@ def test_what_the_config_names_is_requested_as_it_is():
     )
 
 
-def test_a_model_without_numbers_gets_its_profile_s_figures():
-    found = requested("custom", "model.source=a/b")
-    assert (found.mem_mb, found.runtime, found.gpu) == (32_000, 240, 0)
+@pytest.mark.parametrize("overrides", ["", "memory.quantization=null"])
+def test_a_larger_model_requests_no_less_host_memory(overrides):
+    sizes = [requested(p, overrides).mem_mb for p in ("smollm2-135m", "3b", "7b", "13b", "30b")]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] <= requested("70b", overrides).mem_mb
+
+
+def test_a_job_without_a_gpu_requests_the_host_memory_of_the_whole_model():
+    on_cpu = requested("7b", "extraction.device=cpu")
+    assert requested("7b", "resources.gpu=0") == on_cpu
+
+
+def test_an_unknown_model_waits_for_its_estimate():
+    request = requested("custom", "model.source=a/b")
+    assert (request.mem_mb, request.runtime, request.disk_mb, request.gpu) == (None, None, None, 0)
+    (sentence,) = resources.table({"x": a_planned("custom", "model.source=a/b")}).split("\n\n")
+    assert "4 threads; the rest follows from estimate.h5" in " ".join(sentence.split())
+
+
+def a_planned(profile: str, overrides: str) -> compose.Run:
+    return resources.planned(a_run(profile, overrides), Path("none"))
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory) -> tuple[Path, compose.Run]:
+    """A tiny GPT-2, which the closed form does not cover, and the results with its estimate."""
+    folder = tmp_path_factory.mktemp("traced")
+    model = build_tiny("gpt2", folder / "model")
+    overrides = f"name=run model.source={model} corpus.max_tokens=1000"
+    run = a_run("custom", f"{overrides} memory.streaming_chunk_size=64")
+    (folder / "results/run").mkdir(parents=True)
+    freeze(run.stage("estimate"), folder / "estimate.json")
+    config = load_frozen(folder / "estimate.json")
+    estimate.run_estimate(config, folder / "results/run/estimate.h5")
+    return folder / "results", run
+
+
+def test_an_unknown_model_is_planned_by_its_trace(traced):
+    results, run = traced
+    request = resources.planned(run, results).config["resources"]
+    assert 450 < request["mem_mb"] == request["load_mem_mb"] < 2000
+    assert resources.STARTING < request["runtime"] <= request["verify_runtime"] < 20
+    assert 100 < request["disk_mb"] < 110
+    assert "MB of memory, 11 minutes" in " ".join(
+        resources.table({"run": resources.planned(run, results)}).split()
+    )
+
+
+def test_on_gpus_the_trace_plans_their_number_and_memory(traced):
+    results, run = traced
+    changed = replace(
+        run, config=run.config | {"resources": run.config["resources"] | {"gpu": None}}
+    )
+    request = resources.planned(changed, results).config["resources"]
+    assert request["gpu"] == 1
+    assert 500 < request["min_free_gpu_mb"] < 2000
+    assert request["mem_mb"] > resources.CUDA_LIBRARIES
+
+
+def test_an_estimate_of_another_config_is_not_read(traced):
+    results, run = traced
+    assert resources.own_estimate(run, results) is not None
+    memory = run.config["memory"] | {"streaming_chunk_size": 32}
+    other = replace(run, config=run.config | {"memory": memory})
+    assert resources.own_estimate(other, results) is None
+    assert resources.planned(other, results).config["resources"]["mem_mb"] is None
+
+
+def test_a_run_is_planned_again_once_when_its_estimate_appears(traced, tmp_path):
+    results, run = traced
+    planner = resources.Planner(tmp_path)
+    first = planner.plan(run)
+    assert planner.waits(first)
+    assert planner.renewed(first) is None
+    (tmp_path / "run").mkdir()
+    shutil.copy(results / "run/estimate.h5", tmp_path / "run")
+    assert not planner.waits(first)
+    second = planner.renewed(first)
+    assert second == resources.planned(run, results)
+    assert planner.renewed(second) is None
+
+
+def test_a_dry_run_on_slurm_shows_the_threads_of_the_plan(project):
+    done = project.snakemake("-n", "--profile", "workflow/profiles/slurm", profiles="7b")
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    assert "free, 8 threads, " in " ".join(printed.split())
+    assert printed.count("(8 threads, ") == 4
+    assert "(1 threads" not in printed
 
 
 def test_a_shard_s_disk_is_its_rows():
-    found = requested("smollm2-135m", "extraction.shards=1 corpus.max_tokens=1000000")
+    request = requested("smollm2-135m", "extraction.shards=1 corpus.max_tokens=1000000")
     rows = 10**6 * (3 * 576 * 4 + 12) / 1e6
-    assert rows < found.disk_mb < 1.11 * rows + 101
+    assert rows < request.disk_mb < 1.11 * rows + 101
 
 
 @pytest.mark.parametrize(
@@ -109,7 +203,7 @@ def begin(results, run: compose.Run) -> None:
     freeze(run.stage("tokens"), folder / "tokens.json")
 
 
-def test_a_run_that_has_begun_keeps_its_shards_until_its_corpus_changes(tmp_path):
+def test_a_started_run_keeps_its_shards_until_its_corpus_changes(tmp_path):
     name = "name=r corpus.max_tokens=100000000"
     first = resources.planned(a_run("7b", f"{name} resources.gpu_model=a100"), tmp_path)
     begin(tmp_path, first)
@@ -119,11 +213,11 @@ def test_a_run_that_has_begun_keeps_its_shards_until_its_corpus_changes(tmp_path
     assert resources.planned(other_gpu, tmp_path).config["extraction"]["shards"] == shards
     longer = a_run("7b", "name=r corpus.max_tokens=900000000 resources.gpu_model=h100")
     assert resources.planned(longer, tmp_path).config["extraction"]["shards"] != shards
-    said = a_run("7b", f"{name} extraction.shards=5")
-    assert resources.planned(said, tmp_path).config["extraction"]["shards"] == 5
+    explicit = a_run("7b", f"{name} extraction.shards=5")
+    assert resources.planned(explicit, tmp_path).config["extraction"]["shards"] == 5
 
 
-def test_the_dry_run_of_five_sizes_in_256_shards_lists_jobs_with_what_they_ask_for(project):
+def test_a_dry_run_of_five_sizes_lists_what_each_job_requests(project):
     done = project.snakemake(
         "--dry-run", profiles="3b,7b,13b,30b,70b", overrides="extraction.shards=256"
     )
@@ -131,21 +225,24 @@ def test_the_dry_run_of_five_sizes_in_256_shards_lists_jobs_with_what_they_ask_f
     assert done.returncode == 0, printed
     assert printed.count(": extract shard ") == 5 * 256
     for name in ("3b", "7b", "13b", "30b", "70b"):
-        found = requested(name, "extraction.shards=256")
+        request = requested(name, "extraction.shards=256")
         assert (
-            f"{name}+shards=256: 256 shards of about 3,907 tokens; a job asks for 1 GPU with"
+            f"{name}+shards=256: 256 shards of about 3,907 tokens; a job requests 1 GPU with"
             in printed
         )
-        job = rf"{re.escape(name)}.shards=256: extract shard 00255 of 00256 \(\d+ threads, {found.mem_mb} MB, "
-        assert re.search(rf"{job}{found.runtime} min\)", printed)
+        job = rf"{re.escape(name)}.shards=256: extract shard 00255 of 00256 "
+        job += rf"\(\d+ threads, {request.mem_mb} MB, "
+        assert re.search(rf"{job}{request.runtime} min\)", printed)
 
 
 def test_planning_a_run_imports_no_torch():
     script = (
-        "import sys; from pathlib import Path; from theloom.config import compose; from theloom.pipeline import resources\n"
+        "import sys; from pathlib import Path; from theloom.config import compose\n"
+        "from theloom.pipeline import resources\n"
         f"runs = compose.runs(Path({str(CONFIG)!r}), '70b')\n"
         "planned = {name: resources.planned(run, Path('none')) for name, run in runs.items()}\n"
-        "print(resources.table(planned)); print('torch' in sys.modules, 'transformers' in sys.modules)"
+        "print(resources.table(planned))\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

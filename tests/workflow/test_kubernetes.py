@@ -18,7 +18,7 @@ SECRET = "hf_notARealTokenButSecret"
 
 
 class ApiServer(ThreadingHTTPServer):
-    """Takes secrets and jobs, and says of each job that its pod has failed."""
+    """Takes secrets and jobs, and reports each job's pod as failed."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)

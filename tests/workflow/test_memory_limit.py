@@ -51,7 +51,7 @@ def run_within(
 
 
 @pytest.mark.usefixtures("smollm2")
-def test_a_run_passes_within_its_predicted_peak_and_below_stops_before_loading(cgroup, project):
+def test_a_run_fits_its_predicted_peak_and_below_stops_before_loading(cgroup, project):
     first = project.snakemake("--until", "estimate_memory", overrides=Requested)
     assert first.returncode == 0, first.stderr
     predicted = estimate.read(project.results(RUN) / "estimate.h5")

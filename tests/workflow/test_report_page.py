@@ -10,7 +10,8 @@ from theloom.report import groups
 HOOKS = "memory.activation_cache_filter=[blocks.*.hook_resid_post,blocks.1.attn.hook_pattern]"
 Requested = f"{HOOKS} memory.precision_mode=fp32,bf16 corpus.max_tokens=600 extraction.shards=1"
 # of every drawing in the page the size that a browser gives it
-DRAWN = """Promise.all(Object.entries(results).filter(([path]) => path.endsWith(".svg")).map(([path, result]) =>
+DRAWN = """Promise.all(
+  Object.entries(results).filter(([path]) => path.endsWith(".svg")).map(([path, result]) =>
   new Promise(done => {
     const image = new Image();
     image.onload = () => done([path, image.naturalWidth, image.naturalHeight]);

@@ -114,7 +114,8 @@ def test_planning_imports_neither_torch_nor_transformers(project):
         "import sys; from snakemake.cli import main\n"
         "try: main(['--dry-run', '--quiet', 'all'])\n"
         "except SystemExit as done: code = done.code\n"
-        "heavy = [m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules]\n"
+        "names = ('torch', 'transformers', 'datasets', 'matplotlib')\n"
+        "heavy = [m for m in names if m in sys.modules]\n"
         "print(code or 0, heavy)"
     )
     done = subprocess.run(

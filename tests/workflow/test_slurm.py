@@ -172,18 +172,18 @@ def known(slurm: Slurm) -> set[str]:
 
 def rows_of(project: Project) -> list[dict[str, np.ndarray]]:
     """The stored bits of all hook points, shard by shard."""
-    found = []
+    rows = []
     for shard in sorted((project.results(RUN) / "shards").glob("*.h5")):
         with h5py.File(shard) as file:
-            found.append({hook: file[f"hooks/{hook}/activations"][:] for hook in file["hooks"]})
-    assert len(found) == SHARDS
-    return found
+            rows.append({hook: file[f"hooks/{hook}/activations"][:] for hook in file["hooks"]})
+    assert len(rows) == SHARDS
+    return rows
 
 
 def assert_same_rows(project: Project, expected: list[dict[str, np.ndarray]]) -> None:
-    for found, rows in zip(rows_of(project), expected, strict=True):
-        assert list(found) == list(rows)
-        assert all(np.array_equal(found[hook], rows[hook]) for hook in rows)
+    for stored, rows in zip(rows_of(project), expected, strict=True):
+        assert list(stored) == list(rows)
+        assert all(np.array_equal(stored[hook], rows[hook]) for hook in rows)
 
 
 def spy_on_gpus(project: Project) -> Path:
@@ -196,7 +196,8 @@ def spy_on_gpus(project: Project) -> Path:
             "with job(",
             "import os, time\n"
             f"notes = Path({str(notes)!r})\n"
-            "(notes / snakemake.wildcards.shard).write_text(os.environ.get('CUDA_VISIBLE_DEVICES', ''))\n"
+            "gpus = os.environ.get('CUDA_VISIBLE_DEVICES', '')\n"
+            "(notes / snakemake.wildcards.shard).write_text(gpus)\n"
             "end = time.time() + 60\n"
             f"while len(list(notes.iterdir())) < {SHARDS} and time.time() < end:\n"
             "    time.sleep(0.1)\n"
@@ -207,9 +208,7 @@ def spy_on_gpus(project: Project) -> Path:
     return notes
 
 
-def test_shards_run_side_by_side_each_on_a_gpu_of_its_own_with_the_rows_of_a_local_run(
-    slurm, tiny, local
-):
+def test_parallel_shards_have_a_gpu_each_and_the_rows_of_a_local_run(slurm, tiny, local):
     notes, before = spy_on_gpus(tiny), known(slurm)
     running = start(
         tiny, *EXTRACTED, overrides=f"{TWO_SHARDS} resources.gpu=1 resources.gpu_model=a100"
@@ -224,7 +223,7 @@ def test_shards_run_side_by_side_each_on_a_gpu_of_its_own_with_the_rows_of_a_loc
     assert_same_rows(tiny, local)
 
 
-def test_a_job_killed_for_its_memory_is_submitted_again_with_more_and_passes(slurm, tiny, local):
+def test_a_job_killed_for_its_memory_is_retried_with_more_and_passes(slurm, tiny, local):
     before = known(slurm)
     running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS.replace("1500", "400"))
     printed = finish(running, tiny)
@@ -310,9 +309,9 @@ def test_a_cancelled_shard_goes_on_from_its_last_committed_row(slurm, tiny, loca
     running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS)
     printed = finish(running, tiny)
     assert running.returncode == 0, printed
-    said = [log.read_text() for log in (tiny.results(RUN) / "logs/extract_shard").glob("*.log")]
+    logs = [log.read_text() for log in (tiny.results(RUN) / "logs/extract_shard").glob("*.log")]
     taken_up = [
-        int(n) for text in said for n in re.findall(r"going on with \S+ after (\d+) of", text)
+        int(n) for text in logs for n in re.findall(r"going on with \S+ after (\d+) of", text)
     ]
     assert taken_up == [1] * full(local)
     assert_same_rows(tiny, local)
@@ -386,8 +385,19 @@ def test_the_generic_profile_submits_through_sbatch(slurm, tiny, local):
     assert_same_rows(tiny, local)
 
 
+def slow_starts(project: Project) -> None:
+    """Have a job's own Snakemake take seconds before it calls srun, as on a busy machine."""
+    rules = project.folder / "workflow/rules/common.smk"
+    late = "slurm.wait_before_steps()\n    import os\n"
+    late += "    time.sleep(0 if 'SLURM_STEP_ID' in os.environ else 6)\n"
+    text = rules.read_text()
+    assert "slurm.wait_before_steps()\n" in text
+    rules.write_text(text.replace("slurm.wait_before_steps()\n", late))
+
+
 def test_a_controller_that_is_away_for_half_a_minute_loses_no_run(slurm, tiny, local):
     slow_shards(tiny)
+    slow_starts(tiny)  # so that each srun comes while the controller is away
     before = known(slurm)
     running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS)
     wait_for(
@@ -426,7 +436,7 @@ def test_the_real_model_in_two_shards_has_the_rows_of_plain_transformers(slurm, 
         assert error <= 1e-5, (hook, error)
 
 
-def test_a_failed_run_of_a_sweep_leaves_the_others_alone_and_is_named_at_the_end(slurm, tiny):
+def test_a_failed_run_leaves_others_alone_and_is_named_at_the_end(slurm, tiny):
     texts = tiny.folder / "texts"
     texts.mkdir()
     (texts / "bad.txt").write_bytes(b"\xff\xff")

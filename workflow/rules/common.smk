@@ -9,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+from snakemake.common.tbdstring import TBDString
+
 from theloom.config import locations
 from theloom.config.compose import runs as composed_runs
 from theloom.config.frozen import freeze
 from theloom.devices import host
 from theloom.errors import TheLoomError
-from theloom.pipeline import console, preflight, resources, slurm
+from theloom.pipeline import bars, console, preflight, resources, slurm
 from theloom.pipeline.job import last_errors, let_jobs_import
 from theloom.report import groups as report_groups
 
@@ -58,10 +60,15 @@ def compose():
     )
     for run in runs.values():
         preflight.check(run)
-    return {name: resources.planned(run, RESULTS) for name, run in runs.items()}
+    return {name: PLANNER.plan(run) for name, run in runs.items()}
+
+
+READABLE = workflow.storage_settings.default_storage_provider in (None, "fs")  # results, from here
+PLANNER = resources.Planner(Path(workflow.storage_settings.default_storage_prefix or "", RESULTS))
 
 
 BRIEF = console.shorten() if workflow.is_main_process and not IS_MODULE else None
+BARS = bars.for_terminal(sys.stderr) if workflow.is_main_process and not IS_MODULE else None
 
 if workflow.is_main_process or workflow.storage_settings.default_storage_provider is not None:
     try:
@@ -74,6 +81,7 @@ if workflow.is_main_process or workflow.storage_settings.default_storage_provide
         if warning := locations.version_warning(HOME):
             print(warning, file=sys.stderr)
 else:
+    slurm.wait_before_steps()
     # A job on a cluster parses this file again. It reads the frozen configs, not YAML edited since.
     # Without a shared file system it has the YAML of its submission.
     RUNS = {}
@@ -97,29 +105,55 @@ def frozen(name):
     return f"results/{{run}}/config/{name}.json"
 
 
-def resource(name):
-    """Resource function: what the run's plan gives to jobs that hold the model.
+def resource(name, times=lambda wildcards, attempt: 1):
+    """Resource function: what the run's plan gives to jobs that hold the model; 0 and null request nothing.
 
-    A value of 0 or null requests nothing. Where the Snakemake profile has a default for the
-    resource, its submit command names it, so that 0 must stay 0.
+    Where the profile has a default, its submit command names the resource, which then is there as 0 too.
+    A figure that waits for estimate.h5 is <TBD>, until the job's inputs are there and Snakemake evaluates it again.
     """
     nothing = 0 if name in (workflow.resource_settings.default_resources or ()) else None
-    return (
-        lambda wildcards: stage(wildcards.run, "resources")["config"]["resources"][name] or nothing
-    )
+
+    def evaluate(wildcards, attempt):
+        value = requested_resources(wildcards.run)[name]
+        if isinstance(value, TBDString):
+            return value
+        return value * times(wildcards, attempt) if value else nothing
+
+    return evaluate
 
 
 def escalating(name):
-    """Resource function: what the plan gives, times the number of the attempt."""
-    return lambda wildcards, attempt: attempt * resource(name)(wildcards)
+    """Resource function: what the plan gives, and as much more for each retry."""
+    return resource(name, lambda wildcards, attempt: attempt)
 
 
-def whole_disk(wildcards):
+def whole_disk(wildcards, attempt):
     """Resource function: the disk that all shards take, in MB."""
-    return (
-        resource("disk_mb")(wildcards)
-        * stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
-    )
+    count = stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
+    return resource("disk_mb", lambda wildcards, attempt: count)(wildcards, attempt)
+
+
+def requested_resources(run):
+    """What a run's plan gives, planned again once its estimate.h5 exists, which the model's trace has made."""
+    if RUNS and (renewed := PLANNER.renewed(RUNS[run])):
+        RUNS[run] = renewed
+        if workflow.is_main_process and not workflow.dryrun:
+            freeze_resources(renewed)
+    request = stage(run, "resources")["config"]["resources"]
+    waits = workflow.dryrun or (RUNS and READABLE and PLANNER.waits(RUNS[run]))
+    last_resort = {name: TBDString() if waits else value for name, value in resources.WITHOUT_ESTIMATE.items()}
+    return {name: last_resort.get(name) if value is None else value for name, value in request.items()}
+
+
+def freeze_resources(run):
+    """For jobs on a cluster, which parse this file again.
+
+    freeze_config cannot write it, as their ancient() input: where such an input is made anew,
+    Snakemake leaves out all jobs downstream, even those whose output is missing.
+    """
+    path = RESULTS / run.name / "config/resources.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    freeze(run.stage("resources"), path)
 
 
 def unknown_model(wildcards):
@@ -163,16 +197,15 @@ def figures_of(run):
 onstart:
     if workflow.executor_plugin.name == "slurm":
         slurm.keep_to_squeue()
-    # For jobs on a cluster, which parse this file again. freeze_config cannot write it, as their
-    # ancient() input: where such an input is made anew, Snakemake leaves out all jobs downstream,
-    # even those whose output is missing.
-    for name, run in RUNS.items():
-        frozen_resources = RESULTS / name / "config/resources.json"
-        frozen_resources.parent.mkdir(parents=True, exist_ok=True)
-        freeze(run.stage("resources"), frozen_resources)
+    for run in RUNS.values():
+        freeze_resources(run)
+    if BARS and workflow.local_exec:
+        BARS.start()
 
 
 onsuccess:
+    if BARS:
+        BARS.stop()
     for run in RUNS:
         if (RESULTS / run / "verification.h5").exists():  # not with --until
             print(console.summary(RESULTS / run), file=sys.stderr)
@@ -181,6 +214,8 @@ onsuccess:
 
 
 onerror:
+    if BARS:
+        BARS.stop()
     logs = [file for run in RUNS for file in (RESULTS / run / "logs").rglob("*.log")]
     for line in last_errors(logs, STARTED):
         print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Draw memory by component, predicted against found, and the GPUs with room for the run."""
+"""Draw memory by component, predicted against measured, and the GPUs with room for the run."""
 
 from pathlib import Path
 

@@ -57,19 +57,29 @@ TOKENS_OF_SHARD = 250_000  # of a model whose numbers are not known before it is
 SHARDS_OF_UNKNOWN = 8  # of a corpus whose tokens are not known
 
 
-def tokens_per_second(config: Config) -> float | None:
-    """What one job is thought to forward, None where the config does not give the model's numbers."""
+def tokens_per_second(config: Config, block_parameters: int | None = None) -> float | None:
+    """What one job is planned to forward.
+
+    Args:
+        config: The run's config.
+        block_parameters: Parameters of the blocks, for a model whose profile has no numbers.
+
+    Returns:
+        Tokens per second, None where neither gives the model's size.
+    """
     if config.resources.tokens_per_second is not None:
         return float(config.resources.tokens_per_second)
     size = config.model.architecture
-    if size is None or not size.parameters:
+    if size is not None and size.parameters:
+        embeddings = size.vocab_size * size.hidden_size * (1 if size.tie_word_embeddings else 2)
+        block_parameters = size.parameters - embeddings
+    if block_parameters is None:
         return None
-    embeddings = size.vocab_size * size.hidden_size * (1 if size.tie_word_embeddings else 2)
-    return 1e12 * _tflops(config) / (2 * max(size.parameters - embeddings, 1))
+    return 1e12 * _tflops(config) / (2 * max(block_parameters, 1))
 
 
 def _tflops(config: Config) -> float:
-    if config.extraction.device == "cpu":
+    if config.extraction.device == "cpu" or config.resources.gpu == 0:
         return config.resources.threads * CPU_THREAD_TFLOPS
     model = (config.resources.gpu_model or "").lower()
     peak = next((value for name, value in PEAK_TFLOPS.items() if name in model), UNNAMED_GPU)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from theloom.devices.peak_memory import MemoryWatch
+from theloom.engine import progress_file
 from theloom.terminal import format_bytes
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class Progress:
     def update(self, moment: Moment, last: bool = False) -> None:
         """Say it, if it is time to."""
         now = time.perf_counter()
+        progress_file.report(
+            moment.tokens, self._total, lambda: self.line(moment, now - self._began)
+        )
         if (
             now - self._said < (_SECONDS_BETWEEN_BARS if self._bar else SECONDS_BETWEEN_LINES)
             and not last

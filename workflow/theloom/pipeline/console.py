@@ -1,7 +1,7 @@
-"""What Snakemake says while it runs, shortened to what a user needs.
+"""Snakemake's messages, shortened to what a user needs.
 
-Its own bookkeeping is left out. A job that ended on a user's error is one line in place of a block,
-and a lock says how to take it away. All that is not named here stays as Snakemake wrote it.
+Its own bookkeeping is left out. A job that ended on a user's error is one line instead of a block,
+and the message of a lock explains how to remove it. Everything else stays as Snakemake wrote it.
 """
 
 import logging
@@ -27,7 +27,8 @@ _BOOKKEEPING = (
     "Adding ",  # a file to the report
     "Conda environments: ignored",
     "Singularity containers: ignored",
-    "RuleException:\nCalledProcessError in file",  # where our scripts are called; the job's log says why one failed
+    # where our scripts are called; the job's log has the reason
+    "RuleException:\nCalledProcessError in file",
 )
 
 
@@ -38,8 +39,8 @@ _QUIET_RULE = "freeze_config"  # seven jobs of a moment each
 
 
 LOCKED = (
-    "error: another call of the pipeline is making the same files: wait for it. If there is none (one was killed), run "
-    f"{locations.program('snakemake')} --unlock, then this again"
+    "error: another call of the pipeline is making the same files: wait for it. If there is none "
+    f"(one was killed), run {locations.program('snakemake')} --unlock, then this again"
 )
 
 
@@ -62,7 +63,7 @@ class Brief(logging.Filter):
         if event == "job_info" and fields["rule_name"] == _QUIET_RULE:
             self._quiet_jobs.add(fields["jobid"])
             return False
-        if event == "job_finished":  # the progress that follows says as much
+        if event == "job_finished":  # the progress that follows has it too
             self._skip_progress = fields["job_id"] in self._quiet_jobs
             return False
         if event == "progress":
@@ -72,7 +73,7 @@ class Brief(logging.Filter):
             return True
         text = str(record.msg)
         if text.startswith("LockException:"):
-            _say(record, LOCKED)
+            _replace(record, LOCKED)
         return not text.startswith(_BOOKKEEPING + (_END if self.ended else ()))
 
 
@@ -80,16 +81,16 @@ def _shorten(record: logging.LogRecord, logs: list[Path]) -> None:
     """Put a job's own line in place of Snakemake's block, where the job ended on a user's error."""
     for file in logs:
         if error := error_of(file):
-            _say(record, f"{error} (log: {file})")
+            _replace(record, f"{error} (log: {file})")
 
 
-def _say(record: logging.LogRecord, text: str) -> None:
+def _replace(record: logging.LogRecord, text: str) -> None:
     record.msg, record.args = text, None
     record.__dict__["event"] = None
 
 
 def shorten() -> Brief:
-    """Shorten what this process's Snakemake says from now on."""
+    """Shorten the messages of this process's Snakemake from now on."""
     brief = Brief()
     logging.getLogger("snakemake.logging").addFilter(brief)
     return brief
@@ -107,19 +108,21 @@ def summary(folder: Path) -> str:
     shares = (error / np.maximum(largest, 1e-30)).max(axis=0)
     nearest = int((shares / allowed).argmax())
     size = sum(acts[hook].nbytes for hook in acts.hooks)
-    said = [
+    text_lines = [
         f"{acts.path}",
-        f"  {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, {size / 1e6:.1f} MB",
+        f"  {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, "
+        f"{size / 1e6:.1f} MB",
         f"  hook points: {_few_hooks(acts.hooks)}",
-        f"  verified: {documents} documents recomputed, largest error {shares[nearest]:.1e} of the largest value "
-        f"(at most {allowed[nearest]:.0e}); all rows' hashes are right",
+        f"  verified: {documents} documents recomputed, largest error {shares[nearest]:.1e} "
+        f"of the largest value (at most {allowed[nearest]:.0e}); all rows' hashes are right",
     ]
     if cosine is not None:
         quantization = acts.attributes["model_quantization"]
-        said.append(
-            f"  {quantization} weights: residuals' cosine similarity to FP32 {cosine.min():.4f} or more"
+        text_lines.append(
+            f"  {quantization} weights: residuals' cosine similarity to FP32 "
+            f"{cosine.min():.4f} or more"
         )
-    return "\n".join([*map(lines, said), *_next_steps(folder, acts.path)])
+    return "\n".join([*map(lines, text_lines), *_next_steps(folder, acts.path)])
 
 
 def _next_steps(folder: Path, path: Path) -> list[str]:

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from theloom.engine import progress_file
 from theloom.errors import TheLoomError
+from theloom.pipeline import bars
 
 ERROR = "error: "
 
@@ -34,6 +36,8 @@ def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
+    if bars.REQUEST in os.environ:
+        os.environ[progress_file.VARIABLE] = str(bars.progress_of(log_file))
     if not online:
         os.environ["HF_HUB_OFFLINE"] = "1"
         for token in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
@@ -60,6 +64,9 @@ def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]
         ):  # torch's own, named so that torch need not be imported
             raise
         _end(f"the GPU's memory ran out; {_SPEND_LESS}")
+    finally:
+        if path := os.environ.get(progress_file.VARIABLE):
+            progress_file.remove(path)
 
 
 def _end(message: str) -> NoReturn:
@@ -76,17 +83,15 @@ def let_jobs_import(folder: Path) -> None:
 
 
 def last_errors(logs: list[Path], since: float) -> list[str]:
-    """The lines in which jobs ended on a user's error, each with its log file, from logs written
-    after a time.
-    """
-    found = []
+    """The users' errors that ended jobs, each with its log file, from logs written after a time."""
+    errors = []
     for file in sorted(logs):
         if file.stat().st_mtime >= since and (error := error_of(file)):
-            found.append(f"{error} (log: {file})")
-    return found
+            errors.append(f"{error} (log: {file})")
+    return errors
 
 
 def error_of(log: Path) -> str | None:
-    """The line in which a job ended on a user's error, from its log; None where it did not end so."""
+    """The user's error that ended a job, from its log; None where it ended otherwise."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return lines[-1] if lines and lines[-1].startswith(ERROR) else None

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before any job runs, in milliseconds and without torch."""
+"""Checks before any job runs: mistakes that show in milliseconds, without torch."""
 
 from theloom.config import frozen, model_dims
 from theloom.config.compose import Run
@@ -9,8 +9,13 @@ from theloom.model import files
 
 
 def check(run: Run) -> None:
-    """Files that are not there, and hook points that the profile's numbers rule out. Raises
-    TheLoomError.
+    """Check that a run's files exist, and its hook points where the profile has the numbers.
+
+    Args:
+        run: The run as it was composed.
+
+    Raises:
+        TheLoomError: A file is missing, or a hook point cannot exist.
     """
     whole = frozen.to_config(run.config)
     files.check_local(whole.model)

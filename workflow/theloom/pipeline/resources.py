@@ -1,8 +1,9 @@
-"""What the jobs of a run ask of a scheduler: from the estimate, before anything runs, in
-milliseconds, without torch.
+"""What the jobs of a run request from a scheduler: threads, memory, time, disk and GPUs.
 
-For Llama-like models with the numbers in their profile the closed form answers. For others the
-profile's own `resources.*` stand, and where it has none, figures that hold most models.
+The figures come from the run's `estimate.h5` once it exists. Before that, the closed form gives
+the same figures for Llama-like models whose profile has their dimensions. For any other model they
+stay open (None) until `estimate_memory` has traced it: Snakemake evaluates a job's resources again
+when the job's inputs are there. Nothing here imports torch, and a plan takes milliseconds.
 """
 
 import json
@@ -11,9 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from omegaconf import OmegaConf
+
 from theloom.config import sharding
 from theloom.config.compose import Run
-from theloom.config.frozen import to_config
+from theloom.config.frozen import to_config, to_plain
 from theloom.config.model_dims import ModelDims, dims_of_profile
 from theloom.config.schema import Config
 from theloom.devices import gpu_specs
@@ -21,73 +24,130 @@ from theloom.errors import TheLoomError
 from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm
 from theloom.model import files, weight_format
+from theloom.model.weight_format import WeightFormat
 from theloom.planning import estimate, multi_gpu
 from theloom.planning.estimate import Estimate
+from theloom.store import file_format, provenance, ring_buffer
 from theloom.terminal import lines
 
-# Host memory of a job beside the estimate, MB: what CUDA's libraries map, the page of a weights
-# file that is being read (hub models come in files of at most 5 GB), and what rows take on their
-# way to the disk.
-CUDA_LIBRARIES, WEIGHTS_FILE, ROWS_ON_THEIR_WAY = 3000, 5000, 400
+# Host memory of a GPU job on top of the estimate, MB: what CUDA's libraries map, the pages of the
+# weights file that is being read (hub models come in files of at most 5 GB), and rows on their way
+# to the disk.
+CUDA_LIBRARIES, WEIGHTS_FILE, ROWS_IN_TRANSIT = 3000, 5000, 400
 
+# The loader has several tensors in flight. Their size is taken as a share of the weights, so that
+# a larger model never requests less than a smaller one whose embedding happens to be larger.
+TENSORS_IN_FLIGHT, MOST_IN_FLIGHT = 1 / 16, 2500  # of the weights; MB
 
-SPARE = 1.15  # of host memory: allocators keep more than they are requested
+SPARE = 1.15  # of host memory: allocators keep more than is requested of them
 
+UNSIZED_CORPUS = {"runtime": 240, "verify_runtime": 240, "disk_mb": 10_000}  # no max_tokens
 
-UNKNOWN = {
+# Where no estimate can be read when a job is submitted, e.g. from an object store
+WITHOUT_ESTIMATE: dict[str, int] = {
     "mem_mb": 32_000,
-    "runtime": 240,
-    "verify_runtime": 240,
-    "disk_mb": 10_000,
-}  # of a model whose numbers no profile gives
-
+    "load_mem_mb": 32_000,
+    "min_free_gpu_mb": 0,
+    **UNSIZED_CORPUS,
+}
 
 READING = 200e6  # bytes per second, of weights and rows on a network file system
 
-
 STARTING = 10  # minutes: a scheduler's prologue, imports from a network file system
 
+SAFETY_FACTOR = 3  # a time limit is three times the planned time
 
-TIMES_PLANNED = 3  # a time limit that is three times what is planned
-
-
-ON_80_GB = 79.1e9  # what programs get of such a GPU
+ON_80_GB = 79.1e9  # bytes that programs get of such a GPU
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What each job that holds the model asks for. MB are 10⁶ bytes, `runtime` minutes; None: not
-    requested.
+    """What each job that holds the model requests. MB are 10⁶ bytes, `runtime` minutes.
+
+    `gpu_model` and `constraint` are None where nothing is requested, all others where the figure
+    is not known before `estimate.h5` exists.
     """
 
     threads: int
-    mem_mb: int
-    load_mem_mb: int
-    runtime: int
-    verify_runtime: int
-    disk_mb: int
+    mem_mb: int | None
+    load_mem_mb: int | None
+    runtime: int | None
+    verify_runtime: int | None
+    disk_mb: int | None
     gpu: int
     gpu_model: str | None
-    min_free_gpu_mb: int
+    min_free_gpu_mb: int | None
     constraint: str | None
 
 
 def planned(run: Run, results: Path) -> Run:
-    """The run with every key of `resources` that its config leaves open, and the shards that it has
-    begun with.
+    """Fill in every key of `resources` that a run's config leaves open.
 
-    `results` is the folder of all runs: a run that is there, over the same corpus, keeps its number
-    of shards, though the planned throughput be another by now.
+    A started run over the same corpus keeps its number of shards, even if the planned throughput
+    has changed since.
+
+    Args:
+        run: The run as it was composed.
+        results: The folder of all runs, usually `results`.
+
+    Returns:
+        The run with its resources and its number of shards.
+
+    Raises:
+        MemoryPlanError: No machine has enough GPUs for the model.
     """
-    kept = _shards_begun(run, results) if run.shards_left_open else None
+    kept = _started_shards(run, results) if run.shards_left_open else None
     settings: dict[str, Any] = run.config
     if kept is not None:
         settings = settings | {"extraction": settings["extraction"] | {"shards": kept}}
-    found = of(to_config(settings))
-    return replace(run, config=settings | {"resources": settings["resources"] | asdict(found)})
+    run = replace(run, config=settings)
+    request = of(to_config(settings), own_estimate(run, results))
+    return replace(run, config=settings | {"resources": settings["resources"] | asdict(request)})
 
 
-def _shards_begun(run: Run, results: Path) -> int | None:
+class Planner:
+    """Plans the runs of a call, and plans a run again when its `estimate.h5` appears.
+
+    Args:
+        results: The folder of all runs.
+    """
+
+    def __init__(self, results: Path) -> None:
+        self._results = results
+        self._open: dict[str, dict[str, Any]] = {}  # by run: resources as its config names them
+        self._read: dict[str, int] = {}  # by run: when the estimate that was read was written, ns
+
+    def plan(self, run: Run) -> Run:
+        """`planned`, remembered for `renewed` where the closed form does not hold."""
+        if _covered(to_config(run.config)) is None:
+            self._open[run.name] = run.config["resources"]
+            self._read[run.name] = self._written(run)
+        return planned(run, self._results)
+
+    def renewed(self, run: Run) -> Run | None:
+        """The planned run with other resources, None where no estimate came since the last plan.
+
+        A look at the file's time, so that Snakemake may call it for each resource of each job.
+        """
+        if run.name not in self._open or self._written(run) == self._read[run.name]:
+            return None
+        self._read[run.name] = self._written(run)
+        settings = run.config | {"resources": self._open[run.name]}
+        request = asdict(of(to_config(settings), own_estimate(run, self._results)))
+        return replace(run, config=settings | {"resources": settings["resources"] | request})
+
+    def waits(self, run: Run) -> bool:
+        """Whether the run's estimate is not made yet."""
+        return self._written(run) == 0
+
+    def _written(self, run: Run) -> int:
+        try:
+            return (self._results / run.name / "estimate.h5").stat().st_mtime_ns
+        except OSError:
+            return 0
+
+
+def _started_shards(run: Run, results: Path) -> int | None:
     frozen = results / run.name / "config/tokens.json"
     try:
         before = json.loads(frozen.read_text(encoding="utf-8"))["config"]
@@ -100,32 +160,61 @@ def _shards_begun(run: Run, results: Path) -> int | None:
     return int(before["extraction"]["shards"]) if same else None
 
 
-def of(settings: Config) -> Resources:
-    """The resources of a run's jobs. Raises MemoryPlanError where no machine has GPUs enough."""
-    requested, size = settings.resources, _covered(settings)
-    on_gpu = settings.extraction.device != "cpu"
-    found: dict[str, Any] = dict(UNKNOWN)
-    if size is not None:
-        found |= _from_estimate(settings, size, on_gpu)
-    mem_mb = requested.mem_mb or found["mem_mb"]
-    gpu = requested.gpu if requested.gpu is not None else found.get("gpu", int(on_gpu))
+def own_estimate(run: Run, results: Path) -> Estimate | None:
+    """The run's `estimate.h5`, None where there is none or another config made it."""
+    path = results / run.name / "estimate.h5"
+    try:
+        with file_format.open_h5(path, "estimate") as file:
+            made_by = json.loads(file.attrs["config"])
+        config = to_plain(to_config(run.stage("estimate")["config"]))
+        if made_by != json.loads(json.dumps(provenance.without_home(config))):
+            return None
+        return estimate.read(path)
+    except (OSError, KeyError, ValueError, TheLoomError):
+        return None
+
+
+def of(settings: Config, estimated: Estimate | None = None) -> Resources:
+    """The resources of a run's jobs.
+
+    Args:
+        settings: The run's config.
+        estimated: The run's estimate where it exists, else the closed form is used if it holds.
+
+    Returns:
+        What the config names, and for the rest what the estimate gives.
+
+    Raises:
+        MemoryPlanError: No machine has enough GPUs for the model.
+    """
+    requested = settings.resources
+    if requested.gpu == 0:  # such a job runs on the CPU, whatever extraction.device allows
+        cpu = OmegaConf.create({"extraction": {"device": "cpu"}})
+        settings = cast(Config, OmegaConf.merge(cast(Any, settings), cpu))
+    on_gpu, plan = settings.extraction.device != "cpu", dict[str, Any]()
+    if estimated is None and (size := _covered(settings)) is not None:
+        estimated = estimate.estimate(settings, ClosedForm(size), "cuda" if on_gpu else "cpu")
+    if estimated is not None:
+        plan = _from_estimate(settings, estimated, on_gpu)
+    mem_mb = requested.mem_mb or plan.get("mem_mb")
+    load_mem_mb = max(mem_mb, plan.get("load_mem_mb", 0)) if mem_mb else None
+    gpu = requested.gpu if requested.gpu is not None else plan.get("gpu", int(on_gpu))
     return Resources(
         threads=requested.threads,
         mem_mb=mem_mb,
-        load_mem_mb=requested.load_mem_mb or max(mem_mb, found.get("load_mem_mb", 0)),
-        runtime=requested.runtime or found["runtime"],
-        verify_runtime=requested.verify_runtime or requested.runtime or found["verify_runtime"],
-        disk_mb=requested.disk_mb or found["disk_mb"],
+        load_mem_mb=requested.load_mem_mb or load_mem_mb,
+        runtime=requested.runtime or plan.get("runtime"),
+        verify_runtime=requested.verify_runtime or requested.runtime or plan.get("verify_runtime"),
+        disk_mb=requested.disk_mb or plan.get("disk_mb"),
         gpu=gpu,
         gpu_model=requested.gpu_model if gpu else None,
-        min_free_gpu_mb=requested.min_free_gpu_mb
-        or (found.get("min_free_gpu_mb", 0) if gpu else 0),
+        min_free_gpu_mb=requested.min_free_gpu_mb or (plan.get("min_free_gpu_mb") if gpu else 0),
         constraint=requested.constraint,
     )
 
 
 def _covered(settings: Config) -> ModelDims | None:
-    """The model's numbers if the closed form holds for all that is requested."""
+    """The model's dimensions if the closed form holds for all that is requested."""
     declared = settings.model.architecture
     if declared is None or settings.extraction.attention.name == "eager":
         return None
@@ -137,49 +226,79 @@ def _covered(settings: Config) -> ModelDims | None:
     return size if estimator.covers(points) else None
 
 
-def _from_estimate(settings: Config, size: ModelDims, on_gpu: bool) -> dict[str, Any]:
-    found = estimate.estimate(settings, ClosedForm(size), "cuda" if on_gpu else "cpu")
+def _from_estimate(settings: Config, estimated: Estimate, on_gpu: bool) -> dict[str, Any]:
     precision = estimate.likely_precision(settings)
-    kind = weight_format.weight_format_of(settings, precision).name
+    kind = _weight_format(settings, estimated, precision)
     store = precision if settings.store.dtype.name == "auto" else settings.store.dtype.name
-    answer: dict[str, Any] = _minutes(settings, found, store)
+    plan: dict[str, Any] = UNSIZED_CORPUS | _minutes(settings, estimated, store)
     shards = settings.extraction.shards or 1
-    if found.rows is not None:
-        answer["disk_mb"] = 100 + _mb(1.1 * found.rows / shards * found.row_bytes[store])
-    weights = _mb(found.weights[kind])
+    if estimated.rows is not None:
+        plan["disk_mb"] = 100 + _mb(1.1 * estimated.rows / shards * estimated.row_bytes[store])
+    weights = _mb(estimated.weights[kind])
+    host = _host_bytes(estimated, kind, on_gpu)
     if on_gpu:
-        overhead = size.vocab_size * size.hidden_size * 2 / found.weights[kind]
+        # The largest tensor is the embedding, which is on the first GPU with its blocks.
+        embedding, blocks = _largest_tensor(estimated), estimated.blocks
+        overhead = min(1.0, embedding / estimated.weights[kind])
         budget = settings.memory.memory_warning_threshold * _gpu_speed(settings)
         count = settings.resources.gpu or multi_gpu.gpus_for(
-            found, kind, size.num_blocks, overhead, budget
+            estimated, kind, blocks, overhead, budget
         )
-        of_one = multi_gpu.of_one(found, multi_gpu.share(size.num_blocks, count, overhead))
-        answer |= {"gpu": count, "min_free_gpu_mb": _mb(multi_gpu.least(of_one, kind))}
-        overhead = CUDA_LIBRARIES + min(weights, WEIGHTS_FILE) + ROWS_ON_THEIR_WAY
-        answer["mem_mb"] = math.ceil(SPARE * _mb(found.host[kind])) + overhead
+        fullest = multi_gpu.of_one(estimated, multi_gpu.share(blocks, count, overhead))
+        plan |= {"gpu": count, "min_free_gpu_mb": _mb(multi_gpu.least(fullest, kind))}
+        in_flight = min(MOST_IN_FLIGHT, math.ceil(TENSORS_IN_FLIGHT * weights)) - _mb(embedding)
+        host_mb = math.ceil(SPARE * (_mb(host) + max(0, in_flight)))
+        plan["mem_mb"] = host_mb + CUDA_LIBRARIES + min(weights, WEIGHTS_FILE) + ROWS_IN_TRANSIT
     else:
-        answer["mem_mb"] = math.ceil(SPARE * _mb(found.host[kind])) + ROWS_ON_THEIR_WAY
+        plan["mem_mb"] = math.ceil(SPARE * _mb(host)) + ROWS_IN_TRANSIT
     if _is_gguf(settings):  # converted once: dequantised in FP32, and written from there
-        answer["load_mem_mb"] = answer["mem_mb"] + 2 * _mb(found.weights["fp32"])
-    return answer
+        plan["load_mem_mb"] = plan["mem_mb"] + 2 * _mb(estimated.weights["fp32"])
+    return plan
 
 
-def _minutes(settings: Config, found: Estimate, store: str) -> dict[str, int]:
-    speed, shards = sharding.tokens_per_second(settings), settings.extraction.shards or 1
-    if speed is None or found.rows is None:
-        return {name: UNKNOWN[name] for name in ("runtime", "verify_runtime")}
-    loading, rows = found.weights["bf16"] / READING, found.rows * found.row_bytes[store] / READING
-    sampled = settings.verify.documents * found.context_length / speed
+def _weight_format(settings: Config, estimated: Estimate, precision: str) -> str:
+    """The name of the run's weight format, which a quantised checkpoint sets by itself."""
+    for quantization in ("int8", "int4"):
+        # only estimates of quantised weights have passes with FP32 around them
+        if f"{quantization}+fp32" in estimated.passes:
+            return WeightFormat(precision, quantization).name
+    return weight_format.weight_format_of(settings, precision).name
+
+
+def _largest_tensor(estimated: Estimate) -> int:
+    """Bytes of the largest tensor, which an estimate counts on top of quantised weights."""
+    return estimated.load_peak["int8"] - estimated.weights["int8"]
+
+
+def _host_bytes(estimated: Estimate, kind: str, on_gpu: bool) -> int:
+    """Host memory of a job: the estimate's, unless that is for a GPU and the job has none."""
+    if on_gpu or estimated.device == "cpu":
+        return estimated.host[kind]
+    passes = [p for p in estimated.passes[kind] if p.chunk_size == estimated.chunk_size]
+    forward = max(p.parts.total for p in passes)
+    weights = estimated.weights[kind]
+    return estimate.HOST_PROCESS + weights + forward + ring_buffer.bytes_on_device("cpu", 0)
+
+
+def _minutes(settings: Config, estimated: Estimate, store: str) -> dict[str, int]:
+    bf16 = estimated.weights["bf16"]
+    block_parameters = max(0, bf16 - _largest_tensor(estimated)) // 2
+    speed = sharding.tokens_per_second(settings, block_parameters)
+    if speed is None or estimated.rows is None:
+        return {}
+    rows, shards = estimated.rows, settings.extraction.shards or 1
+    loading, reading = bf16 / READING, rows * estimated.row_bytes[store] / READING
+    sampled = settings.verify.documents * estimated.context_length / speed
     seconds = {
-        "runtime": loading + found.rows / shards / speed,
-        "verify_runtime": loading + rows + sampled,
+        "runtime": loading + rows / shards / speed,
+        "verify_runtime": loading + reading + sampled,
     }
-    return {name: STARTING + math.ceil(TIMES_PLANNED * s / 60) for name, s in seconds.items()}
+    return {name: STARTING + math.ceil(SAFETY_FACTOR * s / 60) for name, s in seconds.items()}
 
 
 def _gpu_speed(settings: Config) -> float:
-    """Bytes that a program gets of one GPU: as the config says, else of the smallest that has the
-    model's name.
+    """Bytes that a program gets of one GPU: the config's, else of the smallest with the model's
+    name.
     """
     if settings.resources.gpu_memory_gb is not None:
         return float(settings.resources.gpu_memory_gb) * 1e9
@@ -203,7 +322,7 @@ def _is_gguf(settings: Config) -> bool:
     try:
         return files.is_gguf(settings.model)
     except TheLoomError:
-        return False  # which is said, with its reason, before any job runs
+        return False  # preflight reports it, with its reason
 
 
 def _mb(size: float) -> int:
@@ -211,22 +330,28 @@ def _mb(size: float) -> int:
 
 
 def table(runs: dict[str, Run]) -> str:
-    """A sentence for each run: its shards, and what each of its jobs asks for."""
-    said = []
-    for run in runs.values():
-        requested, shards = cast(Any, run.config["resources"]), run.config["extraction"]["shards"]
-        tokens = run.config["corpus"]["max_tokens"]
-        each = f" of about {math.ceil(tokens / shards):,} tokens" if tokens else ""
-        model = f" {requested['gpu_model']}" if requested["gpu_model"] else ""
-        gpus = (
-            f"{requested['gpu']}{model} GPU{'s' * (requested['gpu'] != 1)}"
-            if requested["gpu"]
-            else "no GPU"
-        )
-        if requested["gpu"] and requested["min_free_gpu_mb"]:
-            gpus += f" with {requested['min_free_gpu_mb'] / 1000:.1f} GB free"
-        said.append(
-            f"{run.name}: {shards} shards{each}; a job asks for {gpus}, {requested['threads']} threads, "
-            f"{requested['mem_mb']:,} MB of memory, {requested['runtime']} minutes, {requested['disk_mb']:,} MB of disk"
-        )
-    return "\n".join(map(lines, said))
+    """A sentence for each run: its shards, and what each of its jobs requests."""
+    return "\n".join(lines(_sentence(run)) for run in runs.values())
+
+
+def _sentence(run: Run) -> str:
+    request, shards = cast(Any, run.config["resources"]), run.config["extraction"]["shards"]
+    tokens = run.config["corpus"]["max_tokens"]
+    each = f" of about {math.ceil(tokens / shards):,} tokens" if tokens else ""
+    model = f" {request['gpu_model']}" if request["gpu_model"] else ""
+    gpus = (
+        f"{request['gpu']}{model} GPU{'s' * (request['gpu'] != 1)}" if request["gpu"] else "no GPU"
+    )
+    if request["gpu"] and request["min_free_gpu_mb"]:
+        gpus += f" with {request['min_free_gpu_mb'] / 1000:.1f} GB free"
+    figures = {
+        "MB of memory": request["mem_mb"],
+        "minutes": request["runtime"],
+        "MB of disk": request["disk_mb"],
+    }
+    known = [f"{value:,} {unit}" for unit, value in figures.items() if value is not None]
+    text = f"{run.name}: {shards} shards{each}; a job requests "
+    text += ", ".join([gpus, f"{request['threads']} threads", *known])
+    if len(known) < len(figures):
+        text += "; the rest follows from estimate.h5, which the run makes first"
+    return text

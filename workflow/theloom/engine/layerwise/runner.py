@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from theloom.engine import progress_file
 from theloom.engine.layerwise.block_loader import BlockSource
 from theloom.engine.layerwise.residual_store import ResidualSpec, ResidualStore
 from theloom.engine.layerwise.skeleton import Shell
@@ -368,6 +369,11 @@ class _Progress:
     def say(self, block: int, batch: int, batches: int, tokens: int) -> None:
         self._through += tokens
         now, last = time.perf_counter(), (block + 1, batch) == (self._blocks, batches)
+        progress_file.report(
+            block * batches + batch,
+            self._blocks * batches,
+            lambda: f"block {block + 1} of {self._blocks}, batch {batch} of {batches}",
+        )
         if now - self._said < SECONDS_BETWEEN_LINES and not last:
             return
         self._said = now
