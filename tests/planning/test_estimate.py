@@ -87,7 +87,7 @@ def test_weights_cache_and_captures_are_those_of_the_real_model(tmp_path, model_
         assert found.find("fp32", 96, 32).kv_cache == taken
 
 
-def test_smollm2_is_estimated_from_its_numbers_as_it_is_loaded(smollm2):
+def test_smollm2_is_estimated_from_its_dimensions_as_it_is_loaded(smollm2):
     _, found = of_profile("smollm2-135m")
     real = AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32)
     held = [*real.model.parameters(), *real.model.buffers()]
@@ -124,7 +124,7 @@ def test_an_estimate_survives_its_file(tmp_path):
     assert estimate.read(tmp_path / "estimate.h5") == found
 
 
-def test_a_run_without_a_token_limit_has_no_disk_figure():
+def test_a_run_without_a_token_limit_has_no_disk_size():
     _, found = of_profile("3b", "corpus.max_tokens=null")
     assert found.rows is None
     assert found.disk_bytes("bf16") is None
