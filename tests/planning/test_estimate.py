@@ -31,7 +31,7 @@ def test_weights_of_every_profile_are_its_public_parameter_count(profile):
     assert found.load_peak["int4"] > found.weights["int4"]
 
 
-def test_a_multi_head_7b_needs_a_gigabyte_of_keys_and_values_for_2048_tokens():
+def test_a_multi_head_7b_has_a_gigabyte_of_keys_and_values_at_2048_tokens():
     (run,) = compose.runs(ROOT / "config", "7b", "corpus.context_length=2048").values()
     settings = frozen.to_config(
         run.config | {"model": run.config["model"] | {"architecture": LLAMA_2_7B}}

@@ -17,7 +17,8 @@ from theloom.config import frozen
 from theloom.errors import ConfigError
 from theloom.report import groups, runs, speed, style
 from theloom.report.draw import draw_attention, draw_memory, draw_runs, draw_speed, draw_states
-from theloom.report.states import measure_states, principal_plane, sampled_rows, token_kind
+from theloom.report.states import measure_states, sampled_rows
+from theloom.report.token_map import principal_plane, token_kind
 from theloom.store.file_format import METRICS
 
 HOOKS = "memory.activation_cache_filter=[blocks.*.hook_resid_post,blocks.1.attn.hook_pattern]"
@@ -118,10 +119,10 @@ def test_the_map_keeps_the_distances_of_rows_that_lie_in_a_plane():
     ("token", "kind"),
     [
         (" the", "word"),
-        ("ing", "piece of a word"),
+        ("ing", "subword"),
         (" 12", "number"),
         (".", "punctuation"),
-        ("\n", "white space"),
+        ("\n", "whitespace"),
     ],
 )
 def test_kinds_of_tokens(token, kind):

@@ -62,8 +62,8 @@ examples:
 
 exit codes:
   0  done
-  1  a user error, or damaged files: one line that starts with error: says
-     what to do
+  1  a user error, or damaged files: one line that starts with error: and
+     states what to do
   2  invalid arguments
 
 completion, in bash or zsh:

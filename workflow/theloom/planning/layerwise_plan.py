@@ -124,7 +124,7 @@ def choose(
     residuals: int,
     residual_row: int,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     host: DeviceMemory,
     *,
     threshold: float,
@@ -141,7 +141,7 @@ def choose(
         residuals: bytes of the residuals of the shard.
         residual_row: bytes of the residual of one token.
         device: `cpu` or `cuda`.
-        found: the device's memory.
+        memory: of the device.
         host: the host's memory.
         threshold: share of either memory that may be in use.
         overhead: bytes that a process was measured to take beyond the prediction.
@@ -157,10 +157,10 @@ def choose(
     cuts = [cut.over(windows) for cut in smaller_plans(requested, "device", one_pass)]
     least: tuple[Need, bool] | None = None
     budget = (
-        found.free - int((1 - threshold) * found.total),
+        memory.free - int((1 - threshold) * memory.total),
         host.free - int((1 - threshold) * host.total),
     )
-    for free, host_free in (budget, (found.free, host.free)):
+    for free, host_free in (budget, (memory.free, host.free)):
         for spilled in (False, True):
             for cut in cuts:
                 needed = need(sizes, pass_of, cut.passes, residuals, residual_row, device, spilled)
@@ -173,7 +173,7 @@ def choose(
                     )
                 least = (needed, spilled)
     assert least is not None
-    raise MemoryPlanError(_refusal(least[0], device, found, host))
+    raise MemoryPlanError(_refusal(least[0], device, memory, host))
 
 
 def _changes(requested: Plan, cut: Plan, spilled: bool, residuals: int) -> tuple[str, ...]:
@@ -192,17 +192,17 @@ def _changes(requested: Plan, cut: Plan, spilled: bool, residuals: int) -> tuple
     return tuple(changes)
 
 
-def _refusal(least: Need, device: str, found: DeviceMemory, host: DeviceMemory) -> str:
-    limit = f", limited by {found.limited_by}" if found.limited_by else ""
+def _refusal(least: Need, device: str, memory: DeviceMemory, host: DeviceMemory) -> str:
+    limit = f", limited by {memory.limited_by}" if memory.limited_by else ""
     text = terminal.format_bytes
     if device == "cpu":
         return (
             f"layer by layer the run needs at least {text(least.cpu)} "
             f"(two blocks {text(least.buffers)}, one batch {text(least.working_set)}, "
             f"embeddings at most {text(least.embeddings)}) "
-            f"and cpu has {text(found.free)} free{limit}"
+            f"and cpu has {text(memory.free)} free{limit}"
         )
     return (
         f"layer by layer the run needs at least {text(least.device)} of the GPU and "
-        f"{text(least.host)} of the host, which have {text(found.free)} and {text(host.free)} free"
+        f"{text(least.host)} of the host, which have {text(memory.free)} and {text(host.free)} free"
     )

@@ -113,12 +113,12 @@ def measure(
     )
     with PeakMemory(loaded.device) as growing:
         _run(loaded, ids, workload, points, kind)
-    found = _run(loaded, ids, workload, points, kind)
+    measured = _run(loaded, ids, workload, points, kind)
     weights = quantization.resident_bytes(loaded.architecture.model)
     growth = growing.growth
     if loaded.device.type == "cpu":  # a job's heap also holds what loading left
         growth += growing.before - loading.before - weights
-    return Measured(workload, predicted, found, growth, growing.files, weights)
+    return Measured(workload, predicted, measured, growth, growing.files, weights)
 
 
 def _run(

@@ -157,7 +157,7 @@ def choose(
     estimate: Estimate,
     kind: str,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     *,
     threshold: float = 1.0,
     windows: Lengths | None = None,
@@ -170,7 +170,7 @@ def choose(
         estimate: of the run.
         kind: name of the weight format.
         device: `cpu` or `cuda`.
-        found: the device's memory now.
+        memory: of the device, now.
         threshold: share of the total that may be in use. If no plan keeps to it, any that fits the
             free memory is taken, with a warning.
         windows: lengths of the corpus' windows; None: any number of the estimate's context length.
@@ -196,26 +196,26 @@ def choose(
             "long documents go in one pass: in chunks of %d tokens they would take more memory",
             requested.chunk_size,
         )
-    headroom = int((1 - threshold) * found.total)
-    for budget in (found.free - headroom, found.free):
+    headroom = int((1 - threshold) * memory.total)
+    for budget in (memory.free - headroom, memory.free):
         for planned in map(weigh, plans):
             if planned.components.total <= budget:
                 chosen, may_offload = estimate.batch_tokens is None, estimate.cache == "auto"
                 changes = _changes(requested, planned.plan, chosen, may_offload, one_pass)
                 for change in changes:
-                    log.warning("to fit %s free: %s", terminal.format_bytes(found.free), change)
-                if budget == found.free and headroom:
-                    _warn_headroom(planned.components, found, threshold)
+                    log.warning("to fit %s free: %s", terminal.format_bytes(memory.free), change)
+                if budget == memory.free and headroom:
+                    _warn_headroom(planned.components, memory, threshold)
                 return replace(planned, changes=changes)
     least = min(map(weigh, plans), key=_total)
-    raise MemoryPlanError(_refusal(estimate, kind, device, found, least, correction, others))
+    raise MemoryPlanError(_refusal(estimate, kind, device, memory, least, correction, others))
 
 
 def check_begun(
     estimate: Estimate,
     kind: str,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     plan: Plan,
     correction: Correction,
     partial: str,
@@ -226,7 +226,7 @@ def check_begun(
         estimate: of the run.
         kind: name of the weight format.
         device: `cpu` or `cuda`.
-        found: the device's memory now.
+        memory: of the device, now.
         plan: the plan with which the file was started.
         correction: from a measurement on this device.
         partial: name of the file.
@@ -239,11 +239,12 @@ def check_begun(
     """
     planned = _weigh(estimate, kind, device, plan, correction)
     needed = planned.components.total
-    if needed > found.free:
+    if needed > memory.free:
         raise MemoryPlanError(
             f"{partial} was started with batches of {plan.batch_tokens} tokens, which take "
             f"{terminal.format_bytes(needed)}, and {device} has "
-            f"{terminal.format_bytes(found.free)} free; free some, or remove the file to start over"
+            f"{terminal.format_bytes(memory.free)} free; "
+            "free some, or remove the file to start over"
         )
     return planned
 
@@ -252,7 +253,7 @@ def plan_advice(
     estimate: Estimate,
     kind: str,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     plan: Plan,
     correction: Correction,
 ) -> str:
@@ -262,7 +263,7 @@ def plan_advice(
         estimate: of the run.
         kind: name of the weight format.
         device: `cpu` or `cuda`.
-        found: the device's memory.
+        memory: of the device.
         plan: the smallest plan.
         correction: from a measurement on this device.
 
@@ -271,7 +272,7 @@ def plan_advice(
     """
     least = _weigh(estimate, kind, device, plan, correction)
     # a helpful change takes less than what did not fit
-    full = replace(found, free=least.components.total - 1)
+    full = replace(memory, free=least.components.total - 1)
     changes = _fitting_changes(estimate, kind, device, full, least, correction)
     return (
         "set " + ", or ".join(changes)
@@ -354,13 +355,13 @@ def _changes(
     return tuple(changes)
 
 
-def _warn_headroom(needed: Components, found: DeviceMemory, threshold: float) -> None:
+def _warn_headroom(needed: Components, memory: DeviceMemory, threshold: float) -> None:
     log.warning(
         "the run is planned to take %s, and %s of %s are free: "
         "more than memory_warning_threshold=%.2f will be in use",
         terminal.format_bytes(needed.total),
-        terminal.format_bytes(found.free),
-        terminal.format_bytes(found.total),
+        terminal.format_bytes(memory.free),
+        terminal.format_bytes(memory.total),
         threshold,
     )
 
@@ -373,16 +374,16 @@ def _refusal(
     estimate: Estimate,
     kind: str,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     least: Planned,
     correction: Correction,
     others: str,
 ) -> str:
     """One line: the least that the run needs, what is free, and changes that would fit."""
     needed = least.components
-    limit = f", limited by {found.limited_by}" if found.limited_by else ""
+    limit = f", limited by {memory.limited_by}" if memory.limited_by else ""
     limit += f"; others on it: {others}" if others else ""
-    changes = _fitting_changes(estimate, kind, device, found, least, correction)
+    changes = _fitting_changes(estimate, kind, device, memory, least, correction)
     advice = (
         "; it would fit with " + ", or ".join(changes)
         if changes
@@ -391,7 +392,7 @@ def _refusal(
     text = terminal.format_bytes
     return (
         f"the run needs at least {text(needed.total)} ({sizes.by_category(needed)}) and {device} "
-        f"has {text(found.free)} of {text(found.total)} free{limit}{advice}"
+        f"has {text(memory.free)} of {text(memory.total)} free{limit}{advice}"
     )
 
 
@@ -399,7 +400,7 @@ def _fitting_changes(
     estimate: Estimate,
     kind: str,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     least: Planned,
     correction: Correction,
 ) -> list[str]:
@@ -410,7 +411,7 @@ def _fitting_changes(
         shorter //= 2
         plan = replace(least.plan, longest=shorter, batch_tokens=SMALLEST_CHUNK)
         offer = _weigh(estimate, kind, device, plan, correction)
-        if offer.components.total <= found.free:
+        if offer.components.total <= memory.free:
             offers.append((f"corpus.context_length={shorter}", offer))
             break
     texts = {
@@ -425,7 +426,7 @@ def _fitting_changes(
             and estimate.weights[other] < estimate.weights[kind]
         ):
             offers.append((text, _weigh(estimate, other, device, least.plan, correction)))
-    fitting = [(text, offer) for text, offer in offers if offer.components.total <= found.free]
+    fitting = [(text, offer) for text, offer in offers if offer.components.total <= memory.free]
     return [
         f"{text} (saves {terminal.format_bytes(least.components.total - offer.components.total)})"
         for text, offer in fitting

@@ -142,7 +142,7 @@ def _weights_reason(
     if kind.quantization:
         whole = counts.other * (2 - rule_bytes) / 1e9
         steps["embeddings and norms stay 16-bit"] = whole
-        steps["scales of the quantised weights"] = (
+        steps["scales of the quantized weights"] = (
             estimator.weights(kind) / 1e9 - counts.base * rule_bytes / 1e9 - whole
         )
     return _sum_of(steps)

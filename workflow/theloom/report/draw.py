@@ -18,10 +18,10 @@ from theloom.report.states import (
     draw_massive,
     draw_norms,
     draw_similarity,
-    draw_token_map,
     measure_states,
     middle_layer,
 )
+from theloom.report.token_map import draw_token_map
 
 log = logging.getLogger(__name__)
 

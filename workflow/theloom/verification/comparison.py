@@ -93,14 +93,14 @@ class Comparison:
     def __init__(
         self, config: Config, acts: Activations, loaded: LoadedModel, points: list[HookPoint]
     ) -> None:
-        quantised = loaded.quantization is not None
-        self._acts, self._points, self._files = acts, points, loaded.files if quantised else None
+        quantized = loaded.quantization is not None
+        self._acts, self._points, self._files = acts, points, loaded.files if quantized else None
         # the coarser of compute and storage precision bounds the rounding error
         self._tolerance = config.verify.tolerance or max(
             loaded.tolerance, TOLERANCE[acts.precision]
         )
         self._may_suspect = not (
-            config.verify.tolerance or quantised or loaded.precision.resolved == "fp32"
+            config.verify.tolerance or quantized or loaded.precision.resolved == "fp32"
         )
         self._errors: dict[int, dict[str, tuple[float, float]]] = defaultdict(dict)
         self._suspect: dict[int, dict[HookPoint, torch.Tensor]] = defaultdict(dict)
