@@ -1,6 +1,4 @@
-"""A page in Chromium without a window, by its DevTools protocol: what it says, and what a script
-finds in it.
-"""
+"""A page in headless Chromium, driven by its DevTools protocol: scripts, errors, screenshots."""
 
 import base64
 import json
@@ -18,9 +16,7 @@ CHROMIUM = next(
 
 
 class Page:
-    """Opens `url`, `width` pixels wide, in a context. `errors` are what its console and its scripts
-    complained of.
-    """
+    """Opens a URL in a context, `width` pixels wide; `errors` are those of console and scripts."""
 
     def __init__(self, url: str, profile: Path, width: int, height: int = 900) -> None:
         self._url, self._profile, self._size = url, profile, (width, height)
@@ -69,11 +65,11 @@ class Page:
 
     def script(self, expression: str) -> Any:
         """The value of an expression of JavaScript, awaited."""
-        found = self._call(
+        answer = self._call(
             "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
 
     def wait_for(self, expression: str, seconds: float = 30) -> None:
         end = time.time() + seconds

@@ -50,7 +50,7 @@ def main(folder: Path, source: str, limit: int) -> None:
     run.verify()
     seconds = time.time() - begun
     with h5py.File(run.folder / "verification.h5") as file:
-        errors = (file["recomputed/error"][:] / file["recomputed/largest"][:]).max()
+        errors = (file["recomputed/max_abs_error"][:] / file["recomputed/max_abs"][:]).max()
     found = {
         "refused": said,
         "seconds": seconds,

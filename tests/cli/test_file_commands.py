@@ -22,7 +22,7 @@ def run(tmp_path_factory, tiny_llama):
     ).all()
 
 
-def test_inspect_says_what_a_file_holds(run, capsys):
+def test_inspect_prints_the_contents_of_a_file(run, capsys):
     for file in (run.activations, run.shards[0]):
         assert main.main(["inspect", str(file)]) == 0
         text = capsys.readouterr().out
@@ -46,9 +46,7 @@ def test_inspect_as_json(run, capsys):
     assert found["provenance"]["package_versions"]["torch"]
 
 
-def test_a_path_that_is_no_file_of_hidden_states_is_refused_with_what_to_give(
-    run, tmp_path, capsys
-):
+def test_a_path_that_is_no_file_of_hidden_states_is_rejected(run, tmp_path, capsys):
     cut = tmp_path / "cut.h5"
     cut.write_bytes(run.shards[0].read_bytes()[:-1000])
     size = run.shards[0].stat().st_size
@@ -72,7 +70,7 @@ def test_verify_recomputes_documents_with_the_model(run, capsys):
     assert main.main(["verify", str(run.activations), "--recompute", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["recomputed"] >= 1
-    assert found["largest_error"] <= found["tolerance"]
+    assert found["max_relative_error"] <= found["tolerance"]
     assert main.main(["verify", str(run.shards[1]), "--recompute", "1"]) == 0
     assert "1 documents recomputed" in capsys.readouterr().out
 

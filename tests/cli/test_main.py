@@ -28,7 +28,8 @@ def theloom(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_is_quick_and_lists_the_commands():
-    source = "import sys; from theloom.cli import main\ntry: main.main(['--help'])\nexcept SystemExit: pass\n"
+    source = "import sys; from theloom.cli import main\n"
+    source += "try: main.main(['--help'])\nexcept SystemExit: pass\n"
     source += "assert not {'torch', 'gpuhunt', 'psutil', 'transformers'} & set(sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", source], capture_output=True, text=True, check=True
@@ -169,7 +170,7 @@ def test_every_help_has_an_example_and_fits_80_columns(command, monkeypatch, cap
 
 
 @pytest.mark.parametrize("requested", ["7b", "--table"])
-def test_the_estimate_fits_80_columns_and_is_plain_in_a_pipe(requested):
+def test_the_estimate_fits_80_columns_and_is_uncoloured_in_a_pipe(requested):
     done = theloom("estimate", requested)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -200,7 +201,7 @@ def test_the_savings_of_training_fit_80_columns():
     assert "no use here" in printed
 
 
-def test_a_number_that_is_none_is_refused_in_words(capsys):
+def test_an_argument_that_is_no_positive_integer_is_rejected(capsys):
     for wrong in ("x", "0", "-1"):
         with pytest.raises(SystemExit):
             main.main(["estimate", "7b", "--batch", wrong])
@@ -214,7 +215,7 @@ def test_long_words_of_a_table_are_folded_into_its_80_columns():
     assert " ".join(" ".join(line.split()) for line in printed).count("word") == 30
 
 
-def test_a_shell_is_told_what_can_come_next(tmp_path):
+def test_a_shell_completes_options(tmp_path):
     answer = tmp_path / "answer"
     requested = "theloom estimate --pre"
     environment = os.environ | {

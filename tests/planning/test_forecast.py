@@ -1,4 +1,4 @@
-"""`theloom estimate`: its figures against the trace and the public numbers, its tables, its errors."""
+"""`theloom estimate`: its figures against the trace and public numbers, its tables and errors."""
 
 import json
 import subprocess
@@ -125,6 +125,9 @@ def test_mistakes_on_the_command_line_end_on_one_line(capsys):
 
 
 def test_the_closed_form_needs_no_torch():
-    code = "import sys; from theloom.cli import main; main.main(['estimate', '70b']); print('torch' in sys.modules)"
+    code = (
+        "import sys; from theloom.cli import main; main.main(['estimate', '70b']); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"

@@ -60,9 +60,7 @@ def test_the_peak_of_a_sweep_is_predicted_within_3_percent(smollm2, cut):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_quantised_block_s_arrival_and_its_first_pass_are_predicted_within_3_percent(
-    smollm2, bits, precision
-):
+def test_a_quantized_block_and_its_first_pass_are_predicted_within_3_pct(smollm2, bits, precision):
     """The reading thread's peak, and the computing one's: their sum with the other block is what
     the plan counts.
     """
@@ -135,13 +133,13 @@ def swept_peak(bits: str, files) -> model.SweptPeak:
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt"
 )
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_process_grows_in_a_quantised_sweep_by_about_what_is_predicted(smollm2, bits):
+def test_a_process_grows_in_a_quantized_sweep_as_predicted(smollm2, bits):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         measured = pool.submit(swept_peak, bits, smollm2).result()
     assert 0.9 * measured.predicted < measured.growth < 1.03 * measured.predicted
 
 
-def test_a_gpu_s_host_holds_one_tensor_of_quantised_weights_and_two_blocks_of_others():
+def test_the_host_of_a_gpu_holds_one_tensor_if_quantized_else_two_blocks():
     plain, quantised = (
         BlockSizes(100, 0, 10, 500, 3200),
         BlockSizes(50, 30, 10, 500, 3200, tensor=20),
@@ -179,7 +177,7 @@ def choose(free, residuals=1000, host=10**6, device="cpu"):
     )
 
 
-def test_the_largest_batch_that_fits_is_taken_with_the_residuals_in_memory_if_there_is_room():
+def test_the_largest_batch_that_fits_keeps_residuals_in_memory():
     roomy, tight = choose(WRITER_BYTES + 2000), choose(WRITER_BYTES + 1600)
     assert (roomy.plan.batch_tokens, roomy.spilled) == (512, False)
     assert (tight.plan.batch_tokens, tight.spilled) == (256, False)
@@ -188,14 +186,14 @@ def test_the_largest_batch_that_fits_is_taken_with_the_residuals_in_memory_if_th
     assert any("wait on disk" in change for change in least.changes)
 
 
-def test_what_does_not_fit_layer_by_layer_either_is_refused_with_its_parts():
+def test_a_sweep_that_does_not_fit_is_rejected_with_its_parts():
     with pytest.raises(
         MemoryPlanError, match=r"layer by layer the run needs at least .* cpu has 0\.0 MB free"
     ):
         choose(100)
 
 
-def test_a_gpu_needs_room_for_two_blocks_and_the_host_for_the_residuals():
+def test_a_gpu_holds_two_blocks_and_its_host_the_residuals():
     plenty = choose(10**9, residuals=10**5, device="cuda")
     assert not plenty.spilled
     assert plenty.need.device < 10**9

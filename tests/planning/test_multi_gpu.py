@@ -56,7 +56,7 @@ def test_gpus_take_blocks_in_proportion_to_what_they_have_free():
     assert counts == [2, 8]
 
 
-def test_a_model_that_does_not_fit_is_refused_with_what_to_do():
+def test_a_model_that_does_not_fit_is_rejected_with_what_to_do():
     described = on_meta("llama", **MODELS["llama"])
     with pytest.raises(
         MemoryPlanError, match=r"do not fit 2 GPUs .* ask for more with resources.gpu"
@@ -82,7 +82,7 @@ def test_as_few_gpus_are_requested_as_hold_the_model(profile, gpu, gpus):
     assert gpus * 0.85 * gpu * 1e9 >= weights - 2 * 2 * 152064 * 8192  # the LM head is not loaded
 
 
-def test_the_fullest_gpu_s_estimate_has_its_share_of_weights_and_cache_and_all_of_the_temporaries():
+def test_the_fullest_gpu_has_its_share_of_weights_and_all_temporaries():
     requested = settings("70b", "memory.quantization=null")
     size = model_dims.dims_of_profile(requested.model.architecture)
     whole = estimate.estimate(requested, ClosedForm(size), "cuda")

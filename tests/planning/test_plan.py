@@ -35,7 +35,7 @@ def has_room(estimated: Estimate, free: int) -> bool:
     return True
 
 
-def test_where_there_is_room_the_plan_is_the_one_requested(mistral):
+def test_the_requested_plan_is_taken_if_it_fits(mistral):
     planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(80 * GB, 79 * GB), threshold=0.85)
     assert planned.plan == Plan(
         plan.MOST_BATCH_TOKENS["cuda"], 4096, 4096
@@ -45,7 +45,7 @@ def test_where_there_is_room_the_plan_is_the_one_requested(mistral):
     assert planned.components.context > 0
 
 
-def test_less_free_memory_makes_smaller_batches_and_keeps_the_headroom(mistral, caplog):
+def test_less_free_memory_makes_smaller_batches_with_headroom(mistral, caplog):
     planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(20 * GB, 19 * GB), threshold=0.85)
     assert planned.plan.batch_tokens < plan.MOST_BATCH_TOKENS["cuda"]
     assert planned.components.total <= 19 * GB - 0.15 * 20 * GB
@@ -53,7 +53,7 @@ def test_less_free_memory_makes_smaller_batches_and_keeps_the_headroom(mistral, 
     assert not caplog.records
 
 
-def test_a_smaller_chunk_is_taken_where_no_batch_would_do_and_said(caplog):
+def test_a_smaller_chunk_is_taken_if_no_batch_fits_and_logged(caplog):
     (run,) = compose.runs(ROOT / "config", "7b").values()
     wide = run.config["model"]["architecture"] | {
         "num_hidden_layers": 2,
@@ -93,7 +93,7 @@ def long() -> Estimate:
     return estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
 
 
-def test_chunks_are_taken_where_one_pass_would_take_more_side_by_side_where_there_is_room(long):
+def test_long_windows_stream_in_one_batch_if_they_fit(long):
     roomy = plan.choose(long, "bf16", "cuda", DeviceMemory(200 * GB, 200 * GB)).plan
     assert (roomy.chunk_size, roomy.streamed_windows) == (1024, 16)
     tight = plan.choose(long, "bf16", "cuda", DeviceMemory(12 * GB, 12 * GB)).plan
@@ -146,7 +146,7 @@ def test_the_largest_long_batches_are_those_that_a_run_has(seed, side_by_side):
             assert size[0] == size[1]
 
 
-def test_a_cache_that_outgrows_the_device_goes_to_host_memory_and_is_said(long, caplog):
+def test_a_cache_larger_than_the_device_goes_to_host_memory(long, caplog):
     on_device = dataclasses.replace(long, cache="device")
     free = next(
         f
@@ -184,7 +184,7 @@ def test_every_plan_that_is_chosen_fits_and_more_memory_never_gives_less(mistral
         last = planned.plan.batch_tokens
 
 
-def test_memory_above_the_threshold_is_used_where_nothing_else_fits_with_a_warning(mistral, caplog):
+def test_memory_above_the_threshold_is_used_with_a_warning_if_needed(mistral, caplog):
     planned = plan.choose(
         mistral, "bf16", "cuda", DeviceMemory(16 * GB, 15_500_000_000), threshold=0.85
     )
@@ -192,7 +192,7 @@ def test_memory_above_the_threshold_is_used_where_nothing_else_fits_with_a_warni
     assert "more than memory_warning_threshold=0.85 will be in use" in caplog.text
 
 
-def test_a_run_that_cannot_fit_is_refused_with_the_changes_that_would_do(mistral):
+def test_a_run_that_cannot_fit_is_rejected_with_changes_that_would_fit(mistral):
     with pytest.raises(MemoryPlanError) as refusal:
         plan.choose(
             mistral,
@@ -224,7 +224,7 @@ def test_a_change_that_is_offered_would_fit(mistral):
         plan.choose(mistral, "bf16", "cuda", DeviceMemory(3 * GB, 2 * GB))
 
 
-def test_a_long_context_is_offered_shorter_where_its_cache_is_what_does_not_fit():
+def test_a_shorter_context_is_offered_if_the_cache_does_not_fit():
     (run,) = compose.runs(ROOT / "config", "13b", "corpus.context_length=65536").values()
     settings = frozen.to_config(run.config)
     found = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
@@ -249,7 +249,7 @@ def test_a_measurement_corrects_the_next_plan(mistral):
     assert fits(corrected, free.free)
 
 
-def test_the_batch_that_the_config_asks_for_is_obeyed_and_its_change_is_said():
+def test_the_batch_of_the_config_is_obeyed_and_its_change_logged():
     (run,) = compose.runs(ROOT / "config", "7b", "extraction.batch_tokens=32768").values()
     settings = frozen.to_config(run.config)
     found = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
@@ -271,7 +271,7 @@ def test_the_passes_of_a_plan_are_the_largest_that_batching_makes(batch_tokens, 
     assert largest <= max(requested.batch_windows * requested.width, batch_tokens)
 
 
-def test_a_shard_that_was_begun_with_more_than_is_free_is_not_gone_on_with(mistral):
+def test_a_partial_shard_that_needs_more_than_is_free_is_not_resumed(mistral):
     begun = Plan(16384, 1024, 4096)
     plan.check_begun(
         mistral, "bf16", "cuda", DeviceMemory(24 * GB, 20 * GB), begun, Correction(), "x.partial"

@@ -17,7 +17,8 @@ from theloom.config import frozen
 from theloom.errors import ConfigError
 from theloom.report import groups, runs, speed, style
 from theloom.report.draw import draw_attention, draw_memory, draw_runs, draw_speed, draw_states
-from theloom.report.states import measure_states, principal_plane, sampled_rows, weight_format_of
+from theloom.report.states import measure_states, sampled_rows
+from theloom.report.token_map import principal_plane, token_kind
 from theloom.store.file_format import METRICS
 
 HOOKS = "memory.activation_cache_filter=[blocks.*.hook_resid_post,blocks.1.attn.hook_pattern]"
@@ -91,7 +92,7 @@ def test_statistics_of_states_are_those_of_their_definitions(run):
     np.testing.assert_allclose(np.diag(states.cosine), 1, atol=1e-5)
 
 
-def test_a_sample_is_of_whole_windows_but_for_the_last_and_has_the_size_requested(run):
+def test_a_sample_has_entire_windows_but_the_last_and_the_size_requested(run):
     acts = theloom.open(run.activations)
     rows = sampled_rows(acts, 400, seed=1)
     assert len(rows) == len(set(rows.tolist())) == 400
@@ -118,17 +119,17 @@ def test_the_map_keeps_the_distances_of_rows_that_lie_in_a_plane():
     ("token", "kind"),
     [
         (" the", "word"),
-        ("ing", "piece of a word"),
+        ("ing", "subword"),
         (" 12", "number"),
         (".", "punctuation"),
-        ("\n", "white space"),
+        ("\n", "whitespace"),
     ],
 )
 def test_kinds_of_tokens(token, kind):
-    assert weight_format_of(token) == kind
+    assert token_kind(token) == kind
 
 
-def test_memory_is_what_model_h5_says(run, figures):
+def test_memory_is_that_of_model_h5(run, figures):
     with h5py.File(run.folder / "model.h5") as file:
         predicted, measured = (
             dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured")
@@ -147,9 +148,7 @@ def test_padding_is_what_the_engine_counted(tmp_path, tiny_llama, caplog):
     assert f"padding: {100 * speed.shard_work(made.shards[0]).padding:.1f}%" in said
 
 
-def test_seconds_are_the_shard_s_own_where_it_has_them_else_those_of_the_job(
-    run, figures, tmp_path
-):
+def test_seconds_are_the_shard_s_own_else_those_of_the_job(run, figures, tmp_path):
     shard = run.shards[0]
     found = speed.shard_work(shard)
     assert found.source == "shard"
@@ -210,22 +209,20 @@ def test_runs_side_by_side_give_the_error_against_fp32(run, tmp_path, tiny_llama
         ("report.attention_document=99", "no document 99"),
     ],
 )
-def test_what_is_not_there_is_refused_by_its_key(run, tmp_path, tiny_llama, key, words):
+def test_a_missing_hook_or_document_is_rejected_by_its_key(run, tmp_path, tiny_llama, key, words):
     other = stages(tmp_path, tiny_llama, key).config("report")
     draw = draw_states if "map" in key else draw_attention
     with pytest.raises(ConfigError, match=words):
         draw(other, run.activations, tmp_path / "figures")
 
 
-def test_figures_of_attention_are_drawn_where_the_filter_takes_patterns():
+def test_attention_is_drawn_if_the_filter_matches_patterns():
     for filters in ([], ["*"], ["blocks.*.attn.*"], ["blocks.-1.attn.hook_pattern"]):
         assert "attention" in groups.groups(filters), filters
     assert "attention" not in groups.groups(["blocks.*.hook_resid_post"])
 
 
-def test_one_call_draws_and_reports_and_a_new_title_draws_anew_and_runs_nothing_else(
-    project, tiny_profile
-):
+def test_a_new_title_redraws_the_figures_and_reruns_nothing_else(project, tiny_profile):
     tiny_profile(project)
     done = project.snakemake("figures", profiles="tiny")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -236,7 +233,7 @@ def test_one_call_draws_and_reports_and_a_new_title_draws_anew_and_runs_nothing_
     text = page.read_text()
     for label in (
         "Memory by component",
-        "Map of a middle layer",
+        "Token map (PCA) of a middle layer",
         "Norms by layer and position",
         "shown as",
     ):

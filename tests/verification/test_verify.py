@@ -1,6 +1,4 @@
-"""Verification finds what is wrong: changed bytes, rows of another model, values that are not
-finite.
-"""
+"""Verification detects changed bytes, rows of another model, and nonfinite values."""
 
 import shutil
 
@@ -36,12 +34,12 @@ def test_a_sound_run_is_verified_on_eight_documents_the_longest_among_them(run):
         assert len(set(acts.window_document[windows])) == len(windows)
         assert tokens[0] == np.diff(acts.window_offset).max()
         assert (tokens > 64).sum() >= 1  # longer than the chunk size
-        assert (file["recomputed/error"][:] <= 1e-5 * file["recomputed/largest"][:]).all()
+        assert (file["recomputed/max_abs_error"][:] <= 1e-5 * file["recomputed/max_abs"][:]).all()
         assert file["nonfinite"][:].sum() == 0
         assert file.attrs["windows_hashed"] == len(acts.window_document)
 
 
-def test_a_changed_bit_is_found_by_its_hash(run):
+def test_a_changed_bit_is_detected_by_its_hash(run):
     raw = bytearray(run.shards[1].read_bytes())
     with h5py.File(run.shards[1]) as file:
         place = file["hooks/blocks.1.hook_resid_post/activations"].id.get_offset()
@@ -53,21 +51,21 @@ def test_a_changed_bit_is_found_by_its_hash(run):
         run.verify()
 
 
-def test_rows_that_the_model_does_not_give_are_found(run, monkeypatch):
+def test_rows_that_the_model_does_not_give_are_detected(run, monkeypatch):
     acts = theloom.open(run.activations)
     longest = int(np.diff(acts.window_offset).argmax())
     row = int(acts.window_offset[longest])
     shard = 0 if row < len(theloom.open(run.shards[0])) else 1
     first = len(theloom.open(run.shards[0])) if shard else 0
     change(run, shard, "blocks.2.hook_resid_post", row - first, 1.0)
-    monkeypatch.setattr(inspect, "check_hashes", lambda acts: ([], np.zeros(len(acts.hooks), int)))
+    monkeypatch.setattr(verify, "check_hashes", lambda acts: ([], np.zeros(len(acts.hooks), int)))
     with pytest.raises(
         VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model"
     ):
         run.verify()
 
 
-def test_values_that_are_not_finite_are_counted(run):
+def test_nonfinite_values_are_counted(run):
     change(run, 0, "blocks.0.hook_resid_post", 2, np.inf)
     change(run, 1, "blocks.0.hook_resid_post", 0, np.nan)
     wrong, nonfinite = inspect.check_hashes(theloom.open(run.activations))
@@ -79,10 +77,10 @@ def test_the_oracle_is_plain_transformers(run, tiny_llama):
     config = run.config("verify")
     loaded = loading.load_model(config, files.prepare_files(config.model))
     ids = torch.arange(3, 40)[None]
-    found, expected = verify.oracle(loaded, ids), plain_residuals(tiny_llama, ids[0].tolist())
-    assert set(found) == set(expected)
+    residuals, expected = verify.oracle(loaded, ids), plain_residuals(tiny_llama, ids[0].tolist())
+    assert set(residuals) == set(expected)
     for hook, rows in expected.items():
-        assert torch.equal(found[hook][0], rows)
+        assert torch.equal(residuals[hook][0], rows)
 
 
 def test_documents_are_chosen_by_seed(run):
@@ -95,9 +93,7 @@ def test_documents_are_chosen_by_seed(run):
 
 @pytest.fixture
 def cancelling(tmp_path, tiny_llama):
-    """A model whose last block takes back 100 from every element, which the one before it has
-    added.
-    """
+    """A model whose last block subtracts the 100 that the one before it adds to every element."""
     from transformers import AutoModelForCausalLM
 
     folder = build_tiny("llama", tmp_path / "model", vocab_size=49152, mlp_bias=True)
@@ -113,27 +109,28 @@ def cancelling(tmp_path, tiny_llama):
 
 
 @pytest.mark.parametrize("execution", ["resident", "layerwise"])
-def test_what_bf16_itself_rounds_away_is_no_mistake(
-    tmp_path, cancelling, monkeypatch, caplog, execution
-):
-    """Elements of some 100 are 0.5 apart in BF16: another order of summing moves what is left by so
-    much.
-    """
+def test_rounding_errors_of_bf16_itself_pass(tmp_path, cancelling, monkeypatch, caplog, execution):
+    """BF16 values near 100 are 0.5 apart: another order of summation moves the rest by as much."""
     hook = "blocks.2.hook_resid_post"
-    requested = f"corpus.max_tokens=600 extraction.shards=1 extraction.execution={execution} memory.precision_mode=bf16 "
-    requested += f"memory.activation_cache_filter=[{hook}]"
+    requested = (
+        f"corpus.max_tokens=600 extraction.shards=1 extraction.execution={execution} "
+        f"memory.precision_mode=bf16 memory.activation_cache_filter=[{hook}]"
+    )
     run = stages(tmp_path / "run", cancelling, requested).all()
     acts = theloom.open(run.shards[0])
     row = int(acts.window_offset[np.diff(acts.window_offset).argmax()])
     plain = acts[hook][row][3]
-    monkeypatch.setattr(inspect, "check_hashes", lambda acts: ([], np.zeros(len(acts.hooks), int)))
+    monkeypatch.setattr(verify, "check_hashes", lambda acts: ([], np.zeros(len(acts.hooks), int)))
 
     def verified_with(off):
         change(run, 0, hook, row, float(plain) + off)
         run.verify()
         with file_format.open_h5(run.folder / "verification.h5", "verification") as file:
-            error, largest = file["recomputed/error"][:].max(), file["recomputed/largest"][:].max()
-            return error / largest, file["recomputed/allowed"][0]
+            error, largest = (
+                file["recomputed/max_abs_error"][:].max(),
+                file["recomputed/max_abs"][:].max(),
+            )
+            return error / largest, file["recomputed/tolerance"][0]
 
     error, allowed = verified_with(0)
     assert error < allowed

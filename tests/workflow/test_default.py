@@ -41,7 +41,7 @@ def test_verification_covers_eight_documents_the_longest_and_one_in_chunks(defau
         assert len(file["recomputed/document"]) == 8
         acts = theloom.open(project.results("smollm2-135m") / "activations.h5")
         assert file["recomputed/tokens"][:].max() == np.diff(acts.window_offset).max() > 512
-        assert (file["recomputed/error"][:] <= 1e-5 * file["recomputed/largest"][:]).all()
+        assert (file["recomputed/max_abs_error"][:] <= 1e-5 * file["recomputed/max_abs"][:]).all()
 
 
 def test_rows_equal_plain_transformers(default, smollm2):

@@ -104,7 +104,7 @@ rule report_runs:
         models=expand("results/{run}/model.h5", run=RUNS),
         shards=[shard for run in RUNS for shard in shards_of(run)],
     output:
-        **drawn("runs", "Runs side by side", "results/_runs/figures", None),
+        **drawn("runs", "Comparison of runs", "results/_runs/figures", None),
     log:
         "results/_runs/logs/report_runs.log",
     benchmark:

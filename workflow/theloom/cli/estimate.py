@@ -1,4 +1,4 @@
-"""`theloom estimate`: the memory of a model, in tables or as JSON."""
+"""`theloom estimate`: memory of a model, as tables or JSON."""
 
 import argparse
 import json
@@ -20,12 +20,16 @@ WEIGHT_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 def add_estimate(commands: Any) -> None:
-    """The subcommand and its options."""
+    """Add the subcommand.
+
+    Args:
+        commands: the subparsers of `theloom`.
+    """
     parser = commands.add_parser(
         "estimate",
-        help="the memory that a model needs, before anything is loaded, and the GPUs that it fits on",
-        description="The memory of a profile or a model by category, from its config alone, without weights and "
-        "without a GPU. GB are 10^9 bytes, GiB 2^30.",
+        help="memory that a model needs, before anything is loaded, and GPUs that it fits on",
+        description="Memory of a profile or a model by category, from its config alone, without "
+        "weights or a GPU. GB are 10^9 bytes, GiB 2^30.",
         **examples(
             "theloom estimate 7b",
             "theloom estimate 13b --precision int8 --batch 8 --tokens 1024 --json",
@@ -37,7 +41,7 @@ def add_estimate(commands: Any) -> None:
         "target",
         nargs="?",
         metavar="PROFILE_OR_MODEL",
-        help="a profile, hub id, folder, package:NAME",
+        help="a profile, hub id, folder, or package:NAME",
     )
     parser.add_argument(
         "--precision",
@@ -45,27 +49,27 @@ def add_estimate(commands: Any) -> None:
         help="of the weights; default: the profile's, bf16 for auto",
     )
     parser.add_argument(
-        "--batch", type=positive, default=1, metavar="N", help="windows side by side (1)"
+        "--batch", type=positive, default=1, metavar="N", help="windows in a batch (1)"
     )
     parser.add_argument(
-        "--tokens", type=positive, default=2048, metavar="N", help="tokens of each (2048)"
+        "--tokens", type=positive, default=2048, metavar="N", help="tokens per window (2048)"
     )
     parser.add_argument("--hooks", metavar="FILTER,...", help="hook filter; default: the profile's")
     parser.add_argument(
-        "--trace", action="store_true", help="trace the model even where there is a closed form"
+        "--trace", action="store_true", help="trace the model even if there is a closed form"
     )
     parser.add_argument(
         "--training",
         action="store_true",
-        help="also what each optimisation saves, traced (a minute)",
+        help="also trace what each optimisation saves (a minute)",
     )
     parser.add_argument(
-        "--table", action="store_true", help="models of 3B to 70B beside rules of thumb"
+        "--table", action="store_true", help="models of 3B to 70B against rules of thumb"
     )
     parser.add_argument(
         "--all",
         action="store_true",
-        help=f"every GPU that it fits on, not the {GPUS_SHOWN} smallest",
+        help=f"list every GPU that it fits on, not just the {GPUS_SHOWN} smallest",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_estimate)
@@ -82,7 +86,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
     from theloom.planning import forecast
 
     filters = arguments.hooks.split(",") if arguments.hooks else None
-    found = forecast.forecast(
+    result = forecast.forecast(
         arguments.target,
         arguments.precision,
         arguments.batch,
@@ -90,76 +94,78 @@ def _estimate(arguments: argparse.Namespace) -> None:
         filters,
         arguments.trace,
     )
-    savings = _savings(arguments, found) if arguments.training else []
+    savings = _savings(arguments, result) if arguments.training else []
     if arguments.json:
-        report = forecast.as_json(found)
+        report = forecast.as_json(result)
         print(json.dumps(report | ({"optimisations": savings} if savings else {}), indent=2))
         return
-    print(_inputs(found))
-    print(_components(found))
+    print(_inputs(result))
+    print(_components(result))
     print(
-        "\n" + lines(f"Totals by weights, hook points written as they come (GB): {_by_kind(found)}")
+        "\n"
+        + lines(f"Totals by weights, hook points written as they come (GB): {_by_kind(result)}")
     )
-    sizes = f"To load: {_gb(found.load_peak)}; host process on a CPU: {_gb(found.host)}"
-    print(lines(f"{sizes}; disk for a million tokens: {_gb(found.disk_per_million_tokens)}") + "\n")
-    print(_gpus(found, len(found.gpus) if arguments.all else GPUS_SHOWN))
-    print("\n" + _layerwise(found))
+    sizes = f"To load: {_gb(result.load_peak)}; host process on a CPU: {_gb(result.host)}"
+    disk = _gb(result.disk_per_million_tokens)
+    print(lines(f"{sizes}; disk per million tokens: {disk}") + "\n")
+    print(_gpus(result, len(result.gpus) if arguments.all else GPUS_SHOWN))
+    print("\n" + _layerwise(result))
     if savings:
         print("\n" + _savings_table(savings))
 
 
-def _inputs(found: "Forecast") -> str:
-    hooks = f"{len(found.hooks)} hook points ({found.hooks[0]} … {found.hooks[-1]})"
+def _inputs(result: "Forecast") -> str:
+    hooks = f"{len(result.hooks)} hook points ({result.hooks[0]} … {result.hooks[-1]})"
     versions = ", ".join(
-        f"{p} {found.versions[p]}"
+        f"{p} {result.versions[p]}"
         for p in ("theloom", "torch", "transformers")
-        if p in found.versions
+        if p in result.versions
     )
     run = (
-        f"{found.model} ({found.model_type}) in {found.kind}; attention {found.attention}; "
-        f"{found.windows} × {found.tokens} tokens, steps of {found.chunk_size}"
+        f"{result.model} ({result.model_type}) in {result.kind}; attention {result.attention}; "
+        f"{result.windows} × {result.tokens} tokens, steps of {result.chunk_size}"
     )
-    return "\n".join([lines(run), lines(hooks), lines(f"by {found.method}; {versions}"), ""])
+    return "\n".join([lines(run), lines(hooks), lines(f"by {result.method}; {versions}"), ""])
 
 
-def _components(found: "Forecast") -> str:
-    cuda = found.pipeline
+def _components(result: "Forecast") -> str:
+    cuda = result.pipeline
     rows = [
         [
             "weights",
-            *size(found.weights),
-            "the base model; LM head not loaded" + _saved(found.lm_head),
+            *size(result.weights),
+            "the base model; LM head not loaded" + _saved(result.lm_head),
         ],
         [
-            f"KV cache of {found.windows * found.tokens} tokens",
-            *size(found.kv_cache),
-            "held only while chunks stream",
+            f"KV cache of {result.windows * result.tokens} tokens",
+            *size(result.kv_cache),
+            "only while chunks stream",
         ],
-        ["activation cache, full", *size(found.captured_full), "every residual, held at once"],
+        ["activation cache, full", *size(result.captured_full), "every residual, held at once"],
         [
             "activation cache, all names",
-            *size(found.captured_every),
+            *size(result.captured_every),
             "every hook point, attention patterns too",
         ],
         [
             "activation cache, selective",
-            *size(found.captured_selected),
+            *size(result.captured_selected),
             "the hook points requested, held at once",
         ],
-        ["temporaries", *size(found.temporaries), "of a forward pass at its peak"],
+        ["temporaries", *size(result.temporaries), "of a forward pass at its peak"],
         ["logits", *size(0), "not computed"],
         ["workspace", *size(cuda.workspace), "cuBLAS"],
-        ["fragmentation", *size(cuda.fragmentation), "held by CUDA's allocator, not given out"],
-        ["CUDA context", *size(cuda.context), "approximate; differs by driver and GPU"],
+        ["fragmentation", *size(cuda.fragmentation), "reserved by CUDA's allocator, unused"],
+        ["CUDA context", *size(cuda.context), "approximate; varies by driver and GPU"],
         [
             "total, full cache",
-            *size(found.held_full.total),
-            f"through the KV cache; {_allocated(found.held_full)}",
+            *size(result.held_full.total),
+            f"through the KV cache; {_allocated(result.held_full)}",
         ],
         [
             "total, selective cache",
-            *size(found.held_selected.total),
-            f"likewise; {_allocated(found.held_selected)}",
+            *size(result.held_selected.total),
+            f"likewise; {_allocated(result.held_selected)}",
         ],
         [
             "total, written as they come",
@@ -180,65 +186,67 @@ def _allocated(components: Any) -> str:
     )
 
 
-def _by_kind(found: "Forecast") -> str:
-    return ", ".join(f"{kind} {total / 1e9:.2f}" for kind, total in found.totals.items())
+def _by_kind(result: "Forecast") -> str:
+    return ", ".join(f"{kind} {total / 1e9:.2f}" for kind, total in result.totals.items())
 
 
 def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB"
 
 
-def _gpus(found: "Forecast", shown: int) -> str:
-    if not found.gpus:
+def _gpus(result: "Forecast", shown: int) -> str:
+    if not result.gpus:
         return "Fits on no single GPU in this precision; try --precision int8 or int4"
     rows = []
-    for gpu in found.gpus[:shown]:
-        margin, batch = f"{gpu.margin_bytes / 1e9:.2f}", f"{gpu.largest_batch} × {gpu.tokens}"
+    for gpu in result.gpus[:shown]:
+        margin, batch = f"{gpu.headroom_bytes / 1e9:.2f}", f"{gpu.largest_batch} × {gpu.tokens}"
         rows.append(
             [gpu.name, capability(gpu.compute_capability), *size(gpu.usable_bytes), margin, batch]
         )
-    headers = ["fits on", "cap.", "has GB", "GiB", "left GB", "largest batch × tokens"]
-    more = len(found.gpus) - shown
+    headers = ["fits on", "CC", "usable GB", "GiB", "headroom GB", "largest batch × tokens"]
+    more = len(result.gpus) - shown
     return table(rows, headers, range(1, 6)) + (
         f"\n… and {more} larger ones (--all)" if more > 0 else ""
     )
 
 
-def _layerwise(found: "Forecast") -> str:
-    """The model layer by layer, and both modes' hours by gpu."""
-    swept = found.layerwise
+def _layerwise(result: "Forecast") -> str:
+    """Layerwise execution, and the hours of both modes by GPU."""
+    swept = result.layerwise
     if swept is None:
-        return lines(f"Does not go layer by layer: {found.layerwise_refused}")
-    smallest = ", ".join(found.layerwise_gpus[:3]) or "no GPU"
+        return lines(f"Layerwise execution is unsupported: {result.layerwise_unsupported}")
+    smallest = ", ".join(result.layerwise_gpus[:3]) or "no GPU"
     from theloom.planning import execution_modes
 
-    staged = f", {_gb(swept.sizes.converted)} to quantise a tensor" if swept.sizes.converted else ""
-    said = [
-        f"Layer by layer (extraction.execution=layerwise) in {swept.kind}: {_gb(swept.device)} of the GPU, "
-        f"two blocks of {_gb(swept.sizes.block)}{staged} and {_gb(swept.working_set)} for a batch among it. "
-        f"Host, beside the process: {_gb(swept.host)}, of which {_gb(swept.residuals)} residuals of a shard "
-        f"of {swept.shard_tokens:,} tokens. Disk: {_gb(swept.read)} read for each shard. "
-        f"Fits on {smallest} and larger.",
-        f"Hours as estimated, not measured: {execution_modes.EFFICIENCY:.0%} of a GPU's peak, disk {execution_modes.DISK / 1e9:g} GB/s",
+    staged = f", {_gb(swept.sizes.converted)} to quantize a tensor" if swept.sizes.converted else ""
+    efficiency, disk = execution_modes.EFFICIENCY, execution_modes.DISK / 1e9
+    paragraphs = [
+        f"Layer by layer (extraction.execution=layerwise) in {swept.kind}: "
+        f"{_gb(swept.device)} of GPU memory, including two blocks of {_gb(swept.sizes.block)}"
+        f"{staged} and {_gb(swept.working_set)} for a batch. "
+        f"Host, in addition to the process: {_gb(swept.host)}, of which {_gb(swept.residuals)} "
+        f"residuals of a shard of {swept.shard_tokens:,} tokens. "
+        f"Disk: {_gb(swept.read)} read per shard. Fits on {smallest} and larger.",
+        f"Estimated hours (not measured): {efficiency:.0%} of a GPU's peak, disk {disk:g} GB/s",
     ]
     rows = [
         [
             gpu.name,
             *_hours(gpu.resident),
             *_hours(gpu.layerwise),
-            "hidden" if gpu.reads_hidden else "not hidden",
+            "yes" if gpu.io_overlapped else "no",
         ]
-        for gpu in found.gpu_modes
+        for gpu in result.gpu_modes
     ]
-    headers = ["GPU", "resident 1M", "10M tokens", "layerwise 1M", "10M tokens", "reads"]
-    return "\n\n".join(map(lines, said)) + "\n" + table(rows, headers, range(1, 5))
+    headers = ["GPU", "resident 1M", "10M tokens", "layerwise 1M", "10M", "I/O overlapped"]
+    return "\n\n".join(map(lines, paragraphs)) + "\n" + table(rows, headers, range(1, 5))
 
 
 def _hours(hours: tuple[float, float] | None) -> list[str]:
     return ["–", "–"] if hours is None else [f"{h:.2f}" for h in hours]
 
 
-def _savings(arguments: argparse.Namespace, found: "Forecast") -> list[dict[str, Any]]:
+def _savings(arguments: argparse.Namespace, result: "Forecast") -> list[dict[str, Any]]:
     from theloom.memory import estimators
     from theloom.memory.savings import optimisations
     from theloom.model.files import hf_config
@@ -247,13 +255,15 @@ def _savings(arguments: argparse.Namespace, found: "Forecast") -> list[dict[str,
     settings = forecast.settings_of(arguments.target)
     declared = settings.model.architecture
     model_config = hf_config(settings.model) if declared is None else estimators.config_of(declared)
-    precision = "fp16" if found.kind == "fp16" else "bf16"  # the mixed one, beside FP32
+    precision = (
+        "fp16" if result.kind == "fp16" else "bf16"
+    )  # of mixed-precision training, next to FP32
     rows = optimisations(
         model_config,
-        found.windows,
-        found.tokens,
-        found.chunk_size,
-        found.hooks,
+        result.windows,
+        result.tokens,
+        result.chunk_size,
+        result.hooks,
         precision,
         device="cuda",
     )
@@ -301,20 +311,19 @@ def _tables(arguments: argparse.Namespace) -> None:
         )
         return
     print("Weights alone, in GB: TheLoom's figure / the rule of thumb\n")
-    print(_beside(weights))
+    print(_comparison(weights))
     print(
         "\n"
         + lines(
-            f"With {rules_of_thumb.TOKENS} tokens in the KV cache, every residual held, and what CUDA takes, in GB"
+            f"With {rules_of_thumb.TOKENS} tokens in the KV cache, every residual held, "
+            "and CUDA's overhead, in GB"
         )
     )
-    print("\n" + _beside(totals))
+    print("\n" + _comparison(totals))
 
 
-def _beside(rows: list["Row"]) -> str:
-    """The table, and below it what is too long for a column: models, GPUs, and why figures differ
-    from the rules.
-    """
+def _comparison(rows: list["Row"]) -> str:
+    """The table, and below it what is too wide for it: models, GPUs, reasons of differences."""
     kinds = list(rows[0].cells)
     cells = [
         [
@@ -324,7 +333,7 @@ def _beside(rows: list["Row"]) -> str:
         for row in rows
     ]
     if any(row.gpus for row in rows):
-        below = ["", "The smallest GPUs that have room:"]
+        below = ["", "Smallest GPUs with enough memory:"]
         below += [
             f"  {row.profile}: fp32 {row.gpus['fp32']}; 16-bit {row.gpus['bf16']}" for row in rows
         ]
@@ -336,7 +345,7 @@ def _beside(rows: list["Row"]) -> str:
                 for row in rows
             ),
         ]
-    reasons: dict[str, list[str]] = {}  # 16-bit kinds differ alike
+    reasons: dict[str, list[str]] = {}  # fp16 and bf16 share theirs
     for row in rows:
         for kind, cell in row.cells.items():
             if cell.reason:

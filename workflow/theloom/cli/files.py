@@ -1,4 +1,4 @@
-"""`theloom inspect` and `theloom verify`: what a file holds, and whether it is what was written."""
+"""`theloom inspect` and `theloom verify`: contents and integrity of a file of hidden states."""
 
 import argparse
 import json
@@ -17,20 +17,25 @@ if TYPE_CHECKING:
 
 
 def add_store(commands: Any) -> None:
-    """Add both subcommands to the parser's."""
+    """Add both subcommands.
+
+    Args:
+        commands: the subparsers of `theloom`.
+    """
     inspect = commands.add_parser(
         "inspect",
-        help="what a file of hidden states holds, and where it came from",
-        description="Schema, provenance, hook points with their statistics, and where the time went, of activations.h5 "
-        "or a shard. GB are 10^9 bytes.",
+        help="contents and provenance of a file of hidden states",
+        description="Schema, provenance, hook points with their statistics, and where the time "
+        "went, of activations.h5 or a shard. GB are 10^9 bytes.",
         **examples("theloom inspect results/smollm2-135m/activations.h5"),
     )
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser(
         "verify",
-        help="whether a file of hidden states is what was written",
-        description="Checks the hash of every window and hook point, and the checksums of metadata, tables and log, of "
-        "activations.h5 and all files that it refers to, or of a shard.",
+        help="check that a file of hidden states is unchanged",
+        description="Checks the hash of every window and hook point, and the checksums of "
+        "metadata, tables and log, of activations.h5 and all files that it refers to, or of a "
+        "shard.",
         **examples(
             "theloom verify results/smollm2-135m/activations.h5",
             "theloom verify results/smollm2-135m/activations.h5 --recompute 2",
@@ -41,7 +46,7 @@ def add_store(commands: Any) -> None:
         type=positive,
         default=0,
         metavar="N",
-        help="recompute N documents with the model (model.h5 beside)",
+        help="recompute N documents with the model (needs model.h5 next to it)",
     )
     verify.set_defaults(run=_verify)
     for parser in (inspect, verify):
@@ -51,7 +56,7 @@ def add_store(commands: Any) -> None:
             action="append",
             default=[],
             metavar="NAME",
-            help="a file elsewhere that it may refer to",
+            help="a file in another folder that it may refer to",
         )
         parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -84,8 +89,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         ]
         for h in hooks
     ]
-    heads = ["hook point", "row", "GB", "mean", "var.", "norm", "not fin.", "inf."]
-    print(table(rows, heads, range(2, 8), fold=0))
+    headers = ["hook point", "row", "GB", "mean", "var.", "norm", "nonfinite", "inf."]
+    print(table(rows, headers, range(2, 8), fold=0))
     print(f"\nWhere the time went\n\n{_metrics(acts.metrics)}")
 
 
@@ -93,24 +98,22 @@ def _numbers(hook: Any) -> list[str]:
     return [f"{value:.4g}" for value in (hook.mean, hook.variance, hook.norm)]
 
 
-def _lines(found: dict[str, Any]) -> str:
-    """A line for each name; what is too long for 80 columns in several, and the config left to
-    --json.
-    """
-    width = max(map(len, found))
+def _lines(values: dict[str, Any]) -> str:
+    """One entry per name, wrapped at 80 columns; the config is left to --json."""
+    width = max(map(len, values))
     return "\n".join(
         fill(
-            f"{name:{width}}  {'(whole: --json)' if name == 'config' else _plainly(value)}",
+            f"{name:{width}}  {'(see --json)' if name == 'config' else _plainly(value)}",
             WIDTH,
             subsequent_indent=" " * (width + 2),
             break_on_hyphens=False,
         )
-        for name, value in found.items()
+        for name, value in values.items()
     )
 
 
 def _plainly(value: Any) -> str:
-    """A list, and names with their values, as one writes them on a line; long lists by their ends."""
+    """Lists and dicts on one line; long lists are shortened to their ends."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plainly(of)}" for name, of in value.items())
     if isinstance(value, list):
@@ -123,10 +126,10 @@ def _metrics(metrics: dict[str, float]) -> str:
     total = metrics["seconds_total"]
     rows = []
     for name, value in metrics.items():
-        what, _, unit = name.partition("_")
-        if what == "seconds":
+        unit, _, what = name.partition("_")
+        if unit == "seconds":
             share = f"{100 * value / total:.0f}%" if total else ""
-            rows.append([unit.replace("_", " "), f"{value:.2f} s", share])
+            rows.append([what.replace("_", " "), f"{value:.2f} s", share])
         else:
             rows.append([name.replace("_", " "), f"{value:,.0f}", ""])
     return table(rows, ["", "all jobs", ""], (1, 2))
@@ -141,9 +144,9 @@ def _verify(arguments: argparse.Namespace) -> None:
     damaged = damaged_parts(acts)
     wrong, nonfinite = check_hashes(acts)
     report_damage(acts, damaged, wrong)
-    found = _recompute(acts, arguments.recompute) if arguments.recompute else None
-    if found:
-        report_recomputed(acts, found)
+    recomputed = _recompute(acts, arguments.recompute) if arguments.recompute else None
+    if recomputed:
+        report_recomputed(acts, recomputed)
     report: dict[str, Any] = {
         "file": str(acts.path),
         "rows": len(acts),
@@ -151,22 +154,26 @@ def _verify(arguments: argparse.Namespace) -> None:
         "hashes": len(acts.window_document) * len(acts.hooks),
         "nonfinite": dict(zip(acts.hooks, nonfinite.tolist(), strict=True)),
     }
-    if found:
-        nearest = int((found.worst / found.allowed).argmax())
-        report |= {"recomputed": len(found.results), "largest_error": float(found.worst[nearest])}
-        report["tolerance"] = float(found.allowed[nearest])
+    if recomputed:
+        worst, tolerances = recomputed.worst, recomputed.tolerances
+        nearest = int((worst / tolerances).argmax())
+        report |= {
+            "recomputed": len(recomputed.results),
+            "max_relative_error": float(worst[nearest]),
+            "tolerance": float(tolerances[nearest]),
+        }
     if arguments.json:
         print(json.dumps(report, indent=2))
         return
-    print(
-        f"{acts.path}: all {report['hashes']} hashes of rows are right, and the checksums of {report['files']} files"
-    )
+    hashes, files = report["hashes"], report["files"]
+    print(f"{acts.path}: all {hashes} hashes of rows are right, and the checksums of {files} files")
     if total := int(nonfinite.sum()):
-        print(f"{total} values are not finite; theloom inspect shows where")
-    if found:
-        error, allowed = report["largest_error"], report["tolerance"]
+        print(f"{total} values are nonfinite; theloom inspect shows where")
+    if recomputed:
+        error, tolerance = report["max_relative_error"], report["tolerance"]
         print(
-            f"{len(found.results)} documents recomputed, largest error {error:.1e} (at most {allowed:.0e})"
+            f"{len(recomputed.results)} documents recomputed, "
+            f"largest error {error:.1e} (at most {tolerance:.0e})"
         )
 
 
@@ -177,13 +184,14 @@ def _recompute(acts: "Activations", documents: int) -> "Recomputation":
     model_path = next((f / "model.h5" for f in folders if (f / "model.h5").is_file()), None)
     if model_path is None:
         raise StoreError(
-            f"--recompute: no model.h5 in {folders[0]} or above; run it on a file in its run's folder"
+            f"--recompute: no model.h5 in {folders[0]} or above; "
+            "run it on a file in its run's folder"
         )
     return recompute(_config(acts, documents), acts, model_path)
 
 
 def _config(acts: "Activations", documents: int) -> "Config":
-    """The config that the file carries, of what loading its model takes."""
+    """The sections of the file's config that loading its model needs."""
     from theloom.config import frozen
 
     stages = json.loads(acts.attributes["config"])

@@ -23,8 +23,16 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and give its exit code: 1 for an error of the user's, which is one line
-    on stderr.
+    """Run the command line.
+
+    Args:
+        argv: arguments after the program's name; None: those of the process.
+
+    Returns:
+        The exit code: 0, or 1 for a TheLoomError, which is printed as one line on stderr.
+
+    Raises:
+        SystemExit: help was requested, or the arguments are not understood (code 2).
     """
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
@@ -40,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TheLoomError as error:
         print(f"{red('error:', sys.stderr)} {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader, head for one, has had enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -49,15 +57,15 @@ _EPILOG = """\
 examples:
   theloom init my-project      a folder with the pipeline; in a clone: make run
   theloom inspect results/smollm2-135m/activations.h5
-  theloom estimate 7b          the memory that a profile needs
+  theloom estimate 7b          memory that a profile needs
   theloom COMMAND --help       a command's options, with examples
   (in a clone it is .venv/bin/theloom unless the environment is activated)
 
 exit codes:
   0  done
-  1  a mistake that you can mend, or files found wrong: one line that begins
-     with error: says what to do
-  2  a command line that is not understood
+  1  a user error, or damaged files: one line that starts with error: and
+     states what to do
+  2  invalid arguments
 
 completion, in bash or zsh:
   eval "$(register-python-argcomplete theloom)"
@@ -75,14 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     gpus = commands.add_parser(
         "gpus",
-        help="this machine's GPUs and who uses them, GPUs to plan for, and offers of clouds",
-        description="This machine's GPUs (without any, its CPU) with their memory, the precision that "
-        "precision_mode=auto gives there, and the processes on them; GPUs to plan for; and what clouds offer. "
-        "GB are 10^9 bytes, GiB 2^30.",
+        help="this machine's GPUs and their processes, GPUs to plan for, and cloud offers",
+        description="This machine's GPUs (without any, its CPU) with their memory, the precision "
+        "that precision_mode=auto resolves to, and their processes; GPUs to plan for; and cloud "
+        "offers. GB are 10^9 bytes, GiB 2^30.",
         **examples("theloom gpus", "theloom gpus --all", "theloom gpus --json"),
     )
     gpus.add_argument(
-        "--all", action="store_true", help="every GPU to plan for, not the usual ones alone"
+        "--all", action="store_true", help="list every GPU to plan for, not just the common ones"
     )
     gpus.add_argument("--json", action="store_true", help="print one JSON object")
     gpus.set_defaults(run=_gpus)
@@ -97,10 +105,10 @@ def _gpus(arguments: argparse.Namespace) -> None:
     from theloom.devices import gpu_specs
     from theloom.devices.gpu import GPUManager
 
-    found = GPUManager().get_gpu_info()
+    infos = GPUManager().get_gpu_info()
     machine = [
         (info, precision.follow("auto", info.compute_capability).resolved)
-        for info in (found if isinstance(found, list) else [found])
+        for info in (infos if isinstance(infos, list) else [infos])
     ]
     if arguments.json:
         report = {
@@ -122,10 +130,10 @@ def _gpus(arguments: argparse.Namespace) -> None:
     print("This machine (memory in GB, and in GiB)\n")
     print(_machine_table(machine))
     print(_remarks([info for info, _ in machine]))
-    print("GPUs to plan for (memory; usable: what is at least left of it for programs)\n")
+    print("GPUs to plan for (usable: the least that programs can use of the memory)\n")
     print(_hardware_table(arguments.all))
     print(
-        f"\nOffers of clouds, as of {gpu_specs.CLOUD_AS_OF} (for: the largest model in 16 bits, about)\n"
+        f"\nCloud offers as of {gpu_specs.CLOUD_AS_OF} (for: the largest model in 16 bits, about)\n"
     )
     print(_cloud_table())
     for offer in gpu_specs.CLOUD:
@@ -150,20 +158,20 @@ def _machine_table(machine: list[tuple["GPUInfo", str]]) -> str:
 
 
 def _remarks(infos: list["GPUInfo"]) -> str:
-    """What the table has no column for: the processes on each GPU, and what could not be known."""
-    found = []
+    """Lines below the table: the processes on each GPU, and what could not be determined."""
+    remarks = []
     for info in infos:
         for process in info.processes:
             used = "?" if process.used is None else f"{process.used / 1e9:.1f}"
             kind = ", vLLM" if process.is_vllm else ""
-            found.append(f"  {info.label}: {process.name} (pid {process.pid}{kind}) {used} GB")
+            remarks.append(f"  {info.label}: {process.name} (pid {process.pid}{kind}) {used} GB")
         if info.note:
-            found.append(f"  {info.label}: {info.note}")
-    return "\n".join(["", *map(lines, found), ""]) if found else ""
+            remarks.append(f"  {info.label}: {info.note}")
+    return "\n".join(["", *map(lines, remarks), ""]) if remarks else ""
 
 
 def _hardware_table(every: bool) -> str:
-    """All GPUs that are known, or the usual ones: those whose speed is known too."""
+    """All known GPUs, or the common ones: those whose peak speed is known."""
     from theloom.devices import gpu_specs
     from theloom.planning import execution_modes
 

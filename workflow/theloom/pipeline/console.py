@@ -100,12 +100,10 @@ def summary(folder: Path) -> str:
     """A few lines on a finished run: the file, what it holds, and how it was verified."""
     acts = activations.open_activations(folder / "activations.h5")
     with file_format.open_h5(folder / "verification.h5", "verification") as file:
-        error, largest = file["recomputed/error"][:], file["recomputed/largest"][:]
-        documents, allowed = len(error), np.full(error.shape[1], file.attrs["tolerance"])
-        if "recomputed/allowed" in file:
-            allowed = file["recomputed/allowed"][:]
+        error, max_abs = file["recomputed/max_abs_error"][:], file["recomputed/max_abs"][:]
+        documents, allowed = len(error), file["recomputed/tolerance"][:]
         cosine = file["fp32/cosine"][:].mean(axis=0) if "fp32" in file else None
-    shares = (error / np.maximum(largest, 1e-30)).max(axis=0)
+    shares = (error / np.maximum(max_abs, 1e-30)).max(axis=0)
     nearest = int((shares / allowed).argmax())
     size = sum(acts[hook].nbytes for hook in acts.hooks)
     text_lines = [

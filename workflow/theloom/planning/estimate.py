@@ -1,9 +1,8 @@
-"""The memory and the disk of a run, from its config alone: no weights, no GPU. What `estimate.h5`
-holds.
+"""Estimate memory and disk of a run from its config alone, without weights or a GPU.
 
-Since the job that will run may find less memory free than was thought of, forward passes of several
-shapes are predicted, among which `plan` chooses. They come in closed form where that holds, else
-from traces; what is planned in the end is traced, and measured, by `load_model`.
+The estimate predicts forward passes of several shapes, since the memory that is free when a job
+starts is not known yet; `plan` then chooses among them. Predictions come in closed form where that
+holds, else from traces. `load_model` traces and measures the pass that is planned in the end.
 """
 
 import json
@@ -25,7 +24,7 @@ from theloom.errors import MemoryPlanError, ModelError
 from theloom.hooks.points import HookPoint
 from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
-from theloom.memory.sizes import PeakBytes, Workload, by_category, with_device_overhead
+from theloom.memory.sizes import PeakBytes, Workload, by_category
 from theloom.model import weight_format
 from theloom.model.files import hf_config
 from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat, quantization_of
@@ -38,20 +37,21 @@ log = logging.getLogger(__name__)
 SMALLEST_CHUNK = 64
 
 
-HOST_PROCESS = (
-    450_000_000  # bytes resident in a process that has imported torch, transformers and h5py
-)
+# Resident bytes of a process that has imported torch, transformers and h5py.
+HOST_PROCESS = 450_000_000
 
 
-DEFAULT_CONTEXT = 2048  # tokens, of a model whose config does not say
+DEFAULT_CONTEXT = 2048  # tokens, if the model's config names no limit
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One window's forward pass: its tokens, those of a step, and its bytes while hook points are
-    written as they come.
+    """The forward pass of one window. A batch of n windows takes n times the bytes.
 
-    More windows side by side take as many times the bytes.
+    Args:
+        tokens: of the window.
+        chunk_size: tokens of one step.
+        parts: bytes at the peak, with hook points written as they come.
     """
 
     tokens: int
@@ -61,36 +61,42 @@ class Pass:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of a run before anything is loaded. Bytes; by kind of weights: fp32, fp16,
-    bf16, int8, int4, …
+    """What is known of a run before anything is loaded.
+
+    Sizes are bytes. Dicts map a weight format (fp32, fp16, bf16, int8, int4, …) to bytes.
     """
 
     model_type: str
     attention: str
-    device: str  # cpu or cuda: whose kernels were thought of
+    device: str  # cpu or cuda: whose kernels the trace assumes
     context_length: int  # tokens of the longest window
     chunk_size: int  # requested
-    batch_tokens: int | None  # requested; None: the plan's to choose
-    cache: str  # where the KV cache of long documents may be: auto, device or offloaded
+    batch_tokens: int | None  # requested; None: the plan chooses
+    cache: str  # place of the KV cache of long documents: auto, device or offloaded
     blocks: int  # that run: up to the deepest hook point
     hooks: list[str]
-    weights: dict[str, int]  # of what is loaded: up to the deepest hook point
+    weights: dict[str, int]  # loaded: up to the deepest hook point
     load_peak: dict[str, int]
     passes: dict[str, list[Pass]]
-    captured_full: dict[str, int]  # of a token, all hook points of the model
-    captured_selected: dict[str, int]  # of a token, those requested
-    largest_capture: dict[str, int]  # of a token, the largest one of those, as it is stored
-    row_bytes: dict[str, int]  # on disk, of a token, by precision of the store
+    largest_capture: dict[str, int]  # per token: the largest requested hook point, as stored
+    row_bytes: dict[str, int]  # per token on disk, by precision of the store
     host: dict[str, int]  # resident memory of a job that holds the model
-    rows: int | None  # tokens of the corpus, where max_tokens bounds them
+    rows: int | None  # tokens of the corpus, if max_tokens bounds them
 
     def disk_bytes(self, store_precision: str) -> int | None:
-        """Bytes of all shards together, where the number of tokens is known."""
+        """Bytes of all shards together; None if the number of tokens is unknown."""
         return None if self.rows is None else self.rows * self.row_bytes[store_precision]
 
     def find(self, kind: str, tokens: int, chunk_size: int) -> PeakBytes:
-        """The bytes of one window of `tokens`, in steps of `chunk_size`: of the least pass predicted
-        that covers it.
+        """Bytes of one window, scaled from the smallest predicted pass that covers it.
+
+        Args:
+            kind: name of the weight format.
+            tokens: of the window.
+            chunk_size: tokens of one step.
+
+        Returns:
+            Bytes at the peak; from the longest single pass if no predicted pass covers the window.
         """
         for candidate in sorted(self.passes[kind], key=lambda p: p.tokens):
             if candidate.tokens >= tokens and candidate.chunk_size == chunk_size:
@@ -102,7 +108,18 @@ class Estimate:
 
 
 def chunk_sizes(largest: int) -> list[int]:
-    """The chunk sizes that a plan can choose from: the one requested, a quarter of it, and so on."""
+    """Chunk sizes that a plan can choose from: the requested one, a quarter of it, and so on.
+
+    Args:
+        largest: tokens of the requested chunk.
+
+    Returns:
+        Sizes in descending order, none below `SMALLEST_CHUNK` but the first.
+
+    Example:
+        >>> chunk_sizes(1024)
+        [1024, 256, 64]
+    """
     sizes = [largest]
     while sizes[-1] // 4 >= SMALLEST_CHUNK:
         sizes.append(sizes[-1] // 4)
@@ -110,8 +127,18 @@ def chunk_sizes(largest: int) -> list[int]:
 
 
 def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estimate:
-    """The estimate of a run. `device` is cpu or cuda. Raises HookError for hook points that the
-    model has not.
+    """Estimate a run.
+
+    Args:
+        config: the run's config.
+        estimator: of its model.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        HookError: the model lacks a requested hook point.
     """
     size = estimator.size
     catalog = estimator.catalog()
@@ -127,9 +154,8 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         except ModelError as error:
             if config.memory.quantization or not kind.quantization:
                 raise
-            log.info(
-                "not offered in %s: %s", kind.name, error
-            )  # Mamba's own kernels take no quantised weights
+            # for example Mamba, whose kernels take no quantized weights
+            log.info("not offered in %s: %s", kind.name, error)
     weights = {name: estimator.weights(kind, points) for name, kind in WEIGHT_FORMATS.items()}
     return Estimate(
         model_type=size.model_type,
@@ -147,12 +173,6 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
             for name, kind in WEIGHT_FORMATS.items()
         },
         passes=passes,
-        captured_full={
-            name: _captured(catalog.points, kind, context) for name, kind in WEIGHT_FORMATS.items()
-        },
-        captured_selected={
-            name: _captured(points, kind, context) for name, kind in WEIGHT_FORMATS.items()
-        },
         largest_capture={
             name: _largest(points, _stored(config, kind), context)
             for name, kind in WEIGHT_FORMATS.items()
@@ -160,14 +180,14 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
         rows=config.corpus.max_tokens,
         host={
-            name: _host(estimator, WEIGHT_FORMATS[name], weights[name], found, chunk_size, device)
-            for name, found in passes.items()
+            name: _host(estimator, WEIGHT_FORMATS[name], weights[name], own, chunk_size, device)
+            for name, own in passes.items()
         },
     )
 
 
 def _wanted(config: Config, own: str | None) -> list[WeightFormat]:
-    """The kinds that the run can have, and those that it is offered where it does not fit."""
+    """Weight formats that the run can resolve to, and those offered if it does not fit."""
     requested = config.memory.precision_mode.name
     precisions = {"fp32": ["fp32", "bf16"], "fp16": ["fp16", "fp32"]}.get(
         requested, ["bf16", "fp16", "fp32"]
@@ -185,15 +205,12 @@ def _passes(
     chunk_size: int,
     device: str,
 ) -> list[Pass]:
-    """One pass and streamed, for every chunk size that a plan may choose, and one pass over the
-    whole context.
-    """
+    """Single and streamed passes of every chunk size, and one pass over the whole context."""
     shapes = [Workload(1, context, context)]
     for size in chunk_sizes(chunk_size):
         shapes += [Workload(1, min(size, context), size), Workload(1, context, size)]
-    twin = (
-        WeightFormat("bf16", kind.quantization) if kind.precision == "fp16" else kind
-    )  # of the same sizes
+    # FP16 has the sizes of BF16: one trace serves both
+    twin = WeightFormat("bf16", kind.quantization) if kind.precision == "fp16" else kind
     return [
         Pass(shape.tokens, shape.chunk_size, estimator.forward(twin, shape, points, device=device))
         for shape in dict.fromkeys(shapes)
@@ -201,9 +218,7 @@ def _passes(
 
 
 def _load_peak(estimator: Estimator, kind: WeightFormat, weights: int) -> int:
-    """Weights, and where they are quantised the largest as it comes: that is made int8 or int4 on
-    the device.
-    """
+    """Weights; plus the largest unquantized one, which is quantized on the device."""
     return weights + (estimator.largest_weight(kind) if kind.quantization else 0)
 
 
@@ -215,17 +230,11 @@ def _host(
     chunk_size: int,
     device: str,
 ) -> int:
-    """On the CPU all of it; for a GPU, the largest tensor on its way there (CUDA's own libraries
-    not counted).
-    """
+    """Host bytes: on the CPU everything; for a GPU the largest tensor in transit, without CUDA."""
     if device != "cpu":
         return HOST_PROCESS + estimator.largest_weight(kind) + RING_BYTES["cuda"]
     requested = max(p.parts.total for p in passes if p.chunk_size == chunk_size)
     return HOST_PROCESS + weights + requested + bytes_on_device("cpu", 0)
-
-
-def _captured(points: list[HookPoint], kind: WeightFormat, keys: int) -> int:
-    return BYTES[kind.precision] * sum(p.width(keys) for p in points)
 
 
 def _largest(points: list[HookPoint], precision: str, keys: int) -> int:
@@ -233,41 +242,58 @@ def _largest(points: list[HookPoint], precision: str, keys: int) -> int:
 
 
 def _stored(config: Config, kind: WeightFormat) -> str:
-    """The precision on disk of a run with that kind of weights."""
+    """Precision on disk of a run with these weights."""
     return kind.precision if config.store.dtype.name == "auto" else config.store.dtype.name
 
 
 def check_disk(folder: Path, needed: int, free: int) -> None:
-    """The output fits the disk. Raises MemoryPlanError."""
+    """Check that the output fits the disk.
+
+    Args:
+        folder: where the output goes.
+        needed: bytes of the output.
+        free: bytes free there.
+
+    Raises:
+        MemoryPlanError: it does not fit.
+    """
     if needed > free:
         raise MemoryPlanError(
             f"the run writes {needed / 1e9:.3f} GB and {folder} has {free / 1e9:.3f} GB free; "
-            "ask for fewer tokens (corpus.max_tokens), fewer hook points or a smaller store.dtype"
+            "request fewer tokens (corpus.max_tokens), fewer hook points or a smaller store.dtype"
         )
 
 
 def run_estimate(config: Config, output: Path) -> None:
-    """The estimate_memory stage: write `estimate.h5`. Raises HookError, MemoryPlanError."""
+    """Run the estimate_memory stage.
+
+    Args:
+        config: the run's config.
+        output: path of `estimate.h5`.
+
+    Raises:
+        HookError: the model lacks a requested hook point.
+        MemoryPlanError: the output does not fit the disk.
+    """
     estimator = estimator_of(config)
     log.info("by %s", estimator.method)
-    found = estimate(config, estimator, "cpu" if config.extraction.device == "cpu" else "cuda")
+    result = estimate(config, estimator, "cpu" if config.extraction.device == "cpu" else "cuda")
     precision = likely_precision(config)
     store = precision if config.store.dtype.name == "auto" else config.store.dtype.name
-    needed = found.disk_bytes(store)
+    needed = result.disk_bytes(store)
     if needed is not None:
         check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
         log.info("disk: %s", terminal.format_bytes(needed))
-    write(found, config, output)
+    write(result, config, output)
     chosen = weight_format.weight_format_of(config, precision, estimator.own)
-    _write_modes(found, estimator, config, chosen, output)
     kind = chosen.name
     log.info(
         "%s weights: %s; host: %s",
         kind,
-        terminal.format_bytes(found.weights[kind]),
-        terminal.format_bytes(found.host[kind]),
+        terminal.format_bytes(result.weights[kind]),
+        terminal.format_bytes(result.host[kind]),
     )
-    for candidate in found.passes[kind]:
+    for candidate in result.passes[kind]:
         total, parts = terminal.format_bytes(candidate.parts.total), by_category(candidate.parts)
         log.info(
             "%d tokens in steps of %d: %s (%s)",
@@ -278,57 +304,28 @@ def run_estimate(config: Config, output: Path) -> None:
         )
 
 
-def _write_modes(
-    found: Estimate, estimator: Estimator, config: Config, kind: WeightFormat, output: Path
-) -> None:
-    """What resident and layerwise execution take, and for how long, into `estimate.h5`."""
-    from theloom.planning import execution_modes
-
-    points = estimator.catalog().select(config.memory.activation_cache_filter)
-    tokens = found.context_length
-    shape = Workload(1, tokens, min(found.chunk_size, tokens))
-    resident = with_device_overhead(
-        found.weights[kind.name], found.find(kind.name, tokens, found.chunk_size), found.device
-    )
-    shard = (
-        execution_modes.SHARD_TOKENS
-        if found.rows is None
-        else -(-found.rows // (config.extraction.shards or 1))
-    )
-    swept: execution_modes.Layerwise | str
-    answered: list[execution_modes.GPUModes] = []
-    try:
-        swept = execution_modes.layerwise(estimator, kind, shape, points, shard)
-        run = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
-        answered = execution_modes.gpu_modes(estimator, kind, tokens, resident.total, swept, run)
-        read, host = terminal.format_bytes(swept.read), terminal.format_bytes(swept.host)
-        log.info(
-            "layer by layer: %s of a GPU, host %s, %s read a shard",
-            terminal.format_bytes(swept.device),
-            host,
-            read,
-        )
-    except ModelError as error:
-        swept = str(error)
-        log.info("%s", error)
-    with h5py.File(output, "r+") as file:
-        execution_modes.write(file, resident.total, found.host[kind.name], swept, answered)
-
-
 def estimator_of(
     config: Config, trace: bool = False, filters: Sequence[str] | None = None, held: bool = False
 ) -> Estimator:
-    """The closed form where it holds for the model and its hook points, else (or if `trace` asks
-    for it) the trace.
+    """Choose the estimator of a model: closed form if it covers model and hook points, else trace.
 
-    `filters`: hook filter, where it is not the config's; `held`: the hook points stay on the
-    device. Raises HookError for those that the model has not.
+    Args:
+        config: the run's config.
+        trace: trace the model even if a closed form exists.
+        filters: hook filter to use instead of the config's.
+        held: hook points stay on the device until the end of the pass.
+
+    Returns:
+        The estimator.
+
+    Raises:
+        HookError: the model lacks a requested hook point.
     """
     declared, attention = config.model.architecture, config.extraction.attention.name
     own = None
     if declared is None:
-        found = hf_config(config.model)
-        size, own = numbers(found), quantization_of(config, found)
+        model_config = hf_config(config.model)
+        size, own = numbers(model_config), quantization_of(config, model_config)
     else:
         size = dims_of_profile(declared)
     if own is None and closed_form.covers(size) and attention != "eager" and not trace:
@@ -337,17 +334,23 @@ def estimator_of(
         if closed.covers(closed.catalog().select(requested), held):
             return closed
     return Traced(
-        found if declared is None else config_of(declared),
-        None
-        if attention in ("auto", "flash_attention_2")
-        else attention,  # FlashAttention is not built for the CPU
+        model_config if declared is None else config_of(declared),
+        # FlashAttention is not built for the CPU, where the trace runs
+        None if attention in ("auto", "flash_attention_2") else attention,
         config.model.trust_remote_code,
     )
 
 
 def likely_precision(config: Config) -> str:
-    """What precision_mode will give, said without a look at the device: the job may run on another
-    machine.
+    """Predict what `precision_mode` resolves to.
+
+    It does not look at this machine's device, since the job may run on another machine.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        `fp32`, `fp16` or `bf16`.
     """
     requested = config.memory.precision_mode.name
     if requested == "auto":
@@ -359,8 +362,6 @@ _BY_KIND = (
     "weights",
     "load_peak",
     "host",
-    "captured_full",
-    "captured_selected",
     "largest_capture",
     "row_bytes",
 )
@@ -378,7 +379,13 @@ _PASS = np.dtype(
 
 
 def write(estimate: Estimate, config: Config, output: Path) -> None:
-    """Write `estimate.h5`."""
+    """Write `estimate.h5`.
+
+    Args:
+        estimate: what to write.
+        config: the run's config, recorded as provenance.
+        output: path of the file.
+    """
     with h5py.File(output, "w") as file:
         values = {name: getattr(estimate, name) for name in _SINGLE}
         file_format.set_attributes(
@@ -399,7 +406,14 @@ def write(estimate: Estimate, config: Config, output: Path) -> None:
 
 
 def read(path: Path) -> Estimate:
-    """Read `estimate.h5`."""
+    """Read `estimate.h5`.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The estimate, equal to the one that was written.
+    """
     with file_format.open_h5(path, "estimate") as file:
         single: dict[str, Any] = {
             name: _plain(file.attrs.get(name)) for name in (*_SINGLE, *_OPTIONAL)

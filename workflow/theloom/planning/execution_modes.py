@@ -1,17 +1,13 @@
-"""Both ways to run a model beside each other: what each takes of a gpu, the host and the disk, and
-for how long.
+"""Resident and layerwise execution compared: memory of GPU and host, disk reads, and hours.
 
 Times are estimated, not measured: floating-point operations over a GPU's dense 16-bit peak
-(NVIDIA's data sheets), of which a prefill is taken to reach `EFFICIENCY`; weights over the disk's
-speed; residuals over the bus. A block's reading and computing overlap, so the longer of the two
-counts.
+(NVIDIA's data sheets), of which a prefill is assumed to reach `EFFICIENCY`; weights over the
+disk's speed; residuals over the bus. Reading one block overlaps computing another, so the longer
+of the two counts.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
+from dataclasses import dataclass
 
 from theloom.config.model_dims import ModelDims
 from theloom.devices import gpu_specs
@@ -20,11 +16,6 @@ from theloom.memory.estimators import Estimator
 from theloom.memory.sizes import BlockSizes, Workload, with_device_overhead
 from theloom.model.weight_format import WeightFormat
 from theloom.precision import BYTES
-from theloom.store import file_format
-
-if TYPE_CHECKING:
-    import h5py
-
 
 EFFICIENCY = 0.4
 
@@ -35,7 +26,7 @@ DISK = 3e9  # bytes a second that a local NVMe drive reads
 BUS = 20e9  # bytes a second between pinned host memory and a GPU
 
 
-SHARD_TOKENS = 250_000  # config.TOKENS_OF_SHARD
+SHARD_TOKENS = 250_000
 
 
 # 10^12 floating-point operations a second: dense, 16-bit, sums in 32 bits
@@ -58,30 +49,36 @@ PEAK = {
 
 @dataclass(frozen=True)
 class Layerwise:
-    """A model layer by layer. Bytes: of the gpu, of host memory, and of a sweep's reading."""
+    """What layerwise execution takes. Bytes of the GPU, of host memory, and of disk reads."""
 
-    kind: str  # of the weights (`memory.WeightFormat.name`)
+    kind: str  # name of the weight format
     parameters: int  # of the blocks that a sweep runs
     sizes: BlockSizes
     working_set: int
     device: int
-    host: int  # beside the process: residuals of a shard, buffers, embeddings at most, arguments
-    residuals: int  # of a shard, the most of `host`
-    read: int  # of the disk for each shard
+    host: int  # without the process: residuals of a shard, buffers, embeddings, arguments
+    residuals: int  # of a shard; the largest part of `host`
+    read: int  # from the disk, per shard
     shard_tokens: int
 
 
 @dataclass(frozen=True)
 class GPUModes:
-    """One gpu: hours for a million and for ten million tokens in both modes, None where the model
-    does not fit.
+    """Estimated hours of both modes on one GPU.
+
+    Args:
+        name: the GPU.
+        usable_bytes: its memory that programs can use.
+        resident: hours for one and for ten million tokens; None if the model does not fit.
+        layerwise: the same, layer by layer.
+        io_overlapped: reading a block takes no longer than computing one.
     """
 
     name: str
     usable_bytes: int
     resident: tuple[float, float] | None
     layerwise: tuple[float, float] | None
-    reads_hidden: bool
+    io_overlapped: bool
 
 
 def layerwise(
@@ -91,13 +88,24 @@ def layerwise(
     points: Sequence[HookPoint],
     shard_tokens: int = SHARD_TOKENS,
 ) -> Layerwise:
-    """What a sweep takes on a GPU, where a shard has so many tokens.
+    """Estimate what layerwise execution takes on a GPU.
 
-    Raises ModelError for a model that does not go layer by layer.
+    Args:
+        estimator: of the model.
+        kind: format of the weights.
+        workload: shape of the largest batch.
+        points: hook points that are captured.
+        shard_tokens: tokens of a shard.
+
+    Returns:
+        Bytes of GPU, host and disk.
+
+    Raises:
+        ModelError: the model does not support layerwise execution.
     """
     sizes = estimator.block_sizes(kind, points)
     parts, recorded = estimator.block_forward(kind, workload, points)
-    whole = with_device_overhead(0, parts, "cuda").total
+    pass_bytes = with_device_overhead(0, parts, "cuda").total
     residuals = shard_tokens * estimator.size.hidden_size * BYTES[kind.precision]
     plain = (
         sizes
@@ -109,7 +117,7 @@ def layerwise(
         parameters=plain.read // BYTES[kind.precision],
         sizes=sizes,
         working_set=parts.total,
-        device=sizes.on_device + sizes.kept + whole,
+        device=sizes.on_device + sizes.kept + pass_bytes,
         host=residuals + sizes.on_host + sizes.embeddings + recorded,
         residuals=residuals,
         read=sizes.read,
@@ -118,11 +126,19 @@ def layerwise(
 
 
 def operations(size: ModelDims, blocks: int, parameters: int, tokens: int) -> float:
-    """Floating-point operations of a token through so many blocks with their parameters, in windows
-    of `tokens`.
+    """Floating-point operations per token of a prefill.
 
-    Two for each weight, and 4·q·t/2 for each block's attention over t/2 keys on average. Experts
-    that a token does not meet are counted too: an upper bound for mixtures of experts.
+    Two for each weight, and 4·q·t/2 for each block's attention over t/2 keys on average, where q
+    is heads × head size. All experts are counted: an upper bound for mixtures of experts.
+
+    Args:
+        size: dimensions of the model.
+        blocks: blocks that run.
+        parameters: of those blocks together.
+        tokens: tokens of a window, t.
+
+    Returns:
+        Operations.
     """
     return 2 * parameters + 2 * blocks * size.num_heads * size.head_dim * tokens
 
@@ -132,66 +148,55 @@ def gpu_modes(
     kind: WeightFormat,
     tokens: int,
     resident_bytes: int,
-    found: Layerwise,
+    swept: Layerwise,
     blocks: int,
 ) -> list[GPUModes]:
-    """Both modes on every GPU whose speed is known, with windows of so many tokens."""
-    each = operations(estimator.size, blocks, found.parameters, tokens)
-    answered = []
+    """Estimate the hours of both modes on every GPU whose speed is known.
+
+    Args:
+        estimator: of the model.
+        kind: format of the weights.
+        tokens: tokens of a window.
+        resident_bytes: GPU memory that resident execution takes.
+        swept: what layerwise execution takes.
+        blocks: blocks that run.
+
+    Returns:
+        One entry per GPU, smallest first.
+    """
+    each = operations(estimator.size, blocks, swept.parameters, tokens)
+    modes = []
     for gpu in gpu_specs.gpus():
         if gpu.name not in PEAK:
             continue
         able = gpu.computes(kind.name)
         speed = PEAK[gpu.name] * 1e12 * EFFICIENCY
-        resident, swept = None, None
-        hidden = found.shard_tokens * each / blocks / speed >= found.read / blocks / DISK
+        resident, layered = None, None
+        overlapped = swept.shard_tokens * each / blocks / speed >= swept.read / blocks / DISK
         if able and resident_bytes <= gpu.usable_bytes:
             resident = (_hours(1e6 * each / speed), _hours(1e7 * each / speed))
-        if able and found.device <= gpu.usable_bytes:
-            swept = (
-                _swept(1e6, each, speed, found, blocks),
-                _swept(1e7, each, speed, found, blocks),
+        if able and swept.device <= gpu.usable_bytes:
+            layered = (
+                _layerwise_hours(1e6, each, speed, swept, blocks),
+                _layerwise_hours(1e7, each, speed, swept, blocks),
             )
-        answered.append(GPUModes(gpu.name, gpu.usable_bytes, resident, swept, hidden))
-    return answered
+        modes.append(GPUModes(gpu.name, gpu.usable_bytes, resident, layered, overlapped))
+    return modes
 
 
-def write(
-    file: "h5py.File",
-    resident: int,
-    host: int,
-    found: "Layerwise | str",
-    answered: Sequence[GPUModes],
-) -> None:
-    """Write both modes beside each other to `/modes` of `estimate.h5`; `found` is why it does not
-    go layer by layer.
+def _layerwise_hours(
+    tokens: float, each: float, speed: float, swept: Layerwise, blocks: int
+) -> float:
+    """Hours of layerwise execution.
+
+    Per shard and block: the longer of reading and computing, and the residuals' way to the GPU and
+    back; the first block of a sweep is read while nothing is computed.
     """
-    group = file.create_group("modes")
-    file_format.set_attributes(group.create_group("resident"), {"device": resident, "host": host})
-    one = group.create_group("layerwise")
-    if isinstance(found, str):
-        file_format.set_attributes(one, {"refused": found})
-        return
-    plain = {name: value for name, value in asdict(found).items() if name != "sizes"}
-    file_format.set_attributes(one, plain | asdict(found.sizes))
-    group["GPUs"] = file_format.fixed_strings([gpu.name for gpu in answered])
-    never = (np.nan, np.nan)
-    for mode in ("resident", "layerwise"):  # hours for a million and for ten million tokens
-        group[f"{mode}/hours"] = np.array(
-            [getattr(gpu, mode) or never for gpu in answered]
-        ).reshape(-1, 2)
-    file_format.set_attributes(group, {"efficiency": EFFICIENCY, "disk_bytes_a_second": DISK})
-
-
-def _swept(tokens: float, each: float, speed: float, found: Layerwise, blocks: int) -> float:
-    """Hours layer by layer: for each shard and block the longer of reading and computing, and the
-    residuals' way.
-    """
-    shard = min(tokens, found.shard_tokens)
-    block = max(shard * each / blocks / speed, found.read / blocks / DISK)
-    moved = 2 * found.residuals * shard / found.shard_tokens / BUS
-    sweeps = -(-tokens // found.shard_tokens)
-    return _hours(sweeps * (blocks * (block + moved) + found.read / blocks / DISK))
+    shard = min(tokens, swept.shard_tokens)
+    block = max(shard * each / blocks / speed, swept.read / blocks / DISK)
+    moved = 2 * swept.residuals * shard / swept.shard_tokens / BUS
+    sweeps = -(-tokens // swept.shard_tokens)
+    return _hours(sweeps * (blocks * (block + moved) + swept.read / blocks / DISK))
 
 
 def _hours(seconds: float) -> float:

@@ -1,8 +1,6 @@
-"""What `theloom estimate` answers: the memory of one model for one workload, and the GPUs that it
-fits on.
+"""Memory of one model for one workload, and the GPUs that it fits on (`theloom estimate`).
 
-Llama-like models are answered in closed form, without torch; others, and any with `trace`, by a
-trace.
+Llama-like models have a closed form, which needs no torch; others are traced.
 """
 
 from collections.abc import Sequence
@@ -26,28 +24,34 @@ from theloom.planning.execution_modes import GPUModes, Layerwise
 from theloom.precision import BYTES
 from theloom.store.provenance import PACKAGES, package_version
 
-HEADROOM = (
-    0.85  # of a GPU's usable memory, for its largest batch: memory_warning_threshold's default
-)
+# Share of a GPU's usable memory for its largest batch: the default of memory_warning_threshold.
+HEADROOM = 0.85
 
 
 @dataclass(frozen=True)
 class FittingGPU:
-    """A GPU with room for the run: what is left, and the most windows of the requested length that go
-    side by side.
+    """A GPU with enough memory for the run.
+
+    Args:
+        name: the GPU.
+        compute_capability: major and minor.
+        usable_bytes: its memory that programs can use.
+        headroom_bytes: what the run leaves of it.
+        largest_batch: windows of the requested length that fit in one batch.
+        tokens: of a window.
     """
 
     name: str
     compute_capability: tuple[int, int]
     usable_bytes: int
-    margin_bytes: int
+    headroom_bytes: int
     largest_batch: int
     tokens: int
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The memory of one model at one kind of weights. Bytes, unless a name says otherwise."""
+    """Memory of one model in one weight format, in bytes unless a name states another unit."""
 
     model: str
     model_type: str
@@ -74,9 +78,9 @@ class Forecast:
     disk_per_million_tokens: int
     totals: dict[str, int]  # of the pipeline, by kind
     gpus: list[FittingGPU]
-    layerwise: Layerwise | None  # None: refused, for the reason beside it
-    layerwise_refused: str
-    layerwise_gpus: list[str]  # with room for it layer by layer, smallest first
+    layerwise: Layerwise | None  # None: unsupported
+    layerwise_unsupported: str  # the reason, else ""
+    layerwise_gpus: list[str]  # with enough memory for layerwise execution, smallest first
     gpu_modes: list[GPUModes]
 
 
@@ -88,10 +92,26 @@ def forecast(
     filters: Sequence[str] | None = None,
     trace: bool = False,
 ) -> Forecast:
-    """The forecast of a profile or a model (hub id, folder, `package:NAME`). Raises TheLoomError.
+    """Forecast the memory of a profile or a model.
 
-    `precision` is one of fp32, fp16, bf16, int8, int4 (default: the profile's; bf16 where it leaves
-    that open); `filters` are hook filters (default: the profile's).
+    Args:
+        target: a profile, or a model (hub id, folder, `package:NAME`).
+        precision: of the weights: fp32, fp16, bf16, int8 or int4; None: the profile's, bf16 for
+            `auto`.
+        windows: windows in a batch.
+        tokens: tokens per window.
+        filters: hook filters; None: the profile's.
+        trace: trace the model even if there is a closed form.
+
+    Returns:
+        The forecast.
+
+    Raises:
+        TheLoomError: the target, a hook point or the precision is unknown or unsupported.
+
+    Example:
+        >>> forecast("7b", "bf16", windows=1, tokens=2048).kv_cache
+        268435456
     """
     settings = settings_of(target)
     requested = settings.memory.activation_cache_filter if filters is None else filters
@@ -109,7 +129,7 @@ def forecast(
     full, selected = (
         estimator.forward(kind, workload, chosen, held=True) for chosen in (residuals, points)
     )
-    swept, refused = _layerwise(estimator, kind, workload, points)
+    swept, unsupported = _layerwise(estimator, kind, workload, points)
     deepest = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
     able = [gpu for gpu in gpu_specs.gpus() if gpu.computes(kind.name)]
     return Forecast(
@@ -143,7 +163,7 @@ def forecast(
         },
         gpus=fitting(estimator, kind, workload, points, pipeline),
         layerwise=swept,
-        layerwise_refused=refused,
+        layerwise_unsupported=unsupported,
         layerwise_gpus=[
             gpu.name for gpu in able if swept is not None and swept.device <= gpu.usable_bytes
         ],
@@ -156,7 +176,7 @@ def forecast(
 def _layerwise(
     estimator: Estimator, kind: WeightFormat, workload: Workload, points: Sequence[HookPoint]
 ) -> tuple[Layerwise | None, str]:
-    """What it takes layer by layer, or why it does not go so."""
+    """Layerwise execution, or why it is unsupported."""
     try:
         return execution_modes.layerwise(estimator, kind, workload, points), ""
     except ModelError as error:
@@ -166,8 +186,16 @@ def _layerwise(
 def smaller_pass(
     estimator: Estimator, kind: WeightFormat, workload: Workload, points: Sequence[HookPoint]
 ) -> PeakBytes:
-    """The cheaper of one pass over whole windows and chunks through the KV cache, hook points
-    written as they come.
+    """Estimate the cheaper of one pass over full windows and chunks through the KV cache.
+
+    Args:
+        estimator: of the model.
+        kind: format of the weights.
+        workload: shape of the streamed pass.
+        points: hook points, written as they come.
+
+    Returns:
+        Bytes at the peak, without the weights.
     """
     one_pass = Workload(workload.windows, workload.tokens, workload.tokens)
     passes = [
@@ -177,7 +205,16 @@ def smaller_pass(
 
 
 def kv_cache(size: ModelDims, kind: WeightFormat, tokens: int) -> int:
-    """Bytes of the keys and values of every block, for tokens of all windows together."""
+    """Size of the keys and values of every block.
+
+    Args:
+        size: dimensions of the model.
+        kind: format of the weights.
+        tokens: of all windows together.
+
+    Returns:
+        Bytes: 2 × blocks × KV heads × head size × bytes per value × tokens.
+    """
     return 2 * size.num_blocks * size.num_kv_heads * size.head_dim * BYTES[kind.precision] * tokens
 
 
@@ -188,9 +225,20 @@ def fitting(
     points: Sequence[HookPoint],
     needed: Components,
 ) -> list[FittingGPU]:
-    """The GPUs with room for what is needed, smallest first, that compute in its precision."""
+    """List the GPUs that have enough memory and compute in the precision.
+
+    Args:
+        estimator: of the model.
+        kind: format of the weights.
+        workload: shape of the pass.
+        points: hook points, written as they come.
+        needed: bytes of the whole run.
+
+    Returns:
+        GPUs, smallest first.
+    """
     one = smaller_pass(estimator, kind, Workload(1, workload.tokens, workload.chunk_size), points)
-    found = []
+    gpus = []
     for gpu in gpu_specs.gpus():
         if not gpu.computes(kind.name) or gpu.usable_bytes < needed.total:
             continue
@@ -199,20 +247,27 @@ def fitting(
         ).total
         room = HEADROOM * gpu.usable_bytes - fixed
         batch = max(workload.windows, int(room / ((1 + sizes.FRAGMENTATION) * one.total)))
-        margin = gpu.usable_bytes - needed.total
-        found.append(
+        headroom = gpu.usable_bytes - needed.total
+        gpus.append(
             FittingGPU(
-                gpu.name, gpu.compute_capability, gpu.usable_bytes, margin, batch, workload.tokens
+                gpu.name, gpu.compute_capability, gpu.usable_bytes, headroom, batch, workload.tokens
             )
         )
-    return found
+    return gpus
 
 
-def as_json(found: Forecast) -> dict[str, Any]:
-    """Plain data, with the derived totals."""
-    report = asdict(found)
+def as_json(result: Forecast) -> dict[str, Any]:
+    """Convert a forecast to plain data.
+
+    Args:
+        result: the forecast.
+
+    Returns:
+        Its fields, with the derived totals of components.
+    """
+    report = asdict(result)
     for name in ("held_full", "held_selected", "pipeline"):
-        components: Components = getattr(found, name)
+        components: Components = getattr(result, name)
         report[name] |= {
             part: getattr(components, part) for part in ("allocated", "reserved", "total")
         }
@@ -228,9 +283,7 @@ def _total(
 
 
 def _held_width(points: Sequence[HookPoint], tokens: int) -> int:
-    """Elements of a token that hook points hold: one block's output is the next one's input, and is
-    held once.
-    """
+    """Elements per token that hook points hold; a block's output and the next one's input once."""
     width = {
         p.block + (p.value == "hook_resid_post") if p.value in RESIDUALS else p.name: p.width(
             tokens
@@ -248,7 +301,17 @@ def _lm_head(settings: Config, size: ModelDims, kind: WeightFormat) -> int:
 
 
 def settings_of(target: str) -> Config:
-    """The config of a profile, or of any model with the settings of the profile `custom`."""
+    """Compose the config of a profile, or of a model with the settings of the profile `custom`.
+
+    Args:
+        target: a profile, hub id (owner/name), folder, or `package:NAME`.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: the target is none of these.
+    """
     folder = locations.config_folder()
     profiles = sorted(path.stem for path in (folder / "profile").glob("*.yaml"))
     if target in profiles and target != "custom":

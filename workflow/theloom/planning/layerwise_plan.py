@@ -1,11 +1,10 @@
-"""What a sweep layer by layer takes of a device, of the host and of the disk, and which batches
-fit.
+"""Memory of layerwise execution on device, host and disk, and the batches that fit.
 
-On the device: two blocks of weights, what is in no block and no embedding, one batch's pass through
-one block. On the host: the residuals of the shard, the arguments of the blocks, the embeddings'
-pages, and for a GPU the two buffers that weights come through. On the CPU both are one memory. Of
-quantised weights the device holds two blocks as they are quantised and what it takes to quantise
-one tensor, and the host that tensor.
+The device holds two blocks of weights, the weights outside blocks and embeddings, and one batch's
+pass through one block. The host holds the residuals of the shard, the arguments of the blocks, the
+embeddings' pages, and for a GPU two staging buffers for weights. On the CPU both are the same
+memory. With quantization the device holds two quantized blocks and the buffers that quantize one
+tensor; the host holds that tensor.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +18,8 @@ from theloom.memory.sizes import BlockSizes, PeakBytes, Workload, with_device_ov
 from theloom.planning.plan import Plan, smaller_plans
 from theloom.store.ring_buffer import WRITER_BYTES
 
-# Bytes of a mapped file that Linux brings in around one that is read, where they are in its cache
-# (fault_around_bytes)
+# Bytes of a mapped file that Linux maps around a page fault if they are in its page cache
+# (fault_around_bytes).
 FAULT_AROUND = 65_536
 
 
@@ -28,39 +27,42 @@ FAULT_AROUND = 65_536
 class Need:
     """Bytes that a sweep takes at its peak."""
 
-    buffers: int  # two blocks, and what is converted or quantised
-    host_buffers: int  # what a GPU's host holds of them
+    buffers: int  # two blocks, and what is being converted or quantized
+    host_buffers: int  # the part of them on the host of a GPU
     kept: int
-    working_set: (
-        int  # one batch's pass through one block, its KV cache and what hook points make included
-    )
-    residuals: int  # of the shard, in host memory; of one batch, twice, where they are on disk
+    working_set: int  # one batch through one block, with its KV cache and hook points
+    residuals: int  # of the shard, in host memory; of one batch, twice, if they are on disk
     recorded: int
-    embeddings: int  # at most: the pages of the rows that are looked up
+    embeddings: int  # upper bound: pages of the rows that are looked up
     writer: int = 0  # of the file, in a job's own memory
-    fixed: int = 0  # CUDA's context and workspace, and what its allocator holds beyond
+    fixed: int = 0  # CUDA's context and workspace, and its allocator's fragmentation
 
     @property
     def device(self) -> int:
-        """What a GPU must have free."""
+        """Bytes that a GPU must have free."""
         return self.buffers + self.kept + self.working_set + self.fixed
 
     @property
     def host(self) -> int:
-        """What the host must have free for a GPU's job, beside the process itself."""
+        """Bytes that the host of a GPU must have free, in addition to the process itself."""
         return self.host_buffers + self.residuals + self.recorded + self.embeddings
 
     @property
     def cpu(self) -> int:
-        """What a job on the CPU takes: the embeddings are let go before the first block comes."""
+        """Bytes of a job on the CPU; embeddings are released before the first block is loaded."""
         common = self.kept + self.residuals + self.recorded + self.writer
         return common + max(self.embeddings, self.buffers + self.working_set)
 
 
 @dataclass(frozen=True)
 class LayerwisePlan:
-    """How a shard is swept: the cut into batches and chunks, where the residuals wait, and the
-    bytes it takes.
+    """How a shard is swept.
+
+    Args:
+        plan: batches and chunks.
+        spilled: residuals between blocks are on disk, not in host memory.
+        need: bytes at the peak.
+        changes: differences from the requested plan, one sentence each.
     """
 
     plan: Plan
@@ -69,7 +71,7 @@ class LayerwisePlan:
     changes: tuple[str, ...] = ()
 
 
-# the bytes of one pass through one block, and of the arguments recorded for all blocks
+# Bytes of one pass through one block, and of the arguments recorded for all blocks.
 PassOf = Callable[[Workload], tuple[PeakBytes, int]]
 
 
@@ -82,8 +84,19 @@ def need(
     device: str,
     spilled: bool,
 ) -> Need:
-    """The bytes of a sweep. `workloads`: its largest passes; `residuals`: of all tokens;
-    `residual_row`: of one.
+    """Compute the bytes of a sweep.
+
+    Args:
+        sizes: of the model's blocks.
+        pass_of: bytes of a pass through one block.
+        workloads: the largest passes of the sweep.
+        residuals: bytes of the residuals of all tokens.
+        residual_row: bytes of the residual of one token.
+        device: `cpu` or `cuda`.
+        spilled: residuals are on disk.
+
+    Returns:
+        The bytes by purpose.
     """
     passes = [pass_of(workload) for workload in workloads]
     widest = max(w.windows * w.tokens for w in workloads)
@@ -111,7 +124,7 @@ def choose(
     residuals: int,
     residual_row: int,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     host: DeviceMemory,
     *,
     threshold: float,
@@ -119,20 +132,35 @@ def choose(
     one_pass: bool = False,
     windows: Lengths | None = None,
 ) -> LayerwisePlan:
-    """The largest batch that fits, residuals in host memory if there is room, else on disk. Raises
-    MemoryPlanError.
+    """Choose the largest batch that fits, with residuals in host memory if possible, else on disk.
 
-    `found` is what the device has free, `host` what the host has; `beside` what a process was seen
-    to take beside what is predicted; `one_pass`: long documents go in one pass where that fits, as
-    they would in a resident model; `windows`: as `plan.choose` takes them.
+    Args:
+        sizes: of the model's blocks.
+        pass_of: bytes of a pass through one block.
+        requested: the plan that the config asks for.
+        residuals: bytes of the residuals of the shard.
+        residual_row: bytes of the residual of one token.
+        device: `cpu` or `cuda`.
+        memory: of the device.
+        host: the host's memory.
+        threshold: share of either memory that may be in use.
+        overhead: bytes that a process was measured to take beyond the prediction.
+        one_pass: long documents take one pass if that fits, as in a resident model.
+        windows: lengths of the corpus' windows, as for `plan.choose`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        MemoryPlanError: not even the smallest batch fits.
     """
     cuts = [cut.over(windows) for cut in smaller_plans(requested, "device", one_pass)]
     least: tuple[Need, bool] | None = None
     budget = (
-        found.free - int((1 - threshold) * found.total),
+        memory.free - int((1 - threshold) * memory.total),
         host.free - int((1 - threshold) * host.total),
     )
-    for free, host_free in (budget, (found.free, host.free)):
+    for free, host_free in (budget, (memory.free, host.free)):
         for spilled in (False, True):
             for cut in cuts:
                 needed = need(sizes, pass_of, cut.passes, residuals, residual_row, device, spilled)
@@ -145,14 +173,15 @@ def choose(
                     )
                 least = (needed, spilled)
     assert least is not None
-    raise MemoryPlanError(_refusal(least[0], device, found, host))
+    raise MemoryPlanError(_refusal(least[0], device, memory, host))
 
 
 def _changes(requested: Plan, cut: Plan, spilled: bool, residuals: int) -> tuple[str, ...]:
     changes = []
     if spilled:
         changes.append(
-            f"the residuals between blocks ({terminal.format_bytes(residuals)}) wait on disk, not in host memory"
+            f"the residuals between blocks ({terminal.format_bytes(residuals)}) wait on disk, "
+            "not in host memory"
         )
     if cut.chunk_size != requested.chunk_size:
         changes.append(
@@ -163,16 +192,17 @@ def _changes(requested: Plan, cut: Plan, spilled: bool, residuals: int) -> tuple
     return tuple(changes)
 
 
-def _refusal(least: Need, device: str, found: DeviceMemory, host: DeviceMemory) -> str:
-    limit = f", limited by {found.limited_by}" if found.limited_by else ""
+def _refusal(least: Need, device: str, memory: DeviceMemory, host: DeviceMemory) -> str:
+    limit = f", limited by {memory.limited_by}" if memory.limited_by else ""
+    text = terminal.format_bytes
     if device == "cpu":
         return (
-            f"layer by layer the run needs at least {terminal.format_bytes(least.cpu)} (two blocks "
-            f"{terminal.format_bytes(least.buffers)}, one batch {terminal.format_bytes(least.working_set)}, embeddings at most "
-            f"{terminal.format_bytes(least.embeddings)}) and cpu has {terminal.format_bytes(found.free)} free{limit}"
+            f"layer by layer the run needs at least {text(least.cpu)} "
+            f"(two blocks {text(least.buffers)}, one batch {text(least.working_set)}, "
+            f"embeddings at most {text(least.embeddings)}) "
+            f"and cpu has {text(memory.free)} free{limit}"
         )
     return (
-        f"layer by layer the run needs at least {terminal.format_bytes(least.device)} of the GPU and "
-        f"{terminal.format_bytes(least.host)} of the host, which have {terminal.format_bytes(found.free)} and "
-        f"{terminal.format_bytes(host.free)} free"
+        f"layer by layer the run needs at least {text(least.device)} of the GPU and "
+        f"{text(least.host)} of the host, which have {text(memory.free)} and {text(host.free)} free"
     )

@@ -1,9 +1,8 @@
-"""What the largest forward pass of a plan really takes, beside what was predicted, by category."""
+"""Measure the largest forward pass of a plan, by category, against the prediction."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,22 +19,24 @@ from theloom.model.loading import LoadedModel, _is_own_code, _model_class
 from theloom.model.weight_format import WeightFormat
 from theloom.planning.plan import Correction, Plan
 
-if TYPE_CHECKING:
-    pass
-
-
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One forward pass: bytes predicted and found, and by how much the device's memory in use grew.
+    """One forward pass: bytes predicted and measured, and growth of the device's memory in use.
 
-    `growth` is what CUDA's allocator counted, or, on the CPU, what the process had grown by since
-    before its model was loaded, without the weights. There it has three parts: the tensors
-    (`found`), pages of files that the pass read first (`files`: code), and what malloc keeps of
-    blocks that were freed, with what loading and libraries take for themselves (`heap`; negative
-    where the tensors went into memory that the process had left from before).
+    On the CPU, growth has three parts: tensors (`found`), pages of files (`files`), and the rest
+    (`heap`).
+
+    Args:
+        workload: shape of the pass.
+        predicted: bytes by category.
+        found: bytes by category, measured storage by storage.
+        growth: counted by CUDA's allocator; on the CPU growth of the process since before the
+            model was loaded, without the weights.
+        files: pages of files (code) that the pass read first.
+        weights: resident bytes of the model.
     """
 
     workload: Workload
@@ -47,11 +48,15 @@ class Measured:
 
     @property
     def heap(self) -> int:
+        """Freed blocks that malloc retains, and what loading and libraries take.
+
+        It is negative if tensors reused memory that the process had left from before.
+        """
         return self.growth - self.found.total - self.files
 
     @property
     def correction(self) -> Correction:
-        """What the next plan is to estimate with."""
+        """The correction for the next plan."""
         return Correction(
             self.found.total / self.predicted.total, max(0, self.growth - self.found.total)
         )
@@ -60,7 +65,18 @@ class Measured:
 def largest_pass(
     traced: Traced, kind: WeightFormat, plan: Plan, points: Sequence[HookPoint], device: str
 ) -> tuple[Workload, PeakBytes]:
-    """The one of a plan's passes that is predicted to take the most."""
+    """Find the pass of a plan that is predicted to take the most memory.
+
+    Args:
+        traced: estimator of the model.
+        kind: format of the weights.
+        plan: the plan.
+        points: hook points that are captured.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        Its shape and its bytes.
+    """
     predicted = [
         (workload, traced.forward(kind, workload, points, device=device))
         for workload in plan.passes
@@ -76,10 +92,18 @@ def measure(
     points: Sequence[HookPoint],
     loading: PeakMemory,
 ) -> Measured:
-    """Run the largest pass of a plan on random tokens, once for the growth of memory and once
-    storage by storage.
+    """Run the largest pass of a plan on random tokens: once for growth, once storage by storage.
 
-    `loading`: the memory that loading the model took.
+    Args:
+        loaded: the model.
+        kind: format of its weights.
+        traced: its estimator.
+        plan: the plan.
+        points: hook points that are captured.
+        loading: memory that loading the model took.
+
+    Returns:
+        The measurement.
     """
     workload, predicted = largest_pass(traced, kind, plan, points, loaded.device.type)
     vocabulary = loaded.architecture.model.config.get_text_config().vocab_size
@@ -89,12 +113,12 @@ def measure(
     )
     with PeakMemory(loaded.device) as growing:
         _run(loaded, ids, workload, points, kind)
-    found = _run(loaded, ids, workload, points, kind)
+    measured = _run(loaded, ids, workload, points, kind)
     weights = quantization.resident_bytes(loaded.architecture.model)
     growth = growing.growth
-    if loaded.device.type == "cpu":  # as the job will, whose heap has what loading left in it
+    if loaded.device.type == "cpu":  # a job's heap also holds what loading left
         growth += growing.before - loading.before - weights
-    return Measured(workload, predicted, found, growth, growing.files, weights)
+    return Measured(workload, predicted, measured, growth, growing.files, weights)
 
 
 def _run(
@@ -117,11 +141,13 @@ def _run(
 
 
 def before_counting(config: ModelConfig) -> None:
-    """What a process does before its growth is counted, so that it is the same in `load_model` and
-    in a job.
+    """Prepare a process for counting growth, so that `load_model` and jobs count the same.
 
-    Imports the code that a model of this config takes, and what tells which of its modules are
-    needed; gives back the heap's free memory (of a checkpoint that was converted here, say).
+    Imports the code of the model and of the trace, and returns free heap memory (for example that
+    of a checkpoint converted in this process) to the system.
+
+    Args:
+        config: the model's config.
     """
     from theloom.memory import trace  # noqa: F401
 

@@ -1,8 +1,8 @@
-"""Several GPUs for one model: how many it takes, and which blocks go to which of them.
+"""Several GPUs for one model: how many it needs, and the estimate of the fullest one.
 
-Blocks stay in order and whole, so that a token's residual stream crosses each border once. The
-first GPU has the embeddings too. Nothing runs at the same time on two GPUs of a job: for speed
-there are shards, and this is for models that no single GPU holds.
+Blocks stay in order and undivided, so that a token's residual stream crosses each border once. The
+first GPU also holds the embeddings. GPUs of a job do not compute at the same time: this is for
+models that no single GPU holds; shards are for speed.
 """
 
 import logging
@@ -34,77 +34,123 @@ MOST_GPUS = 16  # of one machine
 
 @dataclass(frozen=True)
 class Share:
-    """What the fullest of several GPUs has of a model: of its weights, and of its blocks. Both at
-    most 1.
-    """
+    """Share of a model on the fullest of several GPUs: of its weights and blocks, from 0 to 1."""
 
     weights: float
     blocks: float
 
 
 def share(blocks: int, gpus: int, overhead: float = 0.0) -> Share:
-    """The share of the fullest of `gpus` alike GPUs; `beside` is the share of the weights that is
-    in no block.
+    """Compute the share of the fullest GPU.
+
+    Args:
+        blocks: blocks of the model.
+        gpus: number of equal GPUs.
+        overhead: share of the weights that is in no block.
+
+    Returns:
+        The shares of weights and blocks.
+
+    Example:
+        >>> share(32, 2)
+        Share(weights=0.5, blocks=0.5)
     """
     most = math.ceil(blocks / gpus) / blocks
     return Share(most * (1 - overhead) + overhead, most) if gpus > 1 else Share(1.0, 1.0)
 
 
 def of_one(estimate: Estimate, part: Share) -> Estimate:
-    """The estimate of that GPU alone: the KV cache is with the blocks, temporaries are those of one
-    block anywhere.
+    """Reduce an estimate to one GPU's share.
+
+    The KV cache is split with the blocks; temporaries are of one block, so each GPU needs them all.
+
+    Args:
+        estimate: of the whole model.
+        part: the GPU's share.
+
+    Returns:
+        The estimate of that GPU.
     """
-    passes = {kind: [_part(p, part) for p in found] for kind, found in estimate.passes.items()}
+    passes = {kind: [_part(p, part) for p in own] for kind, own in estimate.passes.items()}
     weights = {kind: int(size * part.weights) for kind, size in estimate.weights.items()}
     return replace(estimate, weights=weights, passes=passes)
 
 
-def _part(found: Pass, part: Share) -> Pass:
-    return replace(
-        found, parts=replace(found.parts, kv_cache=int(found.parts.kv_cache * part.blocks))
-    )
+def _part(whole: Pass, part: Share) -> Pass:
+    kv_cache = int(whole.parts.kv_cache * part.blocks)
+    return replace(whole, parts=replace(whole.parts, kv_cache=kv_cache))
 
 
 def least(estimate: Estimate, kind: str) -> int:
-    """Bytes that a GPU must have free for the smallest pass that a plan can choose."""
+    """Compute what a GPU must have free for the smallest pass that a plan can choose.
+
+    Args:
+        estimate: of the run.
+        kind: name of the weight format.
+
+    Returns:
+        Bytes.
+    """
     smallest = min((p.parts for p in estimate.passes[kind]), key=lambda parts: parts.total)
     return with_device_overhead(estimate.weights[kind], smallest, "cuda").total
 
 
 def gpus_for(estimate: Estimate, kind: str, blocks: int, overhead: float, budget: float) -> int:
-    """The fewest alike GPUs that hold a model, with `budget` bytes of each in use. Raises
-    MemoryPlanError.
+    """Compute the fewest equal GPUs that hold a model.
+
+    Args:
+        estimate: of the run.
+        kind: name of the weight format.
+        blocks: blocks of the model.
+        overhead: share of the weights that is in no block.
+        budget: bytes of each GPU that may be in use.
+
+    Returns:
+        The number of GPUs.
+
+    Raises:
+        MemoryPlanError: the model does not fit `MOST_GPUS` of them.
     """
     for count in range(1, min(MOST_GPUS, blocks) + 1):
         if least(of_one(estimate, share(blocks, count, overhead)), kind) <= budget:
             return count
-    needed = terminal.format_bytes(estimate.weights[kind])
+    needed, each = (terminal.format_bytes(n) for n in (estimate.weights[kind], budget))
     raise MemoryPlanError(
-        f"the model's {kind} weights ({needed}) do not fit {MOST_GPUS} GPUs of {terminal.format_bytes(budget)} each; "
+        f"the model's {kind} weights ({needed}) do not fit {MOST_GPUS} GPUs of {each} each; "
         "set memory.quantization, or resources.gpu_memory_gb to the size of your GPUs"
     )
 
 
 def on_leased(estimated: Estimate) -> Estimate:
-    """The estimate by which a job plans: of its fullest GPU where it has leased several, else as it
-    is.
+    """Reduce an estimate to the fullest of the GPUs that this job has leased.
+
+    Args:
+        estimated: of the whole model.
+
+    Returns:
+        The estimate of that GPU; unchanged if the job has leased fewer than two.
     """
     count = len(gpu_lease.held())
     return of_one(estimated, share(estimated.blocks, count)) if count > 1 else estimated
 
 
 def available(device: "torch.device") -> tuple[DeviceMemory, str]:
-    """`gpu.available`, of the leased GPU with the least free where there are several, all of which
-    take part.
+    """Measure the memory of the leased GPU with the least free, or of the device.
+
+    Args:
+        device: the job's device, used if fewer than two GPUs are leased.
+
+    Returns:
+        The memory, and who else uses it (as `gpu.available_memory`).
     """
     import torch
 
     if len(gpu_lease.held()) < 2:
         return available_memory(device)
-    found = [
+    memories = [
         available_memory(torch.device("cuda", number)) for number in range(len(gpu_lease.held()))
     ]
-    return min(found, key=lambda one: one[0].free)
+    return min(memories, key=lambda one: one[0].free)
 
 
 def fit_plan(
@@ -115,15 +161,28 @@ def fit_plan(
     windows: Lengths,
     correction: Correction | None = None,
 ) -> Planned:
-    """The plan that fits the device's free memory, before anything is loaded. Raises
-    MemoryPlanError.
+    """Choose the plan that fits the device's free memory, before anything is loaded.
+
+    Args:
+        estimated: of the run.
+        kind: format of the weights.
+        device: the job's device.
+        threshold: share of the memory that may be in use.
+        windows: lengths of the corpus' windows.
+        correction: from a measurement on this device, if there is one.
+
+    Returns:
+        The plan.
+
+    Raises:
+        MemoryPlanError: no plan fits.
     """
-    found, others = available(device)
+    memory, others = available(device)
     planned = plan.choose(
         on_leased(estimated),
         kind.name,
         device.type,
-        found,
+        memory,
         threshold=threshold,
         windows=windows,
         correction=correction or Correction(),
@@ -134,6 +193,6 @@ def fit_plan(
         planned.plan.batch_tokens,
         planned.plan.chunk_size,
         terminal.format_bytes(planned.components.total),
-        terminal.format_bytes(found.free),
+        terminal.format_bytes(memory.free),
     )
     return planned

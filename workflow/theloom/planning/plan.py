@@ -1,9 +1,7 @@
-"""How a run is cut into forward passes, so that it fits the memory that is free; or what would make
-it fit.
+"""Divide a run into forward passes that fit the free memory, or report what would make it fit.
 
-A plan may make batches and chunks smaller: rows do not depend on them but for rounding. It never
-changes precision, quantisation, context or hook points: those are the user's, who is told which
-change would do.
+A plan may reduce batches and chunks, on which rows depend only by rounding. It never changes
+precision, quantization, context or hook points: the error lists the changes that would fit.
 """
 
 import logging
@@ -21,27 +19,26 @@ from theloom.store.ring_buffer import bytes_on_device
 
 log = logging.getLogger(__name__)
 
-# Tokens of a batch where the config leaves it open: enough to keep the device busy, and no more. On
-# CPUs batches larger than the caches are no faster.
+# Tokens of a batch if the config does not set them: enough to keep the device busy. On CPUs,
+# batches larger than the caches are no faster.
 MOST_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run is cut into forward passes. Tokens."""
+    """How a run is divided into forward passes. Sizes are tokens."""
 
     batch_tokens: int
     chunk_size: int
     longest: int  # longest window
-    streamed_windows: int = 1  # windows that stream side by side, at most
-    offloaded: bool = False  # whether their KV cache lies in host memory
-    long_batches: tuple[
-        tuple[int, int], ...
-    ] = ()  # windows and tokens of the largest that stream; empty: not known
+    streamed_windows: int = 1  # most windows that stream in one batch
+    offloaded: bool = False  # their KV cache is in host memory
+    # windows and tokens of the largest batches that stream; empty: unknown
+    long_batches: tuple[tuple[int, int], ...] = ()
 
     @property
     def streamed(self) -> bool:
-        """Whether the longest window goes through the KV cache chunk by chunk."""
+        """Whether the longest window streams through the KV cache chunk by chunk."""
         return self.longest > self.chunk_size
 
     @property
@@ -56,9 +53,7 @@ class Plan:
 
     @property
     def passes(self) -> list[Workload]:
-        """The passes of which one takes the most: a full batch of the widest windows, and the
-        largest that stream.
-        """
+        """Candidates for the largest pass: a full batch of the widest windows, and streams."""
         streamed = (
             self.long_batches or ((self.streamed_windows, self.longest),) if self.streamed else ()
         )
@@ -71,8 +66,13 @@ class Plan:
         return max(p.windows * min(p.tokens, self.chunk_size) for p in self.passes)
 
     def over(self, windows: Lengths | None) -> "Plan":
-        """The plan with those batches of long windows that a corpus makes, of which it may have
-        fewer.
+        """The plan with the batches of long windows that a corpus has, which may be fewer.
+
+        Args:
+            windows: lengths of the corpus' windows; None: unknown.
+
+        Returns:
+            The plan.
         """
         long_batches = (
             windows.streamed(self.chunk_size, self.streamed_windows)
@@ -83,8 +83,14 @@ class Plan:
         return replace(self, long_batches=long_batches, streamed_windows=most)
 
     def backed_off(self, level: int, streams: bool = True) -> "Plan":
-        """The plan with its batches, and then its chunks, halved so many times; a model that does
-        not stream keeps its chunks. Where nothing can be halved any more it stays as it is.
+        """The plan after running out of memory: batches, then chunks, are halved.
+
+        Args:
+            level: how many times to halve.
+            streams: the model supports chunks; otherwise they stay as they are.
+
+        Returns:
+            The plan; unchanged where nothing can be halved any more.
         """
         plan = self
         for _ in range(level):
@@ -108,8 +114,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a measurement on the device taught: real bytes of a forward pass for one predicted, and
-    bytes beside it.
+    """Result of a measurement on the device.
+
+    Args:
+        ratio: measured bytes of a forward pass per predicted byte.
+        overhead: bytes in addition to the pass.
     """
 
     ratio: float = 1.0
@@ -118,7 +127,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, the bytes that it is predicted to take, and what was changed for it to fit, in words."""
+    """A plan, its predicted bytes, and sentences on what was changed for it to fit."""
 
     plan: Plan
     components: Components
@@ -126,32 +135,53 @@ class Planned:
 
 
 def forward(estimate: Estimate, kind: str, plan: Plan) -> PeakBytes:
-    """The bytes of the largest of a plan's passes."""
-    found = [estimate.find(kind, p.tokens, plan.chunk_size).times(p.windows) for p in plan.passes]
-    if plan.offloaded:  # the KV cache of the block that runs, and of the next one on its way
-        found = [
-            replace(p, kv_cache=min(p.kv_cache, 2 * p.kv_cache // estimate.blocks)) for p in found
+    """Estimate the largest pass of a plan.
+
+    Args:
+        estimate: of the run.
+        kind: name of the weight format.
+        plan: the plan.
+
+    Returns:
+        Bytes at the peak, without the weights.
+    """
+    passes = [estimate.find(kind, p.tokens, plan.chunk_size).times(p.windows) for p in plan.passes]
+    if plan.offloaded:  # the device holds the KV cache of the running block and the next one
+        passes = [
+            replace(p, kv_cache=min(p.kv_cache, 2 * p.kv_cache // estimate.blocks)) for p in passes
         ]
-    return max(found, key=lambda parts: parts.total)
+    return max(passes, key=lambda parts: parts.total)
 
 
 def choose(
     estimate: Estimate,
     kind: str,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     *,
     threshold: float = 1.0,
     windows: Lengths | None = None,
     correction: Correction = Correction(),
     others: str = "",
 ) -> Planned:
-    """The largest batch, and the largest chunk, with which a run fits a device (`cpu` or `cuda`).
+    """Choose the largest batch and chunk with which a run fits a device.
 
-    `found` is the device's memory now, of which `threshold` (a share of the whole) may be in use;
-    where nothing keeps to it, what fits at all is taken, with a warning. `windows` are those of the
-    corpus (default: any number of them, as long as the estimate's context). `others` names who else
-    uses the device. Raises MemoryPlanError, with what would make it fit.
+    Args:
+        estimate: of the run.
+        kind: name of the weight format.
+        device: `cpu` or `cuda`.
+        memory: of the device, now.
+        threshold: share of the total that may be in use. If no plan keeps to it, any that fits the
+            free memory is taken, with a warning.
+        windows: lengths of the corpus' windows; None: any number of the estimate's context length.
+        correction: from a measurement on this device.
+        others: who else uses the device, for the error.
+
+    Returns:
+        The plan, with the changes from what was requested.
+
+    Raises:
+        MemoryPlanError: no plan fits; the message lists changes that would.
     """
     longest = min(windows.longest if windows else estimate.context_length, estimate.context_length)
     requested = Plan(
@@ -166,39 +196,55 @@ def choose(
             "long documents go in one pass: in chunks of %d tokens they would take more memory",
             requested.chunk_size,
         )
-    headroom = int((1 - threshold) * found.total)
-    for budget in (found.free - headroom, found.free):
+    headroom = int((1 - threshold) * memory.total)
+    for budget in (memory.free - headroom, memory.free):
         for planned in map(weigh, plans):
             if planned.components.total <= budget:
                 chosen, may_offload = estimate.batch_tokens is None, estimate.cache == "auto"
                 changes = _changes(requested, planned.plan, chosen, may_offload, one_pass)
                 for change in changes:
-                    log.warning("to fit %s free: %s", terminal.format_bytes(found.free), change)
-                if budget == found.free and headroom:
-                    _warn_headroom(planned.components, found, threshold)
+                    log.warning("to fit %s free: %s", terminal.format_bytes(memory.free), change)
+                if budget == memory.free and headroom:
+                    _warn_headroom(planned.components, memory, threshold)
                 return replace(planned, changes=changes)
     least = min(map(weigh, plans), key=_total)
-    raise MemoryPlanError(_refusal(estimate, kind, device, found, least, correction, others))
+    raise MemoryPlanError(_refusal(estimate, kind, device, memory, least, correction, others))
 
 
 def check_begun(
     estimate: Estimate,
     kind: str,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     plan: Plan,
     correction: Correction,
     partial: str,
 ) -> Planned:
-    """The plan of an unfinished file, which can be gone on with in what is free. Raises
-    MemoryPlanError.
+    """Check that the plan of a partial file still fits the free memory.
+
+    Args:
+        estimate: of the run.
+        kind: name of the weight format.
+        device: `cpu` or `cuda`.
+        memory: of the device, now.
+        plan: the plan with which the file was started.
+        correction: from a measurement on this device.
+        partial: name of the file.
+
+    Returns:
+        The plan with its bytes.
+
+    Raises:
+        MemoryPlanError: it does not fit.
     """
     planned = _weigh(estimate, kind, device, plan, correction)
     needed = planned.components.total
-    if needed > found.free:
+    if needed > memory.free:
         raise MemoryPlanError(
-            f"{partial} was started with batches of {plan.batch_tokens} tokens, which take {terminal.format_bytes(needed)}, "
-            f"and {device} has {terminal.format_bytes(found.free)} free; free some, or remove the file to begin anew"
+            f"{partial} was started with batches of {plan.batch_tokens} tokens, which take "
+            f"{terminal.format_bytes(needed)}, and {device} has "
+            f"{terminal.format_bytes(memory.free)} free; "
+            "free some, or remove the file to start over"
         )
     return planned
 
@@ -207,15 +253,26 @@ def plan_advice(
     estimate: Estimate,
     kind: str,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     plan: Plan,
     correction: Correction,
 ) -> str:
-    """What the user can change where memory ran out although the plan is as small as can be."""
+    """Advise what to change after running out of memory with the smallest plan.
+
+    Args:
+        estimate: of the run.
+        kind: name of the weight format.
+        device: `cpu` or `cuda`.
+        memory: of the device.
+        plan: the smallest plan.
+        correction: from a measurement on this device.
+
+    Returns:
+        The end of an error message.
+    """
     least = _weigh(estimate, kind, device, plan, correction)
-    full = replace(
-        found, free=least.components.total - 1
-    )  # whatever helps takes less than what did not fit
+    # a helpful change takes less than what did not fit
+    full = replace(memory, free=least.components.total - 1)
     changes = _fitting_changes(estimate, kind, device, full, least, correction)
     return (
         "set " + ", or ".join(changes)
@@ -225,10 +282,15 @@ def plan_advice(
 
 
 def smaller_plans(requested: Plan, cache: str, one_pass: bool) -> list[Plan]:
-    """The plan requested, then ever smaller ones: fewer windows side by side, then smaller chunks.
+    """List plans in descending order: first fewer windows in a batch, then smaller chunks.
 
-    With `one_pass` long documents go in one pass first of all, else at last. `cache` says where
-    their KV cache may be.
+    Args:
+        requested: the first plan.
+        cache: place of the KV cache of long documents: `auto`, `device` or `offloaded`.
+        one_pass: plans with long documents in one pass come first, else last.
+
+    Returns:
+        The plans, in the order in which to try them.
     """
     whole = replace(requested, chunk_size=requested.longest, streamed_windows=1)
     plans = _fewer_windows(whole, requested.longest) if one_pass else []
@@ -244,17 +306,14 @@ def smaller_plans(requested: Plan, cache: str, one_pass: bool) -> list[Plan]:
         else []
     )
     plans += offloaded if cache == "offloaded" else streamed
-    if (
-        requested.streamed and not one_pass
-    ):  # the KV cache and its masks can take more than the whole document at once
+    # the KV cache and its masks can take more than the whole document in one pass
+    if requested.streamed and not one_pass:
         plans.append(replace(whole, batch_tokens=requested.longest))
     return plans + (offloaded if cache == "auto" else [])
 
 
 def _fewer_windows(plan: Plan, step: int) -> list[Plan]:
-    """A plan, then with fewer windows that stream side by side, then with smaller batches, down to
-    steps of `step`.
-    """
+    """A plan, then with fewer streamed windows, then smaller batches, down to `step` tokens."""
     windows = max(1, plan.batch_tokens // plan.chunk_size) if plan.streamed else 1
     plans = [replace(plan, streamed_windows=windows)]
     while plans[-1].streamed_windows > 1:
@@ -265,9 +324,7 @@ def _fewer_windows(plan: Plan, step: int) -> list[Plan]:
 
 
 def _one_pass_is_less(estimate: Estimate, kind: str, requested: Plan) -> bool:
-    """Whether the longest window takes no more memory in one pass than chunk by chunk: then it is
-    faster so, too.
-    """
+    """Whether one pass, which is faster, takes no more memory for the longest window."""
     if not requested.streamed or estimate.cache == "offloaded":
         return False
     at_once = estimate.find(kind, requested.longest, requested.longest).total
@@ -298,12 +355,13 @@ def _changes(
     return tuple(changes)
 
 
-def _warn_headroom(needed: Components, found: DeviceMemory, threshold: float) -> None:
+def _warn_headroom(needed: Components, memory: DeviceMemory, threshold: float) -> None:
     log.warning(
-        "the run is planned to take %s, and %s of %s are free: more than memory_warning_threshold=%.2f will be in use",
+        "the run is planned to take %s, and %s of %s are free: "
+        "more than memory_warning_threshold=%.2f will be in use",
         terminal.format_bytes(needed.total),
-        terminal.format_bytes(found.free),
-        terminal.format_bytes(found.total),
+        terminal.format_bytes(memory.free),
+        terminal.format_bytes(memory.total),
         threshold,
     )
 
@@ -316,26 +374,25 @@ def _refusal(
     estimate: Estimate,
     kind: str,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     least: Planned,
     correction: Correction,
     others: str,
 ) -> str:
-    """One line: what the run needs at least, by category, what is free, and the cheapest changes
-    that would do.
-    """
+    """One line: the least that the run needs, what is free, and changes that would fit."""
     needed = least.components
-    limit = f", limited by {found.limited_by}" if found.limited_by else ""
+    limit = f", limited by {memory.limited_by}" if memory.limited_by else ""
     limit += f"; others on it: {others}" if others else ""
-    changes = _fitting_changes(estimate, kind, device, found, least, correction)
+    changes = _fitting_changes(estimate, kind, device, memory, least, correction)
     advice = (
         "; it would fit with " + ", or ".join(changes)
         if changes
         else "; no other precision would fit either"
     )
+    text = terminal.format_bytes
     return (
-        f"the run needs at least {terminal.format_bytes(needed.total)} ({sizes.by_category(needed)}) and {device} has "
-        f"{terminal.format_bytes(found.free)} of {terminal.format_bytes(found.total)} free{limit}{advice}"
+        f"the run needs at least {text(needed.total)} ({sizes.by_category(needed)}) and {device} "
+        f"has {text(memory.free)} of {text(memory.total)} free{limit}{advice}"
     )
 
 
@@ -343,18 +400,18 @@ def _fitting_changes(
     estimate: Estimate,
     kind: str,
     device: str,
-    found: DeviceMemory,
+    memory: DeviceMemory,
     least: Planned,
     correction: Correction,
 ) -> list[str]:
-    """At most three changes, those that alter the rows least first, each with what it saves."""
+    """At most three changes with what they save; those that alter the rows least come first."""
     offers: list[tuple[str, Planned]] = []
     shorter = least.plan.longest
     while shorter > SMALLEST_CHUNK:
         shorter //= 2
         plan = replace(least.plan, longest=shorter, batch_tokens=SMALLEST_CHUNK)
         offer = _weigh(estimate, kind, device, plan, correction)
-        if offer.components.total <= found.free:
+        if offer.components.total <= memory.free:
             offers.append((f"corpus.context_length={shorter}", offer))
             break
     texts = {
@@ -369,7 +426,7 @@ def _fitting_changes(
             and estimate.weights[other] < estimate.weights[kind]
         ):
             offers.append((text, _weigh(estimate, other, device, least.plan, correction)))
-    fitting = [(text, offer) for text, offer in offers if offer.components.total <= found.free]
+    fitting = [(text, offer) for text, offer in offers if offer.components.total <= memory.free]
     return [
         f"{text} (saves {terminal.format_bytes(least.components.total - offer.components.total)})"
         for text, offer in fitting

@@ -1,9 +1,8 @@
-"""Two tables of rules of thumb for models of 3 to 70 billion parameters, beside what TheLoom
-computes.
+"""Rules of thumb for models of 3 to 70 billion parameters against TheLoom's estimates.
 
-The rules are those that the project began with: weights are the nominal number of parameters times
-the bytes of one; totals are what was recommended for extraction with 2048 tokens. Of each
-difference over 10% it is said where it comes from.
+The rules are those of the project's specification: weights are the nominal number of parameters
+times the bytes of one; totals are recommendations for extraction with 2048 tokens. The reason of
+each difference over 10% is given.
 """
 
 from dataclasses import dataclass
@@ -18,13 +17,8 @@ from theloom.memory.sizes import Components, Workload
 from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat
 from theloom.planning import estimate, forecast
 
-PROFILES = {
-    "3b": 3,
-    "7b": 7,
-    "13b": 13,
-    "30b": 30,
-    "70b": 70,
-}  # nominal size, in billions of parameters
+# nominal size, in billions of parameters
+PROFILES = {"3b": 3, "7b": 7, "13b": 13, "30b": 30, "70b": 70}
 
 
 RULE_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -47,9 +41,7 @@ EXPLAINED_FROM = 0.10
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure: TheLoom's beside the rule's, in GB, and where a difference of over 10% is from
-    ("" below that).
-    """
+    """TheLoom's estimate and the rule's, in GB; `reason` explains differences over 10%."""
 
     computed: float
     rule: float
@@ -57,6 +49,7 @@ class Cell:
 
     @property
     def difference(self) -> float:
+        """Relative difference from the rule."""
         return self.computed / self.rule - 1
 
 
@@ -68,11 +61,15 @@ class Row:
     model: str
     parameters: int
     cells: dict[str, Cell]
-    gpus: dict[str, str]  # by kind: the smallest that do
+    gpus: dict[str, str]  # by weight format: the smallest with enough memory
 
 
 def weights_table() -> list[Row]:
-    """Weights alone, as extraction loads them: without the LM head."""
+    """Compare the weights alone, as extraction loads them: without the LM head.
+
+    Returns:
+        One row per profile.
+    """
     rows = []
     for profile, billions in PROFILES.items():
         settings, estimator = _of(profile)
@@ -89,7 +86,11 @@ def weights_table() -> list[Row]:
 
 
 def totals_table() -> list[Row]:
-    """Weights, KV cache of 2048 tokens, every residual held, and what CUDA takes."""
+    """Compare totals: weights, KV cache of 2048 tokens, every residual, and CUDA's overhead.
+
+    Returns:
+        One row per profile.
+    """
     rows = []
     for profile, rules in RULE_TOTALS.items():
         settings, estimator = _of(profile)
@@ -127,9 +128,7 @@ def _cell(computed: float, rule: float, reason: str) -> Cell:
 def _weights_reason(
     settings: Config, estimator: Estimator, kind: WeightFormat, billions: int, rule_bytes: float
 ) -> str:
-    """The steps from the rule to the figure: real parameters, no LM head, what quantisation leaves
-    as it is.
-    """
+    """Steps from the rule to the estimate: real parameters, no LM head, unquantized weights."""
     declared = settings.model.architecture
     assert declared is not None
     counts = parameters(estimator.size, declared.tie_word_embeddings)
@@ -143,10 +142,10 @@ def _weights_reason(
     if kind.quantization:
         whole = counts.other * (2 - rule_bytes) / 1e9
         steps["embeddings and norms stay 16-bit"] = whole
-        steps["scales of the quantised weights"] = (
+        steps["scales of the quantized weights"] = (
             estimator.weights(kind) / 1e9 - counts.base * rule_bytes / 1e9 - whole
         )
-    return _in_words(steps)
+    return _sum_of(steps)
 
 
 def _total_reason(components: Components, rule: float, beyond: float) -> str:
@@ -158,17 +157,17 @@ def _total_reason(components: Components, rule: float, beyond: float) -> str:
         / 1e9
         - beyond,
     }
-    return _in_words(steps)
+    return _sum_of(steps)
 
 
-def _in_words(steps: dict[str, float]) -> str:
+def _sum_of(steps: dict[str, float]) -> str:
     return "; ".join(
         f"{text}: {value:+.2f} GB" for text, value in steps.items() if abs(value) >= 0.005
     )
 
 
 def _recommended(needed: int) -> str:
-    """The smallest GPU with room, or how many of 80 GB hold the weights and all else together."""
+    """The smallest GPU with enough memory, or how many of 80 GB together."""
     fitting = [gpu for gpu in gpu_specs.gpus() if gpu.usable_bytes >= needed and gpu.bf16]
     if fitting:
         smallest = [gpu.name for gpu in fitting if gpu.nominal_gb == fitting[0].nominal_gb]

@@ -1,4 +1,4 @@
-"""Attention patterns as heat maps, where they were captured."""
+"""Figures of attention patterns: heat maps by head, if patterns were captured."""
 
 from typing import Any
 
@@ -16,8 +16,16 @@ _HOW = "add blocks.*.attn.hook_pattern, or one block's, to memory.activation_cac
 
 
 def patterns(acts: Activations, document: int, tokens: list[str], title: str) -> Drawn:
-    """The first tokens of a document: who looks at whom, in the first heads of some layers.
-    `tokens`: its texts.
+    """Draw the attention weights among a document's first tokens, for some layers and heads.
+
+    Args:
+        acts: activations of the run.
+        document: number of the document.
+        tokens: texts of its first tokens.
+        title: start of the figure's title.
+
+    Returns:
+        The figure; a note if the run has no attention patterns.
     """
     hooks = [h for h in acts.hooks if h.endswith(PATTERN)]
     if not hooks:
@@ -34,9 +42,9 @@ def patterns(acts: Activations, document: int, tokens: list[str], title: str) ->
     heads = min(_HEADS, acts[hooks[0]].shape[1])
     labels = [_label(t) for t in tokens[:count]]
     size = (2.2 * heads + 1.2, 2.2 * len(hooks) + 1.2)
-    whole = f"{title}: attention patterns, first {count} tokens of {shown.id}"
+    heading = f"{title}: attention patterns, first {count} tokens of {shown.id}"
     drawing, panels = style.new(
-        *size, whole, rows=len(hooks), columns=heads, sharex=True, sharey=True
+        *size, heading, rows=len(hooks), columns=heads, sharex=True, sharey=True
     )
     values: list[tuple[object, ...]] = []
     for layer, hook in enumerate(hooks):
@@ -62,10 +70,13 @@ def patterns(acts: Activations, document: int, tokens: list[str], title: str) ->
         panel.set_yticks(at, labels, fontsize=6)
     for panel in panels[-heads:]:
         panel.set_xticks(at, labels, fontsize=6, rotation=90)
-    drawing.supxlabel("key: the token looked at", fontsize=10)
-    drawing.supylabel("query", fontsize=10)
+    drawing.supxlabel("key token (attended to)", fontsize=10)
+    drawing.supylabel("query token", fontsize=10)
     bar = drawing.colorbar(
-        mesh, ax=panels, label="weight (colours by its root)", ticks=np.sqrt([0, 0.1, 0.25, 0.5, 1])
+        mesh,
+        ax=panels,
+        label="attention weight (square-root colour scale)",
+        ticks=np.sqrt([0, 0.1, 0.25, 0.5, 1]),
     )
     bar.ax.set_yticklabels(["0", "0.1", "0.25", "0.5", "1"])
     return Drawn(

@@ -1,8 +1,6 @@
-"""The report stage: which figures a run has, and how each group of them is drawn into the run's
-folder.
+"""The report stage: one function per group of figures, each drawn into the run's folder.
 
-Figures read what earlier stages left and nothing reads them, so that drawing one anew runs nothing
-else again.
+Figures read the outputs of earlier stages and no stage reads figures, so redrawing reruns nothing.
 """
 
 import logging
@@ -20,31 +18,51 @@ from theloom.report.states import (
     draw_massive,
     draw_norms,
     draw_similarity,
-    draw_token_map,
     measure_states,
     middle_layer,
 )
+from theloom.report.token_map import draw_token_map
 
 log = logging.getLogger(__name__)
 
 
 def draw_memory(config: Config, estimate: Path, model: Path, folder: Path) -> None:
-    """Memory predicted and found, and the GPUs with room for it."""
+    """Draw predicted and measured memory, and the GPUs that the run fits on.
+
+    Args:
+        config: the run's config.
+        estimate: path of `estimate.h5`.
+        model: path of `model.h5`.
+        folder: where the figures go.
+    """
     title = _title(config, folder)
     style.save(memory.predicted_against_measured(model, title), folder / "memory")
     style.save(memory.fits_on(estimate, title), folder / "gpus")
 
 
 def draw_speed(config: Config, shards: Sequence[Path], folder: Path) -> None:
-    """Speed, padding, and where the time went, shard by shard."""
+    """Draw speed, padding and a breakdown of time, by shard.
+
+    Args:
+        config: the run's config.
+        shards: paths of the shards.
+        folder: where the figures go.
+    """
     works = [speed.shard_work(shard) for shard in shards]
     style.save(speed.throughput(works, _title(config, folder)), folder / "throughput")
     style.save(speed.where_time_went(works, _title(config, folder)), folder / "time")
 
 
 def draw_states(config: Config, activations: Path, folder: Path) -> None:
-    """Norms, massive activations, similarity of layers, and the map. Raises ConfigError for a hook
-    that is not there.
+    """Draw norms, massive activations, layer similarity, and the token map.
+
+    Args:
+        config: the run's config.
+        activations: path of `activations.h5`.
+        folder: where the figures go.
+
+    Raises:
+        ConfigError: `report.map_hook` was not captured.
     """
     acts, settings, title = open_activations(activations), config.report, _title(config, folder)
     states = measure_states(acts, settings.sampled_rows, settings.figure_seed)
@@ -65,11 +83,21 @@ def draw_states(config: Config, activations: Path, folder: Path) -> None:
 
 
 def draw_attention(config: Config, activations: Path, folder: Path) -> None:
-    """Attention patterns of one document. Raises ConfigError for a document that is not there."""
+    """Draw attention patterns of one document.
+
+    Args:
+        config: the run's config.
+        activations: path of `activations.h5`.
+        folder: where the figures go.
+
+    Raises:
+        ConfigError: the run does not have the document.
+    """
     acts, number = open_activations(activations), config.report.attention_document
     if number >= len(acts.documents):
         raise ConfigError(
-            f"report.attention_document: no document {number}; the run has {len(acts.documents)}, from 0"
+            f"report.attention_document: no document {number}; "
+            f"the run has {len(acts.documents)}, from 0"
         )
     tokens = token_text.texts(acts, acts.document(number).input_ids[:64])
     style.save(
@@ -78,7 +106,12 @@ def draw_attention(config: Config, activations: Path, folder: Path) -> None:
 
 
 def draw_runs(folders: Sequence[Path], folder: Path) -> None:
-    """All runs of a call side by side."""
+    """Draw a comparison of several runs.
+
+    Args:
+        folders: folders of the runs.
+        folder: where the figures go.
+    """
     style.save(runs.side_by_side(runs.compare(list(folders))), folder / "runs")
 
 

@@ -1,4 +1,4 @@
-"""Which figures a run has, by the jobs that draw them: known without what draws them."""
+"""Figures by the jobs that draw them; needs no plotting library."""
 
 import re
 from collections.abc import Sequence
@@ -6,24 +6,33 @@ from fnmatch import fnmatchcase
 
 from theloom.hooks.points import PATTERN
 
-# by group, which is one job: the figures' names and what the report calls them
+# by group, which is one job: names of figures and their titles in the report
 GROUPS = {
-    "memory": {"memory": "Memory by component", "gpus": "GPUs that it fits on"},
-    "speed": {"throughput": "Speed and padding by shard", "time": "Where the time went"},
+    "memory": {"memory": "Memory by component", "gpus": "GPUs that the run fits on"},
+    "speed": {"throughput": "Speed and padding by shard", "time": "Time breakdown by shard"},
     "states": {
         "norms": "Norms by layer and position",
         "massive": "Massive activations",
-        "similarity": "Similarity of layers",
-        "map": "Map of a middle layer",
+        "similarity": "Layer similarity",
+        "map": "Token map (PCA) of a middle layer",
     },
     "attention": {"attention": "Attention patterns"},
-    "runs": {"runs": "Runs side by side"},
+    "runs": {"runs": "Comparison of runs"},
 }
 
 
 def groups(filters: Sequence[str]) -> list[str]:
-    """The groups of figures that a run has: attention's only where its hook filter can take
-    attention patterns.
+    """List the groups of figures that a run has.
+
+    Args:
+        filters: the run's hook filter; empty: every hook point.
+
+    Returns:
+        Names of groups; attention's only if the filter can match attention patterns.
+
+    Example:
+        >>> groups(["blocks.*.hook_resid_post"])
+        ['memory', 'speed', 'states']
     """
     name = f"blocks.0.{PATTERN}"
     captured = not filters or any(

@@ -1,6 +1,4 @@
-"""Figures of memory: what a run was predicted to take against what it took, and the GPUs that have
-room for it.
-"""
+"""Figures of memory: predicted against measured, and the GPUs that the run fits on."""
 
 from pathlib import Path
 
@@ -17,10 +15,10 @@ from theloom.store import file_format
 _PARTS = ("weights", "kv_cache", "captured", "temporaries", "logits")
 
 
-_WORDS = {"kv_cache": "KV cache", "captured": "hook points, held"}
+_WORDS = {"kv_cache": "KV cache", "captured": "hook points"}
 
 
-# one or two of each generation and size: what people have, smallest first
+# one or two common GPUs of each generation and size, smallest first
 _SHOWN = (
     "GTX 1080 Ti",
     "RTX 2080 Ti",
@@ -41,7 +39,15 @@ _SHOWN = (
 
 
 def predicted_against_measured(model: Path, title: str) -> Drawn:
-    """The largest planned pass by component, from `model.h5`: bytes predicted, and bytes found."""
+    """Draw predicted and measured bytes of the largest planned pass, by component.
+
+    Args:
+        model: path of `model.h5`.
+        title: start of the figure's title.
+
+    Returns:
+        The figure.
+    """
     with file_format.open_h5(model, "model") as file:
         predicted, measured = (
             dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured")
@@ -53,7 +59,8 @@ def predicted_against_measured(model: Path, title: str) -> Drawn:
         (name, None, int(measured[name])) for name in ("files", "heap") if measured.get(name, 0) > 0
     ]
     table = Table(("component", "predicted_bytes", "measured_bytes"), [*rows, *overhead])
-    shape = f"largest pass: {workload['windows']} × {workload['tokens']} tokens, steps of {workload['chunk_size']}"
+    windows, tokens, step = (workload[name] for name in ("windows", "tokens", "chunk_size"))
+    shape = f"largest pass: {windows} × {tokens} tokens, steps of {step}"
     drawing, (panel,) = style.new(
         9, 1.4 + 0.7 * len(table.rows), f"{title}: memory by component ({shape})"
     )
@@ -69,7 +76,7 @@ def predicted_against_measured(model: Path, title: str) -> Drawn:
         )
         labels = ["not predicted" if v is None else f"{v / 1e6:,.1f}" for v in values]
         panel.bar_label(bars, labels, padding=3, fontsize=9)
-    names = {"files": "overhead: pages of files", "heap": "overhead: heap that malloc keeps"}
+    names = {"files": "overhead: file pages", "heap": "overhead: heap retained by malloc"}
     panel.set_yticks(at, [names.get(r[0], _WORDS.get(r[0], r[0])) for r in table.rows])
     panel.invert_yaxis()
     panel.set_xlabel("MB (10⁶ bytes)")
@@ -80,23 +87,31 @@ def predicted_against_measured(model: Path, title: str) -> Drawn:
 
 
 def fits_on(estimate_path: Path, title: str) -> Drawn:
-    """The share of each GPU's usable memory that the run takes, by precision of the weights."""
-    found = estimate.read(estimate_path)
-    kinds = [kind for kind in ("fp32", "fp16", "bf16", "int8", "int4") if kind in found.passes]
+    """Draw the share of each GPU's usable memory that the run takes, by format of the weights.
+
+    Args:
+        estimate_path: path of `estimate.h5`.
+        title: start of the figure's title.
+
+    Returns:
+        The figure.
+    """
+    result = estimate.read(estimate_path)
+    kinds = [kind for kind in ("fp32", "fp16", "bf16", "int8", "int4") if kind in result.passes]
     gpus = [gpu for gpu in gpu_specs.gpus() if gpu.name in _SHOWN]
     rows = []
     for gpu in gpus:
         for kind in kinds:
-            needed = _needed(found, kind, gpu.compute_capability)
+            needed = _needed(result, kind, gpu.compute_capability)
             verdict = _verdict(gpu, needed, gpu.computes(kind))
             rows.append(
                 (gpu.name, gpu.usable_bytes, kind, needed, needed / gpu.usable_bytes, verdict)
             )
     table = Table(("gpu", "usable_bytes", "kind", "needed_bytes", "share", "fits"), rows)
-    passes = f"windows of up to {found.context_length} tokens one at a time, in steps of {found.chunk_size}"
+    passes = f"one window of up to {result.context_length} tokens, in steps of {result.chunk_size}"
     height = 1.6 + 0.36 * len(gpus)
     drawing, (panel,) = style.new(
-        9, height, f"{title}: share of each GPU's memory taken\n({passes})"
+        9, height, f"{title}: share of each GPU's usable memory\n({passes})"
     )
     grid = np.array([row[4] if row[5] == "yes" else np.nan for row in rows]).reshape(
         len(gpus), len(kinds)
@@ -123,29 +138,29 @@ def fits_on(estimate_path: Path, title: str) -> Drawn:
         )
     panel.set_xticks(
         np.arange(len(kinds)) + 0.5,
-        [f"{k}\n{_needed(found, k, (8, 0)) / 1e9:.2f} GB" for k in kinds],
+        [f"{k}\n{_needed(result, k, (8, 0)) / 1e9:.2f} GB" for k in kinds],
     )
     panel.set_yticks(
         np.arange(len(gpus)) + 0.5, [f"{g.name} ({g.usable_bytes / 1e9:.1f} GB)" for g in gpus]
     )
-    panel.set_xlabel("weights, and what the run needs of a GPU")
+    panel.set_xlabel("format of the weights, and GPU memory that the run needs")
     panel.invert_yaxis()
     return Drawn(drawing, table)
 
 
-def _needed(found: Estimate, kind: str, capability: tuple[int, int]) -> int:
-    tokens = min(found.chunk_size, found.context_length)
-    parts = found.find(kind, tokens, found.chunk_size)
-    if found.context_length > found.chunk_size:  # long documents stream
-        streamed = found.find(kind, found.context_length, found.chunk_size)
+def _needed(result: Estimate, kind: str, capability: tuple[int, int]) -> int:
+    tokens = min(result.chunk_size, result.context_length)
+    parts = result.find(kind, tokens, result.chunk_size)
+    if result.context_length > result.chunk_size:  # long documents stream
+        streamed = result.find(kind, result.context_length, result.chunk_size)
         parts = max(parts, streamed, key=lambda p: p.total)
     return max(
-        sizes.with_device_overhead(found.weights[kind], parts, "cuda", capability).total,
-        found.load_peak[kind],
+        sizes.with_device_overhead(result.weights[kind], parts, "cuda", capability).total,
+        result.load_peak[kind],
     )
 
 
 def _verdict(gpu: gpu_specs.GPU, needed: int, able: bool) -> str:
     if not able:
-        return "not in this precision"
-    return "yes" if needed <= gpu.usable_bytes else "no room"
+        return "unsupported"
+    return "yes" if needed <= gpu.usable_bytes else "too small"

@@ -1,4 +1,4 @@
-"""The runs of one call side by side: error against FP32, memory, speed."""
+"""Comparison of several runs: error against FP32, memory, speed."""
 
 import logging
 from dataclasses import dataclass
@@ -15,42 +15,57 @@ from theloom.store import file_format
 
 log = logging.getLogger(__name__)
 
-_ROWS = 4096  # that errors are taken over
+_ROWS = 4096  # sampled for errors
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One run of a sweep. Errors are None where there is no FP32 run of the same model, tokens and
-    hook points.
+    """One run of a comparison.
+
+    Args:
+        run: name of the run.
+        precision: of the weights.
+        stored: precision on disk.
+        error_rms: RMS of the difference from FP32, as a share of the RMS of the FP32 rows; None
+            without an FP32 run of the same model and tokens.
+        error_largest: largest difference from FP32, as a share of the largest FP32 value; or None.
+        memory: measured bytes of the weights and the largest pass.
+        tokens_per_second: over all shards; None if they were not timed.
+        disk: bytes of the rows.
     """
 
     run: str
     precision: str
     stored: str
-    error_rms: (
-        float | None
-    )  # root mean square of the difference, as a share of that of the FP32 rows
-    error_largest: float | None  # largest difference, as a share of the largest FP32 value
-    memory: int  # bytes of weights and of the largest pass, as measured
+    error_rms: float | None
+    error_largest: float | None
+    memory: int
     tokens_per_second: float | None
     disk: int
 
 
 def compare(folders: list[Path]) -> list[Compared]:
-    """Each run's folder against the FP32 run among them."""
+    """Compare runs to the FP32 run among them.
+
+    Args:
+        folders: folders of finished runs.
+
+    Returns:
+        One entry per run, in the same order.
+    """
     opened = {folder: activations.open_activations(folder / "activations.h5") for folder in folders}
     precise = [
         f
         for f in folders
         if _precisions(opened[f]) == ("fp32", "fp32") and not _quantised(opened[f])
     ]
-    found = []
+    compared = []
     for folder in folders:
         acts = opened[folder]
         reference = next((opened[p] for p in precise if _same(opened[p], acts)), None)
         if reference is None:
             log.warning(
-                "%s: no FP32 run of the same model and tokens beside it, so no error is given",
+                "%s: no FP32 run of the same model and tokens, so no error is computed",
                 folder.name,
             )
         rms, largest = (None, None) if reference is None else errors(acts, reference)
@@ -64,13 +79,22 @@ def compare(folders: list[Path]) -> list[Compared]:
         )
         speed = tokens / seconds if seconds else None
         disk = sum(acts[h].nbytes for h in acts.hooks)
-        found.append(Compared(folder.name, *_precisions(acts), rms, largest, memory, speed, disk))
-    return found
+        compared.append(
+            Compared(folder.name, *_precisions(acts), rms, largest, memory, speed, disk)
+        )
+    return compared
 
 
 def errors(acts: Activations, reference: Activations) -> tuple[float, float]:
-    """Relative root mean square error and relative largest error, the worst over the common hook
-    points.
+    """Compute errors over a sample of rows, at the worst of the common hook points.
+
+    Args:
+        acts: activations of a run.
+        reference: activations of the FP32 run, with the same rows.
+
+    Returns:
+        RMS error relative to the RMS of the reference, and largest absolute error relative to its
+        largest absolute value.
     """
     rows = states.sampled_rows(reference, _ROWS, seed=0)
     rms, largest = 0.0, 0.0
@@ -101,7 +125,14 @@ def _same(reference: Activations, acts: Activations) -> bool:
 
 
 def side_by_side(compared: list[Compared]) -> Drawn:
-    """Three panels with a bar for each run."""
+    """Draw error, memory and speed of each run in three panels.
+
+    Args:
+        compared: the runs.
+
+    Returns:
+        The figure.
+    """
     names = [c.run for c in compared]
     table = Table(
         (
@@ -128,21 +159,21 @@ def side_by_side(compared: list[Compared]) -> Drawn:
     ]
     height = 1.8 + 0.55 * len(compared)
     drawing, panels = style.new(
-        12, height, f"{len(compared)} runs side by side", columns=3, sharey=True
+        12, height, f"comparison of {len(compared)} runs", columns=3, sharey=True
     )
     columns: list[tuple[str, list[float | None]]] = [
         (
-            "error relative to FP32 (RMS), %",
+            "RMS error relative to FP32, %",
             [None if c.error_rms is None else 100 * c.error_rms for c in compared],
         ),
-        ("memory measured, MB", [c.memory / 1e6 for c in compared]),
+        ("measured memory, MB", [c.memory / 1e6 for c in compared]),
         ("tokens per second", [c.tokens_per_second for c in compared]),
     ]
     at = np.arange(len(compared))
     for n, (panel, (label, values)) in enumerate(zip(panels, columns, strict=True)):
         bars = panel.barh(at, style.lengths(values), 0.7, **style.bars(n))
         written = [
-            "not known" if v is None else f"{v:.3g}" if v < 10 else f"{v:,.0f}" for v in values
+            "unknown" if v is None else f"{v:.3g}" if v < 10 else f"{v:,.0f}" for v in values
         ]
         panel.bar_label(bars, written, padding=3, fontsize=9)
         panel.set_xlabel(label)

@@ -1,4 +1,4 @@
-"""Figures of speed: tokens a second and padding by shard, and where the time of each shard went."""
+"""Figures of speed: throughput, padding and a breakdown of time, by shard."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from theloom.report.style import Drawn, Table
 from theloom.store import file_format
 from theloom.store.file_format import METRICS
 
-# how a shard's seconds are split, in the order in which they are stacked
+# parts of a shard's seconds, in the order in which they are stacked
 PARTS = {
     "seconds_forward": "forward pass",
     "seconds_copy": "copies from the device",
@@ -23,29 +23,45 @@ PARTS = {
 
 @dataclass(frozen=True)
 class ShardWork:
-    """What one shard took. Seconds are None where neither the shard nor a benchmark file says them."""
+    """Work and time of one shard.
+
+    Args:
+        shard: its number.
+        tokens: of documents.
+        tokens_forwarded: with padding.
+        seconds: None if neither the shard nor a benchmark file records them.
+        parts: seconds by name of the metric.
+        source: of the seconds: the shard's own metrics, or the job's benchmark, which includes
+            loading the model.
+    """
 
     shard: int
     tokens: int
-    tokens_forwarded: int  # padding included
+    tokens_forwarded: int
     seconds: float | None
     parts: dict[str, float]
-    # of the seconds: the shard's own metrics, or the job's benchmark, which counts loading the
-    # model too
     source: str
 
     @property
     def tokens_per_second(self) -> float | None:
+        """Throughput without padding."""
         return self.tokens / self.seconds if self.seconds else None
 
     @property
     def padding(self) -> float:
-        """Share of the tokens forwarded that no document has."""
+        """Share of the forwarded tokens that are padding, from 0 to 1."""
         return 1 - self.tokens / self.tokens_forwarded if self.tokens_forwarded else 0.0
 
 
 def shard_work(path: Path) -> ShardWork:
-    """Read one shard's work."""
+    """Read the work of one shard.
+
+    Args:
+        path: of the shard.
+
+    Returns:
+        Its tokens and seconds.
+    """
     with file_format.open_h5(path, "activations") as file:
         attributes = dict(file.attrs)
         metrics = dict(zip(METRICS, file["metrics"][:].tolist(), strict=True))
@@ -59,7 +75,7 @@ def shard_work(path: Path) -> ShardWork:
         seconds, source = _benchmark(path), "benchmark of the job"
     return ShardWork(
         shard=int(attributes["shard"]),
-        # a job that took up an unfinished shard has timed its own part alone
+        # a job that resumed a partial shard counts and times only its own part
         tokens=int(metrics["tokens"] or attributes["rows"]),
         tokens_forwarded=int(metrics["tokens_forwarded"] or forwarded),
         seconds=seconds,
@@ -78,7 +94,15 @@ def _benchmark(shard: Path) -> float | None:
 
 
 def throughput(works: list[ShardWork], title: str) -> Drawn:
-    """Tokens a second and padding, a bar for each shard."""
+    """Draw throughput and padding by shard.
+
+    Args:
+        works: one entry per shard.
+        title: start of the figure's title.
+
+    Returns:
+        The figure.
+    """
     table = Table(
         (
             "shard",
@@ -103,7 +127,7 @@ def throughput(works: list[ShardWork], title: str) -> Drawn:
         ],
     )
     drawing, (speed, padding) = style.new(
-        9, _height(works), f"{title}: speed by shard", columns=2, sharey=True
+        9, _height(works), f"{title}: throughput by shard", columns=2, sharey=True
     )
     at = np.arange(len(works))
     values = style.lengths([w.tokens_per_second for w in works])
@@ -117,8 +141,8 @@ def throughput(works: list[ShardWork], title: str) -> Drawn:
     speed.set_yticks(at, [str(w.shard) for w in works]) if len(works) <= 24 else None
     speed.set_ylabel("shard")
     speed.invert_yaxis()
-    speed.set_xlabel("tokens of documents per second")
-    padding.set_xlabel("padding, % of the tokens forwarded")
+    speed.set_xlabel("tokens per second, without padding")
+    padding.set_xlabel("padding, % of forwarded tokens")
     for panel, least in ((speed, 1.0), (padding, 5.0)):
         panel.set_xlim(0, max(least, 1.2 * panel.get_xlim()[1]))
         panel.grid(axis="y", visible=False)
@@ -126,20 +150,26 @@ def throughput(works: list[ShardWork], title: str) -> Drawn:
 
 
 def where_time_went(works: list[ShardWork], title: str) -> Drawn:
-    """Seconds of each shard, split into what they went into."""
+    """Draw the seconds of each shard by part.
+
+    Args:
+        works: one entry per shard.
+        title: start of the figure's title.
+
+    Returns:
+        The figure; a note if the shards were not timed.
+    """
     if not any(w.seconds for w in works):
-        return style.note(f"{title}: where the time went", "The run's shards were not timed.")
+        return style.note(f"{title}: time breakdown", "The run's shards were not timed.")
     split = any(w.parts for w in works)
     names = [n for n in PARTS if any(n in w.parts for w in works)] if split else []
-    labels = [PARTS[n] for n in names] + [
-        "not accounted for" if split else "the whole job, model loading included"
-    ]
+    labels = [PARTS[n] for n in names] + ["other" if split else "entire job, with model loading"]
     rows = []
     for w in works:
         parts = [w.parts.get(n, 0.0) for n in names]
         rows.append((w.shard, w.seconds, *parts, max(0.0, (w.seconds or 0.0) - sum(parts))))
     table = Table(("shard", "seconds_total", *names, "seconds_other"), rows)
-    drawing, (panel,) = style.new(9, _height(works) + 0.5, f"{title}: where the time went")
+    drawing, (panel,) = style.new(9, _height(works) + 0.5, f"{title}: time breakdown by shard")
     at, left = np.arange(len(works)), np.zeros(len(works))
     for n, label in enumerate(labels):
         seconds = np.array([row[2 + n] for row in rows])

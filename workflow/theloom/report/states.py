@@ -1,6 +1,4 @@
-"""Figures of the hidden states themselves: norms, massive activations, similarity of layers, a map of
-one layer.
-"""
+"""Figures of hidden states: norms, massive activations, layer similarity."""
 
 import itertools
 import re
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_BLOCK = 256  # rows of every layer that are held at once
+_BLOCK = 256  # rows of every layer in memory at once
 
 
 # An activation is massive where its magnitude is above 100 and about 1,000 times the median of its
@@ -35,22 +33,37 @@ _MOST_LINES = 6
 
 @dataclass(frozen=True)
 class States:
-    """What a sample of rows tells: by hook point and row (hooks, rows), and between hook points
-    (hooks, hooks).
+    """Statistics of a sample of rows.
+
+    Args:
+        hooks: names of the hook points.
+        rows: numbers of the rows, (rows,).
+        position: position of each row in its window, (rows,).
+        norm: Euclidean norm, (hooks, rows).
+        largest: largest magnitude in a row, (hooks, rows).
+        median: median magnitude in a row, (hooks, rows).
+        cosine: mean cosine similarity over rows, (hooks, hooks).
     """
 
     hooks: list[str]
     rows: np.ndarray
     position: np.ndarray
     norm: np.ndarray
-    largest: np.ndarray  # largest magnitude in a row
-    median: np.ndarray  # median magnitude in a row
-    cosine: np.ndarray  # mean over rows
+    largest: np.ndarray
+    median: np.ndarray
+    cosine: np.ndarray
 
 
 def sampled_rows(acts: Activations, count: int, seed: int) -> np.ndarray:
-    """Rows of whole windows, taken at random until there are `count` (the last window is cut), in
-    ascending order.
+    """Sample rows of entire windows at random; only the last window may be cut.
+
+    Args:
+        acts: activations of a run.
+        count: number of rows.
+        seed: of the random order of windows.
+
+    Returns:
+        Numbers of at most `count` rows, in ascending order.
     """
     order = np.random.default_rng(seed).permutation(len(acts.window_document))
     taken, chosen = 0, []
@@ -64,8 +77,14 @@ def sampled_rows(acts: Activations, count: int, seed: int) -> np.ndarray:
 
 
 def layers(acts: Activations) -> list[str]:
-    """The hook points that are states of the residual stream; else all of the commonest width,
-    attention's apart.
+    """List the hook points of the residual stream.
+
+    Args:
+        acts: activations of a run.
+
+    Returns:
+        Names of hook points; without any of the residual stream, those of the most common shape,
+        except attention's.
     """
     residual = [h for h in acts.hooks if h.split(".")[-1] in RESIDUALS]
     if residual:
@@ -76,7 +95,16 @@ def layers(acts: Activations) -> list[str]:
 
 
 def measure_states(acts: Activations, count: int, seed: int) -> States:
-    """The statistics of a sample of about `count` rows, a block of rows of all layers at a time."""
+    """Compute the statistics of a sample, one block of rows of all layers at a time.
+
+    Args:
+        acts: activations of a run.
+        count: number of rows to sample.
+        seed: of the sample.
+
+    Returns:
+        The statistics.
+    """
     hooks, rows = layers(acts), sampled_rows(acts, count, seed)
     norm, largest, median = (np.zeros((len(hooks), len(rows)), "<f4") for _ in range(3))
     cosine = np.zeros((len(hooks), len(hooks)))
@@ -104,7 +132,18 @@ def _blocks(
 
 
 def short(hook: str) -> str:
-    """`5 post` for blocks.5.hook_resid_post: what a tick label has room for."""
+    """Shorten the name of a hook point for a tick label.
+
+    Args:
+        hook: name of the hook point.
+
+    Returns:
+        Block and value; names outside blocks as they are.
+
+    Example:
+        >>> short("blocks.5.hook_resid_post")
+        '5 post'
+    """
     match = re.fullmatch(r"blocks\.(\d+)\.(?:hook_)?(.*)", hook)
     if not match:
         return hook
@@ -112,8 +151,14 @@ def short(hook: str) -> str:
 
 
 def draw_norms(states: States, title: str) -> Drawn:
-    """Median norm of the residual stream by layer and position: lines for a few layers, a heat map
-    for many.
+    """Draw the median norm by layer and position: lines for a few layers, a heat map for many.
+
+    Args:
+        states: statistics of a sample.
+        title: start of the figure's title.
+
+    Returns:
+        The figure.
     """
     bins = _position_bins(states.position)
     rows = []
@@ -124,29 +169,35 @@ def draw_norms(states: States, title: str) -> Drawn:
     table = Table(
         ("hook", "positions", "rows", "norm_5_percent", "norm_median", "norm_95_percent"), rows
     )
-    whole = f"{title}: norm of the residual stream by position"
+    heading = f"{title}: norm of the residual stream by position"
     count, at = len(states.hooks), np.arange(len(bins))
     if count <= _MOST_LINES:
-        drawing, (panel,) = style.new(9, 4.5, whole)
+        drawing, (panel,) = style.new(9, 4.5, heading)
         for n, hook in enumerate(states.hooks):
             low, middle, high = (np.array([r[c] for r in rows if r[0] == hook]) for c in (3, 4, 5))
             panel.plot(at, middle, label=hook, **style.line(n))
             panel.fill_between(at, low, high, color=style.COLOURS[n], alpha=0.15, linewidth=0)
         panel.set_yscale("log")
-        panel.set_ylabel("norm (median; 5 to 95%)")
+        panel.set_ylabel("norm (median; 5th to 95th percentile)")
         drawing.legend(loc="outside lower center", ncols=2)
         panel.set_xticks(at, [b[0] for b in bins], fontsize=9, rotation=30)
     else:
         grid = np.array([r[4] for r in rows]).reshape(count, len(bins))
-        drawing, panel = _heat(grid, states.hooks, f"{whole} (median)", "norm", log=True)
+        drawing, panel = _heat(grid, states.hooks, f"{heading} (median)", "norm", log=True)
         panel.set_xticks(at + 0.5, [b[0] for b in bins], fontsize=9, rotation=30)
     panel.set_xlabel("position in the window (tokens)")
     return Drawn(drawing, table)
 
 
 def draw_massive(states: States, title: str) -> Drawn:
-    """By layer, the share of tokens with a massive activation, and how far the largest one stands
-    above the median.
+    """Draw by layer the share of tokens with a massive activation, and the largest magnitude.
+
+    Args:
+        states: statistics of a sample.
+        title: start of the figure's title.
+
+    Returns:
+        The figure.
     """
     medians = np.median(states.median, axis=1) if states.rows.size else np.zeros(len(states.hooks))
     limit = np.maximum(MASSIVE_AT_LEAST, MASSIVE_TIMES_MEDIAN * medians)
@@ -160,15 +211,21 @@ def draw_massive(states: States, title: str) -> Drawn:
         ],
     )
     height = 1.8 + min(0.32 * len(states.hooks), 11)
-    whole = f"{title}: massive activations in {len(states.rows):,} tokens"
-    drawing, (left, right) = style.new(9, height, whole, columns=2, sharey=True)
+    heading = f"{title}: massive activations in {len(states.rows):,} tokens"
+    drawing, (left, right) = style.new(9, height, heading, columns=2, sharey=True)
     at = np.arange(len(states.hooks))
     bars = left.barh(at, 100 * share, 0.7, color=style.COLOURS[0])
     right.plot(
         largest, at, linestyle="", marker="D", color=style.COLOURS[1], label="largest magnitude"
     )
     right.plot(
-        limit, at, linestyle="", marker="|", color="black", markersize=14, label="massive from here"
+        limit,
+        at,
+        linestyle="",
+        marker="|",
+        color="black",
+        markersize=14,
+        label="threshold of massive activations",
     )
     right.plot(
         medians, at, linestyle="", marker="o", color=style.COLOURS[2], label="median magnitude"
@@ -188,14 +245,24 @@ def draw_massive(states: States, title: str) -> Drawn:
 
 
 def draw_similarity(states: States, title: str) -> Drawn:
-    """Mean cosine similarity of a token's states in every two layers."""
+    """Draw layer similarity: the mean cosine similarity of a token's states in each pair of layers.
+
+    Args:
+        states: statistics of a sample.
+        title: start of the figure's title.
+
+    Returns:
+        The figure.
+    """
     rows = [
         (a, b, float(states.cosine[i, j]))
         for i, a in enumerate(states.hooks)
         for j, b in enumerate(states.hooks)
     ]
-    whole = f"{title}: cosine similarity between layers"
-    drawing, panel = _heat(states.cosine, states.hooks, whole, "mean cosine", log=False)
+    heading = f"{title}: cosine similarity between layers"
+    drawing, panel = _heat(
+        states.cosine, states.hooks, heading, "mean cosine similarity", log=False
+    )
     count = len(states.hooks)
     if count <= 10:
         for i in range(count):
@@ -249,101 +316,13 @@ def _position_bins(position: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 
 def middle_layer(acts: Activations) -> str:
-    """The layer in the middle of those that were captured."""
+    """Find the middle one of the captured layers.
+
+    Args:
+        acts: activations of a run.
+
+    Returns:
+        Name of the hook point.
+    """
     names = layers(acts)
     return names[len(names) // 2]
-
-
-def principal_plane(rows: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Rows (n, width) in the plane of their two principal components, (n, 2), and the share of
-    variance of each, (2,).
-
-    Each row is scaled to length 1 first: a few massive rows would be the plane otherwise.
-    """
-    import torch
-
-    unit = torch.nn.functional.normalize(rows.double(), dim=-1)
-    centred = unit - unit.mean(dim=0)
-    _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
-    largest = directions.abs().argmax(dim=1, keepdim=True)
-    directions = (
-        directions * directions.gather(1, largest).sign()
-    )  # a sign of its own makes the map the same each time
-    return centred @ directions[:2].T, (singular**2 / (singular**2).sum())[:2]
-
-
-_KINDS = ("word", "piece of a word", "number", "punctuation", "white space")
-
-
-def weight_format_of(token: str) -> str:
-    """What a token is, by its text."""
-    bare = token.strip()
-    if not bare:
-        return "white space"
-    if any(c.isalpha() for c in bare):
-        return "word" if token[:1].isspace() else "piece of a word"
-    return "number" if any(c.isdigit() for c in bare) else "punctuation"
-
-
-def draw_token_map(
-    acts: Activations, hook: str, rows: np.ndarray, tokens: list[str], title: str
-) -> Drawn:
-    """Rows of one layer in the plane of their principal components, with their tokens as labels
-    where there is room.
-    """
-    plane, share = principal_plane(acts[hook][rows].float().flatten(1))
-    xy, kinds = plane.numpy(), [weight_format_of(t) for t in tokens]
-    table = Table(
-        ("row", "document", "position", "token", "kind", "component_1", "component_2"),
-        [
-            (int(r), int(d), int(p), t, k, float(x), float(y))
-            for r, d, p, t, k, (x, y) in zip(
-                rows,
-                acts.document_of.numpy(rows),
-                acts.position.numpy(rows),
-                tokens,
-                kinds,
-                xy,
-                strict=True,
-            )
-        ],
-    )
-    drawing, (panel,) = style.new(9, 7.5, f"{title}: {len(rows):,} tokens in {hook}")
-    for n, kind in enumerate(_KINDS):
-        here = np.array([k == kind for k in kinds])
-        x, y = xy[here].T
-        panel.plot(
-            x,
-            y,
-            **style.line(n) | {"linestyle": ""},
-            markersize=4,
-            alpha=0.5,
-            markeredgewidth=0,
-            label=kind,
-        )
-    low, high = xy.min(axis=0), xy.max(axis=0)
-    span = np.maximum(high - low, 1e-12)
-    taken: list[tuple[float, float, float]] = []
-    for n in _outermost_first(xy):
-        text = tokens[n].strip()[:14]
-        x, y = (xy[n] - low) / span  # in shares of the panel
-        wide = 0.014 * len(text)
-        if text and all(abs(y - b) > 0.028 or x + wide < a or a + w < x for a, b, w in taken):
-            taken.append((x, y, wide))
-            # a dollar sign would begin a formula
-            panel.annotate(
-                text.replace("$", r"\$"), xy[n], (3, 2), textcoords="offset points", fontsize=9
-            )
-    panel.margins(x=0.08)
-    panel.set_xlabel(f"first principal component ({share[0]:.1%} of variance)")
-    panel.set_ylabel(f"second ({share[1]:.1%})")
-    drawing.legend(loc="outside lower center", ncols=5, markerscale=1.6)
-    return Drawn(drawing, table)
-
-
-def _outermost_first(xy: np.ndarray) -> np.ndarray:
-    """The order in which points get labels: by distance from the middle, so that what stands out is
-    named.
-    """
-    spread = (xy - np.median(xy, axis=0)) / np.maximum(xy.std(axis=0), 1e-12)
-    return np.argsort(-(spread**2).sum(axis=1), kind="stable")

@@ -1,9 +1,8 @@
-"""How the report's figures look, and how one is written: a drawing as SVG, and the data behind it
-as a table.
+"""Style and output of the report's figures: a drawing as SVG, and its data as a table.
 
-Colours are those of Okabe and Ito, told apart by readers of every colour vision; markers, hatches
-and line styles tell the same things in grey print. Heat maps are in cividis, whose lightness alone
-carries the value.
+Colours are those of Okabe and Ito, which readers of every colour vision can distinguish; markers,
+hatches and line styles distinguish series in grey print. Heat maps use cividis, whose lightness
+alone encodes the value.
 """
 
 import csv
@@ -44,8 +43,8 @@ HEAT = "cividis"
 ROWS_SHOWN = 500  # of a table in the report; its CSV holds all
 
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, and a browser's fonts have every script
-    "svg.hashsalt": "theloom",  # the same data give the same file
+    "svg.fonttype": "none",  # text stays searchable, and browsers have fonts for every script
+    "svg.hashsalt": "theloom",  # reproducible files
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans", "sans-serif"],
     "font.size": 11,
@@ -63,13 +62,13 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Table:
-    """The data of a figure: named columns, units in the names, and rows of numbers and texts."""
+    """The data of a figure: columns, with units in their names, and rows of numbers and strings."""
 
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]
 
     def as_csv(self) -> str:
-        """Comma-separated, with a header."""
+        """Format as comma-separated values with a header."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)
@@ -77,7 +76,7 @@ class Table:
         return text.getvalue()
 
 
-_CHARACTERS, _LINE = 8, 0.22  # of a title, in an inch; inches of a line
+_CHARACTERS, _LINE = 8, 0.22  # characters of a title per inch; height of a line in inches
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,21 @@ class Drawn:
 def new(
     width: float, height: float, title: str, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple["Figure", list["Axes"]]:
-    """An empty figure of a size in inches, with its panels in reading order; what a long title
-    takes comes on top.
+    """Create an empty figure.
 
-    Raises ConfigError without matplotlib.
+    Args:
+        width: inches.
+        height: inches; further lines of a long title are added to it.
+        title: of the figure.
+        rows: rows of panels.
+        columns: columns of panels.
+        options: further arguments of `Figure.subplots`.
+
+    Returns:
+        The figure, and its panels in reading order.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
     """
     try:
         import matplotlib as mpl
@@ -103,9 +113,8 @@ def new(
         raise ConfigError("figures need matplotlib; pip install 'theloom[report]'") from None
 
     mpl.rcParams.update(_STYLE)
-    logging.getLogger("matplotlib").setLevel(
-        logging.ERROR
-    )  # it warns of each font and glyph that it does not find
+    # matplotlib warns of each missing font and glyph
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     title = in_lines(title, int(_CHARACTERS * width))
     drawing = Figure(figsize=(width, height + _LINE * title.count("\n")))
     axes = drawing.subplots(rows, columns, squeeze=False, **options)
@@ -114,31 +123,49 @@ def new(
 
 
 def in_lines(title: str, most: int) -> str:
-    """A title in lines of at most so many characters: the names of runs have no blanks, but a plus
-    before each key.
+    """Wrap a title at blanks, and at the plus signs in names of runs.
+
+    Args:
+        title: the title.
+        most: characters of a line.
+
+    Returns:
+        The title with line breaks.
+
+    Example:
+        >>> in_lines("tiny+memory.quantization=8bit+name=a", 30)
+        'tiny+memory.quantization=8bit\\n+name=a'
     """
-    found = []
+    wrapped = []
     for line in title.split("\n"):
-        found.append("")
+        wrapped.append("")
         for word in re.split(r"(?<= )|(?=\+)", line):
-            if found[-1] and len(found[-1]) + len(word) > most:
-                found.append("")
-            found[-1] += word
-    return "\n".join(part.rstrip() for part in found)
+            if wrapped[-1] and len(wrapped[-1]) + len(word) > most:
+                wrapped.append("")
+            wrapped[-1] += word
+    return "\n".join(part.rstrip() for part in wrapped)
 
 
 def bars(n: int) -> dict[str, Any]:
-    """How the bars of the n-th series look."""
+    """Style of the bars of the n-th series."""
     return {"color": COLOURS[n], "hatch": HATCHES[n], "edgecolor": "white"}
 
 
 def line(n: int) -> dict[str, Any]:
-    """How the line of the n-th series looks."""
+    """Style of the line of the n-th series."""
     return {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": LINES[n]}
 
 
 def note(title: str, sentence: str) -> Drawn:
-    """Instead of a figure whose data a run has not: one sentence that says what to do to have them."""
+    """Create a placeholder for a figure whose data a run lacks.
+
+    Args:
+        title: of the figure.
+        sentence: what to do to get the data.
+
+    Returns:
+        The placeholder.
+    """
     drawing, (panel,) = new(8, 1.2, title)
     panel.axis("off")
     panel.text(0.0, 0.5, sentence, va="center", wrap=True)
@@ -146,8 +173,11 @@ def note(title: str, sentence: str) -> Drawn:
 
 
 def save(drawn: Drawn, stem: Path) -> None:
-    """Write `<stem>.svg`, `<stem>.csv`, and the table as a page, `<stem>.html`, that holds the CSV
-    too.
+    """Write `<stem>.svg`, `<stem>.csv`, and `<stem>.html`: the table, with the CSV to download.
+
+    Args:
+        drawn: the figure.
+        stem: path without extension.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     drawn.drawing.savefig(
@@ -160,7 +190,7 @@ def save(drawn: Drawn, stem: Path) -> None:
 
 
 def lengths(values: Sequence[float | None]) -> list[float]:
-    """Bar lengths, zero where there is no value."""
+    """Lengths of bars: zero for None."""
     return [0.0 if v is None else float(v) for v in values]
 
 
@@ -169,7 +199,7 @@ def _written(cell: Any) -> Any:
 
 
 def _page(table: Table, text: str, name: str) -> str:
-    """A page of its own: no script, nothing from elsewhere."""
+    """A self-contained page without scripts."""
 
     def cells(row: Sequence[Any], tag: str) -> str:
         kinds = ["n" if isinstance(cell, int | float) else "t" for cell in row]
@@ -186,16 +216,19 @@ def _page(table: Table, text: str, name: str) -> str:
     )
     body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in shown)
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{name}</title>
 <style>
 body {{ font: 14px/1.4 system-ui, sans-serif; margin: 1rem; color: #111; background: #fff; }}
 div {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: pre; }}
+th, td {{ padding: .25rem .6rem; border-bottom: 1px solid #ddd; }}
+th, td {{ text-align: left; white-space: pre; }}
 th {{ border-bottom: 2px solid #111; }}
 .n {{ text-align: right; }}
 </style></head><body>
-<p><a download="{name}.csv" href="data:text/csv;charset=utf-8,{quote(text)}">{name}.csv</a></p>{more}
+<p><a download="{name}.csv"
+href="data:text/csv;charset=utf-8,{quote(text)}">{name}.csv</a></p>{more}
 <div><table><thead><tr>{cells(table.columns, "th")}</tr></thead><tbody>
 {body}
 </tbody></table></div></body></html>

@@ -1,10 +1,8 @@
-"""Stored rows against recomputed ones, hook point by hook point; and where 16 bits differ by much,
-against FP32.
+"""Compare stored rows to recomputed ones, per hook point, and suspect 16-bit values to FP32.
 
-Where a block takes back a large value that an earlier one has added, as models do with massive
-activations, what is left has the rounding errors of what has gone: two orders of summing differ by
-more of it than anywhere else. So the model's own distance from FP32 is what rounding explains
-there.
+Models with massive activations add a large value in one block and subtract it in a later one. The
+difference keeps the rounding errors of the large value, so two orders of summation disagree there
+by more than the tolerance. The model's own distance from FP32 bounds what rounding explains.
 """
 
 import logging
@@ -29,49 +27,55 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = (
-    1 << 30
-)  # of doubtful values that wait for FP32; where there are more, rounding is not what is wrong
+# Limit of suspect values that are retained for FP32: beyond it, rounding is not the cause.
+MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """One window against the oracle: for each hook point its largest error and its largest absolute
-    value.
+    """Errors of one window against the reference.
+
+    Args:
+        window: number of the window in the dataset.
+        max_abs_error: largest absolute difference, per hook point.
+        max_abs: largest absolute value of the reference, per hook point.
     """
 
     window: int
-    error: list[float]
-    largest: list[float]
+    max_abs_error: list[float]
+    max_abs: list[float]
 
 
 @dataclass(frozen=True)
 class Recomputation:
-    """All recomputed windows, the hook points of their errors, the largest error allowed, and the
-    model they are of.
+    """All recomputed windows of a run. Errors are shares of the largest absolute value.
 
-    `rounding`: by hook point whose error is larger than that, how far the model itself is from
-    FP32, both as a share of the largest value.
+    Args:
+        points: hook points, in the order of the errors.
+        results: one entry per recomputed window.
+        tolerance: largest error allowed before rounding is taken into account.
+        files: the model's files where a quantized run can be compared to FP32, else None.
+        rounding: the model's own distance from FP32, by name of each suspect hook point.
     """
 
     points: list[HookPoint]
     results: list[Recomputed]
     tolerance: float
-    files: ModelFiles | None  # where a quantised run can be compared to FP32
+    files: ModelFiles | None
     rounding: dict[str, float]
 
     @property
     def worst(self) -> np.ndarray:
-        """By hook point the largest error, as a share of the largest value."""
-        errors, largest = (
-            np.array([getattr(r, name) for r in self.results]) for name in ("error", "largest")
-        )
-        return (errors / np.maximum(largest, 1e-30)).max(axis=0)
+        """Largest error per hook point, as a share of the largest absolute value."""
+        errors = np.array([r.max_abs_error for r in self.results])
+        magnitudes = np.array([r.max_abs for r in self.results])
+        return (errors / np.maximum(magnitudes, 1e-30)).max(axis=0)
 
     @property
-    def allowed(self) -> np.ndarray:
-        """By hook point the largest error allowed: two passes that are each as far from FP32 as the
-        model itself.
+    def tolerances(self) -> np.ndarray:
+        """Largest error allowed per hook point, as a share of the largest absolute value.
+
+        Two correct passes can each be as far from FP32 as the model itself: twice its rounding.
         """
         return np.array(
             [max(self.tolerance, 2 * self.rounding.get(p.name, 0.0)) for p in self.points]
@@ -79,61 +83,66 @@ class Recomputation:
 
 
 class Comparison:
-    """What a model gives for windows of a run: in its precision (`see`), then in FP32 what is
-    `doubtful` (`judge`).
+    """Compares a model's values to the stored rows, then the suspect ones to FP32.
 
-    Values are of one window and hook point, (position, …), on any device.
+    Call `add` with values in the run's precision, `suspect` for what exceeds the tolerance,
+    `compare_to_fp32` with exact values of that, and `result` at the end. Values belong to one
+    window and hook point, shape (position, …), on any device.
     """
 
     def __init__(
         self, config: Config, acts: Activations, loaded: LoadedModel, points: list[HookPoint]
     ) -> None:
-        quantised = loaded.quantization is not None
-        self._acts, self._points, self._files = acts, points, loaded.files if quantised else None
-        # the coarser of the forward pass' precision and the stored one decides what rounding
-        # explains
+        quantized = loaded.quantization is not None
+        self._acts, self._points, self._files = acts, points, loaded.files if quantized else None
+        # the coarser of compute and storage precision bounds the rounding error
         self._tolerance = config.verify.tolerance or max(
             loaded.tolerance, TOLERANCE[acts.precision]
         )
-        self._may_doubt = not (
-            config.verify.tolerance or quantised or loaded.precision.resolved == "fp32"
+        self._may_suspect = not (
+            config.verify.tolerance or quantized or loaded.precision.resolved == "fp32"
         )
-        self._found: dict[int, dict[str, tuple[float, float]]] = defaultdict(dict)
-        self._own: dict[int, dict[HookPoint, torch.Tensor]] = defaultdict(dict)
-        self._waiting = 0
+        self._errors: dict[int, dict[str, tuple[float, float]]] = defaultdict(dict)
+        self._suspect: dict[int, dict[HookPoint, torch.Tensor]] = defaultdict(dict)
+        self._suspect_bytes = 0
         self._rounding: dict[str, float] = {}
 
-    def see(self, window: int, point: HookPoint, values: "torch.Tensor") -> None:
-        """Compare values to the rows that are stored."""
-        error, largest = self._found[window][point.name] = _compare(
+    def add(self, window: int, point: HookPoint, values: "torch.Tensor") -> None:
+        """Compare a window's values at one hook point to the stored rows."""
+        error, max_abs = self._errors[window][point.name] = _compare(
             self._acts, window, point, values
         )
-        if self._may_doubt and not error <= self._tolerance * largest:
-            self._waiting += 4 * values.numel()
-            if self._waiting <= MOST_BYTES:
-                self._own[window][point] = values.float().cpu()
+        if self._may_suspect and not error <= self._tolerance * max_abs:
+            self._suspect_bytes += 4 * values.numel()
+            if self._suspect_bytes <= MOST_BYTES:
+                self._suspect[window][point] = values.float().cpu()
             else:
-                self._own.clear()
+                self._suspect.clear()
 
-    def doubtful(self) -> dict[int, list[HookPoint]]:
-        """By window the hook points whose error is more than the tolerance, to be judged in FP32."""
-        if self._waiting > MOST_BYTES:
+    def suspect(self) -> dict[int, list[HookPoint]]:
+        """Hook points above the tolerance, by window: those to compare to FP32."""
+        if self._suspect_bytes > MOST_BYTES:
             log.warning(
                 "more than %s of values differ: not compared to FP32", format_bytes(MOST_BYTES)
             )
-        return {window: list(points) for window, points in self._own.items()}
+        return {window: list(points) for window, points in self._suspect.items()}
 
-    def judge(self, window: int, point: HookPoint, exact: "torch.Tensor") -> None:
-        """See how far the model's own values are from FP32; nothing for what is not doubtful."""
-        if (own := self._own[window].pop(point, None)) is not None:
-            apart, largest = _farthest(own, exact.float().cpu())
-            self._rounding[point.name] = max(
-                self._rounding.get(point.name, 0.0), apart / max(largest, 1e-30)
-            )
+    def compare_to_fp32(self, window: int, point: HookPoint, exact: "torch.Tensor") -> None:
+        """Record how far the model's own values are from FP32.
+
+        Args:
+            window: number of the window.
+            point: hook point; ignored unless it is suspect in this window.
+            exact: values of the FP32 model, (position, …).
+        """
+        if (values := self._suspect[window].pop(point, None)) is not None:
+            error, max_abs = _max_abs_error(values, exact.float().cpu())
+            share = error / max(max_abs, 1e-30)
+            self._rounding[point.name] = max(self._rounding.get(point.name, 0.0), share)
 
     def result(self) -> Recomputation:
-        """What has been seen, window by window."""
-        pairs = {w: [found[p.name] for p in self._points] for w, found in self._found.items()}
+        """The errors of all windows added so far."""
+        pairs = {w: [by_name[p.name] for p in self._points] for w, by_name in self._errors.items()}
         results = [
             Recomputed(w, [e for e, _ in pair], [m for _, m in pair]) for w, pair in pairs.items()
         ]
@@ -141,23 +150,21 @@ class Comparison:
 
 
 def _compare(
-    acts: Activations, window: int, point: HookPoint, found: "torch.Tensor"
+    acts: Activations, window: int, point: HookPoint, values: "torch.Tensor"
 ) -> tuple[float, float]:
-    """Stored rows of a window against recomputed ones (position, …): the largest error, the largest
-    absolute value.
-    """
+    """Compare a window's stored rows to recomputed values, (position, …); as `_max_abs_error`."""
     import torch
 
-    truth = found.float()
+    truth = values.float()
     stored = acts[point.name][window_rows(acts, window)].to(truth.device).float()
-    if point.over_keys:  # (position, head, key), of this window's keys alone
+    if point.over_keys:  # (position, head, key); stored rows are padded to the longest window
         keys = torch.arange(truth.shape[2], device=truth.device)
         truth = torch.full_like(stored, point.fill).index_copy_(2, keys, truth)
-    return _farthest(stored, truth)
+    return _max_abs_error(stored, truth)
 
 
-def _farthest(values: "torch.Tensor", truth: "torch.Tensor") -> tuple[float, float]:
-    """The largest distance, and the largest absolute value of the truth; -inf is left out of both."""
-    same = values == truth  # also where both are -inf
+def _max_abs_error(values: "torch.Tensor", truth: "torch.Tensor") -> tuple[float, float]:
+    """Largest absolute difference, and largest absolute value of `truth`; both ignore -inf."""
+    same = values == truth  # masks -inf in both, whose difference is nan
     error = float((values - truth).masked_fill(same, 0.0).abs().max())
     return error, float(truth.masked_fill(truth.isneginf(), 0.0).abs().max())

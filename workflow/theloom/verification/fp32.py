@@ -1,6 +1,4 @@
-"""A run beside the same model in FP32: that model, where it fits; how near a quantised run's
-residuals are to its.
-"""
+"""Compare a run to its model in FP32: load that model if it fits, measure cosine similarity."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -28,32 +26,45 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Oracle = Callable[
-    [LoadedModel, "torch.Tensor"], "dict[str, torch.Tensor]"
-]  # every residual of ids (1, position)
+# A model and ids (1, position) to every residual, (1, position, hidden size), by hook point.
+Oracle = Callable[[LoadedModel, "torch.Tensor"], "dict[str, torch.Tensor]"]
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Cosine similarity of stored rows to the FP32 model's, over the rows of a window:
-    [window][hook point].
+    """Cosine similarity of stored rows to those of the FP32 model.
+
+    Args:
+        hooks: names of the hook points.
+        windows: numbers of the windows.
+        cosine: mean over a window's rows, [window][hook point].
+        min_cosine: minimum over a window's rows, [window][hook point].
     """
 
     hooks: list[str]
     windows: list[int]
-    mean: list[list[float]]
-    least: list[list[float]]
+    cosine: list[list[float]]
+    min_cosine: list[list[float]]
 
 
 def compare(
     config: Config, files: ModelFiles, acts: Activations, windows: Sequence[int], oracle: Oracle
 ) -> Fidelity | None:
-    """Load the model in FP32 and compare the residuals of some windows; None, and why in the log,
-    where that cannot be.
+    """Load the model in FP32 and compare the residuals of some windows.
 
-    It takes four bytes a parameter: the quantised model should be gone by then.
+    FP32 takes four bytes per parameter, so release the quantized model before the call.
+
+    Args:
+        config: the run's config.
+        files: the model's files.
+        acts: the run's activations.
+        windows: numbers of the windows to compare.
+        oracle: computes the residuals.
+
+    Returns:
+        The similarities; None if there is nothing to compare or no room, with the reason logged.
     """
-    # the files' config: that of a model which was quantised on loading says so
+    # from the files: the config of a model quantized at load time names that quantization
     traced = Traced(
         config_in(files, config.model.trust_remote_code), None, config.model.trust_remote_code
     )
@@ -61,7 +72,7 @@ def compare(
     if not points or not windows or traced.own is not None:
         log.info(
             "not compared to FP32: %s",
-            "the checkpoint is quantised itself" if traced.own else "no residuals",
+            "the checkpoint itself is quantized" if traced.own else "no residuals",
         )
         return None
     exact = exact_model(config, files, acts, windows, points, traced)
@@ -79,37 +90,47 @@ def exact_model(
     points: Sequence[HookPoint],
     traced: Traced | None = None,
 ) -> LoadedModel | None:
-    """The model in FP32; None, with a warning, where there is no room for it and the longest of
-    some windows.
+    """Load the model in FP32.
+
+    Args:
+        config: the run's config.
+        files: the model's files.
+        acts: the run's activations.
+        windows: windows that will be computed; the longest determines the memory needed.
+        points: hook points that will be captured.
+        traced: an estimator of the FP32 model, if there is one already.
+
+    Returns:
+        The model; None, with a warning, if it does not fit with the longest of the windows.
     """
     trust = config.model.trust_remote_code
     traced = traced or Traced(config_in(files, trust), None, trust)
     device, _ = loading.resolve_precision(config)
     longest = max(int(acts.window_offset[w + 1] - acts.window_offset[w]) for w in windows)
-    kind = WeightFormat("fp32")
-    held = {
+    fp32 = WeightFormat("fp32")
+    captured = {
         p.name: p
         for p in [*traced.catalog().points, *points]
         if p.value in RESIDUALS or p in points
     }
     running = traced.forward(
-        kind, Workload(1, longest, longest), list(held.values()), held=True, device=device.type
+        fp32, Workload(1, longest, longest), list(captured.values()), held=True, device=device.type
     ).total
-    needed, free = traced.weights(kind) + running, gpu.device_memory(device).free
+    needed, free = traced.weights(fp32) + running, gpu.device_memory(device).free
     if needed > free:
         sizes = terminal.format_bytes(needed), terminal.format_bytes(free)
-        log.warning("not compared to FP32: that takes %s, %s are free", *sizes)
+        log.warning("not compared to FP32: needs %s, %s free", *sizes)
         return None
     return loading.load_model(config, files, exact=True)
 
 
 def window_rows(acts: Activations, window: int) -> slice:
-    """The rows of a window."""
+    """Rows of the dataset that belong to a window."""
     return slice(*(int(r) for r in acts.window_offset[window : window + 2]))
 
 
 def window_ids(acts: Activations, window: int) -> "torch.Tensor":
-    """The token ids of a window, (1, position)."""
+    """Token ids of a window, (1, position)."""
     import torch
 
     return torch.from_numpy(acts.input_ids.numpy(window_rows(acts, window)).astype("<i8"))[None]
@@ -118,27 +139,25 @@ def window_ids(acts: Activations, window: int) -> "torch.Tensor":
 def _cosines(
     exact: LoadedModel, acts: Activations, hooks: Sequence[str], window: int, oracle: Oracle
 ) -> tuple[list[float], list[float]]:
-    """The mean and the least over a window's rows, by hook point."""
+    """Mean and minimum over a window's rows, per hook point."""
     import torch
 
     rows = window_rows(acts, window)
     truth = oracle(exact, window_ids(acts, window).to(exact.device))
-    found = [
+    cosines = [
         torch.cosine_similarity(acts[h][rows].float(), truth[h][0].float().cpu(), dim=-1)
         for h in hooks
     ]
-    return [float(c.mean()) for c in found], [float(c.min()) for c in found]
+    return [float(c.mean()) for c in cosines], [float(c.min()) for c in cosines]
 
 
-def write(found: Fidelity, file: h5py.File) -> None:
-    """Into `fp32/` of verification.h5, and a line for each hook point into the log."""
-    file["fp32/hooks"] = file_format.fixed_strings(found.hooks)
-    file["fp32/window"] = found.windows
-    file["fp32/cosine"] = found.mean
-    file["fp32/min_cosine"] = found.least
-    for number, name in enumerate(found.hooks):
-        mean = sum(window[number] for window in found.mean) / len(found.mean)
-        least = min(window[number] for window in found.least)
-        log.info(
-            "%s: cosine similarity to FP32 %.4f, of the least similar row %.4f", name, mean, least
-        )
+def write(fidelity: Fidelity, file: h5py.File) -> None:
+    """Write `fp32/` of an open verification.h5 and log one line per hook point."""
+    file["fp32/hooks"] = file_format.fixed_strings(fidelity.hooks)
+    file["fp32/window"] = fidelity.windows
+    file["fp32/cosine"] = fidelity.cosine
+    file["fp32/min_cosine"] = fidelity.min_cosine
+    for number, name in enumerate(fidelity.hooks):
+        mean = sum(window[number] for window in fidelity.cosine) / len(fidelity.cosine)
+        minimum = min(window[number] for window in fidelity.min_cosine)
+        log.info("%s: cosine similarity to FP32: mean %.4f, minimum %.4f", name, mean, minimum)

@@ -1,9 +1,7 @@
-"""Documents of a run recomputed layer by layer: each in one piece, unpadded and without the shard's
-batches or chunks.
+"""Recompute documents of a run layer by layer: each in one pass, without padding or chunks.
 
-The oracle of resident runs, plain transformers with all of the model, is what such a run has no
-room for. What resident runs are compared to in FP32 is compared here too, in a sweep of FP32
-blocks.
+A layerwise run has no room for the whole model, so the reference of resident runs (plain
+transformers) is not available. FP32 comparisons take a second sweep, of FP32 blocks.
 """
 
 import logging
@@ -31,9 +29,8 @@ from theloom.verification.fp32 import Fidelity
 
 log = logging.getLogger(__name__)
 
-See = Callable[
-    [int, HookPoint, torch.Tensor], None
-]  # a window, a hook point, its values (position, …)
+# Receives a window, a hook point and its values, (position, …).
+Sink = Callable[[int, HookPoint, torch.Tensor], None]
 
 
 def recompute(
@@ -43,19 +40,30 @@ def recompute(
     points: list[HookPoint],
     windows: list[int],
 ) -> Recomputation:
-    """Windows of the whole dataset against one sweep of their own."""
-    with model_record.open_again(config, recorded) as found:
-        comparison, files = Comparison(config, acts, found.loaded, points), found.loaded.files
-        _sweep(found, acts, points, windows, comparison.see)
-    if doubtful := comparison.doubtful():
-        names = {p.name for of_window in doubtful.values() for p in of_window}
+    """Compare stored rows to those of one sweep over the windows.
+
+    Args:
+        config: the run's config.
+        recorded: what `model.h5` holds.
+        acts: the run's activations.
+        points: hook points to compare.
+        windows: numbers of the windows.
+
+    Returns:
+        The errors, and the model's distance from FP32 for suspect hook points.
+    """
+    with model_record.open_again(config, recorded) as model:
+        comparison, files = Comparison(config, acts, model.loaded, points), model.loaded.files
+        _sweep(model, acts, points, windows, comparison.add)
+    if suspect := comparison.suspect():
+        names = {p.name for of_window in suspect.values() for p in of_window}
         with opened(config, files, exact=True) as exact:
             _sweep(
                 exact,
                 acts,
                 [p for p in points if p.name in names],
-                list(doubtful),
-                comparison.judge,
+                list(suspect),
+                comparison.compare_to_fp32,
             )
     return comparison.result()
 
@@ -63,50 +71,60 @@ def recompute(
 def compare_to_fp32(
     config: Config, files: ModelFiles, acts: Activations, windows: Sequence[int]
 ) -> Fidelity | None:
-    """`fidelity.compare`, layer by layer."""
+    """As `fp32.compare`, layer by layer.
+
+    Args:
+        config: the run's config.
+        files: the model's files.
+        acts: the run's activations.
+        windows: numbers of the windows to compare.
+
+    Returns:
+        The similarities; None if there is nothing to compare, with the reason logged.
+    """
     if weight_format.quantization_of(config, hf_config(config.model)) is not None:
-        log.info("not compared to FP32: the checkpoint is quantised itself")
+        log.info("not compared to FP32: the checkpoint itself is quantized")
         return None
     cosines: dict[tuple[int, str], torch.Tensor] = {}
 
-    def see(window: int, point: HookPoint, values: torch.Tensor) -> None:
+    def receive(window: int, point: HookPoint, values: torch.Tensor) -> None:
         stored = acts[point.name][fp32.window_rows(acts, window)].float()
         cosines[window, point.name] = torch.cosine_similarity(stored, values.float().cpu(), dim=-1)
 
     with opened(config, files, exact=True) as exact:
         catalog = exact.loaded.catalog.points
         points = [p for p in catalog if p.value in RESIDUALS and p.name in acts.hooks]
-        kept = _sweep(exact, acts, points, windows, see) if points else []
+        kept = _sweep(exact, acts, points, windows, receive) if points else []
     if not kept:
         log.info("not compared to FP32: %s", "no room for a document" if points else "no residuals")
         return None
     by_window = [[cosines[w, p.name] for p in points] for w in kept]
-    mean, least = (
+    mean, minimum = (
         [[float(of(c)) for c in row] for row in by_window] for of in (torch.mean, torch.min)
     )
-    return Fidelity([p.name for p in points], list(kept), mean, least)
+    return Fidelity([p.name for p in points], list(kept), mean, minimum)
 
 
 def _sweep(
-    found: LayerwiseModel,
+    model: LayerwiseModel,
     acts: Activations,
     points: list[HookPoint],
     windows: Sequence[int],
-    see: See,
+    receive: Sink,
 ) -> list[int]:
-    """Those of the windows that fit, one batch each, in one sweep; the others are said in the log."""
+    """Sweep over the windows that fit, one batch each; log and skip the others."""
     lengths = np.diff(acts.window_offset)
-    pass_of, row = found.pass_of(points), found.residual_row
-    fixed = found.sizes(points).on_device + sum(int(lengths[w]) for w in windows) * row
+    pass_of, row = model.pass_of(points), model.residual_row
+    fixed = model.sizes(points).on_device + sum(int(lengths[w]) for w in windows) * row
     kept = []
     for window in windows:
         tokens = int(lengths[window])
         needed = fixed + pass_of(Workload(1, tokens, tokens))[0].total
-        if needed > host.memory().free and found.loaded.device.type == "cpu":
+        if needed > host.memory().free and model.loaded.device.type == "cpu":
             name = acts.documents[int(acts.window_document[window])]
             sizes = format_bytes(needed), format_bytes(host.memory().free)
             log.warning(
-                "%s (%d tokens) takes %s in one piece, %s are free: not recomputed",
+                "%s (%d tokens) needs %s in one pass, %s free: not recomputed",
                 name,
                 tokens,
                 *sizes,
@@ -119,11 +137,11 @@ def _sweep(
     by_name = {p.name: p for p in points}
 
     def sink(number: int, name: str, start: int, values: torch.Tensor, first: int) -> None:
-        see(kept[number], by_name[name], values[0])
+        receive(kept[number], by_name[name], values[0])
 
     longest = max(b.shape[1] for b in batches)
     runner = LayerwiseRunner(
-        found.shell, found.source, points, longest, found.loaded.precision.resolved
+        model.shell, model.source, points, longest, model.loaded.precision.resolved
     )
     with ResidualStore(runner.residuals(batches, ""), None) as store:
         runner.sweep(batches, store, sink)

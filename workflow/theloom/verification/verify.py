@@ -1,9 +1,8 @@
-"""Check a finished run: documents recomputed with plain transformers, every window's hash, what is
-not finite.
+"""Verify a finished run: recompute documents, check every window's hash, count nonfinite values.
 
-The oracle is the unmodified model's own `output_hidden_states=True` in one unchunked, unpadded
-forward pass. Its last entry is after the final norm, so the last block's output is read by a plain
-forward hook in that same pass (`states`).
+The reference is the unmodified model's own `output_hidden_states=True` in one unchunked, unpadded
+forward pass. Its last entry is after the final norm, so a plain forward hook reads the last
+block's output in that same pass (`model.reference`).
 """
 
 import logging
@@ -45,19 +44,30 @@ log = logging.getLogger(__name__)
 
 
 def verify_run(config: Config, activations: Path, model_path: Path, output: Path) -> None:
-    """The verify stage: write `verification.h5`. Raises VerificationError where anything is wrong."""
+    """Run the verify stage.
+
+    Args:
+        config: the run's config.
+        activations: path of `activations.h5`.
+        model_path: path of `model.h5`.
+        output: path of `verification.h5`, which is written in any case.
+
+    Raises:
+        VerificationError: a hash, a checksum or a recomputed value does not match.
+    """
     acts = open_activations(activations)
     damaged = inspect.damaged_parts(acts)
     wrong, nonfinite = check_hashes(acts)
-    found = recompute(config, acts, model_path)
-    _write(acts, found, wrong, nonfinite, output)
-    if found.files is not None and config.verify.compare_to_fp32:
-        compared = _compare_to_fp32(config, found.files, acts, [r.window for r in found.results])
+    recomputed = recompute(config, acts, model_path)
+    _write(acts, recomputed, wrong, nonfinite, output)
+    if recomputed.files is not None and config.verify.compare_to_fp32:
+        windows = [r.window for r in recomputed.results]
+        compared = _compare_to_fp32(config, recomputed.files, acts, windows)
         if compared is not None:
             with h5py.File(output, "a") as file:
                 fp32.write(compared, file)
     report_damage(acts, damaged, wrong)
-    report_recomputed(acts, found)
+    report_recomputed(acts, recomputed)
 
 
 def _compare_to_fp32(
@@ -71,13 +81,23 @@ def _compare_to_fp32(
 
 
 def recompute(config: Config, acts: Activations, model_path: Path) -> Recomputation:
-    """`config.verify.documents` documents of a run through the plain model, against the rows that
-    are stored.
+    """Recompute documents of a run with the plain model and compare them to the stored rows.
+
+    Args:
+        config: its `verify` section gives the number of documents, the tolerance and the seed.
+        acts: the run's activations.
+        model_path: path of the run's `model.h5`.
+
+    Returns:
+        The errors by window and hook point.
+
+    Raises:
+        VerificationError: `model.h5` belongs to another model.
     """
     recorded = model_record.read(model_path)
     if recorded.fingerprint != acts.attributes["model_fingerprint"]:
         raise VerificationError(
-            f"{model_path} is not of the model that {acts.path} is from; give the run's own folder"
+            f"{model_path} is not of the model of {acts.path}; give the run's own folder"
         )
     points = [p for p in recorded.catalog.points if p.name in acts]
     windows = choose_windows(
@@ -89,18 +109,18 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> Recomputat
         return layerwise.recompute(config, recorded, acts, points, windows)
     loaded = model_record.load_again(config, recorded)
     comparison, files = Comparison(config, acts, loaded, points), loaded.files
-    _see_all(config, loaded, acts, points, windows, comparison)
+    _compare_all(config, loaded, acts, points, windows, comparison)
     del loaded
-    if doubtful := comparison.doubtful():
-        requested = list({p.name: p for of_window in doubtful.values() for p in of_window}.values())
-        if (exact := fp32.exact_model(config, files, acts, list(doubtful), requested)) is not None:
-            for window, of_window in doubtful.items():
+    if suspect := comparison.suspect():
+        requested = list({p.name: p for of_window in suspect.values() for p in of_window}.values())
+        if (exact := fp32.exact_model(config, files, acts, list(suspect), requested)) is not None:
+            for window, of_window in suspect.items():
                 for point, values in _plain(exact, acts, of_window, window).items():
-                    comparison.judge(window, point, values)
+                    comparison.compare_to_fp32(window, point, values)
     return comparison.result()
 
 
-def _see_all(
+def _compare_all(
     config: Config,
     loaded: LoadedModel,
     acts: Activations,
@@ -108,7 +128,7 @@ def _see_all(
     windows: list[int],
     comparison: Comparison,
 ) -> None:
-    """Every window that fits."""
+    """Compare every window that fits the device."""
     import torch
 
     traced = Traced(
@@ -125,16 +145,24 @@ def _see_all(
                 acts.documents[int(acts.window_document[window])],
                 fp32.window_rows(acts, window),
             )
-            words = "%s (%d tokens) does not fit the device in one piece: not recomputed"
-            log.warning(words, name, rows.stop - rows.start)
+            message = "%s (%d tokens) does not fit the device in one pass: not recomputed"
+            log.warning(message, name, rows.stop - rows.start)
             continue
         for point, values in expected.items():
-            comparison.see(window, point, values)
+            comparison.add(window, point, values)
 
 
 def choose_windows(acts: Activations, documents: int, chunk_size: int, seed: int) -> list[int]:
-    """One window each of `documents` documents: the longest, one that was streamed in chunks, and
-    random ones.
+    """Choose one window each of several documents: by risk first, then at random.
+
+    Args:
+        acts: the run's activations.
+        documents: how many documents to choose at most.
+        chunk_size: tokens; longer windows were streamed in chunks.
+        seed: of the random choice.
+
+    Returns:
+        Numbers of windows: the longest, one that was streamed (if any), then random ones.
     """
     lengths = np.diff(acts.window_offset)
     order = np.random.default_rng(seed).permutation(len(lengths))
@@ -154,17 +182,15 @@ def _fits(
     kind: WeightFormat,
     window: int,
 ) -> bool:
-    """Whether the device has room for a window in one piece, every residual held; says so where it
-    has not.
-    """
+    """Whether a window fits the device in one pass with every residual held; a warning if not."""
     tokens = int(acts.window_offset[window + 1] - acts.window_offset[window])
     architecture = loaded.architecture
-    held = {
+    captured = {
         p.name: p
         for p in (*residual_points(len(architecture.blocks), architecture.hidden_size), *points)
     }
     needed = traced.forward(
-        kind, Workload(1, tokens, tokens), list(held.values()), True, loaded.device.type
+        kind, Workload(1, tokens, tokens), list(captured.values()), True, loaded.device.type
     ).total
     free = gpu.device_memory(loaded.device).free
     if needed > free:
@@ -173,7 +199,7 @@ def _fits(
             (format_bytes(needed), format_bytes(free)),
         )
         log.warning(
-            "%s (%d tokens) takes %s in one piece, %s are free: not recomputed",
+            "%s (%d tokens) needs %s in one pass, %s free: not recomputed",
             name,
             tokens,
             *sizes,
@@ -184,46 +210,54 @@ def _fits(
 def _plain(
     loaded: LoadedModel, acts: Activations, points: Sequence[HookPoint], window: int
 ) -> "dict[HookPoint, torch.Tensor]":
-    """The model's values of a window, (position, …), in one pass without this library's ways to
-    save memory.
-    """
+    """Values of a window, (position, …), from one plain pass without chunks or padding."""
     ids = fp32.window_ids(acts, window).to(loaded.device)
-    found = oracle(loaded, ids) | _in_one_piece(loaded, ids, points)
+    values = oracle(loaded, ids) | _tapped(loaded, ids, points)
     return {
-        p: found[p.name][0].transpose(0, 1) if p.over_keys else found[p.name][0] for p in points
+        p: values[p.name][0].transpose(0, 1) if p.over_keys else values[p.name][0] for p in points
     }
 
 
 def oracle(loaded: LoadedModel, ids: "torch.Tensor") -> dict[str, "torch.Tensor"]:
-    """Every residual of one plain forward pass over ids (1, position), by hook point: (1, position,
-    hidden size).
+    """Compute every residual in one plain forward pass.
+
+    Args:
+        loaded: the model.
+        ids: token ids, (1, position).
+
+    Returns:
+        Residuals by name of the hook point, (1, position, hidden size).
     """
     return reference_residuals(
         loaded.architecture, input_ids=ids, **no_cache(loaded.architecture.model)
     )
 
 
-def _in_one_piece(
+def _tapped(
     loaded: LoadedModel, ids: "torch.Tensor", points: Sequence[HookPoint]
 ) -> "dict[str, torch.Tensor]":
-    """What is not in `output_hidden_states`: the same taps in one pass without padding, chunks or
-    files.
-    """
+    """Hook points outside `output_hidden_states`: the library's taps in one plain pass."""
     import torch
 
     others = [p for p in points if p.value not in RESIDUALS]
-    found: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
     if others:
         taps = Taps(
-            loaded.architecture, others, lambda name, value: found.__setitem__(name, value.clone())
+            loaded.architecture,
+            others,
+            lambda name, value: values.__setitem__(name, value.clone()),
         )
         with torch.inference_mode(), taps:
             taps.run(input_ids=ids, **no_cache(loaded.architecture.model))
-    return found
+    return values
 
 
 def _write(
-    acts: Activations, found: Recomputation, wrong: list[int], nonfinite: np.ndarray, output: Path
+    acts: Activations,
+    recomputed: Recomputation,
+    wrong: list[int],
+    nonfinite: np.ndarray,
+    output: Path,
 ) -> None:
     with h5py.File(output, "w") as file:
         file_format.set_attributes(
@@ -231,27 +265,36 @@ def _write(
             provenance.attributes(
                 "verification",
                 run_fingerprint=acts.attributes["run_fingerprint"],
-                tolerance=found.tolerance,
+                tolerance=recomputed.tolerance,
                 windows_hashed=len(acts.window_document),
                 windows_wrong=wrong,
                 rows=len(acts),
             ),
         )
-        file["hooks"] = file_format.fixed_strings([p.name for p in found.points])
+        file["hooks"] = file_format.fixed_strings([p.name for p in recomputed.points])
         file["nonfinite"] = nonfinite
-        windows = [r.window for r in found.results]
+        windows = [r.window for r in recomputed.results]
         file["recomputed/window"] = windows
         file["recomputed/document"] = file_format.fixed_strings(
             [acts.documents[int(acts.window_document[w])] for w in windows]
         )
         file["recomputed/tokens"] = [int(np.diff(acts.window_offset)[w]) for w in windows]
-        file["recomputed/error"] = [r.error for r in found.results]
-        file["recomputed/largest"] = [r.largest for r in found.results]
-        file["recomputed/allowed"] = found.allowed
+        file["recomputed/max_abs_error"] = [r.max_abs_error for r in recomputed.results]
+        file["recomputed/max_abs"] = [r.max_abs for r in recomputed.results]
+        file["recomputed/tolerance"] = recomputed.tolerances
 
 
 def report_damage(acts: Activations, damaged: list[str], wrong: list[int]) -> None:
-    """Raises VerificationError where a file is not as it was written."""
+    """Raise if a file has changed since it was written.
+
+    Args:
+        acts: the run's activations.
+        damaged: one message per damaged part (`dataset.inspect.damaged_parts`).
+        wrong: numbers of the windows whose hashes differ (`dataset.inspect.check_hashes`).
+
+    Raises:
+        VerificationError: there is any damage.
+    """
     if wrong:
         name = acts.documents[int(acts.window_document[wrong[0]])]
         damaged = [
@@ -260,33 +303,46 @@ def report_damage(acts: Activations, damaged: list[str], wrong: list[int]) -> No
         ]
     if damaged:
         raise VerificationError(
-            f"{acts.path}: {'; '.join(damaged)}; the disk or a program has changed them; run again with --forcerun "
-            "extract_shard"
+            f"{acts.path}: {'; '.join(damaged)}; the disk or a program has changed them; "
+            "run again with --forcerun extract_shard"
         )
 
 
-def report_recomputed(acts: Activations, found: Recomputation) -> None:
-    """Say what recomputing has shown. Raises VerificationError where rows are not those of the
-    model.
+def report_recomputed(acts: Activations, recomputed: Recomputation) -> None:
+    """Log the largest error of each hook point.
+
+    Args:
+        acts: the run's activations.
+        recomputed: what `recompute` returned.
+
+    Raises:
+        VerificationError: rows differ from the model's by more than the tolerance, or nothing
+            could be recomputed.
     """
-    if not found.results:
+    if not recomputed.results:
         raise VerificationError(
-            "no document could be recomputed in one piece; lower corpus.context_length"
+            "no document could be recomputed in one pass; lower corpus.context_length"
         )
-    worst, allowed = found.worst, found.allowed
-    for point, share in zip(found.points, worst, strict=True):
+    worst, tolerances = recomputed.worst, recomputed.tolerances
+    for point, share in zip(recomputed.points, worst, strict=True):
         log.info(
             "%s: largest error %.2g of the largest value, over %d documents",
             point.name,
             share,
-            len(found.results),
+            len(recomputed.results),
         )
-        if (own := found.rounding.get(point.name)) is not None:
-            words = "%s: more than %.2g; the model itself is %.2g from its values in FP32: so ill-conditioned are they"
-            log.warning(words, point.name, found.tolerance, own)
-    if not (worst <= allowed).all():
-        number = int((worst / allowed).argmax())
+        if (rounding := recomputed.rounding.get(point.name)) is not None:
+            log.warning(
+                "%s: more than %.2g; the model itself is %.2g from its values in FP32: "
+                "they are ill-conditioned",
+                point.name,
+                recomputed.tolerance,
+                rounding,
+            )
+    if not (worst <= tolerances).all():
+        number = int((worst / tolerances).argmax())
         raise VerificationError(
-            f"{acts.path}: {found.points[number].name} differs from the model by {worst[number]:.3g} of its largest "
-            f"value, more than {allowed[number]:.3g} (verify.tolerance); do not use these rows, and report the model"
+            f"{acts.path}: {recomputed.points[number].name} differs from the model by "
+            f"{worst[number]:.3g} of its largest value, more than {tolerances[number]:.3g} "
+            "(verify.tolerance); do not use these rows, and report the model"
         )
