@@ -1,6 +1,4 @@
-"""What `theloom inspect` shows of a file of activations, and the checks of `theloom verify` that need
-no model.
-"""
+"""What `theloom inspect` shows of a dataset, and the checks of `theloom verify` without a model."""
 
 import json
 from dataclasses import dataclass

@@ -7,9 +7,9 @@ and write it when it likes, and a thread would wait for its global lock.
 
 A commit is data, fdatasync, log record, fdatasync. A disk may write in any order what is not
 synced: without the first fdatasync a record could be on disk before the rows that it vouches for,
-and without the second a job would count batches as committed that a power cut takes away. So whatever
-the log lists is on disk, and a job that dies loses no more than what came after its last record.
-fdatasync suffices, since the size of the file never changes. The unfinished file is
+and without the second a job would count batches as committed that a power cut takes away. So
+whatever the log lists is on disk, and a job that dies loses no more than what came after its last
+record. fdatasync suffices, since the size of the file never changes. The unfinished file is
 `<shard>.partial`, which the next job resumes; the finished one is renamed.
 
 A commit runs in a thread while the next batches are written. So do the statistics: threads read the
