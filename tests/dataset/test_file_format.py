@@ -89,7 +89,7 @@ def test_the_page_lists_the_metrics_in_their_order():
     assert [names for names, _ in documented("metrics")] == [[n] for n in file_format.METRICS]
 
 
-def test_the_page_names_the_fields_of_the_log_and_the_attribute_of_packed_rows(tmp_path):
+def test_the_page_names_the_fields_of_the_log_and_compression(tmp_path):
     with ShardWriter(tmp_path / "s.h5", spec(lengths=[4], compression="zstd")) as writer:
         for point in POINTS:
             writer.write(0, point.name, 0, torch.zeros(4, 8))
@@ -155,7 +155,7 @@ def test_the_page_on_the_format_is_enough_for_a_reader_without_theloom():
         )
 
 
-def test_a_version_that_is_not_known_is_refused(tmp_path):
+def test_an_unknown_version_is_rejected(tmp_path):
     path = tmp_path / "new.h5"
     path.write_bytes(RELEASED[0].read_bytes())
     with h5py.File(path, "a") as file:

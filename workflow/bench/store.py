@@ -1,8 +1,8 @@
-"""`python workflow/bench/store.py`: how fast the store is compared to the plainest way to
-do the same, on this disk.
+"""`python workflow/bench/store.py`: the speed of the store, compared to the plainest way to do the
+same on this disk.
 
-Each pair runs alternately for several rounds; the table has the medians and their ratio. Nothing here is a
-test: the figures are of this machine, at this moment.
+Each pair runs alternately for several rounds; the table has the medians and their ratio. This is
+not a test: the numbers are of this machine, at this moment.
 """
 
 import argparse
