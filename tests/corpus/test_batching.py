@@ -1,4 +1,4 @@
-"""Batches hold every window once, within the token budget, in an order that the lengths alone fix."""
+"""Batches hold every window once, within the token budget, in an order set by the lengths."""
 
 import numpy as np
 import pytest

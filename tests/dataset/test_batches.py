@@ -1,4 +1,4 @@
-"""Batches: every row once, the same for the same seed, split among workers and ranks, well mixed."""
+"""Batches: every row once, the same for a seed, split among workers and ranks, well mixed."""
 
 import pickle
 

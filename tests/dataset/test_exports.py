@@ -44,7 +44,7 @@ def test_the_table_of_documents_is_that_of_the_file(acts):
     assert frame["windows"].tolist() == [-(-n // 120) for n in frame["tokens"]]
 
 
-def test_the_table_of_tokens_holds_their_texts_which_add_up_to_the_document(acts):
+def test_texts_in_the_table_of_tokens_add_up_to_the_document(acts):
     frame = acts.to_dataframe("tokens")
     assert len(frame) == 300
     assert frame["input_id"].tolist() == acts.input_ids.numpy(...).tolist()

@@ -1,10 +1,14 @@
-"""Files of every version of the format that was ever released can be read.
+"""The page on the file format lists exactly what is written, and files of every released version
+can be read.
 
-`released/activations-format-1-bf16.h5` was written by 0.1.0: the last block of a tiny Llama over
-290 tokens, merged physically. A new version of the format adds a file here, and removes none.
+`released/activations-format-1-bf16.h5` was written by 0.1.0, as `released/make.py` does: the last
+block of a tiny Llama over 290 tokens, merged physically. A new version of the format adds a file
+there, and removes none.
 """
 
 import itertools
+import re
+import shutil
 from pathlib import Path
 
 import h5py
@@ -12,11 +16,99 @@ import pytest
 import theloom
 import torch
 import xxhash
+from shards import POINTS, spec
+from support import ROOT, stages
 from theloom.dataset import inspect
+from theloom.dataset.merge import merge_shards
 from theloom.errors import StoreError
 from theloom.store import file_format
+from theloom.store.writer import ShardWriter
 
 RELEASED = sorted((Path(__file__).parents[1] / "released").glob("activations-format-*.h5"))
+PAGE = (ROOT / "workflow/docs/file-format.md").read_text(encoding="utf-8")
+TYPES = {"int32": "<i4", "int64": "<i8", "uint8": "|u1", "uint32": "<u4", "uint64": "<u8"}
+TYPES["float64"] = "<f8"
+
+
+def documented(table: str) -> list[tuple[list[str], str]]:
+    """The rows of a table of the page: the names in the first column, and the other columns."""
+    lines = PAGE.split(f"<!-- {table} -->\n")[1].splitlines()
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines))[2:]
+    return [(re.findall("`(.+?)`", row.split("|")[1]), row.split("|", 2)[2]) for row in rows]
+
+
+def documented_names(table: str, kind: str) -> set[str]:
+    """Those that a file of this kind has: `shard`, `virtual` or `physical`."""
+    of_others = {"shard": "virtual datasets only", "virtual": "shards only"}
+    absent = of_others.get(kind, "shards only|virtual datasets only")
+    return {n for names, text in documented(table) if not re.search(absent, text) for n in names}
+
+
+def datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """All of a file, by name; the hook points' as the page writes them."""
+    result: dict[str, h5py.Dataset] = {}
+
+    def visit(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            result[re.sub(r"hooks/[^/]+/", "hooks/<name>/", name)] = item
+
+    file.visititems(visit)
+    return result
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_llama):
+    requested = "corpus.max_tokens=300 corpus.context_length=120 extraction.shards=2"
+    return stages(tmp_path_factory.mktemp("run"), tiny_llama, requested).all()
+
+
+@pytest.mark.parametrize("kind", ["shard", "virtual", "physical"])
+def test_the_page_lists_every_dataset_and_attribute_and_no_other(run, kind, tmp_path):
+    merge_shards(run.shards, "physical", tmp_path / "activations.h5")
+    paths = {"shard": run.shards[0], "virtual": run.activations}
+    with h5py.File(paths.get(kind, tmp_path / "activations.h5")) as file:
+        assert file.attrs["kind"] == kind
+        stored = datasets(file)
+        assert set(stored) == documented_names("datasets of theloom.activations", kind)
+        attributes = documented_names("attributes of theloom.activations", kind)
+        assert set(file.attrs) == attributes - {"compression"}
+        for names, text in documented("datasets of theloom.activations"):
+            expected = TYPES.get(re.split(r"\W", text.strip())[0])
+            for name in {*names} & {*stored}:
+                assert expected is None or stored[name].dtype.str == expected, name
+    assert {"index", "checksums", "metrics"} <= set(stored)
+
+
+def test_the_page_lists_all_of_tokens_h5(run):
+    with h5py.File(run.folder / "tokens.h5") as file:
+        assert set(datasets(file)) == documented_names("datasets of theloom.tokens", "physical")
+        assert set(file.attrs) == documented_names("attributes of theloom.tokens", "physical")
+
+
+def test_the_page_lists_the_metrics_in_their_order():
+    assert [names for names, _ in documented("metrics")] == [[n] for n in file_format.METRICS]
+
+
+def test_the_page_names_the_fields_of_the_log_and_compression(tmp_path):
+    with ShardWriter(tmp_path / "s.h5", spec(lengths=[4], compression="zstd")) as writer:
+        for point in POINTS:
+            writer.write(0, point.name, 0, torch.zeros(4, 8))
+        writer.batch_done(4, last=True)
+        writer.finish()
+    with h5py.File(tmp_path / "s.h5") as file:
+        assert file.attrs["compression"] == "zstd"
+        fields = ", ".join(f"`{name}`" for name in file["commit_log"].dtype.names)
+    assert f"four uint64 for every batch: {fields}." in " ".join(PAGE.split())
+
+
+def test_the_page_s_reader_reads_a_real_file(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "results/smollm2-135m"
+    folder.mkdir(parents=True)
+    shutil.copy(RELEASED[0], folder / "activations.h5")
+    monkeypatch.chdir(tmp_path)
+    exec(re.findall(r"```python\n(.+?)```", PAGE, re.DOTALL)[0], {})
+    expected = "pydoc_data.topics/assignment blocks.1.hook_resid_post (30, 32) float32"
+    assert capsys.readouterr().out.strip() == expected
 
 
 def test_there_is_a_file_of_every_version_up_to_this_one():
@@ -63,7 +155,7 @@ def test_the_page_on_the_format_is_enough_for_a_reader_without_theloom():
         )
 
 
-def test_a_version_that_is_not_known_is_refused(tmp_path):
+def test_an_unknown_version_is_rejected(tmp_path):
     path = tmp_path / "new.h5"
     path.write_bytes(RELEASED[0].read_bytes())
     with h5py.File(path, "a") as file:

@@ -49,7 +49,7 @@ def write_first(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> list[Path]:
-    """Copies of one shard, with rows of their own: the writer's syncs would take most of the time."""
+    """Copies of one shard with other rows: the syncs of a writer would take most of the time."""
     folder = tmp_path_factory.mktemp("many")
     found = [folder / f"{number:05d}-of-{SHARDS:05d}.h5" for number in range(SHARDS)]
     write_first(found[0])
@@ -69,15 +69,15 @@ def shards(tmp_path_factory) -> list[Path]:
 
 
 @pytest.mark.parametrize("mode", ["virtual", "physical"])
-def test_every_row_of_many_shards_is_read_whatever_the_soft_limit_of_open_files(shards, mode):
+def test_every_row_of_many_shards_is_read_below_any_soft_limit_of_files(shards, mode):
     activations = shards[0].parent / f"{mode}.h5"
     times = {}
 
     def timed(name: str, work):
-        begun, used = time.perf_counter(), time.process_time()
+        started, used = time.perf_counter(), time.process_time()
         result = work()
         times[name] = (
-            f"{time.perf_counter() - begun:.2f} s ({time.process_time() - used:.2f} s of a processor)"
+            f"{time.perf_counter() - started:.2f} s ({time.process_time() - used:.2f} s of CPU)"
         )
         return result
 
@@ -115,7 +115,7 @@ def test_every_row_of_many_shards_is_read_whatever_the_soft_limit_of_open_files(
         assert right == SHARDS * ROWS
 
 
-def test_more_shards_than_the_hard_limit_of_open_files_are_refused_with_what_to_do(shards):
+def test_more_shards_than_the_hard_limit_of_open_files_are_rejected(shards):
     activations = shards[0].parent / "refused.h5"
     merge_shards(shards, "virtual", activations)
     script = (

@@ -87,8 +87,10 @@ def test_a_merge_that_is_killed_leaves_no_file_and_the_next_one_is_whole(shards,
     source = (
         "import sys, os\nfrom pathlib import Path\nfrom theloom.dataset.merge import merge_shards\n"
         "real, left = os.sendfile, [int(sys.argv[1])]\n"
-        "def sendfile(*a):\n    left[0] -= 1\n    if left[0] < 0: os.kill(os.getpid(), 9)\n    return real(*a)\n"
-        "os.sendfile = sendfile\nmerge_shards([Path(p) for p in sys.argv[3:]], 'physical', Path(sys.argv[2]))"
+        "def sendfile(*a):\n    left[0] -= 1\n"
+        "    if left[0] < 0: os.kill(os.getpid(), 9)\n    return real(*a)\n"
+        "os.sendfile = sendfile\n"
+        "merge_shards([Path(p) for p in sys.argv[3:]], 'physical', Path(sys.argv[2]))"
     )
     for point in (0, 5, 17):  # of 18 copies: nine datasets, and two shards that have rows
         done = subprocess.run([sys.executable, "-c", source, str(point), output, *shards])
@@ -119,7 +121,8 @@ def test_too_few_file_descriptors_are_an_error_not_zeros(shards, tmp_path):
     source = (
         "import sys, os, resource, theloom, torch\nfrom theloom.errors import StoreError\n"
         "acts = theloom.open(sys.argv[1])\nacts.hooks\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1 + 2, 64))\n"
+        "opened = len(os.listdir('/proc/self/fd')) - 1\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 2, 64))\n"
         "try: acts[acts.hooks[0]][:]\nexcept StoreError as error: print(error)"
     )
     command = [sys.executable, "-c", source, tmp_path / "activations.h5"]

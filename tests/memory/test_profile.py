@@ -238,7 +238,7 @@ def test_an_unfinished_shard_is_gone_on_with_and_its_first_remaining_batch_recor
     again = stages(tmp_path, tiny_llama, "name=r memory.profile_shard=1")
     with caplog.at_level(logging.INFO):
         again.extract()
-    assert "going on with 00001-of-00002.h5.partial after 1 of " in caplog.text
+    assert "resuming 00001-of-00002.h5.partial after 1 of " in caplog.text
     warned = [m for m in caplog.messages if m.startswith("memory.profile_shard: ")]
     assert warned[0] == "memory.profile_shard: batch 2 is recorded, which slows it down"
     assert len(warned) <= 2

@@ -82,7 +82,7 @@ def recorded(request, tmp_path, monkeypatch):
 
 
 def go_on(disk: Disk, target: Path, point: int, whole: Path, compression: str) -> None:
-    """After a crash: nothing committed is lost or wrong, and the same job ends with the same file."""
+    """After a crash nothing committed is lost or wrong, and the job ends with the same file."""
     synced = max(
         (c[2] for c in disk.calls[:point] if c[0] == "sync ends" and c[1] == "s.h5.partial"),
         default=-1,
@@ -112,7 +112,7 @@ def points(disk: Disk, some: int, choose: random.Random) -> list[int]:
     return list(every) if LONG else sorted(choose.sample(every, min(some, len(every))))
 
 
-def test_a_writer_killed_at_any_call_loses_nothing_and_ends_with_the_same_bytes(recorded, tmp_path):
+def test_a_writer_killed_at_any_call_loses_nothing_and_ends_the_same(recorded, tmp_path):
     disk, whole, compression = recorded
     for point in points(disk, 25, random.Random(1)):
         disk.after_kill(point, tmp_path / "after")
@@ -192,7 +192,7 @@ def test_damage_to_committed_rows_is_found_when_a_job_goes_on(tmp_path, monkeypa
     assert "are not what was written" in caplog.text
 
 
-def test_a_damaged_table_or_attribute_of_an_unfinished_file_is_not_gone_on_with(tmp_path, caplog):
+def test_an_unfinished_file_with_a_damaged_table_or_attribute_is_discarded(tmp_path, caplog):
     write_batches(tmp_path / "s.h5")
     partial = (tmp_path / "s.h5").rename(tmp_path / "s.h5.partial")
     with h5py.File(partial) as file:

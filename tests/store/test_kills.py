@@ -60,7 +60,7 @@ def check(partial, truth) -> int:
     return done
 
 
-def test_an_extraction_that_is_killed_again_and_again_loses_no_committed_row(whole, tmp_path):
+def test_an_extraction_that_is_killed_repeatedly_loses_no_committed_row(whole, tmp_path):
     job(whole.folder).join()  # starts the server, too
     (shard,) = whole.shards
     shard.unlink()
@@ -107,6 +107,6 @@ def test_an_extraction_that_is_killed_again_and_again_loses_no_committed_row(who
         )
         shutil.rmtree(folder)
     print(
-        f"{kills} kills, {finished} shards finished, {went_on} jobs went on behind committed batches"
+        f"{kills} kills, {finished} shards finished, {went_on} jobs resumed after committed batches"
     )
     assert finished

@@ -1,4 +1,4 @@
-"""Statistics against numpy in float64, where numerics are hard; and counts of what is not finite."""
+"""Statistics against NumPy in float64, where numerics are hard, and counts of nonfinite values."""
 
 import numpy as np
 import pytest

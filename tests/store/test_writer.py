@@ -147,12 +147,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_second_writer_is_refused_while_the_first_lives_and_not_after_it_died(tmp_path):
+def test_a_second_writer_is_rejected_as_long_as_the_first_lives(tmp_path):
     path = tmp_path / "s.h5"
     source = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); import shards; from theloom.store.writer import ShardWriter\n"
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import shards\n"
         "from pathlib import Path\n"
-        "with ShardWriter(Path(sys.argv[2]), shards.spec()): print('writing', flush=True); os.kill(os.getpid(), 19)"
+        "from theloom.store.writer import ShardWriter\n"
+        "with ShardWriter(Path(sys.argv[2]), shards.spec()):\n"
+        "    print('writing', flush=True); os.kill(os.getpid(), 19)"
     )
     first = subprocess.Popen(
         [sys.executable, "-c", source, str(Path(__file__).parents[1]), str(path)],
@@ -293,7 +295,7 @@ def test_a_shard_on_a_full_disk_goes_on_after_space_is_made(small_disk):
 
 
 def test_a_disk_that_fills_up_midway_loses_no_committed_row(small_disk, monkeypatch):
-    """On a file system that does not keep the room that it was requested; here it is not requested."""
+    """On a file system that does not keep allocated room; here none is allocated."""
     monkeypatch.setattr(writer_module, "COMMIT_BYTES", 1)
     subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
     lengths = [6000] * 8  # 3 MB

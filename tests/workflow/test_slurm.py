@@ -310,9 +310,7 @@ def test_a_cancelled_shard_goes_on_from_its_last_committed_row(slurm, tiny, loca
     printed = finish(running, tiny)
     assert running.returncode == 0, printed
     logs = [log.read_text() for log in (tiny.results(RUN) / "logs/extract_shard").glob("*.log")]
-    taken_up = [
-        int(n) for text in logs for n in re.findall(r"going on with \S+ after (\d+) of", text)
-    ]
+    taken_up = [int(n) for text in logs for n in re.findall(r"resuming \S+ after (\d+) of", text)]
     assert taken_up == [1] * full(local)
     assert_same_rows(tiny, local)
 

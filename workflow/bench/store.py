@@ -1,8 +1,8 @@
-"""`python workflow/bench/store.py`: how fast the store is beside the plainest way to do the same,
-on the disk at hand.
+"""`python workflow/bench/store.py`: the speed of the store, compared to the plainest way to do the
+same on this disk.
 
-Each pair runs in turn, several rounds; the table has the medians and their ratio. Nothing here is a
-test: the figures are of this machine, at this moment.
+Each pair runs alternately for several rounds; the table has the medians and their ratio. This is
+not a test: the numbers are of this machine, at this moment.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def spec(windows: int, shard: int, precision: str = "bf16", first_row: int = 0) 
 
 
 def write_shard(path: Path, requested: ShardSpec, rows: torch.Tensor) -> int:
-    """Write a shard as the engine does; gives the bytes of a commit that its writer came to."""
+    """Write a shard as the engine does; returns the bytes of its last commit."""
     windows = requested.windows
     with ShardWriter(path, requested) as writer:
         for batch in range(requested.batches):
@@ -99,16 +99,16 @@ def write_plainly(path: Path, size: int, block: int, rows: torch.Tensor) -> None
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     work()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python workflow/bench/store.py", description=__doc__)
     parser.add_argument(
-        "--folder", type=Path, default=Path("results"), help="on the disk that is requested about"
+        "--folder", type=Path, default=Path("results"), help="on the disk to measure"
     )
     parser.add_argument(
         "--mb", type=int, default=400, help="size of the shard and of the merged file"
@@ -123,7 +123,7 @@ def main() -> None:
         ]
     finally:
         shutil.rmtree(folder)
-    print(table(lines, ["what", "ours", "beside it", "", "ratio", "wanted"], (1, 3, 4, 5)))
+    print(table(lines, ["what", "ours", "plain", "", "ratio", "goal"], (1, 3, 4, 5)))
 
 
 def _rows() -> torch.Tensor:

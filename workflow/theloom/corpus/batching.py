@@ -1,9 +1,8 @@
 """Which windows go through the model together.
 
-Windows of like length share forward passes: short ones a single pass, those longer than the chunk
-size one chunk after another. The order is fixed by the lengths alone, longest first, so that the
-largest need of memory comes at the start, and so that a resumed run goes on where the first one
-stopped.
+Windows of similar length share forward passes: short ones a single pass, those longer than the
+chunk size one chunk after another. The order depends on the lengths alone, longest first: so the
+memory peak comes at the start, and a resumed run continues where the first one stopped.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# Tokens of padding that cost as much as a pass of its own: 85 on two CPU cores, some 300 where a
-# GPU reads its weights for every pass.
+# Tokens of padding that cost as much as another pass: 85 on two CPU cores, about 300 where a GPU
+# reads its weights for every pass.
 PASS_TOKENS = 128
 
 
@@ -41,7 +40,7 @@ class Batch:
         return len(self.windows) * self.width
 
     def step(self, chunk_size: int) -> int:
-        """Tokens of its largest forward step."""
+        """Tokens of the largest forward step of the batch, padding included."""
         return len(self.windows) * min(self.width, chunk_size)
 
 
@@ -62,22 +61,27 @@ class Lengths:
         return max((int(lengths.sum()) for lengths in self.shards), default=0)
 
     def streamed(self, chunk_size: int, side_by_side: int) -> tuple[tuple[int, int], ...]:
-        """Windows and tokens of those batches of windows longer than a chunk of which one takes the
-        most memory.
+        """The batches of windows longer than a chunk, one of which takes the most memory.
 
-        `side_by_side` may stream together. Left out is what has both fewer windows and a smaller KV
-        cache than another.
+        Batches that have both fewer windows and a smaller KV cache than another are left out.
+
+        Args:
+            chunk_size: tokens of a chunk.
+            side_by_side: how many windows may stream together.
+
+        Returns:
+            Windows and tokens of the longest window, for each of these batches.
         """
-        found: set[tuple[int, int]] = set()
+        batches: set[tuple[int, int]] = set()
         for lengths in self.shards:
             different, counts = np.unique(lengths[lengths > chunk_size], return_counts=True)
-            # two full batches of one length: what more of them would add is in these
+            # two full batches of each length suffice: more of them would be like these
             kept = np.repeat(different, np.minimum(counts, 2 * side_by_side))
-            found |= {
+            batches |= {
                 (len(b.windows), b.width) for b in plan_batches(kept, 0, chunk_size, side_by_side)
             }
         most: list[tuple[int, int]] = []
-        for count, tokens in sorted(found, reverse=True):
+        for count, tokens in sorted(batches, reverse=True):
             if not most or count * tokens > most[-1][0] * most[-1][1]:
                 most.append((count, tokens))
         return tuple(most)
@@ -86,13 +90,25 @@ class Lengths:
 def plan_batches(
     lengths: np.ndarray, batch_tokens: int, chunk_size: int, streamed_windows: int = 1
 ) -> list[Batch]:
-    """All windows in batches of at most `batch_tokens` tokens, padding included (one window may be
-    more by itself).
+    """Group all windows into batches.
 
-    Windows are sorted by length, longest first and then by number. A batch ends where its padding
-    would cost more than a pass of its own. Windows longer than `chunk_size` go through the KV cache
-    side by side, `streamed_windows` at most, where they take the same number of chunks: so no chunk
-    of padding alone is run.
+    Windows are sorted by length, longest first, then by number. A batch ends where its padding
+    would cost more than another pass. Windows longer than `chunk_size` go through the KV cache
+    together only if they have the same number of chunks: so no chunk is padding alone.
+
+    Args:
+        lengths: tokens of each window, (windows,).
+        batch_tokens: tokens of a batch at most, padding included; a longer window is a batch by
+            itself.
+        chunk_size: tokens of a chunk.
+        streamed_windows: windows longer than a chunk that may go together.
+
+    Returns:
+        The batches in the order in which they run.
+
+    Example:
+        >>> [batch.lengths for batch in plan_batches(np.array([3, 900, 5, 4]), 64, 512)]
+        [(900,), (5, 4, 3)]
     """
 
     def joins(length: int, longest: int, windows: int, tokens: int) -> bool:
@@ -121,16 +137,32 @@ def plan_batches(
 
 
 def smaller(batch: Batch, batch_tokens: int, chunk_size: int, streamed_windows: int) -> list[Batch]:
-    """The windows of a batch in batches of another plan; itself where that one is no smaller."""
+    """Split a batch by the limits of another plan.
+
+    Args:
+        batch: the batch.
+        batch_tokens: as of `plan_batches`.
+        chunk_size: as of `plan_batches`.
+        streamed_windows: as of `plan_batches`.
+
+    Returns:
+        Batches of the same windows; the batch itself if it is within the limits.
+    """
     parts = plan_batches(np.array(batch.lengths), batch_tokens, chunk_size, streamed_windows)
     return [Batch(tuple(batch.windows[w] for w in part.windows), part.lengths) for part in parts]
 
 
 def largest(batches: Sequence[Batch], first: int, chunk_size: int) -> set[int]:
-    """The numbers of the batches, from `first` on, one of which takes the most memory: one or two
-    of them.
+    """The batches that may take the most memory.
 
-    They are the one with the largest KV cache, and the batch of most tokens in one forward step.
+    Args:
+        batches: of a shard.
+        first: number of the first batch to consider.
+        chunk_size: tokens of a chunk.
+
+    Returns:
+        The numbers of the batch with the largest KV cache, and of the one with most tokens in one
+        forward step: one or two numbers, none if no batch is left.
     """
     left = range(first, len(batches))
     if not left:
@@ -144,10 +176,18 @@ def _batch(windows: list[int], lengths: np.ndarray) -> Batch:
 
 
 def padded(batch: Batch, input_ids: np.ndarray, window_offset: np.ndarray) -> "torch.Tensor":
-    """The token ids of a batch, (windows, width) int64, padded on the right with token 0.
+    """The token ids of a batch, padded on the right with token 0.
 
-    A causal model's real tokens cannot see what is to their right, so any id will do and no
-    attention mask is needed.
+    In a causal model no token sees what is to its right, so any id will do, and no attention mask
+    is needed.
+
+    Args:
+        batch: the batch.
+        input_ids: of the shard, (tokens,).
+        window_offset: first token of each window, (windows + 1,).
+
+    Returns:
+        (windows, width) int64.
     """
     import torch
 

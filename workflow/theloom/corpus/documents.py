@@ -25,13 +25,29 @@ class Document:
 
 
 def read_documents(config: CorpusConfig) -> Iterator[Document]:
-    """The documents of a corpus in a fixed order, at most `max_documents`. Raises CorpusError."""
+    """The documents of a corpus in a fixed order, at most `max_documents`.
+
+    Args:
+        config: the `corpus` settings.
+
+    Raises:
+        CorpusError: files or columns are missing, or cannot be read.
+
+    Example:
+        >>> from theloom.config.schema import CorpusConfig
+        >>> next(read_documents(CorpusConfig())).id
+        'pydoc_data.topics/assert'
+    """
     source = {"python_docs": _python_docs, "text": _texts, "hub": _hub}[config.kind.name]
     return islice(source(config), config.max_documents)
 
 
 def check_local(config: CorpusConfig) -> None:
-    """What can be told at once: files that are not there. Raises CorpusError."""
+    """Check that local files of a corpus exist, without reading them.
+
+    Raises:
+        CorpusError: there are none.
+    """
     if config.kind.name == "text":
         _files(config)
 
@@ -48,19 +64,21 @@ def _files(config: CorpusConfig) -> list[Path]:
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise CorpusError(
-                f"corpus.path: {config.path} is not one of {', '.join(SUFFIXES)}; rename or convert it"
+                f"corpus.path: {config.path} is not one of {', '.join(SUFFIXES)}; "
+                "rename or convert it"
             )
         return [path]
     if not path.is_dir():
         raise CorpusError(
             f"corpus.path: no file or folder {config.path!r}; relative paths start at {Path.cwd()}"
         )
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
         raise CorpusError(
-            f"corpus.path: {config.path} holds no {', '.join(SUFFIXES)} file; add one or give another path"
+            f"corpus.path: {config.path} holds no {', '.join(SUFFIXES)} file; "
+            "add one or give another path"
         )
-    return found
+    return files
 
 
 def _texts(config: CorpusConfig) -> Iterator[Document]:
@@ -106,19 +124,25 @@ def _row(row: Any, default_id: str, config: CorpusConfig) -> Document:
     if not isinstance(row, dict) or not isinstance(row.get(config.column), str):
         there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise CorpusError(
-            f"{default_id}: no text in column {config.column!r}; columns there: {there}; set corpus.column"
+            f"{default_id}: no text in column {config.column!r}; columns there: {there}; "
+            "set corpus.column"
         )
     if config.id_column is None:
         return Document(default_id, row[config.column])
     if config.id_column not in row:
         raise CorpusError(
-            f"{default_id}: no column {config.id_column!r}; columns there: {', '.join(map(str, row))}"
+            f"{default_id}: no column {config.id_column!r}; "
+            f"columns there: {', '.join(map(str, row))}"
         )
     return Document(str(row[config.id_column]), row[config.column])
 
 
 def fetch(config: CorpusConfig) -> None:
-    """Have a hub's data set here. Raises CorpusError."""
+    """Download the data set of a corpus from the hub, if it is not cached.
+
+    Raises:
+        CorpusError: the data set is missing, or has no such split.
+    """
     _data_set(config)
 
 
@@ -146,10 +170,8 @@ def _data_set(config: CorpusConfig) -> Any:
             rows = datasets.load_dataset(
                 str(local) if local.exists() else name, config.subset, split=config.split
             )
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # datasets' own errors, and those of the hub's client, derive from these
+    # the errors of datasets and of the client of the hub derive from these
+    except (ValueError, OSError) as error:
         raise CorpusError(f"corpus.dataset: {name}: {' '.join(str(error).split())}") from None
     if isinstance(rows, datasets.DatasetDict):
         if config.split not in rows:

@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TOGETHER = 256  # documents that the tokenizer gets at once, and works on in parallel
+_TOGETHER = 256  # documents that the tokenizer encodes in parallel
 
 
 @dataclass
 class _Tally:
-    """What tokenisation has seen so far."""
+    """What has been tokenised so far."""
 
     ids: list[str] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     empty: int = 0
-    cut_from: int = 0  # tokens of the last document before it was cut at max_tokens; 0: it is whole
+    cut_from: int = 0  # tokens of the last document before it was cut at max_tokens; 0: not cut
 
     @property
     def total(self) -> int:
@@ -52,8 +52,15 @@ class _Tally:
 
 
 def tokenize(config: Config, output: Path) -> None:
-    """Write `tokens.h5` for the corpus of a config. Raises CorpusError where there is nothing to
-    extract.
+    """Write `tokens.h5`: the stage tokenize_corpus.
+
+    Args:
+        config: the settings of the stage.
+        output: the file.
+
+    Raises:
+        CorpusError: the corpus cannot be read or has no tokens, or the model has no tokenizer.
+        ConfigError: corpus.context_length is more than the model allows.
     """
     description = files.describe_tokenizer(config.model)
     tokenizer, context = _tokenizer(config, description), _context_length(config)
@@ -72,9 +79,8 @@ def tokenize(config: Config, output: Path) -> None:
             raise CorpusError(
                 f"the corpus has no tokens: {tally.empty} documents read, all empty; check corpus.*"
             )
-        _write_tables(
-            file, tally, context, config.extraction.shards or 1
-        )  # a number, once composed
+        # composing the config has set the number of shards
+        _write_tables(file, tally, context, config.extraction.shards or 1)
         file_format.set_attributes(
             file,
             provenance.attributes(
@@ -120,7 +126,8 @@ def _context_length(config: Config) -> int:
     limit, requested = read_config(config.model).context_length, config.corpus.context_length
     if requested and limit and requested > limit:
         raise ConfigError(
-            f"corpus.context_length: {requested} is more than the model's {limit}; give at most that"
+            f"corpus.context_length: {requested} is more than the model's {limit}; "
+            "give at most that"
         )
     return requested or limit
 
@@ -176,8 +183,19 @@ def _write_tables(file: h5py.File, tally: _Tally, context: int, shards: int) -> 
 
 
 def split_windows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of the windows of all documents, and the document of each; `context` 0 means no
-    limit.
+    """Split documents into windows.
+
+    Args:
+        lengths: tokens of each document, (documents,).
+        context: tokens of a window at most; 0: no limit.
+
+    Returns:
+        Tokens of each window, and the number of its document, (windows,) each.
+
+    Example:
+        >>> lengths, document = split_windows(np.array([5, 2]), 4)
+        >>> lengths.tolist(), document.tolist()
+        ([4, 1, 2], [0, 0, 1])
     """
     if not context:
         return lengths, np.arange(len(lengths), dtype="<i4")
@@ -189,16 +207,24 @@ def split_windows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.nda
 
 
 def positions(window_lengths: np.ndarray) -> np.ndarray:
-    """For each token its position within its window: what the model saw as the token's position."""
+    """The position of each token in its window, (tokens,) int32: what the model sees."""
     starts = np.cumsum(window_lengths) - window_lengths
     return (np.arange(window_lengths.sum()) - np.repeat(starts, window_lengths)).astype("<i4")
 
 
 def plan_shards(offsets: np.ndarray, shards: int) -> np.ndarray:
-    """First document of each shard, and the end: whole documents, as nearly equal in tokens as they
-    allow.
+    """Divide documents among shards, as equally in tokens as whole documents allow.
 
-    With fewer documents than shards some shards are empty.
+    Args:
+        offsets: first token of each document, then the number of tokens, (documents + 1,).
+        shards: how many; with fewer documents some are empty.
+
+    Returns:
+        First document of each shard, then the number of documents, (shards + 1,) int64.
+
+    Example:
+        >>> plan_shards(np.array([0, 10, 20, 40]), 2).tolist()
+        [0, 2, 3]
     """
     targets = np.arange(1, shards) * (offsets[-1] / shards)
     cuts = [int(np.abs(offsets - target).argmin()) for target in targets]
@@ -206,7 +232,15 @@ def plan_shards(offsets: np.ndarray, shards: int) -> np.ndarray:
 
 
 def read_shard(path: Path, shard: int) -> ShardTokens:
-    """One shard of `tokens.h5`."""
+    """Read the tokens of one shard.
+
+    Args:
+        path: of `tokens.h5`.
+        shard: number of the shard, from 0.
+
+    Raises:
+        StoreError: the file is missing or of another format.
+    """
     with file_format.open_h5(path, "tokens") as file:
         first, last = (int(d) for d in file["shards/first_document"][shard : shard + 2])
         document_offset = file["documents/offset"][first : last + 1]

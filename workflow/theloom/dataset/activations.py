@@ -41,7 +41,7 @@ def open_activations(path: str | Path, allow: Collection[str] = ()) -> "Activati
         >>> acts.hooks
         ['blocks.1.hook_resid_post']
         >>> acts["blocks.1.hook_resid_post"][100:200].shape
-        torch.Size([100, 64])
+        torch.Size([100, 32])
     """
     try:
         return Activations(path, allow)
@@ -61,7 +61,7 @@ class Activations(ActivationsReader):
         >>> len(acts), acts.dtype
         (290, torch.bfloat16)
         >>> document = acts.document(1)
-        >>> document["blocks.1.hook_resid_post"].shape == (len(document), 64)
+        >>> document["blocks.1.hook_resid_post"].shape == (len(document), 32)
         True
     """
 

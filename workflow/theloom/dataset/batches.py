@@ -29,10 +29,26 @@ BUFFER_ROWS = 1 << 14
 class RowBatches(IterableDataset[Batch]):
     """Batches of one pass over a dataset's rows; `set_epoch` gives the next pass another order.
 
-    In DataLoader workers, and in the processes of torch.distributed (or `rank` of `world_size`),
-    each row comes to one of them, in blocks. With `drop_last` every process gets the same number of
-    batches, and up to two blocks' rows for each process more are left out. Give DataLoader
-    batch_size=None: the batches are made here.
+    DataLoader workers, and the processes of torch.distributed, share the rows in blocks: each row
+    is read by one of them. Give DataLoader batch_size=None, since the batches are made here.
+
+    Args:
+        activations: the dataset.
+        hooks: a hook point (then batches are tensors) or several (then dicts by name); also
+            `input_ids`, `document`, `position` and `row`.
+        batch_size: rows of a batch.
+        shuffle: mix the rows.
+        seed: of the order.
+        drop_last: give every process the same number of batches, all of `batch_size` rows; up to
+            two blocks of rows for each process are left out.
+        block_rows: consecutive rows that are read together.
+        buffer_rows: rows that are mixed in memory.
+        rank: of this process; by default that of torch.distributed.
+        world_size: number of processes; by default that of torch.distributed.
+
+    Raises:
+        HookError: the dataset has no such hook point.
+        ValueError: a size is less than 1.
     """
 
     def __init__(
@@ -51,7 +67,8 @@ class RowBatches(IterableDataset[Batch]):
     ) -> None:
         if min(batch_size, block_rows, buffer_rows) < 1:
             raise ValueError(
-                f"batch_size {batch_size}, block_rows {block_rows}, buffer_rows {buffer_rows}: at least 1"
+                f"batch_size {batch_size}, block_rows {block_rows}, buffer_rows {buffer_rows}: "
+                "at least 1"
             )
         self.names = [hooks] if isinstance(hooks, str) else list(hooks)
         self.single = isinstance(hooks, str)
@@ -67,16 +84,18 @@ class RowBatches(IterableDataset[Batch]):
         )
         self.epoch = 0
         self._activations = activations
-        self._rows = [
-            activations.rows_of(name) for name in self.names
-        ]  # so that an unknown name is an error at once
+        # looked up here, so that an unknown name is an error at once
+        self._rows = [activations.rows_of(name) for name in self.names]
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = rank if rank is not None else torch.distributed.get_rank() if distributed else 0
         self.world_size = world_size or (torch.distributed.get_world_size() if distributed else 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """The order of the next pass: call it before each, in the process that makes the
-        DataLoader's iterator.
+        """Set the order of the next pass.
+
+        Args:
+            epoch: number of the pass. Call this before each, in the process that makes the
+                iterator of the DataLoader.
         """
         self.epoch = epoch
 
@@ -102,15 +121,15 @@ class RowBatches(IterableDataset[Batch]):
                     return
                 left -= 1
                 part = slice(start, start + self.batch_size)
-                found = [
+                columns = [
                     b[part].copy() if order is None else b.take(order[part], axis=0)
                     for b in buffered
                 ]
-                tensors = [self._tensor(n, values) for n, values in enumerate(found)]
+                tensors = [self._tensor(n, values) for n, values in enumerate(columns)]
                 yield tensors[0] if self.single else dict(zip(self.names, tensors, strict=True))
 
     def _blocks(self, reader: int, readers: int) -> np.ndarray:
-        """First rows of the blocks that a reader gets, in its order."""
+        """The first rows of the blocks of a reader, in its order."""
         starts = np.arange(0, len(self._activations), self.block_rows)
         if self.shuffle:
             starts = np.random.default_rng([self.seed, self.epoch]).permutation(starts)
@@ -118,16 +137,16 @@ class RowBatches(IterableDataset[Batch]):
 
     def _batches(self, blocks: np.ndarray, readers: int) -> int:
         total = len(self._activations)
-        if (
-            self.drop_last
-        ):  # what the reader with the least rows has: it may have one block less, and the short one
+        if self.drop_last:
+            # as many as the reader with the fewest rows has: it may lack a block, and have the last
+            # one, which may be short
             count = -(-total // self.block_rows)
             short = count * self.block_rows - total
             return max(0, count // readers * self.block_rows - short) // self.batch_size
         return -(-int(np.minimum(self.block_rows, total - blocks).sum()) // self.batch_size)
 
     def _buffers(self, blocks: np.ndarray) -> Iterator[np.ndarray]:
-        """The rows of one buffer after the other, layer by layer."""
+        """The row numbers of one buffer after the other."""
         total = len(self._activations)
         step = -(-self.buffer_rows // self.block_rows)
         kept = np.zeros(0, np.int64)
@@ -141,7 +160,7 @@ class RowBatches(IterableDataset[Batch]):
             yield kept
 
     def _read(self, number: int, rows: np.ndarray) -> np.ndarray:
-        """The rows of one buffer: consecutive ones are copied at once."""
+        """The rows of one buffer; consecutive ones are copied together."""
         source = self._rows[number]
         out = np.empty((len(rows), *source.shape[1:]), source.dtype)
         ends = np.flatnonzero(np.diff(rows) != 1) + 1

@@ -1,8 +1,7 @@
-"""What `theloom.open` returns, in the forms that other libraries take: pandas, xarray, datasets,
-safetensors, `.npy`.
+"""A dataset in the forms of other libraries: pandas, xarray, datasets, safetensors, `.npy`.
 
-Each function takes the dataset first; those that are used most are methods of `Activations` too.
-pandas, xarray and datasets are imported where they are used: `pip install 'theloom[notebook,hub]'`.
+Each function takes the dataset first; the most used ones are methods of `Activations` too. pandas,
+xarray and datasets are optional: `pip install 'theloom[notebook,hub]'`.
 """
 
 import html
@@ -33,8 +32,16 @@ _LARGEST_FRAME = 10_000_000  # rows: more tokens than a notebook's table can hol
 
 
 def documents_frame(acts: "ActivationsReader") -> "pd.DataFrame":
-    """A row for each document: its id, its first row, its tokens, and the windows that it was cut
-    into.
+    """A table with a row for each document.
+
+    Args:
+        acts: the dataset.
+
+    Returns:
+        Columns `id`, `first_row`, `tokens` and `windows` (into how many it was split).
+
+    Raises:
+        ConfigError: pandas is not installed.
     """
     offsets = acts.document_offset
     windows = np.bincount(acts.window_document, minlength=len(offsets) - 1)
@@ -55,15 +62,23 @@ def documents_frame(acts: "ActivationsReader") -> "pd.DataFrame":
 def tokens_frame(
     acts: "ActivationsReader", rows: slice | Sequence[int] | np.ndarray | None = None
 ) -> "pd.DataFrame":
-    """A row for each token: its document, its position in the window, its number and its text.
-    `rows`: which; all.
+    """A table with a row for each token.
 
-    Raises ConfigError for more than ten million rows.
+    Args:
+        acts: the dataset.
+        rows: which tokens; all of them by default.
+
+    Returns:
+        Columns `document`, `position` (in the window), `input_id` and `token` (its text).
+
+    Raises:
+        ConfigError: more than ten million rows are requested, or pandas is not installed.
     """
     numbers = np.arange(len(acts))[slice(None) if rows is None else rows]
     if len(numbers) > _LARGEST_FRAME:
         raise ConfigError(
-            f"{len(numbers):,} tokens are more than a table should hold; give rows=slice(0, 100_000)"
+            f"{len(numbers):,} tokens are more than a table should hold; "
+            "give rows=slice(0, 100_000)"
         )
     ids = acts.input_ids.numpy(numbers)
     return _pandas().DataFrame(
@@ -78,12 +93,19 @@ def tokens_frame(
 
 
 class Cache(Mapping[str, "torch.Tensor"]):
-    """One document's hidden states by hook point, shaped as TransformerLens' ActivationCache: (1,
-    position, …).
+    """One document's hidden states by hook point, shaped as in TransformerLens' ActivationCache.
 
-    Attention patterns and scores are (1, head, query, key). Values are read when they are requested
-    for, in the stored dtype. A hook point may be requested as ("resid_post", 5) too. Documents of
-    several windows have no such cache.
+    Values are (1, position, …), attention patterns and scores (1, head, query, key), in the stored
+    dtype; they are read when they are indexed. Keys may be ("resid_post", 5) too.
+
+    Args:
+        acts: the dataset.
+        document: its number or id.
+
+    Raises:
+        ConfigError: the document was split into several windows.
+        KeyError: no document has this id.
+        IndexError: no document has this number.
     """
 
     def __init__(self, acts: "ActivationsReader", document: int | str) -> None:
@@ -93,8 +115,9 @@ class Cache(Mapping[str, "torch.Tensor"]):
         )
         if windows[1] - windows[0] > 1:
             raise ConfigError(
-                f"document {self._document.id!r} was cut into {windows[1] - windows[0]} windows, each seen by itself; "
-                "take the rows of one: acts[hook][acts.window_offset[w]:acts.window_offset[w + 1]]"
+                f"document {self._document.id!r} was cut into {windows[1] - windows[0]} windows, "
+                "each seen by itself; take the rows of one: "
+                "acts[hook][acts.window_offset[w]:acts.window_offset[w + 1]]"
             )
         self._acts = acts
 
@@ -104,9 +127,8 @@ class Cache(Mapping[str, "torch.Tensor"]):
             rows = self._document[name]
         except HookError as error:
             raise KeyError(str(error)) from None
-        if name.endswith(
-            ("hook_pattern", "hook_attn_scores")
-        ):  # (query, head, key of the longest window)
+        if name.endswith(("hook_pattern", "hook_attn_scores")):
+            # (query, head, key of the longest window)
             rows = rows[..., : len(rows)].transpose(0, 1)
         return rows.unsqueeze(0)
 
@@ -117,7 +139,8 @@ class Cache(Mapping[str, "torch.Tensor"]):
         return len(self._acts.hooks)
 
     def __repr__(self) -> str:
-        return f"<Cache of {self._document.id!r}: {len(self)} hook points, {len(self._document)} tokens>"
+        name, tokens = self._document.id, len(self._document)
+        return f"<Cache of {name!r}: {len(self)} hook points, {tokens} tokens>"
 
     def _name(self, key: tuple[str, int]) -> str:
         value, block = key
@@ -134,8 +157,17 @@ class Cache(Mapping[str, "torch.Tensor"]):
 def to_datasets(
     acts: "ActivationsReader", hooks: Sequence[str] | None = None
 ) -> "datasets.Dataset":
-    """A `datasets.Dataset` with a row for each token, hidden states as float32, written to its
-    cache as it is made.
+    """A `datasets.Dataset` with a row for each token and hidden states as float32.
+
+    It is written to the cache of datasets, piece by piece.
+
+    Args:
+        acts: the dataset.
+        hooks: hook points; all of them by default.
+
+    Raises:
+        ConfigError: datasets is not installed.
+        HookError: the dataset has no such hook point.
     """
     try:
         import datasets
@@ -170,8 +202,17 @@ def to_xarray(
 ) -> "xr.Dataset":
     """An `xarray.Dataset` along `row`, with document, position and input_id as its coordinates.
 
-    The rows requested pass into memory; BF16 ones, which NumPy has not, become float32. Hook points
-    of one shape share their axes, `axis1_576` for one of 576 elements.
+    The rows are read into memory; BF16 becomes float32, since NumPy has no bfloat16. Hook points of
+    the same shape share axes, named such as `axis1_576` for 576 elements.
+
+    Args:
+        acts: the dataset.
+        hooks: hook points; all of them by default.
+        rows: which rows; all of them by default.
+
+    Raises:
+        ConfigError: xarray is not installed.
+        HookError: the dataset has no such hook point.
     """
     try:
         import xarray as xr
@@ -199,8 +240,20 @@ def to_xarray(
 
 
 def to_npy(acts: "ActivationsReader", hook: str, path: str | Path) -> Path:
-    """One hook point as `.npy`, written layer by layer. NumPy has no bfloat16: BF16 rows are
-    written as float32.
+    """Write one hook point as `.npy`, piece by piece.
+
+    BF16 rows are written as float32, since NumPy has no bfloat16.
+
+    Args:
+        acts: the dataset.
+        hook: the hook point.
+        path: of the new file.
+
+    Returns:
+        The path.
+
+    Raises:
+        HookError: the dataset has no such hook point.
     """
     path, rows = Path(path), acts[hook]
     dtype = {"fp32": "<f4", "fp16": "<f2", "bf16": "<f4"}[acts.precision]
@@ -215,10 +268,20 @@ def to_npy(acts: "ActivationsReader", hook: str, path: str | Path) -> Path:
 
 
 def to_safetensors(acts: "ActivationsReader", hooks: Sequence[str] | str, path: str | Path) -> Path:
-    """Hook points as safetensors in the stored dtype, with the token tables and the file's
-    provenance.
+    """Write hook points as safetensors in the stored dtype, with token tables and provenance.
 
-    Safetensors are written in one piece: the hook points pass through memory as a whole.
+    Safetensors are written in one piece: the hook points must fit in memory.
+
+    Args:
+        acts: the dataset.
+        hooks: a hook point, or several.
+        path: of the new file.
+
+    Returns:
+        The path.
+
+    Raises:
+        HookError: the dataset has no such hook point.
     """
     import torch
     from safetensors.torch import save_file
@@ -234,7 +297,7 @@ def to_safetensors(acts: "ActivationsReader", hooks: Sequence[str] | str, path: 
 
 
 def describe(acts: "ActivationsReader") -> str:
-    """What a dataset holds, in a few lines: what a notebook shows."""
+    """A summary of a dataset in a few lines of text."""
     lines = [
         fill(f"  {key:<14}{value}", 80, subsequent_indent=" " * 16) for key, value in _summary(acts)
     ]
@@ -242,7 +305,7 @@ def describe(acts: "ActivationsReader") -> str:
 
 
 def describe_html(acts: "ActivationsReader") -> str:
-    """The same as a table of a notebook."""
+    """The same summary as an HTML table, for a notebook."""
     left = "style='text-align:left'"
     rows = "".join(
         f"<tr><th {left}>{html.escape(key)}</th><td {left}>{html.escape(value)}</td></tr>"
@@ -280,7 +343,7 @@ def _few(names: list[str]) -> str:
 def _chosen(acts: "ActivationsReader", hooks: Sequence[str] | None) -> list[str]:
     names = list(acts.hooks if hooks is None else hooks)
     for name in names:
-        acts[name]  # refuses one that is not there
+        acts[name]  # raises HookError for one that is missing
     return names
 
 
@@ -294,8 +357,8 @@ def _feature(datasets: Any, shape: tuple[int, ...]) -> Any:
 def _fingerprint(acts: "ActivationsReader", names: Sequence[str]) -> str:
     import xxhash
 
-    identity = [str(acts.attributes.get("run_fingerprint")), str(acts.attributes["rows"]), *names]
-    return xxhash.xxh3_64_hexdigest(json.dumps(identity).encode())
+    content = [str(acts.attributes.get("run_fingerprint")), str(acts.attributes["rows"]), *names]
+    return xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
 
 
 def _pandas() -> Any:

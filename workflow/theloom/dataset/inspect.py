@@ -1,6 +1,4 @@
-"""What a file of activations says of itself: schema, provenance, hook points, statistics, and where
-the time went.
-"""
+"""What `theloom inspect` shows of a dataset, and the checks of `theloom verify` without a model."""
 
 import json
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ _PROVENANCE = (
 
 @dataclass(frozen=True)
 class HookSummary:
-    """One hook point: the shape of a row, its bytes on disk before compression, and its statistics."""
+    """One hook point: the shape of a row, the bytes of all rows uncompressed, and statistics."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,22 +42,22 @@ class HookSummary:
 
 
 def summarize_hooks(acts: Activations) -> list[HookSummary]:
-    """All hook points of an open dataset."""
-    found = []
+    """Summaries of all hook points of a dataset, in the order of the file."""
+    summaries = []
     for hook in acts.hooks:
         rows, s = acts[hook], acts.statistics[hook]
         numbers = (s.mean_of_all, s.variance_of_all, s.norm, s.nonfinite, s.infinite)
-        found.append(HookSummary(hook, rows.shape[1:], rows.nbytes, *numbers))
-    return found
+        summaries.append(HookSummary(hook, rows.shape[1:], rows.nbytes, *numbers))
+    return summaries
 
 
 def provenance_attributes(acts: Activations) -> dict[str, Any]:
-    """Where the rows came from: the attributes of that kind, JSON text as what it says."""
+    """The attributes of where the rows came from, with JSON parsed."""
     return {k: _plain(v) for k, v in acts.attributes.items() if k.startswith(_PROVENANCE)}
 
 
 def file_schema(acts: Activations) -> dict[str, Any]:
-    """The format, and what the file holds."""
+    """The format of a dataset's file, and what it holds, as plain values by name."""
     names = (
         "format",
         "format_version",
@@ -69,10 +67,10 @@ def file_schema(acts: Activations) -> dict[str, Any]:
         "batch_tokens",
         "chunk_size",
     )
-    found = {name: _plain(acts.attributes[name]) for name in names if name in acts.attributes}
+    schema = {name: _plain(acts.attributes[name]) for name in names if name in acts.attributes}
     windows = len(acts.window_document)
     longest = int(np.diff(acts.window_offset).max(initial=0))
-    return found | {
+    return schema | {
         "rows": len(acts),
         "documents": len(acts.documents),
         "windows": windows,
@@ -96,8 +94,14 @@ _ROWS_AT_ONCE = 1 << 14
 
 
 def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
-    """Windows whose rows are not those that were written, and for each hook point how many values
-    are not finite.
+    """Compare every row with the hash that was written.
+
+    Args:
+        acts: the dataset.
+
+    Returns:
+        The numbers of the windows whose rows differ, and the number of nonfinite values by hook
+        point, (hook points,) int64.
     """
     import torch
 
@@ -125,10 +129,15 @@ def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
 
 
 def damaged_parts(acts: Activations) -> list[str]:
-    """What beside the rows is not as it was written, in words: metadata, tables, logs, of the file
-    and its shards.
+    """Check all of a dataset but its rows: metadata, tables and logs of the file and its shards.
+
+    Args:
+        acts: the dataset.
+
+    Returns:
+        A line for each damaged file, which names its damaged parts.
     """
-    found = []
+    damaged = []
     for path in dict.fromkeys([acts.path, *acts.files]):
         try:
             with h5py.File(path, "r") as file, path.open("rb") as f:
@@ -137,11 +146,11 @@ def damaged_parts(acts: Activations) -> list[str]:
                     f.fileno(), listed, checksums.METADATA, checksums.TABLES, checksums.RESULTS
                 )
                 if listed != index.derive(file):
-                    broken.append("its directory")
+                    broken.append("its index")
                 if "commit_log" in file and (records := commit_log.broken_records(file)):
                     broken.append(f"{len(records)} records of its log (first: batch {records[0]})")
         except file_format.DAMAGE as error:
             broken = [f"its metadata ({' '.join(str(error).split())})"]
         if broken:
-            found.append(f"{path.name}: {', '.join(broken)}")
-    return found
+            damaged.append(f"{path.name}: {', '.join(broken)}")
+    return damaged

@@ -1,10 +1,9 @@
-"""Shards to one dataset: `activations.h5`, which refers to them (virtual) or holds a copy
-(physical).
+"""Merging shards to one dataset: `activations.h5` refers to them (virtual) or is a copy (physical).
 
-Both check first that every shard is there, finished, of this run and of one schema: HDF5 itself
-reads a missing source as zeros. The merged file gets its name when all of it is on disk; a job that
-is killed leaves a `.partial`, which the next one writes anew, since the shards still hold
-everything.
+Either way every shard must first be there, finished, of this run and of the same schema, since HDF5
+reads a missing source as zeros. The merged file gets its final name when all of it is on disk. A
+job that is killed leaves a `.partial`, which the next one writes from the start: the shards still
+hold everything.
 """
 
 import json
@@ -36,23 +35,14 @@ from theloom.store.statistics import (
 
 log = logging.getLogger(__name__)
 
-_PLAN = (
-    "batch_tokens",
-    "chunk_size",
-)  # what each job had room for: of the merged file, one number for each shard
+# what each job had room for: the merged file has a number for each shard
+_PLAN = ("batch_tokens", "chunk_size")
 
+# attributes of a shard, not of the run
+_OWN = ("kind", "shard", "first_row", "shard_fingerprint", "rows", *_PLAN)
 
-_OWN = (
-    "kind",
-    "shard",
-    "first_row",
-    "shard_fingerprint",
-    "rows",
-    *_PLAN,
-)  # attributes of a shard, not of the run
-
-
-_LARGEST = ("peak_memory", "predicted_memory", "oom_level")  # figures that do not add up
+# metrics of which the merged file has the maximum, not the sum
+_LARGEST = ("peak_memory", "predicted_memory", "oom_level")
 
 
 @dataclass(frozen=True)
@@ -72,8 +62,17 @@ class _Shard:
 
 
 def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
-    """The merge_shards stage: write `activations.h5`. `mode` is virtual or physical. Raises
-    StoreError.
+    """Write `activations.h5` from the shards of a run: the stage merge_shards.
+
+    Args:
+        shards: the shards' files, in their order.
+        mode: `virtual` or `physical`.
+        output: the merged file.
+
+    Raises:
+        StoreError: a shard is missing, damaged, unfinished or of another run, or another job writes
+            the output.
+        MemoryPlanError: the disk is full.
     """
     lock = WriterLock(output)
     lock.take()
@@ -145,9 +144,7 @@ def _checked(path: Path, number: int) -> _Shard:
 
 
 def _check(path: Path, number: int) -> _Shard:
-    """One shard, finished and whole, its metadata and tables as they were written. Raises
-    StoreError.
-    """
+    """Check that a shard is finished and undamaged, rows aside. Raises StoreError."""
     with file_format.open_any(path) as file:
         listed = index.read(file)
     attributes = listed.attributes
@@ -161,7 +158,8 @@ def _check(path: Path, number: int) -> _Shard:
             f.fileno(), listed, checksums.METADATA, checksums.TABLES, checksums.RESULTS
         ):
             raise StoreError(
-                f"{path}: {', '.join(broken)} were changed after it was written; remove it and run again"
+                f"{path}: {', '.join(broken)} were changed after it was written; "
+                "remove it and run again"
             )
         tables = (
             "documents/offset",
@@ -183,20 +181,21 @@ def _check(path: Path, number: int) -> _Shard:
 
 
 def _check_together(shards: Sequence[_Shard]) -> None:
-    """Shards of one run, in order, without a gap, of one schema. Raises StoreError."""
+    """Check that shards are of one run and one schema, without a gap. Raises StoreError."""
     row, first = 0, shards[0]
     for shard in shards:
         path = shard.part.path
         for name in ("run_fingerprint", "hooks", "precision", "compression"):
             if shard.attributes.get(name) != first.attributes.get(name):
                 raise StoreError(
-                    f"{path}: its {name} is not that of {first.part.path.name}: the shards are of different runs; "
-                    "run again with --forcerun extract_shard"
+                    f"{path}: its {name} is not that of {first.part.path.name}: the shards are of "
+                    "different runs; run again with --forcerun extract_shard"
                 )
         for name, shape in shard.shapes.items():
             if shape[1:] != first.shapes[name][1:]:
                 raise StoreError(
-                    f"{path}: its rows of {name} have the shape {shape[1:]}, not {first.shapes[name][1:]}"
+                    f"{path}: its rows of {name} have the shape {shape[1:]}, "
+                    f"not {first.shapes[name][1:]}"
                 )
         if shard.attributes["first_row"] != row:
             raise StoreError(
@@ -206,8 +205,8 @@ def _check_together(shards: Sequence[_Shard]) -> None:
 
 
 def _write_tables(file: h5py.File, shards: Sequence[_Shard]) -> None:
-    """Documents, windows, statistics and metrics, joined: small, so always copied; offsets become
-    rows of the whole.
+    """Write documents, windows, statistics and metrics of all shards: they are small, so copied
+    even in virtual mode. Offsets become rows of the merged dataset.
     """
     first_rows = np.cumsum([0, *(s.part.rows for s in shards)])
     for name in shards[0].tables:
@@ -239,7 +238,7 @@ def _hooks(shards: Sequence[_Shard]) -> list[str]:
 def _refer(
     file: h5py.File, name: str, shards: Sequence[_Shard], folder: Path, type_id: h5py.h5t.TypeID
 ) -> None:
-    """A virtual dataset over the shards' datasets, by names relative to the merged file."""
+    """Create a virtual dataset over those of the shards, by paths relative to the merged file."""
     width = shards[0].shapes[name][1:]
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_obj_track_times(False)
@@ -278,7 +277,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _pack(dataset: h5py.Dataset, name: str, shards: Sequence[_Shard], precision: str) -> None:
-    """Packed rows of all shards, packed anew: their chunks do not begin where the whole's do."""
+    """Unpack the rows of all shards and pack them again: the new chunks begin elsewhere."""
     rows = Rows(
         [s.part for s in shards], Maps(), name, dataset.shape[1:], file_format.bits_dtype(precision)
     )
@@ -288,7 +287,7 @@ def _pack(dataset: h5py.Dataset, name: str, shards: Sequence[_Shard], precision:
 def _copy(
     target: Path, offsets: dict[str, int], row_bytes: dict[str, int], shards: Sequence[_Shard]
 ) -> None:
-    """Bytes of every contiguous dataset from the shards to their offsets, without decoding."""
+    """Copy the bytes of every contiguous dataset from the shards, without decoding them."""
     out = os.open(target, os.O_RDWR)
     try:
         rows = sum(s.part.rows for s in shards)
@@ -322,5 +321,5 @@ def _copy_range(source: int, start: int, out: int, offset: int, size: int) -> No
 
 
 def _bytes_of(shards: Sequence[_Shard], mode: str) -> int:
-    """About what the merged file takes."""
+    """About how many bytes the merged file takes."""
     return sum(s.part.path.stat().st_size for s in shards) if mode == "physical" else 0

@@ -1,8 +1,8 @@
-"""The files that hold a dataset's rows: each is checked before a byte of it is believed.
+"""The files that hold a dataset's rows; each is checked before it is read.
 
-HDF5 reads a missing source, one that is cut short, or one that it has no file descriptor for, as
-zeros. So nothing here is read through HDF5's virtual datasets: the merged file says where each
-shard's bytes lie, and they are mapped.
+HDF5 reads a source that is missing, cut short, or one file descriptor too many, as zeros. So
+nothing here is read through HDF5's virtual datasets: the merged file lists the offsets of each
+shard's rows, and they are mapped.
 """
 
 import errno
@@ -25,13 +25,13 @@ from theloom.store.index import FileIndex
 TOKENS = ("tokens/input_ids", "tokens/document", "tokens/position")
 
 
-_AGAIN = "run the pipeline again, or fetch the file again"
+_ADVICE = "run the pipeline again, or fetch the file again"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows in one file: how many, and where each dataset's bytes begin; -1: packed, in
-    chunks.
+    """Consecutive rows in one file: how many, and the offset in bytes of each dataset; -1 where it
+    is packed, in chunks.
     """
 
     path: Path
@@ -41,8 +41,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A shard that a virtual dataset refers to: its rows, its name from there, and what tells it
-    from any other.
+    """A shard that a virtual dataset refers to: its rows, its relative path, and what identifies
+    it.
     """
 
     part: Part
@@ -54,15 +54,19 @@ class Source:
 
 
 def names_of(attributes: dict[str, Any]) -> list[str]:
-    """The datasets that have a row for each token: the token tables, then the hook points."""
+    """Names of the datasets with a row for each token: the token tables, then the hook points."""
     return [*TOKENS, *map(file_format.hook_path, json.loads(attributes["hooks"]))]
 
 
 def own(fd: int, listed: FileIndex) -> Part:
-    """An open file that holds its own rows, a shard or a physical merge: all of it there, and
-    finished.
+    """The part of a file that holds its own rows: a shard or a physical dataset.
 
-    Raises StoreError.
+    Args:
+        fd: of the file, open for reading.
+        listed: its index.
+
+    Raises:
+        StoreError: the file is cut short or not finished, or its layout is another one.
     """
     path, attributes = listed.path, listed.attributes
     rows, offsets, size = int(attributes["rows"]), {}, os.fstat(fd).st_size
@@ -70,31 +74,41 @@ def own(fd: int, listed: FileIndex) -> Part:
         dataset = listed.datasets[name]
         if dataset.shape[0] != rows:
             raise StoreError(
-                f"{path}: its {name} has {dataset.shape[0]} rows instead of {rows}; {_AGAIN}"
+                f"{path}: its {name} has {dataset.shape[0]} rows instead of {rows}; {_ADVICE}"
             )
         if dataset.layout == h5py.h5d.CHUNKED and attributes.get("compression") == "zstd":
             offsets[name] = -1
         elif dataset.layout == h5py.h5d.CONTIGUOUS and (dataset.extents or 0 in dataset.shape):
             offsets[name] = dataset.extents[0][0] if dataset.extents else 0
         else:
-            raise StoreError(f"{path}: its {name} is not laid out as theloom does it; {_AGAIN}")
+            raise StoreError(
+                f"{path}: its {name} has not the layout that TheLoom writes; {_ADVICE}"
+            )
         row = _row_bytes(name, dataset.shape, attributes["precision"])
         end = dataset.end if offsets[name] < 0 else offsets[name] + rows * row
         if size < end:
-            raise StoreError(f"{path}: is cut short at {size} of {end} bytes; {_AGAIN}")
+            raise StoreError(f"{path}: is cut short at {size} of {end} bytes; {_ADVICE}")
     if "commit_log" in listed.datasets:
         log = listed.array(fd, "commit_log")
         done = commit_log.committed(log)
         if done != len(log):
             raise StoreError(
-                f"{path}: only {done} of its {len(log)} batches are committed; {_AGAIN}"
+                f"{path}: only {done} of its {len(log)} batches are committed; {_ADVICE}"
             )
     return Part(path, rows, offsets)
 
 
 def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
-    """The shards of a virtual dataset: each there, of the size and the checksums that the merge saw.
-    Raises StoreError.
+    """The parts of a virtual dataset: its shards.
+
+    Args:
+        file: the open virtual dataset.
+        path: of it.
+        allow: names of shards outside of its folder that it may refer to, as it spells them.
+
+    Raises:
+        StoreError: a shard is missing, differs in size or checksums from the one that was merged,
+            or is outside of the folder and not allowed.
     """
     names = names_of(dict(file.attrs))
     columns = ("file", "rows", "bytes", "checksums_offset")
@@ -110,7 +124,7 @@ def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
         shard = path.parent / name
         _check_referred(path, shard, size, checksums_offset, checksum[number].tobytes())
         if beyond[number]:
-            raise StoreError(f"{path}: refers to bytes that {shard} does not have; {_AGAIN}")
+            raise StoreError(f"{path}: refers to bytes that {shard} does not have; {_ADVICE}")
         parts.append(Part(shard, rows, dict(zip(names, offset[number].tolist(), strict=True))))
     return parts
 
@@ -125,13 +139,12 @@ def _row_bytes(name: str, shape: tuple[int, ...], precision: str) -> int:
 def _check_referred(
     path: Path, shard: Path, size: int, checksums_offset: int, checksum: bytes
 ) -> None:
-    """A shard is the one that the merge saw: by its size and its checksums, which go over all of it but
-    the rows.
+    """Check that a shard is the one that was merged, by its size and its checksums, which cover all
+    of it but the rows.
     """
     try:
-        fd = os.open(
-            shard, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        )  # a pipe would wait for its writer
+        # non-blocking: opening a pipe would wait for its writer
+        fd = os.open(shard, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise file_format.too_many_files(shard) from None
@@ -144,23 +157,30 @@ def _check_referred(
             f"{path} refers to {shard}, which {what}; put it back, or run the pipeline again"
         ) from None
     try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise StoreError(
-                f"{path} refers to {shard}, which is not a file; put it back, or run the pipeline again"
+                f"{path} refers to {shard}, which is not a file; put it back, "
+                "or run the pipeline again"
             )
-        if found.st_size != size:
-            raise StoreError(f"{shard}: has {found.st_size} bytes, {size} at the merge; {_AGAIN}")
+        if status.st_size != size:
+            raise StoreError(f"{shard}: has {status.st_size} bytes, {size} at the merge; {_ADVICE}")
         if os.pread(fd, len(checksum), checksums_offset) != checksum:
             raise StoreError(
-                f"{shard}: is not the shard that {path.name} was merged from; {_AGAIN}"
+                f"{shard}: is not the shard that {path.name} was merged from; {_ADVICE}"
             )
     finally:
         os.close(fd)
 
 
 def write_sources(file: h5py.File, shards: Sequence[Source], names: Sequence[str]) -> None:
-    """What `referred` checks, and where the rows are."""
+    """Write the table of sources, which `referred` reads.
+
+    Args:
+        file: the open virtual dataset.
+        shards: what it refers to.
+        names: of the datasets with a row for each token, from `names_of`.
+    """
     file["sources/file"] = file_format.fixed_strings([s.name for s in shards])
     file["sources/rows"] = [s.part.rows for s in shards]
     file["sources/bytes"] = [s.size for s in shards]
@@ -173,19 +193,29 @@ def write_sources(file: h5py.File, shards: Sequence[Source], names: Sequence[str
 
 
 def check_references(file: h5py.File, path: Path, allow: Collection[str] = ()) -> None:
-    """Look at every link and every dataset of an open file. Raises StoreError."""
+    """Check where every link and every dataset of a file leads, since the file may be untrusted.
+
+    Args:
+        file: the open file.
+        path: of it.
+        allow: names outside of its folder that it may refer to, as it spells them.
+
+    Raises:
+        StoreError: something refers to a file outside of the folder that is not allowed, or is a
+            soft link.
+    """
 
     links: list[tuple[str, object]] = []
     items: list[tuple[str, object]] = []
-    file.visititems_links(
-        lambda name, link: links.append((name, link))
-    )  # h5py cannot raise from within a visit
+    # collected first, since h5py cannot raise from within a visit
+    file.visititems_links(lambda name, link: links.append((name, link)))
     for name, link in links:
         if isinstance(link, h5py.ExternalLink):
             check_reference(path, link.filename, allow, f"its {name} is a link to")
         if isinstance(link, h5py.SoftLink):
             raise StoreError(
-                f"{path}: its {name} is a soft link, which no file of TheLoom has; do not use this file"
+                f"{path}: its {name} is a soft link, which no file of TheLoom has; "
+                "do not use this file"
             )
     file.visititems(lambda name, item: items.append((name, item)))
     for name, item in items:
@@ -202,7 +232,17 @@ def check_references(file: h5py.File, path: Path, allow: Collection[str] = ()) -
 
 
 def check_reference(path: Path, source: str, allow: Collection[str], what: str) -> None:
-    """That a name in a file leads to a file in its folder, or is allowed. Raises StoreError."""
+    """Check that a name in a file leads to a file in its folder, or is allowed.
+
+    Args:
+        path: the file.
+        source: the name in it.
+        allow: names that are allowed.
+        what: the beginning of the message: what refers to the name.
+
+    Raises:
+        StoreError: the name leads elsewhere.
+    """
     if source in allow:
         return
     if Path(source).is_absolute() or os.path.normpath(source).startswith(".."):
@@ -212,12 +252,18 @@ def check_reference(path: Path, source: str, allow: Collection[str], what: str) 
         )
 
 
-OTHER_OPEN_FILES = 100  # libraries, sockets, what else the process reads
+OTHER_OPEN_FILES = 100  # libraries, sockets and other files of the process
 
 
 def allow_open_files(files: int, what: str) -> None:
-    """Let this process open so many files more. Raises StoreError where the hard limit is lower;
-    `what` names them.
+    """Raise the limit of open files of this process, if necessary.
+
+    Args:
+        files: how many more will be open.
+        what: they are, for the message.
+
+    Raises:
+        StoreError: the hard limit is lower.
     """
     if sys.platform == "win32":
         return
@@ -229,7 +275,7 @@ def allow_open_files(files: int, what: str) -> None:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise StoreError(
-            f"{what} are {files} open files, and this process may have {hard}; raise the limit (ulimit -n), or "
-            "make one file of them with store.merge=physical"
+            f"{what} are {files} open files, and this process may have {hard}; raise the limit "
+            "(ulimit -n), or make one file of them with store.merge=physical"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

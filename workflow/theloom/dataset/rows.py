@@ -1,4 +1,4 @@
-"""Rows of one dataset over all files that hold them, mapped from where they lie."""
+"""Rows of one dataset over all files that hold them, mapped into memory."""
 
 import errno
 import os
@@ -23,15 +23,26 @@ Index = Union[int, slice, EllipsisType, Sequence[int], np.ndarray, "torch.Tensor
 
 
 class Maps:
-    """Each file mapped once for all of its datasets, when it is first read, in the process that
-    reads it.
-    """
+    """Maps each file once for all of its datasets, when it is first read, in each process."""
 
     def __init__(self) -> None:
         self._maps: dict[Path, np.ndarray] = {}
 
     def rows(self, part: Part, name: str, width: tuple[int, ...], dtype: np.dtype) -> Any:
-        """The rows of a dataset in one file: a mapped array, or packed rows."""
+        """The rows of a dataset in one file.
+
+        Args:
+            part: the file, and where its datasets begin.
+            name: of the dataset.
+            width: the shape of a row.
+            dtype: of its elements, or of their bits.
+
+        Returns:
+            A mapped array (rows, *width), or packed rows.
+
+        Raises:
+            StoreError: the file is missing or cut short, or the process may open no more files.
+        """
         shape, offset = (part.rows, *width), part.offsets[name]
         if offset < 0:
             return PackedRows(part.path, name, shape, dtype)
@@ -55,7 +66,7 @@ class Maps:
         return whole[offset : offset + size].view(dtype).reshape(shape)
 
     def __reduce__(self) -> tuple[type["Maps"], tuple[()]]:
-        return Maps, ()  # a map is of one process
+        return Maps, ()  # another process maps the files itself
 
 
 class Rows:
@@ -84,7 +95,7 @@ class Rows:
 
     @property
     def dtype(self) -> np.dtype:
-        """That of `numpy`: of the stored bits, or of token numbers."""
+        """The type of `numpy`: of the stored bits, or of token numbers."""
         return self._dtype
 
     @property
@@ -93,7 +104,17 @@ class Rows:
         return int(np.prod(self.shape)) * self._dtype.itemsize
 
     def numpy(self, index: Index) -> np.ndarray:
-        """Rows as an array of the stored bits (`layout.bits_dtype`), or of token numbers."""
+        """Rows as an array.
+
+        Args:
+            index: a number, a slice, an array of numbers in any order, or a mask; `...`: all rows.
+
+        Returns:
+            The stored bits (`file_format.bits_dtype`), or token numbers; always a copy.
+
+        Raises:
+            IndexError: a row is beyond the dataset, or a mask has another length.
+        """
         if isinstance(index, EllipsisType):
             index = slice(None)
         if isinstance(index, slice):
@@ -115,7 +136,12 @@ class Rows:
         return self._gather(wanted.astype(np.int64) % max(1, len(self)))
 
     def read_into(self, out: np.ndarray, start: int) -> None:
-        """Fill an array of `dtype`, (rows, …), with the rows from `start` on."""
+        """Fill an array with consecutive rows.
+
+        Args:
+            out: (rows, …) of `dtype`.
+            start: the first row.
+        """
         stop = start + len(out)
         number = int(np.searchsorted(self._starts, start, "right")) - 1
         while number < len(self._arrays) and self._starts[number] < stop:
@@ -141,7 +167,7 @@ class Rows:
 
 
 class RowNumbers(Rows):
-    """The number of each row: what tells, in shuffled batches, where a row is from."""
+    """The number of each row: in shuffled batches it identifies the row."""
 
     def __init__(self, count: int) -> None:
         super().__init__([], Maps(), "", (), np.dtype("<i8"))
@@ -152,7 +178,7 @@ class RowNumbers(Rows):
 
 
 class HookRows(Rows):
-    """The rows of one hook point: indexing gives torch tensors (rows, width) in the stored dtype."""
+    """The rows of one hook point: indexing returns tensors (rows, …) in the stored dtype."""
 
     def __init__(
         self, parts: Sequence[Part], maps: Maps, name: str, width: tuple[int, ...], precision: str
@@ -164,5 +190,5 @@ class HookRows(Rows):
         return self.tensor(self.numpy(index))
 
     def tensor(self, bits: np.ndarray) -> "torch.Tensor":
-        """A tensor in the stored dtype over the memory of an array of its bits."""
+        """A tensor in the stored dtype over the memory of an array of bits."""
         return file_format.tensor_from_bits(bits, self._precision)

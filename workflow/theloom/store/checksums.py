@@ -1,10 +1,9 @@
-"""Checksums: hashes of all that a file holds beside the rows, so that a change of any bit of it is
-found.
+"""Checksums: hashes of all that a file holds next to the rows, so that any changed bit is detected.
 
-Rows have a hash for each window and hook point. The rest of a file falls into three parts with a
-checksum each: HDF5's own metadata, the attributes and the directory; the tables that are written when
-the file is laid out; and what is known when it is finished. A checksum finds damage and mistakes; it
-does not keep out somebody who writes a new one.
+Rows have a hash for each window and hook point. The rest of a file has three parts with a checksum
+each: HDF5's own metadata with the attributes and the index; the tables that are written when the
+file is laid out; and the results, which are complete when it is finished. A checksum detects damage
+and mistakes; it does not keep out somebody who writes a new one.
 """
 
 import os
@@ -16,25 +15,33 @@ import xxhash
 from theloom.store import file_format, index
 from theloom.store.index import FileIndex
 
-CHECKSUMS = "checksums"  # of metadata, of tables, of results: in this order
-
-
+CHECKSUMS = "checksums"  # the dataset: of metadata, of tables, of results, in this order
 METADATA, TABLES, RESULTS = range(3)
 
 
-_READ_AT_ONCE = 1 << 20
+_READ_AT_ONCE = 1 << 20  # bytes
 
+_RESULTS = (
+    "windows/hash",
+    "windows/batch",
+    "commit_log",
+    "statistics/",
+)  # written after the file was laid out
 
-# written after the file was laid out; rows, and the checksums themselves, are in none of the three
-_RESULTS = ("windows/hash", "windows/batch", "commit_log", "statistics/")
-
-
+# rows have hashes of their own, and metrics change with every commit
 _NOT_CHECKSUMMED = ("hooks/", "metrics", CHECKSUMS)
 
 
 def compute_checksums(fd: int, listed: FileIndex, *which: int) -> dict[int, int]:
-    """These checksums of an open file, as it is. Metadata is all that the directory does not list,
-    itself included.
+    """Compute checksums of an open file as it is now.
+
+    Args:
+        fd: of the file, open for reading.
+        listed: its index. Metadata is every byte that the index does not list.
+        *which: METADATA, TABLES or RESULTS.
+
+    Returns:
+        XXH3-64 digests by METADATA, TABLES or RESULTS.
     """
     extents = sorted(
         (offset, size, name) for name, d in listed.datasets.items() for offset, size in d.extents
@@ -61,21 +68,35 @@ def _update(state: xxhash.xxh3_64, fd: int, start: int, stop: int) -> None:
 
 
 def write_checksums(path: Path, *which: int) -> None:
-    """Write these checksums of a closed file into it."""
+    """Compute checksums of a closed file and write them into it.
+
+    Args:
+        path: the file. No HDF5 handle of it may be open, since HDF5 writes metadata when it closes.
+        *which: METADATA, TABLES or RESULTS.
+    """
     with h5py.File(path, "r") as file:
         listed = index.read(file)
     with path.open("rb+") as f:
         offset = listed.datasets[CHECKSUMS].extents[0][0]
-        for number, found in compute_checksums(f.fileno(), listed, *which).items():
-            file_format.pwrite(f.fileno(), found.to_bytes(8, "little"), offset + 8 * number)
+        for number, digest in compute_checksums(f.fileno(), listed, *which).items():
+            file_format.pwrite(f.fileno(), digest.to_bytes(8, "little"), offset + 8 * number)
 
 
 def broken_checksums(fd: int, listed: FileIndex, *which: int) -> list[str]:
-    """Which parts of an open file are not as they were checksummed, in words."""
-    words = (
+    """Which parts of an open file differ from their checksums.
+
+    Args:
+        fd: of the file, open for reading.
+        listed: its index.
+        *which: the parts to check: METADATA, TABLES or RESULTS.
+
+    Returns:
+        The names of the parts that differ, as error messages have them; empty if none does.
+    """
+    names = (
         "its metadata",
         "its tables of tokens, documents and windows",
         "its log, hashes or statistics",
     )
-    found, written = compute_checksums(fd, listed, *which), listed.array(fd, CHECKSUMS).tolist()
-    return [words[number] for number in which if found[number] != written[number]]
+    computed, written = compute_checksums(fd, listed, *which), listed.array(fd, CHECKSUMS).tolist()
+    return [names[number] for number in which if computed[number] != written[number]]

@@ -1,10 +1,9 @@
-"""The commit log of a shard: which batches are on disk, and the check that they are what was
-written.
+"""The commit log of a shard: which batches are on disk, and the check that their rows are intact.
 
-Each batch has a record, written after its rows are synced. Its digest goes over the hashes of all
-that its batch and those before have written, so that a record vouches for the whole of what lies
-before it. What is hashed is a cell: one window of one hook point, numbered window by window;
-`windows/batch` says in which batch each of them came.
+Each batch has a record, written after its rows are synced. The digest of a record covers the hashes
+of everything that its batch and those before it have written, so that one record vouches for all
+that precedes it. The unit that is hashed is a cell: one window of one hook point, numbered window
+by window; `windows/batch` lists the batch of each cell.
 """
 
 import itertools
@@ -20,33 +19,58 @@ import xxhash
 from theloom.store import file_format
 from theloom.store.statistics import Statistics, tile_rows
 
-_TILES_AT_ONCE = 4
+_TILES_AT_ONCE = 4  # that one read takes from the file
 
-# `checksum` is the hash of the other three, so that a torn record is seen
+# `checksum` is the hash of the other three, so that a record that a power cut tore is detected
 RECORD = np.dtype([("batches", "<u8"), ("rows", "<u8"), ("digest", "<u8"), ("checksum", "<u8")])
 
 
 def record(batches: int, rows: int, digest: int) -> np.ndarray:
-    """One record: what a batch's end vouches for."""
-    found = np.zeros((), RECORD)
-    found["batches"], found["rows"], found["digest"] = batches, rows, digest
-    found["checksum"] = xxhash.xxh3_64_intdigest(found.tobytes()[:-8])
-    return found
+    """One record of the log.
+
+    Args:
+        batches: how many batches are on disk with this one.
+        rows: how many rows they have.
+        digest: of all their hashes, from `chain`.
+
+    Returns:
+        A scalar of type RECORD.
+    """
+    result = np.zeros((), RECORD)
+    result["batches"], result["rows"], result["digest"] = batches, rows, digest
+    result["checksum"] = xxhash.xxh3_64_intdigest(result.tobytes()[:-8])
+    return result
 
 
-def is_valid(found: np.ndarray) -> bool:
-    """Whether a record is whole."""
-    batches, rows, digest, check = found.tolist()
-    return bool(batches) and check == int(record(batches, rows, digest)["checksum"])
+def is_valid(log_record: np.ndarray) -> bool:
+    """Whether a record was written completely."""
+    batches, rows, digest, checksum = log_record.tolist()
+    return bool(batches) and checksum == int(record(batches, rows, digest)["checksum"])
 
 
 def committed(log_records: np.ndarray) -> int:
-    """Batches that the commit log of an unfinished or finished file vouches for."""
+    """How many batches a commit log vouches for.
+
+    Args:
+        log_records: the log of a finished or an unfinished file, (batches,) of type RECORD.
+
+    Returns:
+        The count of its last valid record; 0 if there is none.
+    """
     return next((int(r["batches"]) for r in log_records[::-1] if is_valid(r)), 0)
 
 
 def chain(digest: int, cells: np.ndarray, hashes: np.ndarray) -> int:
-    """The digest after one more batch: its cells in ascending order, and their hashes."""
+    """The digest after one more batch.
+
+    Args:
+        digest: after the batch before; 0 at first.
+        cells: of the batch, in ascending order, (cells,).
+        hashes: of their rows, (cells,) uint64.
+
+    Returns:
+        XXH3-64 of the digest, the cells and the hashes.
+    """
     state = xxhash.xxh3_64(digest.to_bytes(8, "little"))
     state.update(np.asarray(cells, "<u8").tobytes())
     state.update(np.ascontiguousarray(hashes, "<u8").tobytes())
@@ -54,15 +78,28 @@ def chain(digest: int, cells: np.ndarray, hashes: np.ndarray) -> int:
 
 
 def cells_by_batch(batch_of: np.ndarray, batches: int) -> list[np.ndarray]:
-    """The cells of each batch, in ascending order, from `windows/batch`."""
+    """The cells of each batch.
+
+    Args:
+        batch_of: `windows/batch`, (windows, hook points): the batch of each cell, from 1; 0: none.
+        batches: how many batches to return.
+
+    Returns:
+        For each batch its cells in ascending order.
+    """
     order = np.argsort(batch_of, axis=None, kind="stable")
     bounds = np.searchsorted(batch_of.reshape(-1)[order], np.arange(1, batches + 2))
     return [order[start:stop] for start, stop in itertools.pairwise(bounds.tolist())]
 
 
 def broken_records(file: h5py.File) -> list[int]:
-    """Batches of a finished file whose records are torn, or vouch for other hashes than the file
-    has.
+    """Batches of a finished file whose records are torn, or vouch for other hashes than it has.
+
+    Args:
+        file: an open shard.
+
+    Returns:
+        The numbers of the batches, from 1.
     """
     records, hashes, batch_of = (
         file["commit_log"][:],
@@ -71,22 +108,29 @@ def broken_records(file: h5py.File) -> list[int]:
     )
     digest, wrong = 0, []
     for number, cells in enumerate(cells_by_batch(batch_of, len(records)), start=1):
-        found = records[number - 1].astype(RECORD)
+        written = records[number - 1].astype(RECORD)
         digest = chain(digest, cells, hashes[cells])
-        if not is_valid(found) or int(found["batches"]) != number or int(found["digest"]) != digest:
+        if not _states(written, number, digest):
             wrong.append(number)
     return wrong
 
 
+def _states(written: np.ndarray, batches: int, digest: int) -> bool:
+    """Whether a record is valid, and has this number of batches and this digest."""
+    return (
+        is_valid(written)
+        and int(written["batches"]) == batches
+        and int(written["digest"]) == digest
+    )
+
+
 @dataclass(frozen=True)
 class Verified:
-    """What of an unfinished file is as it was written: so many batches, and the digest of the last
-    of them.
-    """
+    """How much of an unfinished file is intact."""
 
-    batches: int
-    vouched: int  # batches that the log claims
-    digest: int
+    batches: int  # that are intact, from the first on
+    vouched: int  # that the log claims
+    digest: int  # of the last intact one
 
 
 def recheck(
@@ -96,10 +140,16 @@ def recheck(
     precision: str,
     into: Mapping[str, Statistics],
 ) -> Verified:
-    """Read all that an unfinished file has committed, in the order of its batches, up to the first
-    that is not right.
+    """Read what an unfinished file has committed, batch by batch, up to the first damaged one.
 
-    Adds the rows that are right to the statistics by hook point.
+    The statistics are computed from the rows again, since a file has none before it is finished.
+
+    Args:
+        path: the unfinished file.
+        window_offset: first row of each window, (windows + 1,).
+        row_bytes: bytes of a row by hook point, in the order of the file.
+        precision: of the stored rows.
+        into: statistics by hook point, to which the rows of intact batches are added.
     """
     with h5py.File(path, "r") as file:
         records, hashes, batch_of = (
@@ -113,14 +163,9 @@ def recheck(
     with path.open("rb") as f:
         for batch, cells in enumerate(cells_by_batch(batch_of, vouched), start=1):
             after = chain(digest, cells, hashes[cells])
-            found = records[batch - 1]
-            if (
-                not is_valid(found)
-                or int(found["batches"]) != batch
-                or int(found["digest"]) != after
-            ):
+            if not _states(records[batch - 1], batch, after):
                 return Verified(batch - 1, vouched, digest)
-            parts = []
+            parts = []  # statistics take a batch only when all of its cells are intact
             for cell in cells.tolist():
                 window, number = divmod(cell, len(hooks))
                 begin, end = (int(r) for r in window_offset[window : window + 2])
@@ -142,11 +187,20 @@ def recheck(
 
 
 def tiles(fd: int, offset: int, rows: int, row_bytes: int, precision: str) -> Iterator[np.ndarray]:
-    """Consecutive rows of a file as bits, (rows, elements), a few tiles of the statistics at a
-    time.
+    """Consecutive rows of a file, a few tiles of the statistics at a time.
 
-    Where the tiles begin depends on the rows alone, so that statistics do not tell how often a job
-    was interrupted.
+    Where tiles begin depends on the rows alone, so that the statistics of an interrupted job equal
+    those of an uninterrupted one to the bit.
+
+    Args:
+        fd: of the file.
+        offset: of the first row, in bytes.
+        rows: how many rows.
+        row_bytes: bytes of a row.
+        precision: of the stored rows.
+
+    Yields:
+        The bits of rows, (rows, elements of a row), as `file_format.bits_dtype` has them.
     """
     dtype = file_format.bits_dtype(precision)
     step = tile_rows(row_bytes // dtype.itemsize) * _TILES_AT_ONCE

@@ -1,10 +1,10 @@
-"""Compressed rows: HDF5 chunks, shuffled and compressed by zstd in threads, written past HDF5's own
-filter pipeline.
+"""Compressed rows: HDF5 chunks, shuffled and compressed by zstd in threads.
 
-A shard is written and committed uncompressed, like any other, and packed into its final file when
-all its rows are there. A job killed meanwhile has lost nothing: the next one packs the `.partial`
-file anew. Any HDF5 program that has the filters shuffle and zstd (number 32015: h5py with the
-package hdf5plugin) reads the result.
+HDF5's own filters would run in one thread, under its global lock; `write_direct_chunk` bypasses
+them. A shard is written and committed uncompressed, like any other, and packed into its final file
+when all of its rows are there. A job that is killed while it packs has lost nothing: the next one
+packs the `.partial` file again. Any HDF5 program with the filters shuffle and zstd (number 32015;
+h5py with the package hdf5plugin) reads the result.
 """
 
 import os
@@ -25,14 +25,11 @@ from theloom.store.index import INDEX, write_index
 ZSTD_FILTER = 32015
 
 
-LEVEL = 1  # of residuals, higher ones save little more and take far longer
-
+LEVEL = 1  # higher levels make residuals little smaller and take far longer
 
 _CHUNK_BYTES = 1 << 18
 
-
-_CACHED_CHUNKS = 16
-
+_CACHED_CHUNKS = 16  # of a dataset, when it is read
 
 _local = threading.local()
 
@@ -42,7 +39,14 @@ Read = Callable[[int, int], np.ndarray]
 def create_packed(
     group: h5py.Group, name: str, shape: tuple[int, ...], type_id: h5py.h5t.TypeID
 ) -> h5py.Dataset:
-    """A chunked dataset whose filters are shuffle and zstd."""
+    """Create a chunked dataset whose filters are shuffle and zstd.
+
+    Args:
+        group: the file, or a group of it.
+        name: of the dataset; groups in it are created.
+        shape: of the dataset; a chunk holds whole rows, of 256 KiB or one.
+        type_id: its HDF5 type, from `file_format.hdf5_type`.
+    """
     row = type_id.get_size() * int(np.prod(shape[1:]))
     rows = min(max(1, _CHUNK_BYTES // max(1, row)), max(1, shape[0]))
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -50,8 +54,7 @@ def create_packed(
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     properties.set_obj_track_times(False)
     properties.set_shuffle()
-    # optional, or it could not be created where HDF5 has no zstd; no program that lacks it can read
-    # the chunks
+    # optional: a mandatory filter cannot be set where HDF5 lacks it, as h5py's own HDF5 does
     properties.set_filter(ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (LEVEL,))
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
@@ -62,7 +65,12 @@ def create_packed(
 
 
 def write(dataset: h5py.Dataset, read: Read) -> None:
-    """Fill a packed dataset from `read(start, stop)`, which gives rows as bits, (rows, …)."""
+    """Fill a packed dataset.
+
+    Args:
+        dataset: from `create_packed`.
+        read: called with the first row and the end; returns the bits of these rows, (rows, …).
+    """
     rows, step = dataset.shape[0], dataset.chunks[0]
     starts = range(0, rows, step)
     threads = len(os.sched_getaffinity(0))
@@ -86,8 +94,14 @@ def _packed(rows: np.ndarray, step: int) -> bytes:
 
 
 def pack_shard(partial: Path, path: Path) -> None:
-    """Write `path`, the packed form of a finished `.partial` file, and remove that. Raises
-    MemoryPlanError.
+    """Pack a finished `.partial` file, and remove it.
+
+    Args:
+        partial: the unpacked file, in which all rows are committed.
+        path: the shard's final file.
+
+    Raises:
+        MemoryPlanError: the disk is full.
     """
     packing = path.with_name(path.name + ".packing")
     try:
@@ -122,7 +136,7 @@ def _slices(array: np.ndarray) -> Read:
 
 
 def copy_all_but_rows(source: h5py.File, target: h5py.File) -> None:
-    """Attributes, tables, hashes, log and statistics."""
+    """Copy attributes, tables, hashes, log and statistics to another open file."""
     for name, value in source.attrs.items():
         target.attrs[name] = value
     for name in source:
@@ -131,8 +145,18 @@ def copy_all_but_rows(source: h5py.File, target: h5py.File) -> None:
 
 
 class PackedRows:
-    """The rows of a packed dataset, read chunk by chunk: `rows[a:b]`, `rows[array]`. The last
-    chunks are kept.
+    """The rows of a packed dataset, read chunk by chunk: `rows[a:b]`, `rows[array]`.
+
+    The chunks that were used last stay in memory.
+
+    Args:
+        path: the file.
+        name: of the dataset.
+        shape: of the dataset.
+        dtype: of its bits, from `file_format.bits_dtype`.
+
+    Raises:
+        StoreError: the file is damaged, or lacks chunks.
     """
 
     def __init__(self, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:

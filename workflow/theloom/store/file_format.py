@@ -1,7 +1,7 @@
 """What the HDF5 files have in common: element types, attributes, and raw contiguous datasets.
 
-Hidden states lie in contiguous datasets, so that a program can map them; FP32 and FP16 are HDF5's
-IEEE types, BF16 is a native HDF5 float of two bytes (8 exponent bits, 7 of mantissa), which HDF5
+Hidden states are stored in contiguous datasets, so that a program can map them. FP32 and FP16 are
+HDF5's IEEE types; BF16 is an HDF5 float of two bytes (8 exponent bits, 7 of mantissa), which HDF5
 tools read as numbers.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 
-# what h5py, and reading what it gives, may raise where a file's metadata is damaged
+# what h5py, and code that uses its values, may raise where the metadata of a file is damaged
 DAMAGE = (
     OSError,
     KeyError,
@@ -50,14 +50,21 @@ def bfloat16() -> h5py.h5t.TypeID:
 
 
 def hdf5_type(precision: str) -> h5py.h5t.TypeID:
-    """The HDF5 type of fp32, fp16 or bf16."""
+    """The HDF5 type of a precision: `fp32`, `fp16` or `bf16`."""
     if precision == "bf16":
         return bfloat16()
     return {"fp32": h5py.h5t.IEEE_F32LE, "fp16": h5py.h5t.IEEE_F16LE}[precision]
 
 
 def precision_of(dataset: h5py.Dataset) -> str:
-    """fp32, fp16 or bf16: the inverse of `hdf5_type`. Raises StoreError for any other type."""
+    """The precision of a dataset: the inverse of `hdf5_type`.
+
+    Returns:
+        `fp32`, `fp16` or `bf16`.
+
+    Raises:
+        StoreError: the dataset has another type.
+    """
     t = dataset.id.get_type()
     for precision in ("fp32", "fp16", "bf16"):
         if t.equal(hdf5_type(precision)):
@@ -66,8 +73,18 @@ def precision_of(dataset: h5py.Dataset) -> str:
 
 
 def bits(tensor: "torch.Tensor") -> np.ndarray:
-    """The bytes of a CPU tensor as an array of unsigned integers of its item size, without a copy
-    if contiguous.
+    """The bits of a CPU tensor as unsigned integers, since NumPy has no bfloat16.
+
+    Args:
+        tensor: of elements of two or four bytes.
+
+    Returns:
+        An array of the same shape; it shares memory with a contiguous tensor.
+
+    Example:
+        >>> import torch
+        >>> hex(bits(torch.ones(1, dtype=torch.bfloat16)).item())
+        '0x3f80'
     """
     import torch
 
@@ -81,7 +98,15 @@ def raw_bytes(tensor: "torch.Tensor") -> memoryview:
 
 
 def tensor_from_bits(array: np.ndarray, precision: str) -> "torch.Tensor":
-    """The inverse of `bits`: a tensor over the same memory."""
+    """The inverse of `bits`.
+
+    Args:
+        array: bits of elements.
+        precision: `fp32`, `fp16` or `bf16`.
+
+    Returns:
+        A tensor of the same shape over the same memory.
+    """
     import torch
 
     from theloom.precision import torch_dtype
@@ -97,16 +122,20 @@ def bits_dtype(precision: str) -> np.dtype:
 def create_contiguous(
     group: h5py.Group, name: str, shape: tuple[int, ...], type_id: h5py.h5t.TypeID
 ) -> h5py.Dataset:
-    """A contiguous dataset whose offset in the file is fixed at once and whose bytes are not
-    written.
+    """Create a contiguous dataset whose offset is fixed at once and whose bytes are not written.
+
+    Args:
+        group: the file, or a group of it.
+        name: of the dataset; groups in it are created.
+        shape: of the dataset.
+        type_id: its HDF5 type, from `hdf5_type`.
     """
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    properties.set_obj_track_times(
-        False
-    )  # a time in the metadata would make two runs' files differ
+    # with a time in the metadata, two equal runs would have different files
+    properties.set_obj_track_times(False)
     space = h5py.h5s.create_simple(shape)
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
@@ -116,23 +145,23 @@ def create_contiguous(
 
 
 def hook_path(hook: str) -> str:
-    """Where a hook point's rows lie in a file."""
+    """The name of the dataset of a hook point's rows."""
     return f"hooks/{hook}/activations"
 
 
 def byte_offset(dataset: h5py.Dataset) -> int:
-    """Where a contiguous dataset's bytes begin in its file; 0 for an empty one, which has none."""
+    """Where the bytes of a contiguous dataset begin in its file; 0 for an empty one."""
     return dataset.id.get_offset() or 0
 
 
 def fixed_strings(values: list[str]) -> np.ndarray:
-    """UTF-8 strings of fixed length: they lie in the dataset itself, not in HDF5's global heap."""
+    """UTF-8 strings of fixed length, which HDF5 stores in the dataset itself, not in its heap."""
     encoded = [v.encode() for v in values]
     return np.array(encoded, dtype=f"S{max(map(len, encoded), default=1) or 1}")
 
 
 def set_attributes(group: h5py.Group, attributes: Mapping[str, Any]) -> None:
-    """Write attributes; what HDF5 has no type for (dicts, lists, None) as JSON text."""
+    """Write attributes; values that HDF5 has no type for (dicts, lists, None) become JSON."""
     for name, value in attributes.items():
         if isinstance(value, list | dict | tuple) or value is None:
             value = json.dumps(value)
@@ -140,7 +169,7 @@ def set_attributes(group: h5py.Group, attributes: Mapping[str, Any]) -> None:
 
 
 def pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all bytes at a offset of a file."""
+    """Write all bytes at an offset of a file; `os.pwrite` may write fewer."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
@@ -148,8 +177,9 @@ def pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether an error says that a disk or a quota is full; HDF5 says so in its text alone, in
-    errors of any type.
+    """Whether an error means that a disk or a quota is full.
+
+    HDF5 reports that in the text alone, in errors of any type.
     """
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(
@@ -158,29 +188,35 @@ def is_full(error: Exception) -> bool:
 
 
 def no_room(folder: Path, what: str, needed: int) -> MemoryPlanError:
-    """The error for a full disk: what was to be written, the bytes that it needs and those that
-    there are.
+    """The error for a full disk.
+
+    Args:
+        folder: where the file was to be written.
+        what: the file, as the message names it.
+        needed: its size in bytes.
     """
     free = shutil.disk_usage(folder).free
     return MemoryPlanError(
-        f"{folder}: no room for {what} of {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; free disk space and run "
-        "again, which goes on from what is written, or ask for fewer hook points, fewer tokens or a smaller store.dtype"
+        f"{folder}: no room for {what} of {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "
+        "free disk space and run again, which resumes from what is written, or request fewer hook "
+        "points, fewer tokens or a smaller store.dtype"
     )
 
 
 def too_many_files(path: Path) -> StoreError:
-    """The error for a process that may open no more files: HDF5 itself would read zeros."""
+    """The error for a process that may open no more files, where HDF5 would read zeros."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return StoreError(
-        f"{path}: cannot be opened, this process may have {limit} files open at once; raise the limit (ulimit -n), or "
-        "set store.merge=physical"
+        f"{path}: cannot be opened, this process may have {limit} files open at once; "
+        "raise the limit (ulimit -n), or set store.merge=physical"
     )
 
 
 def damaged(path: str | Path, error: Exception) -> StoreError:
-    """The error for a file of which HDF5 cannot make sense."""
+    """The error for a file that HDF5 cannot read."""
     return StoreError(
-        f"{path}: is damaged ({' '.join(str(error).split())}); run the pipeline again, or fetch the file again"
+        f"{path}: is damaged ({' '.join(str(error).split())}); run the pipeline again, "
+        "or fetch the file again"
     )
 
 
@@ -194,8 +230,14 @@ def sync(path: Path) -> None:
 
 
 def open_h5(path: str | Path, kind: str) -> h5py.File:
-    """Open one of the run's files for reading, and check that it is of that kind and of a format
-    that we know.
+    """Open one of a run's files for reading, and check its format.
+
+    Args:
+        path: the file.
+        kind: `activations`, `tokens`, `estimate`, `model` or `verification`.
+
+    Raises:
+        StoreError: the file is missing, unreadable, of another kind or of another version.
     """
     file = open_any(Path(path))
     try:
@@ -207,8 +249,10 @@ def open_h5(path: str | Path, kind: str) -> h5py.File:
 
 
 def open_any(path: Path) -> h5py.File:
-    """Open a file for reading. Raises StoreError where it is not there, not HDF5, or one open file
-    too many.
+    """Open an HDF5 file for reading.
+
+    Raises:
+        StoreError: the file is missing or not HDF5, or the process may open no more files.
     """
     if path.is_dir():
         raise StoreError(
@@ -224,25 +268,40 @@ def open_any(path: Path) -> h5py.File:
         raise StoreError(f"{path}: {_why_unreadable(str(error))}") from None
 
 
-def _why_unreadable(said: str) -> str:
-    """What HDF5 said of a file that it does not open, and what to do."""
-    if match := re.search(r"truncated file: eof = (\d+), .*stored_eof = (\d+)", said):
-        return f"cut short, {int(match[1]):,} of {int(match[2]):,} bytes are there; copy it again, or run the pipeline"
-    if "file signature not found" in said:
+def _why_unreadable(message: str) -> str:
+    """Why HDF5 does not open a file, by its message, and what to do."""
+    if match := re.search(r"truncated file: eof = (\d+), .*stored_eof = (\d+)", message):
+        return (
+            f"cut short, {int(match[1]):,} of {int(match[2]):,} bytes are there; "
+            "copy it again, or run the pipeline"
+        )
+    if "file signature not found" in message:
         return "cannot be read as HDF5 (it is none); give activations.h5 or a shard of a run"
-    return f"cannot be read as HDF5 ({' '.join(said.split())}); copy it again, or run the pipeline"
+    return (
+        f"cannot be read as HDF5 ({' '.join(message.split())}); copy it again, or run the pipeline"
+    )
 
 
-def _format(found: Any, version: Any) -> str:
-    return "a file of another program" if found is None else f"{found} version {version}"
+def _format(name: Any, version: Any) -> str:
+    return "a file of another program" if name is None else f"{name} version {version}"
 
 
 def check_format(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
-    """That a file's attributes name this kind and this version of the format. Raises StoreError."""
-    found, version = attributes.get("format"), attributes.get("format_version")
-    if found != f"theloom.{kind}" or version != FORMAT_VERSION:
+    """Check that the attributes of a file name this kind and this version of the format.
+
+    Args:
+        path: the file, for the message.
+        kind: as of `open_h5`.
+        attributes: of its root.
+
+    Raises:
+        StoreError: they name another kind or version.
+    """
+    name, version = attributes.get("format"), attributes.get("format_version")
+    if name != f"theloom.{kind}" or version != FORMAT_VERSION:
         raise StoreError(
-            f"{path}: not a file of theloom.{kind} version {FORMAT_VERSION}, found {_format(found, version)}; "
+            f"{path}: not a file of theloom.{kind} version {FORMAT_VERSION}, "
+            f"found {_format(name, version)}; "
             + (
                 "give activations.h5 or a shard of a run"
                 if kind == "activations"
@@ -251,9 +310,9 @@ def check_format(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
         )
 
 
-# where a shard's time went; seconds_disk is the writer's own, the others are its caller's; block by
-# block the weights are read and waited for. peak_memory and predicted_memory are bytes, oom_level
-# says how often batch and chunk were halved: of these three the largest counts
+# Where a shard's time went, and its memory, as `metrics` of its file lists them (file-format.md has
+# their meanings). The writer sets seconds_disk, its caller the others. peak_memory and
+# predicted_memory are bytes; a merge takes the largest of these two and of oom_level, else the sum.
 METRICS = (
     "seconds_total",
     "seconds_forward",

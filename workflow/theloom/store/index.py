@@ -1,8 +1,8 @@
-"""The directory of a file: its attributes, and where each of its datasets lies, in one small
+"""The index of a file: its attributes, and where each of its datasets is stored, in one small
 dataset of JSON.
 
-Whoever reads ten thousand shards asks HDF5 for one object of each, instead of for all of them, and
-then reads bytes at offsets that it knows. A file that has none is requested object by object.
+A reader of ten thousand shards has HDF5 open one object of each, the index, instead of all of them,
+and then reads bytes at known offsets. Of a file without an index the objects are opened one by one.
 """
 
 import json
@@ -26,8 +26,9 @@ Extent = tuple[int, int]
 class Dataset:
     """A dataset's shape and type, and the offsets and sizes in bytes of what is stored of it.
 
-    A contiguous one has a single extent, or none if it is empty; one in chunks those of its chunks,
-    run by run; a virtual one has none. `type` is numpy's; of hidden states it says nothing.
+    A contiguous dataset has a single extent, or none if it is empty; a chunked one has the extents
+    of its chunks, adjacent ones joined; a virtual one has none. `type` is NumPy's; it is empty for
+    hidden states, since NumPy has no bfloat16.
     """
 
     shape: tuple[int, ...]
@@ -43,47 +44,56 @@ class Dataset:
 
 @dataclass(frozen=True)
 class FileIndex:
-    """Of one file."""
+    """The index of one file: attributes of the root, and datasets by name."""
 
     path: Path
     attributes: dict[str, Any]
     datasets: dict[str, Dataset]
 
     def array(self, fd: int, name: str) -> np.ndarray:
-        """The content of a small contiguous dataset, read from the open file."""
-        found = self.datasets[name]
-        dtype = RECORD if name == "commit_log" else np.dtype(found.type)
-        data = b"".join(os.pread(fd, size, offset) for offset, size in found.extents)
-        return np.frombuffer(data, dtype).reshape(found.shape)
+        """The content of a small contiguous dataset.
+
+        Args:
+            fd: of the file, open for reading.
+            name: of the dataset.
+        """
+        dataset = self.datasets[name]
+        dtype = RECORD if name == "commit_log" else np.dtype(dataset.type)
+        data = b"".join(os.pread(fd, size, offset) for offset, size in dataset.extents)
+        return np.frombuffer(data, dtype).reshape(dataset.shape)
 
 
 def read(file: h5py.File) -> FileIndex:
-    """The directory of an open file. Raises one of `layout.DAMAGE` for one that is damaged."""
+    """Read the index of an open file; one without an index is read object by object.
+
+    Raises:
+        file_format.DAMAGE: any of these, where the file is damaged.
+    """
     if INDEX not in file:
         return derive(file)
     identity = h5py.h5d.open(file.id, INDEX.encode())
     data = np.empty(identity.shape, "u1")
     identity.read(h5py.h5s.ALL, h5py.h5s.ALL, data)
-    found = json.loads(data.tobytes())
+    content = json.loads(data.tobytes())
     datasets = {
         n: Dataset(tuple(s), t, k, [(a, b) for a, b in e])
-        for n, (s, t, k, e) in found["datasets"].items()
+        for n, (s, t, k, e) in content["datasets"].items()
     }
-    return FileIndex(Path(file.filename), found["attributes"], datasets)
+    return FileIndex(Path(file.filename), content["attributes"], datasets)
 
 
 def write_index(file: h5py.File) -> None:
-    """Give a file its directory, when all else in it has its offset."""
+    """Write the index of an open file, or replace it; all other datasets must be there by now."""
     if INDEX in file:
         del file[INDEX]
-    found = derive(file)
-    datasets = {n: [d.shape, d.type, d.layout, d.extents] for n, d in found.datasets.items()}
-    text = json.dumps({"attributes": found.attributes, "datasets": datasets})
+    derived = derive(file)
+    datasets = {n: [d.shape, d.type, d.layout, d.extents] for n, d in derived.datasets.items()}
+    text = json.dumps({"attributes": derived.attributes, "datasets": datasets})
     file[INDEX] = np.frombuffer(text.encode(), "u1")
 
 
 def derive(file: h5py.File) -> FileIndex:
-    """What HDF5 says of every object of an open file."""
+    """Compute the index of an open file from its HDF5 objects."""
     objects: list[tuple[str, h5py.Dataset]] = []
     file.visititems(
         lambda name, item: objects.append((name, item)) if isinstance(item, h5py.Dataset) else None
@@ -105,11 +115,11 @@ def _dataset(name: str, item: h5py.Dataset) -> Dataset:
 
 
 def _runs(extents: list[Extent]) -> list[Extent]:
-    """Extents in the order of their offsets, those that touch as one."""
-    found: list[Extent] = []
+    """Extents in ascending order, adjacent ones joined."""
+    runs: list[Extent] = []
     for offset, size in sorted(extents):
-        if found and sum(found[-1]) == offset:
-            found[-1] = (found[-1][0], found[-1][1] + size)
+        if runs and sum(runs[-1]) == offset:
+            runs[-1] = (runs[-1][0], runs[-1][1] + size)
         else:
-            found.append((offset, size))
-    return found
+            runs.append((offset, size))
+    return runs

@@ -1,4 +1,4 @@
-"""One writer for a file: a lock that the kernel lets go when its process ends, however it ends."""
+"""One writer for a file: a lock that the kernel releases when its process ends, however it ends."""
 
 import errno
 import fcntl
@@ -12,8 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class WriterLock:
-    """Holds `<file>.lock` from `take` to `release`. Raises StoreError where another process, or
-    writer, has it.
+    """Holds `<file>.lock` from `take` to `release`.
+
+    Args:
+        path: the file that is to be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,6 +24,11 @@ class WriterLock:
         self._fd = -1
 
     def take(self) -> None:
+        """Take the lock, without waiting.
+
+        Raises:
+            StoreError: another process, or another writer of this one, holds it.
+        """
         while self._fd < 0:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -33,7 +40,8 @@ class WriterLock:
                     if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                         raise
                     raise StoreError(
-                        f"{self._target}: another job writes it (process {holder or 'unknown'}); wait for it, or end it"
+                        f"{self._target}: another job writes it (process "
+                        f"{holder or 'unknown'}); wait for it, or end it"
                     ) from None
                 log.warning(
                     "%s: this file system has no locks: nothing keeps a second writer out",
@@ -43,10 +51,11 @@ class WriterLock:
                 self._fd = fd
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"{os.getpid()} on {os.uname().nodename}".encode(), 0)
-            else:  # its last holder removed it between our opening and our locking
+            else:  # its last holder removed it after this process opened it and before it locked it
                 os.close(fd)
 
     def release(self) -> None:
+        """Remove the lock file and release the lock; does nothing if it is not held."""
         if self._fd >= 0:
             self._path.unlink(missing_ok=True)
             os.close(self._fd)

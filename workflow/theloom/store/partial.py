@@ -1,19 +1,22 @@
-"""Unfinished shards: where they lie, and what a job that resumes one needs of it."""
+"""Unfinished shards: where they are, and what a job that resumes one reads from it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 
 from theloom.store import commit_log
 
-if TYPE_CHECKING:
-    pass
-
 
 def begun(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The attributes of the unfinished file of a shard, None where there is none that can be gone
-    on with.
+    """The attributes of a shard's unfinished file.
+
+    Args:
+        path: the shard's final file.
+        fingerprint: of the job; a file with another one cannot be resumed.
+
+    Returns:
+        The attributes; None if there is no file that can be resumed.
     """
     try:
         with h5py.File(partial_of(path), "r") as file:
@@ -23,8 +26,14 @@ def begun(path: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def batches_logged(path: Path, fingerprint: str) -> int:
-    """The batches that the unfinished file of a shard vouches for, unread; 0 where there is none to
-    be gone on with.
+    """How many batches a shard's unfinished file claims to have committed; their rows are not read.
+
+    Args:
+        path: the shard's final file.
+        fingerprint: of the job; a file with another one cannot be resumed.
+
+    Returns:
+        The number of batches; 0 if there is no file that can be resumed.
     """
     try:
         with h5py.File(partial_of(path), "r") as file:
@@ -38,5 +47,5 @@ def batches_logged(path: Path, fingerprint: str) -> int:
 
 
 def partial_of(path: Path) -> Path:
-    """Where the unfinished file of a shard is."""
+    """The path of a shard's unfinished file."""
     return path.with_name(path.name + ".partial")

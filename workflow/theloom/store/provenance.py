@@ -1,5 +1,5 @@
-"""Where a file came from, as attributes: versions, code, config. No secret, and no path of a user's
-home.
+"""Where a file came from, as attributes: versions, code, config. They hold no secret, and no path
+of a user's home.
 """
 
 import platform
@@ -27,7 +27,16 @@ PACKAGES = (
 
 
 def attributes(file_kind: str, **others: Any) -> dict[str, Any]:
-    """The attributes that every file carries: format, versions, code, and what the stage adds."""
+    """The attributes that every file has: format, versions, code, and those that the stage adds.
+
+    Args:
+        file_kind: `activations`, `tokens`, `estimate`, `model` or `verification`.
+        **others: what the stage adds; the user's home folder in them becomes `~`.
+
+    Example:
+        >>> attributes("tokens", source="a/model")["format"]
+        'theloom.tokens'
+    """
     return {
         "format": f"theloom.{file_kind}",
         "format_version": file_format.FORMAT_VERSION,
@@ -38,7 +47,7 @@ def attributes(file_kind: str, **others: Any) -> dict[str, Any]:
 
 
 def package_version(package: str) -> str | None:
-    """The version of an installed package, None where it is not."""
+    """The version of a package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -47,8 +56,8 @@ def package_version(package: str) -> str | None:
 
 @cache
 def code_version() -> str:
-    """The commit of the checkout that runs, `+` where it has changes; the package's version outside
-    a checkout.
+    """The commit of the checkout that runs, with `+` if it has changes; outside of a checkout the
+    version of the package.
     """
     checkout = locations.checkout()
     if checkout is not None:
@@ -64,7 +73,7 @@ def code_version() -> str:
 
 
 def without_home(value: Any) -> Any:
-    """The same value with the user's home folder written as `~` in every text."""
+    """The same value with the user's home folder written as `~` in every string."""
     if isinstance(value, str):
         home = str(Path.home())
         return re.sub(rf"(?<![\w.-]){re.escape(home)}(?=/|$)", "~", value) if home != "/" else value

@@ -1,12 +1,12 @@
-"""Statistics of a hook point's rows: for each element of a row count, mean and variance; the mean
-norm; what is wrong.
+"""Statistics of a hook point's rows: count, mean and variance of each element of a row; the mean
+norm; the number of nonfinite values.
 
-Tiles of rows are reduced in float32, as deviations from the mean of what came before, and put
-together in float64 by Chan's formula for the mean and the squared deviations of two sets. So a mean
-that is large against the spread costs no digits (where a tile's mean is far from those before it,
-their distance is most of the variance), the order of shards matters by rounding alone, and memory
-does not grow with the rows. Values that are not finite are counted, and left out of all else; a
-score of a masked key, which is -inf, is left out and not counted.
+Tiles of rows are reduced in float32, as deviations from the mean of the rows before, and combined
+in float64 by the formula of Chan, Golub and LeVeque for the mean and the squared deviations of two
+sets. So a mean that is large compared to the spread costs no digits (where a tile's mean is far
+from those before it, their distance is most of the variance), the order of shards matters by
+rounding alone, and memory does not grow with the rows. Nonfinite values are counted, and left out
+of everything else; the score of a masked key, which is -inf, is left out and not counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,16 +17,15 @@ import numpy as np
 
 from theloom.hooks.points import SCORES
 
-_TILE = 1 << 18  # elements: a core's second cache holds them
+_TILE = 1 << 18  # elements: the L2 cache of a core holds them
 
-
-_MOST_ROWS = 1024  # that are added up in float32
+_MOST_ROWS = 1024  # that are summed in float32
 
 
 @dataclass
 class Statistics:
-    """Of one hook point. `count`, `mean`, `m2` (summed squared deviations from the mean):
-    (elements of a row,).
+    """Of one hook point. `count`, `mean` and `m2` (the sum of squared deviations from the mean)
+    have the shape (elements of a row,).
     """
 
     masked: bool
@@ -36,13 +35,11 @@ class Statistics:
     rows: int = 0
     norm_sum: float = 0.0  # sum of the rows' Euclidean norms
     nonfinite: int = 0
-    infinite: int = 0  # of those: where the store is fp16, mostly values beyond 65,504
+    infinite: int = 0  # of the nonfinite: where the store is fp16, mostly values beyond 65,504
 
     @property
     def variance(self) -> np.ndarray:
-        """By element of a row, of the values themselves (not of a larger population): (elements of
-        a row,).
-        """
+        """The population variance by element of a row, (elements of a row,)."""
         return self.m2 / np.maximum(self.count, 1)
 
     @property
@@ -62,7 +59,12 @@ class Statistics:
         return float((self.m2.sum() + between) / max(1.0, self.count.sum()))
 
     def add(self, bits: np.ndarray, precision: str) -> None:
-        """Rows as `layout.bits` gives them, (rows, …)."""
+        """Add rows.
+
+        Args:
+            bits: of the rows, (rows, …), as `file_format.bits` returns them.
+            precision: `fp32`, `fp16` or `bf16`.
+        """
         flat = bits.reshape(len(bits), -1)
         step = tile_rows(flat.shape[1])
         for start in range(0, len(flat), step):
@@ -71,23 +73,22 @@ class Statistics:
     def _add_tile(self, bits: np.ndarray, precision: str) -> None:
         tile = _as_float32(bits, precision)
         self.rows += len(tile)
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # what float32 cannot sum is looked for, and summed wider
+        # what overflows in float32 is detected below, and summed in float64
+        with np.errstate(over="ignore", invalid="ignore"):
             squared_norms = np.vecdot(tile, tile)
             if np.isfinite(squared_norms).all():
                 if self._add_finite(tile, np.shares_memory(tile, bits)):
                     self.norm_sum += float(np.sqrt(squared_norms).sum(dtype="f8"))
                     return
-                tile = _as_float32(bits, precision)  # which has been overwritten
+                tile = _as_float32(bits, precision)  # `_add_finite` has overwritten it
         self._add_with_gaps(tile)
 
     def _add_finite(self, tile: np.ndarray, shared: bool) -> bool:
-        """Add rows without gaps, and overwrite them unless they are shared; False, and nothing
-        added, on overflow.
+        """Add finite rows, and overwrite them unless they are shared; returns False, and adds
+        nothing, on overflow.
         """
         ones, many = np.ones(len(tile), "f4"), np.float64(len(tile))
-        # the mean of fewer rows than these is too rough a guess of theirs
+        # the mean of fewer rows than the tile has is too rough an estimate of its mean
         about = (
             self.mean.astype("f4") if self.count.min() >= many else (ones @ tile) / np.float32(many)
         )
@@ -111,7 +112,7 @@ class Statistics:
         self._join(count, mean, (np.where(finite, values - mean, 0.0) ** 2).sum(axis=0))
 
     def join(self, other: "Statistics") -> None:
-        """Add what another file's rows have."""
+        """Add the statistics of other rows, such as those of another shard."""
         self._join(other.count, other.mean, other.m2)
         for name in ("rows", "norm_sum", "nonfinite", "infinite"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -125,7 +126,7 @@ class Statistics:
 
 
 def tile_rows(width: int) -> int:
-    """Rows of that many elements that are reduced together."""
+    """How many rows of `width` elements are reduced together."""
     return min(max(1, _TILE // max(1, width)), _MOST_ROWS)
 
 
@@ -138,7 +139,20 @@ def _as_float32(bits: np.ndarray, precision: str) -> np.ndarray:
 
 
 def empty_statistics(hook: str, width: int) -> Statistics:
-    """Statistics of no rows yet."""
+    """Statistics of a hook point without rows.
+
+    Args:
+        hook: its name; scores of attention may be -inf.
+        width: elements of a row.
+
+    Example:
+        >>> import numpy as np
+        >>> statistics = empty_statistics("blocks.0.hook_resid_post", 2)
+        >>> rows = np.array([[1, 2], [3, 6]], "<f4")
+        >>> statistics.add(rows.view("<u4"), "fp32")
+        >>> statistics.mean.tolist(), statistics.variance.tolist()
+        ([2.0, 4.0], [1.0, 4.0])
+    """
     return Statistics(hook.endswith(SCORES), np.zeros(width), np.zeros(width), np.zeros(width))
 
 
@@ -149,8 +163,12 @@ _BY_HOOK = ("rows", "norm_sum", "nonfinite", "infinite")
 
 
 def create_statistics(file: h5py.File, widths: Sequence[int]) -> None:
-    """Room for the statistics of all hook points: by element one after the other, `first` says
-    where each begins.
+    """Create the datasets of the statistics, filled with zeros.
+
+    Args:
+        file: an open file.
+        widths: elements of a row, by hook point. Their elements follow each other; `offset` holds
+            where each begins.
     """
     file["statistics/offset"] = np.concatenate([[0], np.cumsum(widths)]).astype("<i8")
     for name in _BY_ELEMENT:
@@ -160,29 +178,34 @@ def create_statistics(file: h5py.File, widths: Sequence[int]) -> None:
 
 
 def statistics_columns(of_hooks: Sequence[Statistics]) -> dict[str, np.ndarray]:
-    """The content of those datasets, by name."""
-    found = {
+    """The content of the datasets of `create_statistics`, by name."""
+    columns = {
         name: np.concatenate([getattr(s, name) for s in of_hooks] or [np.zeros(0)])
         for name in _BY_ELEMENT
     }
-    found |= {name: np.array([getattr(s, name) for s in of_hooks], "<f8") for name in _BY_HOOK}
+    columns |= {name: np.array([getattr(s, name) for s in of_hooks], "<f8") for name in _BY_HOOK}
     return {
-        f"statistics/{name}": np.ascontiguousarray(value, "<f8") for name, value in found.items()
+        f"statistics/{name}": np.ascontiguousarray(value, "<f8") for name, value in columns.items()
     }
 
 
 def read_statistics(array: Callable[[str], np.ndarray], hooks: Sequence[str]) -> list[Statistics]:
-    """The inverse of `columns`; `array` gives the content of a dataset."""
-    first = array("statistics/offset")
+    """Read the statistics of all hook points.
+
+    Args:
+        array: returns the content of a dataset by its name.
+        hooks: names of the hook points, in the order of the file.
+    """
+    offset = array("statistics/offset")
     by_element = {name: array(f"statistics/{name}") for name in _BY_ELEMENT}
     by_hook = {name: array(f"statistics/{name}").tolist() for name in _BY_HOOK}
-    found = []
+    result = []
     for number, hook in enumerate(hooks):
-        part = slice(int(first[number]), int(first[number + 1]))
+        part = slice(int(offset[number]), int(offset[number + 1]))
         count, mean, m2 = (by_element[name][part] for name in _BY_ELEMENT)
         rows, norm_sum, nonfinite, infinite = (by_hook[name][number] for name in _BY_HOOK)
         masked = hook.endswith(SCORES)
-        found.append(
+        result.append(
             Statistics(masked, count, mean, m2, int(rows), norm_sum, int(nonfinite), int(infinite))
         )
-    return found
+    return result

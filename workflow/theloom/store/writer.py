@@ -5,11 +5,11 @@ are written, at offsets that are known beforehand: rows of hidden states, their 
 what is committed. They go through `os.pwrite`, not through HDF5: HDF5 would keep metadata in memory
 and write it when it likes, and a thread would wait for its global lock.
 
-A commit is data, fdatasync, log record, fdatasync. A disk may write in any order what is not synced;
-without the first fdatasync a record could be on disk before the rows that it vouches for, and
-without the second a job would count batches as committed that a power cut takes away. So whatever
-the log lists is on disk, and a job that dies loses no more than what came after its last record.
-fdatasync suffices, since the size of the file never changes. The unfinished file is
+A commit is data, fdatasync, log record, fdatasync. A disk may write in any order what is not
+synced: without the first fdatasync a record could be on disk before the rows that it vouches for,
+and without the second a job would count batches as committed that a power cut takes away. So
+whatever the log lists is on disk, and a job that dies loses no more than what came after its last
+record. fdatasync suffices, since the size of the file never changes. The unfinished file is
 `<shard>.partial`, which the next job resumes; the finished one is renamed.
 
 A commit runs in a thread while the next batches are written. So do the statistics: threads read the
@@ -43,24 +43,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A commit's two waits cost their latency whatever its size. It is as large as keeps that below a
-# twentieth of its time on the disk at hand, between these bounds: the second is what a killed job
-# loses at most.
+# The two syncs of a commit cost their latency whatever its size. So a commit is large enough to
+# keep that below a twentieth of its time on this disk, within bounds: from COMMIT_BYTES to
+# MOST_TIMES_THAT as many, which is the most that a killed job loses.
 COMMIT_BYTES, MOST_TIMES_THAT = 8 << 20, 8
-
 
 _LATENCY_SHARE = 0.05
 
-COUNTERS = 2  # threads that estimate the statistics, each of hook points of its own
+COUNTERS = 2  # threads that compute the statistics, each of its own hook points
 
 
 class ShardWriter:
     """Writes rows window by window, in any order, and commits batch by batch, in a fixed order.
 
-    `batches_done` says how many batches an earlier job has committed: the caller goes on behind
-    them. `figures` starts with what earlier jobs had committed, and is committed with the rows. Use
-    it as a context manager; `finish` gives the file its name, and leaving without it keeps the
-    `.partial` for the next job. One thread may call it.
+    Use it as a context manager; `finish` gives the file its final name, and leaving without it
+    keeps the `.partial` for the next job. `batches_done` counts the batches that earlier jobs have
+    committed: the caller resumes after them. `metrics` starts with what earlier jobs committed, and
+    is committed with the rows. Only one thread may call the methods.
+
+    Args:
+        path: the shard's final file.
+        spec: what the shard will hold.
+
+    Raises:
+        StoreError: on entry, if another writer has the file.
+        MemoryPlanError: on entry, or while writing, if the disk is full.
     """
 
     def __init__(self, path: Path, spec: ShardSpec) -> None:
@@ -76,14 +83,13 @@ class ShardWriter:
         self._statistics = {
             p.name: statistics.empty_statistics(p.name, p.width(spec.keys)) for p in spec.points
         }
-        self._begun: dict[
-            tuple[int, str], tuple[xxhash.xxh3_64, int]
-        ] = {}  # windows of which a part is written
-        self._hashes: dict[int, int] = {}  # of what this batch wrote, by cell (`commit`)
+        # windows of which a part is written: the state of their hash, and how many rows there are
+        self._unfinished: dict[tuple[int, str], tuple[xxhash.xxh3_64, int]] = {}
+        self._hashes: dict[int, int] = {}  # of what this batch wrote, by cell (`commit_log`)
         self._digest = 0
         self._records: list[np.ndarray] = []  # of batches that are written and not committed
         self._uncommitted = 0
-        self.commit_bytes = COMMIT_BYTES  # what a commit holds, by the disk at hand
+        self.commit_bytes = COMMIT_BYTES  # of the next commit: adapted to the disk after each
         self._seconds_writing = 0.0
         self._fd = -1
 
@@ -91,7 +97,7 @@ class ShardWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock.take()
         try:
-            if not self._take_up():
+            if not self._can_resume():
                 self._create()
             with h5py.File(self.partial, "r") as file:
                 self._offsets = shard_file.byte_offsets(file, self._spec.points)
@@ -115,12 +121,19 @@ class ShardWriter:
         self._close()
 
     def write(self, window: int, hook: str, start: int, rows: "torch.Tensor") -> None:
-        """Rows of one hook point for the positions from `start` of a window: (positions, …), in
-        stored dtype.
+        """Write rows of one hook point and window. The chunks of a window are written in order.
 
-        Rows over keys may have less of them than the file: the others are filled as those of masked
-        ones. The chunks of a window come in order. The tensor is the caller's again when this
-        returns.
+        Args:
+            window: its number in the shard.
+            hook: name of the hook point.
+            start: the position of the first row in the window.
+            rows: (positions, …), on the CPU, in the stored dtype. The caller may reuse the memory
+                as soon as this returns. Attention may have fewer keys than the file: the others
+                are filled with the value of masked keys.
+
+        Raises:
+            ValueError: the rows do not follow those before, or exceed the window.
+            MemoryPlanError: the disk is full.
         """
         first = int(self._spec.tokens.window_offset[window])
         length = int(self._spec.tokens.window_offset[window + 1]) - first
@@ -128,7 +141,7 @@ class ShardWriter:
         if point.over_keys:
             rows = _with_all_keys(rows, self._spec.keys, point.fill)
         data = file_format.raw_bytes(rows)
-        state, seen = self._begun.pop((window, hook), (xxhash.xxh3_64(), 0))
+        state, seen = self._unfinished.pop((window, hook), (xxhash.xxh3_64(), 0))
         if start != seen or start + len(rows) > length:
             raise ValueError(
                 f"window {window}: rows {start} to {start + len(rows)} after {seen} of {length}"
@@ -136,19 +149,26 @@ class ShardWriter:
         state.update(data)
         self._pwrite(data, self._offsets[hook] + (first + start) * self._row_bytes[hook])
         if start + len(rows) < length:
-            self._begun[window, hook] = (state, start + len(rows))
+            self._unfinished[window, hook] = (state, start + len(rows))
         else:
             self._hashes[window * len(self._number) + self._number[hook]] = state.intdigest()
         self._uncommitted += len(data)
 
     def batch_done(self, rows: int, last: bool = False) -> None:
-        """Say that one more batch is written, `rows` in all; commits when enough has come together,
-        or at the last.
+        """End a batch; commits if the batches since the last commit are large enough.
 
-        Raises StoreError where more fp16 values are infinite than the spec allows.
+        Args:
+            rows: of the shard that are written, with this batch.
+            last: whether this is the last batch, which is always committed.
+
+        Raises:
+            StoreError: more fp16 values are infinite than the spec allows.
+            MemoryPlanError: the disk is full.
         """
-        if self._begun:
-            raise ValueError(f"windows {sorted({w for w, _ in self._begun})} are written in part")
+        if self._unfinished:
+            raise ValueError(
+                f"windows {sorted({w for w, _ in self._unfinished})} are written in part"
+            )
         self.batches_done += 1
         cells = np.array(sorted(self._hashes), "<u8")
         hashes = np.array([self._hashes[c] for c in cells.tolist()], "<u8")
@@ -172,14 +192,20 @@ class ShardWriter:
             self._wait_for_commit()
 
     def commit(self) -> None:
-        """Have all batches that are done on disk before it returns."""
+        """Commit all batches that are done, and wait until they are on disk."""
         if self._records:
             self._commit()
         self._wait_for_commit()
 
     def finish(self) -> None:
-        """Give the file its name, for good. Raises StoreError as `batch_done` does."""
-        if self.batches_done != self._spec.batches or self._begun or self._hashes:
+        """Complete the file and give it its final name.
+
+        Raises:
+            ValueError: batches are missing.
+            StoreError: more fp16 values are infinite than the spec allows.
+            MemoryPlanError: the disk is full.
+        """
+        if self.batches_done != self._spec.batches or self._unfinished or self._hashes:
             raise ValueError(f"{self.batches_done} of {self._spec.batches} batches are written")
         self.commit()
         for counted in self._counted:
@@ -199,21 +225,22 @@ class ShardWriter:
         file_format.sync(self.path.parent)
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             file_format.pwrite(self._fd, data, offset)
         except OSError as error:
-            if file_format.is_full(error):  # a file system that does not keep what it allocated
+            # possible despite posix_fallocate: some file systems copy on write
+            if file_format.is_full(error):
                 raise self._no_room() from None
             raise
-        self._seconds_writing += time.perf_counter() - begun
-        self.metrics["seconds_disk"] += time.perf_counter() - begun
+        self._seconds_writing += time.perf_counter() - started
+        self.metrics["seconds_disk"] += time.perf_counter() - started
 
     def _commit(self) -> None:
-        """Start to commit all batches that are written, when the commit before is through."""
+        """Start the commit of all batches that are done, after the one before has ended."""
         self._wait_for_commit()
         for counted in self._to_count:
-            counted.result()  # so that the statistics fall no more than a commit behind
+            counted.result()  # so that the statistics are at most a commit behind
         if self._to_count:
             self._check_overflow()
         self._to_count = self._counted
@@ -234,18 +261,18 @@ class ShardWriter:
     def _to_disk(
         self, log_records: bytes, offset: int, metrics: bytes, size: int, seconds_writing: float
     ) -> float:
-        """The commit: seconds that it took."""
-        begun = time.perf_counter()
-        os.fdatasync(self._fd)
+        """Commit; returns the seconds that it took."""
+        started = time.perf_counter()
+        os.fdatasync(self._fd)  # the rows are on disk before the record that vouches for them
         synced = time.perf_counter()
         file_format.pwrite(self._fd, log_records, offset)
         file_format.pwrite(self._fd, metrics, self._offsets["metrics"])
-        os.fdatasync(self._fd)
+        os.fdatasync(self._fd)  # the record is on disk before anything counts on it
         ended = time.perf_counter()
-        latency, bandwidth = ended - synced, size / (synced - begun + seconds_writing)
+        latency, bandwidth = ended - synced, size / (synced - started + seconds_writing)
         wanted = int(latency * bandwidth / _LATENCY_SHARE)
         self.commit_bytes = min(max(wanted, COMMIT_BYTES), COMMIT_BYTES * MOST_TIMES_THAT)
-        return ended - begun
+        return ended - started
 
     def _wait_for_commit(self) -> None:
         if self._sync:
@@ -261,7 +288,7 @@ class ShardWriter:
         return np.array([self.metrics[name] for name in METRICS], "<f8").tobytes()
 
     def _count(self, cells: np.ndarray) -> None:
-        """Estimate the statistics of a batch's rows, from the file."""
+        """Add the rows of a batch to the statistics; they are read from the file."""
         hooks = list(self._row_bytes.items())
         for cell in cells.tolist():
             window, number = divmod(cell, len(hooks))
@@ -280,21 +307,22 @@ class ShardWriter:
         if self._spec.precision != "fp16":
             return
         for point in self._spec.points:
-            found = self._statistics[point.name].infinite
+            infinite = self._statistics[point.name].infinite
             values = self._spec.rows * point.width(self._spec.keys)
-            if found > self._spec.max_overflow * values:
+            if infinite > self._spec.max_overflow * values:
                 raise StoreError(
-                    f"{self.path.name}: {found} of {values} values of {point.name} are beyond fp16's 65,504 and so "
-                    f"infinite, more than store.max_overflow={self._spec.max_overflow:g} of them; set store.dtype=bf16 "
-                    "or fp32, or raise store.max_overflow"
+                    f"{self.path.name}: {infinite} of {values} values of {point.name} are beyond "
+                    "fp16's 65,504 and so infinite, more than store.max_overflow="
+                    f"{self._spec.max_overflow:g} of them; set store.dtype=bf16 or fp32, "
+                    "or raise store.max_overflow"
                 )
-            if found and self.batches_done == self._spec.batches:
-                log.warning("%s: %d of %d values are infinite in fp16", point.name, found, values)
+            if infinite and self.batches_done == self._spec.batches:
+                log.warning(
+                    "%s: %d of %d values are infinite in fp16", point.name, infinite, values
+                )
 
-    def _take_up(self) -> bool:
-        """Whether there is an unfinished file that we can go on with; any other is discarded, with
-        a warning.
-        """
+    def _can_resume(self) -> bool:
+        """Whether there is an unfinished file to resume; any other is discarded, with a warning."""
         if not self.partial.exists():
             return False
         try:
@@ -314,39 +342,36 @@ class ShardWriter:
         return not reason
 
     def _check_committed(self) -> None:
-        """Read what earlier jobs have committed, and go on behind the last batch that is as it was
-        written.
-        """
-        offsets, precision = self._spec.tokens.window_offset, self._spec.precision
-        found = commit_log.recheck(
-            self.partial, offsets, self._row_bytes, precision, self._statistics
+        """Check what earlier jobs have committed, and resume after the last intact batch."""
+        window_offset, precision = self._spec.tokens.window_offset, self._spec.precision
+        verified = commit_log.recheck(
+            self.partial, window_offset, self._row_bytes, precision, self._statistics
         )
-        self.batches_done, self._digest = found.batches, found.digest
-        if found.batches < found.vouched:
+        self.batches_done, self._digest = verified.batches, verified.digest
+        if verified.batches < verified.vouched:
             log.warning(
-                "%s: of %d committed batches, those from %d on are not what was written (the disk or a program has "
-                "changed them): extracted again",
-                *(self.partial.name, found.vouched, found.batches + 1),
+                "%s: of %d committed batches, those from %d on are not what was written (the disk "
+                "or a program has changed them): extracted again",
+                *(self.partial.name, verified.vouched, verified.batches + 1),
             )
-        if found.vouched:
+        if verified.vouched:
             log.info(
-                "going on with %s after %d of %d batches",
+                "resuming %s after %d of %d batches",
                 self.partial.name,
-                found.batches,
+                verified.batches,
                 self._spec.batches,
             )
         with h5py.File(self.partial, "r") as file:
             batch_of, records = file["windows/batch"][:], file["commit_log"][:]
-        batch_of[batch_of > found.batches] = 0
-        records[found.batches :] = np.zeros((), RECORD)
+        # what a later commit would otherwise vouch for again
+        batch_of[batch_of > verified.batches] = 0
+        records[verified.batches :] = np.zeros((), RECORD)
         file_format.pwrite(self._fd, records.tobytes(), self._offsets["commit_log"])
         file_format.pwrite(self._fd, batch_of.tobytes(), self._offsets["windows/batch"])
         os.fdatasync(self._fd)
 
     def _create(self) -> None:
-        """Lay out the file with room for all rows; it gets its `.partial` name when all of that is
-        on disk.
-        """
+        """Lay out the unfinished file, with room for all rows."""
         try:
             shard_file.create(self.partial, self._spec)
         except (OSError, RuntimeError) as error:  # h5py raises either when a file cannot be closed
