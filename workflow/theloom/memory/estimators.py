@@ -15,7 +15,7 @@ from theloom.config.schema import ArchitectureConfig
 from theloom.hooks.points import COMPUTED, RESIDUALS, HookCatalog, HookPoint, llama_catalog
 from theloom.memory import closed_form
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
-from theloom.model.weight_format import WeightFormat, quantized_as
+from theloom.model.weight_format import WeightFormat, quantized_as, quantizing_bytes
 from theloom.precision import BYTES
 
 if TYPE_CHECKING:
@@ -245,17 +245,19 @@ def _nbytes(module: Any) -> int:
 
 
 def _quantising(kind: WeightFormat, largest: int) -> dict[str, int]:
-    """What quantising the largest weight takes: of a GPU beside its result, and of the host.
+    """Bytes that quantising the largest weight takes: of a GPU next to its result, and of the host.
 
-    As `quantizing.staging` for a GPU; LLM.int8() takes the weight back to the host before it
+    On the host the weight lies once, as it was read; LLM.int8() copies it back there before it
     quantises it.
     """
+    if kind.quantization is None:
+        return {"converted": 0, "tensor": 0}
     size = BYTES[kind.precision]
+    copies = 2 if kind.quantization == "int8" else 1
     return {
-        None: {"converted": 0, "tensor": 0},
-        "int8": {"converted": largest * (size + 2), "tensor": 2 * largest * size},
-        "int4": {"converted": largest * size, "tensor": largest * size},
-    }[kind.quantization]
+        "converted": quantizing_bytes(kind.quantization, largest, size),
+        "tensor": copies * largest * size,
+    }
 
 
 def _run(points: Sequence[HookPoint], blocks: int) -> int:

@@ -8,7 +8,7 @@ from theloom.devices import gpu_lease
 from theloom.devices.gpu import available_memory
 from theloom.errors import MemoryPlanError
 from theloom.hooks.blocks import Architecture, find_blocks
-from theloom.model.weight_format import WeightFormat
+from theloom.model.weight_format import WeightFormat, quantized_bytes
 from theloom.precision import BYTES
 
 if TYPE_CHECKING:
@@ -116,11 +116,12 @@ def cut_to(architecture: Architecture, kind: WeightFormat, free: Sequence[int]) 
 
 
 def _bytes(block: Any, kind: WeightFormat) -> int:
-    """Bytes of a block's weights, matrices quantised: NF4 has a 4-byte scale for each 64 weights."""
-    matrix = {None: BYTES[kind.precision], "int8": 1, "int4": 0.5 + 4 / 64}[kind.quantization]
-    return int(
-        sum(
-            p.numel() * (matrix if p.ndim > 1 else BYTES[kind.precision])
-            for p in block.parameters()
-        )
-    )
+    """Bytes of a block's weights, its matrices quantised."""
+
+    def held(count: int, dimensions: int) -> int:
+        if kind.quantization is None or dimensions < 2:
+            return count * BYTES[kind.precision]
+        # a matrix in int8 has a scale a row, 0.1% of it, for which the tenth left free has room
+        return quantized_bytes(kind.quantization, count, rows=0)
+
+    return sum(held(p.numel(), p.ndim) for p in block.parameters())
