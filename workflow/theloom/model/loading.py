@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.auto import traceable_attention
 from theloom.config.schema import Config
 from theloom.devices import gpu, gpu_lease
 from theloom.errors import ModelError
@@ -155,8 +156,7 @@ def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":
     model_config = hf_config(config.model)
     if _is_own_code(model_config):
         return None
-    requested = config.extraction.attention.name
-    attention = None if requested in ("auto", "flash_attention_2") else requested
+    attention = traceable_attention(config.extraction.attention.name)
     return fake.fake_model(model_config, resolved, attention=attention)
 
 

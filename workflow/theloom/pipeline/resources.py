@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from theloom.config import sharding
+from theloom.config.auto import store_precision
 from theloom.config.compose import Run
 from theloom.config.frozen import to_config
 from theloom.config.model_dims import ModelDims, dims_of_profile
@@ -141,7 +142,7 @@ def _from_estimate(settings: Config, size: ModelDims, on_gpu: bool) -> dict[str,
     found = estimate.estimate(settings, ClosedForm(size), "cuda" if on_gpu else "cpu")
     precision = estimate.likely_precision(settings)
     kind = weight_format.weight_format_of(settings, precision).name
-    store = precision if settings.store.dtype.name == "auto" else settings.store.dtype.name
+    store = store_precision(settings, precision)
     answer: dict[str, Any] = _minutes(settings, found, store)
     shards = settings.extraction.shards or 1
     if found.rows is not None:

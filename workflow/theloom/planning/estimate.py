@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 
 from theloom import terminal
+from theloom.config.auto import store_precision, traceable_attention
 from theloom.config.frozen import to_plain
 from theloom.config.model_dims import dims_of_profile, numbers
 from theloom.config.schema import Config
@@ -154,7 +155,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
             name: _captured(points, kind, context) for name, kind in WEIGHT_FORMATS.items()
         },
         largest_capture={
-            name: _largest(points, _stored(config, kind), context)
+            name: _largest(points, store_precision(config, kind.precision), context)
             for name, kind in WEIGHT_FORMATS.items()
         },
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
@@ -232,11 +233,6 @@ def _largest(points: list[HookPoint], precision: str, keys: int) -> int:
     return BYTES[precision] * max(p.width(keys) for p in points)
 
 
-def _stored(config: Config, kind: WeightFormat) -> str:
-    """The precision on disk of a run with that kind of weights."""
-    return kind.precision if config.store.dtype.name == "auto" else config.store.dtype.name
-
-
 def check_disk(folder: Path, needed: int, free: int) -> None:
     """The output fits the disk. Raises MemoryPlanError."""
     if needed > free:
@@ -252,8 +248,7 @@ def run_estimate(config: Config, output: Path) -> None:
     log.info("by %s", estimator.method)
     found = estimate(config, estimator, "cpu" if config.extraction.device == "cpu" else "cuda")
     precision = likely_precision(config)
-    store = precision if config.store.dtype.name == "auto" else config.store.dtype.name
-    needed = found.disk_bytes(store)
+    needed = found.disk_bytes(store_precision(config, precision))
     if needed is not None:
         check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
         log.info("disk: %s", terminal.format_bytes(needed))
@@ -338,9 +333,7 @@ def estimator_of(
             return closed
     return Traced(
         found if declared is None else config_of(declared),
-        None
-        if attention in ("auto", "flash_attention_2")
-        else attention,  # FlashAttention is not built for the CPU
+        traceable_attention(attention),
         config.model.trust_remote_code,
     )
 

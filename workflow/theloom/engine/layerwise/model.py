@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from theloom.config.auto import traceable_attention
 from theloom.config.schema import Config
 from theloom.corpus.batching import Lengths
 from theloom.devices import gpu, host
@@ -84,7 +85,7 @@ class LayerwiseModel:
         precision, quantization, attention = (
             self.kind.precision,
             self.kind.quantization,
-            self.loaded.attention,
+            traceable_attention(self.loaded.attention),
         )
         fake = fake_model(config, precision, quantization, attention, kernels=device)
 
