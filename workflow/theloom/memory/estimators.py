@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from theloom.config import model_dims
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import ArchitectureConfig
-from theloom.hooks.points import COMPUTED, RESIDUALS, HookCatalog, HookPoint, llama_catalog
+from theloom.hooks.points import (
+    COMPUTED,
+    RESIDUALS,
+    HookCatalog,
+    HookPoint,
+    deepest_block,
+    llama_catalog,
+)
 from theloom.memory import closed_form
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
 from theloom.model.weight_format import WeightFormat, quantized_as, quantizing_bytes
@@ -91,7 +98,7 @@ class ClosedForm:
     def weights(self, kind: WeightFormat, points: Sequence[HookPoint] | None = None) -> int:
         if points is None:
             return closed_form.weights(self.size, kind)
-        deepest = max(p.block for p in points)
+        deepest = deepest_block(points)
         blocks = min(deepest + 1, self.size.num_blocks)
         return closed_form.weights(
             self.size, kind, blocks, final_norm=deepest >= self.size.num_blocks
@@ -112,7 +119,7 @@ class ClosedForm:
         device: str = "cuda",
     ) -> PeakBytes:
         residuals = {p.block + (p.value == "hook_resid_post") for p in points} if held else set()
-        deepest = max((p.block for p in points), default=self.size.num_blocks)
+        deepest = deepest_block(points, default=self.size.num_blocks)
         blocks = min(max(deepest, 0) + 1, self.size.num_blocks)
         return closed_form.forward(self.size, kind, workload, blocks, residuals)
 
@@ -262,7 +269,7 @@ def _quantising(kind: WeightFormat, largest: int) -> dict[str, int]:
 
 def _run(points: Sequence[HookPoint], blocks: int) -> int:
     """How many blocks run, up to the deepest hook point."""
-    return min(max((p.block for p in points), default=blocks) + 1, blocks)
+    return min(deepest_block(points, default=blocks) + 1, blocks)
 
 
 def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":

@@ -23,7 +23,7 @@ from theloom.config.frozen import to_plain
 from theloom.config.model_dims import dims_of_profile, numbers
 from theloom.config.schema import Config
 from theloom.errors import MemoryPlanError, ModelError
-from theloom.hooks.points import HookPoint
+from theloom.hooks.points import HookPoint, deepest_block
 from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
 from theloom.memory.sizes import PeakBytes, Workload, by_category, with_device_overhead
@@ -140,7 +140,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         chunk_size=chunk_size,
         batch_tokens=config.extraction.batch_tokens,
         cache=config.extraction.cache.name,
-        blocks=min(max(max(p.block for p in points), 0) + 1, size.num_blocks),
+        blocks=min(max(deepest_block(points), 0) + 1, size.num_blocks),
         hooks=[p.name for p in points],
         weights=weights,
         load_peak={
@@ -294,7 +294,7 @@ def _write_modes(
     answered: list[execution_modes.GPUModes] = []
     try:
         swept = execution_modes.layerwise(estimator, kind, shape, points, shard)
-        run = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
+        run = min(deepest_block(points) + 1, estimator.size.num_blocks)
         answered = execution_modes.gpu_modes(estimator, kind, tokens, resident.total, swept, run)
         read, host = terminal.format_bytes(swept.read), terminal.format_bytes(swept.host)
         log.info(
