@@ -154,9 +154,9 @@ def _step(
     # others' are
     moments.append(streams + n * (q + 2 * kv) * e + windows * kv * e * (end - tokens))
     mask = 0
-    if (
-        end > tokens
-    ):  # a mask, once in booleans, and in the attention as numbers; with it, keys and values are repeated
+    if end > tokens:
+        # a mask, once as booleans and once as numbers in the attention, for which keys and values
+        # are repeated
         mask = tokens * end
         repeated = 2 * windows * end * q * e if kv < q else 0
         attention = 2 * n * q * e + 4 * windows * size.num_heads * tokens

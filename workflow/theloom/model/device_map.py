@@ -61,7 +61,8 @@ def _cut(sizes: Sequence[int], budgets: Sequence[int]) -> list[int]:
     if (ends := _filled(sizes, budgets, high)) is None:
         raise MemoryPlanError(
             f"{terminal.format_bytes(sum(sizes))} of blocks do not fit {len(budgets)} GPUs with "
-            f"{', '.join(terminal.format_bytes(b) for b in budgets)} for them; ask for more with resources.gpu"
+            f"{', '.join(terminal.format_bytes(b) for b in budgets)} for them; ask for more "
+            "with resources.gpu"
         )
     for _ in range(20):
         middle = (low + high) / 2
@@ -87,7 +88,7 @@ def _filled(sizes: Sequence[int], budgets: Sequence[int], level: float) -> list[
 def over_leased(
     model_config: "PretrainedConfig", kind: WeightFormat, trust_remote_code: bool = False
 ) -> "dict[str, Any]":
-    """The `device_map` of a model over the GPUs that this job has leased. Raises MemoryPlanError."""
+    """The `device_map` of a model over the GPUs of this job. Raises MemoryPlanError."""
     import torch
     from transformers import AutoModel
 

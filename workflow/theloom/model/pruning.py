@@ -107,7 +107,7 @@ def leave_out(model: "PreTrainedModel", names: Collection[str]) -> None:
 
 
 def storages(model: nn.Module, left_out: Collection[str] = ()) -> list[int]:
-    """Bytes of every storage that stays for a model's life: parameters and buffers, tied ones once."""
+    """Bytes of every storage of a model's parameters and buffers, tied ones once."""
     found = {
         t.untyped_storage()._cdata: t
         for name, t in [

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-# bitsandbytes' layouts. NF4: two weights a byte, and one absolute maximum for each block of weights;
-# with double quantisation these scales are bytes themselves, with a maximum for each block of scales
-# and a table of 256 values. LLM.int8(): one byte a weight, and one scale for each output row.
+# Layouts of bitsandbytes. NF4: two weights a byte, and one absolute maximum for each block of
+# weights; with double quantisation these scales are bytes themselves, with a maximum for each block
+# of scales and a table of 256 values. LLM.int8(): a byte a weight, and a scale for each output row.
 NF4_BLOCK = 64  # weights of one scale
 SCALES_BLOCK = 256  # scales of one second-level scale
 SCALES_TABLE = 256  # entries of the table that doubly quantised scales index
@@ -23,11 +23,14 @@ PACKED_ROWS = 32  # the kernel for CPUs takes weights whose output rows are a mu
 
 
 def nf4_scales(count: int, double: bool = False) -> list[tuple[int, int]]:
-    """What NF4 keeps next to `count` packed weights: (elements, bytes of an element) of each tensor.
+    """The tensors that NF4 keeps next to packed weights.
 
     Args:
         count: The number of weights of one matrix.
         double: Whether the scales are quantised too.
+
+    Returns:
+        Of each tensor its elements and the bytes of one.
     """
     scales = -(-count // NF4_BLOCK)
     if not double:
@@ -90,7 +93,8 @@ def quantized_by_checkpoint(model_config: "PretrainedConfig") -> str | None:
     if not method.startswith("bitsandbytes"):
         raise ModelError(
             f"its weights are quantised by {method}, and TheLoom knows the memory of "
-            "bitsandbytes alone; take its unquantised weights, with memory.quantization where they are too large"
+            "bitsandbytes alone; take its unquantised weights, with memory.quantization "
+            "where they are too large"
         )
     return "4bit" if said.get("load_in_4bit") or said.get("_load_in_4bit") else "8bit"
 
@@ -108,7 +112,8 @@ def quantization_of(config: Config, found: "PretrainedConfig") -> str | None:
     requested = requested_quantization(config)
     if own is not None and requested not in (None, own):
         raise ModelError(
-            f"memory.quantization={requested}: the weights of {config.model.source} are quantised to {own} already; "
+            f"memory.quantization={requested}: the weights of {config.model.source} are "
+            f"quantised to {own} already; "
             "leave memory.quantization=null, or take the unquantised weights"
         )
     return own
@@ -125,7 +130,7 @@ class WeightFormat:
 
     @property
     def name(self) -> str:
-        """fp32, fp16, bf16; int8 and int4, whose other weights are 16-bit; int8+fp32 and int4+fp32."""
+        """One of fp32, fp16, bf16; int8, int4 (other weights in 16 bits); int8+fp32, int4+fp32."""
         if self.quantization is None:
             return self.precision
         return (
