@@ -16,34 +16,50 @@ DEPTH = (
     "num_hidden_layers n_layer n_layers num_layers num_blocks encoder_layers decoder_layers depth"
 )
 SIZES = {
-    64: "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim attention_hidden_size "
-    "input_embedding_size output_embedding_size lru_width input_size backbone_hidden_size mamba_d_ssm linear_attn_dim "
-    "out_hidden_size hidden_size_global dim_model_base ple_embed_dim output_dim projection_dim qk_nope_dim",
-    16: "head_dim global_head_dim swa_head_dim d_kv d_head dim_head kv_channels attention_head_size linear_head_dim "
-    "linear_key_head_dim linear_value_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim "
-    "kv_lora_rank mamba_d_state state_size ssm_state_size mamba_headdim mamba_d_head mamba_head_dim "
+    64: "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim "
+    "attention_hidden_size "
+    "input_embedding_size output_embedding_size lru_width input_size backbone_hidden_size "
+    "mamba_d_ssm linear_attn_dim "
+    "out_hidden_size hidden_size_global dim_model_base ple_embed_dim output_dim "
+    "projection_dim qk_nope_dim",
+    16: "head_dim global_head_dim swa_head_dim d_kv d_head dim_head kv_channels "
+    "attention_head_size linear_head_dim "
+    "linear_key_head_dim linear_value_head_dim qk_nope_head_dim qk_rope_head_dim "
+    "v_head_dim index_head_dim "
+    "kv_lora_rank mamba_d_state state_size ssm_state_size mamba_headdim mamba_d_head "
+    "mamba_head_dim "
     "hidden_size_per_layer_input o_lora_rank laurel_rank "
     "time_step_rank mamba_dt_rank adapter_rank rotary_dim query_pre_attn_scalar rel_extent "
-    "hc_lowrank router_hidden_size pronunciation_embed_dim shape_embed_dim position_bias_num_buckets "
+    "hc_lowrank router_hidden_size pronunciation_embed_dim shape_embed_dim "
+    "position_bias_num_buckets "
     "moe_latent_size d_rel",
-    32: "qk_head_dim q_lora_rank moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
-    "moe_shared_expert_intermediate_size expert_ffn_hidden_size shared_experts_intermediate_size prompt_mid_dim",
-    96: "intermediate_size n_inner ffn_dim ffn_hidden_size encoder_ffn_dim decoder_ffn_dim d_ff d_inner dff dim_ff "
+    32: "qk_head_dim q_lora_rank moe_intermediate_size shared_expert_intermediate_size "
+    "shared_intermediate_size "
+    "moe_shared_expert_intermediate_size expert_ffn_hidden_size "
+    "shared_experts_intermediate_size prompt_mid_dim",
+    96: "intermediate_size n_inner ffn_dim ffn_hidden_size encoder_ffn_dim decoder_ffn_dim "
+    "d_ff d_inner dff dim_ff "
     "feed_forward_size intermediate_size_mlp dense_intermediate_size mlp_dim",
-    256: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length model_max_length "
+    256: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions "
+    "context_length model_max_length "
     "max_source_positions original_max_position_embeddings",
     8: "mamba_n_heads mamba_num_heads "
-    "sliding_window sliding_window_size window_size attention_chunk_size attention_window_size attention_window "
-    "mamba_chunk_size chunk_size block_size local_attn_chunk_length lsh_attn_chunk_length num_embeds_ada_norm "
+    "sliding_window sliding_window_size window_size attention_chunk_size "
+    "attention_window_size attention_window "
+    "mamba_chunk_size chunk_size block_size local_attn_chunk_length lsh_attn_chunk_length "
+    "num_embeds_ada_norm "
     "keep_window_size index_block_size segment_size local_attention",
-    4: "num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads num_experts "
-    "n_routed_experts num_local_experts moe_num_experts linear_num_heads linear_num_value_heads linear_num_key_heads "
+    4: "num_attention_heads n_head num_heads n_heads encoder_attention_heads "
+    "decoder_attention_heads num_experts "
+    "n_routed_experts num_local_experts moe_num_experts linear_num_heads "
+    "linear_num_value_heads linear_num_key_heads "
     "index_n_heads swa_num_attention_heads prompt_length index_topk zero_expert_num num_codebooks "
     "encoder_hash_byte_group_nb_functions n_shared_query_heads cross_attention_k",
-    2: "num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups num_experts_per_tok moe_k top_k "
+    2: "num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups "
+    "num_experts_per_tok moe_k top_k "
     "num_experts_per_token moe_topk moe_top_k n_group topk_group num_global_key_value_heads",
-    VOCABULARY: "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size audio_vocab_size "
-    "pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab",
+    VOCABULARY: "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size "
+    "audio_vocab_size pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab",
     128: "codebook_size",
     1024: "ngram_vocab_size_base",
 }

@@ -122,7 +122,7 @@ def test_octocoder(precision: str, quantization: str | None, published: float) -
 
 
 def gpt2_xl() -> list[int]:
-    """Bytes of each tensor of the book's GPTModel, in the order in which they are moved to the GPU."""
+    """Bytes of each tensor of the book's GPTModel, in the order of their move to the GPU."""
     h, mlp, vocabulary, context = 1600, 6400, 50257, 1024
     attention = [h * h, h] * 4 + [context * context]  # queries, keys, values, output; then the mask
     block = [

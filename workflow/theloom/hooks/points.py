@@ -219,6 +219,26 @@ def _literal_brackets(pattern: str) -> str:
     return pattern.replace("[", "[[]")
 
 
+def deepest_block(points: Iterable[HookPoint], default: int | None = None) -> int:
+    """The number of the deepest block that a forward pass must run to read hook points.
+
+    Args:
+        points: The hook points.
+        default: The number where there are no hook points.
+
+    Returns:
+        −1 where they all come before the first block; the number of blocks where one comes after
+        the last.
+
+    Raises:
+        ValueError: Without hook points and without a default.
+    """
+    blocks = [p.block for p in points]
+    if not blocks and default is not None:
+        return default
+    return max(blocks)
+
+
 def _unknown(entry: str, pattern: str, points: Sequence[HookPoint], num_blocks: int) -> str:
     glob = "*" in entry or "?" in entry
     requested = (

@@ -11,7 +11,7 @@ from theloom.errors import HookError
 from theloom.hooks.attention import Inside
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.locate import Anatomy
-from theloom.hooks.points import PATTERN, RESIDUALS, SCORES, HookPoint
+from theloom.hooks.points import PATTERN, RESIDUALS, SCORES, HookPoint, deepest_block
 from theloom.hooks.sites import Site
 
 Sink = Callable[[str, torch.Tensor], None]
@@ -71,7 +71,7 @@ class Taps:
         self._batch = (tokens.shape[0], tokens.shape[1]) if tokens is not None else (0, 0)
         self._seen = int(cache.get_seq_length()) if cache is not None and self._over_keys else 0
         self._read.clear()
-        stop = self._stop_after(max(p.block for p in self._points))
+        stop = self._stop_after(deepest_block(self._points))
         try:
             self.architecture.model(**inputs)
         except _DeepestReached:

@@ -14,13 +14,10 @@ from itertools import accumulate
 
 from theloom.config.model_dims import ModelDims
 from theloom.memory.sizes import PeakBytes, Workload
-from theloom.model.weight_format import WeightFormat
+from theloom.model.weight_format import WeightFormat, quantized_bytes
 from theloom.precision import BYTES
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
-
-
-NF4_BLOCK = 64  # weights that share one 4-byte scale
 
 
 def covers(size: ModelDims) -> bool:
@@ -72,11 +69,11 @@ def weights(
     if blocks is not None:
         size = replace(size, num_blocks=blocks)
     counts, e = parameters(size, tied=True), BYTES[kind.precision]
-    linear = {
-        None: counts.linear * e,
-        "int8": counts.linear + 4 * counts.output_rows,
-        "int4": counts.linear // 2 + 4 * (counts.linear // NF4_BLOCK),
-    }[kind.quantization]
+    linear = (
+        counts.linear * e
+        if kind.quantization is None
+        else quantized_bytes(kind.quantization, counts.linear, counts.output_rows)
+    )
     other = counts.other - (0 if final_norm else size.hidden_size)
     return linear + other * e + 2 * 4 * (size.head_dim // 2)
 
@@ -157,9 +154,9 @@ def _step(
     # others' are
     moments.append(streams + n * (q + 2 * kv) * e + windows * kv * e * (end - tokens))
     mask = 0
-    if (
-        end > tokens
-    ):  # a mask, once in booleans, and in the attention as numbers; with it, keys and values are repeated
+    if end > tokens:
+        # a mask, once as booleans and once as numbers in the attention, for which keys and values
+        # are repeated
         mask = tokens * end
         repeated = 2 * windows * end * q * e if kv < q else 0
         attention = 2 * n * q * e + 4 * windows * size.num_heads * tokens

@@ -34,13 +34,10 @@ LARGEST_SHARED = 10 * MIB
 
 SEGMENT_ROUNDING = 2 * MIB
 
+# Bytes that a process takes on a GPU before its first tensor: the CUDA context and the loaded
+# kernels. An approximation: 0.3e9 to 0.6e9, by driver, GPU and libraries. No allocator counts it,
+# NVML does.
 CUDA_CONTEXT = 500_000_000
-
-
-"""Bytes that a process takes on a GPU before its first tensor: the CUDA context and the kernels that are loaded.
-
-An approximation: 0.3e9 to 0.6e9 by driver, GPU and the libraries in use. No allocator counts it, NVML does.
-"""
 
 
 def cublas_workspace(capability: tuple[int, int]) -> int:

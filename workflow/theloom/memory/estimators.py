@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from theloom.config import model_dims
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import ArchitectureConfig
-from theloom.hooks.points import COMPUTED, RESIDUALS, HookCatalog, HookPoint, llama_catalog
+from theloom.hooks.points import (
+    COMPUTED,
+    RESIDUALS,
+    HookCatalog,
+    HookPoint,
+    deepest_block,
+    llama_catalog,
+)
 from theloom.memory import closed_form
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
-from theloom.model.weight_format import WeightFormat, quantized_as
+from theloom.model.weight_format import WeightFormat, quantized_as, quantizing_bytes
 from theloom.precision import BYTES
 
 if TYPE_CHECKING:
@@ -91,7 +98,7 @@ class ClosedForm:
     def weights(self, kind: WeightFormat, points: Sequence[HookPoint] | None = None) -> int:
         if points is None:
             return closed_form.weights(self.size, kind)
-        deepest = max(p.block for p in points)
+        deepest = deepest_block(points)
         blocks = min(deepest + 1, self.size.num_blocks)
         return closed_form.weights(
             self.size, kind, blocks, final_norm=deepest >= self.size.num_blocks
@@ -112,7 +119,7 @@ class ClosedForm:
         device: str = "cuda",
     ) -> PeakBytes:
         residuals = {p.block + (p.value == "hook_resid_post") for p in points} if held else set()
-        deepest = max((p.block for p in points), default=self.size.num_blocks)
+        deepest = deepest_block(points, default=self.size.num_blocks)
         blocks = min(max(deepest, 0) + 1, self.size.num_blocks)
         return closed_form.forward(self.size, kind, workload, blocks, residuals)
 
@@ -245,22 +252,24 @@ def _nbytes(module: Any) -> int:
 
 
 def _quantising(kind: WeightFormat, largest: int) -> dict[str, int]:
-    """What quantising the largest weight takes: of a GPU beside its result, and of the host.
+    """Bytes that quantising the largest weight takes: of a GPU next to its result, and of the host.
 
-    As `quantizing.staging` for a GPU; LLM.int8() takes the weight back to the host before it
+    On the host the weight lies once, as it was read; LLM.int8() copies it back there before it
     quantises it.
     """
+    if kind.quantization is None:
+        return {"converted": 0, "tensor": 0}
     size = BYTES[kind.precision]
+    copies = 2 if kind.quantization == "int8" else 1
     return {
-        None: {"converted": 0, "tensor": 0},
-        "int8": {"converted": largest * (size + 2), "tensor": 2 * largest * size},
-        "int4": {"converted": largest * size, "tensor": largest * size},
-    }[kind.quantization]
+        "converted": quantizing_bytes(kind.quantization, largest, size),
+        "tensor": copies * largest * size,
+    }
 
 
 def _run(points: Sequence[HookPoint], blocks: int) -> int:
     """How many blocks run, up to the deepest hook point."""
-    return min(max((p.block for p in points), default=blocks) + 1, blocks)
+    return min(deepest_block(points, default=blocks) + 1, blocks)
 
 
 def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":

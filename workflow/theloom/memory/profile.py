@@ -243,7 +243,10 @@ def _found(live: "LiveStorages", running: _Running) -> dict[str, Any]:
 
 
 def _in_one_line(found: dict[str, Any]) -> str:
-    place = f"{format_bytes(found['peak_bytes'])} beyond the weights, in {found['peak_in']} ({found['peak_operation']})"
+    place = (
+        f"{format_bytes(found['peak_bytes'])} beyond the weights, in {found['peak_in']} "
+        f"({found['peak_operation']})"
+    )
     failed = f"; the batch failed: {found['failed']}" if found["failed"] else ""
     return f"memory peak of batch {found['batch']}: {place}{failed}"
 
@@ -260,13 +263,15 @@ def _table(found: dict[str, Any]) -> str:
     lines += [f"{n:>16,}  {category}" for category, n in found["by_category"].items()]
     lines += [
         "",
-        f"{'bytes':>16}  {'storages':>8}  alive at the peak, by the module and the operation that made them",
+        f"{'bytes':>16}  {'storages':>8}  alive at the peak, by the module and the "
+        "operation that made them",
     ]
     row = "{bytes:>16,}  {storages:>8}  {module}  {operation}  {category}"
     lines += [row.format(**made) for made in found["alive_at_peak"]]
     lines += [
         "",
-        f"{'bytes':>16}  the most alive at once while a module ran, in the order of their first runs",
+        f"{'bytes':>16}  the most alive at once while a module ran, in the order of their "
+        "first runs",
     ]
     lines += [f"{n:>16,}  {module}" for module, n in found["peak_by_module"].items()]
     return "\n".join(lines) + "\n"

@@ -212,7 +212,10 @@ class _Table:
         graph, no_grad = (
             self._pass_outside_inference_mode(chosen, enabled) for enabled in (True, False)
         )
-        compared = f"with autograd's graph (under torch.no_grad() {_percent(graph.total, no_grad.total):.1f}% is saved)"
+        compared = (
+            "with autograd's graph (under torch.no_grad() "
+            f"{_percent(graph.total, no_grad.total):.1f}% is saved)"
+        )
         row(name, "inference", graph, held, compared)
         row(
             name,

@@ -144,7 +144,9 @@ class LiveStorages(TorchDispatchMode):
 
         def ended(_: Any) -> None:
             self.events.append((number, -nbytes))
+            # a new storage may have taken the address before this callback runs
             if self._alive.get(address, (None, -1))[1] == number:
                 del self._alive[address]
 
+        # a weak reference, since a strong one would keep the storage alive and so change the peak
         self._alive[address] = (weakref.ref(storage, ended), number)

@@ -1,5 +1,4 @@
-"""The memory of a forward pass, predicted: the real forward of the real classes, with the real taps,
-on fake tensors.
+"""Predicts the memory of a forward pass: the real classes run, with the real taps, on fake tensors.
 
 Fake tensors have shapes and no bytes, so neither weights nor a GPU are needed, and a model of 70
 billion parameters is traced in a second or a few. The fake device is the CPU: fake CUDA tensors
@@ -8,7 +7,7 @@ would take attention's unfused path.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,10 +20,6 @@ from theloom.memory.storages import TEMPORARIES, LiveStorages, Peak
 from theloom.model.fake import FakeModel, shapes_only
 from theloom.model.forward import PrefillCache, cache_name
 from theloom.precision import torch_dtype
-
-if TYPE_CHECKING:
-    pass
-
 
 KV_CACHE, CAPTURED, LOGITS = "kv_cache", "captured", "logits"
 
@@ -58,8 +53,8 @@ def trace(
 
     `points` are the hook points that are read (the forward ends after the deepest; with none it
     runs through). Their values are `held` until the forward ends, or else converted to the
-    precision `store` and let go, as when they are written to a file. `device` is cpu or cuda: what
-    its kernels allocate within themselves differs. Long windows are not traced chunk by chunk: the
+    precision `store` and released, as when they are written to a file. `device` is cpu or cuda:
+    what its kernels allocate differs. Long windows are not traced chunk by chunk: the
     KV cache is filled, then the last two steps run.
     """
     with fake.mode, shapes_only():
@@ -114,6 +109,8 @@ def run(
         cache.live = live
         first = 0
         for number, size in enumerate(steps):
+            # Only the last two steps can be the peak, since the cache grows with each and the last
+            # step may be a short one. The first step fills the cache with layers to copy from.
             if shorten and 0 < number < len(steps) - 2:
                 continue
             if shorten and number == len(steps) - 2 and number > 1:

@@ -291,7 +291,10 @@ def _cpu_attention_backward_buffers(gradient: torch.Tensor, query: torch.Tensor,
 OWN_KERNELS = (torch.ops.aten.silu_backward.default, torch.ops.aten.mish_backward.default)
 
 
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
 CPU_KERNELS: dict[Any, Callable[..., int]] = {
     **trace.CPU_KERNELS,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _cpu_attention_backward_buffers,
+    _BACKWARD: _cpu_attention_backward_buffers,
 }

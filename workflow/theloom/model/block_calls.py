@@ -132,7 +132,7 @@ class Frame:
     def _forward(
         self, run: Callable[..., Any], ids: torch.Tensor, seen: int, streamed: bool
     ) -> None:
-        """The model's own forward, with every block's work replaced; the modules stay themselves."""
+        """The model's own forward, with the work of every block replaced; modules stay."""
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": streamed}
         if streamed:
             inputs["past_key_values"] = cache_that_saw(self.model.config, seen)
@@ -215,7 +215,8 @@ class BlockCache(PrefillCache):
     def _own(self, requested: int) -> int:
         if requested != self._block:
             raise ModelError(
-                f"block {self._block} looks at the KV cache of block {requested}: documents longer than a chunk cannot go "
+                f"block {self._block} looks at the KV cache of block {requested}: documents "
+                "longer than a chunk cannot go "
                 "through this model layer by layer; set extraction.execution=resident"
             )
         return requested
@@ -346,5 +347,6 @@ def refusal(shell: Frame, reason: str) -> ModelError:
     """The one line with which a model is refused."""
     model: PreTrainedModel = shell.model
     return ModelError(
-        f"{type(model).__name__} cannot be run layer by layer: {reason}; set extraction.execution=resident"
+        f"{type(model).__name__} cannot be run layer by layer: {reason}; set "
+        "extraction.execution=resident"
     )

@@ -85,8 +85,10 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
         masked = _padding_error(architecture, ids, whole, alone, (24, 16))
         if not masked <= limit:
             raise ModelError(
-                f"{name}: a token's hidden state depends on what else is in the batch, by {padding:.2g} of the largest "
-                f"value without a padding mask and {masked:.2g} with one: its rows would not be its own"
+                f"{name}: a token's hidden state depends on what else is in the batch, by "
+                f"{padding:.2g} of the largest "
+                f"value without a padding mask and {masked:.2g} with one: its rows would "
+                "not be its own"
             )
         log.info("%s is not causal: batches get a padding mask, and documents go in one pass", name)
         return SelfCheck(states_error, masked, math.inf, False, False, "it is not causal")
@@ -115,7 +117,10 @@ def other_in_chunks(error: float) -> str:
     """Why a model is not streamed whose chunks are so far from one pass, as a share of the largest
     value.
     """
-    return f"chunks through a KV cache give other rows than one pass (by {error:.2g} of the largest value)"
+    return (
+        f"chunks through a KV cache give other rows than one pass (by {error:.2g} of the "
+        "largest value)"
+    )
 
 
 def _residuals(

@@ -8,7 +8,7 @@ from theloom.devices import gpu_lease
 from theloom.devices.gpu import available_memory
 from theloom.errors import MemoryPlanError
 from theloom.hooks.blocks import Architecture, find_blocks
-from theloom.model.weight_format import WeightFormat
+from theloom.model.weight_format import WeightFormat, quantized_bytes
 from theloom.precision import BYTES
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def _cut(sizes: Sequence[int], budgets: Sequence[int]) -> list[int]:
     if (ends := _filled(sizes, budgets, high)) is None:
         raise MemoryPlanError(
             f"{terminal.format_bytes(sum(sizes))} of blocks do not fit {len(budgets)} GPUs with "
-            f"{', '.join(terminal.format_bytes(b) for b in budgets)} for them; ask for more with resources.gpu"
+            f"{', '.join(terminal.format_bytes(b) for b in budgets)} for them; ask for more "
+            "with resources.gpu"
         )
     for _ in range(20):
         middle = (low + high) / 2
@@ -87,7 +88,7 @@ def _filled(sizes: Sequence[int], budgets: Sequence[int], level: float) -> list[
 def over_leased(
     model_config: "PretrainedConfig", kind: WeightFormat, trust_remote_code: bool = False
 ) -> "dict[str, Any]":
-    """The `device_map` of a model over the GPUs that this job has leased. Raises MemoryPlanError."""
+    """The `device_map` of a model over the GPUs of this job. Raises MemoryPlanError."""
     import torch
     from transformers import AutoModel
 
@@ -116,11 +117,12 @@ def cut_to(architecture: Architecture, kind: WeightFormat, free: Sequence[int]) 
 
 
 def _bytes(block: Any, kind: WeightFormat) -> int:
-    """Bytes of a block's weights, matrices quantised: NF4 has a 4-byte scale for each 64 weights."""
-    matrix = {None: BYTES[kind.precision], "int8": 1, "int4": 0.5 + 4 / 64}[kind.quantization]
-    return int(
-        sum(
-            p.numel() * (matrix if p.ndim > 1 else BYTES[kind.precision])
-            for p in block.parameters()
-        )
-    )
+    """Bytes of a block's weights, its matrices quantised."""
+
+    def held(count: int, dimensions: int) -> int:
+        if kind.quantization is None or dimensions < 2:
+            return count * BYTES[kind.precision]
+        # a matrix in int8 has a scale a row, 0.1% of it, for which the tenth left free has room
+        return quantized_bytes(kind.quantization, count, rows=0)
+
+    return sum(held(p.numel(), p.ndim) for p in block.parameters())

@@ -19,7 +19,7 @@ from theloom.hooks.catalog import build_catalog
 from theloom.hooks.points import HookCatalog, HookPoint, residual_points
 from theloom.model import pruning
 from theloom.model.quantization import packed_on_the_cpu
-from theloom.model.weight_format import NF4_BLOCK, SCALES_BLOCK, quantization_config
+from theloom.model.weight_format import nf4_scales, quantization_config
 from theloom.precision import torch_dtype
 
 if TYPE_CHECKING:
@@ -66,16 +66,9 @@ class NF4Linear(nn.Module):
         count = linear.weight.numel()
         self.shape = linear.weight.shape
         self.register_buffer("weight", torch.empty(math.ceil(count / 2), 1, dtype=torch.uint8))
-        scales = math.ceil(count / NF4_BLOCK)
-        self.register_buffer(
-            "absmax", torch.empty(scales, dtype=torch.uint8 if double else torch.float32)
-        )
-        if double:
-            self.register_buffer(
-                "absmax_of_absmax",
-                torch.empty(math.ceil(scales / SCALES_BLOCK), dtype=torch.float32),
-            )
-            self.register_buffer("code", torch.empty(256, dtype=torch.float32))
+        for number, (elements, size) in enumerate(nf4_scales(count, double)):
+            dtype = torch.uint8 if size == 1 else torch.float32
+            self.register_buffer(f"scales_{number}", torch.empty(elements, dtype=dtype))
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

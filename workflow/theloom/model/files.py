@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 _DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
 
 
-_SAFETENSORS = "model*.safetensors"  # the only names that transformers loads; repositories often hold others beside
+# the only names that transformers loads; repositories often hold others too
+_SAFETENSORS = "model*.safetensors"
 
 
 _PICKLES = "pytorch_model*.bin"
@@ -97,7 +98,8 @@ def _check_folder(folder: Path, config: ModelConfig) -> Path | None:
             raise ModelError(_no_weights(folder, config))
         if not (folder / "config.json").is_file():
             raise ModelError(
-                f"model.source: {config.source} has no config.json; give a folder of save_pretrained's"
+                f"model.source: {config.source} has no config.json; give a folder of "
+                "save_pretrained's"
             )
     return gguf
 
@@ -213,7 +215,8 @@ def _find(
     except LocalEntryNotFoundError:
         where = f"{source} at {revision}" if revision else source
         raise ModelError(
-            f"{key}: {where} is no local folder, nor in the local hub cache, and the hub cannot be reached; "
+            f"{key}: {where} is no local folder, nor in the local hub cache, and the hub "
+            "cannot be reached; "
             "fetch it once with `hf download`, or give a folder"
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
@@ -227,7 +230,8 @@ def _gguf_file(folder: Path, config: ModelConfig) -> Path | None:
         if not file.is_file():
             here = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
             raise ModelError(
-                f"model.gguf_file: no {config.gguf_file!r} in {config.source}; GGUF files there: {here}"
+                f"model.gguf_file: no {config.gguf_file!r} in {config.source}; GGUF files "
+                f"there: {here}"
             )
         return file
     found = sorted(folder.glob("*.gguf"))
@@ -245,10 +249,14 @@ def _no_weights(folder: Path, config: ModelConfig) -> str:
     pickles = sorted(p.name for p in folder.glob(_PICKLES))
     if pickles:
         return (
-            f"model.source: {config.source} has no safetensors, only pickled weights ({pickles[0]}), which can run "
+            f"model.source: {config.source} has no safetensors, only pickled weights "
+            f"({pickles[0]}), which can run "
             "code; set model.allow_pickle=true if you trust them"
         )
-    return f"model.source: {config.source} has no safetensors and no GGUF file; give a folder or a hub id that has"
+    return (
+        f"model.source: {config.source} has no safetensors and no GGUF file; give a folder or a "
+        "hub id that has"
+    )
 
 
 def _conversion(gguf: Path) -> Path:
@@ -339,7 +347,10 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
     except (ValueError, KeyError, OSError) as error:
         message = " ".join(str(error).split())
         if "trust_remote_code" in message:
-            message = "its config is Python code of its own; set model.trust_remote_code=true if you trust it"
+            message = (
+                "its config is Python code of its own; set model.trust_remote_code=true if you "
+                "trust it"
+            )
         raise ModelError(f"model.source: {config.source}: {message}") from None
 
 
@@ -376,6 +387,7 @@ def check_architecture(
         planned = getattr(declared, name)
         if planned != value:
             raise ModelError(
-                f"model.architecture.{name}: the profile says {planned}, the config of {source_name} says {value}; "
+                f"model.architecture.{name}: the profile says {planned}, the config of "
+                f"{source_name} says {value}; "
                 "use profiles=custom for a model of your own, or set model.architecture=null"
             )

@@ -1,4 +1,4 @@
-"""Token ids through a model, in one pass or chunk by chunk through its KV cache, while taps read."""
+"""Runs token ids through a model, in one pass or in chunks through its KV cache, with taps."""
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence

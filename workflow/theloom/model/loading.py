@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.auto import traceable_attention
 from theloom.config.schema import Config
 from theloom.devices import gpu, gpu_lease
 from theloom.errors import ModelError
@@ -155,8 +156,7 @@ def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":
     model_config = hf_config(config.model)
     if _is_own_code(model_config):
         return None
-    requested = config.extraction.attention.name
-    attention = None if requested in ("auto", "flash_attention_2") else requested
+    attention = traceable_attention(config.extraction.attention.name)
     return fake.fake_model(model_config, resolved, attention=attention)
 
 
@@ -206,7 +206,7 @@ def _is_own_code(model_config: "PretrainedConfig") -> bool:
 def _device_map(
     config: Config, device: "torch.device", resolved: Resolved
 ) -> dict[str, "torch.device"]:
-    """Everything on one device, or over the GPUs that this job has leased. Raises MemoryPlanError."""
+    """Everything on one device, or over the GPUs of this job. Raises MemoryPlanError."""
     if len(gpu_lease.held()) < 2:
         return {"": device}
     from theloom.model import device_map, weight_format
@@ -250,8 +250,10 @@ def check_loaded(model: "nn.Module", info: Mapping[str, Any], source: str) -> No
     if mismatched := sorted(info["mismatched_keys"]):
         key, in_file, by_config = mismatched[0]
         raise ModelError(
-            f"model.source: {source} has {len(mismatched)} weights of another shape than its config says ({key}: "
-            f"{tuple(in_file)} in the files, {tuple(by_config)} by the config); they are not of one model"
+            f"model.source: {source} has {len(mismatched)} weights of another shape than "
+            f"its config says ({key}: "
+            f"{tuple(in_file)} in the files, {tuple(by_config)} by the config); they are "
+            "not of one model"
         )
     prefix, parts = f"{getattr(model, 'base_model_prefix', '')}.", dict(model.named_children())
     of_head = {
@@ -261,7 +263,10 @@ def check_loaded(model: "nn.Module", info: Mapping[str, Any], source: str) -> No
     if heads := [key for key, head in of_head.items() if head]:
         log.info("not read, as no hook point needs them: %s", _few_names(heads))
     if others := [key for key, head in of_head.items() if not head]:
-        words = "%d weights of the files have no place in %s, as its config has it, and are left out: %s"
+        words = (
+            "%d weights of the files have no place in %s, as its config has it, and are left "
+            "out: %s"
+        )
         log.warning(words, len(others), name, _few_names(others))
 
 

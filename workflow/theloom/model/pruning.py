@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from theloom.hooks.blocks import Architecture, BlockNotLoadedError
-from theloom.hooks.points import HookPoint
+from theloom.hooks.points import HookPoint, deepest_block
 from theloom.hooks.sites import Site
 from theloom.hooks.taps import Taps
 
@@ -77,7 +77,7 @@ def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
     """
     from transformers import PreTrainedModel
 
-    model, deepest = described.model, max(p.block for p in points)
+    model, deepest = described.model, deepest_block(points)
     blocks = {m for block in described.blocks for m in block.modules()}
     around = {a for name, m in model.named_modules() if m in blocks for a in _ancestors(name)} | {
         ""
@@ -107,7 +107,7 @@ def leave_out(model: "PreTrainedModel", names: Collection[str]) -> None:
 
 
 def storages(model: nn.Module, left_out: Collection[str] = ()) -> list[int]:
-    """Bytes of every storage that stays for a model's life: parameters and buffers, tied ones once."""
+    """Bytes of every storage of a model's parameters and buffers, tied ones once."""
     found = {
         t.untyped_storage()._cdata: t
         for name, t in [

@@ -49,7 +49,8 @@ def check_runs_on_the_cpu(model: nn.Module) -> None:
         ):
             if found % unit:
                 raise ModelError(
-                    f"bitsandbytes runs 4-bit weights on this CPU where their {what} is a multiple of {unit}, "
+                    f"bitsandbytes runs 4-bit weights on this CPU where their {what} is a "
+                    f"multiple of {unit}, "
                     f"which that of {name} is not; set memory.quantization=8bit or null"
                 )
 

@@ -58,7 +58,8 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
     name, count = type(model).__name__, len(loaded)
     if len(states) < count:
         raise ModelError(
-            f"{name} gives {len(states)} hidden states for its {count} blocks: its rows cannot be checked"
+            f"{name} gives {len(states)} hidden states for its {count} blocks: its rows "
+            "cannot be checked"
         )
     first, second = seen["0"], seen["1"] if len(blocks) > 1 else seen["last"]
     if _same(states[0], second) and not _same(states[0], first):

@@ -11,13 +11,72 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-NF4_BLOCK = 64
+# Layouts of bitsandbytes. NF4: two weights a byte, and one absolute maximum for each block of
+# weights; with double quantisation these scales are bytes themselves, with a maximum for each block
+# of scales and a table of 256 values. LLM.int8(): a byte a weight, and a scale for each output row.
+NF4_BLOCK = 64  # weights of one scale
+SCALES_BLOCK = 256  # scales of one second-level scale
+SCALES_TABLE = 256  # entries of the table that doubly quantised scales index
 
 
-SCALES_BLOCK = 256
+PACKED_ROWS = 32  # the kernel for CPUs takes weights whose output rows are a multiple of it
 
 
-PACKED_ROWS = 32
+def nf4_scales(count: int, double: bool = False) -> list[tuple[int, int]]:
+    """The tensors that NF4 keeps next to packed weights.
+
+    Args:
+        count: The number of weights of one matrix.
+        double: Whether the scales are quantised too.
+
+    Returns:
+        Of each tensor its elements and the bytes of one.
+    """
+    scales = -(-count // NF4_BLOCK)
+    if not double:
+        return [(scales, 4)]
+    return [(scales, 1), (-(-scales // SCALES_BLOCK), 4), (SCALES_TABLE, 4)]
+
+
+def quantized_bytes(quantization: str, count: int, rows: int, double: bool = False) -> int:
+    """Bytes of a linear layer's quantised weight, scales included.
+
+    Args:
+        quantization: `int8` or `int4`.
+        count: The number of weights.
+        rows: The number of output rows, each of which has one scale in `int8`.
+        double: Whether the scales of `int4` are quantised too.
+
+    Returns:
+        The bytes, by the layout of bitsandbytes 0.50.
+
+    Example:
+        >>> quantized_bytes("int8", 64 * 64, rows=64)
+        4352
+        >>> quantized_bytes("int4", 64 * 64, rows=64)
+        2304
+    """
+    if quantization == "int8":
+        return count + 4 * rows
+    return -(-count // 2) + sum(n * size for n, size in nf4_scales(count, double))
+
+
+def quantizing_bytes(quantization: str, count: int, precision_bytes: int) -> int:
+    """Bytes of a GPU that quantising a weight takes next to the result.
+
+    bitsandbytes copies the weight to the GPU in the model's precision, and LLM.int8() converts it
+    to FP16 as well.
+
+    Args:
+        quantization: `int8` or `int4`.
+        count: The number of weights.
+        precision_bytes: Bytes of one weight in the precision from which it is quantised.
+
+    Example:
+        >>> quantizing_bytes("int8", 1000, precision_bytes=2)
+        4000
+    """
+    return count * (precision_bytes + (2 if quantization == "int8" else 0))
 
 
 def quantized_by_checkpoint(model_config: "PretrainedConfig") -> str | None:
@@ -34,7 +93,8 @@ def quantized_by_checkpoint(model_config: "PretrainedConfig") -> str | None:
     if not method.startswith("bitsandbytes"):
         raise ModelError(
             f"its weights are quantised by {method}, and TheLoom knows the memory of "
-            "bitsandbytes alone; take its unquantised weights, with memory.quantization where they are too large"
+            "bitsandbytes alone; take its unquantised weights, with memory.quantization "
+            "where they are too large"
         )
     return "4bit" if said.get("load_in_4bit") or said.get("_load_in_4bit") else "8bit"
 
@@ -52,7 +112,8 @@ def quantization_of(config: Config, found: "PretrainedConfig") -> str | None:
     requested = requested_quantization(config)
     if own is not None and requested not in (None, own):
         raise ModelError(
-            f"memory.quantization={requested}: the weights of {config.model.source} are quantised to {own} already; "
+            f"memory.quantization={requested}: the weights of {config.model.source} are "
+            f"quantised to {own} already; "
             "leave memory.quantization=null, or take the unquantised weights"
         )
     return own
@@ -69,7 +130,7 @@ class WeightFormat:
 
     @property
     def name(self) -> str:
-        """fp32, fp16, bf16; int8 and int4, whose other weights are 16-bit; int8+fp32 and int4+fp32."""
+        """One of fp32, fp16, bf16; int8, int4 (other weights in 16 bits); int8+fp32, int4+fp32."""
         if self.quantization is None:
             return self.precision
         return (

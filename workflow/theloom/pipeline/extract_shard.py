@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from theloom.config.auto import store_precision
 from theloom.config.frozen import frozen_digest, load_frozen, to_plain
 from theloom.corpus import batching, tokens
 from theloom.corpus.batching import Lengths
@@ -58,7 +59,7 @@ def extract_shard(
     estimated, recorded = estimate.read(estimate_path), model_record.read(model_path)
     shard_tokens = tokens.read_shard(tokens_path, shard)
     points = recorded.catalog.select(frozen.memory.activation_cache_filter)
-    store = recorded.precision if frozen.store.dtype.name == "auto" else frozen.store.dtype.name
+    store = store_precision(frozen, recorded.precision)
     lengths = np.diff(shard_tokens.window_offset)
     _check_revision(recorded, tokens_path)
     run_fingerprint = _identity(config_path, recorded, tokens_path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import h5py
 
 from theloom import terminal
+from theloom.config.auto import traceable_attention
 from theloom.config.model_dims import numbers
 from theloom.config.schema import Config
 from theloom.corpus import tokens
@@ -120,10 +121,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
             raise MemoryPlanError(f"{error}; nor layer by layer: {refused}") from None
         return
     files = prepare_files(config.model)
-    requested = config.extraction.attention.name
-    attention = (
-        None if requested in ("auto", "flash_attention_2") else requested
-    )  # FlashAttention is not built for the CPU
+    attention = traceable_attention(config.extraction.attention.name)
     before_counting(config.model)
     with peak_memory.PeakMemory(
         device

@@ -15,6 +15,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from theloom.config import sharding
+from theloom.config.auto import store_precision
 from theloom.config.compose import Run
 from theloom.config.frozen import to_config, to_plain
 from theloom.config.model_dims import ModelDims, dims_of_profile
@@ -229,7 +230,7 @@ def _covered(settings: Config) -> ModelDims | None:
 def _from_estimate(settings: Config, estimated: Estimate, on_gpu: bool) -> dict[str, Any]:
     precision = estimate.likely_precision(settings)
     kind = _weight_format(settings, estimated, precision)
-    store = precision if settings.store.dtype.name == "auto" else settings.store.dtype.name
+    store = store_precision(settings, precision)
     plan: dict[str, Any] = UNSIZED_CORPUS | _minutes(settings, estimated, store)
     shards = settings.extraction.shards or 1
     if estimated.rows is not None:

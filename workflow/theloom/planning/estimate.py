@@ -17,11 +17,12 @@ import h5py
 import numpy as np
 
 from theloom import terminal
+from theloom.config.auto import store_precision, traceable_attention
 from theloom.config.frozen import to_plain
 from theloom.config.model_dims import dims_of_profile, numbers
 from theloom.config.schema import Config
 from theloom.errors import MemoryPlanError, ModelError
-from theloom.hooks.points import HookPoint
+from theloom.hooks.points import HookPoint, deepest_block
 from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
 from theloom.memory.sizes import PeakBytes, Workload, by_category
@@ -165,7 +166,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         chunk_size=chunk_size,
         batch_tokens=config.extraction.batch_tokens,
         cache=config.extraction.cache.name,
-        blocks=min(max(max(p.block for p in points), 0) + 1, size.num_blocks),
+        blocks=min(max(deepest_block(points), 0) + 1, size.num_blocks),
         hooks=[p.name for p in points],
         weights=weights,
         load_peak={
@@ -174,7 +175,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         },
         passes=passes,
         largest_capture={
-            name: _largest(points, _stored(config, kind), context)
+            name: _largest(points, store_precision(config, kind.precision), context)
             for name, kind in WEIGHT_FORMATS.items()
         },
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
@@ -241,11 +242,6 @@ def _largest(points: list[HookPoint], precision: str, keys: int) -> int:
     return BYTES[precision] * max(p.width(keys) for p in points)
 
 
-def _stored(config: Config, kind: WeightFormat) -> str:
-    """Precision on disk of a run with these weights."""
-    return kind.precision if config.store.dtype.name == "auto" else config.store.dtype.name
-
-
 def check_disk(folder: Path, needed: int, free: int) -> None:
     """Check that the output fits the disk.
 
@@ -279,8 +275,7 @@ def run_estimate(config: Config, output: Path) -> None:
     log.info("by %s", estimator.method)
     result = estimate(config, estimator, "cpu" if config.extraction.device == "cpu" else "cuda")
     precision = likely_precision(config)
-    store = precision if config.store.dtype.name == "auto" else config.store.dtype.name
-    needed = result.disk_bytes(store)
+    needed = result.disk_bytes(store_precision(config, precision))
     if needed is not None:
         check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
         log.info("disk: %s", terminal.format_bytes(needed))
@@ -335,8 +330,7 @@ def estimator_of(
             return closed
     return Traced(
         model_config if declared is None else config_of(declared),
-        # FlashAttention is not built for the CPU, where the trace runs
-        None if attention in ("auto", "flash_attention_2") else attention,
+        traceable_attention(attention),
         config.model.trust_remote_code,
     )
 

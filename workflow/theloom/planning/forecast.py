@@ -13,7 +13,7 @@ from theloom.config.model_dims import ModelDims
 from theloom.config.schema import Config
 from theloom.devices import gpu_specs
 from theloom.errors import ConfigError, ModelError
-from theloom.hooks.points import RESIDUALS, HookPoint, residual_points
+from theloom.hooks.points import RESIDUALS, HookPoint, deepest_block, residual_points
 from theloom.memory import sizes
 from theloom.memory.estimators import Estimator, row_bytes
 from theloom.memory.sizes import Components, PeakBytes, Workload
@@ -130,7 +130,7 @@ def forecast(
         estimator.forward(kind, workload, chosen, held=True) for chosen in (residuals, points)
     )
     swept, unsupported = _layerwise(estimator, kind, workload, points)
-    deepest = min(max(p.block for p in points) + 1, estimator.size.num_blocks)
+    deepest = min(deepest_block(points) + 1, estimator.size.num_blocks)
     able = [gpu for gpu in gpu_specs.gpus() if gpu.computes(kind.name)]
     return Forecast(
         model=settings.model.source,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from theloom.config.auto import traceable_attention
 from theloom.config.schema import Config
 from theloom.corpus.batching import Lengths
 from theloom.devices import gpu, host
@@ -23,7 +24,7 @@ from theloom.engine.layerwise.runner import LayerwiseRunner
 from theloom.engine.layerwise.skeleton import Shell
 from theloom.engine.layerwise.weights_index import OUTSIDE
 from theloom.errors import ModelError
-from theloom.hooks.points import HookPoint, residual_points
+from theloom.hooks.points import HookPoint, deepest_block, residual_points
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
 from theloom.memory.trace_block import trace_block
 from theloom.model import checks, loading, weight_format
@@ -53,7 +54,7 @@ class LayerwiseModel:
     def sizes(self, points: Sequence[HookPoint]) -> BlockSizes:
         """Bytes of the weights that a sweep up to the deepest of `points` reads and holds."""
         checkpoint = self.shell.checkpoint
-        blocks = range(min(max(p.block for p in points) + 1, len(self.shell.blocks)))
+        blocks = range(min(deepest_block(points) + 1, len(self.shell.blocks)))
         embeddings = sum(checkpoint.stored[k].nbytes for k in self.shell.mapped)
         if checkpoint.quantized:
             device, block = (
@@ -84,7 +85,7 @@ class LayerwiseModel:
         precision, quantization, attention = (
             self.kind.precision,
             self.kind.quantization,
-            self.loaded.attention,
+            traceable_attention(self.loaded.attention),
         )
         fake = fake_model(config, precision, quantization, attention, kernels=device)
 

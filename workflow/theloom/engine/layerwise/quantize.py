@@ -22,12 +22,9 @@ from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from theloom.model import quantization
-from theloom.model.weight_format import NF4_BLOCK, SCALES_BLOCK
+from theloom.model.weight_format import quantized_bytes, quantizing_bytes
 
 CODE = 16 * 4  # bytes of NF4's own table of numbers
-
-
-CODE_OF_SCALES = 256 * 4
 
 
 def quantizer(bits: str, model_config: PretrainedConfig, precision: str) -> HfQuantizer:
@@ -153,14 +150,9 @@ def held(module: nn.Module, leaf: str, tensor: torch.Tensor) -> int:
         return count * tensor.element_size()
     layer = cast(Any, module)
     if kind == "8bit":
-        return count + 4 * int(layer.out_features)
-    scales = -(-count // NF4_BLOCK)
+        return quantized_bytes("int8", count, int(layer.out_features))
     double = layer.weight.compress_statistics
-    return (
-        -(-count // 2)
-        + CODE
-        + (scales + 4 * -(-scales // SCALES_BLOCK) + CODE_OF_SCALES if double else 4 * scales)
-    )
+    return CODE + quantized_bytes("int4", count, int(layer.out_features), double)
 
 
 def staging(bits: str, count: int, stored: torch.dtype, precision: torch.dtype, device: str) -> int:
@@ -173,7 +165,7 @@ def staging(bits: str, count: int, stored: torch.dtype, precision: torch.dtype, 
     """
     size, half = precision.itemsize, 0 if precision == torch.float16 else 2
     if device != "cpu":
-        return count * (size + (2 if bits == "8bit" else 0))
+        return quantizing_bytes("int8" if bits == "8bit" else "int4", count, size)
     read = stored.itemsize + size if stored != precision else 0
     if bits == "8bit":
         return count * max(read, size + half + 7)
