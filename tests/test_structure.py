@@ -1,0 +1,63 @@
+"""The packages of the library import in one direction."""
+
+import ast
+
+from support import ROOT
+
+LIBRARY = ROOT / "workflow/theloom"
+LOWEST = ("errors", "precision", "terminal")
+PACKAGES = [
+    "devices",
+    "config",
+    "hooks",
+    "model",
+    "store",
+    "dataset",
+    "corpus",
+    "memory",
+    "planning",
+    "engine",
+    "extraction",
+    "verification",
+    "report",
+    "pipeline",
+    "cli",
+]
+RANK = dict.fromkeys(LOWEST, 0) | {name: n for n, name in enumerate(PACKAGES, 1)}
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("theloom.")}
+
+
+def test_no_import_runs_against_the_order_of_packages():
+    against = []
+    for file in sorted(LIBRARY.rglob("*.py")):
+        path = file.relative_to(LIBRARY)
+        package = path.parts[0].removesuffix(".py")
+        if len(path.parts) == 1 and package not in LOWEST:
+            continue
+        for name in _imports(ast.parse(file.read_text(encoding="utf-8"))):
+            low = package in LOWEST and name not in LOWEST
+            if name not in RANK or low or RANK[name] > RANK[package]:
+                against.append(f"{path} imports {name}")
+    assert not against
+
+
+def test_no_folder_has_too_many_modules():
+    for folder in {file.parent for file in LIBRARY.rglob("*.py")}:
+        modules = [file for file in folder.glob("*.py") if file.name != "__init__.py"]
+        assert len(modules) <= (8 if folder == LIBRARY else 14), folder
+
+
+def test_package_inits_are_empty_but_for_two():
+    for file in LIBRARY.rglob("__init__.py"):
+        if file.parent not in (LIBRARY, LIBRARY / "extraction"):
+            assert not file.read_text(encoding="utf-8").strip(), file
