@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
+from theloom.config import sharding
+from theloom.config.schema import Config
 from theloom.devices import gpu_specs
 from theloom.devices.gpu_specs import GIB
 
@@ -124,3 +127,14 @@ def test_every_offer_is_of_a_gpu_in_the_table():
 
 def test_an_offer_too_small_for_any_size():
     assert gpu_specs.CloudOffer("x", "y", "z", 1, 6).best_for == ""
+
+
+def test_sharding_and_the_estimate_take_one_speed_for_each_gpu():
+    config = OmegaConf.structured(Config)
+    for gpu in gpu_specs.gpus():
+        config.resources.gpu_model = gpu.name
+        assert gpu in gpu_specs.find(gpu.name)
+        peak = sharding._tflops(config) / sharding.SHARE
+        assert peak == pytest.approx(gpu.tflops or sharding.UNNAMED_GPU), gpu.name
+    assert {g.tflops for g in gpu_specs.find("l40s")} == {362}
+    assert all(NAMED[name].tflops for name in gpu_specs.PLANNED)

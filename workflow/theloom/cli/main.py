@@ -173,10 +173,9 @@ def _remarks(infos: list["GPUInfo"]) -> str:
 def _hardware_table(every: bool) -> str:
     """All known GPUs, or the common ones: those whose peak speed is known."""
     from theloom.devices import gpu_specs
-    from theloom.planning import execution_modes
 
     known = gpu_specs.gpus()
-    shown = [gpu for gpu in known if every or gpu.name in execution_modes.PEAK]
+    shown = [gpu for gpu in known if every or gpu.name in gpu_specs.PLANNED]
     rows = [
         [
             gpu.name,

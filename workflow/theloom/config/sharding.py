@@ -7,28 +7,7 @@ makers' figure for dense 16-bit products times the share that inference reaches.
 """
 
 from theloom.config.schema import Config
-
-# Dense BF16 (V100, T4: FP16) TFLOP/s of NVIDIA's data sheets, without sparsity; a scheduler's name
-# for a GPU contains the key. The first that fits counts.
-PEAK_TFLOPS = {
-    "h200": 989,
-    "h100": 989,
-    "gh200": 989,
-    "b200": 2250,
-    "a100": 312,
-    "a40": 150,
-    "a30": 165,
-    "a10": 125,
-    "a6000": 155,
-    "l40": 181,
-    "l4": 121,
-    "6000ada": 182,
-    "4090": 165,
-    "3090": 71,
-    "v100": 125,
-    "t4": 65,
-}
-
+from theloom.devices import gpu_specs
 
 UNNAMED_GPU = 125.0
 
@@ -81,8 +60,8 @@ def tokens_per_second(config: Config, block_parameters: int | None = None) -> fl
 def _tflops(config: Config) -> float:
     if config.extraction.device == "cpu" or config.resources.gpu == 0:
         return config.resources.threads * CPU_THREAD_TFLOPS
-    model = (config.resources.gpu_model or "").lower()
-    peak = next((value for name, value in PEAK_TFLOPS.items() if name in model), UNNAMED_GPU)
+    gpus = gpu_specs.find(config.resources.gpu_model or "")
+    peak = min((gpu.tflops for gpu in gpus if gpu.tflops), default=UNNAMED_GPU)
     share = SHARE
     if config.memory.quantization is not None:
         share *= QUANTIZED_SHARE

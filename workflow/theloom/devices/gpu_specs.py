@@ -98,6 +98,67 @@ _MORE: tuple[tuple[str, int, tuple[int, int]], ...] = (
 )
 
 
+# Peak dense TFLOP/s with 16-bit inputs (BF16; V100 and T4: FP16), by NVIDIA's data sheets, without
+# sparsity. V100 is the SXM2 board's; the PCIe board reaches 112.
+_TFLOPS = {
+    "T4": 65,
+    "V100": 125,
+    "L4": 121,
+    "L40": 181,
+    "L40S": 362,
+    "A10": 125,
+    "A30": 165,
+    "A40": 150,
+    "A6000": 155,
+    "RTX6000Ada": 182,
+    "RTX3090": 71,
+    "RTX3090Ti": 80,
+    "RTX4090": 165,
+    "A100": 312,
+    "H100": 989,
+    "H100NVL": 835,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "GB200": 2250,
+}
+
+# GPUs of which the estimate compares resident and layer-by-layer runs.
+PLANNED = (
+    "T4",
+    "V100 16 GB",
+    "V100 32 GB",
+    "L4",
+    "A10",
+    "RTX 3090",
+    "RTX 4090",
+    "RTX A6000",
+    "L40S",
+    "A100 40 GB",
+    "A100 80 GB",
+    "H100",
+    "H200",
+)
+
+# GPUs in the report's figure: one or two of each generation and size.
+REPORTED = (
+    "GTX 1080 Ti",
+    "RTX 2080 Ti",
+    "RTX 3060 12 GB",
+    "T4",
+    "RTX 4080",
+    "A10",
+    "RTX 3090",
+    "RTX 4090",
+    "RTX 5090",
+    "A100 40 GB",
+    "L40S",
+    "A100 80 GB",
+    "H100",
+    "H200",
+    "B200",
+)
+
 _WORKSTATION = {
     "A4000": "RTX A4000",
     "A4500": "RTX A4500",
@@ -123,6 +184,8 @@ class GPU:
     compute_capability: tuple[int, int]
     bf16: bool
     fp16: bool
+    model: str  # gpuhunt's name, without the memory
+    tflops: float | None  # peak of dense 16-bit products; None: not listed
 
     def computes(self, kind: str) -> bool:
         """Whether it computes with a kind of weights (`memory.WeightFormat.name`): beside quantised ones
@@ -216,10 +279,45 @@ def gpus() -> tuple[GPU, ...]:
             capability,
             capability >= BF16_CAPABILITY,
             capability >= FP16_CAPABILITY,
+            name,
+            _TFLOPS.get(name),
         )
         for (name, memory), capability in boards.items()
     ]
     return tuple(sorted(found, key=lambda gpu: (gpu.nominal_gb, gpu.name)))
+
+
+def find(scheduler_name: str) -> tuple[GPU, ...]:
+    """The GPUs that a scheduler's name such as `l40s` or `nvidia-a100-sxm4-80gb` may mean.
+
+    The longest model name in it wins, so `l40s` is no L40. Several boards of one model remain where
+    the name does not state their memory. An abbreviation such as `rtx30` gives all that it begins.
+
+    Args:
+        scheduler_name: name of a GPU; case and punctuation do not matter.
+
+    Returns:
+        The boards by memory; empty for an unknown or empty name.
+    """
+    name = _plain(scheduler_name)
+    if not name:
+        return ()
+    lengths = {gpu: max((len(a) for a in _aliases(gpu) if a in name), default=0) for gpu in gpus()}
+    longest = max(lengths.values())
+    if not longest:
+        return tuple(g for g in gpus() if any(a.startswith(name) for a in _aliases(g)))
+    boards = tuple(gpu for gpu, length in lengths.items() if length == longest)
+    return tuple(g for g in boards if f"{g.nominal_gb}gb" in name) or boards
+
+
+def _aliases(gpu: GPU) -> set[str]:
+    model = _plain(gpu.model)
+    human = _plain(_human(gpu.model))
+    return {model, human, model.removeprefix("rtx") or model}
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
 
 
 def usable_bytes(name: str, nominal_gb: int) -> int:

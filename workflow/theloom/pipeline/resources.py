@@ -303,18 +303,8 @@ def _gpu_speed(settings: Config) -> float:
     """
     if settings.resources.gpu_memory_gb is not None:
         return float(settings.resources.gpu_memory_gb) * 1e9
-    requested = _plain(settings.resources.gpu_model or "")
-    boards = [(_plain(g.name), g.usable_bytes) for g in gpu_specs.gpus()]
-    sizes = [
-        size
-        for name, size in boards
-        if requested and (name.startswith(requested) or requested.endswith(name))
-    ]
-    return min(sizes, default=ON_80_GB)
-
-
-def _plain(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
+    boards = gpu_specs.find(settings.resources.gpu_model or "")
+    return min((gpu.usable_bytes for gpu in boards), default=ON_80_GB)
 
 
 def _is_gguf(settings: Config) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from theloom.config.model_dims import ModelDims
+from theloom.config.sharding import TOKENS_OF_SHARD
 from theloom.devices import gpu_specs
 from theloom.hooks.points import HookPoint
 from theloom.memory.estimators import Estimator
@@ -26,25 +27,7 @@ DISK = 3e9  # bytes a second that a local NVMe drive reads
 BUS = 20e9  # bytes a second between pinned host memory and a GPU
 
 
-SHARD_TOKENS = 250_000
-
-
-# 10^12 floating-point operations a second: dense, 16-bit, sums in 32 bits
-PEAK = {
-    "T4": 65,
-    "V100 16 GB": 112,
-    "V100 32 GB": 112,
-    "L4": 121,
-    "A10": 125,
-    "RTX 3090": 71,
-    "RTX 4090": 165,
-    "RTX A6000": 155,
-    "L40S": 362,
-    "A100 40 GB": 312,
-    "A100 80 GB": 312,
-    "H100": 989,
-    "H200": 989,
-}
+SHARD_TOKENS = TOKENS_OF_SHARD
 
 
 @dataclass(frozen=True)
@@ -167,10 +150,10 @@ def gpu_modes(
     each = operations(estimator.size, blocks, swept.parameters, tokens)
     modes = []
     for gpu in gpu_specs.gpus():
-        if gpu.name not in PEAK:
+        if gpu.name not in gpu_specs.PLANNED or gpu.tflops is None:
             continue
         able = gpu.computes(kind.name)
-        speed = PEAK[gpu.name] * 1e12 * EFFICIENCY
+        speed = gpu.tflops * 1e12 * EFFICIENCY
         resident, layered = None, None
         overlapped = swept.shard_tokens * each / blocks / speed >= swept.read / blocks / DISK
         if able and resident_bytes <= gpu.usable_bytes:

@@ -18,26 +18,6 @@ _PARTS = ("weights", "kv_cache", "captured", "temporaries", "logits")
 _WORDS = {"kv_cache": "KV cache", "captured": "hook points"}
 
 
-# one or two common GPUs of each generation and size, smallest first
-_SHOWN = (
-    "GTX 1080 Ti",
-    "RTX 2080 Ti",
-    "RTX 3060 12 GB",
-    "T4",
-    "RTX 4080",
-    "A10",
-    "RTX 3090",
-    "RTX 4090",
-    "RTX 5090",
-    "A100 40 GB",
-    "L40S",
-    "A100 80 GB",
-    "H100",
-    "H200",
-    "B200",
-)
-
-
 def predicted_against_measured(model: Path, title: str) -> Drawn:
     """Draw predicted and measured bytes of the largest planned pass, by component.
 
@@ -98,7 +78,7 @@ def fits_on(estimate_path: Path, title: str) -> Drawn:
     """
     result = estimate.read(estimate_path)
     kinds = [kind for kind in ("fp32", "fp16", "bf16", "int8", "int4") if kind in result.passes]
-    gpus = [gpu for gpu in gpu_specs.gpus() if gpu.name in _SHOWN]
+    gpus = [gpu for gpu in gpu_specs.gpus() if gpu.name in gpu_specs.REPORTED]
     rows = []
     for gpu in gpus:
         for kind in kinds:
