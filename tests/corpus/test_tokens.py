@@ -64,7 +64,7 @@ def test_window_lengths_are_those_of_each_shard(tmp_path, tiny_llama, shards):
     assert [x.tolist() for x in found.shards] == [
         np.diff(part.window_offset).tolist() for part in parts
     ]
-    assert found.longest == tokens.longest_window(path) == 100
+    assert found.longest == tokens.read_job(path, 0).longest_window == 100
     assert found.tokens == max(len(part.input_ids) for part in parts)
 
 

@@ -35,6 +35,7 @@ from theloom.errors import HookError, MemoryPlanError, ModelError, StoreError
 from theloom.model import files, loading
 from theloom.model.checks import self_check
 from theloom.model.forward import forward_residuals
+from theloom.pipeline import load_model
 from theloom.planning.plan import MOST_BATCH_TOKENS
 from theloom.precision import TOLERANCE, torch_dtype
 from theloom.store import writer
@@ -267,11 +268,29 @@ def test_a_run_larger_than_the_disk_ends_at_the_estimate(tmp_path, tiny_llama):
 def test_a_run_larger_than_the_memory_ends_before_loading(tmp_path, tiny_llama, monkeypatch):
     run = stages(tmp_path, tiny_llama)
     monkeypatch.setattr(host, "memory", lambda: DeviceMemory(10**9, 10**6, "a small cgroup"))
-    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.setattr(load_model, "load_model", None)
+    monkeypatch.setattr(model_record, "load_model", None)
     with pytest.raises(
         MemoryPlanError, match=r"cpu has 1.0 MB of 1.00 GB free, limited by a small cgroup"
     ):
         run.prepare()
+
+
+@pytest.mark.parametrize("execution", ["resident", "layerwise"])
+def test_a_fallback_of_the_precision_warns_once_a_job(
+    tmp_path, tiny_llama, monkeypatch, caplog, execution
+):
+    monkeypatch.setattr(loading, "cpu_has_fp16", lambda: False)
+    requested = "memory.precision_mode=fp16 corpus.max_tokens=300 extraction.shards=1 "
+    run = stages(tmp_path, tiny_llama, requested + f"extraction.execution={execution}")
+    run.prepare()
+    warnings = [r for r in caplog.records if "precision_mode=fp16" in r.getMessage()]
+    assert [r.levelname for r in warnings] == ["WARNING"]
+    caplog.clear()
+    run.extract()
+    warnings = [r for r in caplog.records if "precision_mode=fp16" in r.getMessage()]
+    assert [r.levelname for r in warnings] == ["WARNING"]
+    assert theloom.open(run.shards[0]).attributes["model_precision"] == "fp32"
 
 
 def test_a_model_changed_since_it_was_recorded_is_refused(tmp_path, tiny_llama):

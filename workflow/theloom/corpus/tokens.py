@@ -242,28 +242,50 @@ def read_shard(path: Path, shard: int) -> ShardTokens:
         StoreError: the file is missing or of another format.
     """
     with file_format.open_h5(path, "tokens") as file:
-        first, last = (int(d) for d in file["shards/first_document"][shard : shard + 2])
-        document_offset = file["documents/offset"][first : last + 1]
-        rows = slice(int(document_offset[0]), int(document_offset[-1]))
-        window_document = file["windows/document"][:]
-        windows = slice(*(int(w) for w in np.searchsorted(window_document, [first, last])))
-        window_offset = file["windows/offset"][windows.start : windows.stop + 1]
-        return ShardTokens(
-            first_row=rows.start,
-            input_ids=file["tokens/input_ids"][rows],
-            document=file["tokens/document"][rows],
-            position=file["tokens/position"][rows],
-            document_offset=document_offset - rows.start,
-            document_id=file["documents/id"][first:last],
-            window_offset=window_offset - rows.start,
-            window_document=window_document[windows],
-        )
+        return _shard(file, shard)
 
 
-def longest_window(path: Path) -> int:
-    """Tokens of the longest window of the whole corpus."""
+def _shard(file: h5py.File, shard: int) -> ShardTokens:
+    first, last = (int(d) for d in file["shards/first_document"][shard : shard + 2])
+    document_offset = file["documents/offset"][first : last + 1]
+    rows = slice(int(document_offset[0]), int(document_offset[-1]))
+    window_document = file["windows/document"][:]
+    windows = slice(*(int(w) for w in np.searchsorted(window_document, [first, last])))
+    window_offset = file["windows/offset"][windows.start : windows.stop + 1]
+    return ShardTokens(
+        first_row=rows.start,
+        input_ids=file["tokens/input_ids"][rows],
+        document=file["tokens/document"][rows],
+        position=file["tokens/position"][rows],
+        document_offset=document_offset - rows.start,
+        document_id=file["documents/id"][first:last],
+        window_offset=window_offset - rows.start,
+        window_document=window_document[windows],
+    )
+
+
+@dataclass(frozen=True)
+class JobTokens:
+    """What an extraction job needs of `tokens.h5`."""
+
+    attributes: dict[str, Any]
+    longest_window: int  # tokens, of the whole corpus
+    shard: ShardTokens
+
+
+def read_job(path: Path, shard: int) -> JobTokens:
+    """Read what an extraction job needs of `tokens.h5`, opening it once.
+
+    Args:
+        path: of `tokens.h5`.
+        shard: number of the shard, from 0.
+
+    Raises:
+        StoreError: the file is missing or of another format.
+    """
     with file_format.open_h5(path, "tokens") as file:
-        return int(np.diff(file["windows/offset"][:]).max(initial=1))
+        longest = int(np.diff(file["windows/offset"][:]).max(initial=1))
+        return JobTokens(_attributes(file), longest, _shard(file, shard))
 
 
 def window_lengths(path: Path) -> Lengths:
@@ -277,7 +299,11 @@ def window_lengths(path: Path) -> Lengths:
 def attributes(path: Path) -> dict[str, Any]:
     """The attributes of `tokens.h5`, as plain Python values."""
     with file_format.open_h5(path, "tokens") as file:
-        return {
-            name: value.item() if hasattr(value, "item") else value
-            for name, value in file.attrs.items()
-        }
+        return _attributes(file)
+
+
+def _attributes(file: h5py.File) -> dict[str, Any]:
+    return {
+        name: value.item() if hasattr(value, "item") else value
+        for name, value in file.attrs.items()
+    }

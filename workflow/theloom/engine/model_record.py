@@ -19,7 +19,7 @@ from theloom.devices import gpu
 from theloom.errors import ModelError, StoreError
 from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.model.files import ModelFiles, files_fingerprint, files_signature, prepare_files
-from theloom.model.loading import LoadedModel, load_model, resolve_precision
+from theloom.model.loading import LoadedModel, Target, load_model, resolve_precision
 from theloom.planning.plan import Correction
 from theloom.store import file_format, provenance
 
@@ -122,25 +122,40 @@ def read(path: Path) -> ModelRecord:
 
 
 def load_again(
-    config: Config, recorded: ModelRecord, points: Sequence[HookPoint] | None = None
+    config: Config,
+    recorded: ModelRecord,
+    points: Sequence[HookPoint] | None = None,
+    target: Target | None = None,
 ) -> LoadedModel:
-    """Load the model of a record, or what reading `points` needs.
+    """Load the model of a record.
 
-    Raises StoreError if its files, or the precision at hand, are others by now.
+    Args:
+        config: The run's config.
+        recorded: What `model.h5` holds.
+        points: The hook points to read; None: any.
+        target: The device and the precision, if they are resolved already.
+
+    Raises:
+        StoreError: The precision is now another one than the record's.
+        ModelError: The files are now others than the record's.
     """
-    return load_model(config, _same_files(config, recorded), points)
+    target = target or resolve_precision(config)
+    return load_model(config, _same_files(config, recorded, target), points, target=target)
 
 
-def open_again(config: Config, recorded: ModelRecord) -> "AbstractContextManager[LayerwiseModel]":
-    """The same for a model that goes layer by layer."""
+def open_again(
+    config: Config, recorded: ModelRecord, target: Target | None = None
+) -> "AbstractContextManager[LayerwiseModel]":
+    """As `load_again`, for a model that runs layer by layer."""
     from theloom.engine.layerwise.model import opened
 
-    return opened(config, _same_files(config, recorded))
+    target = target or resolve_precision(config)
+    return opened(config, _same_files(config, recorded, target), target=target)
 
 
-def _same_files(config: Config, recorded: ModelRecord) -> ModelFiles:
+def _same_files(config: Config, recorded: ModelRecord, target: Target) -> ModelFiles:
     """The files of a record's model, unchanged. Raises StoreError, ModelError."""
-    device, resolved = resolve_precision(config)
+    device, resolved = target
     if resolved.resolved != recorded.precision:
         raise StoreError(
             f"model.h5 was made in {recorded.precision}, and {device} gives {resolved.resolved}; "

@@ -1,29 +1,24 @@
-"""What runs the blocks over one batch: resident execution, with the model on the device as a whole."""
+"""Resident execution: the model as a whole on the device, batch by batch."""
 
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from theloom.config.schema import Config
-from theloom.corpus.batching import Lengths
+from theloom.corpus import batching
 from theloom.devices import gpu
 from theloom.devices.peak_memory import MemoryWatch
-from theloom.engine import model_record
+from theloom.engine import interrupts, model_record
 from theloom.engine.batch_loop import Sink, Work, run_batches
-from theloom.engine.model_record import ModelRecord
+from theloom.engine.context import ShardJob
 from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
 from theloom.memory.profile import ShardProfile
-from theloom.model import loading, weight_format
 from theloom.model.forward import prefill
 from theloom.model.loading import LoadedModel
-from theloom.planning import measure, multi_gpu
-from theloom.planning.estimate import Estimate
-from theloom.planning.plan import Plan, Planned, check_begun
+from theloom.planning import estimate, measure, multi_gpu
+from theloom.planning.plan import Plan, Planned, check_begun, plan_advice
 from theloom.precision import torch_dtype
-from theloom.store.partial import begun, partial_of
-from theloom.store.shard_file import ShardSpec
+from theloom.store.partial import batches_logged, begun, partial_of
 from theloom.store.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -80,71 +75,98 @@ class ResidentRunner:
             prefill(taps, ids, self._chunk_size, masked, self._offloaded)
 
 
-@dataclass(frozen=True)
-class ResidentJob:
-    """What one job works on, whatever the size of its batches."""
+def extract_resident(job: ShardJob) -> None:
+    """Extract a shard with the model as a whole on the device.
 
-    work: Work
-    loaded: LoadedModel
-    watch: MemoryWatch
-    spec: ShardSpec
-    output: Path
-    profile: ShardProfile
-    causal: bool
+    Args:
+        job: The shard; a partial file of it is resumed.
 
-    def run(self, smaller: Plan, level: int) -> None:
-        """Go on from the last committed row, to the end."""
+    Raises:
+        ModelError: The model's files have changed, or a document is too long for it.
+        MemoryPlanError: It does not fit.
+        StoppedError: The job was requested to stop.
+    """
+    run = job.run
+    fitting = plan_resident(job)
+    plan = fitting.plan
+    job.check_streaming(plan.chunk_size)
+    batches = batching.plan_batches(
+        job.lengths, plan.batch_tokens, plan.chunk_size, plan.streamed_windows
+    )
+    spec = job.spec(plan, len(batches))
+    estimate.check_disk(
+        job.output.parent, job.bytes_to_write(spec), shutil.disk_usage(job.output.parent).free
+    )
+    first = batches_logged(job.output, job.fingerprint)
+    if first == len(batches):  # an earlier job was killed between its last row and the rename
+        with ShardWriter(job.output, spec) as writer:
+            if writer.batches_done == len(batches):
+                writer.finish()
+                return
+    # The import of code is not the run's memory.
+    measure.before_counting(run.config.model)
+    watch = MemoryWatch(run.device)
+    loaded = model_record.load_again(run.config, run.record, run.points, run.target)
+    predicted = fitting.components
+    work = Work(
+        batches,
+        job.tokens,
+        run.points,
+        run.store,
+        run.device,
+        predicted.allocated if run.device.type == "cuda" else predicted.total,
+        run.threshold,
+    )
+    largest = batching.largest(batches, first, plan.chunk_size) if job.profiled else ()
+    profile = ShardProfile(loaded, job.output, largest)
+
+    def smaller(level: int) -> Plan:
+        return plan.backed_off(level, streams=run.record.streams)
+
+    def extract(level: int) -> None:
+        """Resume behind the last committed row, and go to the end."""
+        cut = smaller(level)
         runner = ResidentRunner(
-            self.loaded,
-            self.work.points,
-            smaller.chunk_size,
-            self.work.precision,
-            smaller.offloaded,
-            self.causal,
+            loaded, run.points, cut.chunk_size, run.store, cut.offloaded, run.record.causal
         )
-        with ShardWriter(self.output, self.spec) as writer:
-            run_batches(runner, self.work, smaller, writer, self.profile, self.watch, level)
+        with ShardWriter(job.output, spec) as writer:
+            run_batches(runner, work, cut, writer, profile, watch, level)
             writer.finish()
 
+    def advice(smallest: Plan) -> str:
+        free, _ = gpu.available_memory(run.device)
+        name, correction = run.weight_format.name, run.record.correction
+        return plan_advice(run.estimate, name, run.device.type, free, smallest, correction)
 
-def load_counted(
-    frozen: Config, recorded: ModelRecord, points: list[HookPoint]
-) -> tuple[LoadedModel, MemoryWatch]:
-    """The model, and a watch over the memory that it and the run take; the import of code is not
-    counted.
-    """
-    device, _ = loading.resolve_precision(frozen)
-    measure.before_counting(frozen.model)
-    watch = MemoryWatch(device)
-    return model_record.load_again(frozen, recorded, points), watch
+    interrupts.until_it_fits(extract, smaller, job.oom_level, run.device, advice)
 
 
-def plan_resident(
-    frozen: Config,
-    estimated: Estimate,
-    recorded: ModelRecord,
-    windows: Lengths,
-    output: Path,
-    identity: str,
-) -> Planned:
-    """What fits the device now; a shard that was started is gone on with as it was started."""
-    device, _ = loading.resolve_precision(frozen)
-    kind, unfinished = (
-        weight_format.weight_format_of(frozen, recorded.precision, recorded.quantization),
-        begun(output, identity),
+def plan_resident(job: ShardJob) -> Planned:
+    """The plan that fits the device now; a partial shard keeps the plan that it was started with."""
+    run, partial = job.run, begun(job.output, job.fingerprint)
+    if partial is None:
+        return multi_gpu.fit_plan(
+            run.estimate,
+            run.weight_format,
+            run.device,
+            run.threshold,
+            job.windows,
+            run.record.correction,
+        )
+    started = Plan(
+        int(partial["batch_tokens"]),
+        int(partial["chunk_size"]),
+        job.windows.longest,
+        int(partial.get("streamed_windows", 1)),
+        partial.get("kv_cache") == "offloaded",
     )
-    if unfinished is None:
-        threshold = frozen.memory.memory_warning_threshold
-        return multi_gpu.fit_plan(estimated, kind, device, threshold, windows, recorded.correction)
-    as_begun = Plan(
-        int(unfinished["batch_tokens"]),
-        int(unfinished["chunk_size"]),
-        windows.longest,
-        int(unfinished.get("streamed_windows", 1)),
-        unfinished.get("kv_cache") == "offloaded",
-    )
-    found, _ = gpu.available_memory(device)
-    name = partial_of(output).name
+    free, _ = gpu.available_memory(run.device)
     return check_begun(
-        estimated, kind.name, device.type, found, as_begun.over(windows), recorded.correction, name
+        run.estimate,
+        run.weight_format.name,
+        run.device.type,
+        free,
+        started.over(job.windows),
+        run.record.correction,
+        partial_of(job.output).name,
     )

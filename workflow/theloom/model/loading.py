@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from theloom.config.auto import traceable_attention
 from theloom.config.schema import Config
@@ -62,13 +62,24 @@ class LoadedModel:
         return build_catalog(self.architecture)
 
 
-def resolve_precision(config: Config) -> tuple["torch.device", Resolved]:
-    """The device of a run and the precision that it gets there."""
+class Target(NamedTuple):
+    """Where a model is loaded, and the precision resolved for that device."""
+
+    device: "torch.device"
+    precision: Resolved
+
+
+def resolve_precision(config: Config) -> Target:
+    """Resolve the device of a run and its precision there; each fallback is logged as a warning.
+
+    Raises:
+        ConfigError: The device is not available.
+    """
     device = gpu.choose_device(config.extraction.device)
     capability = gpu.compute_capability(device)
     requested = config.memory.precision_mode.name
     fp16_here = cpu_has_fp16() if capability is None and requested == "fp16" else True
-    return device, choose_precision(requested, capability, fp16_here)
+    return Target(device, choose_precision(requested, capability, fp16_here))
 
 
 def load_model(
@@ -76,14 +87,24 @@ def load_model(
     files: ModelFiles,
     points: Sequence[HookPoint] | None = None,
     exact: bool = False,
+    target: Target | None = None,
 ) -> LoadedModel:
-    """Load the model from its files (`source.prepare`): all of it, or what reading `points` needs.
+    """Load a model: all of it, or what reading `points` needs.
 
-    Tensors go one by one to their device and precision; what is not needed is not read. A quantised
-    checkpoint is taken as it is. `exact`: in FP32 and not quantised, whatever the config asks for.
-    Raises ModelError where any of the weights is missing or has another shape.
+    Tensors go one by one to their device and precision; what is not needed is not read. A quantized
+    checkpoint is taken as it is.
+
+    Args:
+        config: The run's config.
+        files: The model's files (`model.files.prepare_files`).
+        points: The hook points to read; None: any.
+        exact: Load in FP32 and not quantized, whatever the config requests.
+        target: The device and the precision, if they are resolved already.
+
+    Raises:
+        ModelError: A weight is missing or has another shape.
     """
-    device, resolved = resolve_precision(config)
+    device, resolved = target or resolve_precision(config)
     if exact:
         resolved = Resolved("fp32", "fp32", ())
     options: dict[str, Any] = (

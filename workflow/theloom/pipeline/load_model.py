@@ -20,7 +20,7 @@ from theloom.memory.estimators import Traced
 from theloom.model import weight_format
 from theloom.model.checks import self_check
 from theloom.model.files import check_architecture, hf_config, prepare_files
-from theloom.model.loading import load_model, resolve_precision
+from theloom.model.loading import Target, load_model, resolve_precision
 from theloom.planning import estimate
 from theloom.planning.estimate import Estimate
 from theloom.planning.measure import before_counting, measure
@@ -36,7 +36,12 @@ log = logging.getLogger(__name__)
 
 
 def record_layerwise(
-    config: Config, estimated: Estimate, tokens_path: Path, output: Path, why: str = ""
+    config: Config,
+    target: Target,
+    estimated: Estimate,
+    tokens_path: Path,
+    output: Path,
+    why: str = "",
 ) -> None:
     """Write `model.h5`. `why`: what speaks against a resident model, in words, for the message
     where this fails too.
@@ -46,7 +51,7 @@ def record_layerwise(
     files = prepare_files(config.model)
     before_counting(config.model)
     before = host.resident()  # from where a job's growth is counted (`layerwise_shard`)
-    with opened(config, files) as found:
+    with opened(config, files, target=target) as found:
         points = found.loaded.catalog.select(estimated.hooks)
         threshold = config.memory.memory_warning_threshold
         try:
@@ -100,7 +105,8 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         log.warning("enable_gradient_checkpointing has no effect: extraction has no backward pass")
     model_config = hf_config(config.model)
     check_architecture(config.model.architecture, numbers(model_config), config.model.source)
-    device, resolved = resolve_precision(config)
+    target = resolve_precision(config)
+    device, resolved = target
     kind = weight_format.weight_format_of(
         config, resolved.resolved, weight_format.quantization_of(config, model_config)
     )
@@ -108,7 +114,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     execution = config.extraction.execution.name
     try:
         if execution == "layerwise":
-            record_layerwise(config, estimated, tokens_path, output)
+            record_layerwise(config, target, estimated, tokens_path, output)
             return
         planned = fit_plan(estimated, kind, device, threshold, tokens.window_lengths(tokens_path))
     except MemoryPlanError as error:
@@ -116,7 +122,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
             raise
         log.warning("%s; extraction.execution=auto: it goes layer by layer", error)
         try:
-            record_layerwise(config, estimated, tokens_path, output, str(error))
+            record_layerwise(config, target, estimated, tokens_path, output, str(error))
         except ModelError as refused:
             raise MemoryPlanError(f"{error}; nor layer by layer: {refused}") from None
         return
@@ -129,7 +135,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         traced = Traced(model_config, attention, config.model.trust_remote_code)
         catalog = traced.catalog()  # of the whole model, of which only what is needed is loaded
         points = catalog.select(estimated.hooks)
-        loaded = load_model(config, files, points)
+        loaded = load_model(config, files, points, target=target)
     tried = self_check(loaded.architecture, loaded.tolerance)
     measured = measure(loaded, kind, traced, planned.plan, points, loading)
     gpu.warn_above(threshold, device)

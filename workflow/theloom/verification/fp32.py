@@ -105,7 +105,7 @@ def exact_model(
     """
     trust = config.model.trust_remote_code
     traced = traced or Traced(config_in(files, trust), None, trust)
-    device, _ = loading.resolve_precision(config)
+    device = gpu.choose_device(config.extraction.device)
     longest = max(int(acts.window_offset[w + 1] - acts.window_offset[w]) for w in windows)
     fp32 = WeightFormat("fp32")
     captured = {

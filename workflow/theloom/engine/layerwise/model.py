@@ -31,7 +31,7 @@ from theloom.model import checks, loading, weight_format
 from theloom.model.checks import SelfCheck
 from theloom.model.fake import fake_model
 from theloom.model.files import ModelFiles, hf_config
-from theloom.model.loading import LoadedModel
+from theloom.model.loading import LoadedModel, Target
 from theloom.model.quantization import check_runs_on_the_cpu
 from theloom.model.weight_format import WeightFormat
 from theloom.planning import layerwise_plan, plan
@@ -187,16 +187,25 @@ class LayerwiseModel:
 
 
 @contextmanager
-def opened(config: Config, files: ModelFiles, exact: bool = False) -> Iterator[LayerwiseModel]:
-    """Open the model of a config. `exact`: in FP32 and not quantised, whatever the config asks for.
+def opened(
+    config: Config, files: ModelFiles, exact: bool = False, target: Target | None = None
+) -> Iterator[LayerwiseModel]:
+    """Open the model of a config, to run it layer by layer.
 
-    Raises ModelError for one that cannot be run layer by layer.
+    Args:
+        config: The run's config.
+        files: The model's files.
+        exact: In FP32 and not quantized, whatever the config requests.
+        target: The device and the precision, if they are resolved already.
+
+    Raises:
+        ModelError: The model cannot be run layer by layer.
     """
     if not list(files.folder.glob("*.safetensors")):
         raise ModelError(
             f"model.source: {config.model.source} has no safetensors, which layer by layer are needed"
         )
-    device, resolved = loading.resolve_precision(config)
+    device, resolved = target or loading.resolve_precision(config)
     attention = config.extraction.attention.name
     model_config = hf_config(config.model)
     bits = weight_format.quantization_of(

@@ -4,35 +4,32 @@ killed job left.
 
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from theloom import terminal
 from theloom.config.schema import Config
 from theloom.corpus import batching
-from theloom.corpus.batching import Batch, Lengths
+from theloom.corpus.batching import Batch
 from theloom.devices import gpu, host
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine import interrupts, model_record
+from theloom.engine.context import ShardJob
 from theloom.engine.interrupts import StopRequest
 from theloom.engine.layerwise.model import LayerwiseModel
 from theloom.engine.layerwise.residual_store import ResidualStore
 from theloom.engine.layerwise.runner import LayerwiseRunner, Swept
-from theloom.engine.model_record import ModelRecord
 from theloom.errors import MemoryPlanError
 from theloom.hooks.points import HookPoint
 from theloom.memory.profile import ShardProfile
-from theloom.model import loading
 from theloom.planning import estimate, layerwise_plan, measure
 from theloom.planning.estimate import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan
 from theloom.planning.plan import Plan
 from theloom.store.partial import begun
-from theloom.store.shard_file import ShardSpec, ShardTokens
+from theloom.store.shard_file import ShardSpec
 from theloom.store.writer import ShardWriter
 
 log = logging.getLogger(__name__)
@@ -42,9 +39,6 @@ WAITED_TOO_LONG = 0.1  # of a sweep's time without weights, above which it is wo
 _ADVICE = (
     "lower memory.streaming_chunk_size or corpus.context_length, or free memory, and run again"
 )
-
-# makes the shard's spec of the plan and the number of units that are committed
-SpecOf = Callable[[Plan, int], ShardSpec]
 
 
 @dataclass(frozen=True)
@@ -59,68 +53,55 @@ class _Measured:
     profile: ShardProfile
 
 
-def extract_layerwise(
-    frozen: Config,
-    estimated: Estimate,
-    recorded: ModelRecord,
-    shard_tokens: ShardTokens,
-    points: list[HookPoint],
-    output: Path,
-    identity: str,
-    spec_of: SpecOf,
-    check: Callable[[int], None],
-    profiled: bool = False,
-    oom_level: int = 0,
-) -> None:
-    """Write the hidden states of a shard, or go on with one that was started.
+def extract_layerwise(job: ShardJob) -> None:
+    """Extract a shard with one block at a time on the device.
 
-    `check` is called with the planned chunk size before anything is run; `profiled`: the memory of
-    its largest batch is recorded; `oom_level` says how many times the windows of a batch are halved
-    from the start. Raises ModelError, MemoryPlanError, StoppedError.
+    Args:
+        job: The shard; a partial file of it is resumed. Its `oom_level` is how many times the
+            windows of a batch are halved from the start.
+
+    Raises:
+        ModelError: The model cannot be run layer by layer, or a document is too long for it.
+        MemoryPlanError: It does not fit.
+        StoppedError: The job was requested to stop.
     """
-    lengths = np.diff(shard_tokens.window_offset)
-    device, _ = loading.resolve_precision(frozen)
-    measure.before_counting(frozen.model)
+    run, device, output = job.run, job.run.device, job.output
+    measure.before_counting(run.config.model)
     watch = MemoryWatch(device)
-    with model_record.open_again(frozen, recorded) as found:
-        planned = _plan(frozen, estimated, recorded, found, points, lengths, output, identity)
-        check(planned.plan.chunk_size)
+    with model_record.open_again(run.config, run.record, run.target) as found:
+        planned = _plan(job, found)
+        job.check_streaming(planned.plan.chunk_size)
         batches = batching.plan_batches(
-            lengths,
+            job.lengths,
             planned.plan.batch_tokens,
             planned.plan.chunk_size,
             planned.plan.streamed_windows,
         )
-        ids = [
-            batching.padded(b, shard_tokens.input_ids, shard_tokens.window_offset) for b in batches
-        ]
-        precision, most = (
-            spec_of(planned.plan, 0).precision,
-            max((len(b.windows) for b in batches), default=1),
-        )
+        ids = [batching.padded(b, job.tokens.input_ids, job.tokens.window_offset) for b in batches]
+        most = max((len(b.windows) for b in batches), default=1)
         pinned = device.type == "cuda" and not planned.spilled
-        largest = batching.largest(batches, 0, planned.plan.chunk_size) if profiled else ()
+        largest = batching.largest(batches, 0, planned.plan.chunk_size) if job.profiled else ()
         profile = ShardProfile(found.loaded, output, largest)
         predicted = planned.need.device - planned.need.fixed
         if device.type == "cpu":
-            predicted = planned.need.cpu + recorded.correction.overhead
+            predicted = planned.need.cpu + run.record.correction.overhead
 
-        def run(level: int) -> None:
+        def extract(level: int) -> None:
             groups = 1 << level
             runner = LayerwiseRunner(
-                found.shell, found.source, points, planned.plan.chunk_size, precision, groups
+                found.shell, found.source, run.points, planned.plan.chunk_size, run.store, groups
             )
-            spec = spec_of(planned.plan, len(runner.stages) * len(batches))
-            residual_spec = runner.residuals(ids, identity)
-            _check_disk(spec, estimated, output, residual_spec.nbytes)
+            spec = job.spec(planned.plan, len(runner.stages) * len(batches))
+            residual_spec = runner.residuals(ids, job.fingerprint)
+            _check_disk(spec, run.estimate, output, residual_spec.nbytes)
             with ShardWriter(output, spec) as writer:
                 store = ResidualStore(residual_spec, output, planned.spilled, pinned)
                 if writer.batches_done < spec.batches:
                     writer.metrics["oom_level"] = max(writer.metrics["oom_level"], level)
                     with store, StopRequest() as stop:
                         measured = _Measured(predicted, watch, stop, profile)
-                        _say(_sweep(runner, ids, batches, store, writer, measured), frozen)
-                    gpu.warn_above(frozen.memory.memory_warning_threshold, device)
+                        _say(_sweep(runner, ids, batches, store, writer, measured), run.config)
+                    gpu.warn_above(run.threshold, device)
                 store.remove()
                 writer.finish()
 
@@ -133,24 +114,15 @@ def extract_layerwise(
                 planned.plan, batch_tokens=-(-planned.plan.batch_tokens // (1 << halved))
             )
 
-        interrupts.until_it_fits(run, cut, oom_level, device, lambda _: _ADVICE)
+        interrupts.until_it_fits(extract, cut, job.oom_level, device, lambda _: _ADVICE)
 
 
-def _plan(
-    frozen: Config,
-    estimated: Estimate,
-    recorded: ModelRecord,
-    found: LayerwiseModel,
-    points: list[HookPoint],
-    lengths: np.ndarray,
-    output: Path,
-    identity: str,
-) -> LayerwisePlan:
-    """What fits now; the batches of a shard that was started are those that it was started with."""
-    threshold, overhead = frozen.memory.memory_warning_threshold, recorded.correction.overhead
-    windows, unfinished = Lengths((lengths,)), begun(output, identity)
+def _plan(job: ShardJob, found: LayerwiseModel) -> LayerwisePlan:
+    """What fits now; a partial shard keeps the batches that it was started with."""
+    run, windows, unfinished = job.run, job.windows, begun(job.output, job.fingerprint)
+    points, overhead = run.points, run.record.correction.overhead
     if unfinished is None:
-        planned = found.fit(estimated, points, windows, threshold, overhead)
+        planned = found.fit(run.estimate, points, windows, run.threshold, overhead)
     else:
         sizes = [
             int(unfinished[name]) for name in ("batch_tokens", "chunk_size", "streamed_windows")

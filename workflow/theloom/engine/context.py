@@ -1,0 +1,252 @@
+"""What a job works with: the files before it, read once, and what follows from them, resolved once.
+
+A fallback of the precision warns where it is resolved, so a job that resolves it once warns once.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from theloom.config.auto import store_precision
+from theloom.config.frozen import frozen_digest, load_frozen, to_plain
+from theloom.config.schema import Config
+from theloom.corpus import tokens
+from theloom.corpus.batching import Lengths
+from theloom.engine import model_record
+from theloom.engine.model_record import ModelRecord
+from theloom.errors import ModelError, StoreError
+from theloom.hooks.points import HookPoint
+from theloom.model import weight_format
+from theloom.model.loading import Target, resolve_precision
+from theloom.model.weight_format import WeightFormat
+from theloom.planning import estimate
+from theloom.planning.estimate import Estimate
+from theloom.planning.plan import Plan
+from theloom.store import file_format, provenance
+from theloom.store.partial import partial_of
+from theloom.store.shard_file import ShardSpec, ShardTokens
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A run as its extraction jobs see it.
+
+    Attributes:
+        config: The frozen config of the extract stage.
+        estimate: What `estimate.h5` holds.
+        record: What `model.h5` holds.
+        corpus: The attributes of `tokens.h5`.
+        longest_window: Tokens of the longest window of the whole corpus.
+        target: The device, and the precision resolved for it.
+        points: The hook points to extract, in the order of the model.
+        store: The precision of the rows on disk.
+        fingerprint: A hash of all that determines the rows of the run.
+    """
+
+    config: Config
+    estimate: Estimate
+    record: ModelRecord
+    corpus: dict[str, Any]
+    longest_window: int
+    target: Target
+    points: list[HookPoint]
+    store: str
+    fingerprint: str
+
+    @property
+    def device(self) -> "torch.device":
+        """The device that the job computes on."""
+        return self.target.device
+
+    @property
+    def threshold(self) -> float:
+        """The share of the device's memory above which the job warns."""
+        return self.config.memory.memory_warning_threshold
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """How the weights are held."""
+        return weight_format.weight_format_of(
+            self.config, self.record.precision, self.record.quantization
+        )
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard of a run: its tokens, its output, and how often earlier jobs ran out of memory."""
+
+    run: RunContext
+    number: int
+    tokens: ShardTokens
+    output: Path
+    oom_level: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """A partial file with another one is not resumed."""
+        return f"{self.run.fingerprint}-{self.number}"
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each window of the shard, (windows,)."""
+        return np.diff(self.tokens.window_offset)
+
+    @property
+    def windows(self) -> Lengths:
+        """The lengths of the windows, as a plan takes them."""
+        return Lengths((self.lengths,))
+
+    @property
+    def profiled(self) -> bool:
+        """Whether the memory of the shard's largest batch is recorded."""
+        return self.run.config.memory.profile_shard == self.number
+
+    def spec(self, plan: Plan, batches: int) -> ShardSpec:
+        """What the shard's file will hold.
+
+        Args:
+            plan: The plan by which it is extracted, which its attributes record.
+            batches: The number of units that are committed.
+        """
+        run = self.run
+        return ShardSpec(
+            tokens=self.tokens,
+            points=run.points,
+            keys=run.longest_window,
+            precision=run.store,
+            batches=batches,
+            fingerprint=self.fingerprint,
+            attributes=_attributes(run, plan)
+            | {
+                "kind": "shard",
+                "shard": self.number,
+                "first_row": self.tokens.first_row,
+                "precision": run.store,
+            },
+            compression=run.config.store.compression.name,
+            max_overflow=run.config.store.max_overflow or 0.0,
+        )
+
+    def check_streaming(self, chunk_size: int) -> None:
+        """Raise ModelError if a window is longer than a chunk of a model that cannot be streamed."""
+        record, longest = self.run.record, int(self.lengths.max(initial=0))
+        if longest > chunk_size and not record.streams:
+            raise ModelError(
+                f"{record.attributes['model_class']} cannot be streamed "
+                f"({record.attributes['not_streamed']}), and a document has {longest} tokens; "
+                f"set memory.streaming_chunk_size={longest} or corpus.context_length={chunk_size}"
+            )
+
+    def bytes_to_write(self, spec: ShardSpec) -> int:
+        """Bytes that the shard will take beyond what a partial file of it already has."""
+        partial = partial_of(self.output)
+        there = partial.stat().st_blocks * 512 if partial.exists() else 0
+        return max(0, spec.rows * self.run.estimate.row_bytes[spec.precision] - there)
+
+
+def read_job(
+    config_path: Path,
+    estimate_path: Path,
+    model_path: Path,
+    tokens_path: Path,
+    shard: int,
+    output: Path,
+    oom_level: int = 0,
+) -> ShardJob:
+    """Read all files of an extraction job, each once.
+
+    Args:
+        config_path: The frozen config of the extract stage.
+        estimate_path: Path of `estimate.h5`.
+        model_path: Path of `model.h5`.
+        tokens_path: Path of `tokens.h5`.
+        shard: Number of the shard, from 0.
+        output: Path of the finished shard.
+        oom_level: How many times batch and chunk are halved from the start.
+
+    Raises:
+        StoreError: A file is missing or damaged, or the tokens are of another revision.
+        HookError: The model lacks a requested hook point.
+        ConfigError: The device is not available.
+    """
+    config, record = load_frozen(config_path), model_record.read(model_path)
+    corpus = tokens.read_job(tokens_path, shard)
+    _check_revision(record, corpus.attributes)
+    run = RunContext(
+        config=config,
+        estimate=estimate.read(estimate_path),
+        record=record,
+        corpus=corpus.attributes,
+        longest_window=corpus.longest_window,
+        target=resolve_precision(config),
+        points=record.catalog.select(config.memory.activation_cache_filter),
+        store=store_precision(config, record.precision),
+        fingerprint=_fingerprint(config_path, record, corpus.attributes),
+    )
+    return ShardJob(run, shard, corpus.shard, output, oom_level)
+
+
+def _check_revision(record: ModelRecord, corpus: dict[str, Any]) -> None:
+    """The tokens are of the model's commit: a hub's branch may move between two jobs."""
+    name, revision = corpus["tokenizer"], corpus["tokenizer_revision"]
+    expected = record.attributes["revision"]
+    if name == record.attributes["source"] and revision != expected:
+        raise StoreError(
+            f"tokens.h5 is of revision {revision} of {name}, and model.h5 of {expected}; "
+            "set model.revision, or run again with --forcerun tokenize_corpus load_model"
+        )
+
+
+def _fingerprint(config_path: Path, record: ModelRecord, corpus: dict[str, Any]) -> str:
+    """A hash of all that determines the rows: config, model, tokens, versions of what computes.
+
+    The plan is not in it: how a shard is cut into batches changes rounding alone, and each file
+    records its own.
+    """
+    versions = provenance.attributes("")["package_versions"]
+    parts = {
+        "config": frozen_digest(config_path),
+        "model": [record.fingerprint, record.precision, record.attributes["attention"]],
+        "tokens": [corpus["corpus_hash"], corpus["tokens_hash"]],
+        "versions": [versions.get(p) for p in ("torch", "transformers")],
+        "format": file_format.FORMAT_VERSION,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _attributes(run: RunContext, plan: Plan) -> dict[str, Any]:
+    """Provenance of the rows. `config` holds, by stage, all keys on which they depend."""
+    names = (
+        "tokenizer",
+        "tokenizer_revision",
+        "corpus",
+        "corpus_hash",
+        "empty_documents",
+        "truncated_from",
+    )
+    return provenance.attributes(
+        "activations",
+        run_fingerprint=run.fingerprint,
+        config={
+            "model": json.loads(run.record.attributes["config"]),
+            "tokens": json.loads(run.corpus["config"]),
+            "extract": to_plain(run.config),
+        },
+        batch_tokens=plan.batch_tokens,
+        chunk_size=plan.chunk_size,
+        execution="layerwise" if run.record.layerwise else "resident",
+        streamed_windows=plan.streamed_windows,
+        kv_cache="offloaded" if plan.offloaded else "device",
+        context_length=run.corpus["context_length"],
+        device=run.record.attributes["device"],
+        **model_record.provenance_of(run.record),
+        **{name: run.corpus[name] for name in names},
+    )
