@@ -49,9 +49,11 @@ def main(rounds: int, tokens: int) -> None:
                 swept = runner.sweep(batches, store, lambda *_: None)
             ratios.append(whole / swept.seconds)
             print(
-                f"round {number + 1}: resident {tokens / whole:.0f} tokens/s, layerwise {tokens / swept.seconds:.0f}, "
+                f"round {number + 1}: resident {tokens / whole:.0f} tokens/s, layerwise "
+                f"{tokens / swept.seconds:.0f}, "
                 f"ratio {ratios[-1]:.3f}; waited {swept.waited:.2f} of {swept.seconds:.1f} s for "
-                f"{swept.bytes_read / 1e6:.0f} MB; CPU time, ratio {busy_whole / (time.process_time() - busy):.3f}",
+                f"{swept.bytes_read / 1e6:.0f} MB; CPU time, ratio "
+                f"{busy_whole / (time.process_time() - busy):.3f}",
                 flush=True,
             )
     print(f"median ratio {statistics.median(ratios):.3f} of {rounds} rounds of {tokens} tokens")

@@ -29,7 +29,10 @@ torch.set_num_threads(2)
 
 
 def main(folder: Path, source: str, limit: int) -> None:
-    requested = f"memory.activation_cache_filter=[blocks.-1.hook_resid_post] extraction.shards=1 {os.environ['REQUESTED']}"
+    requested = (
+        "memory.activation_cache_filter=[blocks.-1.hook_resid_post] extraction.shards=1 "
+        f"{os.environ['REQUESTED']}"
+    )
     torch.nn.functional.linear(torch.zeros(64, 64), torch.zeros(64, 64))
     if len(sys.argv) <= 4:
         whole = psutil.Process().memory_info().vms + limit

@@ -163,7 +163,7 @@ def stages(folder: Path, model_source: str | Path, overrides: str = "") -> Stage
 
 
 def extract_one_shard(run: Stages, oom_level: int = 0) -> None:
-    """The only shard of a run, as a job that earlier ones have left without memory so many times."""
+    """The only shard of a run, as a job after so many that ran out of memory."""
     names = ("extract.json", "estimate.h5", "model.h5", "tokens.h5")
     output = run.folder / "shards/00000-of-00001.h5"
     extract_shard.extract_shard(
@@ -284,7 +284,7 @@ FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 @dataclass(frozen=True)
 class Project:
-    """A copy of the pipeline, whose YAML files a test may edit, and a real snakemake to run in it."""
+    """A copy of the pipeline, whose YAML files a test may edit, and a real snakemake."""
 
     folder: Path
 

@@ -248,7 +248,8 @@ def _say(row: Row) -> str:
     if row.refusal:
         return f"{row.model_type}: refused: {row.refusal}"
     wrong = " SILENTLY WRONG" if row.silently_wrong else ""
-    return f"{row.model_type}: states {row.states_error:.1e} chunks {row.chunk_error:.1e} {row.tried}{wrong}"
+    errors = f"states {row.states_error:.1e} chunks {row.chunk_error:.1e}"
+    return f"{row.model_type}: {errors} {row.tried}{wrong}"
 
 
 def table(rows: list[Row]) -> str:
@@ -275,7 +276,7 @@ model's own hidden states are the outputs of its blocks, not the inputs, they ar
 
 | architecture | class | residuals | in chunks | reason |
 |---|---|---|---|---|
-""" + "".join(map(_line, rows))
+"""  # noqa: E501 + "".join(map(_line, rows))
 
 
 def _line(row: Row) -> str:
@@ -303,7 +304,8 @@ def main(requested: list[str]) -> None:
         print(_say(row), flush=True)
     parity, streams = (sum(getattr(r, what) for r in rows) for what in ("parity", "streams"))
     print(
-        f"{len(rows)} architectures: {parity} with the model's own hidden states, {streams} streamed"
+        f"{len(rows)} architectures: {parity} with the model's own hidden states, {streams} "
+        "streamed"
     )
     wrong = [r.model_type for r in rows if r.silently_wrong]
     if not requested:

@@ -20,18 +20,21 @@ from theloom.errors import MemoryPlanError, StoppedError
 from theloom.store import ring_buffer, writer
 from theloom.store.writer import ShardWriter
 
-Requested = "corpus.max_tokens=3000 corpus.context_length=256 memory.streaming_chunk_size=128 extraction.shards=1"
+REQUESTED = (
+    "corpus.max_tokens=3000 corpus.context_length=256 memory.streaming_chunk_size=128 "
+    "extraction.shards=1"
+)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_llama):
-    return stages(tmp_path_factory.mktemp("whole"), tiny_llama, Requested).all()
+    return stages(tmp_path_factory.mktemp("whole"), tiny_llama, REQUESTED).all()
 
 
 @pytest.fixture
 def run(tmp_path, whole, monkeypatch):
     monkeypatch.setattr(writer, "COMMIT_BYTES", 1)
-    begun = stages(tmp_path, whole.config("extract").model.source, Requested)
+    begun = stages(tmp_path, whole.config("extract").model.source, REQUESTED)
     for name in ("estimate.h5", "tokens.h5", "model.h5"):
         (begun.folder / name).write_bytes((whole.folder / name).read_bytes())
     return begun

@@ -1,4 +1,4 @@
-"""Encoders through the pipeline: the padding of every batch is masked, and no document is streamed."""
+"""Encoders in the pipeline: the padding of batches is masked, and no document is streamed."""
 
 import shutil
 
@@ -19,7 +19,7 @@ from transformers import AutoModel
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory, tiny_llama):
-    """Tiny BERT, RoBERTa and I-BERT (whose norms give two tensors) with the tokenizer of SmolLM2."""
+    """Tiny BERT, RoBERTa and I-BERT (its norms give two tensors), with SmolLM2's tokenizer."""
     folders = {}
     for model_type in ("bert", "roberta", "ibert"):
         torch.manual_seed(0)
@@ -36,12 +36,15 @@ def encoders(tmp_path_factory, tiny_llama):
     return folders
 
 
-Requested = "memory.activation_cache_filter=[] corpus.max_tokens=600 extraction.shards=2 extraction.batch_tokens=200"
+REQUESTED = (
+    "memory.activation_cache_filter=[] corpus.max_tokens=600 extraction.shards=2 "
+    "extraction.batch_tokens=200"
+)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "ibert"])
 def test_rows_are_those_of_each_document_by_itself(tmp_path, encoders, model_type):
-    run = stages(tmp_path, encoders[model_type], f"{Requested} corpus.context_length=60").all()
+    run = stages(tmp_path, encoders[model_type], f"{REQUESTED} corpus.context_length=60").all()
     run.verify()
     recorded = model_record.read(run.folder / "model.h5")
     assert not recorded.causal
@@ -63,7 +66,7 @@ def test_rows_are_those_of_each_document_by_itself(tmp_path, encoders, model_typ
 
 
 def test_a_document_longer_than_a_chunk_is_refused_with_the_reason(tmp_path, encoders):
-    run = stages(tmp_path, encoders["bert"], f"{Requested} corpus.context_length=100")
+    run = stages(tmp_path, encoders["bert"], f"{REQUESTED} corpus.context_length=100")
     run.prepare()
     with pytest.raises(
         ModelError, match=r"cannot be streamed \(it is not causal\).*streaming_chunk_size=100"

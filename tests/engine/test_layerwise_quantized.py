@@ -221,7 +221,10 @@ def test_a_whole_run_has_the_data_of_a_resident_one_and_is_verified(tmp_path, ev
 @pytest.mark.parametrize("bits", WEIGHT_FORMATS)
 def test_a_killed_shard_goes_on_and_ends_with_the_same_data(tmp_path, even_llama, bits):
     points = "memory.activation_cache_filter=[blocks.*.hook_resid_post]"
-    requested = f"corpus.max_tokens=1500 corpus.context_length=200 extraction.shards=1 {points} memory.quantization={bits}"
+    requested = (
+        f"corpus.max_tokens=1500 corpus.context_length=200 extraction.shards=1 {points} "
+        f"memory.quantization={bits}"
+    )
     whole = stages(
         tmp_path / "whole", even_llama, f"{requested} extraction.execution=layerwise"
     ).all()

@@ -8,9 +8,11 @@ from theloom.errors import ModelError
 from theloom.model.block_calls import BlockCache
 
 REASONS = {
-    "gemma3n_text": r"Gemma3nTextModel cannot be run layer by layer: .* no residual stream of its own: \[2, 2, 5, 64\]",
+    "gemma3n_text": r"Gemma3nTextModel cannot be run layer by layer: "
+    r".* no residual stream of its own: \[2, 2, 5, 64\]",
     "zamba2": "Zamba2Model cannot be run layer by layer: block 3 shares weights with block 1",
-    "glm_moe_dsa": "GlmMoeDsaModel cannot be run layer by layer: block 1 takes more than the residual",
+    "glm_moe_dsa": "GlmMoeDsaModel cannot be run layer by layer: "
+    "block 1 takes more than the residual",
 }
 
 

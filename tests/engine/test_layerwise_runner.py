@@ -1,4 +1,4 @@
-"""Layerwise against resident execution: the same bits, for every architecture that is not refused."""
+"""Layerwise against resident execution: the same bits, for every supported architecture."""
 
 import pytest
 import torch

@@ -123,7 +123,8 @@ def test_where_memory_runs_out_the_job_goes_on_with_fewer_windows_at_once(
         left[0] -= 1
         if left[0] == 0:
             raise RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 1 byte"
             )
         return real(self, block, number, ids, *others)
 
@@ -151,7 +152,7 @@ def test_a_job_that_is_requested_to_stop_ends_after_its_batch_and_the_next_one_g
 
     monkeypatch.setattr(runner.LayerwiseRunner, "_through_block", through_block)
     with pytest.raises(
-        StoppedError, match=r"stopped by SIGTERM in block \d of \d; run again to go on"
+        StoppedError, match=r"stopped by SIGTERM in block \d of \d; run again to resume"
     ):
         run.extract()
     (partial,) = run.folder.glob("shards/*.partial")
@@ -244,7 +245,10 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep
 
 def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path):
     """Each stage in a process of its own, as in the pipeline."""
-    requested = "extraction.execution=layerwise extraction.shards=1 extraction.batch_tokens=2048 corpus.max_tokens=6000 "
+    requested = (
+        "extraction.execution=layerwise extraction.shards=1 extraction.batch_tokens=2048 "
+        "corpus.max_tokens=6000 "
+    )
     requested += "corpus.context_length=256 memory.streaming_chunk_size=256 "
     run = stages(
         tmp_path,

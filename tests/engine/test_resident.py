@@ -352,9 +352,8 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_pat
     for number in range(24):
         job = processes.Process(target=extract_with_small_commits, args=(run.folder,))
         job.start()
-        if (
-            number % 3
-        ):  # once it has committed something new; else at any moment, before the model is loaded too
+        # Once it has committed something new; else at any moment, also before the model is loaded.
+        if number % 3:
             while job.is_alive() and rows_committed(partial) <= committed[-1]:
                 time.sleep(0.002)
         job.join(choose.uniform(0, 0.05))
@@ -426,7 +425,10 @@ def test_a_gpu_gives_the_rows_of_plain_transformers_there(tmp_path, precision):
 def test_a_shard_that_was_begun_is_gone_on_with_as_it_was_planned(
     tmp_path, tiny_llama, monkeypatch
 ):
-    requested = "extraction.batch_tokens=null extraction.shards=1 corpus.max_tokens=6000 corpus.context_length=200"
+    requested = (
+        "extraction.batch_tokens=null extraction.shards=1 corpus.max_tokens=6000 "
+        "corpus.context_length=200"
+    )
     whole = stages(tmp_path / "whole", tiny_llama, requested).all()
     run = stages(tmp_path / "run", tiny_llama, requested)
     run.prepare()

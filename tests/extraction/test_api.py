@@ -68,7 +68,7 @@ def padded(side):
 
 
 def plain(model, ids):
-    """The residuals before the last block's output by plain transformers, (position, hidden size)."""
+    """Residuals before the last block's output by plain transformers, (position, hidden size)."""
     with torch.no_grad():
         states = model(input_ids=ids[None], output_hidden_states=True).hidden_states
     return {f"blocks.{i - 1}.hook_resid_post": s[0] for i, s in enumerate(states[:-1]) if i}

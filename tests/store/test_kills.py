@@ -17,12 +17,12 @@ from theloom.store.commit_log import committed
 from theloom.store.partial import partial_of
 
 KILLS = int(os.environ.get("KILLS", "8"))
-Requested = "corpus.max_tokens=6000 extraction.shards=1"
+REQUESTED = "corpus.max_tokens=6000 extraction.shards=1"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_llama):
-    run = stages(tmp_path_factory.mktemp("whole"), tiny_llama, Requested)
+    run = stages(tmp_path_factory.mktemp("whole"), tiny_llama, REQUESTED)
     run.prepare()
     return run
 

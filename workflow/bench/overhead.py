@@ -49,7 +49,8 @@ def main() -> None:
     jobs = {(r["rule"], r["starttime"]): r["endtime"] - r["starttime"] for r in records}
     own = sum(jobs.values())
     print(
-        f"{len(jobs)} jobs: {wall:.1f} s, of which the jobs' own {own:.1f} s and {wall - own:.1f} s beside them"
+        f"{len(jobs)} jobs: {wall:.1f} s, of which the jobs' own {own:.1f} s "
+        f"and {wall - own:.1f} s of overhead"
     )
     for (rule, _), seconds in sorted(jobs.items(), key=lambda job: -job[1]):
         print(f"  {rule}: {seconds:.1f} s")

@@ -130,7 +130,8 @@ def run_batches(
     measured.log(handoff, done)
     if done < total:
         raise StoppedError(
-            f"stopped by {stop.requested} with {done:,} of {total:,} tokens on disk; run again to go on"
+            f"stopped by {stop.requested} with {done:,} of {total:,} tokens on disk; run again to "
+            "go on"
         )
 
 
@@ -174,7 +175,8 @@ class _Measured:
             if n.startswith("seconds_")
         }
         log.info(
-            "of %.1f s: forward %.1f%%, copies %.1f%%, waiting for the disk %.1f%%, idle %.1f%%; the writer was busy "
+            "of %.1f s: forward %.1f%%, copies %.1f%%, waiting for the disk %.1f%%, idle %.1f%%; "
+            "the writer was busy "
             "for %.1f%%; padding: %.1f%% of the tokens forwarded",
             total,
             *(shares[n] for n in ("forward", "copy", "waiting_for_disk", "idle")),

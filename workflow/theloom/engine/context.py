@@ -136,7 +136,7 @@ class ShardJob:
         )
 
     def check_streaming(self, chunk_size: int) -> None:
-        """Raise ModelError if a window is longer than a chunk of a model that cannot be streamed."""
+        """Raise ModelError if a window exceeds a chunk and the model cannot be streamed."""
         record, longest = self.run.record, int(self.lengths.max(initial=0))
         if longest > chunk_size and not record.streams:
             raise ModelError(

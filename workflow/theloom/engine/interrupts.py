@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Within the context, the first SIGINT or SIGTERM is only noted in `requested`; a second one ends
-    the job at once.
+    """Within the context, the first SIGINT or SIGTERM is only noted in `requested`; a second one
+    ends the job at once.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,8 @@ def until_it_fits(
         if below != smaller:
             level += 1
             log.warning(
-                "out of memory with batches of %d tokens in chunks of %d (%s): going on from the last committed row "
+                "out of memory with batches of %d tokens in chunks of %d (%s): going on from the "
+                "last committed row "
                 "with batches of %d in chunks of %d",
                 smaller.batch_tokens,
                 smaller.chunk_size,
@@ -91,7 +92,8 @@ def until_it_fits(
         failures += 1
         if failures == _LAST_ATTEMPTS:
             raise MemoryPlanError(
-                f"memory ran out {failures} times with the smallest batches ({smaller.batch_tokens} tokens in chunks "
+                f"memory ran out {failures} times with the smallest batches "
+                f"({smaller.batch_tokens} tokens in chunks "
                 f"of {smaller.chunk_size}): {error}; {advice(smaller)}"
             )
         log.warning("out of memory with the smallest batches (%s): trying once more", error)

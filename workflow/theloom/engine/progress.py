@@ -85,8 +85,10 @@ class Progress:
         speed = (moment.tokens - self._first) / seconds
         left = (self._total - moment.tokens) / speed if speed else 0.0
         text = (
-            f"{moment.tokens:,} of {self._total:,} tokens, {speed:,.0f} tokens/s, {_duration(left)} left; "
-            f"memory {format_bytes(self._watch.now)}, peak {format_bytes(self._watch.peak)} of {format_bytes(self._predicted)} "
+            f"{moment.tokens:,} of {self._total:,} tokens, {speed:,.0f} tokens/s, "
+            f"{_duration(left)} left; "
+            f"memory {format_bytes(self._watch.now)}, peak {format_bytes(self._watch.peak)} of "
+            f"{format_bytes(self._predicted)} "
             f"predicted; {moment.bytes_written / seconds / 1e6:.1f} MB/s written"
         )
         waited = moment.seconds_waiting / seconds

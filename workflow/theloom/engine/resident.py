@@ -142,7 +142,7 @@ def extract_resident(job: ShardJob) -> None:
 
 
 def plan_resident(job: ShardJob) -> Planned:
-    """The plan that fits the device now; a partial shard keeps the plan that it was started with."""
+    """The plan that fits the device now; a partial shard keeps the plan of its start."""
     run, partial = job.run, begun(job.output, job.fingerprint)
     if partial is None:
         return multi_gpu.fit_plan(

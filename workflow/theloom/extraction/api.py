@@ -205,7 +205,8 @@ def extract_with_checkpointing(
         taps.run(input_ids=rows.ids.to(model.device), use_cache=False, **inputs)
     if not any(value.requires_grad for value in kept.values.values()):
         raise ModelError(
-            f"{type(model).__name__}: none of the hidden states depends on a weight that requires a gradient; "
+            f"{type(model).__name__}: none of the hidden states depends on a weight "
+            "that requires a gradient; "
             "use model.requires_grad_(), or extract_hidden_states where there is no backward pass"
         )
     return kept.result(0, None)

@@ -69,7 +69,8 @@ def rows_of(tokens: Tokens, attention_mask: Any = None, pad: int = 0) -> Rows:
     if isinstance(tokens, Mapping):
         if "input_ids" not in tokens:
             raise InputError(
-                f"tokens: a mapping needs 'input_ids', found {', '.join(map(repr, tokens)) or 'nothing'}"
+                "tokens: a mapping needs 'input_ids', found "
+                f"{', '.join(map(repr, tokens)) or 'nothing'}"
             )
         others = {
             k: v for k, v in tokens.items() if k not in ("input_ids", "attention_mask", "length")
@@ -141,7 +142,7 @@ def empty(value: torch.Tensor, point: HookPoint, rows: Rows) -> torch.Tensor:
 def put_back(
     value: torch.Tensor, point: HookPoint, rows: Rows, start: int, whole: torch.Tensor
 ) -> None:
-    """Put rows as they ran, from position `start` on, into `whole`, in the columns that were given."""
+    """Put rows as they ran, from position `start`, into the given columns of `whole`."""
     for row, (first, length) in enumerate(zip(rows.first, rows.lengths, strict=True)):
         count = min(length - start, value.shape[point.position_axis])
         if count <= 0:
@@ -162,7 +163,8 @@ def _matrix(values: Any) -> tuple[torch.Tensor, torch.Tensor]:
         isinstance(values, Sequence) and values and isinstance(values[0], str)
     ):
         raise InputError(
-            "tokens: text was given where token ids are needed; tokenizer(text, return_tensors='pt')"
+            "tokens: text was given where token ids are needed; tokenizer(text, "
+            "return_tensors='pt')"
         )
     if isinstance(values, Sequence) and values and isinstance(values[0], Sequence | torch.Tensor):
         rows = [torch.as_tensor(row).reshape(-1) for row in values]

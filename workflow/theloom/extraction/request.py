@@ -76,7 +76,8 @@ def _entries(hooks: Sequence[str] | None, layers: Sequence[int] | None, blocks: 
     for layer in layers or ():
         if not -blocks <= layer < blocks:
             raise HookError(
-                f"layers: {layer} is not in this model, which has {blocks} blocks, 0 to {blocks - 1}"
+                f"layers: {layer} is not in this model, which has {blocks} blocks, 0 to "
+                f"{blocks - 1}"
             )
     return [*(hooks or ()), *(f"blocks.{layer}.hook_resid_post" for layer in layers or ())]
 

@@ -1,4 +1,4 @@
-"""The extract_shard stage: the hidden states of one shard of documents, in one of two executions."""
+"""The extract_shard stage: the hidden states of one shard, resident or layer by layer."""
 
 from pathlib import Path
 

@@ -141,8 +141,8 @@ class LayerwiseModel:
         )
 
     def self_check(self) -> SelfCheck:
-        """`trial.self_check`, in one sweep, but for the model's own hidden states, which take all of
-        it at once.
+        """`trial.self_check`, in one sweep, but for the model's own hidden states, which take all
+        of it at once.
 
         Raises ModelError where a row depends on what else is in the batch.
         """
@@ -170,7 +170,8 @@ class LayerwiseModel:
         padding = checks.side_by_side(whole, alone, both)
         if not padding <= limit:
             raise ModelError(
-                f"{name}: a token's hidden state depends on what else is in the batch (by {padding:.2g} of the largest "
+                f"{name}: a token's hidden state depends on what else is in the batch (by "
+                f"{padding:.2g} of the largest "
                 "value); layer by layer there is no padding mask: set extraction.execution=resident"
             )
         chunks = checks.largest_error(whole, chunked[0]) if chunked else math.inf
@@ -203,7 +204,8 @@ def opened(
     """
     if not list(files.folder.glob("*.safetensors")):
         raise ModelError(
-            f"model.source: {config.model.source} has no safetensors, which layer by layer are needed"
+            f"model.source: {config.model.source} has no safetensors, which layer by layer are "
+            "needed"
         )
     device, resolved = target or loading.resolve_precision(config)
     attention = config.extraction.attention.name

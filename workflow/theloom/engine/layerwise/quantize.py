@@ -174,7 +174,7 @@ def staging(bits: str, count: int, stored: torch.dtype, precision: torch.dtype, 
 
 @contextmanager
 def shapes_alone(model: nn.Module) -> Iterator[None]:
-    """Have the layers of bitsandbytes run on fake tensors, as plain linear ones of the same shapes."""
+    """Have bitsandbytes' layers run on fake tensors, as linear layers of the same shapes."""
 
     def plain(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:

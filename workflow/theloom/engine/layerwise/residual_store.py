@@ -166,7 +166,8 @@ class ResidualStore:
         return self._path.with_name(f"{self._path.name}.residuals.{turn}")
 
     def _key(self) -> str:
-        return f"{self._spec.identity} {xxhash.xxh3_64_hexdigest(repr(self._spec.shapes).encode())} {self._spec.dtype}"
+        shapes = xxhash.xxh3_64_hexdigest(repr(self._spec.shapes).encode())
+        return f"{self._spec.identity} {shapes} {self._spec.dtype}"
 
     def _pwrite(self, fd: int, values: torch.Tensor, place: int) -> None:
         view = raw_bytes(values)
@@ -205,8 +206,8 @@ class ResidualStore:
         file_format.sync(self._manifest.parent)
 
     def _hash_of_file(self, turn: int, into: memoryview | None) -> str:
-        """Read a file through, into memory if so requested. Raises OSError where it is shorter than the
-        residuals.
+        """Read a file through, into memory if so requested. Raises OSError where it is shorter than
+        the residuals.
         """
         state, place = xxhash.xxh3_64(), 0
         piece = bytearray(min(PIECE, self._spec.nbytes)) if into is None else b""

@@ -165,7 +165,8 @@ class LayerwiseRunner:
                 if requested := stop():
                     commit()
                     raise StoppedError(
-                        f"stopped by {requested} in block {block} of {self._last + 1}; run again to go on"
+                        f"stopped by {requested} in block {block} of {self._last + 1}; "
+                        "run again to resume"
                     )
             residuals.block_done(block + 1, commit, last=block == self._last)
         if self.stages[-1] > self._last:
@@ -261,7 +262,7 @@ class LayerwiseRunner:
             yield slice(first, min(first + size, len(ids)))
 
     def _chunks(self, number: int, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, bool]]:
-        """A batch as resident execution cuts it: whole where it fits a chunk, else chunk by chunk."""
+        """A batch as resident execution cuts it: whole if it fits a chunk, else in chunks."""
         size = self._sizes[number]
         for start in range(0, ids.shape[1], size):
             yield start, ids[:, start : start + size], ids.shape[1] > size

@@ -168,8 +168,10 @@ def _as_begun(
             return LayerwisePlan(cut, spilled, needed)
     raise MemoryPlanError(
         f"a shard was started layer by layer with batches of {cut.batch_tokens} tokens, which take "
-        f"{terminal.format_bytes(needed.cpu if device == 'cpu' else needed.device)}, and {device} has "
-        f"{terminal.format_bytes(available.free)} free; free some, or remove its .partial file to begin anew"
+        f"{terminal.format_bytes(needed.cpu if device == 'cpu' else needed.device)}, and {device} "
+        "has "
+        f"{terminal.format_bytes(available.free)} free; free some, or remove its .partial file to "
+        "begin anew"
     )
 
 
@@ -248,7 +250,8 @@ def _say(swept: Swept, frozen: Config) -> None:
     if share > WAITED_TOO_LONG and (frozen.extraction.shards or 1) > 1:
         fewer = max(1, int((frozen.extraction.shards or 1) * WAITED_TOO_LONG / share))
         log.warning(
-            "%.0f%% of the time went by waiting for weights: shards this small do not hide the reads; "
+            "%.0f%% of the time went by waiting for weights: shards this small do not hide the "
+            "reads; "
             "extraction.shards=%d would, where host memory or disk holds their residuals",
             100 * share,
             fewer,

@@ -174,7 +174,8 @@ def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
         buffer = module._buffers[leaf]
         if buffer is not None and buffer.is_floating_point() and buffer.isnan().any():
             raise ModelError(
-                f"{type(model).__name__}: the buffer {leaf} of {type(module).__name__} cannot be made anew"
+                f"{type(model).__name__}: the buffer {leaf} of {type(module).__name__} cannot be "
+                "made anew"
             )
 
 
@@ -240,7 +241,8 @@ def _texts(shell: Shell, source: BlockSource, seen: BlockCalls) -> None:
             elif not isinstance(one, PLAIN) and one is not CACHE:
                 raise refusal(
                     shell,
-                    f"block {number} is given a {type(one).__name__}, which may carry state ({path})",
+                    f"block {number} is given a {type(one).__name__}, which may carry state "
+                    f"({path})",
                 )
 
 

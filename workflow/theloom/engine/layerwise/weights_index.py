@@ -169,7 +169,7 @@ class Checkpoint:
         return sum(self.stored[k].room for k in self.keys[part])
 
     def held(self, part: int, mapped: Collection[str] = ()) -> int:
-        """Bytes of a part once it is loaded, quantised, but for the keys that stay in their files."""
+        """Bytes of a part once loaded and quantized, without keys that stay in their files."""
         left = {id(self._place(self._targets[key])[2]) for key in mapped}
         places = {id(tensor): (module, leaf, tensor) for module, leaf, tensor in self._places[part]}
         return sum(quantize.held(*place) for number, place in places.items() if number not in left)
@@ -252,7 +252,8 @@ class Checkpoint:
         missing = [f"{self._names[m]}.{leaf}" for m, leaf, t in self._now(part) if t.is_meta]
         if missing:
             raise ModelError(
-                f"{type(self._model).__name__}: the files lack {len(missing)} weights ({missing[0]}, …); "
+                f"{type(self._model).__name__}: the files lack {len(missing)} weights "
+                f"({missing[0]}, …); "
                 "they are incomplete or of another architecture"
             )
 
@@ -306,7 +307,8 @@ class Checkpoint:
         module, leaf, meta = self._place(target)
         if tuple(meta.shape) != tuple(tensor.shape):
             raise ModelError(
-                f"{target}: the files have {tuple(tensor.shape)}, the config wants {tuple(meta.shape)}"
+                f"{target}: the files have {tuple(tensor.shape)}, the config wants "
+                f"{tuple(meta.shape)}"
             )
         value = tensor.to(device=device, dtype=meta.dtype)
         self._set_tied(
