@@ -1,6 +1,7 @@
 """Composition, sweeps, names of runs, frozen stages, and what is refused with which words."""
 
 import json
+import shutil
 
 import pytest
 from omegaconf.errors import MissingMandatoryValue
@@ -238,3 +239,22 @@ def test_shards_that_are_left_open_follow_from_the_tokens(max_tokens, shards):
     ).values()
     assert run.config["extraction"]["shards"] == shards
     assert run.stage("merge")["config"]["extraction"]["shards"] == shards
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("least_shards", "min_shards"), ("needed_gpu_mb", "min_free_gpu_mb")]
+)
+def test_a_renamed_key_works_under_its_old_name_with_a_warning(tmp_path, caplog, old, new):
+    folder = shutil.copytree(ROOT / "config", tmp_path / "config")
+    profile = folder / "profile/3b.yaml"
+    text = profile.read_text()
+    assert "\nresources:" in text
+    section, _, others = text.partition("\nresources:")[2].partition("\n")
+    profile.write_text(text.replace(f"\nresources:{section}\n", f"\nresources:\n  {old}: 7\n"))
+    for overrides, value in ((None, 7), (f"resources.{old}=9", 9)):
+        caplog.clear()
+        (run,) = compose.runs(folder, "3b", overrides).values()
+        assert run.config["resources"][new] == value
+        assert old not in run.config["resources"]
+        warned = [r.getMessage() for r in caplog.records]
+        assert warned == [f"resources.{old} is now called resources.{new}; use the new name"]

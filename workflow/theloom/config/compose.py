@@ -7,9 +7,11 @@ file. So an edit made while jobs wait in a queue cannot mix two configs, and a k
 that depend on it and no other.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import itertools
+import logging
 import re
 import shlex
 from dataclasses import dataclass
@@ -28,10 +30,20 @@ from theloom.config.frozen import BESIDE_THE_RESULT, STAGES
 from theloom.config.schema import Config
 from theloom.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 ConfigStore.instance().store(name="theloom", node=Config)
 
 # The key that says where a corpus is, which no other kind of corpus has a use for.
 _OF_ONE_CORPUS = {"text": "path", "hub": "dataset"}
+
+
+# Section, old name and new name of each key that was renamed.
+_OLD_NAMES = [
+    ("resources", f.name, f.metadata["renamed"])
+    for f in dataclasses.fields(schema.ResourcesConfig)
+    if "renamed" in f.metadata
+]
 
 
 @dataclass(frozen=True)
@@ -180,6 +192,7 @@ def _compose(
         # merged into the bare schema once more: Hydra lets `+key=value` add keys that the schema
         # does not have
         strict = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))
+        _take_old_names(strict)
         left_open = strict.extraction.shards is None
         if left_open:
             strict.extraction.shards = sharding.shards(cast(Config, strict))
@@ -187,6 +200,8 @@ def _compose(
             dict[str, Any], OmegaConf.to_container(strict, enum_to_str=True, resolve=True)
         )
         _check(cast(Config, strict))
+        for section, old, _ in _OLD_NAMES:
+            del config[section][old]
     except MissingConfigException as error:
         options = ", ".join(error.options or [])
         group, _, requested = str(error.missing_cfg_file).rpartition("/")
@@ -205,6 +220,14 @@ def _compose(
             f"model.architecture: is null in {profile}; write a profile with all its numbers"
         ) from None
     return config, left_open
+
+
+def _take_old_names(config: Any) -> None:
+    """Give the value of a key's old name to the key, with a warning."""
+    for section, old, new in _OLD_NAMES:
+        if not OmegaConf.is_missing(config[section], old):
+            log.warning("%s.%s is now called %s.%s; use the new name", section, old, section, new)
+            config[section][new] = config[section][old]
 
 
 def _explain(error: BaseException) -> str:

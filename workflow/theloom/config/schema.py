@@ -45,6 +45,11 @@ def key(default: Any, help: str) -> Any:  # noqa: A002
     return field(default=default, metadata={"help": help})
 
 
+def renamed(name: str) -> Any:
+    """A field for the old name of a key of the same section; it has no documentation of its own."""
+    return field(default="???", metadata={"renamed": name})
+
+
 @dataclass
 class ArchitectureConfig:
     """ModelDims of a public model's config.json, so that the estimate needs neither weights nor a
@@ -260,6 +265,8 @@ class ResourcesConfig:
         None,
         "measured throughput of one job, for the number of shards and the minutes; null: planned",
     )
+    needed_gpu_mb: int | None = renamed("min_free_gpu_mb")
+    least_shards: int | None = renamed("min_shards")
 
 
 @dataclass
@@ -306,6 +313,8 @@ def leaf_keys(section: type = Config, prefix: str = "") -> list[Key]:
     """Every leaf key of the schema, in the order in which it is written."""
     found: list[Key] = []
     for f in fields(section):
+        if "renamed" in f.metadata:
+            continue
         annotation = next((a for a in get_args(f.type) if is_dataclass(a)), f.type)
         if isinstance(annotation, type) and is_dataclass(annotation):
             found += leaf_keys(annotation, f"{prefix}{f.name}.")
