@@ -1,6 +1,7 @@
 """The packages of the library import in one direction."""
 
 import ast
+from graphlib import TopologicalSorter
 
 from support import ROOT
 
@@ -61,3 +62,19 @@ def test_package_inits_are_empty_but_for_two():
     for file in LIBRARY.rglob("__init__.py"):
         if file.parent not in (LIBRARY, LIBRARY / "extraction"):
             assert not file.read_text(encoding="utf-8").strip(), file
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    files = {
+        ".".join(("theloom", *file.relative_to(LIBRARY).with_suffix("").parts)): file
+        for file in LIBRARY.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for name, file in files.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    module = f"{node.module}.{alias.name}"
+                    graph[name].add(module if module in files else node.module)
+    TopologicalSorter({name: graph[name] & set(files) for name in files}).prepare()

@@ -86,7 +86,7 @@ def test_where_memory_runs_out_the_run_goes_on_with_less_and_ends_with_the_same_
     steps = memory_for(64)
     run.extract()
     assert_same_rows(run, whole)
-    assert caplog.text.count("going on from the last committed row") >= 2
+    assert caplog.text.count("resuming from the last committed row") >= 2
     assert "with batches of 64 in chunks of 64" in caplog.text
     assert max(steps[-5:]) <= 64
 

@@ -131,7 +131,7 @@ def test_where_memory_runs_out_the_job_goes_on_with_fewer_windows_at_once(
     monkeypatch.setattr(runner.LayerwiseRunner, "_through_block", through_block)
     run.extract(1)
     run.merge()
-    assert "going on from the last committed row with batches of" in caplog.text
+    assert "resuming from the last committed row with batches of" in caplog.text
     assert theloom.open(run.activations).metrics["oom_level"] == 1
     for hook, rows in rows_of(resident).items():
         torch.testing.assert_close(rows_of(run)[hook], rows, rtol=1e-4, atol=1e-5)

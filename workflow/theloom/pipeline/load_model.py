@@ -168,7 +168,7 @@ def _log(measured: "Measured") -> None:
     for category, predicted in asdict(measured.predicted).items():
         if predicted or found[category]:
             sizes = terminal.format_bytes(predicted), terminal.format_bytes(found[category])
-            log.info("  %s: %s predicted, %s found", category.replace("_", " "), *sizes)
+            log.info("  %s: %s predicted, %s measured", category.replace("_", " "), *sizes)
     log.info(
         "  memory in use grew by %s: tensors %s, pages of files %s, heap %s",
         *map(

@@ -145,7 +145,7 @@ class ResidualStore:
         except (OSError, ValueError, KeyError, TypeError):
             return 0
         if found != expected:
-            log.warning("%s is damaged: begun again at the first block", self._file(turn).name)
+            log.warning("%s is damaged: restarting at the first block", self._file(turn).name)
             return 0
         self._turn = turn
         return blocks

@@ -148,7 +148,7 @@ class LayerwiseRunner:
         if first > self._last + 1 or (first and done < self._units_through(first, len(batches))):
             first = 0  # a checkpoint ahead of the rows, or of another run's depth
         if first:
-            log.info("going on behind block %d, whose residuals were kept", first - 1)
+            log.info("resuming after block %d, whose residuals are on disk", first - 1)
         self._enter(batches, residuals, units, fresh=first == 0)
         progress = _Progress(first, self._last + 1, sum(ids.numel() for ids in batches))
         blocks = range(first, self._last + 1)
