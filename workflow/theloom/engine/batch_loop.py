@@ -130,8 +130,8 @@ def run_batches(
     measured.log(handoff, done)
     if done < total:
         raise StoppedError(
-            f"stopped by {stop.requested} with {done:,} of {total:,} tokens on disk; run again to "
-            "go on"
+            f"stopped by {stop.requested} with {done:,} of {total:,} tokens on disk; "
+            "run again to resume"
         )
 
 

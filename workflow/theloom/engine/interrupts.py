@@ -79,9 +79,8 @@ def until_it_fits(
         if below != smaller:
             level += 1
             log.warning(
-                "out of memory with batches of %d tokens in chunks of %d (%s): going on from the "
-                "last committed row "
-                "with batches of %d in chunks of %d",
+                "out of memory with batches of %d tokens in chunks of %d (%s): "
+                "resuming from the last committed row with batches of %d in chunks of %d",
                 smaller.batch_tokens,
                 smaller.chunk_size,
                 error,
@@ -93,8 +92,7 @@ def until_it_fits(
         if failures == _LAST_ATTEMPTS:
             raise MemoryPlanError(
                 f"memory ran out {failures} times with the smallest batches "
-                f"({smaller.batch_tokens} tokens in chunks "
-                f"of {smaller.chunk_size}): {error}; {advice(smaller)}"
+                f"({smaller.batch_tokens} tokens in chunks of {smaller.chunk_size}): {error}; {advice(smaller)}"
             )
         log.warning("out of memory with the smallest batches (%s): trying once more", error)
 

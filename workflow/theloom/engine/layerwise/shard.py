@@ -171,7 +171,7 @@ def _as_begun(
         f"{terminal.format_bytes(needed.cpu if device == 'cpu' else needed.device)}, and {device} "
         "has "
         f"{terminal.format_bytes(available.free)} free; free some, or remove its .partial file to "
-        "begin anew"
+        "start over"
     )
 
 

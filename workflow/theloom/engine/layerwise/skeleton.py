@@ -175,7 +175,7 @@ def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
         if buffer is not None and buffer.is_floating_point() and buffer.isnan().any():
             raise ModelError(
                 f"{type(model).__name__}: the buffer {leaf} of {type(module).__name__} cannot be "
-                "made anew"
+                "initialized"
             )
 
 
