@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import theloom
@@ -15,7 +14,7 @@ from support import extract_one_shard, stages
 from theloom.dataset.inspect import check_hashes
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine import model_record, resident
-from theloom.engine.progress import Moment, Progress
+from theloom.engine.progress import Moment, Progress, SweepProgress
 from theloom.errors import MemoryPlanError, StoppedError
 from theloom.store import ring_buffer, writer
 from theloom.store.writer import ShardWriter
@@ -165,20 +164,6 @@ def test_a_slow_disk_is_said_to_be_the_limit(run, whole, monkeypatch, caplog):
     assert_same_rows(run, whole)
 
 
-class Terminal:
-    def __init__(self):
-        self.text = ""
-
-    def isatty(self):
-        return True
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-
 def test_progress_says_tokens_speed_time_left_memory_and_bytes():
     progress = Progress(10_000, 1_000, 2 * 10**9, MemoryWatch(torch.device("cpu")))
     line = progress.line(Moment(4_000, 50_000_000, 0.5), 10.0)
@@ -190,17 +175,25 @@ def test_progress_says_tokens_speed_time_left_memory_and_bytes():
     )
 
 
-def test_a_terminal_gets_a_bar_and_a_log_a_line_now_and_then(caplog):
-    terminal, watch = Terminal(), MemoryWatch(torch.device("cpu"))
+def test_a_log_gets_a_line_now_and_then_and_at_the_end(caplog):
     with caplog.at_level(logging.INFO):
-        bar = Progress(100, 0, 10**9, watch, terminal)
-        bar.update(Moment(50, 0, 0.0), last=True)
-        assert terminal.text.startswith("\r\x1b[K[############............] 50 of 100 tokens")
-        assert not caplog.records
-        with Path(os.devnull).open("w") as log_file:
-            line = Progress(100, 0, 10**9, watch, log_file)
-            for tokens in range(50):
-                line.update(Moment(tokens, 0, 0.0))
-            assert not caplog.records  # it is not yet time
-            line.update(Moment(100, 0, 0.0), last=True)
-        assert len(caplog.records) == 1
+        progress = Progress(100, 0, 10**9, MemoryWatch(torch.device("cpu")))
+        for tokens in range(50):
+            progress.update(Moment(tokens, 0, 0.0))
+        assert not caplog.records  # it is not yet time
+        progress.update(Moment(100, 0, 0.0), last=True)
+    assert [r.getMessage().split(",")[0] for r in caplog.records] == ["100 of 100 tokens"]
+
+
+def test_a_sweep_reports_blocks_batches_and_the_time_left(caplog, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    with caplog.at_level(logging.INFO):
+        progress = SweepProgress(0, 2, 200)
+        for block in range(2):
+            for batch in range(2):
+                progress.update(block, batch + 1, 2, 100)
+    assert [r.getMessage() for r in caplog.records] == [
+        "block 2 of 2, batch 1 of 2: 5 tokens/s through all blocks, 0:00:10 left",
+        "block 2 of 2, batch 2 of 2: 5 tokens/s through all blocks, 0:00:00 left",
+    ]

@@ -92,7 +92,8 @@ def until_it_fits(
         if failures == _LAST_ATTEMPTS:
             raise MemoryPlanError(
                 f"memory ran out {failures} times with the smallest batches "
-                f"({smaller.batch_tokens} tokens in chunks of {smaller.chunk_size}): {error}; {advice(smaller)}"
+                f"({smaller.batch_tokens} tokens in chunks of {smaller.chunk_size}): {error}; "
+                f"{advice(smaller)}"
             )
         log.warning("out of memory with the smallest batches (%s): trying once more", error)
 

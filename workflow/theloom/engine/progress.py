@@ -1,34 +1,23 @@
-"""What a run says of itself while it goes: a bar on a terminal, a line now and then in a log."""
+"""What a job reports of itself while it runs: a progress file for the terminal, and log lines."""
 
 import logging
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
 
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine import progress_file
 from theloom.terminal import format_bytes
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30.0
 
 
-_SECONDS_BETWEEN_BARS = 0.2
-
-
-_BAR = 24  # characters
-
-
 @dataclass(frozen=True)
 class Moment:
-    """How far a run is: tokens on their way or written, bytes written, seconds that the model
-    waited for the disk.
+    """How far a run is: tokens in transit or written, bytes written, seconds that the model waited
+    for the disk.
     """
 
     tokens: int
@@ -36,51 +25,42 @@ class Moment:
     seconds_waiting: float
 
 
-class Progress:
-    """Tells how far a shard is: tokens, tokens/s, time left, memory now and at its peak beside what
-    was predicted, bytes written in a second.
+class _Reporter:
+    """Writes the progress file, and a log line every 30 s and at the end."""
 
-    `first` tokens of `total` were there before. A terminal gets a bar, anything else a log line
-    every 30 s.
+    def __init__(self) -> None:
+        self._started = self._logged = time.perf_counter()
+
+    def report(self, done: int, total: int, text: Callable[[float], str], last: bool) -> None:
+        """Report `done` of `total`; `text` makes the words from the seconds since the start."""
+        now = time.perf_counter()
+        progress_file.report(done, total, lambda: text(now - self._started))
+        if now - self._logged >= SECONDS_BETWEEN_LINES or last:
+            self._logged = now
+            log.info("%s", text(now - self._started))
+
+
+class Progress(_Reporter):
+    """Progress of a resident shard: tokens, tokens/s, time left, memory now and at its peak with
+    the prediction, bytes written per second.
+
+    Args:
+        total: Tokens of the shard.
+        first: Those of them that earlier jobs have committed.
+        predicted: Bytes that the run was predicted to take.
+        watch: Watches the memory of the job.
     """
 
-    def __init__(
-        self,
-        total: int,
-        first: int,
-        predicted: int,
-        watch: MemoryWatch,
-        stream: TextIO | None = None,
-    ) -> None:
+    def __init__(self, total: int, first: int, predicted: int, watch: MemoryWatch) -> None:
+        super().__init__()
         self._total, self._first, self._predicted, self._watch = total, first, predicted, watch
-        self._stream = stream or sys.stderr
-        self._bar = self._stream.isatty()
-        self._began = self._said = time.perf_counter()
 
     def update(self, moment: Moment, last: bool = False) -> None:
-        """Say it, if it is time to."""
-        now = time.perf_counter()
-        progress_file.report(
-            moment.tokens, self._total, lambda: self.line(moment, now - self._began)
-        )
-        if (
-            now - self._said < (_SECONDS_BETWEEN_BARS if self._bar else SECONDS_BETWEEN_LINES)
-            and not last
-        ):
-            return
-        self._said = now
-        text = self.line(moment, now - self._began)
-        if self._bar:
-            filled = _BAR * moment.tokens // max(1, self._total)
-            self._stream.write(
-                f"\r\x1b[K[{'#' * filled}{'.' * (_BAR - filled)}] {text}" + "\n" * last
-            )
-            self._stream.flush()
-        else:
-            log.info("%s", text)
+        """Report a moment, if it is time to; `last`: in any case."""
+        self.report(moment.tokens, self._total, lambda s: self.line(moment, s), last)
 
     def line(self, moment: Moment, seconds: float) -> str:
-        """All of it in one line, `seconds` after the start."""
+        """The words of a report, `seconds` after the start."""
         seconds = max(seconds, 1e-9)
         speed = (moment.tokens - self._first) / seconds
         left = (self._total - moment.tokens) / speed if speed else 0.0
@@ -97,6 +77,36 @@ class Progress:
             if waited > 0.1
             else ""
         )
+
+
+class SweepProgress(_Reporter):
+    """Progress of a shard that runs layer by layer: block, batch, tokens/s, time left.
+
+    Args:
+        first: The first block of the sweep.
+        blocks: The number of blocks of the whole sweep.
+        tokens: Tokens that go through each block.
+    """
+
+    def __init__(self, first: int, blocks: int, tokens: int) -> None:
+        super().__init__()
+        self._first, self._blocks, self._tokens, self._through = first, blocks, tokens, 0
+
+    def update(self, block: int, batch: int, batches: int, tokens: int) -> None:
+        """Report that a batch of `tokens` has gone through a block."""
+        self._through += tokens
+        last = (block + 1, batch) == (self._blocks, batches)
+
+        def line(seconds: float) -> str:
+            speed = self._through / (self._blocks * max(seconds, 1e-9))
+            remaining = self._tokens * (self._blocks - self._first) - self._through
+            return (
+                f"block {block + 1} of {self._blocks}, batch {batch} of {batches}: "
+                f"{speed:.0f} tokens/s through all blocks, "
+                f"{_duration(remaining / (speed * self._blocks))} left"
+            )
+
+        self.report(block * batches + batch, self._blocks * batches, line, last)
 
 
 def _duration(seconds: float) -> str:

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from theloom.engine import progress_file
 from theloom.engine.layerwise.block_loader import BlockSource
 from theloom.engine.layerwise.residual_store import ResidualSpec, ResidualStore
 from theloom.engine.layerwise.skeleton import Shell
+from theloom.engine.progress import SweepProgress
 from theloom.errors import StoppedError
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.locate import Anatomy
@@ -32,8 +32,6 @@ from theloom.model.block_calls import BlockCache, Call
 from theloom.precision import torch_dtype
 
 log = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 10
 
 # called with a batch's number, a hook point's name, the first position of a chunk, its values
 # (window, position, …) and which window of the batch is the first of theirs
@@ -150,7 +148,7 @@ class LayerwiseRunner:
         if first:
             log.info("resuming after block %d, whose residuals are on disk", first - 1)
         self._enter(batches, residuals, units, fresh=first == 0)
-        progress = _Progress(first, self._last + 1, sum(ids.numel() for ids in batches))
+        progress = SweepProgress(first, self._last + 1, sum(ids.numel() for ids in batches))
         blocks = range(first, self._last + 1)
         for block in self._source.sweep(blocks):
             for number, ids in enumerate(batches):
@@ -161,7 +159,7 @@ class LayerwiseRunner:
                     lambda: [residuals.read(p) for p in pieces],  # noqa: B023
                 ) as units.captured:
                     self._through_block(block, number, ids, residuals, units)
-                progress.say(block, number + 1, len(batches), ids.numel())
+                progress.update(block, number + 1, len(batches), ids.numel())
                 if requested := stop():
                     commit()
                     raise StoppedError(
@@ -357,33 +355,6 @@ class _Units:
         with Taps(self._architecture, self._runner.points(stage), hand_over) as taps:
             yield taps
         self._unit_done(batch)
-
-
-class _Progress:
-    """A line in the log every ten seconds, and at the end of the last block."""
-
-    def __init__(self, first: int, blocks: int, tokens: int) -> None:
-        self._first, self._blocks, self._tokens = first, blocks, tokens
-        self._through = 0
-        self._begun = self._said = time.perf_counter()
-
-    def say(self, block: int, batch: int, batches: int, tokens: int) -> None:
-        self._through += tokens
-        now, last = time.perf_counter(), (block + 1, batch) == (self._blocks, batches)
-        progress_file.report(
-            block * batches + batch,
-            self._blocks * batches,
-            lambda: f"block {block + 1} of {self._blocks}, batch {batch} of {batches}",
-        )
-        if now - self._said < SECONDS_BETWEEN_LINES and not last:
-            return
-        self._said = now
-        speed = self._through / (self._blocks * (now - self._begun))
-        left = (self._tokens * (self._blocks - self._first) - self._through) / (
-            speed * self._blocks
-        )
-        words = "block %d of %d, batch %d of %d: %.0f tokens/s through all blocks, %.0f s to go"
-        log.info(words, block + 1, self._blocks, batch, batches, speed, left)
 
 
 def _through(
