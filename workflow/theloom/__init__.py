@@ -15,10 +15,23 @@ __all__ = ["open"]
 
 
 def open(path: str | Path, allow: Collection[str] = ()) -> "Activations":
-    """Open `activations.h5` or a single shard: `theloom.dataset.activations.Activations`. Raises
-    StoreError.
+    """Open `activations.h5`, or a single shard.
 
-    `allow`: names of files outside of the dataset's own folder that it may refer to.
+    Args:
+        path: The file.
+        allow: Names of files outside the dataset's own folder that it may refer to.
+
+    Returns:
+        The dataset: rows by hook point, documents, batches, exports.
+
+    Raises:
+        StoreError: The file, or one that it refers to, is missing, damaged or of another format.
+
+    Example:
+        >>> import theloom
+        >>> acts = theloom.open("results/tiny/activations.h5")
+        >>> acts[acts.hooks[0]][:2].dtype
+        torch.bfloat16
     """
     from theloom.dataset.activations import open_activations
 

@@ -1,19 +1,35 @@
-"""Hidden states of any transformers model, from Python: whole, in chunks, at another precision, or
-with their graph.
+"""Extract hidden states of a `transformers` model from Python, without files.
 
-The functions take a model as it is (a causal LM, a base model, an encoder) and leave it so: no hook
-stays on it, and weights, attention implementation, training mode and checkpointing flags are what
-they were, also after an error and between the chunks of a stream. Tokens are ids (batch, position),
-(position,), lists, or what a tokenizer returns. `attention_mask` is 0 where a column is padding, on
-the left or on the right of a row; a tokenizer's output brings its own. Rows of padding come back as
-zeros (attention scores as -inf), and the mask with them. Special tokens are not padding unless the
-mask says so.
+The functions take a model as it is (a causal LM, a base model or an encoder) and leave it unchanged:
+no hook stays on it, and its weights, attention implementation, training mode and checkpointing flags
+are restored, also after an error and between the chunks of a stream.
 
-Hook points are requested by `hooks`, filter entries as in the config (an exact name, a glob,
-`blocks.-1.` for the last block; an empty list is every hook point of the model), by `layers`, short
-for their hook_resid_post (negative ones count from the end), or by both. By default it is the
-residual after every block. The forward ends after the deepest.
-"""
+Common arguments:
+
+- `tokens`: token ids [batch, position] or [position], lists of them, or a tokenizer's output.
+- `attention_mask`: [batch, position], 0 where a column is padding, on the left or the right of a
+  row; a tokenizer's output has its own. Rows of padding are zeros in the result (attention scores
+  -inf). Special tokens are not padding unless the mask marks them.
+- `hooks`: names of hook points, or globs; `blocks.-1.` is the last block, and an empty list selects
+  every hook point of the model. Default: the residual after every block.
+- `layers`: short for the `hook_resid_post` of these blocks; negative numbers count from the end.
+
+The forward pass ends after the deepest requested hook point.
+
+Example:
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaModel
+    >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, vocab_size=32)
+    >>> model = LlamaModel(LlamaConfig(num_attention_heads=2, **sizes))
+    >>> tokens = torch.tensor([[1, 2, 3, 4]])
+    >>> states = extract_hidden_states(model, tokens, layers=[-1])
+    >>> states["blocks.1.hook_resid_post"].shape
+    torch.Size([1, 4, 16])
+    >>> chunks = extract_streaming(model, tokens, chunk_size=2, layers=[-1])
+    >>> whole = collect_streaming_results(chunks)
+    >>> torch.allclose(whole["blocks.1.hook_resid_post"], states["blocks.1.hook_resid_post"], atol=1e-5)
+    True
+"""  # noqa: E501
 
 import gc
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -37,15 +53,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HiddenStates(Mapping[str, torch.Tensor]):
-    """What an extraction gives; it is also a mapping from hook names to tensors.
+    """The result of an extraction: a mapping from hook names to tensors.
 
-    `hidden_states`: by hook name, in the order of the forward pass, a tensor [batch, position, …]
-    on the model's device in the dtype of the forward pass; attention scores and patterns are
-    [batch, head, position, key]. `attention_mask`: [batch, position], on the CPU: true where a row
-    is a token's, false where it is padding's. `start`: of a chunk, the position of its first token
-    in its row, counted from the row's first token: padding on the left is not streamed. 0
-    otherwise. `precision`: where one was requested, what was requested, what was used, and each
-    fallback.
+    Attributes:
+        hidden_states: By hook name, in the order of the forward pass, a tensor [batch, position, …]
+            on the model's device, in the dtype of the forward pass. Attention scores and patterns
+            are [batch, head, position, key].
+        attention_mask: [batch, position], bool, on the CPU: true for tokens, false for padding.
+        start: The position of a chunk's first token, counted from the first token of its row; 0 for
+            a result that is no chunk.
+        precision: The requested and the used precision with each fallback, where one was requested.
+        points: The hook points, in the order of `hidden_states`.
     """
 
     hidden_states: dict[str, torch.Tensor]
@@ -78,11 +96,22 @@ def extract_hidden_states(
     layers: Sequence[int] | None = None,
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
 ) -> HiddenStates:
-    """Hidden states of one forward pass in eval mode, without gradients: [batch, position, …] by
-    hook name.
+    """Extract hidden states in one forward pass, in eval mode and without gradients.
 
-    The tensors are copies of their own, which autograd takes as inputs. Raises InputError,
-    HookError, ModelError.
+    Args:
+        model: A causal LM, base model or encoder of `transformers`.
+        tokens: Token ids [batch, position] or [position], or a tokenizer's output.
+        hooks: Hook points, by name or glob; default: the residual after every block.
+        layers: Blocks whose `hook_resid_post` is requested.
+        attention_mask: [batch, position], 0 where a column is padding.
+
+    Returns:
+        The hidden states; the tensors are copies, which autograd takes as inputs.
+
+    Raises:
+        InputError: The tokens or the mask cannot be a batch.
+        HookError: The model lacks a requested hook point.
+        ModelError: The model cannot be run on these tokens.
     """
     requested = ask(model, tokens, hooks, layers, attention_mask)
     return _in_one_pass(requested, None)
@@ -96,17 +125,29 @@ def extract_streaming(
     layers: Sequence[int] | None = None,
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
 ) -> Generator[HiddenStates, None, None]:
-    """Hidden states chunk by chunk through the KV cache: each [batch, up to chunk_size, …], equal
-    to one pass.
+    """Extract hidden states chunk by chunk through the KV cache; equal to one pass.
 
-    A chunk's memory is free once the caller has let go of it; what stays until the generator ends
-    or is closed is the KV cache. Keys grow: attention scores and patterns of a chunk are [batch,
-    head, position, keys so far]. Padding on the left is skipped: chunks count positions from each
-    row's first token, and `collect_streaming_results` puts rows back to the columns of `tokens`.
-    Between chunks the model is free for other use.
+    Between chunks only the KV cache is in memory: a chunk is freed once the caller drops it.
+    Padding on the left is skipped: chunks count positions from the first token of each row. Between
+    chunks the model can be used otherwise.
 
-    Raises InputError, HookError, and ModelError for a model whose rows would not be those of one
-    pass, before the first chunk; that is tried on the model itself, on a few tokens, once.
+    Args:
+        model: A causal LM, base model or encoder of `transformers`.
+        tokens: Token ids [batch, position] or [position], or a tokenizer's output.
+        chunk_size: Tokens of a chunk.
+        hooks: Hook points, by name or glob; default: the residual after every block.
+        layers: Blocks whose `hook_resid_post` is requested.
+        attention_mask: [batch, position], 0 where a column is padding.
+
+    Yields:
+        Chunks of [batch, up to chunk_size, …]. Attention scores and patterns of a chunk are
+        [batch, head, position, keys so far].
+
+    Raises:
+        InputError: The tokens or the mask cannot be a batch.
+        HookError: The model lacks a requested hook point.
+        ModelError: The chunks would differ from one pass. This is tried on the model itself, with
+            a few tokens, before the first chunk.
     """
     if chunk_size < 1:
         raise InputError(f"chunk_size must be at least 1, found {chunk_size}")
@@ -117,12 +158,19 @@ def extract_streaming(
 
 
 def collect_streaming_results(chunks: Iterable[HiddenStates]) -> HiddenStates:
-    """The chunks of `extract_streaming` as one result: what `extract_hidden_states` gives for the
-    same tokens.
+    """Join the chunks of `extract_streaming`.
 
-    Room for all positions is taken at the first chunk, and chunks are let go one by one, so that at
-    most one is in memory beside the result. Where the chunks end early, the mask says which rows
-    there are. Raises InputError where there is no chunk.
+    Memory for all positions is allocated at the first chunk and chunks are freed one by one, so at
+    most one chunk is in memory on top of the result.
+
+    Args:
+        chunks: The chunks, in order. If they end early, `attention_mask` marks the missing rows.
+
+    Returns:
+        What `extract_hidden_states` returns for the same tokens.
+
+    Raises:
+        InputError: There is no chunk.
     """
     whole: dict[str, torch.Tensor] = {}
     points: tuple[HookPoint, ...] = ()
@@ -153,15 +201,29 @@ def extract_inference_optimized(
     hooks: Sequence[str] | None = None,
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
 ) -> HiddenStates:
-    """`extract_hidden_states` at another precision: auto, fp32, fp16 or bf16; None is the model's
-    own.
+    """Extract hidden states at another precision, as if the model were loaded at it.
 
-    The values are those of the model loaded at that precision. The weights stay as they are: beside
-    them there is a converted copy of what lies outside of the blocks (token embedding, norms; not
-    the LM head) and of one block at a time, which is made anew for each call; for many calls load
-    the model at that precision. Where the device lacks it, it falls back (BF16, FP16, FP32), which
-    is logged and recorded on the result. `clear_cache` gives what CUDA's allocator holds unused
-    back to the driver afterwards. Raises InputError, HookError, ModelError.
+    The weights stay unchanged. Additional memory is a converted copy of what lies outside the
+    blocks (token embedding and norms, not the LM head) and of one block at a time; the copy is made
+    for each call, so load the model at that precision for many calls.
+
+    Args:
+        model: A causal LM, base model or encoder of `transformers`.
+        tokens: Token ids [batch, position] or [position], or a tokenizer's output.
+        layers: Blocks whose `hook_resid_post` is requested.
+        precision: auto, fp32, fp16 or bf16; None: the model's own. Where the device lacks it, the
+            fallback (BF16, FP16, FP32) is logged and recorded in the result.
+        clear_cache: Return unused memory of CUDA's allocator to the driver afterwards.
+        hooks: Hook points, by name or glob; default: the residual after every block.
+        attention_mask: [batch, position], 0 where a column is padding.
+
+    Returns:
+        The hidden states, in the dtype of that precision.
+
+    Raises:
+        InputError: The tokens or the mask cannot be a batch.
+        HookError: The model lacks a requested hook point.
+        ModelError: The model cannot be run at that precision.
     """
     requested = ask(model, tokens, hooks, layers, attention_mask)
     try:
@@ -182,14 +244,28 @@ def extract_with_checkpointing(
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
     use_reentrant: bool = False,
 ) -> HiddenStates:
-    """Hidden states with their graph, for a backward pass that computes each block again instead of
-    keeping its inside.
+    """Extract hidden states with their graph, recomputing each block in the backward pass.
 
-    Gradients are those of the plain forward. Dropout acts where the model is in training mode; do
-    not change its mode or weights before the backward. A block of which an inner hook point is
-    requested keeps its inside, which is what was requested. `use_reentrant` is
-    torch.utils.checkpoint's: the reentrant kind takes `backward()` but not `torch.autograd.grad`.
-    Raises InputError, HookError, and ModelError where nothing requires a gradient.
+    Gradients equal those of the plain forward. Dropout is active if the model is in training mode;
+    do not change its mode or weights before the backward pass. A block of which an inner hook point
+    is requested keeps its activations.
+
+    Args:
+        model: A causal LM, base model or encoder of `transformers`.
+        tokens: Token ids [batch, position] or [position], or a tokenizer's output.
+        hooks: Hook points, by name or glob; default: the residual after every block.
+        layers: Blocks whose `hook_resid_post` is requested.
+        attention_mask: [batch, position], 0 where a column is padding.
+        use_reentrant: As in `torch.utils.checkpoint`; the reentrant variant supports
+            `backward()` but not `torch.autograd.grad`.
+
+    Returns:
+        The hidden states, with their graph.
+
+    Raises:
+        InputError: The tokens or the mask cannot be a batch.
+        HookError: The model lacks a requested hook point.
+        ModelError: No weight that the hidden states depend on requires a gradient.
     """
     from theloom.extraction.gradient_checkpointing import Checkpointed
     from theloom.hooks.taps import Taps
@@ -205,9 +281,9 @@ def extract_with_checkpointing(
         taps.run(input_ids=rows.ids.to(model.device), use_cache=False, **inputs)
     if not any(value.requires_grad for value in kept.values.values()):
         raise ModelError(
-            f"{type(model).__name__}: none of the hidden states depends on a weight "
-            "that requires a gradient; "
-            "use model.requires_grad_(), or extract_hidden_states where there is no backward pass"
+            f"{type(model).__name__}: none of the hidden states depends on a weight that requires "
+            "a gradient; use model.requires_grad_(), or extract_hidden_states where there is no "
+            "backward pass"
         )
     return kept.result(0, None)
 
