@@ -79,7 +79,7 @@ def assert_same_rows(run, whole):
     assert check_hashes(found)[0] == []
 
 
-def test_where_memory_runs_out_the_run_goes_on_with_less_and_ends_with_the_same_rows(
+def test_where_memory_runs_out_a_run_resumes_smaller_with_the_same_rows(
     run, whole, memory_for, caplog
 ):
     steps = memory_for(64)
@@ -119,7 +119,7 @@ def test_an_error_that_is_not_of_memory_is_not_tried_again(run, memory_for, monk
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_job_that_is_requested_to_stop_commits_what_it_has_and_the_next_one_goes_on(
+def test_a_job_requested_to_stop_commits_and_the_next_one_resumes(
     run, whole, monkeypatch, number
 ):
     monkeypatch.setattr(writer, "COMMIT_BYTES", 1 << 30)  # only the stop commits

@@ -33,7 +33,7 @@ class Written:
         self.commits.append((rows, last))
 
 
-def test_rows_arrive_in_order_without_padding_as_they_were_when_they_were_handed_over():
+def test_rows_arrive_in_order_without_padding_as_they_were_handed_over():
     writer, batch = Written(), Batch((7, 3), (5, 2))
     value = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
     with Handoff(writer, CPU, value.nbytes) as handoff:
@@ -52,7 +52,7 @@ def test_rows_arrive_in_order_without_padding_as_they_were_when_they_were_handed
     assert writer.metrics["seconds_disk"] >= 5.0
 
 
-def test_a_writer_s_error_stops_the_model_s_thread_even_while_it_waits_for_room(monkeypatch):
+def test_a_writer_s_error_stops_the_model_s_thread_even_while_it_waits(monkeypatch):
     monkeypatch.setitem(ring_buffer.RING_BYTES, "cpu", 0)
     value, handed = torch.zeros(1, 64, 64), []
 
@@ -82,7 +82,7 @@ def test_an_error_of_the_model_s_thread_drops_what_is_on_its_way():
     assert writer.commits == []
 
 
-def test_with_a_slow_disk_the_model_waits_and_what_is_on_its_way_stays_bounded(monkeypatch):
+def test_with_a_slow_disk_the_model_waits_and_memory_stays_bounded(monkeypatch):
     monkeypatch.setitem(ring_buffer.RING_BYTES, "cpu", 0)
     writer, value = Written(0.005), torch.zeros(1, 64, 64)
     most = 0

@@ -89,7 +89,7 @@ def limited(
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_a_model_of_four_times_the_memory_at_hand_is_extracted_and_verified(tmp_path):
+def test_a_model_four_times_the_available_memory_is_extracted_and_verified(tmp_path):
     limit = 325_000_000
     weights = build_large(tmp_path / "model", hidden=832, blocks=30)
     assert weights >= 4 * limit

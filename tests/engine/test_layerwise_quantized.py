@@ -134,7 +134,7 @@ def test_a_quantised_checkpoint_equals_resident_mode_bit_for_bit(
 
 
 @pytest.mark.parametrize("names", [["blocks.1.hook_resid_post"], ["hook_embed"]])
-def test_blocks_beyond_the_deepest_hook_point_are_neither_read_nor_quantised(
+def test_blocks_past_the_deepest_hook_point_are_not_read_nor_quantized(
     tmp_path, monkeypatch, names
 ):
     read, original = [], block_loader.BlockSource._read

@@ -22,7 +22,7 @@ ARCHITECTURES = (
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_all_hook_points_equal_resident_mode_bit_for_bit_long_documents_too(tmp_path, model_type):
+def test_all_hook_points_equal_resident_mode_bit_for_bit_in_chunks_too(tmp_path, model_type):
     folder = build(model_type, tmp_path)
     loaded = load(folder)
     points = loaded.catalog.points

@@ -137,7 +137,7 @@ def test_where_memory_runs_out_the_job_goes_on_with_fewer_windows_at_once(
         torch.testing.assert_close(rows_of(run)[hook], rows, rtol=1e-4, atol=1e-5)
 
 
-def test_a_job_that_is_requested_to_stop_ends_after_its_batch_and_the_next_one_goes_on(
+def test_a_sweep_requested_to_stop_ends_after_its_batch_and_is_resumed(
     tmp_path, resident, tiny_llama, monkeypatch
 ):
     run = stages(tmp_path / "run", tiny_llama, f"{SMALL} extraction.execution=layerwise")

@@ -88,7 +88,7 @@ def test_half_precision_rows_are_the_model_s_own(tmp_path, precision):
         assert torch.equal(found[0, hook], expected)
 
 
-def test_a_model_that_cannot_be_streamed_is_extracted_in_one_pass_or_refused(
+def test_a_model_that_cannot_be_streamed_runs_in_one_pass_or_is_rejected(
     tmp_path, tiny_llama, caplog
 ):
     """RecurrentGemma keeps state on its modules, which a KV cache does not carry."""
