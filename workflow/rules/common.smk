@@ -141,8 +141,12 @@ def requested_resources(run):
             freeze_resources(renewed)
     request = stage(run, "resources")["config"]["resources"]
     waits = workflow.dryrun or (RUNS and READABLE and PLANNER.waits(RUNS[run]))
-    last_resort = {name: TBDString() if waits else value for name, value in resources.WITHOUT_ESTIMATE.items()}
-    return {name: last_resort.get(name) if value is None else value for name, value in request.items()}
+    last_resort = {
+        name: TBDString() if waits else value for name, value in resources.WITHOUT_ESTIMATE.items()
+    }
+    return {
+        name: last_resort.get(name) if value is None else value for name, value in request.items()
+    }
 
 
 def freeze_resources(run):
