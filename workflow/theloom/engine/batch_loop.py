@@ -1,5 +1,5 @@
 """The loop over a shard's batches: each through a runner, its rows into the hand-off, what was
-measured beside them.
+measured next to them.
 
 It knows nothing of how a runner runs its blocks, nor of how rows come to be on disk.
 """
@@ -195,7 +195,7 @@ class _Measured:
         waits are in it.
         """
         total = time.perf_counter() - self._began
-        # on the CPU rows are copied within the forward; a GPU copies them beside it
+        # on the CPU rows are copied within the forward; a GPU copies them at the same time
         copies = handoff.seconds_copying if self._work.device.type == "cpu" else 0.0
         forward = max(0.0, self._forward.seconds() - handoff.seconds_waiting - copies)
         return {

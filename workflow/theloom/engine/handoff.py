@@ -2,7 +2,7 @@
 own.
 
 The model's thread copies each value into a ring of host memory and goes on; on CUDA the copy itself
-runs beside the computation, on a stream of its own. One writer thread hashes, writes and commits.
+runs next to the computation, on a stream of its own. One writer thread hashes, writes and commits.
 What is on its way is bounded by the ring: where the disk is the slower one, the model waits for it,
 and the time that it waits is counted.
 """
@@ -112,7 +112,7 @@ class Handoff:
         self._queue.put(_Done(rows, last, metrics))
 
     def _copy(self, values: "torch.Tensor", place: "torch.Tensor") -> Any:
-        """Copy into the ring; on CUDA beside the computation, and then give the event that says
+        """Copy into the ring; on CUDA next to the computation, and then give the event that says
         that it is done.
         """
         import torch

@@ -316,15 +316,15 @@ class _Kept:
         """What was kept, which is then no longer here."""
         requested, values, self.values = self._requested, self.values, {}
         rows = requested.rows
-        found = {p.name: values.pop(p.name) for p in requested.points}
+        states = {p.name: values.pop(p.name) for p in requested.points}
         mask = rows.mask_given()
         if not self._whole:
             some = next(p for p in requested.points)
-            mask = rows.mask()[:, start : start + found[some.name].shape[some.position_axis]]
+            mask = rows.mask()[:, start : start + states[some.name].shape[some.position_axis]]
             if rows.uneven:
                 for point in requested.points:
-                    padding.blank(found[point.name], point, rows, start)
-        return HiddenStates(found, mask, start, resolved, tuple(requested.points), rows)
+                    padding.blank(states[point.name], point, rows, start)
+        return HiddenStates(states, mask, start, resolved, tuple(requested.points), rows)
 
 
 def _in_one_pass(requested: Request, resolved: Resolved | None) -> HiddenStates:

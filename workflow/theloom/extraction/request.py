@@ -34,7 +34,7 @@ class Request:
     rows: Rows
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What the model is given beside the ids: a mask where padding on the right could reach a
+        """What the model is given besides the ids: a mask where padding on the right could reach a
         token.
         """
         masked = self.rows.uneven and not causal(self.architecture)

@@ -51,21 +51,21 @@ def record_layerwise(
     files = prepare_files(config.model)
     before_counting(config.model)
     before = host.resident()  # from where a job's growth is counted (`layerwise_shard`)
-    with opened(config, files, target=target) as found:
-        points = found.loaded.catalog.select(estimated.hooks)
+    with opened(config, files, target=target) as model:
+        points = model.loaded.catalog.select(estimated.hooks)
         threshold = config.memory.memory_warning_threshold
         try:
-            planned = found.fit(estimated, points, tokens.window_lengths(tokens_path), threshold, 0)
+            planned = model.fit(estimated, points, tokens.window_lengths(tokens_path), threshold, 0)
         except MemoryPlanError as error:
             raise MemoryPlanError(f"{why}; and {error}" if why else str(error)) from None
-        said = terminal.format_bytes(
-            planned.need.device if found.loaded.device.type == "cuda" else planned.need.cpu
+        size = terminal.format_bytes(
+            planned.need.device if model.loaded.device.type == "cuda" else planned.need.cpu
         )
-        log.info("layer by layer: batches of %d tokens, %s", planned.plan.batch_tokens, said)
+        log.info("layer by layer: batches of %d tokens, %s", planned.plan.batch_tokens, size)
         for change in planned.changes:
             log.warning("to fit: %s", change)
-        tried = found.self_check()
-        measured = measure_sweep(found, planned, points, before)
+        tried = model.self_check()
+        measured = measure_sweep(model, planned, points, before)
         log.info(
             "a sweep over the largest batch: %s predicted, %s measured",
             terminal.format_bytes(measured.predicted),
@@ -73,7 +73,7 @@ def record_layerwise(
         )
         overhead = max(0, measured.growth - measured.predicted)
         with h5py.File(output, "w") as file:
-            attributes = model_attributes(found.loaded, config)
+            attributes = model_attributes(model.loaded, config)
             file_format.set_attributes(
                 file, attributes | asdict(tried) | {"execution": "layerwise"}
             )
@@ -89,9 +89,9 @@ def record_layerwise(
                 "host": planned.need.host,
             }
             file_format.set_attributes(group.create_group("predicted"), predicted)
-            file_format.set_attributes(group.create_group("sizes"), asdict(found.sizes(points)))
+            file_format.set_attributes(group.create_group("sizes"), asdict(model.sizes(points)))
             file_format.set_attributes(group.create_group("measured"), asdict(measured))
-            write_catalog(file, found.loaded.catalog)
+            write_catalog(file, model.loaded.catalog)
 
 
 def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path) -> None:
@@ -156,7 +156,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
 
 
 def _log(measured: "Measured") -> None:
-    """The largest pass, predicted and found side by side."""
+    """The largest pass, predicted and measured."""
     workload = measured.workload
     log.info(
         "largest pass: %d × %d tokens, steps of %d",
@@ -164,10 +164,10 @@ def _log(measured: "Measured") -> None:
         workload.tokens,
         workload.chunk_size,
     )
-    found = asdict(measured.found)
+    result = asdict(measured.found)
     for category, predicted in asdict(measured.predicted).items():
-        if predicted or found[category]:
-            sizes = terminal.format_bytes(predicted), terminal.format_bytes(found[category])
+        if predicted or result[category]:
+            sizes = terminal.format_bytes(predicted), terminal.format_bytes(result[category])
             log.info("  %s: %s predicted, %s measured", category.replace("_", " "), *sizes)
     log.info(
         "  memory in use grew by %s: tensors %s, pages of files %s, heap %s",
@@ -189,11 +189,11 @@ def _write_memory(
     file_format.set_attributes(
         group.create_group("predicted"), {"weights": weights, **asdict(measured.predicted)}
     )
-    found = {"weights": measured.weights, **asdict(measured.found)}
+    result = {"weights": measured.weights, **asdict(measured.found)}
     growth = {
         "growth": measured.growth,
         "files": measured.files,
         "heap": measured.heap,
         "load_growth": load_growth,
     }
-    file_format.set_attributes(group.create_group("measured"), found | growth)
+    file_format.set_attributes(group.create_group("measured"), result | growth)

@@ -112,14 +112,14 @@ class BlockSource:
 
     def read(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tensors by key, each in memory of its own on the host."""
-        found = {}
+        tensors = {}
         for key in keys:
             stored = self._checkpoint.stored[key]
             shift = self._shift(stored)
             buffer = torch.empty(shift + stored.nbytes, dtype=torch.uint8)[shift:]
             self._fill(stored, buffer)
-            found[key] = buffer.view(stored.dtype).view(stored.shape)
-        return found
+            tensors[key] = buffer.view(stored.dtype).view(stored.shape)
+        return tensors
 
     def on_disk(self, keys: Sequence[str]) -> dict[str, OnDisk]:
         """Tensors by key, to be read when they are requested."""

@@ -91,8 +91,8 @@ class LayerwiseModel:
 
         @cache
         def predicted(workload: Workload) -> tuple[PeakBytes, int]:
-            found = trace_block(fake, workload, points, device)
-            return found.parts, found.recorded
+            traced = trace_block(fake, workload, points, device)
+            return traced.parts, traced.recorded
 
         return predicted
 
@@ -118,7 +118,7 @@ class LayerwiseModel:
     ) -> LayerwisePlan:
         """The plan for the largest shard of a corpus, or for one alone. Raises MemoryPlanError."""
         device = self.loaded.device.type
-        found, _ = gpu.available_memory(self.loaded.device)
+        memory, _ = gpu.available_memory(self.loaded.device)
         longest = min(windows.longest, estimated.context_length)
         requested = Plan(
             estimated.batch_tokens or MOST_BATCH_TOKENS[device], estimated.chunk_size, longest
@@ -132,7 +132,7 @@ class LayerwiseModel:
             windows.tokens * row,
             row,
             device,
-            found,
+            memory,
             host.memory(),
             threshold=threshold,
             overhead=overhead,
@@ -150,7 +150,7 @@ class LayerwiseModel:
         ids = checks.tokens_of(self.shell.model)
         batches, chunk_sizes = [ids[:1], ids[1:, :16], checks.padded(ids), ids[:1]], [24, 24, 24, 7]
         count = 4 if self.shell.streams else 3
-        found: list[dict[str, list[torch.Tensor]]] = [
+        rows_of: list[dict[str, list[torch.Tensor]]] = [
             {p.name: [] for p in points} for _ in range(count)
         ]
         runner = LayerwiseRunner(self.shell, self.source, points, 24, "fp32")
@@ -160,11 +160,11 @@ class LayerwiseModel:
             runner.sweep(
                 batches[:count],
                 store,
-                lambda batch, name, start, rows, first: found[batch][name].append(rows),
+                lambda batch, name, start, rows, first: rows_of[batch][name].append(rows),
                 chunk_sizes=chunk_sizes[:count],
             )
         whole, alone, both, *chunked = [
-            {n: torch.cat(c, dim=1) for n, c in by_name.items()} for by_name in found
+            {n: torch.cat(c, dim=1) for n, c in by_name.items()} for by_name in rows_of
         ]
         name, limit = type(self.shell.model).__name__, 10 * self.loaded.tolerance
         padding = checks.side_by_side(whole, alone, both)
@@ -226,8 +226,8 @@ def opened(
     )
     if bits == "4bit" and device.type == "cpu":
         check_runs_on_the_cpu(shell.model)
-    found = str(shell.model.config._attn_implementation)
-    loaded = LoadedModel(shell.architecture, files, device, resolved, found, bits)
+    implementation = str(shell.model.config._attn_implementation)
+    loaded = LoadedModel(shell.architecture, files, device, resolved, implementation, bits)
     with BlockSource(shell.checkpoint, device, len(shell.blocks)) as source:
         skeleton.examine(shell, source)
         yield LayerwiseModel(loaded, shell, source)
@@ -248,7 +248,7 @@ class SweptPeak:
 
 
 def measure_sweep(
-    found: LayerwiseModel,
+    model: LayerwiseModel,
     planned: LayerwisePlan,
     points: Sequence[HookPoint],
     before: int | None = None,
@@ -259,20 +259,20 @@ def measure_sweep(
     `before`: the bytes that this process held before the model was opened, from where growth counts
     on the CPU.
     """
-    blocks = min(MEASURED_BLOCKS, len(found.shell.blocks))
-    last = found.loaded.catalog.select([f"blocks.{blocks - 1}.hook_resid_post"])
-    vocabulary = found.shell.model.config.get_text_config().vocab_size
+    blocks = min(MEASURED_BLOCKS, len(model.shell.blocks))
+    last = model.loaded.catalog.select([f"blocks.{blocks - 1}.hook_resid_post"])
+    vocabulary = model.shell.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    precision, device = found.loaded.precision.resolved, found.loaded.device
+    precision, device = model.loaded.precision.resolved, model.loaded.device
     chosen = max(planned.plan.passes, key=lambda w: w.windows * w.tokens)
     ids = torch.randint(vocabulary, (chosen.windows, chosen.tokens), generator=generator)
-    runner = LayerwiseRunner(found.shell, found.source, last, planned.plan.chunk_size, precision)
+    runner = LayerwiseRunner(model.shell, model.source, last, planned.plan.chunk_size, precision)
     spec = runner.residuals([ids], "")
-    found.source.release()
+    model.source.release()
     host.release_free_heap()  # what trying it out has left
     with PeakMemory(device) as growing, ResidualStore(spec, None) as store:
         runner.sweep([ids], store, lambda *_: None)
-    sizes, pass_of, row = found.sizes(last), found.pass_of(last), found.residual_row
+    sizes, pass_of, row = model.sizes(last), model.pass_of(last), model.residual_row
     expected = need(sizes, pass_of, [chosen], spec.nbytes, row, device.type, False)
     predicted = expected.buffers + expected.kept + expected.working_set
     if device.type == "cpu":

@@ -33,19 +33,19 @@ def quantizer(bits: str, model_config: PretrainedConfig, precision: str) -> HfQu
     """
     own = getattr(model_config, "quantization_config", None)
     requested = quantization.bitsandbytes_config(bits, precision) if own is None else own
-    found: HfQuantizer = AutoHfQuantizer.from_config(requested, pre_quantized=own is not None)
-    found.validate_environment()
-    return found
+    quantizer: HfQuantizer = AutoHfQuantizer.from_config(requested, pre_quantized=own is not None)
+    quantizer.validate_environment()
+    return quantizer
 
 
 def replace_layers(
-    model: PreTrainedModel, found: HfQuantizer, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel, quantizer: HfQuantizer, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Put bitsandbytes' layers into a model on the meta device, where a quantised load has them."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # that of the new layers' biases
     try:
-        found.preprocess_model(
+        quantizer.preprocess_model(
             model=model, dtype=dtype, device_map={"": device}, checkpoint_files=None
         )
     finally:
@@ -73,9 +73,9 @@ class PartLoader:
     The model that runs is not touched, so that one block can be made while another computes.
     """
 
-    def __init__(self, empty: PreTrainedModel, found: HfQuantizer) -> None:
-        self._model, self.quantizer = empty, found
-        self._mapping = get_model_conversion_mapping(empty, hf_quantizer=found)
+    def __init__(self, empty: PreTrainedModel, quantizer: HfQuantizer) -> None:
+        self._model, self.quantizer = empty, quantizer
+        self._mapping = get_model_conversion_mapping(empty, hf_quantizer=quantizer)
 
     def load(
         self, tensors: Mapping[str, OnDisk], names: Sequence[str], device: torch.device
@@ -134,7 +134,7 @@ def weight_format_of(module: nn.Module) -> str | None:
 
 
 def release(module: nn.Module) -> None:
-    """Drop what a layer of bitsandbytes keeps of its weight beside the parameter."""
+    """Drop what a layer of bitsandbytes keeps of its weight besides the parameter."""
     kind, layer = weight_format_of(module), cast(Any, module)
     if kind == "8bit":
         layer.state.reset_grads()
@@ -144,7 +144,7 @@ def release(module: nn.Module) -> None:
 
 
 def held(module: nn.Module, leaf: str, tensor: torch.Tensor) -> int:
-    """Bytes of a parameter or buffer once it is loaded, with the scales that are kept beside it."""
+    """Bytes of a parameter or buffer once it is loaded, with the scales that are kept with it."""
     kind, count = weight_format_of(module), tensor.numel()
     if kind is None or leaf != "weight":
         return count * tensor.element_size()
@@ -156,7 +156,7 @@ def held(module: nn.Module, leaf: str, tensor: torch.Tensor) -> int:
 
 
 def staging(bits: str, count: int, stored: torch.dtype, precision: torch.dtype, device: str) -> int:
-    """Bytes that quantising a weight of `count` elements takes beside its result.
+    """Bytes that quantising a weight of `count` elements takes on top of its result.
 
     `stored` is what it is in the file, `precision` the model's, from which it is quantised. On a
     GPU the weight in that precision, and for 8 bits in FP16 too. On the CPU bitsandbytes 0.50

@@ -112,15 +112,15 @@ class ResidualStore:
         due = self._spilled or blocks % BLOCKS_BETWEEN_CHECKPOINTS == 0
         if self._path is None or (due and last):  # what follows needs no residuals
             due = False
-        found = self._turn_over()
+        digest = self._turn_over()
         if not due:
             return
         commit()
         if not self._spilled:
-            found = self._save()
+            digest = self._save()
         else:
             os.fsync(self._fds[self._turn])
-        self._write_manifest(blocks, found)
+        self._write_manifest(blocks, digest)
 
     def entered(self) -> None:
         """All batches have their residuals before the first block."""
@@ -141,10 +141,10 @@ class ResidualStore:
                 int(manifest["blocks"]),
                 manifest["hash"],
             )
-            found = self._hash_of_file(turn, None if self._spilled else raw_bytes(self._memory))
+            digest = self._hash_of_file(turn, None if self._spilled else raw_bytes(self._memory))
         except (OSError, ValueError, KeyError, TypeError):
             return 0
-        if found != expected:
+        if digest != expected:
             log.warning("%s is damaged: restarting at the first block", self._file(turn).name)
             return 0
         self._turn = turn
@@ -178,11 +178,11 @@ class ResidualStore:
 
     def _turn_over(self) -> str:
         """Read what was written from now on; its hash."""
-        found = self._written.hexdigest()
+        digest = self._written.hexdigest()
         self._written.reset()
         if self._spilled:
             self._turn = 1 - self._turn
-        return found
+        return digest
 
     def _save(self) -> str:
         if self._memory.is_pinned():
@@ -197,12 +197,12 @@ class ResidualStore:
         self._turn = turn
         return xxhash.xxh3_64_hexdigest(raw_bytes(self._memory))
 
-    def _write_manifest(self, blocks: int, found: str) -> None:
-        manifest = {"identity": self._key(), "blocks": blocks, "file": self._turn, "hash": found}
-        begun = self._manifest.with_name(self._manifest.name + ".begun")
-        begun.write_text(json.dumps(manifest), encoding="utf-8")
-        file_format.sync(begun)
-        begun.replace(self._manifest)
+    def _write_manifest(self, blocks: int, digest: str) -> None:
+        manifest = {"identity": self._key(), "blocks": blocks, "file": self._turn, "hash": digest}
+        new = self._manifest.with_name(self._manifest.name + ".new")
+        new.write_text(json.dumps(manifest), encoding="utf-8")
+        file_format.sync(new)
+        new.replace(self._manifest)
         file_format.sync(self._manifest.parent)
 
     def _hash_of_file(self, turn: int, into: memoryview | None) -> str:

@@ -140,7 +140,7 @@ class LayerwiseRunner:
         self._sizes = list(chunk_sizes or [self._chunk_size] * len(batches))
         counts = [-(-ids.shape[1] // size) for ids, size in zip(batches, self._sizes, strict=True)]
         self._pieces = [0, *accumulate(counts)]
-        begun, waited, read = time.perf_counter(), self._source.waited, self._source.bytes_read
+        started, waited, read = time.perf_counter(), self._source.waited, self._source.bytes_read
         units = _Units(self, self._shell.architecture, sink, len(batches), done, unit_done)
         first = residuals.take_up()
         if first > self._last + 1 or (first and done < self._units_through(first, len(batches))):
@@ -171,7 +171,7 @@ class LayerwiseRunner:
             self._after(batches, residuals, units)
         tokens = sum(ids.numel() for ids in batches)
         return Swept(
-            time.perf_counter() - begun,
+            time.perf_counter() - started,
             self._source.waited - waited,
             self._source.bytes_read - read,
             tokens,

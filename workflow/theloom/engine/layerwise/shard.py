@@ -68,8 +68,8 @@ def extract_layerwise(job: ShardJob) -> None:
     run, device, output = job.run, job.run.device, job.output
     measure.before_counting(run.config.model)
     watch = MemoryWatch(device)
-    with model_record.open_again(run.config, run.record, run.target) as found:
-        planned = _plan(job, found)
+    with model_record.open_again(run.config, run.record, run.target) as model:
+        planned = _plan(job, model)
         job.check_streaming(planned.plan.chunk_size)
         batches = batching.plan_batches(
             job.lengths,
@@ -81,7 +81,7 @@ def extract_layerwise(job: ShardJob) -> None:
         most = max((len(b.windows) for b in batches), default=1)
         pinned = device.type == "cuda" and not planned.spilled
         largest = batching.largest(batches, 0, planned.plan.chunk_size) if job.profiled else ()
-        profile = ShardProfile(found.loaded, output, largest)
+        profile = ShardProfile(model.loaded, output, largest)
         predicted = planned.need.device - planned.need.fixed
         if device.type == "cpu":
             predicted = planned.need.cpu + run.record.correction.overhead
@@ -89,7 +89,7 @@ def extract_layerwise(job: ShardJob) -> None:
         def extract(level: int) -> None:
             groups = 1 << level
             runner = LayerwiseRunner(
-                found.shell, found.source, run.points, planned.plan.chunk_size, run.store, groups
+                model.shell, model.source, run.points, planned.plan.chunk_size, run.store, groups
             )
             spec = job.spec(planned.plan, len(runner.stages) * len(batches))
             residual_spec = runner.residuals(ids, job.fingerprint)
@@ -117,19 +117,19 @@ def extract_layerwise(job: ShardJob) -> None:
         interrupts.until_it_fits(extract, cut, job.oom_level, device, lambda _: _ADVICE)
 
 
-def _plan(job: ShardJob, found: LayerwiseModel) -> LayerwisePlan:
+def _plan(job: ShardJob, model: LayerwiseModel) -> LayerwisePlan:
     """What fits now; a partial shard keeps the batches that it was started with."""
     run, windows, unfinished = job.run, job.windows, begun(job.output, job.fingerprint)
     points, overhead = run.points, run.record.correction.overhead
     if unfinished is None:
-        planned = found.fit(run.estimate, points, windows, run.threshold, overhead)
+        planned = model.fit(run.estimate, points, windows, run.threshold, overhead)
     else:
         sizes = [
             int(unfinished[name]) for name in ("batch_tokens", "chunk_size", "streamed_windows")
         ]
         as_begun = Plan(sizes[0], sizes[1], windows.longest, sizes[2]).over(windows)
-        planned = _as_begun(found, points, as_begun, windows.tokens, overhead)
-    device = found.loaded.device.type
+        planned = _as_begun(model, points, as_begun, windows.tokens, overhead)
+    device = model.loaded.device.type
     words = [
         terminal.format_bytes(n)
         for n in (planned.need.cpu if device == "cpu" else planned.need.device,)
@@ -147,14 +147,14 @@ def _plan(job: ShardJob, found: LayerwiseModel) -> LayerwisePlan:
 
 
 def _as_begun(
-    found: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens: int, overhead: int
+    model: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens: int, overhead: int
 ) -> LayerwisePlan:
-    device, row = found.loaded.device.type, found.residual_row
-    available, _ = gpu.available_memory(found.loaded.device)
+    device, row = model.loaded.device.type, model.residual_row
+    available, _ = gpu.available_memory(model.loaded.device)
     for spilled in (False, True):
         needed = layerwise_plan.need(
-            found.sizes(points),
-            found.pass_of(points),
+            model.sizes(points),
+            model.pass_of(points),
             cut.passes,
             tokens * row,
             row,

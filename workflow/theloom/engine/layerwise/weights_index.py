@@ -100,7 +100,7 @@ def _header(file: Path) -> dict[str, Stored]:
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         entries = json.loads(f.read(length))
-    found = {}
+    stored = {}
     for key, entry in entries.items():
         if key == "__metadata__":
             continue
@@ -109,12 +109,12 @@ def _header(file: Path) -> dict[str, Stored]:
                 f"{file.name}: {key} is of type {entry['dtype']}, not read layer by layer"
             )
         begin, end = entry["data_offsets"]
-        found[key] = Stored(
+        stored[key] = Stored(
             file, 8 + length + begin, end - begin, DTYPES[entry["dtype"]], tuple(entry["shape"])
         )
-    if any(s.offset + s.nbytes > file.stat().st_size for s in found.values()):
+    if any(s.offset + s.nbytes > file.stat().st_size for s in stored.values()):
         raise ModelError(f"{file.name} is cut short; fetch it again")
-    return found
+    return stored
 
 
 class Checkpoint:
@@ -220,8 +220,8 @@ class Checkpoint:
         return sum(self.stored[k].nbytes for k in self.keys[part])
 
     def converted_bytes(self, part: int) -> int:
-        """Bytes that a part takes beside its buffer: all of it where its precision or its layout is
-        another on disk.
+        """Bytes that a part takes on top of its buffer: all of it where its precision or its layout
+        is another on disk.
         """
         wanted = sum(t.numel() * t.element_size() for t in self._meta(part))
         if part in self._converted:
@@ -325,10 +325,10 @@ class Checkpoint:
 
     def _by_target(self, part: int) -> dict[str, list[str]]:
         """Keys by what they go to, in the order in which transformers loads them."""
-        found: dict[str, list[str]] = {}
+        keys: dict[str, list[str]] = {}
         for key in sorted(self.keys[part], key=dot_natural_key):
-            found.setdefault(self._targets[key], []).append(key)
-        return found
+            keys.setdefault(self._targets[key], []).append(key)
+        return keys
 
     def _place(self, target: str) -> tuple[nn.Module, str, torch.Tensor]:
         """Where a target is: its module, its name there, and the tensor that is there."""
