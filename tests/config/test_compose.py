@@ -249,7 +249,7 @@ def test_a_renamed_key_works_under_its_old_name_with_a_warning(tmp_path, caplog,
     profile = folder / "profile/3b.yaml"
     text = profile.read_text()
     assert "\nresources:" in text
-    section, _, others = text.partition("\nresources:")[2].partition("\n")
+    section, _, _ = text.partition("\nresources:")[2].partition("\n")
     profile.write_text(text.replace(f"\nresources:{section}\n", f"\nresources:\n  {old}: 7\n"))
     for overrides, value in ((None, 7), (f"resources.{old}=9", 9)):
         caplog.clear()

@@ -182,7 +182,7 @@ def test_cuda_that_cannot_start(monkeypatch, cuda, kind):
 
 
 def test_devices_are_torch_s_and_their_figures_nvml_s_matched_by_uuid(monkeypatch, cuda):
-    """The driver lists by PCI bus; CUDA_VISIBLE_DEVICES turns the order round and leaves one out."""
+    """The driver lists by PCI bus; CUDA_VISIBLE_DEVICES reverses the order and omits one."""
     slow = Board("GPU-aa", "NVIDIA T4", (7, 5), 15 * GIB, used=GIB)
     hidden = Board("GPU-bb", used=70 * GIB)
     fast = Board("GPU-cc", used=20 * GIB, reserved=GIB, processes=[(os.getpid(), 2 * GIB)])
@@ -348,9 +348,12 @@ def test_a_full_gpu_is_warned_of_with_who_fills_it(cuda, caplog):
     }
     (line,) = caplog.messages
     assert line == (
-        "GPU 1 (NVIDIA A100-SXM4-80GB): 91.2% of the memory in use (72.96 of 80.00 GB), above the threshold 0.85; "
-        "other processes: VLLM::EngineCore (pid 999999998, vLLM) 61.2 GB (76%), python (pid 999999999); "
-        "vLLM takes 90% of a GPU by default: start it with a lower gpu_memory_utilization, or on another GPU"
+        "GPU 1 (NVIDIA A100-SXM4-80GB): 91.2% of the memory in use (72.96 of 80.00 GB), above the "
+        "threshold 0.85; "
+        "other processes: VLLM::EngineCore (pid 999999998, vLLM) 61.2 GB (76%), python (pid "
+        "999999999); "
+        "vLLM takes 90% of a GPU by default: start it with a lower gpu_memory_utilization, or on "
+        "another GPU"
     )
 
 
@@ -430,7 +433,8 @@ def test_a_manager_makes_no_context():
 import ctypes
 from theloom.gpu import GPUManager
 manager = GPUManager()
-manager.get_gpu_info(0), manager.can_allocate(1.0), manager.check_memory_threshold(), manager.reset_peak_memory()
+manager.get_gpu_info(0), manager.can_allocate(1.0)
+manager.check_memory_threshold(), manager.reset_peak_memory()
 manager.empty_cache()
 cuda, flags, active = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint(), ctypes.c_int()
 assert cuda.cuInit(0) == 0

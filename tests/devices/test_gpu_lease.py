@@ -33,7 +33,7 @@ def found(*uuids: str, free: int | None = None) -> list[Candidate]:
 
 
 def shard(folder: Path, trials: int, seed: int) -> None:
-    """A job that takes a lease again and again, and writes to its GPU's diary as long as it has it."""
+    """A job that leases again and again, and writes to its GPU's diary while it has it."""
     rng = random.Random(seed)
     for trial in range(trials):
         with gpu_lease.leased(lambda: found(*TWO), 1, folder=folder, pause=0.002) as (uuid,):
@@ -100,7 +100,8 @@ def test_a_lease_of_several_takes_all_or_none(tmp_path):
 def test_a_waiting_job_says_who_holds_the_gpu_and_gets_it_when_the_holder_is_killed(tmp_path):
     script = (
         "import sys, time; from pathlib import Path; from theloom.devices import gpu_lease\n"
-        "with gpu_lease.leased(lambda: [gpu_lease.Candidate('GPU-0')], 1, folder=Path(sys.argv[1])):\n"
+        "with gpu_lease.leased(lambda: [gpu_lease.Candidate('GPU-0')], 1, "
+        "folder=Path(sys.argv[1])):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

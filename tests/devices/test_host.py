@@ -18,7 +18,10 @@ V1_MOUNTS = """\
 32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime shared:9 - cgroup cgroup rw,cpu
 35 31 0:32 {top} {mount} rw,nosuid,relatime shared:11 - cgroup cgroup rw,memory
 """
-V2_MOUNTS = "29 23 0:26 {top} {mount} rw,nosuid,nodev shared:4 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot\n"
+V2_MOUNTS = (
+    "29 23 0:26 {top} {mount} rw,nosuid,nodev shared:4 - cgroup2 cgroup2 "
+    "rw,nsdelegate,memory_recursiveprot\n"
+)
 
 
 @pytest.fixture
@@ -45,7 +48,8 @@ def v1(limit: int, usage: int, cache: int = 0) -> dict[str, str]:
     return {
         "memory.limit_in_bytes": f"{limit}\n",
         "memory.usage_in_bytes": f"{usage}\n",
-        "memory.stat": f"inactive_file 7\ntotal_inactive_file {cache - cache // 3}\ntotal_active_file {cache // 3}\n",
+        "memory.stat": "inactive_file 7\n"
+        f"total_inactive_file {cache - cache // 3}\ntotal_active_file {cache // 3}\n",
     }
 
 
@@ -216,7 +220,7 @@ def memory_hierarchy() -> tuple[Path, str, str] | None:
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """A real cgroup with a limit of 400 MB on it, and an inner one without, for processes to enter."""
+    """A real cgroup with a limit of 400 MB, and an inner one without, for processes."""
     if sys.platform != "linux":
         pytest.skip("cgroups are Linux's")
     found = memory_hierarchy()
@@ -253,7 +257,10 @@ def test_a_real_cgroup(cgroup, tmp_path):
     assert 130_000_000 < free - less < 170_000_000
 
     file = tmp_path / "file"
-    cached = f"open({str(file)!r}, 'wb').write(b'x' * 1_000); import os; os.truncate({str(file)!r}, 200_000_000)"
+    cached = (
+        f"open({str(file)!r}, 'wb').write(b'x' * 1_000); import os; os.truncate({str(file)!r}, "
+        "200_000_000)"
+    )
     cached += f"\nf = open({str(file)!r}, 'rb')\nwhile f.read(1 << 20): pass"
     _, with_cache, _ = report(f"{enter}\n{cached}")
     assert free - with_cache < 50_000_000

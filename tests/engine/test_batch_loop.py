@@ -119,9 +119,7 @@ def test_an_error_that_is_not_of_memory_is_not_tried_again(run, memory_for, monk
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_job_requested_to_stop_commits_and_the_next_one_resumes(
-    run, whole, monkeypatch, number
-):
+def test_a_job_requested_to_stop_commits_and_the_next_one_resumes(run, whole, monkeypatch, number):
     monkeypatch.setattr(writer, "COMMIT_BYTES", 1 << 30)  # only the stop commits
     before, handlers = (
         resident.ResidentRunner.run,

@@ -220,7 +220,10 @@ def test_every_hook_point_comes_back_from_disk(tmp_path, smollm2, model_type):
     folder = build_tiny(model_type, tmp_path / "model", vocab_size=49152)
     for file in smollm2.folder.glob("tokenizer*"):
         shutil.copy(file, folder)
-    requested = "memory.activation_cache_filter=[] corpus.max_tokens=700 corpus.context_length=100 extraction.shards=2"
+    requested = (
+        "memory.activation_cache_filter=[] corpus.max_tokens=700 corpus.context_length=100 "
+        "extraction.shards=2"
+    )
     run = stages(tmp_path / "run", folder, f"{requested} extraction.batch_tokens=200").all()
     run.verify()
     acts = theloom.open(run.activations)

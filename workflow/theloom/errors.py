@@ -1,7 +1,7 @@
 """The errors that TheLoom raises for what a user can mend.
 
-Each message is one line: what was requested, what was found, what to do. The pipeline prints it without
-a traceback; every other exception is a defect of ours and keeps its traceback.
+Each message is one line: what was requested, what was found, what to do. The pipeline prints it
+without a traceback; every other exception is a defect of ours and keeps its traceback.
 """
 
 

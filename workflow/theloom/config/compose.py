@@ -111,7 +111,8 @@ def runs(
             found[name] = Run(name, profile, combination, config, left_open)
     if not found:
         raise ConfigError(
-            f"profiles={profiles!r} names no profile; choose from {', '.join(_profiles(config_dir))}"
+            f"profiles={profiles!r} names no profile; choose from "
+            f"{', '.join(_profiles(config_dir))}"
         )
     return found
 
@@ -135,7 +136,10 @@ def _combinations(overrides: str) -> list[tuple[tuple[str, ...], tuple[str, ...]
         words = shlex.split(overrides)
         parsed = [OverridesParser.create().parse_override(w) for w in words]
     except (HydraException, ValueError) as error:
-        hint = "write key=value, with a blank between two, and quotes inside round a value that holds blanks"
+        hint = (
+            "write key=value, with a blank between two, and quotes inside round a value that holds "
+            "blanks"
+        )
         raise ConfigError(f"set={overrides!r}: {_one_line(error)}; {hint}") from None
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
@@ -167,7 +171,8 @@ def _run_name(name: str, overrides: list[str]) -> str:
         name += "+" + plain
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):
         raise ConfigError(
-            f"name={name!r}: a run's name is a folder's; use letters, digits, '.', '_', '-', '+', '='"
+            f"name={name!r}: a run's name is a folder's; use letters, digits, '.', '_', '-', '+', "
+            "'='"
         )
     return name
 
@@ -311,7 +316,8 @@ def _check(config: Config) -> None:
     if not 0 < config.memory.memory_warning_threshold <= 1:
         threshold = config.memory.memory_warning_threshold
         raise ConfigError(
-            f"memory.memory_warning_threshold: {threshold} is not a share; give more than 0, at most 1"
+            f"memory.memory_warning_threshold: {threshold} is not a share; give more than 0, at "
+            "most 1"
         )
     overflow = config.store.max_overflow
     if overflow is not None and not 0 <= overflow <= 1:
@@ -333,5 +339,6 @@ def _check(config: Config) -> None:
         if group != config.corpus.kind.name and getattr(config.corpus, key) is not None:
             requested = getattr(config.corpus, key)
             raise ConfigError(
-                f"corpus.{key}: {requested!r} is for corpus={group} alone; add corpus={group}, or take it out"
+                f"corpus.{key}: {requested!r} is for corpus={group} alone; add corpus={group}, or "
+                "take it out"
             )

@@ -120,7 +120,7 @@ def _as_json(stage_config: dict[str, Any]) -> str:
 
 
 def load_frozen(path: str | Path) -> Config:
-    """The frozen config of a stage. A key that was not frozen for the stage raises when it is read."""
+    """Read the frozen config of a stage; a key that is not in it raises when it is read."""
     return to_config(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
 
 

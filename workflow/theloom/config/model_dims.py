@@ -39,7 +39,8 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
     hidden = getattr(text, "hidden_size", None)
     if not blocks or not hidden:
         raise ModelError(
-            f"{config.model_type}: its config has no num_hidden_layers or hidden_size; not a text decoder"
+            f"{config.model_type}: its config has no num_hidden_layers or hidden_size; not a text "
+            "decoder"
         )
     heads = _said(text, "num_attention_heads") or 1
     return ModelDims(

@@ -109,7 +109,8 @@ class MemoryConfig:
     )
     profile_shard: int | None = key(
         None,
-        "debugging: the shard, from 0, of whose largest batch the memory peak is recorded in `memory/` of the run's "
+        "debugging: the shard, from 0, of whose largest batch the memory peak is recorded in "
+        "`memory/` of the run's "
         "folder; slows it, runs the extraction again, changes no row; null: none",
     )
 
@@ -124,22 +125,26 @@ class ExtractionConfig:
     )
     execution: Execution = key(
         Execution["auto"],
-        "resident: the model stays on the device; layerwise: one block at a time does, for models larger than it; "
+        "resident: the model stays on the device; layerwise: one block at a time does, for models "
+        "larger than it; "
         "auto: resident where it fits",
     )
     batch_tokens: int | None = key(
         None,
-        "tokens of one forward pass over short documents, padding included; null: what fits the free memory, at most "
+        "tokens of one forward pass over short documents, padding included; null: what fits the "
+        "free memory, at most "
         "16,384 on a GPU and 2,048 on a CPU",
     )
     cache: CachePlace = key(
         CachePlace["auto"],
-        "where the KV cache of long documents is: on the device, or offloaded to host memory; auto: on the device "
+        "where the KV cache of long documents is: on the device, or offloaded to host memory; "
+        "auto: on the device "
         "where it fits; on a CPU the two are the same",
     )
     shards: int | None = key(
         None,
-        "files, and so independent jobs, that the corpus is split into; null: jobs of about ten minutes, at most "
+        "files, and so independent jobs, that the corpus is split into; null: jobs of about ten "
+        "minutes, at most "
         "1,000; a run that has started keeps its number",
     )
 
@@ -159,7 +164,8 @@ class StoreConfig:
     )
     max_overflow: float | None = key(
         None,
-        "fp16 only: the share of a hook point's values that may be beyond 65,504, and so infinite, before the job "
+        "fp16 only: the share of a hook point's values that may be beyond 65,504, and so infinite, "
+        "before the job "
         "stops with an error; null: none",
     )
 
@@ -198,13 +204,15 @@ class VerifyConfig:
     documents: int = key(8, "documents to recompute; the longest is always among them")
     tolerance: float | None = key(
         None,
-        "largest error allowed, as a share of the hook's largest absolute value; null: by precision, "
+        "largest error allowed, as a share of the hook's largest absolute value; null: by "
+        "precision, "
         "and in 16 bits by how far the model itself is from FP32",
     )
     seed: int = key(0, "seed of the choice of documents")
     compare_to_fp32: bool = key(
         True,
-        "quantised runs: load the model in FP32 too, where it fits, and record the residuals' cosine similarity",
+        "quantised runs: load the model in FP32 too, where it fits, and record the residuals' "
+        "cosine similarity",
     )
 
 
@@ -254,11 +262,13 @@ class ResourcesConfig:
     )
     min_free_gpu_mb: int | None = key(
         None,
-        "memory that a job needs on each of its GPUs in MB, looked at before one is taken; null: from the estimate",
+        "memory that a job needs on each of its GPUs in MB, looked at before one is taken; null: "
+        "from the estimate",
     )
     min_shards: int = key(
         2,
-        "where extraction.shards is null, at least so many: the GPUs or nodes that shall work at once",
+        "where extraction.shards is null, at least so many: the GPUs or nodes that shall work at "
+        "once",
     )
     constraint: str | None = key(None, "Slurm: features that a node must have, such as gpu80gb")
     tokens_per_second: float | None = key(
@@ -288,7 +298,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Key:
-    """One documented key: its dotted name, its type as a user writes it, its default and its help."""
+    """A documented key: its dotted name, its type as users write it, its default, its help."""
 
     name: str
     type: str

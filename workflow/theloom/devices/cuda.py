@@ -2,8 +2,8 @@
 
 Of torch's calls, `is_available` and `device_count` ask the driver; `get_device_properties`
 initialises CUDA in the process (a fork of it cannot use CUDA then), but makes no context;
-`mem_get_info` makes one, some 0.5 GB of the GPU, and so is requested only where NVML does not tell. The
-allocator's own figures make none, and are 0 before there is one.
+`mem_get_info` makes one, some 0.5 GB of the GPU, and so is requested only where NVML does not tell.
+The allocator's own figures make none, and are 0 before there is one.
 """
 
 import os

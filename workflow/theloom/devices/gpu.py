@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VLLM_HINT = "vLLM takes 90% of a GPU by default: start it with a lower gpu_memory_utilization, or on another GPU"
+VLLM_HINT = (
+    "vLLM takes 90% of a GPU by default: start it with a lower gpu_memory_utilization, or on "
+    "another GPU"
+)
 
 
 def choose_device(requested: str) -> "torch.device":
@@ -33,7 +36,8 @@ def choose_device(requested: str) -> "torch.device":
     if index >= count:
         found = f"{count} CUDA GPUs" if torch.backends.cuda.is_built() else "a CPU build of torch"
         raise ConfigError(
-            f"extraction.device: {requested} is not there, found {found}; set extraction.device=cpu or auto"
+            f"extraction.device: {requested} is not there, found {found}; "
+            "set extraction.device=cpu or auto"
         )
     return torch.device("cuda", index)
 
@@ -188,7 +192,8 @@ class GPUManager:
         """
         if not 0 < threshold <= 1:
             raise ConfigError(
-                f"threshold: {threshold} is not a share of the memory, a number above 0 and at most 1"
+                f"threshold: {threshold} is not a share of the memory, "
+                "a number above 0 and at most 1"
             )
         devices, warnings = [], []
         for info in self._all():
@@ -303,7 +308,8 @@ def _in_words(processes: tuple[nvml.Process, ...], total_gb: float | None = None
 def _warning(info: GPUInfo, threshold: float) -> str:
     line = (
         f"{info.label}: {info.usage_percent:.1f}% of the memory in use "
-        f"({info.used_memory_gb:.2f} of {info.total_memory_gb:.2f} GB), above the threshold {threshold:.2f}"
+        f"({info.used_memory_gb:.2f} of {info.total_memory_gb:.2f} GB), above the threshold "
+        f"{threshold:.2f}"
     )
     if info.other_processes:
         line += f"; other processes: {_in_words(info.other_processes, info.total_memory_gb)}"

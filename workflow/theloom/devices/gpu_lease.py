@@ -43,7 +43,7 @@ class Candidate:
 
 
 def held() -> tuple[str, ...]:
-    """The UUIDs of the GPUs that this process has leased, in the order in which torch numbers them."""
+    """UUIDs of the GPUs that this process has leased, in the order of torch's numbers."""
     return _held
 
 
@@ -161,7 +161,8 @@ def _by_cuda_number(candidates: Sequence[Candidate]) -> list[Candidate]:
     by_uuid = {c.uuid: c for c in candidates}
     if told.returncode or not all(uuid in by_uuid for uuid in told.stdout.split()):
         raise ConfigError(
-            "CUDA_VISIBLE_DEVICES has numbers, and this machine's GPUs differ; set CUDA_DEVICE_ORDER=PCI_BUS_ID, or "
+            "CUDA_VISIBLE_DEVICES has numbers, and this machine's GPUs differ; set "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID, or "
             "name GPUs by their UUIDs (nvidia-smi -L)"
         )
     return [by_uuid[uuid] for uuid in told.stdout.split()]

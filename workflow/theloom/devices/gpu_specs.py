@@ -188,8 +188,8 @@ class GPU:
     tflops: float | None  # peak of dense 16-bit products; None: not listed
 
     def computes(self, kind: str) -> bool:
-        """Whether it computes with a kind of weights (`memory.WeightFormat.name`): beside quantised ones
-        any 16 bits do.
+        """Whether it computes with a kind of weights (`memory.WeightFormat.name`): beside quantised
+        ones any 16 bits do.
         """
         return self.bf16 if kind == "bf16" else self.fp16 or kind == "fp32"
 
@@ -334,5 +334,8 @@ def usable_bytes(name: str, nominal_gb: int) -> int:
 
 def _human(name: str) -> str:
     """RTX4070TiSUPER to RTX 4070 Ti SUPER, A4000 to RTX A4000."""
-    borders = r"(?<=RTX)(?=[P\d])|(?<=GTX)(?=[T\d])|(?<=PRO)(?=\d)|(?<=TITAN)(?=.)|(?<=[\di])(?=Ti|SUPER|NVL|Ada)"
+    borders = (
+        r"(?<=RTX)(?=[P\d])|(?<=GTX)(?=[T\d])|(?<=PRO)(?=\d)|(?<=TITAN)(?=.)"
+        r"|(?<=[\di])(?=Ti|SUPER|NVL|Ada)"
+    )
     return _WORKSTATION.get(name, re.sub(borders, " ", name))

@@ -226,7 +226,7 @@ TUNABLES = {
 
 
 def reuse_freed_blocks(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set it for every process that is started with this environment; what the user has set stays."""
+    """Set it for all processes of an environment; what the user has set stays."""
     own = [setting for setting in environment.get(_VARIABLE, "").split(":") if setting]
     names = {setting.partition("=")[0] for setting in own}
     ours = [f"{name}={value}" for name, value in TUNABLES.items() if name not in names]

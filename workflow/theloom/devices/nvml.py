@@ -2,8 +2,8 @@
 it.
 
 NVML is the library behind nvidia-smi. It sees every process's memory and makes no CUDA context,
-which itself would take some 0.5 GB of the GPU that is requested about. Nothing here raises: what the
-driver does not tell is None, with the reason in words. Behaviour by NVIDIA's NVML API reference
+which itself would take some 0.5 GB of the GPU that is requested about. Nothing here raises: what
+the driver does not tell is None, with the reason in words. Behaviour by NVIDIA's NVML API reference
 (docs.nvidia.com/deploy/nvml-api) and its bindings, nvidia-ml-py.
 """
 
@@ -123,12 +123,16 @@ def _words(error: Exception | None) -> str:
     import pynvml
 
     reasons = {
-        pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver here (its library libnvidia-ml is not found)",
-        pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is installed, but its kernel module is not loaded",
-        pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the NVIDIA driver's library and kernel module are of different "
+        pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver here "
+        "(its library libnvidia-ml is not found)",
+        pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is installed, "
+        "but its kernel module is not loaded",
+        pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the NVIDIA driver's library and kernel "
+        "module are of different "
         "versions, as after an update; restart the machine",
         pynvml.NVML_ERROR_NO_PERMISSION: "the NVIDIA driver gives this user no permission",
-        pynvml.NVML_ERROR_OPERATING_SYSTEM: "the operating system (a container or a batch job) bars the GPU",
+        pynvml.NVML_ERROR_OPERATING_SYSTEM: "the operating system "
+        "(a container or a batch job) bars the GPU",
         pynvml.NVML_ERROR_GPU_IS_LOST: "the GPU has fallen off the bus; restart the machine",
         pynvml.NVML_ERROR_RESET_REQUIRED: "the GPU needs a reset",
         pynvml.NVML_ERROR_NOT_SUPPORTED: "the NVIDIA driver does not tell it for this board",
@@ -252,7 +256,10 @@ def _unexplained(used: int, processes: tuple[Process, ...]) -> str:
     rest = used - sum(p.used or 0 for p in processes)
     if rest < UNEXPLAINED:
         return ""
-    return f"{rest / 1e9:.1f} GB are in use by processes that the driver does not list, as it may be in a container"
+    return (
+        f"{rest / 1e9:.1f} GB are in use by processes that the driver does not list, "
+        "as it may be in a container"
+    )
 
 
 def _process_name(pid: int) -> str:

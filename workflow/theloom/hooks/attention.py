@@ -148,7 +148,8 @@ class Inside:
         name = type(self._core).__name__
         if len(softmax.seen) != 1:
             raise HookError(
-                f"{name} took {len(softmax.seen)} softmaxes where one would be its attention pattern"
+                f"{name} took {len(softmax.seen)} softmaxes where one would be its attention "
+                "pattern"
             )
         given, pattern = softmax.seen[0]
         if PATTERN in self._wanted:

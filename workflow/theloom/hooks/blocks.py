@@ -62,7 +62,8 @@ def find_blocks(model: "PreTrainedModel") -> Architecture:
     if len(found) != 1:
         raise ModelError(
             f"{type(model).__name__}: cannot tell which modules are its {size.num_blocks} blocks "
-            f"(declared: {', '.join(sorted(declared)) or 'none'}; lists of that length: {len(lists)})"
+            f"(declared: {', '.join(sorted(declared)) or 'none'}; lists of that length: "
+            f"{len(lists)})"
         )
     return Architecture(model, found[0], size.hidden_size)
 

@@ -1,4 +1,4 @@
-"""Which tensors go into and out of the modules of a model, seen in a forward pass of three tokens."""
+"""Which tensors go into and out of a model's modules, in a forward pass of three tokens."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,7 +15,7 @@ from theloom.hooks.sites import Norm, Site, is_norm
 
 
 class Flow:
-    """Which tensors went into and out of the modules of a model, in a forward pass of three tokens."""
+    """Which tensors went into and out of a model's modules, in a pass of three tokens."""
 
     def __init__(self, architecture: Architecture) -> None:
         model = architecture.model

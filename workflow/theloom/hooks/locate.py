@@ -78,7 +78,8 @@ class Anatomy:
         """Where a hook point is. Raises HookError for one that the model has not."""
         if requested.name not in self.sites:
             raise HookError(
-                f"{requested.name}: {self.refused.get(requested.name, 'this model has no such hook point')}"
+                f"{requested.name}: "
+                f"{self.refused.get(requested.name, 'this model has no such hook point')}"
             )
         return self.sites[requested.name]
 
@@ -244,7 +245,10 @@ class _Block:
                 found[value] = Site(core, "inside")
         own = str(getattr(getattr(core, "config", None), "_attn_implementation", None) or "eager")
         if not registry and own != "eager":
-            reason = f"{type(core).__name__} shows them in eager attention alone: load it with attention=eager"
+            reason = (
+                f"{type(core).__name__} shows them in eager attention alone: load it with "
+                "attention=eager"
+            )
             found[SCORES] = found[PATTERN] = reason
         return found | self._projections(attn, core)
 
@@ -263,7 +267,10 @@ class _Block:
             size = widths[0] // heads
             said = self._flow.head_size.get(core)
             if widths[0] % heads or (said and said != size):
-                reason = f"the query projection of {type(attn).__name__} holds more than queries, or only part of them"
+                reason = (
+                    f"the query projection of {type(attn).__name__} holds more than queries, or "
+                    "only part of them"
+                )
                 return found | dict.fromkeys(names[:3], reason)
             kv = max(1, widths[1] // size)
             for name, module, n in zip(names, separate, (heads, kv, kv), strict=False):
@@ -280,7 +287,8 @@ class _Block:
             or type(attn).__name__ in SCRAMBLED
             or (width // size - heads) % 2
         ):
-            reason = f"{type(attn).__name__} has its queries, keys and values in a projection of another kind"
+            kind = type(attn).__name__
+            reason = f"{kind} has its queries, keys and values in a projection of another kind"
             return found | dict.fromkeys(names[:3], reason)
         kv_heads = (width // size - heads) // 2
         layout = FUSED_QUERY_KEY_VALUE[fused[0]]

@@ -93,7 +93,7 @@ def find_core(attn: nn.Module) -> nn.Module | None:
 
 
 def looks_causal(architecture: Architecture) -> bool:
-    """Whether no block's self-attention says that it sees to the right; `trial` is what shows it."""
+    """Whether no block's self-attention declares to see to the right; `model.checks` tests it."""
     cores = [
         find_core(attn)
         for block in architecture.blocks

@@ -50,7 +50,8 @@ def whole(value: torch.Tensor, batch: Batch) -> torch.Tensor:
         return value.reshape(1, batch[1], value.shape[-1]).expand(*batch, -1)
     if value.numel() != batch[0] * batch[1] * value.shape[-1]:
         raise HookError(
-            f"a value of shape {tuple(value.shape)} is not one row for each of {batch[0]}×{batch[1]} tokens"
+            f"a value of shape {tuple(value.shape)} is not one row for each of "
+            f"{batch[0]}×{batch[1]} tokens"
         )
     return value.reshape(*batch, value.shape[-1])
 

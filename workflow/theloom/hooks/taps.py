@@ -80,7 +80,8 @@ class Taps:
         finally:
             stop.remove()
         raise HookError(
-            f"the forward pass of {type(self.architecture.model).__name__} did not reach its own blocks"
+            f"the forward pass of {type(self.architecture.model).__name__} did not reach its own "
+            "blocks"
         )
 
     def through(self, part: Callable[[], T], batch: tuple[int, int], seen: int = 0) -> T:
@@ -121,7 +122,7 @@ class Taps:
             if value in (SCORES, PATTERN):
                 missing = (
                     self._seen + self._batch[1] - tensor.shape[3]
-                )  # keys that a sliding window has let go
+                )  # keys that a sliding window has dropped
                 if missing > 0:
                     fill = -torch.inf if value == SCORES else 0.0
                     tensor = torch.nn.functional.pad(tensor, (missing, 0), value=fill)

@@ -1,7 +1,7 @@
 """The memory of one training step, predicted.
 
 A step is that of a causal language model with its head: forward with `labels` (the loss of
-transformers, in FP32), backward, `torch.optim.AdamW`, gradients let go. It is the second step that
+transformers, in FP32), backward, `torch.optim.AdamW`, gradients freed. It is the second step that
 counts, when the optimiser has its states. The precision is one of three schemes:
 
 - `fp32`: weights, gradients, both moments and computation in FP32: 16 bytes a parameter.

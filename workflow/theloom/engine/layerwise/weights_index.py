@@ -289,7 +289,7 @@ class Checkpoint:
             self._put(self._targets[key], tensor, device)
 
     def detach(self, part: int) -> None:
-        """Make a part meta again; its tensors are let go."""
+        """Make a part meta again; its tensors are freed."""
         for module, leaf, tensor in self._places[part]:
             _set(module, leaf, tensor)
             if self._loader is not None:
