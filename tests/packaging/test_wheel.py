@@ -127,7 +127,7 @@ def test_a_project_runs(made, finished):
     assert ".venv" not in printed
     acts = theloom.open(activations)
     assert len(acts) == 600
-    assert acts.attributes["code"] == theloom.__version__
+    assert acts.attributes["code_version"] == theloom.__version__
 
 
 def test_the_command_line_works_in_an_empty_folder(installed, finished):

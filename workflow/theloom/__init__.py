@@ -27,7 +27,7 @@ def open(path: str | Path, allow: Collection[str] = ()) -> "Activations":
     Raises:
         StoreError: The file, or one that it refers to, is missing, damaged or of another format.
 
-    Example:
+    Examples:
         >>> import theloom
         >>> acts = theloom.open("results/tiny/activations.h5")
         >>> acts[acts.hooks[0]][:2].dtype

@@ -29,7 +29,7 @@ def traceable_attention(requested: str) -> str | None:
     Returns:
         The name to pass to transformers as `attn_implementation`; None for its default.
 
-    Example:
+    Examples:
         >>> traceable_attention("eager")
         'eager'
         >>> traceable_attention("flash_attention_2") is None

@@ -38,7 +38,7 @@ def project_folder() -> Path:
     Returns:
         The copy inside the package where a wheel is installed, else the checkout.
 
-    Example:
+    Examples:
         >>> (project_folder() / "Snakefile").is_file()
         True
     """
@@ -49,7 +49,7 @@ def project_folder() -> Path:
 def snakefile() -> str:
     """The path of the installation's Snakefile, for the `module` statement of another workflow.
 
-    Example:
+    Examples:
         >>> Path(snakefile()).name
         'Snakefile'
     """

@@ -106,7 +106,7 @@ def plan_batches(
     Returns:
         The batches in the order in which they run.
 
-    Example:
+    Examples:
         >>> [batch.lengths for batch in plan_batches(np.array([3, 900, 5, 4]), 64, 512)]
         [(900,), (5, 4, 3)]
     """

@@ -33,7 +33,7 @@ def read_documents(config: CorpusConfig) -> Iterator[Document]:
     Raises:
         CorpusError: files or columns are missing, or cannot be read.
 
-    Example:
+    Examples:
         >>> from theloom.config.schema import CorpusConfig
         >>> next(read_documents(CorpusConfig())).id
         'pydoc_data.topics/assert'

@@ -192,7 +192,7 @@ def split_windows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.nda
     Returns:
         Tokens of each window, and the number of its document, (windows,) each.
 
-    Example:
+    Examples:
         >>> lengths, document = split_windows(np.array([5, 2]), 4)
         >>> lengths.tolist(), document.tolist()
         ([4, 1, 2], [0, 0, 1])
@@ -222,7 +222,7 @@ def plan_shards(offsets: np.ndarray, shards: int) -> np.ndarray:
     Returns:
         First document of each shard, then the number of documents, (shards + 1,) int64.
 
-    Example:
+    Examples:
         >>> plan_shards(np.array([0, 10, 20, 40]), 2).tolist()
         [0, 2, 3]
     """

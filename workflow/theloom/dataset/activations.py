@@ -36,7 +36,7 @@ def open_activations(path: str | Path, allow: Collection[str] = ()) -> "Activati
         StoreError: a file is missing, cut short, damaged or of another run, or outside of the
             folder and not allowed.
 
-    Example:
+    Examples:
         >>> acts = open_activations("results/tiny/activations.h5")
         >>> acts.hooks
         ['blocks.1.hook_resid_post']
@@ -56,7 +56,7 @@ class Activations(ActivationsReader):
     same token. `hooks`: names of the hook points; `dtype`: the stored one; `len`: rows;
     `attributes`: where the rows come from.
 
-    Example:
+    Examples:
         >>> acts = open_activations("results/tiny/activations.h5")
         >>> len(acts), acts.dtype
         (290, torch.bfloat16)
@@ -86,7 +86,7 @@ class Activations(ActivationsReader):
             ConfigError: `of` is another word, pandas is not installed, or more than ten million
                 tokens are requested.
 
-        Example:
+        Examples:
             >>> acts = open_activations("results/tiny/activations.h5")
             >>> acts.to_dataframe()["tokens"].tolist()
             [260, 30]
@@ -152,7 +152,7 @@ class Activations(ActivationsReader):
             HookError: the dataset has no such hook point.
             ValueError: a size is less than 1.
 
-        Example:
+        Examples:
             >>> acts = open_activations("results/tiny/activations.h5")
             >>> hook = "blocks.1.hook_resid_post"
             >>> [len(rows) for rows in acts.batches(hook, batch_size=128, shuffle=True)]

@@ -16,7 +16,7 @@ Common arguments:
 
 The forward pass ends after the deepest requested hook point.
 
-Example:
+Examples:
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaModel
     >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, vocab_size=32)

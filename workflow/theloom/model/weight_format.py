@@ -50,7 +50,7 @@ def quantized_bytes(quantization: str, count: int, rows: int, double: bool = Fal
     Returns:
         The bytes, by the layout of bitsandbytes 0.50.
 
-    Example:
+    Examples:
         >>> quantized_bytes("int8", 64 * 64, rows=64)
         4352
         >>> quantized_bytes("int4", 64 * 64, rows=64)
@@ -72,7 +72,7 @@ def quantizing_bytes(quantization: str, count: int, precision_bytes: int) -> int
         count: The number of weights.
         precision_bytes: Bytes of one weight in the precision from which it is quantised.
 
-    Example:
+    Examples:
         >>> quantizing_bytes("int8", 1000, precision_bytes=2)
         4000
     """

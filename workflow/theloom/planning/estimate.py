@@ -117,7 +117,7 @@ def chunk_sizes(largest: int) -> list[int]:
     Returns:
         Sizes in descending order, none below `SMALLEST_CHUNK` but the first.
 
-    Example:
+    Examples:
         >>> chunk_sizes(1024)
         [1024, 256, 64]
     """

@@ -109,7 +109,7 @@ def forecast(
     Raises:
         TheLoomError: the target, a hook point or the precision is unknown or unsupported.
 
-    Example:
+    Examples:
         >>> forecast("7b", "bf16", windows=1, tokens=2048).kv_cache
         268435456
     """

@@ -51,7 +51,7 @@ def share(blocks: int, gpus: int, overhead: float = 0.0) -> Share:
     Returns:
         The shares of weights and blocks.
 
-    Example:
+    Examples:
         >>> share(32, 2)
         Share(weights=0.5, blocks=0.5)
     """

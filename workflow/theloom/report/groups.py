@@ -30,7 +30,7 @@ def groups(filters: Sequence[str]) -> list[str]:
     Returns:
         Names of groups; attention's only if the filter can match attention patterns.
 
-    Example:
+    Examples:
         >>> groups(["blocks.*.hook_resid_post"])
         ['memory', 'speed', 'states']
     """

@@ -140,7 +140,7 @@ def short(hook: str) -> str:
     Returns:
         Block and value; names outside blocks as they are.
 
-    Example:
+    Examples:
         >>> short("blocks.5.hook_resid_post")
         '5 post'
     """

@@ -132,7 +132,7 @@ def in_lines(title: str, most: int) -> str:
     Returns:
         The title with line breaks.
 
-    Example:
+    Examples:
         >>> in_lines("tiny+memory.quantization=8bit+name=a", 30)
         'tiny+memory.quantization=8bit\\n+name=a'
     """

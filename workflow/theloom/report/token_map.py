@@ -46,7 +46,7 @@ def token_kind(token: str) -> str:
     Returns:
         One of `word`, `subword`, `number`, `punctuation` and `whitespace`.
 
-    Example:
+    Examples:
         >>> token_kind(" the"), token_kind("ing")
         ('word', 'subword')
     """

@@ -81,7 +81,7 @@ def bits(tensor: "torch.Tensor") -> np.ndarray:
     Returns:
         An array of the same shape; it shares memory with a contiguous tensor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> hex(bits(torch.ones(1, dtype=torch.bfloat16)).item())
         '0x3f80'

@@ -33,7 +33,7 @@ def attributes(file_kind: str, **others: Any) -> dict[str, Any]:
         file_kind: `activations`, `tokens`, `estimate`, `model` or `verification`.
         **others: what the stage adds; the user's home folder in them becomes `~`.
 
-    Example:
+    Examples:
         >>> attributes("tokens", source="a/model")["format"]
         'theloom.tokens'
     """

@@ -145,7 +145,7 @@ def empty_statistics(hook: str, width: int) -> Statistics:
         hook: its name; scores of attention may be -inf.
         width: elements of a row.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> statistics = empty_statistics("blocks.0.hook_resid_post", 2)
         >>> rows = np.array([[1, 2], [3, 6]], "<f4")
