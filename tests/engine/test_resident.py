@@ -283,13 +283,11 @@ def test_a_fallback_of_the_precision_warns_once_a_job(
     monkeypatch.setattr(loading, "cpu_has_fp16", lambda: False)
     requested = "memory.precision_mode=fp16 corpus.max_tokens=300 extraction.shards=1 "
     run = stages(tmp_path, tiny_llama, requested + f"extraction.execution={execution}")
-    run.prepare()
-    warnings = [r for r in caplog.records if "precision_mode=fp16" in r.getMessage()]
-    assert [r.levelname for r in warnings] == ["WARNING"]
-    caplog.clear()
-    run.extract()
-    warnings = [r for r in caplog.records if "precision_mode=fp16" in r.getMessage()]
-    assert [r.levelname for r in warnings] == ["WARNING"]
+    for stage in (run.prepare, run.extract, lambda: (run.merge(), run.verify())):
+        caplog.clear()
+        stage()
+        warnings = [r for r in caplog.records if "precision_mode=fp16" in r.getMessage()]
+        assert [r.levelname for r in warnings] == ["WARNING"]
     assert theloom.open(run.shards[0]).attributes["model_precision"] == "fp32"
 
 

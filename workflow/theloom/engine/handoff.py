@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Values:
     """Values of one hook point, (window, position, …), in host memory once `copied` has come to
     pass.
     """
@@ -62,7 +62,7 @@ class Handoff:
     def __init__(self, writer: "ShardWriter", device: "torch.device", largest: int) -> None:
         self._writer, self._device = writer, device
         self._ring = Ring(ring_bytes(device.type, largest), pinned=device.type == "cuda")
-        self._queue: queue.SimpleQueue[_Rows | _Done | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Values | _Done | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._dropped = False
         self._thread = threading.Thread(target=self._write_all, name="shard writer", daemon=True)
@@ -101,7 +101,7 @@ class Handoff:
         if place is None:
             self._raise()
         assert place is not None
-        self._queue.put(_Rows(batch, hook, start, place, self._copy(values, place)))
+        self._queue.put(_Values(batch, hook, start, place, self._copy(values, place)))
         self.seconds_copying += time.perf_counter() - taken
 
     def batch_done(self, rows: int, last: bool, metrics: dict[str, float]) -> None:
@@ -151,8 +151,8 @@ class Handoff:
                 self._error = error
                 self._ring.close()
 
-    def _write(self, item: _Rows | _Done) -> None:
-        if isinstance(item, _Rows) and item.copied is not None:
+    def _write(self, item: _Values | _Done) -> None:
+        if isinstance(item, _Values) and item.copied is not None:
             item.copied.synchronize()
         began = time.perf_counter()
         if isinstance(item, _Done):

@@ -41,7 +41,7 @@ import torch
 
 from theloom.errors import InputError, ModelError
 from theloom.extraction import padding, request
-from theloom.extraction.padding import Rows, Tokens
+from theloom.extraction.padding import PaddedTokens, Tokens
 from theloom.extraction.request import Request, ask
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import RESIDUALS, HookPoint
@@ -71,7 +71,7 @@ class HiddenStates(Mapping[str, torch.Tensor]):
     start: int
     precision: Resolved | None
     points: tuple[HookPoint, ...]
-    rows: Rows
+    rows: PaddedTokens
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.hidden_states[name]

@@ -19,7 +19,7 @@ Tokens = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, A
 
 
 @dataclass(frozen=True)
-class Rows:
+class PaddedTokens:
     """A batch with every row's tokens at its front.
 
     `ids` is (batch, longest), `first` the column of each row's first token in what was given,
@@ -58,7 +58,7 @@ class Rows:
         return (column >= first) & (column < first + lengths)
 
 
-def rows_of(tokens: Tokens, attention_mask: Any = None, pad: int = 0) -> Rows:
+def rows_of(tokens: Tokens, attention_mask: Any = None, pad: int = 0) -> PaddedTokens:
     """Token ids, and which of them are padding (0 in the mask), as rows. `pad` is the id that
     padding runs as.
 
@@ -111,12 +111,12 @@ def rows_of(tokens: Tokens, attention_mask: Any = None, pad: int = 0) -> Rows:
         return values.gather(1, column).masked_fill(behind, filling)
 
     moved = {name: to_the_front(_like(name, value, ids), 0) for name, value in others.items()}
-    return Rows(
+    return PaddedTokens(
         to_the_front(ids, pad), tuple(first.tolist()), tuple(lengths.tolist()), ids.shape[1], moved
     )
 
 
-def blank(value: torch.Tensor, point: HookPoint, rows: Rows, start: int) -> torch.Tensor:
+def blank(value: torch.Tensor, point: HookPoint, rows: PaddedTokens, start: int) -> torch.Tensor:
     """A chunk of rows as they run, from position `start` on, with the fill of its hook point where
     there is padding.
     """
@@ -128,7 +128,7 @@ def blank(value: torch.Tensor, point: HookPoint, rows: Rows, start: int) -> torc
     return value
 
 
-def empty(value: torch.Tensor, point: HookPoint, rows: Rows) -> torch.Tensor:
+def empty(value: torch.Tensor, point: HookPoint, rows: PaddedTokens) -> torch.Tensor:
     """Room for all rows of a hook point in the columns that were given, of the kind of `value`; all
     of it padding.
     """
@@ -140,7 +140,7 @@ def empty(value: torch.Tensor, point: HookPoint, rows: Rows) -> torch.Tensor:
 
 
 def put_back(
-    value: torch.Tensor, point: HookPoint, rows: Rows, start: int, whole: torch.Tensor
+    value: torch.Tensor, point: HookPoint, rows: PaddedTokens, start: int, whole: torch.Tensor
 ) -> None:
     """Put rows as they ran, from position `start`, into the given columns of `whole`."""
     for row, (first, length) in enumerate(zip(rows.first, rows.lengths, strict=True)):

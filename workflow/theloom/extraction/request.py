@@ -13,7 +13,7 @@ from theloom import precision
 from theloom.config import model_dims
 from theloom.errors import HookError, InputError, ModelError
 from theloom.extraction import padding
-from theloom.extraction.padding import Rows, Tokens
+from theloom.extraction.padding import PaddedTokens, Tokens
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.points import HookPoint
 from theloom.precision import TOLERANCE
@@ -31,7 +31,7 @@ class Request:
 
     architecture: Architecture
     points: list[HookPoint]
-    rows: Rows
+    rows: PaddedTokens
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """What the model is given besides the ids: a mask where padding on the right could reach a
@@ -82,7 +82,7 @@ def _entries(hooks: Sequence[str] | None, layers: Sequence[int] | None, blocks: 
     return [*(hooks or ()), *(f"blocks.{layer}.hook_resid_post" for layer in layers or ())]
 
 
-def _that_the_model_takes(model: "PreTrainedModel", rows: Rows) -> Rows:
+def _that_the_model_takes(model: "PreTrainedModel", rows: PaddedTokens) -> PaddedTokens:
     """Rows without further inputs that the model does not know; zeros (token types, mostly) say
     nothing.
     """

@@ -165,10 +165,10 @@ def grow_cache(cache: PrefillCache, tokens: int, chunk_size: int) -> None:
                 and isinstance(values, torch.Tensor)
                 and keys.ndim == 4
             ):
-                cache.update(_longer(keys, length), _longer(values, length), index)
+                cache.update(longer_tensor(keys, length), longer_tensor(values, length), index)
 
 
-def _longer(tensor: torch.Tensor, length: int) -> torch.Tensor:
+def longer_tensor(tensor: torch.Tensor, length: int) -> torch.Tensor:
     return tensor.new_empty(*tensor.shape[:2], length, tensor.shape[3])
 
 

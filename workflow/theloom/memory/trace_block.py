@@ -176,4 +176,4 @@ def _grow(cache: BlockCache, block: int, tokens: int) -> None:
     layer: Any = cache.layers[block]
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if tokens > 0 and isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor):
-        cache.update(trace._longer(keys, tokens), trace._longer(values, tokens), block)
+        cache.update(trace.longer_tensor(keys, tokens), trace.longer_tensor(values, tokens), block)

@@ -82,6 +82,15 @@ def resolve_precision(config: Config) -> Target:
     return Target(device, choose_precision(requested, capability, fp16_here))
 
 
+def exact_target(config: Config) -> Target:
+    """The device of a run, and FP32, whatever the config requests.
+
+    Raises:
+        ConfigError: The device is not available.
+    """
+    return Target(gpu.choose_device(config.extraction.device), Resolved("fp32", "fp32", ()))
+
+
 def load_model(
     config: Config,
     files: ModelFiles,
@@ -104,9 +113,7 @@ def load_model(
     Raises:
         ModelError: A weight is missing or has another shape.
     """
-    device, resolved = target or resolve_precision(config)
-    if exact:
-        resolved = Resolved("fp32", "fp32", ())
+    device, resolved = target or (exact_target(config) if exact else resolve_precision(config))
     options: dict[str, Any] = (
         {} if device.type == "cpu" else {"device_map": _device_map(config, device, resolved)}
     )
@@ -175,7 +182,7 @@ def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":
     from theloom.model import fake
 
     model_config = hf_config(config.model)
-    if _is_own_code(model_config):
+    if has_own_code(model_config):
         return None
     attention = traceable_attention(config.extraction.attention.name)
     return fake.fake_model(model_config, resolved, attention=attention)
@@ -191,7 +198,7 @@ def _part_of_model(config: Config, left_out: list[str]) -> Any:
 
     if not left_out:
         return AutoModel
-    whole = _model_class(hf_config(config.model))
+    whole = model_class(hf_config(config.model))
 
     def build(self: Any, *args: Any, **options: Any) -> None:
         whole.__init__(self, *args, **options)
@@ -207,7 +214,7 @@ def _part_of_model(config: Config, left_out: list[str]) -> Any:
     return type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__})
 
 
-def _model_class(model_config: "PretrainedConfig") -> Any:
+def model_class(model_config: "PretrainedConfig") -> Any:
     """The class of transformers for a config, without a head."""
     from transformers import AutoModel
 
@@ -219,7 +226,7 @@ def _model_class(model_config: "PretrainedConfig") -> Any:
     return next((named[n] for n in model_config.architectures or () if n in named), classes[0])
 
 
-def _is_own_code(model_config: "PretrainedConfig") -> bool:
+def has_own_code(model_config: "PretrainedConfig") -> bool:
     """Whether the model's folder brings its own code, so that its class is not known beforehand."""
     return "AutoModel" in (getattr(model_config, "auto_map", None) or {})
 

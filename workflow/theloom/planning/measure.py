@@ -15,7 +15,7 @@ from theloom.memory.estimators import Traced
 from theloom.memory.sizes import PeakBytes, Workload
 from theloom.model import quantization
 from theloom.model.files import hf_config
-from theloom.model.loading import LoadedModel, _is_own_code, _model_class
+from theloom.model.loading import LoadedModel, has_own_code, model_class
 from theloom.model.weight_format import WeightFormat
 from theloom.planning.plan import Correction, Plan
 
@@ -152,6 +152,6 @@ def before_counting(config: ModelConfig) -> None:
     from theloom.memory import trace  # noqa: F401
 
     model_config = hf_config(config)
-    if not _is_own_code(model_config):
-        _model_class(model_config)
+    if not has_own_code(model_config):
+        model_class(model_config)
     host.release_free_heap()

@@ -187,7 +187,7 @@ def choose(
     requested = Plan(
         estimate.batch_tokens or MOST_BATCH_TOKENS[device], estimate.chunk_size, longest
     )
-    one_pass = _one_pass_is_less(estimate, kind, requested)
+    one_pass = one_pass_is_less(estimate, kind, requested)
     cache = "device" if device == "cpu" else estimate.cache
     weigh = cache_of(lambda plan: _weigh(estimate, kind, device, plan.over(windows), correction))
     plans = smaller_plans(requested, cache, one_pass)
@@ -323,7 +323,7 @@ def _fewer_windows(plan: Plan, step: int) -> list[Plan]:
     return plans
 
 
-def _one_pass_is_less(estimate: Estimate, kind: str, requested: Plan) -> bool:
+def one_pass_is_less(estimate: Estimate, kind: str, requested: Plan) -> bool:
     """Whether one pass, which is faster, takes no more memory for the longest window."""
     if not requested.streamed or estimate.cache == "offloaded":
         return False

@@ -38,7 +38,6 @@ from theloom.planning import layerwise_plan, plan
 from theloom.planning.estimate import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan, PassOf, need
 from theloom.planning.plan import MOST_BATCH_TOKENS, Plan
-from theloom.precision import Resolved
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ class LayerwiseModel:
             threshold=threshold,
             overhead=overhead,
             windows=windows,
-            one_pass=plan._one_pass_is_less(estimated, self.kind.name, requested),
+            one_pass=plan.one_pass_is_less(estimated, self.kind.name, requested),
         )
 
     def self_check(self) -> SelfCheck:
@@ -207,14 +206,15 @@ def opened(
             f"model.source: {config.model.source} has no safetensors, which layer by layer are "
             "needed"
         )
-    device, resolved = target or loading.resolve_precision(config)
+    resolve = loading.exact_target if exact else loading.resolve_precision
+    device, resolved = target or resolve(config)
     attention = config.extraction.attention.name
     model_config = hf_config(config.model)
     bits = weight_format.quantization_of(
         config, model_config
     ) or weight_format.requested_quantization(config)
     if exact:
-        resolved, bits = Resolved("fp32", "fp32", ()), None
+        bits = None
     shell = Shell(
         Path(files.folder),
         model_config,

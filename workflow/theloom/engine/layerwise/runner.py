@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 # called with a batch's number, a hook point's name, the first position of a chunk, its values
 # (window, position, …) and which window of the batch is the first of theirs
-Sink = Callable[[int, str, int, torch.Tensor, int], None]
+SweepSink = Callable[[int, str, int, torch.Tensor, int], None]
 
 
 # sees captured values, where a batch's memory is recorded
@@ -119,7 +119,7 @@ class LayerwiseRunner:
         self,
         batches: Sequence[torch.Tensor],
         residuals: ResidualStore,
-        sink: Sink,
+        sink: SweepSink,
         *,
         chunk_sizes: Sequence[int] | None = None,
         done: int = 0,
@@ -315,7 +315,7 @@ class _Units:
         self,
         runner: LayerwiseRunner,
         architecture: Architecture,
-        sink: Sink,
+        sink: SweepSink,
         batches: int,
         done: int,
         unit_done: Callable[[int], None],
