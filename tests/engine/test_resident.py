@@ -36,7 +36,7 @@ from theloom.model import files, loading
 from theloom.model.checks import self_check
 from theloom.model.forward import forward_residuals
 from theloom.pipeline import load_model
-from theloom.planning.plan import MOST_BATCH_TOKENS
+from theloom.planning.plan import MAX_BATCH_TOKENS
 from theloom.precision import TOLERANCE, torch_dtype
 from theloom.store import writer
 
@@ -443,7 +443,7 @@ def test_a_shard_that_was_begun_is_gone_on_with_as_it_was_planned(
     with pytest.raises(KeyboardInterrupt):
         run.extract()
     monkeypatch.setattr(ResidentRunner, "run", forward)
-    monkeypatch.setitem(MOST_BATCH_TOKENS, "cpu", 128)  # what a job begun now would take
+    monkeypatch.setitem(MAX_BATCH_TOKENS, "cpu", 128)  # what a job begun now would take
     run.extract()
     run.merge()
     assert theloom.open(run.activations).attributes["batch_tokens"] == "[2048]"
@@ -460,7 +460,7 @@ def test_shards_whose_jobs_had_room_for_different_batches_are_one_data_set(
     )
     run.prepare()
     run.extract(0)
-    monkeypatch.setitem(MOST_BATCH_TOKENS, "cpu", 128)
+    monkeypatch.setitem(MAX_BATCH_TOKENS, "cpu", 128)
     run.extract(1)
     run.merge()
     run.verify()

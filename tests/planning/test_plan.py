@@ -38,7 +38,7 @@ def has_room(estimated: Estimate, free: int) -> bool:
 def test_the_requested_plan_is_taken_if_it_fits(mistral):
     planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(80 * GB, 79 * GB), threshold=0.85)
     assert planned.plan == Plan(
-        plan.MOST_BATCH_TOKENS["cuda"], 4096, 4096
+        plan.MAX_BATCH_TOKENS["cuda"], 4096, 4096
     )  # chunks of 1024 would take more
     assert planned.changes == ()
     assert planned.components.weights == mistral.weights["bf16"]
@@ -47,7 +47,7 @@ def test_the_requested_plan_is_taken_if_it_fits(mistral):
 
 def test_less_free_memory_makes_smaller_batches_with_headroom(mistral, caplog):
     planned = plan.choose(mistral, "bf16", "cuda", DeviceMemory(20 * GB, 19 * GB), threshold=0.85)
-    assert planned.plan.batch_tokens < plan.MOST_BATCH_TOKENS["cuda"]
+    assert planned.plan.batch_tokens < plan.MAX_BATCH_TOKENS["cuda"]
     assert planned.components.total <= 19 * GB - 0.15 * 20 * GB
     assert planned.changes == ()  # the config leaves the batch to the plan
     assert not caplog.records
@@ -273,14 +273,14 @@ def test_the_passes_of_a_plan_are_the_largest_that_batching_makes(batch_tokens, 
 
 def test_a_partial_shard_that_needs_more_than_is_free_is_not_resumed(mistral):
     begun = Plan(16384, 1024, 4096)
-    plan.check_begun(
+    plan.check_partial(
         mistral, "bf16", "cuda", DeviceMemory(24 * GB, 20 * GB), begun, Correction(), "x.partial"
     )
     with pytest.raises(
         MemoryPlanError,
         match=r"x\.partial was started with batches of 16384 tokens, which take 1[78]\.",
     ):
-        plan.check_begun(
+        plan.check_partial(
             mistral,
             "bf16",
             "cuda",

@@ -171,7 +171,7 @@ def test_seconds_are_the_shard_s_own_else_those_of_the_job(run, figures, tmp_pat
     timed = speed.shard_work(copy)
     assert (timed.seconds, timed.source) == (10.0, "benchmark of the job")
     assert timed.tokens_per_second == timed.tokens / 10
-    table_of_time = speed.where_time_went([found], "x").table
+    table_of_time = speed.time_breakdown([found], "x").table
     assert table_of_time.columns[-1] == "seconds_other"
     assert table_of_time.rows[0][-1] == 0.5
 

@@ -141,7 +141,7 @@ def test_rounding_errors_of_bf16_itself_pass(tmp_path, cancelling, monkeypatch, 
         VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model by"
     ):
         verified_with(40)
-    monkeypatch.setattr(comparison, "MOST_BYTES", 1000)
+    monkeypatch.setattr(comparison, "MAX_SUSPECT_BYTES", 1000)
     with pytest.raises(VerificationError, match=r"more than 0\.04 "):
         verified_with(0.5)
     assert "of values differ: not compared to FP32" in caplog.text

@@ -17,7 +17,7 @@ from theloom.config.frozen import freeze
 from theloom.devices import host
 from theloom.errors import TheLoomError
 from theloom.pipeline import bars, console, preflight, resources, slurm
-from theloom.pipeline.job import last_errors, let_jobs_import
+from theloom.pipeline.job import last_errors, add_to_job_path
 from theloom.report import groups as report_groups
 
 from snakemake.settings.types import DeploymentMethod
@@ -35,7 +35,7 @@ SDM = workflow.deployment_settings.deployment_method
 CONTAINER = str(HOME / "envs/theloom.sif") if DeploymentMethod.APPTAINER in SDM else None
 # Jobs in an environment of their own lack theloom. A checkout's jobs always import the checkout's.
 if DeploymentMethod.CONDA in SDM or (HOME / "workflow/theloom").is_dir():
-    let_jobs_import(locations.jobs_path(HOME, Path(".snakemake/theloom")))
+    add_to_job_path(locations.jobs_path(HOME, Path(".snakemake/theloom")))
 host.reuse_freed_blocks()
 
 

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BF16_CAPABILITY = (8, 0)
-
-
 FP16_CAPABILITY = (5, 3)
-
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -30,7 +27,13 @@ TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 
 @dataclass(frozen=True)
 class Resolved:
-    """The precision requested, the one that is used, and each fallback between them in words."""
+    """A resolved precision.
+
+    Attributes:
+        requested: What was requested: auto, fp32, fp16 or bf16.
+        resolved: What is used: fp32, fp16 or bf16.
+        steps: A message for each fallback between them.
+    """
 
     requested: str
     resolved: str
@@ -40,23 +43,28 @@ class Resolved:
 def choose_precision(
     requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True
 ) -> Resolved:
-    """Follow the fallback chain, and log a warning for each step. The arguments are those of
-    `follow`.
-    """
-    found = follow(requested, capability, cpu_has_fp16)
-    for step in found.steps:
+    """As `follow`, and log a warning for each fallback."""
+    choice = follow(requested, capability, cpu_has_fp16)
+    for step in choice.steps:
         log.warning("precision_mode=%s: %s", requested, step)
-    return found
+    return choice
 
 
 def follow(
     requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True
 ) -> Resolved:
-    """What `resolve` gives, without a word in the log.
+    """Follow the fallback chain BF16 → FP16 → FP32 on a device.
 
-    `requested` is auto, fp32, fp16 or bf16. `capability` is the CUDA compute capability, None for
-    the CPU, where auto is FP32, BF16 is always there, and FP16 depends on the build of torch
-    (`cpu_has_fp16`).
+    Args:
+        requested: auto, fp32, fp16 or bf16. On the CPU auto is FP32.
+        capability: The CUDA compute capability; None for the CPU, which always has BF16.
+        cpu_has_fp16: Whether this build of torch runs FP16 on the CPU (`cpu_has_fp16`).
+
+    Examples:
+        >>> follow("bf16", (7, 5)).resolved
+        'fp16'
+        >>> follow("auto", None).resolved
+        'fp32'
     """
     steps: list[str] = []
     if capability is None:
@@ -66,12 +74,16 @@ def follow(
             precision = "fp32"
     else:
         precision = "bf16" if requested == "auto" else requested
-        found = f"compute capability {capability[0]}.{capability[1]}"
+        version = f"{capability[0]}.{capability[1]}"
         if precision == "bf16" and capability < BF16_CAPABILITY:
-            steps.append(f"bf16 needs compute capability 8.0 or more, found {found}: using fp16")
+            steps.append(
+                f"bf16 needs compute capability 8.0 or more, this GPU has {version}: using fp16"
+            )
             precision = "fp16"
         if precision == "fp16" and capability < FP16_CAPABILITY:
-            steps.append(f"fp16 needs compute capability 5.3 or more, found {found}: using fp32")
+            steps.append(
+                f"fp16 needs compute capability 5.3 or more, this GPU has {version}: using fp32"
+            )
             precision = "fp32"
     return Resolved(requested, precision, tuple(steps))
 

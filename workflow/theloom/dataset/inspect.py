@@ -142,7 +142,7 @@ def damaged_parts(acts: Activations) -> list[str]:
         try:
             with h5py.File(path, "r") as file, path.open("rb") as f:
                 listed = index.read(file)
-                broken = checksums.broken_checksums(
+                broken = checksums.changed_parts(
                     f.fileno(), listed, checksums.METADATA, checksums.TABLES, checksums.RESULTS
                 )
                 if listed != index.derive(file):

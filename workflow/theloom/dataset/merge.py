@@ -154,7 +154,7 @@ def _check(path: Path, number: int) -> _Shard:
     with path.open("rb") as f:
         read = partial(listed.array, f.fileno())
         part = parts.own(f.fileno(), listed)
-        if broken := checksums.broken_checksums(
+        if broken := checksums.changed_parts(
             f.fileno(), listed, checksums.METADATA, checksums.TABLES, checksums.RESULTS
         ):
             raise StoreError(

@@ -81,7 +81,7 @@ class ActivationsReader:
             self._widths = {name: file[name].shape[1:] for name in self._names}
             self.is_virtual = "sources" in file
             with self.path.open("rb") as f:
-                if checksums.CHECKSUMS not in listed.datasets or checksums.broken_checksums(
+                if checksums.CHECKSUMS not in listed.datasets or checksums.changed_parts(
                     f.fileno(), listed, checksums.METADATA
                 ):
                     raise StoreError(

@@ -16,9 +16,9 @@ from theloom.memory.profile import ShardProfile
 from theloom.model.forward import prefill
 from theloom.model.loading import LoadedModel
 from theloom.planning import estimate, measure, multi_gpu
-from theloom.planning.plan import Plan, Planned, check_begun, plan_advice
+from theloom.planning.plan import Plan, Planned, check_partial, plan_advice
 from theloom.precision import torch_dtype
-from theloom.store.partial import batches_logged, begun, partial_of
+from theloom.store.partial import committed_batches, partial_of, read_partial
 from theloom.store.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -97,14 +97,14 @@ def extract_resident(job: ShardJob) -> None:
     estimate.check_disk(
         job.output.parent, job.bytes_to_write(spec), shutil.disk_usage(job.output.parent).free
     )
-    first = batches_logged(job.output, job.fingerprint)
+    first = committed_batches(job.output, job.fingerprint)
     if first == len(batches):  # an earlier job was killed between its last row and the rename
         with ShardWriter(job.output, spec) as writer:
             if writer.batches_done == len(batches):
                 writer.finish()
                 return
     # The import of code is not the run's memory.
-    measure.before_counting(run.config.model)
+    measure.prepare_measurement(run.config.model)
     watch = MemoryWatch(run.device)
     loaded = model_record.load_again(run.config, run.record, run.points, run.target)
     predicted = fitting.components
@@ -143,7 +143,7 @@ def extract_resident(job: ShardJob) -> None:
 
 def plan_resident(job: ShardJob) -> Planned:
     """The plan that fits the device now; a partial shard keeps the plan of its start."""
-    run, partial = job.run, begun(job.output, job.fingerprint)
+    run, partial = job.run, read_partial(job.output, job.fingerprint)
     if partial is None:
         return multi_gpu.fit_plan(
             run.estimate,
@@ -161,7 +161,7 @@ def plan_resident(job: ShardJob) -> Planned:
         partial.get("kv_cache") == "offloaded",
     )
     free, _ = gpu.available_memory(run.device)
-    return check_begun(
+    return check_partial(
         run.estimate,
         run.weight_format.name,
         run.device.type,

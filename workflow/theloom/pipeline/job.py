@@ -75,7 +75,7 @@ def _end(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def let_jobs_import(folder: Path) -> None:
+def add_to_job_path(folder: Path) -> None:
     """Put a folder on the import path of every job that this process starts."""
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(folder), os.environ.get("PYTHONPATH")])

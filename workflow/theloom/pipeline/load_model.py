@@ -23,7 +23,7 @@ from theloom.model.files import check_architecture, hf_config, prepare_files
 from theloom.model.loading import Target, load_model, resolve_precision
 from theloom.planning import estimate
 from theloom.planning.estimate import Estimate
-from theloom.planning.measure import before_counting, measure
+from theloom.planning.measure import measure, prepare_measurement
 from theloom.planning.multi_gpu import fit_plan
 from theloom.planning.plan import Planned
 from theloom.store import file_format
@@ -49,7 +49,7 @@ def record_layerwise(
     Raises ModelError, HookError, MemoryPlanError.
     """
     files = prepare_files(config.model)
-    before_counting(config.model)
+    prepare_measurement(config.model)
     before = host.resident()  # from where a job's growth is counted (`layerwise_shard`)
     with opened(config, files, target=target) as model:
         points = model.loaded.catalog.select(estimated.hooks)
@@ -128,7 +128,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         return
     files = prepare_files(config.model)
     attention = traceable_attention(config.extraction.attention.name)
-    before_counting(config.model)
+    prepare_measurement(config.model)
     with peak_memory.PeakMemory(
         device
     ) as loading:  # from where a job's growth is counted (`engine`)

@@ -140,7 +140,7 @@ def _run(
     return trace.parts(peak)
 
 
-def before_counting(config: ModelConfig) -> None:
+def prepare_measurement(config: ModelConfig) -> None:
     """Prepare a process for counting growth, so that `load_model` and jobs count the same.
 
     Imports the code of the model and of the trace, and returns free heap memory (for example that

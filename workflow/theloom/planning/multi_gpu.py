@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-MOST_GPUS = 16  # of one machine
+MAX_GPUS = 16  # of one machine
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ def gpus_for(estimate: Estimate, kind: str, blocks: int, overhead: float, budget
         The number of GPUs.
 
     Raises:
-        MemoryPlanError: the model does not fit `MOST_GPUS` of them.
+        MemoryPlanError: the model does not fit `MAX_GPUS` of them.
     """
-    for count in range(1, min(MOST_GPUS, blocks) + 1):
+    for count in range(1, min(MAX_GPUS, blocks) + 1):
         if least(of_one(estimate, share(blocks, count, overhead)), kind) <= budget:
             return count
     needed, each = (terminal.format_bytes(n) for n in (estimate.weights[kind], budget))
     raise MemoryPlanError(
-        f"the model's {kind} weights ({needed}) do not fit {MOST_GPUS} GPUs of {each} each; "
+        f"the model's {kind} weights ({needed}) do not fit {MAX_GPUS} GPUs of {each} each; "
         "set memory.quantization, or resources.gpu_memory_gb to the size of your GPUs"
     )
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # Tokens of a batch if the config does not set them: enough to keep the device busy. On CPUs,
 # batches larger than the caches are no faster.
-MOST_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def choose(
     """
     longest = min(windows.longest if windows else estimate.context_length, estimate.context_length)
     requested = Plan(
-        estimate.batch_tokens or MOST_BATCH_TOKENS[device], estimate.chunk_size, longest
+        estimate.batch_tokens or MAX_BATCH_TOKENS[device], estimate.chunk_size, longest
     )
     one_pass = one_pass_is_less(estimate, kind, requested)
     cache = "device" if device == "cpu" else estimate.cache
@@ -211,7 +211,7 @@ def choose(
     raise MemoryPlanError(_refusal(estimate, kind, device, memory, least, correction, others))
 
 
-def check_begun(
+def check_partial(
     estimate: Estimate,
     kind: str,
     device: str,

@@ -50,7 +50,7 @@ def draw_speed(config: Config, shards: Sequence[Path], folder: Path) -> None:
     """
     works = [speed.shard_work(shard) for shard in shards]
     style.save(speed.throughput(works, _title(config, folder)), folder / "throughput")
-    style.save(speed.where_time_went(works, _title(config, folder)), folder / "time")
+    style.save(speed.time_breakdown(works, _title(config, folder)), folder / "time")
 
 
 def draw_states(config: Config, activations: Path, folder: Path) -> None:

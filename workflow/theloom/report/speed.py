@@ -149,7 +149,7 @@ def throughput(works: list[ShardWork], title: str) -> Drawn:
     return Drawn(drawing, table)
 
 
-def where_time_went(works: list[ShardWork], title: str) -> Drawn:
+def time_breakdown(works: list[ShardWork], title: str) -> Drawn:
     """Draw the seconds of each shard by part.
 
     Args:

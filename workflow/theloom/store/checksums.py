@@ -82,7 +82,7 @@ def write_checksums(path: Path, *which: int) -> None:
             file_format.pwrite(f.fileno(), digest.to_bytes(8, "little"), offset + 8 * number)
 
 
-def broken_checksums(fd: int, listed: FileIndex, *which: int) -> list[str]:
+def changed_parts(fd: int, listed: FileIndex, *which: int) -> list[str]:
     """Which parts of an open file differ from their checksums.
 
     Args:

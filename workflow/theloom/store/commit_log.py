@@ -133,7 +133,7 @@ class Verified:
     digest: int  # of the last intact one
 
 
-def recheck(
+def verify_committed(
     path: Path,
     window_offset: np.ndarray,
     row_bytes: Mapping[str, int],

@@ -8,7 +8,7 @@ import h5py
 from theloom.store import commit_log
 
 
-def begun(path: Path, fingerprint: str) -> dict[str, Any] | None:
+def read_partial(path: Path, fingerprint: str) -> dict[str, Any] | None:
     """The attributes of a shard's unfinished file.
 
     Args:
@@ -25,7 +25,7 @@ def begun(path: Path, fingerprint: str) -> dict[str, Any] | None:
         return None
 
 
-def batches_logged(path: Path, fingerprint: str) -> int:
+def committed_batches(path: Path, fingerprint: str) -> int:
     """How many batches a shard's unfinished file claims to have committed; their rows are not read.
 
     Args:

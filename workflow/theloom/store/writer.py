@@ -331,7 +331,7 @@ class ShardWriter:
                 reason = "" if same else "is of another config, model or corpus"
                 if same:
                     with self.partial.open("rb") as f:
-                        broken = checksums.broken_checksums(
+                        broken = checksums.changed_parts(
                             f.fileno(), index.read(file), checksums.METADATA, checksums.TABLES
                         )
                     reason = f"is damaged ({', '.join(broken)})" if broken else ""
@@ -344,7 +344,7 @@ class ShardWriter:
     def _check_committed(self) -> None:
         """Check what earlier jobs have committed, and resume after the last intact batch."""
         window_offset, precision = self._spec.tokens.window_offset, self._spec.precision
-        verified = commit_log.recheck(
+        verified = commit_log.verify_committed(
             self.partial, window_offset, self._row_bytes, precision, self._statistics
         )
         self.batches_done, self._digest = verified.batches, verified.digest

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Limit of suspect values that are retained for FP32: beyond it, rounding is not the cause.
-MOST_BYTES = 1 << 30
+MAX_SUSPECT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,17 @@ class Comparison:
         )
         if self._may_suspect and not error <= self._tolerance * max_abs:
             self._suspect_bytes += 4 * values.numel()
-            if self._suspect_bytes <= MOST_BYTES:
+            if self._suspect_bytes <= MAX_SUSPECT_BYTES:
                 self._suspect[window][point] = values.float().cpu()
             else:
                 self._suspect.clear()
 
     def suspect(self) -> dict[int, list[HookPoint]]:
         """Hook points above the tolerance, by window: those to compare to FP32."""
-        if self._suspect_bytes > MOST_BYTES:
+        if self._suspect_bytes > MAX_SUSPECT_BYTES:
             log.warning(
-                "more than %s of values differ: not compared to FP32", format_bytes(MOST_BYTES)
+                "more than %s of values differ: not compared to FP32",
+                format_bytes(MAX_SUSPECT_BYTES),
             )
         return {window: list(points) for window, points in self._suspect.items()}
 

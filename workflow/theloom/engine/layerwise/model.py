@@ -37,7 +37,7 @@ from theloom.model.weight_format import WeightFormat
 from theloom.planning import layerwise_plan, plan
 from theloom.planning.estimate import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan, PassOf, need
-from theloom.planning.plan import MOST_BATCH_TOKENS, Plan
+from theloom.planning.plan import MAX_BATCH_TOKENS, Plan
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class LayerwiseModel:
         memory, _ = gpu.available_memory(self.loaded.device)
         longest = min(windows.longest, estimated.context_length)
         requested = Plan(
-            estimated.batch_tokens or MOST_BATCH_TOKENS[device], estimated.chunk_size, longest
+            estimated.batch_tokens or MAX_BATCH_TOKENS[device], estimated.chunk_size, longest
         )
         row = self.residual_row
         sizes, pass_of = self.sizes(points), self.pass_of(points)

@@ -28,7 +28,7 @@ from theloom.planning import estimate, layerwise_plan, measure
 from theloom.planning.estimate import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan
 from theloom.planning.plan import Plan
-from theloom.store.partial import begun
+from theloom.store.partial import read_partial
 from theloom.store.shard_file import ShardSpec
 from theloom.store.writer import ShardWriter
 
@@ -66,7 +66,7 @@ def extract_layerwise(job: ShardJob) -> None:
         StoppedError: The job was requested to stop.
     """
     run, device, output = job.run, job.run.device, job.output
-    measure.before_counting(run.config.model)
+    measure.prepare_measurement(run.config.model)
     watch = MemoryWatch(device)
     with model_record.open_again(run.config, run.record, run.target) as model:
         planned = _plan(job, model)
@@ -119,7 +119,7 @@ def extract_layerwise(job: ShardJob) -> None:
 
 def _plan(job: ShardJob, model: LayerwiseModel) -> LayerwisePlan:
     """What fits now; a partial shard keeps the batches that it was started with."""
-    run, windows, unfinished = job.run, job.windows, begun(job.output, job.fingerprint)
+    run, windows, unfinished = job.run, job.windows, read_partial(job.output, job.fingerprint)
     points, overhead = run.points, run.record.correction.overhead
     if unfinished is None:
         planned = model.fit(run.estimate, points, windows, run.threshold, overhead)
