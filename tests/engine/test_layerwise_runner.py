@@ -4,7 +4,8 @@ import pytest
 import torch
 from layerwise_support import assert_equal, build, layerwise_rows, load, resident_rows, some_batches
 from support import a_config
-from theloom.engine.layerwise import block_loader, runner
+from theloom.engine import progress
+from theloom.engine.layerwise import block_loader
 from theloom.model import files
 
 ARCHITECTURES = (
@@ -126,10 +127,10 @@ def test_a_gpu_gives_the_rows_of_resident_mode_there(tmp_path, precision):
     assert_equal(found, expected)
 
 
-def test_progress_is_said_by_block_and_batch(tmp_path, caplog, monkeypatch):
+def test_progress_is_logged_by_block_and_batch(tmp_path, caplog, monkeypatch):
     folder = build("llama", tmp_path)
     points = load(folder).catalog.select(["blocks.*.hook_resid_post"])
-    monkeypatch.setattr(runner, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     with caplog.at_level("INFO"):
         layerwise_rows(folder, points, some_batches(), 7)
     assert "block 1 of 3, batch 1 of 5" in caplog.text
