@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import a_config
 from theloom.corpus import tokens
-from theloom.corpus.tokens import plan_shards, positions, read_shard, split_windows, tokenize
+from theloom.corpus.tokens import plan_shards, positions, read_job, split_windows, tokenize
 from theloom.errors import ConfigError, CorpusError
 from theloom.store import file_format
 from transformers import AutoTokenizer
@@ -60,11 +60,11 @@ def test_window_lengths_are_those_of_each_shard(tmp_path, tiny_llama, shards):
         f"corpus=text corpus.path={folder} corpus.context_length=100 extraction.shards={shards}"
     )
     tokenize(a_config(tiny_llama, requested), path)
-    found, parts = tokens.window_lengths(path), [read_shard(path, n) for n in range(shards)]
+    found, parts = tokens.window_lengths(path), [read_job(path, n).shard for n in range(shards)]
     assert [x.tolist() for x in found.shards] == [
         np.diff(part.window_offset).tolist() for part in parts
     ]
-    assert found.longest == tokens.read_job(path, 0).longest_window == 100
+    assert found.longest == read_job(path, 0).longest_window == 100
     assert found.tokens == max(len(part.input_ids) for part in parts)
 
 
@@ -90,7 +90,7 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path, tiny_llama):
             245,
         ]
         assert file["windows/document"][:].tolist() == [0, 1, 2, 2]
-    parts = [read_shard(tmp_path / "tokens.h5", n) for n in range(2)]
+    parts = [read_job(tmp_path / "tokens.h5", n).shard for n in range(2)]
     assert (
         np.concatenate([p.input_ids for p in parts]).tolist() == np.concatenate(expected).tolist()
     )

@@ -24,7 +24,7 @@ from theloom.devices import host
 from theloom.devices.host import DeviceMemory
 from theloom.engine.layerwise import block_loader
 from theloom.engine.layerwise.model import opened
-from theloom.engine.layerwise.quantize import weight_format_of
+from theloom.engine.layerwise.quantize import quantized_bits
 from theloom.engine.layerwise.residual_store import ResidualStore
 from theloom.engine.layerwise.runner import LayerwiseRunner
 from theloom.errors import MemoryPlanError, ModelError
@@ -56,13 +56,13 @@ def assert_let_go(swept):
     """Nothing of a block is left in the model: its weights, their scales and what products made of
     them.
     """
-    layers = [m for m in swept.modules() if weight_format_of(m)]
+    layers = [m for m in swept.modules() if quantized_bits(m)]
     assert layers
     for layer in layers:
         assert all(part.is_meta for part in with_scales(layer.weight))
         left = (
             (layer.state.CB, layer.state.SCB)
-            if weight_format_of(layer) == "8bit"
+            if quantized_bits(layer) == "8bit"
             else (layer.quant_state,)
         )
         assert all(part is None for part in left)

@@ -8,8 +8,6 @@ from textwrap import fill
 from typing import Any, TextIO
 
 GIB = 1 << 30
-
-
 WIDTH = 80  # characters: what every terminal has
 
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 
 GPUS_SHOWN = 12
-
-
 WEIGHT_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
 
 

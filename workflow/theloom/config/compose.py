@@ -37,7 +37,6 @@ ConfigStore.instance().store(name="theloom", node=Config)
 # The key that says where a corpus is, which no other kind of corpus has a use for.
 _OF_ONE_CORPUS = {"text": "path", "hub": "dataset"}
 
-
 # Section, old name and new name of each key that was renamed.
 _OLD_NAMES = [
     ("resources", f.name, f.metadata["renamed"])

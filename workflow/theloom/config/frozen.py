@@ -38,7 +38,6 @@ _MODEL_FILES = (
     "model.trust_remote_code",
 )
 
-
 _LOADING = (
     *_MODEL_FILES,
     "memory.precision_mode",
@@ -48,7 +47,6 @@ _LOADING = (
     "extraction.execution",
 )
 
-
 _MEMORY = (
     "memory.precision_mode",
     "memory.quantization",
@@ -57,7 +55,6 @@ _MEMORY = (
     "memory.memory_warning_threshold",
     "memory.activation_cache_filter",
 )
-
 
 STAGES: dict[str, Stage] = {
     "estimate": Stage(

@@ -9,29 +9,13 @@ from enum import Enum
 from typing import Any, get_args
 
 PrecisionMode = Enum("PrecisionMode", ["auto", "fp32", "fp16", "bf16"])
-
-
 StoreDtype = Enum("StoreDtype", ["auto", "fp32", "fp16", "bf16"])
-
-
 Quantization = Enum("Quantization", ["8bit", "4bit"])
-
-
 Attention = Enum("Attention", ["auto", "sdpa", "eager", "flash_attention_2"])
-
-
 Compression = Enum("Compression", ["none", "zstd"])
-
-
 Execution = Enum("Execution", ["auto", "resident", "layerwise"])
-
-
 CachePlace = Enum("CachePlace", ["auto", "device", "offloaded"])
-
-
 MergeMode = Enum("MergeMode", ["virtual", "physical"])
-
-
 CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
 
 
@@ -52,7 +36,7 @@ def renamed(name: str) -> Any:
 
 @dataclass
 class ArchitectureConfig:
-    """ModelDims of a public model's config.json, so that the estimate needs neither weights nor a
+    """Dimensions of a public model's config.json, so that the estimate needs neither weights nor a
     hub.
     """
 

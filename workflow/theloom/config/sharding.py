@@ -10,29 +10,16 @@ from theloom.config.schema import Config
 from theloom.devices import gpu_specs
 
 UNNAMED_GPU = 125.0
-
-
 SHARE = 0.4  # of the peak that a forward pass over full batches reaches
-
-
 FP32_SHARE = 1 / 16  # of the 16-bit peak: an A100's 19.5 of 312 TFLOP/s
-
-
 QUANTIZED_SHARE = 0.5  # weights are made 16-bit again before each product
-
 
 # One CPU thread in FP32: SmolLM2-135M was seen at 450 to 600 tokens/s on two
 CPU_THREAD_TFLOPS = 0.06
 
 SECONDS_OF_SHARD = 600
-
-
 MIN_SHARDS, MAX_SHARDS = 2, 1000  # a virtual dataset opens every shard's file
-
-
 TOKENS_OF_SHARD = 250_000  # of a model whose numbers are not known before it is looked at
-
-
 SHARDS_OF_UNKNOWN = 8  # of a corpus whose tokens are not known
 
 

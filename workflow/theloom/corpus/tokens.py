@@ -231,20 +231,6 @@ def plan_shards(offsets: np.ndarray, shards: int) -> np.ndarray:
     return np.maximum.accumulate(np.array([0, *cuts, len(offsets) - 1], "<i8"))
 
 
-def read_shard(path: Path, shard: int) -> ShardTokens:
-    """Read the tokens of one shard.
-
-    Args:
-        path: of `tokens.h5`.
-        shard: number of the shard, from 0.
-
-    Raises:
-        StoreError: the file is missing or of another format.
-    """
-    with file_format.open_h5(path, "tokens") as file:
-        return _shard(file, shard)
-
-
 def _shard(file: h5py.File, shard: int) -> ShardTokens:
     first, last = (int(d) for d in file["shards/first_document"][shard : shard + 2])
     document_offset = file["documents/offset"][first : last + 1]

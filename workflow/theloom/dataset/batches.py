@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 Batch = torch.Tensor | dict[str, torch.Tensor]
 
 BLOCK_ROWS = 128
-
-
 BUFFER_ROWS = 1 << 14
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 
 _ROWS_AT_ONCE = 1 << 14
-
-
 _LARGEST_FRAME = 10_000_000  # rows: more tokens than a notebook's table can hold
 
 

@@ -23,8 +23,6 @@ from theloom.store import commit_log, file_format
 from theloom.store.index import FileIndex
 
 TOKENS = ("tokens/input_ids", "tokens/document", "tokens/position")
-
-
 _ADVICE = "run the pipeline again, or fetch the file again"
 
 

@@ -26,8 +26,6 @@ from theloom.errors import ConfigError
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 60
-
-
 _held: tuple[str, ...] = ()  # of this process
 
 

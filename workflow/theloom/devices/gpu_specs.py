@@ -47,18 +47,11 @@ _SEEN = {
     ("V100", 32): 31.73,
 }
 
-
 # For the rest, a share below all that was seen of their kind. ECC takes a sixteenth of GDDR memory
 # where it is on; HBM has bits of its own for it, and GeForce and TITAN boards have none.
 _SHARE = 0.96
-
-
 _SHARE_WITH_ECC = 0.90
-
-
 _HBM = re.compile(r"A30|A100|G?[HB][123]00(NVL)?|GB[23]00|GH200|[PV]100|TITANV")
-
-
 _WITHOUT_ECC = re.compile(r"RTX[2-5]0[5-9]0.*|GTX.*|TITAN.*")
 
 _CORRECTED = {"B300": (10, 3), "GB300": (10, 3)}
@@ -97,7 +90,6 @@ _MORE: tuple[tuple[str, int, tuple[int, int]], ...] = (
     ("RTX5000Ada", 32, (8, 9)),
 )
 
-
 # Peak dense TFLOP/s with 16-bit inputs (BF16; V100 and T4: FP16), by NVIDIA's data sheets, without
 # sparsity. V100 is the SXM2 board's; the PCIe board reaches 112.
 _TFLOPS = {
@@ -112,14 +104,15 @@ _TFLOPS = {
     "A6000": 155,
     "RTX6000Ada": 182,
     "RTX3090": 71,
-    "RTX3090Ti": 80,
     "RTX4090": 165,
     "A100": 312,
     "H100": 989,
-    "H100NVL": 835,
     "H200": 989,
     "GH200": 989,
     "B200": 2250,
+    # Variants, counted as the board that they are a variant of.
+    "RTX3090Ti": 71,
+    "H100NVL": 989,
     "GB200": 2250,
 }
 
@@ -188,7 +181,7 @@ class GPU:
     tflops: float | None  # peak of dense 16-bit products; None: not listed
 
     def computes(self, kind: str) -> bool:
-        """Whether it computes with a kind of weights (`memory.WeightFormat.name`): beside quantised
+        """Whether it computes with a kind of weights (`WeightFormat.name`): beside quantised
         ones any 16 bits do.
         """
         return self.bf16 if kind == "bf16" else self.fp16 or kind == "fp32"
@@ -227,7 +220,6 @@ class CloudOffer:
 
 
 CLOUD_AS_OF = "2026-11"
-
 
 CLOUD = (
     CloudOffer("RunPod", "RTX 4090", "RTX 4090", 1, 24),

@@ -141,7 +141,6 @@ _V1 = _Names(
     ("total_inactive_file", "total_active_file"),
 )
 
-
 _V2 = _Names(
     ("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")
 )  # above `high` a process is throttled
@@ -215,7 +214,6 @@ def _text(file: Path) -> str:
 
 
 _VARIABLE = "GLIBC_TUNABLES"
-
 
 TUNABLES = {
     "glibc.malloc.tcache_count": 0,

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 # called with a hook point's name, the first position of a chunk, and its values (window, position,
 # …) on the device; they are the model's own, which may change them after the call
 Sink = Callable[[str, int, "torch.Tensor"], None]

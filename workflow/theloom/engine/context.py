@@ -28,7 +28,7 @@ from theloom.planning import estimate
 from theloom.planning.estimate import Estimate
 from theloom.planning.plan import Plan
 from theloom.store import file_format, provenance
-from theloom.store.partial import partial_of
+from theloom.store.partial import partial_of, read_partial
 from theloom.store.shard_file import ShardSpec, ShardTokens
 
 if TYPE_CHECKING:
@@ -134,6 +134,20 @@ class ShardJob:
             compression=run.config.store.compression.name,
             max_overflow=run.config.store.max_overflow or 0.0,
         )
+
+    def started_plan(self) -> Plan | None:
+        """The plan with which the shard's partial file was started, None where there is none."""
+        partial = read_partial(self.output, self.fingerprint)
+        if partial is None:
+            return None
+        plan = Plan(
+            int(partial["batch_tokens"]),
+            int(partial["chunk_size"]),
+            self.windows.longest,
+            int(partial.get("streamed_windows", 1)),
+            partial.get("kv_cache") == "offloaded",
+        )
+        return plan.over(self.windows)
 
     def check_streaming(self, chunk_size: int) -> None:
         """Raise ModelError if a window exceeds a chunk and the model cannot be streamed."""

@@ -18,7 +18,7 @@ from theloom.model.loading import LoadedModel
 from theloom.planning import estimate, measure, multi_gpu
 from theloom.planning.plan import Plan, Planned, check_partial, plan_advice
 from theloom.precision import torch_dtype
-from theloom.store.partial import committed_batches, partial_of, read_partial
+from theloom.store.partial import committed_batches, partial_of
 from theloom.store.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -143,8 +143,8 @@ def extract_resident(job: ShardJob) -> None:
 
 def plan_resident(job: ShardJob) -> Planned:
     """The plan that fits the device now; a partial shard keeps the plan of its start."""
-    run, partial = job.run, read_partial(job.output, job.fingerprint)
-    if partial is None:
+    run, started = job.run, job.started_plan()
+    if started is None:
         return multi_gpu.fit_plan(
             run.estimate,
             run.weight_format,
@@ -153,20 +153,13 @@ def plan_resident(job: ShardJob) -> Planned:
             job.windows,
             run.record.correction,
         )
-    started = Plan(
-        int(partial["batch_tokens"]),
-        int(partial["chunk_size"]),
-        job.windows.longest,
-        int(partial.get("streamed_windows", 1)),
-        partial.get("kv_cache") == "offloaded",
-    )
     free, _ = gpu.available_memory(run.device)
     return check_partial(
         run.estimate,
         run.weight_format.name,
         run.device.type,
         free,
-        started.over(job.windows),
+        started,
         run.record.correction,
         partial_of(job.output).name,
     )

@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 
 
 ROT_Q, ROT_K = "attn.hook_rot_q", "attn.hook_rot_k"
-
-
 OURS = "theloom"
-
 
 # scores below it are those of masked keys, which transformers sets to the least number of some
 # dtype

@@ -1,9 +1,9 @@
 """Where the values of hook points are in a Hugging Face model.
 
-Projections are known by the names that transformers uses for them (`conventions`). Which norm comes
-before what, and whether attention and MLP run one after the other, is seen in a forward pass of
-three tokens: by which module's output is which one's input. What a model has not, or has in another
-meaning, is refused with the reason.
+Projections are known by the names that transformers uses for them (`module_names`). Which norm
+comes before what, and whether attention and MLP run one after the other, is seen in a forward pass
+of three tokens: by which module's output is which one's input. What a model has not, or has in
+another meaning, is refused with the reason.
 """
 
 import re

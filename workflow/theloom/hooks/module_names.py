@@ -17,11 +17,9 @@ QUERY_KEY_VALUE = (
     ("q_lin", "k_lin", "v_lin"),
 )
 
-
 # by heads: for each key head its queries, then its key, then its value; else all queries, all keys,
 # all values
 IN_A_ROW, BY_HEADS = "in a row", "by heads"
-
 
 FUSED_QUERY_KEY_VALUE = {
     "c_attn": IN_A_ROW,
@@ -30,15 +28,9 @@ FUSED_QUERY_KEY_VALUE = {
     "query_key_value": BY_HEADS,
 }
 
-
 ATTENTION_OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo")
-
-
 GATE_UP_DOWN = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
-
-
 GATE_AND_UP_IN_ONE = (("gate_up_proj", "down_proj"), ("Wi", "Wo"))
-
 
 UP_DOWN = (
     ("fc1", "fc2"),
@@ -50,13 +42,8 @@ UP_DOWN = (
     ("intermediate.dense", "output.dense"),
 )
 
-
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "feedforward")
-
-
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-
-
 SCRAMBLED = ("CodeGenAttention",)  # its fused projection is cut for four devices first
 
 

@@ -1,6 +1,6 @@
 """Hook points: TransformerLens names for values of a Hugging Face model.
 
-A name says where in the model a value is. `anatomy` finds which of them a model has, `select` turns
+A name says where in the model a value is. `locate` finds which of them a model has, `select` turns
 a filter into hook points, and `taps` reads their values during a forward pass.
 """
 
@@ -15,14 +15,10 @@ from theloom.config.model_dims import ModelDims
 from theloom.errors import HookError
 
 RESIDUALS = ("hook_resid_pre", "hook_resid_post")
-
-
 SCORES, PATTERN = "attn.hook_attn_scores", "attn.hook_pattern"
-
 
 # in the order in which a forward pass reaches them
 BEFORE_BLOCKS = ("hook_embed", "hook_pos_embed")
-
 
 IN_BLOCK = (
     "hook_resid_pre",
@@ -47,9 +43,7 @@ IN_BLOCK = (
     "hook_resid_post",
 )
 
-
 AFTER_BLOCKS = ("ln_final.hook_scale", "ln_final.hook_normalized")
-
 
 # values that take memory of their own to read; the others are tensors that the model has made
 # anyway
@@ -57,10 +51,7 @@ COMPUTED = frozenset(
     {"ln1.hook_scale", "ln1.hook_normalized", "ln2.hook_scale", "ln2.hook_normalized"}
 ) | frozenset({SCORES, PATTERN, *AFTER_BLOCKS})
 
-
 NO_LEARNED_POSITIONS = "it has no learned positions"
-
-
 POST_NORM = "no norm comes before its attention, so that the norms it has see something else"
 
 

@@ -10,8 +10,6 @@ from torch import nn
 from theloom.errors import HookError
 
 Batch = tuple[int, int]
-
-
 Read = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 

@@ -15,8 +15,6 @@ from theloom.hooks.points import PATTERN, RESIDUALS, SCORES, HookPoint, deepest_
 from theloom.hooks.sites import Site
 
 Sink = Callable[[str, torch.Tensor], None]
-
-
 T = TypeVar("T")
 
 

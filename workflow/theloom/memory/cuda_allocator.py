@@ -18,20 +18,10 @@ KIB, MIB = 1 << 10, 1 << 20
 
 # c10/core/AllocatorConfig.h
 ROUNDING = 512  # every block is a multiple of this
-
-
 SMALL = MIB  # the largest request that the small pool serves
-
-
 SMALL_SEGMENT = 2 * MIB
-
-
 LARGE_SEGMENT = 20 * MIB  # of requests under LARGEST_SHARED; larger ones get a segment of their own
-
-
 LARGEST_SHARED = 10 * MIB
-
-
 SEGMENT_ROUNDING = 2 * MIB
 
 # Bytes that a process takes on a GPU before its first tensor: the CUDA context and the loaded

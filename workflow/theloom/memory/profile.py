@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 # allocations and frees that the allocator's history keeps, some KB each with its Python frames
 HISTORY = 200_000
-
-
 WHOLE_MODEL, OUTSIDE = "(the model itself)", "(outside the model)"
 
 
@@ -140,7 +138,7 @@ def _history() -> Iterator[None]:
 class _Running:
     """Which module of a model runs, and between which events of storages each one ran.
 
-    A forward pass may end by an exception, as `hooks.Taps` ends it, which
+    A forward pass may end by an exception, as `taps.Taps` ends it, which
     torch.utils.module_tracker does not get over: the hook of the whole model is called then too,
     and closes all that is open.
     """

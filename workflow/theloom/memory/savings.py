@@ -83,10 +83,10 @@ def optimisations(
 ) -> list[Saving]:
     """The specification's table for a workload: each optimisation in inference and in training.
 
-    `hooks` is a filter as in `hooks.select`. `precision` (fp16 or bf16) is the mixed one, and that
-    of the other rows. Inference is a forward without the head that holds the chosen values, if no
-    row says otherwise. About sixteen traces: a few seconds for a small model, a minute for one of 7
-    billion parameters. `device` as in `trace.trace`.
+    `hooks` is a filter as in `HookCatalog.select`. `precision` (fp16 or bf16) is the mixed one, and
+    that of the other rows. Inference is a forward without the head that holds the chosen values, if
+    no row says otherwise. About sixteen traces: a few seconds for a small model, a minute for one
+    of 7 billion parameters. `device` as in `trace.trace`.
     """
     return _Table(model_config, windows, tokens, chunk_size, hooks, precision, device).rows()
 

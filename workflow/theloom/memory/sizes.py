@@ -13,8 +13,6 @@ from theloom.terminal import format_bytes
 # at least: one forward pass of a 7B left 34%, in a replay of its rules. Batches of many lengths
 # leave more, which the allocator gives back to the driver before it fails.
 FRAGMENTATION = 0.35
-
-
 LEAST_FRAGMENTATION = 2 * LARGE_SEGMENT
 
 

@@ -225,7 +225,6 @@ def multiplies_tiles(dtype: torch.dtype) -> bool:
 
 CUDA_KERNELS = (torch.ops.aten.softmax.int,)  # with a dtype: half in, float out, in one kernel
 
-
 CPU_KERNELS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_attention_buffers
 }

@@ -38,11 +38,7 @@ if TYPE_CHECKING:
 
 
 WEIGHTS, GRADIENTS, OPTIMIZER_STATES = "weights", "gradients", "optimizer_states"
-
-
 SAVED, LOGITS = "saved_activations", trace.LOGITS
-
-
 PHASES = ("forward", "backward", "optimizer")
 
 
@@ -289,10 +285,7 @@ def _cpu_attention_backward_buffers(gradient: torch.Tensor, query: torch.Tensor,
 
 # composite operations that have one kernel on the CPU and on CUDA all the same
 OWN_KERNELS = (torch.ops.aten.silu_backward.default, torch.ops.aten.mish_backward.default)
-
-
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
 
 CPU_KERNELS: dict[Any, Callable[..., int]] = {
     **trace.CPU_KERNELS,

@@ -63,7 +63,7 @@ class Frame:
     """A model seen as what is round its blocks; it may be one without bytes.
 
     `outputs` says of every block how many values it returns (0: a tensor, not a tuple),
-    `residual_dtype` the precision of the residual stream; `blockwise.look` finds both.
+    `residual_dtype` the precision of the residual stream; `look` finds both.
     """
 
     def __init__(self, described: Architecture, device: torch.device) -> None:

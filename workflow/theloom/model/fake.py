@@ -146,7 +146,7 @@ class FakeModel:
         return pruning.storages(self.architecture.model, self.unneeded(points))
 
     def unneeded(self, points: Sequence[HookPoint]) -> list[str]:
-        """Names of the modules that reading these hook points does not need (`needed.unneeded`)."""
+        """Names of modules that reading these hook points does not need (`pruning.unneeded`)."""
         with self.mode, shapes_only():
             return pruning.unneeded(self.architecture, points)
 

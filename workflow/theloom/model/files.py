@@ -32,14 +32,9 @@ log = logging.getLogger(__name__)
 
 _DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
 
-
 # the only names that transformers loads; repositories often hold others too
 _SAFETENSORS = "model*.safetensors"
-
-
 _PICKLES = "pytorch_model*.bin"
-
-
 _BLOCK = 1 << 24
 
 
@@ -355,7 +350,7 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
 
 
 def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
-    """The config in a model's own folder (`source.prepare`)."""
+    """The config in a model's own folder (`prepare_files`)."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)

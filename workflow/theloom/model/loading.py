@@ -142,7 +142,7 @@ def load_model(
                 use_safetensors=None if config.model.allow_pickle else True,
                 trust_remote_code=config.model.trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # which `load_report` does not
+                ignore_mismatched_sizes=True,  # which `check_loaded` does not
                 **options,
             )
     except (ValueError, OSError, ImportError) as error:

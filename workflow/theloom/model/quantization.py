@@ -19,7 +19,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,10 +27,6 @@ from torch import nn
 from theloom.errors import ModelError
 from theloom.model.weight_format import NF4_BLOCK, PACKED_ROWS
 from theloom.precision import torch_dtype
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger(__name__)
 

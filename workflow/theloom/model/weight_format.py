@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 NF4_BLOCK = 64  # weights of one scale
 SCALES_BLOCK = 256  # scales of one second-level scale
 SCALES_TABLE = 256  # entries of the table that doubly quantised scales index
-
-
 PACKED_ROWS = 32  # the kernel for CPUs takes weights whose output rows are a multiple of it
 
 

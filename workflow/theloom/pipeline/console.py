@@ -31,12 +31,8 @@ _BOOKKEEPING = (
     "RuleException:\nCalledProcessError in file",
 )
 
-
 _END = ("Complete log(s): ", "Elapsed time: ", "WorkflowError:\nAt least one job did not complete")
-
-
 _QUIET_RULE = "freeze_config"  # seven jobs of a moment each
-
 
 LOCKED = (
     "error: another call of the pipeline is making the same files: wait for it. If there is none "

@@ -19,7 +19,6 @@ from theloom.pipeline import bars
 
 ERROR = "error: "
 
-
 _SPEND_LESS = (
     "lower extraction.batch_tokens or memory.streaming_chunk_size, or set memory.quantization"
 )

@@ -50,7 +50,7 @@ def record_layerwise(
     """
     files = prepare_files(config.model)
     prepare_measurement(config.model)
-    before = host.resident()  # from where a job's growth is counted (`layerwise_shard`)
+    before = host.resident()  # from where a job's growth is counted (`engine.layerwise.shard`)
     with opened(config, files, target=target) as model:
         points = model.loaded.catalog.select(estimated.hooks)
         threshold = config.memory.memory_warning_threshold
@@ -131,7 +131,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     prepare_measurement(config.model)
     with peak_memory.PeakMemory(
         device
-    ) as loading:  # from where a job's growth is counted (`engine`)
+    ) as loading:  # from where a job's growth is counted (`engine.resident`)
         traced = Traced(model_config, attention, config.model.trust_remote_code)
         catalog = traced.catalog()  # of the whole model, of which only what is needed is loaded
         points = catalog.select(estimated.hooks)

@@ -37,11 +37,8 @@ log = logging.getLogger(__name__)
 
 SMALLEST_CHUNK = 64
 
-
 # Resident bytes of a process that has imported torch, transformers and h5py.
 HOST_PROCESS = 450_000_000
-
-
 DEFAULT_CONTEXT = 2048  # tokens, if the model's config names no limit
 
 
@@ -360,12 +357,8 @@ _BY_KIND = (
     "row_bytes",
 )
 
-
 _SINGLE = ("model_type", "attention", "device", "context_length", "chunk_size", "cache", "blocks")
-
-
 _OPTIONAL = ("rows", "batch_tokens")
-
 
 _PASS = np.dtype(
     [(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(PeakBytes)))]

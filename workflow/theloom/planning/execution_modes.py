@@ -19,15 +19,8 @@ from theloom.model.weight_format import WeightFormat
 from theloom.precision import BYTES
 
 EFFICIENCY = 0.4
-
-
 DISK = 3e9  # bytes a second that a local NVMe drive reads
-
-
 BUS = 20e9  # bytes a second between pinned host memory and a GPU
-
-
-SHARD_TOKENS = TOKENS_OF_SHARD
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ def layerwise(
     kind: WeightFormat,
     workload: Workload,
     points: Sequence[HookPoint],
-    shard_tokens: int = SHARD_TOKENS,
+    shard_tokens: int = TOKENS_OF_SHARD,
 ) -> Layerwise:
     """Estimate what layerwise execution takes on a GPU.
 

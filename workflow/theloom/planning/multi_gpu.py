@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-
-
 MAX_GPUS = 16  # of one machine
 
 

@@ -19,10 +19,7 @@ from theloom.planning import estimate, forecast
 
 # nominal size, in billions of parameters
 PROFILES = {"3b": 3, "7b": 7, "13b": 13, "30b": 30, "70b": 70}
-
-
 RULE_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
-
 
 RULE_TOTALS = {
     "3b": {"fp32": 16, "fp16": 8, "bf16": 8},
@@ -32,10 +29,7 @@ RULE_TOTALS = {
     "70b": {"fp32": 360, "fp16": 180, "bf16": 180},
 }
 
-
 TOKENS = 2048
-
-
 EXPLAINED_FROM = 0.10
 
 

@@ -10,8 +10,6 @@ from theloom.report import style
 from theloom.report.style import Drawn, Table
 
 _LAYERS, _HEADS, _TOKENS = 3, 4, 24
-
-
 _HOW = "add blocks.*.attn.hook_pattern, or one block's, to memory.activation_cache_filter"
 
 

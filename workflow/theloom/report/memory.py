@@ -13,8 +13,6 @@ from theloom.report.style import Drawn, Table
 from theloom.store import file_format
 
 _PARTS = ("weights", "kv_cache", "captured", "temporaries", "logits")
-
-
 _WORDS = {"kv_cache": "KV cache", "captured": "hook points"}
 
 

@@ -21,13 +21,10 @@ if TYPE_CHECKING:
 
 _BLOCK = 256  # rows of every layer in memory at once
 
-
 # An activation is massive where its magnitude is above 100 and about 1,000 times the median of its
 # layer's hidden states: the definition of Sun, Chen, Kolter and Liu, "Massive Activations in Large
 # Language Models" (2024).
 MASSIVE_AT_LEAST, MASSIVE_TIMES_MEDIAN = 100.0, 1000.0
-
-
 _MOST_LINES = 6
 
 

@@ -26,20 +26,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-
-
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "++")
-
-
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
-
-
 HEAT = "cividis"
-
-
 ROWS_SHOWN = 500  # of a table in the report; its CSV holds all
 
 _STYLE: dict[Any, Any] = {

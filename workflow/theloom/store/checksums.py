@@ -17,8 +17,6 @@ from theloom.store.index import FileIndex
 
 CHECKSUMS = "checksums"  # the dataset: of metadata, of tables, of results, in this order
 METADATA, TABLES, RESULTS = range(3)
-
-
 _READ_AT_ONCE = 1 << 20  # bytes
 
 _RESULTS = (

@@ -23,8 +23,6 @@ from theloom.store import checksums, file_format
 from theloom.store.index import INDEX, write_index
 
 ZSTD_FILTER = 32015
-
-
 LEVEL = 1  # higher levels make residuals little smaller and take far longer
 
 _CHUNK_BYTES = 1 << 18

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
-
 # what h5py, and code that uses its values, may raise where the metadata of a file is damaged
 DAMAGE = (
     OSError,

@@ -157,8 +157,6 @@ def empty_statistics(hook: str, width: int) -> Statistics:
 
 
 _BY_ELEMENT = ("count", "mean", "m2")
-
-
 _BY_HOOK = ("rows", "norm_sum", "nonfinite", "infinite")
 
 

@@ -140,7 +140,7 @@ class LayerwiseModel:
         )
 
     def self_check(self) -> SelfCheck:
-        """`trial.self_check`, in one sweep, but for the model's own hidden states, which take all
+        """`checks.self_check`, in one sweep, but for the model's own hidden states, which take all
         of it at once.
 
         Raises ModelError where a row depends on what else is in the batch.

@@ -120,7 +120,7 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def weight_format_of(module: nn.Module) -> str | None:
+def quantized_bits(module: nn.Module) -> str | None:
     """`8bit` or `4bit` for a layer of bitsandbytes."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -135,7 +135,7 @@ def weight_format_of(module: nn.Module) -> str | None:
 
 def release(module: nn.Module) -> None:
     """Drop what a layer of bitsandbytes keeps of its weight besides the parameter."""
-    kind, layer = weight_format_of(module), cast(Any, module)
+    kind, layer = quantized_bits(module), cast(Any, module)
     if kind == "8bit":
         layer.state.reset_grads()
         layer.state.idx = layer.state.subB = layer.weight.SCB = None
@@ -145,7 +145,7 @@ def release(module: nn.Module) -> None:
 
 def held(module: nn.Module, leaf: str, tensor: torch.Tensor) -> int:
     """Bytes of a parameter or buffer once it is loaded, with the scales that are kept with it."""
-    kind, count = weight_format_of(module), tensor.numel()
+    kind, count = quantized_bits(module), tensor.numel()
     if kind is None or leaf != "weight":
         return count * tensor.element_size()
     layer = cast(Any, module)
@@ -185,7 +185,7 @@ def shapes_alone(model: nn.Module) -> Iterator[None]:
         return forward
 
     layers: list[Any] = (
-        [m for m in model.modules() if weight_format_of(m)]
+        [m for m in model.modules() if quantized_bits(m)]
         if getattr(model, "is_quantized", False)
         else []
     )

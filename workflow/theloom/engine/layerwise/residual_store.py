@@ -22,8 +22,6 @@ from theloom.store.file_format import raw_bytes
 log = logging.getLogger(__name__)
 
 BLOCKS_BETWEEN_CHECKPOINTS = 8
-
-
 PIECE = 64 << 20
 
 

@@ -37,10 +37,8 @@ log = logging.getLogger(__name__)
 # (window, position, …) and which window of the batch is the first of theirs
 SweepSink = Callable[[int, str, int, torch.Tensor, int], None]
 
-
 # sees captured values, where a batch's memory is recorded
 Captured = Callable[[torch.Tensor], None] | None
-
 
 # around a batch: its number, its token ids, and what gives the tensors that were there before
 Profile = Callable[

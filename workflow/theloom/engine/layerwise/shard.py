@@ -28,7 +28,6 @@ from theloom.planning import estimate, layerwise_plan, measure
 from theloom.planning.estimate import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan
 from theloom.planning.plan import Plan
-from theloom.store.partial import read_partial
 from theloom.store.shard_file import ShardSpec
 from theloom.store.writer import ShardWriter
 
@@ -119,26 +118,19 @@ def extract_layerwise(job: ShardJob) -> None:
 
 def _plan(job: ShardJob, model: LayerwiseModel) -> LayerwisePlan:
     """What fits now; a partial shard keeps the batches that it was started with."""
-    run, windows, unfinished = job.run, job.windows, read_partial(job.output, job.fingerprint)
+    run, windows, started = job.run, job.windows, job.started_plan()
     points, overhead = run.points, run.record.correction.overhead
-    if unfinished is None:
+    if started is None:
         planned = model.fit(run.estimate, points, windows, run.threshold, overhead)
     else:
-        sizes = [
-            int(unfinished[name]) for name in ("batch_tokens", "chunk_size", "streamed_windows")
-        ]
-        as_begun = Plan(sizes[0], sizes[1], windows.longest, sizes[2]).over(windows)
-        planned = _as_begun(model, points, as_begun, windows.tokens, overhead)
+        planned = _as_started(model, points, started, windows.tokens, overhead)
     device = model.loaded.device.type
-    words = [
-        terminal.format_bytes(n)
-        for n in (planned.need.cpu if device == "cpu" else planned.need.device,)
-    ]
+    needed = planned.need.cpu if device == "cpu" else planned.need.device
     log.info(
         "plan: layer by layer, batches of %d tokens, chunks of %d; %s%s",
         planned.plan.batch_tokens,
         planned.plan.chunk_size,
-        words[0],
+        terminal.format_bytes(needed),
         "" if device == "cpu" else f", host {terminal.format_bytes(planned.need.host)}",
     )
     for change in planned.changes:
@@ -146,7 +138,7 @@ def _plan(job: ShardJob, model: LayerwiseModel) -> LayerwisePlan:
     return planned
 
 
-def _as_begun(
+def _as_started(
     model: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens: int, overhead: int
 ) -> LayerwisePlan:
     device, row = model.loaded.device.type, model.residual_row

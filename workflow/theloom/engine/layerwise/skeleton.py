@@ -4,7 +4,7 @@ The shell is the unmodified model of transformers on the meta device, with its r
 buffers (rotary frequencies and the like) and its small weights outside the blocks. Its own forward,
 with every block's replaced by a recorder that lets the residual through, gives what enters the
 first block, and the arguments of every block: masks, rotary tables, positions. These depend on a
-batch's shape alone (`refusals` holds a model to that), so they are recorded once a shape.
+batch's shape alone (`examine` holds a model to that), so they are recorded once a shape.
 """
 
 from collections.abc import Iterator

@@ -44,13 +44,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-
 OUTSIDE = -1  # the part of a model that is in no block
-
-
 ALIGNMENT = 512  # bytes, of a tensor's place in a buffer: that of CUDA's allocator
-
-
 CACHE_LINE = 64
 
 
@@ -183,7 +178,7 @@ class Checkpoint:
         for target, keys in self._by_target(part).items():
             module, leaf, meta = self._place(target)
             result, dtype = quantize.held(module, leaf, meta), self.stored[keys[0]].dtype
-            bits = quantize.weight_format_of(module) if leaf == "weight" else None
+            bits = quantize.quantized_bits(module) if leaf == "weight" else None
             if bits is not None:
                 overhead = (
                     0
@@ -208,7 +203,7 @@ class Checkpoint:
             module, leaf, meta = self._place(target)
             back = (
                 leaf == "weight"
-                and quantize.weight_format_of(module) == "8bit"
+                and quantize.quantized_bits(module) == "8bit"
                 and not self._loader.quantizer.pre_quantized
             )
             read = sum(self.stored[k].nbytes for k in keys)
@@ -341,7 +336,7 @@ class Checkpoint:
         transformers does.
         """
         module, _, meta = self._place(target)
-        if not quantize.weight_format_of(module):
+        if not quantize.quantized_bits(module):
             meta.data = meta.data.to(dtype)
 
     def _all_places(self) -> dict[int, list[tuple[nn.Module, str, torch.Tensor]]]:
