@@ -93,6 +93,19 @@ def build_tiny(model_type: str, folder: Path, **numbers: int) -> Path:
     return folder
 
 
+def byte_tokenizer(folder: Path) -> Path:
+    """Add a tokenizer to a model's folder: a token for each byte, 256 in all, and nothing else."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
 @dataclass(frozen=True)
 class Stages:
     """A run whose stages a test calls by itself, without snakemake."""

@@ -13,9 +13,10 @@ import torch
 from support import extract_one_shard, stages
 from theloom.dataset.inspect import check_hashes
 from theloom.devices.peak_memory import MemoryWatch
-from theloom.engine import model_record, resident
+from theloom.engine import batch_loop, model_record, resident
 from theloom.engine.progress import Moment, Progress, SweepProgress
 from theloom.errors import MemoryPlanError, StoppedError
+from theloom.planning import estimate
 from theloom.store import ring_buffer, writer
 from theloom.store.writer import ShardWriter
 
@@ -107,6 +108,40 @@ def test_a_retry_begins_with_smaller_batches_in_the_file_that_was_begun(
     assert max(steps) <= 64
     assert "out of memory" not in caplog.text
     assert_same_rows(run, whole)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "extraction.batch_tokens=64 memory.streaming_chunk_size=64",
+        "extraction.batch_tokens=1024 memory.streaming_chunk_size=256",
+        "extraction.cache=offloaded memory.memory_warning_threshold=0.5",
+    ],
+)
+def test_another_plan_keeps_the_rows_that_are_committed(run, whole, monkeypatch, plan):
+    forward, calls = resident.ResidentRunner.run, []
+
+    def stops_in_the_sixth(self, *args):
+        calls.append(args[0].shape)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return forward(self, *args)
+
+    monkeypatch.setattr(resident.ResidentRunner, "run", stops_in_the_sixth)
+    monkeypatch.setattr(batch_loop, "riskiest", lambda *_: [])
+    with pytest.raises(KeyboardInterrupt):
+        run.extract()
+    begun, source = calls[:5], whole.config("extract").model.source
+    requested = " ".join(w for w in REQUESTED.split() if w.partition("=")[0] not in plan)
+    again = stages(run.folder, source, f"{requested} {plan}")
+    estimate.run_estimate(again.config("estimate"), again.folder / "estimate.h5")
+    again.extract()
+    tokens = sum(rows * width for rows, width in calls[6:])
+    padded = sum(rows * width for rows, width in begun)
+    assert tokens <= 3000 + 1024 - padded * 0.8
+    if "batch_tokens=64" in plan:
+        assert all(rows * width <= 64 for rows, width in calls[6:] if width <= 64)
+    assert_same_rows(again, whole)
 
 
 def test_an_error_that_is_not_of_memory_is_not_tried_again(run, memory_for, monkeypatch):

@@ -269,23 +269,3 @@ def test_the_passes_of_a_plan_are_the_largest_that_batching_makes(batch_tokens, 
         len(b.windows) * min(b.width, chunk) for b in plan_batches(lengths, batch_tokens, chunk)
     )
     assert largest <= max(requested.batch_windows * requested.width, batch_tokens)
-
-
-def test_a_partial_shard_that_needs_more_than_is_free_is_not_resumed(mistral):
-    begun = Plan(16384, 1024, 4096)
-    plan.check_partial(
-        mistral, "bf16", "cuda", DeviceMemory(24 * GB, 20 * GB), begun, Correction(), "x.partial"
-    )
-    with pytest.raises(
-        MemoryPlanError,
-        match=r"x\.partial was started with batches of 16384 tokens, which take 1[78]\.",
-    ):
-        plan.check_partial(
-            mistral,
-            "bf16",
-            "cuda",
-            DeviceMemory(24 * GB, 16 * GB),
-            begun,
-            Correction(),
-            "x.partial",
-        )

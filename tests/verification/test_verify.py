@@ -12,7 +12,7 @@ from theloom.dataset import inspect
 from theloom.errors import VerificationError
 from theloom.model import files, loading
 from theloom.store import file_format
-from theloom.verification import comparison, verify
+from theloom.verification import choice, comparison, verify
 
 
 @pytest.fixture
@@ -85,10 +85,8 @@ def test_the_oracle_is_plain_transformers(run, tiny_llama):
 
 def test_documents_are_chosen_by_seed(run):
     acts = theloom.open(run.activations)
-    assert verify.choose_windows(acts, 5, 64, seed=1) == verify.choose_windows(acts, 5, 64, seed=1)
-    assert verify.choose_windows(acts, 5, 64, seed=1)[0] == int(
-        np.diff(acts.window_offset).argmax()
-    )
+    assert choice.choose_windows(acts, 5, seed=1) == choice.choose_windows(acts, 5, seed=1)
+    assert choice.choose_windows(acts, 5, seed=1)[0] == int(np.diff(acts.window_offset).argmax())
 
 
 @pytest.fixture

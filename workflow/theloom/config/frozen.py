@@ -72,18 +72,16 @@ STAGES: dict[str, Stage] = {
             *_LOADING,
             "model.architecture",
             "memory.enable_gradient_checkpointing",
-            "memory.memory_warning_threshold",
         )
     ),
     "tokens": Stage((*_MODEL_FILES, "model.tokenizer", "corpus", "extraction.shards")),
+    # How a shard is cut into passes (batches, chunks, the place of the cache) changes its rows by
+    # rounding alone. Jobs read it from estimate.h5, so that another plan leaves finished and
+    # unfinished shards as they are.
     "extract": Stage(
         (
             *_LOADING,
-            "memory.streaming_chunk_size",
-            "memory.memory_warning_threshold",
             "memory.activation_cache_filter",
-            "extraction.batch_tokens",
-            "extraction.cache",
             "extraction.shards",
             "store.dtype",
             "store.compression",
@@ -91,7 +89,7 @@ STAGES: dict[str, Stage] = {
         )
     ),
     "merge": Stage(("store.merge", "extraction.shards")),
-    "verify": Stage((*_LOADING, "memory.streaming_chunk_size", "verify")),
+    "verify": Stage((*_LOADING, "verify")),
     "source": Stage(
         (
             *_MODEL_FILES,
@@ -160,4 +158,5 @@ def frozen_digest(path: str | Path) -> str:
     """
     frozen = json.loads(Path(path).read_text(encoding="utf-8"))
     _decisive(frozen["config"])
+    frozen.pop("run", None)  # a name decides no row
     return hashlib.sha256(_as_json(frozen).encode()).hexdigest()

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from theloom.model.length_switches import LengthSwitch, ways
+
 if TYPE_CHECKING:
     import torch
 
@@ -88,13 +90,18 @@ class Lengths:
 
 
 def plan_batches(
-    lengths: np.ndarray, batch_tokens: int, chunk_size: int, streamed_windows: int = 1
+    lengths: np.ndarray,
+    batch_tokens: int,
+    chunk_size: int,
+    streamed_windows: int = 1,
+    switches: Sequence[LengthSwitch] = (),
 ) -> list[Batch]:
     """Group all windows into batches.
 
     Windows are sorted by length, longest first, then by number. A batch ends where its padding
     would cost more than another pass. Windows longer than `chunk_size` go through the KV cache
-    together only if they have the same number of chunks: so no chunk is padding alone.
+    together only if they have the same number of chunks: so no chunk is padding alone. Windows on
+    two sides of a switch, which the model computes in different ways, never go together.
 
     Args:
         lengths: tokens of each window, (windows,).
@@ -102,6 +109,7 @@ def plan_batches(
             itself.
         chunk_size: tokens of a chunk.
         streamed_windows: windows longer than a chunk that may go together.
+        switches: of the model.
 
     Returns:
         The batches in the order in which they run.
@@ -113,6 +121,8 @@ def plan_batches(
 
     def joins(length: int, longest: int, windows: int, tokens: int) -> bool:
         if windows * longest - tokens > PASS_TOKENS:
+            return False
+        if ways(switches, length) != ways(switches, longest):
             return False
         if longest > chunk_size:
             return windows <= streamed_windows and -(-length // chunk_size) == -(

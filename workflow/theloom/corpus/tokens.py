@@ -18,12 +18,14 @@ import numpy as np
 import xxhash
 
 from theloom.config.frozen import to_plain
+from theloom.config.model_dims import numbers
 from theloom.config.schema import Config
 from theloom.corpus.batching import Lengths
 from theloom.corpus.documents import read_documents
 from theloom.errors import ConfigError, CorpusError
 from theloom.model import files
-from theloom.model.files import Description, read_config
+from theloom.model.files import Description, hf_config
+from theloom.model.length_switches import length_switches
 from theloom.store import file_format, provenance
 from theloom.store.shard_file import ShardTokens
 
@@ -123,8 +125,10 @@ def _context_length(config: Config) -> int:
     """Tokens of the longest window: corpus.context_length, else the model's own limit; 0 where
     there is none.
     """
-    limit, requested = read_config(config.model).context_length, config.corpus.context_length
-    if requested and limit and requested > limit:
+    model_config, requested = hf_config(config.model), config.corpus.context_length
+    limit = numbers(model_config).context_length
+    scales = any(s.every_length and s.beyond == limit for s in length_switches(model_config))
+    if requested and limit and requested > limit and not scales:
         raise ConfigError(
             f"corpus.context_length: {requested} is more than the model's {limit}; "
             "give at most that"

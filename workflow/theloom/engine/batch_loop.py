@@ -17,6 +17,7 @@ from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine.handoff import Handoff
 from theloom.engine.interrupts import StopRequest
 from theloom.engine.progress import Moment, Progress
+from theloom.engine.row_probe import RowProbe, riskiest
 from theloom.errors import StoppedError
 from theloom.hooks.points import HookPoint
 from theloom.memory.profile import ShardProfile
@@ -50,12 +51,18 @@ class Runner(Protocol):
         lengths: Sequence[int] | None = None,
     ) -> None: ...
 
+    def alone(
+        self, ids: "torch.Tensor", points: Sequence[HookPoint]
+    ) -> "dict[str, torch.Tensor]": ...
+
 
 @dataclass(frozen=True)
 class Work:
     """The batches of a shard, in the order in which they are committed, and what is read from them.
 
-    `predicted`: the bytes that the run was predicted to take.
+    `predicted`: the bytes that the run was predicted to take. `tolerance`: the error that rounding
+    explains, as a share of the largest value. `longest_pass`: tokens of the longest document that
+    fits in one pass.
     """
 
     batches: list[Batch]
@@ -65,6 +72,8 @@ class Work:
     device: "torch.device"
     predicted: int
     warning_threshold: float
+    tolerance: float
+    longest_pass: int
 
 
 def largest_value(
@@ -72,7 +81,8 @@ def largest_value(
 ) -> int:
     """Bytes of the largest value that a hook point can have in one forward step."""
     return max(
-        b.step(chunk_size) * p.width(b.width) * BYTES[precision] for b in batches for p in points
+        (b.step(chunk_size) * p.width(b.width) * BYTES[precision] for b in batches for p in points),
+        default=0,
     )
 
 
@@ -93,22 +103,26 @@ def run_batches(
     batches, total = work.batches, len(work.tokens.input_ids)
     first = writer.batches_done
     done = sum(sum(b.lengths) for b in batches[:first])
-    largest = largest_value(batches[first:], work.points, plan.chunk_size, work.precision)
+    passes = {n: _passes(batches[n], plan) for n in range(first, len(batches))}
+    every = [one for several in passes.values() for one in several]
+    largest = largest_value(every, work.points, plan.chunk_size, work.precision)
     progress = Progress(total, done, work.predicted, watch)
     measured = _Measured(writer, work, watch, done, oom_level)
+    longest = 0 if oom_level else work.longest_pass  # where memory ran out, no pass is longer
+    probe = RowProbe(riskiest(every, plan.chunk_size, longest), work.points, work.tolerance)
     warned = False
     with StopRequest() as stop, Handoff(writer, work.device, largest) as handoff:
         for number in range(first, len(batches)):
-            for batch in batching.smaller(
-                batches[number], plan.batch_tokens, plan.chunk_size, plan.streamed_windows
-            ):
+            for batch in passes[number]:
                 ids = batching.padded(batch, work.tokens.input_ids, work.tokens.window_offset)
 
                 def hand_over(
                     hook: str, start: int, values: "torch.Tensor", batch: Batch = batch
                 ) -> None:
                     handoff.rows(batch, hook, start, values)
+                    probe.keep(hook, values)
 
+                probe.begin(batch, plan.chunk_size)
                 with profile.batch(number, ids) as captured, measured.forward():
                     runner.run(
                         ids.pin_memory() if work.device.type == "cuda" else ids,
@@ -117,6 +131,7 @@ def run_batches(
                         batch.lengths,
                     )
                 measured.forwarded += ids.numel()
+                probe.compare(runner, batch, ids)
             done += sum(batches[number].lengths)
             last = number == len(batches) - 1
             handoff.batch_done(
@@ -127,11 +142,16 @@ def run_batches(
             if stop.requested is not None and not last:
                 break
     measured.log(handoff, done)
+    probe.log()
     if done < total:
         raise StoppedError(
             f"stopped by {stop.requested} with {done:,} of {total:,} tokens on disk; "
             "run again to resume"
         )
+
+
+def _passes(batch: Batch, plan: Plan) -> list[Batch]:
+    return batching.smaller(batch, plan.batch_tokens, plan.chunk_size, plan.streamed_windows)
 
 
 class _Measured:

@@ -69,7 +69,7 @@ class RunContext:
     @property
     def threshold(self) -> float:
         """The share of the device's memory above which the job warns."""
-        return self.config.memory.memory_warning_threshold
+        return self.estimate.threshold
 
     @property
     def weight_format(self) -> WeightFormat:
@@ -157,6 +157,14 @@ class ShardJob:
                 f"{record.attributes['model_class']} cannot be streamed "
                 f"({record.attributes['not_streamed']}), and a document has {longest} tokens; "
                 f"set memory.streaming_chunk_size={longest} or corpus.context_length={chunk_size}"
+            )
+        if record.streams_up_to is not None and longest > max(chunk_size, record.streams_up_to):
+            switch = record.switches[0]
+            raise ModelError(
+                f"{record.attributes['model_class']} cannot be streamed beyond {switch.beyond} "
+                f"tokens, where its {switch.name} depends on the length of a pass, and a document "
+                f"has {longest}; set memory.streaming_chunk_size={longest} or "
+                f"corpus.context_length={switch.beyond}"
             )
 
     def bytes_to_write(self, spec: ShardSpec) -> int:

@@ -19,6 +19,7 @@ from theloom.devices import gpu
 from theloom.errors import ModelError, StoreError
 from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.model.files import ModelFiles, files_fingerprint, files_signature, prepare_files
+from theloom.model.length_switches import LengthSwitch, notable_lengths
 from theloom.model.loading import LoadedModel, Target, load_model, resolve_precision
 from theloom.planning.plan import Correction
 from theloom.store import file_format, provenance
@@ -45,6 +46,9 @@ class ModelRecord:
     streams: bool
     correction: Correction
     layerwise: bool  # whether it goes layer by layer
+    notable_lengths: tuple[int, ...]  # tokens
+    switches: tuple[LengthSwitch, ...]
+    streams_up_to: int | None  # tokens of the longest document that may go in chunks
     attributes: dict[str, Any]
 
     @property
@@ -98,6 +102,7 @@ def model_attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:
         device=gpu.device_name(loaded.device),
         blocks=len(loaded.architecture.blocks),
         hidden_size=loaded.architecture.hidden_size,
+        notable_lengths=notable_lengths(loaded.architecture.model.config),
     )
 
 
@@ -118,6 +123,9 @@ def read(path: Path) -> ModelRecord:
             ),
             layerwise=attributes["execution"] == "layerwise",
             attributes=attributes,
+            notable_lengths=tuple(json.loads(attributes["notable_lengths"])),
+            switches=tuple(LengthSwitch(**s) for s in json.loads(attributes["switches"])),
+            streams_up_to=json.loads(str(attributes["streams_up_to"])),
         )
 
 
@@ -184,5 +192,5 @@ def provenance_of(recorded: ModelRecord) -> dict[str, Any]:
         "precision_requested",
         "precision",
     ]
-    names += ["precision_steps", "quantization", "attention"]
+    names += ["precision_steps", "quantization", "attention", "switches"]
     return {f"model_{n.removeprefix('model_')}": recorded.attributes[n] for n in names}

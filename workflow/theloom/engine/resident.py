@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from theloom.corpus import batching
 from theloom.devices import gpu
 from theloom.devices.peak_memory import MemoryWatch
@@ -16,9 +18,9 @@ from theloom.memory.profile import ShardProfile
 from theloom.model.forward import prefill
 from theloom.model.loading import LoadedModel
 from theloom.planning import estimate, measure, multi_gpu
-from theloom.planning.plan import Plan, Planned, check_partial, plan_advice
+from theloom.planning.plan import Plan, Planned, forward, plan_advice
 from theloom.precision import torch_dtype
-from theloom.store.partial import committed_batches, partial_of
+from theloom.store.partial import committed_batches
 from theloom.store.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ class ResidentRunner:
         causal: bool = True,
     ) -> None:
         self._loaded, self._points, self._chunk_size = loaded, points, chunk_size
-        self._dtype, self._offloaded, self._causal = torch_dtype(store), offloaded, causal
+        self._store, self._offloaded, self._causal = store, offloaded, causal
+        self._dtype = torch_dtype(store)
 
     def run(
         self,
@@ -74,6 +77,19 @@ class ResidentRunner:
             masked = None if self._causal else lengths or [ids.shape[1]] * len(ids)
             prefill(taps, ids, self._chunk_size, masked, self._offloaded)
 
+    def alone(self, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
+        """The rows of one document of token ids (1, position), in one pass without padding.
+
+        Returns:
+            By hook point, (position, …) in FP32 on the host.
+        """
+        rows: dict[str, torch.Tensor] = {}
+        whole = ResidentRunner(
+            self._loaded, list(points), ids.shape[1], self._store, causal=self._causal
+        )
+        whole.run(ids, lambda hook, start, values: rows.update({hook: values[0].float().cpu()}))
+        return rows
+
 
 def extract_resident(job: ShardJob) -> None:
     """Extract a shard with the model as a whole on the device.
@@ -89,11 +105,18 @@ def extract_resident(job: ShardJob) -> None:
     run = job.run
     fitting = plan_resident(job)
     plan = fitting.plan
+    # the batches of a partial file stay what is committed; one too large for this plan goes in
+    # several passes
+    whole = job.started_plan() or plan
     job.check_streaming(plan.chunk_size)
     batches = batching.plan_batches(
-        job.lengths, plan.batch_tokens, plan.chunk_size, plan.streamed_windows
+        job.lengths,
+        whole.batch_tokens,
+        whole.chunk_size,
+        whole.streamed_windows,
+        run.record.switches,
     )
-    spec = job.spec(plan, len(batches))
+    spec = job.spec(whole, len(batches))
     estimate.check_disk(
         job.output.parent, job.bytes_to_write(spec), shutil.disk_usage(job.output.parent).free
     )
@@ -116,6 +139,8 @@ def extract_resident(job: ShardJob) -> None:
         run.device,
         predicted.allocated if run.device.type == "cuda" else predicted.total,
         run.threshold,
+        loaded.tolerance,
+        longest_pass(job, plan),
     )
     largest = batching.largest(batches, first, plan.chunk_size) if job.profiled else ()
     profile = ShardProfile(loaded, job.output, largest)
@@ -141,25 +166,24 @@ def extract_resident(job: ShardJob) -> None:
     interrupts.until_it_fits(extract, smaller, job.oom_level, run.device, advice)
 
 
+def longest_pass(job: ShardJob, plan: Plan) -> int:
+    """Tokens of the longest document whose single pass takes no more than the plan's passes."""
+    kind, estimated = job.run.weight_format.name, job.run.estimate
+    budget = forward(estimated, kind, plan).total
+    fitting = [
+        n for n in np.unique(job.lengths).tolist() if estimated.find(kind, n, n).total <= budget
+    ]
+    return max(fitting, default=0)
+
+
 def plan_resident(job: ShardJob) -> Planned:
-    """The plan that fits the device now; a partial shard keeps the plan of its start."""
-    run, started = job.run, job.started_plan()
-    if started is None:
-        return multi_gpu.fit_plan(
-            run.estimate,
-            run.weight_format,
-            run.device,
-            run.threshold,
-            job.windows,
-            run.record.correction,
-        )
-    free, _ = gpu.available_memory(run.device)
-    return check_partial(
+    """The plan that fits the device now."""
+    run = job.run
+    return multi_gpu.fit_plan(
         run.estimate,
-        run.weight_format.name,
-        run.device.type,
-        free,
-        started,
+        run.weight_format,
+        run.device,
+        run.threshold,
+        job.windows,
         run.record.correction,
-        partial_of(job.output).name,
     )

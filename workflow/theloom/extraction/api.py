@@ -152,8 +152,9 @@ def extract_streaming(
     if chunk_size < 1:
         raise InputError(f"chunk_size must be at least 1, found {chunk_size}")
     requested = ask(model, tokens, hooks, layers, attention_mask)
-    if requested.rows.ids.shape[1] > chunk_size:
-        request.check_streams(requested.architecture)
+    requested.check_alike()
+    if (longest := requested.rows.ids.shape[1]) > chunk_size:
+        request.check_streams(requested.architecture, longest)
     return _chunks(requested, chunk_size)
 
 
@@ -269,14 +270,17 @@ def extract_with_checkpointing(
     """
     from theloom.extraction.gradient_checkpointing import Checkpointed
     from theloom.hooks.taps import Taps
+    from theloom.model.forward import start_afresh
 
     requested = ask(model, tokens, hooks, layers, attention_mask)
     blocks, rows = requested.architecture.blocks, requested.rows
+    requested.check_alike()
     kept_whole = {p.block for p in requested.points if p.value not in RESIDUALS}
     again = [block for number, block in enumerate(blocks) if number not in kept_whole]
     kept = _Kept(requested, whole=True, graph=True)
     inputs = {name: value.to(model.device) for name, value in requested.inputs().items()}
     taps = Taps(requested.architecture, requested.points, kept.keep)
+    start_afresh(requested.architecture)
     with torch.enable_grad(), Checkpointed(again, use_reentrant), taps:
         taps.run(input_ids=rows.ids.to(model.device), use_cache=False, **inputs)
     if not any(value.requires_grad for value in kept.values.values()):
@@ -296,6 +300,7 @@ class _Kept:
     def __init__(self, requested: Request, whole: bool, graph: bool = False) -> None:
         self._requested, self._whole, self._graph = requested, whole, graph
         self._points = {p.name: p for p in requested.points}
+        self.rows: list[int] | None = None  # those that run now; all where it is None
         self.values: dict[str, torch.Tensor] = {}
 
     def keep(self, name: str, value: torch.Tensor) -> None:
@@ -306,9 +311,10 @@ class _Kept:
         ):
             if self._whole and not self._requested.rows.as_given:
                 point, rows = self._points[name], self._requested.rows
-                whole = padding.empty(value, point, rows)
-                padding.put_back(value, point, rows, 0, whole)
-                self.values[name] = whole
+                if name not in self.values:
+                    self.values[name] = padding.empty(value, point, rows)
+                running = rows if self.rows is None else rows.only(self.rows)
+                padding.put_back(value, point, running, 0, self.values[name], self.rows)
             else:
                 self.values[name] = value.clone()
 
@@ -334,16 +340,19 @@ def _in_one_pass(requested: Request, resolved: Resolved | None) -> HiddenStates:
     from theloom.model.forward import steps
 
     described = requested.architecture
-    inputs = requested.inputs()
-    kept = _Kept(requested, whole=True)
+    kept, groups = _Kept(requested, whole=True), requested.alike()
+    parts = [requested.only(group) for group in groups] if len(groups) > 1 else [requested]
+    inputs = [part.inputs() for part in parts]  # before any tap: it may run the model
     cast = (
         nullcontext()
         if resolved is None
         else InPrecision(described, torch_dtype(resolved.resolved))
     )
     with evaluating(described.model), cast, Taps(described, requested.points, kept.keep) as taps:
-        for _ in steps(taps, requested.rows.ids, requested.rows.ids.shape[1], inputs=inputs):
-            pass
+        for group, part, more in zip(groups, parts, inputs, strict=True):
+            kept.rows = group if len(groups) > 1 else None
+            for _ in steps(taps, part.rows.ids, part.rows.ids.shape[1], inputs=more):
+                pass
     return kept.result(0, resolved)
 
 

@@ -43,6 +43,17 @@ class PaddedTokens:
         """Whether nothing was padding, so that all columns are where they were."""
         return min(self.lengths) == self.width
 
+    def only(self, rows: Sequence[int]) -> "PaddedTokens":
+        """Some of the rows, as wide as the longest of them."""
+        chosen, longest = list(rows), max(self.lengths[row] for row in rows)
+        return PaddedTokens(
+            self.ids[chosen, :longest],
+            tuple(self.first[row] for row in rows),
+            tuple(self.lengths[row] for row in rows),
+            self.width,
+            {name: value[chosen, :longest] for name, value in self.others.items()},
+        )
+
     def mask(self) -> torch.Tensor:
         """(batch, longest): true where there is a token, in the rows as they run."""
         return torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths)[:, None]
@@ -133,26 +144,36 @@ def empty(value: torch.Tensor, point: HookPoint, rows: PaddedTokens) -> torch.Te
     of it padding.
     """
     shape = list(value.shape)
-    shape[point.position_axis] = rows.width
+    shape[0], shape[point.position_axis] = len(rows.lengths), rows.width
     if point.over_keys:
         shape[3] = rows.width
     return value.new_full(shape, point.fill)
 
 
 def put_back(
-    value: torch.Tensor, point: HookPoint, rows: PaddedTokens, start: int, whole: torch.Tensor
+    value: torch.Tensor,
+    point: HookPoint,
+    rows: PaddedTokens,
+    start: int,
+    whole: torch.Tensor,
+    chosen: Sequence[int] | None = None,
 ) -> None:
-    """Put rows as they ran, from position `start`, into the given columns of `whole`."""
-    for row, (first, length) in enumerate(zip(rows.first, rows.lengths, strict=True)):
+    """Put rows as they ran, from position `start`, into the given columns of `whole`: into its rows
+    `chosen`, or all of them.
+    """
+    numbers = range(len(rows.lengths)) if chosen is None else chosen
+    for row, number, first, length in zip(
+        range(len(rows.lengths)), numbers, rows.first, rows.lengths, strict=True
+    ):
         count = min(length - start, value.shape[point.position_axis])
         if count <= 0:
             continue
         columns = slice(first + start, first + start + count)
         if point.over_keys:  # (head, position, key)
             keys = min(length, value.shape[3])
-            whole[row, :, columns, first : first + keys] = value[row, :, :count, :keys]
+            whole[number, :, columns, first : first + keys] = value[row, :, :count, :keys]
         else:
-            whole[row, columns] = value[row, :count]
+            whole[number, columns] = value[row, :count]
 
 
 def _matrix(values: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from theloom.extraction import padding
 from theloom.extraction.padding import PaddedTokens, Tokens
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.points import HookPoint
+from theloom.model.length_switches import LengthSwitch, length_switches, ways
 from theloom.precision import TOLERANCE
 
 if TYPE_CHECKING:
@@ -32,6 +33,36 @@ class Request:
     architecture: Architecture
     points: list[HookPoint]
     rows: PaddedTokens
+
+    @property
+    def switches(self) -> tuple[LengthSwitch, ...]:
+        """Lengths beyond which the model computes a row otherwise."""
+        return length_switches(self.architecture.model.config)
+
+    def alike(self) -> list[list[int]]:
+        """The numbers of the rows, grouped by how the model computes rows of their length."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, length in enumerate(self.rows.lengths):
+            groups.setdefault(ways(self.switches, length), []).append(row)
+        return list(groups.values())
+
+    def only(self, rows: Sequence[int]) -> "Request":
+        """The same for some of the rows."""
+        return replace(self, rows=self.rows.only(rows))
+
+    def check_alike(self) -> None:
+        """Raise InputError if the rows cannot go through the model side by side, step by step."""
+        if len(self.alike()) > 1:
+            switch = next(
+                s for s in self.switches if len({s.way(n) for n in self.rows.lengths}) > 1
+            )
+            raise InputError(
+                f"tokens: {type(self.architecture.model).__name__} computes rows of more than "
+                f"{switch.beyond} tokens otherwise ({switch.name}), and these have from "
+                f"{min(self.rows.lengths)} to {max(self.rows.lengths)}; give the long and the "
+                "short ones in calls of their own"
+                + (", each length by itself" if switch.every_length else "")
+            )
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """What the model is given besides the ids: a mask where padding on the right could reach a
@@ -115,6 +146,7 @@ class _Shown:
 
     causal: bool | None = None
     no_streams: str | None = None
+    streams_up_to: int | None = None
 
 
 _shown: WeakKeyDictionary[torch.nn.Module, _Shown] = WeakKeyDictionary()
@@ -154,9 +186,9 @@ def _some_tokens(described: Architecture) -> torch.Tensor:
     )
 
 
-def check_streams(described: Architecture) -> None:
-    """Raises ModelError where chunks through the KV cache give other rows than one pass, with the
-    reason.
+def check_streams(described: Architecture, tokens: int) -> None:
+    """Raise ModelError, with the reason, where rows of so many tokens have other values in chunks
+    through the KV cache than in one pass.
     """
     from theloom.hooks.blocks import evaluating
     from theloom.model.checks import self_check
@@ -167,10 +199,16 @@ def check_streams(described: Architecture) -> None:
             try:
                 tried = self_check(described, _tolerance(described))
                 shown.no_streams = tried.not_streamed
+                shown.streams_up_to = tried.streams_up_to
             except ModelError as error:
                 shown.no_streams = str(error)
+    name = type(described.model).__name__
+    if shown.streams_up_to is not None and tokens > shown.streams_up_to:
+        raise ModelError(
+            f"{name} cannot be streamed beyond {shown.streams_up_to} tokens, where it computes "
+            f"otherwise by the length of a pass, and a row has {tokens}; use extract_hidden_states"
+        )
     if shown.no_streams:
-        name = type(described.model).__name__
         raise ModelError(
             f"{name} cannot be streamed: {shown.no_streams.removeprefix(f'{name}: ')}; "
             "use extract_hidden_states, or a chunk_size as long as the tokens"

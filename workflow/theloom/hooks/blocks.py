@@ -7,6 +7,7 @@ from a list of architectures.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from theloom.config.model_dims import numbers
 from theloom.errors import ModelError
+from theloom.hooks.pass_state import PassState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +37,11 @@ class Architecture:
     def loaded(self) -> list["torch.nn.Module"]:
         """Those of the blocks that are loaded: the first ones, up to the deepest that is needed."""
         return [b for b in self.blocks if not getattr(b, "not_loaded", False)]
+
+    @cached_property
+    def pass_state(self) -> PassState:
+        """What the model remembered when this was first read: before the first pass over tokens."""
+        return PassState(self.model)
 
 
 def find_blocks(model: "PreTrainedModel") -> Architecture:
@@ -151,6 +158,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def forward_three_tokens(model: nn.Module) -> None:
     """A forward pass that leaves no trace. Raises ModelError."""
     some: Any = next(model.parameters())
+    state = PassState(model)
     with torch.inference_mode(), evaluating(model):
         ids = torch.arange(3, device=getattr(model, "device", some.device))[None]
         try:
@@ -162,3 +170,5 @@ def forward_three_tokens(model: nn.Module) -> None:
             raise ModelError(
                 f"{type(model).__name__} cannot be run on token ids alone: {words}"
             ) from None
+        finally:
+            state.restore()

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture
 from theloom.model.forward import PrefillCache
+from theloom.model.length_switches import as_long_as, forget_lengths
 
 RESIDUAL = "hidden_states"  # what blocks call it where it comes by name
 
@@ -82,9 +83,11 @@ class Frame:
             type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers
         )
 
-    def enter(self, ids: torch.Tensor, seen: int = 0, streamed: bool = False) -> torch.Tensor:
+    def enter(
+        self, ids: torch.Tensor, seen: int = 0, streamed: bool = False, whole: int = 0
+    ) -> torch.Tensor:
         """What enters the first block for token ids (batch, position), of which `seen` came before
-        these.
+        these, in documents of `whole` tokens (0: no more than these).
         """
         found: list[torch.Tensor] = []
 
@@ -92,12 +95,14 @@ class Frame:
             found.append(residual_of(args, kwargs))
             raise _Stop
 
-        self._forward(first, ids, seen, streamed)
+        self._forward(first, ids, seen, streamed, whole)
         return found[0]
 
-    def record(self, ids: torch.Tensor, seen: int = 0, streamed: bool = False) -> list[Call]:
-        """Every block's arguments for token ids of a shape, on the host. Raises ModelError for a
-        block not met.
+    def record(
+        self, ids: torch.Tensor, seen: int = 0, streamed: bool = False, whole: int = 0
+    ) -> list[Call]:
+        """Every block's arguments for token ids of a shape, as of `enter`, on the host. Raises
+        ModelError for a block not met.
         """
         calls: list[Call] = []
         to_host = _Once()
@@ -118,7 +123,7 @@ class Frame:
             residual, count = residual_of(args, kwargs), self.outputs[number]
             return (residual, *[None] * (count - 1)) if count else residual
 
-        self._forward(through, ids, seen, streamed)
+        self._forward(through, ids, seen, streamed, whole)
         if len(calls) < len(self.blocks):
             raise ModelError(
                 f"{self._name}: only {len(calls)} of its {len(self.blocks)} blocks ran"
@@ -130,7 +135,7 @@ class Frame:
         return type(self.model).__name__
 
     def _forward(
-        self, run: Callable[..., Any], ids: torch.Tensor, seen: int, streamed: bool
+        self, run: Callable[..., Any], ids: torch.Tensor, seen: int, streamed: bool, whole: int
     ) -> None:
         """The model's own forward, with the work of every block replaced; modules stay."""
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": streamed}
@@ -140,7 +145,8 @@ class Frame:
         try:
             for number, block in enumerate(blocks):
                 block.forward = lambda *args, _number=number, **kwargs: run(_number, args, kwargs)
-            with torch.inference_mode():
+            forget_lengths(self.model)
+            with torch.inference_mode(), as_long_as(self.model, max(whole, seen + ids.shape[1])):
                 self.model(**inputs)
         except _Stop:
             pass

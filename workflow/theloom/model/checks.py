@@ -7,6 +7,7 @@ model at hand, or it is not relied on.
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,12 @@ from theloom.errors import HookError, ModelError
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import RESIDUALS
 from theloom.model.forward import forward_residuals, no_cache
+from theloom.model.length_switches import (
+    LengthSwitch,
+    as_long_as,
+    length_switches,
+    rotary_modules,
+)
 from theloom.model.reference import reference_residuals
 
 if TYPE_CHECKING:
@@ -41,7 +48,10 @@ class SelfCheck:
     """What a model showed on 24 tokens: errors as shares of the largest absolute value; whether it
     can be streamed.
 
-    A model that is not causal gets the padding mask of every batch, and cannot be streamed.
+    A model that is not causal gets the padding mask of every batch, and cannot be streamed. One
+    with switches in its length is streamed beyond the first of them only if it can be told how long
+    a document is: `streams_up_to` is the longest document that streams, None where there is no such
+    limit.
     """
 
     states_error: float
@@ -50,6 +60,8 @@ class SelfCheck:
     causal: bool
     streams: bool
     not_streamed: str = ""  # the reason
+    switches: tuple[LengthSwitch, ...] = ()
+    streams_up_to: int | None = None
 
 
 def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
@@ -61,7 +73,7 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
     what else is in the batch.
     """
     name, limit = type(architecture.model).__name__, 10 * tolerance
-    ids = tokens_of(architecture.model)
+    ids, switches = tokens_of(architecture.model), length_switches(architecture.model.config)
     try:
         whole = _residuals(architecture, ids[:1], 24)
         states = reference_residuals(
@@ -91,11 +103,37 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
                 "not be its own"
             )
         log.info("%s is not causal: batches get a padding mask, and documents go in one pass", name)
-        return SelfCheck(states_error, masked, math.inf, False, False, "it is not causal")
+        return SelfCheck(states_error, masked, math.inf, False, False, "it is not causal", switches)
     chunks, reason = _in_chunks(architecture, ids[:1], whole, limit)
     if reason:
         log.warning("%s cannot be streamed: %s", name, reason)
-    return SelfCheck(states_error, padding, chunks, True, not reason, reason)
+    up_to = streams_up_to(architecture.model, switches)
+    if not reason and up_to is None:
+        for switch in switches:
+            chunks = max(chunks, _beyond(architecture, ids[:1], switch))
+        reason = "" if chunks <= limit else other_in_chunks(chunks)
+    return SelfCheck(states_error, padding, chunks, True, not reason, reason, switches, up_to)
+
+
+def streams_up_to(model: "PreTrainedModel", switches: Sequence[LengthSwitch]) -> int | None:
+    """Tokens of the longest document that may go in chunks, None where all may."""
+    if not switches or rotary_modules(model):
+        return None
+    log.warning(
+        "%s computes documents of more than %d tokens otherwise (%s), and its code cannot be told "
+        "how long a document is: these go in one pass",
+        type(model).__name__,
+        switches[0].beyond,
+        switches[0].name,
+    )
+    return switches[0].beyond
+
+
+def _beyond(architecture: Architecture, ids: "torch.Tensor", switch: LengthSwitch) -> float:
+    """The error of chunks against one pass, computed as in a document beyond a switch."""
+    with as_long_as(architecture.model, switch.beyond + 1):
+        whole = _residuals(architecture, ids, 24)
+        return largest_error(whole, _residuals(architecture, ids, 7))
 
 
 def _in_chunks(

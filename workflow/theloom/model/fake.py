@@ -1,5 +1,6 @@
 """Models on fake tensors: the real classes with shapes and no bytes, quantised ones too."""
 
+import copy
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.catalog import build_catalog
 from theloom.hooks.points import HookCatalog, HookPoint, residual_points
 from theloom.model import pruning
+from theloom.model.length_switches import fix_frequencies
 from theloom.model.quantization import packed_on_the_cpu
 from theloom.model.weight_format import nf4_scales, quantization_config
 from theloom.precision import torch_dtype
@@ -182,11 +184,12 @@ def fake_model(
     try:
         with mode:
             model = build.from_config(
-                model_config,
+                copy.deepcopy(model_config),  # it may be that of a loaded model
                 dtype=torch_dtype(precision),
                 trust_remote_code=trust_remote_code,
                 **options,
             )
+            fix_frequencies(model)
             if quantization is not None:
                 quantize(model, quantization, model_config, kernels)
     except (ValueError, ImportError) as error:

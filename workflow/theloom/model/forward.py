@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import residual_points
 from theloom.hooks.taps import Taps
+from theloom.model.length_switches import as_long_as, forget_lengths
 
 if TYPE_CHECKING:
     import torch
@@ -50,11 +51,13 @@ def steps(
     """The same step by step: after each, the position of its first token. Taps need be open during
     a step only.
 
-    `inputs` are further arguments of the model, (batch, position) as the ids are.
+    `inputs` are further arguments of the model, (batch, position) as the ids are. The model starts
+    without memory of earlier passes, and computes each chunk as a part of its document.
     """
     import torch
 
     model = taps.architecture.model
+    start_afresh(taps.architecture)
     everything = {"input_ids": ids, **(inputs or {})}
     named = {name: value.to(model.device, non_blocking=True) for name, value in everything.items()}
     if lengths is not None:
@@ -73,11 +76,19 @@ def steps(
         if model.config.model_type in RESTARTS_POSITIONS:
             end = start + chunk["input_ids"].shape[1]
             chunk.setdefault("position_ids", torch.arange(start, end, device=model.device)[None])
-        with (
-            torch.inference_mode()
-        ):  # not while the caller has the turn: it would be the caller's mode too
+        forget_lengths(model)  # the caller may have used the model since the last chunk
+        # not while the caller has the turn: it would be the caller's mode too
+        with torch.inference_mode(), as_long_as(model, ids.shape[1]):
             taps.run(**chunk, use_cache=True, **cache)
         yield start
+
+
+def start_afresh(architecture: Architecture) -> None:
+    """Make a model forget what earlier passes left in it: what it computes next depends on its
+    inputs alone.
+    """
+    architecture.pass_state.restore()
+    forget_lengths(architecture.model)
 
 
 def no_cache(model: "PreTrainedModel") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.sites import Site
+from theloom.model.forward import start_afresh
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
 
     from theloom.model.pruning import passed_over
 
+    start_afresh(architecture)
     model, blocks, loaded = architecture.model, architecture.blocks, architecture.loaded
     seen: dict[str, torch.Tensor] = {}
 

@@ -53,7 +53,7 @@ def record_layerwise(
     before = host.resident()  # from where a job's growth is counted (`engine.layerwise.shard`)
     with opened(config, files, target=target) as model:
         points = model.loaded.catalog.select(estimated.hooks)
-        threshold = config.memory.memory_warning_threshold
+        threshold = estimated.threshold
         try:
             planned = model.fit(estimated, points, tokens.window_lengths(tokens_path), threshold, 0)
         except MemoryPlanError as error:
@@ -110,7 +110,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     kind = weight_format.weight_format_of(
         config, resolved.resolved, weight_format.quantization_of(config, model_config)
     )
-    threshold = config.memory.memory_warning_threshold
+    threshold = estimated.threshold
     execution = config.extraction.execution.name
     try:
         if execution == "layerwise":

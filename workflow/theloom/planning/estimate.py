@@ -71,6 +71,7 @@ class Estimate:
     chunk_size: int  # requested
     batch_tokens: int | None  # requested; None: the plan chooses
     cache: str  # place of the KV cache of long documents: auto, device or offloaded
+    threshold: float  # share of the device's memory that may be in use
     blocks: int  # that run: up to the deepest hook point
     hooks: list[str]
     weights: dict[str, int]  # loaded: up to the deepest hook point
@@ -163,6 +164,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         chunk_size=chunk_size,
         batch_tokens=config.extraction.batch_tokens,
         cache=config.extraction.cache.name,
+        threshold=config.memory.memory_warning_threshold,
         blocks=min(max(deepest_block(points), 0) + 1, size.num_blocks),
         hooks=[p.name for p in points],
         weights=weights,
@@ -357,7 +359,16 @@ _BY_KIND = (
     "row_bytes",
 )
 
-_SINGLE = ("model_type", "attention", "device", "context_length", "chunk_size", "cache", "blocks")
+_SINGLE = (
+    "model_type",
+    "attention",
+    "device",
+    "context_length",
+    "chunk_size",
+    "cache",
+    "threshold",
+    "blocks",
+)
 _OPTIONAL = ("rows", "batch_tokens")
 
 _PASS = np.dtype(
@@ -420,4 +431,4 @@ def read(path: Path) -> Estimate:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | None) else int(value)
+    return value if isinstance(value, str | float | None) else int(value)

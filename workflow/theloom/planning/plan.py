@@ -211,44 +211,6 @@ def choose(
     raise MemoryPlanError(_refusal(estimate, kind, device, memory, least, correction, others))
 
 
-def check_partial(
-    estimate: Estimate,
-    kind: str,
-    device: str,
-    memory: DeviceMemory,
-    plan: Plan,
-    correction: Correction,
-    partial: str,
-) -> Planned:
-    """Check that the plan of a partial file still fits the free memory.
-
-    Args:
-        estimate: of the run.
-        kind: name of the weight format.
-        device: `cpu` or `cuda`.
-        memory: of the device, now.
-        plan: the plan with which the file was started.
-        correction: from a measurement on this device.
-        partial: name of the file.
-
-    Returns:
-        The plan with its bytes.
-
-    Raises:
-        MemoryPlanError: it does not fit.
-    """
-    planned = _weigh(estimate, kind, device, plan, correction)
-    needed = planned.components.total
-    if needed > memory.free:
-        raise MemoryPlanError(
-            f"{partial} was started with batches of {plan.batch_tokens} tokens, which take "
-            f"{terminal.format_bytes(needed)}, and {device} has "
-            f"{terminal.format_bytes(memory.free)} free; "
-            "free some, or remove the file to start over"
-        )
-    return planned
-
-
 def plan_advice(
     estimate: Estimate,
     kind: str,

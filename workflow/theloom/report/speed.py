@@ -1,11 +1,13 @@
 """Figures of speed: throughput, padding and a breakdown of time, by shard."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from theloom.corpus import batching
+from theloom.model.length_switches import LengthSwitch
 from theloom.report import style
 from theloom.report.style import Drawn, Table
 from theloom.store import file_format
@@ -66,8 +68,13 @@ def shard_work(path: Path) -> ShardWork:
         attributes = dict(file.attrs)
         metrics = dict(zip(METRICS, file["metrics"][:].tolist(), strict=True))
         lengths = np.diff(file["windows/offset"][:])
+    switches = json.loads(attributes.get("model_switches", "[]"))
     batches = batching.plan_batches(
-        lengths, int(attributes["batch_tokens"]), int(attributes["chunk_size"])
+        lengths,
+        int(attributes["batch_tokens"]),
+        int(attributes["chunk_size"]),
+        int(attributes.get("streamed_windows", 1)),
+        [LengthSwitch(**switch) for switch in switches],
     )
     forwarded = sum(len(b.windows) * b.width for b in batches)
     seconds, source = metrics["seconds_total"], "shard"

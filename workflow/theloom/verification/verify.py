@@ -33,6 +33,7 @@ from theloom.model.weight_format import WeightFormat
 from theloom.store import file_format, provenance
 from theloom.terminal import format_bytes
 from theloom.verification import fp32
+from theloom.verification.choice import choose_windows
 from theloom.verification.comparison import Comparison, Recomputation
 from theloom.verification.fp32 import Fidelity
 
@@ -101,7 +102,7 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> Recomputat
         )
     points = [p for p in recorded.catalog.points if p.name in acts]
     windows = choose_windows(
-        acts, config.verify.documents, config.memory.streaming_chunk_size, config.verify.seed
+        acts, config.verify.documents, config.verify.seed, recorded.notable_lengths
     )
     if recorded.layerwise:
         from theloom.verification import layerwise
@@ -150,28 +151,6 @@ def _compare_all(
             continue
         for point, values in expected.items():
             comparison.add(window, point, values)
-
-
-def choose_windows(acts: Activations, documents: int, chunk_size: int, seed: int) -> list[int]:
-    """Choose one window each of several documents: by risk first, then at random.
-
-    Args:
-        acts: the run's activations.
-        documents: how many documents to choose at most.
-        chunk_size: tokens; longer windows were streamed in chunks.
-        seed: of the random choice.
-
-    Returns:
-        Numbers of windows: the longest, one that was streamed (if any), then random ones.
-    """
-    lengths = np.diff(acts.window_offset)
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    streamed = [w for w in order if lengths[w] > chunk_size]
-    wanted = [int(lengths.argmax()), *streamed[:1], *order]
-    chosen: dict[int, int] = {}
-    for window in wanted:
-        chosen.setdefault(int(acts.window_document[window]), int(window))
-    return list(chosen.values())[:documents]
 
 
 def _fits(

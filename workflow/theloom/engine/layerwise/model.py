@@ -31,6 +31,7 @@ from theloom.model import checks, loading, weight_format
 from theloom.model.checks import SelfCheck
 from theloom.model.fake import fake_model
 from theloom.model.files import ModelFiles, hf_config
+from theloom.model.length_switches import length_switches
 from theloom.model.loading import LoadedModel, Target
 from theloom.model.quantization import check_runs_on_the_cpu
 from theloom.model.weight_format import WeightFormat
@@ -183,7 +184,9 @@ class LayerwiseModel:
         )
         if reason:
             log.warning("%s cannot be streamed: %s", name, reason)
-        return SelfCheck(math.nan, padding, chunks, True, not reason, reason)
+        switches = length_switches(self.shell.model.config)
+        up_to = checks.streams_up_to(self.shell.model, switches)
+        return SelfCheck(math.nan, padding, chunks, True, not reason, reason, switches, up_to)
 
 
 @contextmanager

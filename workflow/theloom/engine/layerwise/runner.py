@@ -29,6 +29,7 @@ from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
 from theloom.model.block_calls import BlockCache, Call
+from theloom.model.length_switches import length_switches, ways
 from theloom.precision import torch_dtype
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ class LayerwiseRunner:
         self._over_keys = {p.name for p in points if p.over_keys}
         self.stages = sorted(self._points)
         self._last = min(self.stages[-1], len(shell.blocks) - 1)
-        self._calls: dict[tuple[int, int, int], list[Call]] = {}
+        self._switches = length_switches(shell.model.config)
+        self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._sizes: list[int] = []
         self._pieces: list[int] = []  # the first of each batch
 
@@ -194,11 +196,10 @@ class LayerwiseRunner:
             for number, ids in enumerate(batches):
                 for group in self._groups(ids):
                     for start, chunk, streamed in self._chunks(number, ids[group]):
-                        key = (*chunk.shape, start if streamed else -1)
+                        key = self._key(ids, start, chunk, streamed)
                         if key not in self._calls:
-                            self._calls[key] = self._shell.record(chunk, start, streamed)[
-                                : self._last + 1
-                            ]
+                            calls = self._shell.record(chunk, start, streamed, ids.shape[1])
+                            self._calls[key] = calls[: self._last + 1]
                 if not fresh:
                     continue
                 with units.unit(-1, number) as taps, _Outputs(residuals, len(ids)) as outputs:
@@ -206,7 +207,14 @@ class LayerwiseRunner:
                         units.group(group.start)
                         for start, chunk, streamed in self._chunks(number, ids[group]):
                             entering = _through(
-                                taps, chunk, start, self._shell.enter, chunk, start, streamed
+                                taps,
+                                chunk,
+                                start,
+                                self._shell.enter,
+                                chunk,
+                                start,
+                                streamed,
+                                ids.shape[1],
                             )
                             outputs.write(
                                 self._pieces[number] + start // self._sizes[number], entering
@@ -225,7 +233,7 @@ class LayerwiseRunner:
                 for start, chunk, streamed in self._chunks(number, ids[group]):
                     if streamed and cache is None:
                         cache = BlockCache(self._shell.model.config, block)
-                    call = self._calls[(*chunk.shape, start if streamed else -1)][block]
+                    call = self._calls[self._key(ids, start, chunk, streamed)][block]
                     piece = self._pieces[number] + start // self._sizes[number]
                     residual = residuals.read(piece)[group].to(
                         self._shell.device, non_blocking=True
@@ -250,6 +258,14 @@ class LayerwiseRunner:
                                 self._pieces[number] + start // self._sizes[number]
                             )
                             _through(taps, chunk, start, norm, piece[group].to(self._shell.device))
+
+    def _key(
+        self, ids: torch.Tensor, start: int, chunk: torch.Tensor, streamed: bool
+    ) -> tuple[int, ...]:
+        """What the arguments of a block depend on: a chunk's shape, what came before, and how the
+        model computes documents of the batch's length.
+        """
+        return (*chunk.shape, start if streamed else -1, *ways(self._switches, ids.shape[1]))
 
     def _groups(self, ids: torch.Tensor) -> Iterator[slice]:
         """The windows of a batch that go through a block together."""

@@ -75,6 +75,7 @@ def extract_layerwise(job: ShardJob) -> None:
             planned.plan.batch_tokens,
             planned.plan.chunk_size,
             planned.plan.streamed_windows,
+            run.record.switches,
         )
         ids = [batching.padded(b, job.tokens.input_ids, job.tokens.window_offset) for b in batches]
         most = max((len(b.windows) for b in batches), default=1)
@@ -85,8 +86,12 @@ def extract_layerwise(job: ShardJob) -> None:
         if device.type == "cpu":
             predicted = planned.need.cpu + run.record.correction.overhead
 
+        # the batches of a partial file go in groups where they are larger than now requested
+        requested = run.estimate.batch_tokens or planned.plan.batch_tokens
+        least = max(0, (-(-planned.plan.batch_tokens // requested) - 1).bit_length())
+
         def extract(level: int) -> None:
-            groups = 1 << level
+            groups = 1 << max(level, least)
             runner = LayerwiseRunner(
                 model.shell, model.source, run.points, planned.plan.chunk_size, run.store, groups
             )

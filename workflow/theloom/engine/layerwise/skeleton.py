@@ -39,6 +39,7 @@ from theloom.model.block_calls import (
     refusal,
 )
 from theloom.model.fake import shapes_only
+from theloom.model.length_switches import fix_frequencies
 from theloom.precision import torch_dtype
 
 
@@ -135,10 +136,12 @@ class Shell(Frame):
                         nn.Parameter(fake, requires_grad=False) if parameter else fake
                     )
                 table[leaf] = fakes[id(tensor)]
+        choose_again = fix_frequencies(self.model)
         try:
             with mode, shapes_only(), quantize.shapes_alone(self.model):
                 yield mode
         finally:
+            choose_again()
             for table, leaf, tensor in was:
                 table[leaf] = tensor
 

@@ -1,0 +1,80 @@
+"""Which documents a verification recomputes: those at most risk first."""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from theloom.corpus import batching
+from theloom.corpus.batching import Batch
+from theloom.dataset.activations import Activations
+from theloom.model.length_switches import LengthSwitch
+
+
+def choose_windows(
+    acts: Activations, documents: int, seed: int, lengths: tuple[int, ...] = ()
+) -> list[int]:
+    """Choose one window each of several documents: by risk first, then at random.
+
+    Args:
+        acts: The run's activations.
+        documents: How many documents to choose at most.
+        seed: Of the random choice.
+        lengths: Tokens beyond which the model attends or places tokens otherwise
+            (`model.length_switches.notable_lengths`).
+
+    Returns:
+        Numbers of windows: the longest; the longest and the shortest that went in chunks; the
+        shortest of the batch with most padding; on both sides of each of these lengths, the nearest
+        ones; the first and the last of the fullest batch; then random ones.
+    """
+    tokens = np.diff(acts.window_offset)
+    batches = list(batches_of(acts))
+    wanted = [int(tokens.argmax())]
+    streamed = [w for batch, chunk in batches if batch.width > chunk for w in batch.windows]
+    if streamed:
+        wanted += [max(streamed, key=lambda w: tokens[w]), min(streamed, key=lambda w: tokens[w])]
+    if batches:
+        padded = max(batches, key=lambda b: b[0].tokens - sum(b[0].lengths))[0]
+        wanted.append(padded.windows[-1])
+    for length in sorted(lengths):
+        below, above = np.flatnonzero(tokens <= length), np.flatnonzero(tokens > length)
+        if len(below) and len(above):
+            wanted += [int(below[tokens[below].argmax()]), int(above[tokens[above].argmin()])]
+    if batches:
+        full = max(batches, key=lambda b: len(b[0].windows))[0]
+        wanted += [full.windows[0], full.windows[-1]]
+    wanted += [int(w) for w in np.random.default_rng(seed).permutation(len(tokens))]
+    chosen: dict[int, int] = {}
+    for window in wanted:
+        chosen.setdefault(int(acts.window_document[window]), window)
+    return list(chosen.values())[:documents]
+
+
+def batches_of(acts: Activations) -> Iterator[tuple[Batch, int]]:
+    """The batches in which a run's windows went through the model.
+
+    Args:
+        acts: The run's activations, or a single shard.
+
+    Yields:
+        Batches of numbers of windows in the dataset, each with the tokens of a chunk.
+    """
+    attributes = acts.attributes
+    batch_tokens, chunks = _each(attributes["batch_tokens"]), _each(attributes["chunk_size"])
+    rows = _each(attributes.get("shard_rows", attributes["rows"]))
+    switches = [LengthSwitch(**s) for s in json.loads(attributes.get("model_switches", "[]"))]
+    together = int(attributes.get("streamed_windows", 1))
+    ends = np.searchsorted(acts.window_offset, np.cumsum(rows))
+    first = 0
+    for end, most, chunk in zip(ends, batch_tokens, chunks, strict=True):
+        tokens = np.diff(acts.window_offset[first : end + 1])
+        for batch in batching.plan_batches(tokens, most, chunk, together, switches):
+            yield Batch(tuple(first + w for w in batch.windows), batch.lengths), chunk
+        first = int(end)
+
+
+def _each(attribute: object) -> list[int]:
+    """A number of each shard: a JSON list in a merged file, a number in a shard."""
+    value = json.loads(str(attribute))
+    return value if isinstance(value, list) else [value]
