@@ -74,7 +74,9 @@ def test_bfloat16_keeps_every_bit_pattern_nan_payloads_included(tmp_path):
     every = (
         torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(-1, 8)
     )
-    with ShardWriter(tmp_path / "s.h5", spec("bf16", lengths=[len(every)])) as writer:
+    with ShardWriter(
+        tmp_path / "s.h5", spec("bf16", lengths=[len(every)], allow_nonfinite=True)
+    ) as writer:
         for point in POINTS:
             writer.write(0, point.name, 0, every)
         writer.batch_done(len(every), last=True)
@@ -241,7 +243,8 @@ def test_fp16_keeps_every_bit_pattern_nan_payloads_included(tmp_path):
         torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float16).view(-1, 8)
     )
     with ShardWriter(
-        tmp_path / "s.h5", spec("fp16", lengths=[len(every)], max_overflow=1.0)
+        tmp_path / "s.h5",
+        spec("fp16", lengths=[len(every)], max_overflow=1.0, allow_nonfinite=True),
     ) as writer:
         for point in POINTS:
             writer.write(0, point.name, 0, every)

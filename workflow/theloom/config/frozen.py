@@ -28,7 +28,7 @@ class Stage:
 # Keys that change what a job leaves beside its result, and nothing in the result. They are frozen
 # only where they are set, so that the config of a run without them is what it was before they
 # existed; elsewhere they read as null.
-BESIDE_THE_RESULT = ("memory.profile_shard", "store.max_overflow")
+BESIDE_THE_RESULT = ("memory.profile_shard", "store.max_overflow", "store.allow_nonfinite")
 
 _MODEL_FILES = (
     "model.source",

@@ -152,6 +152,11 @@ class StoreConfig:
         "before the job "
         "stops with an error; null: none",
     )
+    allow_nonfinite: bool | None = key(
+        None,
+        "keep values that the model gives as NaN or infinite; else the job ends where it meets the "
+        "first one",
+    )
 
 
 @dataclass

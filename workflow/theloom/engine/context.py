@@ -133,6 +133,7 @@ class ShardJob:
             },
             compression=run.config.store.compression.name,
             max_overflow=run.config.store.max_overflow or 0.0,
+            allow_nonfinite=bool(run.config.store.allow_nonfinite),
         )
 
     def started_plan(self) -> Plan | None:

@@ -86,6 +86,14 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
         raise ModelError(f"{name} cannot be run on token ids alone: {_words(error)}") from None
     except HookError as error:
         raise ModelError(f"{name}: {error}") from None
+    if not_finite := next((n for n, v in whole.items() if not v.isfinite().all()), None):
+        log.warning(
+            "%s: %s is not finite for random tokens: its weights are damaged, or %s has too little "
+            "range for it",
+            name,
+            not_finite,
+            str(getattr(architecture.model, "dtype", "its precision")).removeprefix("torch."),
+        )
     states_error = largest_error(states, whole)
     if not states_error <= limit:
         raise ModelError(
@@ -215,15 +223,20 @@ def padded(ids: "torch.Tensor") -> "torch.Tensor":
 
 
 def largest_error(expected: Residuals, found: Residuals) -> float:
-    """Infinite where anything is missing, of another shape or not finite."""
+    """Infinite where anything is missing, of another shape, or finite in one of both alone."""
+    import torch
+
     errors = []
     for name, value in expected.items():
         other = found[name]
         if other.shape != value.shape:
             return math.inf
         value = value.float().cpu()
+        if not torch.equal(value.isfinite(), other.isfinite()):
+            return math.inf
+        value, other = value.nan_to_num(0.0, 0.0, 0.0), other.nan_to_num(0.0, 0.0, 0.0)
         errors.append(float((other - value).abs().max() / value.abs().max().clamp_min(1e-30)))
-    return max((e if e == e else math.inf) for e in errors)
+    return max(errors)
 
 
 def _words(error: Exception) -> str:

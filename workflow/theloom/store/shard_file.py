@@ -46,6 +46,7 @@ class ShardSpec:
     `keys`: the tokens of the longest window of all shards, the last axis of attention's rows.
     `fingerprint`: identifies config, tokens and model; a `.partial` file with another one is not
     resumed. `max_overflow`: the share of a hook point's fp16 values that may be infinite.
+    `allow_nonfinite`: values that the model gives as NaN or infinite are kept.
     """
 
     tokens: ShardTokens
@@ -57,6 +58,7 @@ class ShardSpec:
     attributes: Mapping[str, Any]
     compression: str = "none"
     max_overflow: float = 0.0
+    allow_nonfinite: bool = False
 
     @property
     def rows(self) -> int:

@@ -71,7 +71,7 @@ class Statistics:
             self._add_tile(flat[start : start + step], precision)
 
     def _add_tile(self, bits: np.ndarray, precision: str) -> None:
-        tile = _as_float32(bits, precision)
+        tile = as_float32(bits, precision)
         self.rows += len(tile)
         # what overflows in float32 is detected below, and summed in float64
         with np.errstate(over="ignore", invalid="ignore"):
@@ -80,7 +80,7 @@ class Statistics:
                 if self._add_finite(tile, np.shares_memory(tile, bits)):
                     self.norm_sum += float(np.sqrt(squared_norms).sum(dtype="f8"))
                     return
-                tile = _as_float32(bits, precision)  # `_add_finite` has overwritten it
+                tile = as_float32(bits, precision)  # `_add_finite` has overwritten it
         self._add_with_gaps(tile)
 
     def _add_finite(self, tile: np.ndarray, shared: bool) -> bool:
@@ -130,7 +130,7 @@ def tile_rows(width: int) -> int:
     return min(max(1, _TILE // max(1, width)), _MOST_ROWS)
 
 
-def _as_float32(bits: np.ndarray, precision: str) -> np.ndarray:
+def as_float32(bits: np.ndarray, precision: str) -> np.ndarray:
     if precision == "bf16":
         wide = bits.astype("<u4")
         wide <<= 16

@@ -28,12 +28,12 @@ import h5py
 import numpy as np
 import xxhash
 
-from theloom.errors import StoreError
 from theloom.store import checksums, commit_log, file_format, index, shard_file, statistics
 from theloom.store.commit_log import RECORD
 from theloom.store.compression import pack_shard
 from theloom.store.file_format import METRICS
 from theloom.store.lock import WriterLock
+from theloom.store.nonfinite import check_finite
 from theloom.store.partial import partial_of
 from theloom.store.shard_file import ShardSpec
 
@@ -162,7 +162,7 @@ class ShardWriter:
             last: whether this is the last batch, which is always committed.
 
         Raises:
-            StoreError: more fp16 values are infinite than the spec allows.
+            StoreError: more values are not finite than the spec allows.
             MemoryPlanError: the disk is full.
         """
         if self._unfinished:
@@ -202,7 +202,7 @@ class ShardWriter:
 
         Raises:
             ValueError: batches are missing.
-            StoreError: more fp16 values are infinite than the spec allows.
+            StoreError: more values are not finite than the spec allows.
             MemoryPlanError: the disk is full.
         """
         if self.batches_done != self._spec.batches or self._unfinished or self._hashes:
@@ -210,7 +210,7 @@ class ShardWriter:
         self.commit()
         for counted in self._counted:
             counted.result()
-        self._check_overflow()
+        self._check_finite(last=True)
         for name, values in statistics.statistics_columns(
             [self._statistics[p.name] for p in self._spec.points]
         ).items():
@@ -242,7 +242,7 @@ class ShardWriter:
         for counted in self._to_count:
             counted.result()  # so that the statistics are at most a commit behind
         if self._to_count:
-            self._check_overflow()
+            self._check_finite()
         self._to_count = self._counted
         first = self.batches_done - len(self._records)
         log_records = np.array(self._records, RECORD).tobytes()
@@ -303,23 +303,8 @@ class ShardWriter:
             ):
                 self._statistics[hook].add(data, self._spec.precision)
 
-    def _check_overflow(self) -> None:
-        if self._spec.precision != "fp16":
-            return
-        for point in self._spec.points:
-            infinite = self._statistics[point.name].infinite
-            values = self._spec.rows * point.width(self._spec.keys)
-            if infinite > self._spec.max_overflow * values:
-                raise StoreError(
-                    f"{self.path.name}: {infinite} of {values} values of {point.name} are beyond "
-                    "fp16's 65,504 and so infinite, more than store.max_overflow="
-                    f"{self._spec.max_overflow:g} of them; set store.dtype=bf16 or fp32, "
-                    "or raise store.max_overflow"
-                )
-            if infinite and self.batches_done == self._spec.batches:
-                log.warning(
-                    "%s: %d of %d values are infinite in fp16", point.name, infinite, values
-                )
+    def _check_finite(self, last: bool = False) -> None:
+        check_finite(self._spec, self._statistics, self.path.name, self._fd, self._offsets, last)
 
     def _can_resume(self) -> bool:
         """Whether there is an unfinished file to resume; any other is discarded, with a warning."""

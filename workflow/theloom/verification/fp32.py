@@ -148,7 +148,8 @@ def _cosines(
         torch.cosine_similarity(acts[h][rows].float(), truth[h][0].float().cpu(), dim=-1)
         for h in hooks
     ]
-    return [float(c.mean()) for c in cosines], [float(c.min()) for c in cosines]
+    finite = [c[c.isfinite()] if c.isfinite().any() else c for c in cosines]
+    return [float(c.mean()) for c in finite], [float(c.min()) for c in finite]
 
 
 def write(fidelity: Fidelity, file: h5py.File) -> None:

@@ -1,0 +1,88 @@
+"""The rule for values of a shard that are NaN or infinite.
+
+Infinities of an fp16 file are values beyond its range, of which `ShardSpec.max_overflow` allows a
+share. Any other value that is not finite is the model's own: it ends the job, unless
+`ShardSpec.allow_nonfinite` keeps it. Either way the first one is named.
+"""
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+
+from theloom.errors import StoreError
+from theloom.hooks.points import SCORES, HookPoint
+from theloom.store import commit_log
+from theloom.store.shard_file import ShardSpec
+from theloom.store.statistics import Statistics, as_float32
+
+log = logging.getLogger(__name__)
+
+
+def check_finite(
+    spec: ShardSpec,
+    counted: Mapping[str, Statistics],
+    file: str,
+    fd: int,
+    offsets: Mapping[str, int],
+    last: bool = False,
+) -> None:
+    """Apply the rule to the rows that are written so far.
+
+    Args:
+        spec: What the shard holds.
+        counted: The statistics of its rows, by hook point.
+        file: Its name, for messages.
+        fd: Its open file.
+        offsets: Where the rows of each hook point begin in it, in bytes.
+        last: Whether all rows are written; what was kept is then logged.
+
+    Raises:
+        StoreError: There are more such values than the spec allows.
+    """
+    for point in spec.points:
+        found = counted[point.name]
+        beyond = found.infinite if spec.precision == "fp16" else 0
+        values = spec.rows * point.width(spec.keys)
+        if beyond > spec.max_overflow * values and not spec.allow_nonfinite:
+            raise StoreError(
+                f"{file}: {beyond} of {values} values of {point.name} are beyond fp16's 65,504 "
+                f"and so infinite, more than store.max_overflow={spec.max_overflow:g} of them; set "
+                "store.dtype=bf16 or fp32, or raise store.max_overflow"
+            )
+        own = found.nonfinite - beyond
+        if own and not spec.allow_nonfinite:
+            raise StoreError(
+                f"{file}: {point.name} is not finite: {first_of(spec, point, fd, offsets)}; the "
+                "weights or the precision give that (memory.precision_mode=bf16 and fp32 have more "
+                "range than fp16); store.allow_nonfinite=true keeps such values"
+            )
+        if last and found.nonfinite:
+            log.warning(
+                "%s: %d of %d values are not finite; first: %s%s",
+                point.name,
+                found.nonfinite,
+                values,
+                first_of(spec, point, fd, offsets),
+                f"; {beyond} of them are infinite in fp16" if beyond else "",
+            )
+
+
+def first_of(spec: ShardSpec, point: HookPoint, fd: int, offsets: Mapping[str, int]) -> str:
+    """The first value of a hook point that is not finite: what it is, and where, in words."""
+    tokens, size = spec.tokens, spec.row_bytes()[point.name]
+    row = 0
+    for bits in commit_log.tiles(fd, offsets[point.name], spec.rows, size, spec.precision):
+        values = as_float32(bits, spec.precision)
+        wrong = ~np.isfinite(values)
+        if point.name.endswith(SCORES):  # of masked keys they are -inf
+            wrong &= ~np.isneginf(values)
+        if wrong.any():
+            place = int(wrong.any(axis=1).argmax())
+            value = values[place][wrong[place]][0]
+            row += place
+            document = int(np.searchsorted(tokens.document_offset, row, side="right")) - 1
+            name = tokens.document_id[document].decode(errors="replace")
+            return f"{value:g} at token {row - int(tokens.document_offset[document])} of {name}"
+        row += len(bits)
+    return "none"
