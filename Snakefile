@@ -10,6 +10,7 @@ include: "workflow/rules/common.smk"
 rule all:
     input:
         expand("results/{run}/{file}", run=RUNS, file=["activations.h5", "verification.h5"]),
+        [shard for run in RUNS for shard in delivered_shards(run)],
     localrule: True
     message:
         "all runs are done"

@@ -180,21 +180,23 @@ def test_a_key_that_no_schema_has_is_refused_in_a_yaml_file_too(tmp_path):
 
 
 def test_a_frozen_stage_holds_its_keys_and_reading_another_raises(tmp_path):
-    freeze(one("memory.streaming_chunk_size=77").stage("extract"), tmp_path / "extract.json")
-    thawed = load_frozen(tmp_path / "extract.json")
+    freeze(one("memory.streaming_chunk_size=77").stage("estimate"), tmp_path / "estimate.json")
+    thawed = load_frozen(tmp_path / "estimate.json")
     assert thawed.memory.streaming_chunk_size == 77
     assert thawed.memory.precision_mode is schema.PrecisionMode["fp32"]
-    assert to_plain(thawed) == json.loads((tmp_path / "extract.json").read_text())["config"]
+    assert to_plain(thawed) == json.loads((tmp_path / "estimate.json").read_text())["config"]
     with pytest.raises(MissingMandatoryValue):
         thawed.verify.documents  # noqa: B018
     with pytest.raises(MissingMandatoryValue):
-        thawed.model.architecture  # noqa: B018
+        thawed.report.title  # noqa: B018
 
 
 @pytest.mark.parametrize(
     ("override", "stages"),
     [
-        ("memory.streaming_chunk_size=64", {"estimate", "extract", "verify"}),
+        ("memory.streaming_chunk_size=64", {"estimate"}),
+        ("extraction.batch_tokens=64", {"estimate"}),
+        ("memory.activation_cache_filter=[blocks.0.hook_resid_pre]", {"estimate", "extract"}),
         ("verify.documents=3", {"verify"}),
         ("store.merge=physical", {"merge"}),
         ("corpus.encoding=latin-1", {"tokens"}),

@@ -47,7 +47,7 @@ EXTRACTION = {"estimate_memory": 1, "extract_shard": 2, **REST}
         (
             "streaming_chunk_size: 64",
             "streaming_chunk_size: 32",
-            {"freeze_config": 3, **EXTRACTION},
+            {"freeze_config": 1, "estimate_memory": 1},  # rounding alone: all rows are kept
         ),
         ("extraction:", "extraction: # a remark", {}),
         ("extraction:", "verify: {documents: 3}\nextraction:", {"freeze_config": 1, "verify": 1}),
@@ -86,6 +86,15 @@ def test_an_unfinished_run_goes_on_with_other_resources(finished):
             other.rename(file)
 
 
+def test_a_shard_that_is_deleted_is_made_anew(finished):
+    shard = finished.results("tiny") / "shards/00001-of-00002.h5"
+    kept = shard.rename(shard.with_suffix(".kept"))
+    try:
+        assert finished.jobs(profiles="tiny") == {"extract_shard": 1, **REST}
+    finally:
+        kept.rename(shard)
+
+
 def test_an_edit_during_a_run_changes_nothing_in_it(tiny):
     command = tiny.command(profiles="tiny")
     running = subprocess.Popen(
@@ -102,7 +111,7 @@ def test_an_edit_during_a_run_changes_nothing_in_it(tiny):
     (tiny.folder / "config/corpus/python-docs.yaml").write_text("kind: [this is, no corpus")
     printed, _ = running.communicate(timeout=600)
     assert running.returncode == 0, printed
-    frozen = json.loads((tiny.results("tiny") / "config/extract.json").read_text())
+    frozen = json.loads((tiny.results("tiny") / "config/estimate.json").read_text())
     assert frozen["config"]["memory"]["streaming_chunk_size"] == 64
     acts = theloom.open(tiny.results("tiny") / "activations.h5")
     assert acts.attributes["chunk_size"] == "[64, 64]"

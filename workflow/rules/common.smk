@@ -175,6 +175,11 @@ def shards_of(run):
     return [f"results/{run}/shards/{n:05d}-of-{count:05d}.h5" for n in range(count)]
 
 
+def delivered_shards(run):
+    """The shards that a run's activations.h5 refers to: without them it cannot be read."""
+    return shards_of(run) if RUNS[run].config["store"]["merge"] == "virtual" else []
+
+
 def drawn(group, category, folder="results/{run}/figures", subcategory="{run}"):
     """The outputs of a group of figures: each as a drawing, as a table, and as CSV."""
     outputs = {}

@@ -25,6 +25,7 @@ class Flow:
         self.ran: list[nn.Module] = []
         self.heads: dict[nn.Module, tuple[int, int]] = {}
         self.head_size: dict[nn.Module, int] = {}
+        self.last_state = 0  # the identity of what the model gives as its last hidden state
         with ExitStack() as opened:
             for module in model.modules():
                 if module is not model:
@@ -37,6 +38,8 @@ class Flow:
                 core = find_core(attn) if attn is not None else None
                 if core is not None and attention.uses_registry(core):
                     opened.enter_context(Inside(core, {ROT_Q, ROT_K}, self._meet(core)))
+            base = getattr(model, "base_model", model)
+            opened.callback(base.register_forward_hook(self._end).remove)
             forward_three_tokens(model)
         self._norms = {m: Norm(m, self._in[m]) for m in self.ran if is_norm(m) and m in self._in}
 
@@ -52,6 +55,12 @@ class Flow:
         found = next((v for v in values if isinstance(v, torch.Tensor)), None)
         if found is not None:
             self._out.setdefault(module, found)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        state = getattr(output, "last_hidden_state", None)
+        if state is None and isinstance(output, tuple) and output:
+            state = output[0]
+        self.last_state = _identity(state if isinstance(state, torch.Tensor) else None)
 
     def _meet(self, core: nn.Module) -> Callable[[str, torch.Tensor], None]:
         def read(name: str, value: torch.Tensor) -> None:

@@ -38,8 +38,9 @@ from theloom.hooks.module_names import (
     leaves,
 )
 from theloom.hooks.points import (
-    AFTER_BLOCKS,
+    FINAL_NORM,
     IN_BLOCK,
+    LAST_STATE,
     NO_LEARNED_POSITIONS,
     PATTERN,
     POST_NORM,
@@ -57,6 +58,7 @@ class Anatomy:
     """
 
     final_norm: nn.Module | None = None
+    end: nn.Module | None = None  # after it, all hook points behind the blocks have been read
     sites: dict[str, Site] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     points: list[HookPoint] = field(default_factory=list)  # of the sites, without shapes
@@ -104,7 +106,11 @@ def _find(architecture: Architecture) -> Anatomy:
     organs += [
         (number, value, "its block is not loaded") for number in unloaded for value in IN_BLOCK
     ]
-    organs += [(count, value, where) for value, where in zip(AFTER_BLOCKS, final, strict=True)]
+    organs += [(count, value, where) for value, where in zip(FINAL_NORM, final, strict=True)]
+    last = _last_state(architecture, flow)
+    found.end = last or found.final_norm
+    missing = "the model's last hidden state is no module's output"
+    organs.append((count, LAST_STATE, missing if last is None else Site(last, "output")))
     for block_number, value, where in organs:
         new = point(value, block_number, count, ())
         if isinstance(where, str):
@@ -113,6 +119,16 @@ def _find(architecture: Architecture) -> Anatomy:
             found.sites[new.name] = where
             found.points.append(new)
     return found
+
+
+def _last_state(architecture: Architecture, flow: "Flow") -> nn.Module | None:
+    """The module whose output is what the model gives as its last hidden state: the final norm for
+    most, a projection behind it, or the last block.
+    """
+    last = architecture.blocks[-1]
+    behind = flow.ran[flow.ran.index(last) :] if last in flow.ran else []
+    places = [*(m for m in behind if not flow.in_a_block(m)), last]
+    return next((m for m in places if flow.last_state and flow.output(m) == flow.last_state), None)
 
 
 def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
@@ -160,6 +176,8 @@ class _Block:
         self._before_attention = flow.input(self._attention)
         self._before_mlp = flow.input(self._entry)
         self._ln1 = flow.norm_to(self._before_attention, block)
+        if self._ln1 is None and self._attention is not None:  # ESM has it within its attention
+            self._ln1 = flow.norm_to(flow.input(find_core(self._attention)), block)
         self._ln2 = flow.norm_to(self._before_mlp, block)
 
     def sites(self) -> dict[str, Site | str]:

@@ -43,13 +43,15 @@ IN_BLOCK = (
     "hook_resid_post",
 )
 
-AFTER_BLOCKS = ("ln_final.hook_scale", "ln_final.hook_normalized")
+FINAL_NORM = ("ln_final.hook_scale", "ln_final.hook_normalized")
+LAST_STATE = "ln_final.hook_out"
+AFTER_BLOCKS = (*FINAL_NORM, LAST_STATE)
 
 # values that take memory of their own to read; the others are tensors that the model has made
 # anyway
 COMPUTED = frozenset(
     {"ln1.hook_scale", "ln1.hook_normalized", "ln2.hook_scale", "ln2.hook_normalized"}
-) | frozenset({SCORES, PATTERN, *AFTER_BLOCKS})
+) | frozenset({SCORES, PATTERN, *FINAL_NORM})
 
 NO_LEARNED_POSITIONS = "it has no learned positions"
 POST_NORM = "no norm comes before its attention, so that the norms it has see something else"
@@ -146,6 +148,7 @@ def llama_catalog(size: ModelDims) -> HookCatalog:
         *(point(value, block, n, shapes[value]) for block in range(n) for value in IN_BLOCK),
         point("ln_final.hook_scale", n, n, [1]),
         point("ln_final.hook_normalized", n, n, d),
+        point(LAST_STATE, n, n, d),
     ]
     return HookCatalog([p for p in every if p.name not in absent], absent)
 

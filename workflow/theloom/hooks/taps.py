@@ -144,9 +144,7 @@ class Taps:
         blocks = self.architecture.blocks
         if deepest < 0:
             return blocks[0].register_forward_pre_hook(_stop)
-        last = (
-            Anatomy.of(self.architecture).final_norm if deepest == len(blocks) else blocks[deepest]
-        )
+        last = Anatomy.of(self.architecture).end if deepest == len(blocks) else blocks[deepest]
         assert last is not None
         return last.register_forward_hook(_stop)
 

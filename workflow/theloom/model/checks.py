@@ -94,7 +94,7 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
             not_finite,
             str(getattr(architecture.model, "dtype", "its precision")).removeprefix("torch."),
         )
-    states_error = largest_error(states, whole)
+    states_error = largest_error({n: states[n] for n in whole}, whole)
     if not states_error <= limit:
         raise ModelError(
             f"{name}: the residual stream that is read differs from its own output_hidden_states "

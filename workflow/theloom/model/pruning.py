@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from theloom.hooks.blocks import Architecture, BlockNotLoadedError
-from theloom.hooks.points import HookPoint, deepest_block
+from theloom.hooks.points import LAST_STATE, HookPoint, deepest_block
 from theloom.hooks.sites import Site
 from theloom.hooks.taps import Taps
 
@@ -82,7 +82,10 @@ def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
     around = {a for name, m in model.named_modules() if m in blocks for a in _ancestors(name)} | {
         ""
     }
-    everywhere, before = _called(described, None), _called(described, points)
+    everywhere = _called(described, None)
+    # what the model's own last hidden state is, is seen where its forward pass goes to the end
+    whole = any(p.value == LAST_STATE for p in points)
+    before = everywhere if whole else _called(described, points)
     dropped = {
         n
         for n, m in model.named_modules()

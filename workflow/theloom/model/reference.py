@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture
+from theloom.hooks.points import LAST_STATE
 from theloom.hooks.sites import Site
 from theloom.model.forward import start_afresh
 
@@ -69,9 +70,9 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
     else:
         inputs_, outputs = states[:count], [*states[1:count], seen["last"]]
     found = {f"blocks.{i}.hook_resid_pre": state.detach() for i, state in enumerate(inputs_)}
-    return found | {
-        f"blocks.{i}.hook_resid_post": state.detach() for i, state in enumerate(outputs)
-    }
+    found |= {f"blocks.{i}.hook_resid_post": state.detach() for i, state in enumerate(outputs)}
+    last = getattr(output, "last_hidden_state", None)
+    return found if last is None else found | {LAST_STATE: last.detach()}
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def _plain(
 ) -> "dict[HookPoint, torch.Tensor]":
     """Values of a window, (position, …), from one plain pass without chunks or padding."""
     ids = fp32.window_ids(acts, window).to(loaded.device)
-    values = oracle(loaded, ids) | _tapped(loaded, ids, points)
+    values = _tapped(loaded, ids, points) | oracle(loaded, ids)
     return {
         p: values[p.name][0].transpose(0, 1) if p.over_keys else values[p.name][0] for p in points
     }

@@ -23,10 +23,10 @@ from theloom.engine.layerwise.block_loader import BlockSource
 from theloom.engine.layerwise.residual_store import ResidualSpec, ResidualStore
 from theloom.engine.layerwise.skeleton import Shell
 from theloom.engine.progress import SweepProgress
-from theloom.errors import StoppedError
+from theloom.errors import HookError, StoppedError
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.locate import Anatomy
-from theloom.hooks.points import HookPoint
+from theloom.hooks.points import LAST_STATE, HookPoint
 from theloom.hooks.taps import Taps
 from theloom.model.block_calls import BlockCache, Call
 from theloom.model.length_switches import length_switches, ways
@@ -85,6 +85,8 @@ class LayerwiseRunner:
             groups,
         )
         self._dtype = torch_dtype(store)
+        if any(p.value == LAST_STATE for p in points):
+            _check_last_state(shell.architecture)
         self._points: dict[int, list[HookPoint]] = defaultdict(list)
         for point in points:
             self._points[point.block].append(point)
@@ -291,6 +293,17 @@ class LayerwiseRunner:
         """A value as the writer takes it: (window, position, …), on the host."""
         rows = stored.cpu()
         return rows.transpose(1, 2) if name in self._over_keys else rows
+
+
+def _check_last_state(architecture: Architecture) -> None:
+    """Raise HookError if more than the final norm makes the model's last hidden state."""
+    anatomy = Anatomy.of(architecture)
+    if anatomy.end is not anatomy.final_norm:
+        raise HookError(
+            f"{LAST_STATE}: layer by layer it is read where the final norm gives it, which in "
+            f"{type(architecture.model).__name__} is not so; take the last block's "
+            "hook_resid_post, or set extraction.execution=resident"
+        )
 
 
 class _Outputs:
