@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     import torch
@@ -129,9 +130,11 @@ def notable_lengths(config: "PretrainedConfig") -> tuple[int, ...]:
 
 def rotary_modules(model: "nn.Module") -> list["nn.Module"]:
     """The modules that choose rotary frequencies by the longest position of a pass."""
+    if model not in _with_rope:  # found once: passes over all modules would cost each batch
+        _with_rope[model] = [m for m in model.modules() if "rope_type" in vars(m)]
     return [
         module
-        for module in model.modules()
+        for module in _with_rope[model]
         if any("dynamic" in name or name == "longrope" for name in _types(module))
         and "position_ids" in inspect.signature(type(module).forward).parameters
     ]
@@ -207,6 +210,9 @@ def fix_frequencies(model: "nn.Module") -> Callable[[], None]:
             undo.callback(rope.__setitem__, "rope_type", rope["rope_type"])
             rope["rope_type"] = "default"
     return undo.close
+
+
+_with_rope: "WeakKeyDictionary[nn.Module, list[nn.Module]]" = WeakKeyDictionary()
 
 
 def _types(module: "nn.Module") -> Sequence[str]:
