@@ -18,8 +18,8 @@ Config = $(if $(value PROFILES)$(value SET),--config $(if $(value PROFILES),prof
 
 # Variables that nothing reads would run something else without a word
 Known := PYTHON PROFILES SET BENCH
-Typed := $(foreach v,$(filter-out $(Known) -%,$(.VARIABLES)),$(if $(filter command,$(origin $v)),$v))
-Meant = $(if $(filter PROFILE profile profiles,$1),PROFILES=$(value $1),SET="… $1=$(value $1)")
+Typed := $(strip $(foreach v,$(filter-out $(Known),$(.VARIABLES)),$(if $(filter command,$(origin $v)),$v)))
+Meant = $(if $(filter PROFILE profile profiles,$1),PROFILES=$(value $1),$(if $(filter set,$1),SET="$(value $1)",SET="… $1=$(value $1)"))
 ifneq ($(Typed),)
 $(error error: make knows no variable $(firstword $(Typed)); write $(call Meant,$(firstword $(Typed))) (it takes $(Known); quotes go round all of SET))
 endif

@@ -207,6 +207,8 @@ onstart:
         slurm.keep_to_squeue()
     for run in RUNS.values():
         freeze_resources(run)
+    if BRIEF:
+        BRIEF.retries = workflow.execution_settings.retries
     if BARS and workflow.local_exec:
         BARS.start()
 

@@ -22,18 +22,15 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from theloom.config import frozen, names, schema, sharding, words
+from theloom.config import checks, frozen, names, schema, sharding, values, words
 from theloom.config.frozen import BESIDE_THE_RESULT, STAGES
 from theloom.config.schema import Config
-from theloom.config.words import Assignment
+from theloom.config.values import Assignment
 from theloom.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 ConfigStore.instance().store(name="theloom", node=Config)
-
-# The key that says where a corpus is, which no other kind of corpus has a use for.
-_OF_ONE_CORPUS = {"text": "path", "hub": "dataset"}
 
 # Section, old name and new name of each key that was renamed.
 _OLD_NAMES = [
@@ -95,17 +92,17 @@ def runs(
     swept = {a.key for a in assignments if len(a.values) > 1}
     named = [p.strip() for p in profiles.split(",") if p.strip()]
     found: dict[str, Run] = {}
-    for profile, values in itertools.product(
+    for profile, combination in itertools.product(
         named, itertools.product(*(a.values for a in assignments))
     ):
-        chosen = {a.key: value for a, value in zip(assignments, values, strict=True)}
+        chosen = {a.key: value for a, value in zip(assignments, combination, strict=True)}
         config, left_open = _compose(config_dir, profile, chosen)
         name = _name(config["name"], profile, len(named) > 1, chosen, swept)
         if name in found:
             raise ConfigError(
                 f"two runs have the name {name!r}; a profile or a value is given twice"
             )
-        texts = tuple(words.written(key, value) for key, value in chosen.items())
+        texts = tuple(values.written(key, value) for key, value in chosen.items())
         found[name] = Run(name, profile, texts, config, left_open)
     if not found:
         raise ConfigError(
@@ -116,16 +113,16 @@ def runs(
 
 
 def _name(
-    own: str | None, profile: str, several: bool, chosen: dict[str, words.Value], swept: set[str]
+    own: str | None, profile: str, several: bool, chosen: dict[str, values.Value], swept: set[str]
 ) -> str:
-    texts = {key: words.written(key, value) for key, value in chosen.items() if key != "name"}
-    varied = [text for key, text in texts.items() if key in swept]
+    """A run's name: the user's own, with what varies within this call; else profile, overrides."""
+    texts = {key: values.written(key, value) for key, value in chosen.items() if key != "name"}
+    base = names.of_profile(profile)
     if own is None:
-        fixed = [text for key, text in texts.items() if key not in swept]
-        return names.run_name(names.of_profile(profile), varied, fixed)
+        return names.run_name(base, list(texts.values()))
     names.check(own)
-    base = f"{own}+{names.of_profile(profile)}" if several else own
-    return names.run_name(base, varied, [])
+    varied = [text for key, text in texts.items() if key in swept]
+    return names.run_name(f"{own}+{base}" if several else own, varied)
 
 
 def _default_profile(config_dir: Path) -> str:
@@ -164,11 +161,11 @@ def _check_keys(config_dir: Path, assignments: Sequence[Assignment]) -> None:
                         f"{', '.join(options)}"
                     )
         elif a.key not in known:
-            raise ConfigError(words.unknown_key(a.key))
+            raise ConfigError(values.unknown_key(a.key))
 
 
 def _compose(
-    config_dir: Path, profile: str, chosen: dict[str, words.Value]
+    config_dir: Path, profile: str, chosen: dict[str, values.Value]
 ) -> tuple[dict[str, Any], bool]:
     """The composed config as plain data, and whether it left the number of shards open."""
     profiles = _options(config_dir, "profile")
@@ -176,7 +173,7 @@ def _compose(
         several = "; put commas between profiles" if " " in profile else ""
         choices = ", ".join(profiles)
         raise ConfigError(
-            f"unknown profile {profile!r}{words.near(profile, profiles)}{several}; choose from "
+            f"unknown profile {profile!r}{values.near(profile, profiles)}{several}; choose from "
             f"{choices}"
         )
     groups = _groups(config_dir)
@@ -195,7 +192,7 @@ def _compose(
         config = cast(
             dict[str, Any], OmegaConf.to_container(strict, enum_to_str=True, resolve=True)
         )
-        _check(cast(Config, strict))
+        checks.check(cast(Config, strict))
         for section, old, _ in _OLD_NAMES:
             del config[section][old]
     except MissingConfigException as error:
@@ -243,7 +240,7 @@ def _explain(error: BaseException) -> str:
     full_key = str(getattr(inner, "full_key", "") or "")
     text = str(inner).split("\n")[0]
     if match := re.match(r"Key '(.*?)' (?:not in|is not in struct)", text):
-        return words.unknown_key(full_key or match[1])
+        return values.unknown_key(full_key or match[1])
     if "is not a ListConfig" in text:
         return (
             f"{full_key}: one value where a list is wanted; put brackets round it: {full_key}=[…]"
@@ -253,77 +250,3 @@ def _explain(error: BaseException) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-def _check(config: Config) -> None:
-    """Values that have the right type and yet make no sense. Raises ConfigError."""
-    if OmegaConf.is_missing(config.model, "source"):
-        raise ConfigError("model.source: not set; give a hub id, a local folder or package:NAME")
-    at_least_one = {
-        "memory.streaming_chunk_size": config.memory.streaming_chunk_size,
-        "extraction.batch_tokens": config.extraction.batch_tokens,
-        "extraction.shards": config.extraction.shards,
-        "corpus.max_documents": config.corpus.max_documents,
-        "corpus.max_tokens": config.corpus.max_tokens,
-        "corpus.context_length": config.corpus.context_length,
-        "verify.documents": config.verify.documents,
-        "report.sampled_rows": config.report.sampled_rows,
-        "report.map_rows": config.report.map_rows,
-        "resources.threads": config.resources.threads,
-        "resources.min_shards": config.resources.min_shards,
-        "resources.mem_mb": config.resources.mem_mb,
-        "resources.load_mem_mb": config.resources.load_mem_mb,
-        "resources.runtime": config.resources.runtime,
-        "resources.verify_runtime": config.resources.verify_runtime,
-        "resources.disk_mb": config.resources.disk_mb,
-        "resources.min_free_gpu_mb": config.resources.min_free_gpu_mb,
-    }
-    for key, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{key}: {value} is too small; the least is 1")
-    for key, share in {
-        "gpu_memory_gb": config.resources.gpu_memory_gb,
-        "tokens_per_second": config.resources.tokens_per_second,
-    }.items():
-        if share is not None and not share > 0:
-            raise ConfigError(f"resources.{key}: {share} is not above 0")
-    for key, number in {
-        "resources.gpu": config.resources.gpu,
-        "report.attention_document": config.report.attention_document,
-    }.items():
-        if number is not None and number < 0:
-            raise ConfigError(f"{key}: {number} is too small; the least is 0")
-    profiled, shards = config.memory.profile_shard, config.extraction.shards or 1  # a number by now
-    if profiled is not None and not 0 <= profiled < shards:
-        raise ConfigError(
-            f"memory.profile_shard: {profiled} is no shard; the run's shards are 0 to {shards - 1}"
-        )
-    if not 0 < config.memory.memory_warning_threshold <= 1:
-        threshold = config.memory.memory_warning_threshold
-        raise ConfigError(
-            f"memory.memory_warning_threshold: {threshold} is not a share; give more than 0, at "
-            "most 1"
-        )
-    overflow = config.store.max_overflow
-    if overflow is not None and not 0 <= overflow <= 1:
-        raise ConfigError(
-            f"store.max_overflow: {overflow} is not a share; give at least 0, at most 1"
-        )
-    if config.verify.tolerance is not None and not config.verify.tolerance > 0:
-        raise ConfigError(f"verify.tolerance: {config.verify.tolerance} is not above 0")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.extraction.device):
-        raise ConfigError(
-            f"extraction.device: {config.extraction.device!r} is not auto, cpu, cuda or cuda:N"
-        )
-    needed = _OF_ONE_CORPUS.get(config.corpus.kind.name)
-    if needed and getattr(config.corpus, needed) is None:
-        group = config.corpus.kind.name
-        example = f'set="corpus={group} corpus.{needed}=…"'
-        raise ConfigError(f"corpus.{needed}: not set; corpus={group} needs it: {example}")
-    for group, key in _OF_ONE_CORPUS.items():
-        if group != config.corpus.kind.name and getattr(config.corpus, key) is not None:
-            requested = getattr(config.corpus, key)
-            raise ConfigError(
-                f"corpus.{key}: {requested!r} is for corpus={group} alone; add corpus={group}, or "
-                "take it out"
-            )

@@ -1,7 +1,7 @@
 """Names of runs: short, the same for the same overrides, and different for different ones.
 
-A name is the profile and the overrides, as far as they are plain and short. Whatever is left out
-of it (odd characters, long values, keys that a sweep does not vary) is in it as a hash.
+A name depends on the run's own profile and overrides alone: a point of a sweep that is run again by
+itself finds its files. What is left out of a name (odd characters, long values) is in it as a hash.
 """
 
 import hashlib
@@ -11,50 +11,46 @@ from collections.abc import Sequence
 from theloom.errors import ConfigError
 
 LONGEST = 100
-"""Characters of a run's name. File systems take 255 bytes, and other names contain it."""
+"""Characters of a name that the user gives. File systems take 255 bytes for a name."""
+
+SHORT = 64
+"""Characters of a name that is made of the profile and the overrides."""
 
 _LONGEST_PART = 60
-_PLAIN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
-def run_name(base: str, swept: Sequence[str], fixed: Sequence[str]) -> str:
+def run_name(base: str, overrides: Sequence[str]) -> str:
     """The name of a run's folder.
 
     Args:
         base: The profile, or the name that the user gave.
-        swept: `key=value` of each key that varies within this call.
-        fixed: The others that belong into the name.
+        overrides: `key=value` of each key that belongs into the name.
 
     Returns:
-        `base+key=value+…` with the last word of each key. In a sweep a hash stands for all that is
-        fixed; where the name would be too long, a hash stands for what does not fit.
+        `base+key=value+…` with the last word of each key. Where that is longer than `SHORT`, a
+        hash of all overrides stands at the end, behind those that fit, plain ones first.
 
     Examples:
-        >>> run_name("7b", [], ["memory.precision_mode=bf16", "verify.seed=3"])
+        >>> run_name("7b", ["memory.precision_mode=bf16", "verify.seed=3"])
         '7b+precision_mode=bf16+seed=3'
-        >>> run_name("7b", ["verify.seed=3"], ["memory.precision_mode=bf16"])
-        '7b+seed=3+a5c9a6ae'
     """
-    if swept:
-        parts = [*map(_part, swept), *([_hash(fixed)] if fixed else [])]
-    else:
-        parts = [_part(override) for override in fixed]
+    parts = [_part(override) for override in overrides]
     name = "+".join([base, *parts])
-    if len(name) <= LONGEST:
+    if len(name) <= SHORT or not parts:
         return name
-    short, end = base, f"+{_hash([*swept, *fixed])}"
-    for part in map(_part, swept or fixed):
-        if len(f"{short}+{part}{end}") > LONGEST:
-            break
-        short += f"+{part}"
-    return short + end
+    left, kept = SHORT - len(base) - 9, set()
+    for at in sorted(range(len(parts)), key=lambda at: not _is_plain(overrides[at])):
+        if len(parts[at]) < left:
+            kept.add(at)
+            left -= len(parts[at]) + 1
+    shown = [part for at, part in enumerate(parts) if at in kept]
+    return "+".join([base, *shown, _hash(overrides)])
 
 
 def of_profile(profile: str) -> str:
     """The name of a profile as a part of a run's name."""
-    if re.fullmatch(_PLAIN, profile) and len(profile) <= _LONGEST_PART:
-        return profile
-    return _shortened(profile, profile)
+    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", profile) and ".." not in profile
+    return profile if plain and len(profile) < _LONGEST_PART else _shortened(profile, profile)
 
 
 def check(name: str) -> None:
@@ -64,9 +60,10 @@ def check(name: str) -> None:
         ConfigError: It cannot be a folder's, or is too long.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name) or ".." in name:
+        several = "; for two runs write name=A name=B" if "," in name else ""
         raise ConfigError(
             f"name={name!r}: a run's name is a folder's; use letters, digits, '.', '_', '-', '+', "
-            "'=', and a letter or digit first; give name=A name=B for two runs"
+            f"'=', and a letter or digit first{several}"
         )
     if len(name) > LONGEST:
         raise ConfigError(
@@ -74,15 +71,23 @@ def check(name: str) -> None:
         )
 
 
-def _part(override: str) -> str:
-    """An override with the last word of its key, and only characters that are safe in a path."""
+def _text(override: str) -> str:
+    """An override with the last word of its key."""
     key, _, value = override.partition("=")
-    text = f"{key.rpartition('.')[2]}={value}"
+    return f"{key.rpartition('.')[2]}={value}"
+
+
+def _is_plain(override: str) -> bool:
+    """Whether an override is safe in a path as it is, short, and like no other one that is not."""
+    text = _text(override)
     plain = re.fullmatch(r"[A-Za-z0-9._=-]+", text) and text == text.strip("-.")
     looks_hashed = re.search(r"-[0-9a-f]{8}$", text)
-    if plain and not looks_hashed and len(text) <= _LONGEST_PART:
-        return text
-    return _shortened(text, override)
+    return bool(plain and not looks_hashed and len(text) <= _LONGEST_PART)
+
+
+def _part(override: str) -> str:
+    text = _text(override)
+    return text if _is_plain(override) else _shortened(text, override)
 
 
 def _shortened(text: str, whole: str) -> str:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from theloom.config import words
-from theloom.config.words import Assignment
+from theloom.config import overrides_file, words
+from theloom.config.values import Assignment
 from theloom.errors import ConfigError
 
 KEYS = ("profiles", "set", "overrides", "typed")
@@ -66,7 +66,7 @@ def read(config: Mapping[str, Any], typed: Sequence[str], is_module: bool = Fals
                 f"{key} takes text, found {given[key]!r}; put quotes round the whole value"
             )
     sources = [
-        words.from_file(Path(given["overrides"])) if "overrides" in given else [],
+        overrides_file.read(Path(given["overrides"])) if "overrides" in given else [],
         words.from_text(given.get("set", "")),
         words.decoded(given["typed"]) if "typed" in given else [],
     ]
@@ -84,5 +84,5 @@ def of_words(profiles: str | None, typed: Sequence[str], files: Sequence[Path] =
     Raises:
         ConfigError: A word or a file is wrong.
     """
-    sources = [*map(words.from_file, files), words.from_words(typed)]
+    sources = [*map(overrides_file.read, files), words.from_words(typed)]
     return Request(profiles, tuple(words.merged(*sources)))
