@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from theloom.config.schema import Config
+from theloom.config.schema import PATHS, Config
 from theloom.errors import ConfigError
 
 # The key that says where a corpus is, which no other kind of corpus has a use for.
@@ -77,7 +77,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"extraction.device: {config.extraction.device!r} is not auto, cpu, cuda or cuda:N"
         )
-    _check_homes(config)
+    _check_paths(config)
     _check_corpus(config)
 
 
@@ -96,13 +96,15 @@ def _check_corpus(config: Config) -> None:
             )
 
 
-def _check_homes(config: Config) -> None:
-    for key in ("model.source", "model.tokenizer", "corpus.path", "corpus.dataset"):
+def _check_paths(config: Config) -> None:
+    for key in PATHS:
         path = OmegaConf.select(cast(Any, config), key)
         try:
-            Path(path or "").expanduser()
+            Path(path or "").expanduser().exists()
         except RuntimeError:
             raise ConfigError(
                 f"{key}: {path!r}: {Path(path).parts[0]} is nobody's home folder; write "
                 f"./{path} for a folder of that name"
             ) from None
+        except OSError as error:  # too long, or a folder that may not be looked into
+            raise ConfigError(f"{key}: {path!r}: {error.strerror}; give another path") from None

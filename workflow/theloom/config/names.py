@@ -80,9 +80,8 @@ def _text(override: str) -> str:
 def _is_plain(override: str) -> bool:
     """Whether an override is safe in a path as it is, short, and like no other one that is not."""
     text = _text(override)
-    plain = re.fullmatch(r"[A-Za-z0-9._=-]+", text) and text == text.strip("-.")
     looks_hashed = re.search(r"-[0-9a-f]{8}$", text)
-    return bool(plain and not looks_hashed and len(text) <= _LONGEST_PART)
+    return text == _safe(text) and not looks_hashed and len(text) <= _LONGEST_PART
 
 
 def _part(override: str) -> str:
@@ -92,8 +91,11 @@ def _part(override: str) -> str:
 
 def _shortened(text: str, whole: str) -> str:
     """The first plain characters of a text, and a hash that keeps it apart from all like it."""
-    plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-.")[:48]
-    return f"{plain or 'x'}-{_hash([whole])}"
+    return f"{_safe(text)[:48] or 'x'}-{_hash([whole])}"
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"\.\.+", ".", re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-."))
 
 
 def _hash(texts: Sequence[str]) -> str:

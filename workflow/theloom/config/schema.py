@@ -20,6 +20,10 @@ MergeMode = Enum("MergeMode", ["virtual", "physical"])
 CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
 
 
+PATHS = ("model.source", "model.tokenizer", "corpus.path", "corpus.dataset")
+"""Keys whose text may be a path: `~` at its start is the user's home."""
+
+
 def key(default: Any, help: str) -> Any:  # noqa: A002
     """A dataclass field with its documentation."""
     if isinstance(default, list | type):

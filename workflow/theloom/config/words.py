@@ -1,14 +1,16 @@
 """What a user typed for the configuration: the words of `set`, those of `theloom run`.
 
-The type of a key in the schema says how its value is read. A text is taken as it is typed: no
-grammar reads it. Numbers, choices and lists may be several, with commas between: a run for each.
+The type of a key in the schema says how its value is read. Commas make a run for each value. In
+`set`, quotes or a backslash protect them. In a text that a shell has handed over nothing can, so
+there a text is taken as it is, and its key may be given several times.
 """
 
 import base64
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from theloom.config import values
+from theloom.config import schema, values
 from theloom.config.values import Assignment, Value
 from theloom.errors import ConfigError
 
@@ -83,7 +85,7 @@ def decoded(text: str) -> list[Assignment]:
         ConfigError: The text is nothing that `encoded` made.
     """
     try:
-        plain = json.loads(base64.urlsafe_b64decode(text.encode()))
+        plain = list(json.loads(base64.urlsafe_b64decode(text.encode())) or 1)
         return [
             Assignment(key, tuple(tuple(v) if isinstance(v, list) else v for v in several))
             for key, several in plain
@@ -133,10 +135,22 @@ def _of_quoted(word: _Chars) -> Assignment:
     if at is None or word[at][1]:  # quotes round the whole word protect it from the shell alone
         return _of_word(_plain(word))
     key, value = _plain(word[:at]).lstrip("+"), word[at + 1 :]
-    return Assignment(
-        key,
-        (values.text(key, _plain(value)),) if values.is_text(key) else _several(key, value),
-    )
+    return Assignment(key, _texts(key, value) if values.is_text(key) else _several(key, value))
+
+
+def _texts(key: str, value: _Chars) -> tuple[Value, ...]:
+    """The texts between commas outside quotes; one text where it is a path that exists."""
+    whole = _plain(value)
+    if key in schema.PATHS and _exists(whole):
+        return (values.text(key, whole),)
+    return tuple(values.text(key, _plain(part)) for part in _split(value))
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null byte
+        return False
 
 
 def _of_word(word: str) -> Assignment:
