@@ -1,4 +1,5 @@
-# make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…")
+# make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…");
+#             .venv/bin/theloom run does the same in an environment that is there
 # make report all figures of the runs, in one page: results/report.html (the same PROFILES and SET)
 # make bench  the same environment and peers, then TheLoom next to other tools (or BENCH="--rounds 7 --tokens 4096")
 # make test   build the same environment, then lint, type check and run all tests
