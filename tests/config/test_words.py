@@ -245,7 +245,7 @@ def test_later_sources_win():
     }
 
 
-@pytest.mark.parametrize("text", ["", "x", "e30=", "é", "WzFd"])
+@pytest.mark.parametrize("text", ["", "x", "é", "WzFd"])
 def test_what_was_not_encoded_is_refused(text):
     with pytest.raises(ConfigError, match="only theloom run passes typed"):
         words.decoded(text)

@@ -85,7 +85,7 @@ def decoded(text: str) -> list[Assignment]:
         ConfigError: The text is nothing that `encoded` made.
     """
     try:
-        plain = list(json.loads(base64.urlsafe_b64decode(text.encode())) or 1)
+        plain = json.loads(base64.urlsafe_b64decode(text.encode()))
         return [
             Assignment(key, tuple(tuple(v) if isinstance(v, list) else v for v in several))
             for key, several in plain
