@@ -179,6 +179,20 @@ def test_a_key_that_no_schema_has_is_refused_in_a_yaml_file_too(tmp_path):
         compose.runs(tmp_path, "mine")
 
 
+@pytest.mark.parametrize("value", ["1234e56", "1_000", "0x1f", "yes", "1.50", "007"])
+def test_a_text_that_yaml_would_change_is_refused_in_a_profile(tmp_path, value):
+    folder = shutil.copytree(CONFIG, tmp_path / "config")
+    for written in (value, f"'{value}'"):
+        text = f"# @package _global_\nmodel: {{source: a/b, revision: {written}}}\n"
+        (folder / "profile/mine.yaml").write_text(text)
+        if written == value:
+            with pytest.raises(ConfigError, match=f"model.revision: YAML reads {value} as"):
+                compose.runs(folder, "mine")
+        else:
+            (run,) = compose.runs(folder, "mine").values()
+            assert run.config["model"]["revision"] == value
+
+
 def test_a_frozen_stage_holds_its_keys_and_reading_another_raises(tmp_path):
     freeze(one("memory.streaming_chunk_size=77").stage("estimate"), tmp_path / "estimate.json")
     thawed = load_frozen(tmp_path / "estimate.json")

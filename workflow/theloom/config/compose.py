@@ -22,7 +22,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from theloom.config import checks, frozen, names, schema, sharding, values, words
+from theloom.config import checks, frozen, names, overrides_file, schema, sharding, values, words
 from theloom.config.frozen import BESIDE_THE_RESULT, STAGES
 from theloom.config.schema import Config
 from theloom.config.values import Assignment
@@ -176,6 +176,7 @@ def _compose(
             f"unknown profile {profile!r}{values.near(profile, profiles)}{several}; choose from "
             f"{choices}"
         )
+    overrides_file.check_texts(config_dir / f"profile/{profile}.yaml", "")
     groups = _groups(config_dir)
     by_group = {k: str(v) for k, v in chosen.items() if k in groups} | {"profile": profile}
     try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from omegaconf import OmegaConf
 
 from theloom.config import schema, values
 from theloom.config.values import Assignment, Value
@@ -39,6 +40,36 @@ def read(path: Path) -> list[Assignment]:
     if twice := next((k for k in keys if keys.count(k) > 1), None):
         raise ConfigError(f"overrides={str(path)!r}: {twice} is there twice; keep one")
     return found
+
+
+def check_texts(path: Path, prefix: str) -> None:
+    """Check that YAML changes no text of a file that Hydra composes: `1_000` is 1000 there.
+
+    Args:
+        path: A file of the config folder.
+        prefix: What goes before its keys, such as `corpus.`.
+
+    Raises:
+        ConfigError: A text stands without quotes and reads like a number or a truth value.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return  # Hydra reports it
+    for key, node in _plain_scalars(root, prefix):
+        read = OmegaConf.create(f"- {node.value}")[0] if values.is_text(key) else None
+        if isinstance(read, int | float) and str(read) != node.value:
+            raise ConfigError(f"{path}: {key}: YAML reads {node.value} as {read}; put it in quotes")
+
+
+def _plain_scalars(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, yaml.ScalarNode]]:
+    """The scalars without quotes below a mapping, by dotted key."""
+    for key_node, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        key = f"{prefix}{key_node.value}"
+        if isinstance(value, yaml.MappingNode):
+            yield from _plain_scalars(value, f"{key}.")
+        elif isinstance(value, yaml.ScalarNode) and value.style is None:
+            yield key, value
 
 
 def _line(error: BaseException) -> str:
