@@ -1,4 +1,5 @@
-# make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…")
+# make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…");
+#             .venv/bin/theloom run does the same in an environment that is there
 # make report all figures of the runs, in one page: results/report.html (the same PROFILES and SET)
 # make bench  the same environment and peers, then TheLoom next to other tools (or BENCH="--rounds 7 --tokens 4096")
 # make test   build the same environment, then lint, type check and run all tests
@@ -12,7 +13,17 @@ SET ?=
 BENCH ?=
 BIN := .venv/bin
 
-Config = $(if $(PROFILES)$(SET),--config $(if $(PROFILES),profiles="$(PROFILES)") $(if $(SET),set="$(SET)"))
+# As they were typed: make expands nothing in them, and the shell nothing either
+Quoted = '$(subst ','\'',$(value $1))'
+Config = $(if $(value PROFILES)$(value SET),--config $(if $(value PROFILES),profiles=$(call Quoted,PROFILES)) $(if $(value SET),set=$(call Quoted,SET)))
+
+# Variables that nothing reads would run something else without a word
+Known := PYTHON PROFILES SET BENCH
+Typed := $(strip $(foreach v,$(filter-out $(Known),$(.VARIABLES)),$(if $(filter command,$(origin $v)),$v)))
+Meant = $(if $(filter PROFILE profile profiles,$1),PROFILES=$(value $1),$(if $(filter set,$1),SET="$(value $1)",SET="… $1=$(value $1)"))
+ifneq ($(Typed),)
+$(error error: make knows no variable $(firstword $(Typed)); write $(call Meant,$(firstword $(Typed))) (it takes $(Known); quotes go round all of SET))
+endif
 
 .PHONY: run report test test-store docs sweep bench bench-store lint format environment lock clean
 

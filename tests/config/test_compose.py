@@ -131,7 +131,7 @@ def test_the_default_profile_is_the_one_of_default_yaml():
         (
             "3b",
             "memory.streaming_chunk_size=many",
-            ["memory.streaming_chunk_size", "'many'", "Integer"],
+            ["memory.streaming_chunk_size", "'many'", "integer"],
         ),
         ("3b", "memory.streaming_chunk_size=0", ["memory.streaming_chunk_size", "least is 1"]),
         (
@@ -148,7 +148,7 @@ def test_the_default_profile_is_the_one_of_default_yaml():
         ("3b", "corpus=hub", ["corpus.dataset", "not set"]),
         ("3b", "verify.tolerance=0", ["verify.tolerance", "not above 0"]),
         ("3b", "profile=7b", ["profiles=A,B"]),
-        ("3b", "a=[", ["a=["]),
+        ("3b", "a=[", ["unknown key 'a'"]),
         ("3b", "name=../x", ["name", "folder"]),
         ("custom", "", ["model.source", "not set"]),
         (
@@ -177,6 +177,20 @@ def test_a_key_that_no_schema_has_is_refused_in_a_yaml_file_too(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"unknown key 'model\.colour'"):
         compose.runs(tmp_path, "mine")
+
+
+@pytest.mark.parametrize("value", ["1234e56", "1_000", "0x1f", "yes", "1.50", "007"])
+def test_a_text_that_yaml_would_change_is_refused_in_a_profile(tmp_path, value):
+    folder = shutil.copytree(CONFIG, tmp_path / "config")
+    for written in (value, f"'{value}'"):
+        text = f"# @package _global_\nmodel: {{source: a/b, revision: {written}}}\n"
+        (folder / "profile/mine.yaml").write_text(text)
+        if written == value:
+            with pytest.raises(ConfigError, match=f"model.revision: YAML reads {value} as"):
+                compose.runs(folder, "mine")
+        else:
+            (run,) = compose.runs(folder, "mine").values()
+            assert run.config["model"]["revision"] == value
 
 
 def test_a_frozen_stage_holds_its_keys_and_reading_another_raises(tmp_path):

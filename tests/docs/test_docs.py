@@ -1,7 +1,7 @@
 """Every command, snippet and link of README.md and the pages.
 
 Python blocks run in a folder that has a run at `results/smollm2-135m`. YAML blocks are composed
-into a config. `theloom` commands run. `snakemake` and `make` commands run as a dry run, which
+into a config. `theloom` commands run. `theloom run`, `snakemake` and `make` run as a dry run, which
 composes the config and plans every job. A block that cannot run here is marked on the line before:
 `<!-- not run in tests: why -->`.
 """
@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import pytest
 from support import ROOT, build_tiny, copy_project, stages
-from theloom.cli import main
+from theloom.cli import main, run
 from theloom.config import compose
 from theloom.store import file_format
 
@@ -119,10 +119,10 @@ def test_yaml_snippets_are_valid_configs(block, place):
     profile = place.folder / "config/profile/documented.yaml"
     profile.write_text(f"# @package _global_\n{block.text}\n", encoding="utf-8")
     try:
-        (run,) = compose.runs(place.folder / "config", "documented", "model.source=a/b").values()
+        (made,) = compose.runs(place.folder / "config", "documented", "model.source=a/b").values()
     finally:
         profile.unlink()
-    assert run.config["model"]["source"] == "a/b"
+    assert made.config["model"]["source"] == "a/b"
 
 
 @pytest.mark.parametrize(("where", "command"), commands(), ids=lambda value: value[:60])
@@ -131,7 +131,11 @@ def test_commands_run(where, command, place, monkeypatch):
         command.replace("/path/to/model", "model").replace("/path/to/texts", "'my texts'")
     )
     monkeypatch.chdir(place.folder)
-    if words[0].endswith("theloom"):
+    if words[0].endswith("theloom") and words[1] == "run":
+        read = main._parsed(main._parser(), words[1:])
+        done = place_snakemake(place, run.command(read, read.extra)[3:])
+        assert done.returncode == 0, f"{where}: {command}\n{done.stdout}{done.stderr}"
+    elif words[0].endswith("theloom"):
         assert main.main(words[1:]) == 0, where
     elif words[0].endswith("python") and words[1].startswith("workflow/docs/examples/"):
         assert (ROOT / words[1]).is_file(), where  # tests/docs/test_examples.py runs them

@@ -85,7 +85,7 @@ def made(installed) -> Path:
     """A project of `theloom init`, and what it printed."""
     done = installed.run("theloom", "init", "../my project")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("snakemake --profile workflow/profiles/local")
+    assert done.stdout.splitlines()[-1].endswith("theloom run")
     assert "next: cd '../my project'" in done.stdout
     return installed.folder.parent / "my project"
 

@@ -12,8 +12,8 @@ def fails(project, overrides, profiles="tiny"):
     assert done.returncode != 0
     assert "Traceback" not in printed
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert errors, printed
-    return errors[-1], printed
+    assert len(errors) == 1, printed
+    return errors[0], printed
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def tiny(project, tiny_profile):
             ["matches nothing", "30 blocks"],
         ),
         ("tiny,custom 7b", "", ["'custom 7b'", "commas between profiles"]),
-        ("tiny", "memory", ["set='memory'", "write key=value"]),
+        ("tiny", "memory", ["'memory'", "write key=value"]),
         (
             "tiny",
             "corpus.path=mine.txt",
@@ -135,4 +135,7 @@ def test_empty_documents_are_skipped_and_counted(tiny):
 def test_a_key_that_is_not_profiles_or_set_is_refused(tiny):
     done = tiny.snakemake("--config", "chunk=3")
     assert done.returncode != 0
-    assert "error: --config takes profiles and set, found chunk" in done.stdout + done.stderr
+    assert (
+        "error: --config takes profiles, set and overrides, found chunk"
+        in done.stdout + done.stderr
+    )

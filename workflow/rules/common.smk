@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from snakemake.cli import parse_config
 from snakemake.common.tbdstring import TBDString
 
 from theloom.config import locations
@@ -16,7 +17,7 @@ from theloom.config.compose import runs as composed_runs
 from theloom.config.frozen import freeze
 from theloom.devices import host
 from theloom.errors import TheLoomError
-from theloom.pipeline import bars, console, preflight, resources, slurm
+from theloom.pipeline import bars, console, preflight, request, resources, slurm
 from theloom.pipeline.job import last_errors, add_to_job_path
 from theloom.report import groups as report_groups
 
@@ -47,17 +48,15 @@ wildcard_constraints:
 
 def compose():
     """The runs that `--config profiles=A,B set="key=value …"` requests, by name."""
-    unknown = set(config) - {"profiles", "set"}
-    if unknown and not IS_MODULE:  # whose config may hold the other workflow's keys too
-        raise TheLoomError(
-            f"--config takes profiles and set, found {', '.join(sorted(unknown))}; "
-            'to set a key of the configuration: --config set="memory.streaming_chunk_size=256"'
-        )
-    runs = composed_runs(
-        HOME / "config",
-        config.get("profiles"),
-        config.get("set"),
-    )
+    typed = workflow.config_settings.config_args or []
+    if IS_MODULE:  # the other workflow decides which of them reach this one, and with which values
+        typed = [word for word in typed if parse_config([word]).items() <= config.items()]
+    elif workflow.is_main_process and sys.argv.count("--config") + sys.argv.count("-C") > 1:
+        raise TheLoomError("--config: given twice; Snakemake takes the last one alone, so use one")
+    requested = request.read(config, typed, IS_MODULE)
+    if not IS_MODULE:
+        workflow.config_settings.config_args = requested.arguments()
+    runs = composed_runs(HOME / "config", requested.profiles, requested.assignments)
     for run in runs.values():
         preflight.check(run)
     return {name: PLANNER.plan(run) for name, run in runs.items()}
@@ -139,13 +138,13 @@ def requested_resources(run):
         RUNS[run] = renewed
         if workflow.is_main_process and not workflow.dryrun:
             freeze_resources(renewed)
-    request = stage(run, "resources")["config"]["resources"]
+    planned = stage(run, "resources")["config"]["resources"]
     waits = workflow.dryrun or (RUNS and READABLE and PLANNER.waits(RUNS[run]))
     last_resort = {
         name: TBDString() if waits else value for name, value in resources.WITHOUT_ESTIMATE.items()
     }
     return {
-        name: last_resort.get(name) if value is None else value for name, value in request.items()
+        name: last_resort.get(name) if value is None else value for name, value in planned.items()
     }
 
 
@@ -208,6 +207,8 @@ onstart:
         slurm.keep_to_squeue()
     for run in RUNS.values():
         freeze_resources(run)
+    if BRIEF:
+        BRIEF.retries = workflow.execution_settings.retries
     if BARS and workflow.local_exec:
         BARS.start()
 

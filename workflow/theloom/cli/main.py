@@ -15,6 +15,7 @@ import theloom
 from theloom.cli.estimate import add_estimate
 from theloom.cli.files import add_store
 from theloom.cli.project import add_init
+from theloom.cli.run import add_run
 from theloom.errors import TheLoomError
 from theloom.terminal import GIB, Help, capability, examples, lines, red, table
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    arguments = parser.parse_args(argv)
+    arguments = _parsed(parser, sys.argv[1:] if argv is None else argv)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers are for terminals
     try:
@@ -53,9 +54,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; of `theloom run`, whose words may stand among its options, `extra` is what
+    follows `--`.
+    """
+    end = list(argv).index("--") if argv[:1] == ["run"] and "--" in argv else len(argv)
+    arguments, left = parser.parse_known_args(argv[:end])
+    unknown = [word for word in left if word.startswith("-") or not hasattr(arguments, "words")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if hasattr(arguments, "words"):
+        arguments.words += left
+        arguments.extra = list(argv[end + 1 :])
+    return arguments
+
+
 _EPILOG = """\
 examples:
-  theloom init my-project      a folder with the pipeline; in a clone: make run
+  theloom init my-project      a folder with the pipeline, such as a clone is
+  theloom run                  the default experiment; theloom run 7b: another
   theloom inspect results/smollm2-135m/activations.h5
   theloom estimate 7b          memory that a profile needs
   theloom COMMAND --help       a command's options, with examples
@@ -94,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     gpus.add_argument("--json", action="store_true", help="print one JSON object")
     gpus.set_defaults(run=_gpus)
+    add_run(commands)
     add_estimate(commands)
     add_store(commands)
     add_init(commands)

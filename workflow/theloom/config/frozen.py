@@ -125,16 +125,34 @@ def to_config(plain: dict[str, Any]) -> Config:
     for key in schema.leaf_keys():
         if key.name not in BESIDE_THE_RESULT:
             OmegaConf.update(config, re.sub(r"(architecture)\..*", r"\1", key.name), "???")
-    config = cast(DictConfig, OmegaConf.merge(config, plain))
+    config = cast(DictConfig, OmegaConf.merge(config, literal(plain)))
     OmegaConf.set_readonly(config, True)
     return cast(Config, config)
 
 
+def literal(data: Any) -> Any:
+    """Plain data whose texts OmegaConf takes as they are: `${` begins no interpolation.
+
+    Examples:
+        >>> print(literal({"path": "/x/${y}"})["path"])
+        /x/\\${y}
+    """
+    if isinstance(data, dict):
+        return {key: literal(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [literal(value) for value in data]
+    if not isinstance(data, str) or "${" not in data:
+        return data
+    return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", data)
+
+
 def to_plain(config: Config) -> dict[str, Any]:
     """The keys that a stage's config holds and its result depends on, as plain data: the inverse of
-    `typed`.
+    `to_config`.
     """
-    return _held(_decisive(OmegaConf.to_container(cast(Any, config), enum_to_str=True)))
+    return _held(
+        _decisive(OmegaConf.to_container(cast(Any, config), resolve=True, enum_to_str=True))
+    )
 
 
 def _held(data: Any) -> Any:

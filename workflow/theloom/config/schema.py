@@ -4,7 +4,8 @@ Hydra composes the YAML files of `config/` into this schema, which rejects unkno
 types. The `help` of a field is its documentation: the table in config/README.md is made from it.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, get_args
 
@@ -17,6 +18,10 @@ Execution = Enum("Execution", ["auto", "resident", "layerwise"])
 CachePlace = Enum("CachePlace", ["auto", "device", "offloaded"])
 MergeMode = Enum("MergeMode", ["virtual", "physical"])
 CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
+
+
+PATHS = ("model.source", "model.tokenizer", "corpus.path", "corpus.dataset")
+"""Keys whose text may be a path: `~` at its start is the user's home."""
 
 
 def key(default: Any, help: str) -> Any:  # noqa: A002
@@ -308,19 +313,35 @@ def _written_type(annotation: Any) -> str:
     ]
 
 
-def leaf_keys(section: type = Config, prefix: str = "") -> list[Key]:
-    """Every leaf key of the schema, in the order in which it is written."""
-    found: list[Key] = []
+def _leaves(section: type, prefix: str) -> Iterator[tuple[str, Field[Any]]]:
+    """The dotted name and the field of every leaf key, the old names of renamed keys included."""
     for f in fields(section):
-        if "renamed" in f.metadata:
-            continue
         annotation = next((a for a in get_args(f.type) if is_dataclass(a)), f.type)
         if isinstance(annotation, type) and is_dataclass(annotation):
-            found += leaf_keys(annotation, f"{prefix}{f.name}.")
+            yield from _leaves(annotation, f"{prefix}{f.name}.")
         else:
+            yield prefix + f.name, f
+
+
+def types() -> dict[str, Any]:
+    """The annotation of every key that a user may set, old names included.
+
+    Examples:
+        >>> types()["corpus.path"]
+        str | None
+    """
+    optional = {"model.architecture": ArchitectureConfig | None}
+    return optional | {name: f.type for name, f in _leaves(Config, "")}
+
+
+def leaf_keys() -> list[Key]:
+    """Every leaf key of the schema, in the order in which it is written."""
+    found: list[Key] = []
+    for name, f in _leaves(Config, ""):
+        if "renamed" not in f.metadata:
             default = f.default_factory() if callable(f.default_factory) else f.default
             default = default.name if isinstance(default, Enum) else default
-            found.append(Key(prefix + f.name, _written_type(f.type), default, f.metadata["help"]))
+            found.append(Key(name, _written_type(f.type), default, f.metadata["help"]))
     return found
 
 

@@ -65,7 +65,9 @@ def _files(config: CorpusConfig) -> list[Path]:
         if path.suffix.lower() not in SUFFIXES:
             raise CorpusError(
                 f"corpus.path: {config.path} is not one of {', '.join(SUFFIXES)}; "
-                "rename or convert it"
+                "convert it: a table becomes .jsonl with pandas.read_csv('x.csv')"
+                ".to_json('x.jsonl', orient='records', lines=True), and corpus.column names its "
+                "column of texts"
             )
         return [path]
     if not path.is_dir():

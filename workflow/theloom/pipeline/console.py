@@ -42,11 +42,13 @@ LOCKED = (
 
 class Brief(logging.Filter):
     """Drops and rewrites records of Snakemake's logger. `ended` is set when the call's errors have
-    been printed.
+    been printed. Where a failed job is not started again (`retries` is 0), its error is left to the
+    end of the call, so that it is printed once.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.retries = 0
         self.ended = False
         self._quiet_jobs: set[int] = set()
         self._skip_progress = False
@@ -65,19 +67,19 @@ class Brief(logging.Filter):
         if event == "progress":
             return not self._skip_progress
         if event == "job_error":
-            _shorten(record, [Path(file) for file in fields.get("log") or []])
+            self._shorten(record, [Path(file) for file in fields.get("log") or []])
             return True
         text = str(record.msg)
         if text.startswith("LockException:"):
             _replace(record, LOCKED)
         return not text.startswith(_BOOKKEEPING + (_END if self.ended else ()))
 
-
-def _shorten(record: logging.LogRecord, logs: list[Path]) -> None:
-    """Put a job's own line in place of Snakemake's block, where the job ended on a user's error."""
-    for file in logs:
-        if error := error_of(file):
-            _replace(record, f"{error} (log: {file})")
+    def _shorten(self, record: logging.LogRecord, logs: list[Path]) -> None:
+        """Put a line in place of Snakemake's block, where the job ended on a user's error."""
+        for file in logs:
+            if error := error_of(file):
+                at_the_end = f"failed, the error is at the end (log: {file})"
+                _replace(record, f"{error} (log: {file})" if self.retries else at_the_end)
 
 
 def _replace(record: logging.LogRecord, text: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from theloom.config import compose, frozen, locations
+from theloom.config import compose, frozen, locations, words
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import Config
 from theloom.devices import gpu_specs
@@ -317,7 +317,8 @@ def settings_of(target: str) -> Config:
     if target in profiles and target != "custom":
         (run,) = compose.runs(folder, target).values()
     elif "/" in target or target.startswith("package:") or Path(target).exists():
-        (run,) = compose.runs(folder, "custom", f"'model.source=\"{target}\"'").values()
+        named = words.from_words([f"model.source={target}"])
+        (run,) = compose.runs(folder, "custom", named).values()
     else:
         raise ConfigError(
             f"{target!r} is neither a profile ({', '.join(profiles)}) nor a model; "

@@ -1,0 +1,110 @@
+"""Values of a config that have the right type and yet make no sense."""
+
+import re
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from theloom.config.schema import PATHS, Config
+from theloom.errors import ConfigError
+
+# The key that says where a corpus is, which no other kind of corpus has a use for.
+_OF_ONE_CORPUS = {"text": "path", "hub": "dataset"}
+
+
+def check(config: Config) -> None:
+    """Check the values of a composed config.
+
+    Raises:
+        ConfigError: A value is missing, out of its range, or of no use with another one.
+    """
+    if OmegaConf.is_missing(config.model, "source"):
+        raise ConfigError("model.source: not set; give a hub id, a local folder or package:NAME")
+    at_least_one = {
+        "memory.streaming_chunk_size": config.memory.streaming_chunk_size,
+        "extraction.batch_tokens": config.extraction.batch_tokens,
+        "extraction.shards": config.extraction.shards,
+        "corpus.max_documents": config.corpus.max_documents,
+        "corpus.max_tokens": config.corpus.max_tokens,
+        "corpus.context_length": config.corpus.context_length,
+        "verify.documents": config.verify.documents,
+        "report.sampled_rows": config.report.sampled_rows,
+        "report.map_rows": config.report.map_rows,
+        "resources.threads": config.resources.threads,
+        "resources.min_shards": config.resources.min_shards,
+        "resources.mem_mb": config.resources.mem_mb,
+        "resources.load_mem_mb": config.resources.load_mem_mb,
+        "resources.runtime": config.resources.runtime,
+        "resources.verify_runtime": config.resources.verify_runtime,
+        "resources.disk_mb": config.resources.disk_mb,
+        "resources.min_free_gpu_mb": config.resources.min_free_gpu_mb,
+    }
+    for key, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}: {value} is too small; the least is 1")
+    for key, share in {
+        "gpu_memory_gb": config.resources.gpu_memory_gb,
+        "tokens_per_second": config.resources.tokens_per_second,
+    }.items():
+        if share is not None and not share > 0:
+            raise ConfigError(f"resources.{key}: {share} is not above 0")
+    for key, number in {
+        "resources.gpu": config.resources.gpu,
+        "report.attention_document": config.report.attention_document,
+    }.items():
+        if number is not None and number < 0:
+            raise ConfigError(f"{key}: {number} is too small; the least is 0")
+    profiled, shards = config.memory.profile_shard, config.extraction.shards or 1  # a number by now
+    if profiled is not None and not 0 <= profiled < shards:
+        raise ConfigError(
+            f"memory.profile_shard: {profiled} is no shard; the run's shards are 0 to {shards - 1}"
+        )
+    if not 0 < config.memory.memory_warning_threshold <= 1:
+        threshold = config.memory.memory_warning_threshold
+        raise ConfigError(
+            f"memory.memory_warning_threshold: {threshold} is not a share; give more than 0, at "
+            "most 1"
+        )
+    overflow = config.store.max_overflow
+    if overflow is not None and not 0 <= overflow <= 1:
+        raise ConfigError(
+            f"store.max_overflow: {overflow} is not a share; give at least 0, at most 1"
+        )
+    if config.verify.tolerance is not None and not config.verify.tolerance > 0:
+        raise ConfigError(f"verify.tolerance: {config.verify.tolerance} is not above 0")
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", config.extraction.device):
+        raise ConfigError(
+            f"extraction.device: {config.extraction.device!r} is not auto, cpu, cuda or cuda:N"
+        )
+    _check_paths(config)
+    _check_corpus(config)
+
+
+def _check_corpus(config: Config) -> None:
+    needed = _OF_ONE_CORPUS.get(config.corpus.kind.name)
+    if needed and getattr(config.corpus, needed) is None:
+        group = config.corpus.kind.name
+        example = f'set="corpus={group} corpus.{needed}=…"'
+        raise ConfigError(f"corpus.{needed}: not set; corpus={group} needs it: {example}")
+    for group, key in _OF_ONE_CORPUS.items():
+        if group != config.corpus.kind.name and getattr(config.corpus, key) is not None:
+            requested = getattr(config.corpus, key)
+            raise ConfigError(
+                f"corpus.{key}: {requested!r} is for corpus={group} alone; add corpus={group}, or "
+                "take it out"
+            )
+
+
+def _check_paths(config: Config) -> None:
+    for key in PATHS:
+        path = OmegaConf.select(cast(Any, config), key)
+        try:
+            Path(path or "").expanduser().exists()
+        except RuntimeError:
+            raise ConfigError(
+                f"{key}: {path!r}: {Path(path).parts[0]} is nobody's home folder; write "
+                f"./{path} for a folder of that name"
+            ) from None
+        except OSError as error:  # too long, or a folder that may not be looked into
+            raise ConfigError(f"{key}: {path!r}: {error.strerror}; give another path") from None
