@@ -86,12 +86,12 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
         raise ModelError(f"{name} cannot be run on token ids alone: {_words(error)}") from None
     except HookError as error:
         raise ModelError(f"{name}: {error}") from None
-    if not_finite := next((n for n, v in whole.items() if not v.isfinite().all()), None):
+    if gap := next((n for n, v in whole.items() if not v.isfinite().all()), None):
         log.warning(
             "%s: %s is not finite for random tokens: its weights are damaged, or %s has too little "
             "range for it",
             name,
-            not_finite,
+            gap,
             str(getattr(architecture.model, "dtype", "its precision")).removeprefix("torch."),
         )
     states_error = largest_error({n: states[n] for n in whole}, whole)
