@@ -89,3 +89,13 @@ def test_a_name_that_is_no_folder_s_is_refused_in_one_line(name):
 def test_a_name_of_the_user_s_is_kept():
     for name in ("2024_01_15", "1e3", "true", "x" * 100):
         assert list(compose.runs(CONFIG, "7b", f"name={name}")) == [name]
+
+
+def test_keys_that_decide_no_row_are_in_a_name_only_where_they_vary():
+    plain, smaller = (
+        list(compose.runs(CONFIG, "custom", f"model.source=/m {more}"))
+        for more in ("", "extraction.batch_tokens=64 resources.mem_mb=9000")
+    )
+    assert plain == smaller
+    varied = compose.runs(CONFIG, "custom", "model.source=/m extraction.batch_tokens=64,128")
+    assert [name.rpartition("+")[2] for name in varied] == ["batch_tokens=64", "batch_tokens=128"]

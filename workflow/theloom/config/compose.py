@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from theloom.config import checks, frozen, names, overrides_file, schema, sharding, values, words
-from theloom.config.frozen import BESIDE_THE_RESULT, STAGES
+from theloom.config.frozen import BESIDE_THE_RESULT, STAGES, decides_no_row
 from theloom.config.schema import Config
 from theloom.config.values import Assignment
 from theloom.errors import ConfigError
@@ -115,11 +115,15 @@ def runs(
 def _name(
     own: str | None, profile: str, several: bool, chosen: dict[str, values.Value], swept: set[str]
 ) -> str:
-    """A run's name: the user's own, with what varies within this call; else profile, overrides."""
+    """A run's name: the user's own, with what varies within this call; else profile, overrides.
+
+    What decides no row is in it only where it varies: the same rows are kept in the same folder.
+    """
     texts = {key: values.written(key, value) for key, value in chosen.items() if key != "name"}
     base = names.of_profile(profile)
     if own is None:
-        return names.run_name(base, list(texts.values()))
+        shown = [t for key, t in texts.items() if key in swept or not decides_no_row(key)]
+        return names.run_name(base, shown)
     names.check(own)
     varied = [text for key, text in texts.items() if key in swept]
     return names.run_name(f"{own}+{base}" if several else own, varied)

@@ -30,6 +30,26 @@ class Stage:
 # existed; elsewhere they read as null.
 BESIDE_THE_RESULT = ("memory.profile_shard", "store.max_overflow", "store.allow_nonfinite")
 
+# Keys of the plan by which a shard is cut into passes: they change its rows by rounding alone.
+# Jobs read them from estimate.h5, so that another plan leaves finished and unfinished shards alone.
+_PLAN = (
+    "memory.streaming_chunk_size",
+    "memory.memory_warning_threshold",
+    "extraction.batch_tokens",
+    "extraction.cache",
+)
+
+
+def decides_no_row(key: str) -> bool:
+    """Whether a run has the same rows, but for rounding, whatever a key says.
+
+    Examples:
+        >>> decides_no_row("extraction.batch_tokens"), decides_no_row("memory.precision_mode")
+        (True, False)
+    """
+    return key in (*_PLAN, *BESIDE_THE_RESULT) or key.startswith("resources.")
+
+
 _MODEL_FILES = (
     "model.source",
     "model.revision",
@@ -75,9 +95,6 @@ STAGES: dict[str, Stage] = {
         )
     ),
     "tokens": Stage((*_MODEL_FILES, "model.tokenizer", "corpus", "extraction.shards")),
-    # How a shard is cut into passes (batches, chunks, the place of the cache) changes its rows by
-    # rounding alone. Jobs read it from estimate.h5, so that another plan leaves finished and
-    # unfinished shards as they are.
     "extract": Stage(
         (
             *_LOADING,
