@@ -15,6 +15,7 @@ from torch import nn
 
 from theloom.config.model_dims import numbers
 from theloom.errors import ModelError
+from theloom.hooks.failures import refused
 from theloom.hooks.pass_state import PassState
 
 if TYPE_CHECKING:
@@ -159,16 +160,16 @@ def forward_three_tokens(model: nn.Module) -> None:
     """A forward pass that leaves no trace. Raises ModelError."""
     some: Any = next(model.parameters())
     state = PassState(model)
-    with torch.inference_mode(), evaluating(model):
+    with torch.inference_mode(), evaluating(model), refused(cannot_run(model)):
         ids = torch.arange(3, device=getattr(model, "device", some.device))[None]
         try:
             model(input_ids=ids, use_cache=False)
         except BlockNotLoadedError:
             pass
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-            words = " ".join(str(error).split())
-            raise ModelError(
-                f"{type(model).__name__} cannot be run on token ids alone: {words}"
-            ) from None
         finally:
             state.restore()
+
+
+def cannot_run(model: nn.Module) -> str:
+    """The start of a message about a model that does not run."""
+    return f"{type(model).__name__} cannot be run on token ids alone"

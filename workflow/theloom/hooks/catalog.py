@@ -11,6 +11,7 @@ from torch import nn
 
 from theloom.errors import HookError
 from theloom.hooks.blocks import Architecture, evaluating
+from theloom.hooks.failures import MODEL_ERRORS
 from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.hooks.taps import Taps
@@ -66,6 +67,6 @@ def _shapes(
             taps.run(input_ids=torch.arange(3, device=model.device)[None], use_cache=False)
         except HookError:
             return found if len(found) < len(points) and not over_keys else None
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+        except MODEL_ERRORS:
             return None
     return found

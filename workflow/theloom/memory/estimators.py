@@ -60,7 +60,7 @@ class Estimator(Protocol):
         device: str = "cuda",
     ) -> PeakBytes:
         """The peak of one forward pass that reads hook points, which are `held` or written as they
-        come.
+        come. Raises ModelError.
         """
 
     def block_sizes(self, kind: WeightFormat, points: Sequence[HookPoint]) -> BlockSizes:
@@ -204,11 +204,14 @@ class Traced:
         held: bool = False,
         device: str = "cuda",
     ) -> PeakBytes:
+        from theloom.hooks.failures import refused
         from theloom.memory import trace
 
-        return trace.parts(
-            trace.trace(self.fake(kind), workload, points, held, kind.precision, device)[0]
-        )
+        fake = self.fake(kind)
+        name = type(fake.architecture.model).__name__
+        with refused(f"{name} in {kind.name}: its memory cannot be predicted"):
+            peak, _ = trace.trace(fake, workload, points, held, kind.precision, device)
+        return trace.parts(peak)
 
     def block_sizes(self, kind: WeightFormat, points: Sequence[HookPoint]) -> BlockSizes:
         from theloom.model.fake import is_linear

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from theloom.errors import HookError, ModelError
-from theloom.hooks.blocks import Architecture
+from theloom.hooks.blocks import Architecture, cannot_run
+from theloom.hooks.failures import MODEL_ERRORS, why
 from theloom.hooks.points import RESIDUALS
 from theloom.model.forward import forward_residuals, no_cache
 from theloom.model.length_switches import (
@@ -31,16 +32,6 @@ if TYPE_CHECKING:
 Residuals = dict[str, "torch.Tensor"]  # by hook point, (batch, position, hidden size)
 
 log = logging.getLogger(__name__)
-
-REFUSALS = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    NotImplementedError,
-    StopIteration,
-)
 
 
 @dataclass(frozen=True)
@@ -82,8 +73,8 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
             **no_cache(architecture.model),
         )
         alone = _residuals(architecture, ids[1:, :16], 16)
-    except REFUSALS as error:
-        raise ModelError(f"{name} cannot be run on token ids alone: {_words(error)}") from None
+    except MODEL_ERRORS as error:
+        raise ModelError(f"{cannot_run(architecture.model)}: {why(error)}") from None
     except HookError as error:
         raise ModelError(f"{name}: {error}") from None
     if gap := next((n for n, v in whole.items() if not v.isfinite().all()), None):
@@ -154,8 +145,8 @@ def _in_chunks(
         return math.inf, "it picks keys by a top-k, whose ties fall otherwise in chunks"
     try:
         error = largest_error(whole, _residuals(architecture, ids, 7))
-    except (*REFUSALS, HookError) as caught:
-        return math.inf, f"it does not take a KV cache ({_words(caught)})"
+    except (*MODEL_ERRORS, HookError) as caught:
+        return math.inf, f"it does not take a KV cache ({why(caught)})"
     return error, "" if error <= limit else other_in_chunks(error)
 
 
@@ -190,11 +181,11 @@ def _padding_error(
     """
     try:
         both = _residuals(architecture, padded(ids), 24, lengths)
-    except (*REFUSALS, HookError) as error:
+    except (*MODEL_ERRORS, HookError) as error:
         log.warning(
             "%s cannot be run on a padded batch: %s",
             type(architecture.model).__name__,
-            _words(error),
+            why(error),
         )
         return math.inf
     return side_by_side(whole, alone, both)
@@ -237,7 +228,3 @@ def largest_error(expected: Residuals, found: Residuals) -> float:
         value, other = value.nan_to_num(0.0, 0.0, 0.0), other.nan_to_num(0.0, 0.0, 0.0)
         errors.append(float((other - value).abs().max() / value.abs().max().clamp_min(1e-30)))
     return max(errors)
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
