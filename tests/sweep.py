@@ -145,7 +145,7 @@ def _run(row: Row, model: PreTrainedModel, folder: Path, chunk: int) -> Row:
         folder.parent / "model",
         f"corpus=text corpus.path={folder.parent}/texts.jsonl "
         f"model.tokenizer={folder.parent}/tokenizer memory.streaming_chunk_size={chunk} "
-        "extraction.batch_tokens=128",
+        f"corpus.context_length={max(LENGTHS)} extraction.batch_tokens=128",
     )
     try:
         run.all().verify()

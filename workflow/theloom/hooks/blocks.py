@@ -67,6 +67,11 @@ def find_blocks(model: "PreTrainedModel") -> Architecture:
     found = found or [blocks for owner, blocks in every if _declared(owner, blocks)]
     if len(found) > 1:
         found = _those_that_run(model, found)
+    if len(found) == 2 and all(hasattr(model, part) for part in ("encoder", "decoder")):
+        raise ModelError(
+            f"{type(model).__name__} has an encoder and a decoder, and both run: whose hidden states "
+            "are meant cannot be told; give a model of one of them alone"
+        )
     if len(found) != 1:
         raise ModelError(
             f"{type(model).__name__}: cannot tell which modules are its {size.num_blocks} blocks "

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, initialization
 from transformers.pytorch_utils import Conv1D
 
 from theloom.errors import ModelError
-from theloom.hooks.blocks import Architecture, cannot_run, find_blocks
+from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.catalog import build_catalog
 from theloom.hooks.failures import MODEL_ERRORS, refused, why
 from theloom.hooks.points import HookCatalog, HookPoint, residual_points
@@ -144,10 +144,6 @@ class FakeModel:
         """Bytes of every storage of the model."""
         return pruning.storages(self.architecture.model)
 
-    def weights_for(self, points: Sequence[HookPoint]) -> list[int]:
-        """Bytes of every storage that reading these hook points needs."""
-        return pruning.storages(self.architecture.model, self.unneeded(points))
-
     def unneeded(self, points: Sequence[HookPoint]) -> list[str]:
         """Names of modules that reading these hook points does not need (`pruning.unneeded`)."""
         with self._running():
@@ -162,7 +158,8 @@ class FakeModel:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Within the context the model runs; its errors are ModelErrors."""
-        with self.mode, shapes_only(), refused(cannot_run(self.architecture.model)):
+        name = type(self.architecture.model).__name__
+        with self.mode, shapes_only(), refused(f"{name}: its memory cannot be predicted"):
             yield
 
     @property

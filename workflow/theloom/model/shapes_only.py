@@ -1,16 +1,22 @@
 """What stands in for a model's code where it would look at values, which fake tensors have not."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 from transformers.integrations import moe
+
+from theloom.hooks.failures import MODEL_ERRORS
 
 _FAKE_TENSOR_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -30,8 +36,13 @@ def shapes_only() -> Iterator[None]:
     moe._grouped_mm = _grouped_product
     _FAKE_TENSOR_LOG.setLevel(logging.CRITICAL + 1)
     try:
-        with _EverythingIsNonzero():
-            yield
+        with _EverythingIsNonzero() as mode:
+            try:
+                yield
+            except MODEL_ERRORS as error:
+                if not mode.answered or isinstance(error, DataDependentOutputException):
+                    raise
+                raise DataDependentOutputException(torch.ops.aten.nonzero.default) from error
     finally:
         masking_utils.find_packed_sequence_indices, moe._grouped_mm = packed, grouped
         _FAKE_TENSOR_LOG.setLevel(level)
@@ -45,16 +56,45 @@ class _EverythingIsNonzero(TorchDispatchMode):
     """Answers `nonzero` of a fake tensor as if all its entries were not zero, with real indices.
 
     So experts that look for their tokens get all tokens, which is the most that it can take, and a
-    loop over the experts that have tokens is one over all experts.
+    loop over the experts that have tokens is one over all experts. An error after such an answer
+    is told as one of missing values (`shapes_only`).
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.answered = False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        fake = any(isinstance(x, FakeTensor) for x in tensors)
-        if func is torch.ops.aten.nonzero.default and fake:
-            with unset_fake_temporarily():
-                return torch.ones(args[0].shape, dtype=torch.bool).nonzero()
-        if tensors and not fake:  # indices that came from here
-            with unset_fake_temporarily():
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.answered:  # before, there are no real indices
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if tensors and not any(isinstance(x, FakeTensor) for x in tensors):
+                with unset_fake_temporarily():
+                    return func(*args, **kwargs)
+        if func in _MADE_OF_NONZERO:
+            with self:
+                return func.decompose(*args, **kwargs)
+        if func is torch.ops.aten.nonzero.default:
+            return self._every_index(args[0])
+        if func is torch.ops.aten.index.Tensor:
+            indices = [self._without_masks(index) for index in args[1]]
+            return func(args[0], [i for found in indices for i in found])
+        return func(*args, **kwargs)
+
+    def _every_index(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.answered = True
+        with unset_fake_temporarily():
+            return torch.ones(tensor.shape, dtype=torch.bool).nonzero()
+
+    def _without_masks(self, index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+        """An index, or those of all entries of a mask."""
+        if isinstance(index, FakeTensor) and index.dtype == torch.bool:
+            return self._every_index(index).unbind(1)
+        return [index]
+
+
+_MADE_OF_NONZERO = (
+    torch.ops.aten.where.default,
+    torch.ops.aten.nonzero_numpy.default,
+    torch.ops.aten.argwhere.default,
+)
