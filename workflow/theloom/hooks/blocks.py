@@ -69,8 +69,8 @@ def find_blocks(model: "PreTrainedModel") -> Architecture:
         found = _those_that_run(model, found)
     if len(found) == 2 and all(hasattr(model, part) for part in ("encoder", "decoder")):
         raise ModelError(
-            f"{type(model).__name__} has an encoder and a decoder, and both run: whose hidden states "
-            "are meant cannot be told; give a model of one of them alone"
+            f"{type(model).__name__} has an encoder and a decoder, and both run: whose hidden "
+            "states are meant cannot be told; give a model of one of them alone"
         )
     if len(found) != 1:
         raise ModelError(

@@ -53,6 +53,7 @@ class SelfCheck:
     not_streamed: str = ""  # the reason
     switches: tuple[LengthSwitch, ...] = ()
     streams_up_to: int | None = None
+    alone: bool = False  # every document goes by itself
 
 
 def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
@@ -111,7 +112,28 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
         for switch in switches:
             chunks = max(chunks, _beyond(architecture, ids[:1], switch))
         reason = "" if chunks <= limit else other_in_chunks(chunks)
-    return SelfCheck(states_error, padding, chunks, True, not reason, reason, switches, up_to)
+    return SelfCheck(
+        states_error,
+        padding,
+        chunks,
+        True,
+        not reason,
+        reason,
+        switches,
+        up_to,
+        picks_keys(architecture),
+    )
+
+
+def picks_keys(architecture: Architecture) -> bool:
+    """Whether attention sees a few keys only, the best by an indexer's score.
+
+    Keys of the same score are picked by their place among all, so that chunks, and padding, change
+    which ones a token sees.
+    """
+    return any(
+        "indexer" in part for block in architecture.blocks for part, _ in block.named_modules()
+    )
 
 
 def streams_up_to(model: "PreTrainedModel", switches: Sequence[LengthSwitch]) -> int | None:
@@ -141,7 +163,7 @@ def _in_chunks(
     """The error of chunks of 7 tokens against one pass, and why the model is not to be streamed, if
     so.
     """
-    if any("indexer" in part for block in architecture.blocks for part, _ in block.named_modules()):
+    if picks_keys(architecture):
         return math.inf, "it picks keys by a top-k, whose ties fall otherwise in chunks"
     try:
         error = largest_error(whole, _residuals(architecture, ids, 7))
