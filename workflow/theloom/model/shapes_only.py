@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,13 +36,8 @@ def shapes_only() -> Iterator[None]:
     moe._grouped_mm = _grouped_product
     _FAKE_TENSOR_LOG.setLevel(logging.CRITICAL + 1)
     try:
-        with _EverythingIsNonzero() as mode:
-            try:
-                yield
-            except MODEL_ERRORS as error:
-                if not mode.answered or isinstance(error, DataDependentOutputException):
-                    raise
-                raise DataDependentOutputException(torch.ops.aten.nonzero.default) from error
+        with _EverythingIsNonzero():
+            yield
     finally:
         masking_utils.find_packed_sequence_indices, moe._grouped_mm = packed, grouped
         _FAKE_TENSOR_LOG.setLevel(level)
@@ -56,8 +51,8 @@ class _EverythingIsNonzero(TorchDispatchMode):
     """Answers `nonzero` of a fake tensor as if all its entries were not zero, with real indices.
 
     So experts that look for their tokens get all tokens, which is the most that it can take, and a
-    loop over the experts that have tokens is one over all experts. An error after such an answer
-    is told as one of missing values (`shapes_only`).
+    loop over the experts that have tokens is one over all experts. An operation that fails after
+    such an answer does so for want of values.
     """
 
     def __init__(self) -> None:
@@ -65,20 +60,27 @@ class _EverythingIsNonzero(TorchDispatchMode):
         self.answered = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.answered:  # before, there are no real indices
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            if tensors and not any(isinstance(x, FakeTensor) for x in tensors):
-                with unset_fake_temporarily():
-                    return func(*args, **kwargs)
-        if func in _MADE_OF_NONZERO:
+        if not self.answered:
+            return self._run(func, args, kwargs or {})
+        leaves = tree_leaves((args, kwargs))
+        indices = any(isinstance(x, torch.Tensor) for x in leaves) and not any(
+            isinstance(x, FakeTensor) for x in leaves
+        )
+        try:
+            with unset_fake_temporarily() if indices else nullcontext():
+                return self._run(func, args, kwargs or {})
+        except MODEL_ERRORS:
+            raise DataDependentOutputException(func) from None
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _MADE_OF_NONZERO and isinstance(args[0], FakeTensor):
             with self:
                 return func.decompose(*args, **kwargs)
-        if func is torch.ops.aten.nonzero.default:
+        if func is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
             return self._every_index(args[0])
         if func is torch.ops.aten.index.Tensor:
-            indices = [self._without_masks(index) for index in args[1]]
-            return func(args[0], [i for found in indices for i in found])
+            without_masks = [self._without_mask(index) for index in args[1]]
+            return func(args[0], [index for found in without_masks for index in found])
         return func(*args, **kwargs)
 
     def _every_index(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -86,7 +88,7 @@ class _EverythingIsNonzero(TorchDispatchMode):
         with unset_fake_temporarily():
             return torch.ones(tensor.shape, dtype=torch.bool).nonzero()
 
-    def _without_masks(self, index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+    def _without_mask(self, index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
         """An index, or those of all entries of a mask."""
         if isinstance(index, FakeTensor) and index.dtype == torch.bool:
             return self._every_index(index).unbind(1)

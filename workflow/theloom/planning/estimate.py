@@ -147,13 +147,14 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         context = min(context, config.corpus.max_tokens)
     chunk_size = min(config.memory.streaming_chunk_size, context)
     passes = {}
+    likely = weight_format.weight_format_of(config, likely_precision(config), estimator.own)
     for kind in _wanted(config, estimator.own):
         try:
             passes[kind.name] = _passes(estimator, kind, points, context, chunk_size, device)
         except ModelError as error:
-            if config.memory.quantization or not kind.quantization:
+            if kind == likely:
                 raise
-            # for example Mamba, whose kernels take no quantized weights
+            # for example Mamba, whose code takes no quantized weights
             log.info("not offered in %s: %s", kind.name, error)
     weights = {name: estimator.weights(kind, points) for name, kind in WEIGHT_FORMATS.items()}
     return Estimate(
