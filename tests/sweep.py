@@ -1,7 +1,7 @@
 """Every text model of transformers, made tiny and sent through the stages of the pipeline: its rows
 against plain transformers.
 
-`python tests/sweep.py` tries all and writes the table of workflow/docs/architectures.md; `python
+`python tests/sweep.py` tries all and writes the tables of workflow/docs/architectures.md; `python
 tests/sweep.py NAME …` tries some again. Results are kept in results/architectures.json, so that a
 sweep that was stopped resumes; remove the file to start anew. One import, and a fork for each
 model: what one breaks is not the next one's.
@@ -64,7 +64,7 @@ RESULTS = ROOT / "results/architectures.json"
 class Row:
     """One architecture, and what came of its run.
 
-    `status` is right, refused, wrong, traceback or untried (it cannot be made tiny).
+    `status` is right, refused, wrong, traceback, untried (it cannot be made tiny) or pending.
     """
 
     kind: str
@@ -314,6 +314,46 @@ def _report(row: Row) -> str:
     return f"{row.name}: {status}{error} {row.reason or row.not_streamed}"
 
 
+def page(rows: list[Row]) -> str:
+    """The page of the docs."""
+    count = Counter(row.status for row in rows)
+    shifted = ", ".join(f"`{r.model_type}`" for r in rows if r.shifted) or "none"
+    pending = f", and {count['pending']} were not run yet" if count["pending"] else ""
+    return f"""# Architectures
+
+`make sweep` builds a tiny model with random weights from the config of every architecture that `transformers`
+{transformers.__version__} lists as a model of text, of images and text, or as an encoder-decoder. It saves each as a
+checkpoint and runs the stages `estimate_memory`, `load_model`, `tokenize_corpus`, `extract_activations`,
+`merge_shards` and `verify` on it, in FP32. Documents have {LENGTHS[0]} to {LENGTHS[-1]} tokens, in batches with others and in chunks of
+{CHUNK} tokens; sliding windows are of 8. Then all rows of every document are compared with plain `transformers`
+on that document alone.
+
+- Of {len(rows)} architectures {count["untried"]} cannot be made tiny{pending}.
+- **{count["right"]}** are right: `hook_resid_pre` and `hook_resid_post` of every block equal the model's own
+  `output_hidden_states`, to at most {LIMIT:g} of the largest value. The last entry is what the final norm, or what mixes
+  several streams into one, makes of the last block's output.
+- **{sum(r.streams for r in rows)}** of these give the same rows in chunks, through their KV cache. For the others a document longer than
+  a chunk is refused, with the reason of the table.
+- {count["refused"]} are refused, with one line.
+- Taken, and wrong: {count["wrong"]}. Ended in a traceback: {count["traceback"]}.
+
+`load_model` tries every model on a few tokens before a row is taken from it. Where a model's own hidden states are the
+outputs of its blocks, not the inputs, they are compared as such: {shifted}.
+""" + "".join(_table(kind, [r for r in rows if r.kind == kind]) for kind in MAPPINGS)  # noqa: E501
+
+
+def _table(kind: str, rows: list[Row]) -> str:
+    head = "| architecture | class | residuals | in chunks | reason |\n|---|---|---|---|---|\n"
+    return f"\n## {TITLES[kind]}\n\n{head}" + "".join(map(_line, rows))
+
+
+def _line(row: Row) -> str:
+    status = {"right": "yes", "untried": "not made tiny", "pending": "not run"}.get(row.status, row.status)
+    streamed = ("yes" if row.streams else "refused") if row.status == "right" else ""
+    reason = (row.reason or row.not_streamed).replace("|", "\\|").replace("<", "&lt;")[:160]
+    return f"| `{row.model_type}` | {row.model_class} | {status} | {streamed} | {reason} |\n"
+
+
 def main(requested: list[str]) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -330,6 +370,10 @@ def main(requested: list[str]) -> None:
         RESULTS.write_text(json.dumps({k: asdict(v) for k, v in there.items()}, indent=1))
         print(f"{number}/{len(wanted)} {_report(row)}", flush=True)
     print(Counter(row.status for row in there.values()))
+    every = [Row(*name, "pending") for name in names()]
+    DOCUMENT.write_text(page([there.get(row.name, row) for row in every]))
+    if wrong := [r.name for r in there.values() if r.status in ("wrong", "traceback")]:
+        sys.exit(f"wrong: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":
