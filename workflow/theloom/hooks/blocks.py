@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from theloom.config.model_dims import numbers
 from theloom.errors import ModelError
@@ -176,5 +177,7 @@ def forward_three_tokens(model: nn.Module) -> None:
 
 
 def cannot_run(model: nn.Module) -> str:
-    """The start of a message about a model that does not run."""
+    """The start of a message about a model that does not run, on values or without them."""
+    if any(isinstance(parameter, FakeTensor) for parameter in model.parameters()):
+        return f"{type(model).__name__}: its memory cannot be predicted"
     return f"{type(model).__name__} cannot be run on token ids alone"

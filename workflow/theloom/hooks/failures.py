@@ -22,9 +22,7 @@ MODEL_ERRORS = (
     StopIteration,
 )
 
-_NEEDS_VALUES = (
-    "its code decides by the values of tensors, which are not there when its memory is predicted"
-)
+_NEEDS_VALUES = "its code decides by the values of tensors, which are not there yet"
 
 
 def why(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, initialization
 from transformers.pytorch_utils import Conv1D
 
 from theloom.errors import ModelError
-from theloom.hooks.blocks import Architecture, find_blocks
+from theloom.hooks.blocks import Architecture, cannot_run, find_blocks
 from theloom.hooks.catalog import build_catalog
 from theloom.hooks.failures import MODEL_ERRORS, refused, why
 from theloom.hooks.points import HookCatalog, HookPoint, residual_points
@@ -158,8 +158,7 @@ class FakeModel:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Within the context the model runs; its errors are ModelErrors."""
-        name = type(self.architecture.model).__name__
-        with self.mode, shapes_only(), refused(f"{name}: its memory cannot be predicted"):
+        with self.mode, shapes_only(), refused(cannot_run(self.architecture.model)):
             yield
 
     @property
