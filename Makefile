@@ -5,7 +5,7 @@
 # make test   build the same environment, then lint, type check and run all tests
 # make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
 # make docs   build the documentation site from the pages and docstrings: site/index.html
-# make sweep  try every causal LM of transformers, made tiny, and write workflow/docs/architectures.md
+# make sweep  send every text model of transformers, made tiny, through the stages; writes workflow/docs/architectures.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILES ?=

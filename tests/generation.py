@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from theloom.memory.storages import LiveStorages
 from theloom.memory.trace import CUDA_KERNELS, MarkedCache, grow_cache
-from theloom.model.fake import FakeModel, shapes_only
+from theloom.model.fake import FakeModel
+from theloom.model.shapes_only import shapes_only
 
 if TYPE_CHECKING:
     pass

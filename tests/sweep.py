@@ -1,91 +1,117 @@
-"""Every causal LM of transformers, made tiny: what TheLoom reads from it, against the model's own
-hidden states.
+"""Every text model of transformers, made tiny and sent through the stages of the pipeline: its rows
+against plain transformers.
 
-`python tests/sweep.py` runs all and writes the table of workflow/docs/architectures.md; `python
-tests/sweep.py NAME …` shows some. One import, and a fork for each model: what one breaks is not the
-next one's.
+`python tests/sweep.py` tries all and writes the tables of workflow/docs/architectures.md; `python
+tests/sweep.py NAME …` tries some again. Results are kept in results/architectures.json, so that a
+sweep that was stopped resumes; remove the file to start anew. One import, and a fork for each
+model: what one breaks is not the next one's.
 """
 
+import json
 import logging
 import os
-import pickle
+import random
 import re
 import resource
 import signal
 import sys
+import tempfile
+import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import theloom
 import torch
 import transformers
-from theloom.errors import TheLoomError
-from theloom.hooks.blocks import Architecture, find_blocks
-from theloom.hooks.points import residual_points
-from theloom.hooks.taps import Taps
-from theloom.model.checks import SelfCheck, self_check
-from theloom.model.forward import prefill
+from support import ROOT, stages
+from theloom.engine import model_record
+from theloom.errors import TheLoomError, VerificationError
 from theloom.precision import TOLERANCE
 from tiny_configs import tiny_config
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto import modeling_auto
 
-SECONDS, BYTES = 120, 8 << 30
-CHUNK = 5
-NOT_TINY = "not made tiny"
-DOCUMENT = Path(__file__).parents[1] / "workflow/docs/architectures.md"
+MAPPINGS = {
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "image-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "encoder-decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+TITLES = {
+    "causal": "Causal language models",
+    "image-text": "Models of images and text, on text alone",
+    "masked": "Masked language models",
+    "encoder-decoder": "Encoder-decoders",
+}
+SECONDS, BYTES = 300, 8 << 30
+# tokens of documents: one, two, and round the switches of tiny configs (8, 16, 24), in one pass and
+# in chunks
+LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 19, 20, 21, 24, 25, 33, 40, 41)
+CHUNK = 20
+LIMIT = 10 * TOLERANCE["fp32"]  # batches and chunks sum in another order than one document alone
+DOCUMENT = ROOT / "workflow/docs/architectures.md"
+RESULTS = ROOT / "results/architectures.json"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture: what the sweep found by itself, and what TheLoom said of it."""
+    """One architecture, and what came of its run.
 
+    `status` is right, refused, wrong, traceback, untried (it cannot be made tiny) or pending.
+    """
+
+    kind: str
     model_type: str
-    model_class: str = ""
-    blocks: str = ""
-    problem: str = ""  # why it cannot be made tiny
-    refusal: str = ""  # why TheLoom refuses it
-    tried: SelfCheck | None = None
-    states_error: float = float("nan")
-    chunk_error: float = float("nan")
+    model_class: str
+    status: str
+    reason: str = ""
+    error: float = -1.0  # of the rows, as a share of the largest value; -1: there are none
+    streams: bool = False
+    not_streamed: str = ""  # the reason
     shifted: bool = False  # its hidden states are the blocks' outputs
 
     @property
-    def parity(self) -> bool:
-        return self.states_error <= TOLERANCE["fp32"]
-
-    @property
-    def streams(self) -> bool:
-        return (
-            self.tried is not None and self.tried.streams and self.chunk_error <= TOLERANCE["fp32"]
-        )
-
-    @property
-    def silently_wrong(self) -> bool:
-        """Taken by TheLoom, though its rows are not the model's own, or streamed, though chunks
-        change them.
-        """
-        streamed = self.tried is not None and self.tried.streams
-        return self.tried is not None and (not self.parity or (streamed and not self.streams))
+    def name(self) -> str:
+        return f"{self.kind}/{self.model_type}"
 
 
-def build(model_type: str) -> PreTrainedModel:
-    """A tiny model of an architecture, as a decoder, with weights scaled by 1/√fan-in: 0.02 would
-    hide errors.
+def names(requested: Iterable[str] = ()) -> list[tuple[str, str, str]]:
+    """Kind, model type and class of the architectures to try, each class once."""
+    found, seen = [], set()
+    for kind, mapping in MAPPINGS.items():
+        for model_type, model_class in mapping.items():
+            wanted = {model_type, f"{kind}/{model_type}"}
+            if isinstance(model_class, str) and (model_type, model_class) not in seen:
+                seen.add((model_type, model_class))
+                if not requested or wanted.intersection(requested):
+                    found.append((kind, model_type, model_class))
+    return found
+
+
+def build(model_type: str, kind: str = "causal") -> PreTrainedModel:
+    """A tiny model of an architecture, with weights scaled by 1/√fan-in: 0.02 would hide errors.
+
+    A causal language model is made as a decoder.
     """
     torch.manual_seed(0)
     config = tiny_config(model_type)
-    if model_type.startswith("musicgen"):
-        config = config.decoder  # its causal LM is made from this part alone
-    if hasattr(config, "is_decoder"):
-        config.is_decoder = True
-    if type(config) in AutoModelForCausalLM._model_mapping:
+    model_class = getattr(transformers, MAPPINGS[kind][model_type])
+    if kind == "causal":
+        if model_type.startswith("musicgen"):
+            config = config.decoder  # its causal LM is made from this part alone
+        if hasattr(config, "is_decoder"):
+            config.is_decoder = True
+    if kind == "causal" and type(config) in AutoModelForCausalLM._model_mapping:
         model = AutoModelForCausalLM.from_config(config)
     else:
-        model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])(config)
+        model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
@@ -93,39 +119,94 @@ def build(model_type: str) -> PreTrainedModel:
     return model.eval()
 
 
-def examine(model_type: str) -> Row:
-    """One architecture, from its config to its rows."""
+def examine(
+    kind: str, model_type: str, model_class: str, folder: Path, streams: bool = True
+) -> Row:
+    """One architecture, from its config to its rows; in chunks where the model `streams`."""
+    row = Row(kind, model_type, model_class, "untried")
     try:
-        model = build(model_type)
+        model = build(model_type, kind)
+        model.save_pretrained(folder / "model")
+        model = type(model).from_pretrained(folder / "model").eval()
     except Exception as error:
-        return Row(model_type, problem=_words(error))
-    name = type(model).__name__
+        return replace(row, reason=_words(error))
+    _write_tokenizer(folder / "tokenizer")
+    _write_documents(folder / "texts.jsonl")
+    row = replace(row, model_class=type(model).__name__)
+    if streams:
+        row_in_chunks = _run(row, model, folder / "in-chunks", CHUNK)
+        if row_in_chunks.status != "refused" or "be streamed" not in row_in_chunks.reason:
+            return row_in_chunks
+    return _run(row, model, folder / "in-one-pass", max(LENGTHS))
+
+
+def _run(row: Row, model: PreTrainedModel, folder: Path, chunk: int) -> Row:
+    """All stages with chunks of that many tokens, and every document's rows against the model."""
+    run = stages(
+        folder,
+        folder.parent / "model",
+        f"corpus=text corpus.path={folder.parent}/texts.jsonl "
+        f"model.tokenizer={folder.parent}/tokenizer memory.streaming_chunk_size={chunk} "
+        f"corpus.context_length={max(LENGTHS)} extraction.batch_tokens=128",
+    )
     try:
-        described = find_blocks(model)
-        tried = self_check(described, TOLERANCE["fp32"])
+        run.all().verify()
+        shifted, error = _compare(model, run.activations)
+    except VerificationError as error:
+        return replace(row, status="wrong", reason=_words(error))
     except TheLoomError as error:
-        return Row(model_type, name, refusal=str(error))
-    kind = type(described.blocks[0]).__name__
-    ids = torch.randint(3, 128, (2, 23), generator=torch.Generator().manual_seed(1))
-    whole = _read(described, ids, 23)
-    shifted, states_error = _against_own_states(described, ids, whole)
-    chunk_error = float("nan")
-    if tried.streams:
-        chunked = _read(described, ids, CHUNK)
-        chunk_error = max(_error(chunked[name], value) for name, value in whole.items())
-    return Row(model_type, name, kind, "", "", tried, states_error, chunk_error, shifted)
+        one_line = "\n" not in str(error)
+        return replace(row, status="refused" if one_line else "wrong", reason=str(error))
+    except Exception as error:
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if "theloom" in f.filename]
+        where = ", ".join(f"{Path(f.filename).name}:{f.lineno}" for f in ours[-3:])
+        return replace(row, status="traceback", reason=f"{_words(error)} @ {where}")
+    record = model_record.read(run.folder / "model.h5")
+    return replace(
+        row,
+        status="right" if error <= LIMIT else "wrong",
+        error=error,
+        streams=record.streams and chunk == CHUNK,
+        not_streamed=str(record.attributes["not_streamed"]),
+        shifted=shifted,
+    )
 
 
-def _read(described: Architecture, ids: torch.Tensor, chunk_size: int) -> dict[str, torch.Tensor]:
-    points = residual_points(len(described.blocks), described.hidden_size)
-    seen: dict[str, list[torch.Tensor]] = {p.name: [] for p in points}
-    with Taps(described, points, lambda name, value: seen[name].append(value.clone())) as taps:
-        prefill(taps, ids, chunk_size)
-    return {name: torch.cat(chunks, dim=1) for name, chunks in seen.items()}
+def _write_tokenizer(folder: Path) -> None:
+    """One whose tokens are the numbers from 0 to 127 as words."""
+    words = Tokenizer(models.WordLevel({str(n): n for n in range(128)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
+def _write_documents(file: Path) -> None:
+    """Documents of all lengths, in no order."""
+    chance = random.Random(0)
+    lengths = list(LENGTHS)
+    chance.shuffle(lengths)
+    with file.open("w") as out:
+        for length in lengths:
+            text = " ".join(str(chance.randint(3, 127)) for _ in range(length))
+            out.write(json.dumps({"text": text}) + "\n")
+
+
+def _compare(model: PreTrainedModel, activations: Path) -> tuple[bool, float]:
+    """Whether the model's hidden states are its blocks' outputs, and the largest error of any
+    document against the model on that document alone.
+    """
+    acts = theloom.open(activations)
+    found = {name: acts[name] for name in acts.hooks}
+    starts, shifted, worst = acts.window_offset.tolist(), False, 0.0
+    for begin, end in pairwise(starts):
+        ids = torch.from_numpy(acts.input_ids.numpy(slice(begin, end)).astype("i8"))[None]
+        rows = {name: values[begin:end][None].float() for name, values in found.items()}
+        outputs, error = _against_own_states(model, ids, rows)
+        shifted, worst = shifted or outputs, max(worst, error)
+    return shifted, worst
 
 
 def _against_own_states(
-    described: Architecture, ids: torch.Tensor, found: dict[str, torch.Tensor]
+    model: PreTrainedModel, ids: torch.Tensor, found: dict[str, torch.Tensor]
 ) -> tuple[bool, float]:
     """Whether the model's own hidden states are its blocks' outputs, and the largest error against
     them.
@@ -133,29 +214,31 @@ def _against_own_states(
     The last of them is after the final norm, in most models: then the model's own norm of the last
     output must be it.
     """
-    count = len(described.blocks)
+    count = len(found) // 2
     with torch.inference_mode():
-        states = described.model(
-            input_ids=ids, use_cache=False, output_hidden_states=True
-        ).hidden_states
+        output = model(input_ids=ids, output_hidden_states=True)
+    states = next(
+        s
+        for name in ("hidden_states", "decoder_hidden_states", "language_model_hidden_states")
+        if (s := getattr(output, name, None)) is not None
+    )
     before = [found[f"blocks.{i}.hook_resid_pre"] for i in range(count)]
     after = [found[f"blocks.{i}.hook_resid_post"] for i in range(count)]
+    if len(states) < count:
+        return False, float("inf")
     joined = max((_error(a, b) for a, b in zip(after, before[1:], strict=False)), default=0.0)
     as_inputs = max(_error(a, b) for a, b in zip(before, states, strict=False))
     as_outputs = max((_error(a, b) for a, b in zip(after[:-1], states, strict=False)), default=0.0)
-    end = min(_error(value, states[-1]) for value in [after[-1], *_normed(described, after[-1])])
-    if _goes_on(described, ids, after[-1]):
+    end = min(_error(value, states[-1]) for value in [after[-1], *_normed(model, after[-1])])
+    if end > LIMIT and _goes_on(model, ids, after[-1]):
         end = 0.0
     return as_outputs < as_inputs, max(joined, min(as_inputs, as_outputs), end)
 
 
-def _normed(described: Architecture, value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What each norm outside the blocks makes of a value."""
-    inside = {m for block in described.blocks for m in block.modules()}
-    for name, module in described.model.named_modules():
-        if module not in inside and (
-            "norm" in type(module).__name__.lower() or "norm" in name.rpartition(".")[2]
-        ):
+def _normed(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What each norm of a model makes of a value."""
+    for name, module in model.named_modules():
+        if "norm" in type(module).__name__.lower() or "norm" in name.rpartition(".")[2]:
             try:
                 with torch.inference_mode():
                     normed = module(value)
@@ -165,11 +248,8 @@ def _normed(described: Architecture, value: torch.Tensor) -> Iterator[torch.Tens
                 yield normed
 
 
-def _goes_on(described: Architecture, ids: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a module beyond the blocks that is no norm, but mixes several streams or outputs,
-    takes a value.
-    """
-    inside = {m for block in described.blocks for m in block.modules()} | {described.model}
+def _goes_on(model: PreTrainedModel, ids: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a module that is no norm, but mixes several streams or outputs, takes a value."""
     seen = []
 
     def look(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -178,20 +258,12 @@ def _goes_on(described: Architecture, ids: torch.Tensor, value: torch.Tensor) ->
             for a in (*args, *kwargs.values())
             for v in (a if isinstance(a, list | tuple) else [a])
         ]
-        seen.extend(
-            v
-            for v in given
-            if isinstance(v, torch.Tensor) and v.shape == value.shape and torch.equal(v, value)
-        )
+        seen.extend(v for v in given if isinstance(v, torch.Tensor) and _error(v, value) <= LIMIT)
 
-    mixers = [
-        m
-        for m in described.model.modules()
-        if m not in inside and re.search("Residual|Mixer", type(m).__name__)
-    ]
+    mixers = [m for m in model.modules() if re.search("Residual|Mixer", type(m).__name__)]
     handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in mixers]
     with torch.inference_mode():
-        described.model(input_ids=ids, use_cache=False)
+        model(input_ids=ids)
     for handle in handles:
         handle.remove()
     return bool(seen)
@@ -203,116 +275,108 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def sweep(model_types: Iterable[str]) -> Iterator[Row]:
-    """The rows of these architectures."""
-    for model_type in model_types:
-        yield _in_a_fork(model_type)
+def sweep(requested: Iterable[tuple[str, str, str]]) -> Iterator[Row]:
+    """The rows of these architectures (`names`)."""
+    for architecture in requested:
+        yield _in_a_fork(*architecture)
 
 
-def _in_a_fork(model_type: str) -> Row:
+def _in_a_fork(kind: str, model_type: str, model_class: str) -> Row:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        with os.fdopen(writing, "wb") as pipe:
+        with os.fdopen(writing, "w") as pipe, tempfile.TemporaryDirectory() as folder:
             resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
             signal.alarm(SECONDS)
             try:
-                row = examine(model_type)
+                row = examine(kind, model_type, model_class, Path(folder))
             except BaseException as error:
-                row = Row(
-                    model_type,
-                    problem=f"the sweep failed: {_words(error)}",
-                    states_error=float("inf"),
-                )
-            pipe.write(pickle.dumps(row))
+                reason = f"the sweep failed: {_words(error)}"
+                row = Row(kind, model_type, model_class, "traceback", reason)
+            pipe.write(json.dumps(asdict(row)))
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read()
+    with os.fdopen(reading) as pipe:
+        reported = pipe.read()
     os.waitpid(child, 0)
-    return (
-        pickle.loads(said)
-        if said
-        else Row(model_type, problem=f"the sweep took more than {SECONDS} s or its memory")
-    )
+    if reported:
+        return Row(**json.loads(reported))
+    reason = f"it took more than {SECONDS} s or {BYTES >> 30} GiB"
+    return Row(kind, model_type, model_class, "traceback", reason)
 
 
 def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def _say(row: Row) -> str:
-    if row.problem:
-        return f"{row.model_type}: {NOT_TINY}: {row.problem}"
-    if row.refusal:
-        return f"{row.model_type}: refused: {row.refusal}"
-    wrong = " SILENTLY WRONG" if row.silently_wrong else ""
-    errors = f"states {row.states_error:.1e} chunks {row.chunk_error:.1e}"
-    return f"{row.model_type}: {errors} {row.tried}{wrong}"
+def _report(row: Row) -> str:
+    error = f" {row.error:.1e}" if row.error >= 0 else ""
+    status = row.status if row.status in ("right", "refused", "untried") else row.status.upper()
+    return f"{row.name}: {status}{error} {row.reason or row.not_streamed}"
 
 
-def table(rows: list[Row]) -> str:
+def page(rows: list[Row]) -> str:
     """The page of the docs."""
-    parity, streams = (sum(getattr(r, what) for r in rows) for what in ("parity", "streams"))
-    tiny = sum(not r.problem for r in rows)
-    shifted = ", ".join(f"`{r.model_type}`" for r in rows if r.shifted)
+    count = Counter(row.status for row in rows)
+    shifted = ", ".join(f"`{r.model_type}`" for r in rows if r.shifted) or "none"
+    pending = f", and {count['pending']} were not run yet" if count["pending"] else ""
     return f"""# Architectures
 
 `make sweep` builds a tiny model with random weights from the config of every architecture that `transformers`
-{transformers.__version__} lists as a causal language model, runs it in FP32, and writes this page.
+{transformers.__version__} lists as a model of text, of images and text, or as an encoder-decoder. It saves each as a
+checkpoint and runs the stages `estimate_memory`, `load_model`, `tokenize_corpus`, `extract_activations`,
+`merge_shards` and `verify` on it, in FP32. Documents have {LENGTHS[0]} to {LENGTHS[-1]} tokens, in batches with others and in chunks of
+{CHUNK} tokens; sliding windows are of 8. Then all rows of every document are compared with plain `transformers`
+on that document alone.
 
-- Of {len(rows)} architectures {tiny} can be made tiny.
-- In **{parity}**, `hook_resid_pre` and `hook_resid_post` of every block equal the model's own
-  `output_hidden_states`, to at most {TOLERANCE["fp32"]:g} of the largest value.
-  Its last entry is what the final norm, or what mixes several streams into one, makes of the last block's output.
-- **{streams}** give the same rows in chunks of {CHUNK} tokens through their KV cache as in one pass.
-- All others are refused with the reason that the table gives: as a whole, or for documents longer than a chunk.
-- Taken, and wrong: {sum(r.silently_wrong for r in rows)}.
+- Of {len(rows)} architectures {count["untried"]} cannot be made tiny{pending}.
+- **{count["right"]}** are right: `hook_resid_pre` and `hook_resid_post` of every block equal the model's own
+  `output_hidden_states`, to at most {LIMIT:g} of the largest value. The last entry is what the final norm, or what mixes
+  several streams into one, makes of the last block's output.
+- **{sum(r.streams for r in rows)}** of these give the same rows in chunks, through their KV cache. For the others a document longer than
+  a chunk is refused, with the reason of the table.
+- {count["refused"]} are refused, with one line.
+- Taken, and wrong: {count["wrong"]}. Ended in a traceback: {count["traceback"]}.
 
-TheLoom finds out by itself: `load_model` tries every model so on a few tokens before it takes a row from it. Where a
-model's own hidden states are the outputs of its blocks, not the inputs, they are compared as such:
-{shifted}.
+`load_model` tries every model on a few tokens before a row is taken from it. Where a model's own hidden states are the
+outputs of its blocks, not the inputs, they are compared as such: {shifted}.
+""" + "".join(_table(kind, [r for r in rows if r.kind == kind]) for kind in MAPPINGS)  # noqa: E501
 
-| architecture | class | residuals | in chunks | reason |
-|---|---|---|---|---|
-"""  # noqa: E501 + "".join(map(_line, rows))
+
+def _table(kind: str, rows: list[Row]) -> str:
+    head = "| architecture | class | residuals | in chunks | reason |\n|---|---|---|---|---|\n"
+    return f"\n## {TITLES[kind]}\n\n{head}" + "".join(map(_line, rows))
 
 
 def _line(row: Row) -> str:
-    reason = row.problem or row.refusal or (row.tried.not_streamed if row.tried else "")
-    if row.problem:
-        return f"| `{row.model_type}` | | not made tiny | | {_cell(reason)} |\n"
-    kept, streamed = (
-        ("yes" if row.parity else "refused"),
-        ("yes" if row.streams else "refused" if row.parity else ""),
-    )
-    return f"| `{row.model_type}` | {row.model_class} | {kept} | {streamed} | {_cell(reason)} |\n"
-
-
-def _cell(words: str) -> str:
-    return words.replace("|", "\\|").replace("<", "&lt;")[:160]
+    words = {"right": "yes", "untried": "not made tiny", "pending": "not run"}
+    status = words.get(row.status, row.status)
+    streamed = ("yes" if row.streams else "refused") if row.status == "right" else ""
+    reason = (row.reason or row.not_streamed).replace("|", "\\|").replace("<", "&lt;")[:160]
+    return f"| `{row.model_type}` | {row.model_class} | {status} | {streamed} | {reason} |\n"
 
 
 def main(requested: list[str]) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    rows = []
-    for row in sweep(requested or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        rows.append(row)
-        print(_say(row), flush=True)
-    parity, streams = (sum(getattr(r, what) for r in rows) for what in ("parity", "streams"))
-    print(
-        f"{len(rows)} architectures: {parity} with the model's own hidden states, {streams} "
-        "streamed"
-    )
-    wrong = [r.model_type for r in rows if r.silently_wrong]
-    if not requested:
-        DOCUMENT.parent.mkdir(exist_ok=True)
-        DOCUMENT.write_text(table(rows))
-    if wrong:
-        sys.exit(f"silently wrong: {', '.join(wrong)}")
+    there = {}
+    if RESULTS.exists():
+        there = {k: Row(**v) for k, v in json.loads(RESULTS.read_text()).items()}
+    wanted = [n for n in names(requested) if requested or f"{n[0]}/{n[1]}" not in there]
+    for number, row in enumerate(sweep(wanted), 1):
+        there[row.name] = row
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps({k: asdict(v) for k, v in there.items()}, indent=1))
+        print(f"{number}/{len(wanted)} {_report(row)}", flush=True)
+    print(Counter(row.status for row in there.values()))
+    every = [Row(*name, "pending") for name in names()]
+    DOCUMENT.write_text(page([there.get(row.name, row) for row in every]))
+    if wrong := [r.name for r in there.values() if r.status in ("wrong", "traceback")]:
+        sys.exit(f"wrong: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

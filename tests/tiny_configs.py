@@ -79,7 +79,13 @@ QWEN4 = {
     "indexer_compress_ratio": 4,
 }
 # what the table of sizes does not say; keys of a sub-config are written `text_config.key`
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 SPECIAL: dict[str, dict[str, Any]] = {
+    **{name: {"text_config.rope_parameters": MROPE} for name in ("glm4v", "glm_ocr", "glmga")},
+    "glm4v_moe": {
+        "text_config.rope_parameters": MROPE
+        | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    },
     "bamba": {"attn_layer_indices": [1]},
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1},
     "cohere_compass_text": {
@@ -188,6 +194,12 @@ def _shrink(plain: dict[str, Any], special: dict[str, Any]) -> None:
         plain["num_key_value_heads"] = plain[
             "num_attention_heads"
         ]  # latent attention has keys for every head
+    rope = plain.get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        width = plain.get("head_dim") or plain["hidden_size"] // plain["num_attention_heads"]
+        angles = int(width * rope.get("partial_rotary_factor", 1)) // 2
+        part = angles * 3 // 8
+        plain["rope_parameters"] = rope | {"mrope_section": [angles - 2 * part, part, part]}
     plain |= {k: v for k, v in special.items() if "." not in k}
 
 

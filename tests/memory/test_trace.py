@@ -13,7 +13,8 @@ from theloom.hooks.catalog import build_catalog
 from theloom.memory import trace
 from theloom.memory.sizes import Workload
 from theloom.memory.storages import LiveStorages
-from theloom.model.fake import fake_model, shapes_only
+from theloom.model.fake import fake_model
+from theloom.model.shapes_only import shapes_only
 from theloom.precision import torch_dtype
 from traced_models import MODELS, model_config
 from transformers import AutoModel, DynamicCache

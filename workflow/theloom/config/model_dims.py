@@ -37,10 +37,11 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
     text = config.get_text_config()
     blocks = getattr(text, "num_hidden_layers", None)
     hidden = getattr(text, "hidden_size", None)
-    if not blocks or not hidden:
+    vocabulary = getattr(text, "vocab_size", None)
+    if not blocks or not hidden or not vocabulary:
         raise ModelError(
-            f"{config.model_type}: its config has no num_hidden_layers or hidden_size; not a text "
-            "decoder"
+            f"{config.model_type}: its config has no num_hidden_layers, hidden_size or vocab_size; "
+            "it is no model of text tokens that TheLoom can read"
         )
     heads = _said(text, "num_attention_heads") or 1
     return ModelDims(
@@ -51,7 +52,7 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
         num_kv_heads=_said(text, "num_key_value_heads") or heads,
         head_dim=_said(text, "head_dim") or hidden // heads,
         intermediate_size=_said(text, "intermediate_size") or _said(text, "n_inner") or 4 * hidden,
-        vocab_size=text.vocab_size,
+        vocab_size=vocabulary,
         context_length=_context_length(text),
         sliding_window=bool(getattr(text, "sliding_window", None))
         and getattr(text, "use_sliding_window", True),

@@ -5,7 +5,7 @@ A fallback of the precision warns where it is resolved, so a job that resolves i
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,9 +203,10 @@ def read_job(
     config, record = load_frozen(config_path), model_record.read(model_path)
     corpus = tokens.read_job(tokens_path, shard)
     _check_revision(record, corpus.attributes)
+    estimated = estimate.read(estimate_path)
     run = RunContext(
         config=config,
-        estimate=estimate.read(estimate_path),
+        estimate=replace(estimated, batch_tokens=1) if record.alone else estimated,
         record=record,
         corpus=corpus.attributes,
         longest_window=corpus.longest_window,

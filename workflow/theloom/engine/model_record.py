@@ -52,6 +52,11 @@ class ModelRecord:
     attributes: dict[str, Any]
 
     @property
+    def alone(self) -> bool:
+        """Whether every document goes by itself: padding would change its rows."""
+        return bool(self.attributes["alone"])
+
+    @property
     def quantization(self) -> str | None:
         """`8bit` or `4bit`: requested, or the checkpoint's own."""
         return (

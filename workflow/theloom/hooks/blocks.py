@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from theloom.config.model_dims import numbers
 from theloom.errors import ModelError
+from theloom.hooks.failures import refused
 from theloom.hooks.pass_state import PassState
 
 if TYPE_CHECKING:
@@ -66,6 +68,11 @@ def find_blocks(model: "PreTrainedModel") -> Architecture:
     found = found or [blocks for owner, blocks in every if _declared(owner, blocks)]
     if len(found) > 1:
         found = _those_that_run(model, found)
+    if len(found) == 2 and all(hasattr(model, part) for part in ("encoder", "decoder")):
+        raise ModelError(
+            f"{type(model).__name__} has an encoder and a decoder, and both run: whose hidden "
+            "states are meant cannot be told; give a model of one of them alone"
+        )
     if len(found) != 1:
         raise ModelError(
             f"{type(model).__name__}: cannot tell which modules are its {size.num_blocks} blocks "
@@ -159,16 +166,18 @@ def forward_three_tokens(model: nn.Module) -> None:
     """A forward pass that leaves no trace. Raises ModelError."""
     some: Any = next(model.parameters())
     state = PassState(model)
-    with torch.inference_mode(), evaluating(model):
+    with torch.inference_mode(), evaluating(model), refused(cannot_run(model)):
         ids = torch.arange(3, device=getattr(model, "device", some.device))[None]
         try:
             model(input_ids=ids, use_cache=False)
         except BlockNotLoadedError:
             pass
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-            words = " ".join(str(error).split())
-            raise ModelError(
-                f"{type(model).__name__} cannot be run on token ids alone: {words}"
-            ) from None
         finally:
             state.restore()
+
+
+def cannot_run(model: nn.Module) -> str:
+    """The start of a message about a model that does not run, on values or without them."""
+    if any(isinstance(parameter, FakeTensor) for parameter in model.parameters()):
+        return f"{type(model).__name__}: its memory cannot be predicted"
+    return f"{type(model).__name__} cannot be run on token ids alone"

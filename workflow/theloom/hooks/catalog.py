@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from theloom.errors import HookError
-from theloom.hooks.blocks import Architecture, evaluating
+from theloom.hooks.blocks import Architecture, cannot_run, evaluating
+from theloom.hooks.failures import MODEL_ERRORS, why
 from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.hooks.taps import Taps
@@ -32,28 +33,32 @@ _known: WeakKeyDictionary[nn.Module, tuple[Anatomy, HookCatalog]] = WeakKeyDicti
 
 def _read_all(architecture: Architecture, anatomy: Anatomy) -> HookCatalog:
     refused = dict(anatomy.refused)
-    shapes = _shapes(architecture, anatomy.points)
+    reasons: list[str] = []
+    shapes = _shapes(architecture, anatomy.points, reasons)
     if (
         shapes is None
     ):  # the inside of attention ended the forward: without it, and then layer by layer
         inside = [p for p in anatomy.points if p.over_keys]
         rest = [p for p in anatomy.points if not p.over_keys]
-        shapes = _shapes(architecture, rest) or {}
+        shapes = _shapes(architecture, rest, reasons) or {}
         for block in sorted({p.block for p in inside}):
-            shapes |= _shapes(architecture, [p for p in inside if p.block == block]) or {}
+            shapes |= _shapes(architecture, [p for p in inside if p.block == block], reasons) or {}
     points = []
     for point in anatomy.points:
         if point.name in shapes:
             points.append(replace(point, shape=shapes[point.name]))
         else:
-            refused[point.name] = "is not reached in the forward pass"
+            refused[point.name] = reasons[-1] if reasons else "it is not reached in a forward pass"
     return HookCatalog(points, refused)
 
 
 def _shapes(
-    architecture: Architecture, points: Collection[HookPoint]
+    architecture: Architecture, points: Collection[HookPoint], reasons: list[str]
 ) -> dict[str, tuple[int, ...]] | None:
-    """The shape of a token's row by hook point; None where a forward with these taps fails."""
+    """The shape of a token's row by hook point; None where a forward with these taps fails.
+
+    Why it fails is added to `reasons`.
+    """
     over_keys = {p.name for p in points if p.over_keys}
     found: dict[str, tuple[int, ...]] = {}
 
@@ -64,8 +69,10 @@ def _shapes(
     with torch.inference_mode(), evaluating(model), Taps(architecture, list(points), see) as taps:
         try:
             taps.run(input_ids=torch.arange(3, device=model.device)[None], use_cache=False)
-        except HookError:
+        except HookError as error:
+            reasons.append(str(error))
             return found if len(found) < len(points) and not over_keys else None
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+        except MODEL_ERRORS as error:
+            reasons.append(f"{cannot_run(model)}: {why(error)}")
             return None
     return found

@@ -167,7 +167,7 @@ def select_points(
     if not entries:
         return list(points)
     refused = refused or {}
-    num_blocks = 1 + max(p.block for p in points if p.name.startswith("blocks."))
+    num_blocks = 1 + max((p.block for p in points if p.name.startswith("blocks.")), default=-1)
     chosen: set[str] = set()
     for entry in entries:
         pattern = _from_the_end(entry, num_blocks)

@@ -60,7 +60,7 @@ class Estimator(Protocol):
         device: str = "cuda",
     ) -> PeakBytes:
         """The peak of one forward pass that reads hook points, which are `held` or written as they
-        come.
+        come. Raises ModelError.
         """
 
     def block_sizes(self, kind: WeightFormat, points: Sequence[HookPoint]) -> BlockSizes:
@@ -161,6 +161,7 @@ class Traced:
         self._config, self._attention, self._trust = model_config, attention, trust_remote_code
         self.own = quantized_as(model_config)
         self._fakes: dict[WeightFormat, FakeModel] = {}
+        self._left_out: dict[tuple[str, ...], list[str]] = {}
 
     def fake(self, kind: WeightFormat) -> "FakeModel":
         """The model without bytes, built once for each kind of weights."""
@@ -179,6 +180,13 @@ class Traced:
     def catalog(self) -> HookCatalog:
         return self.fake(WeightFormat("fp32")).catalog
 
+    def _unneeded(self, points: tuple[HookPoint, ...]) -> list[str]:
+        """Modules that no kind of weights needs: found once, and where nothing is quantised."""
+        names = tuple(p.name for p in points)
+        if names not in self._left_out:
+            self._left_out[names] = self.fake(WeightFormat("fp32")).unneeded(points)
+        return self._left_out[names]
+
     @cached_property
     def attention(self) -> str:
         """The attention implementation that transformers takes."""
@@ -190,8 +198,10 @@ class Traced:
         return int(self.fake(WeightFormat("fp32")).architecture.model.num_parameters())
 
     def weights(self, kind: WeightFormat, points: Sequence[HookPoint] | None = None) -> int:
-        fake = self.fake(kind)
-        return sum(fake.weights if points is None else fake.weights_for(points))
+        from theloom.model import pruning
+
+        left_out = [] if points is None else self._unneeded(tuple(points))
+        return sum(pruning.storages(self.fake(kind).architecture.model, left_out))
 
     def largest_weight(self, kind: WeightFormat) -> int:
         return max(self.fake(WeightFormat("bf16")).weights)
@@ -204,11 +214,14 @@ class Traced:
         held: bool = False,
         device: str = "cuda",
     ) -> PeakBytes:
+        from theloom.hooks.failures import refused
         from theloom.memory import trace
 
-        return trace.parts(
-            trace.trace(self.fake(kind), workload, points, held, kind.precision, device)[0]
-        )
+        fake = self.fake(kind)
+        name = type(fake.architecture.model).__name__
+        with refused(f"{name} in {kind.name}: its memory cannot be predicted"):
+            peak, _ = trace.trace(fake, workload, points, held, kind.precision, device)
+        return trace.parts(peak)
 
     def block_sizes(self, kind: WeightFormat, points: Sequence[HookPoint]) -> BlockSizes:
         from theloom.model.fake import is_linear

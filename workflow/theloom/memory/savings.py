@@ -19,7 +19,8 @@ from theloom.memory.sizes import Workload
 from theloom.memory.storages import LiveStorages
 from theloom.memory.trace import CAPTURED, CPU_KERNELS, CUDA_KERNELS
 from theloom.memory.training import Recipe, TrainingMemory
-from theloom.model.fake import FakeModel, fake_model, shapes_only
+from theloom.model.fake import FakeModel, fake_model
+from theloom.model.shapes_only import shapes_only
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

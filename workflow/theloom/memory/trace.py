@@ -17,8 +17,9 @@ from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
 from theloom.memory.sizes import PeakBytes, Workload
 from theloom.memory.storages import TEMPORARIES, LiveStorages, Peak
-from theloom.model.fake import FakeModel, shapes_only
+from theloom.model.fake import FakeModel
 from theloom.model.forward import PrefillCache, cache_name
+from theloom.model.shapes_only import shapes_only
 from theloom.precision import torch_dtype
 
 KV_CACHE, CAPTURED, LOGITS = "kv_cache", "captured", "logits"
@@ -166,6 +167,9 @@ def grow_cache(cache: PrefillCache, tokens: int, chunk_size: int) -> None:
                 and keys.ndim == 4
             ):
                 cache.update(longer_tensor(keys, length), longer_tensor(values, length), index)
+                if (indexer := getattr(layer, "indexer_keys", None)) is not None:
+                    new = indexer.new_empty(len(indexer), length, indexer.shape[2])
+                    cache.update_indexer(new, index)
 
 
 def longer_tensor(tensor: torch.Tensor, length: int) -> torch.Tensor:

@@ -18,7 +18,8 @@ from theloom.memory.sizes import PeakBytes, Workload
 from theloom.memory.storages import LiveStorages
 from theloom.model import block_calls
 from theloom.model.block_calls import BlockCache, Call, Frame
-from theloom.model.fake import FakeModel, shapes_only
+from theloom.model.fake import FakeModel
+from theloom.model.shapes_only import shapes_only
 
 
 @dataclass(frozen=True)

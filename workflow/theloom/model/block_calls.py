@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture
+from theloom.hooks.failures import MODEL_ERRORS, why
 from theloom.model.forward import PrefillCache
 from theloom.model.length_switches import as_long_as, forget_lengths
 
@@ -264,10 +265,8 @@ class BlockCalls:
                 shell.model(
                     input_ids=torch.zeros(2, PROBE_TOKENS, dtype=torch.int64), use_cache=False
                 )
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-            raise refusal(
-                shell, f"it cannot be run without its weights ({' '.join(str(error).split())})"
-            ) from None
+        except MODEL_ERRORS as error:
+            raise refusal(shell, f"it cannot be run without its weights ({why(error)})") from None
         finally:
             for handle in handles:
                 handle.remove()

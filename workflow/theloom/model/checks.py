@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from theloom.errors import HookError, ModelError
-from theloom.hooks.blocks import Architecture
+from theloom.hooks.blocks import Architecture, cannot_run
+from theloom.hooks.failures import MODEL_ERRORS, why
 from theloom.hooks.points import RESIDUALS
 from theloom.model.forward import forward_residuals, no_cache
 from theloom.model.length_switches import (
@@ -32,23 +33,14 @@ Residuals = dict[str, "torch.Tensor"]  # by hook point, (batch, position, hidden
 
 log = logging.getLogger(__name__)
 
-REFUSALS = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    NotImplementedError,
-    StopIteration,
-)
-
 
 @dataclass(frozen=True)
 class SelfCheck:
     """What a model showed on 24 tokens: errors as shares of the largest absolute value; whether it
     can be streamed.
 
-    A model that is not causal gets the padding mask of every batch, and cannot be streamed. One
+    A model that is not causal gets the padding mask of every batch, and cannot be streamed. Where
+    padding changes rows all the same, every document goes by itself, without a mask: `alone`. One
     with switches in its length is streamed beyond the first of them only if it can be told how long
     a document is: `streams_up_to` is the longest document that streams, None where there is no such
     limit.
@@ -62,15 +54,15 @@ class SelfCheck:
     not_streamed: str = ""  # the reason
     switches: tuple[LengthSwitch, ...] = ()
     streams_up_to: int | None = None
+    alone: bool = False
 
 
 def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
-    """Show that taps read the model's own hidden states, that padding leaves rows alone, and
-    whether chunks do.
+    """Show that taps read the model's own hidden states, and whether padding and chunks leave rows
+    alone.
 
     `tolerance` is the error, as a share of the largest value, that rounding explains. Raises
-    ModelError, with the reason, where rows would not be what the model computes, or would depend on
-    what else is in the batch.
+    ModelError, with the reason, where rows would not be what the model computes.
     """
     name, limit = type(architecture.model).__name__, 10 * tolerance
     ids, switches = tokens_of(architecture.model), length_switches(architecture.model.config)
@@ -82,8 +74,8 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
             **no_cache(architecture.model),
         )
         alone = _residuals(architecture, ids[1:, :16], 16)
-    except REFUSALS as error:
-        raise ModelError(f"{name} cannot be run on token ids alone: {_words(error)}") from None
+    except MODEL_ERRORS as error:
+        raise ModelError(f"{cannot_run(architecture.model)}: {why(error)}") from None
     except HookError as error:
         raise ModelError(f"{name}: {error}") from None
     if gap := next((n for n, v in whole.items() if not v.isfinite().all()), None):
@@ -100,18 +92,24 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
             f"{name}: the residual stream that is read differs from its own output_hidden_states "
             f"(by {states_error:.2g} of the largest value): its blocks are not one stream"
         )
-    padding = _padding_error(architecture, ids, whole, alone, None)
+    padding, by_itself = _padding_error(architecture, ids, whole, alone, None), False
     if not padding <= limit:
         masked = _padding_error(architecture, ids, whole, alone, (24, 16))
-        if not masked <= limit:
-            raise ModelError(
-                f"{name}: a token's hidden state depends on what else is in the batch, by "
-                f"{padding:.2g} of the largest "
-                f"value without a padding mask and {masked:.2g} with one: its rows would "
-                "not be its own"
+        if masked <= limit:
+            log.info(
+                "%s is not causal: batches get a padding mask, and documents go in one pass", name
             )
-        log.info("%s is not causal: batches get a padding mask, and documents go in one pass", name)
-        return SelfCheck(states_error, masked, math.inf, False, False, "it is not causal", switches)
+            return SelfCheck(
+                states_error, masked, math.inf, False, False, "it is not causal", switches
+            )
+        by_itself = True
+        log.warning(
+            "%s: padding changes rows, by %.2g of the largest value without a mask and %.2g with "
+            "one: every document goes by itself",
+            name,
+            padding,
+            masked,
+        )
     chunks, reason = _in_chunks(architecture, ids[:1], whole, limit)
     if reason:
         log.warning("%s cannot be streamed: %s", name, reason)
@@ -120,7 +118,28 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
         for switch in switches:
             chunks = max(chunks, _beyond(architecture, ids[:1], switch))
         reason = "" if chunks <= limit else other_in_chunks(chunks)
-    return SelfCheck(states_error, padding, chunks, True, not reason, reason, switches, up_to)
+    return SelfCheck(
+        states_error,
+        padding,
+        chunks,
+        True,
+        not reason,
+        reason,
+        switches,
+        up_to,
+        by_itself or picks_keys(architecture),
+    )
+
+
+def picks_keys(architecture: Architecture) -> bool:
+    """Whether attention sees a few keys only, the best by an indexer's score.
+
+    Keys of the same score are picked by their place among all, so that chunks, and padding, change
+    which ones a token sees.
+    """
+    return any(
+        "indexer" in part for block in architecture.blocks for part, _ in block.named_modules()
+    )
 
 
 def streams_up_to(model: "PreTrainedModel", switches: Sequence[LengthSwitch]) -> int | None:
@@ -150,12 +169,12 @@ def _in_chunks(
     """The error of chunks of 7 tokens against one pass, and why the model is not to be streamed, if
     so.
     """
-    if any("indexer" in part for block in architecture.blocks for part, _ in block.named_modules()):
+    if picks_keys(architecture):
         return math.inf, "it picks keys by a top-k, whose ties fall otherwise in chunks"
     try:
         error = largest_error(whole, _residuals(architecture, ids, 7))
-    except (*REFUSALS, HookError) as caught:
-        return math.inf, f"it does not take a KV cache ({_words(caught)})"
+    except (*MODEL_ERRORS, HookError) as caught:
+        return math.inf, f"it does not take a KV cache ({why(caught)})"
     return error, "" if error <= limit else other_in_chunks(error)
 
 
@@ -190,11 +209,11 @@ def _padding_error(
     """
     try:
         both = _residuals(architecture, padded(ids), 24, lengths)
-    except (*REFUSALS, HookError) as error:
+    except (*MODEL_ERRORS, HookError) as error:
         log.warning(
             "%s cannot be run on a padded batch: %s",
             type(architecture.model).__name__,
-            _words(error),
+            why(error),
         )
         return math.inf
     return side_by_side(whole, alone, both)
@@ -237,7 +256,3 @@ def largest_error(expected: Residuals, found: Residuals) -> float:
         value, other = value.nan_to_num(0.0, 0.0, 0.0), other.nan_to_num(0.0, 0.0, 0.0)
         errors.append(float((other - value).abs().max() / value.abs().max().clamp_min(1e-30)))
     return max(errors)
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModel, AutoModelForCausalLM, masking_utils
-from transformers.integrations import moe
+from transformers import AutoModel, AutoModelForCausalLM, initialization
 from transformers.pytorch_utils import Conv1D
 
 from theloom.errors import ModelError
-from theloom.hooks.blocks import Architecture, find_blocks
+from theloom.hooks.blocks import Architecture, cannot_run, find_blocks
 from theloom.hooks.catalog import build_catalog
+from theloom.hooks.failures import MODEL_ERRORS, refused, why
 from theloom.hooks.points import HookCatalog, HookPoint, residual_points
 from theloom.model import pruning
 from theloom.model.length_switches import fix_frequencies
 from theloom.model.quantization import packed_on_the_cpu
+from theloom.model.shapes_only import shapes_only
 from theloom.model.weight_format import nf4_scales, quantization_config
 from theloom.precision import torch_dtype
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Int8Linear(nn.Module):
@@ -143,20 +144,22 @@ class FakeModel:
         """Bytes of every storage of the model."""
         return pruning.storages(self.architecture.model)
 
-    def weights_for(self, points: Sequence[HookPoint]) -> list[int]:
-        """Bytes of every storage that reading these hook points needs."""
-        return pruning.storages(self.architecture.model, self.unneeded(points))
-
     def unneeded(self, points: Sequence[HookPoint]) -> list[str]:
         """Names of modules that reading these hook points does not need (`pruning.unneeded`)."""
-        with self.mode, shapes_only():
+        with self._running():
             return pruning.unneeded(self.architecture, points)
 
     @property
     def catalog(self) -> HookCatalog:
         """The hook points that can be read from the model."""
-        with self.mode, shapes_only():
+        with self._running():
             return build_catalog(self.architecture)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Within the context the model runs; its errors are ModelErrors."""
+        with self.mode, shapes_only(), refused(cannot_run(self.architecture.model)):
+            yield
 
     @property
     def residuals(self) -> list[HookPoint]:
@@ -182,40 +185,36 @@ def fake_model(
     build = AutoModelForCausalLM if lm_head else AutoModel
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with mode:
+        # on `meta` no weight is initialised, as when transformers loads a model: code that looks at
+        # values would fail
+        with torch.device("meta"), initialization.meta_device_safe_creation_ops():
             model = build.from_config(
                 copy.deepcopy(model_config),  # it may be that of a loaded model
                 dtype=torch_dtype(precision),
                 trust_remote_code=trust_remote_code,
                 **options,
             )
+        with mode:
+            _to_fake(model)
             fix_frequencies(model)
             if quantization is not None:
                 quantize(model, quantization, model_config, kernels)
-    except (ValueError, ImportError) as error:
-        raise ModelError(
-            f"{model_config.model_type}: cannot be traced: {' '.join(str(error).split())}"
-        ) from None
+    except (*MODEL_ERRORS, ImportError) as error:
+        raise ModelError(f"{model_config.model_type}: cannot be built: {why(error)}") from None
     model.eval().requires_grad_(False)
-    return FakeModel(find_blocks(model), mode, precision)
+    with mode, shapes_only():
+        described = find_blocks(model)
+    return FakeModel(described, mode, precision)
 
 
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """Replace what needs values or a kernel: two functions of transformers, each by one of the same
-    result's shape.
+def _to_fake(model: "PreTrainedModel") -> None:
+    """Put a model of `meta` tensors on fake tensors of the CPU. Weights that are shared stay so."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    Packed sequences are looked for in the position ids, and where one cannot look a b×s×s mask is
-    made; the grouped product of experts has no fake kernel for every dtype.
-    """
-    packed, grouped = masking_utils.find_packed_sequence_indices, moe._grouped_mm
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    moe._grouped_mm = _grouped_product
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices, moe._grouped_mm = packed, grouped
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:  # the original is kept, so that its id stays its own
+            made[id(tensor)] = (tensor, torch.empty_like(tensor, device="cpu"))
+        return made[id(tensor)][1]
 
-
-def _grouped_product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:  # noqa: A002
-    return input.new_empty(input.shape[0], weight.shape[-1], dtype=weight.dtype)
+    model._apply(fake)
+    model.tie_weights()

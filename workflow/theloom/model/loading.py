@@ -136,7 +136,7 @@ def load_model(
             log.info("its weights are quantised to %s already, and loaded as they are", own)
     try:
         with one_tensor_at_a_time(), report_held_back():
-            model, info = _part_of_model(config, left_out).from_pretrained(
+            model, info = _part_of_model(config, left_out, whole).from_pretrained(
                 files.folder,
                 dtype=torch_dtype(resolved.resolved),
                 use_safetensors=None if config.model.allow_pickle else True,
@@ -188,7 +188,7 @@ def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":
     return fake.fake_model(model_config, resolved, attention=attention)
 
 
-def _part_of_model(config: Config, left_out: list[str]) -> Any:
+def _part_of_model(config: Config, left_out: list[str], whole: "FakeModel | None") -> Any:
     """The class that loads a model without the modules of these names: they are gone before weights
     are looked for.
     """
@@ -196,22 +196,21 @@ def _part_of_model(config: Config, left_out: list[str]) -> Any:
 
     from theloom.model import pruning
 
-    if not left_out:
+    if not left_out or whole is None:
         return AutoModel
-    whole = model_class(hf_config(config.model))
+    base, described = model_class(hf_config(config.model)), whole.architecture
+    names = {module: name for name, module in described.model.named_modules()}
 
     def build(self: Any, *args: Any, **options: Any) -> None:
-        whole.__init__(self, *args, **options)
-        described = find_blocks(self)
-        gone = {self.get_submodule(name): name for name in left_out}
+        base.__init__(self, *args, **options)
         pruning.leave_out(self, left_out)
-        blocks = [self.get_submodule(gone[b]) if b in gone else b for b in described.blocks]
+        blocks = [self.get_submodule(names[block]) for block in described.blocks]
         object.__setattr__(self, "_described", Architecture(self, blocks, described.hidden_size))
         self._keys_to_ignore_on_load_unexpected |= {
             rf"(^|\.){re.escape(name)}\." for name in left_out
         }
 
-    return type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__})
+    return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
 
 
 def model_class(model_config: "PretrainedConfig") -> Any:

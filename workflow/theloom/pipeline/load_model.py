@@ -110,6 +110,11 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     kind = weight_format.weight_format_of(
         config, resolved.resolved, weight_format.quantization_of(config, model_config)
     )
+    if kind.name not in estimated.passes:
+        raise ModelError(
+            f"memory.precision_mode: {model_config.model_type} resolves to {kind.name} here, in "
+            "which its code does not run without weights; set another precision, as fp32"
+        )
     threshold = estimated.threshold
     execution = config.extraction.execution.name
     try:

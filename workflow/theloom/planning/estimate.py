@@ -147,13 +147,14 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         context = min(context, config.corpus.max_tokens)
     chunk_size = min(config.memory.streaming_chunk_size, context)
     passes = {}
+    likely = weight_format.weight_format_of(config, likely_precision(config), estimator.own)
     for kind in _wanted(config, estimator.own):
         try:
             passes[kind.name] = _passes(estimator, kind, points, context, chunk_size, device)
         except ModelError as error:
-            if config.memory.quantization or not kind.quantization:
+            if kind == likely:
                 raise
-            # for example Mamba, whose kernels take no quantized weights
+            # for example Mamba, whose code takes no quantized weights
             log.info("not offered in %s: %s", kind.name, error)
     weights = {name: estimator.weights(kind, points) for name, kind in WEIGHT_FORMATS.items()}
     return Estimate(
@@ -211,10 +212,18 @@ def _passes(
         shapes += [Workload(1, min(size, context), size), Workload(1, context, size)]
     # FP16 has the sizes of BF16: one trace serves both
     twin = WeightFormat("bf16", kind.quantization) if kind.precision == "fp16" else kind
-    return [
-        Pass(shape.tokens, shape.chunk_size, estimator.forward(twin, shape, points, device=device))
-        for shape in dict.fromkeys(shapes)
-    ]
+    passes = []
+    for shape in dict.fromkeys(shapes):
+        try:
+            parts = estimator.forward(twin, shape, points, device=device)
+        except ModelError as error:
+            if len(shape.steps) == 1:
+                raise
+            # a model that takes no KV cache; `Estimate.find` takes a longer pass instead
+            log.info("in chunks of %d tokens: %s", shape.chunk_size, error)
+            continue
+        passes.append(Pass(shape.tokens, shape.chunk_size, parts))
+    return passes
 
 
 def _load_peak(estimator: Estimator, kind: WeightFormat, weights: int) -> int:

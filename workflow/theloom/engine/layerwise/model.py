@@ -163,11 +163,11 @@ class LayerwiseModel:
                 lambda batch, name, start, rows, first: rows_of[batch][name].append(rows),
                 chunk_sizes=chunk_sizes[:count],
             )
-        whole, alone, both, *chunked = [
+        whole, second, both, *chunked = [
             {n: torch.cat(c, dim=1) for n, c in by_name.items()} for by_name in rows_of
         ]
         name, limit = type(self.shell.model).__name__, 10 * self.loaded.tolerance
-        padding = checks.side_by_side(whole, alone, both)
+        padding = checks.side_by_side(whole, second, both)
         if not padding <= limit:
             raise ModelError(
                 f"{name}: a token's hidden state depends on what else is in the batch (by "
@@ -186,7 +186,10 @@ class LayerwiseModel:
             log.warning("%s cannot be streamed: %s", name, reason)
         switches = length_switches(self.shell.model.config)
         up_to = checks.streams_up_to(self.shell.model, switches)
-        return SelfCheck(math.nan, padding, chunks, True, not reason, reason, switches, up_to)
+        alone = checks.picks_keys(self.shell.architecture)
+        return SelfCheck(
+            math.nan, padding, chunks, True, not reason, reason, switches, up_to, alone
+        )
 
 
 @contextmanager

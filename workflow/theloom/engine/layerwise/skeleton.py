@@ -38,8 +38,8 @@ from theloom.model.block_calls import (
     look,
     refusal,
 )
-from theloom.model.fake import shapes_only
 from theloom.model.length_switches import fix_frequencies
+from theloom.model.shapes_only import shapes_only
 from theloom.precision import torch_dtype
 
 
