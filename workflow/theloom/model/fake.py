@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModel, AutoModelForCausalLM, masking_utils
+from transformers import AutoModelForCausalLM, masking_utils
 from transformers.integrations import moe
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +19,7 @@ from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.catalog import build_catalog
 from theloom.hooks.points import HookCatalog, HookPoint, residual_points
 from theloom.model import pruning
+from theloom.model.checkpoint.classes import auto_class
 from theloom.model.length_switches import fix_frequencies
 from theloom.model.quantization import packed_on_the_cpu
 from theloom.model.weight_format import nf4_scales, quantization_config
@@ -179,7 +180,7 @@ def fake_model(
     `kernels` of cuda or of the cpu. Raises ModelError for a model that cannot be built so.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    build = AutoModelForCausalLM if lm_head else AutoModel
+    build = AutoModelForCausalLM if lm_head else auto_class(model_config, trust_remote_code)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with mode:
