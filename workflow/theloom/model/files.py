@@ -159,16 +159,14 @@ def check_local(config: ModelConfig) -> None:
         folders.check_tokenizer(folder, config)
 
 
-def local_tensors(config: ModelConfig) -> dict[str, folders.StoredTensor]:
-    """The tensors of a local model by the headers of its safetensors; none of a hub's and of GGUF.
+def local_weights(config: ModelConfig) -> Path | None:
+    """The folder of a local model whose weights load as they are; None for a hub's and for GGUF.
 
     Raises:
         ModelError: the folder, or a file of it, is missing or broken.
     """
     folder = _local_folder(config.source)
-    if folder is None or _check_folder(folder, config) is not None:
-        return {}
-    return folders.stored_tensors(folder, config)
+    return folder if folder is not None and _check_folder(folder, config) is None else None
 
 
 def is_gguf(config: ModelConfig) -> bool:
@@ -370,6 +368,11 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
         )
     except Exception as error:  # whatever transformers raises at a config is a fault of its values
         message = " ".join(str(error).split())
+        if "trust_remote_code" in message:
+            message = (
+                "transformers has no such model of its own; set model.trust_remote_code=true if "
+                "you trust the code of its folder"
+            )
         raise ModelError(f"model.source: {config.source}: {message}") from None
 
 

@@ -17,8 +17,7 @@ from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.model import weight_format
 from theloom.model.checkpoint.classes import auto_class, has_own_code, model_class, tied_heads
-from theloom.model.checkpoint.folder import stored_tensors
-from theloom.model.checkpoint.weights import check_loaded, report_held_back
+from theloom.model.checkpoint.weights import check_loaded, report_held_back, tensors_in
 from theloom.model.files import ModelFiles, config_in, hf_config
 from theloom.model.quantization import bitsandbytes_config, one_tensor_at_a_time
 from theloom.model.weight_format import quantization_of
@@ -137,7 +136,7 @@ def load_model(
             options["quantization_config"] = new
         else:
             log.info("its weights are quantised to %s already, and loaded as they are", own)
-    stored = stored_tensors(files.folder, config.model)
+    stored = tensors_in(files.folder, config.model)
     if mapping := tied_heads(model_config, stored):
         options["key_mapping"] = mapping
     try:

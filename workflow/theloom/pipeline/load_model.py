@@ -18,7 +18,6 @@ from theloom.engine.model_record import model_attributes, write_catalog
 from theloom.errors import MemoryPlanError, ModelError
 from theloom.memory.estimators import Traced
 from theloom.model import weight_format
-from theloom.model.checkpoint.folder import stored_tensors
 from theloom.model.checkpoint.weights import check_stored
 from theloom.model.checks import self_check
 from theloom.model.files import ModelFiles, check_architecture, config_in, hf_config, prepare_files
@@ -100,7 +99,7 @@ def _checked_files(config: Config) -> ModelFiles:
     """The model's files, whose weights are those of the model. Raises ModelError."""
     files = prepare_files(config.model)
     model_config = config_in(files, config.model.trust_remote_code)
-    check_stored(model_config, stored_tensors(files.folder, config.model), config.model)
+    check_stored(model_config, files.folder, config.model)
     if (files.folder / "modules.json").is_file():
         log.info("modules.json: what sentence-transformers runs after the model is not run")
     if config.model.ignore_own_code:

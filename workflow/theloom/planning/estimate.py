@@ -274,8 +274,8 @@ def run_estimate(config: Config, output: Path) -> None:
         MemoryPlanError: the output does not fit the disk.
     """
     files.check_local(config.model)
-    if stored := files.local_tensors(config.model):
-        check_stored(hf_config(config.model), stored, config.model)
+    if (folder := files.local_weights(config.model)) is not None:
+        check_stored(hf_config(config.model), folder, config.model)
     estimator = estimator_of(config)
     log.info("by %s", estimator.method)
     result = estimate(config, estimator, "cpu" if config.extraction.device == "cpu" else "cuda")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from theloom.errors import ModelError
 from theloom.model.checkpoint.folder import own_model_code
 
 if TYPE_CHECKING:
@@ -52,7 +53,11 @@ def model_class(model_config: "PretrainedConfig") -> Any:
 
     if (encoder := _encoder_alone(model_config)) is not None:
         return encoder
-    found = AutoModel._model_mapping[type(model_config)]
+    found: Any = AutoModel._model_mapping.get(type(model_config), None)
+    if found is None:
+        raise ModelError(
+            f"transformers has no model for a config of the class {type(model_config).__name__}"
+        )
     if not isinstance(found, list | tuple):
         return found
     classes: list[Any] = list(found)

@@ -4,15 +4,17 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.classes import has_own_code, model_class, tied_heads
-from theloom.model.checkpoint.folder import StoredTensor
+from theloom.model.checkpoint.folder import StoredTensor, stored_tensors, weight_files
 from theloom.model.weight_format import quantization_config
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PretrainedConfig
 
@@ -30,27 +32,64 @@ _UNREAD = re.compile(
     r"|(^|\.)(lm_head|pooler|mtp|mtp_layers|mtp_block)\."
 )
 
+# weights that change others, wherever they lie
+_CHANGES = re.compile(
+    r"(^|\.)(lora_|ia3_|base_layer\.|base_model\.|modules_to_save\.)|_scale(_inv)?$|\.q(weight|zeros)$"
+)
 
-def check_stored(
-    model_config: "PretrainedConfig", stored: Mapping[str, StoredTensor], config: ModelConfig
-) -> None:
+
+def tensors_in(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Every tensor of the files that transformers loads, by its key, without its bytes.
+
+    Raises:
+        ModelError: a file is broken.
+    """
+    import torch
+
+    found = stored_tensors(folder, config)
+    for file in weight_files(folder, config) if not found else ():
+        try:
+            # maps an archive, and reads a file of the format before it
+            tensors = torch.load(file, map_location="meta", weights_only=True)
+            found |= {k: StoredTensor(_type(t), tuple(t.shape)) for k, t in tensors.items()}
+        except Exception as error:  # whatever torch raises at a file is a fault of its bytes
+            raise ModelError(
+                f"model.source: {config.source}: {file.name} cannot be read: "
+                f"{' '.join(str(error).split())}"
+            ) from None
+    return found
+
+
+def _type(tensor: "torch.Tensor") -> str:
+    """The type of a tensor, as safetensors names floats."""
+    import torch
+
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    names = dict(zip(floats, _FLOATS, strict=True))
+    return names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+
+
+def check_stored(model_config: "PretrainedConfig", folder: Path, config: ModelConfig) -> None:
     """Load a model without bytes, by the headers of its files alone, and check it as a loaded one.
 
     A folder's own code and quantised weights are checked when they are loaded.
 
     Raises:
-        ModelError: weights are missing, left over, or of another shape or type than the model's.
+        ModelError: a file is broken; or weights are missing, left over, or of another shape or type
+            than the model's.
     """
     import torch
 
+    stored = tensors_in(folder, config)
     if not stored or has_own_code(model_config, config.trust_remote_code):
         return
     if quantization_config(model_config):
         return
+    build = model_class(model_config)
     empty = {key: torch.empty(t.shape, device="meta") for key, t in stored.items()}
     try:
         with report_held_back():
-            model, info = model_class(model_config).from_pretrained(
+            model, info = build.from_pretrained(
                 None,
                 config=model_config,
                 state_dict=empty,
@@ -156,6 +195,8 @@ def _is_unread(key: str, model: "nn.Module", stored: Collection[str]) -> bool:
     That is a head: what lies next to the model itself where keys have its prefix, else what is in
     none of its parts.
     """
+    if _CHANGES.search(key):
+        return False
     if _UNREAD.search(key) or _predicts_more(key, model):
         return True
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
