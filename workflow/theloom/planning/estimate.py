@@ -213,10 +213,18 @@ def _passes(
         shapes += [Workload(1, min(size, context), size), Workload(1, context, size)]
     # FP16 has the sizes of BF16: one trace serves both
     twin = WeightFormat("bf16", kind.quantization) if kind.precision == "fp16" else kind
-    return [
-        Pass(shape.tokens, shape.chunk_size, estimator.forward(twin, shape, points, device=device))
-        for shape in dict.fromkeys(shapes)
-    ]
+    passes = []
+    for shape in dict.fromkeys(shapes):
+        try:
+            parts = estimator.forward(twin, shape, points, device=device)
+        except (ModelError, ValueError) as error:
+            if len(shape.steps) == 1:
+                raise
+            # a model that takes no KV cache; `Estimate.find` takes a longer pass instead
+            log.info("in chunks of %d tokens: %s", shape.chunk_size, str(error).split("\n")[0])
+            continue
+        passes.append(Pass(shape.tokens, shape.chunk_size, parts))
+    return passes
 
 
 def _load_peak(estimator: Estimator, kind: WeightFormat, weights: int) -> int:
