@@ -125,6 +125,16 @@ def test_a_moved_folder_reads_the_same(run, copy, truth):
     assert np.array_equal(theloom.open(copy / "activations.h5")[HOOK][:].numpy(), truth)
 
 
+def test_a_link_to_the_file_or_to_its_folder_reads_the_same(run, tmp_path, truth):
+    (tmp_path / "latest.h5").symlink_to(run.activations)
+    (tmp_path / "again.h5").symlink_to("latest.h5")
+    (tmp_path / "folder").symlink_to(run.folder)
+    for path in ("latest.h5", "again.h5", "folder/activations.h5"):
+        with h5py.File(tmp_path / path) as file:
+            assert np.array_equal(file[f"hooks/{HOOK}/activations"][:], truth)
+        assert np.array_equal(theloom.open(tmp_path / path)[HOOK][:].numpy(), truth)
+
+
 def test_a_physical_merge_holds_the_same_bytes_by_itself(run, tmp_path, truth):
     from theloom.dataset.merge import merge_shards
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import theloom
 import torch
+from model_folders import VOCABULARY, byte_tokenizer, describe, run, scaled
 from support import stages
 from sweep import build
 from theloom.config import model_dims
@@ -14,7 +15,7 @@ from theloom.errors import ModelError
 from theloom.hooks import blocks
 from theloom.model.checks import self_check
 from tiny_configs import tiny_config
-from transformers import AutoModel
+from transformers import AutoModel, T5Config, T5EncoderModel
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +97,28 @@ def test_a_decoder_needs_no_mask():
     tried = self_check(blocks.find_blocks(build("bert")), 1e-5)  # as a decoder
     assert tried.causal
     assert tried.streams
+
+
+@pytest.mark.parametrize("of_both", [False, True])
+def test_the_encoder_of_an_encoder_decoder_by_itself(tmp_path, of_both):
+    """As ProtT5's: a folder of T5EncoderModel, whose config may still be that of both halves."""
+    folder = tmp_path / "encoder"
+    numbers = {"d_model": 64, "d_kv": 16, "num_layers": 3, "num_heads": 4, "d_ff": 96}
+    model = scaled(T5EncoderModel(T5Config(**numbers, vocab_size=VOCABULARY)))
+    model.save_pretrained(folder)
+    byte_tokenizer(folder)
+    describe(folder, is_encoder_decoder=of_both)
+    made = run(tmp_path, folder).all()
+    made.verify()
+    acts = theloom.open(made.activations)
+    assert set(acts.hooks) == {
+        f"blocks.{n}.hook_resid_{value}" for n in range(3) for value in ("pre", "post")
+    }
+    for number in range(len(acts.documents)):
+        document = acts.document(number)
+        ids = torch.from_numpy(document.input_ids).long()[None]
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states
+        for block in range(3):
+            rows = document[f"blocks.{block}.hook_resid_pre"]
+            torch.testing.assert_close(rows, states[block][0], rtol=1e-5, atol=1e-5)

@@ -69,6 +69,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model\.safetensors is cut short"):
         weights_index.index(folder)
+    file.unlink()  # where both are there, transformers takes the file
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "not-there.safetensors"}})
     )

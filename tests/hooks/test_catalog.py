@@ -86,7 +86,7 @@ def test_an_encoder_has_what_makes_sense_there(tmp_path):
             "attn.hook_v",
         ),
         *(SCORES, PATTERN, "attn.hook_z", "hook_attn_out", "mlp.hook_pre", "mlp.hook_post"),
-        *("hook_mlp_out", "hook_resid_post"),
+        *("hook_mlp_out", "hook_resid_post", "ln_final.hook_out"),
     }
     mask = (torch.arange(20) < 13).long()[None]
     values = values_of(described, IDS, attention_mask=mask)

@@ -1,5 +1,6 @@
 """Where models come from: folders, packages, GGUF, the hub's cache; and what is refused."""
 
+import json
 import shutil
 
 import pytest
@@ -157,3 +158,12 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "theloom"
     monkeypatch.setenv("THELOOM_CACHE", str(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("said", [-1, 0])
+def test_a_context_that_is_no_number_of_tokens_is_no_limit(tmp_path, said):
+    build_tiny("llama", tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    described["max_position_embeddings"] = said
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert files_module.read_config(ModelConfig(source=str(tmp_path))).context_length == 0

@@ -56,6 +56,7 @@ _MODEL_FILES = (
     "model.gguf_file",
     "model.allow_pickle",
     "model.trust_remote_code",
+    "model.ignore_own_code",
 )
 
 _LOADING = (

@@ -77,9 +77,9 @@ POSITIONS_AFTER_PADDING = (
 
 
 def _context_length(text: "PretrainedConfig") -> int:
-    limit = getattr(text, "max_position_embeddings", None) or 0
+    limit = max(0, getattr(text, "max_position_embeddings", None) or 0)
     if limit and text.model_type in POSITIONS_AFTER_PADDING:
-        return limit - 1 - (text.pad_token_id or 0)
+        return max(0, limit - 1 - (text.pad_token_id or 0))
     return limit
 
 

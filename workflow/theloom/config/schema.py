@@ -17,6 +17,7 @@ Compression = Enum("Compression", ["none", "zstd"])
 Execution = Enum("Execution", ["auto", "resident", "layerwise"])
 CachePlace = Enum("CachePlace", ["auto", "device", "offloaded"])
 MergeMode = Enum("MergeMode", ["virtual", "physical"])
+TokenizerFrom = Enum("TokenizerFrom", ["class", "file"])
 CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
 
 
@@ -73,6 +74,11 @@ class ModelConfig:
     tokenizer: str | None = key(None, "source of another tokenizer; null: the model's own")
     allow_pickle: bool = key(False, "load pickled weights (.bin): they can run code on loading")
     trust_remote_code: bool = key(False, "run Python code that the model's folder brings along")
+    ignore_own_code: bool = key(
+        False,
+        "leave out Python code that the model's folder brings along, and take the class of "
+        "transformers for its model_type",
+    )
     architecture: ArchitectureConfig | None = key(
         None, "the model's numbers, for the estimate; null: read from the model's config"
     )
@@ -187,6 +193,11 @@ class CorpusConfig:
     context_length: int | None = key(
         None,
         "longer documents are split into windows of this many tokens; null: the model's own limit",
+    )
+    tokenizer_from: TokenizerFrom = key(
+        TokenizerFrom["class"],
+        "class: the token ids of the tokenizer class of transformers; file: those of "
+        "tokenizer.json as it stands",
     )
     add_special_tokens: bool = key(True, "let the tokenizer add its special tokens (BOS, for most)")
 

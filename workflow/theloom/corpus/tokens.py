@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
@@ -22,16 +22,13 @@ from theloom.config.model_dims import numbers
 from theloom.config.schema import Config
 from theloom.corpus.batching import Lengths
 from theloom.corpus.documents import read_documents
+from theloom.corpus.tokenizer import CorpusTokenizer
 from theloom.errors import ConfigError, CorpusError
 from theloom.model import files
-from theloom.model.files import Description, hf_config
+from theloom.model.files import hf_config
 from theloom.model.length_switches import length_switches
 from theloom.store import file_format, provenance
 from theloom.store.shard_file import ShardTokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +62,7 @@ def tokenize(config: Config, output: Path) -> None:
         ConfigError: corpus.context_length is more than the model allows.
     """
     description = files.describe_tokenizer(config.model)
-    tokenizer, context = _tokenizer(config, description), _context_length(config)
+    tokenizer, context = CorpusTokenizer(config, description), _context_length(config)
     tally = _Tally()
     with h5py.File(output, "w") as file:
         growing = file.create_dataset(
@@ -90,7 +87,9 @@ def tokenize(config: Config, output: Path) -> None:
                 config=to_plain(config),
                 tokenizer=config.model.tokenizer or config.model.source,
                 tokenizer_revision=description.revision,
-                tokenizer_class=type(tokenizer).__name__,
+                tokenizer_class=type(tokenizer.of_class).__name__,
+                tokenizer_difference=tokenizer.difference,
+                double_bos_documents=tokenizer.doubled,
                 vocab_size=len(tokenizer),
                 corpus=config.corpus.kind.name,
                 tokens_hash=ids_hash.hexdigest(),
@@ -100,25 +99,10 @@ def tokenize(config: Config, output: Path) -> None:
                 context_length=context,
             ),
         )
+    tokenizer.report_doubled()
     log.info(
         "%d tokens in %d documents; %d empty documents skipped", total, len(tally.ids), tally.empty
     )
-
-
-def _tokenizer(config: Config, description: Description) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            description.folder,
-            gguf_file=description.gguf_file,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    except (ValueError, OSError, KeyError) as error:
-        name = config.model.tokenizer or config.model.source
-        raise CorpusError(
-            f"model.tokenizer: {name} has no usable tokenizer: {' '.join(str(error).split())}"
-        ) from None
 
 
 def _context_length(config: Config) -> int:
@@ -136,18 +120,13 @@ def _context_length(config: Config) -> int:
     return requested or limit
 
 
-def _encoded(
-    config: Config, tokenizer: "PreTrainedTokenizerBase", tally: _Tally
-) -> Iterator[np.ndarray]:
+def _encoded(config: Config, tokenizer: CorpusTokenizer, tally: _Tally) -> Iterator[np.ndarray]:
     """The token ids of each document that has any, until max_tokens; counts go to `tally`."""
     left = config.corpus.max_tokens
     documents = read_documents(config.corpus)
     while group := list(islice(documents, _TOGETHER)):
-        texts = [d.text for d in group]
-        encoded: Any = tokenizer(
-            texts, add_special_tokens=config.corpus.add_special_tokens, verbose=False
-        )
-        for document, ids in zip(group, encoded["input_ids"], strict=True):
+        encoded = tokenizer.encode([d.text for d in group])
+        for document, ids in zip(group, encoded, strict=True):
             if not document.text or not ids:
                 tally.empty += 1
                 log.warning("document %s has no tokens: skipped", document.id)

@@ -70,6 +70,8 @@ class ActivationsReader:
 
     def __init__(self, path: str | Path, allow: Collection[str] = ()) -> None:
         self.path = Path(path)
+        if self.path.is_symlink():  # its shards lie next to the file itself
+            self.path = self.path.resolve()
         self._maps = Maps()
         with file_format.open_h5(self.path, "activations") as file:
             parts.check_references(file, self.path, allow)

@@ -35,12 +35,17 @@ def of(acts: "ActivationsReader") -> "PreTrainedTokenizerBase":
 
 
 def _load(config: str, revision: str) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     recorded = json.loads(config)["tokens"]
     recorded["model"]["revision"] = _revision(revision)
+    # keys that files of before do not have
+    recorded["model"].setdefault("ignore_own_code", False)
+    by_file = recorded["corpus"].get("tokenizer_from") == "file"
     settings = frozen.to_config(_with_home(recorded)).model
     source = files.describe_tokenizer(settings)
+    if by_file:
+        return PreTrainedTokenizerFast(tokenizer_file=str(source.folder / "tokenizer.json"))
     return AutoTokenizer.from_pretrained(
         source.folder, gguf_file=source.gguf_file, trust_remote_code=settings.trust_remote_code
     )

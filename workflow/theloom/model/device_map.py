@@ -90,10 +90,13 @@ def over_leased(
 ) -> "dict[str, Any]":
     """The `device_map` of a model over the GPUs of this job. Raises MemoryPlanError."""
     import torch
-    from transformers import AutoModel
+
+    from theloom.model.checkpoint.classes import auto_class
 
     with torch.device("meta"):
-        model = AutoModel.from_config(model_config, trust_remote_code=trust_remote_code)
+        model = auto_class(model_config, trust_remote_code).from_config(
+            model_config, trust_remote_code=trust_remote_code
+        )
     free = [
         available_memory(torch.device("cuda", number))[0].free
         for number in range(len(gpu_lease.held()))

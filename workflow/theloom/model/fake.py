@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModel, AutoModelForCausalLM, initialization
+from transformers import AutoModelForCausalLM, initialization
 from transformers.pytorch_utils import Conv1D
 
 from theloom.errors import ModelError
@@ -19,6 +19,7 @@ from theloom.hooks.catalog import build_catalog
 from theloom.hooks.failures import MODEL_ERRORS, refused, why
 from theloom.hooks.points import HookCatalog, HookPoint, residual_points
 from theloom.model import pruning
+from theloom.model.checkpoint.classes import auto_class
 from theloom.model.length_switches import fix_frequencies
 from theloom.model.quantization import packed_on_the_cpu
 from theloom.model.shapes_only import shapes_only
@@ -182,7 +183,7 @@ def fake_model(
     `kernels` of cuda or of the cpu. Raises ModelError for a model that cannot be built so.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    build = AutoModelForCausalLM if lm_head else AutoModel
+    build = AutoModelForCausalLM if lm_head else auto_class(model_config, trust_remote_code)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         # on `meta` no weight is initialised, as when transformers loads a model: code that looks at

@@ -23,6 +23,7 @@ from theloom.config import model_dims
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import ArchitectureConfig, ModelConfig
 from theloom.errors import ModelError
+from theloom.model.checkpoint import folder as folders
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
 
-# the only names that transformers loads; repositories often hold others too
+# patterns of the names that transformers loads; repositories often hold others too
 _SAFETENSORS = "model*.safetensors"
 _PICKLES = "pytorch_model*.bin"
 _BLOCK = 1 << 24
@@ -50,11 +51,12 @@ class ModelFiles:
     gguf_file: str | None = None
 
     def weight_files(self) -> list[Path]:
-        """The files that hold weights and those that say how to read them, sorted by name."""
+        """The files that hold weights, those that say how to read them, and the folder's own code,
+        sorted by name.
+        """
         weights = list(self.folder.glob(_SAFETENSORS)) or list(self.folder.glob(_PICKLES))
-        return sorted(
-            [*weights, *self.folder.glob("model*.index.json"), self.folder / "config.json"]
-        )
+        described = [p for name in ("model*.index.json", "*.py") for p in self.folder.glob(name)]
+        return sorted([*weights, *described, self.folder / "config.json"])
 
 
 def cache_folder() -> Path:
@@ -69,33 +71,41 @@ def prepare_files(config: ModelConfig, revision: str | None = None) -> ModelFile
 
     `revision`, where given, is the commit that an earlier job found. Raises ModelError.
     """
-    weights = (
-        [config.gguf_file]
-        if config.gguf_file
-        else [_SAFETENSORS] + [_PICKLES] * config.allow_pickle
+    folder, revision = _find(
+        config.source, revision or config.revision, [*_weights(config), *_code(config)]
     )
-    folder, revision = _find(config.source, revision or config.revision, weights)
     gguf = _check_folder(folder, config)
     if gguf is not None:
         return ModelFiles(_converted(gguf), config.source, revision, gguf.name)
     return ModelFiles(folder, config.source, revision)
 
 
+def _weights(config: ModelConfig) -> list[str]:
+    """Patterns of the files of a hub that hold weights."""
+    if config.gguf_file:
+        return [config.gguf_file]
+    return [_SAFETENSORS, *[_PICKLES] * config.allow_pickle]
+
+
+def _code(config: ModelConfig) -> list[str]:
+    return ["*.py"] * config.trust_remote_code
+
+
 def _check_folder(folder: Path, config: ModelConfig) -> Path | None:
     """The GGUF file of a folder, None where it has weights that load as they are. Raises ModelError
-    for neither.
+    for neither, and where files are broken or would not be used.
     """
     gguf = _gguf_file(folder, config)
+    folders.check_description(folder, config)
     if gguf is None:
-        if not any(folder.glob(_SAFETENSORS)) and not (
-            config.allow_pickle and any(folder.glob(_PICKLES))
-        ):
+        if not folders.weight_files(folder, config):
             raise ModelError(_no_weights(folder, config))
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"model.source: {config.source} has no config.json; give a folder of "
                 "save_pretrained's"
             )
+        folders.stored_tensors(folder, config)
     return gguf
 
 
@@ -112,36 +122,51 @@ class Description:
 
 def describe(config: ModelConfig) -> Description:
     """Where the model's config and tokenizer are. Fetches no safetensors."""
-    folder, revision = _find(
-        config.source, config.revision, [config.gguf_file] if config.gguf_file else []
-    )
+    more = [config.gguf_file] if config.gguf_file else []
+    folder, revision = _find(config.source, config.revision, [*more, *_code(config)])
     gguf = _gguf_file(folder, config)
     if gguf is None and not (folder / "config.json").is_file():
         raise ModelError(
             f"model.source: {config.source} has no config.json; give a folder of save_pretrained's"
         )
+    folders.check_description(folder, config)
     if gguf is not None and (converted := _conversion(gguf)).is_dir():
         return Description(converted, None, revision)
     return Description(folder, gguf.name if gguf else None, revision)
 
 
 def describe_tokenizer(config: ModelConfig) -> Description:
-    """Where the tokenizer is: model.tokenizer's, else the model's own."""
+    """Where the tokenizer is: model.tokenizer's, else the model's own. Raises ModelError."""
     if config.tokenizer is None:
-        return describe(config)
-    folder, revision = _find(config.tokenizer, None, key="model.tokenizer")
-    return Description(folder, None, revision)
+        found = describe(config)
+    else:
+        folder, revision = _find(config.tokenizer, None, _code(config), "model.tokenizer")
+        found = Description(folder, None, revision)
+    folders.check_tokenizer(found.folder, config)
+    return found
 
 
 def check_local(config: ModelConfig) -> None:
-    """What can be told at once, without a network: folders, packages or files that are not there.
-    Raises ModelError.
+    """What can be told at once, without a network: folders, packages or files that are not there,
+    are broken or would not be used. Raises ModelError.
     """
     folder = _local_folder(config.source)
     if folder is not None:
         _check_folder(folder, config)
     if config.tokenizer is not None:
-        _local_folder(config.tokenizer, "model.tokenizer")
+        folder = _local_folder(config.tokenizer, "model.tokenizer")
+    if folder is not None:
+        folders.check_tokenizer(folder, config)
+
+
+def local_weights(config: ModelConfig) -> Path | None:
+    """The folder of a local model whose weights load as they are; None for a hub's and for GGUF.
+
+    Raises:
+        ModelError: the folder, or a file of it, is missing or broken.
+    """
+    folder = _local_folder(config.source)
+    return folder if folder is not None and _check_folder(folder, config) is None else None
 
 
 def is_gguf(config: ModelConfig) -> bool:
@@ -157,12 +182,7 @@ def fetch(config: ModelConfig) -> str | None:
 
     Converts nothing. Raises ModelError.
     """
-    weights = (
-        [config.gguf_file]
-        if config.gguf_file
-        else [_SAFETENSORS] + [_PICKLES] * config.allow_pickle
-    )
-    folder, revision = _find(config.source, config.revision, weights)
+    folder, revision = _find(config.source, config.revision, [*_weights(config), *_code(config)])
     _check_folder(folder, config)
     describe_tokenizer(config)
     return revision
@@ -248,6 +268,13 @@ def _no_weights(folder: Path, config: ModelConfig) -> str:
             f"({pickles[0]}), which can run "
             "code; set model.allow_pickle=true if you trust them"
         )
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    if others:
+        return (
+            f"model.source: {config.source} has no {folders.SAFETENSORS} and no index of shards, "
+            f"which transformers loads, only {others[0]}; fetch the other files too, or give it "
+            "that name"
+        )
     return (
         f"model.source: {config.source} has no safetensors and no GGUF file; give a folder or a "
         "hub id that has"
@@ -287,7 +314,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # whatever readers raise at a file is a fault of its bytes
         raise ModelError(
             f"model.gguf_file: {gguf.name} cannot be read: {' '.join(str(error).split())}"
         ) from None
@@ -339,12 +366,12 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
         return AutoConfig.from_pretrained(
             place.folder, gguf_file=place.gguf_file, trust_remote_code=config.trust_remote_code
         )
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # whatever transformers raises at a config is a fault of its values
         message = " ".join(str(error).split())
         if "trust_remote_code" in message:
             message = (
-                "its config is Python code of its own; set model.trust_remote_code=true if you "
-                "trust it"
+                "transformers has no such model of its own; set model.trust_remote_code=true if "
+                "you trust the code of its folder"
             )
         raise ModelError(f"model.source: {config.source}: {message}") from None
 

@@ -5,8 +5,7 @@ unmodified.
 import logging
 import mmap
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +16,8 @@ from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.model import weight_format
+from theloom.model.checkpoint.classes import auto_class, has_own_code, model_class, tied_heads
+from theloom.model.checkpoint.weights import check_loaded, report_held_back, tensors_in
 from theloom.model.files import ModelFiles, config_in, hf_config
 from theloom.model.quantization import bitsandbytes_config, one_tensor_at_a_time
 from theloom.model.weight_format import quantization_of
@@ -119,7 +120,8 @@ def load_model(
     )
     if config.extraction.attention.name != "auto":
         options["attn_implementation"] = config.extraction.attention.name
-    own = quantization_of(config, config_in(files, config.model.trust_remote_code))
+    model_config = config_in(files, config.model.trust_remote_code)
+    own = quantization_of(config, model_config)
     quantization = own or (None if exact else weight_format.requested_quantization(config))
     whole = _without_bytes(config, resolved.resolved) if points is not None else None
     left_out = whole.unneeded(points) if whole is not None and points is not None else []
@@ -134,9 +136,13 @@ def load_model(
             options["quantization_config"] = new
         else:
             log.info("its weights are quantised to %s already, and loaded as they are", own)
+    stored = tensors_in(files.folder, config.model)
+    if mapping := tied_heads(model_config, stored):
+        options["key_mapping"] = mapping
     try:
         with one_tensor_at_a_time(), report_held_back():
-            model, info = _part_of_model(config, left_out, whole).from_pretrained(
+            part = _part_of_model(config, model_config, left_out, whole)
+            model, info = part.from_pretrained(
                 files.folder,
                 dtype=torch_dtype(resolved.resolved),
                 use_safetensors=None if config.model.allow_pickle else True,
@@ -145,13 +151,16 @@ def load_model(
                 ignore_mismatched_sizes=True,  # which `check_loaded` does not
                 **options,
             )
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:  # whatever transformers raises at files is a fault of theirs
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise
         raise ModelError(
-            f"model.source: {config.model.source}: {' '.join(str(error).split())}"
+            f"model.source: {config.model.source}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
         ) from None
     if left_out:
         model.__class__ = type(model).__base__  # the class as transformers has it
-    check_loaded(model, info, config.model.source)
+    check_loaded(model, info, config.model.source, stored)
     if quantization == "4bit" and device.type == "cpu":
         from theloom.model.quantization import check_runs_on_the_cpu
 
@@ -182,23 +191,26 @@ def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":
     from theloom.model import fake
 
     model_config = hf_config(config.model)
-    if has_own_code(model_config):
+    if has_own_code(model_config, config.model.trust_remote_code):
         return None
     attention = traceable_attention(config.extraction.attention.name)
     return fake.fake_model(model_config, resolved, attention=attention)
 
 
-def _part_of_model(config: Config, left_out: list[str], whole: "FakeModel | None") -> Any:
+def _part_of_model(
+    config: Config,
+    model_config: "PretrainedConfig",
+    left_out: list[str],
+    whole: "FakeModel | None",
+) -> Any:
     """The class that loads a model without the modules of these names: they are gone before weights
     are looked for.
     """
-    from transformers import AutoModel
-
     from theloom.model import pruning
 
     if not left_out or whole is None:
-        return AutoModel
-    base, described = model_class(hf_config(config.model)), whole.architecture
+        return auto_class(model_config, config.model.trust_remote_code)
+    base, described = model_class(model_config), whole.architecture
     names = {module: name for name, module in described.model.named_modules()}
 
     def build(self: Any, *args: Any, **options: Any) -> None:
@@ -213,23 +225,6 @@ def _part_of_model(config: Config, left_out: list[str], whole: "FakeModel | None
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
 
 
-def model_class(model_config: "PretrainedConfig") -> Any:
-    """The class of transformers for a config, without a head."""
-    from transformers import AutoModel
-
-    found = AutoModel._model_mapping[type(model_config)]
-    if not isinstance(found, list | tuple):
-        return found
-    classes: list[Any] = list(found)
-    named = {c.__name__: c for c in classes}
-    return next((named[n] for n in model_config.architectures or () if n in named), classes[0])
-
-
-def has_own_code(model_config: "PretrainedConfig") -> bool:
-    """Whether the model's folder brings its own code, so that its class is not known beforehand."""
-    return "AutoModel" in (getattr(model_config, "auto_map", None) or {})
-
-
 def _device_map(
     config: Config, device: "torch.device", resolved: Resolved
 ) -> dict[str, "torch.device"]:
@@ -240,62 +235,3 @@ def _device_map(
 
     kind = weight_format.weight_format_of(config, resolved.resolved)
     return device_map.over_leased(hf_config(config.model), kind, config.model.trust_remote_code)
-
-
-@contextmanager
-def report_held_back() -> Iterator[None]:
-    """Within the context transformers does not print its table: `check` says what is in it."""
-    theirs = logging.getLogger("transformers.modeling_utils")
-
-    def other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    theirs.addFilter(other)
-    try:
-        yield
-    finally:
-        theirs.removeFilter(other)
-
-
-def check_loaded(model: "nn.Module", info: Mapping[str, Any], source: str) -> None:
-    """`info` is what `from_pretrained(…, output_loading_info=True, ignore_mismatched_sizes=True)`
-    gives.
-
-    Weights that have no place in the model are said: a head's, which no hook point reads, or
-    others, with a warning. Raises ModelError where any of the model's weights is missing or has
-    another shape.
-    """
-    name = type(model).__name__
-    missing = [
-        key for key in sorted(info["missing_keys"]) if not key.startswith("pooler.")
-    ]  # after all hook points
-    if missing:
-        raise ModelError(
-            f"model.source: {source} lacks {len(missing)} weights of {name} ({missing[0]}, …); "
-            "its files are incomplete or of another architecture"
-        )
-    if mismatched := sorted(info["mismatched_keys"]):
-        key, in_file, by_config = mismatched[0]
-        raise ModelError(
-            f"model.source: {source} has {len(mismatched)} weights of another shape than "
-            f"its config says ({key}: "
-            f"{tuple(in_file)} in the files, {tuple(by_config)} by the config); they are "
-            "not of one model"
-        )
-    prefix, parts = f"{getattr(model, 'base_model_prefix', '')}.", dict(model.named_children())
-    of_head = {
-        key: key.removeprefix(prefix).split(".")[0] not in parts
-        for key in sorted(info["unexpected_keys"])
-    }
-    if heads := [key for key, head in of_head.items() if head]:
-        log.info("not read, as no hook point needs them: %s", _few_names(heads))
-    if others := [key for key, head in of_head.items() if not head]:
-        words = (
-            "%d weights of the files have no place in %s, as its config has it, and are left "
-            "out: %s"
-        )
-        log.warning(words, len(others), name, _few_names(others))
-
-
-def _few_names(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, … {names[-1]}"

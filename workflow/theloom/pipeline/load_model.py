@@ -18,8 +18,9 @@ from theloom.engine.model_record import model_attributes, write_catalog
 from theloom.errors import MemoryPlanError, ModelError
 from theloom.memory.estimators import Traced
 from theloom.model import weight_format
+from theloom.model.checkpoint.weights import check_stored
 from theloom.model.checks import self_check
-from theloom.model.files import check_architecture, hf_config, prepare_files
+from theloom.model.files import ModelFiles, check_architecture, config_in, hf_config, prepare_files
 from theloom.model.loading import Target, load_model, resolve_precision
 from theloom.planning import estimate
 from theloom.planning.estimate import Estimate
@@ -48,7 +49,7 @@ def record_layerwise(
 
     Raises ModelError, HookError, MemoryPlanError.
     """
-    files = prepare_files(config.model)
+    files = _checked_files(config)
     prepare_measurement(config.model)
     before = host.resident()  # from where a job's growth is counted (`engine.layerwise.shard`)
     with opened(config, files, target=target) as model:
@@ -94,6 +95,18 @@ def record_layerwise(
             write_catalog(file, model.loaded.catalog)
 
 
+def _checked_files(config: Config) -> ModelFiles:
+    """The model's files, whose weights are those of the model. Raises ModelError."""
+    files = prepare_files(config.model)
+    model_config = config_in(files, config.model.trust_remote_code)
+    check_stored(model_config, files.folder, config.model)
+    if (files.folder / "modules.json").is_file():
+        log.info("modules.json: what sentence-transformers runs after the model is not run")
+    if config.model.ignore_own_code:
+        log.warning("model.ignore_own_code: code of the folder is not run, transformers' own is")
+    return files
+
+
 def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path) -> None:
     """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError,
     MemoryPlanError.
@@ -131,7 +144,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         except ModelError as refused:
             raise MemoryPlanError(f"{error}; nor layer by layer: {refused}") from None
         return
-    files = prepare_files(config.model)
+    files = _checked_files(config)
     attention = traceable_attention(config.extraction.attention.name)
     prepare_measurement(config.model)
     with peak_memory.PeakMemory(

@@ -26,7 +26,9 @@ from theloom.hooks.points import HookPoint, deepest_block
 from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
 from theloom.memory.sizes import PeakBytes, Workload, by_category
-from theloom.model import weight_format
+from theloom.model import files, weight_format
+from theloom.model.checkpoint.classes import has_own_code
+from theloom.model.checkpoint.weights import check_stored
 from theloom.model.files import hf_config
 from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat, quantization_of
 from theloom.precision import BYTES
@@ -276,9 +278,13 @@ def run_estimate(config: Config, output: Path) -> None:
         output: path of `estimate.h5`.
 
     Raises:
+        ModelError: files of the model are broken, or are not of one model.
         HookError: the model lacks a requested hook point.
         MemoryPlanError: the output does not fit the disk.
     """
+    files.check_local(config.model)
+    if (folder := files.local_weights(config.model)) is not None:
+        check_stored(hf_config(config.model), folder, config.model)
     estimator = estimator_of(config)
     log.info("by %s", estimator.method)
     result = estimate(config, estimator, "cpu" if config.extraction.device == "cpu" else "cuda")
@@ -325,13 +331,15 @@ def estimator_of(
         HookError: the model lacks a requested hook point.
     """
     declared, attention = config.model.architecture, config.extraction.attention.name
-    own = None
+    own, own_code = None, False
     if declared is None:
         model_config = hf_config(config.model)
         size, own = numbers(model_config), quantization_of(config, model_config)
+        own_code = bool(has_own_code(model_config, config.model.trust_remote_code))
     else:
         size = dims_of_profile(declared)
-    if own is None and closed_form.covers(size) and attention != "eager" and not trace:
+    covered = own is None and not own_code and closed_form.covers(size)
+    if covered and attention != "eager" and not trace:
         closed = ClosedForm(size)
         requested = config.memory.activation_cache_filter if filters is None else filters
         if closed.covers(closed.catalog().select(requested), held):

@@ -14,8 +14,9 @@ from theloom.memory import trace
 from theloom.memory.estimators import Traced
 from theloom.memory.sizes import PeakBytes, Workload
 from theloom.model import quantization
+from theloom.model.checkpoint.classes import has_own_code, model_class
 from theloom.model.files import hf_config
-from theloom.model.loading import LoadedModel, has_own_code, model_class
+from theloom.model.loading import LoadedModel
 from theloom.model.weight_format import WeightFormat
 from theloom.planning.plan import Correction, Plan
 
@@ -152,6 +153,6 @@ def prepare_measurement(config: ModelConfig) -> None:
     from theloom.memory import trace  # noqa: F401
 
     model_config = hf_config(config)
-    if not has_own_code(model_config):
+    if not has_own_code(model_config, config.trust_remote_code):
         model_class(model_config)
     host.release_free_heap()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers import HfQuantizer
 
@@ -38,6 +38,7 @@ from theloom.model.block_calls import (
     look,
     refusal,
 )
+from theloom.model.checkpoint.classes import auto_class
 from theloom.model.length_switches import fix_frequencies
 from theloom.model.shapes_only import shapes_only
 from theloom.precision import torch_dtype
@@ -64,7 +65,7 @@ class Shell(Frame):
 
         def empty() -> PreTrainedModel:
             with torch.device("meta"):
-                model: PreTrainedModel = AutoModel.from_config(
+                model: PreTrainedModel = auto_class(model_config, trust_remote_code).from_config(
                     model_config, dtype=dtype, trust_remote_code=trust_remote_code, **options
                 )
             _fill_buffers(

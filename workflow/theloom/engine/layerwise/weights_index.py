@@ -30,6 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from theloom.engine.layerwise import quantize
 from theloom.engine.layerwise.quantize import OnDisk, PartLoader
 from theloom.errors import ModelError
+from theloom.model.checkpoint.classes import tied_heads
 
 DTYPES = {
     "F64": torch.float64,
@@ -78,7 +79,7 @@ def index(folder: Path) -> dict[str, Stored]:
     """Every tensor of a folder's safetensors files, by its key. Raises ModelError."""
     listed = folder / "model.safetensors.index.json"
     try:
-        if listed.is_file():
+        if listed.is_file() and not (folder / "model.safetensors").is_file():
             names = sorted(
                 set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values())
             )
@@ -133,7 +134,12 @@ class Checkpoint:
         self._part_of = {m: number for number, block in enumerate(blocks) for m in block.modules()}
         self._places = self._all_places()
         self._loader, quantizer = loader, None if loader is None else loader.quantizer
-        self._mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer) or []
+        self._mapping = (
+            get_model_conversion_mapping(
+                model, key_mapping=tied_heads(model.config, stored), hf_quantizer=quantizer
+            )
+            or []
+        )
         own = quantizer.get_weight_conversions() if quantizer is not None else []
         put_together = {pattern for converter in own for pattern in converter.source_patterns}
         self._targets: dict[str, str] = {}

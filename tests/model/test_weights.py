@@ -1,0 +1,118 @@
+"""Weights that are not those of the model by its config: refused in the first stage, by headers
+alone; and those that are, whatever they are called and stored as.
+"""
+
+import pytest
+import torch
+from model_folders import change_weights, describe, errors_against_plain, llama, refusal, run
+from theloom.planning import estimate
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture
+def source(tmp_path):
+    return llama(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.int32, "I32"),
+        (torch.bool, "BOOL"),
+    ],
+)
+def test_weights_of_other_types_without_a_quantisation_are_refused(tmp_path, source, stored, name):
+    def quantise(weights):
+        for key in [k for k in weights if "_proj" in k]:
+            weights[key] = (10 * weights[key]).to(stored)
+
+    change_weights(source, quantise)
+    assert f"stores 21 weights as {name}" in refusal(tmp_path, source)
+
+
+def test_pickled_weights_of_other_types_are_refused(tmp_path, source):
+    pickled = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    pickled["model.layers.0.mlp.up_proj.weight"] = torch.ones(96, 64, dtype=torch.int8)
+    (source / "model.safetensors").unlink()
+    torch.save(pickled, source / "pytorch_model.bin")
+    line = refusal(tmp_path, source, "model.allow_pickle=true")
+    assert "stores 1 weights as int8 (model.layers.0.mlp.up_proj.weight)" in line
+
+
+def test_weights_of_any_plain_float_are_taken(tmp_path, source):
+    stored = [torch.float16, torch.bfloat16, torch.float64]
+
+    def cast(weights):
+        for number, (key, value) in enumerate(sorted(weights.items())):
+            weights[key] = value.to(stored[number % 3])
+
+    change_weights(source, cast)
+    assert errors_against_plain(run(tmp_path, source).all(), source) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.3.mlp.up_proj.weight",
+        "model.extra.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    ],
+)
+def test_weights_that_are_left_over_are_refused(tmp_path, source, key):
+    change_weights(source, lambda weights: weights.update({key: torch.ones(4)}))
+    assert f"({key})" in refusal(tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.embeddings.position_ids",
+        "model.layers.0.self_attn.masked_bias",
+        "mtp.layers.0.weight",
+        "score.weight",
+    ],
+)
+def test_weights_that_no_hook_point_reads_are_no_matter(tmp_path, source, key):
+    change_weights(source, lambda weights: weights.update({key: torch.ones(4)}))
+    made = run(tmp_path, source)
+    estimate.run_estimate(made.config("estimate"), made.folder / "estimate.h5")
+
+
+def test_blocks_that_predict_further_tokens_are_no_matter(tmp_path):
+    source = llama(tmp_path / "model", num_hidden_layers=3)
+    describe(source, num_hidden_layers=2, num_nextn_predict_layers=1)
+    made = run(tmp_path, source)
+    estimate.run_estimate(made.config("estimate"), made.folder / "estimate.h5")
+    describe(source, num_nextn_predict_layers=None)
+    assert "has 9 weights that have no place in LlamaModel" in refusal(tmp_path, source)
+
+
+@pytest.mark.parametrize("execution", ["resident", "layerwise"])
+def test_a_tied_embedding_may_be_stored_as_the_head_alone(tmp_path, execution):
+    source = llama(tmp_path / "model", tie_word_embeddings=True)
+    kept = llama(tmp_path / "kept", tie_word_embeddings=True)
+
+    def rename(weights):
+        weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+
+    change_weights(source, rename)
+    plain = AutoModelForCausalLM.from_pretrained(source)
+    assert torch.equal(
+        plain.get_input_embeddings().weight,
+        AutoModelForCausalLM.from_pretrained(kept).get_input_embeddings().weight,
+    )
+    made = run(tmp_path, source, f"extraction.execution={execution}").all()
+    made.verify()
+    assert errors_against_plain(made, kept) < 1e-5
+
+
+def test_a_head_stands_for_an_untied_embedding_nowhere(tmp_path):
+    source = llama(tmp_path / "model", tie_word_embeddings=False)
+    change_weights(source, lambda weights: weights.pop("model.embed_tokens.weight"))
+    assert "lacks 1 weights of LlamaModel (embed_tokens.weight" in refusal(tmp_path, source)

@@ -1,0 +1,154 @@
+"""The tokenizer of a run: the class of transformers, or `tokenizer.json` as it stands.
+
+transformers rebuilds parts of some tokenizers from their class, and then gives other token ids than
+the file that came with the model. Both are tried on the first texts, and a difference is said.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from theloom.config.schema import Config
+from theloom.errors import ConfigError, CorpusError
+from theloom.model.files import Description
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+COMPARED = 64  # texts of the corpus
+PROBE = (
+    "In 2023, 12345 cats didn't   cost $1,299.99 — they'd paid.\n\n\tnaïve Zoë's café: "
+    "ünïcödé 東京は日本。한국어 Привет мир مرحبا 🧵👩‍💻 x_1=(a+b)**2;\r\n I'M HERE\u00a0now"
+)
+_SHOWN = 8  # token ids of an example
+
+
+class CorpusTokenizer:
+    """Turns texts into token ids.
+
+    Attributes:
+        of_class: the tokenizer as transformers makes it.
+        difference: the first example of other ids by `tokenizer.json`; empty: none was found.
+        doubled: texts that begin with the token that the tokenizer puts before them.
+    """
+
+    def __init__(self, config: Config, description: Description) -> None:
+        """Load a tokenizer. Raises CorpusError, ConfigError."""
+        self._name = config.model.tokenizer or config.model.source
+        self._special = config.corpus.add_special_tokens
+        self._by_file = config.corpus.tokenizer_from.name == "file"
+        self.of_class = self._of_class(config, description)
+        self._of_file = None if description.gguf_file else self._load_file(description.folder)
+        if self._by_file and self._of_file is None:
+            raise ConfigError(
+                f"corpus.tokenizer_from=file: {self._name} has no tokenizer.json; leave it at class"
+            )
+        self.difference, self.doubled, self._compared = "", 0, False
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text; the first call compares class and file."""
+        if self._of_file is not None and not self._compared:
+            self._compare([*texts[:COMPARED], PROBE])
+        self._compared = True
+        found = self._ids(texts, self._by_file)
+        self.doubled += sum(map(self._is_doubled, found))
+        return found
+
+    def report_doubled(self) -> None:
+        """Warn where texts begin with the token that the tokenizer puts before them."""
+        if self.doubled:
+            log.warning(
+                "%d documents begin with %s, and the tokenizer puts another one before it; "
+                "set corpus.add_special_tokens=false, or leave it out of the texts",
+                self.doubled,
+                self.of_class.bos_token or self.of_class.cls_token,
+            )
+
+    def __len__(self) -> int:
+        return self._of_file.get_vocab_size() if self._by_file else len(self.of_class)  # type: ignore[union-attr]
+
+    def _of_class(self, config: Config, description: Description) -> "PreTrainedTokenizerBase":
+        from transformers import AutoTokenizer
+
+        try:
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                description.folder,
+                gguf_file=description.gguf_file,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        except Exception as error:  # whatever libraries raise at files is a fault of theirs
+            raise CorpusError(
+                f"model.tokenizer: {self._name} has no usable tokenizer: "
+                f"{' '.join(str(error).split())}"
+            ) from None
+        if description.gguf_file is None:
+            self._check_vocabulary(found, description.folder)
+        return found
+
+    def _check_vocabulary(self, found: "PreTrainedTokenizerBase", folder: Path) -> None:
+        """A class whose files are missing would begin with an empty vocabulary."""
+        if (folder / "tokenizer.json").is_file() or (folder / "tekken.json").is_file():
+            return
+        names = found.vocab_files_names
+        needed = [names[kind] for kind in ("vocab_file", "merges_file") if kind in names]
+        if missing := [name for name in needed if not (folder / name).is_file()]:
+            raise CorpusError(
+                f"model.tokenizer: {self._name} has no usable tokenizer: neither tokenizer.json "
+                f"nor {' and '.join(missing)} is there; fetch it, or set model.tokenizer"
+            )
+
+    def _load_file(self, folder: Path) -> "Tokenizer | None":
+        from tokenizers import Tokenizer
+
+        if not (folder / "tokenizer.json").is_file():
+            return None
+        try:
+            found = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise CorpusError(
+                f"model.tokenizer: tokenizer.json of {self._name} cannot be read: {error}"
+            ) from None
+        found.no_truncation()
+        found.no_padding()
+        return found
+
+    def _ids(self, texts: Sequence[str], by_file: bool, special: bool = True) -> list[list[int]]:
+        special = special and self._special
+        if by_file and self._of_file is not None:
+            encoded = self._of_file.encode_batch(list(texts), add_special_tokens=special)
+            return [e.ids for e in encoded]
+        of_class: Any = self.of_class
+        return list(of_class(list(texts), add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _compare(self, texts: list[str]) -> None:
+        """Warn of the first text to which class and file give other ids."""
+        for text, *pair in zip(texts, self._ids(texts, False), self._ids(texts, True), strict=True):
+            if pair[0] == pair[1]:
+                continue
+            shown, by_class, by_file = self._example(text) or (text[:40], *pair)
+            self.difference = (
+                f"{shown!r}: {by_class[:_SHOWN]} by the class, {by_file[:_SHOWN]} by the file"
+            )
+            log.warning(
+                "%s gives other token ids than tokenizer.json (%s); the run takes those of the %s "
+                "(corpus.tokenizer_from)",
+                type(self.of_class).__name__,
+                self.difference,
+                "file" if self._by_file else "class",
+            )
+            return
+
+    def _example(self, text: str) -> tuple[str, list[int], list[int]] | None:
+        """A word by itself, where its ids differ, with the ids by class and by file."""
+        words = [*dict.fromkeys(f" {word}" for word in text.split())]
+        pairs = (self._ids(words, by_file, special=False) for by_file in (False, True))
+        found = zip(words, *pairs, strict=True)
+        return next(((w, a, b) for w, a, b in found if a != b), None)
+
+    def _is_doubled(self, ids: Sequence[int]) -> bool:
+        first = (self.of_class.bos_token_id, self.of_class.cls_token_id)
+        return self._special and len(ids) > 1 and ids[0] == ids[1] and ids[0] in first

@@ -1,0 +1,98 @@
+"""The class of transformers, or of a folder's own code, that a model loads into."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from theloom.errors import ModelError
+from theloom.model.checkpoint.folder import own_model_code
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+# Auto classes by which a folder's own code may be known, the first that it has is taken
+_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+
+
+def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False) -> Any:
+    """The Auto class that builds a config's model, without a head.
+
+    A folder's own code may have the model with a head alone, and is taken with it.
+    """
+    import transformers
+
+    if own := has_own_code(model_config, trust_remote_code):
+        name = next((n for n in _AUTO_CLASSES if n in own), own[0])
+        return getattr(transformers, name)
+    if _encoder_alone(model_config) is not None:
+        return transformers.AutoModelForTextEncoding
+    return transformers.AutoModel
+
+
+def has_own_code(model_config: "PretrainedConfig", trust_remote_code: bool) -> list[str]:
+    """The Auto classes for which code of the model's folder is run; none where the class is that of
+    transformers.
+    """
+    own = own_model_code({"auto_map": getattr(model_config, "auto_map", None)})
+    return [name for name in own if name != "AutoConfig"] if trust_remote_code else []
+
+
+def _encoder_alone(model_config: "PretrainedConfig") -> Any:
+    """The class of the encoder of an encoder-decoder, where the folder holds nothing else."""
+    from transformers import AutoModelForTextEncoding
+
+    mapping = AutoModelForTextEncoding._model_mapping
+    found: Any = mapping.get(type(model_config), None)
+    return found if found and found.__name__ in (model_config.architectures or ()) else None
+
+
+def model_class(model_config: "PretrainedConfig") -> Any:
+    """The class of transformers for a config, without a head."""
+    from transformers import AutoModel
+
+    if (encoder := _encoder_alone(model_config)) is not None:
+        return encoder
+    found: Any = AutoModel._model_mapping.get(type(model_config), None)
+    if found is None:
+        raise ModelError(
+            f"transformers has no model for a config of the class {type(model_config).__name__}"
+        )
+    if not isinstance(found, list | tuple):
+        return found
+    classes: list[Any] = list(found)
+    named = {c.__name__: c for c in classes}
+    return next((named[n] for n in model_config.architectures or () if n in named), classes[0])
+
+
+def tied_heads(model_config: "PretrainedConfig", stored: Collection[str]) -> dict[str, str]:
+    """Weights of a head that stand for those of the model that they are tied to, where the files
+    have the head's alone.
+
+    Returns:
+        Patterns of keys and what to call them, as `key_mapping` of `from_pretrained` takes them.
+    """
+    import transformers
+    from transformers import AutoModel
+
+    if not stored or type(model_config) not in AutoModel._model_mapping:
+        return {}
+    if not getattr(model_config.get_text_config(), "tie_word_embeddings", False):
+        return {}
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    heads = [getattr(transformers, name, None) for name in model_config.architectures or ()]
+    heads += [mapping[type(model_config)]] if type(model_config) in mapping else []
+    inside = _ties(model_class(model_config))
+    for head, embedding in ((h, e) for c in heads for h, e in _ties(c).items()):
+        prefix = f"{model_class(model_config).base_model_prefix}."
+        names = {embedding, embedding.removeprefix(prefix)}
+        names |= {tied for tied, source in inside.items() if source in names}
+        names |= {prefix + name for name in names}
+        if head in stored and head not in names and not names.intersection(stored):
+            return {f"^{re.escape(head)}$": embedding}
+    return {}
+
+
+def _ties(of_class: Any) -> Mapping[str, str]:
+    found = getattr(of_class, "_tied_weights_keys", None)
+    return found if isinstance(found, dict) else {}

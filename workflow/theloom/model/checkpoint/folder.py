@@ -1,0 +1,216 @@
+"""What lies in a model's folder, checked before anything is loaded.
+
+Files that are broken, and files that change the model and are not used, are errors that name them.
+"""
+
+import json
+import logging
+import zipfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from theloom.config.schema import ModelConfig
+from theloom.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+SAFETENSORS = "model.safetensors"
+PICKLES = "pytorch_model.bin"
+
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_QUANTIZATION = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_LFS = b"version https://git-lfs"
+
+
+class StoredTensor(NamedTuple):
+    """The type of a stored tensor, as safetensors names it, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_json(file: Path, what: str = "model.source") -> dict[str, Any]:
+    """The object in a JSON file of a model. Raises ModelError, whose message begins with `what`."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{what}: {file.name} {_broken(file, error)}") from None
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"{what}: {file.name} holds {type(found).__name__}, not an object; fetch it again"
+        )
+    return found
+
+
+def check_description(folder: Path, config: ModelConfig) -> None:
+    """The parts of a folder that say which model it is.
+
+    Raises:
+        ModelError: `config.json` is broken; or an adapter, a quantisation or code of the folder's
+            own would change the model, and is not used.
+    """
+    where = f"model.source: {config.source}"
+    if adapter := next((name for name in _ADAPTERS if (folder / name).exists()), None):
+        raise ModelError(
+            f"{where} has an adapter ({adapter}), which is not applied; merge it into its base "
+            "model with peft (`merge_and_unload()`, then `save_pretrained`), and give that folder; "
+            "or remove the adapter's files to take the base model alone"
+        )
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    described = read_json(file, where)
+    if "compression_config" in described:
+        raise ModelError(
+            f"{where}: its weights are compressed (compression_config in config.json); take the "
+            "uncompressed weights"
+        )
+    if "quantization_config" not in described:
+        for name in _QUANTIZATION:
+            if (folder / name).is_file():
+                raise ModelError(
+                    f"{where} has a {name}, and its config.json has no quantization_config: "
+                    "transformers would take quantised weights for plain ones; take the "
+                    "unquantised weights, or remove the file if they are"
+                )
+    if "transformers_weights" in described:
+        raise ModelError(
+            f"{where}: transformers_weights in config.json names other weights than {SAFETENSORS}; "
+            "remove it, and give them that name"
+        )
+    check_own_code(own_model_code(described), config, where, "the model")
+
+
+def check_tokenizer(folder: Path, config: ModelConfig) -> None:
+    """The tokenizer of a folder is code of transformers, or may run. Raises ModelError."""
+    key = "model.tokenizer" if config.tokenizer else "model.source"
+    where = f"{key}: {config.tokenizer or config.source}"
+    files = [folder / "tokenizer_config.json", folder / "config.json"]
+    for described in (read_json(file, where) for file in files if file.is_file()):
+        entry = _auto_map(described).get("AutoTokenizer")
+        named = [name for name in (entry if isinstance(entry, list) else [entry]) if name]
+        check_own_code(
+            {"AutoTokenizer": str(named[0])} if named else {}, config, where, "the tokenizer"
+        )
+        if named or "tokenizer_class" in described:
+            return
+
+
+def own_model_code(described: Mapping[str, Any]) -> dict[str, str]:
+    """The folder's own classes of the config and the model, by the Auto class that they stand for.
+
+    Examples:
+        >>> own_model_code({"auto_map": {"AutoModel": "own.Own", "AutoTokenizer": "own.Tok"}})
+        {'AutoModel': 'own.Own'}
+    """
+    return {
+        name: str(value)
+        for name, value in _auto_map(described).items()
+        if value and (name == "AutoConfig" or name.startswith("AutoModel"))
+    }
+
+
+def check_own_code(own: Mapping[str, str], config: ModelConfig, where: str, what: str) -> None:
+    """Code that a folder brings along runs, or is left out on request. Raises ModelError."""
+    if config.trust_remote_code and config.ignore_own_code:
+        raise ModelError(
+            "model.trust_remote_code runs a folder's own code, and model.ignore_own_code leaves it "
+            "out; set one of them"
+        )
+    if own and not (config.trust_remote_code or config.ignore_own_code):
+        name, value = next(iter(own.items()))
+        raise ModelError(
+            f"{where}: {what} is Python code of its own ({name}: {value}); set "
+            "model.trust_remote_code=true if you trust it, or model.ignore_own_code=true to take "
+            "the class of transformers instead, where it has the same"
+        )
+
+
+def _auto_map(described: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = described.get("auto_map") or {}
+    return found if isinstance(found, dict) else {"AutoTokenizer": found}
+
+
+def weight_files(folder: Path, config: ModelConfig) -> list[Path]:
+    """The files whose weights transformers loads; none where it finds none.
+
+    Raises:
+        ModelError: the index is broken, or a file that it names is missing.
+    """
+    for single in (SAFETENSORS, PICKLES)[: 1 + config.allow_pickle]:
+        if (folder / single).is_file():
+            return [folder / single]
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            return _shards(index, f"model.source: {config.source}")
+    return []
+
+
+def _shards(index: Path, where: str) -> list[Path]:
+    names = read_json(index, where).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{where}: {index.name} has no weight_map; fetch it again")
+    if wrong := [n for n in names.values() if not isinstance(n, str) or Path(n).name != n]:
+        raise ModelError(
+            f"{where}: {index.name} names {wrong[0]!r}, which is no file of the folder"
+        )
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ModelError(
+            f"{where} lacks {len(missing)} of {len(files)} weight files ({missing[0]}, …), which "
+            f"{index.name} names; fetch them"
+        )
+    return files
+
+
+def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Every tensor of the safetensors that transformers loads, by its key; none of other files.
+
+    Reads the headers alone. Raises ModelError for a file that is broken.
+    """
+    where, found = f"model.source: {config.source}", {}
+    for file in weight_files(folder, config):
+        stat = file.stat()
+        if file.suffix == ".safetensors":
+            found.update(_header(file, stat.st_size, stat.st_mtime_ns, where))
+        else:
+            _check_pickle(file, where)
+    return found
+
+
+@cache
+def _header(file: Path, size: int, time: int, where: str) -> dict[str, StoredTensor]:
+    """The tensors of a file, of which `size` and `time` say that it is still the same."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            return {k: StoredTensor(s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{where}: {file.name} {_broken(file, error)}") from None
+
+
+def _check_pickle(file: Path, where: str) -> None:
+    """A pickle of torch is a zip archive, or begins with the mark of a pickle."""
+    with file.open("rb") as f:
+        start = f.read(2)
+    if not (zipfile.is_zipfile(file) if start == b"PK" else start[:1] == b"\x80"):
+        raise ModelError(f"{where}: {file.name} {_broken(file, 'no pickle of torch')}")
+
+
+def _broken(file: Path, error: object) -> str:
+    """What is wrong with a file, as the end of a sentence about it, and what to do."""
+    try:
+        with file.open("rb") as f:
+            start = f.read(len(_LFS))
+    except OSError as unreadable:
+        return f"cannot be read: {unreadable.strerror}"
+    if not start:
+        return "is empty; fetch it again"
+    if start == _LFS:
+        return "is a pointer of git-lfs, not the file; run `git lfs pull` in the folder"
+    words = " ".join(str(error).split())
+    return f"is damaged or cut short, {file.stat().st_size:,} bytes ({words}); fetch it again"
