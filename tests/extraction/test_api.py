@@ -449,3 +449,20 @@ def test_the_calls_of_the_specification(tmp_path):
     result = extract_with_checkpointing(model=model, tokens=tokens, use_reentrant=True)
     result.hidden_states["blocks.2.hook_resid_post"].sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["fnet", "deepseek_v32"])
+def test_where_padding_changes_rows_each_length_goes_by_itself(tmp_path, kind):
+    from tiny_configs import tiny_config
+    from transformers import AutoModel
+
+    torch.manual_seed(0)
+    model = AutoModel.from_config(tiny_config(kind)).eval()
+    vocabulary = model.config.vocab_size
+    rows = [[3 + (7 * i + n) % (vocabulary - 3) for i in range(n)] for n in (20, 11, 20, 5)]
+    states = extract_hidden_states(model, rows, layers=[0, -1])
+    for name, value in states.items():
+        for row, tokens in enumerate(rows):
+            alone = extract_hidden_states(model, [tokens], layers=[0, -1])[name][0]
+            torch.testing.assert_close(value[row, : len(tokens)], alone, atol=1e-5, rtol=1e-5)
+            assert value[row, len(tokens) :].abs().sum() == 0

@@ -40,10 +40,14 @@ class Request:
         return length_switches(self.architecture.model.config)
 
     def alike(self) -> list[list[int]]:
-        """The numbers of the rows, grouped by how the model computes rows of their length."""
+        """The numbers of the rows, grouped by how the model computes rows of their length: those of
+        a group may go side by side.
+        """
         groups: dict[tuple[int, ...], list[int]] = {}
+        by_length = self.rows.uneven and padding_changes_rows(self.architecture)
         for row, length in enumerate(self.rows.lengths):
-            groups.setdefault(ways(self.switches, length), []).append(row)
+            way = (length,) if by_length else ways(self.switches, length)
+            groups.setdefault(way, []).append(row)
         return list(groups.values())
 
     def only(self, rows: Sequence[int]) -> "Request":
@@ -52,17 +56,20 @@ class Request:
 
     def check_alike(self) -> None:
         """Raise InputError if the rows cannot go through the model side by side, step by step."""
-        if len(self.alike()) > 1:
-            switch = next(
-                s for s in self.switches if len({s.way(n) for n in self.rows.lengths}) > 1
-            )
+        if len(self.alike()) < 2:
+            return
+        name, lengths = type(self.architecture.model).__name__, self.rows.lengths
+        switch = next((s for s in self.switches if len({s.way(n) for n in lengths}) > 1), None)
+        if switch is None:
             raise InputError(
-                f"tokens: {type(self.architecture.model).__name__} computes rows of more than "
-                f"{switch.beyond} tokens otherwise ({switch.name}), and these have from "
-                f"{min(self.rows.lengths)} to {max(self.rows.lengths)}; give the long and the "
-                "short ones in calls of their own"
-                + (", each length by itself" if switch.every_length else "")
+                f"tokens: padding changes the rows of {name}; give rows of the same length"
             )
+        raise InputError(
+            f"tokens: {name} computes rows of more than {switch.beyond} tokens otherwise "
+            f"({switch.name}), and these have from {min(lengths)} to {max(lengths)}; give the long "
+            "and the short ones in calls of their own"
+            + (", each length by itself" if switch.every_length else "")
+        )
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """What the model is given besides the ids: a mask where padding on the right could reach a
@@ -145,6 +152,7 @@ class _Shown:
     """What a model has shown on a few tokens: `None` where it has not been requested."""
 
     causal: bool | None = None
+    alone: bool | None = None
     no_streams: str | None = None
     streams_up_to: int | None = None
 
@@ -177,6 +185,24 @@ def causal(described: Architecture) -> bool:
         )
         shown.causal = error <= 10 * _tolerance(described)
     return shown.causal
+
+
+def padding_changes_rows(described: Architecture) -> bool:
+    """Whether rows of different lengths must not go side by side, with a padding mask or without.
+
+    Where a trial of the model fails, that is so too: each length by itself is right in any case.
+    """
+    from theloom.hooks.blocks import evaluating
+    from theloom.model.checks import self_check
+
+    shown = _shown.setdefault(described.model, _Shown())
+    if shown.alone is None:
+        with evaluating(described.model):
+            try:
+                shown.alone = self_check(described, _tolerance(described)).alone
+            except ModelError:
+                shown.alone = True
+    return shown.alone
 
 
 def _some_tokens(described: Architecture) -> torch.Tensor:
