@@ -1,8 +1,5 @@
 """Documents from every kind of corpus, and what is said of those that cannot be read."""
 
-import json
-
-import datasets
 import pytest
 from support import a_config
 from theloom.corpus import documents
@@ -45,31 +42,6 @@ def test_columns_of_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("x.txt", b"ab\xff", ["x.txt", "not utf-8", "0xff at offset 2", "corpus.encoding"]),
-        ("x.jsonl", b'{"text": "a"}\n{oops\n', ["x.jsonl, line 2", "not JSON"]),
-        ("x.jsonl", b'{"body": "a"}\n', ["x.jsonl:1", "'text'", "body", "corpus.column"]),
-        ("x.jsonl", b'["a"]\n', ["x.jsonl:1", "list"]),
-        ("x.jsonl", b'{"text": 3}\n', ["x.jsonl:1", "'text'"]),
-    ],
-)
-def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(CorpusError) as caught:
-        read(f"corpus=text corpus.path={tmp_path}")
-    for word in words:
-        assert word in str(caught.value)
-
-
-def test_another_encoding_is_read_when_requested(tmp_path):
-    (tmp_path / "x.txt").write_bytes("grün".encode("latin-1"))
-    assert read(f"corpus=text corpus.path={tmp_path} corpus.encoding=latin-1")[0].text == "grün"
-    with pytest.raises(CorpusError, match="no encoding 'klingon'"):
-        read(f"corpus=text corpus.path={tmp_path} corpus.encoding=klingon")
-
-
-@pytest.mark.parametrize(
     ("path", "words"), [("nowhere", "no file or folder"), (".", "holds no .txt")]
 )
 def test_missing_files_are_found_before_any_job(tmp_path, monkeypatch, path, words):
@@ -78,38 +50,31 @@ def test_missing_files_are_found_before_any_job(tmp_path, monkeypatch, path, wor
         documents.check_local(a_config("any/model", f"corpus=text corpus.path={path}").corpus)
 
 
-def test_a_data_set_on_disk_is_read_by_split_and_column(tmp_path):
-    rows = {"body": ["one", "two", "three"], "name": ["x", "y", "z"]}
-    splits = datasets.DatasetDict(
-        {"train": datasets.Dataset.from_dict(rows), "test": datasets.Dataset.from_dict(rows)}
+def test_ids_of_a_column_are_those_of_one_document_each(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "1", "key": "x"}\n{"text": "2", "key": 7}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "3", "key": 3}\n\n{"text": "4", "key": "7"}\n')
+    requested = f"corpus=text corpus.path={tmp_path}"
+    assert len(read(requested)) == 4
+    assert len(read(f"{requested} corpus.id_column=key corpus.max_documents=3")) == 3
+    with pytest.raises(CorpusError, match=r"'7' \(a.jsonl, line 2, and b.jsonl, line 3\)"):
+        read(f"{requested} corpus.id_column=key")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ('"x\\ud800"', "id has a lone surrogate"),
+        ('"b\\u0000"', "has a NUL"),
+        (f'"{"x" * 1025}"', "has 1025 bytes"),
+        ("null", "'key' is null, not a name"),
+        ("[1]", "'key' is a list, not a name"),
+        ("true", "'key' is true or false, not a name"),
+    ],
+)
+def test_an_id_that_no_file_can_hold_is_refused_at_its_line(tmp_path, key, words):
+    (tmp_path / "x.jsonl").write_text(
+        f'{{"text": "1", "key": "b"}}\n{{"text": "2", "key": {key}}}\n'
     )
-    splits.save_to_disk(tmp_path / "saved")
-    requested = f"corpus=hub corpus.dataset={tmp_path}/saved corpus.column=body"
-    assert [(d.id, d.text) for d in read(f"{requested} corpus.split=test")][:1] == [
-        ("test/0", "one")
-    ]
-    assert [d.id for d in read(f"{requested} corpus.id_column=name corpus.max_documents=2")] == [
-        "x",
-        "y",
-    ]
-    with pytest.raises(CorpusError, match=r"corpus\.split.*'dev'.*train, test"):
-        read(f"{requested} corpus.split=dev")
-
-
-def test_a_folder_of_parquet_is_a_data_set_too(tmp_path):
-    folder = tmp_path / "parquet"
-    folder.mkdir()
-    datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet(folder / "train.parquet")
-    assert [d.text for d in read(f"corpus=hub corpus.dataset={folder}")] == ["one", "two"]
-
-
-def test_a_data_set_that_is_not_there_is_refused_in_one_line():
-    with pytest.raises(CorpusError, match=r"corpus\.dataset: nobody/nothing") as caught:
-        read("corpus=hub corpus.dataset=nobody/nothing")
-    assert "\n" not in str(caught.value)
-
-
-def test_json_lines_hold_any_json(tmp_path):
-    text = 'quote " and \\ and \u2028 and 🧵'
-    (tmp_path / "x.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    assert read(f"corpus=text corpus.path={tmp_path}")[0].text == text
+    with pytest.raises(CorpusError, match=f"^x.jsonl, line 2: .*{words}") as caught:
+        read(f"corpus=text corpus.path={tmp_path} corpus.id_column=key")
+    assert str(caught.value).isprintable()

@@ -129,6 +129,14 @@ def test_a_corpus_of_empty_documents_is_refused(tmp_path, tiny_llama):
         tokenize(a_config(tiny_llama, f"corpus=text corpus.path={folder}"), tmp_path / "tokens.h5")
 
 
+def test_a_corpus_of_no_documents_is_refused(tmp_path, tiny_llama):
+    (tmp_path / "x.jsonl").write_text("\n\n")
+    with pytest.raises(CorpusError, match="no tokens: no documents"):
+        tokenize(
+            a_config(tiny_llama, f"corpus=text corpus.path={tmp_path}"), tmp_path / "tokens.h5"
+        )
+
+
 def test_a_context_beyond_the_model_is_refused(tmp_path, tiny_llama):
     with pytest.raises(
         ConfigError, match=r"corpus\.context_length: 1000 is more than the model's 256"

@@ -259,12 +259,24 @@ def test_layers_are_short_for_the_residual_after_them_and_end_the_forward(tmp_pa
         ([[5, 6]], [[0, 0]], "no token but padding"),
         ({"ids": [[5]]}, None, "needs 'input_ids'"),
         ({"input_ids": [[5, 6]], "bbox": [[1, 2]]}, None, "does not take 'bbox'"),
+        ([[5, 6], [7, 128]], None, r"id 128 \(row 1, token 1\).* has 128 rows"),
+        ([[5, -1]], None, r"id -1 \(row 0, token 1\)"),
+        (torch.tensor([2**63], dtype=torch.uint64), None, r"id -\d+ \(row 0, token 0\)"),
         (list(range(100)) * 3, None, "300 in a row, and GPT2LMHeadModel has 256 positions"),
     ],
 )
 def test_tokens_that_cannot_be_a_batch_are_refused_in_a_line(tmp_path, tokens, mask, words):
     with pytest.raises(InputError, match=words):
         extract_hidden_states(tiny(tmp_path, "gpt2"), tokens, attention_mask=mask)
+
+
+def test_padding_may_have_an_id_beyond_the_embedding(tmp_path):
+    model = tiny(tmp_path, "gpt2")
+    plain = extract_hidden_states(model, [[5, 6, 7]]).hidden_states
+    model.config.pad_token_id = 128
+    padded = extract_hidden_states(model, [[5, 6, 7, 128]], attention_mask=[[1, 1, 1, 0]])
+    for name, value in padded.hidden_states.items():
+        torch.testing.assert_close(value[:, :3], plain[name])
 
 
 def test_models_that_cannot_stream_are_refused_and_run_in_one_pass(tmp_path):

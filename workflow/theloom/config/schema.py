@@ -177,14 +177,19 @@ class CorpusConfig:
     kind: CorpusKind = key(
         CorpusKind["python_docs"], "set by the corpus group: `corpus=text`, `corpus=hub`"
     )
-    path: str | None = key(None, "text: a .txt, .md or .jsonl file, or a folder of them")
+    path: str | None = key(
+        None, "text: a .txt, .md, .jsonl, .csv or .tsv file, or a folder of them"
+    )
     encoding: str = key("utf-8", "text: encoding of the files")
-    dataset: str | None = key(None, "hub: id or local path of a `datasets` data set")
+    dataset: str | None = key(
+        None, "hub: id or local path of a `datasets` data set, or a .parquet file"
+    )
     subset: str | None = key(None, "hub: name of the configuration, where the data set has several")
     split: str = key("train", "hub: which split")
-    column: str = key("text", "hub, and .jsonl files: the column that holds the text")
+    column: str = key("text", "hub, .jsonl, .csv, .tsv: the column that holds the text")
     id_column: str | None = key(
-        None, "hub, and .jsonl files: the column that names a document; null: its number"
+        None,
+        "hub, .jsonl, .csv, .tsv: the column that names a document, each once; null: its number",
     )
     max_documents: int | None = key(None, "take at most this many documents; null: all")
     max_tokens: int | None = key(

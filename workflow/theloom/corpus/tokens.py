@@ -22,7 +22,9 @@ from theloom.config.model_dims import numbers
 from theloom.config.schema import Config
 from theloom.corpus.batching import Lengths
 from theloom.corpus.documents import read_documents
+from theloom.corpus.rows import printable
 from theloom.corpus.tokenizer import CorpusTokenizer
+from theloom.corpus.vocabulary import Vocabulary
 from theloom.errors import ConfigError, CorpusError
 from theloom.model import files
 from theloom.model.files import hf_config
@@ -58,7 +60,8 @@ def tokenize(config: Config, output: Path) -> None:
         output: the file.
 
     Raises:
-        CorpusError: the corpus cannot be read or has no tokens, or the model has no tokenizer.
+        CorpusError: the corpus cannot be read or has no tokens, the model has no tokenizer, or a
+            token has no row in the model's embedding.
         ConfigError: corpus.context_length is more than the model allows.
     """
     description = files.describe_tokenizer(config.model)
@@ -75,9 +78,8 @@ def tokenize(config: Config, output: Path) -> None:
             ids_hash.update(input_ids.tobytes())
             total += len(input_ids)
         if not total:
-            raise CorpusError(
-                f"the corpus has no tokens: {tally.empty} documents read, all empty; check corpus.*"
-            )
+            read = f"{tally.empty} documents read, all empty" if tally.empty else "no documents"
+            raise CorpusError(f"the corpus has no tokens: {read}; check corpus.*")
         # composing the config has set the number of shards
         _write_tables(file, tally, context, config.extraction.shards or 1)
         file_format.set_attributes(
@@ -122,28 +124,29 @@ def _context_length(config: Config) -> int:
 
 def _encoded(config: Config, tokenizer: CorpusTokenizer, tally: _Tally) -> Iterator[np.ndarray]:
     """The token ids of each document that has any, until max_tokens; counts go to `tally`."""
-    left = config.corpus.max_tokens
+    left, vocabulary = config.corpus.max_tokens, Vocabulary(config.model)
     documents = read_documents(config.corpus)
     while group := list(islice(documents, _TOGETHER)):
         encoded = tokenizer.encode([d.text for d in group])
         for document, ids in zip(group, encoded, strict=True):
             if not document.text or not ids:
                 tally.empty += 1
-                log.warning("document %s has no tokens: skipped", document.id)
+                log.warning("document %s has no tokens: skipped", printable(document.id))
                 continue
             if left is not None and len(ids) > left:
                 log.warning(
                     "document %s is cut from %d to %d tokens at corpus.max_tokens",
-                    document.id,
+                    printable(document.id),
                     len(ids),
                     left,
                 )
                 tally.cut_from = len(ids)
                 ids = ids[:left]
+            checked = vocabulary.check(ids, printable(document.id), tokenizer.of_class)
             tally.ids.append(document.id)
             tally.hashes.append(xxhash.xxh3_128_hexdigest(document.text.encode()))
             tally.lengths.append(len(ids))
-            yield np.asarray(ids, "<i4")
+            yield checked
             if left is not None:
                 left -= len(ids)
                 if left == 0:

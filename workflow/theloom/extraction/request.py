@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,10 @@ def ask(
         raise ModelError(f"a model of transformers is needed, found {type(model).__name__}")
     described = find_blocks(model)
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    rows = padding.rows_of(tokens, attention_mask, pad if isinstance(pad, int) and pad >= 0 else 0)
+    known = _known_ids(model)
+    filling = pad if isinstance(pad, int) and 0 <= pad < known else 0
+    rows = padding.rows_of(tokens, attention_mask, filling)
+    _check_ids(model, rows, known)
     rows = _that_the_model_takes(model, rows)
     points = build_catalog(described).select(_entries(hooks, layers, len(described.blocks)))
     _check_length(described, rows.ids.shape[1])
@@ -118,6 +122,26 @@ def _entries(hooks: Sequence[str] | None, layers: Sequence[int] | None, blocks: 
                 f"{blocks - 1}"
             )
     return [*(hooks or ()), *(f"blocks.{layer}.hook_resid_post" for layer in layers or ())]
+
+
+def _known_ids(model: "PreTrainedModel") -> int:
+    """How many token ids the model has an embedding of; no limit where it has no table of them."""
+    embedding = model.get_input_embeddings()
+    return embedding.num_embeddings if isinstance(embedding, torch.nn.Embedding) else sys.maxsize
+
+
+def _check_ids(model: "PreTrainedModel", rows: PaddedTokens, known: int) -> None:
+    """Raise InputError for an id that the model has no embedding of: on a GPU it would stop the
+    process.
+    """
+    bad = ((rows.ids < 0) | (rows.ids >= known)).nonzero()
+    if len(bad):
+        row, position = bad[0].tolist()
+        raise InputError(
+            f"tokens: id {int(rows.ids[row, position])} (row {row}, token {position}), and the "
+            f"embedding of {type(model).__name__} has {known} rows, from 0; use the model's own "
+            "tokenizer, or mask what is padding"
+        )
 
 
 def _that_the_model_takes(model: "PreTrainedModel", rows: PaddedTokens) -> PaddedTokens:

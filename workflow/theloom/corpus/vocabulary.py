@@ -1,0 +1,91 @@
+"""Whether a model's token embedding has a row for every token of a corpus."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from theloom.config.schema import ModelConfig
+from theloom.errors import CorpusError
+from theloom.model.files import hf_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_LARGEST = np.iinfo("<i4").max  # ids are stored as int32
+
+
+class Vocabulary:
+    """The ids that a model takes.
+
+    Args:
+        config: the `model` settings.
+
+    Raises:
+        ModelError: the model's own config cannot be read.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._model = config
+        self._hf = hf_config(config)
+        self._rows = getattr(self._hf.get_text_config(), "vocab_size", None) or 0
+        self._looked = False
+
+    def check(self, ids: list[Any], document: str, tokenizer: Any) -> np.ndarray:
+        """The ids of a document as int32.
+
+        Args:
+            ids: what the tokenizer gave, at least one.
+            document: the document's id, for the message.
+            tokenizer: the tokenizer, which names the token.
+
+        Raises:
+            CorpusError: one is no id, or the embedding has no row for it.
+        """
+        try:
+            array = np.asarray(ids)
+        except ValueError:  # lists of uneven length
+            array = np.empty(0)
+        if (
+            array.ndim != 1
+            or array.dtype.kind not in "iu"
+            or array.min() < 0
+            or array.max() > _LARGEST
+        ):
+            wrong = (i for i in ids if not isinstance(i, int) or not 0 <= i <= _LARGEST)
+            raise CorpusError(
+                f"document {document}: the tokenizer gives {next(wrong, ids[0])!r}, which is no "
+                "token id; set model.tokenizer to a tokenizer of this model"
+            )
+        if array.max() >= self._rows and not self._looked:
+            # some models have more rows than vocab_size: of prompts, of an image's token
+            self._rows = _embedding_rows(self._hf, self._model.trust_remote_code) or self._rows
+            self._looked = True
+        if self._rows and array.max() >= self._rows:
+            beyond = int(array[array >= self._rows][0])
+            raise CorpusError(
+                f"document {document}: token {tokenizer.convert_ids_to_tokens(beyond)!r} has the "
+                f"id {beyond}, and the embedding of {self._model.source} has {self._rows} rows, "
+                f"the last of id {self._rows - 1}; set model.tokenizer to a tokenizer of this "
+                "model, or resize the embedding and save the model"
+            )
+        return array.astype("<i4")
+
+
+def _embedding_rows(config: "PretrainedConfig", trust_remote_code: bool) -> int | None:
+    """The rows of the token embedding of the model that a config describes, built without weights;
+    None where it cannot be built so, or embeds tokens without a table.
+    """
+    import torch
+
+    from theloom.model.checkpoint.classes import auto_class
+
+    try:
+        with torch.device("meta"):
+            model = auto_class(config, trust_remote_code).from_config(
+                copy.deepcopy(config), trust_remote_code=trust_remote_code
+            )
+        weight = model.get_input_embeddings().weight
+    except Exception:  # a model's own code: loading it says what is wrong
+        return None
+    return len(weight) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
