@@ -81,7 +81,7 @@ def test_found_before_any_job_runs(tiny, profiles, overrides, words):
         ),
         ("corpus.max_tokens=100000000000000", ["GB", "free", "corpus.max_tokens"]),
         ("corpus=hub corpus.dataset=nobody/nothing", ["corpus.dataset", "nobody/nothing"]),
-        ("corpus=text corpus.path={texts}/bad.txt", ["bad.txt", "not utf-8", "offset 4"]),
+        ("corpus=text corpus.path={texts}/bad.txt", ["bad.txt, line 1", "not utf-8", "column"]),
         ("corpus=text corpus.path={texts}/empty.txt", ["no tokens", "1 documents read"]),
         ("corpus.context_length=100000", ["corpus.context_length", "256"]),
         (
