@@ -119,10 +119,8 @@ def build(model_type: str, kind: str = "causal") -> PreTrainedModel:
     return model.eval()
 
 
-def examine(
-    kind: str, model_type: str, model_class: str, folder: Path, streams: bool = True
-) -> Row:
-    """One architecture, from its config to its rows; in chunks where the model `streams`."""
+def examine(kind: str, model_type: str, model_class: str, folder: Path) -> Row:
+    """One architecture, from its config to its rows; in chunks where the model can be streamed."""
     row = Row(kind, model_type, model_class, "untried")
     try:
         model = build(model_type, kind)
@@ -132,21 +130,16 @@ def examine(
         return replace(row, reason=_words(error))
     _write_tokenizer(folder / "tokenizer")
     _write_documents(folder / "texts.jsonl")
-    row = replace(row, model_class=type(model).__name__)
-    if streams:
-        row_in_chunks = _run(row, model, folder / "in-chunks", CHUNK)
-        if row_in_chunks.status != "refused" or "be streamed" not in row_in_chunks.reason:
-            return row_in_chunks
-    return _run(row, model, folder / "in-one-pass", max(LENGTHS))
+    return _run(replace(row, model_class=type(model).__name__), model, folder / "run")
 
 
-def _run(row: Row, model: PreTrainedModel, folder: Path, chunk: int) -> Row:
-    """All stages with chunks of that many tokens, and every document's rows against the model."""
+def _run(row: Row, model: PreTrainedModel, folder: Path) -> Row:
+    """All stages, and every document's rows against the model."""
     run = stages(
         folder,
         folder.parent / "model",
         f"corpus=text corpus.path={folder.parent}/texts.jsonl "
-        f"model.tokenizer={folder.parent}/tokenizer memory.streaming_chunk_size={chunk} "
+        f"model.tokenizer={folder.parent}/tokenizer memory.streaming_chunk_size={CHUNK} "
         f"corpus.context_length={max(LENGTHS)} extraction.batch_tokens=128",
     )
     try:
@@ -166,7 +159,7 @@ def _run(row: Row, model: PreTrainedModel, folder: Path, chunk: int) -> Row:
         row,
         status="right" if error <= LIMIT else "wrong",
         error=error,
-        streams=record.streams and chunk == CHUNK,
+        streams=record.streams,
         not_streamed=str(record.attributes["not_streamed"]),
         shifted=shifted,
     )
@@ -334,8 +327,8 @@ on that document alone.
 - **{count["right"]}** are right: `hook_resid_pre` and `hook_resid_post` of every block equal the model's own
   `output_hidden_states`, to at most {LIMIT:g} of the largest value. The last entry is what the final norm, or what mixes
   several streams into one, makes of the last block's output.
-- **{sum(r.streams for r in rows)}** of these give the same rows in chunks, through their KV cache. For the others a document longer than
-  a chunk is refused, with the reason of the table.
+- **{sum(r.streams for r in rows)}** of these give the same rows in chunks, through their KV cache. With the others a
+  document longer than a chunk goes in one pass, for the reason in the table.
 - {count["refused"]} are refused, with one line.
 - Taken, and wrong: {count["wrong"]}. Ended in a traceback: {count["traceback"]}.
 
@@ -352,7 +345,7 @@ def _table(kind: str, rows: list[Row]) -> str:
 def _line(row: Row) -> str:
     words = {"right": "yes", "untried": "not made tiny", "pending": "not run"}
     status = words.get(row.status, row.status)
-    streamed = ("yes" if row.streams else "refused") if row.status == "right" else ""
+    streamed = ("yes" if row.streams else "one pass") if row.status == "right" else ""
     reason = (row.reason or row.not_streamed).replace("|", "\\|").replace("<", "&lt;")[:160]
     return f"| `{row.model_type}` | {row.model_class} | {status} | {streamed} | {reason} |\n"
 

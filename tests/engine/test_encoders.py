@@ -1,5 +1,6 @@
 """Encoders in the pipeline: the padding of batches is masked, and no document is streamed."""
 
+import json
 import shutil
 
 import numpy as np
@@ -11,7 +12,6 @@ from support import stages
 from sweep import build
 from theloom.config import model_dims
 from theloom.engine import model_record
-from theloom.errors import ModelError
 from theloom.hooks import blocks
 from theloom.model.checks import self_check
 from tiny_configs import tiny_config
@@ -66,13 +66,12 @@ def test_rows_are_those_of_each_document_by_itself(tmp_path, encoders, model_typ
                 )
 
 
-def test_a_document_longer_than_a_chunk_is_refused_with_the_reason(tmp_path, encoders):
-    run = stages(tmp_path, encoders["bert"], f"{REQUESTED} corpus.context_length=100")
-    run.prepare()
-    with pytest.raises(
-        ModelError, match=r"cannot be streamed \(it is not causal\).*streaming_chunk_size=100"
-    ):
-        run.extract()
+def test_a_document_longer_than_a_chunk_goes_in_one_pass(tmp_path, encoders):
+    run = stages(tmp_path, encoders["bert"], f"{REQUESTED} corpus.context_length=100").all()
+    acts = theloom.open(run.activations)
+    assert np.diff(acts.window_offset).max() == 100
+    assert set(json.loads(acts.attributes["chunk_size"])) == {100}
+    run.verify()
 
 
 def test_a_window_of_roberta_is_as_long_as_its_positions_allow(encoders):

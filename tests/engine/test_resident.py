@@ -88,9 +88,7 @@ def test_half_precision_rows_are_the_model_s_own(tmp_path, precision):
         assert torch.equal(found[0, hook], expected)
 
 
-def test_a_model_that_cannot_be_streamed_runs_in_one_pass_or_is_rejected(
-    tmp_path, tiny_llama, caplog
-):
+def test_documents_of_a_model_that_cannot_be_streamed_go_in_one_pass(tmp_path, tiny_llama, caplog):
     """RecurrentGemma keeps state on its modules, which a KV cache does not carry."""
     folder = build_tiny(
         "recurrent_gemma", tmp_path / "m", vocab_size=49152, lru_width=64, attention_window_size=8
@@ -98,15 +96,12 @@ def test_a_model_that_cannot_be_streamed_runs_in_one_pass_or_is_rejected(
     for file in tiny_llama.glob("tokenizer*"):
         shutil.copy(file, folder)
     requested = "extraction.shards=1 corpus.max_documents=1"
-    run = stages(tmp_path / "run", folder, requested)
-    run.prepare()
+    run = stages(tmp_path / "run", folder, requested).all()
     assert "cannot be streamed" in caplog.text
-    with pytest.raises(
-        ModelError, match=r"a document has 256 tokens; set memory\.streaming_chunk_size=256"
-    ):
-        run.extract()
-    whole = stages(tmp_path / "whole", folder, f"{requested} memory.streaming_chunk_size=256").all()
-    whole.verify()
+    acts = theloom.open(run.activations)
+    assert np.diff(acts.window_offset).max() == 256
+    assert acts.attributes["chunk_size"] == "[256]"
+    run.verify()
 
 
 def test_missing_weights_are_refused_and_not_made_up(tmp_path):

@@ -181,7 +181,7 @@ def test_switches_are_found_in_old_and_new_configs():
     assert notable_lengths(MistralConfig(sliding_window=16)) == (16, 131072)
 
 
-def test_a_model_that_cannot_be_told_a_length_streams_up_to_it(tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_told_a_length_goes_in_one_pass(tmp_path, monkeypatch, caplog):
     """As a model with code of its own, whose rotary module takes no positions."""
     from theloom.model import checks
 
@@ -189,10 +189,11 @@ def test_a_model_that_cannot_be_told_a_length_streams_up_to_it(tmp_path, monkeyp
         build_tiny("llama", tmp_path / "model", **{"vocab_size": 320, **MODELS["llama"]})
     )
     monkeypatch.setattr(checks, "rotary_modules", lambda model: [])
-    run = run_of(tmp_path, model, [150, 60, 40], "memory.streaming_chunk_size=32")
-    run.prepare()
-    with pytest.raises(ModelError, match="cannot be streamed beyond 64 tokens, where its dynamic"):
-        run.extract()
+    run = run_of(tmp_path, model, [150, 60, 40], "memory.streaming_chunk_size=32").all()
+    assert "documents of more than 64 tokens otherwise (dynamic)" in caplog.text
+    acts = theloom.open(run.activations)
+    assert acts.attributes["chunk_size"] == "[150]"
+    assert max(errors(acts, model).values()) < 1e-5
 
 
 def test_verification_looks_at_both_sides_of_a_switch(tmp_path):

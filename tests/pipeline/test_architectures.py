@@ -21,7 +21,7 @@ RIGHT = {  # whether it is streamed
 @pytest.mark.parametrize(("name", "streams"), RIGHT.items())
 def test_rows_of_every_document_are_those_of_it_alone(tmp_path, name, streams):
     ((kind, model_type, model_class),) = sweep.names([name])
-    row = sweep.examine(kind, model_type, model_class, tmp_path, streams)
+    row = sweep.examine(kind, model_type, model_class, tmp_path)
     assert row.status == "right", row.reason
     assert row.streams is streams
     assert bool(row.not_streamed) is not streams

@@ -19,7 +19,7 @@ from theloom.corpus import tokens
 from theloom.corpus.batching import Lengths
 from theloom.engine import model_record
 from theloom.engine.model_record import ModelRecord
-from theloom.errors import ModelError, StoreError
+from theloom.errors import StoreError
 from theloom.hooks.points import HookPoint
 from theloom.model import weight_format
 from theloom.model.loading import Target, resolve_precision
@@ -105,6 +105,11 @@ class ShardJob:
         return Lengths((self.lengths,))
 
     @property
+    def streams(self) -> bool:
+        """Whether the shard's documents may go in chunks; otherwise each goes in one pass."""
+        return self.run.record.may_stream(self.windows.longest)
+
+    @property
     def profiled(self) -> bool:
         """Whether the memory of the shard's largest batch is recorded."""
         return self.run.config.memory.profile_shard == self.number
@@ -149,24 +154,6 @@ class ShardJob:
             partial.get("kv_cache") == "offloaded",
         )
         return plan.over(self.windows)
-
-    def check_streaming(self, chunk_size: int) -> None:
-        """Raise ModelError if a window exceeds a chunk and the model cannot be streamed."""
-        record, longest = self.run.record, int(self.lengths.max(initial=0))
-        if longest > chunk_size and not record.streams:
-            raise ModelError(
-                f"{record.attributes['model_class']} cannot be streamed "
-                f"({record.attributes['not_streamed']}), and a document has {longest} tokens; "
-                f"set memory.streaming_chunk_size={longest} or corpus.context_length={chunk_size}"
-            )
-        if record.streams_up_to is not None and longest > max(chunk_size, record.streams_up_to):
-            switch = record.switches[0]
-            raise ModelError(
-                f"{record.attributes['model_class']} cannot be streamed beyond {switch.beyond} "
-                f"tokens, where its {switch.name} depends on the length of a pass, and a document "
-                f"has {longest}; set memory.streaming_chunk_size={longest} or "
-                f"corpus.context_length={switch.beyond}"
-            )
 
     def bytes_to_write(self, spec: ShardSpec) -> int:
         """Bytes that the shard will take beyond what a partial file of it already has."""

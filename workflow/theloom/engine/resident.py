@@ -108,7 +108,6 @@ def extract_resident(job: ShardJob) -> None:
     # the batches of a partial file stay what is committed; one too large for this plan goes in
     # several passes
     whole = job.started_plan() or plan
-    job.check_streaming(plan.chunk_size)
     batches = batching.plan_batches(
         job.lengths,
         whole.batch_tokens,
@@ -186,4 +185,5 @@ def plan_resident(job: ShardJob) -> Planned:
         run.threshold,
         job.windows,
         run.record.correction,
+        job.streams,
     )

@@ -56,6 +56,10 @@ class SelfCheck:
     streams_up_to: int | None = None
     alone: bool = False
 
+    def may_stream(self, tokens: int) -> bool:
+        """Whether documents of up to so many tokens may go in chunks."""
+        return self.streams and (self.streams_up_to is None or tokens <= self.streams_up_to)
+
 
 def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
     """Show that taps read the model's own hidden states, and whether padding and chunks leave rows

@@ -25,7 +25,7 @@ from theloom.model.loading import Target, load_model, resolve_precision
 from theloom.planning import estimate
 from theloom.planning.estimate import Estimate
 from theloom.planning.measure import measure, prepare_measurement
-from theloom.planning.multi_gpu import fit_plan
+from theloom.planning.multi_gpu import available, fit_plan
 from theloom.planning.plan import Planned
 from theloom.store import file_format
 
@@ -66,6 +66,9 @@ def record_layerwise(
         for change in planned.changes:
             log.warning("to fit: %s", change)
         tried = model.self_check()
+        if planned.plan.streamed and not tried.may_stream(planned.plan.longest):
+            windows = tokens.window_lengths(tokens_path)
+            planned = model.fit(estimated, points, windows, threshold, 0, streams=False)
         measured = measure_sweep(model, planned, points, before)
         log.info(
             "a sweep over the largest batch: %s predicted, %s measured",
@@ -134,7 +137,8 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         if execution == "layerwise":
             record_layerwise(config, target, estimated, tokens_path, output)
             return
-        planned = fit_plan(estimated, kind, device, threshold, tokens.window_lengths(tokens_path))
+        windows, room = tokens.window_lengths(tokens_path), available(device)
+        planned = fit_plan(estimated, kind, device, threshold, windows, room=room)
     except MemoryPlanError as error:
         if execution != "auto":
             raise
@@ -155,6 +159,9 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         points = catalog.select(estimated.hooks)
         loaded = load_model(config, files, points, target=target)
     tried = self_check(loaded.architecture, loaded.tolerance)
+    if planned.plan.streamed and not tried.may_stream(planned.plan.longest):
+        log.info("documents longer than a chunk go in one pass")
+        planned = fit_plan(estimated, kind, device, threshold, windows, streams=False, room=room)
     measured = measure(loaded, kind, traced, planned.plan, points, loading)
     gpu.warn_above(threshold, device)
     log.info(

@@ -131,6 +131,7 @@ def choose(
     overhead: int = 0,
     one_pass: bool = False,
     windows: Lengths | None = None,
+    streams: bool = True,
 ) -> LayerwisePlan:
     """Choose the largest batch that fits, with residuals in host memory if possible, else on disk.
 
@@ -147,6 +148,7 @@ def choose(
         overhead: bytes that a process was measured to take beyond the prediction.
         one_pass: long documents take one pass if that fits, as in a resident model.
         windows: lengths of the corpus' windows, as for `plan.choose`.
+        streams: long documents may go in chunks.
 
     Returns:
         The plan.
@@ -154,7 +156,7 @@ def choose(
     Raises:
         MemoryPlanError: not even the smallest batch fits.
     """
-    cuts = [cut.over(windows) for cut in smaller_plans(requested, "device", one_pass)]
+    cuts = [cut.over(windows) for cut in smaller_plans(requested, "device", one_pass, streams)]
     least: tuple[Need, bool] | None = None
     budget = (
         memory.free - int((1 - threshold) * memory.total),

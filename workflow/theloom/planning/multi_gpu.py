@@ -158,6 +158,8 @@ def fit_plan(
     threshold: float,
     windows: Lengths,
     correction: Correction | None = None,
+    streams: bool = True,
+    room: tuple[DeviceMemory, str] | None = None,
 ) -> Planned:
     """Choose the plan that fits the device's free memory, before anything is loaded.
 
@@ -168,6 +170,8 @@ def fit_plan(
         threshold: share of the memory that may be in use.
         windows: lengths of the corpus' windows.
         correction: from a measurement on this device, if there is one.
+        streams: long documents may go in chunks.
+        room: what `available` gave before anything was loaded; None: it is asked now.
 
     Returns:
         The plan.
@@ -175,7 +179,7 @@ def fit_plan(
     Raises:
         MemoryPlanError: no plan fits.
     """
-    memory, others = available(device)
+    memory, others = room or available(device)
     planned = plan.choose(
         on_leased(estimated),
         kind.name,
@@ -185,6 +189,7 @@ def fit_plan(
         windows=windows,
         correction=correction or Correction(),
         others=others,
+        streams=streams,
     )
     log.info(
         "plan: batches of %d tokens, chunks of %d; %s of %s free",

@@ -163,6 +163,7 @@ def choose(
     windows: Lengths | None = None,
     correction: Correction = Correction(),
     others: str = "",
+    streams: bool = True,
 ) -> Planned:
     """Choose the largest batch and chunk with which a run fits a device.
 
@@ -176,6 +177,7 @@ def choose(
         windows: lengths of the corpus' windows; None: any number of the estimate's context length.
         correction: from a measurement on this device.
         others: who else uses the device, for the error.
+        streams: long documents may go in chunks; otherwise each goes in one pass.
 
     Returns:
         The plan, with the changes from what was requested.
@@ -185,12 +187,14 @@ def choose(
     """
     longest = min(windows.longest if windows else estimate.context_length, estimate.context_length)
     requested = Plan(
-        estimate.batch_tokens or MAX_BATCH_TOKENS[device], estimate.chunk_size, longest
+        estimate.batch_tokens or MAX_BATCH_TOKENS[device],
+        chunk_of(estimate.chunk_size, longest, streams),
+        longest,
     )
     one_pass = one_pass_is_less(estimate, kind, requested)
     cache = "device" if device == "cpu" else estimate.cache
     weigh = cache_of(lambda plan: _weigh(estimate, kind, device, plan.over(windows), correction))
-    plans = smaller_plans(requested, cache, one_pass)
+    plans = smaller_plans(requested, cache, one_pass, streams)
     if one_pass:
         log.info(
             "long documents go in one pass: in chunks of %d tokens they would take more memory",
@@ -243,13 +247,24 @@ def plan_advice(
     )
 
 
-def smaller_plans(requested: Plan, cache: str, one_pass: bool) -> list[Plan]:
+def chunk_of(requested: int, longest: int, streams: bool) -> int:
+    """Tokens of a chunk: as requested, or the longest document where a model cannot be streamed.
+
+    Examples:
+        >>> chunk_of(512, 3000, streams=True), chunk_of(512, 3000, streams=False)
+        (512, 3000)
+    """
+    return requested if streams else max(requested, longest)
+
+
+def smaller_plans(requested: Plan, cache: str, one_pass: bool, streams: bool = True) -> list[Plan]:
     """List plans in descending order: first fewer windows in a batch, then smaller chunks.
 
     Args:
         requested: the first plan.
         cache: place of the KV cache of long documents: `auto`, `device` or `offloaded`.
         one_pass: plans with long documents in one pass come first, else last.
+        streams: chunks may be smaller than requested.
 
     Returns:
         The plans, in the order in which to try them.
@@ -257,7 +272,8 @@ def smaller_plans(requested: Plan, cache: str, one_pass: bool) -> list[Plan]:
     whole = replace(requested, chunk_size=requested.longest, streamed_windows=1)
     plans = _fewer_windows(whole, requested.longest) if one_pass else []
     streamed: list[Plan] = []
-    for chunk_size in chunk_sizes(requested.chunk_size):
+    chunks = chunk_sizes(requested.chunk_size) if streams else [requested.chunk_size]
+    for chunk_size in chunks:
         batch = streamed[-1].batch_tokens if streamed else requested.batch_tokens
         streamed += _fewer_windows(
             replace(requested, batch_tokens=batch, chunk_size=chunk_size), chunk_size

@@ -115,13 +115,19 @@ class LayerwiseModel:
         windows: Lengths,
         threshold: float,
         overhead: int,
+        streams: bool = True,
     ) -> LayerwisePlan:
-        """The plan for the largest shard of a corpus, or for one alone. Raises MemoryPlanError."""
+        """The plan for the largest shard of a corpus, or for one alone. Raises MemoryPlanError.
+
+        `streams`: long documents may go in chunks.
+        """
         device = self.loaded.device.type
         memory, _ = gpu.available_memory(self.loaded.device)
         longest = min(windows.longest, estimated.context_length)
         requested = Plan(
-            estimated.batch_tokens or MAX_BATCH_TOKENS[device], estimated.chunk_size, longest
+            estimated.batch_tokens or MAX_BATCH_TOKENS[device],
+            plan.chunk_of(estimated.chunk_size, longest, streams),
+            longest,
         )
         row = self.residual_row
         sizes, pass_of = self.sizes(points), self.pass_of(points)
@@ -138,6 +144,7 @@ class LayerwiseModel:
             overhead=overhead,
             windows=windows,
             one_pass=plan.one_pass_is_less(estimated, self.kind.name, requested),
+            streams=streams,
         )
 
     def self_check(self) -> SelfCheck:

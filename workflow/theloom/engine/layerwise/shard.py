@@ -69,7 +69,6 @@ def extract_layerwise(job: ShardJob) -> None:
     watch = MemoryWatch(device)
     with model_record.open_again(run.config, run.record, run.target) as model:
         planned = _plan(job, model)
-        job.check_streaming(planned.plan.chunk_size)
         batches = batching.plan_batches(
             job.lengths,
             planned.plan.batch_tokens,
@@ -126,7 +125,9 @@ def _plan(job: ShardJob, model: LayerwiseModel) -> LayerwisePlan:
     run, windows, started = job.run, job.windows, job.started_plan()
     points, overhead = run.points, run.record.correction.overhead
     if started is None:
-        planned = model.fit(run.estimate, points, windows, run.threshold, overhead)
+        planned = model.fit(
+            run.estimate, points, windows, run.threshold, overhead, streams=job.streams
+        )
     else:
         planned = _as_started(model, points, started, windows.tokens, overhead)
     device = model.loaded.device.type
