@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from corpus_support import byte_tokenizer
 from theloom.config import compose, frozen
 from theloom.config.schema import Config
 from theloom.corpus import tokens
@@ -93,16 +94,9 @@ def build_tiny(model_type: str, folder: Path, **numbers: int) -> Path:
     return folder
 
 
-def byte_tokenizer(folder: Path) -> Path:
-    """Add a tokenizer to a model's folder: a token for each byte, 256 in all, and nothing else."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+def with_bytes(folder: Path) -> Path:
+    """A model's folder, to which a tokenizer of bytes is added."""
+    byte_tokenizer(folder)
     return folder
 
 

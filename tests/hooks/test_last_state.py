@@ -5,7 +5,7 @@ import itertools
 import pytest
 import theloom
 import torch
-from support import build_tiny, byte_tokenizer, stages
+from support import build_tiny, stages, with_bytes
 from theloom.errors import HookError
 from theloom.hooks import blocks
 from theloom.hooks.catalog import build_catalog
@@ -27,18 +27,16 @@ def scaled(model, folder):
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.ndim < 2 else 0.0, parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
-    return byte_tokenizer(folder)
+    return with_bytes(folder)
 
 
 def opt_with_projection(folder):
-    return byte_tokenizer(
-        build_tiny("opt", folder, vocab_size=320, word_embed_proj_dim=32, ffn_dim=96)
-    )
+    return with_bytes(build_tiny("opt", folder, vocab_size=320, word_embed_proj_dim=32, ffn_dim=96))
 
 
 MODELS = {
-    "llama": lambda folder: byte_tokenizer(build_tiny("llama", folder, vocab_size=320)),
-    "gpt2": lambda folder: byte_tokenizer(build_tiny("gpt2", folder, vocab_size=320)),
+    "llama": lambda folder: with_bytes(build_tiny("llama", folder, vocab_size=320)),
+    "gpt2": lambda folder: with_bytes(build_tiny("gpt2", folder, vocab_size=320)),
     "bert": lambda folder: scaled(BertModel(BertConfig(**SMALL)), folder),
     "opt with a projection": opt_with_projection,
     "esm": lambda folder: scaled(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import theloom
 import torch
-from support import build_tiny, byte_tokenizer, plain_residuals, stages
+from support import build_tiny, plain_residuals, stages, with_bytes
 from theloom.corpus.batching import plan_batches
 from theloom.errors import InputError, ModelError
 from theloom.extraction.api import (
@@ -74,7 +74,7 @@ def model(request, tmp_path_factory):
         tmp_path_factory.mktemp(request.param),
         **{"vocab_size": 320, **MODELS[request.param]},
     )
-    return byte_tokenizer(folder)
+    return with_bytes(folder)
 
 
 def corpus_of(folder, lengths):
@@ -117,9 +117,7 @@ def test_rows_are_those_of_the_document_at_its_own_length(tmp_path, model, chunk
 
 @pytest.mark.parametrize("name", ["phi3", "llama"])
 def test_layer_by_layer_they_are_too(tmp_path, name):
-    model = byte_tokenizer(
-        build_tiny(name, tmp_path / "model", **{"vocab_size": 320, **MODELS[name]})
-    )
+    model = with_bytes(build_tiny(name, tmp_path / "model", **{"vocab_size": 320, **MODELS[name]}))
     layerwise = "extraction.execution=layerwise memory.streaming_chunk_size=32"
     run = run_of(tmp_path, model, LENGTHS, layerwise).all()
     found = errors(theloom.open(run.activations), model)
@@ -185,7 +183,7 @@ def test_a_model_that_cannot_be_told_a_length_goes_in_one_pass(tmp_path, monkeyp
     """As a model with code of its own, whose rotary module takes no positions."""
     from theloom.model import checks
 
-    model = byte_tokenizer(
+    model = with_bytes(
         build_tiny("llama", tmp_path / "model", **{"vocab_size": 320, **MODELS["llama"]})
     )
     monkeypatch.setattr(checks, "rotary_modules", lambda model: [])
@@ -197,7 +195,7 @@ def test_a_model_that_cannot_be_told_a_length_goes_in_one_pass(tmp_path, monkeyp
 
 
 def test_verification_looks_at_both_sides_of_a_switch(tmp_path):
-    model = byte_tokenizer(
+    model = with_bytes(
         build_tiny("phi3", tmp_path / "model", **{"vocab_size": 320, **MODELS["phi3"]})
     )
     lengths = [7] * 40 + [200, 61, 66, 64, 30, 12]
@@ -215,7 +213,7 @@ def test_rows_that_depend_on_the_batch_stop_the_job(tmp_path, monkeypatch):
     """A switch that no config names: the trial of 24 tokens does not see it, the run does."""
     from transformers.models.llama import modeling_llama
 
-    model = byte_tokenizer(build_tiny("llama", tmp_path / "model", vocab_size=320))
+    model = with_bytes(build_tiny("llama", tmp_path / "model", vocab_size=320))
     forward = modeling_llama.LlamaRotaryEmbedding.forward
 
     def other_beyond_40(self, x, position_ids):

@@ -11,7 +11,7 @@ import shards
 import theloom
 import torch
 from safetensors.torch import load_file, save_file
-from support import build_tiny, byte_tokenizer, stages
+from support import build_tiny, stages, with_bytes
 from theloom.errors import StoreError
 from theloom.hooks.points import HookPoint
 from theloom.store.writer import ShardWriter
@@ -21,7 +21,7 @@ TEXT = "corpus=text corpus.path={path} extraction.shards=1"
 
 @pytest.fixture
 def model(tmp_path):
-    return byte_tokenizer(build_tiny("llama", tmp_path / "model", vocab_size=320))
+    return with_bytes(build_tiny("llama", tmp_path / "model", vocab_size=320))
 
 
 @pytest.fixture
