@@ -80,6 +80,15 @@ QWEN4 = {
 }
 # what the table of sizes does not say; keys of a sub-config are written `text_config.key`
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+ROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0 + n for n in range(8)],
+    "original_max_position_embeddings": 24,
+    "rope_theta": 10000.0,
+}
+LONGROPE = {"rope_parameters": ROPE, "original_max_position_embeddings": 24}
+
 SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"text_config.rope_parameters": MROPE} for name in ("glm4v", "glm_ocr", "glmga")},
     "glm4v_moe": {
@@ -123,6 +132,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "musicgen": {"decoder.num_codebooks": 1},
     "musicgen_melody": {"decoder.num_codebooks": 1},
     "nemotron": {"num_key_value_heads": 2},
+    # frequencies that change within the lengths of the sweep
+    "phi3": LONGROPE,
+    "phimoe": {**LONGROPE, "rope_parameters": {**ROPE, "short_mscale": 1.1, "long_mscale": 1.4}},
     "qwen4_exp": {f"text_config.{key}": value for key, value in QWEN4.items()},
     "qwen4_exp_text": QWEN4,
     "reformer": {
