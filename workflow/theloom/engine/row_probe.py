@@ -95,7 +95,8 @@ class RowProbe:
         """Say what was compared."""
         if self.compared:
             log.info(
-                "%d documents recomputed alone: rows differ by at most %.2g of their largest value",
+                "recomputed alone: %d of the documents; rows differ by at most %.2g of their "
+                "largest value",
                 self.compared,
                 self.largest,
             )
