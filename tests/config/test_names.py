@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from support import ROOT
-from test_words import odd_text
+from test_typed_words import odd_text
 from theloom.config import compose, names, words
 from theloom.errors import ConfigError
 
