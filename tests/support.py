@@ -33,8 +33,9 @@ ROOT = Path(__file__).parents[1]
 
 def a_config(model_source: str | Path, overrides: str = "") -> Config:
     """The whole config of a run on the CPU, with any model."""
+    device = "" if "extraction.device=" in overrides else "extraction.device=cpu"
     runs = compose.runs(
-        ROOT / "config", "custom", f"model.source={model_source} extraction.device=cpu {overrides}"
+        ROOT / "config", "custom", f"model.source={model_source} {device} {overrides}"
     )
     (run,) = runs.values()
     return frozen.to_config(run.config)
@@ -158,10 +159,11 @@ def stages(folder: Path, model_source: str | Path, overrides: str = "") -> Stage
         "memory.activation_cache_filter": "[blocks.*.hook_resid_pre,blocks.*.hook_resid_post]",
         "extraction.batch_tokens": 256,
         "corpus.max_tokens": 2000,
+        "extraction.device": "cpu",
     }
     requested = {o.partition("=")[0] for o in overrides.split()}
     defaults = " ".join(f"{key}={value}" for key, value in small.items() if key not in requested)
-    overrides = f"model.source={model_source} extraction.device=cpu {defaults} {overrides}"
+    overrides = f"model.source={model_source} {defaults} {overrides}"
     (run,) = compose.runs(ROOT / "config", "custom", overrides).values()
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     for stage in frozen.STAGES:

@@ -379,16 +379,11 @@ def test_the_key_is_frozen_for_the_extraction_alone_and_only_where_it_is_set(tmp
     )
 
 
-def test_a_config_that_does_not_set_the_key_has_the_digest_of_its_bytes(tmp_path):
-    """So that a shard begun before the key existed is gone on with."""
-    import hashlib
-
-    (run,) = compose.runs(
-        ROOT / "config", "smollm2-135m", """corpus=text corpus.path='/é' """
-    ).values()
-    for stage in frozen.STAGES:
-        frozen.freeze(run.stage(stage), tmp_path / "c.json")
-        assert (
-            frozen.frozen_digest(tmp_path / "c.json")
-            == hashlib.sha256((tmp_path / "c.json").read_bytes()).hexdigest()
-        )
+def test_the_digest_of_a_config_is_of_all_but_the_run_s_name(tmp_path):
+    """So that a shard is resumed under another name, and with the key where it was begun without."""
+    digests = set()
+    for words in ("name=a", "name=b", "name=b memory.profile_shard=1", "name=b store.dtype=fp16"):
+        (run,) = compose.runs(ROOT / "config", "smollm2-135m", words).values()
+        frozen.freeze(run.stage("extract"), tmp_path / "c.json")
+        digests.add((words.endswith("fp16"), frozen.frozen_digest(tmp_path / "c.json")))
+    assert len(digests) == len({digest for _, digest in digests}) == 2
