@@ -380,7 +380,7 @@ def test_the_key_is_frozen_for_the_extraction_alone_and_only_where_it_is_set(tmp
 
 
 def test_the_digest_of_a_config_is_of_all_but_the_run_s_name(tmp_path):
-    """So that a shard is resumed under another name, and with the key where it was begun without."""
+    """So that a shard is resumed under another name, and with a key where it was begun without."""
     digests = set()
     for words in ("name=a", "name=b", "name=b memory.profile_shard=1", "name=b store.dtype=fp16"):
         (run,) = compose.runs(ROOT / "config", "smollm2-135m", words).values()
