@@ -39,7 +39,7 @@ def documented(table: str) -> list[tuple[list[str], str]]:
 
 def documented_names(table: str, kind: str) -> set[str]:
     """Those that a file of this kind has: `shard`, `virtual` or `physical`."""
-    of_others = {"shard": "virtual datasets only", "virtual": "shards only"}
+    of_others = {"shard": "(virtual|merged) datasets? only", "virtual": "shards only"}
     absent = of_others.get(kind, "shards only|virtual datasets only")
     return {n for names, text in documented(table) if not re.search(absent, text) for n in names}
 

@@ -55,7 +55,7 @@ def test_a_shard_of_another_run_is_named(shards, tmp_path, tiny_llama):
     other = stages(
         tmp_path / "other",
         tiny_llama,
-        "extraction.shards=3 corpus.max_tokens=600 memory.streaming_chunk_size=32",
+        "extraction.shards=3 corpus.max_tokens=600 extraction.attention=eager",
     )
     other.prepare()
     other.extract()

@@ -378,7 +378,7 @@ def test_an_unfinished_shard_of_another_config_is_discarded_with_a_warning(
     again = stages(
         tmp_path,
         tiny_llama,
-        "corpus.max_tokens=200 extraction.shards=1 memory.streaming_chunk_size=32",
+        "corpus.max_tokens=200 extraction.shards=1 store.dtype=fp16",
     )
     again.prepare()
     with caplog.at_level(logging.WARNING):

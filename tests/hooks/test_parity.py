@@ -102,7 +102,10 @@ def test_every_hook_point_of_smollm2_is_equal(smollm2, smollm2_values, attention
         smollm2.folder, attn_implementation=attention
     ).eval()
     found = values_of(blocks.find_blocks(model), ids)
-    assert len(found) == 30 * 20 + 3
+    assert len(found) == 30 * 20 + 4
+    last = found.pop("ln_final.hook_out")  # of transformers' own, not of TransformerLens' names
+    with torch.no_grad():
+        assert error(last, model.model(ids).last_hidden_state) <= 1e-5
     far = {name: error(value, expected[name]) for name, value in found.items()}
     assert max(far.values()) <= 1e-5, max(far, key=far.get)
 

@@ -187,7 +187,8 @@ def test_a_model_that_cannot_be_told_a_length_goes_in_one_pass(tmp_path, monkeyp
         build_tiny("llama", tmp_path / "model", **{"vocab_size": 320, **MODELS["llama"]})
     )
     monkeypatch.setattr(checks, "rotary_modules", lambda model: [])
-    run = run_of(tmp_path, model, [150, 60, 40], "memory.streaming_chunk_size=32").all()
+    chunked = "memory.streaming_chunk_size=32"
+    run = run_of(tmp_path, model, [150, 60, 40], f"{chunked} extraction.shards=1").all()
     assert "documents of more than 64 tokens otherwise (dynamic)" in caplog.text
     acts = theloom.open(run.activations)
     assert acts.attributes["chunk_size"] == "[150]"

@@ -20,7 +20,7 @@ def test_a_7b_is_broken_down_as_its_numbers_say():
     block = (
         2 + 8 * 4096 + 3 * 1024 + 2 * 32 * 2048 + 3 * 14336
     )  # beside the residuals before and after it
-    assert found.captured_every == (32 * block + 33 * 4096 + 4096 + 1 + 4096) * 2048 * 2
+    assert found.captured_every == (32 * block + 33 * 4096 + 4096 + 1 + 2 * 4096) * 2048 * 2
     assert found.captured_selected == 3 * 2048 * 4096 * 2
     assert found.pipeline.total < found.held_selected.total < found.held_full.total
     assert found.held_full.allocated < found.held_full.reserved < found.held_full.total

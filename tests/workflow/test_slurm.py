@@ -424,8 +424,7 @@ def test_the_real_model_in_two_shards_has_the_rows_of_plain_transformers(slurm, 
     assert running.returncode == 0, printed
     assert "1,024 tokens of 2 documents in fp32" in printed
     acts = theloom.open(
-        project.results("smollm2-135m+max_tokens=1024+shards=2+gpu=1+documents=1")
-        / "activations.h5"
+        project.results("smollm2-135m+max_tokens=1024+shards=2+documents=1") / "activations.h5"
     )
     document = acts.document(1)
     expected = plain_residuals(smollm2.folder, document.input_ids.tolist())
