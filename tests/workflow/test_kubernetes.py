@@ -81,7 +81,7 @@ def test_a_shard_s_pod_asks_for_what_is_planned_and_carries_no_token(
 ):
     if missing := install_packages(["rsync"], ["rsync"]):
         pytest.skip(missing)  # Snakemake's storage plugin copies with it
-    run = "results/7b+shards=3+gpu=2"
+    run = "results/7b+shards=3"
     storage = tmp_path / "volume"
     for name in (
         "config/extract.json",
