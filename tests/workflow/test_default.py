@@ -69,15 +69,12 @@ def test_a_second_call_has_nothing_to_do(default):
 def test_a_sweep_of_chunk_sizes_makes_two_runs_with_equal_rows(default):
     project, _ = default
     requested = (
-        "memory.streaming_chunk_size=128,256 corpus.max_tokens=1024 extraction.shards=1 "
-        "verify.documents=1"
+        "name=chunks memory.streaming_chunk_size=128,256 corpus.max_tokens=1024 "
+        "extraction.shards=1 verify.documents=1"
     )
     done = project.snakemake(profiles="smollm2-135m", overrides=requested)
     assert done.returncode == 0, done.stdout + done.stderr
-    names = [
-        f"smollm2-135m+streaming_chunk_size={n}+max_tokens=1024+shards=1+documents=1"
-        for n in (128, 256)
-    ]
+    names = [f"chunks+streaming_chunk_size={n}" for n in (128, 256)]
     runs = [theloom.open(project.results(name) / "activations.h5") for name in names]
     reference = theloom.open(project.results("smollm2-135m") / "activations.h5")
     for hook in HOOKS:
