@@ -4,6 +4,7 @@ and it is said.
 
 import logging
 import os
+import re
 import signal
 import time
 
@@ -11,11 +12,14 @@ import pytest
 import theloom
 import torch
 from support import extract_one_shard, stages
+from theloom.corpus.batching import Batch
 from theloom.dataset.inspect import check_hashes
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine import batch_loop, model_record, resident
 from theloom.engine.progress import Moment, Progress, SweepProgress
-from theloom.errors import MemoryPlanError, StoppedError
+from theloom.engine.row_probe import RowProbe
+from theloom.errors import MemoryPlanError, ModelError, StoppedError
+from theloom.hooks.points import residual_points
 from theloom.planning import estimate
 from theloom.store import ring_buffer, writer
 from theloom.store.writer import ShardWriter
@@ -230,3 +234,21 @@ def test_a_sweep_reports_blocks_batches_and_the_time_left(caplog, monkeypatch):
         "block 2 of 2, batch 1 of 2: 5 tokens/s through all blocks, 0:00:10 left",
         "block 2 of 2, batch 2 of 2: 5 tokens/s through all blocks, 0:00:00 left",
     ]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+def test_the_probe_sees_the_middle_and_the_deepest_hook_point(blocks):
+    points = residual_points(blocks, 8)
+    rows = torch.rand(2, 6, 8, generator=torch.Generator().manual_seed(0))
+
+    class Alone:
+        def alone(self, ids, requested):
+            assert {points[len(points) // 2], points[-1]} == set(requested)
+            return {p.name: rows[1, :4] + 1.0 * (p is points[-1]) for p in requested}
+
+    probe, batch = RowProbe([7], points, 1e-5), Batch((3, 7), (6, 4))
+    probe.begin(batch, 512)
+    for point in points:
+        probe.keep(point.name, rows)
+    with pytest.raises(ModelError, match=re.escape(f"{points[-1].name} differs by")):
+        probe.compare(Alone(), batch, torch.zeros(2, 6, dtype=torch.int64))

@@ -44,9 +44,8 @@ class RowProbe:
     ) -> None:
         self._windows = set(windows)
         rows = [p for p in points if not p.over_keys]
-        self._points = list(
-            {p.name: p for p in rows[len(rows) // 2 :: max(1, len(rows) // 2)]}.values()
-        )
+        middle, deepest = len(rows) // 2, len(rows) - 1
+        self._points = [rows[n] for n in sorted({middle, deepest}) if rows]
         self._limit = max(4 * tolerance, MIN_LIMIT)
         self._row: int | None = None
         self._kept: dict[str, list[torch.Tensor]] = {}
