@@ -22,6 +22,7 @@ from theloom.engine.model_record import ModelRecord
 from theloom.errors import StoreError
 from theloom.hooks.points import HookPoint
 from theloom.model import weight_format
+from theloom.model.checks import may_stream
 from theloom.model.loading import Target, resolve_precision
 from theloom.model.weight_format import WeightFormat
 from theloom.planning import estimate
@@ -107,7 +108,7 @@ class ShardJob:
     @property
     def streams(self) -> bool:
         """Whether the shard's documents may go in chunks; otherwise each goes in one pass."""
-        return self.run.record.may_stream(self.windows.longest)
+        return may_stream(self.run.record, self.windows.longest)
 
     @property
     def profiled(self) -> bool:

@@ -56,10 +56,6 @@ class ModelRecord:
         """Whether every document goes by itself: padding would change its rows."""
         return bool(self.attributes["alone"])
 
-    def may_stream(self, tokens: int) -> bool:
-        """Whether documents of up to so many tokens may go in chunks."""
-        return self.streams and (self.streams_up_to is None or tokens <= self.streams_up_to)
-
     @property
     def quantization(self) -> str | None:
         """`8bit` or `4bit`: requested, or the checkpoint's own."""

@@ -23,6 +23,8 @@ from theloom.precision import TOLERANCE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from theloom.model.checks import SelfCheck
+
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,9 @@ class Request:
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         by_length = self.rows.uneven and padding_changes_rows(self.architecture)
+        switches = self.switches
         for row, length in enumerate(self.rows.lengths):
-            way = (length,) if by_length else ways(self.switches, length)
+            way = (length,) if by_length else ways(switches, length)
             groups.setdefault(way, []).append(row)
         return list(groups.values())
 
@@ -176,9 +179,7 @@ class _Shown:
     """What a model has shown on a few tokens: `None` where it has not been requested."""
 
     causal: bool | None = None
-    alone: bool | None = None
-    no_streams: str | None = None
-    streams_up_to: int | None = None
+    tried: "SelfCheck | ModelError | None" = None
 
 
 _shown: WeakKeyDictionary[torch.nn.Module, _Shown] = WeakKeyDictionary()
@@ -211,22 +212,28 @@ def causal(described: Architecture) -> bool:
     return shown.causal
 
 
+def _tried(described: Architecture) -> "SelfCheck | ModelError":
+    """What a trial of the model showed, or why it failed: made once a model."""
+    from theloom.hooks.blocks import evaluating
+    from theloom.model.checks import self_check
+
+    shown = _shown.setdefault(described.model, _Shown())
+    if shown.tried is None:
+        with evaluating(described.model):
+            try:
+                shown.tried = self_check(described, _tolerance(described))
+            except ModelError as error:
+                shown.tried = error
+    return shown.tried
+
+
 def padding_changes_rows(described: Architecture) -> bool:
     """Whether rows of different lengths must not go side by side, with a padding mask or without.
 
     Where a trial of the model fails, that is so too: each length by itself is right in any case.
     """
-    from theloom.hooks.blocks import evaluating
-    from theloom.model.checks import self_check
-
-    shown = _shown.setdefault(described.model, _Shown())
-    if shown.alone is None:
-        with evaluating(described.model):
-            try:
-                shown.alone = self_check(described, _tolerance(described)).alone
-            except ModelError:
-                shown.alone = True
-    return shown.alone
+    tried = _tried(described)
+    return isinstance(tried, ModelError) or tried.alone
 
 
 def _some_tokens(described: Architecture) -> torch.Tensor:
@@ -240,26 +247,17 @@ def check_streams(described: Architecture, tokens: int) -> None:
     """Raise ModelError, with the reason, where rows of so many tokens have other values in chunks
     through the KV cache than in one pass.
     """
-    from theloom.hooks.blocks import evaluating
-    from theloom.model.checks import self_check
+    from theloom.model.checks import may_stream
 
-    shown = _shown.setdefault(described.model, _Shown())
-    if shown.no_streams is None:
-        with evaluating(described.model):
-            try:
-                tried = self_check(described, _tolerance(described))
-                shown.no_streams = tried.not_streamed
-                shown.streams_up_to = tried.streams_up_to
-            except ModelError as error:
-                shown.no_streams = str(error)
-    name = type(described.model).__name__
-    if shown.streams_up_to is not None and tokens > shown.streams_up_to:
+    tried, name = _tried(described), type(described.model).__name__
+    reason = str(tried) if isinstance(tried, ModelError) else tried.not_streamed
+    if reason:
         raise ModelError(
-            f"{name} cannot be streamed beyond {shown.streams_up_to} tokens, where it computes "
-            f"otherwise by the length of a pass, and a row has {tokens}; use extract_hidden_states"
-        )
-    if shown.no_streams:
-        raise ModelError(
-            f"{name} cannot be streamed: {shown.no_streams.removeprefix(f'{name}: ')}; "
+            f"{name} cannot be streamed: {reason.removeprefix(f'{name}: ')}; "
             "use extract_hidden_states, or a chunk_size as long as the tokens"
+        )
+    if not isinstance(tried, ModelError) and not may_stream(tried, tokens):
+        raise ModelError(
+            f"{name} cannot be streamed beyond {tried.streams_up_to} tokens, where it computes "
+            f"otherwise by the length of a pass, and a row has {tokens}; use extract_hidden_states"
         )

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from theloom.errors import HookError, ModelError
 from theloom.hooks.blocks import Architecture, cannot_run
@@ -56,9 +56,25 @@ class SelfCheck:
     streams_up_to: int | None = None
     alone: bool = False
 
-    def may_stream(self, tokens: int) -> bool:
-        """Whether documents of up to so many tokens may go in chunks."""
-        return self.streams and (self.streams_up_to is None or tokens <= self.streams_up_to)
+
+class Streams(Protocol):
+    """What says of a model whether its documents may go in chunks."""
+
+    @property
+    def streams(self) -> bool: ...
+
+    @property
+    def streams_up_to(self) -> int | None: ...
+
+
+def may_stream(shown: Streams, tokens: int) -> bool:
+    """Whether documents of up to so many tokens may go in chunks.
+
+    Args:
+        shown: What a trial of the model showed, or `model.h5` records of it.
+        tokens: Length of the longest document.
+    """
+    return shown.streams and (shown.streams_up_to is None or tokens <= shown.streams_up_to)
 
 
 def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:

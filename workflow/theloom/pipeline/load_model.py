@@ -19,7 +19,7 @@ from theloom.errors import MemoryPlanError, ModelError
 from theloom.memory.estimators import Traced
 from theloom.model import weight_format
 from theloom.model.checkpoint.weights import check_stored
-from theloom.model.checks import self_check
+from theloom.model.checks import may_stream, self_check
 from theloom.model.files import ModelFiles, check_architecture, config_in, hf_config, prepare_files
 from theloom.model.loading import Target, load_model, resolve_precision
 from theloom.planning import estimate
@@ -66,7 +66,7 @@ def record_layerwise(
         for change in planned.changes:
             log.warning("to fit: %s", change)
         tried = model.self_check()
-        if planned.plan.streamed and not tried.may_stream(planned.plan.longest):
+        if planned.plan.streamed and not may_stream(tried, planned.plan.longest):
             windows = tokens.window_lengths(tokens_path)
             planned = model.fit(estimated, points, windows, threshold, 0, streams=False)
         measured = measure_sweep(model, planned, points, before)
@@ -159,7 +159,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         points = catalog.select(estimated.hooks)
         loaded = load_model(config, files, points, target=target)
     tried = self_check(loaded.architecture, loaded.tolerance)
-    if planned.plan.streamed and not tried.may_stream(planned.plan.longest):
+    if planned.plan.streamed and not may_stream(tried, planned.plan.longest):
         log.info("documents longer than a chunk go in one pass")
         planned = fit_plan(estimated, kind, device, threshold, windows, streams=False, room=room)
     measured = measure(loaded, kind, traced, planned.plan, points, loading)

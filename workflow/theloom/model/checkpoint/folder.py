@@ -4,7 +4,6 @@ Files that are broken, and files that change the model and are not used, are err
 """
 
 import json
-import logging
 import zipfile
 from collections.abc import Mapping
 from functools import cache
@@ -13,8 +12,6 @@ from typing import Any, NamedTuple
 
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
-
-log = logging.getLogger(__name__)
 
 SAFETENSORS = "model.safetensors"
 PICKLES = "pytorch_model.bin"
