@@ -197,7 +197,8 @@ def test_the_files_say_where_they_came_from(finished):
         "tokenizer",
     ):
         assert attributes[name]
-    assert "streaming_chunk_size" in attributes["config"]
+    assert "precision_mode" in attributes["config"]
+    assert int(attributes["batch_tokens"]) >= 1 and int(attributes["chunk_size"]) >= 1
     assert "torch" in attributes["package_versions"]
 
 

@@ -142,5 +142,5 @@ def test_a_failed_run_of_a_sweep_does_not_stop_the_others(tiny):
     done = tiny.snakemake(profiles="tiny", overrides=requested)
     assert done.returncode != 0
     (finished,) = (tiny.folder / "results").glob("*/verification.h5")
-    assert "bad.txt: not utf-8" in done.stdout + done.stderr
+    assert "bad.txt, line 1: not utf-8" in done.stdout + done.stderr
     assert len(theloom.open(finished.parent / "activations.h5").documents) == 1

@@ -449,10 +449,10 @@ def test_a_failed_run_leaves_others_alone_and_is_named_at_the_end(slurm, tiny):
     assert running.returncode != 0
     finished = list((tiny.folder / "results").glob("*/verification.h5"))
     assert [theloom.open(f.parent / "activations.h5").precision for f in finished] == ["fp32"]
-    assert "bad.txt: not utf-8" in printed
+    assert "bad.txt, line 1: not utf-8" in printed
     named = {
         line
         for line in printed.splitlines()
-        if line.startswith("error: bad.txt") and "(log: " in line
+        if line.startswith("error: bad.txt, line 1") and "(log: " in line
     }
     assert len(named) == 1
