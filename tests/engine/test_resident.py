@@ -195,10 +195,11 @@ def test_the_files_say_where_they_came_from(finished):
         "model_attention",
         "corpus_hash",
         "tokenizer",
+        "batch_tokens",
+        "chunk_size",
     ):
         assert attributes[name]
     assert "precision_mode" in attributes["config"]
-    assert int(attributes["batch_tokens"]) >= 1 and int(attributes["chunk_size"]) >= 1
     assert "torch" in attributes["package_versions"]
 
 
