@@ -89,32 +89,41 @@ def test_documents_are_chosen_by_seed(run):
     assert choice.choose_windows(acts, 5, seed=1)[0] == int(np.diff(acts.window_offset).argmax())
 
 
-@pytest.fixture
-def cancelling(tmp_path, tiny_llama):
-    """A model whose last block subtracts the 100 that the one before it adds to every element."""
+LARGE = {"bf16": 100.0, "fp32": 32768.0}  # values near them are 0.5 and 0.004 apart
+
+
+@pytest.fixture(params=LARGE)
+def cancelling(request, tmp_path, tiny_llama):
+    """A precision, and a model whose last block subtracts the large value that the one before it
+    adds to every element.
+    """
     from transformers import AutoModelForCausalLM
 
     folder = build_tiny("llama", tmp_path / "model", vocab_size=49152, mlp_bias=True)
     for file in tiny_llama.glob("tokenizer*"):
         shutil.copy(file, folder)
+    large = LARGE[request.param]
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        for block, bias in zip(model.model.layers, (0.0, 100.0, -100.0), strict=True):
+        for block, bias in zip(model.model.layers, (0.0, large, -large), strict=True):
             for name in ("gate_proj", "up_proj", "down_proj"):
                 getattr(block.mlp, name).bias.fill_(bias if name == "down_proj" else 0.0)
     model.save_pretrained(folder)
-    return folder
+    return request.param, folder
 
 
 @pytest.mark.parametrize("execution", ["resident", "layerwise"])
-def test_rounding_errors_of_bf16_itself_pass(tmp_path, cancelling, monkeypatch, caplog, execution):
-    """BF16 values near 100 are 0.5 apart: another order of summation moves the rest by as much."""
-    hook = "blocks.2.hook_resid_post"
+def test_rounding_errors_of_the_model_itself_pass(
+    tmp_path, cancelling, monkeypatch, caplog, execution
+):
+    """Large values are far apart: another order of summation moves the rest by as much."""
+    (precision, model), hook = cancelling, "blocks.2.hook_resid_post"
+    usual, apart, wrong = {"bf16": (0.04, 0.5, 40), "fp32": (1e-5, 0.004, 0.3)}[precision]
     requested = (
         f"corpus.max_tokens=600 extraction.shards=1 extraction.execution={execution} "
-        f"memory.precision_mode=bf16 memory.activation_cache_filter=[{hook}]"
+        f"memory.precision_mode={precision} memory.activation_cache_filter=[{hook}]"
     )
-    run = stages(tmp_path / "run", cancelling, requested).all()
+    run = stages(tmp_path / "run", model, requested).all()
     acts = theloom.open(run.shards[0])
     row = int(acts.window_offset[np.diff(acts.window_offset).argmax()])
     plain = acts[hook][row][3]
@@ -132,14 +141,14 @@ def test_rounding_errors_of_bf16_itself_pass(tmp_path, cancelling, monkeypatch, 
 
     error, allowed = verified_with(0)
     assert error < allowed
-    error, allowed = verified_with(0.5)
-    assert 0.04 < error < allowed < 1
-    assert f"{hook}: more than 0.04; the model itself is" in caplog.text
+    error, allowed = verified_with(apart)
+    assert usual < error < allowed < 1
+    assert f"{hook}: more than {usual:.2g}; the model itself is" in caplog.text
     with pytest.raises(
         VerificationError, match=r"blocks\.2\.hook_resid_post differs from the model by"
     ):
-        verified_with(40)
+        verified_with(wrong)
     monkeypatch.setattr(comparison, "MAX_SUSPECT_BYTES", 1000)
-    with pytest.raises(VerificationError, match=r"more than 0\.04 "):
-        verified_with(0.5)
-    assert "of values differ: not compared to FP32" in caplog.text
+    with pytest.raises(VerificationError, match=f"more than {usual} "):
+        verified_with(apart)
+    assert "of values differ: not compared to FP" in caplog.text

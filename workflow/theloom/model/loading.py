@@ -83,20 +83,20 @@ def resolve_precision(config: Config) -> Target:
     return Target(device, choose_precision(requested, capability, fp16_here))
 
 
-def exact_target(config: Config) -> Target:
-    """The device of a run, and FP32, whatever the config requests.
+def exact_target(config: Config, precision: str) -> Target:
+    """The device of a run and a precision, whatever the config requests.
 
     Raises:
         ConfigError: The device is not available.
     """
-    return Target(gpu.choose_device(config.extraction.device), Resolved("fp32", "fp32", ()))
+    return Target(gpu.choose_device(config.extraction.device), Resolved(precision, precision, ()))
 
 
 def load_model(
     config: Config,
     files: ModelFiles,
     points: Sequence[HookPoint] | None = None,
-    exact: bool = False,
+    exact: str | None = None,
     target: Target | None = None,
 ) -> LoadedModel:
     """Load a model: all of it, or what reading `points` needs.
@@ -108,13 +108,16 @@ def load_model(
         config: The run's config.
         files: The model's files (`model.files.prepare_files`).
         points: The hook points to read; None: any.
-        exact: Load in FP32 and not quantized, whatever the config requests.
+        exact: Load in this precision, fp32 or fp64, and not quantized, whatever the config
+            requests.
         target: The device and the precision, if they are resolved already.
 
     Raises:
         ModelError: A weight is missing or has another shape.
     """
-    device, resolved = target or (exact_target(config) if exact else resolve_precision(config))
+    device, resolved = target or (
+        exact_target(config, exact) if exact else resolve_precision(config)
+    )
     options: dict[str, Any] = (
         {} if device.type == "cpu" else {"device_map": _device_map(config, device, resolved)}
     )
@@ -166,10 +169,17 @@ def load_model(
 
         check_runs_on_the_cpu(model)
     model.eval().requires_grad_(False)
+    let_experts_run(model, resolved.resolved)
     _read_in(model)
     attention = str(model.config._attn_implementation)
     described = getattr(model, "_described", None) or find_blocks(model)
     return LoadedModel(described, files, device, resolved, attention, quantization, tuple(left_out))
+
+
+def let_experts_run(model: Any, precision: str) -> None:
+    """Have experts of FP64 computed one by one: the product of all at once takes no FP64."""
+    if precision == "fp64":
+        model.set_experts_implementation("eager")
 
 
 def _read_in(model: "nn.Module") -> None:

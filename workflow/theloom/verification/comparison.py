@@ -1,8 +1,9 @@
-"""Compare stored rows to recomputed ones, per hook point, and suspect 16-bit values to FP32.
+"""Compare stored rows to recomputed ones, per hook point, and suspect values to a finer format.
 
 Models with massive activations add a large value in one block and subtract it in a later one. The
 difference keeps the rounding errors of the large value, so two orders of summation disagree there
-by more than the tolerance. The model's own distance from FP32 bounds what rounding explains.
+by more than the tolerance. The model's own distance from a finer format (FP32 for 16 bits, FP64 for
+FP32) bounds what rounding explains, on this device and with these weights.
 """
 
 import logging
@@ -18,7 +19,7 @@ from theloom.dataset.activations import Activations
 from theloom.hooks.points import HookPoint
 from theloom.model.files import ModelFiles
 from theloom.model.loading import LoadedModel
-from theloom.precision import TOLERANCE
+from theloom.precision import FINER, TOLERANCE
 from theloom.terminal import format_bytes
 from theloom.verification.fp32 import window_rows
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Limit of suspect values that are retained for FP32: beyond it, rounding is not the cause.
+# Limit of suspect values that are retained for a finer format: beyond it, rounding is not the
+# cause.
 MAX_SUSPECT_BYTES = 1 << 30
 
 
@@ -56,7 +58,8 @@ class Recomputation:
         results: one entry per recomputed window.
         tolerance: largest error allowed before rounding is taken into account.
         files: the model's files where a quantized run can be compared to FP32, else None.
-        rounding: the model's own distance from FP32, by name of each suspect hook point.
+        rounding: the model's own distance from the finer format, by name of suspect hook point.
+        finer: that format, fp32 or fp64.
     """
 
     points: list[HookPoint]
@@ -64,6 +67,7 @@ class Recomputation:
     tolerance: float
     files: ModelFiles | None
     rounding: dict[str, float]
+    finer: str
 
     @property
     def worst(self) -> np.ndarray:
@@ -76,7 +80,8 @@ class Recomputation:
     def tolerances(self) -> np.ndarray:
         """Largest error allowed per hook point, as a share of the largest absolute value.
 
-        Two correct passes can each be as far from FP32 as the model itself: twice its rounding.
+        Two correct passes can each be as far from exact values as the model itself: twice its
+        rounding.
         """
         return np.array(
             [max(self.tolerance, 2 * self.rounding.get(p.name, 0.0)) for p in self.points]
@@ -84,10 +89,10 @@ class Recomputation:
 
 
 class Comparison:
-    """Compares a model's values to the stored rows, then the suspect ones to FP32.
+    """Compares a model's values to the stored rows, then the suspect ones to a finer format.
 
     Call `add` with values in the run's precision, `suspect` for what exceeds the tolerance,
-    `compare_to_fp32` with exact values of that, and `result` at the end. Values belong to one
+    `compare_to_exact` with exact values of that, and `result` at the end. Values belong to one
     window and hook point, shape (position, …), on any device.
     """
 
@@ -100,9 +105,8 @@ class Comparison:
         self._tolerance = config.verify.tolerance or max(
             loaded.tolerance, TOLERANCE[acts.precision]
         )
-        self._may_suspect = not (
-            config.verify.tolerance or quantized or loaded.precision.resolved == "fp32"
-        )
+        self._may_suspect = not (config.verify.tolerance or quantized)
+        self.finer = FINER[loaded.precision.resolved]
         self._errors: dict[int, dict[str, tuple[float, float]]] = defaultdict(dict)
         self._suspect: dict[int, dict[HookPoint, torch.Tensor]] = defaultdict(dict)
         self._suspect_bytes = 0
@@ -121,21 +125,22 @@ class Comparison:
                 self._suspect.clear()
 
     def suspect(self) -> dict[int, list[HookPoint]]:
-        """Hook points above the tolerance, by window: those to compare to FP32."""
+        """Hook points above the tolerance, by window: those to compare to `finer`."""
         if self._suspect_bytes > MAX_SUSPECT_BYTES:
             log.warning(
-                "more than %s of values differ: not compared to FP32",
+                "more than %s of values differ: not compared to %s",
                 format_bytes(MAX_SUSPECT_BYTES),
+                self.finer.upper(),
             )
         return {window: list(points) for window, points in self._suspect.items()}
 
-    def compare_to_fp32(self, window: int, point: HookPoint, exact: "torch.Tensor") -> None:
-        """Record how far the model's own values are from FP32.
+    def compare_to_exact(self, window: int, point: HookPoint, exact: "torch.Tensor") -> None:
+        """Record how far the model's own values are from those of the finer format.
 
         Args:
             window: number of the window.
             point: hook point; ignored unless it is suspect in this window.
-            exact: values of the FP32 model, (position, …).
+            exact: values of the model in `finer`, (position, …).
         """
         if (values := self._suspect[window].pop(point, None)) is not None:
             error, max_abs = _max_abs_error(values, exact.float().cpu())
@@ -148,7 +153,9 @@ class Comparison:
         results = [
             Recomputed(w, [e for e, _ in pair], [m for _, m in pair]) for w, pair in pairs.items()
         ]
-        return Recomputation(self._points, results, self._tolerance, self._files, self._rounding)
+        return Recomputation(
+            self._points, results, self._tolerance, self._files, self._rounding, self.finer
+        )
 
 
 def _compare(

@@ -89,8 +89,9 @@ def exact_model(
     windows: Sequence[int],
     points: Sequence[HookPoint],
     traced: Traced | None = None,
+    precision: str = "fp32",
 ) -> LoadedModel | None:
-    """Load the model in FP32.
+    """Load the model in FP32 or FP64.
 
     Args:
         config: the run's config.
@@ -99,6 +100,7 @@ def exact_model(
         windows: windows that will be computed; the longest determines the memory needed.
         points: hook points that will be captured.
         traced: an estimator of the FP32 model, if there is one already.
+        precision: fp32 or fp64.
 
     Returns:
         The model; None, with a warning, if it does not fit with the longest of the windows.
@@ -116,12 +118,13 @@ def exact_model(
     running = traced.forward(
         fp32, Workload(1, longest, longest), list(captured.values()), held=True, device=device.type
     ).total
-    needed, free = traced.weights(fp32) + running, gpu.device_memory(device).free
+    needed = (traced.weights(fp32) + running) * (2 if precision == "fp64" else 1)
+    free = gpu.device_memory(device).free
     if needed > free:
         sizes = terminal.format_bytes(needed), terminal.format_bytes(free)
-        log.warning("not compared to FP32: needs %s, %s free", *sizes)
+        log.warning("not compared to %s: needs %s, %s free", precision.upper(), *sizes)
         return None
-    return loading.load_model(config, files, exact=True)
+    return loading.load_model(config, files, exact=precision)
 
 
 def window_rows(acts: Activations, window: int) -> slice:

@@ -1,7 +1,7 @@
 """Recompute documents of a run layer by layer: each in one pass, without padding or chunks.
 
 A layerwise run has no room for the whole model, so the reference of resident runs (plain
-transformers) is not available. FP32 comparisons take a second sweep, of FP32 blocks.
+transformers) is not available. Comparisons to a finer format take a second sweep, of blocks in it.
 """
 
 import logging
@@ -50,20 +50,20 @@ def recompute(
         windows: numbers of the windows.
 
     Returns:
-        The errors, and the model's distance from FP32 for suspect hook points.
+        The errors, and the model's distance from a finer format for suspect hook points.
     """
     with model_record.open_again(config, recorded) as model:
         comparison, files = Comparison(config, acts, model.loaded, points), model.loaded.files
         _sweep(model, acts, points, windows, comparison.add)
     if suspect := comparison.suspect():
         names = {p.name for of_window in suspect.values() for p in of_window}
-        with opened(config, files, exact=True) as exact:
+        with opened(config, files, exact=comparison.finer) as exact:
             _sweep(
                 exact,
                 acts,
                 [p for p in points if p.name in names],
                 list(suspect),
-                comparison.compare_to_fp32,
+                comparison.compare_to_exact,
             )
     return comparison.result()
 
@@ -91,7 +91,7 @@ def compare_to_fp32(
         stored = acts[point.name][fp32.window_rows(acts, window)].float()
         cosines[window, point.name] = torch.cosine_similarity(stored, values.float().cpu(), dim=-1)
 
-    with opened(config, files, exact=True) as exact:
+    with opened(config, files, exact="fp32") as exact:
         catalog = exact.loaded.catalog.points
         points = [p for p in catalog if p.value in RESIDUALS and p.name in acts.hooks]
         kept = _sweep(exact, acts, points, windows, receive) if points else []

@@ -114,11 +114,28 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> Recomputat
     del loaded
     if suspect := comparison.suspect():
         requested = list({p.name: p for of_window in suspect.values() for p in of_window}.values())
-        if (exact := fp32.exact_model(config, files, acts, list(suspect), requested)) is not None:
-            for window, of_window in suspect.items():
-                for point, values in _plain(exact, acts, of_window, window).items():
-                    comparison.compare_to_fp32(window, point, values)
+        exact = fp32.exact_model(
+            config, files, acts, list(suspect), requested, precision=comparison.finer
+        )
+        if exact is not None:
+            _compare_to_exact(exact, acts, suspect, comparison)
     return comparison.result()
+
+
+def _compare_to_exact(
+    exact: LoadedModel,
+    acts: Activations,
+    suspect: dict[int, list[HookPoint]],
+    comparison: Comparison,
+) -> None:
+    """How far the suspect values are from those of a model in a finer format, if it can run so."""
+    try:
+        for window, of_window in suspect.items():
+            for point, values in _plain(exact, acts, of_window, window).items():
+                comparison.compare_to_exact(window, point, values)
+    except RuntimeError as error:  # such as code that works in FP32 whatever its weights are
+        reason = str(error).splitlines()[0]
+        log.warning("not compared to %s: %s", comparison.finer.upper(), reason)
 
 
 def _compare_all(
@@ -312,11 +329,12 @@ def report_recomputed(acts: Activations, recomputed: Recomputation) -> None:
         )
         if (rounding := recomputed.rounding.get(point.name)) is not None:
             log.warning(
-                "%s: more than %.2g; the model itself is %.2g from its values in FP32: "
+                "%s: more than %.2g; the model itself is %.2g from its values in %s: "
                 "they are ill-conditioned",
                 point.name,
                 recomputed.tolerance,
                 rounding,
+                recomputed.finer.upper(),
             )
     if not (worst <= tolerances).all():
         number = int((worst / tolerances).argmax())

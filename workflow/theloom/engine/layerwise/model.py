@@ -201,14 +201,14 @@ class LayerwiseModel:
 
 @contextmanager
 def opened(
-    config: Config, files: ModelFiles, exact: bool = False, target: Target | None = None
+    config: Config, files: ModelFiles, exact: str | None = None, target: Target | None = None
 ) -> Iterator[LayerwiseModel]:
     """Open the model of a config, to run it layer by layer.
 
     Args:
         config: The run's config.
         files: The model's files.
-        exact: In FP32 and not quantized, whatever the config requests.
+        exact: In this precision, fp32 or fp64, and not quantized, whatever the config requests.
         target: The device and the precision, if they are resolved already.
 
     Raises:
@@ -219,8 +219,9 @@ def opened(
             f"model.source: {config.model.source} has no safetensors, which layer by layer are "
             "needed"
         )
-    resolve = loading.exact_target if exact else loading.resolve_precision
-    device, resolved = target or resolve(config)
+    device, resolved = target or (
+        loading.exact_target(config, exact) if exact else loading.resolve_precision(config)
+    )
     attention = config.extraction.attention.name
     model_config = hf_config(config.model)
     bits = weight_format.quantization_of(
@@ -237,6 +238,7 @@ def opened(
         config.model.trust_remote_code,
         None if bits is None else quantize.quantizer(bits, model_config, resolved.resolved),
     )
+    loading.let_experts_run(shell.model, resolved.resolved)
     if bits == "4bit" and device.type == "cpu":
         check_runs_on_the_cpu(shell.model)
     implementation = str(shell.model.config._attn_implementation)
