@@ -121,3 +121,25 @@ def test_the_encoder_of_an_encoder_decoder_by_itself(tmp_path, of_both):
         for block in range(3):
             rows = document[f"blocks.{block}.hook_resid_pre"]
             torch.testing.assert_close(rows, states[block][0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_decoder_of_an_encoder_decoder_by_itself(tmp_path):
+    """As a folder of BartForCausalLM, which the library has with a head alone."""
+    folder = tmp_path / "decoder"
+    model = build("bart")
+    model.resize_token_embeddings(VOCABULARY)
+    model.save_pretrained(folder)
+    byte_tokenizer(folder)
+    made = run(tmp_path, folder).all()
+    made.verify()
+    acts = theloom.open(made.activations)
+    assert len(acts.hooks) == 6
+    for number in range(len(acts.documents)):
+        document = acts.document(number)
+        ids = torch.from_numpy(document.input_ids).long()[None]
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states
+        for block in range(3):
+            for value, expected in ("pre", states[block]), ("post", states[block + 1]):
+                rows = document[f"blocks.{block}.hook_resid_{value}"]
+                torch.testing.assert_close(rows, expected[0], rtol=1e-5, atol=1e-5)

@@ -107,6 +107,11 @@ def leave_out(model: "PreTrainedModel", names: Collection[str]) -> None:
     for name in names:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, NotLoaded())
+    model.all_tied_weights_keys = {
+        tied: source
+        for tied, source in model.all_tied_weights_keys.items()
+        if not set(_ancestors(tied)).intersection(names)
+    }
 
 
 def storages(model: nn.Module, left_out: Collection[str] = ()) -> list[int]:

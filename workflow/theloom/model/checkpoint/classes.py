@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from theloom.errors import ModelError
@@ -16,7 +17,7 @@ _AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
 
 
 def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False) -> Any:
-    """The Auto class that builds a config's model, without a head.
+    """The Auto class that builds a config's model, without a head where there is one.
 
     A folder's own code may have the model with a head alone, and is taken with it.
     """
@@ -27,6 +28,8 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
         return getattr(transformers, name)
     if _encoder_alone(model_config) is not None:
         return transformers.AutoModelForTextEncoding
+    if _decoder_alone(model_config) is not None:
+        return transformers.AutoModelForCausalLM
     return transformers.AutoModel
 
 
@@ -47,12 +50,30 @@ def _encoder_alone(model_config: "PretrainedConfig") -> Any:
     return found if found and found.__name__ in (model_config.architectures or ()) else None
 
 
+def _decoder_alone(model_config: "PretrainedConfig") -> Any:
+    """The class with a head of a decoder that has none without: what AutoModel has for its config
+    is an encoder-decoder, or nothing.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    found: Any = AutoModelForCausalLM._model_mapping.get(type(model_config), None)
+    if found is None or isinstance(found, list | tuple):
+        return None
+    whole: Any = AutoModel._model_mapping.get(type(model_config), None)
+    if whole is None:
+        return found
+    named = found.__name__ in (model_config.architectures or ())
+    both = hasattr(whole, "forward") and "decoder_input_ids" in signature(whole.forward).parameters
+    return found if named and both and not model_config.is_encoder_decoder else None
+
+
 def model_class(model_config: "PretrainedConfig") -> Any:
-    """The class of transformers for a config, without a head."""
+    """The class of transformers for a config, without a head where it has one."""
     from transformers import AutoModel
 
-    if (encoder := _encoder_alone(model_config)) is not None:
-        return encoder
+    for alone in (_encoder_alone(model_config), _decoder_alone(model_config)):
+        if alone is not None:
+            return alone
     found: Any = AutoModel._model_mapping.get(type(model_config), None)
     if found is None:
         raise ModelError(
