@@ -13,7 +13,6 @@ import os
 import random
 import re
 import resource
-import signal
 import sys
 import tempfile
 import traceback
@@ -281,7 +280,7 @@ def _in_a_fork(kind: str, model_type: str, model_class: str) -> Row:
         os.close(reading)
         with os.fdopen(writing, "w") as pipe, tempfile.TemporaryDirectory() as folder:
             resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-            signal.alarm(SECONDS)
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             try:
                 row = examine(kind, model_type, model_class, Path(folder))
             except BaseException as error:
@@ -295,7 +294,7 @@ def _in_a_fork(kind: str, model_type: str, model_class: str) -> Row:
     os.waitpid(child, 0)
     if reported:
         return Row(**json.loads(reported))
-    reason = f"it took more than {SECONDS} s or {BYTES >> 30} GiB"
+    reason = f"it took more than {SECONDS} s of one core or {BYTES >> 30} GiB"
     return Row(kind, model_type, model_class, "traceback", reason)
 
 
