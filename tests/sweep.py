@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 
@@ -208,7 +209,7 @@ def _against_own_states(
     """
     count = len(found) // 2
     with torch.inference_mode():
-        output = model(input_ids=ids, output_hidden_states=True)
+        output = model(input_ids=ids, output_hidden_states=True, **_no_cache(model))
     states = next(
         s
         for name in ("hidden_states", "decoder_hidden_states", "language_model_hidden_states")
@@ -225,6 +226,11 @@ def _against_own_states(
     if end > LIMIT and _goes_on(model, ids, after[-1]):
         end = 0.0
     return as_outputs < as_inputs, max(joined, min(as_inputs, as_outputs), end)
+
+
+def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """One pass, where the model can be told: the first pass into xLSTM's cache fails."""
+    return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
 
 
 def _normed(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -255,7 +261,7 @@ def _goes_on(model: PreTrainedModel, ids: torch.Tensor, value: torch.Tensor) -> 
     mixers = [m for m in model.modules() if re.search("Residual|Mixer", type(m).__name__)]
     handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in mixers]
     with torch.inference_mode():
-        model(input_ids=ids)
+        model(input_ids=ids, **_no_cache(model))
     for handle in handles:
         handle.remove()
     return bool(seen)

@@ -133,7 +133,7 @@ def test_the_default_profile_is_the_one_of_default_yaml():
             "memory.streaming_chunk_size=many",
             ["memory.streaming_chunk_size", "'many'", "integer"],
         ),
-        ("3b", "memory.streaming_chunk_size=0", ["memory.streaming_chunk_size", "least is 1"]),
+        ("3b", "memory.streaming_chunk_size=0", ["memory.streaming_chunk_size", "least is 3"]),
         (
             "3b",
             "memory.precision_mode=fp8",

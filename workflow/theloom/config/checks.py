@@ -9,6 +9,8 @@ from omegaconf import OmegaConf
 from theloom.config.schema import PATHS, Config
 from theloom.errors import ConfigError
 
+SMALLEST_CHUNK = 3  # so that no chunk need be of one token
+
 # The key that says where a corpus is, which no other kind of corpus has a use for.
 _OF_ONE_CORPUS = {"text": "path", "hub": "dataset"}
 
@@ -22,7 +24,6 @@ def check(config: Config) -> None:
     if OmegaConf.is_missing(config.model, "source"):
         raise ConfigError("model.source: not set; give a hub id, a local folder or package:NAME")
     at_least_one = {
-        "memory.streaming_chunk_size": config.memory.streaming_chunk_size,
         "extraction.batch_tokens": config.extraction.batch_tokens,
         "extraction.shards": config.extraction.shards,
         "corpus.max_documents": config.corpus.max_documents,
@@ -43,6 +44,11 @@ def check(config: Config) -> None:
     for key, value in at_least_one.items():
         if value is not None and value < 1:
             raise ConfigError(f"{key}: {value} is too small; the least is 1")
+    if config.memory.streaming_chunk_size < SMALLEST_CHUNK:
+        raise ConfigError(
+            f"memory.streaming_chunk_size: {config.memory.streaming_chunk_size} is too small; the "
+            f"least is {SMALLEST_CHUNK}: models compute a step of one token by other code"
+        )
     for key, share in {
         "gpu_memory_gb": config.resources.gpu_memory_gb,
         "tokens_per_second": config.resources.tokens_per_second,

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache
@@ -71,16 +72,29 @@ def steps(
     cache: dict[str, Any] = {
         cache_name(model): PrefillCache(config=model.config, offloading=offloaded)
     }
-    for start in range(0, ids.shape[1], chunk_size):
-        chunk = {name: value[:, start : start + chunk_size] for name, value in named.items()}
+    for start, end in spans(ids.shape[1], chunk_size):
+        chunk = {name: value[:, start:end] for name, value in named.items()}
         if model.config.model_type in RESTARTS_POSITIONS:
-            end = start + chunk["input_ids"].shape[1]
             chunk.setdefault("position_ids", torch.arange(start, end, device=model.device)[None])
         forget_lengths(model)  # the caller may have used the model since the last chunk
         # not while the caller has the turn: it would be the caller's mode too
         with torch.inference_mode(), as_long_as(model, ids.shape[1]):
             taps.run(**chunk, use_cache=True, **cache)
         yield start
+
+
+def spans(length: int, chunk_size: int) -> list[tuple[int, int]]:
+    """Where chunks begin and end. Where they may have three tokens or more, none is of one: models
+    compute a step of one token by other code, whose rows are not always those of a pass.
+
+    Examples:
+        >>> spans(9, 4)
+        [(0, 4), (4, 7), (7, 9)]
+    """
+    starts = list(range(0, length, chunk_size))
+    if chunk_size > 2 and len(starts) > 1 and length - starts[-1] == 1:
+        starts[-1] -= 1
+    return list(pairwise([*starts, length]))
 
 
 def start_afresh(architecture: Architecture) -> None:

@@ -29,6 +29,7 @@ from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import LAST_STATE, HookPoint
 from theloom.hooks.taps import Taps
 from theloom.model.block_calls import BlockCache, Call
+from theloom.model.forward import spans
 from theloom.model.length_switches import length_switches, ways
 from theloom.precision import torch_dtype
 
@@ -110,9 +111,9 @@ class LayerwiseRunner:
             chunk_sizes or [self._chunk_size] * len(batches),
         )
         shapes = tuple(
-            (ids.shape[0], min(size, ids.shape[1] - start), hidden)
+            (ids.shape[0], end - start, hidden)
             for ids, size in zip(batches, sizes, strict=True)
-            for start in range(0, ids.shape[1], size)
+            for start, end in spans(ids.shape[1], size)
         )
         return ResidualSpec(shapes, self._shell.residual_dtype, identity)
 
@@ -278,8 +279,8 @@ class LayerwiseRunner:
     def _chunks(self, number: int, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, bool]]:
         """A batch as resident execution cuts it: whole if it fits a chunk, else in chunks."""
         size = self._sizes[number]
-        for start in range(0, ids.shape[1], size):
-            yield start, ids[:, start : start + size], ids.shape[1] > size
+        for start, end in spans(ids.shape[1], size):
+            yield start, ids[:, start:end], ids.shape[1] > size
 
     def points(self, stage: int) -> list[HookPoint]:
         """The hook points of a stage."""

@@ -210,8 +210,8 @@ def _predicts_more(key: str, model: Any) -> bool:
     text = model.config.get_text_config()
     more = getattr(text, "num_nextn_predict_layers", None) or 0
     match = re.search(r"(^|\.)layers\.(\d+)\.", key)
-    blocks = text.num_hidden_layers
-    return match is not None and blocks <= int(match[2]) < blocks + more
+    blocks = getattr(text, "num_hidden_layers", None)
+    return match is not None and blocks is not None and blocks <= int(match[2]) < blocks + more
 
 
 def _few_names(names: list[str]) -> str:
