@@ -219,9 +219,7 @@ class LayerwiseRunner:
                                 streamed,
                                 ids.shape[1],
                             )
-                            outputs.write(
-                                self._pieces[number] + start // self._sizes[number], entering
-                            )
+                            outputs.write(self._piece(number, start), entering)
         if fresh:
             residuals.entered()
 
@@ -237,7 +235,7 @@ class LayerwiseRunner:
                     if streamed and cache is None:
                         cache = BlockCache(self._shell.model.config, block)
                     call = self._calls[self._key(ids, start, chunk, streamed)][block]
-                    piece = self._pieces[number] + start // self._sizes[number]
+                    piece = self._piece(number, start)
                     residual = residuals.read(piece)[group].to(
                         self._shell.device, non_blocking=True
                     )
@@ -257,9 +255,7 @@ class LayerwiseRunner:
                     for group in self._groups(ids):
                         units.group(group.start)
                         for start, chunk, _ in self._chunks(number, ids[group]):
-                            piece = residuals.read(
-                                self._pieces[number] + start // self._sizes[number]
-                            )
+                            piece = residuals.read(self._piece(number, start))
                             _through(taps, chunk, start, norm, piece[group].to(self._shell.device))
 
     def _key(
@@ -281,6 +277,10 @@ class LayerwiseRunner:
         size = self._sizes[number]
         for start, end in spans(ids.shape[1], size):
             yield start, ids[:, start:end], ids.shape[1] > size
+
+    def _piece(self, number: int, start: int) -> int:
+        """Of the residuals, that of a batch's chunk, which may begin one token early (`spans`)."""
+        return self._pieces[number] + -(-start // self._sizes[number])
 
     def points(self, stage: int) -> list[HookPoint]:
         """The hook points of a stage."""
