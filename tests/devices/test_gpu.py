@@ -15,7 +15,7 @@ import pynvml
 import pytest
 import torch
 from fake_nvml import GIB, Board
-from theloom.devices import gpu, host
+from theloom.devices import accelerator, gpu, host
 from theloom.devices.host import DeviceMemory
 from theloom.errors import ConfigError
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def test_the_cpu_is_there():
     assert gpu.choose_device("cpu") == CPU
     assert gpu.compute_capability(CPU) is None
-    assert gpu.device_name(CPU).startswith("CPU")
+    assert accelerator.name(CPU).startswith("CPU")
 
 
 def test_a_gpu_that_is_not_there_is_refused():

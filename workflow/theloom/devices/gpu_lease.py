@@ -61,7 +61,7 @@ def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[st
     requested.
     """
     global _held
-    if count < 1 or device == "cpu":
+    if count < 1 or device.partition(":")[0] not in ("auto", "cuda"):
         yield ()
         return
     if assigned := assigned_by_scheduler():
@@ -76,7 +76,11 @@ def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[st
 
     def look() -> list[Candidate]:
         found = visible(_candidates())
-        return found if ":" not in device else found[int(device.partition(":")[2]) :][:1]
+        if ":" not in device:
+            return found
+        if "CUDA_VISIBLE_DEVICES" not in os.environ:  # else they are in CUDA's order already
+            found = _by_cuda_number(found)
+        return found[int(device.partition(":")[2]) :][:1]
 
     with leased(look, count, needed) as found:
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -150,16 +154,17 @@ def _by_cuda_number(candidates: Sequence[Candidate]) -> list[Candidate]:
     if len({board.name for board in boards}) == 1:
         return list(candidates)  # none is faster: CUDA keeps the driver's order
     # only CUDA knows, and asking it here would settle what this process sees
-    script = "import torch; [print('GPU-' + str(torch.cuda.get_device_properties(i).uuid)) "
-    script += "for i in range(torch.cuda.device_count())]"
+    script = "from theloom.devices import accelerator; "
+    script += "[print('GPU-' + gpu.uuid) for gpu in accelerator.properties()]"
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     told = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
     )
     by_uuid = {c.uuid: c for c in candidates}
     if told.returncode or not all(uuid in by_uuid for uuid in told.stdout.split()):
         raise ConfigError(
-            "CUDA_VISIBLE_DEVICES has numbers, and this machine's GPUs differ; set "
+            "GPUs are named by numbers, and this machine's GPUs differ; set "
             "CUDA_DEVICE_ORDER=PCI_BUS_ID, or "
             "name GPUs by their UUIDs (nvidia-smi -L)"
         )

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from theloom.devices import accelerator
 from theloom.errors import InputError, ModelError
 from theloom.extraction import padding, request
 from theloom.extraction.padding import PaddedTokens, Tokens
@@ -234,7 +235,7 @@ def extract_inference_optimized(
     finally:
         if clear_cache:
             gc.collect()
-            torch.cuda.empty_cache()
+            accelerator.empty_cache(requested.architecture.model.device)
 
 
 def extract_with_checkpointing(

@@ -3,8 +3,8 @@ that it holds.
 
 Tensors do not get the bytes that they ask for. The allocator rounds each request, carves it out of
 a segment that it got from the driver, keeps what is freed, and merges neighbours that are both
-free. `allocated` is what `torch.cuda.max_memory_allocated` shows, `reserved` what
-`torch.cuda.max_memory_reserved` shows and what must fit.
+free. `allocated` is what `max_memory_allocated` shows, `reserved` what
+`max_memory_reserved` shows and what must fit.
 
 The rules are those of c10/cuda/CUDACachingAllocator.cpp in torch 2.13 with its default settings, on
 one stream: segments are not expandable, blocks of any size are split, and nothing is given back to

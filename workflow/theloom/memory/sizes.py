@@ -102,13 +102,13 @@ class Components:
 
     @property
     def allocated(self) -> int:
-        """What `torch.cuda.max_memory_allocated` counts."""
+        """What `max_memory_allocated` counts."""
         tensors = self.weights + self.kv_cache + self.captured + self.temporaries + self.logits
         return tensors + self.on_their_way + self.workspace
 
     @property
     def reserved(self) -> int:
-        """What `torch.cuda.max_memory_reserved` counts."""
+        """What `max_memory_reserved` counts."""
         return self.allocated + self.fragmentation
 
     @property

@@ -162,12 +162,14 @@ class LayerwiseModel:
         ]
         runner = LayerwiseRunner(self.shell, self.source, points, 24, "fp32")
         with ResidualStore(
-            runner.residuals(batches[:count], "", chunk_sizes[:count]), None
+            runner.residuals(batches[:count], "", chunk_sizes[:count]),
+            None,
+            device=self.loaded.device,
         ) as store:
             runner.sweep(
                 batches[:count],
                 store,
-                lambda batch, name, start, rows, first: rows_of[batch][name].append(rows),
+                lambda batch, name, start, rows, first: rows_of[batch][name].append(rows.cpu()),
                 chunk_sizes=chunk_sizes[:count],
             )
         whole, second, both, *chunked = [
@@ -283,7 +285,7 @@ def measure_sweep(
     spec = runner.residuals([ids], "")
     model.source.release()
     host.release_free_heap()  # what trying it out has left
-    with PeakMemory(device) as growing, ResidualStore(spec, None) as store:
+    with PeakMemory(device) as growing, ResidualStore(spec, None, device=device) as store:
         runner.sweep([ids], store, lambda *_: None)
     sizes, pass_of, row = model.sizes(last), model.pass_of(last), model.residual_row
     expected = need(sizes, pass_of, [chosen], spec.nbytes, row, device.type, False)
