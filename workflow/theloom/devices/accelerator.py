@@ -321,7 +321,9 @@ def allocated(device: "torch.device") -> int:
 
 
 def peak(device: "torch.device") -> int:
-    """The most bytes of tensors on a GPU since `reset_peak`; on MPS, which keeps none, those now."""
+    """The most bytes of tensors on a GPU since `reset_peak`; on MPS, which keeps none, the current
+    ones.
+    """
     return (
         allocated(device) if device.type == "mps" else _memory(device).max_memory_allocated(device)
     )
@@ -361,7 +363,7 @@ def _memory(device: "torch.device") -> Any:
 
 
 def empty_cache(device: "torch.device") -> None:
-    """Give memory that no tensor uses back: the GPU's, and pinned memory of the host."""
+    """Give memory that no tensor uses back: of all GPUs, and pinned memory of the host."""
     import torch
 
     if device.type == "cuda":

@@ -246,9 +246,9 @@ class GPUManager:
         """Give the memory that torch's allocator holds, and no tensor uses, back to the GPUs, for
         other processes.
         """
-        for gpu in (accelerator.numbered(v.index) for v in self._visible):
-            if accelerator.reserved(gpu):
-                accelerator.empty_cache(gpu)
+        gpus = [accelerator.numbered(v.index) for v in self._visible]
+        if any(accelerator.reserved(gpu) for gpu in gpus):
+            accelerator.empty_cache(gpus[0])
 
     def _checked(self, device: int) -> int:
         count = len(self._visible) or 1

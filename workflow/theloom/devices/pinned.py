@@ -70,7 +70,7 @@ def pinned_empty(count: int, dtype: "torch.dtype", device: "torch.device") -> "t
             weakref.finalize(made, _taken.pop, id(made), None)
             return made
     log.warning(
-        "%s of the host's memory cannot be pinned: copies stop the computation, values are the same",
+        "%s of the host's memory cannot be pinned: copies will stop the computation",
         format_bytes(nbytes),
     )
     return torch.empty(count, dtype=dtype)

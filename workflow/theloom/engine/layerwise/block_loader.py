@@ -31,12 +31,12 @@ class BlockSource:
     """Attaches blocks to a model one at a time, while the next is on its way from disk.
 
     On a GPU with streams the buffers are pinned, and the next block is copied to the device next to
-    the computation; the device holds two blocks. On the CPU parameters are views of the buffers. `waited` are
-    the seconds for which the computation stood still for want of weights, `bytes_read` what came
-    from the files. Pages read are dropped from the page cache where the blocks are more than half
-    of what is free: they would be gone before the next sweep, and take others' room. Of a quantised
-    model the thread makes the next block itself, tensor by tensor, each in memory of its own: the
-    device holds two quantised blocks, the host one tensor as it is in its file.
+    the computation; the device holds two blocks. On the CPU parameters are views of the buffers.
+    `waited` are the seconds for which the computation stood still for want of weights, `bytes_read`
+    what came from the files. Pages read are dropped from the page cache where the blocks are more
+    than half of what is free: they would be gone before the next sweep, and take others' room. Of a
+    quantised model the thread makes the next block itself, tensor by tensor, each in memory of its
+    own: the device holds two quantised blocks, the host one tensor as it is in its file.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, blocks: int) -> None:
