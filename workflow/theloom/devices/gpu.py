@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from theloom.devices import accelerator, gpu_lease, host, nvml, visible
 from theloom.devices.host import DeviceMemory
 from theloom.errors import ConfigError
+from theloom.precision import Resolved, choose_precision, cpu_has_fp16
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,28 @@ def devices_of_job(device: "torch.device") -> "tuple[torch.device, ...]":
 def compute_capability(device: "torch.device") -> tuple[int, int] | None:
     """The CUDA compute capability, None for any device that is not NVIDIA's."""
     return accelerator.capability(device)
+
+
+def precision_on(device: "torch.device", requested: str) -> Resolved:
+    """Follow the fallback chain of precisions on a device; each fallback is logged as a warning.
+
+    NVIDIA's GPUs answer by their compute capability, others by whether they multiply such numbers.
+    """
+    import torch
+
+    capability = compute_capability(device)
+    if device.type == "cpu":
+        return choose_precision(
+            requested, None, cpu_has_fp16=requested != "fp16" or cpu_has_fp16()
+        )
+    if capability is not None:
+        return choose_precision(requested, capability)
+    lacking = [
+        name
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+        if not accelerator.supports(device, dtype)
+    ]
+    return choose_precision(requested, None, lacking=lacking)
 
 
 def device_memory(device: "torch.device") -> DeviceMemory:

@@ -46,7 +46,7 @@ from theloom.extraction.padding import PaddedTokens, Tokens
 from theloom.extraction.request import Request, ask
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import RESIDUALS, HookPoint
-from theloom.precision import TOLERANCE, Resolved, choose_precision, cpu_has_fp16, torch_dtype
+from theloom.precision import TOLERANCE, Resolved, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -378,6 +378,4 @@ def _resolved(described: Architecture, requested: str) -> Resolved:
 
     if requested not in ("auto", *TOLERANCE):
         raise InputError(f"precision: {requested!r} is not one of auto, {', '.join(TOLERANCE)}")
-    capability = gpu.compute_capability(described.model.device)
-    fp16_here = cpu_has_fp16() if capability is None and requested == "fp16" else True
-    return choose_precision(requested, capability, fp16_here)
+    return gpu.precision_on(described.model.device, requested)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from theloom.config.auto import traceable_attention
 from theloom.config.schema import Config
-from theloom.devices import gpu, gpu_lease
+from theloom.devices import accelerator, gpu, gpu_lease
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.points import HookCatalog, HookPoint
@@ -21,7 +21,7 @@ from theloom.model.checkpoint.weights import check_loaded, report_held_back, ten
 from theloom.model.files import ModelFiles, config_in, hf_config
 from theloom.model.quantization import bitsandbytes_config, one_tensor_at_a_time
 from theloom.model.weight_format import quantization_of
-from theloom.precision import TOLERANCE, Resolved, choose_precision, cpu_has_fp16, torch_dtype
+from theloom.precision import TOLERANCE, Resolved, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +76,8 @@ def resolve_precision(config: Config) -> Target:
     Raises:
         ConfigError: The device is not available.
     """
-    device = gpu.choose_device(config.extraction.device)
-    capability = gpu.compute_capability(device)
-    requested = config.memory.precision_mode.name
-    fp16_here = cpu_has_fp16() if capability is None and requested == "fp16" else True
-    return Target(device, choose_precision(requested, capability, fp16_here))
+    device = _device(config)
+    return Target(device, gpu.precision_on(device, config.memory.precision_mode.name))
 
 
 def exact_target(config: Config) -> Target:
@@ -89,7 +86,13 @@ def exact_target(config: Config) -> Target:
     Raises:
         ConfigError: The device is not available.
     """
-    return Target(gpu.choose_device(config.extraction.device), Resolved("fp32", "fp32", ()))
+    return Target(_device(config), Resolved("fp32", "fp32", ()))
+
+
+def _device(config: Config) -> "torch.device":
+    """The device of a run, on which FP32 means FP32 from now on."""
+    accelerator.exact_fp32()
+    return gpu.choose_device(config.extraction.device)
 
 
 def load_model(
