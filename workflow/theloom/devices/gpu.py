@@ -70,9 +70,7 @@ def precision_on(device: "torch.device", requested: str) -> Resolved:
 
     capability = compute_capability(device)
     if device.type == "cpu":
-        return choose_precision(
-            requested, None, cpu_has_fp16=requested != "fp16" or cpu_has_fp16()
-        )
+        return choose_precision(requested, None, cpu_has_fp16=requested != "fp16" or cpu_has_fp16())
     if capability is not None:
         return choose_precision(requested, capability)
     lacking = [

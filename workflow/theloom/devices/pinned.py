@@ -37,6 +37,11 @@ def pinned_bytes(nbytes: int) -> int:
     return 0 if nbytes == 0 else max(PAGE, 1 << (nbytes - 1).bit_length())
 
 
+def host_bytes(nbytes: int) -> int:
+    """What `pinned_empty` takes for so many bytes: as they are where they may not be pinned."""
+    return pinned_bytes(nbytes) if may_pin(nbytes) else nbytes
+
+
 def may_pin(nbytes: int) -> bool:
     """Whether so many more bytes may be pinned by this process."""
     return sum(_taken.values()) + pinned_bytes(nbytes) <= MOST * host.memory().total

@@ -154,7 +154,10 @@ def extract_resident(job: ShardJob) -> None:
     def advice(smallest: Plan) -> str:
         free, _ = gpu.available_memory(run.device)
         name, correction = run.weight_format.name, run.record.correction
-        return plan_advice(run.estimate, name, run.device.type, free, smallest, correction)
+        capability = gpu.compute_capability(run.device)
+        return plan_advice(
+            run.estimate, name, run.device.type, free, smallest, correction, capability
+        )
 
     interrupts.until_it_fits(extract, smaller, job.oom_level, run.device, advice)
 

@@ -38,7 +38,7 @@ from theloom.model.weight_format import WeightFormat
 from theloom.planning import layerwise_plan, plan
 from theloom.planning.estimate import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan, PassOf, need
-from theloom.planning.plan import MAX_BATCH_TOKENS, Plan
+from theloom.planning.plan import Plan, max_batch_tokens
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class LayerwiseModel:
         memory, _ = gpu.available_memory(self.loaded.device)
         longest = min(windows.longest, estimated.context_length)
         requested = Plan(
-            estimated.batch_tokens or MAX_BATCH_TOKENS[device],
+            estimated.batch_tokens or max_batch_tokens(device),
             plan.chunk_of(estimated.chunk_size, longest, streams),
             longest,
         )
@@ -145,6 +145,8 @@ class LayerwiseModel:
             windows=windows,
             one_pass=plan.one_pass_is_less(estimated, self.kind.name, requested),
             streams=streams,
+            row_bytes=estimated.largest_capture[self.kind.name],
+            capability=gpu.compute_capability(self.loaded.device),
         )
 
     def self_check(self) -> SelfCheck:

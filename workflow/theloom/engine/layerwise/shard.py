@@ -140,7 +140,8 @@ def _plan(job: ShardJob, model: LayerwiseModel) -> LayerwisePlan:
             run.estimate, points, windows, run.threshold, overhead, streams=job.streams
         )
     else:
-        planned = _as_started(model, points, started, windows.tokens, overhead)
+        largest = run.estimate.largest_capture[model.kind.name]
+        planned = _as_started(model, points, started, windows.tokens, overhead, largest)
     device = model.loaded.device.type
     needed = planned.need.cpu if device == "cpu" else planned.need.device
     log.info(
@@ -156,7 +157,12 @@ def _plan(job: ShardJob, model: LayerwiseModel) -> LayerwisePlan:
 
 
 def _as_started(
-    model: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens: int, overhead: int
+    model: LayerwiseModel,
+    points: list[HookPoint],
+    cut: Plan,
+    tokens: int,
+    overhead: int,
+    largest: int,
 ) -> LayerwisePlan:
     device, row = model.loaded.device.type, model.residual_row
     available, _ = gpu.available_memory(model.loaded.device)
@@ -169,6 +175,8 @@ def _as_started(
             row,
             device,
             spilled,
+            row_bytes=largest,
+            capability=gpu.compute_capability(model.loaded.device),
         )
         on_host = needed.cpu if device == "cpu" else needed.host
         if on_host + overhead <= host.memory().free and (
