@@ -35,8 +35,7 @@ CUDA_CONTEXT = 500_000_000
 def cublas_workspace(capability: Capability) -> int:
     """Bytes that torch allocates at the first matrix product, for as long as the process lives.
 
-    `capability` is the compute capability, such as (8, 0); None: not known, and the most of all. The
-    default of
+    `capability` is the compute capability, such as (8, 0); None: the most of all. The default of
     ATen/cuda/CublasHandlePool.cpp in torch 2.13, which the environment variable
     CUBLAS_WORKSPACE_CONFIG overrides; cuBLASLt shares it.
     """

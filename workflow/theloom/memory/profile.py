@@ -69,7 +69,7 @@ class ShardProfile:
             self._said.add(number)
         device, model = self._loaded.device.type, self._loaded.architecture.model
         kernels: dict[str, Any] = (
-            {"whole": CUDA_KERNELS} if device == "cuda" else {"inside": CPU_KERNELS}
+            {"inside": CPU_KERNELS} if device == "cpu" else {"whole": CUDA_KERNELS}
         )
         running, failed = _Running(model), None
         live = LiveStorages(lambda: running.name, device=device, **kernels)

@@ -117,6 +117,9 @@ def load_model(
     Raises:
         ModelError: A weight is missing or has another shape.
     """
+    from theloom.model import attention_kernels
+
+    attention_kernels.repeat_keys_where_needed()
     device, resolved = target or (exact_target(config) if exact else resolve_precision(config))
     options: dict[str, Any] = (
         {} if device.type == "cpu" else {"device_map": _device_map(config, device, resolved)}

@@ -28,7 +28,7 @@ Place = tuple[str, Capability]  # the type of a device, and its compute capabili
 
 
 def max_batch_tokens(device: str) -> int:
-    """Tokens of a batch on a device, `cpu` or the type of a GPU, if the config does not set them."""
+    """Tokens of a batch on a type of device, if the config does not set them."""
     return MAX_BATCH_TOKENS.get(device, MAX_BATCH_TOKENS["cuda"])
 
 

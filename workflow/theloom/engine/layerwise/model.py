@@ -87,7 +87,9 @@ class LayerwiseModel:
             self.kind.quantization,
             traceable_attention(self.loaded.attention),
         )
-        fake = fake_model(config, precision, quantization, attention, kernels=device)
+        fake = fake_model(
+            config, precision, quantization, attention, kernels="cpu" if device == "cpu" else "cuda"
+        )
 
         @cache
         def predicted(workload: Workload) -> tuple[PeakBytes, int]:
