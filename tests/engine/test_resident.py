@@ -195,6 +195,7 @@ def test_the_files_say_where_they_came_from(finished):
         "model_attention",
         "corpus_hash",
         "tokenizer",
+        "arithmetic",
     ):
         assert attributes[name]
     assert "precision_mode" in attributes["config"]

@@ -9,6 +9,7 @@ and the time that it waits is counted.
 
 import logging
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+# How long the writer may keep the interpreter while the model's thread has kernels to launch:
+# Python's 5 ms are many kernels' time.
+SWITCH_SECONDS = 0.0002
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,13 @@ class Handoff:
         self._thread = threading.Thread(target=self._write_all, name="shard writer", daemon=True)
         self._in_flight: deque[Mark] = deque()
         self._sides = SideStreams()
+        self._launches, self._switch = accelerator.has_streams(device), sys.getswitchinterval()
         self.seconds_waiting = self.seconds_copying = self.seconds_writing = 0.0
         self.bytes_written = 0
 
     def __enter__(self) -> "Handoff":
+        if self._launches:
+            sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
         return self
 
@@ -104,6 +112,7 @@ class Handoff:
         self._finish_copies(0)
         self._queue.put(None)
         self._thread.join()
+        sys.setswitchinterval(self._switch)
         if error is None:
             self._raise()
 
