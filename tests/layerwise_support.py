@@ -109,7 +109,8 @@ def keeper(rows: Rows):
 
     def keep(batch: int, name: str, start: int, values: torch.Tensor, first: int = 0) -> None:
         kept = rows.setdefault((batch, name), {})
-        kept[start] = torch.cat([kept[start], values]) if first else values.clone()
+        values = values.to("cpu", copy=True)
+        kept[start] = torch.cat([kept[start], values]) if first else values
 
     return keep
 
@@ -142,7 +143,10 @@ def layerwise_rows(
     with shell_of(folder, precision, device) as (shell, blocks):
         runner = LayerwiseRunner(shell, blocks, points, chunk_size, precision, groups)
         store = ResidualStore(
-            runner.residuals(batches, "test"), spilled, spilled=spilled is not None
+            runner.residuals(batches, "test"),
+            spilled,
+            spilled=spilled is not None,
+            device=shell.device,
         )
         with store:
             runner.sweep(batches, store, keeper(rows))

@@ -78,3 +78,17 @@ def test_no_modules_import_each_other_in_a_circle():
                     module = f"{node.module}.{alias.name}"
                     graph[name].add(module if module in files else node.module)
     TopologicalSorter({name: graph[name] & set(files) for name in files}).prepare()
+
+
+def test_one_module_alone_speaks_to_torch_cuda():
+    seam = LIBRARY / "devices/accelerator.py"
+    speaking = {
+        file.relative_to(ROOT)
+        for folder in (LIBRARY, ROOT / "workflow/rules", ROOT / "workflow/scripts")
+        for file in folder.rglob("*.*")
+        if file.suffix in (".py", ".smk")
+        and "torch.cuda" in file.read_text(encoding="utf-8")
+        and file != seam
+    }
+    assert not speaking
+    assert "torch.cuda" in seam.read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ import pynvml
 import pytest
 import torch
 from fake_nvml import GIB, Board
-from theloom.devices import gpu, host
+from theloom.devices import accelerator, gpu, host
 from theloom.devices.host import DeviceMemory
 from theloom.errors import ConfigError
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def test_the_cpu_is_there():
     assert gpu.choose_device("cpu") == CPU
     assert gpu.compute_capability(CPU) is None
-    assert gpu.device_name(CPU).startswith("CPU")
+    assert accelerator.name(CPU).startswith("CPU")
 
 
 def test_a_gpu_that_is_not_there_is_refused():
@@ -40,7 +40,7 @@ def test_memory_of_the_host():
 
 
 def test_a_warning_names_the_share_in_use(monkeypatch, caplog):
-    monkeypatch.setattr(gpu, "device_memory", lambda device: DeviceMemory(10 * 10**9, 10**9))
+    monkeypatch.setattr(host, "memory", lambda: DeviceMemory(10 * 10**9, 10**9))
     with caplog.at_level(logging.WARNING):
         gpu.warn_above(0.95, CPU)
         assert not caplog.records
@@ -71,11 +71,11 @@ def cuda(monkeypatch):
         ]
         calls: list[str] = []
 
-        def mem_get_info(index: int) -> tuple[int, int]:
+        def mem_get_info(device: torch.device) -> tuple[int, int]:
             calls.append("mem_get_info")
-            return seen[index].total - seen[index].reserved - seen[index].used, seen[
-                index
-            ].total - seen[index].reserved
+            board = seen[device.index]
+            total = board.total - board.reserved
+            return total - board.used, total
 
         monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
         functions = {
@@ -86,7 +86,7 @@ def cuda(monkeypatch):
             "memory_reserved": lambda index: figures.get("reserved", 0),
             "memory_allocated": lambda index: figures.get("allocated", 0),
             "max_memory_allocated": lambda index: figures.get("peak", 0),
-            "reset_peak_memory_stats": lambda index: calls.append(f"reset {index}"),
+            "reset_peak_memory_stats": lambda index: calls.append(f"reset {index.index}"),
             "empty_cache": lambda: calls.append("empty_cache"),
         }
         for name, function in functions.items():

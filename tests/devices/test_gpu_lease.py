@@ -24,7 +24,7 @@ BATCH = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 @pytest.fixture(autouse=True)
 def outside_of_a_scheduler(monkeypatch):
-    for name in (*BATCH, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+    for name in (*BATCH, "SGE_TASK_ID", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -198,10 +198,47 @@ def test_mig_instances_are_leased_in_place_of_their_gpu(monkeypatch, tmp_path):
 @pytest.mark.parametrize("scheduler", BATCH)
 def test_what_a_scheduler_assigned_is_taken_as_it_is(monkeypatch, scheduler):
     monkeypatch.setenv(scheduler, "17")
+    if scheduler == "JOB_ID":
+        monkeypatch.setenv("SGE_TASK_ID", "undefined")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with gpu_lease.gpus(1, 10**12) as held:
         assert held == ("3",)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_job_id_alone_is_no_scheduler(monkeypatch, tmp_path):
+    fake_nvml.install(monkeypatch, [Board("GPU-aaa1"), Board("GPU-bbb2")])
+    monkeypatch.setattr(gpu_lease, "_lock_folder", lambda: tmp_path)
+    monkeypatch.setenv("JOB_ID", "17")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbb2")
+    with gpu_lease.gpus(1) as held:
+        assert held == ("GPU-bbb2",)
+        assert (tmp_path / "GPU-bbb2.lock").exists()
+
+
+def test_two_mig_instances_for_one_job_are_refused(monkeypatch, tmp_path):
+    halves = [Board("MIG-one", total=40 << 30), Board("MIG-two", total=40 << 30)]
+    monkeypatch.setattr(gpu_lease, "_lock_folder", lambda: tmp_path)
+    fake_nvml.install(monkeypatch, [Board("GPU-aaa1", mig=halves), Board("GPU-bbb2")])
+    refused = pytest.raises(ConfigError, match="MIG instances, of which a process can use one")
+    with refused, gpu_lease.gpus(2):
+        pass
+    fake_nvml.install(monkeypatch, [Board("GPU-a", mig=halves), Board("GPU-b"), Board("GPU-c")])
+    with gpu_lease.gpus(2) as held:
+        assert sorted(held) == ["GPU-b", "GPU-c"]
+
+
+def test_a_number_in_the_config_is_cuda_s_and_not_the_driver_s(monkeypatch, tmp_path):
+    boards = [Board("GPU-slow", name="NVIDIA T4"), Board("GPU-fast", name="NVIDIA H100")]
+    fake_nvml.install(monkeypatch, boards)
+    monkeypatch.setattr(gpu_lease, "_lock_folder", lambda: tmp_path)
+    fastest_first = subprocess.CompletedProcess([], 0, stdout="GPU-fast\nGPU-slow\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: fastest_first)
+    with gpu_lease.gpus(1, device="cuda:0") as held:
+        assert held == ("GPU-fast",)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    with gpu_lease.gpus(1, device="cuda:0") as held:
+        assert held == ("GPU-slow",)
 
 
 def test_a_machine_without_gpus_and_a_job_without_need_lease_nothing(monkeypatch):

@@ -86,7 +86,7 @@ def test_auto_is_resident_where_it_fits_and_layer_by_layer_where_not(
     ):
         run.prepare()
     monkeypatch.setattr(
-        host, "memory", lambda: DeviceMemory(45_000_000, 45_000_000, "a small cgroup")
+        host, "memory", lambda: DeviceMemory(55_000_000, 55_000_000, "a small cgroup")
     )
     run.prepare()
     assert "it goes layer by layer" in caplog.text
@@ -96,11 +96,11 @@ def test_auto_is_resident_where_it_fits_and_layer_by_layer_where_not(
     run.merge()
     run.verify()
     monkeypatch.setattr(
-        host, "memory", lambda: DeviceMemory(45_000_000, 45_000_000, "a small cgroup")
+        host, "memory", lambda: DeviceMemory(55_000_000, 55_000_000, "a small cgroup")
     )
     run = stages(tmp_path / "resident", tiny_llama, f"{SMALL} extraction.execution=resident")
     with pytest.raises(
-        MemoryPlanError, match=r"cpu has 45\.0 MB of 45\.0 MB free, limited by a small cgroup"
+        MemoryPlanError, match=r"cpu has 55\.0 MB of 55\.0 MB free, limited by a small cgroup"
     ):
         run.prepare()
 

@@ -197,6 +197,7 @@ def test_the_files_say_where_they_came_from(finished):
         "tokenizer",
         "batch_tokens",
         "chunk_size",
+        "arithmetic",
     ):
         assert attributes[name]
     assert "precision_mode" in attributes["config"]

@@ -5,6 +5,7 @@ Capability": bfloat16 arithmetic from 8.0, float16 arithmetic from 5.3.
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,33 +44,49 @@ class Resolved:
 
 
 def choose_precision(
-    requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True
+    requested: str,
+    capability: tuple[int, int] | None,
+    cpu_has_fp16: bool = True,
+    lacking: Collection[str] | None = None,
 ) -> Resolved:
     """As `follow`, and log a warning for each fallback."""
-    choice = follow(requested, capability, cpu_has_fp16)
+    choice = follow(requested, capability, cpu_has_fp16, lacking)
     for step in choice.steps:
         log.warning("precision_mode=%s: %s", requested, step)
     return choice
 
 
 def follow(
-    requested: str, capability: tuple[int, int] | None, cpu_has_fp16: bool = True
+    requested: str,
+    capability: tuple[int, int] | None,
+    cpu_has_fp16: bool = True,
+    lacking: Collection[str] | None = None,
 ) -> Resolved:
     """Follow the fallback chain BF16 → FP16 → FP32 on a device.
 
     Args:
         requested: auto, fp32, fp16 or bf16. On the CPU auto is FP32.
-        capability: The CUDA compute capability; None for the CPU, which always has BF16.
+        capability: The CUDA compute capability; None for the CPU, which always has BF16, and for
+            GPUs that are not NVIDIA's.
         cpu_has_fp16: Whether this build of torch runs FP16 on the CPU (`cpu_has_fp16`).
+        lacking: What a GPU that is not NVIDIA's was found to lack; None: it is no such GPU.
 
     Examples:
         >>> follow("bf16", (7, 5)).resolved
         'fp16'
         >>> follow("auto", None).resolved
         'fp32'
+        >>> follow("auto", None, lacking=["bf16"]).resolved
+        'fp16'
     """
     steps: list[str] = []
-    if capability is None:
+    if lacking is not None:
+        precision = "bf16" if requested == "auto" else requested
+        for short, instead in (("bf16", "fp16"), ("fp16", "fp32")):
+            if precision == short and short in lacking:
+                steps.append(f"{short} is not available on this GPU: using {instead}")
+                precision = instead
+    elif capability is None:
         precision = "fp32" if requested == "auto" else requested
         if precision == "fp16" and not cpu_has_fp16:
             steps.append("fp16 is not available on this CPU: using fp32")

@@ -79,9 +79,10 @@ def check(config: Config) -> None:
         )
     if config.verify.tolerance is not None and not config.verify.tolerance > 0:
         raise ConfigError(f"verify.tolerance: {config.verify.tolerance} is not above 0")
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", config.extraction.device):
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", config.extraction.device):
         raise ConfigError(
-            f"extraction.device: {config.extraction.device!r} is not auto, cpu, cuda or cuda:N"
+            f"extraction.device: {config.extraction.device!r} is not auto, cpu, cuda, cuda:N, xpu, "
+            "xpu:N or mps"
         )
     _check_paths(config)
     _check_corpus(config)

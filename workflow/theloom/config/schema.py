@@ -114,7 +114,9 @@ class MemoryConfig:
 class ExtractionConfig:
     """How the forward passes are run."""
 
-    device: str = key("auto", "auto, cpu, cuda or cuda:N; auto: a GPU where there is one")
+    device: str = key(
+        "auto", "auto, cpu, cuda, cuda:N, xpu, xpu:N or mps; auto: a GPU where there is one"
+    )
     attention: Attention = key(
         Attention["auto"], "attention implementation; auto: what transformers chooses"
     )

@@ -7,9 +7,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from theloom.devices import cuda, host, nvml
+from theloom.devices import accelerator, gpu_lease, host, nvml, visible
 from theloom.devices.host import DeviceMemory
 from theloom.errors import ConfigError
+from theloom.precision import Resolved, choose_precision, cpu_has_fp16
 
 if TYPE_CHECKING:
     import torch
@@ -24,57 +25,79 @@ VLLM_HINT = (
 
 
 def choose_device(requested: str) -> "torch.device":
-    """The device of `extraction.device`: auto, cpu, cuda or cuda:N. Raises ConfigError where there
-    is no such GPU.
+    """The device of `extraction.device`: auto, cpu, cuda, xpu or mps, with a number or without.
+    Raises ConfigError where there is no such one.
     """
     import torch
 
-    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+    kind, _, number = requested.partition(":")
+    kind = accelerator.kind_here() if kind == "auto" else kind
+    if kind == "cpu":
         return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(requested.partition(":")[2] or 0)
+    count, index = accelerator.count(kind), int(number or 0)
     if index >= count:
-        found = f"{count} CUDA GPUs" if torch.backends.cuda.is_built() else "a CPU build of torch"
+        found = f"{count} {kind.upper()} GPUs"
+        if not accelerator.is_built():
+            found = "a CPU build of torch"
         raise ConfigError(
             f"extraction.device: {requested} is not there, found {found}; "
             "set extraction.device=cpu or auto"
         )
-    return torch.device("cuda", index)
+    return torch.device(kind, index)
+
+
+def devices_of_job(device: "torch.device") -> "tuple[torch.device, ...]":
+    """The devices that a job computes on: all GPUs that it has leased, or its one device."""
+    import torch
+
+    count = len(gpu_lease.held()) if device.type == "cuda" else 0
+    if count < 2:
+        return (device,)
+    return tuple(torch.device("cuda", number) for number in range(count))
 
 
 def compute_capability(device: "torch.device") -> tuple[int, int] | None:
-    """The CUDA compute capability, None for the CPU."""
-    import torch
-
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    """The CUDA compute capability, None for any device that is not NVIDIA's."""
+    return accelerator.capability(device)
 
 
-def device_name(device: "torch.device") -> str:
-    """What provenance records: the GPU's name, or the number of CPU threads that torch uses."""
-    import torch
+def precision_on(device: "torch.device", requested: str) -> Resolved:
+    """Follow the fallback chain of precisions on a device; each fallback is logged as a warning.
 
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def device_memory(device: "torch.device") -> DeviceMemory:
-    """The memory of a GPU (makes a CUDA context); for the CPU that of the host, as `host.memory`
-    bounds it.
+    NVIDIA's GPUs answer by their compute capability, others by whether they multiply such numbers.
     """
     import torch
 
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return DeviceMemory(total, free)
-    return host.memory()
+    capability = compute_capability(device)
+    if device.type == "cpu":
+        return choose_precision(requested, None, cpu_has_fp16=requested != "fp16" or cpu_has_fp16())
+    if capability is not None:
+        return choose_precision(requested, capability)
+    lacking = [
+        name
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+        if not accelerator.supports(device, dtype)
+    ]
+    return choose_precision(requested, None, lacking=lacking)
+
+
+def device_memory(device: "torch.device") -> DeviceMemory:
+    """The memory of a GPU that this process can have (makes a CUDA context): what the driver has
+    free, and what this process's allocator holds and no tensor uses. For the CPU that of the host,
+    as `host.memory` bounds it.
+    """
+    if device.type == "cpu":
+        return host.memory()
+    free, total = accelerator.driver_memory(device)
+    cached = max(0, accelerator.reserved(device) - accelerator.allocated(device))
+    return DeviceMemory(total, min(total, free + cached))
 
 
 def available_memory(device: "torch.device") -> tuple[DeviceMemory, str]:
     """The memory of a device before anything is loaded, and in words who else uses it. Makes no
     CUDA context.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return host.memory(), ""
     info = GPUManager().get_gpu_info(device.index or 0)
     assert isinstance(info, GPUInfo)
@@ -85,35 +108,39 @@ def available_memory(device: "torch.device") -> tuple[DeviceMemory, str]:
 
 
 def warn_above(threshold: float, device: "torch.device") -> bool:
-    """Log a warning, and say True, if more than `threshold` (a share) of the device's memory is in
-    use, by anyone.
+    """Log a warning, and say True, if more than `threshold` (a share) of the memory of a device of
+    the job is in use, by anyone.
     """
-    memory = device_memory(device)
-    share = memory.used / memory.total
-    if share > threshold:
-        _, others = available_memory(device)
-        log.warning(
-            "%s memory: %.1f%% in use (%.2f of %.2f GB), above memory_warning_threshold=%.2f%s",
-            device,
-            100 * share,
-            memory.used / 1e9,
-            memory.total / 1e9,
-            threshold,
-            f"; other processes: {others}" if others else "",
-        )
-    return share > threshold
+    fullest = False
+    for one in devices_of_job(device):
+        memory = host.memory()
+        if one.type != "cpu":
+            free, total = accelerator.driver_memory(one)
+            memory = DeviceMemory(total, free)
+        share = memory.used / memory.total
+        if share > threshold:
+            fullest = True
+            _, others = available_memory(one)
+            log.warning(
+                "%s memory: %.1f%% in use (%.2f of %.2f GB), above memory_warning_threshold=%.2f%s",
+                one,
+                100 * share,
+                memory.used / 1e9,
+                memory.total / 1e9,
+                threshold,
+                f"; other processes: {others}" if others else "",
+            )
+    return fullest
 
 
 def release(device: "torch.device") -> None:
     """Give what is not used any more back to the driver, after an allocation has failed."""
     import gc
 
-    import torch
-
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+    for one in devices_of_job(device):
+        accelerator.synchronize(one)
+        accelerator.empty_cache(one)
 
 
 @dataclass(frozen=True)
@@ -142,7 +169,7 @@ class GPUInfo:
     @property
     def label(self) -> str:
         """Number and name, for messages."""
-        return f"GPU {self.index} ({self.name})" if self.compute_capability else self.name
+        return f"GPU {self.index} ({self.name})" if self.name != "CPU" else self.name
 
     @property
     def usage_percent(self) -> float:
@@ -166,7 +193,7 @@ class GPUManager:
     """
 
     def __init__(self) -> None:
-        self._visible, self._why_none = cuda.visible_gpus()
+        self._visible, self._why_none = visible.visible_gpus()
 
     def can_allocate(self, required_memory_gb: float, device: int = 0) -> bool:
         """Whether this process can have that much more memory (GB of 10⁹ bytes) on a device now.
@@ -177,9 +204,8 @@ class GPUManager:
         """
         info, cached = self._info(self._checked(device)), 0
         if self._visible:
-            import torch
-
-            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            gpu = accelerator.numbered(device)
+            cached = accelerator.reserved(gpu) - accelerator.allocated(gpu)
         return required_memory_gb * 1e9 <= info.free_memory_gb * 1e9 + cached
 
     def check_memory_threshold(self, threshold: float = 0.85) -> dict[str, Any]:
@@ -234,19 +260,16 @@ class GPUManager:
         if not self._visible:
             host.reset_peak_resident()
             return
-        import torch
-
         for index in [v.index for v in self._visible] if device is None else [device]:
-            torch.cuda.reset_peak_memory_stats(index)
+            accelerator.reset_peak(accelerator.numbered(index))
 
     def empty_cache(self) -> None:
         """Give the memory that torch's allocator holds, and no tensor uses, back to the GPUs, for
         other processes.
         """
-        import torch
-
-        if any(torch.cuda.memory_reserved(v.index) for v in self._visible):
-            torch.cuda.empty_cache()
+        gpus = [accelerator.numbered(v.index) for v in self._visible]
+        if any(accelerator.reserved(gpu) for gpu in gpus):
+            accelerator.empty_cache(gpus[0])
 
     def _checked(self, device: int) -> int:
         count = len(self._visible) or 1
@@ -263,11 +286,9 @@ class GPUManager:
     def _info(self, index: int, machine: nvml.Machine | None = None) -> GPUInfo:
         if not self._visible:
             return _cpu_info(self._why_none)
-        import torch
-
         gpu, machine = self._visible[index], machine or nvml.read()
-        found = cuda.find(gpu, machine)
-        memory, note = cuda.memory(gpu, found, machine)
+        device, found = accelerator.numbered(index), visible.find(gpu, machine)
+        memory, note = visible.memory(gpu, found, machine)
         return GPUInfo(
             index,
             found.name if found else gpu.name,
@@ -276,8 +297,8 @@ class GPUManager:
             memory.total / 1e9,
             memory.used / 1e9,
             memory.free / 1e9,
-            torch.cuda.max_memory_allocated(index) / 1e9,
-            torch.cuda.memory_reserved(index) / 1e9,
+            accelerator.peak(device) / 1e9,
+            accelerator.reserved(device) / 1e9,
             found.processes if found else (),
             note,
         )

@@ -2,7 +2,8 @@
 
 A lease is a lock of the operating system on a file named after the GPU's UUID: the kernel gives it
 back when its holder ends, however it ends. Jobs of all users of the machine share the files. Where
-a scheduler has assigned GPUs to the job, those are its own and no lease is needed.
+a scheduler has assigned GPUs to the job, those are its own and no lease is needed. Containers have
+the files of their own /tmp: they hold distinct GPUs only where they share it.
 """
 
 import fcntl
@@ -61,12 +62,12 @@ def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[st
     requested.
     """
     global _held
-    if count < 1 or device == "cpu":
+    if count < 1 or device.partition(":")[0] not in ("auto", "cuda"):
         yield ()
         return
     if assigned := assigned_by_scheduler():
         log.info("GPUs assigned by the scheduler: %s", ", ".join(assigned))
-        _held = assigned[:count]
+        _held = _one_process_can_use(assigned[:count])
         yield _held
         _held = ()
         return
@@ -76,7 +77,14 @@ def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[st
 
     def look() -> list[Candidate]:
         found = visible(_candidates())
-        return found if ":" not in device else found[int(device.partition(":")[2]) :][:1]
+        if ":" not in device:
+            whole = [one for one in found if not one.uuid.startswith("MIG-")]
+            if count > 1 and len(whole) < count:
+                _one_process_can_use([one.uuid for one in found[:count]])
+            return whole if count > 1 else found
+        if "CUDA_VISIBLE_DEVICES" not in os.environ:  # else they are in CUDA's order already
+            found = _by_cuda_number(found)
+        return found[int(device.partition(":")[2]) :][:1]
 
     with leased(look, count, needed) as found:
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -93,15 +101,24 @@ def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[st
                 os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
+def _one_process_can_use(names: Sequence[str]) -> tuple[str, ...]:
+    """The same GPUs. Raises ConfigError for two MIG instances: CUDA shows a process one alone."""
+    if len(names) > 1 and any(name.startswith("MIG-") for name in names):
+        raise ConfigError(
+            f"resources.gpu: {len(names)} GPUs are requested, and they are MIG instances, of which "
+            "a process can use one; set resources.gpu=1, or extraction.execution=layerwise"
+        )
+    return tuple(names)
+
+
 def assigned_by_scheduler() -> tuple[str, ...]:
     """What Slurm, PBS, LSF or Grid Engine has given to this job, as they write it in
     CUDA_VISIBLE_DEVICES.
     """
-    batch = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+    batch = any(name in os.environ for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"))
+    grid_engine = "JOB_ID" in os.environ and any(name.startswith("SGE_") for name in os.environ)
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return (
-        tuple(filter(None, names.split(","))) if any(name in os.environ for name in batch) else ()
-    )
+    return tuple(filter(None, names.split(","))) if batch or grid_engine else ()
 
 
 def _candidates() -> list[Candidate]:
@@ -150,16 +167,17 @@ def _by_cuda_number(candidates: Sequence[Candidate]) -> list[Candidate]:
     if len({board.name for board in boards}) == 1:
         return list(candidates)  # none is faster: CUDA keeps the driver's order
     # only CUDA knows, and asking it here would settle what this process sees
-    script = "import torch; [print('GPU-' + str(torch.cuda.get_device_properties(i).uuid)) "
-    script += "for i in range(torch.cuda.device_count())]"
+    script = "from theloom.devices import accelerator; "
+    script += "[print('GPU-' + gpu.uuid) for gpu in accelerator.properties()]"
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     told = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
     )
     by_uuid = {c.uuid: c for c in candidates}
     if told.returncode or not all(uuid in by_uuid for uuid in told.stdout.split()):
         raise ConfigError(
-            "CUDA_VISIBLE_DEVICES has numbers, and this machine's GPUs differ; set "
+            "GPUs are named by numbers, and this machine's GPUs differ; set "
             "CUDA_DEVICE_ORDER=PCI_BUS_ID, or "
             "name GPUs by their UUIDs (nvidia-smi -L)"
         )

@@ -4,18 +4,18 @@ import threading
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from theloom.devices import host
+from theloom.devices import accelerator, gpu, host
 
 if TYPE_CHECKING:
     import torch
 
 
 class PeakMemory:
-    """Peak growth of memory within a `with` block, in bytes: of the device (CUDA), or of this
-    process (CPU).
+    """Peak growth of memory within a `with` block, in bytes: of a GPU (of several
+    that of the one that grew most), or of this process (CPU).
 
     `growth` is the peak's, beyond the bytes in use `before`; `files` is what of it are pages of
-    files (code, mapped weights) that were not read before. On CUDA it is torch's allocator's own
+    files (code, mapped weights) that were not read before. On a GPU it is torch's allocator's own
     peak. On the CPU resident memory is sampled every 2 ms, and where the kernel lets a process
     reset its high-water mark (Linux: 5 into /proc/self/clear_refs), the mark is read as well.
     """
@@ -25,12 +25,14 @@ class PeakMemory:
         self.before = self.growth = self.files = 0
 
     def __enter__(self) -> "PeakMemory":
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
+        if self.device.type != "cpu":
+            self._gpus = gpu.devices_of_job(self.device)
+            self._start = []
+            for one in self._gpus:
+                accelerator.synchronize(one)
+                accelerator.reset_peak(one)
+                self._start.append(accelerator.allocated(one))
+            self.before = self._start[0]
             return self
         self.before = self._peak = host.resident()
         self._files_before = host.resident_files()
@@ -43,11 +45,12 @@ class PeakMemory:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.growth = torch.cuda.max_memory_allocated(self.device) - self.before
+        if self.device.type != "cpu":
+            grown = []
+            for one, before in zip(self._gpus, self._start, strict=True):
+                accelerator.synchronize(one)
+                grown.append(accelerator.peak(one) - before)
+            self.growth = max(grown)
             return
         self._stop.set()
         self._sampler.join()
@@ -62,17 +65,15 @@ class PeakMemory:
 
 
 class MemoryWatch:
-    """Memory that the run has taken since the watch was made: on CUDA its tensors, on the CPU the
-    process's growth.
+    """Memory that the run has taken since the watch was made: on GPUs the tensors of the one that
+    has most, on the CPU the process's growth.
     """
 
     def __init__(self, device: "torch.device") -> None:
-        import torch
-
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
+        self._gpus = () if device.type == "cpu" else gpu.devices_of_job(device)
+        for one in self._gpus:
+            accelerator.reset_peak(one)
+        if not self._gpus:
             self._before = host.resident()
             self._marked = host.reset_peak_resident()
             self._highest = 0
@@ -80,10 +81,8 @@ class MemoryWatch:
     @property
     def now(self) -> int:
         """Bytes in use."""
-        import torch
-
-        if self._device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device)
+        if self._gpus:
+            return max(accelerator.allocated(one) for one in self._gpus)
         grown = host.resident() - self._before
         self._highest = max(self._highest, grown)
         return grown
@@ -93,8 +92,6 @@ class MemoryWatch:
         """The most bytes that were in use at once; where the kernel keeps no mark of it, of the
         moments looked at.
         """
-        import torch
-
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self._gpus:
+            return max(accelerator.peak(one) for one in self._gpus)
         return max(self._highest, host.peak_resident() - self._before if self._marked else self.now)

@@ -8,11 +8,12 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from theloom.corpus import batching
 from theloom.corpus.batching import Batch
-from theloom.devices import gpu
+from theloom.devices import accelerator, gpu, pinned
+from theloom.devices.accelerator import Mark
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine.handoff import Handoff
 from theloom.engine.interrupts import StopRequest
@@ -125,7 +126,7 @@ def run_batches(
                 probe.begin(batch, plan.chunk_size)
                 with profile.batch(number, ids) as captured, measured.forward():
                     runner.run(
-                        ids.pin_memory() if work.device.type == "cuda" else ids,
+                        pinned.pinned_copy(ids, work.device),
                         hand_over,
                         captured,
                         batch.lengths,
@@ -229,36 +230,30 @@ class _Measured:
 
 
 class _Clock:
-    """Seconds that a device spent in the `with` blocks: on CUDA between events of its stream,
-    without a wait.
+    """Seconds that a job's devices spent in the `with` blocks: with streams between marks of them,
+    without a wait; of several devices the slowest counts.
     """
 
     def __init__(self, device: "torch.device") -> None:
-        self._device, self._seconds = device, 0.0
-        self._open: list[tuple[Any, Any]] = []
+        self._devices = gpu.devices_of_job(device) if accelerator.has_streams(device) else ()
+        self._seconds = 0.0
+        self._open: list[tuple[list[Mark], list[Mark]]] = []
 
     def __enter__(self) -> None:
-        self._start = self._mark()
+        self._began, self._start = time.perf_counter(), self._marks()
 
     def __exit__(self, *_: object) -> None:
-        end = self._mark()
-        if isinstance(end, float) and isinstance(self._start, float):
-            self._seconds += end - self._start
+        if self._devices:
+            self._open.append((self._start, self._marks()))
         else:
-            self._open.append((self._start, end))
+            self._seconds += time.perf_counter() - self._began
 
     def seconds(self) -> float:
-        """All of them so far; on CUDA of the blocks that the device is through with."""
-        while self._open and self._open[0][1].query():
-            start, end = self._open.pop(0)
-            self._seconds += start.elapsed_time(end) / 1000
+        """All of them so far; with streams of the blocks that the devices are through with."""
+        while self._open and all(end.query() for end in self._open[0][1]):
+            pairs = zip(*self._open.pop(0), strict=True)
+            self._seconds += max(start.seconds_to(end) for start, end in pairs)
         return self._seconds
 
-    def _mark(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        import torch
-
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+    def _marks(self) -> list[Mark]:
+        return [accelerator.mark(device, timing=True) for device in self._devices]

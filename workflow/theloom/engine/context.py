@@ -17,6 +17,7 @@ from theloom.config.frozen import frozen_digest, load_frozen, to_plain
 from theloom.config.schema import Config
 from theloom.corpus import tokens
 from theloom.corpus.batching import Lengths
+from theloom.devices import accelerator
 from theloom.engine import model_record
 from theloom.engine.model_record import ModelRecord
 from theloom.errors import StoreError
@@ -259,6 +260,7 @@ def _attributes(run: RunContext, plan: Plan) -> dict[str, Any]:
         kv_cache="offloaded" if plan.offloaded else "device",
         context_length=run.corpus["context_length"],
         device=run.record.attributes["device"],
+        arithmetic=accelerator.arithmetic(),
         **model_record.provenance_of(run.record),
         **{name: run.corpus[name] for name in names},
     )

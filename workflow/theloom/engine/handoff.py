@@ -9,14 +9,17 @@ and the time that it waits is counted.
 
 import logging
 import queue
+import sys
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from theloom.corpus.batching import Batch
+from theloom.devices import accelerator
+from theloom.devices.accelerator import Mark, SideStreams
 from theloom.store.ring_buffer import IN_FLIGHT, Ring, ring_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+# How long the writer may keep the interpreter while the model's thread has kernels to launch:
+# Python's 5 ms are many kernels' time.
+SWITCH_SECONDS = 0.0002
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class _Values:
     hook: str
     start: int
     values: "torch.Tensor"
-    copied: Any
+    copied: Mark
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,24 @@ class _Done:
     rows: int
     last: bool
     metrics: dict[str, float]
+
+
+def rows_of(value: "torch.Tensor", dtype: "torch.dtype", over_keys: bool) -> "torch.Tensor":
+    """A captured value as the hand-off takes it.
+
+    Args:
+        value: The model's own, (window, position, …); over keys (window, head, position, key).
+        dtype: Of the rows on disk.
+        over_keys: Whether a row of it has all heads of a position.
+
+    Returns:
+        (window, position, …) on the same device. On a GPU a copy: the model goes on while it is
+        copied to the host, and may write to its own.
+    """
+    rows = value.transpose(1, 2) if over_keys else value
+    if value.device.type == "cpu":
+        return rows.to(dtype)
+    return rows.to(dtype, copy=True).contiguous()
 
 
 class Handoff:
@@ -60,22 +85,23 @@ class Handoff:
     """
 
     def __init__(self, writer: "ShardWriter", device: "torch.device", largest: int) -> None:
-        self._writer, self._device = writer, device
-        self._ring = Ring(ring_bytes(device.type, largest), pinned=device.type == "cuda")
-        self._queue: queue.SimpleQueue[_Values | _Done | None] = queue.SimpleQueue()
+        self._writer = writer
+        self._ring = Ring(ring_bytes(device.type, largest), device)
+        self._queue: queue.SimpleQueue[_Values | _Done | threading.Event | None] = (
+            queue.SimpleQueue()
+        )
         self._error: BaseException | None = None
         self._dropped = False
         self._thread = threading.Thread(target=self._write_all, name="shard writer", daemon=True)
-        self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
-        self._side: Any = None
+        self._in_flight: deque[Mark] = deque()
+        self._sides = SideStreams()
+        self._launches, self._switch = accelerator.has_streams(device), sys.getswitchinterval()
         self.seconds_waiting = self.seconds_copying = self.seconds_writing = 0.0
         self.bytes_written = 0
 
     def __enter__(self) -> "Handoff":
-        if self._device.type == "cuda":
-            import torch
-
-            self._side = torch.cuda.Stream(self._device)
+        if self._launches:
+            sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
         return self
 
@@ -86,12 +112,15 @@ class Handoff:
         self._finish_copies(0)
         self._queue.put(None)
         self._thread.join()
+        sys.setswitchinterval(self._switch)
         if error is None:
             self._raise()
 
     def rows(self, batch: Batch, hook: str, start: int, values: "torch.Tensor") -> None:
-        """Take values of a batch, (window, position, …), from position `start` on; they may change
-        after the call.
+        """Take values of a batch, (window, position, …), from position `start` on.
+
+        On the CPU they may change after the call; on a GPU they are copied later, each from its own
+        device, and nothing may write to them.
         """
         self._raise()
         began = time.perf_counter()
@@ -111,30 +140,25 @@ class Handoff:
         self._raise()
         self._queue.put(_Done(rows, last, metrics))
 
-    def _copy(self, values: "torch.Tensor", place: "torch.Tensor") -> Any:
-        """Copy into the ring; on CUDA next to the computation, and then give the event that says
-        that it is done.
-        """
-        import torch
+    def drain(self) -> None:
+        """Wait until the writer is through with all that was handed over."""
+        reached = threading.Event()
+        self._queue.put(reached)
+        reached.wait()
+        self._raise()
 
-        if self._side is None:
-            place.copy_(values)
-            return None
-        ready = torch.cuda.current_stream(self._device).record_event()
-        with torch.cuda.stream(self._side):
-            self._side.wait_event(ready)
-            place.copy_(values, non_blocking=True)
-            copied = self._side.record_event()
-        self._in_flight.append(
-            (copied, values)
-        )  # held: its memory must not be another tensor's before it is copied
-        self._finish_copies(IN_FLIGHT)
+    def _copy(self, values: "torch.Tensor", place: "torch.Tensor") -> Mark:
+        """Copy into the ring, next to the computation where the device can."""
+        copied = accelerator.copy_out(values, place, self._sides)
+        if copied is not accelerator.DONE:
+            self._in_flight.append(copied)
+            self._finish_copies(IN_FLIGHT)
         return copied
 
     def _finish_copies(self, left: int) -> None:
         """Wait until no more copies than that are on their way."""
         while len(self._in_flight) > left:
-            self._in_flight.popleft()[0].synchronize()
+            self._in_flight.popleft().synchronize()
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -143,6 +167,9 @@ class Handoff:
     def _write_all(self) -> None:
         """The writer thread."""
         while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
             if self._dropped or self._error is not None:
                 continue
             try:
@@ -152,7 +179,7 @@ class Handoff:
                 self._ring.close()
 
     def _write(self, item: _Values | _Done) -> None:
-        if isinstance(item, _Values) and item.copied is not None:
+        if isinstance(item, _Values):
             item.copied.synchronize()
         began = time.perf_counter()
         if isinstance(item, _Done):

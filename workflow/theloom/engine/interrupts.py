@@ -10,7 +10,7 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from theloom.devices import gpu
+from theloom.devices import accelerator, gpu
 from theloom.errors import MemoryPlanError
 from theloom.planning.plan import Plan
 
@@ -105,10 +105,7 @@ def _out_of_memory(work: Callable[[], None]) -> str | None:
     try:
         work()
     except (MemoryError, RuntimeError) as error:
-        # torch's allocator on the CPU raises a plain RuntimeError
-        if isinstance(error, RuntimeError) and not (
-            type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-        ):
+        if not accelerator.is_out_of_memory(error):
             raise
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None

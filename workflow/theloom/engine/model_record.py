@@ -15,7 +15,7 @@ import h5py
 
 from theloom.config.frozen import to_plain
 from theloom.config.schema import Config
-from theloom.devices import gpu
+from theloom.devices import accelerator
 from theloom.errors import ModelError, StoreError
 from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.model.files import ModelFiles, files_fingerprint, files_signature, prepare_files
@@ -104,7 +104,7 @@ def model_attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:
         precision_steps=list(loaded.precision.steps),
         quantization=loaded.quantization,
         attention=loaded.attention,
-        device=gpu.device_name(loaded.device),
+        device=accelerator.name(loaded.device),
         blocks=len(loaded.architecture.blocks),
         hidden_size=loaded.architecture.hidden_size,
         notable_lengths=notable_lengths(loaded.architecture.model.config),

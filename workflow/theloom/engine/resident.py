@@ -12,6 +12,7 @@ from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine import interrupts, model_record
 from theloom.engine.batch_loop import Sink, Work, run_batches
 from theloom.engine.context import ShardJob
+from theloom.engine.handoff import rows_of
 from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
 from theloom.memory.profile import ShardProfile
@@ -58,16 +59,9 @@ class ResidentRunner:
         """
         position = dict.fromkeys((p.name for p in self._points), 0)
         over_keys = {p.name for p in self._points if p.over_keys}
-        on_gpu = self._loaded.device.type == "cuda"
 
         def hand_over(name: str, value: "torch.Tensor") -> None:
-            if name in over_keys:  # (window, head, position, key): a row is a position's
-                value = value.transpose(1, 2)
-            # a GPU goes on while the value is copied from it: it must not be one that the model
-            # still writes to
-            rows = value.to(self._dtype, copy=on_gpu)
-            if on_gpu:
-                rows = rows.contiguous()
+            rows = rows_of(value, self._dtype, name in over_keys)
             if captured is not None:
                 captured(rows)
             sink(name, position[name], rows)
@@ -136,7 +130,7 @@ def extract_resident(job: ShardJob) -> None:
         run.points,
         run.store,
         run.device,
-        predicted.allocated if run.device.type == "cuda" else predicted.total,
+        predicted.allocated if run.device.type != "cpu" else predicted.total,
         run.threshold,
         loaded.tolerance,
         longest_pass(job, plan),
@@ -160,7 +154,10 @@ def extract_resident(job: ShardJob) -> None:
     def advice(smallest: Plan) -> str:
         free, _ = gpu.available_memory(run.device)
         name, correction = run.weight_format.name, run.record.correction
-        return plan_advice(run.estimate, name, run.device.type, free, smallest, correction)
+        capability = gpu.compute_capability(run.device)
+        return plan_advice(
+            run.estimate, name, run.device.type, free, smallest, correction, capability
+        )
 
     interrupts.until_it_fits(extract, smaller, job.oom_level, run.device, advice)
 

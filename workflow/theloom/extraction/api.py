@@ -39,13 +39,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from theloom.devices import accelerator
 from theloom.errors import InputError, ModelError
 from theloom.extraction import padding, request
 from theloom.extraction.padding import PaddedTokens, Tokens
 from theloom.extraction.request import Request, ask
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import RESIDUALS, HookPoint
-from theloom.precision import TOLERANCE, Resolved, choose_precision, cpu_has_fp16, torch_dtype
+from theloom.precision import TOLERANCE, Resolved, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -234,7 +235,7 @@ def extract_inference_optimized(
     finally:
         if clear_cache:
             gc.collect()
-            torch.cuda.empty_cache()
+            accelerator.empty_cache(requested.architecture.model.device)
 
 
 def extract_with_checkpointing(
@@ -377,6 +378,4 @@ def _resolved(described: Architecture, requested: str) -> Resolved:
 
     if requested not in ("auto", *TOLERANCE):
         raise InputError(f"precision: {requested!r} is not one of auto, {', '.join(TOLERANCE)}")
-    capability = gpu.compute_capability(described.model.device)
-    fp16_here = cpu_has_fp16() if capability is None and requested == "fp16" else True
-    return choose_precision(requested, capability, fp16_here)
+    return gpu.precision_on(described.model.device, requested)

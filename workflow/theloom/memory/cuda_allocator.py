@@ -3,8 +3,8 @@ that it holds.
 
 Tensors do not get the bytes that they ask for. The allocator rounds each request, carves it out of
 a segment that it got from the driver, keeps what is freed, and merges neighbours that are both
-free. `allocated` is what `torch.cuda.max_memory_allocated` shows, `reserved` what
-`torch.cuda.max_memory_reserved` shows and what must fit.
+free. `allocated` is what `max_memory_allocated` shows, `reserved` what
+`max_memory_reserved` shows and what must fit.
 
 The rules are those of c10/cuda/CUDACachingAllocator.cpp in torch 2.13 with its default settings, on
 one stream: segments are not expandable, blocks of any size are split, and nothing is given back to
@@ -13,6 +13,8 @@ at the lowest address is taken; the driver is taken to hand out rising addresses
 """
 
 Event = tuple[int, int]  # of LiveStorages: the number of a storage, its bytes; negative at its end
+
+Capability = tuple[int, int] | None  # a compute capability; None: not known, or no NVIDIA GPU
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -30,11 +32,15 @@ SEGMENT_ROUNDING = 2 * MIB
 CUDA_CONTEXT = 500_000_000
 
 
-def cublas_workspace(capability: tuple[int, int]) -> int:
+def cublas_workspace(capability: Capability) -> int:
     """Bytes that torch allocates at the first matrix product, for as long as the process lives.
 
-    `capability` is the compute capability, such as (8, 0). The default of
+    `capability` is the compute capability, such as (8, 0); None: the most of all. The default of
     ATen/cuda/CublasHandlePool.cpp in torch 2.13, which the environment variable
     CUBLAS_WORKSPACE_CONFIG overrides; cuBLASLt shares it.
     """
-    return 32 * MIB if capability[0] in (9, 10, 12) else 2 * 4096 * KIB + 8 * 16 * KIB
+    return (
+        32 * MIB
+        if capability is None or capability[0] in (9, 10, 12)
+        else 2 * 4096 * KIB + 8 * 16 * KIB
+    )

@@ -10,12 +10,13 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from theloom.devices import accelerator
 from theloom.model.loading import LoadedModel
 from theloom.terminal import format_bytes
 
@@ -68,12 +69,12 @@ class ShardProfile:
             self._said.add(number)
         device, model = self._loaded.device.type, self._loaded.architecture.model
         kernels: dict[str, Any] = (
-            {"whole": CUDA_KERNELS} if device == "cuda" else {"inside": CPU_KERNELS}
+            {"inside": CPU_KERNELS} if device == "cpu" else {"whole": CUDA_KERNELS}
         )
         running, failed = _Running(model), None
         live = LiveStorages(lambda: running.name, device=device, **kernels)
         live.ignore([ids, *there(), *model.parameters(), *model.buffers()])
-        with _history() if device == "cuda" else nullcontext():
+        with accelerator.memory_history(self._loaded.device, HISTORY):
             try:
                 with running.watch(live), live:
                     yield lambda value: live.mark(value, CAPTURED)
@@ -104,9 +105,7 @@ class ShardProfile:
                 json.dumps(found, indent=2) + "\n", encoding="utf-8"
             )
             if found["device"] == "cuda":
-                import torch.cuda.memory as allocator
-
-                allocator._dump_snapshot(str(text.with_suffix(".pickle")))
+                accelerator.write_memory_history(str(text.with_suffix(".pickle")))
             log.info("%s; see %s", _in_one_line(found), text)
         except OSError as error:
             log.warning("the memory profile could not be written: %s", error)
@@ -119,20 +118,6 @@ def _weights(model: "torch.nn.Module") -> int:
     return sum(
         tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta
     )
-
-
-@contextmanager
-def _history() -> Iterator[None]:
-    """Let CUDA's allocator keep its history, with Python frames, within the block."""
-    import torch
-
-    torch.cuda.memory._record_memory_history(
-        stacks="python", max_entries=HISTORY, clear_history=True
-    )
-    try:
-        yield
-    finally:
-        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 class _Running:

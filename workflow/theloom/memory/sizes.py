@@ -6,7 +6,12 @@ All sizes are bytes. GB are 10⁹ of them, GiB 2³⁰.
 
 from dataclasses import dataclass, replace
 
-from theloom.memory.cuda_allocator import CUDA_CONTEXT, LARGE_SEGMENT, cublas_workspace
+from theloom.memory.cuda_allocator import (
+    CUDA_CONTEXT,
+    LARGE_SEGMENT,
+    Capability,
+    cublas_workspace,
+)
 from theloom.terminal import format_bytes
 
 # What the caching allocator holds beyond what it gives out, as a share of what is not weights, and
@@ -102,13 +107,13 @@ class Components:
 
     @property
     def allocated(self) -> int:
-        """What `torch.cuda.max_memory_allocated` counts."""
+        """What `max_memory_allocated` counts."""
         tensors = self.weights + self.kv_cache + self.captured + self.temporaries + self.logits
         return tensors + self.on_their_way + self.workspace
 
     @property
     def reserved(self) -> int:
-        """What `torch.cuda.max_memory_reserved` counts."""
+        """What `max_memory_reserved` counts."""
         return self.allocated + self.fragmentation
 
     @property
@@ -118,9 +123,11 @@ class Components:
 
 
 def with_device_overhead(
-    weights: int, parts: PeakBytes, device: str, capability: tuple[int, int] = (8, 0)
+    weights: int, parts: PeakBytes, device: str, capability: Capability = (8, 0)
 ) -> Components:
-    """All that a run takes on a device, `cpu` or `cuda` of a compute capability."""
+    """All that a run takes on a device: `cpu`, or the type of a GPU and its compute capability,
+    None where that is not known.
+    """
     components = Components(
         weights, parts.kv_cache, parts.captured, parts.temporaries, parts.logits
     )
@@ -128,9 +135,9 @@ def with_device_overhead(
         return components
     return replace(
         components,
-        workspace=cublas_workspace(capability),
+        workspace=0 if device == "mps" else cublas_workspace(capability),
         fragmentation=max(LEAST_FRAGMENTATION, int(FRAGMENTATION * parts.total)),
-        context=CUDA_CONTEXT,
+        context=0 if device == "mps" else CUDA_CONTEXT,
     )
 
 

@@ -17,6 +17,7 @@ from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
 from theloom.memory.sizes import PeakBytes, Workload
 from theloom.memory.storages import TEMPORARIES, LiveStorages, Peak
+from theloom.model.attention_kernels import traced_as_cuda
 from theloom.model.fake import FakeModel
 from theloom.model.forward import PrefillCache, cache_name
 from theloom.model.shapes_only import shapes_only
@@ -84,9 +85,7 @@ def run(
     """`trace` on a model as it is, real or fake: with real weights it measures what `trace`
     predicts.
     """
-    live = (
-        LiveStorages(whole=CUDA_KERNELS) if device == "cuda" else LiveStorages(inside=CPU_KERNELS)
-    )
+    live = LiveStorages(inside=CPU_KERNELS) if device == "cpu" else LiveStorages(whole=CUDA_KERNELS)
     live.ignore([ids, *described.model.parameters(), *described.model.buffers()])
     kept: list[tuple[HookPoint, torch.Tensor]] = []
     by_name = {p.name: p for p in points}
@@ -102,7 +101,8 @@ def run(
     steps = workload.steps
     streamed = len(steps) > 1
     taps = Taps(described, list(points), sink) if points else nullcontext()
-    with torch.inference_mode(), taps as opened, live:
+    kernels = nullcontext() if device == "cpu" else traced_as_cuda()
+    with torch.inference_mode(), kernels, taps as opened, live:
         forward = opened.run if opened is not None else described.model
         if not streamed:
             return _one_pass(forward, ids, live, masked=not looks_causal(described)), live

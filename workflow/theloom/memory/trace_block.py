@@ -17,6 +17,7 @@ from theloom.memory import trace
 from theloom.memory.sizes import PeakBytes, Workload
 from theloom.memory.storages import LiveStorages
 from theloom.model import block_calls
+from theloom.model.attention_kernels import traced_as_cuda
 from theloom.model.block_calls import BlockCache, Call, Frame
 from theloom.model.fake import FakeModel
 from theloom.model.shapes_only import shapes_only
@@ -110,9 +111,9 @@ def _pass(
     """The peak of one step over `size` positions from `start`, in one block."""
     module, hidden = frame.blocks[block], frame.architecture.hidden_size
     live = (
-        LiveStorages(whole=trace.CUDA_KERNELS)
-        if device == "cuda"
-        else LiveStorages(inside=trace.CPU_KERNELS)
+        LiveStorages(inside=trace.CPU_KERNELS)
+        if device == "cpu"
+        else LiveStorages(whole=trace.CUDA_KERNELS)
     )
     given = tree_leaves([(c.args, c.kwargs) for c in (first[block], calls[block])])
     live.ignore(
@@ -134,7 +135,7 @@ def _pass(
     theirs = (residual(workload.chunk_size), residual(size))
     if device == "cpu":
         live.ignore(theirs)
-    with live:
+    with live, nullcontext() if device == "cpu" else traced_as_cuda():
         cache = None
         if len(workload.steps) > 1:
             cache = _MarkedBlockCache(frame.model.config, block)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from theloom.devices.pinned import pinned_copy
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.failures import MODEL_ERRORS, why
@@ -106,7 +107,7 @@ class Frame:
         ModelError for a block not met.
         """
         calls: list[Call] = []
-        to_host = _Once()
+        to_host = _Once(self.device)
 
         def through(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if number != len(calls):
@@ -157,9 +158,13 @@ class Frame:
 
 
 class _Once:
-    """Moves tensors to the host, each once, and leaves out KV caches."""
+    """Moves tensors to the host, each once, and leaves out KV caches.
 
-    def __init__(self) -> None:
+    They are pinned, so that no block's call stops the host to fetch them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, value: Any) -> Any:
@@ -168,7 +173,7 @@ class _Once:
         if not isinstance(value, torch.Tensor):
             return value
         if id(value) not in self._moved:  # the original is kept, so that its id stays its own
-            self._moved[id(value)] = (value, value.cpu())
+            self._moved[id(value)] = (value, pinned_copy(value.cpu(), self._device))
         return self._moved[id(value)][1]
 
 

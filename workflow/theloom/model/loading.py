@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from theloom.config.auto import traceable_attention
 from theloom.config.schema import Config
-from theloom.devices import gpu, gpu_lease
+from theloom.devices import accelerator, gpu, gpu_lease
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.points import HookCatalog, HookPoint
@@ -21,7 +21,7 @@ from theloom.model.checkpoint.weights import check_loaded, report_held_back, ten
 from theloom.model.files import ModelFiles, config_in, hf_config
 from theloom.model.quantization import bitsandbytes_config, one_tensor_at_a_time
 from theloom.model.weight_format import quantization_of
-from theloom.precision import TOLERANCE, Resolved, choose_precision, cpu_has_fp16, torch_dtype
+from theloom.precision import TOLERANCE, Resolved, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +76,8 @@ def resolve_precision(config: Config) -> Target:
     Raises:
         ConfigError: The device is not available.
     """
-    device = gpu.choose_device(config.extraction.device)
-    capability = gpu.compute_capability(device)
-    requested = config.memory.precision_mode.name
-    fp16_here = cpu_has_fp16() if capability is None and requested == "fp16" else True
-    return Target(device, choose_precision(requested, capability, fp16_here))
+    device = _device(config)
+    return Target(device, gpu.precision_on(device, config.memory.precision_mode.name))
 
 
 def exact_target(config: Config, precision: str) -> Target:
@@ -89,7 +86,16 @@ def exact_target(config: Config, precision: str) -> Target:
     Raises:
         ConfigError: The device is not available.
     """
-    return Target(gpu.choose_device(config.extraction.device), Resolved(precision, precision, ()))
+    device = _device(config)
+    if precision == "fp64" and device.type == "mps":
+        device = gpu.choose_device("cpu")  # which has it, where Apple's GPUs do not
+    return Target(device, Resolved(precision, precision, ()))
+
+
+def _device(config: Config) -> "torch.device":
+    """The device of a run, on which FP32 means FP32 from now on."""
+    accelerator.exact_fp32()
+    return gpu.choose_device(config.extraction.device)
 
 
 def load_model(
@@ -115,6 +121,9 @@ def load_model(
     Raises:
         ModelError: A weight is missing or has another shape.
     """
+    from theloom.model import attention_kernels
+
+    attention_kernels.repeat_keys_where_needed()
     device, resolved = target or (
         exact_target(config, exact) if exact else resolve_precision(config)
     )

@@ -12,7 +12,7 @@ from theloom.config.auto import traceable_attention
 from theloom.config.model_dims import numbers
 from theloom.config.schema import Config
 from theloom.corpus import tokens
-from theloom.devices import gpu, host, peak_memory
+from theloom.devices import accelerator, gpu, host, peak_memory
 from theloom.engine.layerwise.model import measure_sweep, opened
 from theloom.engine.model_record import model_attributes, write_catalog
 from theloom.errors import MemoryPlanError, ModelError
@@ -165,7 +165,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     measured = measure(loaded, kind, traced, planned.plan, points, loading)
     gpu.warn_above(threshold, device)
     log.info(
-        "loaded %s in %s on %s", config.model.source, resolved.resolved, gpu.device_name(device)
+        "loaded %s in %s on %s", config.model.source, resolved.resolved, accelerator.name(device)
     )
     _log(measured)
     with h5py.File(output, "w") as file:

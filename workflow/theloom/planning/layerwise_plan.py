@@ -8,15 +8,17 @@ tensor; the host holds that tensor.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from theloom import terminal
 from theloom.corpus.batching import Lengths
 from theloom.devices.host import DeviceMemory
+from theloom.devices.pinned import host_bytes, pinned_bytes
 from theloom.errors import MemoryPlanError
+from theloom.memory.cuda_allocator import Capability
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload, with_device_overhead
 from theloom.planning.plan import Plan, smaller_plans
-from theloom.store.ring_buffer import WRITER_BYTES
+from theloom.store.ring_buffer import IN_FLIGHT, WRITER_BYTES, bytes_on_device, ring_bytes
 
 # Bytes of a mapped file that Linux maps around a page fault if they are in its page cache
 # (fault_around_bytes).
@@ -83,6 +85,9 @@ def need(
     residual_row: int,
     device: str,
     spilled: bool,
+    *,
+    row_bytes: int = 0,
+    capability: Capability = (8, 0),
 ) -> Need:
     """Compute the bytes of a sweep.
 
@@ -92,8 +97,10 @@ def need(
         workloads: the largest passes of the sweep.
         residuals: bytes of the residuals of all tokens.
         residual_row: bytes of the residual of one token.
-        device: `cpu` or `cuda`.
+        device: `cpu`, or the type of a GPU.
         spilled: residuals are on disk.
+        row_bytes: of a token at the largest hook point, on its way to the file; 0: none is written.
+        capability: compute capability of the device.
 
     Returns:
         The bytes by purpose.
@@ -101,10 +108,9 @@ def need(
     passes = [pass_of(workload) for workload in workloads]
     widest = max(w.windows * w.tokens for w in workloads)
     working = max((parts for parts, _ in passes), key=lambda p: p.total)
-    fixed = (
-        with_device_overhead(0, working, "cuda").total - working.total if device == "cuda" else 0
-    )
-    return Need(
+    step = max(w.windows * min(w.tokens, w.chunk_size) for w in workloads)
+    largest = step * row_bytes
+    common = Need(
         buffers=sizes.on_device,
         host_buffers=sizes.on_host,
         kept=sizes.kept,
@@ -112,8 +118,21 @@ def need(
         residuals=min(residuals, 2 * widest * residual_row) if spilled else residuals,
         recorded=sum(recorded for _, recorded in passes),
         embeddings=min(sizes.embeddings, residuals // residual_row * (residual_row + FAULT_AROUND)),
-        writer=WRITER_BYTES if device == "cpu" else 0,
-        fixed=fixed,
+        writer=bytes_on_device(device, largest) if row_bytes or device == "cpu" else 0,
+    )
+    if device == "cpu":
+        return common
+    # next to the pass: residuals of the next one, those that leave, and rows on their way
+    moving = (1 + IN_FLIGHT) * step * residual_row + IN_FLIGHT * largest
+    ring = pinned_bytes(ring_bytes(device, largest)) + WRITER_BYTES if row_bytes else 0
+    buffers = sizes.tensor or sizes.converted + 2 * pinned_bytes(sizes.block)
+    return replace(
+        common,
+        writer=0,
+        host_buffers=buffers + ring,
+        residuals=common.residuals if spilled else host_bytes(residuals),
+        working_set=working.total + moving,
+        fixed=with_device_overhead(0, working, device, capability).total - working.total,
     )
 
 
@@ -132,6 +151,8 @@ def choose(
     one_pass: bool = False,
     windows: Lengths | None = None,
     streams: bool = True,
+    row_bytes: int = 0,
+    capability: Capability = (8, 0),
 ) -> LayerwisePlan:
     """Choose the largest batch that fits, with residuals in host memory if possible, else on disk.
 
@@ -141,7 +162,7 @@ def choose(
         requested: the plan that the config asks for.
         residuals: bytes of the residuals of the shard.
         residual_row: bytes of the residual of one token.
-        device: `cpu` or `cuda`.
+        device: `cpu`, or the type of a GPU.
         memory: of the device.
         host: the host's memory.
         threshold: share of either memory that may be in use.
@@ -149,6 +170,8 @@ def choose(
         one_pass: long documents take one pass if that fits, as in a resident model.
         windows: lengths of the corpus' windows, as for `plan.choose`.
         streams: long documents may go in chunks.
+        row_bytes: of a token at the largest hook point.
+        capability: compute capability of the device.
 
     Returns:
         The plan.
@@ -165,9 +188,19 @@ def choose(
     for free, host_free in (budget, (memory.free, host.free)):
         for spilled in (False, True):
             for cut in cuts:
-                needed = need(sizes, pass_of, cut.passes, residuals, residual_row, device, spilled)
+                needed = need(
+                    sizes,
+                    pass_of,
+                    cut.passes,
+                    residuals,
+                    residual_row,
+                    device,
+                    spilled,
+                    row_bytes=row_bytes,
+                    capability=capability,
+                )
                 fits = needed.cpu + overhead <= free
-                if device == "cuda":
+                if device != "cpu":
                     fits = needed.device + overhead <= free and needed.host <= host_free
                 if fits:
                     return LayerwisePlan(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from theloom import terminal
 from theloom.corpus.batching import Lengths
 from theloom.devices import gpu_lease
-from theloom.devices.gpu import available_memory
+from theloom.devices.gpu import available_memory, compute_capability
 from theloom.devices.host import DeviceMemory
 from theloom.errors import MemoryPlanError
 from theloom.memory.sizes import with_device_overhead
@@ -190,6 +190,7 @@ def fit_plan(
         correction=correction or Correction(),
         others=others,
         streams=streams,
+        capability=compute_capability(device),
     )
     log.info(
         "plan: batches of %d tokens, chunks of %d; %s of %s free",

@@ -13,6 +13,7 @@ from theloom.corpus.batching import Lengths
 from theloom.devices.host import DeviceMemory
 from theloom.errors import MemoryPlanError
 from theloom.memory import sizes
+from theloom.memory.cuda_allocator import Capability
 from theloom.memory.sizes import Components, PeakBytes, Workload
 from theloom.planning.estimate import SMALLEST_CHUNK, Estimate, chunk_sizes
 from theloom.store.ring_buffer import bytes_on_device
@@ -22,6 +23,13 @@ log = logging.getLogger(__name__)
 # Tokens of a batch if the config does not set them: enough to keep the device busy. On CPUs,
 # batches larger than the caches are no faster.
 MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+Place = tuple[str, Capability]  # the type of a device, and its compute capability
+
+
+def max_batch_tokens(device: str) -> int:
+    """Tokens of a batch on a type of device, if the config does not set them."""
+    return MAX_BATCH_TOKENS.get(device, MAX_BATCH_TOKENS["cuda"])
 
 
 @dataclass(frozen=True)
@@ -164,13 +172,14 @@ def choose(
     correction: Correction = Correction(),
     others: str = "",
     streams: bool = True,
+    capability: Capability = (8, 0),
 ) -> Planned:
     """Choose the largest batch and chunk with which a run fits a device.
 
     Args:
         estimate: of the run.
         kind: name of the weight format.
-        device: `cpu` or `cuda`.
+        device: `cpu`, or the type of a GPU.
         memory: of the device, now.
         threshold: share of the total that may be in use. If no plan keeps to it, any that fits the
             free memory is taken, with a warning.
@@ -178,6 +187,7 @@ def choose(
         correction: from a measurement on this device.
         others: who else uses the device, for the error.
         streams: long documents may go in chunks; otherwise each goes in one pass.
+        capability: compute capability of the device, by which its libraries take memory.
 
     Returns:
         The plan, with the changes from what was requested.
@@ -187,13 +197,14 @@ def choose(
     """
     longest = min(windows.longest if windows else estimate.context_length, estimate.context_length)
     requested = Plan(
-        estimate.batch_tokens or MAX_BATCH_TOKENS[device],
+        estimate.batch_tokens or max_batch_tokens(device),
         chunk_of(estimate.chunk_size, longest, streams),
         longest,
     )
     one_pass = one_pass_is_less(estimate, kind, requested)
     cache = "device" if device == "cpu" else estimate.cache
-    weigh = cache_of(lambda plan: _weigh(estimate, kind, device, plan.over(windows), correction))
+    place = (device, capability)
+    weigh = cache_of(lambda plan: _weigh(estimate, kind, place, plan.over(windows), correction))
     plans = smaller_plans(requested, cache, one_pass, streams)
     if one_pass:
         log.info(
@@ -212,7 +223,7 @@ def choose(
                     _warn_headroom(planned.components, memory, threshold)
                 return replace(planned, changes=changes)
     least = min(map(weigh, plans), key=_total)
-    raise MemoryPlanError(_refusal(estimate, kind, device, memory, least, correction, others))
+    raise MemoryPlanError(_refusal(estimate, kind, place, memory, least, correction, others))
 
 
 def plan_advice(
@@ -222,6 +233,7 @@ def plan_advice(
     memory: DeviceMemory,
     plan: Plan,
     correction: Correction,
+    capability: Capability = (8, 0),
 ) -> str:
     """Advise what to change after running out of memory with the smallest plan.
 
@@ -232,14 +244,16 @@ def plan_advice(
         memory: of the device.
         plan: the smallest plan.
         correction: from a measurement on this device.
+        capability: compute capability of the device.
 
     Returns:
         The end of an error message.
     """
-    least = _weigh(estimate, kind, device, plan, correction)
+    place = (device, capability)
+    least = _weigh(estimate, kind, place, plan, correction)
     # a helpful change takes less than what did not fit
     full = replace(memory, free=least.components.total - 1)
-    changes = _fitting_changes(estimate, kind, device, full, least, correction)
+    changes = _fitting_changes(estimate, kind, place, full, least, correction)
     return (
         "set " + ", or ".join(changes)
         if changes
@@ -310,11 +324,11 @@ def one_pass_is_less(estimate: Estimate, kind: str, requested: Plan) -> bool:
 
 
 def _weigh(
-    estimate: Estimate, kind: str, device: str, plan: Plan, correction: Correction
+    estimate: Estimate, kind: str, place: Place, plan: Plan, correction: Correction
 ) -> Planned:
     parts = forward(estimate, kind, plan).times(correction.ratio)
-    components = sizes.with_device_overhead(estimate.weights[kind], parts, device)
-    waiting = bytes_on_device(device, plan.step_tokens * estimate.largest_capture[kind])
+    components = sizes.with_device_overhead(estimate.weights[kind], parts, *place)
+    waiting = bytes_on_device(place[0], plan.step_tokens * estimate.largest_capture[kind])
     return Planned(plan, replace(components, on_their_way=waiting, overhead=correction.overhead))
 
 
@@ -351,7 +365,7 @@ def _total(planned: Planned) -> int:
 def _refusal(
     estimate: Estimate,
     kind: str,
-    device: str,
+    place: Place,
     memory: DeviceMemory,
     least: Planned,
     correction: Correction,
@@ -361,7 +375,7 @@ def _refusal(
     needed = least.components
     limit = f", limited by {memory.limited_by}" if memory.limited_by else ""
     limit += f"; others on it: {others}" if others else ""
-    changes = _fitting_changes(estimate, kind, device, memory, least, correction)
+    changes = _fitting_changes(estimate, kind, place, memory, least, correction)
     advice = (
         "; it would fit with " + ", or ".join(changes)
         if changes
@@ -369,7 +383,7 @@ def _refusal(
     )
     text = terminal.format_bytes
     return (
-        f"the run needs at least {text(needed.total)} ({sizes.by_category(needed)}) and {device} "
+        f"the run needs at least {text(needed.total)} ({sizes.by_category(needed)}) and {place[0]} "
         f"has {text(memory.free)} of {text(memory.total)} free{limit}{advice}"
     )
 
@@ -377,7 +391,7 @@ def _refusal(
 def _fitting_changes(
     estimate: Estimate,
     kind: str,
-    device: str,
+    place: Place,
     memory: DeviceMemory,
     least: Planned,
     correction: Correction,
@@ -388,7 +402,7 @@ def _fitting_changes(
     while shorter > SMALLEST_CHUNK:
         shorter //= 2
         plan = replace(least.plan, longest=shorter, batch_tokens=SMALLEST_CHUNK)
-        offer = _weigh(estimate, kind, device, plan, correction)
+        offer = _weigh(estimate, kind, place, plan, correction)
         if offer.components.total <= memory.free:
             offers.append((f"corpus.context_length={shorter}", offer))
             break
@@ -403,7 +417,7 @@ def _fitting_changes(
             and other in estimate.passes
             and estimate.weights[other] < estimate.weights[kind]
         ):
-            offers.append((text, _weigh(estimate, other, device, least.plan, correction)))
+            offers.append((text, _weigh(estimate, other, place, least.plan, correction)))
     fitting = [(text, offer) for text, offer in offers if offer.components.total <= memory.free]
     return [
         f"{text} (saves {terminal.format_bytes(least.components.total - offer.components.total)})"

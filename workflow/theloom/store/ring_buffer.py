@@ -8,6 +8,8 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
+from theloom.devices import pinned
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,10 +32,10 @@ def ring_bytes(device: str, largest: int) -> int:
     """The size of the ring in bytes: the largest value fits in it twice.
 
     Args:
-        device: `cpu` or `cuda`.
+        device: `cpu`, or the type of a GPU.
         largest: bytes of the largest value.
     """
-    return max(RING_BYTES[device], 2 * (largest + _ALIGNED))
+    return max(RING_BYTES.get(device, RING_BYTES["cuda"]), 2 * (largest + _ALIGNED))
 
 
 def bytes_on_device(device: str, largest: int) -> int:
@@ -51,14 +53,14 @@ class Ring:
 
     Args:
         capacity: bytes.
-        pinned: page-locked memory, so that a GPU can copy into it while it computes.
+        device: what copies into it; None: the CPU.
     """
 
-    def __init__(self, capacity: int, pinned: bool = False) -> None:
+    def __init__(self, capacity: int, device: "torch.device | None" = None) -> None:
         import torch
 
         self.capacity = capacity
-        self._buffer = torch.empty(capacity, dtype=torch.uint8, pin_memory=pinned)
+        self._buffer = pinned.pinned_empty(capacity, torch.uint8, device or torch.device("cpu"))
         # first byte and end of each slot, oldest first
         self._taken: deque[tuple[int, int]] = deque()
         self._changed = threading.Condition()

@@ -137,12 +137,12 @@ def _sweep(
     by_name = {p.name: p for p in points}
 
     def sink(number: int, name: str, start: int, values: torch.Tensor, first: int) -> None:
-        receive(kept[number], by_name[name], values[0])
+        receive(kept[number], by_name[name], values[0].cpu())
 
     longest = max(b.shape[1] for b in batches)
     runner = LayerwiseRunner(
         model.shell, model.source, points, longest, model.loaded.precision.resolved
     )
-    with ResidualStore(runner.residuals(batches, ""), None) as store:
+    with ResidualStore(runner.residuals(batches, ""), None, device=model.loaded.device) as store:
         runner.sweep(batches, store, sink)
     return kept

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from theloom.devices import host
+from theloom.devices import accelerator, host
+from theloom.devices.accelerator import DONE, Mark, SideStreams
+from theloom.devices.pinned import pinned_empty
 from theloom.engine.layerwise.quantize import OnDisk
 from theloom.engine.layerwise.weights_index import Checkpoint, Stored
 from theloom.model.quantization import with_scales
@@ -28,13 +30,13 @@ READ_BYTES = 64 << 20
 class BlockSource:
     """Attaches blocks to a model one at a time, while the next is on its way from disk.
 
-    On CUDA the buffers are pinned, and the next block is copied to the device on a stream of its
-    own; the device holds two blocks. On the CPU parameters are views of the buffers. `waited` are
-    the seconds for which the computation stood still for want of weights, `bytes_read` what came
-    from the files. Pages read are dropped from the page cache where the blocks are more than half
-    of what is free: they would be gone before the next sweep, and take others' room. Of a quantised
-    model the thread makes the next block itself, tensor by tensor, each in memory of its own: the
-    device holds two quantised blocks, the host one tensor as it is in its file.
+    On a GPU with streams the buffers are pinned, and the next block is copied to the device next to
+    the computation; the device holds two blocks. On the CPU parameters are views of the buffers.
+    `waited` are the seconds for which the computation stood still for want of weights, `bytes_read`
+    what came from the files. Pages read are dropped from the page cache where the blocks are more
+    than half of what is free: they would be gone before the next sweep, and take others' room. Of a
+    quantised model the thread makes the next block itself, tensor by tensor, each in memory of its
+    own: the device holds two quantised blocks, the host one tensor as it is in its file.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, blocks: int) -> None:
@@ -42,7 +44,8 @@ class BlockSource:
         self._files = {
             f: os.open(f, os.O_RDONLY) for f in {s.file for s in checkpoint.stored.values()}
         }
-        self._slots = [_Slot(device), _Slot(device)]
+        self._sides = SideStreams()
+        self._slots = self._new_slots()
         self.largest = max(checkpoint.room(block) for block in range(blocks))  # of the buffers
         total = sum(checkpoint.nbytes(block) for block in range(blocks))
         self._drop = hasattr(os, "posix_fadvise") and total > host.memory().free / 2
@@ -57,7 +60,10 @@ class BlockSource:
 
     def release(self) -> None:
         """Let the buffers go; the next sweep makes new ones."""
-        self._slots = [_Slot(self._device), _Slot(self._device)]
+        self._slots = self._new_slots()
+
+    def _new_slots(self) -> list["_Slot"]:
+        return [_Slot(self._device, self._sides) for _ in range(2)]
 
     def __enter__(self) -> "BlockSource":
         return self
@@ -172,65 +178,54 @@ class BlockSource:
 class _Slot:
     """One reused buffer on the host, and on a GPU its twin there."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, sides: SideStreams) -> None:
+        self._device, self._sides = device, sides
         self._host = self._there = torch.empty(0, dtype=torch.uint8)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._copied: Any = None
-        self._used: Any = None
+        self._copied = self._used = DONE
 
     def for_reading(self, size: int) -> torch.Tensor:
         """The host's buffer, once what was in it has been copied."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        self._copied.synchronize()
         if self._host.numel() < size:
-            self._host = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
-            if self._stream is not None:
+            self._host = self._there = pinned_empty(size, torch.uint8, self._device)
+            if self._device.type != "cpu":
                 self._there = torch.empty(size, dtype=torch.uint8, device=self._device)
+                self._used = accelerator.mark(self._device)  # by what had this memory before
         return self._host
 
     def send(self, size: int) -> torch.Tensor:
         """The bytes where the block will be: the buffer itself on the CPU, a copy under way on a
-        GPU.
+        GPU, after what the block before the last still computes there.
         """
-        if self._stream is None:
-            return self._host
-        with torch.cuda.stream(self._stream):
-            if self._used is not None:
-                self._stream.wait_event(
-                    self._used
-                )  # the block before the last may still be computing there
-            self._there[:size].copy_(self._host[:size], non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record(self._stream)
+        if self._there is not self._host:
+            self._copied = accelerator.copy_in(
+                self._host[:size], self._there[:size], self._sides, self._used
+            )
         return self._there
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """What is made within is made on the copies' stream of a GPU."""
-        if self._stream is None:
+        """What is made within is made on the copies' stream of a GPU, once the computation is
+        through with the block that the slot had: the device never holds a third one.
+        """
+        self._used.synchronize()
+        side = self._sides.of(self._device)
+        with accelerator.use(side):
             yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-            self._copied = torch.cuda.Event()
-            self._copied.record(self._stream)
+        self._copied = DONE if side is None else Mark(side)
 
     def used_here(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Have the memory of tensors made on the copies' stream given out again once the
         computation is through.
         """
-        if self._stream is not None:
+        if self._sides.of(self._device) is not None:
             for tensor in (part for weight in tensors.values() for part in with_scales(weight)):
-                tensor.record_stream(torch.cuda.current_stream(self._device))
+                accelerator.used_by_computation(tensor)
 
     def arrived(self) -> None:
         """Let the computation wait for the copy."""
-        if self._copied is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._copied)
+        self._copied.before_next()
 
     def done(self) -> None:
         """Say that everything which reads the block has been queued."""
-        if self._stream is not None:
-            self._used = torch.cuda.Event()
-            self._used.record(torch.cuda.current_stream(self._device))
+        self._used = accelerator.mark(self._device)

@@ -38,7 +38,7 @@ from theloom.model.weight_format import WeightFormat
 from theloom.planning import layerwise_plan, plan
 from theloom.planning.estimate import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan, PassOf, need
-from theloom.planning.plan import MAX_BATCH_TOKENS, Plan
+from theloom.planning.plan import Plan, max_batch_tokens
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,9 @@ class LayerwiseModel:
             self.kind.quantization,
             traceable_attention(self.loaded.attention),
         )
-        fake = fake_model(config, precision, quantization, attention, kernels=device)
+        fake = fake_model(
+            config, precision, quantization, attention, kernels="cpu" if device == "cpu" else "cuda"
+        )
 
         @cache
         def predicted(workload: Workload) -> tuple[PeakBytes, int]:
@@ -125,7 +127,7 @@ class LayerwiseModel:
         memory, _ = gpu.available_memory(self.loaded.device)
         longest = min(windows.longest, estimated.context_length)
         requested = Plan(
-            estimated.batch_tokens or MAX_BATCH_TOKENS[device],
+            estimated.batch_tokens or max_batch_tokens(device),
             plan.chunk_of(estimated.chunk_size, longest, streams),
             longest,
         )
@@ -145,6 +147,8 @@ class LayerwiseModel:
             windows=windows,
             one_pass=plan.one_pass_is_less(estimated, self.kind.name, requested),
             streams=streams,
+            row_bytes=estimated.largest_capture[self.kind.name],
+            capability=gpu.compute_capability(self.loaded.device),
         )
 
     def self_check(self) -> SelfCheck:
@@ -162,12 +166,14 @@ class LayerwiseModel:
         ]
         runner = LayerwiseRunner(self.shell, self.source, points, 24, "fp32")
         with ResidualStore(
-            runner.residuals(batches[:count], "", chunk_sizes[:count]), None
+            runner.residuals(batches[:count], "", chunk_sizes[:count]),
+            None,
+            device=self.loaded.device,
         ) as store:
             runner.sweep(
                 batches[:count],
                 store,
-                lambda batch, name, start, rows, first: rows_of[batch][name].append(rows),
+                lambda batch, name, start, rows, first: rows_of[batch][name].append(rows.cpu()),
                 chunk_sizes=chunk_sizes[:count],
             )
         whole, second, both, *chunked = [
@@ -285,7 +291,7 @@ def measure_sweep(
     spec = runner.residuals([ids], "")
     model.source.release()
     host.release_free_heap()  # what trying it out has left
-    with PeakMemory(device) as growing, ResidualStore(spec, None) as store:
+    with PeakMemory(device) as growing, ResidualStore(spec, None, device=device) as store:
         runner.sweep([ids], store, lambda *_: None)
     sizes, pass_of, row = model.sizes(last), model.pass_of(last), model.residual_row
     expected = need(sizes, pass_of, [chosen], spec.nbytes, row, device.type, False)

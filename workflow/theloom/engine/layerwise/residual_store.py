@@ -9,15 +9,19 @@ anyway, every block is a checkpoint.
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import xxhash
 
+from theloom.devices import accelerator
+from theloom.devices.accelerator import DONE, Mark, SideStreams
+from theloom.devices.pinned import pinned_empty
 from theloom.store import file_format
 from theloom.store.file_format import raw_bytes
+from theloom.store.ring_buffer import IN_FLIGHT
 
 log = logging.getLogger(__name__)
 
@@ -42,29 +46,42 @@ class ResidualSpec:
         return self.dtype.itemsize * sum(w * t * h for w, t, h in self.shapes)
 
 
+def host_memory(spec: ResidualSpec, device: torch.device, spilled: bool = False) -> torch.Tensor:
+    """Memory for all residuals of a shard: made once a job, since pinning it takes long."""
+    count = 0 if spilled else sum(w * t * h for w, t, h in spec.shapes)
+    return pinned_empty(count, spec.dtype, device)
+
+
 class ResidualStore:
     """Residuals by piece. `path` is the place of its files less their ends; None: no checkpoints,
     memory alone.
 
     `block_done` ends a block; it writes a checkpoint when one is due, after `commit` has made safe
-    all rows up to it. `take_up` gives the number of blocks that an earlier job's checkpoint has
+    all rows up to it. `device` is where they come from and go to, `memory` what `host_memory` made.
+    `take_up` gives the number of blocks that an earlier job's checkpoint has
     behind it. Use it as a context manager.
     """
 
     def __init__(
-        self, spec: ResidualSpec, path: Path | None, spilled: bool = False, pinned: bool = False
+        self,
+        spec: ResidualSpec,
+        path: Path | None,
+        spilled: bool = False,
+        device: torch.device | None = None,
+        memory: torch.Tensor | None = None,
     ) -> None:
         assert path is not None or not spilled
         self._spec, self._path, self._spilled = spec, path, spilled
         self._starts = [0]
         for windows, positions, hidden in spec.shapes:
             self._starts.append(self._starts[-1] + windows * positions * hidden)
-        self._memory = torch.empty(
-            0 if spilled else self._starts[-1], dtype=spec.dtype, pin_memory=pinned
-        )
+        self._device = device or torch.device("cpu")
+        self._memory = host_memory(spec, self._device, spilled) if memory is None else memory
         self._fds: list[int] = []
         self._written = xxhash.xxh3_64()
         self._turn = 0  # the file that is read, or was last written
+        self._sides, self._out = SideStreams(), SideStreams()
+        self._leaving: dict[int, Mark] = {}  # copies to the host that may be on their way
         self.bytes_written = 0
 
     def __enter__(self) -> "ResidualStore":
@@ -75,13 +92,55 @@ class ResidualStore:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.finish()
         for fd in self._fds:
             os.close(fd)
         self._fds = []
         self._memory = torch.empty(0, dtype=self._spec.dtype)
 
+    def incoming(self, pieces: Iterable[tuple[int, slice]]) -> Generator[torch.Tensor]:
+        """The residuals of windows of pieces, in turn, on the device: on a GPU each is on its way
+        while the computation is busy with the one before.
+        """
+        asked = iter(pieces)
+        if self._device.type == "cpu":
+            yield from (self.read(piece)[windows] for piece, windows in asked)
+            return
+        ahead = self._send(asked)
+        try:
+            while ahead is not None:
+                here, arrived = ahead
+                ahead = self._send(asked)
+                arrived.before_next()
+                yield here
+                del here
+        finally:
+            if ahead is not None:  # its memory is the device's, and the host's is the store's
+                ahead[1].before_next()
+                ahead[1].synchronize()
+
+    def _send(self, asked: Iterator[tuple[int, slice]]) -> tuple[torch.Tensor, Mark] | None:
+        found = next(asked, None)
+        if found is None:
+            return None
+        piece, windows = found
+        on_host = self._on_host(piece)[windows]
+        there = torch.empty(on_host.shape, dtype=on_host.dtype, device=self._device)
+        before = accelerator.mark(self._device), self._leaving.get(piece, DONE)
+        return there, accelerator.copy_in(on_host, there, self._sides, *before)
+
+    def finish(self, piece: int | None = None) -> None:
+        """Wait until a piece, or all, has come to the host."""
+        for number in list(self._leaving) if piece is None else [piece]:
+            if number in self._leaving:
+                self._leaving.pop(number).synchronize()
+
     def read(self, piece: int) -> torch.Tensor:
         """The residuals of a piece, (windows, positions, hidden size), on the host."""
+        self.finish(piece)
+        return self._on_host(piece)
+
+    def _on_host(self, piece: int) -> torch.Tensor:
         first, last, shape = self._starts[piece], self._starts[piece + 1], self._spec.shapes[piece]
         if not self._spilled:
             return self._memory[first:last].view(shape)
@@ -99,7 +158,11 @@ class ResidualStore:
         assert (values.dtype, tuple(values.shape)) == (self._spec.dtype, self._spec.shapes[piece])
         first, last = self._starts[piece], self._starts[piece + 1]
         if not self._spilled:
-            self._memory[first:last].view(values.shape).copy_(values, non_blocking=True)
+            place = self._memory[first:last].view(values.shape)
+            self._leaving.pop(piece, None)
+            self._leaving[piece] = accelerator.copy_out(values, place, self._out)
+            while len(self._leaving) > IN_FLIGHT:  # each keeps its value on the device
+                self.finish(next(iter(self._leaving)))
             return
         values = values.cpu()
         self._pwrite(self._fds[1 - self._turn], values, first * self._spec.dtype.itemsize)
@@ -113,6 +176,7 @@ class ResidualStore:
         digest = self._turn_over()
         if not due:
             return
+        self.finish()
         commit()
         if not self._spilled:
             digest = self._save()
@@ -183,8 +247,6 @@ class ResidualStore:
         return digest
 
     def _save(self) -> str:
-        if self._memory.is_pinned():
-            torch.cuda.synchronize()
         turn = 1 - self._turn
         fd = os.open(self._file(turn), os.O_WRONLY | os.O_CREAT, 0o644)
         try:

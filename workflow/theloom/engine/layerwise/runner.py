@@ -10,8 +10,8 @@ of resident execution, and so are the rows.
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from theloom.engine import handoff
 from theloom.engine.layerwise.block_loader import BlockSource
 from theloom.engine.layerwise.residual_store import ResidualSpec, ResidualStore
 from theloom.engine.layerwise.skeleton import Shell
@@ -36,7 +37,8 @@ from theloom.precision import torch_dtype
 log = logging.getLogger(__name__)
 
 # called with a batch's number, a hook point's name, the first position of a chunk, its values
-# (window, position, …) and which window of the batch is the first of theirs
+# (window, position, …) on the device, to which nothing writes any more if that is a GPU, and which
+# window of the batch is the first of theirs
 SweepSink = Callable[[int, str, int, torch.Tensor, int], None]
 
 # sees captured values, where a batch's memory is recorded
@@ -154,21 +156,22 @@ class LayerwiseRunner:
         progress = SweepProgress(first, self._last + 1, sum(ids.numel() for ids in batches))
         blocks = range(first, self._last + 1)
         for block in self._source.sweep(blocks):
-            for number, ids in enumerate(batches):
-                pieces = range(self._pieces[number], self._pieces[number + 1])
-                with profile(
-                    number,
-                    ids,
-                    lambda: [residuals.read(p) for p in pieces],  # noqa: B023
-                ) as units.captured:
-                    self._through_block(block, number, ids, residuals, units)
-                progress.update(block, number + 1, len(batches), ids.numel())
-                if requested := stop():
-                    commit()
-                    raise StoppedError(
-                        f"stopped by {requested} in block {block} of {self._last + 1}; "
-                        "run again to resume"
-                    )
+            with closing(self._incoming(batches, residuals)) as units.incoming:
+                for number, ids in enumerate(batches):
+                    pieces = range(self._pieces[number], self._pieces[number + 1])
+                    with profile(
+                        number,
+                        ids,
+                        lambda: [residuals.read(p) for p in pieces],  # noqa: B023
+                    ) as units.captured:
+                        self._through_block(block, number, ids, residuals, units)
+                    progress.update(block, number + 1, len(batches), ids.numel())
+                    if requested := stop():
+                        commit()
+                        raise StoppedError(
+                            f"stopped by {requested} in block {block} of {self._last + 1}; "
+                            "run again to resume"
+                        )
             residuals.block_done(block + 1, commit, last=block == self._last)
         if self.stages[-1] > self._last:
             self._after(batches, residuals, units)
@@ -235,10 +238,7 @@ class LayerwiseRunner:
                     if streamed and cache is None:
                         cache = BlockCache(self._shell.model.config, block)
                     call = self._calls[self._key(ids, start, chunk, streamed)][block]
-                    piece = self._piece(number, start)
-                    residual = residuals.read(piece)[group].to(
-                        self._shell.device, non_blocking=True
-                    )
+                    piece, residual = self._piece(number, start), next(units.incoming)
                     outputs.write(
                         piece, _through(taps, chunk, start, call.run, module, residual, cache)
                     )
@@ -249,14 +249,27 @@ class LayerwiseRunner:
         """The final norm."""
         norm = Anatomy.of(self._shell.architecture).final_norm
         assert norm is not None
-        with self._shell.embedded(self._source):
+        with (
+            self._shell.embedded(self._source),
+            closing(self._incoming(batches, residuals)) as incoming,
+        ):
             for number, ids in enumerate(batches):
                 with units.unit(self.stages[-1], number) as taps:
                     for group in self._groups(ids):
                         units.group(group.start)
                         for start, chunk, _ in self._chunks(number, ids[group]):
-                            piece = residuals.read(self._piece(number, start))
-                            _through(taps, chunk, start, norm, piece[group].to(self._shell.device))
+                            _through(taps, chunk, start, norm, next(incoming))
+
+    def _incoming(
+        self, batches: Sequence[torch.Tensor], residuals: ResidualStore
+    ) -> Generator[torch.Tensor]:
+        """The residuals of all batches on the device, in the order in which they go through."""
+        return residuals.incoming(
+            (self._piece(number, start), group)
+            for number, ids in enumerate(batches)
+            for group in self._groups(ids)
+            for start, _, _ in self._chunks(number, ids)
+        )
 
     def _key(
         self, ids: torch.Tensor, start: int, chunk: torch.Tensor, streamed: bool
@@ -286,14 +299,9 @@ class LayerwiseRunner:
         """The hook points of a stage."""
         return self._points[stage]
 
-    def as_stored(self, value: torch.Tensor) -> torch.Tensor:
-        """A value in the stored dtype."""
-        return value.to(self._dtype)
-
-    def to_rows(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        """A value as the writer takes it: (window, position, …), on the host."""
-        rows = stored.cpu()
-        return rows.transpose(1, 2) if name in self._over_keys else rows
+    def to_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A value as the hand-off takes it."""
+        return handoff.rows_of(value, self._dtype, name in self._over_keys)
 
 
 def _check_last_state(architecture: Architecture) -> None:
@@ -356,6 +364,7 @@ class _Units:
         )
         self._done, self._unit_done = done, unit_done
         self.captured: Captured = None
+        self.incoming: Iterator[torch.Tensor] = iter(())
         self._first = 0
         self._position: dict[str, int] = defaultdict(int)
 
@@ -373,10 +382,9 @@ class _Units:
             return
 
         def hand_over(name: str, value: torch.Tensor) -> None:
-            stored = self._runner.as_stored(value)
+            rows = self._runner.to_rows(name, value)
             if self.captured is not None:
-                self.captured(stored)
-            rows = self._runner.to_rows(name, stored)
+                self.captured(rows)
             self._sink(batch, name, self._position[name], rows, self._first)
             self._position[name] += rows.shape[1]
 

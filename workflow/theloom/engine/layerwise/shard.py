@@ -5,6 +5,7 @@ killed job left.
 import logging
 import shutil
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,10 +17,13 @@ from theloom.corpus.batching import Batch
 from theloom.devices import gpu, host
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine import interrupts, model_record
+from theloom.engine.batch_loop import largest_value
 from theloom.engine.context import ShardJob
+from theloom.engine.handoff import Handoff
 from theloom.engine.interrupts import StopRequest
+from theloom.engine.layerwise import residual_store
 from theloom.engine.layerwise.model import LayerwiseModel
-from theloom.engine.layerwise.residual_store import ResidualStore
+from theloom.engine.layerwise.residual_store import ResidualSpec, ResidualStore
 from theloom.engine.layerwise.runner import LayerwiseRunner, Swept
 from theloom.errors import MemoryPlanError
 from theloom.hooks.points import HookPoint
@@ -78,7 +82,6 @@ def extract_layerwise(job: ShardJob) -> None:
         )
         ids = [batching.padded(b, job.tokens.input_ids, job.tokens.window_offset) for b in batches]
         most = max((len(b.windows) for b in batches), default=1)
-        pinned = device.type == "cuda" and not planned.spilled
         largest = batching.largest(batches, 0, planned.plan.chunk_size) if job.profiled else ()
         profile = ShardProfile(model.loaded, output, largest)
         predicted = planned.need.device - planned.need.fixed
@@ -89,6 +92,10 @@ def extract_layerwise(job: ShardJob) -> None:
         requested = run.estimate.batch_tokens or planned.plan.batch_tokens
         least = max(0, (-(-planned.plan.batch_tokens // requested) - 1).bit_length())
 
+        @cache
+        def memory(residuals: ResidualSpec) -> torch.Tensor:
+            return residual_store.host_memory(residuals, device, planned.spilled)
+
         def extract(level: int) -> None:
             groups = 1 << max(level, least)
             runner = LayerwiseRunner(
@@ -98,12 +105,16 @@ def extract_layerwise(job: ShardJob) -> None:
             residual_spec = runner.residuals(ids, job.fingerprint)
             _check_disk(spec, run.estimate, output, residual_spec.nbytes)
             with ShardWriter(output, spec) as writer:
-                store = ResidualStore(residual_spec, output, planned.spilled, pinned)
+                store = ResidualStore(
+                    residual_spec, output, planned.spilled, device, memory(residual_spec)
+                )
                 if writer.batches_done < spec.batches:
                     writer.metrics["oom_level"] = max(writer.metrics["oom_level"], level)
-                    with store, StopRequest() as stop:
+                    largest = largest_value(batches, run.points, planned.plan.chunk_size, run.store)
+                    with store, StopRequest() as stop, Handoff(writer, device, largest) as handoff:
                         measured = _Measured(predicted, watch, stop, profile)
-                        _say(_sweep(runner, ids, batches, store, writer, measured), run.config)
+                        swept = _sweep(runner, ids, batches, store, writer, handoff, measured)
+                    _say(swept, run.config)
                     gpu.warn_above(run.threshold, device)
                 store.remove()
                 writer.finish()
@@ -129,7 +140,8 @@ def _plan(job: ShardJob, model: LayerwiseModel) -> LayerwisePlan:
             run.estimate, points, windows, run.threshold, overhead, streams=job.streams
         )
     else:
-        planned = _as_started(model, points, started, windows.tokens, overhead)
+        largest = run.estimate.largest_capture[model.kind.name]
+        planned = _as_started(model, points, started, windows.tokens, overhead, largest)
     device = model.loaded.device.type
     needed = planned.need.cpu if device == "cpu" else planned.need.device
     log.info(
@@ -145,7 +157,12 @@ def _plan(job: ShardJob, model: LayerwiseModel) -> LayerwisePlan:
 
 
 def _as_started(
-    model: LayerwiseModel, points: list[HookPoint], cut: Plan, tokens: int, overhead: int
+    model: LayerwiseModel,
+    points: list[HookPoint],
+    cut: Plan,
+    tokens: int,
+    overhead: int,
+    largest: int,
 ) -> LayerwisePlan:
     device, row = model.loaded.device.type, model.residual_row
     available, _ = gpu.available_memory(model.loaded.device)
@@ -158,6 +175,8 @@ def _as_started(
             row,
             device,
             spilled,
+            row_bytes=largest,
+            capability=gpu.compute_capability(model.loaded.device),
         )
         on_host = needed.cpu if device == "cpu" else needed.host
         if on_host + overhead <= host.memory().free and (
@@ -192,6 +211,7 @@ def _sweep(
     batches: list[Batch],
     store: ResidualStore,
     writer: ShardWriter,
+    handoff: Handoff,
     measured: _Measured,
 ) -> Swept:
     """All blocks; rows reach the writer hook point by hook point, and are whole with the last
@@ -199,33 +219,35 @@ def _sweep(
     """
     rows = sum(sum(b.lengths) for b in batches)
     last_stage, total = (len(runner.stages) - 1) * len(batches), len(runner.stages) * len(batches)
-    ready = 0
+    ready, first_unit = 0, writer.batches_done
+    units = first_unit  # handed over: the writer's own number comes later
 
     def write(number: int, name: str, start: int, values: torch.Tensor, first: int) -> None:
         batch, own = batches[number], slice(first, first + len(values))
-        for row, (window, length) in enumerate(
-            zip(batch.windows[own], batch.lengths[own], strict=True)
-        ):
-            real = min(length - start, values.shape[1])
-            if real > 0:
-                writer.write(window, name, start, values[row, :real])
+        handoff.rows(Batch(batch.windows[own], batch.lengths[own]), name, start, values)
 
     def unit_done(number: int) -> None:
-        nonlocal ready
-        if writer.batches_done >= last_stage:
+        nonlocal ready, units
+        if units >= last_stage:
             ready = rows if number == len(batches) - 1 else ready + sum(batches[number].lengths)
-        writer.batch_done(ready, last=writer.batches_done == total - 1)
+        handoff.batch_done(ready, units == total - 1, {})
+        units += 1
+
+    def commit() -> None:
+        handoff.drain()
+        writer.commit()
 
     swept = runner.sweep(
         ids,
         store,
         write,
-        done=writer.batches_done,
+        done=first_unit,
         unit_done=unit_done,
-        commit=writer.commit,
+        commit=commit,
         stop=lambda: measured.stop.requested,
         profile=measured.profile.batch,
     )
+    handoff.drain()
     writer.metrics["peak_memory"] = max(writer.metrics["peak_memory"], float(measured.watch.peak))
     writer.metrics["predicted_memory"] = float(measured.predicted)
     taken = {
@@ -234,6 +256,10 @@ def _sweep(
         "bytes_of_weights": swept.bytes_read,
         "tokens": sum(sum(b.lengths) for b in batches),
         "tokens_forwarded": swept.tokens,
+    }
+    taken |= {
+        "seconds_copy": handoff.seconds_copying,
+        "seconds_waiting_for_disk": handoff.seconds_waiting,
     }
     for name, value in taken.items():
         writer.metrics[name] += value

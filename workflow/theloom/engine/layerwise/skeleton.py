@@ -27,6 +27,7 @@ from theloom.engine.layerwise.weights_index import OUTSIDE, Checkpoint
 from theloom.errors import ModelError
 from theloom.hooks.blocks import find_blocks
 from theloom.hooks.catalog import build_catalog
+from theloom.model.attention_kernels import repeat_keys_where_needed
 from theloom.model.block_calls import (
     CACHE,
     PROBE_TOKENS,
@@ -60,6 +61,7 @@ class Shell(Frame):
         trust_remote_code: bool = False,
         quantizer: HfQuantizer | None = None,
     ) -> None:
+        repeat_keys_where_needed()
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
         dtype = torch_dtype(precision)
 

@@ -1,68 +1,44 @@
 """The GPUs that torch sees, and the memory of each, with as little of CUDA as will do.
 
-Of torch's calls, `is_available` and `device_count` ask the driver; `get_device_properties`
-initialises CUDA in the process (a fork of it cannot use CUDA then), but makes no context;
-`mem_get_info` makes one, some 0.5 GB of the GPU, and so is requested only where NVML does not tell.
-The allocator's own figures make none, and are 0 before there is one.
+Of torch's calls, counting GPUs asks the driver; their properties initialise CUDA in the process (a
+fork of it cannot use CUDA then), but make no context; the driver's memory figures make one, some
+0.5 GB of the GPU, and so are requested only where NVML does not tell. The allocator's own figures
+make none, and are 0 before there is one.
 """
 
 import os
-from dataclasses import dataclass
 
-from theloom.devices import host, nvml
+from theloom.devices import accelerator, host, nvml
+from theloom.devices.accelerator import Properties
 from theloom.devices.host import DeviceMemory
 
 
-@dataclass(frozen=True)
-class VisibleGPU:
-    """A GPU as torch sees and numbers it, under CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER. `total`
-    is in bytes.
-    """
-
-    index: int
-    uuid: str
-    name: str
-    compute_capability: tuple[int, int]
-    total: int
-
-
-def visible_gpus() -> tuple[list[VisibleGPU], str]:
+def visible_gpus() -> tuple[list[Properties], str]:
     """The GPUs that torch sees, or why there are none. Never raises."""
     import torch
 
-    if not torch.backends.cuda.is_built():
+    if not accelerator.is_built():
         return [], _why_none(f"torch {torch.__version__} is built without CUDA")
     try:
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        properties = [torch.cuda.get_device_properties(index) for index in range(count)]
-    except (
-        RuntimeError,
-        AssertionError,
-        torch.cuda.DeferredCudaCallError,
-    ) as error:  # a broken driver, or a fork
+        gpus = accelerator.properties()
+    except accelerator.broken() as error:  # a broken driver, or a fork
         return [], _why_none(f"torch cannot use CUDA: {_first_line(error)}")
-    gpus = [
-        VisibleGPU(i, str(getattr(p, "uuid", "")), p.name, (p.major, p.minor), p.total_memory)
-        for i, p in enumerate(properties)
-    ]
     return gpus, "" if gpus else _why_none("torch finds no GPU that it can use")
 
 
-def find(gpu: VisibleGPU, machine: nvml.Machine) -> nvml.Device | None:
+def find(gpu: Properties, machine: nvml.Machine) -> nvml.Device | None:
     """The same GPU, or the MIG instance that torch runs on, among those of NVML."""
     return machine.find(gpu.uuid, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
 def memory(
-    gpu: VisibleGPU, found: nvml.Device | None, machine: nvml.Machine
+    gpu: Properties, found: nvml.Device | None, machine: nvml.Machine
 ) -> tuple[DeviceMemory, str]:
     """The memory of a GPU, and the reasons in words for what could not be known.
 
     From NVML where it tells; for a board that shares the host's memory from there, since
     cudaMemGetInfo counts page cache as used on it; else from CUDA.
     """
-    import torch
-
     if found and found.total is not None and found.free is not None:
         return DeviceMemory(found.total, found.free), found.note
     if found and found.unified:
@@ -73,10 +49,12 @@ def memory(
         )
     note = found.note if found else machine.note or "NVML does not list this GPU"
     try:
-        free, total = torch.cuda.mem_get_info(gpu.index)
+        free, total = accelerator.driver_memory(accelerator.numbered(gpu.index))
     except RuntimeError as error:  # no memory left for a context
         return DeviceMemory(gpu.total, 0), f"{note}; CUDA: {_first_line(error)}"
-    return DeviceMemory(total, free), f"{note}; its total and free memory are CUDA's"
+    return DeviceMemory(
+        total, free
+    ), f"{note}; its total and free memory are {accelerator.kind_here().upper()}'s"
 
 
 def _why_none(reason: str) -> str:

@@ -1,0 +1,438 @@
+"""What TheLoom asks of an accelerator, and nothing else speaks to one: families of devices, streams
+and events, copies between host and device with all their ordering, memory figures, arithmetic.
+
+CUDA and ROCm go through `torch.cuda`. XPU and MPS go through `torch.accelerator`: their copies
+block, so no streams or events are needed there.
+"""
+
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from theloom.devices import host
+
+if TYPE_CHECKING:
+    import torch
+
+FAMILIES = ("cpu", "cuda", "rocm", "xpu", "mps")
+
+# Messages of what is, in truth, memory that ran out: drivers and libraries raise plain errors
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # cuBLAS found no room for its handle
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "OUT_OF_DEVICE_MEMORY",
+    "OUT_OF_HOST_MEMORY",
+    "OUT_OF_RESOURCES",
+)
+
+
+@dataclass(frozen=True)
+class Properties:
+    """A GPU as torch sees and numbers it. `total` is in bytes, `uuid` "" where there is none."""
+
+    index: int
+    uuid: str
+    name: str
+    compute_capability: tuple[int, int] | None
+    total: int
+
+
+class Mark:
+    """A point in the work of a stream: what was queued before it has come to pass, or will.
+
+    `held` is kept alive until somebody has waited for the mark.
+    """
+
+    def __init__(self, stream: Any, timing: bool = False, held: Any = None) -> None:
+        import torch
+
+        self._device, self._held = stream.device, held
+        # blocking: a thread that waits sleeps, and does not spin a core
+        self._event = torch.cuda.Event(enable_timing=timing, blocking=True)
+        self._event.record(stream)
+
+    def synchronize(self) -> None:
+        """Wait in this thread."""
+        self._event.synchronize()
+        self._held = None
+
+    def query(self) -> bool:
+        """Whether it has come to pass."""
+        return bool(self._event.query())
+
+    def before_next(self) -> None:
+        """Let what is queued from now on, on the current stream of its device, come after it."""
+        import torch
+
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def on(self, stream: Any) -> None:
+        """Let what is queued from now on, on that stream, come after it."""
+        stream.wait_event(self._event)
+
+    def seconds_to(self, later: "Mark") -> float:
+        """Seconds up to a later mark of the same device; both with `timing`."""
+        return float(self._event.elapsed_time(later._event)) / 1000
+
+
+class _Done(Mark):
+    """A mark where nothing is queued: all has come to pass."""
+
+    def __init__(self) -> None:
+        self._held = None
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def before_next(self) -> None:
+        pass
+
+    def on(self, stream: Any) -> None:
+        pass
+
+
+DONE: Mark = _Done()
+
+
+class SideStreams:
+    """Streams for copies next to the computation: one for each device, made when it is needed."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, Any] = {}
+
+    def of(self, device: "torch.device") -> Any:
+        """The stream of a device; None where there are no streams."""
+        import torch
+
+        if not has_streams(device):
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+
+def family(device: "torch.device | str") -> str:
+    """Which of `FAMILIES` a device is of.
+
+    Examples:
+        >>> family("mps"), family("cpu")
+        ('mps', 'cpu')
+    """
+    import torch
+
+    kind = torch.device(device).type
+    return "rocm" if kind == "cuda" and torch.version.hip else kind
+
+
+def has_streams(device: "torch.device | str") -> bool:
+    """Whether work is queued on streams: copies can run next to the computation."""
+    return family(device) in ("cuda", "rocm")
+
+
+def mark(device: "torch.device", timing: bool = False) -> Mark:
+    """A mark after all that is queued on a device's current stream."""
+    import torch
+
+    return Mark(torch.cuda.current_stream(device), timing) if has_streams(device) else DONE
+
+
+def use(stream: Any) -> AbstractContextManager[Any]:
+    """Within the context, work and memory are a side stream's; None: nothing changes."""
+    import torch
+
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def copy_out(value: "torch.Tensor", place: "torch.Tensor", sides: SideStreams) -> Mark:
+    """Copy a value to the host, next to the computation where the device can.
+
+    Args:
+        value: On any device. Nothing may write to it after the call; it is kept alive until the
+            copy has been waited for.
+        place: On the host, pinned for a copy that does not stop the host.
+        sides: Streams of copies; the one of the value's own device is taken.
+
+    Returns:
+        A mark: `place` may be read once it has been waited for.
+    """
+    side = sides.of(value.device)
+    if side is None:
+        place.copy_(value)
+        return DONE
+    computed = mark(value.device)
+    with use(side):
+        computed.on(side)
+        place.copy_(value, non_blocking=True)
+    return Mark(side, held=value)
+
+
+def copy_in(
+    source: "torch.Tensor", there: "torch.Tensor", sides: SideStreams, *after: Mark
+) -> Mark:
+    """Copy from the host to a device, next to the computation where the device can.
+
+    Args:
+        source: On the host, pinned for a copy that does not stop the host; it may be overwritten
+            once the mark that is returned has been waited for.
+        there: On the device.
+        sides: Streams of copies; the one of the device of `there` is taken.
+        after: Marks of what must come first: the last work with the memory of `there`, which for a
+            new tensor is all that was queued when it was allocated (`mark`), since its memory may
+            have been another tensor's; and the copy that brought `source` to the host, if any.
+
+    Returns:
+        A mark: call its `before_next` before work with `there` is queued.
+    """
+    side = sides.of(there.device)
+    if side is None:
+        there.copy_(source)
+        return DONE
+    with use(side):
+        for earlier in after:
+            earlier.on(side)
+        there.copy_(source, non_blocking=True)
+    return Mark(side, held=source)
+
+
+def used_by_computation(tensor: "torch.Tensor") -> None:
+    """Have the memory of a tensor that a side stream made given out again, once it is freed, only
+    after what the current stream has queued by then.
+    """
+    import torch
+
+    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+def count(kind: str) -> int:
+    """How many devices torch has of a type: cuda (also ROCm's), xpu or mps."""
+    import torch
+
+    if kind == "cuda":
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = torch.accelerator.current_accelerator(check_available=True)
+    return torch.accelerator.device_count() if here is not None and here.type == kind else 0
+
+
+def kind_here() -> str:
+    """The type of device that `auto` takes: cuda, xpu, mps, else cpu."""
+    return next((kind for kind in ("cuda", "xpu", "mps") if count(kind)), "cpu")
+
+
+def numbered(index: int) -> "torch.device":
+    """The GPU of a number, of the type that `auto` takes."""
+    import torch
+
+    return torch.device(kind_here(), index)
+
+
+def name(device: "torch.device") -> str:
+    """What provenance records: the GPU's name, or the number of CPU threads that torch uses."""
+    import torch
+
+    kind = device.type
+    if kind == "cuda":
+        return torch.cuda.get_device_name(device)
+    if kind == "xpu":
+        return torch.xpu.get_device_name(device)
+    if kind == "mps":
+        return f"Apple GPU ({platform.machine()})"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def capability(device: "torch.device") -> tuple[int, int] | None:
+    """The CUDA compute capability; None for any device that is not NVIDIA's."""
+    import torch
+
+    return torch.cuda.get_device_capability(device) if family(device) == "cuda" else None
+
+
+def supports(device: "torch.device", dtype: "torch.dtype") -> bool:
+    """Whether a device that has no compute capability takes tensors of a dtype."""
+    import torch
+
+    try:
+        x = torch.ones(2, 2, dtype=dtype, device=device)
+        (x @ x).sum().item()
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def properties() -> list[Properties]:
+    """The GPUs that torch sees. Initialises CUDA, and makes no context; raises what a broken driver
+    makes it raise, of the types `BROKEN`.
+    """
+    import torch
+
+    kind = kind_here()
+    found = []
+    for index in range(count(kind) if kind != "cpu" else 0):
+        device = torch.device(kind, index)
+        if kind == "cuda":
+            p = torch.cuda.get_device_properties(index)
+            number = None if torch.version.hip else (p.major, p.minor)
+            uuid = str(getattr(p, "uuid", ""))
+            found.append(Properties(index, uuid, p.name, number, p.total_memory))
+        else:
+            found.append(Properties(index, "", name(device), None, driver_memory(device)[1]))
+    return found
+
+
+def broken() -> tuple[type[Exception], ...]:
+    """What torch raises where the driver is broken, or CUDA was used before a fork."""
+    import torch
+
+    return (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError)
+
+
+def is_built() -> bool:
+    """Whether this build of torch has any accelerator's code."""
+    import torch
+
+    return torch.backends.cuda.is_built() or torch.accelerator.current_accelerator() is not None
+
+
+def synchronize(device: "torch.device") -> None:
+    """Wait for all that is queued on a device."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def allocated(device: "torch.device") -> int:
+    """Bytes of this process's tensors on a GPU."""
+    import torch
+
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return _memory(device).memory_allocated(device)
+
+
+def peak(device: "torch.device") -> int:
+    """The most bytes of tensors on a GPU since `reset_peak`; on MPS, which keeps none, the current
+    ones.
+    """
+    return (
+        allocated(device) if device.type == "mps" else _memory(device).max_memory_allocated(device)
+    )
+
+
+def reset_peak(device: "torch.device") -> None:
+    """Count `peak` from now."""
+    if device.type != "mps":
+        _memory(device).reset_peak_memory_stats(device)
+
+
+def reserved(device: "torch.device") -> int:
+    """Bytes that this process's allocator holds on a GPU, in use or not."""
+    import torch
+
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return _memory(device).memory_reserved(device)
+
+
+def driver_memory(device: "torch.device") -> tuple[int, int]:
+    """Bytes free and in all, as a GPU's driver reports them; makes a context on CUDA."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    if device.type == "mps":  # memory is the host's, of which Metal recommends a part at most
+        total, held = torch.mps.recommended_max_memory(), torch.mps.driver_allocated_memory()
+        return max(0, min(total - held, host.memory().free)), total
+    return torch.accelerator.get_memory_info(device)
+
+
+def _memory(device: "torch.device") -> Any:
+    import torch
+
+    return torch.cuda if device.type == "cuda" else torch.accelerator
+
+
+def empty_cache(device: "torch.device") -> None:
+    """Give memory that no tensor uses back: of all GPUs, and pinned memory of the host."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type != "cpu":
+        torch.accelerator.empty_cache()
+    if has_streams(device) and torch.accelerator.is_available():
+        torch.accelerator.empty_host_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, whoever raised it.
+
+    Examples:
+        >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))
+        True
+        >>> is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+        False
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+
+
+def exact_fp32() -> None:
+    """Have FP32 mean FP32 in this process: no TF32 or BF16 inside its products and convolutions.
+
+    Environments turn TF32 on (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), and cuDNN has it on by default.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def arithmetic() -> dict[str, Any]:
+    """How this process computes, as far as a switch decides it: what provenance records."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    return {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32_matmul": bool(matmul.allow_tf32),
+        "tf32_convolution": bool(torch.backends.cudnn.allow_tf32),
+        "bf16_reduced_precision_reduction": bool(matmul.allow_bf16_reduced_precision_reduction),
+        "fp16_reduced_precision_reduction": bool(matmul.allow_fp16_reduced_precision_reduction),
+    }
+
+
+@contextmanager
+def memory_history(device: "torch.device", entries: int) -> Iterator[None]:
+    """Let CUDA's allocator keep its history, with Python frames, within the block."""
+    if device.type != "cuda":
+        yield
+        return
+    import torch
+
+    torch.cuda.memory._record_memory_history(
+        stacks="python", max_entries=entries, clear_history=True
+    )
+    try:
+        yield
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def write_memory_history(file: str) -> None:
+    """Write the history, for pytorch.org/memory_viz."""
+    import torch
+
+    torch.cuda.memory._dump_snapshot(file)
