@@ -27,7 +27,7 @@ from support import (
 )
 from theloom.config.schema import ArchitectureConfig
 from theloom.corpus import batching
-from theloom.devices import host
+from theloom.devices import gpu, host
 from theloom.devices.host import DeviceMemory
 from theloom.engine import model_record
 from theloom.engine.resident import ResidentRunner
@@ -278,7 +278,7 @@ def test_a_run_larger_than_the_memory_ends_before_loading(tmp_path, tiny_llama, 
 def test_a_fallback_of_the_precision_warns_once_a_job(
     tmp_path, tiny_llama, monkeypatch, caplog, execution
 ):
-    monkeypatch.setattr(loading, "cpu_has_fp16", lambda: False)
+    monkeypatch.setattr(gpu, "cpu_has_fp16", lambda: False)
     requested = "memory.precision_mode=fp16 corpus.max_tokens=300 extraction.shards=1 "
     run = stages(tmp_path, tiny_llama, requested + f"extraction.execution={execution}")
     for stage in (run.prepare, run.extract, lambda: (run.merge(), run.verify())):

@@ -86,7 +86,10 @@ def exact_target(config: Config, precision: str) -> Target:
     Raises:
         ConfigError: The device is not available.
     """
-    return Target(_device(config), Resolved(precision, precision, ()))
+    device = _device(config)
+    if precision == "fp64" and device.type == "mps":
+        device = gpu.choose_device("cpu")  # which has it, where Apple's GPUs do not
+    return Target(device, Resolved(precision, precision, ()))
 
 
 def _device(config: Config) -> "torch.device":
