@@ -21,8 +21,9 @@ from support import build_tiny, stages
 from theloom.devices import host
 from theloom.devices.host import DeviceMemory
 from theloom.engine.layerwise import runner
-from theloom.errors import MemoryPlanError, StoppedError
+from theloom.errors import MemoryPlanError, ModelError, StoppedError
 from theloom.store import commit_log, file_format
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 SMALL = "corpus.max_tokens=3000 corpus.context_length=200 extraction.shards=2"
 
@@ -263,3 +264,21 @@ def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path):
     metrics = figures_of(run.folder / "shards/00000-of-00001.h5")
     ratio = metrics["peak_memory"] / metrics["predicted_memory"]
     assert 0.6 < ratio < 1.03
+
+
+def test_rows_that_depend_on_the_batch_stop_the_job(tmp_path, tiny_llama, monkeypatch, caplog):
+    """As of a model of which nothing was known that makes its rows depend on other documents."""
+    forward = LlamaMLP.forward
+    requested = "corpus.max_tokens=1500 corpus.context_length=60 extraction.shards=1"
+    run = stages(tmp_path, tiny_llama, f"{requested} extraction.execution=layerwise")
+    run.prepare()
+    with caplog.at_level("INFO"):
+        run.extract()
+    assert "recomputed alone: " in caplog.text
+    run.shards[0].unlink()
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) * (1 + (len(x) > 2)))
+    for _ in range(2):  # a job that is started once more does not pass over it
+        with pytest.raises(ModelError, match="depend on what runs beside"):
+            run.extract()
+        assert not list(run.folder.rglob("*.partial"))
+        assert not list(run.folder.rglob("*.residuals*"))

@@ -29,7 +29,11 @@ class RunsAlone(Protocol):
     ) -> "dict[str, torch.Tensor]": ...
 
 
-class RowProbe:
+class RowsDifferError(ModelError):
+    """Rows of a document are others in its batch than alone."""
+
+
+class _Probe:
     """The documents of a shard that are run twice: in their batch, and alone.
 
     Args:
@@ -47,10 +51,46 @@ class RowProbe:
         middle, deepest = len(rows) // 2, len(rows) - 1
         self._points = [rows[n] for n in sorted({middle, deepest}) if rows]
         self._limit = max(4 * tolerance, MIN_LIMIT)
-        self._row: int | None = None
-        self._kept: dict[str, list[torch.Tensor]] = {}
         self.compared = 0
         self.largest = 0.0
+
+    def _check(
+        self, window: int, name: str, rows: "torch.Tensor", expected: "torch.Tensor"
+    ) -> None:
+        """Raise RowsDifferError where rows (position, …) are others than those of the window
+        alone.
+        """
+        error = row_error(rows, expected)
+        self.largest = max(self.largest, error)
+        if not error <= self._limit:
+            raise RowsDifferError(
+                f"window {window} of the shard ({len(rows)} tokens): {name} differs by "
+                f"{error:.2g} of a row's largest value from the document alone: this model's "
+                "rows depend on what runs beside or before them; set "
+                "extraction.batch_tokens=1 and memory.streaming_chunk_size to the longest "
+                "document, and report the model"
+            )
+
+    def log(self) -> None:
+        """Say what was compared."""
+        if self.compared:
+            log.info(
+                "recomputed alone: %d of the documents; rows differ by at most %.2g of their "
+                "largest value",
+                self.compared,
+                self.largest,
+            )
+
+
+class RowProbe(_Probe):
+    """The probe of a model that runs batch by batch; arguments as of `_Probe`."""
+
+    def __init__(
+        self, windows: Iterable[int], points: Sequence[HookPoint], tolerance: float
+    ) -> None:
+        super().__init__(windows, points, tolerance)
+        self._row: int | None = None
+        self._kept: dict[str, list[torch.Tensor]] = {}
 
     def begin(self, batch: Batch, chunk_size: int) -> None:
         """A batch is about to run: see which of its windows, if any, is to be compared."""
@@ -68,7 +108,7 @@ class RowProbe:
         """A batch of token ids (window, position) has run: run the document alone.
 
         Raises:
-            ModelError: Its rows are others than in the batch, by more than rounding explains.
+            RowsDifferError: Its rows are others than in the batch, by more than rounding explains.
         """
         import torch
 
@@ -78,27 +118,54 @@ class RowProbe:
         expected = runner.alone(ids[self._row : self._row + 1, :length], self._points)
         self._windows.discard(window)
         for name, chunks in self._kept.items():
-            error = row_error(torch.cat(chunks)[:length], expected[name])
-            self.largest = max(self.largest, error)
-            if not error <= self._limit:
-                raise ModelError(
-                    f"window {window} of the shard ({length} tokens): {name} differs by "
-                    f"{error:.2g} of a row's largest value from the document alone: this model's "
-                    "rows depend on what runs beside or before them; set "
-                    "extraction.batch_tokens=1 and memory.streaming_chunk_size to the longest "
-                    "document, and report the model"
-                )
+            self._check(window, name, torch.cat(chunks)[:length], expected[name])
         self.compared += 1
 
-    def log(self) -> None:
-        """Say what was compared."""
-        if self.compared:
-            log.info(
-                "recomputed alone: %d of the documents; rows differ by at most %.2g of their "
-                "largest value",
-                self.compared,
-                self.largest,
-            )
+
+class SweptProbe(_Probe):
+    """The probe of a model that runs block by block: the documents go through each block a second
+    time, as batches of their own behind the others.
+
+    Args:
+        batches: Of the shard; the shortest windows of a few are recomputed.
+        chunk_size: Tokens of a chunk: no longer ones are.
+        points: As of `RowProbe`.
+        tolerance: As of `RowProbe`.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        chunk_size: int,
+        points: Sequence[HookPoint],
+        tolerance: float,
+    ) -> None:
+        windows = dict.fromkeys(riskiest(batches, chunk_size, longest=0))
+        super().__init__(windows, points, tolerance)
+        length = {w: n for b in batches for w, n in zip(b.windows, b.lengths, strict=True)}
+        self.batches = [Batch((w,), (length[w],)) for w in windows]
+        self._names = {p.name for p in self._points}
+        self._rows: dict[tuple[int, str], torch.Tensor] = {}
+
+    def keep(self, batch: Batch, name: str, values: "torch.Tensor") -> None:
+        """See rows of a batch of the shard: (window, position, …)."""
+        if name in self._names:
+            for row, window in enumerate(batch.windows):
+                if window in self._windows:
+                    rows = values[row, : batch.lengths[row]]
+                    self._rows[window, name] = rows.float().cpu()
+
+    def compare(self, number: int, name: str, values: "torch.Tensor") -> None:
+        """See the rows of `batches[number]`, which come after those of the shard's batches.
+
+        Raises:
+            RowsDifferError: They are others, by more than rounding explains.
+        """
+        window = self.batches[number].windows[0]
+        rows = self._rows.pop((window, name), None)  # none: an earlier job computed them
+        if rows is not None:
+            self._check(window, name, rows, values[0].float().cpu())
+            self.compared += name == self._points[-1].name
 
 
 def riskiest(batches: Sequence[Batch], chunk_size: int, longest: int) -> list[int]:

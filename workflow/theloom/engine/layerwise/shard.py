@@ -25,6 +25,7 @@ from theloom.engine.layerwise import residual_store
 from theloom.engine.layerwise.model import LayerwiseModel
 from theloom.engine.layerwise.residual_store import ResidualSpec, ResidualStore
 from theloom.engine.layerwise.runner import LayerwiseRunner, Swept
+from theloom.engine.row_probe import RowsDifferError, SweptProbe
 from theloom.errors import MemoryPlanError
 from theloom.hooks.points import HookPoint
 from theloom.memory.profile import ShardProfile
@@ -32,6 +33,8 @@ from theloom.planning import estimate, layerwise_plan, measure
 from theloom.planning.estimate import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan
 from theloom.planning.plan import Plan
+from theloom.precision import TOLERANCE
+from theloom.store.partial import partial_of
 from theloom.store.shard_file import ShardSpec
 from theloom.store.writer import ShardWriter
 
@@ -80,13 +83,20 @@ def extract_layerwise(job: ShardJob) -> None:
             planned.plan.streamed_windows,
             run.record.switches,
         )
-        ids = [batching.padded(b, job.tokens.input_ids, job.tokens.window_offset) for b in batches]
+        tolerance = max(model.loaded.tolerance, TOLERANCE[run.store])
+        probe = SweptProbe(batches, planned.plan.chunk_size, run.points, tolerance)
+        ids = [
+            batching.padded(b, job.tokens.input_ids, job.tokens.window_offset)
+            for b in (*batches, *probe.batches)
+        ]
         most = max((len(b.windows) for b in batches), default=1)
         largest = batching.largest(batches, 0, planned.plan.chunk_size) if job.profiled else ()
         profile = ShardProfile(model.loaded, output, largest)
         predicted = planned.need.device - planned.need.fixed
         if device.type == "cpu":
             predicted = planned.need.cpu + run.record.correction.overhead
+            if not planned.spilled:
+                predicted += model.residual_row * sum(b.tokens for b in probe.batches)
 
         # the batches of a partial file go in groups where they are larger than now requested
         requested = run.estimate.batch_tokens or planned.plan.batch_tokens
@@ -101,23 +111,37 @@ def extract_layerwise(job: ShardJob) -> None:
             runner = LayerwiseRunner(
                 model.shell, model.source, run.points, planned.plan.chunk_size, run.store, groups
             )
-            spec = job.spec(planned.plan, len(runner.stages) * len(batches))
+            spec = job.spec(planned.plan, len(runner.stages) * len(ids))
             residual_spec = runner.residuals(ids, job.fingerprint)
             _check_disk(spec, run.estimate, output, residual_spec.nbytes)
-            with ShardWriter(output, spec) as writer:
-                store = ResidualStore(
-                    residual_spec, output, planned.spilled, device, memory(residual_spec)
-                )
-                if writer.batches_done < spec.batches:
-                    writer.metrics["oom_level"] = max(writer.metrics["oom_level"], level)
-                    largest = largest_value(batches, run.points, planned.plan.chunk_size, run.store)
-                    with store, StopRequest() as stop, Handoff(writer, device, largest) as handoff:
-                        measured = _Measured(predicted, watch, stop, profile)
-                        swept = _sweep(runner, ids, batches, store, writer, handoff, measured)
-                    _say(swept, run.config)
-                    gpu.warn_above(run.threshold, device)
+            try:
+                with ShardWriter(output, spec) as writer:
+                    store = ResidualStore(
+                        residual_spec, output, planned.spilled, device, memory(residual_spec)
+                    )
+                    if writer.batches_done < spec.batches:
+                        writer.metrics["oom_level"] = max(writer.metrics["oom_level"], level)
+                        largest = largest_value(
+                            batches, run.points, planned.plan.chunk_size, run.store
+                        )
+                        with (
+                            store,
+                            StopRequest() as stop,
+                            Handoff(writer, device, largest) as handoff,
+                        ):
+                            measured = _Measured(predicted, watch, stop, profile)
+                            swept = _sweep(
+                                runner, ids, batches, probe, store, writer, handoff, measured
+                            )
+                        _say(swept, run.config)
+                        probe.log()
+                        gpu.warn_above(run.threshold, device)
+                    store.remove()
+                    writer.finish()
+            except RowsDifferError:  # a job that resumes would not see it again
                 store.remove()
-                writer.finish()
+                partial_of(output).unlink()
+                raise
 
         def cut(level: int) -> Plan:
             """Batches get smaller as long as one has several windows; what is committed keeps its
@@ -209,27 +233,34 @@ def _sweep(
     runner: LayerwiseRunner,
     ids: list[torch.Tensor],
     batches: list[Batch],
+    probe: SweptProbe,
     store: ResidualStore,
     writer: ShardWriter,
     handoff: Handoff,
     measured: _Measured,
 ) -> Swept:
     """All blocks; rows reach the writer hook point by hook point, and are whole with the last
-    block.
+    block. `ids` are of the batches, and of those of the probe.
     """
     rows = sum(sum(b.lengths) for b in batches)
-    last_stage, total = (len(runner.stages) - 1) * len(batches), len(runner.stages) * len(batches)
+    last_stage, total = (len(runner.stages) - 1) * len(ids), len(runner.stages) * len(ids)
     ready, first_unit = 0, writer.batches_done
     units = first_unit  # handed over: the writer's own number comes later
 
     def write(number: int, name: str, start: int, values: torch.Tensor, first: int) -> None:
+        if number >= len(batches):
+            probe.compare(number - len(batches), name, values)
+            return
         batch, own = batches[number], slice(first, first + len(values))
-        handoff.rows(Batch(batch.windows[own], batch.lengths[own]), name, start, values)
+        part = Batch(batch.windows[own], batch.lengths[own])
+        handoff.rows(part, name, start, values)
+        probe.keep(part, name, values)
 
     def unit_done(number: int) -> None:
         nonlocal ready, units
         if units >= last_stage:
-            ready = rows if number == len(batches) - 1 else ready + sum(batches[number].lengths)
+            whole = number >= len(batches) - 1
+            ready = rows if whole else ready + sum(batches[number].lengths)
         handoff.batch_done(ready, units == total - 1, {})
         units += 1
 
