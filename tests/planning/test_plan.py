@@ -269,3 +269,15 @@ def test_the_passes_of_a_plan_are_the_largest_that_batching_makes(batch_tokens, 
         len(b.windows) * min(b.width, chunk) for b in plan_batches(lengths, batch_tokens, chunk)
     )
     assert largest <= max(requested.batch_windows * requested.width, batch_tokens)
+
+
+def test_the_workspace_of_the_gpu_at_hand_is_counted(mistral):
+    memory = DeviceMemory(80 * GB, 79 * GB)
+    workspace = {
+        capability: plan.choose(
+            mistral, "bf16", "cuda", memory, capability=capability
+        ).components.workspace
+        for capability in ((8, 0), (9, 0), None)
+    }
+    assert workspace == {(8, 0): 8320 << 10, (9, 0): 32 << 20, None: 32 << 20}
+    assert plan.choose(mistral, "bf16", "mps", memory).components.context == 0
