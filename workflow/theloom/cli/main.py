@@ -119,14 +119,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _gpus(arguments: argparse.Namespace) -> None:
-    from theloom import precision
     from theloom.devices import gpu_specs
-    from theloom.devices.gpu import GPUManager
+    from theloom.devices.gpu import GPUManager, precision_of
 
     infos = GPUManager().get_gpu_info()
     machine = [
-        (info, precision.follow("auto", info.compute_capability).resolved)
-        for info in (infos if isinstance(infos, list) else [infos])
+        (info, precision_of(info)) for info in (infos if isinstance(infos, list) else [infos])
     ]
     if arguments.json:
         report = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from theloom.devices import accelerator, gpu_lease, host, nvml, visible
 from theloom.devices.host import DeviceMemory
 from theloom.errors import ConfigError
-from theloom.precision import Resolved, choose_precision, cpu_has_fp16
+from theloom.precision import Resolved, choose_precision, cpu_has_fp16, follow
 
 if TYPE_CHECKING:
     import torch
@@ -180,6 +180,13 @@ class GPUInfo:
     def other_processes(self) -> tuple[nvml.Process, ...]:
         """The listed processes but this one."""
         return tuple(p for p in self.processes if p.pid != os.getpid())
+
+
+def precision_of(info: GPUInfo) -> str:
+    """What `memory.precision_mode=auto` is on a device of `GPUManager`."""
+    if info.compute_capability or info.name == "CPU":
+        return follow("auto", info.compute_capability).resolved
+    return precision_on(accelerator.numbered(info.index), "auto").resolved
 
 
 class GPUManager:
