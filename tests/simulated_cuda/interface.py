@@ -5,7 +5,6 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ from unittest import mock
 
 import torch
 import torch._dynamo  # which shapes are worked out with: before its Event is replaced
+from torch.utils._device import _device_constructors
 
 from simulated_cuda.memory import CAPABILITY, NAME, Device, Pinned
 from simulated_cuda.streams import LOCK, Event, Schedule, Stream
@@ -153,6 +153,7 @@ def simulated(
     """
     world = World(devices, total, policy, seed)
     _give_cuda_a_guard()
+    _device_constructors()  # torch notes once which functions make tensors: the real ones
     before = torch._C._only_lift_cpu_tensors()
     with ExitStack() as stack:
         for place, names in _interface(world):
@@ -241,8 +242,7 @@ def _interface(world: World) -> list[tuple[Any, dict[str, Any]]]:
         "get_device_capability": lambda d=None: {"supported_dtypes": set()},
     }
     Event.current = staticmethod(world.current_stream)
-    current = partial(World.current_stream, world)
-    dispatcher = Dispatcher(world.devices, world.pinned, current)
+    dispatcher = Dispatcher(world.devices, world.pinned, world.current_stream, world.index)
     return [
         (torch.cuda, cuda),
         (torch.accelerator, accelerator),

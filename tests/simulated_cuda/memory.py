@@ -20,10 +20,12 @@ from simulated_cuda.streams import LOCK, Mark, Schedule, Stream
 NAME, CAPABILITY = "Simulated GPU", (9, 0)
 
 
-def poison(memory: torch.Tensor) -> None:
-    """NaN in every float, -1 in every signed integer; over the whole storage of a CPU tensor."""
+def poison(memory: torch.Tensor, most: int | None = None) -> None:
+    """NaN in every float, -1 in every signed integer; over the whole storage of a CPU tensor, or
+    so many bytes of it.
+    """
     with torch.inference_mode(), torch._C._DisableTorchDispatch():
-        torch.empty(0, dtype=torch.uint8).set_(memory.untyped_storage()).fill_(0xFF)
+        torch.empty(0, dtype=torch.uint8).set_(memory.untyped_storage())[:most].fill_(0xFF)
 
 
 class _Full(Exception):

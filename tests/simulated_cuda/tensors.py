@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from simulated_cuda.memory import Device, Memory, Pinned
+from simulated_cuda.memory import Device, Memory, Pinned, poison
 from simulated_cuda.streams import LOCK, Stream
 
 aten = torch.ops.aten
@@ -45,6 +45,7 @@ SYNCING = {
     aten.repeat_interleave.Tensor,
     aten.bincount.default,
 }
+_MOST_POISONED = 1 << 24  # bytes of a pinned buffer: the first of a large ring are enough
 _PINNING = {aten.pin_memory.default, aten._pin_memory.default}
 
 
@@ -112,9 +113,13 @@ class Dispatcher:
     """What becomes of each operation."""
 
     def __init__(
-        self, devices: Sequence[Device], pinned: Pinned, current: Callable[[int], Stream]
+        self,
+        devices: Sequence[Device],
+        pinned: Pinned,
+        current: Callable[[int], Stream],
+        number: Callable[[torch.device], int],
     ) -> None:
-        self.devices, self.pinned, self.current = devices, pinned, current
+        self.devices, self.pinned, self.current, self.number = devices, pinned, current, number
         self.schedule = devices[0].schedule
         self._shapes: dict[Any, Any] = {}
 
@@ -142,8 +147,7 @@ class Dispatcher:
         pin = kwargs.pop("pin_memory", False)
         made = func(*args, **kwargs)
         if pin:
-            with torch.inference_mode():
-                torch.empty(0, dtype=torch.uint8).set_(made.untyped_storage()).fill_(0xFF)
+            poison(made, _MOST_POISONED)
             return self.pinned.made(made)
         return made
 
@@ -169,7 +173,11 @@ class Dispatcher:
                 return result
         sims = [t for t in tensors if isinstance(t, SimulatedTensor)]
         self.schedule.operation()
-        index = wanted.index or 0 if wanted and wanted.type == "cuda" else sims[0].device.index
+        index = (
+            self.number(wanted)
+            if wanted is not None and wanted.type == "cuda"
+            else sims[0].device.index
+        )
         if wanted is not None and wanted.type != "cuda":  # empty_like(…, device="cpu")
             return self._on_host(func, tree_map(_meta, args), kwargs)
         if wanted is None or func.__name__.split(".")[0] not in _FACTORIES:
@@ -194,7 +202,6 @@ class Dispatcher:
         stream.run_until()
         with torch.inference_mode():
             results = func(*elems, **named)
-
 
         def made(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
@@ -310,15 +317,16 @@ class Dispatcher:
         shape = torch.empty_like(
             _meta(source), dtype=dtype, memory_format=memory_format or torch.preserve_format
         )
-        with torch.inference_mode():
-            elem = torch.empty_strided(shape.size(), shape.stride(), dtype=shape.dtype)
         if target.type != "cuda":
             made = torch.empty_strided(shape.size(), shape.stride(), dtype=shape.dtype)
+            poison(made)
             if non_blocking or pin_memory:  # as torch does: such a copy needs pinned memory
                 self.pinned.made(made)
         else:
-            stream = self.current(target.index or 0)
-            made = self._born(elem, target.index or 0, stream, written=True)
+            with torch.inference_mode():
+                elem = torch.empty_strided(shape.size(), shape.stride(), dtype=shape.dtype)
+            index = self.number(target)
+            made = self._born(elem, index, self.current(index))
         self._copy(made, source, non_blocking)
         return made
 
