@@ -1,4 +1,4 @@
-"""What torch shows of the simulated devices: `torch.cuda` and `torch.accelerator`, as documented."""
+"""What torch shows of simulated devices: `torch.cuda` and `torch.accelerator`, as documented."""
 
 import contextlib
 import ctypes
@@ -93,11 +93,7 @@ class World:
     def synchronize(self, device: Any = None) -> None:
         with LOCK:
             self.schedule.synchronized("device")
-            self._finish(self.index(device))
-
-    def _finish(self, index: int) -> None:
-        for stream in [s for s in self.schedule.streams if s.device.index == index]:
-            stream.run_until()
+            self.device(device).finish()
 
     def empty_cache(self) -> None:
         for device in self.devices:
@@ -166,8 +162,8 @@ def simulated(
             yield world
         finally:
             with LOCK:
-                for index in range(devices):
-                    world._finish(index)
+                for device in world.devices:
+                    device.finish()
 
 
 def _interface(world: World) -> list[tuple[Any, dict[str, Any]]]:
@@ -177,6 +173,15 @@ def _interface(world: World) -> list[tuple[Any, dict[str, Any]]]:
     class SideStream(Stream):
         def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
             super().__init__(world.schedule, world.index(device))
+            self._entered: list[Any] = []
+
+        def __enter__(self) -> "SideStream":
+            self._entered.append(world.on_stream(self))
+            self._entered[-1].__enter__()
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._entered.pop().__exit__(*error)
 
     class AnyEvent(Event):
         def __init__(self, device: Any = None, **options: Any) -> None:

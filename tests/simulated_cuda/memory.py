@@ -1,8 +1,8 @@
 """Memory of simulated devices: blocks from a caching allocator, poison, pinned pages, a limit.
 
-What the host frees is given out again while work that uses it is still queued, as on a GPU: the
-poison that stands for the next owner's values comes in the order of the stream on which the block
-was allocated, and on no other.
+What the host frees may be given out again while work that uses it is still queued, as on a GPU: by
+the next allocation on the same stream. The poison that stands for the next owner's values comes
+there, in the order of that stream and of no other.
 """
 
 import bisect
@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from caching_allocator import Block, CachingAllocator
@@ -28,7 +29,7 @@ def poison(memory: torch.Tensor, most: int | None = None) -> None:
         torch.empty(0, dtype=torch.uint8).set_(memory.untyped_storage())[:most].fill_(0xFF)
 
 
-class _Full(Exception):
+class _FullError(Exception):
     """The driver has no room for another segment."""
 
 
@@ -44,7 +45,7 @@ class _Pool(CachingAllocator):
         block = super()._segment(size, small)
         if self._device.reserved > self._device.limit:
             self.reserved = before
-            raise _Full
+            raise _FullError
         return block
 
 
@@ -79,6 +80,7 @@ class Device:
         self.index, self.total, self.fraction = index, total, 1.0
         self.schedule, self.stream = schedule, Stream(schedule, index, is_default=True)
         self._pools: dict[Stream, _Pool] = {}
+        self._freed: dict[Stream, list[torch.Tensor]] = {}
         self.ended: deque[Owned] = deque()
         self._deferred: list[tuple[Owned, list[Mark]]] = []
         self.peak_allocated = self.peak_reserved = self.allocations = self.failures = 0
@@ -109,9 +111,9 @@ class Device:
         self.allocations += 1
         try:
             if self.fail(self.allocations):
-                raise _Full
+                raise _FullError
             block = self._block(nbytes, stream)
-        except _Full:
+        except _FullError:
             self.failures += 1
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {nbytes / 2**20:.2f} MiB. GPU {self.index} "
@@ -120,6 +122,8 @@ class Device:
             ) from None
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         self.peak_reserved = max(self.peak_reserved, self.reserved)
+        for freed in self._freed.pop(stream, ()):  # whose memory this may be
+            stream.push(partial(poison, freed))
         poison(memory)
         if not written:
             stream.push(lambda: poison(memory))
@@ -129,7 +133,7 @@ class Device:
         pool = self._pools.setdefault(stream, _Pool(self))
         try:
             return pool.allocate(nbytes)
-        except _Full:  # what is cached goes back to the driver, once its work is done
+        except _FullError:  # what is cached goes back to the driver, once its work is done
             self.empty_cache()
             return pool.allocate(nbytes)
 
@@ -157,19 +161,24 @@ class Device:
     def _free(self, owned: Owned) -> None:
         assert owned.block is not None
         self._pools[owned.stream].release(owned.block)
-        memory = owned.memory
-        owned.stream.push(lambda: poison(memory))
+        self._freed.setdefault(owned.stream, []).append(owned.memory)
 
     def empty_cache(self) -> None:
-        """Give segments that nothing uses back to the driver, after the work that used them."""
+        """Give segments that nothing uses back to the driver, which waits for the device."""
         with LOCK:
-            self.collect()
-            for _, others in self._deferred:
-                for mark in others:
-                    mark.stream.run_until(mark)
+            self.finish()
             self.collect(events=True)
+            for freed in (memory for several in self._freed.values() for memory in several):
+                poison(freed)
+            self._freed.clear()
             for pool in self._pools.values():
                 pool.trim()
+
+    def finish(self) -> None:
+        """Run all that is queued."""
+        for stream in self.schedule.streams:
+            if stream.device.index == self.index:
+                stream.run_until()
 
     def reset_peaks(self) -> None:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
