@@ -39,11 +39,12 @@ class Prepared:
 
     folder: Path
     gpus: int = 0
+    leased: bool | None = None  # None: where there are several
 
     def again(self, folder: Path) -> "Extraction":
         """A copy of it to extract in."""
         shutil.copytree(self.folder, folder)
-        return Extraction(Stages(folder), self.gpus)
+        return Extraction(Stages(folder), self.gpus, self.leased)
 
 
 @dataclass(frozen=True)
@@ -52,28 +53,31 @@ class Extraction:
 
     run: Stages
     gpus: int
+    leased: bool | None = None
 
     def rows(self, verified: bool = False, **simulation: Any) -> Rows:
         """Extract, from where an earlier call was stopped, and read the rows."""
-        with machine(self.gpus, **simulation):
+        with machine(self.gpus, self.leased, **simulation):
             self.run.extract()
         self.run.merge()
         if verified:
-            with machine(self.gpus, **simulation):
+            with machine(self.gpus, self.leased, **simulation):
                 self.run.verify()
         return read_rows(self.run.activations)
 
 
-def prepare(folder: Path, model: Path, overrides: str, gpus: int = 0) -> Prepared:
+def prepare(
+    folder: Path, model: Path, overrides: str, gpus: int = 0, leased: bool | None = None
+) -> Prepared:
     """All stages before the extraction; on simulated GPUs, unless they are none."""
     device = "" if "extraction.device=" in overrides else "extraction.device=cuda"
     corpus = f"corpus.path={model.parent / 'corpus.jsonl'}"
     requested = {o.partition("=")[0] for o in overrides.split()}
     small = " ".join(o for o in SMALL.split() if o.partition("=")[0] not in requested)
     run = stages(folder, model, f"{small} {corpus} {device if gpus else ''} {overrides}")
-    with machine(gpus):
+    with machine(gpus, leased):
         run.prepare()
-    return Prepared(folder, gpus)
+    return Prepared(folder, gpus, leased)
 
 
 def cpu_rows(folder: Path, model: Path) -> Rows:

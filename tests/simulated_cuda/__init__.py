@@ -13,7 +13,6 @@ A kernel's own temporaries take no simulated memory. Autograd through such tenso
 """
 
 from simulated_cuda.interface import World, simulated, uuid
-from simulated_cuda.memory import at_random
 from simulated_cuda.streams import POLICIES
 
-__all__ = ["POLICIES", "World", "at_random", "simulated", "uuid"]
+__all__ = ["POLICIES", "World", "simulated", "uuid"]

@@ -6,7 +6,6 @@ there, in the order of that stream and of no other.
 """
 
 import bisect
-import random
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -73,7 +72,7 @@ class Memory:
 
 class Device:
     """One GPU. Bytes as torch.cuda counts them; `total` is what the driver shows, `fraction` of
-    which this process may take. `fail` says of an allocation, by its number, that it fails.
+    which this process may take. `fail` says of an allocation, by its number and bytes, that it fails.
     """
 
     def __init__(self, schedule: Schedule, index: int, total: int) -> None:
@@ -84,7 +83,7 @@ class Device:
         self.ended: deque[Owned] = deque()
         self._deferred: list[tuple[Owned, list[Mark]]] = []
         self.peak_allocated = self.peak_reserved = self.allocations = self.failures = 0
-        self.fail: Callable[[int], bool] = lambda number: False
+        self.fail: Callable[[int, int], bool] = lambda number, nbytes: False
 
     @property
     def limit(self) -> int:
@@ -110,7 +109,7 @@ class Device:
         self.collect(events=True)
         self.allocations += 1
         try:
-            if self.fail(self.allocations):
+            if self.fail(self.allocations, nbytes):
                 raise _FullError
             block = self._block(nbytes, stream)
         except _FullError:
@@ -227,10 +226,3 @@ class Pinned:
         end = starts[at] + self._registered[starts[at]] if at >= 0 else 0
         return storage.data_ptr() + storage.nbytes() <= end
 
-
-def at_random(seed: int, share: float, first: int = 0) -> Callable[[int], bool]:
-    """An allocator's `fail` at random moments: so large a share of its allocations from the
-    `first` on.
-    """
-    draw = random.Random(seed)
-    return lambda number: number >= first and draw.random() < share

@@ -125,10 +125,10 @@ class Dispatcher:
 
     def dispatch(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run on the host what is the host's, queue the rest."""
+        if torch._C._get_dispatch_mode(_FAKE) is not None:
+            return func(*args, **kwargs)
         tensors = list(_tensors((*args, *kwargs.values())))
-        if torch._C._get_dispatch_mode(_FAKE) is not None or any(
-            isinstance(t, FakeTensor) for t in tensors
-        ):
+        if any(isinstance(t, FakeTensor) for t in tensors):
             return func(*args, **kwargs)
         wanted = kwargs.get("device") or next(
             (a for a in args if isinstance(a, torch.device)), None
