@@ -26,7 +26,8 @@ LENGTHS = (90, 20, 17, 12, 41, 5)  # long documents go in chunks, short ones sid
 
 def build(folder: Path, model_type: str = "llama") -> Path:
     """A tiny model of four blocks that takes bytes, and a corpus next to it."""
-    model = with_bytes(build_tiny(model_type, folder / "model", vocab_size=384, num_hidden_layers=4))
+    numbers = {"vocab_size": 384, "num_hidden_layers": 4}
+    model = with_bytes(build_tiny(model_type, folder / "model", **numbers))
     texts = [chr(97 + n) * (length - 1) + "." for n, length in enumerate(LENGTHS)]
     lines = [json.dumps({"text": text}) for text in texts]
     (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -39,9 +39,7 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
 
 
 @pytest.fixture(scope="module")
-def prepared_on(
-    model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Prepared]:
+def prepared_on(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
     """The run of an execution, prepared once."""
 
     @functools.cache

@@ -72,7 +72,7 @@ class Memory:
 
 class Device:
     """One GPU. Bytes as torch.cuda counts them; `total` is what the driver shows, `fraction` of
-    which this process may take. `fail` says of an allocation, by its number and bytes, that it fails.
+    which this process may take. `fail` says of an allocation, by number and bytes, that it fails.
     """
 
     def __init__(self, schedule: Schedule, index: int, total: int) -> None:
@@ -109,8 +109,6 @@ class Device:
         self.collect(events=True)
         self.allocations += 1
         try:
-            if self.fail(self.allocations, nbytes):
-                raise _FullError
             block = self._block(nbytes, stream)
         except _FullError:
             self.failures += 1
@@ -130,6 +128,8 @@ class Device:
 
     def _block(self, nbytes: int, stream: Stream) -> Block:
         pool = self._pools.setdefault(stream, _Pool(self))
+        if self.fail(self.allocations, nbytes):
+            raise _FullError
         try:
             return pool.allocate(nbytes)
         except _FullError:  # what is cached goes back to the driver, once its work is done
@@ -225,4 +225,3 @@ class Pinned:
         at = bisect.bisect_right(starts, storage.data_ptr()) - 1
         end = starts[at] + self._registered[starts[at]] if at >= 0 else 0
         return storage.data_ptr() + storage.nbytes() <= end
-
