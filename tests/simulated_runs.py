@@ -24,9 +24,9 @@ SMALL = (
 LENGTHS = (90, 20, 17, 12, 41, 5)  # long documents go in chunks, short ones side by side
 
 
-def build(folder: Path, model_type: str = "llama") -> Path:
+def build(folder: Path, model_type: str = "llama", **numbers: int) -> Path:
     """A tiny model of four blocks that takes bytes, and a corpus next to it."""
-    numbers = {"vocab_size": 384, "num_hidden_layers": 4}
+    numbers = {"vocab_size": 384, "num_hidden_layers": 4, **numbers}
     model = with_bytes(build_tiny(model_type, folder / "model", **numbers))
     texts = [chr(97 + n) * (length - 1) + "." for n, length in enumerate(LENGTHS)]
     lines = [json.dumps({"text": text}) for text in texts]
@@ -81,9 +81,9 @@ def prepare(
     return Prepared(folder, gpus, leased)
 
 
-def cpu_rows(folder: Path, model: Path) -> Rows:
+def cpu_rows(folder: Path, model: Path, overrides: str = "") -> Rows:
     """The rows of the same run on the CPU."""
-    run = prepare(folder, model, "").again(folder.with_name(folder.name + "-rows")).run
+    run = prepare(folder, model, overrides).again(folder.with_name(folder.name + "-rows")).run
     run.extract()
     run.merge()
     return read_rows(run.activations)

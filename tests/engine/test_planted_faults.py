@@ -9,6 +9,7 @@ test fails.
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,14 @@ from theloom.devices import accelerator
 from theloom.engine.layerwise import residual_store
 from theloom.errors import StoppedError, StoreError
 from theloom.store.ring_buffer import Ring
+from theloom.store.writer import ShardWriter
 
-EXECUTIONS = {"chunks": "", "layerwise": "extraction.execution=layerwise"}
+LAYERWISE = "extraction.execution=layerwise"
+# nothing else makes the host wait: one batch of one document, read behind the last block
+ONE_PIECE = (
+    f"{LAYERWISE} corpus.max_tokens=20 memory.activation_cache_filter=[blocks.3.hook_resid_post]"
+)
+EXECUTIONS = {"chunks": [""], "layerwise": [ONE_PIECE, LAYERWISE]}
 
 # waits whose lack gives no wrong rows, and what they are for
 HARMLESS = {
@@ -37,25 +44,40 @@ HARMLESS = {
 Site = tuple[str, str]  # function, and what it calls
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("llama"))
+class Faulty:
+    """A run of one execution, over one corpus or several, that a fault may be planted in."""
+
+    def __init__(self, folder: Path, model: Path, options: list[str], gpus: int = 1) -> None:
+        self.runs, self._folder = [], folder / "extraction"
+        for number, overrides in enumerate(options):
+            prepared = prepare(folder / f"{number}", model, overrides, gpus)
+            plain = overrides.replace(LAYERWISE, "")
+            self.runs.append((prepared, cpu_rows(folder / f"{number}-cpu", model, plain)))
+
+    def wrong(self, policy: str) -> bool:
+        """Whether an extraction gives other rows than the CPU, or an error."""
+        return any(self._wrong(run, expected, policy) for run, expected in self.runs)
+
+    def _wrong(self, run: Prepared, expected: Rows, policy: str) -> bool:
+        try:
+            rows = run.again(self._folder).rows(policy=policy)
+            return difference(rows, expected) > 1e-5
+        except Exception:  # NaN in the rows, an index out of range: noticed either way
+            return True
+        finally:
+            shutil.rmtree(self._folder)
+
+    @property
+    def noticed(self) -> bool:
+        """Whether any order of the streams gives wrong rows."""
+        return any(self.wrong(policy) for policy in ("copies_first", "eager", *POLICIES))
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    return cpu_rows(tmp_path_factory.mktemp("cpu") / "run", model)
-
-
-def is_wrong(run: Prepared, expected: Rows, folder: Path, policy: str) -> bool:
-    """Whether an extraction gives other rows than the CPU, or an error."""
-    extraction = run.again(folder)
-    try:
-        return difference(extraction.rows(policy=policy), expected) > 1e-5
-    except Exception:  # NaN in the rows, an index out of range: noticed either way
-        return True
-    finally:
-        shutil.rmtree(folder)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Faulty]:
+    folder = tmp_path_factory.mktemp("runs")
+    model = build(folder)
+    return {name: Faulty(folder / name, model, options) for name, options in EXECUTIONS.items()}
 
 
 SEAM = {"synchronize", "before_next", "on", "mark", "use", "of", "finish"}
@@ -97,28 +119,17 @@ def waits(seen: set[Site], left_out: Site | None = None) -> Iterator[None]:
         yield
 
 
-def noticed(run: Prepared, expected: Rows, folder: Path) -> bool:
-    """Whether any order of the streams gives wrong rows."""
-    return any(is_wrong(run, expected, folder, p) for p in ("copies_first", *POLICIES[::-1]))
-
-
-@pytest.fixture(scope="module")
-def prepared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prepared]:
-    folder = tmp_path_factory.mktemp("runs")
-    return {name: prepare(folder / name, model, o, gpus=1) for name, o in EXECUTIONS.items()}
-
-
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_each_wait_left_out_is_noticed(prepared, expected, tmp_path, execution):
-    run, seen = prepared[execution], set()
+def test_each_wait_left_out_is_noticed(runs, execution):
+    run, seen = runs[execution], set()
     with waits(seen):
-        assert not is_wrong(run, expected, tmp_path / "rows", "lazy")
+        assert not run.wrong("lazy")
     missed = set()
     for site in sorted(seen):
         if site[0] in HARMLESS:
             continue
         with waits(set(), left_out=site):
-            if not noticed(run, expected, tmp_path / "rows"):
+            if not run.noticed:
                 missed.add(site)
     assert not missed
     needed = {name for name, _ in seen} - HARMLESS.keys()
@@ -146,19 +157,19 @@ def copies(seen: set[str], elsewhere: str = "") -> Iterator[None]:
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_each_copy_on_another_stream_is_noticed(prepared, expected, tmp_path, execution):
-    run, seen = prepared[execution], set()
+def test_each_copy_on_another_stream_is_noticed(runs, execution):
+    run, seen = runs[execution], set()
     with copies(seen):
-        assert not is_wrong(run, expected, tmp_path / "rows", "lazy")
+        assert not run.wrong("lazy")
     for site in sorted(seen):
         with copies(set(), elsewhere=site):
-            assert noticed(run, expected, tmp_path / "rows"), site
+            assert run.noticed, site
     assert len(seen) >= {"chunks": 1, "layerwise": 3}[execution], seen
 
 
 @pytest.mark.parametrize(("function", "number"), [("send", 0), ("_send", 0), ("_send", 1)])
 def test_each_mark_that_a_copy_to_the_device_waits_for_is_needed(
-    prepared, expected, tmp_path, monkeypatch, function, number
+    runs, monkeypatch, function, number
 ):
     """Of a new buffer the work that had its memory, of a used one the work that reads it, and of
     residuals the copy that brought them to the host.
@@ -171,68 +182,74 @@ def test_each_mark_that_a_copy_to_the_device_waits_for_is_needed(
         return original(source, there, sides, *after)
 
     monkeypatch.setattr(accelerator, "copy_in", copy_in)
-    assert noticed(prepared["layerwise"], expected, tmp_path / "rows")
+    assert runs["layerwise"].noticed
 
 
-def test_a_new_buffer_written_before_its_memory_is_free_is_noticed(
-    prepared, expected, tmp_path, monkeypatch
-):
+def test_a_new_buffer_written_before_its_memory_is_free_is_noticed(runs, monkeypatch):
     def no_mark(device: torch.device, timing: bool = False) -> Any:
         is_new = sys._getframe(1).f_code.co_name == "for_reading"
         return accelerator.DONE if is_new else original(device, timing)
 
     original = accelerator.mark
     monkeypatch.setattr(accelerator, "mark", no_mark)
-    assert noticed(prepared["layerwise"], expected, tmp_path / "rows")
+    assert runs["layerwise"].noticed
 
 
-def test_a_value_freed_before_it_is_copied_is_noticed(prepared, expected, tmp_path, monkeypatch):
+def test_a_value_freed_before_it_is_copied_is_noticed(runs, monkeypatch):
     original = accelerator.Mark.__init__
 
     def forgets(self: Any, stream: Any, timing: bool = False, held: Any = None) -> None:
         original(self, stream, timing)
 
     monkeypatch.setattr(accelerator.Mark, "__init__", forgets)
-    for run in prepared.values():
-        assert noticed(run, expected, tmp_path / "rows")
+    for run in runs.values():
+        assert run.noticed
 
 
-def test_a_ring_that_gives_a_place_twice_is_noticed(prepared, expected, tmp_path, monkeypatch):
-    def first_place(self: Ring, size: int) -> int:
-        return 0
+def test_a_ring_that_gives_a_place_twice_is_noticed(runs, monkeypatch):
+    """Where the disk is slower than the model."""
+    original = ShardWriter.write
 
-    monkeypatch.setattr(Ring, "_room_for", first_place)
-    for run in prepared.values():
-        assert noticed(run, expected, tmp_path / "rows")
+    def slowly(*args: Any) -> None:
+        time.sleep(0.002)
+        original(*args)
+
+    monkeypatch.setattr(Ring, "_room_for", lambda self, size: 0)
+    monkeypatch.setattr(ShardWriter, "write", slowly)
+    for run in runs.values():
+        assert run.noticed
 
 
-def test_copies_on_the_first_gpu_s_stream_are_noticed(model, expected, tmp_path, monkeypatch):
+def test_copies_on_the_first_gpu_s_stream_are_noticed(tmp_path, monkeypatch):
     """Of a value on the second GPU: on a real one the copy would run on that GPU's own stream."""
-    run = prepare(tmp_path / "run", model, "", gpus=2)
-    assert not is_wrong(run, expected, tmp_path / "rows", "random")
+    run = Faulty(tmp_path, build(tmp_path), [""], gpus=2)
+    assert not run.wrong("random")
     original = accelerator.SideStreams.of
 
     def first(self: Any, device: torch.device) -> Any:
         return original(self, torch.device("cuda", 0))
 
     monkeypatch.setattr(accelerator.SideStreams, "of", first)
-    assert noticed(run, expected, tmp_path / "rows")
+    assert run.noticed
 
 
+@pytest.mark.parametrize("left_out", [None, ("block_done", "event")])
 def test_a_checkpoint_of_residuals_that_are_still_under_way_is_noticed(
-    prepared, expected, tmp_path, monkeypatch
+    runs, tmp_path, monkeypatch, left_out
 ):
     """The job is stopped after it, and the next one resumes from it."""
     monkeypatch.setattr(residual_store, "BLOCKS_BETWEEN_CHECKPOINTS", 1)
-    wrong = []
-    for left_out in (None, ("block_done", "event")):
-        run = prepared["layerwise"].again(tmp_path / f"rows-{left_out}")
-        with waits(set(), left_out), machine(1, policy="lazy") as world:
-            world.schedule.at[700] = lambda: signal.raise_signal(signal.SIGINT)
-            with pytest.raises(StoppedError, match=r"in block [123]"):
-                run.run.extract()
-        try:
-            wrong.append(difference(run.rows(), expected) > 1e-5)
-        except StoreError:  # NaN
-            wrong.append(True)
-    assert wrong == [False, True]
+    prepared, expected = runs["layerwise"].runs[0]
+    with machine(1, policy="lazy") as world:
+        prepared.again(tmp_path / "whole").run.extract()
+        operations = world.schedule.queued
+    run = prepared.again(tmp_path / "stopped")
+    with waits(set(), left_out), machine(1, policy="lazy") as world:
+        world.schedule.at[int(0.8 * operations)] = lambda: signal.raise_signal(signal.SIGINT)
+        with pytest.raises(StoppedError, match=r"in block [123]"):
+            run.run.extract()
+    try:
+        wrong = difference(run.rows(), expected) > 1e-5
+    except StoreError:  # NaN
+        wrong = True
+    assert wrong == (left_out is not None)

@@ -25,7 +25,7 @@ EXECUTIONS = {
     "layerwise": ("extraction.execution=layerwise", 1),
     "two GPUs for one model": ("", 2),
 }
-SCHEDULES = [(policy, 0) for policy in POLICIES] + [("random", 1)]
+SCHEDULES = [*((policy, 0) for policy in POLICIES), ("random", 1)]
 
 
 @pytest.fixture(scope="module")

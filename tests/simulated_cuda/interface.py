@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo  # which shapes are worked out with: before its Event is replaced
 from torch.utils._device import _device_constructors
 
 from simulated_cuda.memory import CAPABILITY, NAME, Device, Pinned
@@ -148,6 +148,7 @@ def simulated(
     start within.
     """
     world = World(devices, total, policy, seed)
+    importlib.import_module("torch._dynamo")  # it subclasses Event: before that is replaced
     _give_cuda_a_guard()
     _device_constructors()  # torch notes once which functions make tensors: the real ones
     before = torch._C._only_lift_cpu_tensors()

@@ -7,6 +7,7 @@ policy is one of the orders that a real GPU could take:
 - lazy: nothing runs before it must,
 - copies_first: side streams run at once, the default streams when they must,
 - compute_first: the other way round,
+- eager: everything runs as soon as it may, before the host goes on,
 - random: after every piece of work, some streams run a few pieces, drawn from a seed.
 
 The thread that waits runs the work itself, under one lock; so no schedule depends on luck but where
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-POLICIES = ("lazy", "copies_first", "compute_first", "random")
+POLICIES = ("lazy", "copies_first", "compute_first", "eager", "random")
 LOCK = threading.RLock()
 _OURS = ("theloom", "tests", "transformers", "accelerate")
 
@@ -79,6 +80,9 @@ class Schedule:
                 for _ in range(self.random.randrange(3)):
                     if not stream.step():
                         break
+        elif self.policy == "eager":
+            while sum(stream.step() for stream in self.streams):
+                pass
         elif self.policy != "lazy" and pushed.is_default == (self.policy == "compute_first"):
             while pushed.step():
                 pass

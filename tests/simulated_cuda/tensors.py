@@ -15,36 +15,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from simulated_cuda.memory import Device, Memory, Pinned, poison
+from simulated_cuda.operations import (
+    FACTORIES,
+    SYNCING,
+    WHOLE,
+    has_mask,
+    is_composite,
+    is_view,
+    makes,
+    written,
+)
 from simulated_cuda.streams import LOCK, Stream
 
 aten = torch.ops.aten
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
-# composite operations that run as a whole, as they do on the CPU
-WHOLE = {
-    aten.scaled_dot_product_attention.default,
-    aten.softmax.int,
-    aten.log_softmax.int,
-    aten.layer_norm.default,
-    aten.rms_norm.default,
-    aten.linear.default,
-    aten.embedding.default,
-}
-# results that the host must know: it waits
-SYNCING = {
-    aten._local_scalar_dense.default,
-    aten.item.default,
-    aten.equal.default,
-    aten.allclose.default,
-    aten.is_nonzero.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten._unique2.default,
-    aten.unique_consecutive.default,
-    aten.unique_dim.default,
-    aten.repeat_interleave.Tensor,
-    aten.bincount.default,
-}
 _MOST_POISONED = 1 << 24  # bytes of a pinned buffer: the first of a large ring are enough
 _PINNING = {aten.pin_memory.default, aten._pin_memory.default}
 
@@ -166,7 +151,7 @@ class Dispatcher:
         if func is aten.copy_.default:
             self._copy(*args, **kwargs)
             return args[0]
-        if func not in WHOLE and func not in SYNCING and _is_composite(func):
+        if func not in WHOLE and func not in SYNCING and is_composite(func):
             with Mode():
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -180,18 +165,18 @@ class Dispatcher:
         )
         if wanted is not None and wanted.type != "cuda":  # empty_like(…, device="cpu")
             return self._on_host(func, tree_map(_meta, args), kwargs)
-        if wanted is None or func.__name__.split(".")[0] not in _FACTORIES:
+        if wanted is None or func.__name__.split(".")[0] not in FACTORIES:
             args, kwargs = self._checked(func, args, kwargs, tensors, index)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
         stream = self.current(index)
         elems, named = tree_map(_elem, args), tree_map(_elem, kwargs)
-        if func in SYNCING or _has_mask(func, args):
+        if func in SYNCING or has_mask(func, args):
             return self._waited(func, elems, named, index, stream)
-        if _is_view(func):
+        if is_view(func):
             return self._view(func, elems, named, sims[0])
-        if (written := _written(func)) is not None:
+        if (target := written(func)) is not None:
             stream.push(functools.partial(func, *elems, **named))
-            return written(args, kwargs)
+            return target(args, kwargs)
         return self._compute(func, args, kwargs, elems, named, index, stream)
 
     def _waited(
@@ -244,7 +229,7 @@ class Dispatcher:
         """New tensors, whose values come when the stream is there."""
         shapes = self._shapes_of(func, args, kwargs)
         # memory that nothing initialises may be written from any stream: its poison has a place
-        written = not func.__name__.startswith(("empty", "new_empty"))
+        fills = not func.__name__.startswith(("empty", "new_empty"))
         results: list[torch.Tensor] = []
 
         def made(shape: Any) -> Any:
@@ -253,7 +238,7 @@ class Dispatcher:
             with torch.inference_mode():
                 elem = torch.empty_strided(shape.size(), shape.stride(), dtype=shape.dtype)
             results.append(elem)
-            return self._born(elem, index, stream, written)
+            return self._born(elem, index, stream, fills)
 
         result = tree_map(made, shapes)
 
@@ -262,7 +247,7 @@ class Dispatcher:
             for elem, value in zip(results, values, strict=True):
                 elem.copy_(value)
 
-        if written:
+        if fills:
             stream.push(run)
         return result
 
@@ -275,7 +260,7 @@ class Dispatcher:
         """What the operation gives on tensors without values."""
         key = (func, _key(args), _key(tuple(kwargs.items())))
         if key not in self._shapes:
-            named = {**kwargs, "device": "meta"} if _makes(func) else kwargs
+            named = {**kwargs, "device": "meta"} if makes(func) else kwargs
             with torch.inference_mode():
                 self._shapes[key] = func(*tree_map(_meta, args), **tree_map(_meta, named))
         return self._shapes[key]
@@ -396,57 +381,3 @@ def _key(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_key(v) for v in value)
     return (type(value), value)
-
-
-@functools.cache
-def _is_composite(func: Any) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-
-
-@functools.cache
-def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
-    return func is aten._unsafe_view.default or any(
-        r.alias_info is not None and not r.alias_info.is_write for r in returns
-    )
-
-
-@functools.cache
-def _makes(func: Any) -> bool:
-    """Whether the operation takes a device."""
-    return any(a.name == "device" for a in func._schema.arguments)
-
-
-_FACTORIES = (
-    "empty", "empty_strided", "zeros", "ones", "full", "arange", "eye", "linspace", "rand", "randn",
-    "randint", "scalar_tensor", "tril_indices", "triu_indices", "empty_like", "zeros_like",
-    "ones_like", "full_like", "rand_like", "randn_like", "new_empty", "new_empty_strided",
-    "new_zeros", "new_ones", "new_full",
-)  # fmt: skip
-
-
-@functools.cache
-def _written(func: Any) -> Callable[[Any, Any], Any] | None:
-    """How to find, among the arguments, what an in-place operation returns; None for others."""
-    writes = [
-        (number, a)
-        for number, a in enumerate(func._schema.arguments)
-        if a.alias_info is not None and a.alias_info.is_write
-    ]
-    if not writes:
-        return None
-    if not func._schema.returns:
-        return lambda args, kwargs: None
-
-    def find(args: Any, kwargs: Any) -> Any:
-        found = [kwargs[a.name] if a.kwarg_only else args[n] for n, a in writes]
-        return found[0] if len(func._schema.returns) == 1 else tuple(found)
-
-    return find
-
-
-def _has_mask(func: Any, args: Sequence[Any]) -> bool:
-    """Whether tensors are indexed by a mask, whose ones the host must count."""
-    return func is aten.index.Tensor and any(
-        i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-    )

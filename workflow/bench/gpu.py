@@ -23,7 +23,6 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))  # tiny models and their rows
 
 import gpu_steps
-from theloom.terminal import table
 
 SECONDS = 600  # of all steps
 
@@ -42,7 +41,7 @@ class Outcome:
 
 def run(step: str, folder: Path, limit: float) -> Outcome:
     """One step in a process of its own."""
-    what = (gpu_steps.STEPS[step].function.__doc__ or "").strip().splitlines()[0]
+    what = " ".join((gpu_steps.STEPS[step].function.__doc__ or "").split())
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__)), "--step", step, "--folder", str(folder)],
@@ -76,15 +75,21 @@ def alone(step: str, folder: Path) -> dict[str, Any]:
 
 def page(outcomes: list[Outcome]) -> str:
     """The results as Markdown."""
-    parts = ["# What this machine shows", ""]
+    parts = ["# What this machine's GPU shows", ""]
     rows = [[o.step, o.state, f"{o.seconds:.0f}", o.words] for o in outcomes]
-    parts.append(table(rows, ["step", "", "seconds", ""], (2,)))
+    parts += markdown(rows, ["step", "state", "seconds", "why"])
     for outcome in outcomes:
         if outcome.rows:
             names = list(dict.fromkeys(name for row in outcome.rows for name in row))
             cells = [[_cell(row.get(name, "")) for name in names] for row in outcome.rows]
-            parts += ["", f"## {outcome.step}", "", outcome.what, "", table(cells, names, ())]
+            parts += ["", f"## {outcome.step}", "", outcome.what, "", *markdown(cells, names)]
     return "\n".join(parts) + "\n"
+
+
+def markdown(rows: list[list[str]], names: list[str]) -> list[str]:
+    """The lines of a table."""
+    lines = [names, ["---"] * len(names), *rows]
+    return [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
 
 
 def _cell(value: Any) -> str:

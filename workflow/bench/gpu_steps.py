@@ -58,6 +58,11 @@ def device() -> torch.device:
     return torch.device(kind) if kind == "cpu" else torch.device(kind, 0)
 
 
+def _is_real(here: torch.device) -> bool:
+    """Whether it is worth the time of a large problem: a GPU that is not simulated."""
+    return here.type != "cpu" and not accelerator.name(here).startswith("Simulated")
+
+
 def gpu(why: str) -> torch.device:
     """The machine's GPU with streams; without one the step is skipped."""
     found = device()
@@ -136,7 +141,7 @@ def pipeline(folder: Path) -> Rows:
 def attention(folder: Path) -> Rows:
     """Which kernel SDPA takes, and what a call allocates, next to what the scores alone would."""
     here, rows = device(), []
-    tokens = 2048 if here.type != "cpu" else 256
+    tokens = 2048 if _is_real(here) else 256
     for dtype in (torch.float32, torch.bfloat16):
         for groups in (1, 4):
             for case, queries in (("causal", tokens), ("growing KV", tokens // 4)):
@@ -207,10 +212,8 @@ def llama(folder: Path) -> Rows:
     the measured rate of a product of the same size and dtype.
     """
     here, dtype = device(), torch.bfloat16
-    free = accelerator.driver_memory(here)[0] if here.type != "cpu" else host.memory().free // 16
+    free = accelerator.driver_memory(here)[0] if _is_real(here) else 0
     name = next(n for n in LLAMAS if _parameters(n) * 2 < 0.6 * free or n == "1M")
-    if here.type == "cpu" or torch.cuda.get_device_name(0).startswith("Simulated"):
-        name = "1M"
     hidden, blocks, inner, heads, key_heads = LLAMAS[name]
     config = LlamaConfig(
         hidden_size=hidden,
@@ -253,7 +256,8 @@ def llama(folder: Path) -> Rows:
         row["allocated MB"] = accelerator.peak(here) / 1e6
         row["reserved MB"] = accelerator.reserved(here) / 1e6
         row["predicted / allocated"] = predicted / accelerator.peak(here)
-        row["idle %"] = _idle(forward)
+        if _is_real(here):
+            row["idle %"] = _idle(forward)
     return [row]
 
 
@@ -298,8 +302,8 @@ def layer_by_layer(folder: Path) -> Rows:
 
 
 def quantised(folder: Path) -> Rows:
-    """8 and 4 bits, both executions: the peak of the extraction, and cosine similarity to FP32."""
-    model, rows = _tiny(folder), []
+    """8 and 4 bits, both executions: the peak of the extraction, measured and predicted."""
+    model, rows = _tiny(folder, intermediate_size=128), []
     for bits in ("8bit", "4bit"):
         for execution in ("resident", "layerwise"):
             options = f"memory.quantization={bits}"
@@ -350,9 +354,9 @@ STEPS = {
 }
 
 
-def _tiny(folder: Path) -> Path:
+def _tiny(folder: Path, **numbers: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    return build(folder)
+    return build(folder, **numbers)
 
 
 def _prepared(
