@@ -20,6 +20,7 @@ import transformers
 from simulated_runs import build, difference, read_rows
 from support import Stages, stages
 from theloom.devices import accelerator, host, pinned
+from theloom.devices import gpu as devices_gpu
 from theloom.memory.estimators import Traced
 from theloom.memory.sizes import Workload
 from theloom.model.weight_format import WeightFormat
@@ -157,7 +158,7 @@ def attention(folder: Path) -> Rows:
                     "enable_gqa": groups > 1,
                 }
                 chosen = torch._fused_sdp_choice(q, k, v, **options)
-                call = partial(functional.scaled_dot_product_attention, q, k, v, **options)
+                call = partial(_attend, q, k, v, **options)
                 rows.append(
                     {
                         "dtype": str(dtype).removeprefix("torch."),
@@ -263,20 +264,27 @@ def llama(folder: Path) -> Rows:
 
 def back_off(folder: Path) -> Rows:
     """Less memory than a batch needs: smaller batches to the end, and the same rows."""
-    here, model = gpu("a limit of memory"), _tiny(folder)
+    here = gpu("a limit of memory")
+    model = _tiny(folder, intermediate_size=1 << 15)  # so that a batch has segments of its own
     total = accelerator.driver_memory(here)[1]
     options = "extraction.batch_tokens=128"
-    whole = _extracted(folder / "whole", model, "fp32", str(here), "resident", options)
-    run = _prepared(folder / "limited", model, "fp32", str(here), "resident", options)
-    accelerator.empty_cache(here)
-    limit = accelerator.reserved(here) + 3 * MIB  # one small segment more than is held anyway
+    whole, run = (
+        _prepared(folder / name, model, "fp32", str(here), "resident", options)
+        for name in ("whole", "limited")
+    )
+    devices_gpu.release(here)
+    accelerator.reset_peak(here)
+    whole.extract()
+    whole.merge()
+    limit = torch.cuda.max_memory_reserved(here) - 8 * MIB
+    devices_gpu.release(here)
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), here)
     rows: dict[str, Any] = {"limit MB": limit / 1e6}
     try:
         run.extract()
         run.merge()
         rows["halved"] = theloom.open(run.shards[0]).metrics["oom_level"]
-        rows["difference"] = difference(read_rows(run.activations), read_rows(whole))
+        rows["difference"] = difference(read_rows(run.activations), read_rows(whole.activations))
     except theloom.errors.MemoryPlanError as error:
         rows["stopped"] = str(error)
     finally:
@@ -383,6 +391,11 @@ def _extracted(*run: Any) -> Path:
     made.extract()
     made.merge()
     return made.activations
+
+
+@torch.inference_mode()
+def _attend(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(*tensors, **options)
 
 
 def _parameters(name: str) -> int:
