@@ -11,7 +11,7 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_waits_gets_the_values_and_in_some_order_what_does_not_gets_none(policy):
+def test_only_what_waits_gets_the_values_in_every_order(policy):
     found = {}
     for waits in (True, False):
         with simulated(policy=policy):
@@ -53,7 +53,7 @@ def test_a_pinned_source_is_read_when_the_copy_runs_a_pageable_one_at_once():
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_freed_memory_is_another_tensor_s_unless_its_other_stream_was_recorded(recorded):
+def test_freed_memory_is_another_s_unless_its_stream_was_recorded(recorded):
     with simulated(policy="compute_first"):
         side, host = torch.cuda.Stream(), torch.empty(4, pin_memory=True)
         value = torch.ones(4, device="cuda")

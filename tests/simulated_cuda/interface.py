@@ -132,7 +132,8 @@ class World:
         return d.total - d.reserved, d.total
 
     def set_debug_mode(self, mode: int | str) -> None:
-        self.schedule.debug_mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)  # type: ignore
+        names = ("default", "warn", "error")
+        self.schedule.debug_mode = mode if isinstance(mode, int) else names.index(mode)
 
 
 def uuid(index: int) -> str:
