@@ -5,12 +5,14 @@
 # make test   build the same environment, then lint, type check and run all tests
 # make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
 # make docs   build the documentation site from the pages and docstrings: site/index.html
+# make gpu    what only a GPU can show, in ten minutes at most: results/gpu.md, results/gpu.json (or GPU="--only llama")
 # make sweep  send every text model of transformers, made tiny, through the stages; writes workflow/docs/architectures.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILES ?=
 SET ?=
 BENCH ?=
+GPU ?=
 BIN := .venv/bin
 
 # As they were typed: make expands nothing in them, and the shell nothing either
@@ -18,14 +20,14 @@ Quoted = '$(subst ','\'',$(value $1))'
 Config = $(if $(value PROFILES)$(value SET),--config $(if $(value PROFILES),profiles=$(call Quoted,PROFILES)) $(if $(value SET),set=$(call Quoted,SET)))
 
 # Variables that nothing reads would run something else without a word
-Known := PYTHON PROFILES SET BENCH
+Known := PYTHON PROFILES SET BENCH GPU
 Typed := $(strip $(foreach v,$(filter-out $(Known),$(.VARIABLES)),$(if $(filter command,$(origin $v)),$v)))
 Meant = $(if $(filter PROFILE profile profiles,$1),PROFILES=$(value $1),$(if $(filter set,$1),SET="$(value $1)",SET="… $1=$(value $1)"))
 ifneq ($(Typed),)
 $(error error: make knows no variable $(firstword $(Typed)); write $(call Meant,$(firstword $(Typed))) (it takes $(Known); quotes go round all of SET))
 endif
 
-.PHONY: run report test test-store docs sweep bench bench-store lint format environment lock clean
+.PHONY: run report test test-store docs sweep gpu bench bench-store lint format environment lock clean
 
 run: environment
 	$(BIN)/snakemake --profile workflow/profiles/local $(Config)
@@ -48,6 +50,9 @@ docs: environment
 
 sweep: environment
 	$(BIN)/python tests/sweep.py
+
+gpu: environment
+	$(BIN)/python workflow/bench/gpu.py $(GPU)
 
 bench: environment
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[bench]'

@@ -89,6 +89,13 @@ class CachingAllocator:
             block = before
         self._put(block)
 
+    def trim(self) -> None:
+        """Give segments that are free as a whole back to the driver."""
+        for block in list(self.free_blocks.values()):
+            if block.before is None and block.after is None:
+                self._take((block.size, block.address))
+                self.reserved -= block.size
+
     def _segment(self, size: int, small: bool) -> Block:
         if small:
             length = SMALL_SEGMENT

@@ -9,7 +9,7 @@ os.environ.setdefault(
 )  # threads that spin for each other on a busy machine are slow
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,11 +23,21 @@ torch.set_num_threads(
 )  # small models are faster so, and threads that wait for each other on a busy machine are slow
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+@pytest.fixture(autouse=True)
+def _simulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `gpu` run on a simulated one where there is none, but for those that name what
+    the simulation lacks: `gpu(real="the driver")`.
+    """
+    marker = request.node.get_closest_marker("gpu")
+    if marker is None or torch.cuda.is_available():
+        yield
+        return
+    if "real" in marker.kwargs:
+        pytest.skip(f"no CUDA GPU here, and the simulation lacks {marker.kwargs['real']}")
+    from simulated_cuda import simulated
+
+    with simulated(policy="random"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -150,7 +150,7 @@ def test_without_cuda_the_driver_s_gpus_are_named(monkeypatch, capsys):
     )
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real="other processes")
 def test_gpus_of_a_machine_that_has_one():
     machine = json.loads(theloom("gpus", "--json").stdout)["machine"]
     assert [m["name"] for m in machine] == [

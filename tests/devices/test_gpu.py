@@ -427,7 +427,7 @@ def test_an_allocation_shows_as_own_and_peak_and_its_cache_can_be_had_again():
     assert manager.get_gpu_info(0).own_memory_gb < cached.own_memory_gb
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real="the driver")
 def test_a_manager_makes_no_context():
     source = """
 import ctypes

@@ -308,7 +308,7 @@ def test_commands_of_vllm(command, vllm):
     assert nvml._starts_vllm(command) == vllm
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real="the driver")
 def test_the_real_driver_is_requested_in_milliseconds_and_agrees_with_nvidia_smi():
     start = time.perf_counter()
     machine = nvml.read()

@@ -403,7 +403,7 @@ def test_values_of_a_fused_projection_do_not_keep_the_whole_of_it_alive(tmp_path
     assert found.untyped_storage().nbytes() == found.numel() * 4
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real="traces of a model that is on the GPU")
 def test_on_a_gpu_values_stay_there_and_chunks_are_given_back(tmp_path):
     numbers = {"num_hidden_layers": 8, "hidden_size": 256, "num_key_value_heads": 1, "head_dim": 16}
     model = tiny(tmp_path, "llama", max_position_embeddings=2048, **numbers).cuda()

@@ -229,7 +229,7 @@ def test_thirty_thousand_events_take_less_than_a_second() -> None:
     assert time.process_time() - started < 1
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real="kernels and their workspaces")
 @pytest.mark.parametrize("tokens", [2048, 700])
 def test_replay_of_a_trace_gives_the_peaks_of_a_gpu(tokens: int) -> None:
     config = AutoConfig.for_model(

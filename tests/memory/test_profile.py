@@ -332,7 +332,7 @@ def test_the_allocators_history_is_dumped_and_switched_off_on_a_gpu_even_if_the_
     assert said == ["all", str(tmp_path / "memory/s.pickle"), None]
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real="the allocator's history")
 def test_on_a_gpu_the_peak_is_the_allocators_and_its_history_is_kept(tmp_path):
     loaded = loaded_tiny(tmp_path / "model", precision="bf16", device="cuda")
     ids = torch.randint(128, (64, 256), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,255 @@
+"""Every wait and every copy of the extraction is needed: left out, or done on another stream, it
+gives wrong rows in one of the orders that streams allow.
+
+The waits and copies are not listed here: a run tells which lines make them, and each is then left
+out in a run of its own. Should one turn out not to be needed, or be added and not be noticed, a
+test fails.
+"""
+
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from simulated_cuda import POLICIES
+from simulated_cuda.streams import Event, Stream
+from simulated_runs import Prepared, Rows, build, cpu_rows, difference, machine, prepare
+from theloom.devices import accelerator
+from theloom.engine.layerwise import residual_store
+from theloom.errors import StoppedError, StoreError
+from theloom.store.ring_buffer import Ring
+from theloom.store.writer import ShardWriter
+
+LAYERWISE = "extraction.execution=layerwise"
+# nothing else makes the host wait: one batch of one document, read behind the last block
+ONE_PIECE = (
+    f"{LAYERWISE} corpus.max_tokens=20 memory.activation_cache_filter=[blocks.3.hook_resid_post]"
+)
+EXECUTIONS = {"chunks": [""], "layerwise": [ONE_PIECE, LAYERWISE]}
+
+# waits whose lack gives no wrong rows, and what they are for
+HARMLESS = {
+    "_finish_copies": "no more than a few values wait on the device for their copy",
+    "write": "the same, of residuals",
+    "__exit__": "files are closed, peaks are measured",
+    "__enter__": "peaks are measured",
+}
+
+Site = tuple[str, str]  # function, and what it calls
+
+
+class Faulty:
+    """A run of one execution, over one corpus or several, that a fault may be planted in."""
+
+    def __init__(self, folder: Path, model: Path, options: list[str], gpus: int = 1) -> None:
+        self.runs, self._folder = [], folder / "extraction"
+        for number, overrides in enumerate(options):
+            prepared = prepare(folder / f"{number}", model, overrides, gpus)
+            plain = overrides.replace(LAYERWISE, "")
+            self.runs.append((prepared, cpu_rows(folder / f"{number}-cpu", model, plain)))
+
+    def wrong(self, policy: str) -> bool:
+        """Whether an extraction gives other rows than the CPU, or an error."""
+        return any(self._wrong(run, expected, policy) for run, expected in self.runs)
+
+    def _wrong(self, run: Prepared, expected: Rows, policy: str) -> bool:
+        try:
+            rows = run.again(self._folder).rows(policy=policy)
+            return difference(rows, expected) > 1e-5
+        except Exception:  # NaN in the rows, an index out of range: noticed either way
+            return True
+        finally:
+            shutil.rmtree(self._folder)
+
+    @property
+    def noticed(self) -> bool:
+        """Whether any order of the streams gives wrong rows."""
+        return any(self.wrong(policy) for policy in ("copies_first", "eager", *POLICIES))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Faulty]:
+    folder = tmp_path_factory.mktemp("runs")
+    model = build(folder)
+    return {name: Faulty(folder / name, model, options) for name, options in EXECUTIONS.items()}
+
+
+SEAM = {"synchronize", "before_next", "on", "mark", "use", "of", "finish"}
+
+
+def caller() -> str:
+    """The function of theloom that waits or copies; methods that only pass it on are looked
+    through, and of the seam's two copies the caller is named too.
+    """
+    names: list[str] = []
+    frame = sys._getframe(2)
+    while frame is not None and "/site-packages/" not in frame.f_code.co_filename:
+        name = frame.f_code.co_name
+        if "/theloom/" in frame.f_code.co_filename and name not in SEAM:
+            names.append(name)
+            if name not in ("copy_in", "copy_out"):
+                break
+        frame = frame.f_back
+    return " of ".join(names)
+
+
+@contextmanager
+def waits(seen: set[Site], left_out: Site | None = None) -> Iterator[None]:
+    """Note where the extraction waits; one of the waits does not come to pass."""
+
+    def wrapped(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(self: Any, *args: Any) -> None:
+            site = (caller(), kind)
+            if site[0]:
+                seen.add(site)
+            if site != left_out:
+                original(self, *args)
+
+        return wait
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Event, "synchronize", wrapped("event", Event.synchronize))
+        patch.setattr(Stream, "wait_event", wrapped("stream", Stream.wait_event))
+        yield
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_each_wait_left_out_is_noticed(runs, execution):
+    run, seen = runs[execution], set()
+    with waits(seen):
+        assert not run.wrong("lazy")
+    missed = set()
+    for site in sorted(seen):
+        if site[0] in HARMLESS:
+            continue
+        with waits(set(), left_out=site):
+            if not run.noticed:
+                missed.add(site)
+    assert not missed
+    needed = {name for name, _ in seen} - HARMLESS.keys()
+    assert len(needed) >= {"chunks": 2, "layerwise": 6}[execution], needed
+
+
+@contextmanager
+def copies(seen: set[str], elsewhere: str = "") -> Iterator[None]:
+    """Note which functions copy on a side stream; one of them copies on a stream that nobody waits
+    for.
+    """
+    original = accelerator.use
+
+    def use(stream: Any) -> Any:
+        site = caller()
+        if stream is not None:
+            seen.add(site)
+            if site == elsewhere:
+                return original(torch.cuda.Stream(stream.device))
+        return original(stream)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerator, "use", use)
+        yield
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_each_copy_on_another_stream_is_noticed(runs, execution):
+    run, seen = runs[execution], set()
+    with copies(seen):
+        assert not run.wrong("lazy")
+    for site in sorted(seen):
+        with copies(set(), elsewhere=site):
+            assert run.noticed, site
+    assert len(seen) >= {"chunks": 1, "layerwise": 3}[execution], seen
+
+
+@pytest.mark.parametrize(("function", "number"), [("send", 0), ("_send", 0), ("_send", 1)])
+def test_each_mark_that_a_copy_to_the_device_waits_for_is_needed(
+    runs, monkeypatch, function, number
+):
+    """Of a new buffer the work that had its memory, of a used one the work that reads it, and of
+    residuals the copy that brought them to the host.
+    """
+    original = accelerator.copy_in
+
+    def copy_in(source: Any, there: Any, sides: Any, *after: Any) -> Any:
+        if sys._getframe(1).f_code.co_name == function:
+            after = (*after[:number], *after[number + 1 :])
+        return original(source, there, sides, *after)
+
+    monkeypatch.setattr(accelerator, "copy_in", copy_in)
+    assert runs["layerwise"].noticed
+
+
+def test_a_new_buffer_written_before_its_memory_is_free_is_noticed(runs, monkeypatch):
+    def no_mark(device: torch.device, timing: bool = False) -> Any:
+        is_new = sys._getframe(1).f_code.co_name == "for_reading"
+        return accelerator.DONE if is_new else original(device, timing)
+
+    original = accelerator.mark
+    monkeypatch.setattr(accelerator, "mark", no_mark)
+    assert runs["layerwise"].noticed
+
+
+def test_a_value_freed_before_it_is_copied_is_noticed(runs, monkeypatch):
+    original = accelerator.Mark.__init__
+
+    def forgets(self: Any, stream: Any, timing: bool = False, held: Any = None) -> None:
+        original(self, stream, timing)
+
+    monkeypatch.setattr(accelerator.Mark, "__init__", forgets)
+    for run in runs.values():
+        assert run.noticed
+
+
+def test_a_ring_that_gives_a_place_twice_is_noticed(runs, monkeypatch):
+    """Where the disk is slower than the model."""
+    original = ShardWriter.write
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.002)
+        original(*args)
+
+    monkeypatch.setattr(Ring, "_room_for", lambda self, size: 0)
+    monkeypatch.setattr(ShardWriter, "write", slowly)
+    for run in runs.values():
+        assert run.noticed
+
+
+def test_copies_on_the_first_gpu_s_stream_are_noticed(tmp_path, monkeypatch):
+    """Of a value on the second GPU: on a real one the copy would run on that GPU's own stream."""
+    run = Faulty(tmp_path, build(tmp_path), [""], gpus=2)
+    assert not run.wrong("random")
+    original = accelerator.SideStreams.of
+
+    def first(self: Any, device: torch.device) -> Any:
+        return original(self, torch.device("cuda", 0))
+
+    monkeypatch.setattr(accelerator.SideStreams, "of", first)
+    assert run.noticed
+
+
+@pytest.mark.parametrize("left_out", [None, ("block_done", "event")])
+def test_a_checkpoint_of_residuals_that_are_still_under_way_is_noticed(
+    runs, tmp_path, monkeypatch, left_out
+):
+    """The job is stopped after it, and the next one resumes from it."""
+    monkeypatch.setattr(residual_store, "BLOCKS_BETWEEN_CHECKPOINTS", 1)
+    prepared, expected = runs["layerwise"].runs[0]
+    with machine(1, policy="lazy") as world:
+        prepared.again(tmp_path / "whole").run.extract()
+        operations = world.schedule.queued
+    run = prepared.again(tmp_path / "stopped")
+    with waits(set(), left_out), machine(1, policy="lazy") as world:
+        world.schedule.at[int(0.8 * operations)] = lambda: signal.raise_signal(signal.SIGINT)
+        with pytest.raises(StoppedError, match=r"in block [123]"):
+            run.run.extract()
+    try:
+        wrong = difference(run.rows(), expected) > 1e-5
+    except StoreError:  # NaN
+        wrong = True
+    assert wrong == (left_out is not None)

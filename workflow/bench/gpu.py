@@ -1,0 +1,127 @@
+"""`make gpu`: what only a real GPU can show, in at most ten minutes and without a network.
+
+Each step runs in a process of its own with a time limit of its own; one that fails or takes too
+long costs the others nothing. A step that needs what the machine lacks says so and is skipped.
+Writes a page and its figures: results/gpu.md and results/gpu.json.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))  # tiny models and their rows
+
+import gpu_steps
+
+SECONDS = 600  # of all steps
+
+
+@dataclass
+class Outcome:
+    """What a step showed. `state` is done, skipped, failed or timed out."""
+
+    step: str
+    what: str
+    state: str
+    seconds: float
+    words: str = ""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(step: str, folder: Path, limit: float) -> Outcome:
+    """One step in a process of its own."""
+    what = " ".join((gpu_steps.STEPS[step].function.__doc__ or "").split())
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__)), "--step", step, "--folder", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return Outcome(step, what, "timed out", limit, f"no end within {limit:.0f} s")
+    seconds = time.perf_counter() - began
+    last = (out.strip().splitlines() or [""])[-1]
+    if process.returncode or not last.startswith("{"):
+        reason = (errors.strip().splitlines() or [f"exit {process.returncode}"])[-1]
+        return Outcome(step, what, "failed", seconds, reason)
+    return Outcome(step, what, seconds=seconds, **json.loads(last))
+
+
+def alone(step: str, folder: Path) -> dict[str, Any]:
+    """The body of a step's process."""
+    try:
+        rows = gpu_steps.STEPS[step].function(folder)
+    except gpu_steps.SkippedError as reason:
+        return {"state": "skipped", "words": str(reason)}
+    return {"state": "done", "rows": rows}
+
+
+def page(outcomes: list[Outcome]) -> str:
+    """The results as Markdown."""
+    parts = ["# What this machine's GPU shows", ""]
+    rows = [[o.step, o.state, f"{o.seconds:.0f}", o.words] for o in outcomes]
+    parts += markdown(rows, ["step", "state", "seconds", "why"])
+    for outcome in outcomes:
+        if outcome.rows:
+            names = list(dict.fromkeys(name for row in outcome.rows for name in row))
+            cells = [[_cell(row.get(name, "")) for name in names] for row in outcome.rows]
+            parts += ["", f"## {outcome.step}", "", outcome.what, "", *markdown(cells, names)]
+    return "\n".join(parts) + "\n"
+
+
+def markdown(rows: list[list[str]], names: list[str]) -> list[str]:
+    """The lines of a table."""
+    lines = [names, ["---"] * len(names), *rows]
+    return [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def main() -> None:
+    """Run all steps, or those that are named."""
+    parser = argparse.ArgumentParser(prog="python workflow/bench/gpu.py", description=__doc__)
+    parser.add_argument("--only", nargs="*", choices=gpu_steps.STEPS, help="these steps alone")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of all steps together")
+    parser.add_argument("--output", type=Path, default=gpu_steps.ROOT / "results/gpu")
+    parser.add_argument("--step", choices=gpu_steps.STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    requested = parser.parse_args()
+    if requested.step:
+        print(json.dumps(alone(requested.step, requested.folder)))
+        return
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in requested.only or gpu_steps.STEPS:
+            limit = gpu_steps.STEPS[name].seconds * requested.seconds / SECONDS
+            outcomes.append(run(name, Path(folder) / name, limit))
+            print(f"{name}: {outcomes[-1].state} {outcomes[-1].words}", flush=True)
+    requested.output.parent.mkdir(parents=True, exist_ok=True)
+    requested.output.with_suffix(".md").write_text(page(outcomes), encoding="utf-8")
+    figures = json.dumps([asdict(o) for o in outcomes], indent=1)
+    requested.output.with_suffix(".json").write_text(figures + "\n", encoding="utf-8")
+    print(f"next: open {requested.output.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,454 @@
+"""The steps of `make gpu`: each takes a folder of its own and gives rows of figures, or is skipped
+with a reason.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import theloom
+import torch
+import transformers
+from simulated_runs import build, difference, read_rows
+from support import Stages, stages
+from theloom.devices import accelerator, host, pinned
+from theloom.devices import gpu as devices_gpu
+from theloom.memory.estimators import Traced
+from theloom.memory.sizes import Workload
+from theloom.model.weight_format import WeightFormat
+from torch.nn import functional
+from torch.nn.attention import SDPBackend
+from transformers import AutoModel, LlamaConfig
+
+ROOT = Path(__file__).parents[2]
+Rows = list[dict[str, Any]]
+MIB, GIB = 1 << 20, 1 << 30
+
+# hidden size, blocks, intermediate size, heads, heads of keys; by bytes in BF16
+LLAMAS = {
+    "8B": (4096, 32, 14336, 32, 8),
+    "3B": (3072, 28, 8192, 24, 8),
+    "1B": (2048, 16, 8192, 32, 8),
+    "100M": (768, 12, 3072, 12, 4),
+    "1M": (128, 4, 512, 4, 2),
+}
+
+
+class SkippedError(Exception):
+    """The machine lacks what a step needs."""
+
+
+class Step(NamedTuple):
+    """What runs, and for how long at most."""
+
+    function: Callable[[Path], Rows]
+    seconds: int
+
+
+def device() -> torch.device:
+    """The machine's accelerator, or the CPU."""
+    kind = accelerator.kind_here()
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, 0)
+
+
+def _is_real(here: torch.device) -> bool:
+    """Whether it is worth the time of a large problem: a GPU that is not simulated."""
+    return here.type != "cpu" and not accelerator.name(here).startswith("Simulated")
+
+
+def gpu(why: str) -> torch.device:
+    """The machine's GPU with streams; without one the step is skipped."""
+    found = device()
+    if not accelerator.has_streams(found):
+        raise SkippedError(f"{why}: this machine has no CUDA or ROCm GPU")
+    return found
+
+
+def versions(folder: Path) -> Rows:
+    """The machine and what runs on it."""
+    here = device()
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "theloom": theloom.__version__,
+        "family": accelerator.family(here),
+        "device": accelerator.name(here),
+        "capability": str(accelerator.capability(here) or ""),
+        "GPUs": accelerator.count(here.type) if here.type != "cpu" else 0,
+        "CUDA": torch.version.cuda or "",
+        "host": f"{os.cpu_count()} cores, {host.memory().total / GIB:.0f} GiB",
+    }
+    if shutil.which("nvidia-smi"):
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(asked, capture_output=True, text=True).stdout.split()[0]
+    return [{"what": name, "value": value} for name, value in found.items()]
+
+
+def tests(folder: Path) -> Rows:
+    """The tests that need a GPU; without one, in the simulation."""
+    files = [f for f in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in f.read_text("utf-8")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        [*command, *map(str, sorted(files))], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return [{"tests": line} for line in [*failed, lines[-1]]]
+
+
+def pipeline(folder: Path) -> Rows:
+    """All stages on a tiny Llama: the largest difference from the CPU's rows, by precision."""
+    model, rows = _tiny(folder), []
+    for precision, allowed in (("fp32", 1e-5), ("bf16", 0.05)):
+        expected = read_rows(_extracted(folder / f"cpu-{precision}", model, precision, "cpu"))
+        for execution in ("resident", "layerwise"):
+            began = time.perf_counter()
+            run = folder / f"{execution}-{precision}"
+            found = read_rows(_extracted(run, model, precision, str(device()), execution))
+            off = difference(found, expected)
+            rows.append(
+                {
+                    "precision": precision,
+                    "execution": execution,
+                    "difference": off,
+                    "allowed": allowed,
+                    "equal": off <= allowed,
+                    "seconds": time.perf_counter() - began,
+                }
+            )
+    return rows
+
+
+def attention(folder: Path) -> Rows:
+    """Which kernel SDPA takes, and what a call allocates, next to what the scores alone would."""
+    here, rows = device(), []
+    tokens = 2048 if _is_real(here) else 256
+    for dtype in (torch.float32, torch.bfloat16):
+        for groups in (1, 4):
+            for case, queries in (("causal", tokens), ("growing KV", tokens // 4)):
+                q = torch.randn(1, 8, queries, 64, device=here, dtype=dtype)
+                k, v = torch.randn(2, 1, 8 // groups, tokens, 64, device=here, dtype=dtype)
+                mask = None
+                if case != "causal":
+                    positions = torch.arange(tokens - queries, tokens, device=here)[:, None]
+                    mask = torch.arange(tokens, device=here)[None] <= positions
+                options = {
+                    "attn_mask": mask,
+                    "is_causal": mask is None,
+                    "enable_gqa": groups > 1,
+                }
+                chosen = torch._fused_sdp_choice(q, k, v, **options)
+                call = partial(_attend, q, k, v, **options)
+                rows.append(
+                    {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "queries per key head": groups,
+                        "case": case,
+                        "kernel": SDPBackend(chosen).name if chosen >= 0 else "none",
+                        "allocates MB": _growth(here, call) / 1e6,
+                        "output MB": q.nbytes / 1e6,
+                        "scores MB": 8 * queries * tokens * dtype.itemsize / 1e6,
+                    }
+                )
+    return rows
+
+
+def pinning(folder: Path) -> Rows:
+    """Page-locked memory: what a piece really takes, and the seconds of making it."""
+    here, rows = gpu("page-locked memory"), []
+    scale = min(1.0, host.memory().free / 4 / (9 * GIB))
+    for size in (5 * GIB, 9 * GIB):
+        size, before, began = int(size * scale), host.resident(), time.perf_counter()
+        piece = pinned.pinned_empty(size, torch.uint8, here)
+        rows.append(
+            {
+                "asked MiB": size // MIB,
+                "resident MiB": (host.resident() - before) // MIB,
+                "counted MiB": pinned.pinned_bytes(size) // MIB,
+                "pinned": piece.is_pinned(),
+                "seconds": time.perf_counter() - began,
+            }
+        )
+        del piece
+        accelerator.empty_cache(here)
+    return rows
+
+
+def arithmetic(folder: Path) -> Rows:
+    """FP32 products against FP64 (TF32 would be wrong by 1e-3), and the switches."""
+    here, rows = device(), []
+    wide = torch.randn(1024, 1024, dtype=torch.float64)
+    expected = wide @ wide.T
+    for name, setting in (("as the machine has it", None), ("as TheLoom sets it", True)):
+        if setting:
+            accelerator.exact_fp32()
+        narrow = wide.float().to(here)
+        error = ((narrow @ narrow.T).cpu().double() - expected).abs().max() / expected.abs().max()
+        rows.append({"": name, "error": float(error), **accelerator.arithmetic()})
+    return rows
+
+
+def llama(folder: Path) -> Rows:
+    """A random Llama: memory predicted and measured, tokens/s, and MFU: FLOP/s of its blocks over
+    the measured rate of a product of the same size and dtype.
+    """
+    here, dtype = device(), torch.bfloat16
+    free = accelerator.driver_memory(here)[0] if _is_real(here) else 0
+    name = next(n for n in LLAMAS if _parameters(n) * 2 < 0.6 * free or n == "1M")
+    hidden, blocks, inner, heads, key_heads = LLAMAS[name]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=blocks,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+    )
+    windows, tokens = (8, 1024) if name != "1M" else (2, 128)
+    kind = WeightFormat("bf16")
+    traced = Traced(config)
+    predicted = (
+        traced.weights(kind)
+        + traced.forward(kind, Workload(windows, tokens, tokens), [], device=here.type).total
+    )
+    with torch.device(here):
+        model = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    ids = torch.randint(0, 32000, (windows, tokens)).to(here)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+
+    if here.type != "cpu":
+        accelerator.reset_peak(here)
+    seconds = _seconds(here, forward)
+    rate = _matmul_rate(here, dtype, windows * tokens, hidden, inner)
+    flops = 2 * _parameters(name) * windows * tokens + _attention_flops(name, windows, tokens)
+    row: dict[str, Any] = {
+        "Llama": name,
+        "tokens/s": windows * tokens / seconds,
+        "TFLOP/s": flops / seconds / 1e12,
+        "matmul TFLOP/s": rate / 1e12,
+        "MFU %": 100 * flops / seconds / rate,
+        "predicted MB": predicted / 1e6,
+    }
+    if here.type != "cpu":
+        row["allocated MB"] = accelerator.peak(here) / 1e6
+        row["reserved MB"] = accelerator.reserved(here) / 1e6
+        row["predicted / allocated"] = predicted / accelerator.peak(here)
+        if _is_real(here):
+            row["idle %"] = _idle(forward)
+    return [row]
+
+
+def back_off(folder: Path) -> Rows:
+    """Less memory than a batch needs: smaller batches to the end, and the same rows."""
+    here = gpu("a limit of memory")
+    model = _tiny(folder, intermediate_size=1 << 15, num_hidden_layers=2)  # with large segments
+    total = accelerator.driver_memory(here)[1]
+    options = "extraction.batch_tokens=128"
+    whole, run = (
+        _prepared(folder / name, model, "fp32", str(here), "resident", options)
+        for name in ("whole", "limited")
+    )
+    devices_gpu.release(here)
+    accelerator.reset_peak(here)
+    whole.extract()
+    whole.merge()
+    limit = torch.cuda.max_memory_reserved(here) - 8 * MIB
+    devices_gpu.release(here)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), here)
+    rows: dict[str, Any] = {"limit MB": limit / 1e6}
+    try:
+        run.extract()
+        run.merge()
+        rows["halved"] = theloom.open(run.shards[0]).metrics["oom_level"]
+        rows["difference"] = difference(read_rows(run.activations), read_rows(whole.activations))
+    except theloom.errors.MemoryPlanError as error:
+        rows["stopped"] = str(error)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, here)
+    return [rows]
+
+
+def layer_by_layer(folder: Path) -> Rows:
+    """Layer by layer: how often the host waits, by CUDA's synchronisation debug mode."""
+    here, model = gpu("CUDA's synchronisation debug mode"), _tiny(folder)
+    run = _prepared(folder / "run", model, "fp32", str(here), "layerwise")
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.extract()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchroniz" in str(w.message) for w in caught)
+    metrics = theloom.open(run.shards[0]).metrics
+    waited = metrics["seconds_waiting_for_weights"] / max(metrics["seconds_total"], 1e-9)
+    return [{"waits of the host": waits, "waiting for weights %": 100 * waited}]
+
+
+def quantised(folder: Path) -> Rows:
+    """8 and 4 bits, both executions: the peak of the extraction, measured and predicted."""
+    model, rows = _tiny(folder, intermediate_size=128), []
+    for bits in ("8bit", "4bit"):
+        for execution in ("resident", "layerwise"):
+            options = f"memory.quantization={bits}"
+            run = folder / f"{bits}-{execution}"
+            row: dict[str, Any] = {"bits": bits, "execution": execution}
+            try:
+                activations = _extracted(run, model, "fp32", str(device()), execution, options)
+            except theloom.errors.TheLoomError as error:
+                row["refused"] = str(error)
+            else:
+                shard = theloom.open(next((run / "shards").glob("*.h5")))
+                row["peak MB"] = shard.metrics["peak_memory"] / 1e6
+                row["predicted MB"] = shard.metrics["predicted_memory"] / 1e6
+                row["rows"] = len(theloom.open(activations))
+            rows.append(row)
+    return rows
+
+
+def sanitizer(folder: Path) -> Rows:
+    """compute-sanitizer's memory check of the tiny run."""
+    gpu("compute-sanitizer")
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        raise SkippedError("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
+    script = f"import gpu_steps, pathlib; gpu_steps.pipeline(pathlib.Path({str(folder)!r}))"
+    done = subprocess.run(
+        [tool, "--tool", "memcheck", sys.executable, "-c", script],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
+    return [{"memcheck": summary[-1] if summary else done.stderr.strip()[-200:]}]
+
+
+STEPS = {
+    "versions": Step(versions, 25),
+    "tests": Step(tests, 120),
+    "pipeline": Step(pipeline, 90),
+    "attention": Step(attention, 40),
+    "pinning": Step(pinning, 35),
+    "arithmetic": Step(arithmetic, 20),
+    "llama": Step(llama, 90),
+    "back-off": Step(back_off, 45),
+    "layer by layer": Step(layer_by_layer, 40),
+    "quantised": Step(quantised, 60),
+    "sanitizer": Step(sanitizer, 35),
+}
+
+
+def _tiny(folder: Path, **numbers: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return build(folder, **numbers)
+
+
+def _prepared(
+    folder: Path,
+    model: Path,
+    precision: str,
+    where: str,
+    execution: str = "resident",
+    options: str = "",
+) -> Stages:
+    run = stages(
+        folder,
+        model,
+        f"extraction.device={where} extraction.execution={execution} extraction.shards=1 "
+        f"memory.precision_mode={precision} memory.streaming_chunk_size=32 corpus=text "
+        f"corpus.path={model.parent / 'corpus.jsonl'} {options}",
+    )
+    run.prepare()
+    return run
+
+
+def _extracted(*run: Any) -> Path:
+    made = _prepared(*run)
+    made.extract()
+    made.merge()
+    return made.activations
+
+
+@torch.inference_mode()
+def _attend(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(*tensors, **options)
+
+
+def _parameters(name: str) -> int:
+    """Of the blocks."""
+    hidden, blocks, inner, heads, key_heads = LLAMAS[name]
+    return blocks * int(2 * hidden * hidden * (1 + key_heads / heads) + 3 * hidden * inner)
+
+
+def _matmul_rate(here: torch.device, dtype: torch.dtype, rows: int, inner: int, out: int) -> float:
+    """FLOP/s of one product."""
+    x = torch.randn(rows, inner, device=here, dtype=dtype)
+    w = torch.randn(inner, out, device=here, dtype=dtype)
+    return 2 * rows * inner * out / _seconds(here, lambda: x @ w)
+
+
+def _attention_flops(name: str, windows: int, tokens: int) -> float:
+    """Of scores and their product with the values, half of them masked."""
+    hidden, blocks, *_ = LLAMAS[name]
+    return 2 * blocks * windows * tokens * tokens * hidden
+
+
+def _growth(here: torch.device, call: Callable[[], Any]) -> float:
+    """Bytes at the peak of a call beyond those before; NaN where nothing counts them."""
+    if here.type == "cpu":
+        return float("nan")
+    call()
+    accelerator.reset_peak(here)
+    before = accelerator.allocated(here)
+    call()
+    accelerator.synchronize(here)
+    return float(accelerator.peak(here) - before)
+
+
+def _seconds(here: torch.device, call: Callable[[], Any]) -> float:
+    """The median of three calls, after one that warms up."""
+    call()
+    found = []
+    for _ in range(3):
+        accelerator.synchronize(here)
+        began = time.perf_counter()
+        call()
+        accelerator.synchronize(here)
+        found.append(time.perf_counter() - began)
+    return sorted(found)[1]
+
+
+def _idle(call: Callable[[], Any]) -> float:
+    """Percent of a call's time in which no kernel ran."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
+    return 100 * max(0.0, 1 - busy / seconds)
