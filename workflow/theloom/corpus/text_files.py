@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,17 @@ log = logging.getLogger(__name__)
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".txt", ".md", ".jsonl", *TABLES)
+
+# A folder with more has its texts elsewhere, or too many files: `corpus.path=/` ends soon.
+MOST_OTHERS, MOST_TEXTS = 100_000, 1_000_000
+_SECONDS_BETWEEN_COUNTS = 5.0
+
+# codecs of Python that take any bytes, or names of hosts, for characters
+_NO_TEXT = ("undefined", "idna", "punycode", "unicode-escape", "raw-unicode-escape")
+
+_MOST_BYTES = 4  # of a character in any encoding
+
+_SHOWN = 1 << 16  # characters of a line that are looked at before its length
 
 _MARK = "theloom.mark"
 _MARKED = 0xDC00  # a byte that is not of the encoding becomes this surrogate plus the byte
@@ -61,6 +73,8 @@ def find(config: CorpusConfig) -> tuple[list[Path], str]:
                 "convert it" + instead * (suffix == ".parquet")
             )
         _name(path, path.parent)
+        if not os.access(path, os.R_OK):
+            raise CorpusError(f"corpus.path: {config.path!r} cannot be read; make it readable")
         return [path], ""
     if not is_folder:
         raise CorpusError(
@@ -84,7 +98,20 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Path]:
     def unreadable(error: OSError) -> NoReturn:
         raise CorpusError(f"corpus.path: {error.filename}: {error.strerror}") from None
 
+    seen = others = 0
+    last = time.monotonic()
     for folder, folders, names in os.walk(root, onerror=unreadable):
+        seen += len(names)
+        others += len(folders) + sum(not n.lower().endswith(SUFFIXES) for n in names)
+        if others > MOST_OTHERS or seen - others > MOST_TEXTS:
+            raise CorpusError(
+                f"corpus.path: {printable(str(root))}: more than {MOST_OTHERS:,} folders and files "
+                f"of other kinds, or {MOST_TEXTS:,} texts; give a folder of texts alone, or join "
+                "them in .jsonl files"
+            )
+        if time.monotonic() - last > _SECONDS_BETWEEN_COUNTS:
+            log.warning("corpus.path: %d files seen, now in %s", seen, printable(folder))
+            last = time.monotonic()
         skipped["hidden (of a name with a dot first)"] += sum(
             n.startswith(".") for n in (*folders, *names)
         )
@@ -98,7 +125,11 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Path]:
                 skipped["of other kinds"] += 1
                 continue
             shown = _name(file, root)
-            if file.is_file():
+            try:
+                is_file = file.is_file()
+            except OSError as error:  # a folder that may be listed and not entered
+                unreadable(error)
+            if is_file:
                 yield file
             elif file.is_symlink():
                 raise CorpusError(
@@ -122,7 +153,10 @@ def _name(file: Path, root: Path) -> str:
 def _check_encoding(encoding: str) -> None:
     try:
         io.TextIOWrapper(io.BytesIO(), encoding)
-    except (LookupError, ValueError):
+        if codecs.lookup(encoding).name.replace("_", "-") in _NO_TEXT:
+            raise ValueError
+        "a".encode(encoding)
+    except (LookupError, ValueError):  # encoding errors are ValueErrors
         raise CorpusError(
             f"corpus.encoding: Python knows no encoding {encoding!r}; try utf-8 or latin-1"
         ) from None
@@ -147,9 +181,31 @@ def read(config: CorpusConfig) -> Iterator[Document]:
             yield from _table(file, name, config)
         else:
             with _opened(file, name, config.encoding, newline="") as f:
-                text = f.read()
+                text = _read(f, printable(name))
             _check_decoded(text, printable(name), 1, config.encoding)
             yield Document(name, text, printable(name))
+
+
+def _read(file: TextIO, place: str) -> str:
+    """The rest of a file, which is refused by its size before it is read: it may be sparse."""
+    small = os.fstat(file.fileno()).st_size <= _MOST_BYTES * rows.MAX_TEXT
+    text = file.read(rows.MAX_TEXT + 1) if small else None
+    if text is None or len(text) > rows.MAX_TEXT:
+        raise rows.too_long(place)
+    return text
+
+
+def _lines(file: TextIO, name: str, encoding: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file with their numbers, decoded, none longer than a document may be."""
+    number = 0
+    while line := file.readline(rows.MAX_TEXT + 1):
+        number += 1
+        _check_decoded(line[:_SHOWN], printable(name), number, encoding)
+        if len(line) > _SHOWN:
+            if len(line) > rows.MAX_TEXT:
+                raise rows.too_long(f"{printable(name)}, line {number}")
+            _check_decoded(line, printable(name), number, encoding)
+        yield number, line
 
 
 @contextmanager
@@ -213,9 +269,8 @@ def _json_lines(file: Path, name: str, config: CorpusConfig) -> Iterator[Documen
         return row
 
     with _opened(file, name, config.encoding, newline=None) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in _lines(lines, name, config.encoding):
             place = f"{printable(name)}, line {number}"
-            _check_decoded(line, printable(name), number, config.encoding)
             if not line.strip():
                 continue
             try:
@@ -239,9 +294,13 @@ def _table(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
     several lines.
     """
 
+    begun = [0]  # characters of the row that is read: one without an end would fill the memory
+
     def decoded(lines: TextIO) -> Iterator[str]:
-        for number, line in enumerate(lines, start=1):
-            _check_decoded(line, printable(name), number, config.encoding)
+        for number, line in _lines(lines, name, config.encoding):
+            begun[0] += len(line)
+            if begun[0] > 2 * rows.MAX_TEXT:
+                raise rows.too_long(f"{printable(name)}, line {number}")
             yield line
 
     csv.field_size_limit(sys.maxsize)  # a text may be long
@@ -250,6 +309,7 @@ def _table(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
         header: list[str] | None = None
         start = 1
         while True:
+            begun[0] = 0
             try:
                 fields = next(reader, None)
             except csv.Error as error:
