@@ -10,7 +10,7 @@ from theloom.config.schema import CorpusConfig
 from theloom.errors import CorpusError
 
 MAX_ID_BYTES = 1024  # every id takes as many bytes in the files of a run as the longest
-MAX_TEXT = 1 << 27  # characters of a document: a tokenizer takes 30 times as many bytes, and more
+MAX_TEXT = 1 << 26  # characters of a document: tokenizers take about 175 bytes for each
 _SHOWN = 10  # columns that a message lists
 
 _KINDS = {

@@ -153,13 +153,14 @@ def _name(file: Path, root: Path) -> str:
 def _check_encoding(encoding: str) -> None:
     try:
         io.TextIOWrapper(io.BytesIO(), encoding)
-        if codecs.lookup(encoding).name.replace("_", "-") in _NO_TEXT:
-            raise ValueError
         "a".encode(encoding)
+        is_text = codecs.lookup(encoding).name.replace("_", "-") not in _NO_TEXT
     except (LookupError, ValueError):  # encoding errors are ValueErrors
+        is_text = False
+    if not is_text:
         raise CorpusError(
             f"corpus.encoding: Python knows no encoding {encoding!r}; try utf-8 or latin-1"
-        ) from None
+        )
 
 
 def read(config: CorpusConfig) -> Iterator[Document]:

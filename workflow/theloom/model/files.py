@@ -24,6 +24,7 @@ from theloom.config.model_dims import ModelDims
 from theloom.config.schema import ArchitectureConfig, ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint import folder as folders
+from theloom.model.checkpoint import gguf, tokenizer_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -142,7 +143,7 @@ def describe_tokenizer(config: ModelConfig) -> Description:
     else:
         folder, revision = _find(config.tokenizer, None, _code(config), "model.tokenizer")
         found = Description(folder, None, revision)
-    folders.check_tokenizer(found.folder, config)
+    _check_tokenizer(found.folder, config)
     return found
 
 
@@ -156,7 +157,13 @@ def check_local(config: ModelConfig) -> None:
     if config.tokenizer is not None:
         folder = _local_folder(config.tokenizer, "model.tokenizer")
     if folder is not None:
-        folders.check_tokenizer(folder, config)
+        _check_tokenizer(folder, config)
+
+
+def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
+    folders.check_tokenizer(folder, config)
+    key = "model.tokenizer" if config.tokenizer else "model.source"
+    tokenizer_file.check(folder, f"{key}: {config.tokenizer or config.source}")
 
 
 def local_weights(config: ModelConfig) -> Path | None:
@@ -248,7 +255,7 @@ def _gguf_file(folder: Path, config: ModelConfig) -> Path | None:
                 f"model.gguf_file: no {config.gguf_file!r} in {config.source}; GGUF files "
                 f"there: {here}"
             )
-        return file
+        return _checked_gguf(file, config)
     found = sorted(folder.glob("*.gguf"))
     if not found or any(folder.glob(_SAFETENSORS)):
         return None
@@ -257,7 +264,12 @@ def _gguf_file(folder: Path, config: ModelConfig) -> Path | None:
         raise ModelError(
             f"model.gguf_file: not set, and {config.source} has several GGUF files: {names}"
         )
-    return found[0]
+    return _checked_gguf(found[0], config)
+
+
+def _checked_gguf(file: Path, config: ModelConfig) -> Path:
+    gguf.check(file, f"model.gguf_file: {config.source}")
+    return file
 
 
 def _no_weights(folder: Path, config: ModelConfig) -> str:
