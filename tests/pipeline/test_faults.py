@@ -168,3 +168,42 @@ def check_line(log, fault, folder, shown):
         assert re.search(r"[\d.]+ [GM]B are free", line), f"{shown}: {line}"
     if fault == "SIGTERM":
         assert "stopped by SIGTERM" in line, f"{shown}: {line}"
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory, failing, source):
+    """A run whose next job is the extraction, without its shards."""
+    made = run(tmp_path_factory.mktemp("started"), source, f"{POINTS} extraction.shards=1", TEXTS)
+    for name in list(JOBS)[:4]:
+        assert failing.run(made.folder, JOBS[name]).status == 0
+    return made.folder
+
+
+def test_a_log_on_the_full_disk_leaves_its_line_on_the_console(started, failing, tmp_path):
+    folder = shutil.copytree(started, tmp_path / "run")
+    job = JOBS["merge_shards"]
+    ended = failing.run(folder, job, at=1, answer=errno.ENOSPC, log=str(folder / "job.log"))
+    assert ended.status == 1
+    assert ended.console.startswith(f"error: {folder}/job.log: No space left on device (")
+    assert "are free on" in ended.console
+    assert "Traceback" not in ended.console
+
+
+def test_without_locks_of_the_disk_there_is_one_writer_all_the_same(started, failing, tmp_path):
+    folder = shutil.copytree(started, tmp_path / "run")
+    job, owner = JOBS["extract_shard"], folder / f"{SHARD}.lock.owner"
+    killed = failing.run(folder, job, at=40, answer=int(-signal.SIGKILL), no_locks=1)
+    assert killed.status == -signal.SIGKILL
+    assert owner.is_file()
+    theirs = owner.read_text()
+    owner.write_text("5 on node7\nnode7 another-boot net:[1]")
+    refused = failing.run(folder, job, no_locks=1)
+    assert refused.status == 1
+    line = refused.log.splitlines()[-1]
+    assert "another job writes it (process 5 on node7)" in line
+    assert f"if that job was killed, remove {owner}" in line
+    owner.write_text(theirs)  # of a job of this machine, which the kernel knows is gone
+    again = failing.run(folder, job, no_locks=1)
+    assert again.status == 0, again.log
+    assert not list(folder.glob("shards/*.lock*"))
+    assert len(theloom.open(folder / SHARD)) > 0

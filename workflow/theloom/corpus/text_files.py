@@ -33,6 +33,8 @@ _NO_TEXT = ("undefined", "idna", "punycode", "unicode-escape", "raw-unicode-esca
 
 _MOST_BYTES = 4  # of a character in any encoding
 
+_MOST_OF_A_ROW = 2  # times the text's own characters: escapes, and other columns
+
 _SHOWN = 1 << 16  # characters of a line that are looked at before its length
 
 _MARK = "theloom.mark"
@@ -197,13 +199,13 @@ def _read(file: TextIO, place: str) -> str:
 
 
 def _lines(file: TextIO, name: str, encoding: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file with their numbers, decoded, none longer than a document may be."""
-    number = 0
-    while line := file.readline(rows.MAX_TEXT + 1):
+    """The lines of a file with their numbers, decoded, none longer than a document's row may be."""
+    number, most = 0, _MOST_OF_A_ROW * rows.MAX_TEXT
+    while line := file.readline(most + 1):
         number += 1
         _check_decoded(line[:_SHOWN], printable(name), number, encoding)
-        if len(line) > _SHOWN:
-            if len(line) > rows.MAX_TEXT:
+        if len(line) > min(_SHOWN, most):
+            if len(line) > most:
                 raise rows.too_long(f"{printable(name)}, line {number}")
             _check_decoded(line, printable(name), number, encoding)
         yield number, line
@@ -300,7 +302,7 @@ def _table(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
     def decoded(lines: TextIO) -> Iterator[str]:
         for number, line in _lines(lines, name, config.encoding):
             begun[0] += len(line)
-            if begun[0] > 2 * rows.MAX_TEXT:
+            if begun[0] > _MOST_OF_A_ROW * rows.MAX_TEXT:
                 raise rows.too_long(f"{printable(name)}, line {number}")
             yield line
 
