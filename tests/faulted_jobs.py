@@ -100,7 +100,9 @@ def disk(scratch: Path) -> Iterator[Disk | None]:
             stdout=subprocess.PIPE,
             stderr=console,
             text=True,
-            env=os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+            | {"HDF5_USE_FILE_LOCKING": "FALSE"},  # as a job sets it before it imports h5py
         )
     try:
         yield Disk(server, scratch)

@@ -73,6 +73,8 @@ def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]
         "OMP_NUM_THREADS", str(threads)
     )  # before torch is imported: it sizes its pool by it
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
+    # before h5py is imported: HDF5 opens no file where a disk has no locks; ours is `store.lock`
+    os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
     os.environ["RUST_BACKTRACE"] = "0"  # where a tokenizer gives up, its error says why
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
