@@ -210,7 +210,7 @@ def test_a_folder_of_too_much_else_ends_the_search(tmp_path, monkeypatch, caplog
     assert len(read(tmp_path)) == 30
     monkeypatch.setattr(text_files, "_SECONDS_BETWEEN_COUNTS", 0.0)
     read(tmp_path)
-    assert "files seen, now in" in caplog.text
+    assert "others seen, now in" in caplog.text
     monkeypatch.setattr(text_files, "MOST_OTHERS", 20)
     assert "more than 20 folders and files of other kinds" in refused(tmp_path)
     monkeypatch.setattr(text_files, "MOST_OTHERS", 100)

@@ -100,19 +100,22 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Path]:
     def unreadable(error: OSError) -> NoReturn:
         raise CorpusError(f"corpus.path: {error.filename}: {error.strerror}") from None
 
-    seen = others = 0
+    texts = others = 0
     last = time.monotonic()
     for folder, folders, names in os.walk(root, onerror=unreadable):
-        seen += len(names)
-        others += len(folders) + sum(not n.lower().endswith(SUFFIXES) for n in names)
-        if others > MOST_OTHERS or seen - others > MOST_TEXTS:
+        here = sum(n.lower().endswith(SUFFIXES) for n in names)
+        texts, others = texts + here, others + len(folders) + len(names) - here
+        if others > MOST_OTHERS or texts > MOST_TEXTS:
             raise CorpusError(
                 f"corpus.path: {printable(str(root))}: more than {MOST_OTHERS:,} folders and files "
                 f"of other kinds, or {MOST_TEXTS:,} texts; give a folder of texts alone, or join "
                 "them in .jsonl files"
             )
         if time.monotonic() - last > _SECONDS_BETWEEN_COUNTS:
-            log.warning("corpus.path: %d files seen, now in %s", seen, printable(folder))
+            log.warning(
+                "corpus.path: %d texts and %d others seen, now in %s",
+                *(texts, others, printable(folder)),
+            )
             last = time.monotonic()
         skipped["hidden (of a name with a dot first)"] += sum(
             n.startswith(".") for n in (*folders, *names)
