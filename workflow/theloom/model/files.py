@@ -5,6 +5,8 @@ them.
 such a folder once, in a cache that all runs share, so that every later job loads in a second.
 """
 
+import errno
+import fcntl
 import importlib.util
 import json
 import logging
@@ -12,12 +14,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
-from filelock import FileLock
 
 from theloom.config import model_dims
 from theloom.config.model_dims import ModelDims
@@ -304,17 +306,31 @@ def _converted(gguf: Path) -> Path:
     """
     target = _conversion(gguf)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    with _one_at_a_time(Path(f"{target}.lock")):
         if not target.is_dir():
             log.info("converting %s to safetensors, once", gguf.name)
             unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
             try:
                 _convert(gguf, unfinished)
                 unfinished.chmod(0o755)
-                unfinished.rename(target)
+                if not target.is_dir():
+                    unfinished.rename(target)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Other jobs wait meanwhile. Where the disk has no locks two may convert, and one's is kept."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            log.warning("%s: this disk has no locks: other jobs may convert too", lock.parent)
+        yield
 
 
 def _convert(gguf: Path, folder: Path) -> None:
