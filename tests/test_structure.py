@@ -6,7 +6,7 @@ from graphlib import TopologicalSorter
 from support import ROOT
 
 LIBRARY = ROOT / "workflow/theloom"
-LOWEST = ("errors", "precision", "terminal")
+LOWEST = ("credentials", "errors", "precision", "terminal")
 PACKAGES = [
     "devices",
     "config",

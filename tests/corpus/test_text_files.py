@@ -2,11 +2,13 @@
 
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import pandas
 import pytest
 from support import a_config
-from theloom.corpus import documents
+from theloom.corpus import documents, rows, text_files
 from theloom.errors import CorpusError
 
 LINES = '{"text": "first é"}\n{"text": "second ア"}\n'
@@ -163,3 +165,71 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
         more.write(LINES)
     with pytest.raises(CorpusError, match=r"x\.jsonl: changed while it was read"):
         list(found)
+
+
+@pytest.mark.parametrize("encoding", ["punycode", "unicode_escape", "raw_unicode_escape", "base64"])
+def test_codecs_that_are_no_encodings_are_refused(tmp_path, encoding):
+    (tmp_path / "x.txt").write_bytes(b"x")
+    assert "knows no encoding" in refused(tmp_path, f"corpus.encoding={encoding}")
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.csv"])
+def test_a_sparse_file_of_terabytes_is_refused_by_name(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(rows, "MAX_TEXT", 1 << 20)
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 42)
+    said = refused(tmp_path)
+    assert name in said
+    assert "a document of more than" in said or "not utf-8 (byte 0x00" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.txt", "é" * 1001),
+        ("x.jsonl", '{"text": "a"}\n{"text": "' + "é" * 1001 + '"}\n'),
+        ("x.csv", "text\na\n" + "é" * 1001 + "\n"),
+        ("x.csv", 'text\n"' + "é\n" * 1100 + '"\n'),
+        ("x.jsonl", '{"text": "' + "\\u00e9" * 999 + '"}\n'),
+    ],
+)
+def test_a_document_longer_than_the_limit_is_refused_with_its_place(
+    tmp_path, monkeypatch, name, content
+):
+    monkeypatch.setattr(rows, "MAX_TEXT", 1000)
+    (tmp_path / name).write_text(content)
+    said = refused(tmp_path)
+    assert name in said
+    assert "a document of more than 1,000 characters; split it" in said
+
+
+def test_a_folder_of_too_much_else_ends_the_search(tmp_path, monkeypatch, caplog):
+    for number in range(30):
+        (tmp_path / f"folder{number}").mkdir()
+        (tmp_path / f"folder{number}/x.txt").write_text("x")
+    assert len(read(tmp_path)) == 30
+    monkeypatch.setattr(text_files, "_SECONDS_BETWEEN_COUNTS", 0.0)
+    read(tmp_path)
+    assert "others seen, now in" in caplog.text
+    monkeypatch.setattr(text_files, "MOST_OTHERS", 20)
+    assert "more than 20 folders and files of other kinds" in refused(tmp_path)
+    monkeypatch.setattr(text_files, "MOST_OTHERS", 100)
+    monkeypatch.setattr(text_files, "MOST_TEXTS", 20)
+    assert "20 texts; give a folder of texts alone" in refused(tmp_path)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become nobody")
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_a_folder_without_permission_is_one_line(mode):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        closed = Path(folder, "closed")
+        closed.mkdir()
+        (closed / "x.txt").write_text("x")
+        closed.chmod(mode)
+        os.seteuid(65534)
+        try:
+            said = refused(Path(folder))
+        finally:
+            os.seteuid(0)
+    assert "Permission denied" in said

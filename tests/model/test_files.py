@@ -135,7 +135,7 @@ def test_one_of_several_gguf_files_must_be_named(tmp_path):
         prepare_files(ModelConfig(source=str(tmp_path)))
     with pytest.raises(ModelError, match=r"no 'c\.gguf'.*a\.gguf, b\.gguf"):
         prepare_files(ModelConfig(source=str(tmp_path), gguf_file="c.gguf"))
-    with pytest.raises(ModelError, match=r"a\.gguf cannot be read"):
+    with pytest.raises(ModelError, match=r"a\.gguf is damaged or no GGUF file"):
         prepare_files(ModelConfig(source=str(tmp_path), gguf_file="a.gguf"))
 
 

@@ -18,7 +18,7 @@ from theloom.config.frozen import freeze
 from theloom.devices import host
 from theloom.errors import TheLoomError
 from theloom.pipeline import bars, console, preflight, request, resources, slurm
-from theloom.pipeline.job import last_errors, add_to_job_path
+from theloom.pipeline.job import last_errors, add_to_job_path, of_system
 from theloom.report import groups as report_groups
 
 from snakemake.settings.types import DeploymentMethod
@@ -72,8 +72,9 @@ BARS = bars.for_terminal(sys.stderr) if workflow.is_main_process and not IS_MODU
 if workflow.is_main_process or workflow.storage_settings.default_storage_provider is not None:
     try:
         RUNS = compose()
-    except TheLoomError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (TheLoomError, OSError) as error:
+        line = of_system(error, Path.cwd()) if isinstance(error, OSError) else error
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
     if workflow.is_main_process:
         print(resources.table(RUNS), file=sys.stderr)

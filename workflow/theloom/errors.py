@@ -4,9 +4,14 @@ Each message is one line: what was requested, what was found, what to do. The pi
 without a traceback; every other exception is a defect of ours and keeps its traceback.
 """
 
+from theloom.credentials import hidden
+
 
 class TheLoomError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can mend. Its message shows no password and no token."""
+
+    def __str__(self) -> str:
+        return " ".join(hidden(super().__str__()).splitlines())
 
 
 class ConfigError(TheLoomError):

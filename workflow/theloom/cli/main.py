@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import theloom
@@ -17,6 +18,7 @@ from theloom.cli.files import add_store
 from theloom.cli.project import add_init
 from theloom.cli.run import add_run
 from theloom.errors import TheLoomError
+from theloom.pipeline.job import of_system
 from theloom.terminal import GIB, Help, capability, examples, lines, red, table
 
 if TYPE_CHECKING:
@@ -51,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a disk that is full or fails, a file that may not be read
+        print(f"{red('error:', sys.stderr)} {of_system(error, Path.cwd())}", file=sys.stderr)
+        return 1
     return 0
 
 

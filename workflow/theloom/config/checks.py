@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from theloom.config.model_dims import LAYERS, SIZE
 from theloom.config.schema import PATHS, Config
 from theloom.errors import ConfigError
 
@@ -84,8 +85,24 @@ def check(config: Config) -> None:
             f"extraction.device: {config.extraction.device!r} is not auto, cpu, cuda, cuda:N, xpu, "
             "xpu:N or mps"
         )
+    _check_architecture(config)
     _check_paths(config)
     _check_corpus(config)
+
+
+def _check_architecture(config: Config) -> None:
+    declared = config.model.architecture
+    if declared is None:
+        return
+    for name, value in cast(dict[str, Any], declared).items():
+        least = 0 if name in ("parameters", "max_position_embeddings") else 1
+        most = LAYERS if name == "num_hidden_layers" else SIZE
+        if isinstance(value, int) and not (
+            isinstance(value, bool) or name == "parameters" or least <= value <= most
+        ):
+            raise ConfigError(
+                f"model.architecture.{name}: {value} is no number from {least} to {most:,}"
+            )
 
 
 def _check_corpus(config: Config) -> None:

@@ -16,13 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from theloom.config import checks, frozen, names, overrides_file, schema, sharding, values, words
+from theloom.config import (
+    checks,
+    frozen,
+    names,
+    overrides_file,
+    schema,
+    sharding,
+    untrusted,
+    values,
+    words,
+)
 from theloom.config.frozen import BESIDE_THE_RESULT, STAGES, decides_no_row
 from theloom.config.schema import Config
 from theloom.config.values import Assignment
@@ -91,6 +102,9 @@ def runs(
     _check_keys(config_dir, assignments)
     swept = {a.key for a in assignments if len(a.values) > 1}
     named = [p.strip() for p in profiles.split(",") if p.strip()]
+    for file in sorted(config_dir.rglob("*.yaml")):
+        if file.parent.name != "profile" or file.stem in named:
+            untrusted.check_file(file)
     found: dict[str, Run] = {}
     for profile, combination in itertools.product(
         named, itertools.product(*(a.values for a in assignments))
@@ -197,9 +211,13 @@ def _compose(
         config = cast(
             dict[str, Any], OmegaConf.to_container(strict, enum_to_str=True, resolve=True)
         )
+        untrusted.check_values(config)
         checks.check(cast(Config, strict))
         for section, old, _ in _OLD_NAMES:
             del config[section][old]
+    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else _one_line(error)
+        raise ConfigError(f"profile={profile}: cannot be read: {why}") from None
     except MissingConfigException as error:
         options = ", ".join(error.options or [])
         group, _, requested = str(error.missing_cfg_file).rpartition("/")

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+LAYERS = 1_000  # at most: the deepest models have a few hundred
+SIZE = (1 << 31) - 1  # of a dimension at most, and ids are stored as int32
+
+
 @dataclass(frozen=True)
 class ModelDims:
     """What a config says of a decoder's size. All sizes in elements, `context_length` in tokens (0:
@@ -43,6 +47,16 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
             f"{config.model_type}: its config has no num_hidden_layers, hidden_size or vocab_size; "
             "it is no model of text tokens that TheLoom can read"
         )
+    for name, value, most in (
+        ("num_hidden_layers", blocks, LAYERS),
+        ("hidden_size", hidden, SIZE),
+        ("vocab_size", vocabulary, SIZE),
+    ):
+        if not isinstance(value, int) or not 0 < value <= most:
+            raise ModelError(
+                f"{config.model_type}: {name}={str(value)[:40]} in its config is no number from 1 "
+                f"to {most:,}; correct it"
+            )
     heads = _said(text, "num_attention_heads") or 1
     return ModelDims(
         model_type=config.model_type,

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from omegaconf import OmegaConf
 
-from theloom.config import schema, values
+from theloom.config import schema, untrusted, values
 from theloom.config.values import Assignment, Value
 from theloom.errors import ConfigError
 
@@ -31,6 +31,7 @@ def read(path: Path) -> list[Assignment]:
         raise ConfigError(f"overrides={str(path)!r}: cannot be read ({_line(error)})") from None
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"overrides={str(path)!r}: not YAML ({_line(error)})") from None
+    untrusted.check_nodes(root, f"overrides={str(path)!r}")
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):

@@ -17,7 +17,8 @@ from theloom.errors import ConfigError
 
 Value = str | None | tuple[str, ...]
 _TYPES = schema.types()
-_MOST_DIGITS = 18  # what 64 bits hold
+MOST_DIGITS = 18  # what 64 bits hold
+BEYOND = 10**MOST_DIGITS
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ def scalar(key: str, value: str, whole: str) -> Value:
         raise ConfigError(f"{key}: no value; give one, or leave the key out")
     if int in types and not re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", value):
         raise ConfigError(f"{key}: {whole!r} is not an integer{_as_integer(whole)}")
-    if int in types and len(value) > _MOST_DIGITS:
-        raise ConfigError(f"{key}: {value[:20]}… has more than {_MOST_DIGITS} digits")
+    if int in types and len(value) > MOST_DIGITS:
+        raise ConfigError(f"{key}: {value[:20]}… has more than {MOST_DIGITS} digits")
     if float in types and not _is_number(value):
         raise ConfigError(f"{key}: {whole!r} is not a number; write it as 0.5 or 5e-3")
     return value

@@ -10,6 +10,7 @@ from theloom.config.schema import CorpusConfig
 from theloom.corpus import rows, text_files
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, TheLoomError
+from theloom.store import file_format
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}  # of a single file, by its suffix
 _LONGEST = 600  # characters of another library's message
@@ -97,6 +98,8 @@ def _in_one_line(name: str) -> Iterator[None]:
     except (TheLoomError, MemoryError):
         raise
     except Exception as error:
+        if file_format.is_full(error):  # of the cache: nothing is wrong with the data set
+            raise
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

@@ -10,6 +10,7 @@ from theloom.config.schema import CorpusConfig
 from theloom.errors import CorpusError
 
 MAX_ID_BYTES = 1024  # every id takes as many bytes in the files of a run as the longest
+MAX_TEXT = 1 << 26  # characters of a document: tokenizers take about 175 bytes for each
 _SHOWN = 10  # columns that a message lists
 
 _KINDS = {
@@ -90,8 +91,10 @@ def check(document: Document) -> None:
     """Check that the files of a run can hold a document's id, and a tokenizer its text.
 
     Raises:
-        CorpusError: one of them holds a lone surrogate, or the id a NUL, or it is very long.
+        CorpusError: one of them holds a lone surrogate, or the id a NUL, or one is very long.
     """
+    if len(document.text) > MAX_TEXT:
+        raise too_long(document.place)
     for what, value in (("id", document.id), ("text", document.text)):
         if (at := surrogate(value)) is not None:
             raise CorpusError(
@@ -108,6 +111,14 @@ def check(document: Document) -> None:
             f"{document.place}: the id has {size} bytes, and may have {MAX_ID_BYTES}; "
             "give a shorter one"
         )
+
+
+def too_long(place: str) -> CorpusError:
+    """The error for a document of more than `MAX_TEXT` characters."""
+    return CorpusError(
+        f"{place}: a document of more than {MAX_TEXT:,} characters; split it, for example into "
+        "the lines of a .jsonl file"
+    )
 
 
 def surrogate(text: str) -> int | None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,19 @@ log = logging.getLogger(__name__)
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".txt", ".md", ".jsonl", *TABLES)
+
+# A folder with more has its texts elsewhere, or too many files: `corpus.path=/` ends soon.
+MOST_OTHERS, MOST_TEXTS = 100_000, 1_000_000
+_SECONDS_BETWEEN_COUNTS = 5.0
+
+# codecs of Python that take any bytes, or names of hosts, for characters
+_NO_TEXT = ("undefined", "idna", "punycode", "unicode-escape", "raw-unicode-escape")
+
+_MOST_BYTES = 4  # of a character in any encoding
+
+_MOST_OF_A_ROW = 2  # times the text's own characters: escapes, and other columns
+
+_SHOWN = 1 << 16  # characters of a line that are looked at before its length
 
 _MARK = "theloom.mark"
 _MARKED = 0xDC00  # a byte that is not of the encoding becomes this surrogate plus the byte
@@ -61,6 +75,8 @@ def find(config: CorpusConfig) -> tuple[list[Path], str]:
                 "convert it" + instead * (suffix == ".parquet")
             )
         _name(path, path.parent)
+        if not os.access(path, os.R_OK):
+            raise CorpusError(f"corpus.path: {config.path!r} cannot be read; make it readable")
         return [path], ""
     if not is_folder:
         raise CorpusError(
@@ -84,7 +100,23 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Path]:
     def unreadable(error: OSError) -> NoReturn:
         raise CorpusError(f"corpus.path: {error.filename}: {error.strerror}") from None
 
+    texts = others = 0
+    last = time.monotonic()
     for folder, folders, names in os.walk(root, onerror=unreadable):
+        here = sum(n.lower().endswith(SUFFIXES) for n in names)
+        texts, others = texts + here, others + len(folders) + len(names) - here
+        if others > MOST_OTHERS or texts > MOST_TEXTS:
+            raise CorpusError(
+                f"corpus.path: {printable(str(root))}: more than {MOST_OTHERS:,} folders and files "
+                f"of other kinds, or {MOST_TEXTS:,} texts; give a folder of texts alone, or join "
+                "them in .jsonl files"
+            )
+        if time.monotonic() - last > _SECONDS_BETWEEN_COUNTS:
+            log.warning(
+                "corpus.path: %d texts and %d others seen, now in %s",
+                *(texts, others, printable(folder)),
+            )
+            last = time.monotonic()
         skipped["hidden (of a name with a dot first)"] += sum(
             n.startswith(".") for n in (*folders, *names)
         )
@@ -98,7 +130,11 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Path]:
                 skipped["of other kinds"] += 1
                 continue
             shown = _name(file, root)
-            if file.is_file():
+            try:
+                is_file = file.is_file()
+            except OSError as error:  # a folder that may be listed and not entered
+                unreadable(error)
+            if is_file:
                 yield file
             elif file.is_symlink():
                 raise CorpusError(
@@ -122,10 +158,14 @@ def _name(file: Path, root: Path) -> str:
 def _check_encoding(encoding: str) -> None:
     try:
         io.TextIOWrapper(io.BytesIO(), encoding)
-    except (LookupError, ValueError):
+        "a".encode(encoding)
+        is_text = codecs.lookup(encoding).name.replace("_", "-") not in _NO_TEXT
+    except (LookupError, ValueError):  # encoding errors are ValueErrors
+        is_text = False
+    if not is_text:
         raise CorpusError(
             f"corpus.encoding: Python knows no encoding {encoding!r}; try utf-8 or latin-1"
-        ) from None
+        )
 
 
 def read(config: CorpusConfig) -> Iterator[Document]:
@@ -147,9 +187,31 @@ def read(config: CorpusConfig) -> Iterator[Document]:
             yield from _table(file, name, config)
         else:
             with _opened(file, name, config.encoding, newline="") as f:
-                text = f.read()
+                text = _read(f, printable(name))
             _check_decoded(text, printable(name), 1, config.encoding)
             yield Document(name, text, printable(name))
+
+
+def _read(file: TextIO, place: str) -> str:
+    """The rest of a file, which is refused by its size before it is read: it may be sparse."""
+    small = os.fstat(file.fileno()).st_size <= _MOST_BYTES * rows.MAX_TEXT
+    text = file.read(rows.MAX_TEXT + 1) if small else None
+    if text is None or len(text) > rows.MAX_TEXT:
+        raise rows.too_long(place)
+    return text
+
+
+def _lines(file: TextIO, name: str, encoding: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file with their numbers, decoded, none longer than a document's row may be."""
+    number, most = 0, _MOST_OF_A_ROW * rows.MAX_TEXT
+    while line := file.readline(most + 1):
+        number += 1
+        _check_decoded(line[:_SHOWN], printable(name), number, encoding)
+        if len(line) > min(_SHOWN, most):
+            if len(line) > most:
+                raise rows.too_long(f"{printable(name)}, line {number}")
+            _check_decoded(line, printable(name), number, encoding)
+        yield number, line
 
 
 @contextmanager
@@ -213,9 +275,8 @@ def _json_lines(file: Path, name: str, config: CorpusConfig) -> Iterator[Documen
         return row
 
     with _opened(file, name, config.encoding, newline=None) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in _lines(lines, name, config.encoding):
             place = f"{printable(name)}, line {number}"
-            _check_decoded(line, printable(name), number, config.encoding)
             if not line.strip():
                 continue
             try:
@@ -239,9 +300,13 @@ def _table(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
     several lines.
     """
 
+    begun = [0]  # characters of the row that is read: one without an end would fill the memory
+
     def decoded(lines: TextIO) -> Iterator[str]:
-        for number, line in enumerate(lines, start=1):
-            _check_decoded(line, printable(name), number, config.encoding)
+        for number, line in _lines(lines, name, config.encoding):
+            begun[0] += len(line)
+            if begun[0] > _MOST_OF_A_ROW * rows.MAX_TEXT:
+                raise rows.too_long(f"{printable(name)}, line {number}")
             yield line
 
     csv.field_size_limit(sys.maxsize)  # a text may be long
@@ -250,6 +315,7 @@ def _table(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
         header: list[str] | None = None
         start = 1
         while True:
+            begun[0] = 0
             try:
                 fields = next(reader, None)
             except csv.Error as error:

@@ -117,7 +117,20 @@ class CorpusTokenizer:
         return found
 
     def _ids(self, texts: Sequence[str], by_file: bool, special: bool = True) -> list[list[int]]:
-        special = special and self._special
+        try:
+            return self._encoded(texts, by_file, special and self._special)
+        except BaseException as error:  # native code that gives up raises a PanicException
+            if isinstance(error, MemoryError) or not (
+                isinstance(error, Exception) or type(error).__name__ == "PanicException"
+            ):
+                raise
+            raise CorpusError(
+                f"model.tokenizer: {self._name} fails on a text of the corpus: "
+                f"{' '.join(str(error).split())[:300]}; take the tokenizer from its maker, or set "
+                "model.tokenizer to another one of this model"
+            ) from None
+
+    def _encoded(self, texts: Sequence[str], by_file: bool, special: bool) -> list[list[int]]:
         if by_file and self._of_file is not None:
             encoded = self._of_file.encode_batch(list(texts), add_special_tokens=special)
             return [e.ids for e in encoded]

@@ -79,9 +79,10 @@ def _embedding_rows(config: "PretrainedConfig", trust_remote_code: bool) -> int 
     import torch
 
     from theloom.model.checkpoint.classes import auto_class
+    from theloom.model.checkpoint.limits import bounded_build
 
     try:
-        with torch.device("meta"):
+        with bounded_build(), torch.device("meta"):
             model = auto_class(config, trust_remote_code).from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code
             )

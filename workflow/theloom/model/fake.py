@@ -20,6 +20,7 @@ from theloom.hooks.failures import MODEL_ERRORS, refused, why
 from theloom.hooks.points import HookCatalog, HookPoint, residual_points
 from theloom.model import pruning
 from theloom.model.checkpoint.classes import auto_class
+from theloom.model.checkpoint.limits import bounded_build
 from theloom.model.length_switches import fix_frequencies
 from theloom.model.quantization import packed_on_the_cpu
 from theloom.model.shapes_only import shapes_only
@@ -188,7 +189,11 @@ def fake_model(
     try:
         # on `meta` no weight is initialised, as when transformers loads a model: code that looks at
         # values would fail
-        with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+        with (
+            bounded_build(),
+            torch.device("meta"),
+            initialization.meta_device_safe_creation_ops(),
+        ):
             model = build.from_config(
                 copy.deepcopy(model_config),  # it may be that of a loaded model
                 dtype=torch_dtype(precision),

@@ -5,6 +5,8 @@ them.
 such a folder once, in a cache that all runs share, so that every later job loads in a second.
 """
 
+import errno
+import fcntl
 import importlib.util
 import json
 import logging
@@ -12,18 +14,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
-from filelock import FileLock
 
 from theloom.config import model_dims
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import ArchitectureConfig, ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint import folder as folders
+from theloom.model.checkpoint import gguf, tokenizer_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -142,7 +145,7 @@ def describe_tokenizer(config: ModelConfig) -> Description:
     else:
         folder, revision = _find(config.tokenizer, None, _code(config), "model.tokenizer")
         found = Description(folder, None, revision)
-    folders.check_tokenizer(found.folder, config)
+    _check_tokenizer(found.folder, config)
     return found
 
 
@@ -156,7 +159,13 @@ def check_local(config: ModelConfig) -> None:
     if config.tokenizer is not None:
         folder = _local_folder(config.tokenizer, "model.tokenizer")
     if folder is not None:
-        folders.check_tokenizer(folder, config)
+        _check_tokenizer(folder, config)
+
+
+def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
+    folders.check_tokenizer(folder, config)
+    key = "model.tokenizer" if config.tokenizer else "model.source"
+    tokenizer_file.check(folder, f"{key}: {config.tokenizer or config.source}")
 
 
 def local_weights(config: ModelConfig) -> Path | None:
@@ -248,7 +257,7 @@ def _gguf_file(folder: Path, config: ModelConfig) -> Path | None:
                 f"model.gguf_file: no {config.gguf_file!r} in {config.source}; GGUF files "
                 f"there: {here}"
             )
-        return file
+        return _checked_gguf(file, config)
     found = sorted(folder.glob("*.gguf"))
     if not found or any(folder.glob(_SAFETENSORS)):
         return None
@@ -257,7 +266,12 @@ def _gguf_file(folder: Path, config: ModelConfig) -> Path | None:
         raise ModelError(
             f"model.gguf_file: not set, and {config.source} has several GGUF files: {names}"
         )
-    return found[0]
+    return _checked_gguf(found[0], config)
+
+
+def _checked_gguf(file: Path, config: ModelConfig) -> Path:
+    gguf.check(file, f"model.gguf_file: {config.source}")
+    return file
 
 
 def _no_weights(folder: Path, config: ModelConfig) -> str:
@@ -292,17 +306,31 @@ def _converted(gguf: Path) -> Path:
     """
     target = _conversion(gguf)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    with _one_at_a_time(Path(f"{target}.lock")):
         if not target.is_dir():
             log.info("converting %s to safetensors, once", gguf.name)
             unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
             try:
                 _convert(gguf, unfinished)
                 unfinished.chmod(0o755)
-                unfinished.rename(target)
+                if not target.is_dir():
+                    unfinished.rename(target)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Other jobs wait meanwhile. Where the disk has no locks two may convert, and one's is kept."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            log.warning("%s: this disk has no locks: other jobs may convert too", lock.parent)
+        yield
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -7,7 +7,9 @@ conversion.
 """
 
 import copy
+import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -94,7 +96,10 @@ def index(folder: Path) -> dict[str, Stored]:
 
 def _header(file: Path) -> dict[str, Stored]:
     with file.open("rb") as f:
+        size = file.stat().st_size
         length = int.from_bytes(f.read(8), "little")
+        if length > size:
+            raise ModelError(f"{file.name} is cut short; fetch it again")
         entries = json.loads(f.read(length))
     stored = {}
     for key, entry in entries.items():
@@ -105,10 +110,20 @@ def _header(file: Path) -> dict[str, Stored]:
                 f"{file.name}: {key} is of type {entry['dtype']}, not read layer by layer"
             )
         begin, end = entry["data_offsets"]
+        elements = math.prod(entry["shape"])
+        if begin < 0 or elements * DTYPES[entry["dtype"]].itemsize != end - begin:
+            raise ModelError(
+                f"{file.name}: {key} has the offsets {begin} to {end}, which are not those of its "
+                "shape; fetch the file again"
+            )
         stored[key] = Stored(
             file, 8 + length + begin, end - begin, DTYPES[entry["dtype"]], tuple(entry["shape"])
         )
-    if any(s.offset + s.nbytes > file.stat().st_size for s in stored.values()):
+    placed = sorted(stored.items(), key=lambda item: (item[1].offset, item[1].nbytes))
+    for (before, one), (key, next_one) in itertools.pairwise(placed):
+        if one.offset + one.nbytes > next_one.offset:
+            raise ModelError(f"{file.name}: {before} and {key} share bytes; fetch the file again")
+    if any(s.offset + s.nbytes > size for s in stored.values()):
         raise ModelError(f"{file.name} is cut short; fetch it again")
     return stored
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
+from theloom.model.checkpoint.limits import check_config
 
 SAFETENSORS = "model.safetensors"
 PICKLES = "pytorch_model.bin"
@@ -59,6 +60,7 @@ def check_description(folder: Path, config: ModelConfig) -> None:
     if not file.is_file():
         return
     described = read_json(file, where)
+    check_config(described, where)
     if "compression_config" in described:
         raise ModelError(
             f"{where}: its weights are compressed (compression_config in config.json); take the "

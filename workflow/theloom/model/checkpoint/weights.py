@@ -11,6 +11,7 @@ from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.classes import has_own_code, model_class, tied_heads
 from theloom.model.checkpoint.folder import StoredTensor, stored_tensors, weight_files
+from theloom.model.checkpoint.limits import bounded_build
 from theloom.model.weight_format import quantization_config
 
 if TYPE_CHECKING:
@@ -86,9 +87,9 @@ def check_stored(model_config: "PretrainedConfig", folder: Path, config: ModelCo
     if quantization_config(model_config):
         return
     build = model_class(model_config)
-    empty = {key: torch.empty(t.shape, device="meta") for key, t in stored.items()}
     try:
-        with report_held_back():
+        empty = {key: torch.empty(t.shape, device="meta") for key, t in stored.items()}
+        with report_held_back(), bounded_build():
             model, info = build.from_pretrained(
                 None,
                 config=model_config,
@@ -98,6 +99,8 @@ def check_stored(model_config: "PretrainedConfig", folder: Path, config: ModelCo
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
+    except ModelError:
+        raise
     except Exception as error:  # whatever transformers raises at a config is a fault of its values
         raise ModelError(
             f"model.source: {config.source}: cannot be built by its config: "

@@ -1,0 +1,209 @@
+"""A disk that is full or fails, and signals, at every write of every stage: one line each, and the
+rerun ends with the rows of an undisturbed run.
+
+By default some writes of each stage; `THELOOM_FAULTS=all` takes every one.
+"""
+
+import errno
+import os
+import random
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import theloom
+from faulted_jobs import disk
+from model_folders import TEXTS, llama, run
+
+ALL = os.environ.get("THELOOM_FAULTS") == "all"
+SHARD = "shards/00000-of-00001.h5"
+PREPARED = {"estimate": "estimate.h5", "model": "model.h5", "tokens": "tokens.h5"}
+
+
+def script(name, config, output, **inputs):
+    job = {"script": name, "input": {"config": f"{config}.json", **inputs}, "output": output}
+    return job | {"wildcards": {"shard": 0}}
+
+
+MERGED = {"activations": "activations.h5"}
+JOBS = {
+    "estimate_memory": script("estimate_memory", "estimate", {"estimate": "estimate.h5"}),
+    "stage_model": script("stage_model", "source", {"source": "staged.json"}),
+    "tokenize_corpus": script("tokenize_corpus", "tokens", {"tokens": "tokens.h5"}),
+    "load_model": script(
+        "load_model", "model", {"model": "model.h5"}, estimate="estimate.h5", tokens="tokens.h5"
+    ),
+    "extract_shard": script("extract_shard", "extract", {"shard": SHARD}, **PREPARED),
+    "merge_shards": script("merge_shards", "merge", MERGED, shards=[SHARD]),
+    "verify": script(
+        "verify", "verify", {"verification": "verification.h5"}, model="model.h5", **MERGED
+    ),
+}
+
+# Runs, and the jobs whose writes differ from those of the runs before.
+RUNS = {
+    "resident": ("store.merge=virtual", list(JOBS)),
+    "layerwise": (
+        "extraction.execution=layerwise store.merge=physical",
+        ["extract_shard", "merge_shards"],
+    ),
+    "packed": (
+        "store.compression=zstd store.merge=physical",
+        ["extract_shard", "merge_shards"],
+    ),
+}
+POINTS = "memory.activation_cache_filter=[blocks.0.hook_resid_post,blocks.1.hook_resid_post]"
+FAULTS = {
+    "ENOSPC": errno.ENOSPC,
+    "EIO": errno.EIO,
+    "SIGTERM": -signal.SIGTERM,
+    "SIGKILL": -signal.SIGKILL,
+}
+MEASURED = ("memory", "metrics", "checksums", "sources/checksums")
+
+
+def content(file):
+    """All that a file holds, but for how long it took and which memory was free."""
+    if file.suffix != ".h5":
+        return file.read_bytes()
+    found = {}
+
+    def look(name, part):
+        if not name.startswith(MEASURED):
+            found.update({f"{name}@{key}": str(value) for key, value in part.attrs.items()})
+            found.pop("@code_version", None)
+            if isinstance(part, h5py.Dataset) and part.compression != "unknown":
+                found[name] = np.asarray(part[()]).tobytes()
+
+    with h5py.File(file) as opened:
+        look("", opened)
+        opened.visititems(look)
+    if file.name in ("activations.h5", Path(SHARD).name):  # packed rows are not read by HDF5 alone
+        acts = theloom.open(file)
+        found.update({hook: acts[hook].numpy(...).tobytes() for hook in acts.hooks})
+    return found
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    with disk(tmp_path_factory.mktemp("disk")) as found:
+        if found is None:
+            pytest.skip("no C compiler here")
+        yield found
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return llama(tmp_path_factory.mktemp("model") / "llama", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def whole(request, tmp_path_factory, failing, source):
+    """An undisturbed run: its folder before each job, how many calls that job makes, and what is
+    in the end.
+    """
+    overrides, tried = RUNS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    made = run(folder, source, f"{overrides} {POINTS} extraction.shards=1", TEXTS)
+    before = {}
+    for name, job in JOBS.items():
+        shutil.copytree(made.folder, folder / name)
+        ended = failing.run(made.folder, job)
+        assert ended.status == 0, ended.log + ended.console
+        before[name] = (folder / name, ended.calls)
+    return made.folder, {name: before[name] for name in tried}
+
+
+def choose(calls, name):
+    """The calls that fail in a test: all, or the last and one at random of each fault."""
+    if ALL:
+        return [(at, fault) for at in range(1, calls + 1) for fault in FAULTS]
+    chance = random.Random(name)
+    return [(chance.randrange(1, calls + 1), fault) for fault in FAULTS] + [(calls, "ENOSPC")]
+
+
+def test_every_fault_is_one_line_and_the_rerun_is_right(whole, failing, tmp_path):
+    finished, jobs = whole
+    counts = dict.fromkeys(["one line", "killed", "no matter"], 0)
+    for name, (before, calls) in jobs.items():
+        job = JOBS[name]
+        output = next(iter(job["output"].values()))
+        for at, fault in choose(calls, name):
+            shown = f"{name}, call {at} of {calls}, {fault}"
+            folder = shutil.copytree(before, tmp_path / "run")
+            ended = failing.run(folder, job, at=at, answer=int(FAULTS[fault]))
+            assert "Traceback" not in ended.log + ended.console, shown + ended.log + ended.console
+            if ended.status == 0:  # the job could do without what it did not write
+                counts["no matter"] += 1
+            elif ended.status == -signal.SIGKILL:
+                counts["killed"] += 1
+            else:
+                assert ended.status == 1, f"{shown}: {ended}"
+                check_line(ended.log, fault, folder, shown)
+                counts["one line"] += 1
+            if ended.status:
+                again = failing.run(folder, job)
+                assert again.status == 0, f"{shown}: {again.log} {again.console}"
+            assert content(folder / output) == content(finished / output), shown
+            left = {f.name for f in folder.rglob("*") if f.is_file()} - {"job.log"}
+            there = {f.name for f in before.rglob("*") if f.is_file()} - {"job.log"}
+            assert left - there == {(folder / output).name}, shown
+            shutil.rmtree(folder)
+    print(f"{sum(counts.values())} faults: {counts}")
+
+
+def check_line(log, fault, folder, shown):
+    """The log ends on one line, which says where, why and what to do."""
+    line = log.splitlines()[-1]
+    assert line.startswith("error: "), f"{shown}: {log}"
+    assert log.count("error: ") == 1, f"{shown}: {log}"
+    assert "again" in line, f"{shown}: {line}"
+    if fault in ("ENOSPC", "EIO"):
+        assert str(folder) in line, f"{shown}: {line}"
+    if fault == "ENOSPC":
+        assert re.search(r"[\d.]+ [GM]B are free", line), f"{shown}: {line}"
+    if fault == "SIGTERM":
+        assert "stopped by SIGTERM" in line, f"{shown}: {line}"
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory, failing, source):
+    """A run whose next job is the extraction, without its shards."""
+    made = run(tmp_path_factory.mktemp("started"), source, f"{POINTS} extraction.shards=1", TEXTS)
+    for name in list(JOBS)[:4]:
+        assert failing.run(made.folder, JOBS[name]).status == 0
+    return made.folder
+
+
+def test_a_log_on_the_full_disk_leaves_its_line_on_the_console(started, failing, tmp_path):
+    folder = shutil.copytree(started, tmp_path / "run")
+    job = JOBS["merge_shards"]
+    ended = failing.run(folder, job, at=1, answer=errno.ENOSPC, log=str(folder / "job.log"))
+    assert ended.status == 1
+    assert ended.console.startswith(f"error: {folder}/job.log: No space left on device (")
+    assert "are free on" in ended.console
+    assert "Traceback" not in ended.console
+
+
+def test_without_locks_of_the_disk_there_is_one_writer_all_the_same(started, failing, tmp_path):
+    folder = shutil.copytree(started, tmp_path / "run")
+    job, owner = JOBS["extract_shard"], folder / f"{SHARD}.lock.owner"
+    killed = failing.run(folder, job, at=40, answer=int(-signal.SIGKILL), no_locks=1)
+    assert killed.status == -signal.SIGKILL
+    assert owner.is_file()
+    theirs = owner.read_text()
+    owner.write_text("5 on node7\nnode7 another-boot net:[1]")
+    refused = failing.run(folder, job, no_locks=1)
+    assert refused.status == 1
+    line = refused.log.splitlines()[-1]
+    assert "another job writes it (process 5 on node7)" in line
+    assert f"if that job was killed, remove {owner}" in line
+    owner.write_text(theirs)  # of a job of this machine, which the kernel knows is gone
+    again = failing.run(folder, job, no_locks=1)
+    assert again.status == 0, again.log
+    assert not list(folder.glob("shards/*.lock*"))
+    assert len(theloom.open(folder / SHARD)) > 0
