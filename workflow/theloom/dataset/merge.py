@@ -57,8 +57,6 @@ class _Shard:
     statistics: list[Statistics]
     metrics: dict[str, float]
     tables: dict[str, np.ndarray]
-    checksums: list[int]
-    checksums_offset: int
 
 
 def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
@@ -81,9 +79,7 @@ def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
         checked = [_checked(path, number) for number, path in enumerate(shards)]
         _check_together(checked)
         _write(checked, mode, unfinished, output.parent)
-        checksums.write_checksums(
-            unfinished, checksums.METADATA, checksums.TABLES, checksums.RESULTS
-        )
+        checksums.write_checksums(unfinished, *checksums.ALL)
         file_format.sync(unfinished)
         unfinished.replace(output)
         file_format.sync(output.parent)
@@ -110,16 +106,15 @@ def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> N
         plans["shard_rows"] = [s.part.rows for s in shards]
         file_format.set_attributes(file, attributes | plans | {"kind": mode, "rows": rows})
         _write_tables(file, shards)
-        file[checksums.CHECKSUMS] = np.zeros(3, "<u8")
+        file[checksums.CHECKSUMS] = np.zeros(len(checksums.ALL), "<u8")
+        hidden = file_format.hdf5_type(str(first.attributes["precision"]))
+        types = {name: h5py.h5t.STD_I32LE if name in TOKENS else hidden for name in names}
         if mode == "virtual":
-            with h5py.File(first.part.path, "r") as source:
-                for name in names:
-                    _refer(file, name, shards, folder, source[name].id.get_type())
+            for name in names:
+                _refer(file, name, shards, folder, types[name])
             parts.write_sources(file, [_source(s, folder) for s in shards], names)
             index.write_index(file)
             return
-        with h5py.File(first.part.path, "r") as source:
-            types = {name: source[name].id.get_type() for name in names}
         for name in names:
             create = (
                 compression.create_packed
@@ -138,26 +133,15 @@ def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> N
 
 
 def _checked(path: Path, number: int) -> _Shard:
-    try:
-        return _check(path, number)
-    except file_format.DAMAGE as error:
-        raise file_format.damaged(path, error) from None
-
-
-def _check(path: Path, number: int) -> _Shard:
     """Check that a shard is finished and undamaged, rows aside. Raises StoreError."""
-    with file_format.open_any(path) as file:
-        listed = index.read(file)
-    attributes = listed.attributes
-    file_format.check_format(path, "activations", attributes)
-    if attributes.get("kind") != "shard" or attributes["shard"] != number:
-        raise StoreError(f"{path}: is not shard {number} of a run; remove it and run again")
-    with path.open("rb") as f:
-        read = partial(listed.array, f.fileno())
-        part = parts.own(f.fileno(), listed)
-        if broken := checksums.changed_parts(
-            f.fileno(), listed, checksums.METADATA, checksums.TABLES, checksums.RESULTS
-        ):
+    with file_format.reading(path) as file:
+        listed = index.of(file, path)
+        attributes, read = listed.attributes, partial(listed.array, file.fd)
+        file_format.check_format(path, "activations", attributes)
+        if attributes.get("kind") != "shard" or attributes["shard"] != number:
+            raise StoreError(f"{path}: is not shard {number} of a run; remove it and run again")
+        part = parts.own(file.fd, listed)
+        if broken := checksums.changed_parts(file.fd, listed, *checksums.ALL):
             raise StoreError(
                 f"{path}: {', '.join(broken)} were changed after it was written; "
                 "remove it and run again"
@@ -176,8 +160,6 @@ def _check(path: Path, number: int) -> _Shard:
             read_statistics(read, json.loads(attributes["hooks"])),
             dict(zip(METRICS, read("metrics").tolist(), strict=True)),
             {name: read(name) for name in tables},
-            read(checksums.CHECKSUMS).tolist(),
-            listed.datasets[checksums.CHECKSUMS].extents[0][0],
         )
 
 
@@ -262,15 +244,8 @@ def _refer(
 
 
 def _source(shard: _Shard, folder: Path) -> Source:
-    path, fingerprint = shard.part.path, str(shard.attributes["shard_fingerprint"])
-    return Source(
-        shard.part,
-        _relative(path, folder),
-        path.stat().st_size,
-        fingerprint,
-        shard.checksums,
-        shard.checksums_offset,
-    )
+    fingerprint = str(shard.attributes["shard_fingerprint"])
+    return Source(shard.part, _relative(shard.part.path, folder), fingerprint)
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -295,15 +270,11 @@ def _copy(
         os.posix_fallocate(out, 0, max([1, *(p + rows * row_bytes[n] for n, p in offsets.items())]))
         row = 0
         for shard in shards:
-            source = os.open(shard.part.path, os.O_RDONLY)
-            try:
+            with shard.part.file.open() as source:
                 for name, offset in offsets.items():
-                    size = shard.part.rows * row_bytes[name]
-                    _copy_range(
-                        source, shard.part.offsets[name], out, offset + row * row_bytes[name], size
-                    )
-            finally:
-                os.close(source)
+                    size, start = shard.part.rows * row_bytes[name], shard.part.offsets[name]
+                    at = offset + row * row_bytes[name]
+                    _copy_range(source.fileno(), start, out, at, size)
             row += shard.part.rows
         os.fsync(out)
     finally:

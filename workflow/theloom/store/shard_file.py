@@ -144,7 +144,7 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     file["windows/batch"] = np.zeros((spec.windows, len(names)), "<u4")
     file["commit_log"] = np.zeros(spec.batches, RECORD)
     file["metrics"] = np.zeros(len(METRICS))
-    file[checksums.CHECKSUMS] = np.zeros(3, "<u8")
+    file[checksums.CHECKSUMS] = np.zeros(len(checksums.ALL), "<u8")
     statistics.create_statistics(file, [p.width(spec.keys) for p in spec.points])
     for point in spec.points:
         shape = (spec.rows, *point.row(spec.keys))
