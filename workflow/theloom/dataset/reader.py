@@ -5,11 +5,11 @@
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -17,8 +17,9 @@ from theloom.dataset import parts
 from theloom.dataset.attributes import Attributes
 from theloom.dataset.parts import Identity, Part
 from theloom.dataset.rows import HookRows, Maps, RowNumbers, Rows
+from theloom.dataset.tables import read_tables
 from theloom.errors import HookError, StoreError
-from theloom.store import checksums, file_format, index
+from theloom.store import checksums, file_format, index, token_texts
 from theloom.store.file_format import METRICS, hook_path
 from theloom.store.hdf5 import content
 from theloom.store.hdf5.objects import Objects
@@ -27,6 +28,8 @@ from theloom.store.statistics import Statistics, read_statistics
 if TYPE_CHECKING:
     import torch
 
+
+_T = TypeVar("_T")
 
 # names that batches accept next to hook points: tables with a row for each token
 TABLES = {
@@ -60,7 +63,7 @@ class ActivationsReader:
     token.
 
     `hooks`: names of the hook points; `dtype`: the stored one; `len`: rows; `attributes`: where the
-    rows come from.
+    rows come from; `metrics_checked`: whether `theloom verify` checks the metrics, too.
 
     Args:
         path: `activations.h5`, or a single shard.
@@ -107,37 +110,22 @@ class ActivationsReader:
                 "disk has changed it; run the pipeline again, or fetch the file again"
             )
         self._identity = Identity.of(file.fd, listed)
+        self.metrics_checked = checksums.covers_metrics(listed)
         self._parts: list[Part] = (
             parts.referred(file.fd, listed, allow)
             if self.is_virtual
             else [parts.own(file.fd, listed)]
         )
         read = partial(listed.array, file.fd)
-        self._document_offset = read("documents/offset")
-        self._document_id = read("documents/id")
-        self.window_offset: np.ndarray = read("windows/offset")
-        self.window_hash: np.ndarray = read("windows/hash")
+        tables = read_tables(read, rows, len(self.hooks))
+        self._document_offset, self._document_id = tables.document_offset, tables.document_id
+        self.window_offset: np.ndarray = tables.window_offset
+        self.window_hash: np.ndarray = tables.window_hash
         self.metrics: dict[str, float] = dict(zip(METRICS, read("metrics").tolist(), strict=True))
         if sum(p.rows for p in self._parts) != rows:
             raise StoreError(
                 f"{self.path}: its parts hold other rows than it states; run the merge again"
             )
-        for offset, others in (
-            (self._document_offset, (len(self._document_id),)),
-            (self.window_offset, (*listed.datasets["windows/document"].shape,)),
-        ):
-            if (
-                offset.shape != (others[0] + 1,)
-                or offset[0]
-                or offset[-1] != rows
-                or (np.diff(offset) < 0).any()
-            ):
-                raise StoreError(
-                    f"{self.path}: its tables of documents and windows are damaged; "
-                    "run the merge again"
-                )
-        if self.window_hash.shape != (len(self.window_offset) - 1, len(self.hooks)):
-            raise ValueError("its table of hashes has another form")
 
     @cached_property
     def window_document(self) -> np.ndarray:
@@ -192,16 +180,24 @@ class ActivationsReader:
         """By hook point: count, mean and variance of each element of a row; the mean norm; the
         number of NaN and infinite values.
         """
+        widths = [math.prod(self._widths[hook_path(hook)]) for hook in self.hooks]
+        found = self._table_of(lambda array: read_statistics(array, self.hooks, widths))
+        return dict(zip(self.hooks, found, strict=True))
+
+    def _table_of(self, read: Callable[[Callable[[str], np.ndarray]], _T]) -> _T:
+        """What a function makes of tables of the file, which is opened and checked again."""
         with self._identity.open() as file:
             try:
-                read = partial(self._listed.array, file.fileno())
-                found = read_statistics(read, self.hooks)
-                widths = [math.prod(self[hook].shape[1:]) for hook in self.hooks]
-                if [len(s.count) for s in found] != widths:
-                    raise ValueError("its statistics have another form")
+                return read(partial(self._listed.array, file.fileno()))
             except file_format.DAMAGE as error:
                 raise file_format.damaged(self.path, error) from None
-        return dict(zip(self.hooks, found, strict=True))
+
+    @cached_property
+    def token_texts(self) -> dict[int, str]:
+        """The text of each token id that occurs, as the file has it; empty where it has none."""
+        if f"{token_texts.GROUP}/id" not in self._listed.datasets:
+            return {}
+        return self._table_of(token_texts.read)
 
     def rows_of(self, name: str) -> Rows:
         """The rows of one column.
