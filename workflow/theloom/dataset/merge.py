@@ -22,7 +22,7 @@ from theloom.dataset import parts
 from theloom.dataset.attributes import Attributes
 from theloom.dataset.parts import TOKENS, Part, Source
 from theloom.dataset.rows import Maps, Rows
-from theloom.dataset.tables import Tables, read_tables
+from theloom.dataset.tables import Tables, read_metrics, read_tables
 from theloom.errors import StoreError
 from theloom.store import checksums, compression, file_format, index, token_texts
 from theloom.store.file_format import METRICS
@@ -164,7 +164,7 @@ def _checked(path: Path, number: int, texts: dict[int, str]) -> _Shard:
             attributes,
             shapes,
             read_statistics(read, hooks, widths),
-            dict(zip(METRICS, read("metrics").tolist(), strict=True)),
+            read_metrics(read),
             read_tables(read, part.rows, len(hooks)),
         )
 

@@ -17,10 +17,10 @@ from theloom.dataset import parts
 from theloom.dataset.attributes import Attributes
 from theloom.dataset.parts import Identity, Part
 from theloom.dataset.rows import HookRows, Maps, RowNumbers, Rows
-from theloom.dataset.tables import read_tables
+from theloom.dataset.tables import read_metrics, read_tables
 from theloom.errors import HookError, StoreError
 from theloom.store import checksums, file_format, index, token_texts
-from theloom.store.file_format import METRICS, hook_path
+from theloom.store.file_format import hook_path
 from theloom.store.hdf5 import content
 from theloom.store.hdf5.objects import Objects
 from theloom.store.statistics import Statistics, read_statistics
@@ -121,7 +121,7 @@ class ActivationsReader:
         self._document_offset, self._document_id = tables.document_offset, tables.document_id
         self.window_offset: np.ndarray = tables.window_offset
         self.window_hash: np.ndarray = tables.window_hash
-        self.metrics: dict[str, float] = dict(zip(METRICS, read("metrics").tolist(), strict=True))
+        self.metrics: dict[str, float] = read_metrics(read)
         if sum(p.rows for p in self._parts) != rows:
             raise StoreError(
                 f"{self.path}: its parts hold other rows than it states; run the merge again"

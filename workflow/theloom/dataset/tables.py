@@ -1,9 +1,11 @@
-"""The tables of documents and windows of a file, checked against each other."""
+"""The tables of documents and windows of a file, checked against each other, and its metrics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+from theloom.store.file_format import METRICS
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,18 @@ def read_tables(array: Callable[[str], np.ndarray], rows: int, hooks: int) -> Ta
     if tables.window_hash.shape != (windows, hooks):
         raise ValueError("its table of hashes does not fit its windows and hook points")
     return tables
+
+
+def read_metrics(array: Callable[[str], np.ndarray]) -> dict[str, float]:
+    """Read the metrics of a file, by name.
+
+    Args:
+        array: returns the content of a dataset by its name.
+
+    Raises:
+        ValueError: one is missing, or is no number.
+    """
+    values = array("metrics")
+    if values.shape != (len(METRICS),) or not np.isfinite(values).all():
+        raise ValueError("its metrics are damaged")
+    return dict(zip(METRICS, values.tolist(), strict=True))

@@ -68,8 +68,8 @@ def shard_work(path: Path) -> ShardWork:
     switches = json.loads(attributes.get("model_switches", "[]"))
     batches = batching.plan_batches(
         lengths,
-        int(attributes["batch_tokens"]),
-        int(attributes["chunk_size"]),
+        attributes.by_shard("batch_tokens")[0],
+        attributes.by_shard("chunk_size")[0],
         int(attributes.get("streamed_windows", 1)),
         [LengthSwitch(**switch) for switch in switches],
     )
