@@ -141,6 +141,9 @@ def of(file: Objects, path: Path) -> FileIndex:
     attributes, datasets = parsed["attributes"], parsed["datasets"]
     if not all(isinstance(value, str | int | float) for value in attributes.values()):
         raise ValueError("its index has attributes that are neither text nor number")
+    texts = [*attributes, *(value for value in attributes.values() if isinstance(value, str))]
+    if b"\0" in "".join(texts).encode():  # which fails at half a character
+        raise ValueError("its index has attributes that are no text")
     return FileIndex(
         path, attributes, {name: _listed(file, *entry) for name, entry in datasets.items()}
     )
