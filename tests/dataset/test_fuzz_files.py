@@ -294,6 +294,7 @@ def test_no_change_of_a_file_is_worse_than_an_error(folder, tmp_path):
             wrong.append(f"change {number} of {kind}: {ENDS[status]}")
         counts[f"{ENDS[status]}{', checksums anew' * anew}"] += 1
     print(f"\n{CHANGES} changes: " + "; ".join(f"{n} {name}" for name, n in counts.most_common()))
+    assert not wrong
     assert counts["refused"] > CHANGES / 10
     assert counts["refused, checksums anew"] > CHANGES / 10
     assert counts["found by verification"] > CHANGES / 100
