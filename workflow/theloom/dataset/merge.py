@@ -107,7 +107,7 @@ def _write(
     packed = first.attributes.get("compression") == "zstd"
     with h5py.File(target, "w") as file:
         attributes = {k: v for k, v in first.attributes.items() if k not in _OWN}
-        plans = {name: [int(s.attributes[name]) for s in shards] for name in _PLAN}
+        plans = {name: [s.attributes.by_shard(name)[0] for s in shards] for name in _PLAN}
         plans["shard_rows"] = [s.part.rows for s in shards]
         file_format.set_attributes(file, attributes | plans | {"kind": mode, "rows": rows})
         _write_tables(file, shards)
