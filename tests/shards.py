@@ -33,8 +33,12 @@ def spec(precision="fp32", fingerprint="me", lengths=LENGTHS, batches=None, **ot
 
 
 def all_but_metrics(path) -> bytes:
-    """The whole file, metadata included, without the seconds that its job took."""
+    """The whole file, metadata included, without the seconds that its job took and their
+    checksum.
+    """
+    raw = bytearray(path.read_bytes())
     with h5py.File(path) as file:
-        offset, size = file["metrics"].id.get_offset(), file["metrics"].id.get_storage_size()
-    raw = path.read_bytes()
-    return raw[:offset] + raw[offset + size :]
+        for name, first in (("metrics", 0), ("checksums", 3)):
+            offset, size = file[name].id.get_offset(), file[name].id.get_storage_size()
+            raw[offset + 8 * first : offset + size] = bytes(size - 8 * first)
+    return bytes(raw)

@@ -17,6 +17,7 @@ OUTSIDE = {
     "index.md": "README.md",
     "configuration.md": "config/README.md",
     "changes.md": "CHANGELOG.md",
+    "security.md": "SECURITY.md",
 }
 DOCS = "workflow/docs"
 KEYS = "<!-- the keys -->"

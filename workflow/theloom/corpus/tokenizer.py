@@ -5,7 +5,7 @@ the file that came with the model. Both are tried on the first texts, and a diff
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,20 @@ class CorpusTokenizer:
                 self.doubled,
                 self.of_class.bos_token or self.of_class.cls_token,
             )
+
+    def texts(self, ids: Iterable[int]) -> dict[int, str]:
+        """The text of each token id by itself, leading space kept; none, after a warning, where the
+        tokenizer cannot tell.
+        """
+        try:
+            if self._by_file and self._of_file is not None:
+                decode = self._of_file.decode
+                return {i: decode([i], skip_special_tokens=False) for i in ids}
+            plain = {"clean_up_tokenization_spaces": False}
+            return {i: str(self.of_class.decode([i], **plain)) for i in ids}
+        except Exception as error:  # tokenizers of a model's own code raise what they like
+            log.warning("%s gives no texts of single tokens: %s", self._name, error)
+            return {}
 
     def __len__(self) -> int:
         return self._of_file.get_vocab_size() if self._by_file else len(self.of_class)  # type: ignore[union-attr]

@@ -29,7 +29,7 @@ from theloom.errors import ConfigError, CorpusError
 from theloom.model import files
 from theloom.model.files import hf_config
 from theloom.model.length_switches import length_switches
-from theloom.store import file_format, provenance
+from theloom.store import file_format, provenance, token_texts
 from theloom.store.shard_file import ShardTokens
 
 log = logging.getLogger(__name__)
@@ -71,17 +71,19 @@ def tokenize(config: Config, output: Path) -> None:
         growing = file.create_dataset(
             "tokens/input_ids", (0,), "<i4", maxshape=(None,), chunks=(1 << 18,)
         )
-        total, ids_hash = 0, xxhash.xxh3_128()
+        total, ids_hash, occurring = 0, xxhash.xxh3_128(), set[int]()
         for input_ids in _encoded(config, tokenizer, tally):
             growing.resize((total + len(input_ids),))
             growing[total:] = input_ids
             ids_hash.update(input_ids.tobytes())
+            occurring.update(np.unique(input_ids).tolist())
             total += len(input_ids)
         if not total:
             read = f"{tally.empty} documents read, all empty" if tally.empty else "no documents"
             raise CorpusError(f"the corpus has no tokens: {read}; check corpus.*")
         # composing the config has set the number of shards
         _write_tables(file, tally, context, config.extraction.shards or 1)
+        token_texts.write(file, tokenizer.texts(occurring))
         file_format.set_attributes(
             file,
             provenance.attributes(
@@ -224,15 +226,18 @@ def _shard(file: h5py.File, shard: int) -> ShardTokens:
     window_document = file["windows/document"][:]
     windows = slice(*(int(w) for w in np.searchsorted(window_document, [first, last])))
     window_offset = file["windows/offset"][windows.start : windows.stop + 1]
+    input_ids = file["tokens/input_ids"][rows]
+    texts = token_texts.read(lambda name: file[name][:]) if token_texts.GROUP in file else {}
     return ShardTokens(
         first_row=rows.start,
-        input_ids=file["tokens/input_ids"][rows],
+        input_ids=input_ids,
         document=file["tokens/document"][rows],
         position=file["tokens/position"][rows],
         document_offset=document_offset - rows.start,
         document_id=file["documents/id"][first:last],
         window_offset=window_offset - rows.start,
         window_document=window_document[windows],
+        texts={n: texts[n] for n in np.unique(input_ids).tolist() if n in texts},
     )
 
 

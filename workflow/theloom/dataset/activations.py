@@ -75,12 +75,21 @@ class Activations(ActivationsReader):
 
         return exports.describe_html(self)
 
-    def to_dataframe(self, of: str = "documents", rows: slice | None = None) -> "pd.DataFrame":
+    def to_dataframe(
+        self,
+        of: str = "documents",
+        rows: slice | None = None,
+        tokenizer: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "pd.DataFrame":
         """A table as pandas has it: `exports.documents_frame` or `exports.tokens_frame`.
 
         Args:
             of: `documents` (a row for each document) or `tokens` (a row for each token).
             rows: which tokens; all of them by default.
+            tokenizer: folder, or name on the hub, of a tokenizer that gives the texts of tokens;
+                None: the file has them itself.
+            trust_remote_code: run Python code that comes with that tokenizer.
 
         Raises:
             ConfigError: `of` is another word, pandas is not installed, or more than ten million
@@ -99,7 +108,9 @@ class Activations(ActivationsReader):
                 "hidden states: acts.to_xarray()"
             )
         return (
-            exports.documents_frame(self) if of == "documents" else exports.tokens_frame(self, rows)
+            exports.documents_frame(self)
+            if of == "documents"
+            else exports.tokens_frame(self, rows, tokenizer, trust_remote_code)
         )
 
     def to_xarray(

@@ -58,21 +58,36 @@ def documents_frame(acts: "ActivationsReader") -> "pd.DataFrame":
 
 
 def tokens_frame(
-    acts: "ActivationsReader", rows: slice | Sequence[int] | np.ndarray | None = None
+    acts: "ActivationsReader",
+    rows: slice | Sequence[int] | np.ndarray | None = None,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
 ) -> "pd.DataFrame":
     """A table with a row for each token.
 
     Args:
         acts: the dataset.
         rows: which tokens; all of them by default.
+        tokenizer: folder, or name on the hub, of a tokenizer that gives the texts; None: the file
+            has them itself.
+        trust_remote_code: run Python code that comes with that tokenizer.
 
     Returns:
-        Columns `document`, `position` (in the window), `input_id` and `token` (its text).
+        Columns `document` (as `acts.document` takes it), `position` (in the window), `input_id` and
+        `token` (its text).
 
     Raises:
         ConfigError: more than ten million rows are requested, or pandas is not installed.
+        ModelError: the tokenizer is unavailable.
     """
-    numbers = np.arange(len(acts))[slice(None) if rows is None else rows]
+    rows = slice(None) if rows is None else rows
+    if isinstance(rows, slice):
+        part = range(len(acts))[rows]
+        numbers = (
+            np.arange(part.start, part.stop, part.step) if len(part) <= _LARGEST_FRAME else part
+        )
+    else:
+        numbers = np.arange(len(acts))[rows]
     if len(numbers) > _LARGEST_FRAME:
         raise ConfigError(
             f"{len(numbers):,} tokens are more than a table should hold; "
@@ -81,10 +96,10 @@ def tokens_frame(
     ids = acts.input_ids.numpy(numbers)
     return _pandas().DataFrame(
         {
-            "document": acts.document_of.numpy(numbers),
+            "document": np.searchsorted(acts.document_offset, numbers, "right") - 1,
             "position": acts.position.numpy(numbers),
             "input_id": ids,
-            "token": token_text.texts(acts, ids),
+            "token": token_text.texts(acts, ids, tokenizer, trust_remote_code),
         },
         index=_pandas().Index(numbers, name="row"),
     )

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import xxhash
 
@@ -85,12 +84,15 @@ def _of_folder(path: Path, folder: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, str) and value[:1] in "[{":
-        return json.loads(value)
-    return value.item() if hasattr(value, "item") else value
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass  # a text that begins like JSON
+    return value
 
 
-_ROWS_AT_ONCE = 1 << 14
+_BYTES_AT_ONCE = 1 << 24  # of rows in memory
 
 
 def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
@@ -114,8 +116,9 @@ def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
         for number, reader in enumerate(readers):
             state = xxhash.xxh3_64()
             try:
-                for start in range(begin, end, _ROWS_AT_ONCE):
-                    rows = reader[start : min(start + _ROWS_AT_ONCE, end)]
+                step = max(1, _BYTES_AT_ONCE * len(reader) // max(1, reader.nbytes))
+                for start in range(begin, end, step):
+                    rows = reader[start : min(start + step, end)]
                     state.update(file_format.raw_bytes(rows))
                     nonfinite[number] += int(
                         (~torch.isfinite(rows) & ~(masked[number] & rows.isneginf())).sum()
@@ -140,17 +143,22 @@ def damaged_parts(acts: Activations) -> list[str]:
     damaged = []
     for path in dict.fromkeys([acts.path, *acts.files]):
         try:
-            with h5py.File(path, "r") as file, path.open("rb") as f:
-                listed = index.read(file)
-                broken = checksums.changed_parts(
-                    f.fileno(), listed, checksums.METADATA, checksums.TABLES, checksums.RESULTS
-                )
-                if listed != index.derive(file):
+            with file_format.reading(path) as file:
+                listed = index.of(file, path)
+                broken = checksums.changed_parts(file.fd, listed, *checksums.ALL)
+                if listed != index.derived(file, path):
                     broken.append("its index")
-                if "commit_log" in file and (records := commit_log.broken_records(file)):
-                    broken.append(f"{len(records)} records of its log (first: batch {records[0]})")
-        except file_format.DAMAGE as error:
-            broken = [f"its metadata ({' '.join(str(error).split())})"]
+                if "commit_log" in listed.datasets:
+                    columns = ("commit_log", "windows/hash", "windows/batch")
+                    records = commit_log.broken_records(
+                        *(listed.array(file.fd, c) for c in columns)
+                    )
+                    if records:
+                        broken.append(
+                            f"{len(records)} records of its log (first: batch {records[0]})"
+                        )
+        except StoreError as error:
+            broken = [str(error).removeprefix(f"{path}: ")]
         if broken:
             damaged.append(f"{path.name}: {', '.join(broken)}")
     return damaged

@@ -8,21 +8,23 @@ hold everything.
 
 import json
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
 from theloom.dataset import parts
+from theloom.dataset.attributes import Attributes
 from theloom.dataset.parts import TOKENS, Part, Source
 from theloom.dataset.rows import Maps, Rows
+from theloom.dataset.tables import Tables, read_metrics, read_tables
 from theloom.errors import StoreError
-from theloom.store import checksums, compression, file_format, index
+from theloom.store import checksums, compression, file_format, index, token_texts
 from theloom.store.file_format import METRICS
 from theloom.store.lock import WriterLock
 from theloom.store.statistics import (
@@ -52,13 +54,11 @@ class _Shard:
     """
 
     part: Part
-    attributes: dict[str, Any]
+    attributes: Attributes
     shapes: dict[str, tuple[int, ...]]
     statistics: list[Statistics]
     metrics: dict[str, float]
-    tables: dict[str, np.ndarray]
-    checksums: list[int]
-    checksums_offset: int
+    tables: Tables
 
 
 def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
@@ -78,12 +78,11 @@ def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
     lock.take()
     unfinished = output.with_name(output.name + ".partial")
     try:
-        checked = [_checked(path, number) for number, path in enumerate(shards)]
+        texts: dict[int, str] = {}
+        checked = [_checked(path, number, texts) for number, path in enumerate(shards)]
         _check_together(checked)
-        _write(checked, mode, unfinished, output.parent)
-        checksums.write_checksums(
-            unfinished, checksums.METADATA, checksums.TABLES, checksums.RESULTS
-        )
+        _write(checked, texts, mode, unfinished, output.parent)
+        checksums.write_checksums(unfinished, *checksums.ALL)
         file_format.sync(unfinished)
         unfinished.replace(output)
         file_format.sync(output.parent)
@@ -100,26 +99,28 @@ def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
     log.info("%d rows of %d hook points from %d shards (%s)", rows, hooks, len(shards), mode)
 
 
-def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> None:
+def _write(
+    shards: Sequence[_Shard], texts: Mapping[int, str], mode: str, target: Path, folder: Path
+) -> None:
     first, rows = shards[0], sum(s.part.rows for s in shards)
     names = list(first.shapes)
     packed = first.attributes.get("compression") == "zstd"
     with h5py.File(target, "w") as file:
         attributes = {k: v for k, v in first.attributes.items() if k not in _OWN}
-        plans = {name: [int(s.attributes[name]) for s in shards] for name in _PLAN}
+        plans = {name: [s.attributes.by_shard(name)[0] for s in shards] for name in _PLAN}
         plans["shard_rows"] = [s.part.rows for s in shards]
         file_format.set_attributes(file, attributes | plans | {"kind": mode, "rows": rows})
         _write_tables(file, shards)
-        file[checksums.CHECKSUMS] = np.zeros(3, "<u8")
+        token_texts.write(file, texts)
+        file[checksums.CHECKSUMS] = np.zeros(len(checksums.ALL), "<u8")
+        hidden = file_format.hdf5_type(str(first.attributes["precision"]))
+        types = {name: h5py.h5t.STD_I32LE if name in TOKENS else hidden for name in names}
         if mode == "virtual":
-            with h5py.File(first.part.path, "r") as source:
-                for name in names:
-                    _refer(file, name, shards, folder, source[name].id.get_type())
+            for name in names:
+                _refer(file, name, shards, folder, types[name])
             parts.write_sources(file, [_source(s, folder) for s in shards], names)
             index.write_index(file)
             return
-        with h5py.File(first.part.path, "r") as source:
-            types = {name: source[name].id.get_type() for name in names}
         for name in names:
             create = (
                 compression.create_packed
@@ -137,47 +138,34 @@ def _write(shards: Sequence[_Shard], mode: str, target: Path, folder: Path) -> N
     _copy(target, offsets, row_bytes, shards)
 
 
-def _checked(path: Path, number: int) -> _Shard:
-    try:
-        return _check(path, number)
-    except file_format.DAMAGE as error:
-        raise file_format.damaged(path, error) from None
-
-
-def _check(path: Path, number: int) -> _Shard:
-    """Check that a shard is finished and undamaged, rows aside. Raises StoreError."""
-    with file_format.open_any(path) as file:
-        listed = index.read(file)
-    attributes = listed.attributes
-    file_format.check_format(path, "activations", attributes)
-    if attributes.get("kind") != "shard" or attributes["shard"] != number:
-        raise StoreError(f"{path}: is not shard {number} of a run; remove it and run again")
-    with path.open("rb") as f:
-        read = partial(listed.array, f.fileno())
-        part = parts.own(f.fileno(), listed)
-        if broken := checksums.changed_parts(
-            f.fileno(), listed, checksums.METADATA, checksums.TABLES, checksums.RESULTS
-        ):
+def _checked(path: Path, number: int, texts: dict[int, str]) -> _Shard:
+    """Check that a shard is finished and undamaged, rows aside; its texts of tokens go to `texts`.
+    Raises StoreError.
+    """
+    with file_format.reading(path) as file:
+        listed = index.of(file, path)
+        attributes, read = Attributes(path, listed.attributes), partial(listed.array, file.fd)
+        file_format.check_format(path, "activations", attributes)
+        if attributes.get("kind") != "shard" or attributes["shard"] != number:
+            raise StoreError(f"{path}: is not shard {number} of a run; remove it and run again")
+        part = parts.own(file.fd, listed)
+        if broken := checksums.changed_parts(file.fd, listed, *checksums.ALL):
             raise StoreError(
                 f"{path}: {', '.join(broken)} were changed after it was written; "
                 "remove it and run again"
             )
-        tables = (
-            "documents/offset",
-            "windows/offset",
-            "documents/id",
-            "windows/document",
-            "windows/hash",
-        )
+        if f"{token_texts.GROUP}/id" in listed.datasets:
+            texts |= token_texts.read(read, texts)
+        hooks = attributes.parsed("hooks", list)
+        shapes = {name: listed.datasets[name].shape for name in parts.names_of(attributes)}
+        widths = [math.prod(shapes[file_format.hook_path(hook)][1:]) for hook in hooks]
         return _Shard(
             part,
             attributes,
-            {name: listed.datasets[name].shape for name in parts.names_of(attributes)},
-            read_statistics(read, json.loads(attributes["hooks"])),
-            dict(zip(METRICS, read("metrics").tolist(), strict=True)),
-            {name: read(name) for name in tables},
-            read(checksums.CHECKSUMS).tolist(),
-            listed.datasets[checksums.CHECKSUMS].extents[0][0],
+            shapes,
+            read_statistics(read, hooks, widths),
+            read_metrics(read),
+            read_tables(read, part.rows, len(hooks)),
         )
 
 
@@ -210,12 +198,17 @@ def _write_tables(file: h5py.File, shards: Sequence[_Shard]) -> None:
     even in virtual mode. Offsets become rows of the merged dataset.
     """
     first_rows = np.cumsum([0, *(s.part.rows for s in shards)])
-    for name in shards[0].tables:
-        if name.endswith("offset"):
-            joined = [s.tables[name][:-1] + row for s, row in zip(shards, first_rows, strict=False)]
-            file[name] = np.concatenate([*joined, first_rows[-1:]])
-        else:
-            file[name] = np.concatenate([s.tables[name] for s in shards])
+    tables = [s.tables for s in shards]
+    for name, column in (
+        ("documents/offset", "document_offset"),
+        ("windows/offset", "window_offset"),
+    ):
+        pairs = zip(tables, first_rows, strict=False)
+        joined = [getattr(t, column)[:-1] + row for t, row in pairs]
+        file[name] = np.concatenate([*joined, first_rows[-1:]])
+    file["documents/id"] = np.concatenate([t.document_id for t in tables])
+    file["windows/document"] = np.concatenate([t.window_document for t in tables])
+    file["windows/hash"] = np.concatenate([t.window_hash for t in tables])
     widths = [
         int(np.prod(shape[1:])) for name, shape in shards[0].shapes.items() if name not in TOKENS
     ]
@@ -262,15 +255,8 @@ def _refer(
 
 
 def _source(shard: _Shard, folder: Path) -> Source:
-    path, fingerprint = shard.part.path, str(shard.attributes["shard_fingerprint"])
-    return Source(
-        shard.part,
-        _relative(path, folder),
-        path.stat().st_size,
-        fingerprint,
-        shard.checksums,
-        shard.checksums_offset,
-    )
+    fingerprint = str(shard.attributes["shard_fingerprint"])
+    return Source(shard.part, _relative(shard.part.path, folder), fingerprint)
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -295,15 +281,11 @@ def _copy(
         os.posix_fallocate(out, 0, max([1, *(p + rows * row_bytes[n] for n, p in offsets.items())]))
         row = 0
         for shard in shards:
-            source = os.open(shard.part.path, os.O_RDONLY)
-            try:
+            with shard.part.file.open() as source:
                 for name, offset in offsets.items():
-                    size = shard.part.rows * row_bytes[name]
-                    _copy_range(
-                        source, shard.part.offsets[name], out, offset + row * row_bytes[name], size
-                    )
-            finally:
-                os.close(source)
+                    size, start = shard.part.rows * row_bytes[name], shard.part.offsets[name]
+                    at = offset + row * row_bytes[name]
+                    _copy_range(source.fileno(), start, out, at, size)
             row += shard.part.rows
         os.fsync(out)
     finally:

@@ -2,28 +2,86 @@
 
 HDF5 reads a source that is missing, cut short, or one file descriptor too many, as zeros. So
 nothing here is read through HDF5's virtual datasets: the merged file lists the offsets of each
-shard's rows, and they are mapped.
+shard's rows, and they are mapped. A file that is opened again, for its rows or by another process,
+must be the one that was opened first: `Identity` has what tells.
 """
 
-import errno
 import json
+import math
 import os
-import stat
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 
 from theloom.errors import StoreError
-from theloom.store import commit_log, file_format
+from theloom.store import checksums, commit_log, file_format
+from theloom.store.hdf5 import content
+from theloom.store.hdf5.objects import Link, Objects
 from theloom.store.index import FileIndex
 
 TOKENS = ("tokens/input_ids", "tokens/document", "tokens/position")
 _ADVICE = "run the pipeline again, or fetch the file again"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A file, its size in bytes, and its checksums with the byte at which they begin: they cover
+    all of it, the rows by their hashes.
+    """
+
+    path: Path
+    size: int
+    checksums: bytes
+    checksums_offset: int
+
+    @classmethod
+    def of(cls, fd: int, listed: FileIndex) -> "Identity":
+        """The identity of an open file."""
+        written = listed.array(fd, checksums.CHECKSUMS)[: checksums.IDENTITY].tobytes()
+        offset = listed.datasets[checksums.CHECKSUMS].extents[0][0]
+        return cls(listed.path, os.fstat(fd).st_size, written, offset)
+
+    def open(self, referred: Path | None = None) -> BinaryIO:
+        """Open the file again.
+
+        Args:
+            referred: the file that refers to it; None: it was opened before.
+
+        Raises:
+            StoreError: it is missing, cannot be opened, or is another one by now.
+        """
+        whose = "when it was opened" if referred is None else "at the merge"
+        try:
+            file = file_format.open_bytes(self.path)
+        except StoreError:
+            if self.path.is_file():
+                raise
+            missing = "is not a file" if self.path.exists() else "is missing"
+            raise StoreError(
+                (
+                    f"{self.path}: "
+                    if referred is None
+                    else f"{referred} refers to {self.path}, which "
+                )
+                + f"{missing}; put it back, or run the pipeline again"
+            ) from None
+        size = os.fstat(file.fileno()).st_size
+        found = os.pread(file.fileno(), len(self.checksums), self.checksums_offset)
+        if size == self.size and found == self.checksums:
+            return file
+        file.close()
+        if size != self.size:
+            raise StoreError(f"{self.path}: has {size} bytes, {self.size} {whose}; {_ADVICE}")
+        if referred is None:
+            raise StoreError(f"{self.path}: was replaced after it was opened; open it again")
+        raise StoreError(
+            f"{self.path}: is not the shard that {referred.name} was merged from; {_ADVICE}"
+        )
 
 
 @dataclass(frozen=True)
@@ -32,9 +90,19 @@ class Part:
     is packed, in chunks.
     """
 
-    path: Path
+    file: Identity
     rows: int
     offsets: dict[str, int]
+
+    @property
+    def path(self) -> Path:
+        """The path of the file."""
+        return self.file.path
+
+    @property
+    def packed(self) -> bool:
+        """Whether a dataset of it is packed."""
+        return -1 in self.offsets.values()
 
 
 @dataclass(frozen=True)
@@ -45,10 +113,7 @@ class Source:
 
     part: Part
     name: str
-    size: int
     fingerprint: str
-    checksums: list[int]
-    checksums_offset: int
 
 
 def names_of(attributes: dict[str, Any]) -> list[str]:
@@ -74,16 +139,16 @@ def own(fd: int, listed: FileIndex) -> Part:
             raise StoreError(
                 f"{path}: its {name} has {dataset.shape[0]} rows instead of {rows}; {_ADVICE}"
             )
-        if dataset.layout == h5py.h5d.CHUNKED and attributes.get("compression") == "zstd":
+        needed = rows * _row_bytes(name, dataset.shape, attributes["precision"])
+        if dataset.layout == content.CHUNKED and attributes.get("compression") == "zstd":
             offsets[name] = -1
-        elif dataset.layout == h5py.h5d.CONTIGUOUS and (dataset.extents or 0 in dataset.shape):
+        elif dataset.layout == content.CONTIGUOUS and (dataset.extents or not needed):
             offsets[name] = dataset.extents[0][0] if dataset.extents else 0
         else:
             raise StoreError(
                 f"{path}: its {name} has not the layout that TheLoom writes; {_ADVICE}"
             )
-        row = _row_bytes(name, dataset.shape, attributes["precision"])
-        end = dataset.end if offsets[name] < 0 else offsets[name] + rows * row
+        end = dataset.end if offsets[name] < 0 else offsets[name] + needed
         if size < end:
             raise StoreError(f"{path}: is cut short at {size} of {end} bytes; {_ADVICE}")
     if "commit_log" in listed.datasets:
@@ -93,82 +158,55 @@ def own(fd: int, listed: FileIndex) -> Part:
             raise StoreError(
                 f"{path}: only {done} of its {len(log)} batches are committed; {_ADVICE}"
             )
-    return Part(path, rows, offsets)
+    return Part(Identity.of(fd, listed), rows, offsets)
 
 
-def referred(file: h5py.File, path: Path, allow: Collection[str]) -> list[Part]:
+def referred(fd: int, listed: FileIndex, allow: Collection[str]) -> list[Part]:
     """The parts of a virtual dataset: its shards.
 
     Args:
-        file: the open virtual dataset.
-        path: of it.
+        fd: of the virtual dataset, open for reading.
+        listed: its index.
         allow: names of shards outside of its folder that it may refer to, as it spells them.
 
     Raises:
         StoreError: a shard is missing, differs in size or checksums from the one that was merged,
             or is outside of the folder and not allowed.
     """
-    names = names_of(dict(file.attrs))
+    path, names = listed.path, names_of(listed.attributes)
     columns = ("file", "rows", "bytes", "checksums_offset")
-    table = [file[f"sources/{column}"][:].tolist() for column in columns]
-    checksum, offset = file["sources/checksums"][:], file["sources/byte_offset"][:]
-    items = [_row_bytes(name, file[name].shape, file.attrs["precision"]) for name in names]
+    table = [listed.array(fd, f"sources/{column}").tolist() for column in columns]
+    checksum = listed.array(fd, "sources/checksums")
+    offset = listed.array(fd, "sources/byte_offset")
+    if checksum.shape[1:] != (checksums.IDENTITY,) or offset.shape[1:] != (len(names),):
+        raise ValueError("its table of sources is damaged")
+    precision, shapes = listed.attributes["precision"], [listed.datasets[n].shape for n in names]
+    items = [_row_bytes(name, shape, precision) for name, shape in zip(names, shapes, strict=True)]
+    numbers = [n for column in table[1:] for n in column]
+    if min(numbers, default=0) < 0 or max(numbers, default=0) * max(items) >= 1 << 62:
+        raise ValueError("its table of sources is damaged")
     ends = offset + np.array(table[1], "<i8")[:, None] * np.array(items, "<i8")
-    beyond = ((offset < -1) | (ends > np.array(table[2], "<i8")[:, None])).any(axis=1)
+    beyond = (offset < -1) | ((offset >= 0) & (ends > np.array(table[2], "<i8")[:, None]))
+    wrong = (beyond | (offset >= 1 << 62)).any(axis=1)
     parts = []
     for number, (encoded, rows, size, checksums_offset) in enumerate(zip(*table, strict=True)):
         name = encoded.decode()
         check_reference(path, name, allow, "it refers to")
-        shard = path.parent / name
-        _check_referred(path, shard, size, checksums_offset, checksum[number].tobytes())
-        if beyond[number]:
-            raise StoreError(f"{path}: refers to bytes that {shard} does not have; {_ADVICE}")
-        parts.append(Part(shard, rows, dict(zip(names, offset[number].tolist(), strict=True))))
+        identity = Identity(path.parent / name, size, checksum[number].tobytes(), checksums_offset)
+        identity.open(path).close()
+        if wrong[number]:
+            raise StoreError(
+                f"{path}: refers to bytes that {identity.path} does not have; {_ADVICE}"
+            )
+        parts.append(Part(identity, rows, dict(zip(names, offset[number].tolist(), strict=True))))
     return parts
 
 
 def _row_bytes(name: str, shape: tuple[int, ...], precision: str) -> int:
     """Bytes of a row of a token table or of a hook point."""
-    return int(np.prod(shape[1:])) * (
+    return math.prod(shape[1:]) * (
         4 if name in TOKENS else file_format.bits_dtype(precision).itemsize
     )
-
-
-def _check_referred(
-    path: Path, shard: Path, size: int, checksums_offset: int, checksum: bytes
-) -> None:
-    """Check that a shard is the one that was merged, by its size and its checksums, which cover all
-    of it but the rows.
-    """
-    try:
-        # non-blocking: opening a pipe would wait for its writer
-        fd = os.open(shard, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise file_format.too_many_files(shard) from None
-        what = (
-            "is missing"
-            if isinstance(error, FileNotFoundError)
-            else f"cannot be opened ({error.strerror})"
-        )
-        raise StoreError(
-            f"{path} refers to {shard}, which {what}; put it back, or run the pipeline again"
-        ) from None
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise StoreError(
-                f"{path} refers to {shard}, which is not a file; put it back, "
-                "or run the pipeline again"
-            )
-        if status.st_size != size:
-            raise StoreError(f"{shard}: has {status.st_size} bytes, {size} at the merge; {_ADVICE}")
-        if os.pread(fd, len(checksum), checksums_offset) != checksum:
-            raise StoreError(
-                f"{shard}: is not the shard that {path.name} was merged from; {_ADVICE}"
-            )
-    finally:
-        os.close(fd)
 
 
 def write_sources(file: h5py.File, shards: Sequence[Source], names: Sequence[str]) -> None:
@@ -180,17 +218,18 @@ def write_sources(file: h5py.File, shards: Sequence[Source], names: Sequence[str
         names: of the datasets with a row for each token, from `names_of`.
     """
     file["sources/file"] = file_format.fixed_strings([s.name for s in shards])
+    files = [s.part.file for s in shards]
     file["sources/rows"] = [s.part.rows for s in shards]
-    file["sources/bytes"] = [s.size for s in shards]
+    file["sources/bytes"] = [f.size for f in files]
     file["sources/shard_fingerprint"] = file_format.fixed_strings([s.fingerprint for s in shards])
-    file["sources/checksums"] = np.array([s.checksums for s in shards], "<u8")
-    file["sources/checksums_offset"] = [s.checksums_offset for s in shards]
+    file["sources/checksums"] = np.array([np.frombuffer(f.checksums, "<u8") for f in files])
+    file["sources/checksums_offset"] = [f.checksums_offset for f in files]
     file["sources/byte_offset"] = np.array(
         [[s.part.offsets[n] for n in names] for s in shards], "<i8"
     )
 
 
-def check_references(file: h5py.File, path: Path, allow: Collection[str] = ()) -> None:
+def check_references(file: Objects, path: Path, allow: Collection[str] = ()) -> None:
     """Check where every link and every dataset of a file leads, since the file may be untrusted.
 
     Args:
@@ -199,34 +238,22 @@ def check_references(file: h5py.File, path: Path, allow: Collection[str] = ()) -
         allow: names outside of its folder that it may refer to, as it spells them.
 
     Raises:
-        StoreError: something refers to a file outside of the folder that is not allowed, or is a
-            soft link.
+        StoreError: something refers to the file itself, or to one outside of the folder that is not
+            allowed, or is a soft link.
     """
-
-    links: list[tuple[str, object]] = []
-    items: list[tuple[str, object]] = []
-    # collected first, since h5py cannot raise from within a visit
-    file.visititems_links(lambda name, link: links.append((name, link)))
-    for name, link in links:
-        if isinstance(link, h5py.ExternalLink):
-            check_reference(path, link.filename, allow, f"its {name} is a link to")
-        if isinstance(link, h5py.SoftLink):
+    for name, found in file.walk():
+        if not isinstance(found, Link):
+            for stored in content.external_files(file, found):
+                check_reference(path, stored, allow, f"its {name} is stored in")
+            for source in content.virtual_files(file, found):
+                check_reference(path, source, allow, f"its {name} refers to")
+        elif found.kind == "external":
+            check_reference(path, found.target, allow, f"its {name} is a link to")
+        else:
             raise StoreError(
                 f"{path}: its {name} is a soft link, which no file of TheLoom has; "
                 "do not use this file"
             )
-    file.visititems(lambda name, item: items.append((name, item)))
-    for name, item in items:
-        if not isinstance(item, h5py.Dataset):
-            continue
-        properties = item.id.get_create_plist()
-        for number in range(properties.get_external_count()):
-            stored = properties.get_external(number)[0].decode(errors="replace")
-            check_reference(path, stored, allow, f"its {name} is stored in")
-        if properties.get_layout() == h5py.h5d.VIRTUAL:
-            for number in range(properties.get_virtual_count()):
-                source = properties.get_virtual_filename(number)
-                check_reference(path, source, allow, f"its {name} refers to")
 
 
 def check_reference(path: Path, source: str, allow: Collection[str], what: str) -> None:
@@ -243,6 +270,8 @@ def check_reference(path: Path, source: str, allow: Collection[str], what: str) 
     """
     if source in allow:
         return
+    if source == "." or path.name == os.path.normpath(source):
+        raise StoreError(f"{path}: {what} the file itself; do not use this file")
     if Path(source).is_absolute() or os.path.normpath(source).startswith(".."):
         raise StoreError(
             f"{path}: {what} {source}, which is outside of its folder; if you trust it: "

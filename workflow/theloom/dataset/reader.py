@@ -4,27 +4,32 @@
 `theloom.dataset.activations.Activations` adds these to it as methods.
 """
 
-import json
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-import h5py
 import numpy as np
 
 from theloom.dataset import parts
-from theloom.dataset.parts import Part
+from theloom.dataset.attributes import Attributes
+from theloom.dataset.parts import Identity, Part
 from theloom.dataset.rows import HookRows, Maps, RowNumbers, Rows
+from theloom.dataset.tables import read_metrics, read_tables
 from theloom.errors import HookError, StoreError
-from theloom.store import checksums, file_format, index
-from theloom.store.file_format import METRICS, hook_path
+from theloom.store import checksums, file_format, index, token_texts
+from theloom.store.file_format import hook_path
+from theloom.store.hdf5 import content
+from theloom.store.hdf5.objects import Objects
 from theloom.store.statistics import Statistics, read_statistics
 
 if TYPE_CHECKING:
     import torch
 
+
+_T = TypeVar("_T")
 
 # names that batches accept next to hook points: tables with a row for each token
 TABLES = {
@@ -58,7 +63,7 @@ class ActivationsReader:
     token.
 
     `hooks`: names of the hook points; `dtype`: the stored one; `len`: rows; `attributes`: where the
-    rows come from.
+    rows come from; `metrics_checked`: whether `theloom verify` checks the metrics, too.
 
     Args:
         path: `activations.h5`, or a single shard.
@@ -73,46 +78,62 @@ class ActivationsReader:
         if self.path.is_symlink():  # its shards lie next to the file itself
             self.path = self.path.resolve()
         self._maps = Maps()
-        with file_format.open_h5(self.path, "activations") as file:
-            parts.check_references(file, self.path, allow)
-            listed = index.read(file)
-            self.attributes = listed.attributes
-            self.hooks: list[str] = json.loads(self.attributes["hooks"])
-            self.precision: str = self.attributes["precision"]
-            self._names = parts.names_of(self.attributes)
-            self._widths = {name: file[name].shape[1:] for name in self._names}
-            self.is_virtual = "sources" in file
-            with self.path.open("rb") as f:
-                if checksums.CHECKSUMS not in listed.datasets or checksums.changed_parts(
-                    f.fileno(), listed, checksums.METADATA
-                ):
-                    raise StoreError(
-                        f"{self.path}: its metadata is not as it was written: a program or the "
-                        "disk has changed it; run the pipeline again, or fetch the file again"
-                    )
-                own = [] if self.is_virtual else [parts.own(f.fileno(), listed)]
-            self._parts: list[Part] = own or parts.referred(file, self.path, allow)
-            self._document_offset = file["documents/offset"][:]
-            self._document_id = file["documents/id"][:]
-            self.window_offset: np.ndarray = file["windows/offset"][:]
-            self.window_document: np.ndarray = file["windows/document"][:]
-            self.window_hash: np.ndarray = file["windows/hash"][:]
-            self.metrics: dict[str, float] = dict(
-                zip(METRICS, file["metrics"][:].tolist(), strict=True)
+        with file_format.reading(self.path) as file:
+            self._read(file, allow)
+        packed = sum(p.packed for p in self._parts)
+        # each stays open while its rows are mapped
+        parts.allow_open_files(len(self._parts) + packed, f"{len(self._parts)} shards")
+
+    def _read(self, file: Objects, allow: Collection[str]) -> None:
+        """Read and check all but the rows, with one descriptor."""
+        root = content.attributes(file, file.root(), ("format", "format_version"))
+        file_format.check_format(self.path, "activations", root)
+        parts.check_references(file, self.path, allow)
+        self._listed = listed = index.of(file, self.path)
+        self.attributes: Attributes = Attributes(self.path, listed.attributes)
+        self.hooks: list[str] = self.attributes.parsed("hooks", list)
+        self.precision: str = self.attributes["precision"]
+        rows = self.attributes["rows"]
+        if not isinstance(rows, int) or rows < 0 or len({*self.hooks}) != len(self.hooks):
+            raise ValueError("its attributes rows or hooks have another form")
+        file_format.bits_dtype(self.precision)
+        self._names = parts.names_of(self.attributes)
+        self._widths = {name: listed.datasets[name].shape[1:] for name in self._names}
+        if any(self._widths[name] for name in parts.TOKENS):
+            raise ValueError("its tables of tokens have another form")
+        self.is_virtual = "sources/file" in listed.datasets
+        if checksums.CHECKSUMS not in listed.datasets or checksums.changed_parts(
+            file.fd, listed, checksums.METADATA
+        ):
+            raise StoreError(
+                f"{self.path}: its metadata is not as it was written: a program or the "
+                "disk has changed it; run the pipeline again, or fetch the file again"
             )
-        if sum(p.rows for p in self._parts) != self.attributes["rows"]:
+        self._identity = Identity.of(file.fd, listed)
+        self.metrics_checked = checksums.covers_metrics(listed)
+        self._parts: list[Part] = (
+            parts.referred(file.fd, listed, allow)
+            if self.is_virtual
+            else [parts.own(file.fd, listed)]
+        )
+        read = partial(listed.array, file.fd)
+        tables = read_tables(read, rows, len(self.hooks))
+        self._document_offset, self._document_id = tables.document_offset, tables.document_id
+        self.window_offset: np.ndarray = tables.window_offset
+        self.window_hash: np.ndarray = tables.window_hash
+        self.metrics: dict[str, float] = read_metrics(read)
+        if sum(p.rows for p in self._parts) != rows:
             raise StoreError(
                 f"{self.path}: its parts hold other rows than it states; run the merge again"
             )
-        for offset in (self._document_offset, self.window_offset):
-            if offset[0] or offset[-1] != len(self) or (np.diff(offset) < 0).any():
-                raise StoreError(
-                    f"{self.path}: its tables of documents and windows are damaged; "
-                    "run the merge again"
-                )
-        parts.allow_open_files(
-            len(self._parts), f"{len(self._parts)} shards"
-        )  # each stays open while its rows are mapped
+
+    @cached_property
+    def window_document(self) -> np.ndarray:
+        """The document of each window, (windows,) int32: its number in this file, as `document`
+        takes it.
+        """
+        number = np.searchsorted(self._document_offset, self.window_offset[:-1], "right") - 1
+        return number.astype("<i4")
 
     def __len__(self) -> int:
         return int(self.attributes["rows"])
@@ -141,7 +162,7 @@ class ActivationsReader:
 
     @cached_property
     def document_of(self) -> Rows:
-        """The number of the document of each row."""
+        """The number of the document of each row: in a shard too, that in the whole run."""
         return self._table("tokens/document")
 
     @cached_property
@@ -159,12 +180,24 @@ class ActivationsReader:
         """By hook point: count, mean and variance of each element of a row; the mean norm; the
         number of NaN and infinite values.
         """
-        with h5py.File(self.path, "r") as file:
-            return dict(
-                zip(
-                    self.hooks, read_statistics(lambda name: file[name][:], self.hooks), strict=True
-                )
-            )
+        widths = [math.prod(self._widths[hook_path(hook)]) for hook in self.hooks]
+        found = self._table_of(lambda array: read_statistics(array, self.hooks, widths))
+        return dict(zip(self.hooks, found, strict=True))
+
+    def _table_of(self, read: Callable[[Callable[[str], np.ndarray]], _T]) -> _T:
+        """What a function makes of tables of the file, which is opened and checked again."""
+        with self._identity.open() as file:
+            try:
+                return read(partial(self._listed.array, file.fileno()))
+            except file_format.DAMAGE as error:
+                raise file_format.damaged(self.path, error) from None
+
+    @cached_property
+    def token_texts(self) -> dict[int, str]:
+        """The text of each token id that occurs, as the file has it; empty where it has none."""
+        if f"{token_texts.GROUP}/id" not in self._listed.datasets:
+            return {}
+        return self._table_of(token_texts.read)
 
     def rows_of(self, name: str) -> Rows:
         """The rows of one column.
@@ -186,7 +219,13 @@ class ActivationsReader:
     @property
     def documents(self) -> list[str]:
         """The ids of the documents, in the order of their rows."""
-        return [d.decode() for d in self._document_id]
+        return [self._id(number) for number in range(len(self._document_id))]
+
+    def _id(self, number: int) -> str:
+        try:
+            return self._document_id[number].decode()
+        except UnicodeDecodeError as error:
+            raise file_format.damaged(self.path, error) from None
 
     @property
     def document_offset(self) -> np.ndarray:
@@ -214,7 +253,7 @@ class ActivationsReader:
         which %= count
         rows = slice(int(self._document_offset[which]), int(self._document_offset[which + 1]))
         return DocumentRows(
-            id=self._document_id[which].decode(),
+            id=self._id(which),
             rows=rows,
             input_ids=self.input_ids.numpy(rows),
             position=self.position.numpy(rows),

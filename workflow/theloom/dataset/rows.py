@@ -1,12 +1,13 @@
 """Rows of one dataset over all files that hold them, mapped into memory."""
 
 import errno
-import os
+import math
+import mmap
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import numpy as np
 
@@ -23,10 +24,12 @@ Index = Union[int, slice, EllipsisType, Sequence[int], np.ndarray, "torch.Tensor
 
 
 class Maps:
-    """Maps each file once for all of its datasets, when it is first read, in each process."""
+    """Opens each file once for all of its datasets, when it is first read, in each process; checks
+    that it is still the same, and maps it.
+    """
 
     def __init__(self) -> None:
-        self._maps: dict[Path, np.ndarray] = {}
+        self._files: dict[Path, tuple[BinaryIO, mmap.mmap]] = {}
 
     def rows(self, part: Part, name: str, width: tuple[int, ...], dtype: np.dtype) -> Any:
         """The rows of a dataset in one file.
@@ -41,32 +44,33 @@ class Maps:
             A mapped array (rows, *width), or packed rows.
 
         Raises:
-            StoreError: the file is missing or cut short, or the process may open no more files.
+            StoreError: the file is missing, cut short or another one by now, or the process may
+                open no more files.
         """
-        shape, offset = (part.rows, *width), part.offsets[name]
-        if offset < 0:
-            return PackedRows(part.path, name, shape, dtype)
-        size = int(np.prod(shape)) * dtype.itemsize
-        if part.path not in self._maps:
+        if part.path not in self._files:
+            file = part.file.open()
             try:
-                self._maps[part.path] = np.memmap(part.path, "u1", "r")
-            except FileNotFoundError:
-                raise StoreError(
-                    f"{part.path}: is missing; put it back, or run the pipeline again"
-                ) from None
+                whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise file_format.too_many_files(part.path) from None
                 raise
-        whole = self._maps[part.path]
-        if os.stat(part.path).st_size < offset + size or len(whole) < offset + size:  # noqa: PTH116
+            self._files[part.path] = file, whole
+            if not part.packed:
+                file.close()  # the map has a descriptor of its own
+        file, whole = self._files[part.path]
+        shape, offset = (part.rows, *width), part.offsets[name]
+        if offset < 0:
+            return PackedRows(file, part.path, name, shape, dtype)
+        size = math.prod(shape) * dtype.itemsize
+        if min(len(whole), whole.size()) < offset + size:
             raise StoreError(
                 f"{part.path}: was cut short after it was opened; run the pipeline again"
             )
-        return whole[offset : offset + size].view(dtype).reshape(shape)
+        return np.frombuffer(whole, "u1", size, offset).view(dtype).reshape(shape)
 
     def __reduce__(self) -> tuple[type["Maps"], tuple[()]]:
-        return Maps, ()  # another process maps the files itself
+        return Maps, ()  # another process opens the files itself, and checks them again
 
 
 class Rows:
@@ -101,7 +105,7 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
-        return int(np.prod(self.shape)) * self._dtype.itemsize
+        return math.prod(self.shape) * self._dtype.itemsize
 
     def numpy(self, index: Index) -> np.ndarray:
         """Rows as an array.

@@ -1,14 +1,15 @@
-"""The tokenizer of a dataset, and the text of each of its tokens."""
+"""The text of each token of a dataset: as its file has it, or by a tokenizer that the reader names.
 
-import json
+Nothing in a file decides which tokenizer is loaded: it may be a stranger's.
+"""
+
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from theloom.config import frozen
-from theloom.errors import TheLoomError
+from theloom.config.schema import ModelConfig
+from theloom.errors import ModelError
 from theloom.model import files
 
 if TYPE_CHECKING:
@@ -21,71 +22,74 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def of(acts: "ActivationsReader") -> "PreTrainedTokenizerBase":
-    """The tokenizer that a dataset was made with.
+def load(name: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """A tokenizer.
 
     Args:
-        acts: the dataset; its attributes record the tokenizer and its revision.
+        name: its folder, or its name on the Hugging Face hub.
+        trust_remote_code: run Python code that comes with it.
 
     Raises:
-        TheLoomError: the tokenizer is not available any more.
-        KeyError: the file does not record one.
+        ModelError: it is unavailable, or needs code that is not trusted.
     """
-    return _load(acts.attributes["config"], acts.attributes["tokenizer_revision"])
+    from transformers import AutoTokenizer
+
+    place = files.describe_tokenizer(ModelConfig(source=name, trust_remote_code=trust_remote_code))
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place.folder, gguf_file=place.gguf_file, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # whatever libraries raise at files is a fault of theirs
+        message = " ".join(str(error).split())
+        if "trust_remote_code" in message:
+            message = "it needs its own code; give trust_remote_code=True if you trust it"
+        raise ModelError(f"tokenizer {name}: {message}") from None
+    return found
 
 
-def _load(config: str, revision: str) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    recorded = json.loads(config)["tokens"]
-    recorded["model"]["revision"] = _revision(revision)
-    # keys that files of before do not have
-    recorded["model"].setdefault("ignore_own_code", False)
-    by_file = recorded["corpus"].get("tokenizer_from") == "file"
-    settings = frozen.to_config(_with_home(recorded)).model
-    source = files.describe_tokenizer(settings)
-    if by_file:
-        return PreTrainedTokenizerFast(tokenizer_file=str(source.folder / "tokenizer.json"))
-    return AutoTokenizer.from_pretrained(
-        source.folder, gguf_file=source.gguf_file, trust_remote_code=settings.trust_remote_code
-    )
-
-
-def texts(acts: "ActivationsReader", input_ids: "Sequence[int] | np.ndarray") -> list[str]:
+def texts(
+    acts: "ActivationsReader",
+    input_ids: "Sequence[int] | np.ndarray",
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[str]:
     """The text of each token by itself, leading space kept.
 
     Args:
         acts: the dataset that the tokens are of.
         input_ids: (tokens,).
+        tokenizer: folder, or name on the hub, of a tokenizer that gives the texts; None: the file
+            has them itself.
+        trust_remote_code: run Python code that comes with that tokenizer.
 
     Returns:
-        A text for each token; `#` and its number, after a warning, where the tokenizer is
-        unavailable.
+        A text for each token; `#` and its number, after a warning, where the file has none.
+
+    Raises:
+        ModelError: the tokenizer is unavailable.
+        StoreError: the file is damaged.
     """
-    # by what the file records, so that the tokenizer is loaded once for all datasets made with it
-    recorded = (acts.attributes.get(name, "null") for name in ("config", "tokenizer_revision"))
-    decode = _decoder(*recorded)
-    return [decode(int(i)) for i in input_ids]
+    if tokenizer is not None:
+        decode = _decoder(tokenizer, trust_remote_code)
+        return [decode(int(number)) for number in input_ids]
+    known = acts.token_texts
+    found = [known.get(int(number)) for number in input_ids]
+    if None in found:
+        log.warning(
+            "tokens are shown by their numbers where %s has no text of them; name its tokenizer: "
+            "to_dataframe('tokens', tokenizer=...)",
+            acts.path,
+        )
+    pairs = zip(found, input_ids, strict=True)
+    return [f"#{number}" if text is None else text for text, number in pairs]
 
 
 @cache
-def _decoder(config: str, revision: str) -> Any:
-    try:
-        tokenizer = _load(config, revision)
-    except (TheLoomError, OSError, KeyError, TypeError, ValueError) as error:
-        log.warning("tokens are shown by their numbers: the tokenizer is unavailable (%s)", error)
-        return "#{}".format
-    return cache(lambda number: tokenizer.decode([number], clean_up_tokenization_spaces=False))
+def _decoder(name: str, trust_remote_code: bool) -> Callable[[int], str]:
+    tokenizer = load(name, trust_remote_code)
 
+    @cache
+    def decode(number: int) -> str:
+        return str(tokenizer.decode([number], clean_up_tokenization_spaces=False))
 
-def _revision(recorded: str) -> str | None:
-    return None if recorded in ("null", "None") else recorded
-
-
-def _with_home(value: Any) -> Any:
-    """Recorded paths with the user's home, written as `~`, put back in."""
-    if isinstance(value, dict):
-        return {k: _with_home(v) for k, v in value.items()}
-    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
-        return str(Path(value).expanduser())
-    return value
+    return decode

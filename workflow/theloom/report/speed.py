@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from theloom.corpus import batching
+from theloom.dataset import activations
 from theloom.model.length_switches import LengthSwitch
 from theloom.report import style
 from theloom.report.style import Drawn, Table
-from theloom.store import file_format
-from theloom.store.file_format import METRICS
 
 # parts of a shard's seconds, in the order in which they are stacked
 PARTS = {
@@ -64,20 +63,19 @@ def shard_work(path: Path) -> ShardWork:
     Returns:
         Its tokens and seconds.
     """
-    with file_format.open_h5(path, "activations") as file:
-        attributes = dict(file.attrs)
-        metrics = dict(zip(METRICS, file["metrics"][:].tolist(), strict=True))
-        lengths = np.diff(file["windows/offset"][:])
+    acts = activations.open_activations(path)
+    attributes, metrics, lengths = acts.attributes, acts.metrics, np.diff(acts.window_offset)
     switches = json.loads(attributes.get("model_switches", "[]"))
     batches = batching.plan_batches(
         lengths,
-        int(attributes["batch_tokens"]),
-        int(attributes["chunk_size"]),
+        attributes.by_shard("batch_tokens")[0],
+        attributes.by_shard("chunk_size")[0],
         int(attributes.get("streamed_windows", 1)),
         [LengthSwitch(**switch) for switch in switches],
     )
     forwarded = sum(len(b.windows) * b.width for b in batches)
-    seconds, source = metrics["seconds_total"], "shard"
+    seconds: float | None = metrics["seconds_total"]
+    source = "shard"
     if not seconds:
         seconds, source = _benchmark(path), "benchmark of the job"
     return ShardWork(

@@ -1,22 +1,23 @@
 """Checksums: hashes of all that a file holds next to the rows, so that any changed bit is detected.
 
-Rows have a hash for each window and hook point. The rest of a file has three parts with a checksum
+Rows have a hash for each window and hook point. The rest of a file has four parts with a checksum
 each: HDF5's own metadata with the attributes and the index; the tables that are written when the
-file is laid out; and the results, which are complete when it is finished. A checksum detects damage
-and mistakes; it does not keep out somebody who writes a new one.
+file is laid out; the results, which are complete when it is finished; and the metrics of its job.
+A checksum detects damage and mistakes; it does not keep out somebody who writes a new one.
 """
 
 import os
 from pathlib import Path
 
-import h5py
 import xxhash
 
 from theloom.store import file_format, index
+from theloom.store.hdf5.objects import Objects
 from theloom.store.index import FileIndex
 
-CHECKSUMS = "checksums"  # the dataset: of metadata, of tables, of results, in this order
-METADATA, TABLES, RESULTS = range(3)
+CHECKSUMS = "checksums"  # the dataset: of metadata, tables, results and metrics, in this order
+METADATA, TABLES, RESULTS, METRICS = ALL = range(4)
+IDENTITY = 3  # of these tell one file from another: metrics differ where rows do not
 _READ_AT_ONCE = 1 << 20  # bytes
 
 _RESULTS = (
@@ -26,8 +27,7 @@ _RESULTS = (
     "statistics/",
 )  # written after the file was laid out
 
-# rows have hashes of their own, and metrics change with every commit
-_NOT_CHECKSUMMED = ("hooks/", "metrics", CHECKSUMS)
+_NOT_CHECKSUMMED = ("hooks/", CHECKSUMS)  # rows have hashes of their own
 
 
 def compute_checksums(fd: int, listed: FileIndex, *which: int) -> dict[int, int]:
@@ -36,21 +36,21 @@ def compute_checksums(fd: int, listed: FileIndex, *which: int) -> dict[int, int]
     Args:
         fd: of the file, open for reading.
         listed: its index. Metadata is every byte that the index does not list.
-        *which: METADATA, TABLES or RESULTS.
+        *which: METADATA, TABLES, RESULTS or METRICS.
 
     Returns:
-        XXH3-64 digests by METADATA, TABLES or RESULTS.
+        XXH3-64 digests by METADATA, TABLES, RESULTS or METRICS.
     """
     extents = sorted(
         (offset, size, name) for name, d in listed.datasets.items() for offset, size in d.extents
     )
-    hashes = [xxhash.xxh3_64() for _ in range(3)]
+    hashes = [xxhash.xxh3_64() for _ in ALL]
     at = 0
     for offset, size, name in [*extents, (os.fstat(fd).st_size, 0, CHECKSUMS)]:
         if offset > at and METADATA in which:
             _update(hashes[METADATA], fd, at, offset)
         at = max(at, offset + size)
-        part = RESULTS if name.startswith(_RESULTS) else TABLES
+        part = RESULTS if name.startswith(_RESULTS) else METRICS if name == "metrics" else TABLES
         if part in which and not name.startswith(_NOT_CHECKSUMMED):
             _update(hashes[part], fd, offset, offset + size)
     return {number: hashes[number].intdigest() for number in which}
@@ -70,14 +70,14 @@ def write_checksums(path: Path, *which: int) -> None:
 
     Args:
         path: the file. No HDF5 handle of it may be open, since HDF5 writes metadata when it closes.
-        *which: METADATA, TABLES or RESULTS.
+        *which: METADATA, TABLES, RESULTS or METRICS.
     """
-    with h5py.File(path, "r") as file:
-        listed = index.read(file)
     with path.open("rb+") as f:
-        offset = listed.datasets[CHECKSUMS].extents[0][0]
+        listed = index.of(Objects(f.fileno()), path)
+        offset, size = listed.datasets[CHECKSUMS].extents[0]
         for number, digest in compute_checksums(f.fileno(), listed, *which).items():
-            file_format.pwrite(f.fileno(), digest.to_bytes(8, "little"), offset + 8 * number)
+            if 8 * number < size:
+                file_format.pwrite(f.fileno(), digest.to_bytes(8, "little"), offset + 8 * number)
 
 
 def changed_parts(fd: int, listed: FileIndex, *which: int) -> list[str]:
@@ -86,7 +86,7 @@ def changed_parts(fd: int, listed: FileIndex, *which: int) -> list[str]:
     Args:
         fd: of the file, open for reading.
         listed: its index.
-        *which: the parts to check: METADATA, TABLES or RESULTS.
+        *which: the parts to check: METADATA, TABLES, RESULTS or METRICS.
 
     Returns:
         The names of the parts that differ, as error messages have them; empty if none does.
@@ -95,6 +95,16 @@ def changed_parts(fd: int, listed: FileIndex, *which: int) -> list[str]:
         "its metadata",
         "its tables of tokens, documents and windows",
         "its log, hashes or statistics",
+        "its metrics",
     )
-    computed, written = compute_checksums(fd, listed, *which), listed.array(fd, CHECKSUMS).tolist()
-    return [names[number] for number in which if computed[number] != written[number]]
+    written = listed.array(fd, CHECKSUMS).tolist()
+    if len(written) < IDENTITY:
+        raise ValueError("it lacks checksums")
+    checked = [number for number in which if number < len(written)]
+    computed = compute_checksums(fd, listed, *checked)
+    return [names[number] for number in checked if computed[number] != written[number]]
+
+
+def covers_metrics(listed: FileIndex) -> bool:
+    """Whether a file has a checksum of its metrics; those of the first version have none."""
+    return listed.datasets[CHECKSUMS].shape[0] > METRICS

@@ -92,20 +92,18 @@ def cells_by_batch(batch_of: np.ndarray, batches: int) -> list[np.ndarray]:
     return [order[start:stop] for start, stop in itertools.pairwise(bounds.tolist())]
 
 
-def broken_records(file: h5py.File) -> list[int]:
+def broken_records(records: np.ndarray, hashes: np.ndarray, batch_of: np.ndarray) -> list[int]:
     """Batches of a finished file whose records are torn, or vouch for other hashes than it has.
 
     Args:
-        file: an open shard.
+        records: its log, (batches,) of type RECORD.
+        hashes: `windows/hash`, (windows, hook points).
+        batch_of: `windows/batch`, (windows, hook points).
 
     Returns:
         The numbers of the batches, from 1.
     """
-    records, hashes, batch_of = (
-        file["commit_log"][:],
-        file["windows/hash"][:].reshape(-1),
-        file["windows/batch"][:],
-    )
+    hashes = hashes.reshape(-1)
     digest, wrong = 0, []
     for number, cells in enumerate(cells_by_batch(batch_of, len(records)), start=1):
         written = records[number - 1].astype(RECORD)

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -20,12 +21,18 @@ import zstandard
 
 from theloom.errors import StoreError
 from theloom.store import checksums, file_format
+from theloom.store.hdf5 import content
+from theloom.store.hdf5.objects import Objects
 from theloom.store.index import INDEX, write_index
 
 ZSTD_FILTER = 32015
 LEVEL = 1  # higher levels make residuals little smaller and take far longer
 
 _CHUNK_BYTES = 1 << 18
+
+_LARGEST_CHUNK = 1 << 30  # bytes: a row of attention of 128 heads over a million keys has half
+
+_OVERHEAD = 1 << 10  # bytes of a chunk that zstd cannot make smaller
 
 _CACHED_CHUNKS = 16  # of a dataset, when it is read
 
@@ -45,8 +52,7 @@ def create_packed(
         shape: of the dataset; a chunk holds whole rows, of 256 KiB or one.
         type_id: its HDF5 type, from `file_format.hdf5_type`.
     """
-    row = type_id.get_size() * int(np.prod(shape[1:]))
-    rows = min(max(1, _CHUNK_BYTES // max(1, row)), max(1, shape[0]))
+    rows = rows_of_chunk(shape, type_id.get_size())
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_chunk((rows, *shape[1:]))
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -60,6 +66,17 @@ def create_packed(
     return h5py.Dataset(
         h5py.h5d.create(group.id, name.encode(), type_id, space, dcpl=properties, lcpl=links)
     )
+
+
+def rows_of_chunk(shape: tuple[int, ...], itemsize: int) -> int:
+    """The rows of each chunk of a packed dataset: 256 KiB of them, or one.
+
+    Args:
+        shape: of the dataset.
+        itemsize: bytes of an element.
+    """
+    row = itemsize * int(np.prod(shape[1:]))
+    return min(max(1, _CHUNK_BYTES // max(1, row)), max(1, shape[0]))
 
 
 def write(dataset: h5py.Dataset, read: Read) -> None:
@@ -117,7 +134,7 @@ def pack_shard(partial: Path, path: Path) -> None:
                     mapped = np.memmap(partial, bits, "r", offset, rows.shape)
                     write(dataset, _slices(mapped))
             write_index(target)
-        checksums.write_checksums(packing, checksums.METADATA, checksums.TABLES, checksums.RESULTS)
+        checksums.write_checksums(packing, *checksums.ALL)
         file_format.sync(packing)
     except (OSError, RuntimeError) as error:
         if not file_format.is_full(error):
@@ -148,7 +165,8 @@ class PackedRows:
     The chunks that were used last stay in memory.
 
     Args:
-        path: the file.
+        file: the open file; all is read with its descriptor, which is closed with the last reader.
+        path: of it, for messages.
         name: of the dataset.
         shape: of the dataset.
         dtype: of its bits, from `file_format.bits_dtype`.
@@ -157,23 +175,32 @@ class PackedRows:
         StoreError: the file is damaged, or lacks chunks.
     """
 
-    def __init__(self, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        self._path, self._shape, self._dtype = path, shape, dtype
-        chunks: list[tuple[int, int, int]] = []
+    def __init__(
+        self, file: BinaryIO, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype
+    ) -> None:
+        self._file, self._path, self._shape, self._dtype = file, path, shape, dtype
         try:
-            with file_format.open_h5(path, "activations") as file:
-                rows = file[name]
-                step = self._step = rows.chunks[0]
-                rows.id.chunk_iter(
-                    lambda c: chunks.append((c.chunk_offset[0] // step, c.byte_offset, c.size))
-                )
+            objects = Objects(file.fileno())
+            header = objects.find(name)
+            if header is None:
+                raise ValueError(f"it lacks {name}")
+            stored = content.dataset(objects, header)
         except file_format.DAMAGE as error:
             raise file_format.damaged(path, error) from None
-        self._chunks = {number: (offset, size) for number, offset, size in chunks}
-        if len(chunks) != (expected := -(-shape[0] // step)):
+        step = self._step = rows_of_chunk(shape, dtype.itemsize)
+        size = step * int(np.prod(shape[1:])) * dtype.itemsize
+        if stored.shape != shape or stored.chunk != (step, *shape[1:]) or size > _LARGEST_CHUNK:
             raise StoreError(
-                f"{path}: has {len(chunks)} of {expected} chunks of {name}; run the pipeline again"
+                f"{path}: its {name} has chunks that TheLoom does not write; fetch the file again"
             )
+        if len(stored.places) != (expected := -(-shape[0] // step)):
+            raise StoreError(
+                f"{path}: has {len(stored.places)} of {expected} chunks of {name}; "
+                "run the pipeline again"
+            )
+        if stored.starts != list(range(0, shape[0], step)):
+            raise StoreError(f"{path}: its {name} lacks chunks; run the pipeline again")
+        self._chunks = stored.places
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
@@ -192,18 +219,15 @@ class PackedRows:
         if number in self._cache:
             self._cache.move_to_end(number)
             return self._cache[number]
-        offset, size = self._chunks.get(number, (0, 0))
-        with self._path.open("rb") as f:
-            packed = os.pread(f.fileno(), size, offset)
+        offset, size = self._chunks[number]
         elements = self._step * int(np.prod(self._shape[1:]))
-        if not hasattr(_local, "decompressor"):
-            _local.decompressor = zstandard.ZstdDecompressor()
+        needed = elements * self._dtype.itemsize
         try:
-            shuffled = _local.decompressor.decompress(
-                packed, max_output_size=elements * self._dtype.itemsize
-            )
+            # the rest of a chunk that is larger than zstd makes one is not read
+            most = needed + needed // 128 + _OVERHEAD
+            shuffled = _unpacked(os.pread(self._file.fileno(), min(size, most), offset), needed)
             plain = np.frombuffer(shuffled, "u1").reshape(self._dtype.itemsize, elements).T
-        except (zstandard.ZstdError, ValueError) as error:
+        except (zstandard.ZstdError, ValueError, OSError, MemoryError) as error:
             raise StoreError(
                 f"{self._path}: rows from {number * self._step} on are damaged ({error})"
             ) from None
@@ -212,3 +236,15 @@ class PackedRows:
         if len(self._cache) > _CACHED_CHUNKS:
             self._cache.popitem(last=False)
         return rows
+
+
+def _unpacked(packed: bytes, size: int) -> bytes:
+    """The content of a frame of zstd that has this size, which is compared first: zstandard would
+    set aside whatever a frame states. Raises ValueError, ZstdError.
+    """
+    if (stated := zstandard.frame_content_size(packed)) != size:
+        raise ValueError(f"a chunk of {stated} bytes instead of {size}")
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor()
+    unpacked: bytes = _local.decompressor.decompress(packed)
+    return unpacked

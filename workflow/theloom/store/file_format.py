@@ -8,17 +8,20 @@ tools read as numbers.
 import errno
 import json
 import os
-import re
 import resource
 import shutil
-from collections.abc import Mapping
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import h5py
 import numpy as np
 
 from theloom.errors import MemoryPlanError, StoreError
+from theloom.store.hdf5.objects import CutShortError, ForeignError, Objects
 
 if TYPE_CHECKING:
     import torch
@@ -26,16 +29,18 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
-# what h5py, and code that uses its values, may raise where the metadata of a file is damaged
+# what h5py, and code that uses values of a file, may raise where the file is damaged
 DAMAGE = (
     OSError,
-    KeyError,
-    IndexError,
+    LookupError,
     ValueError,
     TypeError,
     AttributeError,
-    OverflowError,
+    ArithmeticError,
     RuntimeError,
+    SystemError,
+    MemoryError,
+    struct.error,
 )
 
 
@@ -212,10 +217,12 @@ def too_many_files(path: Path) -> StoreError:
 
 
 def damaged(path: str | Path, error: Exception) -> StoreError:
-    """The error for a file that HDF5 cannot read."""
+    """The error for a file that cannot be read."""
+    what = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, KeyError):
+        what = f"it lacks {what}"
     return StoreError(
-        f"{path}: is damaged ({' '.join(str(error).split())}); run the pipeline again, "
-        "or fetch the file again"
+        f"{path}: is damaged ({what}); run the pipeline again, or fetch the file again"
     )
 
 
@@ -228,57 +235,80 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def open_h5(path: str | Path, kind: str) -> h5py.File:
-    """Open one of a run's files for reading, and check its format.
+@contextmanager
+def open_h5(path: str | Path, kind: str) -> Iterator[h5py.File]:
+    """Open one of a run's own files for reading, and check its format.
 
     Args:
         path: the file.
-        kind: `activations`, `tokens`, `estimate`, `model` or `verification`.
+        kind: `tokens`, `estimate`, `model` or `verification`; hidden states are read by `reading`.
 
     Raises:
-        StoreError: the file is missing, unreadable, of another kind or of another version.
+        StoreError: the file is missing, unreadable, of another kind or of another version; or what
+            is read of it, within the context, is damaged.
     """
-    file = open_any(Path(path))
+    with reading(path) as objects:
+        for _ in objects.datasets():
+            pass  # HDF5's library hangs at a group that refers to itself
+        with h5py.File(path, "r") as file:
+            check_format(Path(path), kind, file.attrs)
+            yield file
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[Objects]:
+    """Open an HDF5 file by its bytes alone.
+
+    Yields:
+        Its objects, and the descriptor with which all of it is read (`fd`).
+
+    Raises:
+        StoreError: the file is missing or not HDF5, or the process may open no more files; or what
+            is read of it, within the context, is damaged.
+    """
+    path = Path(path)
+    with open_bytes(path) as file:
+        try:
+            yield Objects(file.fileno())
+        except ForeignError as error:
+            raise StoreError(
+                f"{path}: cannot be read as HDF5 ({error}); give activations.h5 or a shard of a run"
+            ) from None
+        except CutShortError as error:
+            raise StoreError(
+                f"{path}: cut short, {error}; copy it again, or run the pipeline"
+            ) from None
+        except DAMAGE as error:
+            raise damaged(path, error) from None
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file for reading.
+
+    Raises:
+        StoreError: it is missing, a folder or not a file that can be read, or the process may open
+            no more files.
+    """
     try:
-        check_format(Path(path), kind, file.attrs)
-    except StoreError:
-        file.close()
-        raise
-    return file
-
-
-def open_any(path: Path) -> h5py.File:
-    """Open an HDF5 file for reading.
-
-    Raises:
-        StoreError: the file is missing or not HDF5, or the process may open no more files.
-    """
-    if path.is_dir():
+        # non-blocking: opening a pipe would wait for its writer
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise too_many_files(path) from None
+        if isinstance(error, FileNotFoundError):
+            raise StoreError(
+                f"no file {path}; run the pipeline first, or give another path"
+            ) from None
+        raise StoreError(f"{path}: cannot be opened ({error.strerror})") from None
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(fd, "rb", 0)
+    os.close(fd)
+    if stat.S_ISDIR(mode):
         raise StoreError(
             f"{path} is a folder; give a file in it, for example {path / 'activations.h5'}"
         )
-    if not path.is_file():
-        raise StoreError(f"no file {path}; run the pipeline first, or give another path")
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
-            raise too_many_files(path) from None
-        raise StoreError(f"{path}: {_why_unreadable(str(error))}") from None
-
-
-def _why_unreadable(message: str) -> str:
-    """Why HDF5 does not open a file, by its message, and what to do."""
-    if match := re.search(r"truncated file: eof = (\d+), .*stored_eof = (\d+)", message):
-        return (
-            f"cut short, {int(match[1]):,} of {int(match[2]):,} bytes are there; "
-            "copy it again, or run the pipeline"
-        )
-    if "file signature not found" in message:
-        return "cannot be read as HDF5 (it is none); give activations.h5 or a shard of a run"
-    return (
-        f"cannot be read as HDF5 ({' '.join(message.split())}); copy it again, or run the pipeline"
-    )
+    raise StoreError(f"{path}: is not a file; give activations.h5 or a shard of a run")
 
 
 def _format(name: Any, version: Any) -> str:

@@ -6,7 +6,9 @@ and then reads bytes at known offsets. Of a file without an index the objects ar
 """
 
 import json
+import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,36 @@ import numpy as np
 
 from theloom.store import file_format
 from theloom.store.commit_log import RECORD
+from theloom.store.hdf5 import content
+from theloom.store.hdf5.objects import Objects
 
 INDEX = "index"
+
+_LARGEST = 32 << 20  # bytes of an index: ten thousand shards or hook points take 2 MiB
+_AT_ONCE = 1 << 30  # bytes of one read
+
+# The types of the tables that readers take, by name or by group; of others any number will do
+_TYPES = {
+    "tokens": "<i4",
+    "documents/offset": "<i8",
+    "documents/id": "|S",
+    "windows/offset": "<i8",
+    "windows/document": "<i4",
+    "windows/hash": "<u8",
+    "windows/batch": "<u4",
+    "statistics/offset": "<i8",
+    "statistics": "<f8",
+    "metrics": "<f8",
+    "vocabulary/id": "<i4",
+    "vocabulary/offset": "<i8",
+    "vocabulary/text": "|u1",
+    "checksums": "<u8",
+    "commit_log": f"|V{RECORD.itemsize}",
+    "sources/file": "|S",
+    "sources/checksums": "<u8",
+    "sources/shard_fingerprint": "|S",
+    "sources": "<i8",
+}
 
 Extent = tuple[int, int]
 
@@ -56,30 +86,100 @@ class FileIndex:
         Args:
             fd: of the file, open for reading.
             name: of the dataset.
+
+        Raises:
+            KeyError: the file has no such dataset.
+            ValueError: it has another type or layout than TheLoom writes, or the file ends early.
         """
         dataset = self.datasets[name]
+        expected = _TYPES.get(name) or _TYPES.get(name.partition("/")[0], "")
+        if not dataset.type.startswith(expected) or not re.fullmatch(
+            r"[<|][iuf][1248]|\|S[1-9]\d*|\|V32", dataset.type
+        ):
+            raise ValueError(f"its {name} has the type {dataset.type!r}")
         dtype = RECORD if name == "commit_log" else np.dtype(dataset.type)
-        data = b"".join(os.pread(fd, size, offset) for offset, size in dataset.extents)
+        size = math.prod(dataset.shape) * dtype.itemsize
+        if dataset.layout != content.CONTIGUOUS or [s for _, s in dataset.extents] != [size] * (
+            size > 0
+        ):
+            raise ValueError(f"its {name} is not stored as TheLoom does it")
+        data = bytearray()
+        for start in range(0, size, _AT_ONCE):
+            offset = dataset.extents[0][0] + start
+            data += os.pread(fd, min(_AT_ONCE, size - start), offset)
+        if len(data) != size:
+            raise ValueError(f"it ends within its {name}")
         return np.frombuffer(data, dtype).reshape(dataset.shape)
 
 
 def read(file: h5py.File) -> FileIndex:
+    """Read the index of a file that HDF5 has open for reading: `of` its descriptor."""
+    return of(Objects(file.id.get_vfd_handle()), Path(file.filename))
+
+
+def of(file: Objects, path: Path) -> FileIndex:
     """Read the index of an open file; one without an index is read object by object.
+
+    Args:
+        file: the open file.
+        path: of it.
 
     Raises:
         file_format.DAMAGE: any of these, where the file is damaged.
     """
-    if INDEX not in file:
-        return derive(file)
-    identity = h5py.h5d.open(file.id, INDEX.encode())
-    data = np.empty(identity.shape, "u1")
-    identity.read(h5py.h5s.ALL, h5py.h5s.ALL, data)
-    content = json.loads(data.tobytes())
-    datasets = {
-        n: Dataset(tuple(s), t, k, [(a, b) for a, b in e])
-        for n, (s, t, k, e) in content["datasets"].items()
-    }
-    return FileIndex(Path(file.filename), content["attributes"], datasets)
+    header = file.find(INDEX)
+    if header is None:
+        return derived(file, path)
+    stored = content.dataset(file, header)
+    if (stored.type, len(stored.shape), len(stored.places)) != ("|u1", 1, 1):
+        raise ValueError("its index is not stored as TheLoom does it")
+    ((offset, size),) = stored.places
+    if size > _LARGEST:
+        raise ValueError(f"its index has {size} bytes")
+    file.allow(size)
+    parsed = json.loads(file.read(offset, size))
+    attributes, datasets = parsed["attributes"], parsed["datasets"]
+    if not all(isinstance(value, str | int | float) for value in attributes.values()):
+        raise ValueError("its index has attributes that are neither text nor number")
+    texts = [*attributes, *(value for value in attributes.values() if isinstance(value, str))]
+    if b"\0" in "".join(texts).encode():  # which fails at half a character
+        raise ValueError("its index has attributes that are no text")
+    return FileIndex(
+        path, attributes, {name: _listed(file, *entry) for name, entry in datasets.items()}
+    )
+
+
+def _listed(
+    file: Objects, shape: list[int], numpy_type: str, layout: int, extents: list[list[int]]
+) -> Dataset:
+    """One dataset of an index. Raises ValueError where it is none."""
+    numbers = [*shape, layout, *(n for extent in extents for n in extent)]
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        raise ValueError("its index has shapes or offsets that are no numbers")
+    pairs = [(offset, size) for offset, size in extents]
+    if any(offset + size > file.size for offset, size in pairs):
+        raise ValueError("its index refers to bytes beyond its end")
+    return Dataset(tuple(shape), str(numpy_type), layout, pairs)
+
+
+def derived(file: Objects, path: Path) -> FileIndex:
+    """Compute the index of an open file from its objects, without HDF5's library.
+
+    Raises:
+        file_format.DAMAGE: any of these, where the file is damaged.
+    """
+    datasets = {}
+    for name, header in file.datasets():
+        if name == INDEX:
+            continue
+        found = content.dataset(file, header)
+        numpy_type = found.type
+        if name == "commit_log" and numpy_type == ",".join(RECORD.names or ()):
+            numpy_type = _TYPES[name]
+        if name.startswith("hooks/"):
+            numpy_type = ""
+        datasets[name] = Dataset(found.shape, numpy_type, found.layout, _runs(found.places))
+    return FileIndex(path, content.attributes(file, file.root()), datasets)
 
 
 def write_index(file: h5py.File) -> None:
@@ -93,7 +193,7 @@ def write_index(file: h5py.File) -> None:
 
 
 def derive(file: h5py.File) -> FileIndex:
-    """Compute the index of an open file from its HDF5 objects."""
+    """Compute the index of a file that HDF5 has open, for writing it."""
     objects: list[tuple[str, h5py.Dataset]] = []
     file.visititems(
         lambda name, item: objects.append((name, item)) if isinstance(item, h5py.Dataset) else None

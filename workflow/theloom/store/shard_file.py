@@ -9,7 +9,7 @@ that are known.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from theloom.hooks.points import HookPoint
-from theloom.store import checksums, file_format, index, statistics
+from theloom.store import checksums, file_format, index, statistics, token_texts
 from theloom.store.commit_log import RECORD
 from theloom.store.file_format import METRICS, hook_path
 
@@ -36,6 +36,7 @@ class ShardTokens:
     document_id: np.ndarray  # (documents,) bytes
     window_offset: np.ndarray  # (windows + 1,) int64
     window_document: np.ndarray  # (windows,) int32
+    texts: Mapping[int, str] = field(default_factory=dict)  # of each token id that occurs
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,12 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     file["documents/id"] = tokens.document_id
     file["windows/offset"] = tokens.window_offset
     file["windows/document"] = tokens.window_document
+    token_texts.write(file, tokens.texts)
     file["windows/hash"] = np.zeros((spec.windows, len(names)), "<u8")
     file["windows/batch"] = np.zeros((spec.windows, len(names)), "<u4")
     file["commit_log"] = np.zeros(spec.batches, RECORD)
     file["metrics"] = np.zeros(len(METRICS))
-    file[checksums.CHECKSUMS] = np.zeros(3, "<u8")
+    file[checksums.CHECKSUMS] = np.zeros(len(checksums.ALL), "<u8")
     statistics.create_statistics(file, [p.width(spec.keys) for p in spec.points])
     for point in spec.points:
         shape = (spec.rows, *point.row(spec.keys))

@@ -187,16 +187,26 @@ def statistics_columns(of_hooks: Sequence[Statistics]) -> dict[str, np.ndarray]:
     }
 
 
-def read_statistics(array: Callable[[str], np.ndarray], hooks: Sequence[str]) -> list[Statistics]:
+def read_statistics(
+    array: Callable[[str], np.ndarray], hooks: Sequence[str], widths: Sequence[int]
+) -> list[Statistics]:
     """Read the statistics of all hook points.
 
     Args:
         array: returns the content of a dataset by its name.
         hooks: names of the hook points, in the order of the file.
+        widths: elements of a row, by hook point.
+
+    Raises:
+        ValueError: the file has statistics of other rows.
     """
     offset = array("statistics/offset")
     by_element = {name: array(f"statistics/{name}") for name in _BY_ELEMENT}
     by_hook = {name: array(f"statistics/{name}").tolist() for name in _BY_HOOK}
+    sizes = {len(values) for values in by_element.values()} | {sum(widths)}
+    counts = {len(values) for values in by_hook.values()} | {len(hooks)}
+    if np.diff(offset).tolist() != list(widths) or offset[0] or len(sizes) + len(counts) > 2:
+        raise ValueError("its statistics are of other rows")
     result = []
     for number, hook in enumerate(hooks):
         part = slice(int(offset[number]), int(offset[number + 1]))

@@ -28,6 +28,7 @@ import h5py
 import numpy as np
 import xxhash
 
+from theloom.errors import StoreError
 from theloom.store import checksums, commit_log, file_format, index, shard_file, statistics
 from theloom.store.commit_log import RECORD
 from theloom.store.compression import pack_shard
@@ -216,7 +217,7 @@ class ShardWriter:
         ).items():
             self._pwrite(values.tobytes(), self._offsets[name])
         self._pwrite(self._metrics(), self._offsets["metrics"])
-        checksums.write_checksums(self.partial, checksums.RESULTS)
+        checksums.write_checksums(self.partial, checksums.RESULTS, checksums.METRICS)
         os.fsync(self._fd)
         if self._spec.compression == "none":
             self.partial.replace(self.path)
@@ -311,16 +312,14 @@ class ShardWriter:
         if not self.partial.exists():
             return False
         try:
-            with h5py.File(self.partial, "r") as file:
-                same = file.attrs.get("shard_fingerprint") == self._spec.fingerprint
+            with file_format.reading(self.partial) as file:
+                listed = index.of(file, self.partial)
+                same = listed.attributes.get("shard_fingerprint") == self._spec.fingerprint
                 reason = "" if same else "is of another config, model or corpus"
-                if same:
-                    with self.partial.open("rb") as f:
-                        broken = checksums.changed_parts(
-                            f.fileno(), index.read(file), checksums.METADATA, checksums.TABLES
-                        )
-                    reason = f"is damaged ({', '.join(broken)})" if broken else ""
-        except (OSError, KeyError, ValueError, RuntimeError):
+                parts = (checksums.METADATA, checksums.TABLES)
+                if same and (broken := checksums.changed_parts(file.fd, listed, *parts)):
+                    reason = f"is damaged ({', '.join(broken)})"
+        except StoreError:
             reason = "is not a shard that can be read"
         if reason:
             log.warning("%s %s: discarded", self.partial.name, reason)

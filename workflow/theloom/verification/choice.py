@@ -61,8 +61,8 @@ def batches_of(acts: Activations) -> Iterator[tuple[Batch, int]]:
         Batches of numbers of windows in the dataset, each with the tokens of a chunk.
     """
     attributes = acts.attributes
-    batch_tokens, chunks = _each(attributes["batch_tokens"]), _each(attributes["chunk_size"])
-    rows = _each(attributes.get("shard_rows", attributes["rows"]))
+    batch_tokens, chunks = attributes.by_shard("batch_tokens"), attributes.by_shard("chunk_size")
+    rows = attributes.by_shard("shard_rows" if "shard_rows" in attributes else "rows")
     switches = [LengthSwitch(**s) for s in json.loads(attributes.get("model_switches", "[]"))]
     together = int(attributes.get("streamed_windows", 1))
     ends = np.searchsorted(acts.window_offset, np.cumsum(rows))
@@ -72,9 +72,3 @@ def batches_of(acts: Activations) -> Iterator[tuple[Batch, int]]:
         for batch in batching.plan_batches(tokens, most, chunk, together, switches):
             yield Batch(tuple(first + w for w in batch.windows), batch.lengths), chunk
         first = int(end)
-
-
-def _each(attribute: object) -> list[int]:
-    """A number of each shard: a JSON list in a merged file, a number in a shard."""
-    value = json.loads(str(attribute))
-    return value if isinstance(value, list) else [value]

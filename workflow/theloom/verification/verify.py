@@ -7,6 +7,7 @@ block's output in that same pass (`model.reference`).
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,13 +82,16 @@ def _compare_to_fp32(
     return fp32.compare(config, files, acts, windows, oracle)
 
 
-def recompute(config: Config, acts: Activations, model_path: Path) -> Recomputation:
+def recompute(
+    config: Config, acts: Activations, model_path: Path, pinned: bool = True
+) -> Recomputation:
     """Recompute documents of a run with the plain model and compare them to the stored rows.
 
     Args:
         config: its `verify` section gives the number of documents, the tolerance and the seed.
         acts: the run's activations.
         model_path: path of the run's `model.h5`.
+        pinned: take the model's commit from there, not the config's revision.
 
     Returns:
         The errors by window and hook point.
@@ -96,6 +100,8 @@ def recompute(config: Config, acts: Activations, model_path: Path) -> Recomputat
         VerificationError: `model.h5` belongs to another model.
     """
     recorded = model_record.read(model_path)
+    if not pinned:
+        recorded = replace(recorded, revision=config.model.revision)
     if recorded.fingerprint != acts.attributes["model_fingerprint"]:
         raise VerificationError(
             f"{model_path} is not of the model of {acts.path}; give the run's own folder"
