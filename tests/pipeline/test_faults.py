@@ -119,11 +119,14 @@ def whole(request, tmp_path_factory, failing, source):
 
 
 def choose(calls, name):
-    """The calls that fail in a test: all, or the last and one at random of each fault."""
+    """The calls that fail in a test: all, or the last and one or more at random: every fault at a
+    shard's job, one of them at another's.
+    """
     if ALL:
         return [(at, fault) for at in range(1, calls + 1) for fault in FAULTS]
     chance = random.Random(name)
-    return [(chance.randrange(1, calls + 1), fault) for fault in FAULTS] + [(calls, "ENOSPC")]
+    faults = list(FAULTS) if name == "extract_shard" else [chance.choice(list(FAULTS))]
+    return [(chance.randrange(1, calls + 1), fault) for fault in faults] + [(calls, "ENOSPC")]
 
 
 def test_every_fault_is_one_line_and_the_rerun_is_right(whole, failing, tmp_path):

@@ -123,7 +123,7 @@ class RowProbe(_Probe):
 
 
 class SweptProbe(_Probe):
-    """The probe of a model that runs block by block: the documents go through each block a second
+    """The probe of a model that runs layer by layer: the documents go through each block a second
     time, as batches of their own behind the others.
 
     Args:
