@@ -105,7 +105,7 @@ def _write(
     first, rows = shards[0], sum(s.part.rows for s in shards)
     names = list(first.shapes)
     packed = first.attributes.get("compression") == "zstd"
-    with h5py.File(target, "w") as file:
+    with h5py.File(target, "w", libver="earliest") as file:  # as `store.hdf5` reads it
         attributes = {k: v for k, v in first.attributes.items() if k not in _OWN}
         plans = {name: [s.attributes.by_shard(name)[0] for s in shards] for name in _PLAN}
         plans["shard_rows"] = [s.part.rows for s in shards]

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from theloom.credentials import hidden
+from theloom.devices import accelerator
 from theloom.engine import progress_file
 from theloom.errors import TheLoomError
 from theloom.pipeline import bars
@@ -93,12 +94,11 @@ def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]
         _end(_stopped(stopped), console)
     except TheLoomError as error:
         _end(str(error), console)
-    except MemoryError:
-        _end(f"the host's memory ran out; {_SPEND_LESS}", console)
     except Exception as error:
-        # torch's own, named so that torch need not be imported
-        if type(error).__name__ == "OutOfMemoryError":
-            _end(f"the GPU's memory ran out; {_SPEND_LESS}", console)
+        if accelerator.is_out_of_memory(error):
+            of_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+            whose = "host" if of_host else "GPU"
+            _end(f"the {whose}'s memory ran out; {_SPEND_LESS}", console)
         if (line := of_system(error, _run_folder(log_file))) is None:
             raise
         _end(line, console)

@@ -92,7 +92,7 @@ def create(path: Path, spec: ShardSpec) -> None:
     for old in (new, path):
         old.unlink(missing_ok=True)
     try:
-        with h5py.File(new, "w") as file:
+        with h5py.File(new, "w", libver="earliest") as file:  # as `store.hdf5` reads it
             _lay_out(file, spec)
             end = max(_ends(file, spec.points), default=0)
         with new.open("rb+") as f:

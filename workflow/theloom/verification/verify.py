@@ -18,7 +18,7 @@ from theloom.config.schema import Config
 from theloom.dataset import inspect
 from theloom.dataset.activations import Activations, open_activations
 from theloom.dataset.inspect import check_hashes
-from theloom.devices import gpu
+from theloom.devices import accelerator, gpu
 from theloom.engine import model_record
 from theloom.errors import VerificationError
 from theloom.hooks.points import RESIDUALS, HookPoint, residual_points
@@ -153,7 +153,6 @@ def _compare_all(
     comparison: Comparison,
 ) -> None:
     """Compare every window that fits the device."""
-    import torch
 
     traced = Traced(
         loaded.architecture.model.config, loaded.attention, config.model.trust_remote_code
@@ -164,7 +163,9 @@ def _compare_all(
             continue
         try:
             expected = _plain(loaded, acts, points, window)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not accelerator.is_out_of_memory(error):
+                raise
             name, rows = (
                 acts.documents[int(acts.window_document[window])],
                 fp32.window_rows(acts, window),
