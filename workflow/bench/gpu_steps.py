@@ -255,10 +255,10 @@ def llama(folder: Path) -> Rows:
     }
     if here.type != "cpu":
         row["allocated MB"] = accelerator.peak(here) / 1e6
-        row["reserved MB"] = accelerator.reserved(here) / 1e6
+        row["reserved MB"] = accelerator.peak_reserved(here) / 1e6
         row["predicted / allocated"] = predicted / accelerator.peak(here)
         if _is_real(here):
-            row["idle %"] = _idle(forward)
+            row["idle %"] = _idle(forward, here)
     return [row]
 
 
@@ -266,7 +266,6 @@ def back_off(folder: Path) -> Rows:
     """Less memory than a batch needs: smaller batches to the end, and the same rows."""
     here = gpu("a limit of memory")
     model = _tiny(folder, intermediate_size=1 << 15, num_hidden_layers=2)  # with large segments
-    total = accelerator.driver_memory(here)[1]
     options = "extraction.batch_tokens=128"
     whole, run = (
         _prepared(folder / name, model, "fp32", str(here), "resident", options)
@@ -276,19 +275,17 @@ def back_off(folder: Path) -> Rows:
     accelerator.reset_peak(here)
     whole.extract()
     whole.merge()
-    limit = torch.cuda.max_memory_reserved(here) - 8 * MIB
+    limit = accelerator.peak_reserved(here) - 8 * MIB
     devices_gpu.release(here)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), here)
     rows: dict[str, Any] = {"limit MB": limit / 1e6}
-    try:
-        run.extract()
-        run.merge()
-        rows["halved"] = theloom.open(run.shards[0]).metrics["oom_level"]
-        rows["difference"] = difference(read_rows(run.activations), read_rows(whole.activations))
-    except theloom.errors.MemoryPlanError as error:
-        rows["stopped"] = str(error)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, here)
+    with accelerator.memory_limit(here, limit):
+        try:
+            run.extract()
+            run.merge()
+        except theloom.errors.MemoryPlanError as error:
+            return [rows | {"stopped": str(error)}]
+    rows["halved"] = theloom.open(run.shards[0]).metrics["oom_level"]
+    rows["difference"] = difference(read_rows(run.activations), read_rows(whole.activations))
     return [rows]
 
 
@@ -296,13 +293,9 @@ def layer_by_layer(folder: Path) -> Rows:
     """Layer by layer: how often the host waits, by CUDA's synchronisation debug mode."""
     here, model = gpu("CUDA's synchronisation debug mode"), _tiny(folder)
     run = _prepared(folder / "run", model, "fp32", str(here), "layerwise")
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            run.extract()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings(record=True) as caught, accelerator.waits_warned_of():
+        warnings.simplefilter("always")
+        run.extract()
     waits = sum("synchroniz" in str(w.message) for w in caught)
     metrics = theloom.open(run.shards[0]).metrics
     waited = metrics["seconds_waiting_for_weights"] / max(metrics["seconds_total"], 1e-9)
@@ -442,13 +435,13 @@ def _seconds(here: torch.device, call: Callable[[], Any]) -> float:
     return sorted(found)[1]
 
 
-def _idle(call: Callable[[], Any]) -> float:
+def _idle(call: Callable[[], Any], device: torch.device) -> float:
     """Percent of a call's time in which no kernel ran."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         began = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        accelerator.synchronize(device)
         seconds = time.perf_counter() - began
     busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
     return 100 * max(0.0, 1 - busy / seconds)

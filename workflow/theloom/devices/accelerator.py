@@ -344,6 +344,11 @@ def reserved(device: "torch.device") -> int:
     return _memory(device).memory_reserved(device)
 
 
+def peak_reserved(device: "torch.device") -> int:
+    """The most bytes that the allocator held of a GPU since `reset_peak`."""
+    return int(_memory(device).max_memory_reserved(device))
+
+
 def driver_memory(device: "torch.device") -> tuple[int, int]:
     """Bytes free and in all, as a GPU's driver reports them; makes a context on CUDA."""
     import torch
@@ -387,6 +392,31 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def memory_limit(device: "torch.device", nbytes: int) -> Iterator[None]:
+    """Within the context, this process's tensors get no more of a GPU than so many bytes."""
+    import torch
+
+    share = min(1.0, nbytes / driver_memory(device)[1])
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@contextmanager
+def waits_warned_of() -> Iterator[None]:
+    """Within the context, whatever makes the host wait for CUDA is a warning of torch's."""
+    import torch
+
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def exact_fp32() -> None:
