@@ -269,7 +269,7 @@ def test_auto_goes_layer_by_layer_where_the_quantised_model_does_not_fit(
     ):
         run.prepare()
     monkeypatch.setattr(
-        host, "memory", lambda: DeviceMemory(38_000_000, 38_000_000, "a small cgroup")
+        host, "memory", lambda: DeviceMemory(55_000_000, 55_000_000, "a small cgroup")
     )
     run.prepare()
     assert "it goes layer by layer" in caplog.text

@@ -116,6 +116,11 @@ class Handoff:
         if error is None:
             self._raise()
 
+    @property
+    def buffer(self) -> "torch.Tensor":
+        """The memory of all values on their way."""
+        return self._ring.buffer
+
     def rows(self, batch: Batch, hook: str, start: int, values: "torch.Tensor") -> None:
         """Take values of a batch, (window, position, …), from position `start` on.
 

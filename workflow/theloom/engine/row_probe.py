@@ -102,7 +102,7 @@ class RowProbe(_Probe):
     def keep(self, hook: str, values: "torch.Tensor") -> None:
         """See a chunk of a batch: (window, position, …)."""
         if self._row is not None and hook in self._kept:
-            self._kept[hook].append(values[self._row].float().cpu())
+            self._kept[hook].append(_copy(values[self._row]))
 
     def compare(self, runner: RunsAlone, batch: Batch, ids: "torch.Tensor") -> None:
         """A batch of token ids (window, position) has run: run the document alone.
@@ -153,7 +153,7 @@ class SweptProbe(_Probe):
             for row, window in enumerate(batch.windows):
                 if window in self._windows:
                     rows = values[row, : batch.lengths[row]]
-                    self._rows[window, name] = rows.float().cpu()
+                    self._rows[window, name] = _copy(rows)
 
     def compare(self, number: int, name: str, values: "torch.Tensor") -> None:
         """See the rows of `batches[number]`, which come after those of the shard's batches.
@@ -209,3 +209,10 @@ def row_error(rows: "torch.Tensor", expected: "torch.Tensor") -> float:
     found, wanted = rows.nan_to_num(), expected.nan_to_num()
     errors = (found - wanted).abs().amax(1) / wanted.abs().amax(1).clamp_min(1e-30)
     return max(float(part.median()) for part in errors.chunk(4))
+
+
+def _copy(rows: "torch.Tensor") -> "torch.Tensor":
+    """In FP32 on the host; the memory of what a model gives may be another value's soon."""
+    import torch
+
+    return rows.to("cpu", torch.float32, copy=True)

@@ -54,13 +54,16 @@ class Ring:
     Args:
         capacity: bytes.
         device: what copies into it; None: the CPU.
+
+    Attributes:
+        buffer: its memory, (capacity,) bytes.
     """
 
     def __init__(self, capacity: int, device: "torch.device | None" = None) -> None:
         import torch
 
         self.capacity = capacity
-        self._buffer = pinned.pinned_empty(capacity, torch.uint8, device or torch.device("cpu"))
+        self.buffer = pinned.pinned_empty(capacity, torch.uint8, device or torch.device("cpu"))
         # first byte and end of each slot, oldest first
         self._taken: deque[tuple[int, int]] = deque()
         self._changed = threading.Condition()
@@ -90,7 +93,7 @@ class Ring:
             if offset is None or self._closed:
                 return None
             self._taken.append((offset, offset + max(_ALIGNED, -(-size // _ALIGNED) * _ALIGNED)))
-        return self._buffer[offset : offset + size].view(dtype).view(shape)
+        return self.buffer[offset : offset + size].view(dtype).view(shape)
 
     def give_back(self) -> None:
         """Free the oldest slot."""

@@ -276,7 +276,9 @@ def _sweep(
         unit_done=unit_done,
         commit=commit,
         stop=lambda: measured.stop.requested,
-        profile=measured.profile.batch,
+        profile=lambda number, ids, there: measured.profile.batch(
+            number, ids, lambda: [*there(), handoff.buffer]
+        ),
     )
     handoff.drain()
     writer.metrics["peak_memory"] = max(writer.metrics["peak_memory"], float(measured.watch.peak))
