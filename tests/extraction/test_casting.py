@@ -9,7 +9,6 @@ import torch
 from support import allocator_peak, build_tiny
 from theloom.devices import gpu
 from theloom.errors import InputError, ModelError
-from theloom.extraction import api
 from theloom.extraction.api import extract_hidden_states, extract_inference_optimized
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -72,7 +71,7 @@ def test_a_fallback_is_logged_and_recorded(tmp_path, monkeypatch, caplog):
     assert "bf16 needs compute capability 8.0 or more" in found.precision.steps[0]
     assert found.precision.steps[0] in caplog.text
     monkeypatch.setattr(gpu, "compute_capability", lambda device: None)
-    monkeypatch.setattr(api, "cpu_has_fp16", lambda: False)
+    monkeypatch.setattr(gpu, "cpu_has_fp16", lambda: False)
     found = extract_inference_optimized(model, IDS, precision="fp16")
     assert found.precision.steps == ("fp16 is not available on this CPU: using fp32",)
     with pytest.raises(InputError, match="'int8' is not one of auto, fp32, fp16, bf16"):

