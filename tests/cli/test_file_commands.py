@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -102,3 +103,14 @@ def test_verify_ends_on_one_line_where_a_bit_is_flipped(run, capsys):
     flip(run.shards[0], place, 3)
     assert main.main(["verify", str(run.activations)]) == 0
     assert "all hashes" not in capsys.readouterr().err
+
+
+def test_control_characters_of_others_do_not_reach_the_terminal(run, tmp_path, capsys):
+    folder = tmp_path / "a\x1b[2Jfolder"
+    folder.mkdir()
+    shutil.copy(run.shards[0], folder / "shard.h5")
+    assert main.main(["inspect", str(folder / "shard.h5")]) == 0
+    assert main.main(["inspect", str(folder / "none.h5")]) == 1
+    for text in capsys.readouterr():
+        assert "\x1b" not in text
+        assert r"a\x1b[2Jfolder" in text

@@ -11,7 +11,17 @@ class TheLoomError(Exception):
     """Base of all errors that a user can mend. Its message shows no password and no token."""
 
     def __str__(self) -> str:
-        return " ".join(hidden(super().__str__()).splitlines())
+        return printable(" ".join(hidden(super().__str__()).splitlines()))
+
+
+def printable(text: str) -> str:
+    """A text with the control characters of others written out: a terminal would obey them.
+
+    Examples:
+        >>> printable("a name" + chr(27) + "[2J")
+        'a name\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(TheLoomError):

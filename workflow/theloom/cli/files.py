@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from theloom.errors import ConfigError, StoreError
+from theloom.errors import ConfigError, StoreError, printable
 from theloom.store import file_format
 from theloom.terminal import WIDTH, examples, positive, table
 
@@ -89,11 +89,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
         }
         print(json.dumps(report, indent=2))
         return
-    print(acts)
-    print(f"\n{_lines(schema)}\n\n{_lines(origin)}\n")
+    print(printable(f"{acts}\n\n{_lines(schema)}\n\n{_lines(origin)}\n"))
     rows = [
         [
-            h.name,
+            printable(h.name),
             "×".join(map(str, h.shape)),
             f"{h.nbytes / 1e9:.3f}",
             *_numbers(h),
