@@ -34,7 +34,9 @@ def test_back_off_ends_with_the_same_rows(tmp_path):
 def test_the_command_writes_a_page_and_its_figures_and_skips_with_words(tmp_path):
     command = [sys.executable, str(ROOT / "workflow/bench/gpu.py"), "--output", tmp_path / "gpu"]
     done = subprocess.run(
-        [*command, "--only", "arithmetic", "sanitizer"], capture_output=True, text=True
+        [*command, "--seconds", "6000", "--only", "arithmetic", "sanitizer"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     first, second = json.loads((tmp_path / "gpu.json").read_text())
