@@ -225,7 +225,7 @@ def test_parallel_shards_have_a_gpu_each_and_the_rows_of_a_local_run(slurm, tiny
 
 def test_a_job_killed_for_its_memory_is_retried_with_more_and_passes(slurm, tiny, local):
     before = known(slurm)
-    running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS.replace("1500", "400"))
+    running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS.replace("1500", "300"))
     printed = finish(running, tiny)
     assert running.returncode == 0, printed
     attempts: dict[str, list[tuple[int, str]]] = {}
@@ -235,7 +235,7 @@ def test_a_job_killed_for_its_memory_is_retried_with_more_and_passes(slurm, tiny
     assert len(attempts) == SHARDS
     for tries in attempts.values():
         assert [memory for memory, _ in tries] == [
-            400 * number for number in range(1, len(tries) + 1)
+            300 * number for number in range(1, len(tries) + 1)
         ]
         assert len(tries) > 1
         assert [state == "COMPLETED" for _, state in tries] == [False] * (len(tries) - 1) + [True]
