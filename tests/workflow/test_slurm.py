@@ -143,7 +143,7 @@ def start(
         )
 
 
-def finish(running: subprocess.Popen, project: Project, timeout: float = 300) -> str:
+def finish(running: subprocess.Popen, project: Project, timeout: float = 900) -> str:
     try:
         running.wait(timeout)
     finally:
