@@ -11,17 +11,20 @@ class TheLoomError(Exception):
     """Base of all errors that a user can mend. Its message shows no password and no token."""
 
     def __str__(self) -> str:
-        return printable(" ".join(hidden(super().__str__()).splitlines()))
+        return printable(" ".join(hidden(super().__str__()).splitlines()), kept="\t")
 
 
-def printable(text: str) -> str:
-    """A text with the control characters of others written out: a terminal would obey them.
+def printable(text: str, kept: str = "") -> str:
+    """A text of others as messages show it: control characters, which a terminal would obey, and
+    what is no character are escaped, but for those in `kept`.
 
     Examples:
-        >>> printable("a name" + chr(27) + "[2J")
-        'a name\\x1b[2J'
+        >>> printable("ü\\n")
+        'ü\\\\n'
     """
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 class ConfigError(TheLoomError):

@@ -89,7 +89,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         }
         print(json.dumps(report, indent=2))
         return
-    print(printable(f"{acts}\n\n{_lines(schema)}\n\n{_lines(origin)}\n"))
+    print(printable(f"{acts}\n\n{_lines(schema)}\n\n{_lines(origin)}\n", kept="\n\t"))
     rows = [
         [
             printable(h.name),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from theloom.config.schema import CorpusConfig
-from theloom.errors import CorpusError
+from theloom.errors import CorpusError, printable
 
 MAX_ID_BYTES = 1024  # every id takes as many bytes in the files of a run as the longest
 MAX_TEXT = 1 << 26  # characters of a document: tokenizers take about 175 bytes for each
@@ -133,13 +133,3 @@ def surrogate(text: str) -> int | None:
     except UnicodeEncodeError as error:
         return error.start
     return None
-
-
-def printable(text: str) -> str:
-    """A text in one line, for messages: what has no shape of its own is escaped.
-
-    Examples:
-        >>> printable("ü\\n")
-        'ü\\\\n'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -16,8 +16,8 @@ from typing import Any, NoReturn, TextIO
 
 from theloom.config.schema import CorpusConfig
 from theloom.corpus import rows
-from theloom.corpus.rows import Document, printable
-from theloom.errors import CorpusError
+from theloom.corpus.rows import Document
+from theloom.errors import CorpusError, printable
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,9 @@ from theloom.config.model_dims import numbers
 from theloom.config.schema import Config
 from theloom.corpus.batching import Lengths
 from theloom.corpus.documents import read_documents
-from theloom.corpus.rows import printable
 from theloom.corpus.tokenizer import CorpusTokenizer
 from theloom.corpus.vocabulary import Vocabulary
-from theloom.errors import ConfigError, CorpusError
+from theloom.errors import ConfigError, CorpusError, printable
 from theloom.model import files
 from theloom.model.files import hf_config
 from theloom.model.length_switches import length_switches
