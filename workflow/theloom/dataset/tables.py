@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from theloom.store.file_format import METRICS
+from theloom.store.file_format import METRICS, are_offsets
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def read_tables(array: Callable[[str], np.ndarray], rows: int, hooks: int) -> Ta
         (tables.document_offset, len(tables.document_id)),
         (tables.window_offset, windows),
     ):
-        right = offset.shape == (count + 1,) and offset[0] == 0 and offset[-1] == rows
-        if not right or (np.diff(offset) < 0).any():
+        if not are_offsets(offset, count, rows):
             raise ValueError("its tables of documents and windows do not fit together")
     if tables.window_hash.shape != (windows, hooks):
         raise ValueError("its table of hashes does not fit its windows and hook points")

@@ -118,6 +118,18 @@ def tensor_from_bits(array: np.ndarray, precision: str) -> "torch.Tensor":
     return torch.from_numpy(array).view(torch_dtype(precision))
 
 
+def are_offsets(values: np.ndarray, count: int, end: int) -> bool:
+    """Whether an array has the offsets of `count` parts, one after the other, from 0 to `end`.
+
+    Examples:
+        >>> are_offsets(np.array([0, 2, 2, 5]), 3, 5), are_offsets(np.array([0, 3, 2]), 2, 2)
+        (True, False)
+    """
+    if values.shape != (count + 1,) or values[0] != 0 or values[-1] != end:
+        return False
+    return not (np.diff(values) < 0).any()
+
+
 def bits_dtype(precision: str) -> np.dtype:
     """The unsigned integer that holds one element."""
     return np.dtype({"fp32": "<u4", "fp16": "<u2", "bf16": "<u2"}[precision])

@@ -8,6 +8,8 @@ from itertools import pairwise
 import h5py
 import numpy as np
 
+from theloom.store.file_format import are_offsets
+
 GROUP = "vocabulary"
 
 
@@ -42,12 +44,7 @@ def read(
     """
     ids, offset = array(f"{GROUP}/id"), array(f"{GROUP}/offset")
     text = array(f"{GROUP}/text").tobytes()
-    if (
-        len(offset) != len(ids) + 1
-        or offset[0]
-        or offset[-1] != len(text)
-        or (np.diff(offset) < 0).any()
-    ):
+    if not are_offsets(offset, len(ids), len(text)):
         raise ValueError("its table of token texts is damaged")
     pairs = zip(ids.tolist(), pairwise(offset.tolist()), strict=True)
     return {

@@ -200,18 +200,13 @@ def _chunks(file: Objects, tree: int, axes: int) -> list[tuple[int, int, int]]:
     file.allow(file.size)  # their number grows with the rows
     entry = np.dtype([("size", "<u4"), ("mask", "<u4"), ("at", "<u8", (axes,)), ("child", "<u8")])
     found: list[tuple[int, int, int]] = []
-    pending, seen = [tree], set()
-    while pending:
-        address = pending.pop()
-        if address in seen:
-            raise ValueError("the index of chunks is damaged")
-        seen.add(address)
-        signature, kind, level, used = struct.unpack("<4sBBH", file.read(address, 8))
+    below = [tree]
+    for address, signature, kind, level, used in file.nodes(below, "chunks"):
         if signature != b"TREE" or kind != 1:
             raise ValueError("the index of chunks is damaged")
         node = np.frombuffer(file.read(address + 24, used * entry.itemsize), entry)
         if level:
-            pending += node["child"].tolist()
+            below += node["child"].tolist()
             continue
         if node["mask"].any() or node["at"][:, 1:].any():
             raise ValueError("a chunk is stored otherwise than TheLoom does it")

@@ -200,22 +200,34 @@ class Objects:
         signature, size, _, names_at = struct.unpack("<4s4xQQQ", self.read(heap, 32))
         if signature != b"HEAP":
             raise ValueError("the names of a group are damaged")
-        names, seen = self.read(names_at, size), set()
-        pending = [tree]
-        while pending:
-            address = pending.pop()
-            if address in seen:
-                raise ValueError("the index of a group is damaged")
-            seen.add(address)
-            signature, kind, _, used = struct.unpack("<4sBBH", self.read(address, 8))
+        names, below = self.read(names_at, size), [tree]
+        for address, signature, kind, _, used in self.nodes(below, "a group"):
             if signature == b"TREE" and not kind:
                 keys = struct.unpack(f"<{2 * used + 1}Q", self.read(address + 24, 16 * used + 8))
-                pending += keys[1::2][::-1]
+                below += keys[1::2][::-1]
                 continue
             if signature != b"SNOD":
                 raise ValueError("the index of a group is damaged")
             for entry in struct.iter_unpack("<QQI4x16s", self.read(address + 8, 40 * used)):
                 yield self._entry(names, *entry)
+
+    def nodes(self, below: list[int], what: str) -> Iterator[tuple[int, bytes, int, int, int]]:
+        """The nodes of a B-tree, each once: address, signature, type, level and number of entries.
+
+        Args:
+            below: the addresses of nodes to come, the last first; the caller adds a node's own.
+            what: what the tree is the index of, for the message.
+
+        Raises:
+            ValueError: a node is reached twice.
+        """
+        seen: set[int] = set()
+        while below:
+            address = below.pop()
+            if address in seen:
+                raise ValueError(f"the index of {what} is damaged")
+            seen.add(address)
+            yield address, *struct.unpack("<4sBBH", self.read(address, 8))
 
     def _entry(self, names: bytes, at: int, address: int, kind: int, scratch: bytes) -> Link:
         self._links -= 1
