@@ -5,14 +5,16 @@ Files that are broken, and files that change the model and are not used, are err
 
 import json
 import zipfile
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.limits import check_config
+
+_Read = TypeVar("_Read")
 
 SAFETENSORS = "model.safetensors"
 PICKLES = "pytorch_model.bin"
@@ -171,17 +173,31 @@ def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]
     """
     where, found = f"model.source: {config.source}", {}
     for file in weight_files(folder, config):
-        stat = file.stat()
         if file.suffix == ".safetensors":
-            found.update(_header(file, stat.st_size, stat.st_mtime_ns, where))
+            found.update(_header(file, where))
         else:
             _check_pickle(file, where)
     return found
 
 
-@cache
-def _header(file: Path, size: int, time: int, where: str) -> dict[str, StoredTensor]:
-    """The tensors of a file, of which `size` and `time` say that it is still the same."""
+def until_changed(read: Callable[[Path, str], _Read]) -> Callable[[Path, str], _Read]:
+    """Keep what a function finds in a file as long as the file has the same size and time."""
+
+    @cache
+    def kept(file: Path, where: str, size: int, time: int) -> _Read:
+        return read(file, where)
+
+    @wraps(read)
+    def found(file: Path, where: str) -> _Read:
+        stat = file.stat()
+        return kept(file, where, stat.st_size, stat.st_mtime_ns)
+
+    return found
+
+
+@until_changed
+def _header(file: Path, where: str) -> dict[str, StoredTensor]:
+    """The tensors of a file."""
     from safetensors import SafetensorError, safe_open
 
     try:

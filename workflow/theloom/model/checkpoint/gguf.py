@@ -3,11 +3,11 @@ than the file, or the memory, has.
 """
 
 import struct
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from theloom.errors import ModelError
+from theloom.model.checkpoint.folder import until_changed
 from theloom.model.checkpoint.limits import check_config
 
 _SCALARS = {  # by GGUF's number of the type
@@ -19,6 +19,7 @@ _MOST_DIMENSIONS, _DEEPEST_ARRAY = 8, 4
 _ALIGNMENT = "general.alignment"
 
 
+@until_changed
 def check(file: Path, where: str) -> None:
     """Check what a GGUF file says of itself against its size.
 
@@ -29,16 +30,9 @@ def check(file: Path, where: str) -> None:
     Raises:
         ModelError: it is no GGUF file, or is cut short, or its numbers cannot be right.
     """
-    stat = file.stat()
-    _check(file, stat.st_size, stat.st_mtime_ns, where)
-
-
-@cache
-def _check(file: Path, size: int, time: int, where: str) -> None:
-    """`size` and `time` say that the file is still the same."""
     try:
         with file.open("rb") as opened:
-            metadata = _Header(opened, size).check()
+            metadata = _Header(opened, file.stat().st_size).check()
     except (OSError, ValueError, KeyError, struct.error) as error:
         words = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
@@ -108,9 +102,12 @@ class _Header:
         return struct.unpack(f"<{kind}", self._bytes(size))[0]
 
     def _bytes(self, count: int) -> bytes:
+        self._check_there(count)
+        return self._file.read(count)
+
+    def _check_there(self, count: int) -> None:
         if count > self._size - self._file.tell():
             raise ValueError(f"{count:,} bytes at {self._file.tell():,} are not there")
-        return self._file.read(count)
 
     def _text(self) -> str:
         return self._bytes(self._number("Q")).decode(errors="replace")
@@ -128,13 +125,10 @@ class _Header:
         if count > self._size:
             raise ValueError(f"an array of {count:,} in {self._size:,} bytes")
         if inner in _SCALARS:
-            self._skip(count * struct.calcsize(f"<{_SCALARS[inner]}"))
+            size = count * struct.calcsize(f"<{_SCALARS[inner]}")
+            self._check_there(size)
+            self._file.seek(size, 1)
             return None
         for _ in range(count):
             self._value(inner, depth + 1)
         return None
-
-    def _skip(self, count: int) -> None:
-        if count > self._size - self._file.tell():
-            raise ValueError(f"{count:,} bytes at {self._file.tell():,} are not there")
-        self._file.seek(count, 1)

@@ -5,12 +5,11 @@ book would fill the memory, and native code that runs out of it ends the process
 import base64
 import binascii
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from theloom.errors import ModelError
-from theloom.model.checkpoint.folder import read_json
+from theloom.model.checkpoint.folder import read_json, until_changed
 
 MOST_GROWTH = 64  # characters for one; Unicode's own forms have up to 18
 MOST_ADDED = 1_000  # tokens that a template puts round a text
@@ -28,13 +27,11 @@ def check(folder: Path, where: str) -> None:
     """
     file = folder / "tokenizer.json"
     if file.is_file():
-        stat = file.stat()
-        _check(file, stat.st_size, stat.st_mtime_ns, where)
+        _check(file, where)
 
 
-@cache
-def _check(file: Path, size: int, time: int, where: str) -> None:
-    """`size` and `time` say that the file is still the same."""
+@until_changed
+def _check(file: Path, where: str) -> None:
     described = read_json(file, where)
     growth = 1.0
     for rule in (*_rules(described.get("normalizer")), *_rules(described.get("pre_tokenizer"))):
