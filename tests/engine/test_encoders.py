@@ -98,6 +98,15 @@ def test_a_decoder_needs_no_mask():
     assert tried.streams
 
 
+def documents_with_states(acts, model):
+    """Each document, and the model's own hidden states of it alone."""
+    for number in range(len(acts.documents)):
+        document = acts.document(number)
+        ids = torch.from_numpy(document.input_ids).long()[None]
+        with torch.no_grad():
+            yield document, model(ids, output_hidden_states=True).hidden_states
+
+
 @pytest.mark.parametrize("of_both", [False, True])
 def test_the_encoder_of_an_encoder_decoder_by_itself(tmp_path, of_both):
     """As ProtT5's: a folder of T5EncoderModel, whose config may still be that of both halves."""
@@ -113,11 +122,7 @@ def test_the_encoder_of_an_encoder_decoder_by_itself(tmp_path, of_both):
     assert set(acts.hooks) == {
         f"blocks.{n}.hook_resid_{value}" for n in range(3) for value in ("pre", "post")
     }
-    for number in range(len(acts.documents)):
-        document = acts.document(number)
-        ids = torch.from_numpy(document.input_ids).long()[None]
-        with torch.no_grad():
-            states = model(ids, output_hidden_states=True).hidden_states
+    for document, states in documents_with_states(acts, model):
         for block in range(3):
             rows = document[f"blocks.{block}.hook_resid_pre"]
             torch.testing.assert_close(rows, states[block][0], rtol=1e-5, atol=1e-5)
@@ -134,11 +139,7 @@ def test_the_decoder_of_an_encoder_decoder_by_itself(tmp_path):
     made.verify()
     acts = theloom.open(made.activations)
     assert len(acts.hooks) == 6
-    for number in range(len(acts.documents)):
-        document = acts.document(number)
-        ids = torch.from_numpy(document.input_ids).long()[None]
-        with torch.no_grad():
-            states = model(ids, output_hidden_states=True).hidden_states
+    for document, states in documents_with_states(acts, model):
         for block in range(3):
             for value, expected in ("pre", states[block]), ("post", states[block + 1]):
                 rows = document[f"blocks.{block}.hook_resid_{value}"]

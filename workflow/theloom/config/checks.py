@@ -10,7 +10,7 @@ from theloom.config.model_dims import LAYERS, SIZE
 from theloom.config.schema import PATHS, Config
 from theloom.errors import ConfigError
 
-SMALLEST_CHUNK = 3  # so that no chunk need be of one token
+LEAST_CHUNK = 3  # so that no chunk need be of one token
 
 # The key that says where a corpus is, which no other kind of corpus has a use for.
 _OF_ONE_CORPUS = {"text": "path", "hub": "dataset"}
@@ -45,10 +45,10 @@ def check(config: Config) -> None:
     for key, value in at_least_one.items():
         if value is not None and value < 1:
             raise ConfigError(f"{key}: {value} is too small; the least is 1")
-    if config.memory.streaming_chunk_size < SMALLEST_CHUNK:
+    if config.memory.streaming_chunk_size < LEAST_CHUNK:
         raise ConfigError(
             f"memory.streaming_chunk_size: {config.memory.streaming_chunk_size} is too small; the "
-            f"least is {SMALLEST_CHUNK}: models compute a step of one token by other code"
+            f"least is {LEAST_CHUNK}: models compute a step of one token by other code"
         )
     for key, share in {
         "gpu_memory_gb": config.resources.gpu_memory_gb,

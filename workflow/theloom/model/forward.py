@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache
 
+from theloom.config.checks import LEAST_CHUNK
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import residual_points
 from theloom.hooks.taps import Taps
@@ -92,7 +93,7 @@ def spans(length: int, chunk_size: int) -> list[tuple[int, int]]:
         [(0, 4), (4, 7), (7, 9)]
     """
     starts = list(range(0, length, chunk_size))
-    if chunk_size > 2 and len(starts) > 1 and length - starts[-1] == 1:
+    if chunk_size >= LEAST_CHUNK and len(starts) > 1 and length - starts[-1] == 1:
         starts[-1] -= 1
     return list(pairwise([*starts, length]))
 

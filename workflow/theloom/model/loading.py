@@ -70,26 +70,22 @@ class Target(NamedTuple):
     precision: Resolved
 
 
-def resolve_precision(config: Config) -> Target:
+def resolve_precision(config: Config, exact: str | None = None) -> Target:
     """Resolve the device of a run and its precision there; each fallback is logged as a warning.
 
-    Raises:
-        ConfigError: The device is not available.
-    """
-    device = _device(config)
-    return Target(device, gpu.precision_on(device, config.memory.precision_mode.name))
-
-
-def exact_target(config: Config, precision: str) -> Target:
-    """The device of a run and a precision, whatever the config requests.
+    Args:
+        config: The run's config.
+        exact: The precision, fp32 or fp64, whatever the config requests.
 
     Raises:
         ConfigError: The device is not available.
     """
     device = _device(config)
-    if precision == "fp64" and device.type == "mps":
+    if exact is None:
+        return Target(device, gpu.precision_on(device, config.memory.precision_mode.name))
+    if exact == "fp64" and device.type == "mps":
         device = gpu.choose_device("cpu")  # which has it, where Apple's GPUs do not
-    return Target(device, Resolved(precision, precision, ()))
+    return Target(device, Resolved(exact, exact, ()))
 
 
 def _device(config: Config) -> "torch.device":
@@ -124,9 +120,7 @@ def load_model(
     from theloom.model import attention_kernels
 
     attention_kernels.repeat_keys_where_needed()
-    device, resolved = target or (
-        exact_target(config, exact) if exact else resolve_precision(config)
-    )
+    device, resolved = target or resolve_precision(config, exact)
     options: dict[str, Any] = (
         {} if device.type == "cpu" else {"device_map": _device_map(config, device, resolved)}
     )

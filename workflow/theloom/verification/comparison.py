@@ -9,6 +9,8 @@ FP32) bounds what rounding explains, on this device and with these weights.
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -133,6 +135,16 @@ class Comparison:
                 self.finer.upper(),
             )
         return {window: list(points) for window, points in self._suspect.items()}
+
+    @contextmanager
+    def computed_finer(self) -> Iterator[None]:
+        """Around passes of the model in `finer`, and what they give to `compare_to_exact`; a model
+        that cannot run so is a warning.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # such as code that works in FP32 whatever its weights are
+            log.warning("not compared to %s: %s", self.finer.upper(), str(error).splitlines()[0])
 
     def compare_to_exact(self, window: int, point: HookPoint, exact: "torch.Tensor") -> None:
         """Record how far the model's own values are from those of the finer format.

@@ -57,7 +57,7 @@ def recompute(
         _sweep(model, acts, points, windows, comparison.add)
     if suspect := comparison.suspect():
         names = {p.name for of_window in suspect.values() for p in of_window}
-        with opened(config, files, exact=comparison.finer) as exact:
+        with comparison.computed_finer(), opened(config, files, exact=comparison.finer) as exact:
             _sweep(
                 exact,
                 acts,

@@ -124,24 +124,11 @@ def recompute(
             config, files, acts, list(suspect), requested, precision=comparison.finer
         )
         if exact is not None:
-            _compare_to_exact(exact, acts, suspect, comparison)
+            with comparison.computed_finer():
+                for window, of_window in suspect.items():
+                    for point, values in _plain(exact, acts, of_window, window).items():
+                        comparison.compare_to_exact(window, point, values)
     return comparison.result()
-
-
-def _compare_to_exact(
-    exact: LoadedModel,
-    acts: Activations,
-    suspect: dict[int, list[HookPoint]],
-    comparison: Comparison,
-) -> None:
-    """How far the suspect values are from those of a model in a finer format, if it can run so."""
-    try:
-        for window, of_window in suspect.items():
-            for point, values in _plain(exact, acts, of_window, window).items():
-                comparison.compare_to_exact(window, point, values)
-    except RuntimeError as error:  # such as code that works in FP32 whatever its weights are
-        reason = str(error).splitlines()[0]
-        log.warning("not compared to %s: %s", comparison.finer.upper(), reason)
 
 
 def _compare_all(
@@ -153,7 +140,6 @@ def _compare_all(
     comparison: Comparison,
 ) -> None:
     """Compare every window that fits the device."""
-
     traced = Traced(
         loaded.architecture.model.config, loaded.attention, config.model.trust_remote_code
     )

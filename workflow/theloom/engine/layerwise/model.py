@@ -225,9 +225,7 @@ def opened(
             f"model.source: {config.model.source} has no safetensors, which layer by layer are "
             "needed"
         )
-    device, resolved = target or (
-        loading.exact_target(config, exact) if exact else loading.resolve_precision(config)
-    )
+    device, resolved = target or loading.resolve_precision(config, exact)
     attention = config.extraction.attention.name
     model_config = hf_config(config.model)
     bits = weight_format.quantization_of(
