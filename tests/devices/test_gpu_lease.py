@@ -206,6 +206,15 @@ def test_what_a_scheduler_assigned_is_taken_as_it_is(monkeypatch, scheduler):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
+def test_what_a_scheduler_assigned_is_let_go_by_a_job_that_fails(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(MemoryError), gpu_lease.gpus(2):
+        assert gpu_lease.held() == ("0", "1")
+        raise MemoryError
+    assert gpu_lease.held() == ()
+
+
 def test_job_id_alone_is_no_scheduler(monkeypatch, tmp_path):
     fake_nvml.install(monkeypatch, [Board("GPU-aaa1"), Board("GPU-bbb2")])
     monkeypatch.setattr(gpu_lease, "_lock_folder", lambda: tmp_path)

@@ -68,8 +68,10 @@ def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[st
     if assigned := assigned_by_scheduler():
         log.info("GPUs assigned by the scheduler: %s", ", ".join(assigned))
         _held = _one_process_can_use(assigned[:count])
-        yield _held
-        _held = ()
+        try:
+            yield _held
+        finally:
+            _held = ()
         return
     if not visible(_candidates()):
         yield ()
