@@ -8,6 +8,7 @@ from support import ROOT
 LIBRARY = ROOT / "workflow/theloom"
 LOWEST = ("credentials", "errors", "precision", "terminal")
 PACKAGES = [
+    "rows",
     "devices",
     "config",
     "hooks",

@@ -1,0 +1,17 @@
+"""Who wrote a token: the roles of a conversation, as they stand in files.
+
+A file keeps one byte a token, its place in `ROLES`. Tokens of plain text are `text`; what a chat
+template adds around and between the messages is `template`.
+"""
+
+ROLES = ("text", "system", "user", "assistant", "tool", "template")
+
+
+def code(role: str) -> int:
+    """The byte that files keep for a role.
+
+    Examples:
+        >>> code("assistant")
+        3
+    """
+    return ROLES.index(role)
