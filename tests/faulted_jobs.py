@@ -140,6 +140,8 @@ def _child(task: dict[str, Any]) -> None:
         wildcards=SimpleNamespace(**task.get("wildcards", {})),
         params=SimpleNamespace(**task.get("params", {})),
     )
+    for output in snakemake.output:  # as Snakemake does
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
     arguments = (ctypes.c_long(task.get("at", 0)), task.get("answer", 0), task.get("no_locks", 0))
     ctypes.CDLL(None).faults_arm(folder.encode(), *arguments, task["counter"].encode())
     script = ROOT / "workflow/scripts" / f"{task['script']}.py"
