@@ -148,6 +148,24 @@ def test_padding_is_what_the_engine_counted(tmp_path, tiny_llama, caplog):
     assert f"padding: {100 * speed.shard_work(made.shards[0]).padding:.1f}%" in said
 
 
+def test_memory_of_a_layerwise_run_is_drawn_from_its_plan(tiny_llama, tmp_path):
+    made = stages(
+        tmp_path / "run", tiny_llama, "extraction.execution=layerwise corpus.max_tokens=500"
+    )
+    made.prepare()
+    settings = frozen.load_frozen(made.folder / "report.json")
+    draw_memory(settings, made.folder / "estimate.h5", made.folder / "model.h5", tmp_path)
+    with h5py.File(made.folder / "model.h5") as file:
+        predicted = dict(file["memory/predicted"].attrs)
+        peak = file["memory/measured"].attrs
+        expected = {"sweep": (str(peak["predicted"]), str(peak["growth"]))}
+    parts = {name: predicted[name] for name in ("buffers", "working_set", "residuals")}
+    expected |= {name: (str(value), "") for name, value in parts.items()}
+    rows = {row.pop("component"): tuple(row.values()) for row in table(tmp_path / "memory.csv")}
+    assert {name: rows[name] for name in expected} == expected
+    assert (tmp_path / "gpus.svg").is_file()
+
+
 def test_seconds_are_the_shard_s_own_else_those_of_the_job(run, figures, tmp_path):
     shard = run.shards[0]
     found = speed.shard_work(shard)

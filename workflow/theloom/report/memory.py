@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from theloom.devices import gpu_specs
@@ -13,11 +14,33 @@ from theloom.report.style import Drawn, Table
 from theloom.store import file_format
 
 _PARTS = ("weights", "kv_cache", "captured", "temporaries", "logits")
-_WORDS = {"kv_cache": "KV cache", "captured": "hook points"}
+_LAYERWISE = (
+    "buffers",
+    "host_buffers",
+    "kept",
+    "working_set",
+    "residuals",
+    "recorded",
+    "embeddings",
+    "writer",
+    "fixed",
+)
+_WORDS = {
+    "kv_cache": "KV cache",
+    "captured": "hook points",
+    "files": "overhead: file pages",
+    "heap": "overhead: heap retained by malloc",
+    "buffers": "buffers of two blocks",
+    "host_buffers": "of them on the host",
+    "working_set": "one batch in one block",
+    "recorded": "recorded arguments",
+    "sweep": "the largest batch, at its peak",
+}
 
 
 def predicted_against_measured(model: Path, title: str) -> Drawn:
-    """Draw predicted and measured bytes of the largest planned pass, by component.
+    """Draw predicted and measured bytes of the largest planned pass, by component. Layer by layer
+    the peak of the largest batch alone is measured, not its components.
 
     Args:
         model: path of `model.h5`.
@@ -27,18 +50,9 @@ def predicted_against_measured(model: Path, title: str) -> Drawn:
         The figure.
     """
     with file_format.open_h5(model, "model") as file:
-        predicted, measured = (
-            dict(file[f"memory/{side}"].attrs) for side in ("predicted", "measured")
-        )
-        workload = dict(file["memory/workload"].attrs)
-    rows = [(part, int(predicted[part]), int(measured[part])) for part in _PARTS]
-    rows = [row for row in rows if row[1] or row[2]]
-    overhead = [
-        (name, None, int(measured[name])) for name in ("files", "heap") if measured.get(name, 0) > 0
-    ]
-    table = Table(("component", "predicted_bytes", "measured_bytes"), [*rows, *overhead])
-    windows, tokens, step = (workload[name] for name in ("windows", "tokens", "chunk_size"))
-    shape = f"largest pass: {windows} × {tokens} tokens, steps of {step}"
+        layerwise = file.attrs["execution"] == "layerwise"
+        rows, shape = (_of_layerwise if layerwise else _of_resident)(file["memory"])
+    table = Table(("component", "predicted_bytes", "measured_bytes"), rows)
     drawing, (panel,) = style.new(
         9, 1.4 + 0.7 * len(table.rows), f"{title}: memory by component ({shape})"
     )
@@ -52,16 +66,40 @@ def predicted_against_measured(model: Path, title: str) -> Drawn:
             label=label,
             **style.bars(column - 1),
         )
-        labels = ["not predicted" if v is None else f"{v / 1e6:,.1f}" for v in values]
+        labels = [f"not {label}" if v is None else f"{v / 1e6:,.1f}" for v in values]
         panel.bar_label(bars, labels, padding=3, fontsize=9)
-    names = {"files": "overhead: file pages", "heap": "overhead: heap retained by malloc"}
-    panel.set_yticks(at, [names.get(r[0], _WORDS.get(r[0], r[0])) for r in table.rows])
+    panel.set_yticks(at, [_WORDS.get(r[0], r[0]) for r in table.rows])
     panel.invert_yaxis()
     panel.set_xlabel("MB (10⁶ bytes)")
     panel.margins(x=0.15)
     panel.grid(axis="y", visible=False)
     panel.legend(loc="lower right")
     return Drawn(drawing, table)
+
+
+_Row = tuple[str, int | None, int | None]
+
+
+def _of_resident(group: h5py.Group) -> tuple[list[_Row], str]:
+    """Bytes by component, predicted and measured, and of which pass."""
+    predicted, measured = (dict(group[side].attrs) for side in ("predicted", "measured"))
+    both = [(part, int(predicted[part]), int(measured[part])) for part in _PARTS]
+    rows: list[_Row] = [row for row in both if row[1] or row[2]]
+    overhead = [(name, int(measured.get(name, 0))) for name in ("files", "heap")]
+    rows += [(name, None, value) for name, value in overhead if value > 0]
+    windows, tokens, step = (
+        group["workload"].attrs[name] for name in ("windows", "tokens", "chunk_size")
+    )
+    return rows, f"largest pass: {windows} × {tokens} tokens, steps of {step}"
+
+
+def _of_layerwise(group: h5py.Group) -> tuple[list[_Row], str]:
+    """The same of a sweep, whose peak is measured over one batch."""
+    predicted, measured = (dict(group[side].attrs) for side in ("predicted", "measured"))
+    parts = [(part, int(predicted[part])) for part in _LAYERWISE]
+    rows: list[_Row] = [(part, value, None) for part, value in parts if value]
+    rows.append(("sweep", int(measured["predicted"]), int(measured["growth"])))
+    return rows, f"layer by layer, batches of {group['plan'].attrs['batch_tokens']} tokens"
 
 
 def fits_on(estimate_path: Path, title: str) -> Drawn:
