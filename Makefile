@@ -1,6 +1,6 @@
 # make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…");
 #             .venv/bin/theloom run does the same in an environment that is there
-# make report all figures of the runs, in one page: results/report.html (the same PROFILES and SET)
+# make report the figures of each run, in one page: results/<run>/report.html (the same PROFILES and SET)
 # make bench  the same environment and peers, then TheLoom next to other tools (or BENCH="--rounds 7 --tokens 4096")
 # make test   build the same environment, then lint, type check and run all tests
 # make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
@@ -33,9 +33,7 @@ run: environment
 	$(BIN)/snakemake --profile workflow/profiles/local $(Config)
 
 report: environment
-	$(BIN)/snakemake figures --profile workflow/profiles/local $(Config)
-	$(BIN)/snakemake figures --profile workflow/profiles/local --report results/report.html $(Config)
-	@echo "next: open results/report.html in a browser"
+	$(BIN)/theloom report $(if $(value PROFILES),$(call Quoted,PROFILES)) $(if $(value SET),--set $(call Quoted,SET))
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -3,12 +3,33 @@ report: "../report/workflow.rst"
 
 rule figures:
     input:
-        [figure for run in RUNS for figure in figures_of(run)],
+        expand("results/{run}/report.html", run=RUNS),
         ["results/_runs/figures/runs.svg"] if len(RUNS) > 1 else [],
-        expand("results/{run}/verification.h5", run=RUNS),
     localrule: True
     message:
         "all figures are drawn"
+
+
+rule report_page:
+    input:
+        lambda wildcards: figures_of(wildcards.run),
+        config=frozen("report"),
+        shards=shards,
+        activations="results/{run}/activations.h5",
+        verification="results/{run}/verification.h5",
+    output:
+        page="results/{run}/report.html",
+    log:
+        "results/{run}/logs/report_page.log",
+    benchmark:
+        "results/{run}/benchmarks/report_page.tsv"
+    localrule: True
+    conda:
+        "../../envs/theloom.yaml"
+    message:
+        "{wildcards.run}: write report.html"
+    script:
+        "../scripts/report_page.py"
 
 
 rule report_memory:

@@ -16,7 +16,7 @@ import theloom
 from theloom.cli.estimate import add_estimate
 from theloom.cli.files import add_store
 from theloom.cli.project import add_init
-from theloom.cli.run import add_run
+from theloom.cli.run import add_report, add_run
 from theloom.errors import TheLoomError
 from theloom.pipeline.job import of_system
 from theloom.terminal import GIB, Help, capability, examples, lines, red, table
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     gpus.add_argument("--json", action="store_true", help="print one JSON object")
     gpus.set_defaults(run=_gpus)
     add_run(commands)
+    add_report(commands)
     add_estimate(commands)
     add_store(commands)
     add_init(commands)

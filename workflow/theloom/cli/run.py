@@ -1,15 +1,21 @@
-"""`theloom run`: the pipeline, with each word handed over exactly as it was typed."""
+"""`theloom run` and `theloom report`: the pipeline, with each word handed over exactly as it was
+typed.
+"""
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from theloom.config import locations
 from theloom.errors import ConfigError, ProjectError
 from theloom.terminal import examples
+
+if TYPE_CHECKING:
+    from theloom.pipeline.request import Request
 
 _PROFILES = Path("workflow/profiles")
 
@@ -32,6 +38,37 @@ def add_run(commands: Any) -> None:
             "theloom run 7b -- figures",
         ),
     )
+    _add_words(run)
+    run.add_argument(
+        "-n", "--dry-run", action="store_true", help="print what would run, and run nothing"
+    )
+    run.set_defaults(run=_run)
+
+
+def add_report(commands: Any) -> None:
+    """Add the subcommand to the parser's."""
+    report = commands.add_parser(
+        "report",
+        help="draw the figures of runs, and write a page for each",
+        usage="theloom report [PROFILES] [KEY=VALUE ...] [options]",
+        description="Finishes the runs, draws their figures, and writes results/RUN/report.html, "
+        "and Snakemake's own report as results/RUN/provenance.html. The words are those of "
+        "theloom run.",
+        **examples(
+            "theloom report",
+            "theloom report 3b,7b memory.precision_mode=bf16,fp16",
+        ),
+    )
+    _add_words(report)
+    report.add_argument(
+        "--set",
+        metavar="WORDS",
+        help="key=value words in one text, as make and Snakemake take them",
+    )
+    report.set_defaults(run=_report, dry_run=False)
+
+
+def _add_words(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "words",
         nargs="*",
@@ -47,10 +84,6 @@ def add_run(commands: Any) -> None:
         "profile (local)",
     )
     run.add_argument("--cores", metavar="N", help="CPU cores to use at most; default: all")
-    run.add_argument(
-        "-n", "--dry-run", action="store_true", help="print what would run, and run nothing"
-    )
-    run.set_defaults(run=_run)
 
 
 def command(arguments: argparse.Namespace, extra: Sequence[str]) -> list[str]:
@@ -64,23 +97,11 @@ def command(arguments: argparse.Namespace, extra: Sequence[str]) -> list[str]:
         ConfigError: A word is wrong.
         ProjectError: The folder is no project, or there is no such profile of Snakemake.
     """
-    # slow to import, as Hydra is not
-    from theloom.pipeline import request
-
-    words = list(arguments.words)
-    named = [words.pop(0)] if words and "=" not in words[0] else []
-    profiles = [*named, *(w.removeprefix("profiles=") for w in words if _is(w, "profiles"))]
-    if len(profiles) > 1:
-        raise ConfigError(f"profiles {' and '.join(profiles)}: write one list, with commas between")
+    read = _requested(arguments)
     if forbidden := [word for word in extra if word in ("--config", "-C")]:
         raise ConfigError(
             f"{forbidden[0]}: theloom run passes it itself; write key=value before --"
         )
-    read = request.of_words(
-        profiles[0] if profiles else None,
-        [word for word in words if not _is(word, "profiles") and not _is(word, "overrides")],
-        [Path(word.partition("=")[2]) for word in words if _is(word, "overrides")],
-    )
     if not Path("Snakefile").is_file() or not Path("config/default.yaml").is_file():
         raise ProjectError(
             f"{Path.cwd()}: no pipeline here; go to your clone or project, or make one: "
@@ -92,6 +113,25 @@ def command(arguments: argparse.Namespace, extra: Sequence[str]) -> list[str]:
     call = [sys.executable, "-m", "snakemake", "--profile", _profile(arguments.profile)]
     end = list(extra).index("--") if "--" in extra else len(extra)
     return [*call, *options, *extra[:end], *config, *extra[end:]]
+
+
+def _requested(arguments: argparse.Namespace) -> "Request":
+    """The runs that the words request."""
+    # slow to import, as Hydra is not
+    from theloom.config import words as one_text
+    from theloom.pipeline import request
+
+    words = list(arguments.words)
+    named = [words.pop(0)] if words and "=" not in words[0] else []
+    profiles = [*named, *(w.removeprefix("profiles=") for w in words if _is(w, "profiles"))]
+    if len(profiles) > 1:
+        raise ConfigError(f"profiles {' and '.join(profiles)}: write one list, with commas between")
+    return request.of_words(
+        profiles[0] if profiles else None,
+        [word for word in words if not _is(word, "profiles") and not _is(word, "overrides")],
+        [Path(word.partition("=")[2]) for word in words if _is(word, "overrides")],
+        one_text.from_text(getattr(arguments, "set", None) or ""),
+    )
 
 
 def _is(word: str, key: str) -> bool:
@@ -115,3 +155,20 @@ def _run(arguments: argparse.Namespace) -> None:
     call = command(arguments, arguments.extra)
     sys.stdout.flush()
     os.execv(call[0], call)  # so that signals and the exit code are Snakemake's
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from theloom.config.compose import runs
+
+    call = command(arguments, ["figures"])
+    if code := subprocess.call(call):
+        sys.exit(code)
+    requested = _requested(arguments)
+    pages = []
+    for name in runs(Path("config"), requested.profiles, requested.assignments):
+        folder = Path("results", name)
+        page = [str(folder / "report.html"), "--report", str(folder / "provenance.html")]
+        if code := subprocess.call(command(arguments, [*page, "--quiet"])):
+            sys.exit(code)
+        pages.append(page[0])
+    print("\n".join(["open in a browser:", *(f"  {page}" for page in pages)]))

@@ -126,7 +126,7 @@ def _next_steps(folder: Path, path: Path) -> list[str]:
     report = (
         "make report, with the same PROFILES and SET"
         if locations.checkout()
-        else "the same command with the target figures, then with --report report.html too"
+        else "theloom report, with the same words"
     )
     figures = [] if (folder / "figures").is_dir() else [report]
     first, *others = [*figures, f"{locations.program('theloom')} inspect {path}"]

@@ -73,16 +73,22 @@ def read(config: Mapping[str, Any], typed: Sequence[str], is_module: bool = Fals
     return Request(given.get("profiles") or None, tuple(words.merged(*sources)))
 
 
-def of_words(profiles: str | None, typed: Sequence[str], files: Sequence[Path] = ()) -> Request:
+def of_words(
+    profiles: str | None,
+    typed: Sequence[str],
+    files: Sequence[Path] = (),
+    text: Sequence[Assignment] = (),
+) -> Request:
     """What the words of a command line request, as a shell has split them.
 
     Args:
         profiles: A comma list; None: the default profile.
         typed: `key=value` words.
         files: YAML files of keys, of which a later one wins; words go before all of them.
+        text: What one text of words, `set`, has assigned.
 
     Raises:
         ConfigError: A word or a file is wrong.
     """
-    sources = [*map(overrides_file.read, files), words.from_words(typed)]
+    sources = [*map(overrides_file.read, files), text, words.from_words(typed)]
     return Request(profiles, tuple(words.merged(*sources)))

@@ -77,6 +77,18 @@ def predicted_against_measured(model: Path, title: str) -> Drawn:
     return Drawn(drawing, table)
 
 
+def measured_bytes(model: h5py.File) -> int:
+    """Bytes that `load_model` measured: weights and the largest pass, or the peak of a sweep.
+
+    Args:
+        model: an open `model.h5`.
+    """
+    measured = model["memory/measured"].attrs
+    if model.attrs["execution"] == "layerwise":
+        return int(measured["growth"])
+    return sum(int(measured[part]) for part in _PARTS)
+
+
 _Row = tuple[str, int | None, int | None]
 
 
@@ -103,7 +115,8 @@ def _of_layerwise(group: h5py.Group) -> tuple[list[_Row], str]:
 
 
 def fits_on(estimate_path: Path, title: str) -> Drawn:
-    """Draw the share of each GPU's usable memory that the run takes, by format of the weights.
+    """Draw the share of a GPU's usable memory that the run takes, by format of the weights, for
+    the GPUs that it nearly fills or nearly fits on; the table has all of them.
 
     Args:
         estimate_path: path of `estimate.h5`.
@@ -124,11 +137,12 @@ def fits_on(estimate_path: Path, title: str) -> Drawn:
                 (gpu.name, gpu.usable_bytes, kind, needed, needed / gpu.usable_bytes, verdict)
             )
     table = Table(("gpu", "usable_bytes", "kind", "needed_bytes", "share", "fits"), rows)
+    chosen = _near_the_limit([[row[4] for row in rows if row[0] == gpu.name] for gpu in gpus])
+    gpus = [gpus[n] for n in chosen]
+    rows = [row for gpu in gpus for row in rows if row[0] == gpu.name]
     passes = f"one window of up to {result.context_length} tokens, in steps of {result.chunk_size}"
     height = 1.6 + 0.36 * len(gpus)
-    drawing, (panel,) = style.new(
-        9, height, f"{title}: share of each GPU's usable memory\n({passes})"
-    )
+    drawing, (panel,) = style.new(9, height, f"{title}: share of a GPU's usable memory\n({passes})")
     grid = np.array([row[4] if row[5] == "yes" else np.nan for row in rows]).reshape(
         len(gpus), len(kinds)
     )
@@ -162,6 +176,20 @@ def fits_on(estimate_path: Path, title: str) -> Drawn:
     panel.set_xlabel("format of the weights, and GPU memory that the run needs")
     panel.invert_yaxis()
     return Drawn(drawing, table)
+
+
+_GPUS_SHOWN = 8
+
+
+def _near_the_limit(shares: list[list[float]]) -> list[int]:
+    """Which GPUs have a share nearest to 1, in the order of the list.
+
+    Examples:
+        >>> _near_the_limit([[0.001, 0.002]] * 9 + [[0.9, 3.0]])
+        [0, 1, 2, 3, 4, 5, 6, 9]
+    """
+    distance = [min(abs(np.log(max(share, 1e-12))) for share in of_gpu) for of_gpu in shares]
+    return sorted(np.argsort(distance, kind="stable")[:_GPUS_SHOWN].tolist())
 
 
 def _needed(result: Estimate, kind: str, capability: tuple[int, int]) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from theloom.dataset import activations
 from theloom.dataset.activations import Activations
 from theloom.report import states, style
+from theloom.report.memory import measured_bytes
 from theloom.report.speed import shard_work
 from theloom.report.style import Drawn, Table
 from theloom.store import file_format
@@ -29,8 +30,11 @@ class Compared:
         error_rms: RMS of the difference from FP32, as a share of the RMS of the FP32 rows; None
             without an FP32 run of the same model and tokens.
         error_largest: largest difference from FP32, as a share of the largest FP32 value; or None.
-        memory: measured bytes of the weights and the largest pass.
+        memory: measured bytes of the weights and the largest pass; layer by layer of a sweep over
+            the largest batch.
         tokens_per_second: over all shards; None if they were not timed.
+        slowest: tokens per second of the slowest shard; None where fewer than two were timed.
+        fastest: the same of the fastest.
         disk: bytes of the rows.
     """
 
@@ -41,6 +45,8 @@ class Compared:
     error_largest: float | None
     memory: int
     tokens_per_second: float | None
+    slowest: float | None
+    fastest: float | None
     disk: int
 
 
@@ -73,14 +79,25 @@ def compare(folders: list[Path]) -> list[Compared]:
         timed = [w for w in works if w.seconds]
         seconds, tokens = sum(w.seconds or 0.0 for w in timed), sum(w.tokens for w in timed)
         with file_format.open_h5(folder / "model.h5", "model") as file:
-            parts = dict(file["memory/measured"].attrs)
-        memory = sum(
-            int(parts[n]) for n in ("weights", "kv_cache", "captured", "temporaries", "logits")
-        )
+            memory = measured_bytes(file)
         speed = tokens / seconds if seconds else None
+        speeds = [w.tokens_per_second for w in timed if w.tokens_per_second]
+        slowest, fastest = (min(speeds), max(speeds)) if len(speeds) > 1 else (None, None)
         disk = sum(acts[h].nbytes for h in acts.hooks)
+        precision, stored = _precisions(acts)
         compared.append(
-            Compared(folder.name, *_precisions(acts), rms, largest, memory, speed, disk)
+            Compared(
+                folder.name,
+                precision,
+                stored,
+                rms,
+                largest,
+                memory,
+                speed,
+                slowest,
+                fastest,
+                disk,
+            )
         )
     return compared
 
@@ -125,7 +142,8 @@ def _same(reference: Activations, acts: Activations) -> bool:
 
 
 def side_by_side(compared: list[Compared]) -> Drawn:
-    """Draw error, memory and speed of each run in three panels.
+    """Draw error and memory of each run, and its speed where every run has several shards, whose
+    range says how far speeds can be told apart.
 
     Args:
         compared: the runs.
@@ -137,7 +155,8 @@ def side_by_side(compared: list[Compared]) -> Drawn:
     table = Table(
         (
             *("run", "precision", "stored_as", "error_rms_share", "error_largest_share"),
-            *("memory_measured_bytes", "tokens_per_second", "rows_on_disk_bytes"),
+            *("memory_measured_bytes", "tokens_per_second", "slowest_shard", "fastest_shard"),
+            "rows_on_disk_bytes",
         ),
         [
             (
@@ -148,6 +167,8 @@ def side_by_side(compared: list[Compared]) -> Drawn:
                 c.error_largest,
                 c.memory,
                 c.tokens_per_second,
+                c.slowest,
+                c.fastest,
                 c.disk,
             )
             for c in compared
@@ -158,8 +179,9 @@ def side_by_side(compared: list[Compared]) -> Drawn:
         for n, c in zip(names, compared, strict=True)
     ]
     height = 1.8 + 0.55 * len(compared)
+    timed = all(c.slowest is not None for c in compared)
     drawing, panels = style.new(
-        12, height, f"comparison of {len(compared)} runs", columns=3, sharey=True
+        12, height, f"comparison of {len(compared)} runs", columns=2 + timed, sharey=True
     )
     columns: list[tuple[str, list[float | None]]] = [
         (
@@ -167,11 +189,19 @@ def side_by_side(compared: list[Compared]) -> Drawn:
             [None if c.error_rms is None else 100 * c.error_rms for c in compared],
         ),
         ("measured memory, MB", [c.memory / 1e6 for c in compared]),
-        ("tokens per second", [c.tokens_per_second for c in compared]),
     ]
+    if timed:
+        speeds = [c.tokens_per_second for c in compared]
+        columns.append(("tokens per second (range over shards)", speeds))
     at = np.arange(len(compared))
     for n, (panel, (label, values)) in enumerate(zip(panels, columns, strict=True)):
-        bars = panel.barh(at, style.lengths(values), 0.7, **style.bars(n))
+        lengths = style.lengths(values)
+        bars = panel.barh(at, lengths, 0.7, **style.bars(n))
+        if n == 2:
+            ends = zip(compared, lengths, strict=True)
+            around = [(v - (c.slowest or v), (c.fastest or v) - v) for c, v in ends]
+            below = np.maximum(0, np.array(around)).T
+            panel.errorbar(lengths, at, xerr=below, fmt="none", ecolor="black", capsize=3)
         written = [
             "unknown" if v is None else f"{v:.3g}" if v < 10 else f"{v:,.0f}" for v in values
         ]

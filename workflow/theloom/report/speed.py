@@ -180,7 +180,8 @@ def time_breakdown(works: list[ShardWork], title: str) -> Drawn:
         seconds = np.array([row[2 + n] for row in rows])
         if not seconds.any():
             continue
-        panel.barh(at, seconds, 0.7, left=left, label=label, **style.bars(n))
+        share = seconds.sum() / max(1e-9, sum(row[1] or 0.0 for row in rows))
+        panel.barh(at, seconds, 0.7, left=left, label=f"{label}: {share:.1%}", **style.bars(n))
         left = left + seconds
     panel.set_yticks(at, [str(w.shard) for w in works]) if len(works) <= 24 else None
     panel.set_ylabel("shard")

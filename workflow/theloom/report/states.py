@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -147,6 +147,29 @@ def short(hook: str) -> str:
     return f"{match[1]} {match[2].replace('resid_', '').replace('hook_', '')}"
 
 
+def tick_labels(hooks: list[str]) -> tuple[list[str], str]:
+    """Shorten the names of hook points for the ticks of an axis.
+
+    Args:
+        hooks: names of the hook points.
+
+    Returns:
+        The numbers of the blocks alone where all hook points are the same value of theirs, else
+        block and value; and the label of the axis.
+
+    Examples:
+        >>> tick_labels(["blocks.0.hook_resid_post", "blocks.5.hook_resid_post"])
+        (['0', '5'], 'layer (resid_post)')
+    """
+    matches = [re.fullmatch(r"blocks\.(\d+)\.(.*)", hook) for hook in hooks]
+    values = {match[2] if match else "" for match in matches}
+    if len(values) == 1 and "" not in values:
+        return [
+            match[1] for match in matches if match
+        ], f"layer ({values.pop().removeprefix('hook_')})"
+    return [short(hook) for hook in hooks], "block and hook point"
+
+
 def draw_norms(states: States, title: str) -> Drawn:
     """Draw the median norm by layer and position: lines for a few layers, a heat map for many.
 
@@ -229,8 +252,9 @@ def draw_massive(states: States, title: str) -> Drawn:
     )
     if len(at) <= 24:
         left.bar_label(bars, [f"{100 * s:.2g}" for s in share], padding=3, fontsize=9)
-    left.set_yticks(at, [short(h) for h in states.hooks], fontsize=9 if len(at) <= 32 else 6)
-    left.set_ylabel("block and hook point")
+    ticks, label = tick_labels(states.hooks)
+    left.set_yticks(at, ticks, fontsize=9 if len(at) <= 32 else 6)
+    left.set_ylabel(label)
     left.invert_yaxis()
     left.margins(x=0.15)
     left.set_xlim(0, max(1.0, left.get_xlim()[1]))
@@ -268,12 +292,10 @@ def draw_similarity(states: States, title: str) -> Drawn:
                 ink = "black" if value > 0.55 else "white"
                 panel.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", color=ink)
     step = max(1, count // 16)
-    panel.set_xticks(
-        np.arange(count)[::step] + 0.5,
-        [short(h) for h in states.hooks][::step],
-        rotation=60,
-        ha="right",
-    )
+    ticks, label = tick_labels(states.hooks)
+    turned: dict[str, Any] = {} if label.startswith("layer") else {"rotation": 60, "ha": "right"}
+    panel.set_xticks(np.arange(count)[::step] + 0.5, ticks[::step], **turned)
+    panel.set_xlabel(label)
     return Drawn(drawing, Table(("hook", "other_hook", "mean_cosine"), rows))
 
 
@@ -289,12 +311,9 @@ def _heat(
     mesh = panel.pcolormesh(grid, cmap=style.HEAT, norm=scale)
     drawing.colorbar(mesh, ax=panel, label=label)
     panel.grid(visible=False)
-    panel.set_yticks(
-        np.arange(len(hooks)) + 0.5,
-        [short(h) for h in hooks],
-        fontsize=9 if len(hooks) <= 32 else 6,
-    )
-    panel.set_ylabel("block and hook point")
+    ticks, axis = tick_labels(hooks)
+    panel.set_yticks(np.arange(len(hooks)) + 0.5, ticks, fontsize=9 if len(hooks) <= 32 else 6)
+    panel.set_ylabel(axis)
     panel.invert_yaxis()
     return drawing, panel
 

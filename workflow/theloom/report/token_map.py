@@ -10,6 +10,8 @@ from theloom.report.style import Drawn, Table
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.axes import Axes
+    from matplotlib.transforms import Bbox
 
 
 def principal_plane(rows: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
@@ -37,24 +39,30 @@ def principal_plane(rows: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor
 _KINDS = ("word", "subword", "number", "punctuation", "whitespace")
 
 
-def token_kind(token: str) -> str:
+def token_kind(token: str, starts: bool = False, pieces: str = "") -> str:
     """Classify a token by its text.
 
     Args:
         token: text of the token.
+        starts: whether it is the first of a document, where words have no blank before them.
+        pieces: what a token that goes on with a word begins with, such as `##`; empty: a word
+            begins with a blank.
 
     Returns:
         One of `word`, `subword`, `number`, `punctuation` and `whitespace`.
 
     Examples:
-        >>> token_kind(" the"), token_kind("ing")
+        >>> token_kind(" the"), token_kind("ing"), token_kind("ing", starts=True)
+        ('word', 'subword', 'word')
+        >>> token_kind("the", pieces="##"), token_kind("##ing", pieces="##")
         ('word', 'subword')
     """
     bare = token.strip()
     if not bare:
         return "whitespace"
     if any(c.isalpha() for c in bare):
-        return "word" if token[:1].isspace() else "subword"
+        begins = not token.startswith(pieces) if pieces else token[:1].isspace()
+        return "word" if begins or starts else "subword"
     return "number" if any(c.isdigit() for c in bare) else "punctuation"
 
 
@@ -73,24 +81,25 @@ def draw_token_map(
     Returns:
         The figure.
     """
+    position, document = acts.position.numpy(rows), acts.document_of.numpy(rows)
+    inner = position > 0
+    left_out = 0
+    if inner.sum() > 2 and not inner.all():
+        left_out = int((~inner).sum())
+        rows, position, document = rows[inner], position[inner], document[inner]
+        tokens = [token for token, kept in zip(tokens, inner, strict=True) if kept]
     plane, share = principal_plane(acts[hook][rows].float().flatten(1))
-    xy, kinds = plane.numpy(), [token_kind(t) for t in tokens]
+    pieces = "##" if any(token.startswith("##") for token in tokens) else ""
+    starts = np.isin(rows, _first_words(acts))
+    kinds = [token_kind(t, s, pieces) for t, s in zip(tokens, starts, strict=True)]
+    xy = plane.numpy()
+    columns = (rows.tolist(), document.tolist(), position.tolist(), tokens, kinds, xy.tolist())
     table = Table(
         ("row", "document", "position", "token", "kind", "component_1", "component_2"),
-        [
-            (int(r), int(d), int(p), t, k, float(x), float(y))
-            for r, d, p, t, k, (x, y) in zip(
-                rows,
-                acts.document_of.numpy(rows),
-                acts.position.numpy(rows),
-                tokens,
-                kinds,
-                xy,
-                strict=True,
-            )
-        ],
+        [(*row, x, y) for *row, (x, y) in zip(*columns, strict=True)],
     )
-    drawing, (panel,) = style.new(9, 7.5, f"{title}: {len(rows):,} tokens in {hook}")
+    without = f"\n(without the {left_out:,} at position 0)" if left_out else ""
+    drawing, (panel,) = style.new(9, 7.5, f"{title}: {len(rows):,} tokens in {hook}{without}")
     for n, kind in enumerate(_KINDS):
         here = np.array([k == kind for k in kinds])
         x, y = xy[here].T
@@ -103,24 +112,43 @@ def draw_token_map(
             markeredgewidth=0,
             label=kind,
         )
-    low, high = xy.min(axis=0), xy.max(axis=0)
-    span = np.maximum(high - low, 1e-12)
-    taken: list[tuple[float, float, float]] = []
-    for n in _outermost_first(xy):
-        text = tokens[n].strip()[:14]
-        x, y = (xy[n] - low) / span  # in shares of the panel
-        wide = 0.014 * len(text)
-        if text and all(abs(y - b) > 0.028 or x + wide < a or a + w < x for a, b, w in taken):
-            taken.append((x, y, wide))
-            # matplotlib reads text between dollar signs as a formula
-            panel.annotate(
-                text.replace("$", r"\$"), xy[n], (3, 2), textcoords="offset points", fontsize=9
-            )
     panel.margins(x=0.08)
     panel.set_xlabel(f"first principal component ({share[0]:.1%} of variance)")
     panel.set_ylabel(f"second ({share[1]:.1%})")
     drawing.legend(loc="outside lower center", ncols=5, markerscale=1.6)
+    drawing.draw_without_rendering()  # where everything is, of which labels keep clear
+    _label(panel, xy, tokens)
     return Drawn(drawing, table)
+
+
+def _first_words(acts: Activations) -> np.ndarray:
+    """The rows at which the text of each document begins: its first, or its second where all
+    documents begin with one and the same token, as BOS.
+    """
+    first = acts.document_offset[:-1]
+    same = len(first) > 1 and len(np.unique(acts.input_ids.numpy(first))) == 1
+    return first + same
+
+
+_LABELS = 40
+
+
+def _label(panel: "Axes", xy: np.ndarray, tokens: list[str]) -> None:
+    """Write tokens next to their points, the outermost first, none over another."""
+    written: list[Bbox] = []
+    for n in _outermost_first(xy):
+        # matplotlib reads text between dollar signs as a formula
+        text = tokens[n].strip()[:14].replace("$", r"\$")
+        if not text:
+            continue
+        label = panel.annotate(text, xy[n], (4, 3), textcoords="offset points", fontsize=9)
+        box = label.get_window_extent().padded(2)
+        if any(box.overlaps(other) for other in written):
+            label.remove()
+            continue
+        written.append(box)
+        if len(written) == _LABELS:
+            break
 
 
 def _outermost_first(xy: np.ndarray) -> np.ndarray:

@@ -1,0 +1,188 @@
+"""The front page of a run, `report.html`: its figures with captions, what ran, and where it lies.
+
+The page needs no other file and no network to be read; its links lead to the files beside it.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from theloom import terminal
+from theloom.config.schema import Config
+from theloom.dataset import inspect
+from theloom.dataset.activations import Activations, open_activations
+from theloom.errors import ConfigError
+from theloom.report import groups
+from theloom.report.speed import shard_work
+from theloom.store import file_format
+
+_ORDER = ("states", "attention", "memory", "speed")  # groups of figures on the page
+_FILES = {
+    "activations.h5": "the rows; theloom.open reads them",
+    "verification.h5": "the errors of the recomputed documents",
+    "estimate.h5": "predicted memory, disk and time",
+    "model.h5": "hook points of the model, and measured memory",
+    "tokens.h5": "token ids, windows and shards",
+    "config": "the config of each stage",
+    "logs": "the log of each job",
+    "provenance.html": "Snakemake's own report, where it was requested: code, jobs and their times",
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A line of the table: what it is, its value in words, and whether it is a failure."""
+
+    name: str
+    value: str
+    failed: bool = False
+
+
+def write_page(config: Config, folder: Path, captions: Path) -> None:
+    """Write `report.html` of a run whose figures are drawn.
+
+    Args:
+        config: the run's config.
+        folder: the run's folder.
+        captions: folder of the captions, `<figure>.rst`.
+
+    Raises:
+        ConfigError: jinja2 or docutils is not installed.
+    """
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise ConfigError("report.html needs jinja2; pip install 'theloom[report]'") from None
+    acts = open_activations(folder / "activations.h5")
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("page.html.j2").render(
+        name=folder.name,
+        title=config.report.title or folder.name,
+        lead=_lead(acts),
+        figures=_figures(folder / "figures", captions),
+        facts=_facts(acts, folder),
+        files=[(name, meaning) for name, meaning in _FILES.items() if _is_there(folder, name)],
+    )
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    """Snakemake's report is made after the page, which it shows too."""
+    return name == "provenance.html" or (folder / name).exists()
+
+
+def _figures(folder: Path, captions: Path) -> list[dict[str, str]]:
+    """Of each figure that is drawn its name, title, caption in HTML, and drawing in base64."""
+    named = [item for group in _ORDER for item in groups.GROUPS[group].items()]
+    return [
+        {
+            "name": name,
+            "title": title,
+            "caption": _html((captions / f"{name}.rst").read_text(encoding="utf-8")),
+            "drawing": base64.b64encode((folder / f"{name}.svg").read_bytes()).decode(),
+        }
+        for name, title in named
+        if (folder / f"{name}.svg").is_file()
+    ]
+
+
+def _html(caption: str) -> str:
+    try:
+        from docutils.core import publish_parts
+    except ImportError:
+        raise ConfigError("report.html needs docutils; pip install 'theloom[report]'") from None
+    settings = {"raw_enabled": False, "file_insertion_enabled": False}
+    return str(publish_parts(caption, writer="html5", settings_overrides=settings)["body"])
+
+
+def _lead(acts: Activations) -> str:
+    hooks = "1 hook point" if len(acts.hooks) == 1 else f"{len(acts.hooks)} hook points"
+    return (
+        f"Hidden states of {acts.attributes['model_source']}: {len(acts):,} rows of {hooks}, "
+        f"from {len(acts.documents):,} documents."
+    )
+
+
+def _facts(acts: Activations, folder: Path) -> list[Fact]:
+    schema, attributes = inspect.file_schema(acts), acts.attributes
+    works = [shard_work(shard) for shard in sorted((folder / "shards").glob("*.h5"))]
+    return [
+        Fact("model", _with_revision(attributes)),
+        Fact("precision", _precision(attributes, acts.precision)),
+        Fact("corpus", f"{attributes['corpus']}, {len(acts.documents):,} documents"),
+        Fact("windows", f"{schema['windows']:,}, the longest of {schema['longest_window']:,}"),
+        Fact("rows", f"{len(acts):,} of {len(acts.hooks)} hook points"),
+        Fact("hook points", _listed(acts.hooks)),
+        Fact("on disk", terminal.format_bytes(schema["bytes_on_disk"])),
+        *_time(works),
+        *_memory(acts),
+        Fact("device", str(attributes["device"])),
+        _verification(folder / "verification.h5"),
+        Fact("versions", _versions(attributes)),
+    ]
+
+
+def _listed(hooks: Sequence[str]) -> str:
+    shown = list(hooks) if len(hooks) <= 6 else [*hooks[:3], "…", *hooks[-2:]]
+    return ", ".join(shown)
+
+
+def _with_revision(attributes: Any) -> str:
+    source, revision = attributes["model_source"], attributes.get("model_revision", "")
+    return f"{source}, revision {revision}" if revision not in ("", "null") else str(source)
+
+
+def _precision(attributes: Any, stored: str) -> str:
+    bits = attributes["model_quantization"]
+    weights = attributes["model_precision"] if bits in ("null", None) else f"{bits} weights"
+    return f"{weights}, rows stored as {stored}"
+
+
+def _time(works: Sequence[Any]) -> list[Fact]:
+    timed = [work for work in works if work.seconds]
+    if not timed:
+        return []
+    seconds, tokens = sum(w.seconds for w in timed), sum(w.tokens for w in timed)
+    shards = "1 shard" if len(works) == 1 else f"{len(works)} shards"
+    return [Fact("time", f"{seconds:,.0f} s in {shards}, {tokens / seconds:,.0f} tokens/s")]
+
+
+def _memory(acts: Activations) -> list[Fact]:
+    predicted, peak = (int(acts.metrics[n]) for n in ("predicted_memory", "peak_memory"))
+    if not peak:
+        return []
+    words = map(terminal.format_bytes, (peak, predicted))
+    return [Fact("memory", "{} at the peak, {} predicted".format(*words))]
+
+
+def _verification(path: Path) -> Fact:
+    """What `verify` found: it fails before it writes a file of rows that are wrong."""
+    with file_format.open_h5(path, "verification") as file:
+        hashed, wrong = int(file.attrs["windows_hashed"]), np.size(file.attrs["windows_wrong"])
+        documents, error = len(file["recomputed/window"]), _largest_error(file)
+    words = f"{hashed - wrong:,} of {hashed:,} windows have their hashes"
+    if error is not None:
+        words += (
+            f"; {documents} documents recomputed, largest error {error:.1e} of the largest value"
+        )
+    return Fact("verification", words, failed=wrong > 0)
+
+
+def _largest_error(file: h5py.File) -> float | None:
+    error, largest = (np.asarray(file[f"recomputed/{n}"][()]) for n in ("max_abs_error", "max_abs"))
+    if not error.size:
+        return None
+    return float(np.max(error / np.maximum(largest, np.finfo(np.float64).tiny)))
+
+
+def _versions(attributes: Any) -> str:
+    versions = json.loads(attributes["package_versions"])
+    shown = [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
+    return ", ".join([*shown, f"TheLoom {attributes['code_version']}"])
