@@ -2,7 +2,8 @@
 rerun ends with the rows of an undisturbed run.
 
 By default some writes of each stage; `THELOOM_FAULTS=0` takes every one, with the four faults in
-turn, and 1, 2 and 3 the same from another fault on: all four of them are every fault at every write.
+turn, and 1, 2 and 3 the same from another fault on: all four of them take every fault at every
+write.
 """
 
 import errno
