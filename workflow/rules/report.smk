@@ -3,6 +3,7 @@ report: "../report/workflow.rst"
 
 rule figures:
     input:
+        [figure for run in RUNS for figure in figures_of(run)],
         expand("results/{run}/report.html", run=RUNS),
         ["results/_runs/figures/runs.svg"] if len(RUNS) > 1 else [],
     localrule: True
