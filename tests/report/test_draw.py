@@ -268,6 +268,7 @@ def test_a_new_title_redraws_the_figures_and_reruns_nothing_else(project, tiny_p
         "report_memory",
         "report_speed",
         "report_states",
+        "report_page",
         "figures",
         "total",
     }

@@ -165,7 +165,8 @@ def _memory(acts: Activations) -> list[Fact]:
 def _verification(path: Path) -> Fact:
     """What `verify` found: it fails before it writes a file of rows that are wrong."""
     with file_format.open_h5(path, "verification") as file:
-        hashed, wrong = int(file.attrs["windows_hashed"]), np.size(file.attrs["windows_wrong"])
+        hashed = int(file.attrs["windows_hashed"])
+        wrong = len(json.loads(file.attrs["windows_wrong"]))
         documents, error = len(file["recomputed/window"]), _largest_error(file)
     words = f"{hashed - wrong:,} of {hashed:,} windows have their hashes"
     if error is not None:

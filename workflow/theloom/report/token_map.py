@@ -1,5 +1,6 @@
 """Figure of single tokens: one layer's rows in the plane of their principal components."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -134,12 +135,15 @@ _LABELS = 40
 
 
 def _label(panel: "Axes", xy: np.ndarray, tokens: list[str]) -> None:
-    """Write tokens next to their points, the outermost first, none over another."""
+    """Write tokens next to their points, the outermost first, none over another, and each text
+    twice at most.
+    """
     written: list[Bbox] = []
+    times: Counter[str] = Counter()
     for n in _outermost_first(xy):
         # matplotlib reads text between dollar signs as a formula
         text = tokens[n].strip()[:14].replace("$", r"\$")
-        if not text:
+        if not text or times[text] == 2:
             continue
         label = panel.annotate(text, xy[n], (4, 3), textcoords="offset points", fontsize=9)
         box = label.get_window_extent().padded(2)
@@ -147,6 +151,7 @@ def _label(panel: "Axes", xy: np.ndarray, tokens: list[str]) -> None:
             label.remove()
             continue
         written.append(box)
+        times[text] += 1
         if len(written) == _LABELS:
             break
 
