@@ -115,7 +115,8 @@ def read_plainly(file: Path, name: str, encoding: str) -> list[tuple[str, str]]:
         if line.strip():
             if [key for key, _ in json.loads(line, object_pairs_hook=list)].count("text") > 1:
                 raise ValueError("the column twice")
-            found.append((f"{name}:{number}", json.loads(line)["text"]))
+            text = json.loads(line)["text"]
+            found.append((f"{name}:{number}", "" if text is None else text))
     if not all(isinstance(text, str) for _, text in found):
         raise ValueError("no text")
     for _, text in found:

@@ -7,6 +7,7 @@ have their checksums written anew, as an attacker would: only these may give oth
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -29,6 +30,8 @@ from theloom.dataset.merge import merge_shards
 from theloom.errors import TheLoomError
 from theloom.report.speed import shard_work
 from theloom.store import checksums, file_format, index
+from theloom.store.tables import tokens as token_tables
+from theloom.store.tables.columns import Column
 from theloom.store.writer import ShardWriter
 
 CHANGES = int(os.environ.get("THELOOM_FUZZ", "300"))
@@ -50,6 +53,12 @@ def write_shard(path: Path, number: int, compression: str) -> None:
         config={"tokens": {}},
     )
     one.tokens.texts.update({int(i): f" word{i}" for i in one.tokens.input_ids})
+    more = {
+        name: (np.arange(one.rows) % 5).astype(kind) for name, kind in token_tables.TYPES.items()
+    }
+    one = dataclasses.replace(
+        one, tokens=dataclasses.replace(one.tokens, columns=columns(number), **more)
+    )
     made = torch.Generator().manual_seed(number)
     with ShardWriter(path, one) as writer:
         for window, length in enumerate([40, 7, 60]):
@@ -58,6 +67,16 @@ def write_shard(path: Path, number: int, compression: str) -> None:
                 writer.write(window, point.name, 0, rows)
             writer.batch_done(int(one.tokens.window_offset[window + 1]), last=window == 2)
         writer.finish()
+
+
+def columns(number: int) -> dict[str, Column]:
+    names = file_format.fixed_strings(["yes", "nö"])
+    return {
+        "n": Column("integer", np.arange(3) + number, None, np.array([0, 1, 0], "u1")),
+        "c": Column("category", np.array([1, -1, 0], "<i4"), names),
+        "s": Column("string", file_format.fixed_strings(["a", "ü", ""])),
+        "j": Column("json", file_format.fixed_strings(["[1]", "{}", "null"])),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +94,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def rows_of(acts: theloom.dataset.activations.Activations) -> list[bytes]:
-    tables = (acts.input_ids, acts.document_of, acts.position)
+    more = [acts.token_table(name) for name in token_tables.TYPES]
+    tables = (acts.input_ids, acts.document_of, acts.position, *filter(None, more))
     everything = [acts[hook].numpy(...) for hook in acts.hooks] + [t.numpy(...) for t in tables]
     return [array.tobytes() for array in everything]
 
@@ -96,7 +116,8 @@ def read_all(path: Path, shard: bool) -> bytes:
         shard_work(path)
         others = [path, path.with_name("1.h5")]
         merge_shards(others, "virtual", path.with_name("merged.h5"))
-    content = json.dumps([acts.documents, acts.document_offset.tolist(), acts.token_texts])
+    values = {name: column.tolist() for name, column in acts.columns.items()}
+    content = json.dumps([acts.documents, acts.document_offset.tolist(), acts.token_texts, values])
     return b"".join([*rows, content.encode()]) if sound else b""
 
 

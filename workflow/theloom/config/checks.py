@@ -111,6 +111,7 @@ def _check_corpus(config: Config) -> None:
         group = config.corpus.kind.name
         example = f'set="corpus={group} corpus.{needed}=…"'
         raise ConfigError(f"corpus.{needed}: not set; corpus={group} needs it: {example}")
+    _check_columns(config)
     for group, key in _OF_ONE_CORPUS.items():
         if group != config.corpus.kind.name and getattr(config.corpus, key) is not None:
             requested = getattr(config.corpus, key)
@@ -118,6 +119,27 @@ def _check_corpus(config: Config) -> None:
                 f"corpus.{key}: {requested!r} is for corpus={group} alone; add corpus={group}, or "
                 "take it out"
             )
+
+
+def _check_columns(config: Config) -> None:
+    corpus = config.corpus
+    if corpus.input_ids is not None and corpus.messages is not None:
+        raise ConfigError(
+            "corpus.input_ids and corpus.messages: a document is either token ids or a "
+            "conversation; take one out"
+        )
+    if corpus.chat_template is not None and corpus.messages is None:
+        raise ConfigError(
+            "corpus.chat_template: is for corpus.messages alone; set that too, or take it out"
+        )
+    if corpus.streaming and corpus.kind.name != "hub":
+        raise ConfigError("corpus.streaming: is for corpus=hub alone; take it out")
+    names = list(corpus.columns)
+    for name in names:
+        if not name or "\0" in name or name != name.encode(errors="replace").decode():
+            raise ConfigError(f"corpus.columns: {name!r} is no name of a column; correct it")
+        if names.count(name) > 1:
+            raise ConfigError(f"corpus.columns: {name!r} is there twice; take one out")
 
 
 def _check_paths(config: Config) -> None:

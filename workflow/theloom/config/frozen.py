@@ -116,6 +116,7 @@ STAGES: dict[str, Stage] = {
             "corpus.dataset",
             "corpus.subset",
             "corpus.split",
+            "corpus.streaming",
         )
     ),
     "report": Stage(("report",)),

@@ -19,9 +19,10 @@ CachePlace = Enum("CachePlace", ["auto", "device", "offloaded"])
 MergeMode = Enum("MergeMode", ["virtual", "physical"])
 TokenizerFrom = Enum("TokenizerFrom", ["class", "file"])
 CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
+DuplicateIds = Enum("DuplicateIds", ["error", "number"])
 
 
-PATHS = ("model.source", "model.tokenizer", "corpus.path", "corpus.dataset")
+PATHS = ("model.source", "model.tokenizer", "corpus.path", "corpus.dataset", "corpus.chat_template")
 """Keys whose text may be a path: `~` at its start is the user's home."""
 
 
@@ -180,7 +181,9 @@ class CorpusConfig:
         CorpusKind["python_docs"], "set by the corpus group: `corpus=text`, `corpus=hub`"
     )
     path: str | None = key(
-        None, "text: a .txt, .md, .jsonl, .csv or .tsv file, or a folder of them"
+        None,
+        "text: a file, or a folder of files: .txt, .md, .jsonl, .json, .csv, .tsv, .parquet, "
+        ".arrow, .fasta, .fa or .faa, also compressed (.gz, .zst)",
     )
     encoding: str = key("utf-8", "text: encoding of the files")
     dataset: str | None = key(
@@ -188,10 +191,29 @@ class CorpusConfig:
     )
     subset: str | None = key(None, "hub: name of the configuration, where the data set has several")
     split: str = key("train", "hub: which split")
-    column: str = key("text", "hub, .jsonl, .csv, .tsv: the column that holds the text")
+    streaming: bool = key(
+        False, "hub: read rows as they come instead of downloading the split first"
+    )
+    column: str = key("text", "hub and tables: the column that holds the text")
     id_column: str | None = key(
-        None,
-        "hub, .jsonl, .csv, .tsv: the column that names a document, each once; null: its number",
+        None, "hub and tables: the column that names a document; null: its number"
+    )
+    duplicate_ids: DuplicateIds = key(
+        DuplicateIds["error"],
+        "what to do where two documents have one id; number: the second gets #2, and so on",
+    )
+    columns: list[str] = key(
+        [],
+        "hub and tables: more columns, such as labels, that go with each document into the files",
+    )
+    input_ids: str | None = key(
+        None, "hub and tables: the column that holds token ids, taken as they are instead of texts"
+    )
+    messages: str | None = key(
+        None, "hub and tables: the column that holds conversations, rendered by the chat template"
+    )
+    chat_template: str | None = key(
+        None, "messages: a file with another chat template (Jinja); null: the tokenizer's own"
     )
     max_documents: int | None = key(None, "take at most this many documents; null: all")
     max_tokens: int | None = key(

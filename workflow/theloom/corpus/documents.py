@@ -2,13 +2,17 @@
 hub.
 """
 
+import dataclasses
+import logging
 from collections.abc import Iterator
 from itertools import islice
 
 from theloom.config.schema import CorpusConfig
 from theloom.corpus import hub, rows, text_files
 from theloom.corpus.rows import Document
-from theloom.errors import CorpusError
+from theloom.errors import CorpusError, printable
+
+log = logging.getLogger(__name__)
 
 
 def read_documents(config: CorpusConfig) -> Iterator[Document]:
@@ -35,19 +39,41 @@ def _source(config: CorpusConfig) -> Iterator[Document]:
 
 
 def _checked(config: CorpusConfig) -> Iterator[Document]:
-    seen: set[str] = set()  # of ids that a column gives; files and lines have names of their own
+    seen: set[str] = set()  # of ids that a table gives; files and lines have names of their own
+    numbers: dict[str, int] = {}  # of ids that are there more than once
     for document in _source(config):
         rows.check(document)
-        if config.id_column is not None:
+        if config.id_column is not None or document.sequence:
             if document.id in seen:
-                first = next(d for d in _source(config) if d.id == document.id)
-                raise CorpusError(
-                    f"corpus.id_column: {config.id_column!r} names two documents "
-                    f"{document.id[:80]!r} ({first.place}, and {document.place}); "
-                    "give each a name of its own, or leave the column out"
-                )
+                document = _numbered(document, seen, numbers, config)
             seen.add(document.id)
         yield document
+
+
+def _numbered(
+    document: Document, seen: set[str], numbers: dict[str, int], config: CorpusConfig
+) -> Document:
+    """The document with a number after its id. Raises CorpusError where ids must differ."""
+    if config.duplicate_ids.name == "error":
+        first = next(d for d in _source(config) if d.id == document.id)
+        by = "corpus.path" if config.id_column is None else "corpus.id_column"
+        raise CorpusError(
+            f"{by}: {config.id_column or 'id'!r} names two documents {document.id[:80]!r} "
+            f"({first.place}, and {document.place}); give each a name of its own, leave the column "
+            "out, or set corpus.duplicate_ids=number"
+        )
+    number = numbers.get(document.id, 1)
+    while (name := f"{document.id}#{number + 1}") in seen:
+        number += 1
+    numbers[document.id] = number + 1
+    log.info("%s: the id %s is there before; this one is %s", *_shown(document, name))
+    numbered = dataclasses.replace(document, id=name)
+    rows.check(numbered)
+    return numbered
+
+
+def _shown(document: Document, name: str) -> tuple[str, str, str]:
+    return document.place, printable(document.id), printable(name)
 
 
 def check_local(config: CorpusConfig) -> None:
@@ -63,12 +89,15 @@ def check_local(config: CorpusConfig) -> None:
 def _python_docs(config: CorpusConfig) -> Iterator[Document]:
     from pydoc_data.topics import topics
 
+    for key, column in rows.wanted(config):
+        if key in ("input_ids", "messages", "columns"):
+            raise rows.no_column(key, column, (), "the Python documentation")
     for name, text in sorted(topics.items()):
         yield Document(f"pydoc_data.topics/{name}", text, f"pydoc_data.topics/{name}")
 
 
 def fetch(config: CorpusConfig) -> None:
-    """Download the data set of a corpus from the hub, if it is not cached.
+    """Download the data set of a corpus from the hub, if it is not cached and is not streamed.
 
     Raises:
         CorpusError: the data set is missing or broken, or has no such split.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from theloom.config.schema import CorpusConfig
-from theloom.corpus import rows, text_files
+from theloom.corpus import arrow_files, decoding, rows, text_files
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, TheLoomError
 from theloom.store import file_format
@@ -25,25 +25,40 @@ def read(config: CorpusConfig) -> Iterator[Document]:
     name = str(config.dataset)
     with _in_one_line(name):
         prefix = config.split if Path(name).expanduser().exists() else f"{name}/{config.split}"
-        table, columns = data_set(config), []
-        for key in ("column", "id_column"):
-            if (column := getattr(config, key)) is None:
-                continue
-            if column not in table.column_names:
-                raise rows.no_column(key, column, table.column_names, f"corpus.dataset: {name}")
-            columns.append(column)
+        table = data_set(config)
+        there, place = _columns(table), f"corpus.dataset: {name}"
+        rows.check_columns(config, there, place)
         # of the other columns, images and sounds would be decoded
-        numbered = enumerate(table.select_columns(list(dict.fromkeys(columns))))
+        numbered = enumerate(table.select_columns(arrow_files.chosen(config, there)))
+        labels = {
+            column: table.features[column].names
+            for column in config.columns
+            if table.features and hasattr(table.features[column], "names")
+        }
     while True:
         with _in_one_line(name):
             number, row = next(numbered, (0, None))
         if row is None:
             return
-        yield rows.of_row(row, f"{prefix}/{number}", f"{prefix}/{number}", config)
+        place = f"{prefix}/{number}"
+        for column, names in labels.items():
+            row[column] = arrow_files.labelled(row[column], names, column, place)
+        for column in (config.messages, rows.TOOLS) if config.messages else ():
+            if column in row:
+                row[column] = arrow_files.without_nulls(row[column])
+        yield rows.of_row(row, place, place, config)
+
+
+def _columns(table: Any) -> list[str]:
+    """The names of a data set's columns; of a stream without a list of them those of its first
+    row.
+    """
+    return list(table.column_names or next(iter(table), {}))
 
 
 def data_set(config: CorpusConfig) -> Any:
-    """The rows of `corpus.split`, downloaded if they are not cached.
+    """The rows of `corpus.split`, downloaded if they are not cached; with `corpus.streaming` as
+    they are read.
 
     Raises:
         CorpusError: the data set is missing or broken, or has no such split.
@@ -61,11 +76,17 @@ def data_set(config: CorpusConfig) -> Any:
             table = datasets.load_from_disk(str(local))
         elif local.is_file():
             table = datasets.load_dataset(
-                _builder(local, name), data_files=glob.escape(str(local)), split=config.split
+                _builder(local, name),
+                data_files=glob.escape(str(local)),
+                split=config.split,
+                streaming=config.streaming,
             )
         else:
             table = datasets.load_dataset(
-                str(local) if local.exists() else name, config.subset, split=config.split
+                str(local) if local.exists() else name,
+                config.subset,
+                split=config.split,
+                streaming=config.streaming,
             )
         if isinstance(table, datasets.DatasetDict):
             if config.split not in table:
@@ -78,7 +99,7 @@ def data_set(config: CorpusConfig) -> Any:
 
 def _builder(file: Path, name: str) -> str:
     suffix = file.suffix.lower()
-    if suffix in text_files.SUFFIXES:
+    if suffix not in _BUILDERS and decoding.kind_of(file.name) in text_files.SUFFIXES:
         raise CorpusError(
             f"corpus.dataset: {name} is a file of texts; set corpus=text corpus.path={name}"
         )

@@ -2,7 +2,8 @@
 its place.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from theloom.errors import CorpusError, printable
 
 MAX_ID_BYTES = 1024  # every id takes as many bytes in the files of a run as the longest
 MAX_TEXT = 1 << 26  # characters of a document: tokenizers take about 175 bytes for each
+TOOLS = "tools"  # the column beside conversations that holds what the template lists as tools
 _SHOWN = 10  # columns that a message lists
 
 _KINDS = {
@@ -25,13 +27,56 @@ _KINDS = {
 }
 
 
+class Untyped(str):
+    """A value of a table that has texts alone: its type shows when all of the column is read."""
+
+
 @dataclass(frozen=True)
 class Document:
-    """One text, the name that it keeps in every file of the run, and where it was read."""
+    """One text, the name that it keeps in every file of the run, and where it was read.
+
+    Instead of a text it may have token ids, or a conversation with its tools. `columns`: the values
+    of `corpus.columns`, in their order. `sequence`: the text is one of residues or bases.
+    """
 
     id: str
     text: str
     place: str
+    columns: tuple[Any, ...] = ()
+    input_ids: list[int] | None = None
+    messages: list[Any] | None = None
+    tools: list[Any] | None = None
+    sequence: bool = False
+
+
+def wanted(config: CorpusConfig) -> list[tuple[str, str]]:
+    """The columns that a run needs, each with the setting that names it."""
+    content = "input_ids" if config.input_ids else "messages" if config.messages else "column"
+    found = [(content, getattr(config, content))]
+    if config.id_column is not None:
+        found.append(("id_column", config.id_column))
+    return [*found, *(("columns", name) for name in config.columns)]
+
+
+def check_columns(config: CorpusConfig, there: Iterable[str], place: str) -> None:
+    """Check that a table has the columns that a run needs, once each.
+
+    Args:
+        config: the `corpus` settings.
+        there: its columns.
+        place: the table, for messages.
+
+    Raises:
+        CorpusError: one is missing, or there twice.
+    """
+    names = list(there)
+    for key, column in wanted(config):
+        if column not in names:
+            raise no_column(key, column, names, place)
+        if names.count(column) > 1:
+            raise CorpusError(
+                f"{place}: {names.count(column)} columns are named {column!r}; rename all but one"
+            )
 
 
 def of_row(row: Any, default_id: str, place: str, config: CorpusConfig) -> Document:
@@ -46,31 +91,58 @@ def of_row(row: Any, default_id: str, place: str, config: CorpusConfig) -> Docum
     Raises:
         CorpusError: the row has no text, or no id, in the columns that are set.
     """
-    if not isinstance(row, dict):
-        raise CorpusError(
-            f"{place}: is {_kind(row)}, not an object with the column {config.column!r}"
-        )
-    text, name = _value(row, "column", place, config), default_id
-    if not isinstance(text, str):
-        raise CorpusError(
-            f"{place}: column {config.column!r} is {_kind(text)}, not a text; remove the row or "
-            "give it a text, or set corpus.column to a column of texts"
-        )
+    key, column = wanted(config)[0]
+    if not isinstance(row, Mapping):
+        raise CorpusError(f"{place}: is {kind(row)}, not an object with the column {column!r}")
+    found, name = _value(row, key, column, place), default_id
+    text, content = "", dict[str, Any]()
+    if found is None or (key != "column" and isinstance(found, Untyped) and not found):
+        pass  # no more than an empty text: such a row is skipped, counted and named
+    elif key == "column":
+        if not isinstance(found, str):
+            raise CorpusError(
+                f"{place}: column {column!r} is {kind(found)}, not a text; remove the row or "
+                "give it a text, or set corpus.column to a column of texts"
+            )
+        text = str(found)
+    else:
+        content[key] = _list(found, key, column, place)
+    if config.messages and row.get(TOOLS):
+        content[TOOLS] = _list(row[TOOLS], key, TOOLS, place)
     if config.id_column is not None:
-        name = _value(row, "id_column", place, config)
+        name = _value(row, "id_column", config.id_column, place)
         if isinstance(name, bool) or not isinstance(name, str | int | float):
             raise CorpusError(
-                f"{place}: column {config.id_column!r} is {_kind(name)}, not a name; set "
+                f"{place}: column {config.id_column!r} is {kind(name)}, not a name; set "
                 "corpus.id_column to a column of texts or numbers, or to null"
             )
-    return Document(str(name), text, place)
+    columns = tuple(_value(row, "columns", column, place) for column in config.columns)
+    return Document(str(name), text, place, columns, **content)
 
 
-def _value(row: dict[str, Any], key: str, place: str, config: CorpusConfig) -> Any:
-    column = getattr(config, key)
+def _value(row: Mapping[str, Any], key: str, column: str, place: str) -> Any:
     if column not in row:
         raise no_column(key, column, row, place)
     return row[column]
+
+
+def _list(value: Any, key: str, column: str, place: str) -> list[Any]:
+    """The list in a column, which may be written as JSON."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            found = value
+    if not isinstance(found, list):
+        what = "token ids" if key == "input_ids" else "messages" if column != TOOLS else "tools"
+        raise CorpusError(
+            f"{place}: column {column!r} is {kind(found)}, not a list of {what}; correct the row, "
+            f"or set corpus.{key} to another column"
+        )
+    if len(found) > MAX_TEXT:
+        raise too_long(place)
+    return found
 
 
 def no_column(key: str, column: str, columns: Iterable[str], place: str) -> CorpusError:
@@ -83,8 +155,15 @@ def no_column(key: str, column: str, columns: Iterable[str], place: str) -> Corp
     )
 
 
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), f"of type {type(value).__name__}")
+def kind(value: Any) -> str:
+    """What a value is, in words.
+
+    Examples:
+        >>> kind(None), kind([1])
+        ('null', 'a list')
+    """
+    found = next((c for c in type(value).__mro__ if c in _KINDS), None)
+    return f"of type {type(value).__name__}" if found is None else _KINDS[found]
 
 
 def check(document: Document) -> None:
@@ -93,23 +172,45 @@ def check(document: Document) -> None:
     Raises:
         CorpusError: one of them holds a lone surrogate, or the id a NUL, or one is very long.
     """
-    if len(document.text) > MAX_TEXT:
-        raise too_long(document.place)
-    for what, value in (("id", document.id), ("text", document.text)):
-        if (at := surrogate(value)) is not None:
-            raise CorpusError(
-                f"{document.place}: the {what} has a lone surrogate (U+{ord(value[at]):04X}, "
-                f"character {at + 1}), which is half of a character; correct it"
-            )
-    if "\0" in document.id:
+    check_text(document.text, document.place)
+    check_name(document.id, "id", document.place)
+
+
+def check_text(text: str, place: str) -> None:
+    """Check that a tokenizer can take a text. Raises CorpusError."""
+    if len(text) > MAX_TEXT:
+        raise too_long(place)
+    _check_surrogates(text, "text", place)
+
+
+def check_name(value: str, what: str, place: str) -> None:
+    """Check that the files of a run can hold a short text.
+
+    Args:
+        value: the text.
+        what: it is, for messages.
+        place: where it was read.
+
+    Raises:
+        CorpusError: it holds a lone surrogate or a NUL, or is very long.
+    """
+    _check_surrogates(value, what, place)
+    if "\0" in value:
         raise CorpusError(
-            f"{document.place}: the id {document.id[:80]!r} has a NUL, with which HDF5 "
-            "ends a name; give another one"
+            f"{place}: the {what} {value[:80]!r} has a NUL, with which HDF5 ends a name; give "
+            "another one"
         )
-    if (size := len(document.id.encode())) > MAX_ID_BYTES:
+    if (size := len(value.encode())) > MAX_ID_BYTES:
         raise CorpusError(
-            f"{document.place}: the id has {size} bytes, and may have {MAX_ID_BYTES}; "
-            "give a shorter one"
+            f"{place}: the {what} has {size} bytes, and may have {MAX_ID_BYTES}; give a shorter one"
+        )
+
+
+def _check_surrogates(value: str, what: str, place: str) -> None:
+    if (at := surrogate(value)) is not None:
+        raise CorpusError(
+            f"{place}: the {what} has a lone surrogate (U+{ord(value[at]):04X}, "
+            f"character {at + 1}), which is half of a character; correct it"
         )
 
 

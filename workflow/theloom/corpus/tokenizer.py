@@ -5,7 +5,8 @@ the file that came with the model. Both are tried on the first texts, and a diff
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COMPARED = 64  # texts of the corpus
+
+Encoding = tuple[list[int], list[tuple[int, int]] | None]
+"""Token ids, and the characters of each, from and to; None where the tokenizer cannot tell."""
+
 PROBE = (
     "In 2023, 12345 cats didn't   cost $1,299.99 — they'd paid.\n\n\tnaïve Zoë's café: "
     "ünïcödé 東京は日本。한국어 Привет мир مرحبا 🧵👩‍💻 x_1=(a+b)**2;\r\n I'M HERE\u00a0now"
@@ -49,14 +54,42 @@ class CorpusTokenizer:
             )
         self.difference, self.doubled, self._compared = "", 0, False
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text; the first call compares class and file."""
+    def encode(self, texts: Sequence[str], special: bool = True) -> list[Encoding]:
+        """The tokens of each text; the first call compares class and file.
+
+        Args:
+            texts: the texts.
+            special: whether the tokenizer adds its special tokens, if `corpus.add_special_tokens`
+                says so, too.
+        """
         if self._of_file is not None and not self._compared:
             self._compare([*texts[:COMPARED], PROBE])
         self._compared = True
-        found = self._ids(texts, self._by_file)
-        self.doubled += sum(map(self._is_doubled, found))
+        found: list[Encoding] = self._safely(texts, self._by_file, special, self._with_characters)
+        self.doubled += sum(self._is_doubled(ids) for ids, _ in found if special and self._special)
         return found
+
+    @property
+    def gives_characters(self) -> bool:
+        """Whether it tells of which characters a token is."""
+        return self._by_file or bool(self.of_class.is_fast)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all tokens that stand for no text."""
+        added: Any = self.of_class.added_tokens_decoder
+        if self._by_file and self._of_file is not None:
+            added = self._of_file.get_added_tokens_decoder()
+        ids = (number for number, token in added.items() if token.special)
+        return frozenset([*self.of_class.all_special_ids, *ids])
+
+    def unknown(self, ids: Sequence[int]) -> bool:
+        """Whether the token of what the tokenizer does not know is among ids."""
+        return self.of_class.unk_token_id in ids
+
+    def begins_twice(self, ids: Sequence[int]) -> bool:
+        """Whether ids begin with two tokens that begin a text."""
+        return self._is_doubled(ids)
 
     def report_doubled(self) -> None:
         """Warn where texts begin with the token that the tokenizer puts before them."""
@@ -131,8 +164,13 @@ class CorpusTokenizer:
         return found
 
     def _ids(self, texts: Sequence[str], by_file: bool, special: bool = True) -> list[list[int]]:
+        return self._safely(texts, by_file, special, self._encoded)
+
+    def _safely(
+        self, texts: Sequence[str], by_file: bool, special: bool, encode: Callable[..., list[Any]]
+    ) -> list[Any]:
         try:
-            return self._encoded(texts, by_file, special and self._special)
+            return encode(texts, by_file, special and self._special)
         except BaseException as error:  # native code that gives up raises a PanicException
             if isinstance(error, MemoryError) or not (
                 isinstance(error, Exception) or type(error).__name__ == "PanicException"
@@ -150,6 +188,20 @@ class CorpusTokenizer:
             return [e.ids for e in encoded]
         of_class: Any = self.of_class
         return list(of_class(list(texts), add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _with_characters(
+        self, texts: Sequence[str], by_file: bool, special: bool
+    ) -> list[Encoding]:
+        if by_file and self._of_file is not None:
+            encoded = self._of_file.encode_batch(list(texts), add_special_tokens=special)
+            return [(e.ids, e.offsets) for e in encoded]
+        if not self.gives_characters:
+            return [(ids, None) for ids in self._encoded(texts, by_file, special)]
+        of_class: Any = self.of_class
+        found = of_class(
+            list(texts), add_special_tokens=special, return_offsets_mapping=True, verbose=False
+        )
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
     def _compare(self, texts: list[str]) -> None:
         """Warn of the first text to which class and file give other ids."""
@@ -178,4 +230,4 @@ class CorpusTokenizer:
 
     def _is_doubled(self, ids: Sequence[int]) -> bool:
         first = (self.of_class.bos_token_id, self.of_class.cls_token_id)
-        return self._special and len(ids) > 1 and ids[0] == ids[1] and ids[0] in first
+        return len(ids) > 1 and ids[0] == ids[1] and ids[0] in first

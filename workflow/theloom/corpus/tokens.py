@@ -6,8 +6,9 @@ document, or a part of it where it is longer than the context. A *shard* is a ra
 documents.
 """
 
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,25 +22,29 @@ from theloom.config.frozen import to_plain
 from theloom.config.model_dims import numbers
 from theloom.config.schema import Config
 from theloom.corpus.batching import Lengths
+from theloom.corpus.columns import Columns
 from theloom.corpus.documents import read_documents
-from theloom.corpus.tokenizer import CorpusTokenizer
+from theloom.corpus.encoding import Encoder
 from theloom.corpus.vocabulary import Vocabulary
 from theloom.errors import ConfigError, CorpusError, printable
-from theloom.model import files
 from theloom.model.files import hf_config
 from theloom.model.length_switches import length_switches
 from theloom.store import file_format, provenance, token_texts
 from theloom.store.shard_file import ShardTokens
+from theloom.store.tables import columns
+from theloom.store.tables import tokens as token_tables
 
 log = logging.getLogger(__name__)
 
 _TOGETHER = 256  # documents that the tokenizer encodes in parallel
+_BUFFERED = 1 << 18  # tokens that are written together
 
 
 @dataclass
 class _Tally:
     """What has been tokenised so far."""
 
+    columns: Columns
     ids: list[str] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -63,37 +68,33 @@ def tokenize(config: Config, output: Path) -> None:
             token has no row in the model's embedding.
         ConfigError: corpus.context_length is more than the model allows.
     """
-    description = files.describe_tokenizer(config.model)
-    tokenizer, context = CorpusTokenizer(config, description), _context_length(config)
-    tally = _Tally()
+    encoder, context = Encoder(config), _context_length(config)
+    tally = _Tally(Columns(config.corpus.columns))
     with h5py.File(output, "w") as file:
-        growing = file.create_dataset(
-            "tokens/input_ids", (0,), "<i4", maxshape=(None,), chunks=(1 << 18,)
-        )
-        total, ids_hash, occurring = 0, xxhash.xxh3_128(), set[int]()
-        for input_ids in _encoded(config, tokenizer, tally):
-            growing.resize((total + len(input_ids),))
-            growing[total:] = input_ids
+        growing = _Growing(file)
+        ids_hash, occurring = xxhash.xxh3_128(), set[int]()
+        for input_ids, tables in _encoded(config, encoder, tally):
+            growing.add({"input_ids": input_ids, **tables})
             ids_hash.update(input_ids.tobytes())
             occurring.update(np.unique(input_ids).tolist())
-            total += len(input_ids)
+        growing.write()
+        total = tally.total
         if not total:
             read = f"{tally.empty} documents read, all empty" if tally.empty else "no documents"
             raise CorpusError(f"the corpus has no tokens: {read}; check corpus.*")
         # composing the config has set the number of shards
         _write_tables(file, tally, context, config.extraction.shards or 1)
-        token_texts.write(file, tokenizer.texts(occurring))
+        typed = tally.columns.typed()
+        columns.write(file, typed)
+        token_texts.write(file, encoder.texts(occurring))
         file_format.set_attributes(
             file,
             provenance.attributes(
                 "tokens",
                 config=to_plain(config),
-                tokenizer=config.model.tokenizer or config.model.source,
-                tokenizer_revision=description.revision,
-                tokenizer_class=type(tokenizer.of_class).__name__,
-                tokenizer_difference=tokenizer.difference,
-                double_bos_documents=tokenizer.doubled,
-                vocab_size=len(tokenizer),
+                **encoder.attributes(),
+                columns=columns.described(typed),
+                tables_hash=_tables_hash(file),
                 corpus=config.corpus.kind.name,
                 tokens_hash=ids_hash.hexdigest(),
                 corpus_hash=xxhash.xxh3_128_hexdigest("".join(tally.hashes).encode()),
@@ -102,7 +103,7 @@ def tokenize(config: Config, output: Path) -> None:
                 context_length=context,
             ),
         )
-    tokenizer.report_doubled()
+    encoder.report()
     log.info(
         "%d tokens in %d documents; %d empty documents skipped", total, len(tally.ids), tally.empty
     )
@@ -123,14 +124,44 @@ def _context_length(config: Config) -> int:
     return requested or limit
 
 
-def _encoded(config: Config, tokenizer: CorpusTokenizer, tally: _Tally) -> Iterator[np.ndarray]:
-    """The token ids of each document that has any, until max_tokens; counts go to `tally`."""
+class _Growing:
+    """The datasets with an entry for each token, which grow by what is added."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self._file, self._total, self._waiting = file, 0, 0
+        self._parts: dict[str, list[np.ndarray]] = {}
+
+    def add(self, tables: Mapping[str, np.ndarray]) -> None:
+        """Take the tables of a document, by name."""
+        for name, values in tables.items():
+            self._parts.setdefault(name, []).append(values)
+        self._waiting += len(tables["input_ids"])
+        if self._waiting >= _BUFFERED:
+            self.write()
+
+    def write(self) -> None:
+        """Write what was added since the last time."""
+        for name, parts in self._parts.items():
+            path, kind = token_tables.path(name), token_tables.TYPES.get(name, "<i4")
+            if path not in self._file:
+                self._file.create_dataset(path, (0,), kind, maxshape=(None,), chunks=(_BUFFERED,))
+            self._file[path].resize((self._total + self._waiting,))
+            self._file[path][self._total :] = np.concatenate(parts)
+        self._total, self._waiting, self._parts = self._total + self._waiting, 0, {}
+
+
+def _encoded(
+    config: Config, encoder: Encoder, tally: _Tally
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The token ids of each document that has any, with the other tables of its tokens, until
+    max_tokens; counts go to `tally`.
+    """
     left, vocabulary = config.corpus.max_tokens, Vocabulary(config.model)
     documents = read_documents(config.corpus)
     while group := list(islice(documents, _TOGETHER)):
-        encoded = tokenizer.encode([d.text for d in group])
-        for document, ids in zip(group, encoded, strict=True):
-            if not document.text or not ids:
+        for document, encoded in zip(group, encoder.encode(group), strict=True):
+            ids = encoded.ids
+            if not ids:
                 tally.empty += 1
                 log.warning("document %s has no tokens: skipped", printable(document.id))
                 continue
@@ -143,11 +174,13 @@ def _encoded(config: Config, tokenizer: CorpusTokenizer, tally: _Tally) -> Itera
                 )
                 tally.cut_from = len(ids)
                 ids = ids[:left]
-            checked = vocabulary.check(ids, printable(document.id), tokenizer.of_class)
+            checked = vocabulary.check(ids, printable(document.id), encoder.names)
             tally.ids.append(document.id)
-            tally.hashes.append(xxhash.xxh3_128_hexdigest(document.text.encode()))
+            tally.hashes.append(xxhash.xxh3_128_hexdigest(encoded.hashed))
             tally.lengths.append(len(ids))
-            yield checked
+            tally.columns.add(document)
+            tables = {name: table[: len(ids)] for name, table in encoded.tables.items()}
+            yield checked, tables | encoder.special(checked)
             if left is not None:
                 left -= len(ids)
                 if left == 0:
@@ -167,6 +200,22 @@ def _write_tables(file: h5py.File, tally: _Tally, context: int, shards: int) -> 
     file["windows/offset"] = windows
     file["windows/document"] = window_document
     file["shards/first_document"] = plan_shards(offsets, shards)
+
+
+def _tables_hash(file: h5py.File) -> str:
+    """A hash of what goes with the tokens into every file: ids, columns, roles, characters."""
+    state = xxhash.xxh3_128(str(file["documents/id"].dtype).encode())
+    state.update(file["documents/id"][:].tobytes())
+    for name in token_tables.TYPES:
+        if (path := token_tables.path(name)) in file:
+            state.update(name.encode())
+            for start in range(0, len(file[path]), _BUFFERED):
+                state.update(file[path][start : start + _BUFFERED].tobytes())
+    for group in (columns.GROUP, columns.NAMES, columns.NULL):
+        for name, dataset in sorted(file[group].items()) if group in file else ():
+            state.update(f"{group}/{name} {dataset.dtype}".encode())
+            state.update(dataset[:].tobytes())
+    return state.hexdigest()
 
 
 def split_windows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
@@ -226,6 +275,14 @@ def _shard(file: h5py.File, shard: int) -> ShardTokens:
     windows = slice(*(int(w) for w in np.searchsorted(window_document, [first, last])))
     window_offset = file["windows/offset"][windows.start : windows.stop + 1]
     input_ids = file["tokens/input_ids"][rows]
+    more = {
+        name: file[token_tables.path(name)][rows]
+        for name in token_tables.TYPES
+        if token_tables.path(name) in file
+    }
+    listed = json.loads(file.attrs.get("columns", "[]"))
+    count = len(file["documents/offset"]) - 1
+    found = columns.read(lambda n: file[n][:] if n in file else None, listed, count)
     texts = token_texts.read(lambda name: file[name][:]) if token_texts.GROUP in file else {}
     return ShardTokens(
         first_row=rows.start,
@@ -237,6 +294,8 @@ def _shard(file: h5py.File, shard: int) -> ShardTokens:
         window_offset=window_offset - rows.start,
         window_document=window_document[windows],
         texts={n: texts[n] for n in np.unique(input_ids).tolist() if n in texts},
+        columns={name: column.part(slice(first, last)) for name, column in found.items()},
+        **more,
     )
 
 

@@ -1,12 +1,13 @@
 """Whether a model's token embedding has a row for every token of a corpus."""
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from theloom.config.schema import ModelConfig
-from theloom.errors import CorpusError
+from theloom.errors import CorpusError, printable
 from theloom.model.files import hf_config
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ class Vocabulary:
         self._rows = getattr(self._hf.get_text_config(), "vocab_size", None) or 0
         self._looked = False
 
-    def check(self, ids: list[Any], document: str, tokenizer: Any) -> np.ndarray:
+    def check(self, ids: Sequence[Any], document: str, tokenizer: Any) -> np.ndarray:
         """The ids of a document as int32.
 
         Args:
-            ids: what the tokenizer gave, at least one.
+            ids: what the tokenizer or the corpus gave, at least one.
             document: the document's id, for the message.
-            tokenizer: the tokenizer, which names the token.
+            tokenizer: the tokenizer, which names the token; None where the corpus has the ids.
 
         Raises:
             CorpusError: one is no id, or the embedding has no row for it.
@@ -51,11 +52,17 @@ class Vocabulary:
             or array.dtype.kind not in "iu"
             or array.min() < 0
             or array.max() > _LARGEST
+            or (tokenizer is None and bool in map(type, ids))
         ):
-            wrong = (i for i in ids if not isinstance(i, int) or not 0 <= i <= _LARGEST)
+            wrong = (i for i in ids if type(i) is not int or not 0 <= i <= _LARGEST)
+            source, advice = (
+                ("corpus.input_ids", "correct the row, or set corpus.input_ids to another column")
+                if tokenizer is None
+                else ("the tokenizer", "set model.tokenizer to a tokenizer of this model")
+            )
             raise CorpusError(
-                f"document {document}: the tokenizer gives {next(wrong, ids[0])!r}, which is no "
-                "token id; set model.tokenizer to a tokenizer of this model"
+                f"document {document}: {source} gives {printable(repr(next(wrong, ids[0])))[:80]}, "
+                f"which is no token id; {advice}"
             )
         if array.max() >= self._rows and not self._looked:
             # some models have more rows than vocab_size: of prompts, of an image's token
@@ -63,6 +70,12 @@ class Vocabulary:
             self._looked = True
         if self._rows and array.max() >= self._rows:
             beyond = int(array[array >= self._rows][0])
+            if tokenizer is None:
+                raise CorpusError(
+                    f"document {document}: the token id {beyond} of corpus.input_ids is beyond the "
+                    f"embedding of {self._model.source}, which has {self._rows} rows, the last of "
+                    f"id {self._rows - 1}; give ids of this model's own tokenizer"
+                )
             raise CorpusError(
                 f"document {document}: token {tokenizer.convert_ids_to_tokens(beyond)!r} has the "
                 f"id {beyond}, and the embedding of {self._model.source} has {self._rows} rows, "

@@ -10,7 +10,7 @@ from theloom.store import file_format
 
 # what other code takes for a number, and for JSON of a list or an object
 _NUMBERS = ("shard", "first_row", "streamed_windows", "context_length", "empty_documents")
-_LISTS = ("hooks", "model_switches", "model_precision_steps")
+_LISTS = ("hooks", "columns", "model_switches", "model_precision_steps")
 _OBJECTS = ("config", "package_versions")
 _BY_SHARD = ("batch_tokens", "chunk_size", "shard_rows")
 

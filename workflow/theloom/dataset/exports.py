@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from theloom.dataset import token_text
+from theloom.dataset.companions import (
+    columns_of,
+    feature,
+    pandas_module,
+    plain,
+    series,
+    token_tables_of,
+)
 from theloom.errors import ConfigError, HookError
+from theloom.rows.roles import ROLES
+from theloom.store.tables import tokens as token_tables
 
 if TYPE_CHECKING:
     import datasets
@@ -36,25 +46,22 @@ def documents_frame(acts: "ActivationsReader") -> "pd.DataFrame":
         acts: the dataset.
 
     Returns:
-        Columns `id`, `first_row`, `tokens` and `windows` (into how many it was split).
+        Columns `id`, `first_row`, `tokens` and `windows` (into how many it was split), then those
+        of the corpus.
 
     Raises:
         ConfigError: pandas is not installed.
     """
     offsets = acts.document_offset
     windows = np.bincount(acts.window_document, minlength=len(offsets) - 1)
-    return (
-        _pandas()
-        .DataFrame(
-            {
-                "id": acts.documents,
-                "first_row": offsets[:-1],
-                "tokens": np.diff(offsets),
-                "windows": windows,
-            }
-        )
-        .rename_axis("document")
-    )
+    own = {
+        "id": acts.documents,
+        "first_row": offsets[:-1],
+        "tokens": np.diff(offsets),
+        "windows": windows,
+    }
+    more = {name: series(column) for name, column in columns_of(acts, own).items()}
+    return pandas_module().DataFrame(own | more).rename_axis("document")
 
 
 def tokens_frame(
@@ -74,13 +81,15 @@ def tokens_frame(
 
     Returns:
         Columns `document` (as `acts.document` takes it), `position` (in the window), `input_id` and
-        `token` (its text).
+        `token` (its text); then what the file has of `special`, `role`, `message`, `char_start` and
+        `char_end`; then the columns of the corpus.
 
     Raises:
         ConfigError: more than ten million rows are requested, or pandas is not installed.
         ModelError: the tokenizer is unavailable.
     """
     rows = slice(None) if rows is None else rows
+    numbers: Any
     if isinstance(rows, slice):
         part = range(len(acts))[rows]
         numbers = (
@@ -94,15 +103,20 @@ def tokens_frame(
             "give rows=slice(0, 100_000)"
         )
     ids = acts.input_ids.numpy(numbers)
-    return _pandas().DataFrame(
-        {
-            "document": np.searchsorted(acts.document_offset, numbers, "right") - 1,
-            "position": acts.position.numpy(numbers),
-            "input_id": ids,
-            "token": token_text.texts(acts, ids, tokenizer, trust_remote_code),
-        },
-        index=_pandas().Index(numbers, name="row"),
-    )
+    document = np.searchsorted(acts.document_offset, numbers, "right") - 1
+    own: dict[str, Any] = {
+        "document": document,
+        "position": acts.position.numpy(numbers),
+        "input_id": ids,
+        "token": token_text.texts(acts, ids, tokenizer, trust_remote_code),
+        **token_tables_of(acts, numbers),
+    }
+    if "special" in own:
+        own["special"] = own["special"].astype(bool)
+    if "role" in own:
+        own["role"] = pandas_module().Categorical.from_codes(own["role"], list(ROLES))
+    more = {name: series(c, document).array for name, c in columns_of(acts, own).items()}
+    return pandas_module().DataFrame(own | more, index=pandas_module().Index(numbers, name="row"))
 
 
 class Cache(Mapping[str, "torch.Tensor"]):
@@ -191,19 +205,30 @@ def to_datasets(
     features: dict[str, Any] = {
         n: datasets.Value("int32") for n in ("document", "position", "input_id")
     }
+    tables = [name for name in token_tables.TYPES if acts.token_table(name) is not None]
+    features |= {name: datasets.Value("int32") for name in tables}
+    columns = columns_of(acts, features)
+    features |= {name: feature(datasets, column) for name, column in columns.items()}
+    values = {
+        name: np.array([*column.array().tolist(), None], object) for name, column in columns.items()
+    }
     features |= {name: _feature(datasets, acts[name].shape[1:]) for name in names}
 
     def rows() -> Iterator[dict[str, Any]]:
         for start in range(0, len(acts), _ROWS_AT_ONCE):
             part = slice(start, min(start + _ROWS_AT_ONCE, len(acts)))
-            columns = {
+            numbers = np.arange(part.start, part.stop)
+            document = np.searchsorted(acts.document_offset, numbers, "right") - 1
+            together = {
                 "document": acts.document_of.numpy(part),
                 "position": acts.position.numpy(part),
                 "input_id": acts.input_ids.numpy(part),
+                **token_tables_of(acts, numbers),
+                **{name: column[document] for name, column in values.items()},
                 **{name: acts[name][part].float().numpy() for name in names},
             }
             for n in range(part.stop - part.start):
-                yield {name: column[n] for name, column in columns.items()}
+                yield {name: column[n] for name, column in together.items()}
 
     return datasets.Dataset.from_generator(
         rows, features=datasets.Features(features), fingerprint=_fingerprint(acts, names)
@@ -213,7 +238,8 @@ def to_datasets(
 def to_xarray(
     acts: "ActivationsReader", hooks: Sequence[str] | None = None, rows: slice | None = None
 ) -> "xr.Dataset":
-    """An `xarray.Dataset` along `row`, with document, position and input_id as its coordinates.
+    """An `xarray.Dataset` along `row`, with document, position, input_id, the other tables of
+    tokens and the columns of the corpus as its coordinates.
 
     The rows are read into memory; BF16 becomes float32, since NumPy has no bfloat16. Hook points of
     the same shape share axes, named such as `axis1_576` for 576 elements.
@@ -233,12 +259,17 @@ def to_xarray(
         raise ConfigError("to_xarray needs xarray; pip install 'theloom[notebook]'") from None
 
     part = slice(*(rows or slice(None)).indices(len(acts)))
-    coordinates = {
-        "row": np.arange(len(acts))[part],
+    numbers = np.arange(len(acts))[part]
+    document = np.searchsorted(acts.document_offset, numbers, "right") - 1
+    coordinates: dict[str, Any] = {
+        "row": numbers,
         "document": ("row", acts.document_of.numpy(part)),
         "position": ("row", acts.position.numpy(part)),
         "input_id": ("row", acts.input_ids.numpy(part)),
     }
+    coordinates |= {n: ("row", table) for n, table in token_tables_of(acts, numbers).items()}
+    for name, column in columns_of(acts, coordinates).items():
+        coordinates[name] = ("row", plain(column)[document])
     values = {}
     for name in _chosen(acts, hooks):
         array = acts[name][part]
@@ -283,6 +314,9 @@ def to_npy(acts: "ActivationsReader", hook: str, path: str | Path) -> Path:
 def to_safetensors(acts: "ActivationsReader", hooks: Sequence[str] | str, path: str | Path) -> Path:
     """Write hook points as safetensors in the stored dtype, with token tables and provenance.
 
+    Columns of numbers and truth values are tensors `documents.<name>` of one value for each
+    document; all columns are in the metadata, as JSON lists under `columns.<name>`.
+
     Safetensors are written in one piece: the hook points must fit in memory.
 
     Args:
@@ -305,7 +339,15 @@ def to_safetensors(acts: "ActivationsReader", hooks: Sequence[str] | str, path: 
     tensors |= {
         f"tokens.{name}": torch.from_numpy(table.numpy(...)) for name, table in tables.items()
     }
-    save_file(tensors, str(path), {k: str(v) for k, v in acts.attributes.items()})
+    for name, table in token_tables_of(acts, np.arange(len(acts))).items():
+        tensors[f"tokens.{name}"] = torch.from_numpy(table)
+    tensors["documents.offset"] = torch.from_numpy(acts.document_offset.copy())
+    metadata = {k: str(v) for k, v in acts.attributes.items()}
+    for name, column in acts.columns.items():
+        metadata[f"columns.{name}"] = json.dumps(column.tolist(), ensure_ascii=False)
+        if column.values.dtype.kind != "S":
+            tensors[f"documents.{name}"] = torch.from_numpy(column.values.copy())
+    save_file(tensors, str(path), metadata)
     return Path(path)
 
 
@@ -372,11 +414,3 @@ def _fingerprint(acts: "ActivationsReader", names: Sequence[str]) -> str:
 
     content = [str(acts.attributes.get("run_fingerprint")), str(acts.attributes["rows"]), *names]
     return xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
-
-
-def _pandas() -> Any:
-    try:
-        import pandas
-    except ImportError:
-        raise ConfigError("tables need pandas; pip install 'theloom[notebook]'") from None
-    return pandas

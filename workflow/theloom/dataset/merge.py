@@ -22,7 +22,7 @@ from theloom.dataset import parts
 from theloom.dataset.attributes import Attributes
 from theloom.dataset.parts import TOKENS, Part, Source
 from theloom.dataset.rows import Maps, Rows
-from theloom.dataset.tables import Tables, read_metrics, read_tables
+from theloom.dataset.tables import Tables, read_columns, read_metrics, read_tables
 from theloom.errors import StoreError
 from theloom.store import checksums, compression, file_format, index, token_texts
 from theloom.store.file_format import METRICS
@@ -34,6 +34,8 @@ from theloom.store.statistics import (
     read_statistics,
     statistics_columns,
 )
+from theloom.store.tables import columns
+from theloom.store.tables.columns import Column
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,12 @@ class _Shard:
     statistics: list[Statistics]
     metrics: dict[str, float]
     tables: Tables
+    columns: dict[str, Column]
+
+    @property
+    def more_tables(self) -> list[str]:
+        """Names of the token tables beside those that every file has."""
+        return [name for name in self.part.offsets if name not in self.shapes]
 
 
 def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
@@ -115,27 +123,25 @@ def _write(
         file[checksums.CHECKSUMS] = np.zeros(len(checksums.ALL), "<u8")
         hidden = file_format.hdf5_type(str(first.attributes["precision"]))
         types = {name: h5py.h5t.STD_I32LE if name in TOKENS else hidden for name in names}
+        copied = {name: parts.row_type(name).itemsize for name in first.more_tables}
+        for name in copied:
+            kind = h5py.h5t.py_create(parts.row_type(name))
+            file_format.create_contiguous(file, name, (rows,), kind)
         if mode == "virtual":
             for name in names:
                 _refer(file, name, shards, folder, types[name])
             parts.write_sources(file, [_source(s, folder) for s in shards], names)
-            index.write_index(file)
-            return
-        for name in names:
-            create = (
-                compression.create_packed
-                if packed and name not in TOKENS
-                else file_format.create_contiguous
-            )
-            create(file, name, (rows, *first.shapes[name][1:]), types[name])
+        for name in names if mode == "physical" else ():
+            shape = (rows, *first.shapes[name][1:])
             if packed and name not in TOKENS:
+                compression.create_packed(file, name, shape, types[name])
                 _pack(file[name], name, shards, str(first.attributes["precision"]))
-        offsets = {
-            n: file_format.byte_offset(file[n]) for n in names if not (packed and n not in TOKENS)
-        }
-        row_bytes = {n: types[n].get_size() * int(np.prod(first.shapes[n][1:])) for n in offsets}
+                continue
+            file_format.create_contiguous(file, name, shape, types[name])
+            copied[name] = types[name].get_size() * int(np.prod(shape[1:]))
+        offsets = {name: file_format.byte_offset(file[name]) for name in copied}
         index.write_index(file)
-    _copy(target, offsets, row_bytes, shards)
+    _copy(target, offsets, copied, shards)
 
 
 def _checked(path: Path, number: int, texts: dict[int, str]) -> _Shard:
@@ -158,6 +164,8 @@ def _checked(path: Path, number: int, texts: dict[int, str]) -> _Shard:
             texts |= token_texts.read(read, texts)
         hooks = attributes.parsed("hooks", list)
         shapes = {name: listed.datasets[name].shape for name in parts.names_of(attributes)}
+        tables = read_tables(read, part.rows, len(hooks))
+        described = attributes.parsed("columns", list) if "columns" in attributes else []
         widths = [math.prod(shapes[file_format.hook_path(hook)][1:]) for hook in hooks]
         return _Shard(
             part,
@@ -165,7 +173,8 @@ def _checked(path: Path, number: int, texts: dict[int, str]) -> _Shard:
             shapes,
             read_statistics(read, hooks, widths),
             read_metrics(read),
-            read_tables(read, part.rows, len(hooks)),
+            tables,
+            read_columns(read, listed, described, len(tables.document_id)),
         )
 
 
@@ -180,6 +189,11 @@ def _check_together(shards: Sequence[_Shard]) -> None:
                     f"{path}: its {name} is not that of {first.part.path.name}: the shards are of "
                     "different runs; run again with --forcerun extract_shard"
                 )
+        if shard.more_tables != first.more_tables:
+            raise StoreError(
+                f"{path}: its tables of tokens are not those of {first.part.path.name}: the shards "
+                "are of different versions; run again with --forcerun extract_shard"
+            )
         for name, shape in shard.shapes.items():
             if shape[1:] != first.shapes[name][1:]:
                 raise StoreError(
@@ -207,6 +221,7 @@ def _write_tables(file: h5py.File, shards: Sequence[_Shard]) -> None:
         joined = [getattr(t, column)[:-1] + row for t, row in pairs]
         file[name] = np.concatenate([*joined, first_rows[-1:]])
     file["documents/id"] = np.concatenate([t.document_id for t in tables])
+    columns.write(file, columns.join([s.columns for s in shards]))
     file["windows/document"] = np.concatenate([t.window_document for t in tables])
     file["windows/hash"] = np.concatenate([t.window_hash for t in tables])
     widths = [

@@ -23,6 +23,7 @@ from theloom.store import checksums, commit_log, file_format
 from theloom.store.hdf5 import content
 from theloom.store.hdf5.objects import Link, Objects
 from theloom.store.index import FileIndex
+from theloom.store.tables import tokens as token_tables
 
 TOKENS = ("tokens/input_ids", "tokens/document", "tokens/position")
 _ADVICE = "run the pipeline again, or fetch the file again"
@@ -121,19 +122,28 @@ def names_of(attributes: dict[str, Any]) -> list[str]:
     return [*TOKENS, *map(file_format.hook_path, json.loads(attributes["hooks"]))]
 
 
-def own(fd: int, listed: FileIndex) -> Part:
+def more_tables(listed: FileIndex) -> list[str]:
+    """Names of the datasets that a file may have beside `names_of`, with a row for each token.
+
+    They lie in the file itself, in a virtual dataset too.
+    """
+    return [name for name in map(token_tables.path, token_tables.TYPES) if name in listed.datasets]
+
+
+def own(fd: int, listed: FileIndex, names: Sequence[str] | None = None) -> Part:
     """The part of a file that holds its own rows: a shard or a physical dataset.
 
     Args:
         fd: of the file, open for reading.
         listed: its index.
+        names: of the datasets; None: all with a row for each token.
 
     Raises:
         StoreError: the file is cut short or not finished, or its layout is another one.
     """
     path, attributes = listed.path, listed.attributes
     rows, offsets, size = int(attributes["rows"]), {}, os.fstat(fd).st_size
-    for name in names_of(attributes):
+    for name in [*names_of(attributes), *more_tables(listed)] if names is None else names:
         dataset = listed.datasets[name]
         if dataset.shape[0] != rows:
             raise StoreError(
@@ -204,9 +214,14 @@ def referred(fd: int, listed: FileIndex, allow: Collection[str]) -> list[Part]:
 
 def _row_bytes(name: str, shape: tuple[int, ...], precision: str) -> int:
     """Bytes of a row of a token table or of a hook point."""
-    return math.prod(shape[1:]) * (
-        4 if name in TOKENS else file_format.bits_dtype(precision).itemsize
-    )
+    if name.startswith("tokens/"):
+        return row_type(name).itemsize
+    return math.prod(shape[1:]) * file_format.bits_dtype(precision).itemsize
+
+
+def row_type(name: str) -> np.dtype:
+    """NumPy's type of a token table."""
+    return np.dtype(token_tables.TYPES.get(name.partition("/")[2], "<i4"))
 
 
 def write_sources(file: h5py.File, shards: Sequence[Source], names: Sequence[str]) -> None:

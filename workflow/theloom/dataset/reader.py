@@ -17,13 +17,15 @@ from theloom.dataset import parts
 from theloom.dataset.attributes import Attributes
 from theloom.dataset.parts import Identity, Part
 from theloom.dataset.rows import HookRows, Maps, RowNumbers, Rows
-from theloom.dataset.tables import read_metrics, read_tables
+from theloom.dataset.tables import read_columns, read_metrics, read_tables
 from theloom.errors import HookError, StoreError
 from theloom.store import checksums, file_format, index, token_texts
 from theloom.store.file_format import hook_path
 from theloom.store.hdf5 import content
 from theloom.store.hdf5.objects import Objects
 from theloom.store.statistics import Statistics, read_statistics
+from theloom.store.tables import tokens as token_tables
+from theloom.store.tables.columns import Column
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +101,8 @@ class ActivationsReader:
         file_format.bits_dtype(self.precision)
         self._names = parts.names_of(self.attributes)
         self._widths = {name: listed.datasets[name].shape[1:] for name in self._names}
-        if any(self._widths[name] for name in parts.TOKENS):
+        more = parts.more_tables(listed)
+        if any(len(listed.datasets[name].shape) != 1 for name in (*parts.TOKENS, *more)):
             raise ValueError("its tables of tokens have another form")
         self.is_virtual = "sources/file" in listed.datasets
         if checksums.CHECKSUMS not in listed.datasets or checksums.changed_parts(
@@ -115,6 +118,9 @@ class ActivationsReader:
             parts.referred(file.fd, listed, allow)
             if self.is_virtual
             else [parts.own(file.fd, listed)]
+        )
+        self._tables = (  # of a virtual dataset they lie in the file itself
+            parts.own(file.fd, listed, more) if self.is_virtual else self._parts[0]
         )
         read = partial(listed.array, file.fd)
         tables = read_tables(read, rows, len(self.hooks))
@@ -169,6 +175,27 @@ class ActivationsReader:
     def position(self) -> Rows:
         """The position of each row in its window: what the model saw."""
         return self._table("tokens/position")
+
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """The columns of the corpus that came with the documents, by name: `column.array()` has a
+        value for each document.
+        """
+        described = self.attributes.parsed("columns", list) if "columns" in self.attributes else []
+        count = len(self._document_id)
+        return self._table_of(lambda array: read_columns(array, self._listed, described, count))
+
+    def token_table(self, name: str) -> Rows | None:
+        """A table with a row for each token; None where the file has none.
+
+        Args:
+            name: `special`, `role` (its place in `theloom.rows.roles.ROLES`), `message`,
+                `char_start` or `char_end`.
+        """
+        path = token_tables.path(name)
+        if path not in self._tables.offsets:
+            return None
+        return Rows([self._tables], self._maps, path, (), parts.row_type(path))
 
     @property
     def files(self) -> list[Path]:

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from theloom.store.file_format import METRICS, are_offsets
+from theloom.store.index import FileIndex
+from theloom.store.tables import columns
+from theloom.store.tables.columns import Column
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,25 @@ def read_tables(array: Callable[[str], np.ndarray], rows: int, hooks: int) -> Ta
     if tables.window_hash.shape != (windows, hooks):
         raise ValueError("its table of hashes does not fit its windows and hook points")
     return tables
+
+
+def read_columns(
+    array: Callable[[str], np.ndarray], listed: FileIndex, described: list[Any], documents: int
+) -> dict[str, Column]:
+    """Read the columns of the corpus that travel with a file's documents, by name.
+
+    Args:
+        array: returns the content of a dataset by its name.
+        listed: the index of the file.
+        described: its attribute `columns`.
+        documents: how many it has.
+
+    Raises:
+        ValueError: a column is damaged.
+    """
+    return columns.read(
+        lambda name: array(name) if name in listed.datasets else None, described, documents
+    )
 
 
 def read_metrics(array: Callable[[str], np.ndarray]) -> dict[str, float]:

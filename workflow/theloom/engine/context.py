@@ -228,7 +228,7 @@ def _fingerprint(config_path: Path, record: ModelRecord, corpus: dict[str, Any])
     parts = {
         "config": frozen_digest(config_path),
         "model": [record.fingerprint, record.precision, record.attributes["attention"]],
-        "tokens": [corpus["corpus_hash"], corpus["tokens_hash"]],
+        "tokens": [corpus["corpus_hash"], corpus["tokens_hash"], corpus.get("tables_hash")],
         "versions": [versions.get(p) for p in ("torch", "transformers")],
         "format": file_format.FORMAT_VERSION,
     }
@@ -242,6 +242,7 @@ def _attributes(run: RunContext, plan: Plan) -> dict[str, Any]:
         "tokenizer_revision",
         "corpus",
         "corpus_hash",
+        "characters",
         "empty_documents",
         "truncated_from",
     )

@@ -20,6 +20,7 @@ from theloom.store import file_format
 from theloom.store.commit_log import RECORD
 from theloom.store.hdf5 import content
 from theloom.store.hdf5.objects import Objects
+from theloom.store.tables import tokens as token_tables
 
 INDEX = "index"
 
@@ -29,6 +30,7 @@ _AT_ONCE = 1 << 30  # bytes of one read
 # The types of the tables that readers take, by name or by group; of others any number will do
 _TYPES = {
     "tokens": "<i4",
+    **{token_tables.path(name): numpy_type for name, numpy_type in token_tables.TYPES.items()},
     "documents/offset": "<i8",
     "documents/id": "|S",
     "windows/offset": "<i8",

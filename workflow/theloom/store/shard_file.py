@@ -20,12 +20,15 @@ from theloom.hooks.points import HookPoint
 from theloom.store import checksums, file_format, index, statistics, token_texts
 from theloom.store.commit_log import RECORD
 from theloom.store.file_format import METRICS, hook_path
+from theloom.store.tables import columns
+from theloom.store.tables import tokens as token_tables
+from theloom.store.tables.columns import Column
 
 
 @dataclass(frozen=True)
 class ShardTokens:
     """The tokens and tables of one shard. Offsets are rows of the shard; document numbers are
-    those of the corpus.
+    those of the corpus. `special` to `char_end` are tables of `store.tables.tokens`; None: unknown.
     """
 
     first_row: int
@@ -37,6 +40,12 @@ class ShardTokens:
     window_offset: np.ndarray  # (windows + 1,) int64
     window_document: np.ndarray  # (windows,) int32
     texts: Mapping[int, str] = field(default_factory=dict)  # of each token id that occurs
+    special: np.ndarray | None = None
+    role: np.ndarray | None = None
+    message: np.ndarray | None = None
+    char_start: np.ndarray | None = None
+    char_end: np.ndarray | None = None
+    columns: Mapping[str, Column] = field(default_factory=dict)  # of the documents, in order
 
 
 @dataclass(frozen=True)
@@ -134,9 +143,12 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     tokens = spec.tokens
     names = [p.name for p in spec.points]
     of_shard = {"shard_fingerprint": spec.fingerprint, "rows": spec.rows, "hooks": names}
+    of_shard["columns"] = columns.described(tokens.columns)
     file_format.set_attributes(file, {**spec.attributes, **of_shard})
-    for name in ("input_ids", "document", "position"):
-        file[f"tokens/{name}"] = getattr(tokens, name)
+    for name in ("input_ids", "document", "position", *token_tables.TYPES):
+        if (table := getattr(tokens, name)) is not None:
+            file[token_tables.path(name)] = table
+    columns.write(file, tokens.columns)
     file["documents/offset"] = tokens.document_offset
     file["documents/id"] = tokens.document_id
     file["windows/offset"] = tokens.window_offset

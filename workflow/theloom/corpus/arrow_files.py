@@ -1,0 +1,205 @@
+"""Files of tables in binary form: Parquet and Arrow, a few rows at a time, by pyarrow."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from theloom.config.schema import CorpusConfig
+from theloom.corpus import decoding, rows
+from theloom.corpus.columns import Category
+from theloom.corpus.rows import Document
+from theloom.errors import CorpusError, TheLoomError, printable
+from theloom.store import file_format
+
+SUFFIXES = (".parquet", ".arrow")
+
+_TOGETHER = 256  # rows that are Python's at once
+_MOST_NAMES = 1 << 16  # of a column of categories; with more it is one of texts
+
+# Packed once more, such a file shrinks little: what unpacks to more than both is made to fill disks
+_MOST_TIMES, _MOST_BYTES = 100, 1 << 30
+
+
+def check_installed(files: Sequence[Path]) -> None:
+    """Check that what reads these files is installed. Raises CorpusError."""
+    for file in files:
+        if decoding.kind_of(file.name) in SUFFIXES and find_spec("pyarrow") is None:
+            raise CorpusError(
+                f"corpus.path: {printable(file.name)} needs the package pyarrow: "
+                "pip install 'theloom[hub]'"
+            )
+
+
+def read(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
+    """The rows of a Parquet or Arrow file, from 1.
+
+    Raises:
+        CorpusError: the file cannot be read, or lacks a column.
+    """
+    number = 0
+    with decoding.whole(file, name) as raw:
+        found = _rows(raw, name, config)
+        while True:
+            with _in_one_line(f"{printable(name)}, row {number + 1} or after"):
+                row = next(found, None)
+            if row is None:
+                return
+            number += 1
+            place = f"{printable(name)}, row {number}"
+            yield rows.of_row(row, f"{name}:{number}", place, config)
+
+
+def chosen(config: CorpusConfig, there: Sequence[str]) -> list[str]:
+    """The columns of a table that are read: those of the run, and the tools of conversations."""
+    names = [column for _, column in rows.wanted(config)]
+    if config.messages and rows.TOOLS in there:
+        names.append(rows.TOOLS)
+    return list(dict.fromkeys(names))
+
+
+def labelled(value: int | None, names: Sequence[str], column: str, place: str) -> Category | None:
+    """The name of a label that a data set keeps as a number; None for -1, which means none.
+
+    Raises:
+        CorpusError: no name has this number.
+    """
+    if value is None or value == -1:
+        return None
+    if not 0 <= value < len(names):
+        raise CorpusError(
+            f"{place}: column {column!r} is the label {value}, and the data set names "
+            f"{len(names)}; correct it, or take the column out of corpus.columns"
+        )
+    return Category.of(names[value], names)
+
+
+def without_nulls(value: Any) -> Any:
+    """A conversation of a table without the keys that a table adds to every message: null where
+    the message had none. The content stays: null is what a call of a tool has.
+    """
+    if isinstance(value, list):
+        return [without_nulls(v) for v in value]
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if v is not None or k == "content"}
+        return {k: without_nulls(v) for k, v in kept.items()}
+    return value
+
+
+def _rows(raw: BinaryIO, name: str, config: CorpusConfig) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+
+    kind, source = decoding.kind_of(name), _unpacked(raw, name)
+    if kind == ".parquet":
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.ParquetFile(source)
+        schema = table.schema_arrow
+    else:
+        try:
+            table = pa.ipc.open_file(source)
+        except pa.ArrowInvalid:  # of the other of two forms: `datasets` writes streams
+            source.seek(0)
+            table = pa.ipc.open_stream(source)
+        schema = table.schema
+    rows.check_columns(config, schema.names, printable(name))
+    names, labels = chosen(config, schema.names), _class_labels(schema)
+    if kind == ".parquet":
+        batches = table.iter_batches(batch_size=_TOGETHER, columns=names)
+    elif hasattr(table, "num_record_batches"):
+        batches = map(table.get_batch, range(table.num_record_batches))
+    else:
+        batches = iter(table)
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _TOGETHER):
+            part = batch.slice(start, _TOGETHER)
+            place = f"{printable(name)}, row {number + 1} or after"
+            values = [
+                _column(part.column(column), column, labels.get(column), place, config)
+                for column in names
+            ]
+            number += part.num_rows
+            for row in zip(*values, strict=True):
+                yield dict(zip(names, row, strict=True))
+
+
+def _column(
+    array: Any, column: str, labels: Sequence[str] | None, place: str, config: CorpusConfig
+) -> list[Any]:
+    """Some values of a column, as Python has them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    array.validate(full=True)
+    measured = pa.types.is_string(array.type) or pa.types.is_large_string(array.type)
+    if measured and (pc.max(pc.binary_length(array)).as_py() or 0) > 4 * rows.MAX_TEXT:
+        raise rows.too_long(place)
+    values = array.to_pylist()
+    if column in (config.messages, rows.TOOLS):
+        return [without_nulls(value) for value in values]
+    if column not in config.columns:
+        return values
+    if labels is not None and pa.types.is_integer(array.type):
+        return [labelled(value, labels, column, place) for value in values]
+    if (
+        pa.types.is_dictionary(array.type)
+        and pa.types.is_string(array.type.value_type)
+        and len(array.dictionary) <= _MOST_NAMES
+    ):
+        names = array.dictionary.to_pylist()
+        return [None if value is None else Category.of(value, names) for value in values]
+    return values
+
+
+def _class_labels(schema: Any) -> dict[str, list[str]]:
+    """The names of the labels of each column that `datasets` has written as numbers."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return {
+            column: list(map(str, feature["names"]))
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError):
+        return {}  # not written by `datasets`
+
+
+def _unpacked(raw: BinaryIO, name: str) -> BinaryIO:
+    """The file itself, or an unnamed one with its content: tables are not read front to back."""
+    packed = decoding.unpacked(raw, name)
+    if packed is raw:
+        return raw
+    size = raw.seek(0, 2)
+    raw.seek(0)
+    left = max(_MOST_BYTES, _MOST_TIMES * size)
+    out = tempfile.TemporaryFile()  # noqa: SIM115 - closed when no one reads it
+    while piece := packed.read(1 << 20):
+        left -= len(piece)
+        if left < 0:
+            raise CorpusError(
+                f"{printable(name)}: unpacks to more than {_MOST_TIMES} times its size; unpack it "
+                "yourself if you trust it"
+            )
+        out.write(piece)
+    out.seek(0)
+    return out
+
+
+@contextmanager
+def _in_one_line(place: str) -> Iterator[None]:
+    """Turn an error of pyarrow over a file into a CorpusError with its place."""
+    try:
+        yield
+    except (TheLoomError, MemoryError, EOFError):
+        raise
+    except Exception as error:  # of pyarrow's own classes, and of Python's
+        if file_format.is_full(error):
+            raise
+        raise CorpusError(
+            f"{place}: cannot be read ({printable(' '.join(str(error).split()))[:300]}); fetch or "
+            "write the file again"
+        ) from None

@@ -1,0 +1,179 @@
+"""Documents to tokens, and what each token is: its characters, whether it is a special one, and
+in a conversation whose it is.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from theloom.config.schema import Config
+from theloom.corpus.rows import Document
+from theloom.corpus.tokenizer import CorpusTokenizer, Encoding
+from theloom.errors import CorpusError, TheLoomError, printable
+from theloom.model import files
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Encoded:
+    """A document's tokens, their tables by name (`store.table.tokens`), and what a change of it
+    would change. `text`: the text that they are of, as the characters count.
+    """
+
+    ids: Sequence[int]
+    hashed: bytes
+    text: str = ""
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Encoder:
+    """Turns documents into tokens.
+
+    Attributes:
+        names: what names a token, in messages; None where the corpus itself has the ids.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Load the tokenizer. Raises CorpusError, ConfigError."""
+        self._given = config.corpus.input_ids is not None
+        self._tokenizer: CorpusTokenizer | None = None
+        self._revision: str | None = None
+        self._name = config.model.tokenizer or config.model.source
+        self._sequences = _Sequences()
+        try:
+            description = files.describe_tokenizer(config.model)
+            self._revision = description.revision
+            self._tokenizer = CorpusTokenizer(config, description)
+        except TheLoomError as error:
+            if not self._given or config.model.tokenizer:
+                raise
+            log.info(
+                "token ids come from the corpus, and no tokenizer tells their texts: %s", error
+            )
+        self.names = None if self._given or self._tokenizer is None else self._tokenizer.of_class
+
+    def encode(self, group: Sequence[Document]) -> list[Encoded]:
+        """The tokens of each document. Raises CorpusError."""
+        if self._given:
+            given = [document.input_ids or [] for document in group]
+            return [Encoded(ids, repr(ids).encode()) for ids in given]
+        assert self._tokenizer is not None
+        texts = [d.text for d in group]
+        if group[0].sequence or any(d.sequence for d in group):
+            texts = [
+                self._sequences.prepared(d, self._tokenizer) if d.sequence else d.text
+                for d in group
+            ]
+        encoded = self._tokenizer.encode(texts)
+        for document, (ids, _) in zip(group, encoded, strict=True):
+            if document.sequence:
+                self._sequences.check(document, ids, self._tokenizer)
+        return [
+            self._of_text(document, text, tokens)
+            for document, text, tokens in zip(group, texts, encoded, strict=True)
+        ]
+
+    def special(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The table of special tokens; none where there is no tokenizer."""
+        if self._tokenizer is None:
+            return {}
+        return {"special": np.isin(ids, [*self._tokenizer.special_ids]).astype("u1")}
+
+    def texts(self, ids: Iterable[int]) -> dict[int, str]:
+        """The text of each token id; none where there is no tokenizer."""
+        if self._tokenizer is None:
+            return {}
+        known = [i for i in ids if i < len(self._tokenizer)] if self._given else ids
+        return self._tokenizer.texts(known)
+
+    def attributes(self) -> dict[str, Any]:
+        """What `tokens.h5` says of the tokenizer."""
+        tokenizer = self._tokenizer
+        return {
+            "tokenizer": self._name,
+            "tokenizer_revision": self._revision,
+            "tokenizer_class": "" if tokenizer is None else type(tokenizer.of_class).__name__,
+            "tokenizer_difference": "" if tokenizer is None else tokenizer.difference,
+            "double_bos_documents": 0 if tokenizer is None else tokenizer.doubled,
+            "vocab_size": 0 if tokenizer is None else len(tokenizer),
+            "characters": self._characters(),
+        }
+
+    def report(self) -> None:
+        """Warn of what shows when all documents are read."""
+        if self._tokenizer is not None:
+            self._tokenizer.report_doubled()
+
+    def _characters(self) -> str:
+        if self._given:
+            return "none: the corpus has token ids"
+        assert self._tokenizer is not None
+        if not self._tokenizer.gives_characters:
+            return f"none: {type(self._tokenizer.of_class).__name__} does not tell them"
+        return "of the text"
+
+    def _of_text(self, document: Document, text: str, tokens: Encoding) -> Encoded:
+        ids, characters = tokens
+        if not text:
+            ids, characters = [], characters and []
+        tables = {}
+        if characters is not None:
+            places = np.array(characters, "<i4").reshape(-1, 2)
+            if len(text) > len(document.text):  # a space after each letter
+                places = (places + np.array([0, 1], "<i4")) // 2
+            none = places[:, 0] >= places[:, 1]
+            places[none] = -1
+            tables = {"char_start": places[:, 0], "char_end": places[:, 1]}
+        return Encoded(ids, document.text.encode(), document.text, tables)
+
+
+class _Sequences:
+    """Sequences of FASTA as a tokenizer wants them: with a space between letters where its tokens
+    are words of one letter, as those of ProtBert and ProtT5, and then rare residues as X.
+    """
+
+    def __init__(self) -> None:
+        self._spaced: bool | None = None
+        self._upper = False
+
+    def prepared(self, document: Document, tokenizer: CorpusTokenizer) -> str:
+        """The text that the tokenizer takes."""
+        text = document.text
+        if self._spaced is None and text:
+            self._spaced = _wants_spaces(text, tokenizer)
+            if self._spaced:
+                log.info(
+                    "FASTA: the tokenizer takes letters as words, so each gets a space after it, "
+                    "and U, Z and O become X"
+                )
+        if not self._spaced:
+            return text
+        return " ".join(re.sub("[UZO]", "X", text))
+
+    def check(self, document: Document, ids: Sequence[int], tokenizer: CorpusTokenizer) -> None:
+        """Check that the tokenizer knows all letters. Raises CorpusError."""
+        text = document.text
+        plain = len([i for i in ids if i not in tokenizer.special_ids])
+        if not tokenizer.unknown(ids) and not (self._spaced and plain != len(text)):
+            return
+        letters = list(dict.fromkeys(text))
+        found = zip(letters, tokenizer.encode(letters, special=False), strict=True)
+        wrong = [c for c, (one, _) in found if not one or tokenizer.unknown(one)]
+        raise CorpusError(
+            f"{document.place}: the tokenizer has no {printable(', '.join(wrong)[:80]) or 'tokens'}"
+            f" of the sequence {printable(document.id[:80])!r}; write it in the letters of the "
+            "model, or leave it out"
+        )
+
+
+def _wants_spaces(text: str, tokenizer: CorpusTokenizer) -> bool:
+    """Whether a tokenizer knows a sequence with spaces alone, and then letter by letter."""
+    some = re.sub("[UZO]", "X", text[:64])
+    (joined, _), (spaced, _) = tokenizer.encode([some, " ".join(some)], special=False)
+    by_letter = len(spaced) == len(some) and not tokenizer.unknown(spaced)
+    return by_letter and (tokenizer.unknown(joined) or len(joined) != len(some))

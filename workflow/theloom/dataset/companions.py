@@ -1,0 +1,63 @@
+"""What goes with the rows into the tables of other libraries: tables of tokens, and the columns of
+the corpus.
+"""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from theloom.errors import ConfigError
+from theloom.store.tables import tokens as token_tables
+from theloom.store.tables.columns import Column
+
+if TYPE_CHECKING:
+    from theloom.dataset.reader import ActivationsReader
+
+
+def columns_of(acts: "ActivationsReader", taken: Collection[str]) -> dict[str, Column]:
+    """The columns of the corpus, by names that a table has not taken: such ones get a prefix."""
+    return {f"corpus.{n}" if n in taken else n: column for n, column in acts.columns.items()}
+
+
+def token_tables_of(acts: "ActivationsReader", rows: np.ndarray) -> dict[str, np.ndarray]:
+    """What a file has of the tables of `store.tables.tokens`, by name."""
+    tables = {name: acts.token_table(name) for name in token_tables.TYPES}
+    return {name: table.numpy(rows) for name, table in tables.items() if table is not None}
+
+
+def series(column: Column, documents: np.ndarray | None = None) -> Any:
+    """A column as pandas has it, where a value may be missing; of some documents, or of all."""
+    pandas = pandas_module()
+    if column.type == "category":
+        assert column.names is not None
+        names = np.char.decode(column.names, "utf-8").tolist()
+        found = pandas.Series(pandas.Categorical.from_codes(column.values, names))
+    else:
+        kinds = {"integer": "int64", "float": "float64", "boolean": "bool", "json": "object"}
+        kind = kinds.get(column.type, "str")
+        if column.null is not None:
+            kind = {"integer": "Int64", "boolean": "boolean"}.get(column.type, kind)
+        found = pandas.Series(column.tolist(), dtype=kind)
+    return found if documents is None else found.take(documents)
+
+
+def plain(column: Column) -> np.ndarray:
+    """A column as an array without a mask: of objects, with None, where values are missing."""
+    found = column.array()
+    return np.array(found.tolist(), object) if isinstance(found, np.ma.MaskedArray) else found
+
+
+def feature(datasets: Any, column: Column) -> Any:
+    """The type of a column in a `datasets.Dataset`; lists and objects are texts of JSON."""
+    kinds = {"integer": "int64", "float": "float64", "boolean": "bool"}
+    return datasets.Value(kinds.get(column.type, "string"))
+
+
+def pandas_module() -> Any:
+    """pandas, which is optional. Raises ConfigError where it is not installed."""
+    try:
+        import pandas
+    except ImportError:
+        raise ConfigError("tables need pandas; pip install 'theloom[notebook]'") from None
+    return pandas
