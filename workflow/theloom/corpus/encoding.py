@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from theloom.config.schema import Config
+from theloom.corpus.chat import ChatTemplate
 from theloom.corpus.rows import Document
 from theloom.corpus.tokenizer import CorpusTokenizer, Encoding
 from theloom.errors import CorpusError, TheLoomError, printable
@@ -55,7 +56,20 @@ class Encoder:
             log.info(
                 "token ids come from the corpus, and no tokenizer tells their texts: %s", error
             )
+        self._template = self._chat_template(config)
         self.names = None if self._given or self._tokenizer is None else self._tokenizer.of_class
+
+    def _chat_template(self, config: Config) -> ChatTemplate | None:
+        if config.corpus.messages is None:
+            return None
+        assert self._tokenizer is not None
+        if not self._tokenizer.gives_characters:
+            raise CorpusError(
+                f"corpus.messages: {type(self._tokenizer.of_class).__name__} does not tell the "
+                "characters of its tokens, so whose a token is cannot be told; set model.tokenizer "
+                "to a fast tokenizer of this model"
+            )
+        return ChatTemplate(self._tokenizer.of_class, self._name, config.corpus.chat_template)
 
     def encode(self, group: Sequence[Document]) -> list[Encoded]:
         """The tokens of each document. Raises CorpusError."""
@@ -63,6 +77,8 @@ class Encoder:
             given = [document.input_ids or [] for document in group]
             return [Encoded(ids, repr(ids).encode()) for ids in given]
         assert self._tokenizer is not None
+        if self._template is not None:
+            return self._of_conversations(group, self._template, self._tokenizer)
         texts = [d.text for d in group]
         if group[0].sequence or any(d.sequence for d in group):
             texts = [
@@ -74,9 +90,28 @@ class Encoder:
             if document.sequence:
                 self._sequences.check(document, ids, self._tokenizer)
         return [
-            self._of_text(document, text, tokens)
+            _of_text(document.text, text, tokens)
             for document, text, tokens in zip(group, texts, encoded, strict=True)
         ]
+
+    def _of_conversations(
+        self, group: Sequence[Document], template: ChatTemplate, tokenizer: CorpusTokenizer
+    ) -> list[Encoded]:
+        """Conversations as texts, with whose each token is. The template writes the BOS."""
+        rendered = [template.render(document) for document in group]
+        tokens = tokenizer.encode([r.text for r in rendered], special=False)
+        found = []
+        for document, one, (ids, characters) in zip(group, rendered, tokens, strict=True):
+            if tokenizer.begins_twice(ids):
+                raise CorpusError(
+                    f"{document.place}: document {printable(document.id)!r} begins with the token "
+                    "that begins a text twice; take it out of the chat template or of the message"
+                )
+            encoded = _of_text(one.text, one.text, (ids, characters))
+            places = (encoded.tables[name] for name in ("char_start", "char_end"))
+            encoded.tables |= one.tables(*places)
+            found.append(encoded)
+        return found
 
     def special(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """The table of special tokens; none where there is no tokenizer."""
@@ -102,6 +137,7 @@ class Encoder:
             "double_bos_documents": 0 if tokenizer is None else tokenizer.doubled,
             "vocab_size": 0 if tokenizer is None else len(tokenizer),
             "characters": self._characters(),
+            "assistant_tokens": "" if self._template is None else self._template.assistant,
         }
 
     def report(self) -> None:
@@ -115,21 +151,23 @@ class Encoder:
         assert self._tokenizer is not None
         if not self._tokenizer.gives_characters:
             return f"none: {type(self._tokenizer.of_class).__name__} does not tell them"
-        return "of the text"
+        return "of the text" if self._template is None else "of the rendered conversation"
 
-    def _of_text(self, document: Document, text: str, tokens: Encoding) -> Encoded:
-        ids, characters = tokens
-        if not text:
-            ids, characters = [], characters and []
-        tables = {}
-        if characters is not None:
-            places = np.array(characters, "<i4").reshape(-1, 2)
-            if len(text) > len(document.text):  # a space after each letter
-                places = (places + np.array([0, 1], "<i4")) // 2
-            none = places[:, 0] >= places[:, 1]
-            places[none] = -1
-            tables = {"char_start": places[:, 0], "char_end": places[:, 1]}
-        return Encoded(ids, document.text.encode(), document.text, tables)
+
+def _of_text(text: str, taken: str, tokens: Encoding) -> Encoded:
+    """The tokens of a text. `taken`: as the tokenizer took it, with spaces between its letters."""
+    ids, characters = tokens
+    if not text:
+        ids, characters = [], characters and []
+    tables = {}
+    if characters is not None:
+        places = np.array(characters, "<i4").reshape(-1, 2)
+        if len(taken) > len(text):
+            places = (places + np.array([0, 1], "<i4")) // 2
+        none = places[:, 0] >= places[:, 1]
+        places[none] = -1
+        tables = {"char_start": places[:, 0], "char_end": places[:, 1]}
+    return Encoded(ids, text.encode(), text, tables)
 
 
 class _Sequences:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from theloom.config.schema import CorpusConfig
-from theloom.corpus import arrow_files, decoding, rows, text_files
+from theloom.corpus import rows, text_files
+from theloom.corpus.formats import arrow_files, decoding
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, TheLoomError
 from theloom.store import file_format

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from theloom.config.schema import CorpusConfig
-from theloom.corpus import arrow_files, decoding, fasta, rows, tables
+from theloom.corpus import rows
+from theloom.corpus.formats import arrow_files, decoding, fasta, tables
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, printable
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from theloom.config.schema import CorpusConfig
-from theloom.corpus import decoding, rows
+from theloom.corpus import rows
 from theloom.corpus.columns import Category
+from theloom.corpus.formats import decoding
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, TheLoomError, printable
 from theloom.store import file_format

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from theloom.config.schema import CorpusConfig
-from theloom.corpus import decoding, rows
+from theloom.corpus import rows
+from theloom.corpus.formats import decoding
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, printable
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from theloom.config.schema import CorpusConfig
-from theloom.corpus import decoding, rows
+from theloom.corpus import rows
+from theloom.corpus.formats import decoding
 from theloom.corpus.rows import Document, Untyped
 from theloom.errors import CorpusError, printable
 
