@@ -90,7 +90,7 @@ class ChatTemplate:
         self, tokenizer: "PreTrainedTokenizerBase", name: str, file: str | None = None
     ) -> None:
         self._tokenizer, self._name, self._file = tokenizer, name, file
-        self._given = None if file is None else _read(file)
+        self._given = None if file is None else read_template(file)
         self._left_out: set[str] = set()  # roles
         self.assistant = MARKS if _GENERATION.search(self._template(None)) else DIFFERENCES
         log.info("corpus.messages: the assistant's tokens are told by %s", self.assistant)
@@ -229,8 +229,8 @@ class ChatTemplate:
     def _check_kept(self, document: Document, number: int, part: str, whole: str) -> None:
         """Check that a text begins as one with fewer turns. Raises CorpusError."""
         if not whole.startswith(part):
-            same = os.path.commonprefix([part, whole])
-            changed = printable(part[max(0, len(same) - 20) : len(same) + 20])
+            same = len(os.path.commonprefix([part, whole]))  # noqa: RUF071 - of texts
+            changed = printable(part[max(0, same - 20) : same + 20])
             raise self._refusal(
                 document, number, f"rewrites earlier turns (at {changed!r}) as more follow{_CURE}"
             )
@@ -359,7 +359,8 @@ def _message(message: Any, number: int, document: Document) -> dict[str, Any]:
     return made
 
 
-def _read(file: str) -> str:
+def read_template(file: str) -> str:
+    """The template in a file. Raises CorpusError."""
     path = Path(file).expanduser()
     try:
         with path.open("rb") as f:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from theloom.config.schema import CorpusConfig
-from theloom.corpus import hub, rows, text_files
+from theloom.corpus import chat, hub, rows, text_files
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, printable
 
@@ -77,13 +77,15 @@ def _shown(document: Document, name: str) -> tuple[str, str, str]:
 
 
 def check_local(config: CorpusConfig) -> None:
-    """Check that local files of a corpus exist, without reading them.
+    """Check that local files of a corpus exist, without reading the corpus.
 
     Raises:
         CorpusError: there are none.
     """
     if config.kind.name == "text":
         text_files.find(config)
+    if config.chat_template is not None:
+        chat.read_template(config.chat_template)
 
 
 def _python_docs(config: CorpusConfig) -> Iterator[Document]:

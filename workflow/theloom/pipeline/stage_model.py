@@ -23,7 +23,8 @@ def stage(config: Config, output: Path) -> None:
     revision = files.fetch(config.model)
     if config.corpus.kind.name == "hub":
         documents.fetch(config.corpus)
-        log.info("corpus.dataset: %s is here", config.corpus.dataset)
+        how = "is read as it comes" if config.corpus.streaming else "is here"
+        log.info("corpus.dataset: %s %s", config.corpus.dataset, how)
     log.info(
         "model.source: %s is here%s", config.model.source, f", at {revision}" if revision else ""
     )
