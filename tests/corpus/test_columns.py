@@ -1,7 +1,10 @@
 """Columns of the corpus stay with their documents, typed, through every file and export."""
 
 import gzip
+import itertools
 import json
+import multiprocessing
+import time
 
 import datasets
 import h5py
@@ -13,11 +16,12 @@ import pytest
 import theloom
 import zstandard
 from safetensors import safe_open
-from support import a_config, build_tiny, stages, with_bytes
-from theloom.corpus import documents
+from support import a_config, build_tiny, extract_with_small_commits, stages, with_bytes
+from theloom.corpus import documents, tokens
 from theloom.corpus.columns import Collected, Columns
 from theloom.dataset.merge import merge_shards
 from theloom.errors import CorpusError
+from tokenizers import decoders, pre_tokenizers
 
 ROWS = [
     {"key": "é-1", "text": "the first", "label": 3, "score": 0.5, "ok": True, "lang": "en"},
@@ -291,3 +295,91 @@ def test_equal_ids_are_refused_or_numbered(tmp_path):
         read(requested)
     found = [d.id for d in read(f"{requested} corpus.duplicate_ids=number")]
     assert found == ["a", "b", "a#2", "a#2#2", "a#3"]
+
+
+def labelled(count):
+    """Rows with shuffled ids, of which some have no text; the label of each is told by its text."""
+    order = np.random.default_rng(0).permutation(count).tolist()
+    rows = []
+    for number in order:
+        text = {3: "", 5: None}.get(number % 7, f"text {number} é")
+        row = {"key": f"ü{number}", "text": text, "label": number, "score": number / 2}
+        rows.append(row | {"ok": number % 2 == 0, "lang": f"日{number % 5}"})
+    return rows
+
+
+def assert_labels_are_those_of_texts(input_ids, offsets, ids, columns):
+    """By the bytes of each document, which its tokens are."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    decode = decoders.ByteLevel().decode
+    labels, names = columns["label"].tolist(), columns["lang"].tolist()
+    for n, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
+        text = decode([alphabet[i] for i in input_ids[start:stop]])
+        assert text == f"text {labels[n]} é"
+        assert (ids[n], names[n]) == (f"ü{labels[n]}", f"日{labels[n] % 5}")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_of_ten_thousand_rows_keeps_its_label(tmp_path, name):
+    rows = labelled(10_000)
+    WRITERS[name](tmp_path / name, rows)
+    found, columns = read(f"corpus=text corpus.path={tmp_path} {COLUMNS}"), Columns(NAMES)
+    assert [(d.id, d.text) for d in found] == [(r["key"], r["text"] or "") for r in rows]
+    for document in found:
+        columns.add(document)
+    typed = columns.typed()
+    for column in NAMES:
+        assert typed[column].tolist() == [row[column] for row in rows]
+
+
+def test_each_of_ten_thousand_documents_keeps_its_label(tmp_path, model):
+    rows = labelled(10_000)
+    write_parquet(tmp_path / "x.parquet", rows)
+    requested = f"corpus=text corpus.path={tmp_path}/x.parquet {COLUMNS} corpus.max_tokens=null"
+    run = stages(tmp_path / "run", model, f"{requested} extraction.shards=3")
+    tokens.tokenize(run.config("tokens"), run.folder / "tokens.h5")
+    parts = [tokens.read_job(run.folder / "tokens.h5", shard).shard for shard in range(3)]
+    labels = [v for part in parts for v in part.columns["label"].tolist()]
+    assert labels == [row["label"] for row in rows if row["text"]]
+    for part in parts:
+        ids = [i.decode() for i in part.document_id]
+        assert_labels_are_those_of_texts(part.input_ids, part.document_offset, ids, part.columns)
+
+
+def test_labels_stay_with_their_rows_through_a_kill(tmp_path, model):
+    write_jsonl(tmp_path / "x.jsonl", labelled(150))
+    requested = f"corpus=text corpus.path={tmp_path}/x.jsonl {COLUMNS} extraction.shards=1"
+    run = stages(tmp_path / "run", model, f"{requested} extraction.batch_tokens=32")
+    run.prepare()
+    processes = multiprocessing.get_context("forkserver")
+    job = processes.Process(target=extract_with_small_commits, args=(run.folder,))
+    job.start()
+    partial = run.folder / "shards/00000-of-00001.h5.partial"
+    while job.is_alive() and not (partial.exists() and committed_rows(partial)):
+        time.sleep(0.002)
+    job.kill()
+    job.join()
+    assert partial.exists()
+    run.extract()
+    run.merge()
+    run.verify()  # some documents, from the texts
+    acts = theloom.open(run.activations)
+    everything = acts.input_ids.numpy(...)
+    assert_labels_are_those_of_texts(everything, acts.document_offset, acts.documents, acts.columns)
+
+
+def committed_rows(partial):
+    with h5py.File(partial, "r") as file:
+        return int(file["commit_log"]["rows"].max(initial=0))
+
+
+def test_other_labels_of_the_same_texts_begin_the_shards_anew(tmp_path, model):
+    run_of = {}
+    for name, label in (("a", 1), ("b", 2)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": "same", "label": label}])
+        requested = f"corpus=text corpus.path={tmp_path}/{name}.jsonl corpus.columns=[label]"
+        run = stages(tmp_path / name, model, requested)
+        tokens.tokenize(run.config("tokens"), run.folder / "tokens.h5")
+        run_of[name] = tokens.attributes(run.folder / "tokens.h5")
+    assert run_of["a"]["tokens_hash"] == run_of["b"]["tokens_hash"]
+    assert run_of["a"]["tables_hash"] != run_of["b"]["tables_hash"]

@@ -124,3 +124,26 @@ def test_a_data_set_that_is_not_there_is_refused_in_one_line():
     with pytest.raises(CorpusError, match=r"corpus\.dataset: nobody/nothing") as caught:
         read("corpus.dataset=nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+def test_a_stream_gives_the_same_documents_and_reads_no_more_than_it_needs(tmp_path, monkeypatch):
+    labels = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": labels})
+    rows = {"text": [f"text {n}" for n in range(50)], "label": [n % 2 for n in range(50)]}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    made = datasets.Dataset.from_dict(rows, features=features)
+    made.to_parquet(folder / "train.parquet")
+    requested = f"corpus.dataset={folder} corpus.columns=[label]"
+    whole = read(requested)
+    assert read(f"{requested} corpus.streaming=true") == whole
+    assert [d.columns for d in whole[:2]] == [("no",), ("yes",)]
+    seen = []
+    of_row = documents.hub.rows.of_row
+    monkeypatch.setattr(
+        documents.hub.rows, "of_row", lambda row, *more: seen.append(row) or of_row(row, *more)
+    )
+    read(f"{requested} corpus.streaming=true corpus.max_documents=3")
+    assert len(seen) == 3
+    with pytest.raises(CorpusError, match=r"no column 'body'; columns there: text, label"):
+        read(f"{requested} corpus.streaming=true corpus.column=body")
