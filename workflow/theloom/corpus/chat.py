@@ -346,8 +346,8 @@ def _message(message: Any, number: int, document: Document) -> dict[str, Any]:
         if key not in made and other in made:
             made[key] = made.pop(other)
             if key == "role":
-                made[key] = _ROLES.get(made[key], made[key])
-    if made.get("role") not in _ROLES:
+                made[key] = _ROLES.get(str(made[key]), made[key])
+    if not isinstance(made.get("role"), str) or made["role"] not in _ROLES:
         found = printable(repr(made.get("role")))[:80] if "role" in made else "missing"
         raise CorpusError(
             f"{where}: its role is {found}; give one of {', '.join(dict.fromkeys(_ROLES.values()))}"

@@ -202,6 +202,8 @@ class _Sequences:
         letters = list(dict.fromkeys(text))
         found = zip(letters, tokenizer.encode(letters, special=False), strict=True)
         wrong = [c for c, (one, _) in found if not one or tokenizer.unknown(one)]
+        if not wrong and not (self._spaced and plain != len(text)):
+            return  # the token of what is unknown is also one that begins or ends a text
         raise CorpusError(
             f"{document.place}: the tokenizer has no {printable(', '.join(wrong)[:80]) or 'tokens'}"
             f" of the sequence {printable(document.id[:80])!r}; write it in the letters of the "
@@ -211,7 +213,7 @@ class _Sequences:
 
 def _wants_spaces(text: str, tokenizer: CorpusTokenizer) -> bool:
     """Whether a tokenizer knows a sequence with spaces alone, and then letter by letter."""
-    some = re.sub("[UZO]", "X", text[:64])
+    some = re.sub("[UZO]", "X", (text * 2)[:64])  # two letters at least
     (joined, _), (spaced, _) = tokenizer.encode([some, " ".join(some)], special=False)
     by_letter = len(spaced) == len(some) and not tokenizer.unknown(spaced)
     return by_letter and (tokenizer.unknown(joined) or len(joined) != len(some))

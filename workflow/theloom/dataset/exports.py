@@ -22,8 +22,9 @@ from theloom.dataset.companions import (
     series,
     token_tables_of,
 )
-from theloom.errors import ConfigError, HookError
+from theloom.errors import ConfigError, HookError, printable
 from theloom.rows.roles import ROLES
+from theloom.store import file_format
 from theloom.store.tables import tokens as token_tables
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ def tokens_frame(
     if "special" in own:
         own["special"] = own["special"].astype(bool)
     if "role" in own:
+        if (own["role"] >= len(ROLES)).any():
+            raise file_format.damaged(acts.path, ValueError("it has roles that there are not"))
         own["role"] = pandas_module().Categorical.from_codes(own["role"], list(ROLES))
     more = {name: series(c, document).array for name, c in columns_of(acts, own).items()}
     return pandas_module().DataFrame(own | more, index=pandas_module().Index(numbers, name="row"))
@@ -383,6 +386,7 @@ def _summary(acts: "ActivationsReader") -> list[tuple[str, str]]:
             ("hook points", f"{_few(names)}: row of {' × '.join(map(str, shape))}")
             for shape, names in shapes.items()
         ),
+        *([("columns", ", ".join(map(printable, acts.columns)))] if acts.columns else []),
         ("next", "acts[hook][rows], acts.document(n), acts.to_dataframe(), acts.cache(n)"),
     ]
 
