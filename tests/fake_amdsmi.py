@@ -26,7 +26,7 @@ WORDS = {
 }
 
 
-class AmdSmiException(Exception):  # noqa: N818: the names are the package's
+class AmdSmiException(Exception):  # noqa: N818
     pass
 
 

@@ -35,6 +35,10 @@ SYNCING = {
 }
 
 
+# libraries' operations, by name, whose shapes of results depend on values
+SHAPES_BY_VALUES = {"bitsandbytes::int8_vectorwise_quant"}
+
+
 @functools.cache
 def is_composite(func: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")

@@ -15,7 +15,9 @@ import gpu
 import gpu_steps
 
 
-@pytest.mark.parametrize("step", ["attention", "pinning", "arithmetic", "llama", "layer by layer"])
+@pytest.mark.parametrize(
+    "step", ["attention", "pinning", "arithmetic", "llama", "layer by layer", "disk"]
+)
 def test_a_step_on_a_simulated_gpu_measures(tmp_path, step):
     with simulated(policy="random"):
         rows = gpu_steps.STEPS[step].function(tmp_path)
