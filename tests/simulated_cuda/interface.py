@@ -267,14 +267,10 @@ def _interface(world: World) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _bitsandbytes() -> list[tuple[Any, dict[str, Any]]]:
-    """Its classes of weights, where a test or the program has imported it."""
+    """Its class of weights of 8 bits, where it has been imported before."""
     if "bitsandbytes" not in sys.modules:
         return []
-    nn = sys.modules["bitsandbytes"].nn
-    return [
-        (nn.Int8Params, {"_quantize": quantised.int8}),
-        (nn.Params4bit, {"_quantize": quantised.nf4}),
-    ]
+    return [(sys.modules["bitsandbytes"].nn.Int8Params, {"_quantize": quantised.int8})]
 
 
 def _with_number(world: World, device: Any) -> Any:

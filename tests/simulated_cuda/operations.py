@@ -36,7 +36,10 @@ SYNCING = {
 
 
 # libraries' operations, by name, whose shapes of results depend on values
-SHAPES_BY_VALUES = {"bitsandbytes::int8_vectorwise_quant"}
+SHAPES_BY_VALUES = {
+    "bitsandbytes::int8_vectorwise_quant",
+    "bitsandbytes::int8_mixed_scaled_mm",
+}
 
 
 @functools.cache

@@ -201,7 +201,7 @@ def replay(
 
     `weights` are bytes of each storage in the order of loading; what else stays for good is one
     more of them, such as the cuBLAS workspace. `warmed_up`: all of their bytes are requested at
-    once and let go before the first is loaded, as transformers 5 does where `from_pretrained` has a
+    once and freed before the first is loaded, as transformers 5 does where `from_pretrained` has a
     device_map; weights then lie close together. `expandable`: of expandable segments. Raises
     ValueError where a storage ends that was not born.
     """
@@ -227,7 +227,7 @@ def in_turn(passes: Iterable[Sequence[Event]]) -> list[Event]:
     """The events of several traces, one after another, as those of one: batches of different
     shapes, in their order.
 
-    What a pass still holds at its end is let go there.
+    What a pass still holds at its end is freed there.
     """
     joined: list[Event] = []
     first = 0

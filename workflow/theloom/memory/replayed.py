@@ -54,7 +54,7 @@ def layerwise(
     fixed: Sequence[int] = (),
     expandable: bool = False,
 ) -> Usage:
-    """The peaks of a model that goes through a GPU block by block: two blocks, residuals and rows
+    """The peaks of a model that goes through a GPU layer by layer: two blocks, residuals and rows
     on their way, and one pass after the other.
     """
     step = max(w.windows * min(w.tokens, w.chunk_size) for w in passes)
