@@ -15,6 +15,8 @@ from theloom.engine.layerwise.residual_store import ResidualStore
 from theloom.engine.layerwise.runner import LayerwiseRunner
 from theloom.model.files import prepare_files
 
+pytest.importorskip("bitsandbytes")  # before the simulation, which stands in for a part of it
+
 TOKENS = 40
 
 
