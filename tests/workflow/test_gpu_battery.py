@@ -51,13 +51,11 @@ def test_the_command_writes_a_page_and_its_figures_and_skips_with_words(tmp_path
 
 def test_the_command_runs_on_a_simulated_gpu(tmp_path):
     command = [sys.executable, str(ROOT / "workflow/bench/gpu.py"), "--output", tmp_path / "gpu"]
-    options = ["--simulated", "--seconds", "6000", "--only", "versions", "disk", "sanitizer"]
+    options = ["--simulated", "--seconds", "6000", "--only", "versions"]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    versions, disk, sanitizer = json.loads((tmp_path / "gpu.json").read_text())
+    (versions,) = json.loads((tmp_path / "gpu.json").read_text())
     assert {"what": "device", "value": "Simulated GPU"} in versions["rows"]
-    assert disk["rows"][0]["read MB/s"] > 0
-    assert sanitizer["state"] in ("done", "skipped")
 
 
 def test_a_step_that_does_not_end_costs_no_other_one(tmp_path):
