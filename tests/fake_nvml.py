@@ -33,6 +33,7 @@ class Board:
     processes: list[tuple[int, int | None]] | None = field(default_factory=list)
     graphics: list[tuple[int, int | None]] = field(default_factory=list)
     mig: "list[Board | None] | None" = None
+    busy: int = 0
     errors: dict[str, int] = field(default_factory=dict)
 
 
@@ -89,6 +90,11 @@ def install(
         )
         return second
 
+    def rates(board: Board) -> Any:
+        if board.mig is not None or board.uuid.startswith("MIG-"):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return pynvml.c_nvmlUtilization_t(gpu=board.busy, memory=0)
+
     def mig_mode(board: Board) -> list[int]:
         if board.mig is None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -120,6 +126,7 @@ def install(
     define("nvmlDeviceGetName", lambda board: board.name)
     define("nvmlDeviceGetCudaComputeCapability", lambda board: board.capability)
     define("nvmlDeviceGetMemoryInfo", memory)
+    define("nvmlDeviceGetUtilizationRates", rates)
     define("nvmlDeviceGetMigMode", mig_mode)
     define("nvmlDeviceGetMaxMigDeviceCount", lambda board: len(board.mig or []))
     define("nvmlDeviceGetMigDeviceHandleByIndex", mig_device)

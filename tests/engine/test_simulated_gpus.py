@@ -6,6 +6,7 @@ import functools
 import random
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import theloom
 from simulated_cuda import POLICIES
 from simulated_runs import Prepared, Rows, build, cpu_rows, difference, machine, prepare, read_rows
 from theloom.errors import ModelError, StoppedError
+from theloom.model import forward
 from torch import OutOfMemoryError
 
 EXACT = 1e-5  # of the largest value: chunks and batches add up in another order
@@ -72,6 +74,17 @@ def test_the_host_does_not_wait_once_more_for_every_hook_point(prepared_on, mode
         waits.append(sum(count for cause, count in found.items() if "event" not in cause))
         assert "spinning event" not in found
     assert waits[1] <= waits[0] + 2
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_no_forward_pass_makes_the_host_wait(prepared_on, monkeypatch, tmp_path, told):
+    """Where the model is told that each row is one document; else it asks the device."""
+    if not told:
+        monkeypatch.setattr(forward, "one_document_a_row", nullcontext)
+    with machine(1) as world:
+        prepared_on("resident").again(tmp_path / "run").run.extract()
+    asked = sum(n for (_, place), n in world.schedule.places.items() if "masking_utils" in place)
+    assert (asked == 0) is told
 
 
 def test_another_architecture_on_the_second_gpu(tmp_path):

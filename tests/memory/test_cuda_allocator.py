@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
-from caching_allocator import Block, CachingAllocator, Usage, in_turn, replay
 from theloom.memory import trace
+from theloom.memory.caching_allocator import Block, CachingAllocator, Usage, in_turn, replay
 from theloom.memory.cuda_allocator import KIB, MIB, cublas_workspace
 from theloom.memory.sizes import Workload
 from theloom.model.fake import fake_model
@@ -94,6 +94,47 @@ def test_weights_loaded_into_one_warm_segment_lie_close_together() -> None:
     assert replay(weights, [], warmed_up=True) == Usage(34 * MIB + 512, 36 * MIB)
 
 
+@pytest.mark.parametrize(
+    ("requests", "expected"),
+    [
+        ([1], Usage(512, 2 * MIB)),
+        ([MIB, MIB, 512], Usage(2 * MIB + 512, 4 * MIB)),
+        # pages of 20 MiB in the large pool, of 2 MiB in the small one
+        ([MIB + 1], Usage(MIB + 512, 20 * MIB)),
+        ([11 * MIB], Usage(11 * MIB, 20 * MIB)),
+        ([21 * MIB], Usage(21 * MIB, 40 * MIB)),
+        # what is free at the end is part of a larger request
+        ([15 * MIB, 25 * MIB], Usage(40 * MIB, 40 * MIB)),
+        # any rest is split off
+        ([9 * MIB, 11 * MIB - 512, MIB + 512], Usage(21 * MIB, 40 * MIB)),
+    ],
+)
+def test_expandable_segments_grow_by_pages(requests: list[int], expected: Usage) -> None:
+    assert replay(requests, [], expandable=True) == expected
+
+
+def test_expandable_segments_take_a_hole_before_their_end() -> None:
+    events = [(0, 19 * MIB), (1, 10 * MIB), (0, -19 * MIB), (2, 11 * MIB), (3, 8 * MIB)]
+    # the end (11 MiB) fits best and is left alone, as long as a hole fits
+    assert replay([], events, expandable=True) == Usage(29 * MIB, 40 * MIB)
+    assert replay([], [*events, (4, 20 * MIB)], expandable=True) == Usage(49 * MIB, 60 * MIB)
+
+
+def test_pages_that_are_free_at_the_end_go_back_to_the_driver() -> None:
+    allocator = CachingAllocator(expandable=True)
+    first, second = allocator.allocate(5 * MIB), allocator.allocate(70 * MIB)
+    allocator.release(second)
+    allocator.trim()
+    assert allocator.reserved == 20 * MIB
+    again = allocator.allocate(36 * MIB)
+    assert (again.address, allocator.reserved) == (5 * MIB, 60 * MIB)
+    for block in (first, again):
+        allocator.release(block)
+    allocator.trim()
+    assert (allocator.reserved, allocator.allocated, allocator.peak.reserved) == (0, 0, 80 * MIB)
+    assert allocator.allocate(1 * MIB + 1).address == 0
+
+
 def test_longest_batch_first_holds_less_memory_than_shortest_first() -> None:
     config = AutoConfig.for_model(
         **LLAMA, hidden_size=256, num_hidden_layers=2, intermediate_size=704, vocab_size=512
@@ -143,6 +184,26 @@ class Slow:
             tuple[bool, list[list]]
         ] = []  # small or not, and its parts: [bytes, owner or None]
 
+    def grown(self, owner: int, nbytes: int) -> None:
+        """As `allocate`, with one segment a pool that grows."""
+        size = (nbytes + 511) // 512 * 512
+        small = size <= MIB
+        if not any(kind == small for kind, _ in self.segments):
+            self.segments.append((small, []))
+        (parts,) = (parts for kind, parts in self.segments if kind == small)
+        holes = [(p[0], at) for at, p in enumerate(parts[:-1]) if p[1] is None and p[0] >= size]
+        if holes:
+            at = min(holes)[1]
+        else:
+            if not parts or parts[-1][1] is not None:
+                parts.append([0, None])
+            page = 2 * MIB if small else 20 * MIB
+            while parts[-1][0] < size:
+                parts[-1][0] += page
+            at = len(parts) - 1
+        rest = parts[at][0] - size
+        parts[at : at + 1] = [[size, owner], *([[rest, None]] if rest else [])]
+
     def allocate(self, owner: int, nbytes: int) -> None:
         size = (nbytes + 511) // 512 * 512
         small = size <= MIB
@@ -186,10 +247,12 @@ class Slow:
         return sum(n for n, owner in parts if owner is not None), sum(n for n, _ in parts), free
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_requests_agree_with_the_slow_walk(seed: int) -> None:
+@pytest.mark.parametrize("expandable", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_requests_agree_with_the_slow_walk(seed: int, expandable: bool) -> None:
     draw = random.Random(seed)
-    allocator, slow = CachingAllocator(), Slow()
+    allocator, slow = CachingAllocator(expandable), Slow()
+    place = slow.grown if expandable else slow.allocate
     alive: dict[int, tuple[int, Block]] = {}
     for number in range(1200):
         if alive and draw.random() < 0.48:
@@ -199,7 +262,7 @@ def test_random_requests_agree_with_the_slow_walk(seed: int) -> None:
         else:
             nbytes = int(2 ** draw.uniform(4, 26))
             alive[number] = nbytes, allocator.allocate(nbytes)
-            slow.allocate(number, nbytes)
+            place(number, nbytes)
         free = sorted(block.size for block in allocator.free_blocks.values())
         assert (allocator.allocated, allocator.reserved, free) == slow.state()
         rounded = sum(-(-nbytes // 512) * 512 for nbytes, _ in alive.values())

@@ -37,8 +37,8 @@ Left out, as what was measured is not what runs today:
 from functools import cache
 
 import pytest
-from caching_allocator import replay
 from generation import generation
+from theloom.memory.caching_allocator import replay
 from theloom.memory.cuda_allocator import cublas_workspace
 from theloom.model.fake import FakeModel, fake_model
 from transformers import AutoConfig

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from theloom.pipeline.job import last_errors
 
 BODY = """
@@ -82,3 +83,22 @@ def test_a_job_is_offline_and_sees_no_token_but_the_one_that_fetches_does(tmp_pa
         }
         subprocess.run([sys.executable, "-c", script], env=environment, check=True)
         assert (tmp_path / "log").read_text().strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("", "", "expandable_segments:True"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64", None),
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:False", "expandable_segments:False"),
+    ],
+)
+def test_segments_grow_unless_the_user_set_the_allocator(tmp_path, name, value, expected):
+    script = (
+        "import os; from theloom.pipeline.job import job\n"
+        f"with job({str(tmp_path / 'log')!r}): print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}
+    environment |= {name: value} if name else {}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    assert (tmp_path / "log").read_text().strip() == str(expected)

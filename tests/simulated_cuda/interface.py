@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from unittest import mock
 import torch
 from torch.utils._device import _device_constructors
 
+from simulated_cuda import quantised
 from simulated_cuda.memory import CAPABILITY, NAME, Device, Pinned
 from simulated_cuda.streams import LOCK, Event, Schedule, Stream
 from simulated_cuda.tensors import Dispatcher, Mode, SimulatedTensor
@@ -255,11 +257,20 @@ def _interface(world: World) -> list[tuple[Any, dict[str, Any]]]:
         (torch.accelerator, accelerator),
         (torch, {"Stream": SideStream, "Event": AnyEvent} | _numbered(world)),
         (torch.Tensor, {"to": _to(world), "cuda": _to_cuda(world)}),
+        (torch.Tensor, {"_make_subclass": staticmethod(quantised.make_subclass)}),
+        *_bitsandbytes(),
         (torch.nn.Parameter, {"__new__": _parameter(torch.nn.Parameter.__new__)}),
         (torch.backends.cuda, {"is_built": lambda: True}),
         (threading.Thread, {"run": run_in_mode}),
         (Mode, {"dispatcher": dispatcher}),
     ]
+
+
+def _bitsandbytes() -> list[tuple[Any, dict[str, Any]]]:
+    """Its class of weights of 8 bits, where it has been imported before."""
+    if "bitsandbytes" not in sys.modules:
+        return []
+    return [(sys.modules["bitsandbytes"].nn.Int8Params, {"_quantize": quantised.int8})]
 
 
 def _with_number(world: World, device: Any) -> Any:

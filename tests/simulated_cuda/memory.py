@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from caching_allocator import Block, CachingAllocator
+from theloom.memory.caching_allocator import Block, CachingAllocator
 
 from simulated_cuda.streams import LOCK, Mark, Schedule, Stream
 
@@ -36,16 +36,13 @@ class _Pool(CachingAllocator):
     """The blocks of one stream, whose segments the device must have room for."""
 
     def __init__(self, device: "Device") -> None:
-        super().__init__()
+        super().__init__(device.expandable)
         self._device = device
 
-    def _segment(self, size: int, small: bool) -> Block:
-        before = self.reserved
-        block = super()._segment(size, small)
-        if self._device.reserved > self._device.limit:
-            self.reserved = before
+    def _hold(self, nbytes: int) -> None:
+        if self._device.reserved + nbytes > self._device.limit:
             raise _FullError
-        return block
+        super()._hold(nbytes)
 
 
 @dataclass
@@ -77,6 +74,8 @@ class Device:
 
     def __init__(self, schedule: Schedule, index: int, total: int) -> None:
         self.index, self.total, self.fraction = index, total, 1.0
+        settings = torch._C._accelerator_getAllocatorSettings()
+        self.expandable = "expandable_segments:True" in settings
         self.schedule, self.stream = schedule, Stream(schedule, index, is_default=True)
         self._pools: dict[Stream, _Pool] = {}
         self._freed: dict[Stream, list[torch.Tensor]] = {}

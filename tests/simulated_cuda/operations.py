@@ -87,3 +87,13 @@ def has_mask(func: Any, args: Sequence[Any]) -> bool:
     return func is aten.index.Tensor and any(
         i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
     )
+
+
+def shaped_by_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation of bitsandbytes gives as many columns as have outliers, which the host
+    must know: where a threshold of them is given, and in the product that follows.
+    """
+    name = func._schema.name
+    if name == "bitsandbytes::int8_vectorwise_quant":
+        return any(isinstance(x, float) and x > 0 for x in (*args, *kwargs.values()))
+    return bool(name == "bitsandbytes::int8_mixed_scaled_mm")

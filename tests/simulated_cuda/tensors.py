@@ -23,6 +23,7 @@ from simulated_cuda.operations import (
     is_composite,
     is_view,
     makes,
+    shaped_by_values,
     written,
 )
 from simulated_cuda.streams import LOCK, Stream
@@ -170,7 +171,7 @@ class Dispatcher:
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
         stream = self.current(index)
         elems, named = tree_map(_elem, args), tree_map(_elem, kwargs)
-        if func in SYNCING or has_mask(func, args):
+        if func in SYNCING or has_mask(func, args) or shaped_by_values(func, args, kwargs):
             return self._waited(func, elems, named, index, stream)
         if is_view(func):
             return self._view(func, elems, named, sims[0])

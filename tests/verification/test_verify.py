@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import theloom
 import torch
+from simulated_runs import build, prepare
 from support import build_tiny, plain_residuals, stages
 from theloom.dataset import inspect
 from theloom.errors import VerificationError
 from theloom.model import files, loading
 from theloom.store import file_format
 from theloom.verification import choice, comparison, verify
+from torch.nn import functional
 
 
 @pytest.fixture
@@ -152,3 +154,25 @@ def test_rounding_errors_of_the_model_itself_pass(
     with pytest.raises(VerificationError, match=f"more than {usual} "):
         verified_with(apart)
     assert "of values differ: not compared to FP" in caplog.text
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_fp32_rows_whose_products_were_in_tf32_are_not_verified(tmp_path, monkeypatch, tf32):
+    """The tolerance is that of the device's own FP32, however the rows were made."""
+    linear, run = functional.linear, prepare(tmp_path / "run", build(tmp_path), "")
+
+    def rounded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        kept = ((t.view(torch.int32) & -(1 << 13)).view(torch.float32) for t in (x, weight))
+        return linear(*kept, bias)
+
+    rows = run.again(tmp_path / "rows").run
+    with monkeypatch.context() as patch:
+        if tf32:
+            patch.setattr(functional, "linear", rounded)
+        rows.extract()
+    rows.merge()
+    if tf32:
+        with pytest.raises(VerificationError, match="hook_resid_post differs"):
+            rows.verify()
+    else:
+        rows.verify()

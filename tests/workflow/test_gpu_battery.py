@@ -15,7 +15,9 @@ import gpu
 import gpu_steps
 
 
-@pytest.mark.parametrize("step", ["attention", "pinning", "arithmetic", "llama", "layer by layer"])
+@pytest.mark.parametrize(
+    "step", ["attention", "pinning", "arithmetic", "llama", "layer by layer", "disk"]
+)
 def test_a_step_on_a_simulated_gpu_measures(tmp_path, step):
     with simulated(policy="random"):
         rows = gpu_steps.STEPS[step].function(tmp_path)
@@ -45,6 +47,15 @@ def test_the_command_writes_a_page_and_its_figures_and_skips_with_words(tmp_path
     assert second["state"] in ("done", "skipped")
     assert second["rows"] or second["words"]
     assert "| arithmetic | done |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_the_command_runs_on_a_simulated_gpu(tmp_path):
+    command = [sys.executable, str(ROOT / "workflow/bench/gpu.py"), "--output", tmp_path / "gpu"]
+    options = ["--simulated", "--seconds", "6000", "--only", "versions"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (versions,) = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"what": "device", "value": "Simulated GPU"} in versions["rows"]
 
 
 def test_a_step_that_does_not_end_costs_no_other_one(tmp_path):

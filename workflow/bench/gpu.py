@@ -6,6 +6,7 @@ Writes a page and its figures: results/gpu.md and results/gpu.json.
 """
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,12 +42,13 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run(step: str, folder: Path, limit: float) -> Outcome:
+def run(step: str, folder: Path, limit: float, simulated: bool = False) -> Outcome:
     """One step in a process of its own."""
     what = " ".join((gpu_steps.STEPS[step].function.__doc__ or "").split())
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__)), "--step", step, "--folder", str(folder)],
+        [sys.executable, str(Path(__file__)), "--step", step, "--folder", str(folder)]
+        + ["--simulated"] * simulated,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -64,13 +68,25 @@ def run(step: str, folder: Path, limit: float) -> Outcome:
     return Outcome(step, what, seconds=seconds, **json.loads(last))
 
 
-def alone(step: str, folder: Path) -> dict[str, Any]:
+def alone(step: str, folder: Path, simulated: bool = False) -> dict[str, Any]:
     """The body of a step's process."""
     try:
-        rows = gpu_steps.STEPS[step].function(folder)
+        with simulated_gpu() if simulated else nullcontext():
+            rows = gpu_steps.STEPS[step].function(folder)
     except gpu_steps.SkippedError as reason:
         return {"state": "skipped", "words": str(reason)}
     return {"state": "done", "rows": rows}
+
+
+@contextmanager
+def simulated_gpu() -> Iterator[None]:
+    """A simulated GPU, to try the battery out where there is none: its figures mean nothing."""
+    import simulated_cuda
+
+    with suppress(ImportError):  # before the simulation, which stands in for a part of it
+        importlib.import_module("bitsandbytes")
+    with simulated_cuda.simulated(policy="random"):
+        yield
 
 
 def page(outcomes: list[Outcome]) -> str:
@@ -106,15 +122,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=gpu_steps.ROOT / "results/gpu")
     parser.add_argument("--step", choices=gpu_steps.STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--simulated", action="store_true", help="try the steps out on a simulated GPU"
+    )
     requested = parser.parse_args()
     if requested.step:
-        print(json.dumps(alone(requested.step, requested.folder)))
+        print(json.dumps(alone(requested.step, requested.folder, requested.simulated)))
         return
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         for name in requested.only or gpu_steps.STEPS:
             limit = gpu_steps.STEPS[name].seconds * requested.seconds / SECONDS
-            outcomes.append(run(name, Path(folder) / name, limit))
+            outcomes.append(
+                run(name, Path(folder) / name.replace(" ", "-"), limit, requested.simulated)
+            )
             print(f"{name}: {outcomes[-1].state} {outcomes[-1].words}", flush=True)
     requested.output.parent.mkdir(parents=True, exist_ok=True)
     requested.output.with_suffix(".md").write_text(page(outcomes), encoding="utf-8")

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from simulated_runs import build, difference, read_rows
 from support import Stages, stages
 from theloom.devices import accelerator, host, pinned
 from theloom.devices import gpu as devices_gpu
+from theloom.memory import replayed
+from theloom.memory.cuda_allocator import cublas_workspace
 from theloom.memory.estimators import Traced
 from theloom.memory.sizes import Workload
 from theloom.model.weight_format import WeightFormat
@@ -140,7 +143,9 @@ def pipeline(folder: Path) -> Rows:
 
 
 def attention(folder: Path) -> Rows:
-    """Which kernel SDPA takes, and what a call allocates, next to what the scores alone would."""
+    """Which kernel SDPA takes, what a call allocates next to what the scores alone would, and
+    whether it takes longer where the keys have a new length (cuDNN may plan anew for each).
+    """
     here, rows = device(), []
     tokens = 2048 if _is_real(here) else 256
     for dtype in (torch.float32, torch.bfloat16):
@@ -168,9 +173,28 @@ def attention(folder: Path) -> Rows:
                         "allocates MB": _growth(here, call) / 1e6,
                         "output MB": q.nbytes / 1e6,
                         "scores MB": 8 * queries * tokens * dtype.itemsize / 1e6,
+                        **_new_lengths(here, q, k, v, **options),
                     }
                 )
     return rows
+
+
+def _new_lengths(
+    here: torch.device, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> dict[str, float]:
+    """Milliseconds of a call, where the keys have a length that was not there before, and again."""
+    found = {}
+    for name in ("new length ms", "again ms"):
+        began = time.perf_counter()
+        for less in range(8, 0, -1):
+            part = slice(None, k.shape[2] - 8 * less)
+            mask = options["attn_mask"]
+            cut = options | {"attn_mask": None if mask is None else mask[:, part]}
+            queries = q if mask is not None else q[:, :, part]
+            _attend(queries, k[:, :, part], v[:, :, part], **cut)
+        accelerator.synchronize(here)
+        found[name] = (time.perf_counter() - began) / 8 * 1e3
+    return found
 
 
 def pinning(folder: Path) -> Rows:
@@ -232,6 +256,14 @@ def llama(folder: Path) -> Rows:
         traced.weights(kind)
         + traced.forward(kind, Workload(windows, tokens, tokens), [], device=here.type).total
     )
+    held = replayed.resident(
+        traced.fake(kind),
+        [Workload(windows, tokens, tokens)],
+        [],
+        kind.precision,
+        fixed=[cublas_workspace(accelerator.capability(here))] if _is_real(here) else [],
+        expandable=accelerator.expandable_segments(here),
+    )
     with torch.device(here):
         model = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
     ids = torch.randint(0, 32000, (windows, tokens)).to(here)
@@ -256,6 +288,7 @@ def llama(folder: Path) -> Rows:
     if here.type != "cpu":
         row["allocated MB"] = accelerator.peak(here) / 1e6
         row["reserved MB"] = accelerator.peak_reserved(here) / 1e6
+        row["predicted reserved MB"] = held.reserved / 1e6
         row["predicted / allocated"] = predicted / accelerator.peak(here)
         if _is_real(here):
             row["idle %"] = _idle(forward, here)
@@ -290,16 +323,70 @@ def back_off(folder: Path) -> Rows:
 
 
 def layer_by_layer(folder: Path) -> Rows:
-    """Layer by layer: how often the host waits, by CUDA's synchronisation debug mode."""
-    here, model = gpu("CUDA's synchronisation debug mode"), _tiny(folder)
-    run = _prepared(folder / "run", model, "fp32", str(here), "layerwise")
-    with warnings.catch_warnings(record=True) as caught, accelerator.waits_warned_of():
-        warnings.simplefilter("always")
-        run.extract()
-    waits = sum("synchroniz" in str(w.message) for w in caught)
-    metrics = theloom.open(run.shards[0]).metrics
-    waited = metrics["seconds_waiting_for_weights"] / max(metrics["seconds_total"], 1e-9)
-    return [{"waits of the host": waits, "waiting for weights %": 100 * waited}]
+    """Layer by layer against resident: tokens/s and the rows' difference; how often the host waits,
+    by CUDA's synchronisation debug mode, and for how long for weights.
+    """
+    here = device()
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096} if _is_real(here) else {}
+    model, rows, first = _tiny(folder, **sizes), [], None
+    for execution in ("resident", "layerwise"):
+        run = _prepared(folder / execution, model, "fp32", str(here), execution)
+        watched = accelerator.has_streams(here)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with accelerator.waits_warned_of() if watched else nullcontext():
+                run.extract()
+        run.merge()
+        metrics = theloom.open(run.shards[0]).metrics
+        seconds = max(metrics["seconds_total"], 1e-9)
+        found = read_rows(run.activations)
+        first = first or found
+        row: dict[str, Any] = {
+            "execution": execution,
+            "tokens/s": metrics["tokens"] / seconds,
+            "waiting for weights %": 100 * metrics["seconds_waiting_for_weights"] / seconds,
+            "difference": difference(found, first),
+        }
+        if watched:
+            row["waits of the host"] = sum("synchroniz" in str(w.message) for w in caught)
+        rows.append(row)
+    return rows
+
+
+def disk(folder: Path) -> Rows:
+    """The disk: bytes/s written and synced, and read again, past the page cache where the system
+    lets a program drop it.
+    """
+    free = shutil.disk_usage(folder.parent).free
+    size = min(2 * GIB if _is_real(device()) else 64 * MIB, free // 4)
+    piece, file = os.urandom(16 * MIB), folder.with_suffix(".disk")
+    count = max(1, size // len(piece))
+    try:
+        began = time.perf_counter()
+        with file.open("wb", buffering=0) as out:
+            for _ in range(count):
+                out.write(piece)
+            os.fsync(out.fileno())
+        written = time.perf_counter() - began
+        with file.open("rb", buffering=0) as found:
+            dropped = hasattr(os, "posix_fadvise")
+            if dropped:
+                os.posix_fadvise(found.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            began = time.perf_counter()
+            while found.read(len(piece)):
+                pass
+            read = time.perf_counter() - began
+    finally:
+        file.unlink(missing_ok=True)
+    total = count * len(piece)
+    return [
+        {
+            "MiB": total // MIB,
+            "write MB/s": total / written / 1e6,
+            "read MB/s": total / read / 1e6,
+            "page cache dropped": dropped,
+        }
+    ]
 
 
 def quantised(folder: Path) -> Rows:
@@ -342,7 +429,7 @@ def sanitizer(folder: Path) -> Rows:
 
 STEPS = {
     "versions": Step(versions, 25),
-    "tests": Step(tests, 120),
+    "tests": Step(tests, 100),
     "pipeline": Step(pipeline, 90),
     "attention": Step(attention, 40),
     "pinning": Step(pinning, 35),
@@ -350,6 +437,7 @@ STEPS = {
     "llama": Step(llama, 90),
     "back-off": Step(back_off, 45),
     "layer by layer": Step(layer_by_layer, 40),
+    "disk": Step(disk, 20),
     "quantised": Step(quantised, 60),
     "sanitizer": Step(sanitizer, 35),
 }

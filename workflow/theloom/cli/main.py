@@ -168,13 +168,13 @@ def _machine_table(machine: list[tuple["GPUInfo", str]]) -> str:
     for info, auto in machine:
         memory = (info.total_memory_gb, info.used_memory_gb, info.free_memory_gb)
         sizes = [f"{gb:.1f} ({gb * 1e9 / GIB:.1f})" for gb in memory]
-        rows.append(
-            [info.index, info.name, capability(info.compute_capability), *sizes, auto.upper()]
-        )
+        busy = "" if info.busy_percent is None else f"{info.busy_percent}%"
+        known = capability(info.compute_capability)
+        rows.append([info.index, info.name, known, *sizes, busy, auto.upper()])
     return table(
         rows,
-        ["", "device", "capability", "total", "used", "free", "auto"],
-        numbers=range(2, 6),
+        ["", "device", "capability", "total", "used", "free", "busy", "auto"],
+        numbers=range(2, 7),
         fold=1,
     )
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from theloom.devices import host
+from theloom.devices import amd, host
 
 if TYPE_CHECKING:
     import torch
@@ -281,6 +281,7 @@ def properties() -> list[Properties]:
             p = torch.cuda.get_device_properties(index)
             number = None if torch.version.hip else (p.major, p.minor)
             uuid = str(getattr(p, "uuid", ""))
+            uuid = amd.uuid_of(uuid) if torch.version.hip else uuid
             found.append(Properties(index, uuid, p.name, number, p.total_memory))
         else:
             found.append(Properties(index, "", name(device), None, driver_memory(device)[1]))
@@ -365,6 +366,14 @@ def _memory(device: "torch.device") -> Any:
     import torch
 
     return torch.cuda if device.type == "cuda" else torch.accelerator
+
+
+def expandable_segments(device: "torch.device") -> bool:
+    """Whether a GPU's allocator grows its segments, as PYTORCH_ALLOC_CONF says."""
+    import torch
+
+    settings = getattr(torch._C, "_accelerator_getAllocatorSettings", str)()
+    return has_streams(device) and "expandable_segments:True" in settings
 
 
 def empty_cache(device: "torch.device") -> None:

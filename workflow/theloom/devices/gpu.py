@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from theloom.devices import accelerator, gpu_lease, host, nvml, visible
+from theloom.devices import accelerator, boards, gpu_lease, host, nvml, visible
 from theloom.devices.host import DeviceMemory
 from theloom.errors import ConfigError
 from theloom.precision import Resolved, choose_precision, cpu_has_fp16, follow
@@ -150,7 +150,8 @@ class GPUInfo:
 
     `used` is everyone's, `own` and `peak` are this process's: on a GPU what torch's allocator
     holds, and the most that tensors took since `reset_peak_memory`; on the CPU resident memory.
-    `processes` are those that the driver lists. `note` says why something could not be known, "" if
+    `processes` are those that the driver lists, `busy_percent` how much of the last moment it
+    computed, None where it does not tell. `note` says why something could not be known, "" if
     all is.
     """
 
@@ -165,6 +166,7 @@ class GPUInfo:
     own_memory_gb: float
     processes: tuple[nvml.Process, ...] = ()
     note: str = ""
+    busy_percent: int | None = None
 
     @property
     def label(self) -> str:
@@ -287,13 +289,13 @@ class GPUManager:
         return device
 
     def _all(self) -> list[GPUInfo]:
-        machine = nvml.read()
+        machine = boards.read()
         return [self._info(index, machine) for index in range(len(self._visible) or 1)]
 
     def _info(self, index: int, machine: nvml.Machine | None = None) -> GPUInfo:
         if not self._visible:
             return _cpu_info(self._why_none)
-        gpu, machine = self._visible[index], machine or nvml.read()
+        gpu, machine = self._visible[index], machine or boards.read()
         device, found = accelerator.numbered(index), visible.find(gpu, machine)
         memory, note = visible.memory(gpu, found, machine)
         return GPUInfo(
@@ -308,6 +310,7 @@ class GPUManager:
             accelerator.reserved(device) / 1e9,
             found.processes if found else (),
             note,
+            found.busy if found else None,
         )
 
 

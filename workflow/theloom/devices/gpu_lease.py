@@ -14,14 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from theloom import terminal
-from theloom.devices import nvml
+from theloom.devices import boards
 from theloom.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,13 @@ _held: tuple[str, ...] = ()  # of this process
 @dataclass(frozen=True)
 class Candidate:
     """A GPU that may be leased. `free` is bytes, None where it is not known; `users` says in words
-    who has the rest.
+    who has the rest. `variables` of the environment show it to programs: the first takes UUIDs.
     """
 
     uuid: str
     free: int | None = None
     users: str = ""
+    variables: tuple[str, ...] = ("CUDA_VISIBLE_DEVICES",)
 
 
 def held() -> tuple[str, ...]:
@@ -73,9 +74,10 @@ def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[st
         finally:
             _held = ()
         return
-    if not visible(_candidates()):
+    if not (shown := visible(_candidates())):
         yield ()
         return
+    variables = shown[0].variables
 
     def look() -> list[Candidate]:
         found = visible(_candidates())
@@ -89,18 +91,24 @@ def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[st
         return found[int(device.partition(":")[2]) :][:1]
 
     with leased(look, count, needed) as found:
-        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        before = {name: os.environ.get(name) for name in variables}
         if ":" not in device:  # else numbers are the user's, and stay
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(found)
+            _show(dict.fromkeys(variables) | {variables[0]: ",".join(found)})
         _held = found
         try:
             yield found
         finally:
             _held = ()
-            if before is None:
-                os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-            else:
-                os.environ["CUDA_VISIBLE_DEVICES"] = before
+            _show(before)
+
+
+def _show(values: Mapping[str, str | None]) -> None:
+    """Set variables of this process, or remove them."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _one_process_can_use(names: Sequence[str]) -> tuple[str, ...]:
@@ -115,36 +123,45 @@ def _one_process_can_use(names: Sequence[str]) -> tuple[str, ...]:
 
 def assigned_by_scheduler() -> tuple[str, ...]:
     """What Slurm, PBS, LSF or Grid Engine has given to this job, as they write it in
-    CUDA_VISIBLE_DEVICES.
+    CUDA_VISIBLE_DEVICES, or for AMD's GPUs in ROCR_VISIBLE_DEVICES.
     """
     batch = any(name in os.environ for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"))
     grid_engine = "JOB_ID" in os.environ and any(name.startswith("SGE_") for name in os.environ)
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    shown = (os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"))
+    names = next(filter(None, shown), "")
     return tuple(filter(None, names.split(","))) if batch or grid_engine else ()
 
 
 def _candidates() -> list[Candidate]:
     """The machine's GPUs, or where they are in MIG mode their instances, in the driver's order."""
     found: list[Candidate] = []
-    for board in nvml.read().devices:
+    for board in boards.read().devices:
         for device in board.instances if board.mig else [board]:
             users = ", ".join(
                 f"{p.name} (pid {p.pid}{', vLLM' if p.is_vllm else ''})" for p in device.processes
             )
-            found.append(Candidate(device.uuid, device.free, users))
+            found.append(Candidate(device.uuid, device.free, users, device.visible))
     return found
 
 
 def visible(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that CUDA_VISIBLE_DEVICES shows, in its order: by UUID or the beginning of one, or by
-    CUDA's number.
+    CUDA's number. Of AMD's GPUs those that ROCR_VISIBLE_DEVICES shows, and of them those of HIP's
+    numbers.
 
     As CUDA does, it stops at the first entry that names none. Raises ConfigError where numbers
     cannot be told apart.
     """
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if names is None:
-        return list(candidates)
+    if not candidates:
+        return []
+    outer, *inner = (os.environ.get(name) for name in candidates[0].variables)
+    shown = list(candidates) if outer is None else _named(candidates, outer)
+    numbers = next((names for names in inner if names is not None), None)
+    return shown if numbers is None else _named(shown, numbers)
+
+
+def _named(candidates: Sequence[Candidate], names: str) -> list[Candidate]:
+    """Those that a variable names, in its order."""
     found: list[Candidate] = []
     numbered: list[Candidate] | None = None
     for name in (n.strip() for n in names.split(",")):
@@ -163,10 +180,11 @@ def _by_cuda_number(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The GPUs as CUDA numbers them: as the driver does if CUDA_DEVICE_ORDER says PCI_BUS_ID, else
     fastest first.
     """
-    if len(candidates) < 2 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+    amd = any("ROCR_VISIBLE_DEVICES" in c.variables for c in candidates)  # HIP's order already
+    if amd or len(candidates) < 2 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
         return list(candidates)
-    boards = nvml.read().devices
-    if len({board.name for board in boards}) == 1:
+    names = {board.name for board in boards.read().devices}
+    if len(names) == 1:
         return list(candidates)  # none is faster: CUDA keeps the driver's order
     # only CUDA knows, and asking it here would settle what this process sees
     script = "from theloom.devices import accelerator; "

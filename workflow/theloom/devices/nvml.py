@@ -38,7 +38,9 @@ class Device:
     `total` and `free` are bytes that programs can have: without the few hundred MB that the driver
     reserves, which nvidia-smi's total includes. They are None where NVML does not tell; `unified`
     if that is since the board has no memory of its own but shares the host's. A GPU in MIG mode has
-    `instances`, which alone run programs. `note` has the reasons for what is missing, in words.
+    `instances`, which alone run programs. `busy` is the percentage of the last moment in which it
+    computed. `visible` are the variables that show it to programs. `note` has the reasons for what
+    is missing, in words.
     """
 
     uuid: str
@@ -50,6 +52,8 @@ class Device:
     mig: bool = False
     instances: tuple["Device", ...] = ()
     processes: tuple[Process, ...] = ()
+    busy: int | None = None
+    visible: tuple[str, ...] = ("CUDA_VISIBLE_DEVICES",)
     note: str = ""
 
     @property
@@ -189,8 +193,9 @@ def _described(handle: Any) -> Device:
     capability, _ = _ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
     total, free, unified, memory_note = _memory(handle)
     processes, process_note = _processes(handle)
+    rates, _ = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)  # MIG has none
     if not process_note and total is not None and free is not None:
-        process_note = _unexplained(total - free, processes)
+        process_note = unexplained(total - free, processes)
     return Device(
         uuid,
         name or "unknown GPU",
@@ -199,6 +204,7 @@ def _described(handle: Any) -> Device:
         free,
         unified,
         processes=processes,
+        busy=rates.gpu if rates is not None else None,
         note="; ".join(filter(None, [memory_note, process_note])),
     )
 
@@ -244,13 +250,14 @@ def _processes(handle: Any) -> tuple[tuple[Process, ...], str]:
     }  # one may be in both lists
     names = {pid: _process_name(pid) for pid in used}
     listed = [
-        Process(pid, names[pid], memory, _is_vllm(pid, names[pid])) for pid, memory in used.items()
+        Process(pid, names[pid], memory, is_vllm(pid, names[pid])) for pid, memory in used.items()
     ]
     listed.sort(key=lambda p: -(p.used or 0))
     return tuple(listed), f"processes: {_words(error)}" if error else ""
 
 
-def _unexplained(used: int, processes: tuple[Process, ...]) -> str:
+def unexplained(used: int, processes: tuple[Process, ...]) -> str:
+    """In words, what of the bytes in use no process is listed for; "" where that is little."""
     if any(p.used is None for p in processes):
         return "the driver does not tell how much memory each process has"
     rest = used - sum(p.used or 0 for p in processes)
@@ -272,7 +279,7 @@ def _process_name(pid: int) -> str:
     return PurePath(name).name if name and name.startswith("/") else name or "unknown process"
 
 
-def _is_vllm(pid: int, name: str) -> bool:
+def is_vllm(pid: int, name: str) -> bool:
     """Whether a process is a vLLM server's: by the title that it gives itself, or by its or its
     parents' command.
     """

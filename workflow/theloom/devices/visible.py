@@ -8,7 +8,7 @@ make none, and are 0 before there is one.
 
 import os
 
-from theloom.devices import accelerator, host, nvml
+from theloom.devices import accelerator, boards, host, nvml
 from theloom.devices.accelerator import Properties
 from theloom.devices.host import DeviceMemory
 
@@ -58,7 +58,7 @@ def memory(
 
 
 def _why_none(reason: str) -> str:
-    machine, visible = nvml.read(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    machine, visible = boards.read(), os.environ.get("CUDA_VISIBLE_DEVICES")
     shown = ", ".join(device.name for device in machine.devices)
     told = f"the driver shows {shown}" if shown else machine.note
     if shown and visible is not None:

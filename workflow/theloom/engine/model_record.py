@@ -124,7 +124,9 @@ def read(path: Path) -> ModelRecord:
             causal=bool(attributes["causal"]),
             streams=bool(attributes["streams"]),
             correction=Correction(
-                float(file["memory"].attrs["ratio"]), int(file["memory"].attrs["overhead"])
+                float(file["memory"].attrs["ratio"]),
+                int(file["memory"].attrs["overhead"]),
+                float(file["memory"].attrs["fragmentation"]),
             ),
             layerwise=attributes["execution"] == "layerwise",
             attributes=attributes,

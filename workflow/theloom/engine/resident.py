@@ -4,8 +4,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from theloom.corpus import batching
 from theloom.devices import gpu
 from theloom.devices.peak_memory import MemoryWatch
@@ -19,7 +17,7 @@ from theloom.memory.profile import ShardProfile
 from theloom.model.forward import prefill
 from theloom.model.loading import LoadedModel
 from theloom.planning import estimate, measure, multi_gpu
-from theloom.planning.plan import Plan, Planned, forward, plan_advice
+from theloom.planning.plan import Plan, Planned, longest_pass, plan_advice
 from theloom.precision import torch_dtype
 from theloom.store.partial import committed_batches
 from theloom.store.writer import ShardWriter
@@ -133,7 +131,7 @@ def extract_resident(job: ShardJob) -> None:
         predicted.allocated if run.device.type != "cpu" else predicted.total,
         run.threshold,
         loaded.tolerance,
-        longest_pass(job, plan),
+        longest_pass(run.estimate, run.weight_format.name, plan, job.lengths.tolist()),
     )
     largest = batching.largest(batches, first, plan.chunk_size) if job.profiled else ()
     profile = ShardProfile(loaded, job.output, largest)
@@ -160,16 +158,6 @@ def extract_resident(job: ShardJob) -> None:
         )
 
     interrupts.until_it_fits(extract, smaller, job.oom_level, run.device, advice)
-
-
-def longest_pass(job: ShardJob, plan: Plan) -> int:
-    """Tokens of the longest document whose single pass takes no more than the plan's passes."""
-    kind, estimated = job.run.weight_format.name, job.run.estimate
-    budget = forward(estimated, kind, plan).total
-    fitting = [
-        n for n in np.unique(job.lengths).tolist() if estimated.find(kind, n, n).total <= budget
-    ]
-    return max(fitting, default=0)
 
 
 def plan_resident(job: ShardJob) -> Planned:

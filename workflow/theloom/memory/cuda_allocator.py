@@ -1,15 +1,6 @@
-"""What PyTorch's CUDA caching allocator makes of a trace: the bytes that it gives out, and those
-that it holds.
+"""Numbers of PyTorch's CUDA caching allocator, and what a process takes beside its tensors.
 
-Tensors do not get the bytes that they ask for. The allocator rounds each request, carves it out of
-a segment that it got from the driver, keeps what is freed, and merges neighbours that are both
-free. `allocated` is what `max_memory_allocated` shows, `reserved` what
-`max_memory_reserved` shows and what must fit.
-
-The rules are those of c10/cuda/CUDACachingAllocator.cpp in torch 2.13 with its default settings, on
-one stream: segments are not expandable, blocks of any size are split, and nothing is given back to
-the driver, which real programs do only when they would run out. Of free blocks of one size the one
-at the lowest address is taken; the driver is taken to hand out rising addresses.
+`caching_allocator` replays its rules.
 """
 
 Event = tuple[int, int]  # of LiveStorages: the number of a storage, its bytes; negative at its end

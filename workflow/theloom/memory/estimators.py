@@ -180,7 +180,7 @@ class Traced:
     def catalog(self) -> HookCatalog:
         return self.fake(WeightFormat("fp32")).catalog
 
-    def _unneeded(self, points: tuple[HookPoint, ...]) -> list[str]:
+    def unneeded(self, points: Sequence[HookPoint]) -> list[str]:
         """Modules that no kind of weights needs: found once, and where nothing is quantised."""
         names = tuple(p.name for p in points)
         if names not in self._left_out:
@@ -200,7 +200,7 @@ class Traced:
     def weights(self, kind: WeightFormat, points: Sequence[HookPoint] | None = None) -> int:
         from theloom.model import pruning
 
-        left_out = [] if points is None else self._unneeded(tuple(points))
+        left_out = [] if points is None else self.unneeded(points)
         return sum(pruning.storages(self.fake(kind).architecture.model, left_out))
 
     def largest_weight(self, kind: WeightFormat) -> int:

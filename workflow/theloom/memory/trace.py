@@ -5,6 +5,7 @@ billion parameters is traced in a second or a few. The fake device is the CPU: f
 would take attention's unfused path.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -49,19 +50,23 @@ def trace(
     held: bool = False,
     store: str | None = None,
     device: str = "cpu",
+    on_their_way: int = 0,
+    shorten: bool = True,
 ) -> tuple[Peak, LiveStorages]:
     """The peak of one workload, weights and inputs not counted, and all births and ends of storages
     on the way.
 
     `points` are the hook points that are read (the forward ends after the deepest; with none it
     runs through). Their values are `held` until the forward ends, or else converted to the
-    precision `store` and released, as when they are written to a file. `device` is cpu or cuda:
-    what its kernels allocate differs. Long windows are not traced chunk by chunk: the
-    KV cache is filled, then the last two steps run.
+    precision `store` and released, as when they are written to a file; or, as a GPU does, copied,
+    with so many copies `on_their_way` to the host. `device` is cpu or cuda: what its kernels
+    allocate differs. With `shorten` long windows are not traced chunk by chunk: the KV cache is
+    filled, then the last two steps run.
     """
     with fake.mode, shapes_only():
         ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
-        return run(fake.architecture, ids, workload, points, held, store, device, shorten=True)
+        described = fake.architecture
+        return run(described, ids, workload, points, held, store, device, shorten, on_their_way)
 
 
 def parts(peak: Peak) -> PeakBytes:
@@ -81,6 +86,7 @@ def run(
     store: str | None = None,
     device: str = "cpu",
     shorten: bool = False,
+    on_their_way: int = 0,
 ) -> tuple[Peak, LiveStorages]:
     """`trace` on a model as it is, real or fake: with real weights it measures what `trace`
     predicts.
@@ -90,9 +96,15 @@ def run(
     kept: list[tuple[HookPoint, torch.Tensor]] = []
     by_name = {p.name: p for p in points}
     dtype = torch_dtype(store) if store else None
+    leaving: deque[torch.Tensor] = deque()
 
     def sink(name: str, value: torch.Tensor) -> None:
-        if held:
+        if on_their_way and dtype is not None:
+            leaving.append(value.to(dtype, copy=True))
+            live.mark(leaving[-1], CAPTURED)
+            if len(leaving) > on_their_way:
+                leaving.popleft()
+        elif held:
             live.mark(value, CAPTURED)
             kept.append((by_name[name], value))
         elif dtype is not None:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
 from theloom.memory import trace
+from theloom.memory.cuda_allocator import Event
 from theloom.memory.sizes import PeakBytes, Workload
 from theloom.memory.storages import LiveStorages
 from theloom.model import block_calls
@@ -26,11 +27,12 @@ from theloom.model.shapes_only import shapes_only
 @dataclass(frozen=True)
 class BlockPass:
     """The bytes of the most demanding block at its peak, weights apart, and of the arguments of all
-    blocks.
+    blocks. `events` are the births and ends of storages, pass by pass.
     """
 
     parts: PeakBytes
     recorded: int
+    events: tuple[Sequence[Event], ...] = ()
 
 
 class _MarkedBlockCache(BlockCache):
@@ -61,7 +63,7 @@ def trace_block(
         block_calls.look(frame)
         steps, start = workload.steps, 0
         recorded: dict[int, torch.Tensor] = {}
-        passes: list[PeakBytes] = []
+        passes: list[tuple[PeakBytes, Sequence[Event]]] = []
         first: list[Call] = []
         for number, size in enumerate(steps):
             ids = torch.zeros(workload.windows, size, dtype=torch.int64)
@@ -80,8 +82,9 @@ def trace_block(
                 }
             start += size
     return BlockPass(
-        max(passes, key=lambda parts: parts.total),
+        max((parts for parts, _ in passes), key=lambda parts: parts.total),
         sum(x.untyped_storage().nbytes() for x in recorded.values()),
+        tuple(events for _, events in passes),
     )
 
 
@@ -107,8 +110,8 @@ def _pass(
     size: int,
     points: Sequence[HookPoint],
     device: str,
-) -> PeakBytes:
-    """The peak of one step over `size` positions from `start`, in one block."""
+) -> tuple[PeakBytes, Sequence[Event]]:
+    """The peak of one step over `size` positions from `start`, in one block, and its events."""
     module, hidden = frame.blocks[block], frame.architecture.hidden_size
     live = (
         LiveStorages(inside=trace.CPU_KERNELS)
@@ -158,14 +161,16 @@ def _pass(
         del output
     found = trace.parts(peak)
     if device == "cpu":
-        return found
+        return found, live.events
     arguments = {
         id(x): x
         for x in tree_leaves((calls[block].args, calls[block].kwargs))
         if isinstance(x, torch.Tensor)
     }
-    copied = sum(x.numel() * x.element_size() for x in arguments.values())
-    return replace(found, temporaries=found.temporaries + copied)
+    sizes = [x.numel() * x.element_size() for x in arguments.values() if x.numel()]
+    free = 1 + max((number for number, _ in live.events), default=-1)
+    events = list(enumerate(sizes, free))
+    return replace(found, temporaries=found.temporaries + sum(sizes)), [*events, *live.events]
 
 
 def _like(points: Sequence[HookPoint], block: int) -> list[HookPoint]:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from theloom.config.checks import LEAST_CHUNK
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import residual_points
 from theloom.hooks.taps import Taps
+from theloom.model.attention_kernels import one_document_a_row
 from theloom.model.length_switches import as_long_as, forget_lengths
 
 if TYPE_CHECKING:
@@ -66,7 +68,8 @@ def steps(
         real = torch.tensor(list(lengths), device=model.device)[:, None]
         named["attention_mask"] = (torch.arange(ids.shape[1], device=model.device) < real).long()
     if lengths is not None or ids.shape[1] <= chunk_size:
-        with torch.inference_mode():
+        own = "position_ids" in named
+        with torch.inference_mode(), nullcontext() if own else one_document_a_row():
             taps.run(**named, **no_cache(model))
         yield 0
         return

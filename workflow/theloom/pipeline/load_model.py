@@ -1,7 +1,7 @@
 """The load_model stage: load a model, try it out, measure, and write `model.h5`."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +26,13 @@ from theloom.planning import estimate
 from theloom.planning.estimate import Estimate
 from theloom.planning.measure import measure, prepare_measurement
 from theloom.planning.multi_gpu import available, fit_plan
-from theloom.planning.plan import Planned
+from theloom.planning.plan import Correction, Planned
+from theloom.planning.replay import replay_of_run, replay_of_sweep
 from theloom.store import file_format
 
 if TYPE_CHECKING:
     from theloom.planning.measure import Measured
+    from theloom.planning.replay import Replayed
 
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,17 @@ def record_layerwise(
             terminal.format_bytes(measured.growth),
         )
         overhead = max(0, measured.growth - measured.predicted)
+        replayed = replay_of_sweep(
+            model.fake(),
+            model.sizes(points),
+            estimated,
+            planned,
+            points,
+            tokens.window_lengths(tokens_path),
+            model.residual_row,
+            model.kind,
+            model.loaded.device,
+        )
         with h5py.File(output, "w") as file:
             attributes = model_attributes(model.loaded, config)
             file_format.set_attributes(
@@ -83,8 +96,9 @@ def record_layerwise(
             )
             group = file.create_group("memory")
             file_format.set_attributes(
-                group, {"changes": list(planned.changes), "ratio": 1.0, "overhead": overhead}
+                group, asdict(Correction(overhead=overhead)) | {"changes": list(planned.changes)}
             )
+            _write_replayed(group, replayed)
             file_format.set_attributes(
                 group.create_group("plan"), asdict(planned.plan) | {"spilled": planned.spilled}
             )
@@ -163,6 +177,9 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         log.info("documents longer than a chunk go in one pass")
         planned = fit_plan(estimated, kind, device, threshold, windows, streams=False, room=room)
     measured = measure(loaded, kind, traced, planned.plan, points, loading)
+    replayed = replay_of_run(
+        traced, kind, estimated, planned.plan, points, windows, tried.switches, device
+    )
     gpu.warn_above(threshold, device)
     log.info(
         "loaded %s in %s on %s", config.model.source, resolved.resolved, accelerator.name(device)
@@ -176,7 +193,8 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         )
         file_format.set_attributes(file, attributes)
         weights = sum(storages(traced.fake(kind).architecture.model, loaded.left_out))
-        _write_memory(file.create_group("memory"), planned, measured, weights, loading.growth)
+        memory = file.create_group("memory")
+        _write_memory(memory, planned, measured, weights, loading.growth, replayed)
         write_catalog(file, catalog)
 
 
@@ -204,11 +222,18 @@ def _log(measured: "Measured") -> None:
 
 
 def _write_memory(
-    group: h5py.Group, planned: Planned, measured: "Measured", weights: int, load_growth: int
+    group: h5py.Group,
+    planned: Planned,
+    measured: "Measured",
+    weights: int,
+    load_growth: int,
+    replayed: "Replayed | None",
 ) -> None:
-    file_format.set_attributes(
-        group, {"changes": list(planned.changes), **asdict(measured.correction)}
-    )
+    correction = measured.correction
+    if replayed is not None:
+        correction = replace(correction, fragmentation=replayed.fragmentation)
+    _write_replayed(group, replayed)
+    file_format.set_attributes(group, {"changes": list(planned.changes), **asdict(correction)})
     file_format.set_attributes(group.create_group("plan"), asdict(planned.plan))
     file_format.set_attributes(group.create_group("workload"), asdict(measured.workload))
     file_format.set_attributes(
@@ -222,3 +247,16 @@ def _write_memory(
         "load_growth": load_growth,
     }
     file_format.set_attributes(group.create_group("measured"), result | growth)
+
+
+def _write_replayed(group: h5py.Group, replayed: "Replayed | None") -> None:
+    """What the allocator of a GPU is predicted to hold."""
+    if replayed is None:
+        return
+    log.info(
+        "  the GPU's allocator, replayed: %s given out, %s held%s",
+        terminal.format_bytes(replayed.allocated),
+        terminal.format_bytes(replayed.reserved),
+        ", in segments that grow" if replayed.expandable_segments else "",
+    )
+    file_format.set_attributes(group.create_group("replayed"), asdict(replayed))

@@ -5,6 +5,7 @@ precision, quantization, context or hook points: the error lists the changes tha
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache as cache_of
 
@@ -127,10 +128,12 @@ class Correction:
     Args:
         ratio: measured bytes of a forward pass per predicted byte.
         overhead: bytes in addition to the pass.
+        fragmentation: share of the pass that a GPU's allocator holds beyond what it gives out.
     """
 
     ratio: float = 1.0
     overhead: int = 0
+    fragmentation: float = sizes.FRAGMENTATION
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,23 @@ def forward(estimate: Estimate, kind: str, plan: Plan) -> PeakBytes:
             replace(p, kv_cache=min(p.kv_cache, 2 * p.kv_cache // estimate.blocks)) for p in passes
         ]
     return max(passes, key=lambda parts: parts.total)
+
+
+def longest_pass(estimate: Estimate, kind: str, plan: Plan, lengths: Iterable[int]) -> int:
+    """Tokens of the longest document whose single pass takes no more than the plan's passes.
+
+    Args:
+        estimate: of the run.
+        kind: name of the weight format.
+        plan: the plan.
+        lengths: tokens of the documents.
+
+    Returns:
+        Tokens; 0 where there is none.
+    """
+    budget = forward(estimate, kind, plan).total
+    fitting = (n for n in set(lengths) if estimate.find(kind, n, n).total <= budget)
+    return max(fitting, default=0)
 
 
 def choose(
@@ -327,7 +347,9 @@ def _weigh(
     estimate: Estimate, kind: str, place: Place, plan: Plan, correction: Correction
 ) -> Planned:
     parts = forward(estimate, kind, plan).times(correction.ratio)
-    components = sizes.with_device_overhead(estimate.weights[kind], parts, *place)
+    components = sizes.with_device_overhead(
+        estimate.weights[kind], parts, *place, correction.fragmentation
+    )
     waiting = bytes_on_device(place[0], plan.step_tokens * estimate.largest_capture[kind])
     return Planned(plan, replace(components, on_their_way=waiting, overhead=correction.overhead))
 

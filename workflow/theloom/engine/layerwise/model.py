@@ -29,7 +29,7 @@ from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
 from theloom.memory.trace_block import trace_block
 from theloom.model import checks, loading, weight_format
 from theloom.model.checks import SelfCheck
-from theloom.model.fake import fake_model
+from theloom.model.fake import FakeModel, fake_model
 from theloom.model.files import ModelFiles, hf_config
 from theloom.model.length_switches import length_switches
 from theloom.model.loading import LoadedModel, Target
@@ -81,15 +81,7 @@ class LayerwiseModel:
 
     def pass_of(self, points: Sequence[HookPoint]) -> PassOf:
         """Predicts the bytes of one pass through one block: by a trace, each workload once."""
-        config, device = self.shell.model.config, self.loaded.device.type
-        precision, quantization, attention = (
-            self.kind.precision,
-            self.kind.quantization,
-            traceable_attention(self.loaded.attention),
-        )
-        fake = fake_model(
-            config, precision, quantization, attention, kernels="cpu" if device == "cpu" else "cuda"
-        )
+        fake, device = self.fake(), self.loaded.device.type
 
         @cache
         def predicted(workload: Workload) -> tuple[PeakBytes, int]:
@@ -97,6 +89,16 @@ class LayerwiseModel:
             return traced.parts, traced.recorded
 
         return predicted
+
+    def fake(self) -> FakeModel:
+        """The model without bytes, to be traced."""
+        return fake_model(
+            self.shell.model.config,
+            self.kind.precision,
+            self.kind.quantization,
+            traceable_attention(self.loaded.attention),
+            kernels="cpu" if self.loaded.device.type == "cpu" else "cuda",
+        )
 
     @property
     def kind(self) -> WeightFormat:

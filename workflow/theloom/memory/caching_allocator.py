@@ -1,4 +1,16 @@
-"""CUDA caching allocator, replayed."""
+"""What PyTorch's CUDA caching allocator gives out and holds, replayed request by request.
+
+Tensors do not get the bytes that they ask for. The allocator rounds each request, carves it out of
+a segment that it got from the driver, keeps what is freed, and merges neighbours that are both
+free. `allocated` is what `max_memory_allocated` shows, `reserved` what `max_memory_reserved` shows
+and what must fit.
+
+The rules are those of c10/cuda/CUDACachingAllocator.cpp in torch 2.13, on one stream: blocks of any
+size are split, and nothing is given back to the driver, which real programs do only when they would
+run out. Of free blocks of one size the one at the lowest address is taken; the driver is taken to
+hand out rising addresses. Expandable segments (`expandable_segments:True`) are one segment a pool
+that grows at its end by pages: what is free at the end is then part of a larger request.
+"""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
@@ -13,6 +25,8 @@ from theloom.memory.cuda_allocator import (
     SMALL_SEGMENT,
     Event,
 )
+
+_SMALL_ADDRESSES = 1 << 60  # where the small pool's segment that grows begins
 
 
 @dataclass(frozen=True)
@@ -38,37 +52,42 @@ class Block:
 
 
 class CachingAllocator:
-    """The blocks of one GPU. `allocated` and `reserved` are bytes at this moment."""
+    """The blocks of one stream. `allocated` and `reserved` are bytes at this moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, expandable: bool = False) -> None:
+        self.expandable = expandable
         self.allocated = 0
         self.reserved = 0
-        self._most = 0  # of `allocated`
+        self._most = self._most_reserved = 0
         self.free_blocks: dict[int, Block] = {}  # by address
         self._pools: dict[bool, list[tuple[int, int]]] = {
             True: [],
             False: [],
         }  # small or not: sorted (size, address)
         self._end = 0  # the address of the next segment
+        self._last: dict[bool, Block] = {}  # of a pool's segment that grows
 
     @property
     def peak(self) -> Usage:
-        return Usage(self._most, self.reserved)  # segments are kept
+        return Usage(self._most, self._most_reserved)
 
     def allocate(self, nbytes: int) -> Block:
         """The block that a request of so many bytes, more than 0, is given."""
         size = -(-nbytes // ROUNDING) * ROUNDING
         small = size <= SMALL
-        pool = self._pools[small]
-        best = bisect_left(pool, (size, 0))
-        block = self._take(pool[best]) if best < len(pool) else self._segment(size, small)
+        block = self._fitting(size, small) or (
+            self._grown(size, small) if self.expandable else self._segment(size, small)
+        )
         rest = block.size - size
-        # a rest of 1 MiB or less is not split off in the large pool: it counts as given out
-        if rest >= ROUNDING if small else rest > SMALL:
+        # in the large pool a rest of 1 MiB or less is not split off, and counts as given out,
+        # unless the segment grows
+        if rest >= ROUNDING if small or self.expandable else rest > SMALL:
             remainder = Block(block.address + size, rest, small, block, block.after)
             if block.after is not None:
                 block.after.before = remainder
             block.after, block.size = remainder, size
+            if block is self._last.get(small):
+                self._last[small] = remainder
             self._put(remainder)
         block.free = False
         self.allocated += block.size
@@ -90,11 +109,38 @@ class CachingAllocator:
         self._put(block)
 
     def trim(self) -> None:
-        """Give segments that are free as a whole back to the driver."""
+        """Give back to the driver what is free: segments as a whole, or pages of one that grows."""
         for block in list(self.free_blocks.values()):
-            if block.before is None and block.after is None:
+            if self.expandable:
+                page = SMALL_SEGMENT if block.small else LARGE_SEGMENT
+                if block is self._last[block.small] and (pages := block.size // page * page):
+                    self._take((block.size, block.address))
+                    block.size -= pages
+                    self.reserved -= pages
+                    if block.size:
+                        self._put(block)
+                    elif block.before is None:
+                        del self._last[block.small]
+                    else:
+                        block.before.after, self._last[block.small] = None, block.before
+            elif block.before is None and block.after is None:
                 self._take((block.size, block.address))
                 self.reserved -= block.size
+
+    def _fitting(self, size: int, small: bool) -> Block | None:
+        """The smallest free block of that size or more, taken. The end of a segment that grows
+        counts as larger than all others.
+        """
+        pool = self._pools[small]
+        best = bisect_left(pool, (size, 0))
+        if self.expandable and best + 1 < len(pool):
+            best += self.free_blocks[pool[best][1]] is self._last[small]
+        return self._take(pool[best]) if best < len(pool) else None
+
+    def _hold(self, nbytes: int) -> None:
+        """Get so much more from the driver."""
+        self.reserved += nbytes
+        self._most_reserved = max(self._most_reserved, self.reserved)
 
     def _segment(self, size: int, small: bool) -> Block:
         if small:
@@ -103,10 +149,27 @@ class CachingAllocator:
             length = LARGE_SEGMENT
         else:
             length = -(-size // SEGMENT_ROUNDING) * SEGMENT_ROUNDING
+        self._hold(length)
         block = Block(self._end, length, small, None, None)
         self._end += length
-        self.reserved += length
         return block
+
+    def _grown(self, size: int, small: bool) -> Block:
+        """The end of a pool's segment, which grows until it has that size."""
+        last, page = self._last.get(small), SMALL_SEGMENT if small else LARGE_SEGMENT
+        missing = size - (last.size if last is not None and last.free else 0)
+        length = -(-missing // page) * page
+        self._hold(length)
+        if last is None or not last.free:
+            start = last.address + last.size if last else (_SMALL_ADDRESSES if small else 0)
+            block = Block(start, length, small, last, None)
+            if last is not None:
+                last.after = block
+            self._last[small] = block
+            return block
+        self._take((last.size, last.address))
+        last.size += length
+        return last
 
     def _put(self, block: Block) -> None:
         insort(self._pools[block.small], (block.size, block.address))
@@ -118,25 +181,31 @@ class CachingAllocator:
         del pool[bisect_left(pool, entry)]
         return block
 
-    @staticmethod
-    def _merge(first: Block, second: Block) -> None:
+    def _merge(self, first: Block, second: Block) -> None:
+        if second is self._last.get(second.small):
+            self._last[second.small] = first
         first.size += second.size
         first.after = second.after
         if second.after is not None:
             second.after.before = first
 
 
-def replay(weights: Sequence[int], events: Sequence[Event], warmed_up: bool = False) -> Usage:
+def replay(
+    weights: Sequence[int],
+    events: Sequence[Event],
+    warmed_up: bool = False,
+    expandable: bool = False,
+) -> Usage:
     """The peaks of a model's life: its weights first, which stay, then the births and ends of
     storages, in order.
 
     `weights` are bytes of each storage in the order of loading; what else stays for good is one
     more of them, such as the cuBLAS workspace. `warmed_up`: all of their bytes are requested at
-    once and let go before the first is loaded, as transformers 5 does where `from_pretrained` has a
-    device_map; weights then lie close together. Raises ValueError where a storage ends that was not
-    born.
+    once and freed before the first is loaded, as transformers 5 does where `from_pretrained` has a
+    device_map; weights then lie close together. `expandable`: of expandable segments. Raises
+    ValueError where a storage ends that was not born.
     """
-    allocator = CachingAllocator()
+    allocator = CachingAllocator(expandable)
     total = sum(weights)
     if warmed_up and total > 0:
         allocator.release(allocator.allocate(total))
@@ -158,7 +227,7 @@ def in_turn(passes: Iterable[Sequence[Event]]) -> list[Event]:
     """The events of several traces, one after another, as those of one: batches of different
     shapes, in their order.
 
-    What a pass still holds at its end is let go there.
+    What a pass still holds at its end is freed there.
     """
     joined: list[Event] = []
     first = 0

@@ -1,0 +1,70 @@
+"""What a GPU's allocator is predicted to hold for a run: its rules, replayed over the traces of the
+plan's passes.
+"""
+
+from collections.abc import Sequence
+
+from theloom.hooks.points import HookPoint
+from theloom.memory import trace
+from theloom.memory.caching_allocator import Usage, in_turn, replay
+from theloom.memory.cuda_allocator import SMALL, Event
+from theloom.memory.sizes import BlockSizes, Workload
+from theloom.memory.trace_block import trace_block
+from theloom.model import pruning
+from theloom.model.fake import FakeModel
+from theloom.store.ring_buffer import IN_FLIGHT
+
+UNTRACED = SMALL  # bytes that no trace sees: token ids, tables, the loss of a rounded request
+MOST_STEPS = 16  # of a window, each of which is traced; of longer ones the last two
+
+
+def resident(
+    fake: FakeModel,
+    passes: Sequence[Workload],
+    points: Sequence[HookPoint],
+    store: str,
+    left_out: Sequence[str] = (),
+    fixed: Sequence[int] = (),
+    expandable: bool = False,
+) -> Usage:
+    """The peaks of a model that is on a GPU as a whole."""
+    traced = [
+        trace.trace(
+            fake,
+            workload,
+            points,
+            store=store,
+            device="cuda",
+            on_their_way=IN_FLIGHT,
+            shorten=len(workload.steps) > MOST_STEPS,
+        )[1].events
+        for workload in passes
+    ]
+    weights = pruning.storages(fake.architecture.model, left_out)
+    return replay(weights, _after(fixed, traced), warmed_up=True, expandable=expandable)
+
+
+def layerwise(
+    fake: FakeModel,
+    sizes: BlockSizes,
+    passes: Sequence[Workload],
+    points: Sequence[HookPoint],
+    row_bytes: int,
+    residual_row: int,
+    fixed: Sequence[int] = (),
+    expandable: bool = False,
+) -> Usage:
+    """The peaks of a model that goes through a GPU layer by layer: two blocks, residuals and rows
+    on their way, and one pass after the other.
+    """
+    step = max(w.windows * min(w.tokens, w.chunk_size) for w in passes)
+    moving = [step * residual_row] * (1 + IN_FLIGHT) + [step * row_bytes] * IN_FLIGHT
+    blocks = [sizes.block] * 2 + [sizes.converted] + [sizes.kept]
+    traced = [e for w in passes for e in trace_block(fake, w, points, "cuda").events]
+    return replay([*blocks, *moving], _after(fixed, traced), expandable=expandable)
+
+
+def _after(fixed: Sequence[int], passes: Sequence[Sequence[Event]]) -> list[Event]:
+    """The events of passes after the births of what stays, of which no trace knows."""
+    held = [(-number, nbytes) for number, nbytes in enumerate((*fixed, UNTRACED), 1) if nbytes]
+    return [*held, *in_turn(passes)]
