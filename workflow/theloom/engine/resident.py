@@ -36,13 +36,13 @@ class ResidentRunner:
         loaded: LoadedModel,
         points: list[HookPoint],
         chunk_size: int,
-        store: str,
+        store: str | None,
         offloaded: bool = False,
         causal: bool = True,
     ) -> None:
         self._loaded, self._points, self._chunk_size = loaded, points, chunk_size
         self._store, self._offloaded, self._causal = store, offloaded, causal
-        self._dtype = torch_dtype(store)
+        self._dtype = None if store is None else torch_dtype(store)
 
     def run(
         self,
@@ -54,8 +54,9 @@ class ResidentRunner:
         """Forward token ids (window, position), padded on the right; hand every chunk of every hook
         point to `sink`.
 
-        Values are in the stored dtype; `captured` sees each of them before. `lengths`, the tokens
-        of each window, are what a model that is not causal masks its padding by.
+        Values are in the dtype of `store`, or the model's own; `captured` sees each of them before.
+        `lengths`, the tokens of each window, are what a model that is not causal masks its padding
+        by.
         """
         position = dict.fromkeys((p.name for p in self._points), 0)
         over_keys = {p.name for p in self._points if p.over_keys}
@@ -134,6 +135,7 @@ def extract_resident(job: ShardJob) -> None:
         run.threshold,
         loaded.tolerance,
         longest_pass(job, plan),
+        run.config.rows.pool.name,
     )
     largest = batching.largest(batches, first, plan.chunk_size) if job.profiled else ()
     profile = ShardProfile(loaded, job.output, largest)
@@ -144,8 +146,9 @@ def extract_resident(job: ShardJob) -> None:
     def extract(level: int) -> None:
         """Resume behind the last committed row, and go to the end."""
         cut = smaller(level)
+        handed = work.selection.handed
         runner = ResidentRunner(
-            loaded, run.points, cut.chunk_size, run.store, cut.offloaded, run.record.causal
+            loaded, run.points, cut.chunk_size, handed, cut.offloaded, run.record.causal
         )
         with ShardWriter(job.output, spec) as writer:
             run_batches(runner, work, cut, writer, profile, watch, level)
