@@ -1,6 +1,9 @@
 """Rows that a run keeps or pools are those of plain transformers, however the model runs."""
 
+import contextlib
 import json
+import os
+import signal
 
 import h5py
 import hdf5plugin  # noqa: F401 - h5py reads zstd with it
@@ -8,6 +11,11 @@ import numpy as np
 import pytest
 import torch
 from support import build_tiny, plain_residuals, stages, with_bytes
+from theloom.engine.handoff import Handoff
+from theloom.engine.layerwise import residual_store
+from theloom.engine.selection import PooledStep
+from theloom.errors import StoppedError, VerificationError
+from theloom.store import writer
 from transformers import AutoTokenizer
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
@@ -117,3 +125,47 @@ def test_pooled_rows_are_those_of_float64_sums(model, corpus, plain, tmp_path, m
         expected = [POOLS[pool](p[hook][1:]) for p in plain if len(p[hook]) > 1]
         close(rows[hook], np.stack(expected), 1e-6)
     run.verify()
+
+
+@pytest.mark.parametrize("execution", ["resident", "layerwise"])
+def test_documents_of_several_windows_are_pooled_across_jobs_that_were_stopped(
+    model, corpus, plain, tmp_path, monkeypatch, execution
+):
+    """Each job is stopped after a few batches, with the windows of a document on both sides."""
+    monkeypatch.setattr(writer, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(residual_store, "BLOCKS_BETWEEN_CHECKPOINTS", 1)
+    short = "extraction.batch_tokens=8 memory.streaming_chunk_size=64 extraction.shards=1"
+    pooled = f"rows.pool=mean {short} extraction.execution={execution}"
+    run = stages(tmp_path, model, f"{FILTER} {corpus} {pooled}")
+    run.prepare()
+    done, jobs = Handoff.batch_done, 0
+
+    def stopped_after_some(self, *args):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        done(self, *args)
+
+    monkeypatch.setattr(Handoff, "batch_done", stopped_after_some)
+    while not run.shards:
+        jobs += 1
+        with contextlib.suppress(StoppedError):
+            run.extract()
+    assert jobs > 2
+    run.merge()
+    rows = stored(run)
+    for hook in HOOKS:
+        close(rows[hook], np.stack([p[hook].mean(axis=0) for p in plain]), 1e-6)
+
+
+def test_a_changed_pooled_row_does_not_pass_verification(model, corpus, tmp_path):
+    requested = "rows.keep='~[:1]' rows.pool=mean store.merge=physical extraction.shards=1"
+    run = stages(tmp_path, model, f"{FILTER} {corpus} {requested} verify.documents=99")
+    run.prepare()
+    take = PooledStep.take
+    with pytest.MonkeyPatch.context() as patched:  # a step that counts its first token twice
+        patched.setattr(PooledStep, "take", lambda step, v: take(step, v) + v[0, 0] / 8)
+        run.extract()
+    run.merge()
+    with pytest.raises(VerificationError, match="differs from the model"):
+        run.verify()

@@ -349,6 +349,13 @@ def window_lengths(path: Path) -> Lengths:
         return Lengths(tuple(np.split(lengths, ends)))
 
 
+def sizes(path: Path) -> tuple[int, int]:
+    """The rows that will be stored, and the tokens."""
+    with file_format.open_h5(path, "tokens") as file:
+        count = len(file["tokens/input_ids"])
+        return int(file.attrs.get("rows", count)), count
+
+
 def attributes(path: Path) -> dict[str, Any]:
     """The attributes of `tokens.h5`, as plain Python values."""
     with file_format.open_h5(path, "tokens") as file:

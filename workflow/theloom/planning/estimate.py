@@ -85,6 +85,7 @@ class Estimate:
     row_bytes: dict[str, int]  # per token on disk, by precision of the store
     host: dict[str, int]  # resident memory of a job that holds the model
     rows: int | None  # that are stored at most; None: nothing bounds them
+    store: str = "auto"  # store.dtype, as requested
 
     def disk_bytes(self, store_precision: str) -> int | None:
         """Bytes of all shards together; None if the number of rows is unknown."""
@@ -185,6 +186,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         },
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
         rows=_most_rows(config),
+        store=config.store.dtype.name,
         host={
             name: _host(estimator, WEIGHT_FORMATS[name], weights[name], own, chunk_size, device)
             for name, own in passes.items()
@@ -416,6 +418,7 @@ _SINGLE = (
     "cache",
     "threshold",
     "blocks",
+    "store",
 )
 _OPTIONAL = ("rows", "batch_tokens")
 
