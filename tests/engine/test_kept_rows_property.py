@@ -16,7 +16,9 @@ from support import build_tiny, stages, with_bytes
 from theloom.corpus import batching, tokens
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine.batch_loop import Work, run_batches
-from theloom.hooks.points import residual_points
+from theloom.engine.selection import Selection
+from theloom.errors import MemoryPlanError
+from theloom.hooks.points import HookPoint, residual_points
 from theloom.memory.profile import ShardProfile
 from theloom.model.forward import spans
 from theloom.planning.plan import Plan
@@ -159,3 +161,18 @@ def extracted(folder, shard, pool, choose):
     with h5py.File(path) as file:
         assert (file["windows/batch"][:] > 0).all()
         return {p.name: file[f"hooks/{p.name}/activations"][:] for p in POINTS}
+
+
+def test_rows_that_wait_for_other_windows_must_fit_the_host(model, tmp_path):
+    corpus = tmp_path / "texts.jsonl"
+    corpus.write_text("\n".join(json.dumps({"text": "abc" * 10}) for _ in range(3)))
+    cut = f"corpus.context_length={CONTEXT} extraction.shards=1"
+    run = stages(tmp_path, model, f"corpus=text corpus.path={corpus} {cut} rows.pool=mean")
+    tokens.tokenize(run.config("tokens"), tmp_path / "tokens.h5")
+    of_shard = tokens.read_job(tmp_path / "tokens.h5", 0).shard
+    batches = batching.plan_batches(np.diff(of_shard.window_offset), 1, 64)
+    selection = Selection(of_shard, "mean", "fp32")
+    selection.check_room(batches, POINTS)
+    wide = HookPoint("wide", 0, "hook_resid_post", (1 << 40,))
+    with pytest.raises(MemoryPlanError, match=r"rows.pool: .* take .*; raise extraction.shards"):
+        selection.check_room(batches, [wide])

@@ -13,6 +13,7 @@ from theloom.engine import interrupts, model_record
 from theloom.engine.batch_loop import Sink, Work, run_batches
 from theloom.engine.context import ShardJob
 from theloom.engine.handoff import rows_of
+from theloom.engine.selection import Selection
 from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
 from theloom.memory.profile import ShardProfile
@@ -114,6 +115,7 @@ def extract_resident(job: ShardJob) -> None:
     estimate.check_disk(
         job.output.parent, job.bytes_to_write(spec), shutil.disk_usage(job.output.parent).free
     )
+    Selection(job.tokens, run.config.rows.pool.name, run.store).check_room(batches, run.points)
     first = committed_batches(job.output, job.fingerprint)
     if first == len(batches):  # an earlier job was killed between its last row and the rename
         with ShardWriter(job.output, spec) as writer:

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from theloom.corpus.batching import Batch
+from theloom.devices import host
+from theloom.engine.pool import Pool, Stored
+from theloom.errors import MemoryPlanError
 from theloom.precision import BYTES, torch_dtype
 from theloom.rows.pooling import ADDED_UP
 from theloom.store.shard_file import ShardTokens
+from theloom.terminal import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from theloom.hooks.points import HookPoint
-
-# The number of a window, which of its stored rows comes first, and rows.
-Stored = tuple[int, int, "torch.Tensor"]
 
 
 class Step(Protocol):
@@ -111,7 +112,7 @@ class PooledStep:
     places: _Places
     groups: np.ndarray  # stored row of each kept token, ascending within a window
     empty: list[int]  # windows without a stored row of their own that begin here
-    pool: "_Pool"
+    pool: "Pool"
     again: bool  # the step ran in an earlier job, which has written what it completes
     _there: "dict[torch.device, list[torch.Tensor]]" = field(default_factory=dict)
 
@@ -164,67 +165,6 @@ class PooledStep:
         return levels
 
 
-class _Pool:
-    """Rows that are being added up, on the host; a window's are given once all of them are there.
-
-    It belongs to the writer's thread.
-    """
-
-    def __init__(self, tokens: ShardTokens, kind: str, dtype: "torch.dtype") -> None:
-        assert tokens.kept is not None
-        assert tokens.row_token is not None
-        self.kind, self._dtype = kind, dtype
-        self._offset = tokens.row_offset
-        kept = tokens.kept.nonzero()[0]
-        self._count = np.bincount(
-            np.searchsorted(tokens.row_token, kept), minlength=len(tokens.row_token)
-        )
-        self._window = np.searchsorted(self._offset, np.arange(tokens.rows), "right") - 1
-        self._sums: dict[tuple[str, int], np.ndarray] = {}
-        self._left: dict[tuple[str, int], int] = {}  # tokens of a row that are to come
-        self._open: dict[tuple[str, int], int] = {}  # rows of a window that are to come
-
-    def add(
-        self, hook: str, groups: np.ndarray, lengths: np.ndarray, taken: "torch.Tensor"
-    ) -> Iterator[Stored]:
-        """Add what a step gives to its rows; windows whose rows are all there are given."""
-        values = taken.numpy()
-        for group, length, value in zip(groups.tolist(), lengths.tolist(), values, strict=True):
-            key = (hook, group)
-            if key not in self._sums:
-                self._sums[key] = value.astype("f8")
-                self._left[key] = int(self._count[group])
-            elif self.kind == "max":
-                np.maximum(self._sums[key], value, out=self._sums[key])
-            else:
-                self._sums[key] += value
-            self._left[key] -= length
-            if not self._left[key]:
-                window = int(self._window[group])
-                first, end = (int(r) for r in self._offset[window : window + 2])
-                waiting = self._open.get((hook, window), end - first) - 1
-                self._open[hook, window] = waiting
-                if not waiting:
-                    del self._open[hook, window]
-                    yield window, 0, self._finished(hook, first, end)
-
-    def no_rows(self, width: Sequence[int]) -> "torch.Tensor":
-        import torch
-
-        return torch.empty((0, *width), dtype=self._dtype)
-
-    def _finished(self, hook: str, first: int, end: int) -> "torch.Tensor":
-        import torch
-
-        sums = np.stack([self._sums.pop((hook, group)) for group in range(first, end)])
-        for group in range(first, end):
-            del self._left[hook, group]
-        if self.kind == "mean":
-            counts = self._count[first:end].reshape(-1, *(1 for _ in sums.shape[1:]))
-            sums /= counts
-        return torch.from_numpy(sums).to(self._dtype)
-
-
 class Selection:
     """What a shard stores of its windows.
 
@@ -240,7 +180,7 @@ class Selection:
         self._dtype = torch_dtype(store)
         self._pool = None
         if tokens.row_token is not None and pool in ADDED_UP:
-            self._pool = _Pool(tokens, pool, self._dtype)
+            self._pool = Pool(tokens, pool, self._dtype)
         self._last: tuple[tuple[Batch, int, int, bool], Step] | None = None
 
     @property
@@ -275,6 +215,40 @@ class Selection:
             int(np.searchsorted(kept, offset[w + 1]) - np.searchsorted(kept, offset[w]))
             for w in batch.windows
         )
+
+    def check_room(self, batches: Sequence[Batch], points: "Sequence[HookPoint]") -> None:
+        """Check that what waits for the other windows of its documents fits the host.
+
+        Args:
+            batches: In the order in which they run.
+            points: The hook points that are read together.
+
+        Raises:
+            MemoryPlanError: It does not.
+        """
+        if self._pool is None:
+            return
+        document = self._tokens.window_document
+        numbers = {int(d): n for n, d in enumerate(np.unique(document))}
+        first = np.full(len(numbers), len(batches))
+        last, rows = np.zeros(len(numbers), "i8"), np.zeros(len(numbers), "i8")
+        of_window = np.diff(self._tokens.row_offset)
+        for number, batch in enumerate(batches):
+            for window in batch.windows:
+                of = numbers[int(document[window])]
+                first[of], last[of] = min(first[of], number), number
+                rows[of] += of_window[window]
+        changes = np.zeros(len(batches) + 1)
+        np.add.at(changes, first, rows)
+        np.subtract.at(changes, last + 1, rows)
+        row = 8 * sum(p.width(1) for p in points)  # summed in FP64
+        needed, free = int(np.cumsum(changes).max(initial=0)) * row, host.memory().free
+        if needed > free:
+            raise MemoryPlanError(
+                f"rows.pool: rows that wait for other windows of their documents take "
+                f"{format_bytes(needed)} of host memory, and {format_bytes(free)} are free; raise "
+                "extraction.shards, or ask for fewer hook points"
+            )
 
     def again(self, batches: Sequence[Batch], first: int) -> list[int]:
         """Batches of an earlier job that must run again: rows that batches from `first` on complete

@@ -117,6 +117,8 @@ def extract_layerwise(job: ShardJob) -> None:
                 selection.handed,
                 groups,
             )
+            for stage in runner.stages:
+                selection.check_room(batches, runner.points(stage))
             spec = job.spec(planned.plan, len(runner.stages) * len(ids))
             residual_spec = runner.residuals(ids, job.fingerprint)
             _check_disk(spec, run.estimate, output, residual_spec.nbytes)
