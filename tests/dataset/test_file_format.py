@@ -40,10 +40,13 @@ def documented(table: str) -> list[tuple[list[str], str]]:
     return [(re.findall("`(.+?)`", row.split("|")[1]), row.split("|", 2)[2]) for row in rows]
 
 
-def documented_names(table: str, kind: str) -> set[str]:
-    """Those that a file of this kind has: `shard`, `virtual` or `physical`."""
+def documented_names(table: str, kind: str, some_rows: bool = False) -> set[str]:
+    """Those that a file of this kind has: `shard`, `virtual` or `physical`; of every token's rows,
+    or of some.
+    """
     of_others = {"shard": "(virtual|merged) datasets? only", "virtual": "shards only"}
     absent = of_others.get(kind, "shards only|virtual datasets only")
+    absent += "" if some_rows else "|with `rows.keep` or `rows.pool` only"
     return {n for names, text in documented(table) if not re.search(absent, text) for n in names}
 
 
@@ -65,16 +68,24 @@ def run(tmp_path_factory, tiny_llama):
     return stages(tmp_path_factory.mktemp("run"), tiny_llama, requested).all()
 
 
+@pytest.fixture(scope="module")
+def of_some(tmp_path_factory, tiny_llama):
+    requested = "corpus.max_tokens=300 extraction.shards=2 rows.keep=last"
+    return stages(tmp_path_factory.mktemp("some"), tiny_llama, requested).all()
+
+
+@pytest.mark.parametrize("which", ["run", "of_some"])
 @pytest.mark.parametrize("kind", ["shard", "virtual", "physical"])
-def test_the_page_lists_every_dataset_and_attribute_and_no_other(run, kind, tmp_path):
+def test_the_page_lists_every_dataset_and_attribute_and_no_other(which, kind, tmp_path, request):
+    run, some_rows = request.getfixturevalue(which), which == "of_some"
     merge_shards(run.shards, "physical", tmp_path / "activations.h5")
     paths = {"shard": run.shards[0], "virtual": run.activations}
     with h5py.File(paths.get(kind, tmp_path / "activations.h5")) as file:
         assert file.attrs["kind"] == kind
         stored = datasets(file)
-        expected = documented_names("datasets of theloom.activations", kind)
+        expected = documented_names("datasets of theloom.activations", kind, some_rows)
         assert set(stored) == {n for n in expected if n not in CONVERSATIONS + COLUMNS}
-        attributes = documented_names("attributes of theloom.activations", kind)
+        attributes = documented_names("attributes of theloom.activations", kind, some_rows)
         assert set(file.attrs) == attributes - {"compression"}
         for names, text in documented("datasets of theloom.activations"):
             expected = TYPES.get(re.split(r"\W", text.strip())[0])
@@ -83,11 +94,14 @@ def test_the_page_lists_every_dataset_and_attribute_and_no_other(run, kind, tmp_
     assert {"index", "checksums", "metrics"} <= set(stored)
 
 
-def test_the_page_lists_all_of_tokens_h5(run):
+@pytest.mark.parametrize("which", ["run", "of_some"])
+def test_the_page_lists_all_of_tokens_h5(which, request):
+    run, some_rows = request.getfixturevalue(which), which == "of_some"
     with h5py.File(run.folder / "tokens.h5") as file:
-        expected = documented_names("datasets of theloom.tokens", "physical")
+        expected = documented_names("datasets of theloom.tokens", "physical", some_rows)
         assert set(datasets(file)) == {n for n in expected if n not in CONVERSATIONS + COLUMNS}
-        assert set(file.attrs) == documented_names("attributes of theloom.tokens", "physical")
+        attributes = documented_names("attributes of theloom.tokens", "physical", some_rows)
+        assert set(file.attrs) == attributes
 
 
 def test_the_page_lists_the_metrics_in_their_order():

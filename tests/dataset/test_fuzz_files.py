@@ -56,16 +56,20 @@ def write_shard(path: Path, number: int, compression: str) -> None:
     more = {
         name: (np.arange(one.rows) % 5).astype(kind) for name, kind in token_tables.TYPES.items()
     }
+    if compression == "zstd":  # some tokens have a row
+        more["row_token"] = more["kept"].nonzero()[0]
+        one.attributes.update(first_row=number * len(more["row_token"]), rows_pool="none")
     one = dataclasses.replace(
         one, tokens=dataclasses.replace(one.tokens, columns=columns(number), **more)
     )
     made = torch.Generator().manual_seed(number)
     with ShardWriter(path, one) as writer:
-        for window, length in enumerate([40, 7, 60]):
+        for window in range(3):
+            length = int(np.diff(one.tokens.row_offset)[window])
             for point in one.points:
                 rows = torch.randn(length, *point.row(one.keys), generator=made)
                 writer.write(window, point.name, 0, rows)
-            writer.batch_done(int(one.tokens.window_offset[window + 1]), last=window == 2)
+            writer.batch_done(int(one.tokens.row_offset[window + 1]), last=window == 2)
         writer.finish()
 
 
@@ -109,7 +113,8 @@ def read_all(path: Path, shard: bool) -> bytes:
     rows = rows_of(pickle.loads(pickle.dumps(acts)))
     inspect.summarize_hooks(acts), inspect.file_schema(acts), inspect.provenance_attributes(acts)
     assert str(acts)
-    exports.documents_frame(acts), exports.tokens_frame(acts)
+    exports.documents_frame(acts), exports.tokens_frame(acts), acts.rows.to_dataframe()
+    acts.select("last|[1:3]").mean(acts.hooks[0], by="document")
     for _ in acts.batches([*acts.hooks, "row", "input_ids"], 64, shuffle=True):
         pass
     if shard:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from theloom.corpus.batching import Batch
 from theloom.engine.handoff import Handoff
+from theloom.engine.selection import WholeStep
 from theloom.store import ring_buffer
 from theloom.store.ring_buffer import Ring, ring_bytes
 
@@ -38,7 +39,7 @@ def test_rows_arrive_in_order_without_padding_as_they_were_handed_over():
     value = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
     with Handoff(writer, CPU, value.nbytes) as handoff:
         for start in (0, 3):
-            handoff.rows(batch, "a", start, value)
+            handoff.rows(WholeStep(batch, start), "a", value)
             value += 1  # as a model may do
         handoff.batch_done(7, True, {"seconds_disk": 5.0})
     first = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
@@ -59,7 +60,7 @@ def test_a_writer_s_error_stops_the_model_s_thread_even_while_it_waits(monkeypat
     def run():
         with Handoff(Written(0.01, fails_at=2), CPU, value.nbytes) as handoff:
             for number in range(100):
-                handoff.rows(Batch((0,), (64,)), "a", 0, value)
+                handoff.rows(WholeStep(Batch((0,), (64,)), 0), "a", value)
                 handed.append(number)
 
     with pytest.raises(OSError, match="the disk is gone"):
@@ -73,7 +74,7 @@ def test_an_error_of_the_model_s_thread_drops_what_is_on_its_way():
     def run():
         with Handoff(writer, CPU, 1 << 14) as handoff:
             for _ in range(50):
-                handoff.rows(Batch((0,), (64,)), "a", 0, torch.zeros(1, 64, 64))
+                handoff.rows(WholeStep(Batch((0,), (64,)), 0), "a", torch.zeros(1, 64, 64))
             handoff.batch_done(64, True, {})
             raise KeyError
 
@@ -88,7 +89,7 @@ def test_with_a_slow_disk_the_model_waits_and_memory_stays_bounded(monkeypatch):
     most = 0
     with Handoff(writer, CPU, value.nbytes) as handoff:
         for number in range(40):
-            handoff.rows(Batch((0,), (64,)), "a", 0, value)
+            handoff.rows(WholeStep(Batch((0,), (64,)), 0), "a", value)
             most = max(most, number + 1 - len(writer.rows))
     assert len(writer.rows) == 40
     assert most <= ring_bytes("cpu", value.nbytes) // value.nbytes + 1  # one more is being written
@@ -126,7 +127,7 @@ def test_a_gpu_s_values_arrive_as_they_were_when_they_were_handed_over():
     with Handoff(writer, device, 1 << 22) as handoff:
         for number in range(50):
             value = torch.full((1, 1024, 1024), float(number), device=device)
-            handoff.rows(Batch((0,), (1024,)), "a", 0, value)
+            handoff.rows(WholeStep(Batch((0,), (1024,)), 0), "a", value)
             del value  # its memory is the next one's, but not before it is copied
     assert [float(rows.min()) for *_, rows in writer.rows] == list(range(50))
     assert [float(rows.max()) for *_, rows in writer.rows] == list(range(50))

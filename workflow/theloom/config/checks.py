@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from theloom.config.model_dims import LAYERS, SIZE
 from theloom.config.schema import PATHS, Config
 from theloom.errors import ConfigError
+from theloom.rows import expression
 
 LEAST_CHUNK = 3  # so that no chunk need be of one token
 
@@ -88,6 +89,7 @@ def check(config: Config) -> None:
     _check_architecture(config)
     _check_paths(config)
     _check_corpus(config)
+    _check_rows(config)
 
 
 def _check_architecture(config: Config) -> None:
@@ -119,6 +121,14 @@ def _check_corpus(config: Config) -> None:
                 f"corpus.{key}: {requested!r} is for corpus={group} alone; add corpus={group}, or "
                 "take it out"
             )
+
+
+def _check_rows(config: Config) -> None:
+    expression.parse(config.rows.keep)
+    if config.rows.by.name == "message" and config.rows.pool.name == "none":
+        raise ConfigError(
+            "rows.by: message is of use with rows.pool alone; set rows.pool=mean, or take it out"
+        )
 
 
 def _check_columns(config: Config) -> None:

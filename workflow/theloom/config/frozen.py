@@ -84,8 +84,10 @@ STAGES: dict[str, Stage] = {
             *_MEMORY,
             "extraction",
             "store.dtype",
+            "corpus.max_documents",
             "corpus.max_tokens",
             "corpus.context_length",
+            "rows",
         )
     ),
     "model": Stage(
@@ -95,7 +97,7 @@ STAGES: dict[str, Stage] = {
             "memory.enable_gradient_checkpointing",
         )
     ),
-    "tokens": Stage((*_MODEL_FILES, "model.tokenizer", "corpus", "extraction.shards")),
+    "tokens": Stage((*_MODEL_FILES, "model.tokenizer", "corpus", "rows", "extraction.shards")),
     "extract": Stage(
         (
             *_LOADING,
@@ -103,6 +105,7 @@ STAGES: dict[str, Stage] = {
             "extraction.shards",
             "store.dtype",
             "store.compression",
+            "rows",
             *BESIDE_THE_RESULT,
         )
     ),

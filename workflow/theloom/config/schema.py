@@ -18,6 +18,8 @@ Execution = Enum("Execution", ["auto", "resident", "layerwise"])
 CachePlace = Enum("CachePlace", ["auto", "device", "offloaded"])
 MergeMode = Enum("MergeMode", ["virtual", "physical"])
 TokenizerFrom = Enum("TokenizerFrom", ["class", "file"])
+Pool = Enum("Pool", ["none", "mean", "max", "sum", "first", "last"])
+PoolBy = Enum("PoolBy", ["document", "message"])
 CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
 DuplicateIds = Enum("DuplicateIds", ["error", "number"])
 
@@ -232,6 +234,24 @@ class CorpusConfig:
 
 
 @dataclass
+class RowsConfig:
+    """Which rows are stored."""
+
+    keep: str = key(
+        "all",
+        "the tokens whose rows are kept: `all`, `first`, `last`, `last(n)`, `[a:b]`, `special`, "
+        '`assistant`, `user`, `system`, `tool`, `message(n)`, `span("column")`, '
+        '`match("regex")`, joined by `&`, `\\|`, `~` and brackets',
+    )
+    pool: Pool = key(
+        Pool["none"],
+        "one row for each document, made of its kept rows; mean and sum are computed in FP32 and "
+        "added up in FP64",
+    )
+    by: PoolBy = key(PoolBy["document"], "with `rows.pool`: one row for each document or message")
+
+
+@dataclass
 class VerifyConfig:
     """How the finished rows are checked against the model."""
 
@@ -325,6 +345,7 @@ class Config:
     extraction: ExtractionConfig = key(ExtractionConfig, "")
     store: StoreConfig = key(StoreConfig, "")
     corpus: CorpusConfig = key(CorpusConfig, "")
+    rows: RowsConfig = key(RowsConfig, "")
     verify: VerifyConfig = key(VerifyConfig, "")
     report: ReportConfig = key(ReportConfig, "")
     resources: ResourcesConfig = key(ResourcesConfig, "")

@@ -25,10 +25,12 @@ from theloom.corpus.batching import Lengths
 from theloom.corpus.columns import Columns
 from theloom.corpus.documents import read_documents
 from theloom.corpus.encoding import Encoder
+from theloom.corpus.kept import KeptRows
 from theloom.corpus.vocabulary import Vocabulary
 from theloom.errors import ConfigError, CorpusError, printable
 from theloom.model.files import hf_config
 from theloom.model.length_switches import length_switches
+from theloom.rows.document import Document as RowDocument
 from theloom.store import file_format, provenance, token_texts
 from theloom.store.shard_file import ShardTokens
 from theloom.store.tables import columns
@@ -72,8 +74,9 @@ def tokenize(config: Config, output: Path) -> None:
     tally = _Tally(Columns(config.corpus.columns))
     with h5py.File(output, "w") as file:
         growing = _Growing(file)
+        kept = KeptRows(config, file)
         ids_hash, occurring = xxhash.xxh3_128(), set[int]()
-        for input_ids, tables in _encoded(config, encoder, tally):
+        for input_ids, tables in _encoded(config, encoder, tally, kept):
             growing.add({"input_ids": input_ids, **tables})
             ids_hash.update(input_ids.tobytes())
             occurring.update(np.unique(input_ids).tolist())
@@ -101,6 +104,7 @@ def tokenize(config: Config, output: Path) -> None:
                 empty_documents=tally.empty,
                 truncated_from=tally.cut_from,
                 context_length=context,
+                **kept.finish(len(tally.ids)),
             ),
         )
     encoder.report()
@@ -151,10 +155,10 @@ class _Growing:
 
 
 def _encoded(
-    config: Config, encoder: Encoder, tally: _Tally
+    config: Config, encoder: Encoder, tally: _Tally, kept: KeptRows
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """The token ids of each document that has any, with the other tables of its tokens, until
-    max_tokens; counts go to `tally`.
+    max_tokens; counts go to `tally`, and what is stored to `kept`.
     """
     left, vocabulary = config.corpus.max_tokens, Vocabulary(config.model)
     documents = read_documents(config.corpus)
@@ -180,7 +184,15 @@ def _encoded(
             tally.lengths.append(len(ids))
             tally.columns.add(document)
             tables = {name: table[: len(ids)] for name, table in encoded.tables.items()}
-            yield checked, tables | encoder.special(checked)
+            tables |= encoder.special(checked)
+            known = RowDocument(
+                id=document.id,
+                tokens=len(ids),
+                text=encoded.text,
+                columns=dict(zip(config.corpus.columns, document.columns or (), strict=False)),
+                **tables,
+            )
+            yield checked, tables | kept.add(known)
             if left is not None:
                 left -= len(ids)
                 if left == 0:
@@ -284,8 +296,13 @@ def _shard(file: h5py.File, shard: int) -> ShardTokens:
     count = len(file["documents/offset"]) - 1
     found = columns.read(lambda n: file[n][:] if n in file else None, listed, count)
     texts = token_texts.read(lambda name: file[name][:]) if token_texts.GROUP in file else {}
+    first_row, row_token = rows.start, None
+    if token_tables.ROW_TOKEN in file:
+        of_all = file[token_tables.ROW_TOKEN][:]
+        first_row, last_row = (int(r) for r in np.searchsorted(of_all, [rows.start, rows.stop]))
+        row_token = of_all[first_row:last_row] - rows.start
     return ShardTokens(
-        first_row=rows.start,
+        first_row=first_row,
         input_ids=input_ids,
         document=file["tokens/document"][rows],
         position=file["tokens/position"][rows],
@@ -295,6 +312,7 @@ def _shard(file: h5py.File, shard: int) -> ShardTokens:
         window_document=window_document[windows],
         texts={n: texts[n] for n in np.unique(input_ids).tolist() if n in texts},
         columns={name: column.part(slice(first, last)) for name, column in found.items()},
+        row_token=row_token,
         **more,
     )
 
@@ -329,6 +347,13 @@ def window_lengths(path: Path) -> Lengths:
         lengths = np.diff(file["windows/offset"][:])
         ends = np.searchsorted(file["windows/document"][:], file["shards/first_document"][1:-1])
         return Lengths(tuple(np.split(lengths, ends)))
+
+
+def sizes(path: Path) -> tuple[int, int]:
+    """The rows that will be stored, and the tokens."""
+    with file_format.open_h5(path, "tokens") as file:
+        count = len(file["tokens/input_ids"])
+        return int(file.attrs.get("rows", count)), count
 
 
 def attributes(path: Path) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from theloom.store import file_format
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     import pandas as pd
     import xarray as xr
 
     from theloom.dataset.batches import Batch, RowBatches
     from theloom.dataset.exports import Cache
+    from theloom.dataset.selecting import RowTable
 
 
 def open_activations(path: str | Path, allow: Collection[str] = ()) -> "Activations":
@@ -74,6 +76,44 @@ class Activations(ActivationsReader):
         from theloom.dataset import exports
 
         return exports.describe_html(self)
+
+    @property
+    def rows(self) -> "RowTable":
+        """A table of what each row is: `selecting.RowTable`.
+
+        Examples:
+            >>> acts = open_activations("results/tiny/activations.h5")
+            >>> acts.rows["document"][258:262].tolist()
+            [0, 0, 1, 1]
+        """
+        from theloom.dataset.selecting import RowTable
+
+        return RowTable(self)
+
+    def select(self, expression: str) -> "Activations":
+        """The rows that an expression keeps, lazily: `selecting.select`.
+
+        Examples:
+            >>> acts = open_activations("results/tiny/activations.h5")
+            >>> last = acts.select("last | first")
+            >>> last["blocks.1.hook_resid_post"].shape
+            (4, 32)
+        """
+        from theloom.dataset import selecting
+
+        return selecting.select(self, expression)
+
+    def xy(self, hook: str, label: str, missing: str = "error") -> "tuple[np.ndarray, np.ndarray]":
+        """The rows of a hook point and a label of each, for scikit-learn: `selecting.xy`."""
+        from theloom.dataset import selecting
+
+        return selecting.xy(self, hook, label, missing)
+
+    def mean(self, hook: str, by: str | None = None, missing: str = "error") -> Any:
+        """The mean row of a hook point, or of each label: `selecting.mean`."""
+        from theloom.dataset import selecting
+
+        return selecting.mean(self, hook, by, missing)
 
     def to_dataframe(
         self,

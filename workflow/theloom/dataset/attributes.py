@@ -9,10 +9,11 @@ from theloom.model.length_switches import LengthSwitch
 from theloom.store import file_format
 
 # what other code takes for a number, and for JSON of a list or an object
-_NUMBERS = ("shard", "first_row", "streamed_windows", "context_length", "empty_documents")
+_NUMBERS = ("shard", "first_row", "tokens", "streamed_windows", "context_length", "empty_documents")
 _LISTS = ("hooks", "columns", "model_switches", "model_precision_steps")
+_TEXTS = ("rows_keep", "rows_pool", "rows_by")
 _OBJECTS = ("config", "package_versions")
-_BY_SHARD = ("batch_tokens", "chunk_size", "shard_rows")
+_BY_SHARD = ("batch_tokens", "chunk_size", "shard_rows", "shard_tokens")
 
 
 class Attributes(dict[str, Any]):
@@ -33,6 +34,9 @@ class Attributes(dict[str, Any]):
         for name in (n for n in _NUMBERS if n in values):
             if type(values[name]) is not int or values[name] < 0:
                 raise self._wrong(name)
+        texts = (v for n in _TEXTS if n in values for v in [values[n]] if not isinstance(v, str))
+        if any(True for _ in texts):
+            raise self._wrong(" or ".join(_TEXTS))
         for names, form in ((_LISTS, list), (_OBJECTS, dict)):
             for name in (n for n in names if n in values):
                 self.parsed(name, form)

@@ -160,7 +160,7 @@ class RowBatches(IterableDataset[Batch]):
     def _read(self, number: int, rows: np.ndarray) -> np.ndarray:
         """The rows of one buffer; consecutive ones are copied together."""
         source = self._rows[number]
-        out = np.empty((len(rows), *source.shape[1:]), source.dtype)
+        out = np.empty((len(rows), *source.shape[1:]), source.stored)
         ends = np.flatnonzero(np.diff(rows) != 1) + 1
         for begin, end in zip([0, *ends.tolist()], [*ends.tolist(), len(rows)], strict=True):
             source.read_into(out[begin:end], int(rows[begin]))

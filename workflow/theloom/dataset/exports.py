@@ -47,8 +47,8 @@ def documents_frame(acts: "ActivationsReader") -> "pd.DataFrame":
         acts: the dataset.
 
     Returns:
-        Columns `id`, `first_row`, `tokens` and `windows` (into how many it was split), then those
-        of the corpus.
+        Columns `id`, `first_row`, `tokens` and `windows` (into how many it was split), `rows` where
+        not every token has one, then those of the corpus.
 
     Raises:
         ConfigError: pandas is not installed.
@@ -58,9 +58,11 @@ def documents_frame(acts: "ActivationsReader") -> "pd.DataFrame":
     own = {
         "id": acts.documents,
         "first_row": offsets[:-1],
-        "tokens": np.diff(offsets),
+        "tokens": np.diff(acts.document_tokens),
         "windows": windows,
     }
+    if acts.row_tokens is not None:
+        own["rows"] = np.diff(offsets)
     more = {name: series(column) for name, column in columns_of(acts, own).items()}
     return pandas_module().DataFrame(own | more).rename_axis("document")
 
@@ -140,6 +142,11 @@ class Cache(Mapping[str, "torch.Tensor"]):
 
     def __init__(self, acts: "ActivationsReader", document: int | str) -> None:
         self._document = acts.document(document)
+        if acts.row_tokens is not None:
+            raise ConfigError(
+                f"{acts.path} has rows of some tokens, or pooled ones, and a cache holds all of a "
+                "document; take acts.document(n)[hook]"
+            )
         windows = np.searchsorted(
             acts.window_offset, [self._document.rows.start, self._document.rows.stop]
         )
@@ -378,8 +385,17 @@ def _summary(acts: "ActivationsReader") -> list[tuple[str, str]]:
         shapes.setdefault(acts[hook].shape[1:], []).append(hook)
     size = sum(acts[h].nbytes for h in acts.hooks)
     model = acts.attributes.get("model_source", "not recorded")
+    tokens = int(acts.document_tokens[-1])
+    rows = f"{len(acts):,} tokens of {len(acts.documents):,} documents"
+    if acts.row_tokens is not None:
+        rows = f"{len(acts):,} of {tokens:,} tokens in {len(acts.documents):,} documents"
+    if acts.pooled:
+        by = acts.attributes.get("rows_by", "document")
+        rows = f"{len(acts):,}, each the {acts.pool} of a {by}'s tokens, {tokens:,} in all"
+    if keep := acts.attributes.get("rows_keep"):
+        rows += f"; kept by {keep}"
     return [
-        ("rows", f"{len(acts):,} tokens of {len(acts.documents):,} documents"),
+        ("rows", rows),
         ("model", f"{model} in {acts.attributes.get('model_precision', 'unknown precision')}"),
         ("stored", f"{acts.precision}, {size / 1e9:.3f} GB"),
         *(

@@ -65,10 +65,14 @@ def file_schema(acts: Activations) -> dict[str, Any]:
         "compression",
         "batch_tokens",
         "chunk_size",
+        "tokens",
+        "rows_keep",
+        "rows_pool",
+        "rows_by",
     )
     schema = {name: _plain(acts.attributes[name]) for name in names if name in acts.attributes}
     windows = len(acts.window_document)
-    longest = int(np.diff(acts.window_offset).max(initial=0))
+    longest = int(np.diff(acts.window_tokens).max(initial=0))
     return schema | {
         "rows": len(acts),
         "documents": len(acts.documents),

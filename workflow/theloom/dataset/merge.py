@@ -22,7 +22,7 @@ from theloom.dataset import parts
 from theloom.dataset.attributes import Attributes
 from theloom.dataset.parts import TOKENS, Part, Source
 from theloom.dataset.rows import Maps, Rows
-from theloom.dataset.tables import Tables, read_columns, read_metrics, read_tables
+from theloom.dataset.tables import Tables, read_columns, read_metrics, read_row_tokens, read_tables
 from theloom.errors import StoreError
 from theloom.store import checksums, compression, file_format, index, token_texts
 from theloom.store.file_format import METRICS
@@ -35,6 +35,7 @@ from theloom.store.statistics import (
     statistics_columns,
 )
 from theloom.store.tables import columns
+from theloom.store.tables import tokens as token_tables
 from theloom.store.tables.columns import Column
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 _PLAN = ("batch_tokens", "chunk_size")
 
 # attributes of a shard, not of the run
-_OWN = ("kind", "shard", "first_row", "shard_fingerprint", "rows", *_PLAN)
+_OWN = ("kind", "shard", "first_row", "shard_fingerprint", "rows", "tokens", *_PLAN)
 
 # metrics of which the merged file has the maximum, not the sum
 _LARGEST = ("peak_memory", "predicted_memory", "oom_level")
@@ -62,6 +63,7 @@ class _Shard:
     metrics: dict[str, float]
     tables: Tables
     columns: dict[str, Column]
+    row_tokens: np.ndarray | None
 
     @property
     def more_tables(self) -> list[str]:
@@ -117,7 +119,11 @@ def _write(
         attributes = {k: v for k, v in first.attributes.items() if k not in _OWN}
         plans = {name: [s.attributes.by_shard(name)[0] for s in shards] for name in _PLAN}
         plans["shard_rows"] = [s.part.rows for s in shards]
-        file_format.set_attributes(file, attributes | plans | {"kind": mode, "rows": rows})
+        sizes = {"rows": rows}
+        if first.row_tokens is not None:
+            plans["shard_tokens"] = [s.part.count(TOKENS[0]) for s in shards]
+            sizes["tokens"] = sum(plans["shard_tokens"])
+        file_format.set_attributes(file, attributes | plans | sizes | {"kind": mode})
         _write_tables(file, shards)
         token_texts.write(file, texts)
         file[checksums.CHECKSUMS] = np.zeros(len(checksums.ALL), "<u8")
@@ -126,13 +132,13 @@ def _write(
         copied = {name: parts.row_type(name).itemsize for name in first.more_tables}
         for name in copied:
             kind = h5py.h5t.py_create(parts.row_type(name))
-            file_format.create_contiguous(file, name, (rows,), kind)
+            file_format.create_contiguous(file, name, (_count(shards, name),), kind)
         if mode == "virtual":
             for name in names:
                 _refer(file, name, shards, folder, types[name])
             parts.write_sources(file, [_source(s, folder) for s in shards], names)
         for name in names if mode == "physical" else ():
-            shape = (rows, *first.shapes[name][1:])
+            shape = (_count(shards, name), *first.shapes[name][1:])
             if packed and name not in TOKENS:
                 compression.create_packed(file, name, shape, types[name])
                 _pack(file[name], name, shards, str(first.attributes["precision"]))
@@ -164,7 +170,7 @@ def _checked(path: Path, number: int, texts: dict[int, str]) -> _Shard:
             texts |= token_texts.read(read, texts)
         hooks = attributes.parsed("hooks", list)
         shapes = {name: listed.datasets[name].shape for name in parts.names_of(attributes)}
-        tables = read_tables(read, part.rows, len(hooks))
+        tables = read_tables(read, part.count(TOKENS[0]), len(hooks))
         described = attributes.parsed("columns", list) if "columns" in attributes else []
         widths = [math.prod(shapes[file_format.hook_path(hook)][1:]) for hook in hooks]
         return _Shard(
@@ -175,6 +181,7 @@ def _checked(path: Path, number: int, texts: dict[int, str]) -> _Shard:
             read_metrics(read),
             tables,
             read_columns(read, listed, described, len(tables.document_id)),
+            read_row_tokens(read, attributes),
         )
 
 
@@ -209,17 +216,24 @@ def _check_together(shards: Sequence[_Shard]) -> None:
 
 def _write_tables(file: h5py.File, shards: Sequence[_Shard]) -> None:
     """Write documents, windows, statistics and metrics of all shards: they are small, so copied
-    even in virtual mode. Offsets become rows of the merged dataset.
+    even in virtual mode. Offsets become tokens of the merged dataset.
     """
-    first_rows = np.cumsum([0, *(s.part.rows for s in shards)])
+    first_tokens = np.cumsum([0, *(s.part.count(TOKENS[0]) for s in shards)])
     tables = [s.tables for s in shards]
     for name, column in (
         ("documents/offset", "document_offset"),
         ("windows/offset", "window_offset"),
     ):
-        pairs = zip(tables, first_rows, strict=False)
-        joined = [getattr(t, column)[:-1] + row for t, row in pairs]
-        file[name] = np.concatenate([*joined, first_rows[-1:]])
+        pairs = zip(tables, first_tokens, strict=False)
+        joined = [getattr(t, column)[:-1] + token for t, token in pairs]
+        file[name] = np.concatenate([*joined, first_tokens[-1:]])
+    rows = [
+        shard.row_tokens + token
+        for shard, token in zip(shards, first_tokens, strict=False)
+        if shard.row_tokens is not None
+    ]
+    if rows:
+        file[token_tables.ROW_TOKEN] = np.concatenate(rows)
     file["documents/id"] = np.concatenate([t.document_id for t in tables])
     columns.write(file, columns.join([s.columns for s in shards]))
     file["windows/document"] = np.concatenate([t.window_document for t in tables])
@@ -251,10 +265,10 @@ def _refer(
     width = shards[0].shapes[name][1:]
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_obj_track_times(False)
-    whole = h5py.h5s.create_simple((sum(s.part.rows for s in shards), *width))
+    whole = h5py.h5s.create_simple((_count(shards, name), *width))
     row = 0
     for shard in shards:
-        rows = shard.part.rows
+        rows = shard.part.count(name)
         if not rows:
             continue
         whole.select_hyperslab((row, *(0 for _ in width)), (rows, *width))
@@ -267,6 +281,11 @@ def _refer(
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
     h5py.h5d.create(file.id, name.encode(), type_id, whole, dcpl=properties, lcpl=links)
+
+
+def _count(shards: Sequence[_Shard], name: str) -> int:
+    """The entries of a dataset over all shards."""
+    return sum(s.part.count(name) for s in shards)
 
 
 def _source(shard: _Shard, folder: Path) -> Source:
@@ -292,16 +311,14 @@ def _copy(
     """Copy the bytes of every contiguous dataset from the shards, without decoding them."""
     out = os.open(target, os.O_RDWR)
     try:
-        rows = sum(s.part.rows for s in shards)
-        os.posix_fallocate(out, 0, max([1, *(p + rows * row_bytes[n] for n, p in offsets.items())]))
-        row = 0
+        at, sizes = dict(offsets), {n: _count(shards, n) * row_bytes[n] for n in offsets}
+        os.posix_fallocate(out, 0, max([1, *(p + sizes[n] for n, p in offsets.items())]))
         for shard in shards:
             with shard.part.file.open() as source:
-                for name, offset in offsets.items():
-                    size, start = shard.part.rows * row_bytes[name], shard.part.offsets[name]
-                    at = offset + row * row_bytes[name]
-                    _copy_range(source.fileno(), start, out, at, size)
-            row += shard.part.rows
+                for name in offsets:
+                    size = shard.part.count(name) * row_bytes[name]
+                    _copy_range(source.fileno(), shard.part.offsets[name], out, at[name], size)
+                    at[name] += size
         os.fsync(out)
     finally:
         os.close(out)

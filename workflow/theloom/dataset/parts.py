@@ -88,12 +88,17 @@ class Identity:
 @dataclass(frozen=True)
 class Part:
     """Consecutive rows in one file: how many, and the offset in bytes of each dataset; -1 where it
-    is packed, in chunks.
+    is packed, in chunks. `tokens`: how many it has where not every token has a row.
     """
 
     file: Identity
     rows: int
     offsets: dict[str, int]
+    tokens: int | None = None
+
+    def count(self, name: str) -> int:
+        """The entries of a dataset: tokens of a token table, else rows."""
+        return self.tokens if self.tokens is not None and _of_tokens(name) else self.rows
 
     @property
     def path(self) -> Path:
@@ -118,7 +123,7 @@ class Source:
 
 
 def names_of(attributes: dict[str, Any]) -> list[str]:
-    """Names of the datasets with a row for each token: the token tables, then the hook points."""
+    """Names of the datasets of tokens and rows: the token tables, then the hook points."""
     return [*TOKENS, *map(file_format.hook_path, json.loads(attributes["hooks"]))]
 
 
@@ -142,9 +147,10 @@ def own(fd: int, listed: FileIndex, names: Sequence[str] | None = None) -> Part:
         StoreError: the file is cut short or not finished, or its layout is another one.
     """
     path, attributes = listed.path, listed.attributes
-    rows, offsets, size = int(attributes["rows"]), {}, os.fstat(fd).st_size
+    part = Part(Identity.of(fd, listed), int(attributes["rows"]), {}, attributes.get("tokens"))
+    offsets, size = part.offsets, os.fstat(fd).st_size
     for name in [*names_of(attributes), *more_tables(listed)] if names is None else names:
-        dataset = listed.datasets[name]
+        dataset, rows = listed.datasets[name], part.count(name)
         if dataset.shape[0] != rows:
             raise StoreError(
                 f"{path}: its {name} has {dataset.shape[0]} rows instead of {rows}; {_ADVICE}"
@@ -168,7 +174,7 @@ def own(fd: int, listed: FileIndex, names: Sequence[str] | None = None) -> Part:
             raise StoreError(
                 f"{path}: only {done} of its {len(log)} batches are committed; {_ADVICE}"
             )
-    return Part(Identity.of(fd, listed), rows, offsets)
+    return part
 
 
 def referred(fd: int, listed: FileIndex, allow: Collection[str]) -> list[Part]:
@@ -184,7 +190,8 @@ def referred(fd: int, listed: FileIndex, allow: Collection[str]) -> list[Part]:
             or is outside of the folder and not allowed.
     """
     path, names = listed.path, names_of(listed.attributes)
-    columns = ("file", "rows", "bytes", "checksums_offset")
+    tokens = "tokens" if "tokens" in listed.attributes else "rows"
+    columns = ("file", "rows", tokens, "bytes", "checksums_offset")
     table = [listed.array(fd, f"sources/{column}").tolist() for column in columns]
     checksum = listed.array(fd, "sources/checksums")
     offset = listed.array(fd, "sources/byte_offset")
@@ -195,11 +202,13 @@ def referred(fd: int, listed: FileIndex, allow: Collection[str]) -> list[Part]:
     numbers = [n for column in table[1:] for n in column]
     if min(numbers, default=0) < 0 or max(numbers, default=0) * max(items) >= 1 << 62:
         raise ValueError("its table of sources is damaged")
-    ends = offset + np.array(table[1], "<i8")[:, None] * np.array(items, "<i8")
-    beyond = (offset < -1) | ((offset >= 0) & (ends > np.array(table[2], "<i8")[:, None]))
+    counts = np.array([table[2 if _of_tokens(name) else 1] for name in names], "<i8").T
+    ends = offset + counts.reshape(offset.shape) * np.array(items, "<i8")
+    beyond = (offset < -1) | ((offset >= 0) & (ends > np.array(table[3], "<i8")[:, None]))
     wrong = (beyond | (offset >= 1 << 62)).any(axis=1)
     parts = []
-    for number, (encoded, rows, size, checksums_offset) in enumerate(zip(*table, strict=True)):
+    for number, entry in enumerate(zip(*table, strict=True)):
+        encoded, rows, of_tokens, size, checksums_offset = entry
         name = encoded.decode()
         check_reference(path, name, allow, "it refers to")
         identity = Identity(path.parent / name, size, checksum[number].tobytes(), checksums_offset)
@@ -208,15 +217,20 @@ def referred(fd: int, listed: FileIndex, allow: Collection[str]) -> list[Part]:
             raise StoreError(
                 f"{path}: refers to bytes that {identity.path} does not have; {_ADVICE}"
             )
-        parts.append(Part(identity, rows, dict(zip(names, offset[number].tolist(), strict=True))))
+        offsets = dict(zip(names, offset[number].tolist(), strict=True))
+        parts.append(Part(identity, rows, offsets, of_tokens if tokens == "tokens" else None))
     return parts
 
 
 def _row_bytes(name: str, shape: tuple[int, ...], precision: str) -> int:
     """Bytes of a row of a token table or of a hook point."""
-    if name.startswith("tokens/"):
+    if _of_tokens(name):
         return row_type(name).itemsize
     return math.prod(shape[1:]) * file_format.bits_dtype(precision).itemsize
+
+
+def _of_tokens(name: str) -> bool:
+    return name.startswith("tokens/")
 
 
 def row_type(name: str) -> np.dtype:
@@ -230,10 +244,12 @@ def write_sources(file: h5py.File, shards: Sequence[Source], names: Sequence[str
     Args:
         file: the open virtual dataset.
         shards: what it refers to.
-        names: of the datasets with a row for each token, from `names_of`.
+        names: of the datasets of tokens and rows, from `names_of`.
     """
     file["sources/file"] = file_format.fixed_strings([s.name for s in shards])
     files = [s.part.file for s in shards]
+    if any(s.part.tokens is not None for s in shards):
+        file["sources/tokens"] = [s.part.count("tokens/") for s in shards]
     file["sources/rows"] = [s.part.rows for s in shards]
     file["sources/bytes"] = [f.size for f in files]
     file["sources/shard_fingerprint"] = file_format.fixed_strings([s.fingerprint for s in shards])

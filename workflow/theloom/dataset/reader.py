@@ -4,12 +4,13 @@
 `theloom.dataset.activations.Activations` adds these to it as methods.
 """
 
+import copy
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from theloom.dataset import parts
 from theloom.dataset.attributes import Attributes
 from theloom.dataset.parts import Identity, Part
 from theloom.dataset.rows import HookRows, Maps, RowNumbers, Rows
-from theloom.dataset.tables import read_columns, read_metrics, read_tables
-from theloom.errors import HookError, StoreError
+from theloom.dataset.tables import read_columns, read_metrics, read_row_tokens, read_tables
+from theloom.errors import ConfigError, HookError, StoreError
 from theloom.store import checksums, file_format, index, token_texts
 from theloom.store.file_format import hook_path
 from theloom.store.hdf5 import content
@@ -39,6 +40,10 @@ TABLES = {
     "document": "tokens/document",
     "position": "tokens/position",
 }
+
+
+def _attribute(of: object, name: str) -> object:
+    return getattr(type(of), name, None)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class DocumentRows:
 
 class ActivationsReader:
     """The hidden states of a run. Row r of every hook point, and of the token tables, is the same
-    token.
+    token. Where rows are pooled it is the last of the tokens that a row is made of.
 
     `hooks`: names of the hook points; `dtype`: the stored one; `len`: rows; `attributes`: where the
     rows come from; `metrics_checked`: whether `theloom verify` checks the metrics, too.
@@ -123,12 +128,16 @@ class ActivationsReader:
             parts.own(file.fd, listed, more) if self.is_virtual else self._parts[0]
         )
         read = partial(listed.array, file.fd)
-        tables = read_tables(read, rows, len(self.hooks))
-        self._document_offset, self._document_id = tables.document_offset, tables.document_id
-        self.window_offset: np.ndarray = tables.window_offset
+        tokens = self.attributes.get("tokens", rows)
+        tables = read_tables(read, tokens, len(self.hooks))
+        self._document_tokens, self._document_id = tables.document_offset, tables.document_id
+        self.window_tokens: np.ndarray = tables.window_offset
+        self._row_tokens = read_row_tokens(read, self.attributes)
+        self._chosen: np.ndarray | None = None  # of the file's rows, those that are seen
         self.window_hash: np.ndarray = tables.window_hash
         self.metrics: dict[str, float] = read_metrics(read)
-        if sum(p.rows for p in self._parts) != rows:
+        counts = [sum(p.count(name) for p in self._parts) for name in (self._names[-1], "tokens/")]
+        if counts != [rows, tokens]:
             raise StoreError(
                 f"{self.path}: its parts hold other rows than it states; run the merge again"
             )
@@ -138,11 +147,67 @@ class ActivationsReader:
         """The document of each window, (windows,) int32: its number in this file, as `document`
         takes it.
         """
-        number = np.searchsorted(self._document_offset, self.window_offset[:-1], "right") - 1
+        number = np.searchsorted(self._document_tokens, self.window_tokens[:-1], "right") - 1
         return number.astype("<i4")
 
     def __len__(self) -> int:
-        return int(self.attributes["rows"])
+        return int(self.attributes["rows"]) if self._chosen is None else len(self._chosen)
+
+    def taking(self, rows: np.ndarray) -> Self:
+        """The same dataset, of which these rows alone are seen.
+
+        Args:
+            rows: their numbers, ascending.
+        """
+        seen = copy.copy(self)
+        for name in [n for n in seen.__dict__ if isinstance(_attribute(self, n), cached_property)]:
+            del seen.__dict__[name]
+        seen._chosen = rows if self._chosen is None else self._chosen[rows]
+        return seen
+
+    @property
+    def pool(self) -> str:
+        """How rows of a document or message were made one: `rows.pool` of the run."""
+        return str(self.attributes.get("rows_pool", "none"))
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a row is of a whole document or message."""
+        return self.pool != "none"
+
+    @cached_property
+    def row_tokens(self) -> np.ndarray | None:
+        """The number of the token of each row; None: every token has its row."""
+        if self._chosen is None:
+            return self._row_tokens
+        return self._chosen if self._row_tokens is None else self._row_tokens[self._chosen]
+
+    @cached_property
+    def window_offset(self) -> np.ndarray:
+        """The first row of each window, then the number of rows: (windows + 1,) int64. Of their
+        tokens: `window_tokens`.
+        """
+        return self._rows_before(self.window_tokens)
+
+    def _rows_before(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens if self.row_tokens is None else np.searchsorted(self.row_tokens, tokens)
+
+    def kept_positions(self, window: int) -> np.ndarray | None:
+        """The positions of the tokens of a window that rows are made of; None: all."""
+        if self._row_tokens is None:
+            return None
+        tokens = slice(*(int(t) for t in self.window_tokens[window : window + 2]))
+        kept = self.tokens_of("kept")
+        assert kept is not None
+        return kept.numpy(tokens).nonzero()[0]
+
+    def rows_of_kept(self, window: int) -> np.ndarray:
+        """The row of the file that each of `kept_positions` is part of."""
+        positions = self.kept_positions(window)
+        first, end = (int(t) for t in self.window_tokens[window : window + 2])
+        if positions is None or self._row_tokens is None:
+            return np.arange(first, end)
+        return np.searchsorted(self._row_tokens, positions + first)
 
     def __contains__(self, hook: object) -> bool:
         return hook in self.hooks
@@ -153,7 +218,8 @@ class ActivationsReader:
                 f"no hook point {hook!r} in {self.path}; it has {', '.join(self.hooks)}"
             )
         name = hook_path(hook)
-        return HookRows(self._parts, self._maps, name, self._widths[name], self.precision)
+        rows = HookRows(self._parts, self._maps, name, self._widths[name], self.precision)
+        return rows.taking(self._chosen)
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -186,12 +252,17 @@ class ActivationsReader:
         return self._table_of(lambda array: read_columns(array, self._listed, described, count))
 
     def token_table(self, name: str) -> Rows | None:
-        """A table with a row for each token; None where the file has none.
+        """An entry of a table of tokens for each row; None where the file has none.
 
         Args:
             name: `special`, `role` (its place in `theloom.rows.roles.ROLES`), `message`,
                 `char_start` or `char_end`.
         """
+        table = self.tokens_of(name)
+        return None if table is None else table.taking(self.row_tokens)
+
+    def tokens_of(self, name: str) -> Rows | None:
+        """A table of all tokens, whether they have a row or not; as `token_table`."""
         path = token_tables.path(name)
         if path not in self._tables.offsets:
             return None
@@ -206,7 +277,14 @@ class ActivationsReader:
     def statistics(self) -> dict[str, Statistics]:
         """By hook point: count, mean and variance of each element of a row; the mean norm; the
         number of NaN and infinite values.
+
+        Raises:
+            ConfigError: some rows alone are seen.
         """
+        if self._chosen is not None:
+            raise ConfigError(
+                "statistics are of all rows of a file; of selected rows take acts.mean(hook)"
+            )
         widths = [math.prod(self._widths[hook_path(hook)]) for hook in self.hooks]
         found = self._table_of(lambda array: read_statistics(array, self.hooks, widths))
         return dict(zip(self.hooks, found, strict=True))
@@ -237,27 +315,39 @@ class ActivationsReader:
             HookError: the dataset has no hook point of this name.
         """
         if name == "row":
-            return RowNumbers(len(self))
+            return RowNumbers(int(self.attributes["rows"])).taking(self._chosen)
         return self._table(TABLES[name]) if name in TABLES else self[name]
 
+    @property
+    def token_ids(self) -> Rows:
+        """The ids of all tokens, whether they have a row or not."""
+        return Rows(self._parts, self._maps, TABLES["input_ids"], (), np.dtype("<i4"))
+
     def _table(self, name: str) -> Rows:
-        return Rows(self._parts, self._maps, name, (), np.dtype("<i4"))
+        table = Rows(self._parts, self._maps, name, (), np.dtype("<i4"))
+        return table.taking(self.row_tokens)
 
     @property
     def documents(self) -> list[str]:
         """The ids of the documents, in the order of their rows."""
-        return [self._id(number) for number in range(len(self._document_id))]
+        return [self.document_id_of(number) for number in range(len(self._document_id))]
 
-    def _id(self, number: int) -> str:
+    def document_id_of(self, number: int) -> str:
+        """The id of a document by its number."""
         try:
             return self._document_id[number].decode()
         except UnicodeDecodeError as error:
             raise file_format.damaged(self.path, error) from None
 
-    @property
+    @cached_property
     def document_offset(self) -> np.ndarray:
         """The first row of each document, then the number of rows: (documents + 1,) int64."""
-        return self._document_offset
+        return self._rows_before(self._document_tokens)
+
+    @property
+    def document_tokens(self) -> np.ndarray:
+        """The first token of each document, then the number of tokens: (documents + 1,) int64."""
+        return self._document_tokens
 
     def document(self, which: int | str) -> DocumentRows:
         """One document.
@@ -278,9 +368,9 @@ class ActivationsReader:
         if not -count <= which < count:
             raise IndexError(f"no document {which} in {self.path}; it has {count}, from 0")
         which %= count
-        rows = slice(int(self._document_offset[which]), int(self._document_offset[which + 1]))
+        rows = slice(*(int(r) for r in self.document_offset[which : which + 2]))
         return DocumentRows(
-            id=self._id(which),
+            id=self.document_id_of(which),
             rows=rows,
             input_ids=self.input_ids.numpy(rows),
             position=self.position.numpy(rows),

@@ -1,13 +1,14 @@
 """Rows of one dataset over all files that hold them, mapped into memory."""
 
+import copy
 import errno
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, BinaryIO, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, Union
 
 import numpy as np
 
@@ -59,7 +60,7 @@ class Maps:
             if not part.packed:
                 file.close()  # the map has a descriptor of its own
         file, whole = self._files[part.path]
-        shape, offset = (part.rows, *width), part.offsets[name]
+        shape, offset = (part.count(name), *width), part.offsets[name]
         if offset < 0:
             return PackedRows(file, part.path, name, shape, dtype)
         size = math.prod(shape) * dtype.itemsize
@@ -82,10 +83,20 @@ class Rows:
     def __init__(
         self, parts: Sequence[Part], maps: Maps, name: str, width: tuple[int, ...], dtype: np.dtype
     ) -> None:
-        self._parts = [p for p in parts if p.rows]
+        self._parts = [p for p in parts if p.count(name)]
         self._maps, self._name, self._dtype = maps, name, dtype
-        self._starts = np.cumsum([0, *(p.rows for p in self._parts)])
+        self._starts = np.cumsum([0, *(p.count(name) for p in self._parts)])
+        self._taken: np.ndarray | None = None
         self.shape = (int(self._starts[-1]), *width)
+
+    def taking(self, rows: np.ndarray | None) -> Self:
+        """The same dataset, of which these rows alone are seen, in this order; None: all."""
+        if rows is None:
+            return self
+        seen = copy.copy(self)
+        seen._taken = rows if self._taken is None else self._taken[rows]
+        seen.shape = (len(rows), *self.shape[1:])
+        return seen
 
     @cached_property
     def _arrays(self) -> list[Any]:
@@ -98,7 +109,7 @@ class Rows:
         return self.shape[0]
 
     @property
-    def dtype(self) -> np.dtype:
+    def stored(self) -> np.dtype:
         """The type of `numpy`: of the stored bits, or of token numbers."""
         return self._dtype
 
@@ -143,10 +154,13 @@ class Rows:
         """Fill an array with consecutive rows.
 
         Args:
-            out: (rows, …) of `dtype`.
+            out: (rows, …) of `stored`.
             start: the first row.
         """
         stop = start + len(out)
+        if self._taken is not None:
+            out[:] = self._gather(np.arange(start, stop))
+            return
         number = int(np.searchsorted(self._starts, start, "right")) - 1
         while number < len(self._arrays) and self._starts[number] < stop:
             first, array = int(self._starts[number]), self._arrays[number]
@@ -162,6 +176,8 @@ class Rows:
 
     def _gather(self, wanted: np.ndarray) -> np.ndarray:
         flat = wanted.reshape(-1)
+        if self._taken is not None:
+            flat = self._taken[flat]
         out = np.empty((*flat.shape, *self.shape[1:]), self._dtype)
         numbers = np.searchsorted(self._starts, flat, "right") - 1
         for number in np.unique(numbers).tolist():
@@ -178,11 +194,17 @@ class RowNumbers(Rows):
         self.shape = (count,)
 
     def read_into(self, out: np.ndarray, start: int) -> None:
-        out[:] = np.arange(start, start + len(out))
+        rows = slice(start, start + len(out))
+        out[:] = np.arange(rows.start, rows.stop) if self._taken is None else self._taken[rows]
 
 
 class HookRows(Rows):
-    """The rows of one hook point: indexing returns tensors (rows, …) in the stored dtype."""
+    """The rows of one hook point: an array on disk, whose rows are read when it is indexed.
+
+    Indexing returns tensors (rows, …) in the stored dtype, and takes what `Rows` takes for the
+    rows, then any index for the axes after: `rows[0:10, 5]`. `numpy.asarray(rows)` reads all of
+    them (BF16 becomes float32, since NumPy has no bfloat16), and so does `torch.as_tensor(rows)`.
+    """
 
     def __init__(
         self, parts: Sequence[Part], maps: Maps, name: str, width: tuple[int, ...], precision: str
@@ -190,8 +212,54 @@ class HookRows(Rows):
         super().__init__(parts, maps, name, width, file_format.bits_dtype(precision))
         self._precision = precision
 
-    def __getitem__(self, index: Index) -> "torch.Tensor":
-        return self.tensor(self.numpy(index))
+    def __repr__(self) -> str:
+        hook = self._name.split("/")[1]
+        return f"<rows of {hook}: shape {self.shape}, {self.dtype}>"
+
+    def __getitem__(self, index: "Index | tuple[Any, ...]") -> "torch.Tensor":
+        if not isinstance(index, tuple):
+            return self.tensor(self.numpy(index))
+        rows, *rest = index or (...,)
+        found = self.tensor(self.numpy(rows))
+        if found.ndim < self.ndim:  # a single row
+            return found[tuple(rest)]
+        if isinstance(rows, EllipsisType):
+            return found[(..., *rest)]
+        if isinstance(rows, slice):
+            return found[(slice(None), *rest)]
+        import torch
+
+        axes = map(torch.arange, found.shape[: found.ndim - self.ndim + 1])
+        own = torch.meshgrid(*axes, indexing="ij")
+        return found[(*own, *rest)]
+
+    def __iter__(self) -> "Iterator[torch.Tensor]":
+        return (self[row] for row in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("rows are on disk: an array of them is a copy")
+        rows = self[:]
+        array = (rows.float() if self._precision == "bf16" else rows).numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self[:].__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self[:0].__dlpack_device__()
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The stored one."""
+        from theloom.precision import torch_dtype
+
+        return torch_dtype(self._precision)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
 
     def tensor(self, bits: np.ndarray) -> "torch.Tensor":
         """A tensor in the stored dtype over the memory of an array of bits."""

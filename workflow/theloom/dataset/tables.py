@@ -1,14 +1,16 @@
 """The tables of documents and windows of a file, checked against each other, and its metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from theloom.rows.pooling import ADDED_UP
 from theloom.store.file_format import METRICS, are_offsets
 from theloom.store.index import FileIndex
 from theloom.store.tables import columns
+from theloom.store.tables import tokens as token_tables
 from theloom.store.tables.columns import Column
 
 
@@ -23,12 +25,12 @@ class Tables:
     window_hash: np.ndarray  # (windows, hook points) uint64
 
 
-def read_tables(array: Callable[[str], np.ndarray], rows: int, hooks: int) -> Tables:
+def read_tables(array: Callable[[str], np.ndarray], tokens: int, hooks: int) -> Tables:
     """Read the tables of a file.
 
     Args:
         array: returns the content of a dataset by its name.
-        rows: how many the file has.
+        tokens: how many the file has.
         hooks: how many hook points it has.
 
     Raises:
@@ -46,11 +48,39 @@ def read_tables(array: Callable[[str], np.ndarray], rows: int, hooks: int) -> Ta
         (tables.document_offset, len(tables.document_id)),
         (tables.window_offset, windows),
     ):
-        if not are_offsets(offset, count, rows):
+        if not are_offsets(offset, count, tokens):
             raise ValueError("its tables of documents and windows do not fit together")
     if tables.window_hash.shape != (windows, hooks):
         raise ValueError("its table of hashes does not fit its windows and hook points")
     return tables
+
+
+def read_row_tokens(
+    array: Callable[[str], np.ndarray], attributes: Mapping[str, Any]
+) -> np.ndarray | None:
+    """Read the token of each stored row; None where every token has a row of its own.
+
+    Args:
+        array: returns the content of a dataset by its name.
+        attributes: of the file.
+
+    Raises:
+        ValueError: the table does not fit the tokens and rows of the file.
+    """
+    if "tokens" not in attributes:
+        return None
+    found, kept = array(token_tables.ROW_TOKEN), array(token_tables.path("kept"))
+    rows, tokens = attributes["rows"], attributes["tokens"]
+    sound = found.shape == (rows,) and kept.shape == (tokens,) and (np.diff(found) > 0).all()
+    if not sound or (rows and not 0 <= found[0] <= found[-1] < tokens):
+        raise ValueError("its table of stored rows does not fit its tokens")
+    if not kept[found].all() or kept[int(found[-1]) + 1 if rows else 0 :].any():
+        raise ValueError("its stored rows are not those of its kept tokens")
+    if attributes.get("rows_pool") in ADDED_UP:
+        return found
+    if int(np.count_nonzero(kept)) != rows:
+        raise ValueError("its stored rows are not those of its kept tokens")
+    return found
 
 
 def read_columns(

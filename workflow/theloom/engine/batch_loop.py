@@ -19,11 +19,11 @@ from theloom.engine.handoff import Handoff
 from theloom.engine.interrupts import StopRequest
 from theloom.engine.progress import Moment, Progress
 from theloom.engine.row_probe import RowProbe, riskiest
+from theloom.engine.selection import Selection
 from theloom.errors import StoppedError
 from theloom.hooks.points import HookPoint
 from theloom.memory.profile import ShardProfile
 from theloom.planning.plan import Plan
-from theloom.precision import BYTES
 from theloom.store.shard_file import ShardTokens
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Work:
 
     `predicted`: the bytes that the run was predicted to take. `tolerance`: the error that rounding
     explains, as a share of the largest value. `longest_pass`: tokens of the longest document that
-    fits in one pass.
+    fits in one pass. `pool`: how rows of a document are made one.
     """
 
     batches: list[Batch]
@@ -75,16 +75,12 @@ class Work:
     warning_threshold: float
     tolerance: float
     longest_pass: int
+    pool: str = "none"
 
-
-def largest_value(
-    batches: list[Batch], points: list[HookPoint], chunk_size: int, precision: str
-) -> int:
-    """Bytes of the largest value that a hook point can have in one forward step."""
-    return max(
-        (b.step(chunk_size) * p.width(b.width) * BYTES[precision] for b in batches for p in points),
-        default=0,
-    )
+    @property
+    def selection(self) -> Selection:
+        """What is stored of the batches, from the first one on."""
+        return Selection(self.tokens, self.pool, self.precision)
 
 
 def run_batches(
@@ -102,25 +98,32 @@ def run_batches(
     Raises StoppedError once the job is requested to stop, with all that was forwarded committed.
     """
     batches, total = work.batches, len(work.tokens.input_ids)
-    first = writer.batches_done
+    first, selection = writer.batches_done, work.selection
     done = sum(sum(b.lengths) for b in batches[:first])
-    passes = {n: _passes(batches[n], plan) for n in range(first, len(batches))}
+    rows = sum(selection.rows(b) for b in batches[:first])
+    again = selection.again(batches, first)
+    passes = {n: _passes(batches[n], plan) for n in (*again, *range(first, len(batches)))}
     every = [one for several in passes.values() for one in several]
-    largest = largest_value(every, work.points, plan.chunk_size, work.precision)
+    largest = selection.largest(every, work.points, plan.chunk_size)
     progress = Progress(total, done, work.predicted, watch)
     measured = _Measured(writer, work, watch, done, oom_level)
     longest = 0 if oom_level else work.longest_pass  # where memory ran out, no pass is longer
     probe = RowProbe(riskiest(every, plan.chunk_size, longest), work.points, work.tolerance)
     warned = False
     with StopRequest() as stop, Handoff(writer, work.device, largest) as handoff:
-        for number in range(first, len(batches)):
-            for batch in passes[number]:
+        for number, several in passes.items():
+            for batch in several:
                 ids = batching.padded(batch, work.tokens.input_ids, work.tokens.window_offset)
 
                 def hand_over(
-                    hook: str, start: int, values: "torch.Tensor", batch: Batch = batch
+                    hook: str,
+                    start: int,
+                    values: "torch.Tensor",
+                    batch: Batch = batch,
+                    number: int = number,
                 ) -> None:
-                    handoff.rows(batch, hook, start, values)
+                    step = selection.step(batch, start, values.shape[1], number < first)
+                    handoff.rows(step, hook, step.take(values))
                     probe.keep(hook, values)
 
                 probe.begin(batch, plan.chunk_size)
@@ -133,10 +136,13 @@ def run_batches(
                     )
                 measured.forwarded += ids.numel()
                 probe.compare(runner, batch, ids)
+            if number < first:
+                continue
             done += sum(batches[number].lengths)
+            rows += selection.rows(batches[number])
             last = number == len(batches) - 1
             handoff.batch_done(
-                done, last or stop.requested is not None, measured.metrics(handoff, done)
+                rows, last or stop.requested is not None, measured.metrics(handoff, done)
             )
             warned = warned or gpu.warn_above(work.warning_threshold, work.device)
             progress.update(Moment(done, handoff.bytes_written, handoff.seconds_waiting), last)

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# attributes of runs that store other rows than one for each token
+OF_ROWS = ("rows_keep", "rows_pool", "rows_by", "documents_without_rows")
+
+
 @dataclass(frozen=True)
 class RunContext:
     """A run as its extraction jobs see it.
@@ -228,7 +232,9 @@ def _fingerprint(config_path: Path, record: ModelRecord, corpus: dict[str, Any])
     parts = {
         "config": frozen_digest(config_path),
         "model": [record.fingerprint, record.precision, record.attributes["attention"]],
-        "tokens": [corpus["corpus_hash"], corpus["tokens_hash"], corpus.get("tables_hash")],
+        "tokens": [
+            corpus.get(name) for name in ("corpus_hash", "tokens_hash", "tables_hash", "rows_hash")
+        ],
         "versions": [versions.get(p) for p in ("torch", "transformers")],
         "format": file_format.FORMAT_VERSION,
     }
@@ -264,4 +270,5 @@ def _attributes(run: RunContext, plan: Plan) -> dict[str, Any]:
         arithmetic=accelerator.arithmetic(),
         **model_record.provenance_of(run.record),
         **{name: run.corpus[name] for name in names},
+        **{name: run.corpus[name] for name in OF_ROWS if name in run.corpus},
     )

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from theloom.corpus.batching import Batch
 from theloom.devices import accelerator
 from theloom.devices.accelerator import Mark, SideStreams
+from theloom.engine.selection import Step
 from theloom.store.ring_buffer import IN_FLIGHT, Ring, ring_bytes
 
 if TYPE_CHECKING:
@@ -37,13 +37,10 @@ SWITCH_SECONDS = 0.0002
 
 @dataclass(frozen=True)
 class _Values:
-    """Values of one hook point, (window, position, …), in host memory once `copied` has come to
-    pass.
-    """
+    """Values of one hook point that a step took, in host memory once `copied` has come to pass."""
 
-    batch: Batch
+    step: Step
     hook: str
-    start: int
     values: "torch.Tensor"
     copied: Mark
 
@@ -57,12 +54,12 @@ class _Done:
     metrics: dict[str, float]
 
 
-def rows_of(value: "torch.Tensor", dtype: "torch.dtype", over_keys: bool) -> "torch.Tensor":
-    """A captured value as the hand-off takes it.
+def rows_of(value: "torch.Tensor", dtype: "torch.dtype | None", over_keys: bool) -> "torch.Tensor":
+    """A captured value as a selection takes it.
 
     Args:
         value: The model's own, (window, position, …); over keys (window, head, position, key).
-        dtype: Of the rows on disk.
+        dtype: Of the rows on disk; None: the model's own, without a copy.
         over_keys: Whether a row of it has all heads of a position.
 
     Returns:
@@ -70,6 +67,8 @@ def rows_of(value: "torch.Tensor", dtype: "torch.dtype", over_keys: bool) -> "to
         copied to the host, and may write to its own.
     """
     rows = value.transpose(1, 2) if over_keys else value
+    if dtype is None:
+        return rows
     if value.device.type == "cpu":
         return rows.to(dtype)
     return rows.to(dtype, copy=True).contiguous()
@@ -121,8 +120,8 @@ class Handoff:
         """The memory of all values on their way."""
         return self._ring.buffer
 
-    def rows(self, batch: Batch, hook: str, start: int, values: "torch.Tensor") -> None:
-        """Take values of a batch, (window, position, …), from position `start` on.
+    def rows(self, step: Step, hook: str, values: "torch.Tensor") -> None:
+        """Take what a step took of a hook point's values.
 
         On the CPU they may change after the call; on a GPU they are copied later, each from its own
         device, and nothing may write to them.
@@ -135,7 +134,7 @@ class Handoff:
         if place is None:
             self._raise()
         assert place is not None
-        self._queue.put(_Values(batch, hook, start, place, self._copy(values, place)))
+        self._queue.put(_Values(step, hook, place, self._copy(values, place)))
         self.seconds_copying += time.perf_counter() - taken
 
     def batch_done(self, rows: int, last: bool, metrics: dict[str, float]) -> None:
@@ -191,13 +190,8 @@ class Handoff:
             self._writer.metrics.update(item.metrics)
             self._writer.batch_done(item.rows, item.last)
         else:
-            for number, (window, length) in enumerate(
-                zip(item.batch.windows, item.batch.lengths, strict=True)
-            ):
-                real = min(length - item.start, item.values.shape[1])
-                if real > 0:
-                    rows = item.values[number, :real]
-                    self._writer.write(window, item.hook, item.start, rows)
-                    self.bytes_written += rows.nbytes
+            for window, first, rows in item.step.rows(item.hook, item.values):
+                self._writer.write(window, item.hook, first, rows)
+                self.bytes_written += rows.nbytes
             self._ring.give_back()
         self.seconds_writing += time.perf_counter() - began

@@ -11,6 +11,7 @@ from theloom.engine import interrupts, model_record
 from theloom.engine.batch_loop import Sink, Work, run_batches
 from theloom.engine.context import ShardJob
 from theloom.engine.handoff import rows_of
+from theloom.engine.selection import Selection
 from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
 from theloom.memory.profile import ShardProfile
@@ -34,13 +35,13 @@ class ResidentRunner:
         loaded: LoadedModel,
         points: list[HookPoint],
         chunk_size: int,
-        store: str,
+        store: str | None,
         offloaded: bool = False,
         causal: bool = True,
     ) -> None:
         self._loaded, self._points, self._chunk_size = loaded, points, chunk_size
         self._store, self._offloaded, self._causal = store, offloaded, causal
-        self._dtype = torch_dtype(store)
+        self._dtype = None if store is None else torch_dtype(store)
 
     def run(
         self,
@@ -52,8 +53,9 @@ class ResidentRunner:
         """Forward token ids (window, position), padded on the right; hand every chunk of every hook
         point to `sink`.
 
-        Values are in the stored dtype; `captured` sees each of them before. `lengths`, the tokens
-        of each window, are what a model that is not causal masks its padding by.
+        Values are in the dtype of `store`, or the model's own; `captured` sees each of them before.
+        `lengths`, the tokens of each window, are what a model that is not causal masks its padding
+        by.
         """
         position = dict.fromkeys((p.name for p in self._points), 0)
         over_keys = {p.name for p in self._points if p.over_keys}
@@ -111,6 +113,7 @@ def extract_resident(job: ShardJob) -> None:
     estimate.check_disk(
         job.output.parent, job.bytes_to_write(spec), shutil.disk_usage(job.output.parent).free
     )
+    Selection(job.tokens, run.config.rows.pool.name, run.store).check_room(batches, run.points)
     first = committed_batches(job.output, job.fingerprint)
     if first == len(batches):  # an earlier job was killed between its last row and the rename
         with ShardWriter(job.output, spec) as writer:
@@ -132,6 +135,7 @@ def extract_resident(job: ShardJob) -> None:
         run.threshold,
         loaded.tolerance,
         longest_pass(run.estimate, run.weight_format.name, plan, job.lengths.tolist()),
+        run.config.rows.pool.name,
     )
     largest = batching.largest(batches, first, plan.chunk_size) if job.profiled else ()
     profile = ShardProfile(loaded, job.output, largest)
@@ -142,8 +146,9 @@ def extract_resident(job: ShardJob) -> None:
     def extract(level: int) -> None:
         """Resume behind the last committed row, and go to the end."""
         cut = smaller(level)
+        handed = work.selection.handed
         runner = ResidentRunner(
-            loaded, run.points, cut.chunk_size, run.store, cut.offloaded, run.record.causal
+            loaded, run.points, cut.chunk_size, handed, cut.offloaded, run.record.causal
         )
         with ShardWriter(job.output, spec) as writer:
             run_batches(runner, work, cut, writer, profile, watch, level)

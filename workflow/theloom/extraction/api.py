@@ -32,6 +32,7 @@ Examples:
 """  # noqa: E501
 
 import gc
+import html
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -88,6 +89,15 @@ class HiddenStates(Mapping[str, torch.Tensor]):
             f"{name} {tuple(value.shape)}" for name, value in self.hidden_states.items()
         )
         return f"HiddenStates({shapes})"
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td style='text-align:left'>{html.escape(name)}</td>"
+            f"<td>{' × '.join(map(str, value.shape))}</td><td>{value.dtype}</td></tr>"
+            for name, value in self.hidden_states.items()
+        )
+        heading = "<tr><th style='text-align:left'>hook point</th><th>shape</th><th>dtype</th></tr>"
+        return f"<table>{heading}{cells}</table>"
 
 
 def extract_hidden_states(

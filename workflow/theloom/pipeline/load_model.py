@@ -124,6 +124,14 @@ def _checked_files(config: Config) -> ModelFiles:
     return files
 
 
+def _say_disk(estimated: Estimate, computed: str, tokens_path: Path) -> None:
+    """Log what the shards will take, now that the rows are known."""
+    precision = computed if estimated.store in (None, "auto") else estimated.store
+    rows, total = tokens.sizes(tokens_path)
+    needed = terminal.format_bytes(rows * estimated.row_bytes[precision])
+    log.info("disk: %s in %s for %d rows of %d tokens", needed, precision, rows, total)
+
+
 def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path) -> None:
     """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError,
     MemoryPlanError.
@@ -145,6 +153,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
             f"memory.precision_mode: {model_config.model_type} resolves to {kind.name} here, in "
             "which its code does not run without weights; set another precision, as fp32"
         )
+    _say_disk(estimated, resolved.resolved, tokens_path)
     threshold = estimated.threshold
     execution = config.extraction.execution.name
     try:

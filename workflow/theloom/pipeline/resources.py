@@ -285,13 +285,14 @@ def _minutes(settings: Config, estimated: Estimate, store: str) -> dict[str, int
     bf16 = estimated.weights["bf16"]
     block_parameters = max(0, bf16 - _largest_tensor(estimated)) // 2
     speed = sharding.tokens_per_second(settings, block_parameters)
-    if speed is None or estimated.rows is None:
+    tokens, shards = settings.corpus.max_tokens, settings.extraction.shards or 1
+    if speed is None or tokens is None:
         return {}
-    rows, shards = estimated.rows, settings.extraction.shards or 1
+    rows = tokens if estimated.rows is None else estimated.rows
     loading, reading = bf16 / READING, rows * estimated.row_bytes[store] / READING
     sampled = settings.verify.documents * estimated.context_length / speed
     seconds = {
-        "runtime": loading + rows / shards / speed,
+        "runtime": loading + tokens / shards / speed,
         "verify_runtime": loading + reading + sampled,
     }
     return {name: STARTING + math.ceil(SAFETY_FACTOR * s / 60) for name, s in seconds.items()}

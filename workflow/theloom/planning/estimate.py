@@ -21,7 +21,7 @@ from theloom.config.auto import store_precision, traceable_attention
 from theloom.config.frozen import to_plain
 from theloom.config.model_dims import dims_of_profile, numbers
 from theloom.config.schema import Config
-from theloom.errors import MemoryPlanError, ModelError
+from theloom.errors import HookError, MemoryPlanError, ModelError
 from theloom.hooks.points import HookPoint, deepest_block
 from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
@@ -32,6 +32,8 @@ from theloom.model.checkpoint.weights import check_stored
 from theloom.model.files import hf_config
 from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat, quantization_of
 from theloom.precision import BYTES
+from theloom.rows import expression
+from theloom.rows.pooling import ADDED_UP
 from theloom.store import file_format, provenance
 from theloom.store.ring_buffer import RING_BYTES, bytes_on_device
 
@@ -82,10 +84,11 @@ class Estimate:
     largest_capture: dict[str, int]  # per token: the largest requested hook point, as stored
     row_bytes: dict[str, int]  # per token on disk, by precision of the store
     host: dict[str, int]  # resident memory of a job that holds the model
-    rows: int | None  # tokens of the corpus, if max_tokens bounds them
+    rows: int | None  # that are stored at most; None: nothing bounds them
+    store: str = "auto"  # store.dtype, as requested
 
     def disk_bytes(self, store_precision: str) -> int | None:
-        """Bytes of all shards together; None if the number of tokens is unknown."""
+        """Bytes of all shards together; None if the number of rows is unknown."""
         return None if self.rows is None else self.rows * self.row_bytes[store_precision]
 
     def find(self, kind: str, tokens: int, chunk_size: int) -> PeakBytes:
@@ -144,6 +147,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
     size = estimator.size
     catalog = estimator.catalog()
     points = catalog.select(config.memory.activation_cache_filter)
+    _check_pooled(config, points)
     context = config.corpus.context_length or size.context_length or DEFAULT_CONTEXT
     if config.corpus.max_tokens is not None:
         context = min(context, config.corpus.max_tokens)
@@ -177,11 +181,12 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         },
         passes=passes,
         largest_capture={
-            name: _largest(points, store_precision(config, kind.precision), context)
+            name: _largest(points, _copied_precision(config, kind.precision), context)
             for name, kind in WEIGHT_FORMATS.items()
         },
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
-        rows=config.corpus.max_tokens,
+        rows=_most_rows(config),
+        store=config.store.dtype.name,
         host={
             name: _host(estimator, WEIGHT_FORMATS[name], weights[name], own, chunk_size, device)
             for name, own in passes.items()
@@ -246,6 +251,34 @@ def _host(
         return HOST_PROCESS + estimator.largest_weight(kind) + RING_BYTES["cuda"]
     requested = max(p.parts.total for p in passes if p.chunk_size == chunk_size)
     return HOST_PROCESS + weights + requested + bytes_on_device("cpu", 0)
+
+
+def _most_rows(config: Config) -> int | None:
+    """The most rows that a run can store: what `max_tokens` and `max_documents` leave."""
+    of_document = expression.parse(config.rows.keep).most
+    if config.rows.pool.name != "none" and config.rows.by.name == "document":
+        of_document = 1
+    bounds = [config.corpus.max_tokens]
+    if of_document is not None and config.corpus.max_documents is not None:
+        bounds.append(of_document * config.corpus.max_documents)
+    return min((n for n in bounds if n is not None), default=None)
+
+
+def _copied_precision(config: Config, computed: str) -> str:
+    """The precision of what is copied off the device: pooled rows are added up in FP32."""
+    added_up = config.rows.pool.name in ADDED_UP
+    return "fp32" if added_up else store_precision(config, computed)
+
+
+def _check_pooled(config: Config, points: Sequence[HookPoint]) -> None:
+    """Raise HookError where rows are pooled that have no common shape."""
+    over_keys = [p.name for p in points if p.over_keys]
+    pool = config.rows.pool.name
+    if pool != "none" and over_keys:
+        raise HookError(
+            f"rows.pool={pool}: a row of {over_keys[0]} is over the keys of its own window, and "
+            "cannot be pooled; take it out of memory.activation_cache_filter, or keep rows alone"
+        )
 
 
 def _largest(points: list[HookPoint], precision: str, keys: int) -> int:
@@ -385,6 +418,7 @@ _SINGLE = (
     "cache",
     "threshold",
     "blocks",
+    "store",
 )
 _OPTIONAL = ("rows", "batch_tokens")
 

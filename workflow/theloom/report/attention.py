@@ -30,6 +30,11 @@ def patterns(acts: Activations, document: int, tokens: list[str], title: str) ->
         return style.note(
             f"{title}: attention patterns", f"The run captured no attention patterns; {_HOW}."
         )
+    if acts.row_tokens is not None:
+        return style.note(
+            f"{title}: attention patterns",
+            "The run stores the rows of some tokens alone (rows.keep), and a pattern needs all.",
+        )
     hooks = [
         hooks[n] for n in np.unique(np.linspace(0, len(hooks) - 1, _LAYERS).round().astype(int))
     ]

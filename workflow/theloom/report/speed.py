@@ -64,7 +64,7 @@ def shard_work(path: Path) -> ShardWork:
         Its tokens and seconds.
     """
     acts = activations.open_activations(path)
-    attributes, metrics, lengths = acts.attributes, acts.metrics, np.diff(acts.window_offset)
+    attributes, metrics, lengths = acts.attributes, acts.metrics, np.diff(acts.window_tokens)
     switches = json.loads(attributes.get("model_switches", "[]"))
     batches = batching.plan_batches(
         lengths,
@@ -81,7 +81,7 @@ def shard_work(path: Path) -> ShardWork:
     return ShardWork(
         shard=int(attributes["shard"]),
         # a job that resumed a partial shard counts and times only its own part
-        tokens=int(metrics["tokens"] or attributes["rows"]),
+        tokens=int(metrics["tokens"] or lengths.sum()),
         tokens_forwarded=int(metrics["tokens_forwarded"] or forwarded),
         seconds=seconds,
         parts={name: metrics[name] for name in PARTS if metrics[name]},

@@ -133,7 +133,7 @@ class Verified:
 
 def verify_committed(
     path: Path,
-    window_offset: np.ndarray,
+    row_offset: np.ndarray,
     row_bytes: Mapping[str, int],
     precision: str,
     into: Mapping[str, Statistics],
@@ -144,7 +144,7 @@ def verify_committed(
 
     Args:
         path: the unfinished file.
-        window_offset: first row of each window, (windows + 1,).
+        row_offset: first stored row of each window, (windows + 1,).
         row_bytes: bytes of a row by hook point, in the order of the file.
         precision: of the stored rows.
         into: statistics by hook point, to which the rows of intact batches are added.
@@ -166,7 +166,7 @@ def verify_committed(
             parts = []  # statistics take a batch only when all of its cells are intact
             for cell in cells.tolist():
                 window, number = divmod(cell, len(hooks))
-                begin, end = (int(r) for r in window_offset[window : window + 2])
+                begin, end = (int(r) for r in row_offset[window : window + 2])
                 hook, size = hooks[number]
                 state, part = (
                     xxhash.xxh3_64(),

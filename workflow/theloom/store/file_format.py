@@ -98,7 +98,7 @@ def bits(tensor: "torch.Tensor") -> np.ndarray:
 
 def raw_bytes(tensor: "torch.Tensor") -> memoryview:
     """The bytes of a CPU tensor, row by row, without a copy if it is contiguous."""
-    return bits(tensor).data.cast("B")
+    return bits(tensor).data.cast("B") if tensor.numel() else memoryview(b"")
 
 
 def tensor_from_bits(array: np.ndarray, precision: str) -> "torch.Tensor":

@@ -31,6 +31,7 @@ _AT_ONCE = 1 << 30  # bytes of one read
 _TYPES = {
     "tokens": "<i4",
     **{token_tables.path(name): numpy_type for name, numpy_type in token_tables.TYPES.items()},
+    token_tables.ROW_TOKEN: "<i8",
     "documents/offset": "<i8",
     "documents/id": "|S",
     "windows/offset": "<i8",

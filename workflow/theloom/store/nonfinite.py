@@ -81,8 +81,9 @@ def first_of(spec: ShardSpec, point: HookPoint, fd: int, offsets: Mapping[str, i
             place = int(wrong.any(axis=1).argmax())
             value = values[place][wrong[place]][0]
             row += place
-            document = int(np.searchsorted(tokens.document_offset, row, side="right")) - 1
+            token = row if tokens.row_token is None else int(tokens.row_token[row])
+            document = int(np.searchsorted(tokens.document_offset, token, side="right")) - 1
             name = tokens.document_id[document].decode(errors="replace")
-            return f"{value:g} at token {row - int(tokens.document_offset[document])} of {name}"
+            return f"{value:g} at token {token - int(tokens.document_offset[document])} of {name}"
         row += len(bits)
     return "none"

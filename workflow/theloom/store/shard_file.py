@@ -10,6 +10,7 @@ that are known.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,17 @@ from theloom.store.tables.columns import Column
 
 @dataclass(frozen=True)
 class ShardTokens:
-    """The tokens and tables of one shard. Offsets are rows of the shard; document numbers are
-    those of the corpus. `special` to `char_end` are tables of `store.tables.tokens`; None: unknown.
+    """The tokens and tables of one shard. Offsets are tokens of the shard; document numbers are
+    those of the corpus. `special` to `kept` are tables of `store.tables.tokens`; None: unknown.
+
+    Where not every token has a row of its own, `row_token` has the token of each stored row (the
+    last one of those that a pooled row is made of), and `kept` whether a token is part of any.
     """
 
-    first_row: int
-    input_ids: np.ndarray  # (rows,) int32
-    document: np.ndarray  # (rows,) int32
-    position: np.ndarray  # (rows,) int32
+    first_row: int  # in the merged dataset
+    input_ids: np.ndarray  # (tokens,) int32
+    document: np.ndarray  # (tokens,) int32
+    position: np.ndarray  # (tokens,) int32
     document_offset: np.ndarray  # (documents + 1,) int64
     document_id: np.ndarray  # (documents,) bytes
     window_offset: np.ndarray  # (windows + 1,) int64
@@ -45,7 +49,21 @@ class ShardTokens:
     message: np.ndarray | None = None
     char_start: np.ndarray | None = None
     char_end: np.ndarray | None = None
+    kept: np.ndarray | None = None
     columns: Mapping[str, Column] = field(default_factory=dict)  # of the documents, in order
+    row_token: np.ndarray | None = None  # (rows,) int64
+
+    @property
+    def rows(self) -> int:
+        """How many rows are stored."""
+        return len(self.input_ids if self.row_token is None else self.row_token)
+
+    @cached_property
+    def row_offset(self) -> np.ndarray:
+        """First stored row of each window, then the number of rows, (windows + 1,) int64."""
+        if self.row_token is None:
+            return self.window_offset
+        return np.searchsorted(self.row_token, self.window_offset)
 
 
 @dataclass(frozen=True)
@@ -72,8 +90,8 @@ class ShardSpec:
 
     @property
     def rows(self) -> int:
-        """Tokens of the shard."""
-        return len(self.tokens.input_ids)
+        """Stored rows of the shard."""
+        return self.tokens.rows
 
     @property
     def windows(self) -> int:
@@ -144,10 +162,14 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
     names = [p.name for p in spec.points]
     of_shard = {"shard_fingerprint": spec.fingerprint, "rows": spec.rows, "hooks": names}
     of_shard["columns"] = columns.described(tokens.columns)
+    if tokens.row_token is not None:
+        of_shard["tokens"] = len(tokens.input_ids)
     file_format.set_attributes(file, {**spec.attributes, **of_shard})
     for name in ("input_ids", "document", "position", *token_tables.TYPES):
         if (table := getattr(tokens, name)) is not None:
             file[token_tables.path(name)] = table
+    if tokens.row_token is not None:
+        file[token_tables.ROW_TOKEN] = tokens.row_token
     columns.write(file, tokens.columns)
     file["documents/offset"] = tokens.document_offset
     file["documents/id"] = tokens.document_id

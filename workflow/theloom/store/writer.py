@@ -127,7 +127,7 @@ class ShardWriter:
         Args:
             window: its number in the shard.
             hook: name of the hook point.
-            start: the position of the first row in the window.
+            start: the number of the first row among the window's stored ones.
             rows: (positions, …), on the CPU, in the stored dtype. The caller may reuse the memory
                 as soon as this returns. Attention may have fewer keys than the file: the others
                 are filled with the value of masked keys.
@@ -136,8 +136,8 @@ class ShardWriter:
             ValueError: the rows do not follow those before, or exceed the window.
             MemoryPlanError: the disk is full.
         """
-        first = int(self._spec.tokens.window_offset[window])
-        length = int(self._spec.tokens.window_offset[window + 1]) - first
+        first = int(self._spec.tokens.row_offset[window])
+        length = int(self._spec.tokens.row_offset[window + 1]) - first
         point = self._points[hook]
         if point.over_keys:
             rows = _with_all_keys(rows, self._spec.keys, point.fill)
@@ -293,7 +293,7 @@ class ShardWriter:
         hooks = list(self._row_bytes.items())
         for cell in cells.tolist():
             window, number = divmod(cell, len(hooks))
-            begin, end = (int(r) for r in self._spec.tokens.window_offset[window : window + 2])
+            begin, end = (int(r) for r in self._spec.tokens.row_offset[window : window + 2])
             hook, size = hooks[number]
             for data in commit_log.tiles(
                 self._fd,
@@ -327,9 +327,9 @@ class ShardWriter:
 
     def _check_committed(self) -> None:
         """Check what earlier jobs have committed, and resume after the last intact batch."""
-        window_offset, precision = self._spec.tokens.window_offset, self._spec.precision
+        row_offset, precision = self._spec.tokens.row_offset, self._spec.precision
         verified = commit_log.verify_committed(
-            self.partial, window_offset, self._row_bytes, precision, self._statistics
+            self.partial, row_offset, self._row_bytes, precision, self._statistics
         )
         self.batches_done, self._digest = verified.batches, verified.digest
         if verified.batches < verified.vouched:

@@ -1,7 +1,7 @@
 """Which documents a verification recomputes: those at most risk first."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -26,9 +26,10 @@ def choose_windows(
     Returns:
         Numbers of windows: the longest; the longest and the shortest that went in chunks; the
         shortest of the batch with most padding; on both sides of each of these lengths, the nearest
-        ones; the first and the last of the fullest batch; then random ones.
+        ones; the first and the last of the fullest batch; then random ones. Of documents that have
+        stored rows, and where these are pooled all windows of each.
     """
-    tokens = np.diff(acts.window_offset)
+    tokens = np.diff(acts.window_tokens)
     batches = list(batches_of(acts))
     wanted = [int(tokens.argmax())]
     streamed = [w for batch, chunk in batches if batch.width > chunk for w in batch.windows]
@@ -46,9 +47,19 @@ def choose_windows(
         wanted += [full.windows[0], full.windows[-1]]
     wanted += [int(w) for w in np.random.default_rng(seed).permutation(len(tokens))]
     chosen: dict[int, int] = {}
+    rows = np.diff(acts.document_offset if acts.pooled else acts.window_offset)
     for window in wanted:
-        chosen.setdefault(int(acts.window_document[window]), window)
-    return list(chosen.values())[:documents]
+        document = int(acts.window_document[window])
+        if rows[document if acts.pooled else window]:
+            chosen.setdefault(document, window)
+    found = list(chosen.values())[:documents]
+    return whole_documents(acts, found) if acts.pooled else found
+
+
+def whole_documents(acts: Activations, windows: Iterable[int]) -> list[int]:
+    """All windows of the documents of some windows, document by document in their order."""
+    documents = dict.fromkeys(int(acts.window_document[w]) for w in windows)
+    return [int(w) for d in documents for w in np.flatnonzero(acts.window_document == d)]
 
 
 def batches_of(acts: Activations) -> Iterator[tuple[Batch, int]]:
@@ -62,13 +73,16 @@ def batches_of(acts: Activations) -> Iterator[tuple[Batch, int]]:
     """
     attributes = acts.attributes
     batch_tokens, chunks = attributes.by_shard("batch_tokens"), attributes.by_shard("chunk_size")
-    rows = attributes.by_shard("shard_rows" if "shard_rows" in attributes else "rows")
+    of_shard = "tokens" if "tokens" in attributes else "rows"
+    sizes = attributes.by_shard(
+        f"shard_{of_shard}" if f"shard_{of_shard}" in attributes else of_shard
+    )
     switches = [LengthSwitch(**s) for s in json.loads(attributes.get("model_switches", "[]"))]
     together = int(attributes.get("streamed_windows", 1))
-    ends = np.searchsorted(acts.window_offset, np.cumsum(rows))
+    ends = np.searchsorted(acts.window_tokens, np.cumsum(sizes))
     first = 0
     for end, most, chunk in zip(ends, batch_tokens, chunks, strict=True):
-        tokens = np.diff(acts.window_offset[first : end + 1])
+        tokens = np.diff(acts.window_tokens[first : end + 1])
         for batch in batching.plan_batches(tokens, most, chunk, together, switches):
             yield Batch(tuple(first + w for w in batch.windows), batch.lengths), chunk
         first = int(end)

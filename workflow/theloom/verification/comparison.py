@@ -23,7 +23,8 @@ from theloom.model.files import ModelFiles
 from theloom.model.loading import LoadedModel
 from theloom.precision import FINER, TOLERANCE
 from theloom.terminal import format_bytes
-from theloom.verification.fp32 import window_rows
+from theloom.verification.choice import whole_documents
+from theloom.verification.stored import StoredRows
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,7 @@ class Comparison:
         )
         self._may_suspect = not (config.verify.tolerance or quantized)
         self.finer = FINER[loaded.precision.resolved]
+        self._stored, self._exact = StoredRows(acts), StoredRows(acts)
         self._errors: dict[int, dict[str, tuple[float, float]]] = defaultdict(dict)
         self._suspect: dict[int, dict[HookPoint, torch.Tensor]] = defaultdict(dict)
         self._suspect_bytes = 0
@@ -116,8 +118,12 @@ class Comparison:
 
     def add(self, window: int, point: HookPoint, values: "torch.Tensor") -> None:
         """Compare a window's values at one hook point to the stored rows."""
+        unit = self._stored.of(window, point, values)
+        if unit is None:
+            return
+        window, rows, values = unit
         error, max_abs = self._errors[window][point.name] = _compare(
-            self._acts, window, point, values
+            self._acts, rows, point, values
         )
         if self._may_suspect and not error <= self._tolerance * max_abs:
             self._suspect_bytes += 4 * values.numel()
@@ -127,14 +133,20 @@ class Comparison:
                 self._suspect.clear()
 
     def suspect(self) -> dict[int, list[HookPoint]]:
-        """Hook points above the tolerance, by window: those to compare to `finer`."""
+        """Hook points above the tolerance, by window: those to compare to `finer`. Where rows are
+        pooled, all windows of a document.
+        """
         if self._suspect_bytes > MAX_SUSPECT_BYTES:
             log.warning(
                 "more than %s of values differ: not compared to %s",
                 format_bytes(MAX_SUSPECT_BYTES),
                 self.finer.upper(),
             )
-        return {window: list(points) for window, points in self._suspect.items()}
+        return {
+            w: list(points)
+            for window, points in self._suspect.items()
+            for w in (whole_documents(self._acts, [window]) if self._acts.pooled else [window])
+        }
 
     @contextmanager
     def computed_finer(self) -> Iterator[None]:
@@ -154,6 +166,10 @@ class Comparison:
             point: hook point; ignored unless it is suspect in this window.
             exact: values of the model in `finer`, (position, …).
         """
+        unit = self._exact.of(window, point, exact)
+        if unit is None:
+            return
+        window, _, exact = unit
         if (values := self._suspect[window].pop(point, None)) is not None:
             error, max_abs = _max_abs_error(values, exact.float().cpu())
             share = error / max(max_abs, 1e-30)
@@ -171,13 +187,13 @@ class Comparison:
 
 
 def _compare(
-    acts: Activations, window: int, point: HookPoint, values: "torch.Tensor"
+    acts: Activations, rows: slice, point: HookPoint, values: "torch.Tensor"
 ) -> tuple[float, float]:
-    """Compare a window's stored rows to recomputed values, (position, …); as `_max_abs_error`."""
+    """Compare stored rows to recomputed ones; as `_max_abs_error`."""
     import torch
 
     truth = values.float()
-    stored = acts[point.name][window_rows(acts, window)].to(truth.device).float()
+    stored = acts[point.name][rows].to(truth.device).float()
     if point.over_keys:  # (position, head, key); stored rows are padded to the longest window
         keys = torch.arange(truth.shape[2], device=truth.device)
         truth = torch.full_like(stored, point.fill).index_copy_(2, keys, truth)

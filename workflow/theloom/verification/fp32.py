@@ -19,6 +19,7 @@ from theloom.model.files import ModelFiles, config_in
 from theloom.model.loading import LoadedModel
 from theloom.model.weight_format import WeightFormat
 from theloom.store import file_format
+from theloom.verification.stored import StoredRows
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +79,7 @@ def compare(
     exact = exact_model(config, files, acts, windows, points, traced)
     if exact is None:
         return None
-    pairs = [_cosines(exact, acts, [p.name for p in points], window, oracle) for window in windows]
-    return Fidelity([p.name for p in points], list(windows), *map(list, zip(*pairs, strict=True)))
+    return _cosines(exact, acts, points, windows, oracle)
 
 
 def exact_model(
@@ -108,7 +108,7 @@ def exact_model(
     trust = config.model.trust_remote_code
     traced = traced or Traced(config_in(files, trust), None, trust)
     device = gpu.choose_device(config.extraction.device)
-    longest = max(int(acts.window_offset[w + 1] - acts.window_offset[w]) for w in windows)
+    longest = max(int(acts.window_tokens[w + 1] - acts.window_tokens[w]) for w in windows)
     fp32 = WeightFormat("fp32")
     captured = {
         p.name: p
@@ -127,32 +127,38 @@ def exact_model(
     return loading.load_model(config, files, exact=precision)
 
 
-def window_rows(acts: Activations, window: int) -> slice:
-    """Rows of the dataset that belong to a window."""
-    return slice(*(int(r) for r in acts.window_offset[window : window + 2]))
-
-
 def window_ids(acts: Activations, window: int) -> "torch.Tensor":
     """Token ids of a window, (1, position)."""
     import torch
 
-    return torch.from_numpy(acts.input_ids.numpy(window_rows(acts, window)).astype("<i8"))[None]
+    tokens = slice(*(int(t) for t in acts.window_tokens[window : window + 2]))
+    return torch.from_numpy(acts.token_ids.numpy(tokens).astype("<i8"))[None]
 
 
 def _cosines(
-    exact: LoadedModel, acts: Activations, hooks: Sequence[str], window: int, oracle: Oracle
-) -> tuple[list[float], list[float]]:
-    """Mean and minimum over a window's rows, per hook point."""
+    exact: LoadedModel,
+    acts: Activations,
+    points: Sequence[HookPoint],
+    windows: Sequence[int],
+    oracle: Oracle,
+) -> Fidelity:
+    """Mean and minimum over the rows of each window, per hook point."""
     import torch
 
-    rows = window_rows(acts, window)
-    truth = oracle(exact, window_ids(acts, window).to(exact.device))
-    cosines = [
-        torch.cosine_similarity(acts[h][rows].float(), truth[h][0].float().cpu(), dim=-1)
-        for h in hooks
-    ]
-    finite = [c[c.isfinite()] if c.isfinite().any() else c for c in cosines]
-    return [float(c.mean()) for c in finite], [float(c.min()) for c in finite]
+    truth = StoredRows(acts)
+    pairs: dict[int, list[tuple[float, float]]] = {}
+    for window in windows:
+        values = oracle(exact, window_ids(acts, window).to(exact.device))
+        for point in points:
+            if (unit := truth.of(window, point, values[point.name][0])) is None:
+                continue
+            last, rows, expected = unit
+            stored = acts[point.name][rows].float()
+            cosines = torch.cosine_similarity(stored, expected.float().cpu(), dim=-1)
+            finite = cosines[cosines.isfinite()] if cosines.isfinite().any() else cosines
+            pairs.setdefault(last, []).append((float(finite.mean()), float(finite.min())))
+    mean, minimum = ([[pair[n] for pair in of] for of in pairs.values()] for n in (0, 1))
+    return Fidelity([p.name for p in points], list(pairs), mean, minimum)
 
 
 def write(fidelity: Fidelity, file: h5py.File) -> None:

@@ -26,6 +26,7 @@ from theloom.terminal import format_bytes
 from theloom.verification import fp32
 from theloom.verification.comparison import Comparison, Recomputation
 from theloom.verification.fp32 import Fidelity
+from theloom.verification.stored import StoredRows
 
 log = logging.getLogger(__name__)
 
@@ -87,14 +88,20 @@ def compare_to_fp32(
         return None
     cosines: dict[tuple[int, str], torch.Tensor] = {}
 
+    truth = StoredRows(acts)
+
     def receive(window: int, point: HookPoint, values: torch.Tensor) -> None:
-        stored = acts[point.name][fp32.window_rows(acts, window)].float()
-        cosines[window, point.name] = torch.cosine_similarity(stored, values.float().cpu(), dim=-1)
+        if (unit := truth.of(window, point, values)) is not None:
+            window, rows, values = unit
+            stored, exact = acts[point.name][rows].float(), values.float().cpu()
+            cosines[window, point.name] = torch.cosine_similarity(stored, exact, dim=-1)
 
     with opened(config, files, exact="fp32") as exact:
         catalog = exact.loaded.catalog.points
         points = [p for p in catalog if p.value in RESIDUALS and p.name in acts.hooks]
-        kept = _sweep(exact, acts, points, windows, receive) if points else []
+        if points:
+            _sweep(exact, acts, points, windows, receive)
+    kept = list(dict.fromkeys(window for window, _ in cosines))
     if not kept:
         log.info("not compared to FP32: %s", "no room for a document" if points else "no residuals")
         return None
@@ -113,7 +120,7 @@ def _sweep(
     receive: Sink,
 ) -> list[int]:
     """Sweep over the windows that fit, one batch each; log and skip the others."""
-    lengths = np.diff(acts.window_offset)
+    lengths = np.diff(acts.window_tokens)
     pass_of, row = model.pass_of(points), model.residual_row
     fixed = model.sizes(points).on_device + sum(int(lengths[w]) for w in windows) * row
     kept = []

@@ -34,7 +34,7 @@ from theloom.model.weight_format import WeightFormat
 from theloom.store import file_format, provenance
 from theloom.terminal import format_bytes
 from theloom.verification import fp32
-from theloom.verification.choice import choose_windows
+from theloom.verification.choice import choose_windows, whole_documents
 from theloom.verification.comparison import Comparison, Recomputation
 from theloom.verification.fp32 import Fidelity
 
@@ -64,6 +64,7 @@ def verify_run(config: Config, activations: Path, model_path: Path, output: Path
     _write(acts, recomputed, wrong, nonfinite, output)
     if recomputed.files is not None and config.verify.compare_to_fp32:
         windows = [r.window for r in recomputed.results]
+        windows = whole_documents(acts, windows) if acts.pooled else windows
         compared = _compare_to_fp32(config, recomputed.files, acts, windows)
         if compared is not None:
             with h5py.File(output, "a") as file:
@@ -152,12 +153,9 @@ def _compare_all(
         except RuntimeError as error:
             if not accelerator.is_out_of_memory(error):
                 raise
-            name, rows = (
-                acts.documents[int(acts.window_document[window])],
-                fp32.window_rows(acts, window),
-            )
+            name = acts.documents[int(acts.window_document[window])]
             message = "%s (%d tokens) does not fit the device in one pass: not recomputed"
-            log.warning(message, name, rows.stop - rows.start)
+            log.warning(message, name, np.diff(acts.window_tokens)[window])
             continue
         for point, values in expected.items():
             comparison.add(window, point, values)
@@ -172,7 +170,7 @@ def _fits(
     window: int,
 ) -> bool:
     """Whether a window fits the device in one pass with every residual held; a warning if not."""
-    tokens = int(acts.window_offset[window + 1] - acts.window_offset[window])
+    tokens = int(acts.window_tokens[window + 1] - acts.window_tokens[window])
     architecture = loaded.architecture
     captured = {
         p.name: p
@@ -267,7 +265,7 @@ def _write(
         file["recomputed/document"] = file_format.fixed_strings(
             [acts.documents[int(acts.window_document[w])] for w in windows]
         )
-        file["recomputed/tokens"] = [int(np.diff(acts.window_offset)[w]) for w in windows]
+        file["recomputed/tokens"] = [int(np.diff(acts.window_tokens)[w]) for w in windows]
         file["recomputed/max_abs_error"] = [r.max_abs_error for r in recomputed.results]
         file["recomputed/max_abs"] = [r.max_abs for r in recomputed.results]
         file["recomputed/tolerance"] = recomputed.tolerances

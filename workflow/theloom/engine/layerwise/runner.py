@@ -10,7 +10,7 @@ of resident execution, and so are the rows.
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -78,7 +78,7 @@ class LayerwiseRunner:
         source: BlockSource,
         points: Sequence[HookPoint],
         chunk_size: int,
-        store: str,
+        store: str | None,
         groups: int = 1,
     ) -> None:
         self._shell, self._source, self._chunk_size, self._most_groups = (
@@ -87,7 +87,7 @@ class LayerwiseRunner:
             chunk_size,
             groups,
         )
-        self._dtype = torch_dtype(store)
+        self._dtype = None if store is None else torch_dtype(store)
         if any(p.value == LAST_STATE for p in points):
             _check_last_state(shell.architecture)
         self._points: dict[int, list[HookPoint]] = defaultdict(list)
@@ -128,6 +128,7 @@ class LayerwiseRunner:
         *,
         chunk_sizes: Sequence[int] | None = None,
         done: int = 0,
+        again: Collection[int] = (),
         unit_done: Callable[[int], None] = lambda batch: None,
         commit: Callable[[], None] = lambda: None,
         stop: Callable[[], str | None] = lambda: None,
@@ -137,7 +138,8 @@ class LayerwiseRunner:
         point.
 
         `chunk_sizes`: of each batch, where they are not the runner's. The first `done` units are
-        not handed to `sink` again. `unit_done(batch)` is called when a unit ends, and `commit`
+        not handed to `sink` again, but for those of the stage under way whose batch is in `again`,
+        which are not counted. `unit_done(batch)` is called when a unit ends, and `commit`
         before the residuals that a later job would go on with are made safe. `profile` is open
         while a batch goes through a block, and gives what is to see captured values. Raises
         StoppedError, after a commit, once `stop` says by what it is requested to.
@@ -146,7 +148,7 @@ class LayerwiseRunner:
         counts = [-(-ids.shape[1] // size) for ids, size in zip(batches, self._sizes, strict=True)]
         self._pieces = [0, *accumulate(counts)]
         started, waited, read = time.perf_counter(), self._source.waited, self._source.bytes_read
-        units = _Units(self, self._shell.architecture, sink, len(batches), done, unit_done)
+        units = _Units(self, self._shell.architecture, sink, len(batches), done, unit_done, again)
         first = residuals.take_up()
         if first > self._last + 1 or (first and done < self._units_through(first, len(batches))):
             first = 0  # a checkpoint ahead of the rows, or of another run's depth
@@ -355,6 +357,7 @@ class _Units:
         batches: int,
         done: int,
         unit_done: Callable[[int], None],
+        again: Collection[int] = (),
     ) -> None:
         self._runner, self._architecture, self._sink, self._batches = (
             runner,
@@ -362,7 +365,7 @@ class _Units:
             sink,
             batches,
         )
-        self._done, self._unit_done = done, unit_done
+        self._done, self._unit_done, self._again = done, unit_done, again
         self.captured: Captured = None
         self.incoming: Iterator[torch.Tensor] = iter(())
         self._first = 0
@@ -377,7 +380,10 @@ class _Units:
     def unit(self, stage: int, batch: int) -> Iterator[Taps | None]:
         """The taps of a stage for a batch, None where nothing is to be read."""
         stages = self._runner.stages
-        if stage not in stages or stages.index(stage) * self._batches + batch < self._done:
+        first = stages.index(stage) * self._batches if stage in stages else None
+        done = first is not None and first + batch < self._done
+        under_way = first == self._done // self._batches * self._batches
+        if first is None or (done and not (under_way and batch in self._again)):
             yield None
             return
 
@@ -390,7 +396,8 @@ class _Units:
 
         with Taps(self._architecture, self._runner.points(stage), hand_over) as taps:
             yield taps
-        self._unit_done(batch)
+        if not done:
+            self._unit_done(batch)
 
 
 def _through(

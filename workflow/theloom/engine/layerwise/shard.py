@@ -17,7 +17,6 @@ from theloom.corpus.batching import Batch
 from theloom.devices import gpu, host
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine import interrupts, model_record
-from theloom.engine.batch_loop import largest_value
 from theloom.engine.context import ShardJob
 from theloom.engine.handoff import Handoff
 from theloom.engine.interrupts import StopRequest
@@ -26,6 +25,7 @@ from theloom.engine.layerwise.model import LayerwiseModel
 from theloom.engine.layerwise.residual_store import ResidualSpec, ResidualStore
 from theloom.engine.layerwise.runner import LayerwiseRunner, Swept
 from theloom.engine.row_probe import RowsDifferError, SweptProbe
+from theloom.engine.selection import Selection
 from theloom.errors import MemoryPlanError
 from theloom.hooks.points import HookPoint
 from theloom.memory.profile import ShardProfile
@@ -108,9 +108,17 @@ def extract_layerwise(job: ShardJob) -> None:
 
         def extract(level: int) -> None:
             groups = 1 << max(level, least)
+            selection = Selection(job.tokens, run.config.rows.pool.name, run.store)
             runner = LayerwiseRunner(
-                model.shell, model.source, run.points, planned.plan.chunk_size, run.store, groups
+                model.shell,
+                model.source,
+                run.points,
+                planned.plan.chunk_size,
+                selection.handed,
+                groups,
             )
+            for stage in runner.stages:
+                selection.check_room(batches, runner.points(stage))
             spec = job.spec(planned.plan, len(runner.stages) * len(ids))
             residual_spec = runner.residuals(ids, job.fingerprint)
             _check_disk(spec, run.estimate, output, residual_spec.nbytes)
@@ -121,9 +129,7 @@ def extract_layerwise(job: ShardJob) -> None:
                     )
                     if writer.batches_done < spec.batches:
                         writer.metrics["oom_level"] = max(writer.metrics["oom_level"], level)
-                        largest = largest_value(
-                            batches, run.points, planned.plan.chunk_size, run.store
-                        )
+                        largest = selection.largest(batches, run.points, planned.plan.chunk_size)
                         with (
                             store,
                             StopRequest() as stop,
@@ -131,7 +137,15 @@ def extract_layerwise(job: ShardJob) -> None:
                         ):
                             measured = _Measured(predicted, watch, stop, profile)
                             swept = _sweep(
-                                runner, ids, batches, probe, store, writer, handoff, measured
+                                runner,
+                                ids,
+                                batches,
+                                selection,
+                                probe,
+                                store,
+                                writer,
+                                handoff,
+                                measured,
                             )
                         _say(swept, run.config)
                         probe.log()
@@ -233,6 +247,7 @@ def _sweep(
     runner: LayerwiseRunner,
     ids: list[torch.Tensor],
     batches: list[Batch],
+    selection: Selection,
     probe: SweptProbe,
     store: ResidualStore,
     writer: ShardWriter,
@@ -242,10 +257,11 @@ def _sweep(
     """All blocks; rows reach the writer hook point by hook point, and are whole with the last
     block. `ids` are of the batches, and of those of the probe.
     """
-    rows = sum(sum(b.lengths) for b in batches)
+    rows = sum(map(selection.rows, batches))
     last_stage, total = (len(runner.stages) - 1) * len(ids), len(runner.stages) * len(ids)
     ready, first_unit = 0, writer.batches_done
     units = first_unit  # handed over: the writer's own number comes later
+    under_way = first_unit % len(ids)  # batches of that stage that are done
 
     def write(number: int, name: str, start: int, values: torch.Tensor, first: int) -> None:
         if number >= len(batches):
@@ -253,14 +269,16 @@ def _sweep(
             return
         batch, own = batches[number], slice(first, first + len(values))
         part = Batch(batch.windows[own], batch.lengths[own])
-        handoff.rows(part, name, start, values)
+        again = units == first_unit and number < under_way
+        step = selection.step(part, start, values.shape[1], again)
+        handoff.rows(step, name, step.take(values))
         probe.keep(part, name, values)
 
     def unit_done(number: int) -> None:
         nonlocal ready, units
         if units >= last_stage:
             whole = number >= len(batches) - 1
-            ready = rows if whole else ready + sum(batches[number].lengths)
+            ready = rows if whole else ready + selection.rows(batches[number])
         handoff.batch_done(ready, units == total - 1, {})
         units += 1
 
@@ -273,6 +291,7 @@ def _sweep(
         store,
         write,
         done=first_unit,
+        again=selection.again(batches, min(under_way, len(batches))),
         unit_done=unit_done,
         commit=commit,
         stop=lambda: measured.stop.requested,

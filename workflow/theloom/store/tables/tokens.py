@@ -8,6 +8,7 @@ TYPES = {
     "message": "<i4",  # number of the message in its conversation; -1: of none
     "char_start": "<i4",  # first character in the document's text; -1: of none
     "char_end": "<i4",  # the character after its last one; -1: of none
+    "kept": "|u1",  # 1: part of a stored row; only where not every token has a row of its own
 }
 """NumPy's type of each, by name in the group `tokens`."""
 
@@ -15,3 +16,7 @@ TYPES = {
 def path(name: str) -> str:
     """The name of the dataset of a table."""
     return f"tokens/{name}"
+
+
+ROW_TOKEN = "rows/token"
+"""The token of each stored row, where not every token has one: of a pooled row the last one."""
