@@ -19,6 +19,7 @@ CAPTIONS = ROOT / "workflow/report"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_llama):
     made = stages(tmp_path_factory.mktemp("run"), tiny_llama, "corpus.max_tokens=1000").all()
+    made.verify()
     settings, figures = frozen.load_frozen(made.folder / "report.json"), made.folder / "figures"
     draw_memory(settings, made.folder / "estimate.h5", made.folder / "model.h5", figures)
     draw_speed(settings, made.shards, figures)
