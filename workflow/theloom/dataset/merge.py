@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from theloom.dataset.tables import Tables, read_columns, read_metrics, read_row_
 from theloom.errors import StoreError
 from theloom.store import checksums, compression, file_format, index, token_texts
 from theloom.store.file_format import METRICS
+from theloom.store.hdf5.output import written
 from theloom.store.lock import WriterLock
 from theloom.store.statistics import (
     Statistics,
@@ -115,7 +116,8 @@ def _write(
     first, rows = shards[0], sum(s.part.rows for s in shards)
     names = list(first.shapes)
     packed = first.attributes.get("compression") == "zstd"
-    with h5py.File(target, "w", libver="earliest") as file:  # as `store.hdf5` reads it
+    with written(target) as output:
+        file = output.file
         attributes = {k: v for k, v in first.attributes.items() if k not in _OWN}
         plans = {name: [s.attributes.by_shard(name)[0] for s in shards] for name in _PLAN}
         plans["shard_rows"] = [s.part.rows for s in shards]
@@ -141,7 +143,8 @@ def _write(
             shape = (_count(shards, name), *first.shapes[name][1:])
             if packed and name not in TOKENS:
                 compression.create_packed(file, name, shape, types[name])
-                _pack(file[name], name, shards, str(first.attributes["precision"]))
+                precision = str(first.attributes["precision"])
+                _pack(file[name], name, shards, precision, output.check)
                 continue
             file_format.create_contiguous(file, name, shape, types[name])
             copied[name] = types[name].get_size() * int(np.prod(shape[1:]))
@@ -297,12 +300,18 @@ def _relative(path: Path, folder: Path) -> str:
     return os.path.relpath(path.absolute(), folder.absolute())
 
 
-def _pack(dataset: h5py.Dataset, name: str, shards: Sequence[_Shard], precision: str) -> None:
+def _pack(
+    dataset: h5py.Dataset,
+    name: str,
+    shards: Sequence[_Shard],
+    precision: str,
+    check: Callable[[], None],
+) -> None:
     """Unpack the rows of all shards and pack them again: the new chunks begin elsewhere."""
     rows = Rows(
         [s.part for s in shards], Maps(), name, dataset.shape[1:], file_format.bits_dtype(precision)
     )
-    compression.write(dataset, lambda start, stop: rows.numpy(slice(start, stop)))
+    compression.write(dataset, lambda start, stop: rows.numpy(slice(start, stop)), check)
 
 
 def _copy(

@@ -23,6 +23,7 @@ from theloom.errors import StoreError
 from theloom.store import checksums, file_format
 from theloom.store.hdf5 import content
 from theloom.store.hdf5.objects import Objects
+from theloom.store.hdf5.output import written
 from theloom.store.index import INDEX, write_index
 
 ZSTD_FILTER = 32015
@@ -79,12 +80,13 @@ def rows_of_chunk(shape: tuple[int, ...], itemsize: int) -> int:
     return min(max(1, _CHUNK_BYTES // max(1, row)), max(1, shape[0]))
 
 
-def write(dataset: h5py.Dataset, read: Read) -> None:
+def write(dataset: h5py.Dataset, read: Read, check: Callable[[], None]) -> None:
     """Fill a packed dataset.
 
     Args:
         dataset: from `create_packed`.
         read: called with the first row and the end; returns the bits of these rows, (rows, …).
+        check: called between writes; raises where the disk failed.
     """
     rows, step = dataset.shape[0], dataset.chunks[0]
     starts = range(0, rows, step)
@@ -97,6 +99,7 @@ def write(dataset: h5py.Dataset, read: Read) -> None:
             )
             for start, data in zip(some, packed, strict=True):
                 dataset.id.write_direct_chunk((start, *(0 for _ in dataset.shape[1:])), data)
+            check()
 
 
 def _packed(rows: np.ndarray, step: int) -> bytes:
@@ -120,7 +123,8 @@ def pack_shard(partial: Path, path: Path) -> None:
     """
     packing = path.with_name(path.name + ".packing")
     try:
-        with h5py.File(partial, "r") as source, h5py.File(packing, "w") as target:
+        with h5py.File(partial, "r") as source, written(packing) as output:
+            target = output.file
             copy_all_but_rows(source, target)
             target.attrs["compression"] = "zstd"
             for hook, group in source["hooks"].items():
@@ -132,7 +136,7 @@ def pack_shard(partial: Path, path: Path) -> None:
                 offset = file_format.byte_offset(rows)
                 if rows.size:
                     mapped = np.memmap(partial, bits, "r", offset, rows.shape)
-                    write(dataset, _slices(mapped))
+                    write(dataset, _slices(mapped), output.check)
             write_index(target)
         checksums.write_checksums(packing, *checksums.ALL)
         file_format.sync(packing)

@@ -1,0 +1,91 @@
+"""HDF5 files on disks that fail: HDF5 2.0 crashes where it closes a file with chunks that it could
+not write, so it is not told of a failed write, and the error is raised beside it.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import h5py
+
+
+class _Guarded(io.RawIOBase):
+    """A file whose first failed write is kept, and ends all writing without a word."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        size = left = view.nbytes
+        while left and self.error is None:
+            try:
+                left -= self._file.write(view[size - left :]) or 0
+            except OSError as error:
+                self._keep(error)
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._file.truncate(size) if self.error is None else size or 0
+        except OSError as error:
+            self._keep(error)
+            return size or 0
+
+    def _keep(self, error: OSError) -> None:
+        self.error = error
+        error.filename = str(self._path)  # writes know the file's number alone
+
+    def readinto(self, buffer: Any) -> int:
+        """What lies in the file; zeros behind its end, as HDF5 reads what it has not written."""
+        view = memoryview(buffer).cast("B")
+        got = self._file.readinto(view) or 0  # type: ignore[attr-defined]
+        view[got:] = bytes(len(view) - got)
+        return len(view)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+
+class Output:
+    """An HDF5 file that is written: `file`, and `check`, which raises the disk's error."""
+
+    def __init__(self, file: h5py.File, guarded: _Guarded) -> None:
+        self.file, self._guarded = file, guarded
+
+    def check(self) -> None:
+        """Raise the first error of the disk so far; to be called between large writes."""
+        if self._guarded.error is not None:
+            raise self._guarded.error
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Output]:
+    """Create a file, as HDF5's oldest format, which `store.hdf5.content` reads.
+
+    Args:
+        path: the file; one that is there is replaced.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    with path.open("w+b", buffering=0) as file:
+        guarded = _Guarded(file, path)
+        try:
+            with h5py.File(guarded, "w", libver="earliest") as opened:
+                yield Output(opened, guarded)
+        except Exception:
+            if guarded.error is not None:  # what HDF5 says after it follows from it
+                raise guarded.error from None
+            raise
+        if guarded.error is not None:
+            raise guarded.error
