@@ -14,13 +14,11 @@ ROWS = np.random.default_rng(0).integers(0, 1 << 16, (5000, 64)).astype("<u2")
 
 def pack(path):
     """A packed dataset between two others."""
-    with written(path) as output:
-        output.file["before"] = np.arange(3)
-        dataset = compression.create_packed(
-            output.file, "rows", ROWS.shape, file_format.hdf5_type("bf16")
-        )
-        compression.write(dataset, lambda start, stop: ROWS[start:stop], output.check)
-        output.file["after"] = np.arange(4)
+    with written(path) as file:
+        file["before"] = np.arange(3)
+        dataset = compression.create_packed(file, "rows", ROWS.shape, file_format.hdf5_type("bf16"))
+        compression.write(dataset, lambda start, stop: ROWS[start:stop], file.check)
+        file["after"] = np.arange(4)
 
 
 def test_a_full_disk_is_one_error_with_its_path():
@@ -42,5 +40,5 @@ def test_what_is_written_is_an_ordinary_file(tmp_path):
 
 
 def test_an_error_of_the_caller_stays_what_it_is(tmp_path):
-    with pytest.raises(ZeroDivisionError), written(tmp_path / "a.h5") as output:
-        output.file["x"] = 1 // 0
+    with pytest.raises(ZeroDivisionError), written(tmp_path / "a.h5") as file:
+        file["x"] = 1 // 0

@@ -32,6 +32,7 @@ from theloom.model.files import hf_config
 from theloom.model.length_switches import length_switches
 from theloom.rows.document import Document as RowDocument
 from theloom.store import file_format, provenance, token_texts
+from theloom.store.hdf5.output import written
 from theloom.store.shard_file import ShardTokens
 from theloom.store.tables import columns
 from theloom.store.tables import tokens as token_tables
@@ -72,12 +73,13 @@ def tokenize(config: Config, output: Path) -> None:
     """
     encoder, context = Encoder(config), _context_length(config)
     tally = _Tally(Columns(config.corpus.columns))
-    with h5py.File(output, "w") as file:
+    with written(output) as file:
         growing = _Growing(file)
         kept = KeptRows(config, file)
         ids_hash, occurring = xxhash.xxh3_128(), set[int]()
         for input_ids, tables in _encoded(config, encoder, tally, kept):
             growing.add({"input_ids": input_ids, **tables})
+            file.check()
             ids_hash.update(input_ids.tobytes())
             occurring.update(np.unique(input_ids).tolist())
         growing.write()

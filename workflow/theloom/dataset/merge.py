@@ -116,8 +116,7 @@ def _write(
     first, rows = shards[0], sum(s.part.rows for s in shards)
     names = list(first.shapes)
     packed = first.attributes.get("compression") == "zstd"
-    with written(target) as output:
-        file = output.file
+    with written(target) as file:
         attributes = {k: v for k, v in first.attributes.items() if k not in _OWN}
         plans = {name: [s.attributes.by_shard(name)[0] for s in shards] for name in _PLAN}
         plans["shard_rows"] = [s.part.rows for s in shards]
@@ -144,7 +143,7 @@ def _write(
             if packed and name not in TOKENS:
                 compression.create_packed(file, name, shape, types[name])
                 precision = str(first.attributes["precision"])
-                _pack(file[name], name, shards, precision, output.check)
+                _pack(file[name], name, shards, precision, file.check)
                 continue
             file_format.create_contiguous(file, name, shape, types[name])
             copied[name] = types[name].get_size() * int(np.prod(shape[1:]))

@@ -29,6 +29,7 @@ from theloom.planning.multi_gpu import available, fit_plan
 from theloom.planning.plan import Correction, Planned
 from theloom.planning.replay import replay_of_run, replay_of_sweep
 from theloom.store import file_format
+from theloom.store.hdf5.output import written
 
 if TYPE_CHECKING:
     from theloom.planning.measure import Measured
@@ -89,7 +90,7 @@ def record_layerwise(
             model.kind,
             model.loaded.device,
         )
-        with h5py.File(output, "w") as file:
+        with written(output) as file:
             attributes = model_attributes(model.loaded, config)
             file_format.set_attributes(
                 file, attributes | asdict(tried) | {"execution": "layerwise"}
@@ -194,7 +195,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         "loaded %s in %s on %s", config.model.source, resolved.resolved, accelerator.name(device)
     )
     _log(measured)
-    with h5py.File(output, "w") as file:
+    with written(output) as file:
         attributes = (
             model_attributes(loaded, config)
             | {"parameters": traced.parameters, **asdict(tried)}

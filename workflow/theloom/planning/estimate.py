@@ -13,7 +13,6 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from theloom import terminal
@@ -35,6 +34,7 @@ from theloom.precision import BYTES
 from theloom.rows import expression
 from theloom.rows.pooling import ADDED_UP
 from theloom.store import file_format, provenance
+from theloom.store.hdf5.output import written
 from theloom.store.ring_buffer import RING_BYTES, bytes_on_device
 
 log = logging.getLogger(__name__)
@@ -435,7 +435,7 @@ def write(estimate: Estimate, config: Config, output: Path) -> None:
         config: the run's config, recorded as provenance.
         output: path of the file.
     """
-    with h5py.File(output, "w") as file:
+    with written(output) as file:
         values = {name: getattr(estimate, name) for name in _SINGLE}
         file_format.set_attributes(
             file,

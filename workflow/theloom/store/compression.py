@@ -123,8 +123,7 @@ def pack_shard(partial: Path, path: Path) -> None:
     """
     packing = path.with_name(path.name + ".packing")
     try:
-        with h5py.File(partial, "r") as source, written(packing) as output:
-            target = output.file
+        with h5py.File(partial, "r") as source, written(packing) as target:
             copy_all_but_rows(source, target)
             target.attrs["compression"] = "zstd"
             for hook, group in source["hooks"].items():
@@ -136,7 +135,7 @@ def pack_shard(partial: Path, path: Path) -> None:
                 offset = file_format.byte_offset(rows)
                 if rows.size:
                     mapped = np.memmap(partial, bits, "r", offset, rows.shape)
-                    write(dataset, _slices(mapped), output.check)
+                    write(dataset, _slices(mapped), target.check)
             write_index(target)
         checksums.write_checksums(packing, *checksums.ALL)
         file_format.sync(packing)

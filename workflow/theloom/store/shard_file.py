@@ -21,6 +21,7 @@ from theloom.hooks.points import HookPoint
 from theloom.store import checksums, file_format, index, statistics, token_texts
 from theloom.store.commit_log import RECORD
 from theloom.store.file_format import METRICS, hook_path
+from theloom.store.hdf5.output import written
 from theloom.store.tables import columns
 from theloom.store.tables import tokens as token_tables
 from theloom.store.tables.columns import Column
@@ -119,7 +120,7 @@ def create(path: Path, spec: ShardSpec) -> None:
     for old in (new, path):
         old.unlink(missing_ok=True)
     try:
-        with h5py.File(new, "w", libver="earliest") as file:  # as `store.hdf5` reads it
+        with written(new) as file:
             _lay_out(file, spec)
             end = max(_ends(file, spec.points), default=0)
         with new.open("rb+") as f:

@@ -32,6 +32,7 @@ from theloom.model.loading import LoadedModel
 from theloom.model.reference import reference_residuals
 from theloom.model.weight_format import WeightFormat
 from theloom.store import file_format, provenance
+from theloom.store.hdf5.output import written
 from theloom.terminal import format_bytes
 from theloom.verification import fp32
 from theloom.verification.choice import choose_windows, whole_documents
@@ -246,7 +247,7 @@ def _write(
     nonfinite: np.ndarray,
     output: Path,
 ) -> None:
-    with h5py.File(output, "w") as file:
+    with written(output) as file:
         file_format.set_attributes(
             file,
             provenance.attributes(

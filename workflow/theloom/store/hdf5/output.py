@@ -1,5 +1,5 @@
-"""HDF5 files on disks that fail: HDF5 2.0 crashes where it closes a file with chunks that it could
-not write, so it is not told of a failed write, and the error is raised beside it.
+"""All HDF5 files are written through this: HDF5 2.0 crashes where it closes a file with chunks that
+it could not write, so it is not told of a failed write, and the error is raised in its place.
 """
 
 import io
@@ -56,11 +56,12 @@ class _Guarded(io.RawIOBase):
         """Nothing is buffered here."""
 
 
-class Output:
-    """An HDF5 file that is written: `file`, and `check`, which raises the disk's error."""
+class Output(h5py.File):
+    """An HDF5 file that is written, in HDF5's oldest format, which `store.hdf5.content` reads."""
 
-    def __init__(self, file: h5py.File, guarded: _Guarded) -> None:
-        self.file, self._guarded = file, guarded
+    def __init__(self, guarded: _Guarded) -> None:
+        super().__init__(guarded, "w", libver="earliest")
+        self._guarded = guarded
 
     def check(self) -> None:
         """Raise the first error of the disk so far; to be called between large writes."""
@@ -70,7 +71,7 @@ class Output:
 
 @contextmanager
 def written(path: Path) -> Iterator[Output]:
-    """Create a file, as HDF5's oldest format, which `store.hdf5.content` reads.
+    """Create an HDF5 file.
 
     Args:
         path: the file; one that is there is replaced.
@@ -78,11 +79,11 @@ def written(path: Path) -> Iterator[Output]:
     Raises:
         OSError: the disk is full, or fails.
     """
-    with path.open("w+b", buffering=0) as file:
-        guarded = _Guarded(file, path)
+    with path.open("w+b", buffering=0) as raw:
+        guarded = _Guarded(raw, path)
         try:
-            with h5py.File(guarded, "w", libver="earliest") as opened:
-                yield Output(opened, guarded)
+            with Output(guarded) as file:
+                yield file
         except Exception:
             if guarded.error is not None:  # what HDF5 says after it follows from it
                 raise guarded.error from None
