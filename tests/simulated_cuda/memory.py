@@ -176,7 +176,7 @@ class Device:
         """Run all that is queued."""
         for stream in self.schedule.streams:
             if stream.device.index == self.index:
-                stream.run_until()
+                stream.wait_on_host()
 
     def reset_peaks(self) -> None:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved

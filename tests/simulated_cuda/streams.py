@@ -12,6 +12,10 @@ policy is one of the orders that a real GPU could take:
 
 The thread that waits runs the work itself, under one lock; so no schedule depends on luck but where
 the threads of the program race to queue work.
+
+Next to the order there is a reckoned time: each piece of work takes the seconds that it is queued
+with, a stream goes on where its last piece, the event that it waits for, or the thread that queued
+it has come to, and queueing takes none. So what keeps GPUs from working at once is seen as idle.
 """
 
 import itertools
@@ -35,6 +39,7 @@ class Mark:
 
     def __init__(self, stream: "Stream") -> None:
         self.stream, self.done, self.when = stream, False, 0.0
+        self.reckoned = stream.ends
 
 
 class Schedule:
@@ -55,6 +60,16 @@ class Schedule:
         self.debug_mode = 0
         self.before_push: Callable[[], None] = lambda: None
         self._numbers = itertools.count(1)
+        self._thread = threading.local()
+
+    @property
+    def host(self) -> float:
+        """The reckoned time that this thread has come to."""
+        return getattr(self._thread, "host", 0.0)
+
+    def host_at(self, reckoned: float) -> None:
+        """This thread has waited for something that ends then."""
+        self._thread.host = max(self.host, reckoned)
 
     def synchronized(self, cause: str, warns: bool = False) -> None:
         """The host waits. `warns`: torch's synchronisation debug mode sees such a wait."""
@@ -95,6 +110,9 @@ class Stream:
         self.device, self.is_default = torch.device("cuda", index), is_default
         self._schedule, self._running = schedule, False
         self._queue: deque[Callable[[], None] | tuple[str, Mark]] = deque()
+        self.ends = self.busy = (
+            0.0  # reckoned: when all that is queued is done, and at work by then
+        )
         self.stream_id = self.cuda_stream = 0 if is_default else next(schedule._numbers)
         schedule.streams.append(self)
 
@@ -103,10 +121,15 @@ class Stream:
 
     __hash__ = object.__hash__
 
-    def push(self, item: Any) -> None:
-        """Queue a piece of work, or ("record" | "wait", mark)."""
+    def push(self, item: Any, seconds: float = 0.0) -> None:
+        """Queue a piece of work that takes so long, or ("record" | "wait", mark)."""
         with LOCK:
             self._schedule.before_push()
+            if isinstance(item, tuple):
+                self.ends = max(self.ends, item[1].reckoned)
+            else:
+                self.ends = max(self.ends, self._schedule.host) + seconds
+                self.busy += seconds
             self._queue.append(item)
             self._schedule.advance(self)
 
@@ -125,6 +148,11 @@ class Stream:
             return False
         self._run(self._queue.popleft())
         return True
+
+    def wait_on_host(self, mark: Mark | None = None) -> None:
+        """Have this thread wait for all that is queued, or all up to a mark."""
+        self._schedule.host_at(self.ends if mark is None else mark.reckoned)
+        self.run_until(mark)
 
     def run_until(self, mark: Mark | None = None) -> None:
         """Run all that is queued, or all up to a mark, and what that waits for."""
@@ -161,7 +189,7 @@ class Stream:
     def synchronize(self) -> None:
         with LOCK:
             self._schedule.synchronized("stream", warns=True)
-            self.run_until()
+            self.wait_on_host()
 
     def query(self) -> bool:
         with LOCK:
@@ -197,7 +225,7 @@ class Event:
         with LOCK:
             stream = self.mark.stream
             stream._schedule.synchronized("event" if self.blocking else "spinning event")
-            stream.run_until(self.mark)
+            stream.wait_on_host(self.mark)
 
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds between the two, on the host's clock."""

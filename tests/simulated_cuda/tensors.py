@@ -31,6 +31,8 @@ from simulated_cuda.streams import LOCK, Stream
 aten = torch.ops.aten
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
+KERNEL, COPY = 1.0, 1.0  # reckoned seconds of an operation
+
 _MOST_POISONED = 1 << 24  # bytes of a pinned buffer: the first of a large ring are enough
 _PINNING = {aten.pin_memory.default, aten._pin_memory.default}
 
@@ -176,7 +178,7 @@ class Dispatcher:
         if is_view(func):
             return self._view(func, elems, named, sims[0])
         if (target := written(func)) is not None:
-            stream.push(functools.partial(func, *elems, **named))
+            stream.push(functools.partial(func, *elems, **named), KERNEL)
             return target(args, kwargs)
         return self._compute(func, args, kwargs, elems, named, index, stream)
 
@@ -185,7 +187,7 @@ class Dispatcher:
     ) -> Any:
         """An operation whose result, or its shape, the host must know."""
         self.schedule.synchronized(func.__name__.split(".")[0], warns=True)
-        stream.run_until()
+        stream.wait_on_host()
         with torch.inference_mode():
             results = func(*elems, **named)
 
@@ -249,7 +251,7 @@ class Dispatcher:
                 elem.copy_(value)
 
         if fills:
-            stream.push(run)
+            stream.push(run, KERNEL)
         return result
 
     def _born(
@@ -334,25 +336,25 @@ class Dispatcher:
             other = self.current(to.device.index)
             if to.device != source.device:  # both streams take part
                 stream.wait_stream(other)
-            stream.push(lambda: into.copy_(out_of))
+            stream.push(lambda: into.copy_(out_of), COPY)
             if to.device != source.device:
                 other.wait_stream(stream)
         elif there:
             pinned = self.pinned.holds(source) and plain
             if not pinned:  # staged: the host may write to it after the call
                 out_of = out_of.clone()
-            stream.push(lambda: into.copy_(out_of))
+            stream.push(lambda: into.copy_(out_of), COPY)
             if not (non_blocking and pinned) and source.numel() > 1:
                 cause = "blocking copy to the device" if pinned else "pageable memory"
                 self.schedule.synchronized(cause, warns=not non_blocking)
-                stream.run_until()
+                stream.wait_on_host()
         else:
             pinned = self.pinned.holds(to) and to.is_contiguous()
-            stream.push(lambda: into.copy_(out_of))
+            stream.push(lambda: into.copy_(out_of), COPY)
             if not (non_blocking and pinned):
                 cause = "blocking copy to the host" if not non_blocking else "pageable memory"
                 self.schedule.synchronized(cause, warns=not non_blocking)
-                stream.run_until()
+                stream.wait_on_host()
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:

@@ -76,6 +76,13 @@ class Mark:
         """Let what is queued from now on, on that stream, come after it."""
         stream.wait_event(self._event)
 
+    def let_go(self) -> None:
+        """Let what is held go, of its own device: what is queued there from now on, which may get
+        its memory, comes after the mark. This thread does not wait.
+        """
+        self.before_next()
+        self._held = None
+
     def seconds_to(self, later: "Mark") -> float:
         """Seconds up to a later mark of the same device; both with `timing`."""
         return float(self._event.elapsed_time(later._event)) / 1000
@@ -201,6 +208,31 @@ def copy_in(
             earlier.on(side)
         there.copy_(source, non_blocking=True)
     return Mark(side, held=source)
+
+
+def copy_across(
+    value: "torch.Tensor", device: "torch.device", sides: SideStreams
+) -> "tuple[torch.Tensor, Mark]":
+    """Copy from one GPU to another. The first one's computation goes on; torch itself has the other
+    one's wait for the copy, and the copy for what that has queued.
+
+    Args:
+        value: On a GPU. Nothing may write to it after the call; it is kept alive until the mark
+            lets it go.
+        device: The other GPU.
+        sides: Streams for copies to `device` alone: a copy waits for all that were queued before.
+
+    Returns:
+        The copy, which work on `device` may read, and the mark behind it.
+    """
+    side = sides.of(value.device)
+    if side is None:
+        return value.to(device), DONE
+    computed = mark(value.device)
+    with use(side):
+        computed.on(side)
+        there = value.to(device, non_blocking=True)
+    return there, Mark(side, held=value)
 
 
 def used_by_computation(tensor: "torch.Tensor") -> None:

@@ -110,7 +110,8 @@ def run_batches(
     longest = 0 if oom_level else work.longest_pass  # where memory ran out, no pass is longer
     probe = RowProbe(riskiest(every, plan.chunk_size, longest), work.points, work.tolerance)
     warned = False
-    with StopRequest() as stop, Handoff(writer, work.device, largest) as handoff:
+    ahead = selection.ahead(every, work.points, plan.chunk_size, gpu.devices_of_job(work.device))
+    with StopRequest() as stop, Handoff(writer, work.device, largest, ahead) as handoff:
         for number, several in passes.items():
             for batch in several:
                 ids = batching.padded(batch, work.tokens.input_ids, work.tokens.window_offset)
@@ -237,12 +238,12 @@ class _Measured:
 
 class _Clock:
     """Seconds that a job's devices spent in the `with` blocks: with streams between marks of them,
-    without a wait; of several devices the slowest counts.
+    without a wait; of several devices, which work at the same time, the slowest counts.
     """
 
     def __init__(self, device: "torch.device") -> None:
         self._devices = gpu.devices_of_job(device) if accelerator.has_streams(device) else ()
-        self._seconds = 0.0
+        self._seconds = [0.0] * max(1, len(self._devices))
         self._open: list[tuple[list[Mark], list[Mark]]] = []
 
     def __enter__(self) -> None:
@@ -252,14 +253,14 @@ class _Clock:
         if self._devices:
             self._open.append((self._start, self._marks()))
         else:
-            self._seconds += time.perf_counter() - self._began
+            self._seconds[0] += time.perf_counter() - self._began
 
     def seconds(self) -> float:
         """All of them so far; with streams of the blocks that the devices are through with."""
         while self._open and all(end.query() for end in self._open[0][1]):
-            pairs = zip(*self._open.pop(0), strict=True)
-            self._seconds += max(start.seconds_to(end) for start, end in pairs)
-        return self._seconds
+            for number, (start, end) in enumerate(zip(*self._open.pop(0), strict=True)):
+                self._seconds[number] += start.seconds_to(end)
+        return max(self._seconds)
 
     def _marks(self) -> list[Mark]:
         return [accelerator.mark(device, timing=True) for device in self._devices]

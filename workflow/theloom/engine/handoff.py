@@ -83,9 +83,12 @@ class Handoff:
     is not committed.
     """
 
-    def __init__(self, writer: "ShardWriter", device: "torch.device", largest: int) -> None:
+    def __init__(
+        self, writer: "ShardWriter", device: "torch.device", largest: int, ahead: int = 0
+    ) -> None:
+        """`ahead`: bytes of the values that several GPUs have on their way when all are at work."""
         self._writer = writer
-        self._ring = Ring(ring_bytes(device.type, largest), device)
+        self._ring = Ring(ring_bytes(device.type, largest, ahead), device)
         self._queue: queue.SimpleQueue[_Values | _Done | threading.Event | None] = (
             queue.SimpleQueue()
         )
@@ -108,7 +111,7 @@ class Handoff:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._dropped = error is not None
-        self._finish_copies(0)
+        self._finish_copies()
         self._queue.put(None)
         self._thread.join()
         sys.setswitchinterval(self._switch)
@@ -156,12 +159,13 @@ class Handoff:
         copied = accelerator.copy_out(values, place, self._sides)
         if copied is not accelerator.DONE:
             self._in_flight.append(copied)
-            self._finish_copies(IN_FLIGHT)
+            if len(self._in_flight) > IN_FLIGHT:  # the device waits, and the model's thread goes on
+                self._in_flight.popleft().let_go()
         return copied
 
-    def _finish_copies(self, left: int) -> None:
-        """Wait until no more copies than that are on their way."""
-        while len(self._in_flight) > left:
+    def _finish_copies(self) -> None:
+        """Wait for all copies that are on their way."""
+        while self._in_flight:
             self._in_flight.popleft().synchronize()
 
     def _raise(self) -> None:

@@ -198,23 +198,43 @@ class Selection:
     ) -> int:
         """Bytes of the largest value that is copied off the device in one step."""
         item = BYTES["fp32" if self._pool else self._store]
-        most = 0
-        for batch in batches:
-            rows = batch.step(chunk_size)
-            if not self.whole:
-                rows = min(rows, self._copied(batch))
-            width = max((p.width(batch.width) for p in points), default=0)
-            most = max(most, rows * width * item)
-        return most
+        return item * max(
+            (
+                self._copied(b, chunk_size) * max((p.width(b.width) for p in points), default=0)
+                for b in batches
+            ),
+            default=0,
+        )
 
-    def _copied(self, batch: Batch) -> int:
+    def ahead(
+        self,
+        batches: Sequence[Batch],
+        points: "Sequence[HookPoint]",
+        chunk_size: int,
+        gpus: "Sequence[torch.device]",
+    ) -> int:
+        """Bytes of the values on their way while each of several GPUs works at a forward step of
+        its own: the model's thread is that far ahead of the last GPU. 0 for one.
+        """
+        if len(gpus) < 2:
+            return 0
+        steps = (
+            self._copied(b, chunk_size) * sum(p.width(b.width) for p in points) for b in batches
+        )
+        return len(gpus) * max(steps, default=0) * BYTES[self._store]
+
+    def _copied(self, batch: Batch, chunk_size: int) -> int:
         """The most rows that one step of a batch gives."""
+        step = batch.step(chunk_size)
+        if self.whole:
+            return step
         kept = self._kept
         offset = self._tokens.window_offset
-        return sum(
+        of_windows = (
             int(np.searchsorted(kept, offset[w + 1]) - np.searchsorted(kept, offset[w]))
             for w in batch.windows
         )
+        return min(step, sum(of_windows))
 
     def check_room(self, batches: Sequence[Batch], points: "Sequence[HookPoint]") -> None:
         """Check that what waits for the other windows of its documents fits the host.

@@ -1,10 +1,14 @@
-"""Several GPUs for one model: which module goes to which of them."""
+"""Several GPUs for one model: which module goes to which of them, and what goes from one to the
+next.
+"""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from theloom import terminal
-from theloom.devices import gpu_lease
+from theloom.devices import accelerator, gpu_lease
+from theloom.devices.accelerator import Mark, SideStreams
 from theloom.devices.gpu import available_memory
 from theloom.errors import MemoryPlanError
 from theloom.hooks.blocks import Architecture, find_blocks
@@ -12,6 +16,7 @@ from theloom.model.weight_format import WeightFormat, quantized_bytes
 from theloom.precision import BYTES
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
 
@@ -129,3 +134,66 @@ def _bytes(block: Any, kind: WeightFormat) -> int:
         return quantized_bytes(kind.quantization, count, rows=0)
 
     return sum(held(p.numel(), p.ndim) for p in block.parameters())
+
+
+def keep_all_busy(model: Any, places: "Mapping[str, torch.device]") -> None:
+    """Have the GPUs of a loaded model work at the same time, each at a forward pass of its own.
+
+    accelerate's hooks copy what a module needs from another GPU on the stream on which that
+    computes: it would wait for the other GPU, which works at the pass before, at every block. Hooks
+    that come before them copy it on streams of their own.
+
+    Args:
+        model: As `from_pretrained` loads it by these places.
+        places: The GPU of each module by name, as of `over_leased`.
+    """
+    if len(set(places.values())) < 2:
+        return
+    borders = _Borders(model, len(set(places.values())))
+    model.register_forward_pre_hook(borders.begin)
+    for name, device in places.items():
+        model.get_submodule(name).register_forward_pre_hook(borders.to(device), with_kwargs=True)
+
+
+class _Borders:
+    """Copies between the GPUs of a model.
+
+    A value that is copied is kept for as many passes as there are GPUs, since so many are on their
+    way at once; then its GPU waits for the copy, which is done by then if all are busy.
+    """
+
+    def __init__(self, model: Any, gpus: int) -> None:
+        self._skipped = model._skip_keys_device_placement or ()  # its cache, as a rule
+        self._sides: dict[torch.device, SideStreams] = {}
+        self._copied: deque[list[Mark]] = deque()
+        self._gpus = gpus
+
+    def begin(self, *_: Any) -> None:
+        """A pass begins."""
+        self._copied.append([])
+        while len(self._copied) > self._gpus:
+            for mark in self._copied.popleft():
+                mark.let_go()
+
+    def to(self, device: "torch.device") -> Any:
+        """The hook of a module on that GPU."""
+        import torch
+        from torch.utils._pytree import tree_map_only
+
+        sides = self._sides.setdefault(device, SideStreams())
+
+        def copied(value: torch.Tensor) -> torch.Tensor:
+            if value.device == device or value.device.type == "cpu":
+                return value
+            there, mark = accelerator.copy_across(value, device, sides)
+            self._copied[-1].append(mark)
+            return there
+
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            moved = {
+                name: value if name in self._skipped else tree_map_only(torch.Tensor, copied, value)
+                for name, value in kwargs.items()
+            }
+            return tree_map_only(torch.Tensor, copied, args), moved
+
+        return hook

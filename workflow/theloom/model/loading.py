@@ -15,7 +15,7 @@ from theloom.devices import accelerator, gpu, gpu_lease
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.points import HookCatalog, HookPoint
-from theloom.model import weight_format
+from theloom.model import device_map, weight_format
 from theloom.model.checkpoint.classes import auto_class, has_own_code, model_class, tied_heads
 from theloom.model.checkpoint.weights import check_loaded, report_held_back, tensors_in
 from theloom.model.files import ModelFiles, config_in, hf_config
@@ -171,6 +171,7 @@ def load_model(
         from theloom.model.quantization import check_runs_on_the_cpu
 
         check_runs_on_the_cpu(model)
+    device_map.keep_all_busy(model, options.get("device_map", {}))
     model.eval().requires_grad_(False)
     let_experts_run(model, resolved.resolved)
     _read_in(model)
@@ -244,7 +245,5 @@ def _device_map(
     """Everything on one device, or over the GPUs of this job. Raises MemoryPlanError."""
     if len(gpu_lease.held()) < 2:
         return {"": device}
-    from theloom.model import device_map, weight_format
-
     kind = weight_format.weight_format_of(config, resolved.resolved)
     return device_map.over_leased(hf_config(config.model), kind, config.model.trust_remote_code)

@@ -241,12 +241,15 @@ def _from_estimate(settings: Config, estimated: Estimate, on_gpu: bool) -> dict[
         # The largest tensor is the embedding, which is on the first GPU with its blocks.
         embedding, blocks = _largest_tensor(estimated), estimated.blocks
         overhead = min(1.0, embedding / estimated.weights[kind])
-        budget = settings.memory.memory_warning_threshold * _gpu_speed(settings)
+        size, capability = _smallest_gpu(settings)
+        budget = settings.memory.memory_warning_threshold * size
         count = settings.resources.gpu or multi_gpu.gpus_for(
-            estimated, kind, blocks, overhead, budget
+            estimated, kind, blocks, overhead, budget, capability
         )
         fullest = multi_gpu.of_one(estimated, multi_gpu.share(blocks, count, overhead))
-        plan |= {"gpu": count, "min_free_gpu_mb": _mb(multi_gpu.least(fullest, kind))}
+        least = multi_gpu.least(fullest, kind, capability)
+        plan |= {"gpu": count, "min_free_gpu_mb": _mb(least)}
+        host += multi_gpu.bytes_ahead(estimated.row_bytes[store], count)
         in_flight = min(MOST_IN_FLIGHT, math.ceil(TENSORS_IN_FLIGHT * weights)) - _mb(embedding)
         host_mb = math.ceil(SPARE * (_mb(host) + max(0, in_flight)))
         plan["mem_mb"] = host_mb + CUDA_LIBRARIES + min(weights, WEIGHTS_FILE) + ROWS_IN_TRANSIT
@@ -298,14 +301,16 @@ def _minutes(settings: Config, estimated: Estimate, store: str) -> dict[str, int
     return {name: STARTING + math.ceil(SAFETY_FACTOR * s / 60) for name, s in seconds.items()}
 
 
-def _gpu_speed(settings: Config) -> float:
-    """Bytes that a program gets of one GPU: the config's, else of the smallest with the model's
-    name.
+def _smallest_gpu(settings: Config) -> tuple[float, tuple[int, int] | None]:
+    """Bytes that a program gets of one GPU, and its compute capability: of the smallest with the
+    model's name. The config's size goes before; None: the capability is not known.
     """
-    if settings.resources.gpu_memory_gb is not None:
-        return float(settings.resources.gpu_memory_gb) * 1e9
     boards = gpu_specs.find(settings.resources.gpu_model or "")
-    return min((gpu.usable_bytes for gpu in boards), default=ON_80_GB)
+    smallest = min(boards, key=lambda gpu: gpu.usable_bytes, default=None)
+    size = ON_80_GB if smallest is None else smallest.usable_bytes
+    if settings.resources.gpu_memory_gb is not None:
+        size = float(settings.resources.gpu_memory_gb) * 1e9
+    return size, smallest and smallest.compute_capability
 
 
 def _is_gguf(settings: Config) -> bool:

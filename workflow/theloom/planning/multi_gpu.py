@@ -1,8 +1,9 @@
 """Several GPUs for one model: how many it needs, and the estimate of the fullest one.
 
 Blocks stay in order and undivided, so that a token's residual stream crosses each border once. The
-first GPU also holds the embeddings. GPUs of a job do not compute at the same time: this is for
-models that no single GPU holds; shards are for speed.
+first GPU also holds the embeddings. The GPUs of a job compute at the same time, each at a batch of
+its own, but for the first and last batches. This is for models that no single GPU holds; shards are
+for speed.
 """
 
 import logging
@@ -16,11 +17,13 @@ from theloom.devices import gpu_lease
 from theloom.devices.gpu import available_memory, compute_capability
 from theloom.devices.host import DeviceMemory
 from theloom.errors import MemoryPlanError
+from theloom.memory.cuda_allocator import Capability
 from theloom.memory.sizes import with_device_overhead
 from theloom.model.weight_format import WeightFormat
 from theloom.planning import plan
 from theloom.planning.estimate import Estimate, Pass
 from theloom.planning.plan import Correction, Planned
+from theloom.store.ring_buffer import MOST_AHEAD, RING_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MAX_GPUS = 16  # of one machine
 
+# Tokens of a batch on several GPUs at most. Each works at one, so more batches keep them busy from
+# start to end; so many tokens are enough for the rate of a GPU's products.
+BATCH_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class Share:
@@ -36,6 +43,7 @@ class Share:
 
     weights: float
     blocks: float
+    gpus: int = 1
 
 
 def share(blocks: int, gpus: int, overhead: float = 0.0) -> Share:
@@ -51,16 +59,18 @@ def share(blocks: int, gpus: int, overhead: float = 0.0) -> Share:
 
     Examples:
         >>> share(32, 2)
-        Share(weights=0.5, blocks=0.5)
+        Share(weights=0.5, blocks=0.5, gpus=2)
     """
     most = math.ceil(blocks / gpus) / blocks
-    return Share(most * (1 - overhead) + overhead, most) if gpus > 1 else Share(1.0, 1.0)
+    return Share(most * (1 - overhead) + overhead, most, gpus) if gpus > 1 else Share(1.0, 1.0)
 
 
 def of_one(estimate: Estimate, part: Share) -> Estimate:
     """Reduce an estimate to one GPU's share.
 
     The KV cache is split with the blocks; temporaries are of one block, so each GPU needs them all.
+    What goes to the next GPU stays until it is copied: the residual stream and masks, together not
+    half of the temporaries, of as many batches as there are GPUs.
 
     Args:
         estimate: of the whole model.
@@ -75,25 +85,35 @@ def of_one(estimate: Estimate, part: Share) -> Estimate:
 
 
 def _part(whole: Pass, part: Share) -> Pass:
-    kv_cache = int(whole.parts.kv_cache * part.blocks)
-    return replace(whole, parts=replace(whole.parts, kv_cache=kv_cache))
+    parts = whole.parts
+    kept = part.gpus * parts.temporaries // 2 if part.gpus > 1 else 0
+    kv_cache, temporaries = int(parts.kv_cache * part.blocks), parts.temporaries + kept
+    return replace(whole, parts=replace(parts, kv_cache=kv_cache, temporaries=temporaries))
 
 
-def least(estimate: Estimate, kind: str) -> int:
+def least(estimate: Estimate, kind: str, capability: Capability = None) -> int:
     """Compute what a GPU must have free for the smallest pass that a plan can choose.
 
     Args:
         estimate: of the run.
         kind: name of the weight format.
+        capability: compute capability of the GPU; None: not known.
 
     Returns:
         Bytes.
     """
     smallest = min((p.parts for p in estimate.passes[kind]), key=lambda parts: parts.total)
-    return with_device_overhead(estimate.weights[kind], smallest, "cuda").total
+    return with_device_overhead(estimate.weights[kind], smallest, "cuda", capability).total
 
 
-def gpus_for(estimate: Estimate, kind: str, blocks: int, overhead: float, budget: float) -> int:
+def gpus_for(
+    estimate: Estimate,
+    kind: str,
+    blocks: int,
+    overhead: float,
+    budget: float,
+    capability: Capability = None,
+) -> int:
     """Compute the fewest equal GPUs that hold a model.
 
     Args:
@@ -102,6 +122,7 @@ def gpus_for(estimate: Estimate, kind: str, blocks: int, overhead: float, budget
         blocks: blocks of the model.
         overhead: share of the weights that is in no block.
         budget: bytes of each GPU that may be in use.
+        capability: compute capability of each; None: not known.
 
     Returns:
         The number of GPUs.
@@ -110,7 +131,8 @@ def gpus_for(estimate: Estimate, kind: str, blocks: int, overhead: float, budget
         MemoryPlanError: the model does not fit `MAX_GPUS` of them.
     """
     for count in range(1, min(MAX_GPUS, blocks) + 1):
-        if least(of_one(estimate, share(blocks, count, overhead)), kind) <= budget:
+        part = of_one(estimate, share(blocks, count, overhead))
+        if least(part, kind, capability) <= budget:
             return count
     needed, each = (terminal.format_bytes(n) for n in (estimate.weights[kind], budget))
     raise MemoryPlanError(
@@ -120,7 +142,8 @@ def gpus_for(estimate: Estimate, kind: str, blocks: int, overhead: float, budget
 
 
 def on_leased(estimated: Estimate) -> Estimate:
-    """Reduce an estimate to the fullest of the GPUs that this job has leased.
+    """Reduce an estimate to the fullest of the GPUs that this job has leased, and its batches to
+    such that all of them are busy.
 
     Args:
         estimated: of the whole model.
@@ -128,8 +151,34 @@ def on_leased(estimated: Estimate) -> Estimate:
     Returns:
         The estimate of that GPU; unchanged if the job has leased fewer than two.
     """
-    count = len(gpu_lease.held())
-    return of_one(estimated, share(estimated.blocks, count)) if count > 1 else estimated
+    count, requested = len(gpu_lease.held()), estimated.batch_tokens
+    if count < 2:
+        return estimated
+    if requested is not None and requested > BATCH_TOKENS:
+        log.info(
+            "batches of %d tokens, not %d: each of %d GPUs works at one",
+            BATCH_TOKENS,
+            requested,
+            count,
+        )
+    part = of_one(estimated, share(estimated.blocks, count))
+    return replace(part, batch_tokens=min(requested or BATCH_TOKENS, BATCH_TOKENS))
+
+
+def bytes_ahead(row_bytes: int, gpus: int) -> int:
+    """Compute the host memory for rows on their way while all of several GPUs are busy, beyond what
+    one takes.
+
+    Args:
+        row_bytes: of a token, all hook points.
+        gpus: of a job.
+
+    Returns:
+        Bytes; 0 for one GPU.
+    """
+    if gpus < 2:
+        return 0
+    return max(0, min(gpus * BATCH_TOKENS * row_bytes, MOST_AHEAD) - RING_BYTES["cuda"])
 
 
 def available(device: "torch.device") -> tuple[DeviceMemory, str]:

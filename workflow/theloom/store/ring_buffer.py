@@ -21,6 +21,9 @@ IN_FLIGHT = 2
 # Bytes of the ring: what a GPU, or a CPU, produces while a disk commits for a tenth of a second.
 RING_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
+# Most bytes of the ring for what several GPUs have on their way.
+MOST_AHEAD = 8 << 30
+
 # Bytes of the writer next to the ring: its threads, and the tiles of rows for the statistics
 # (measured: 17 to 23 MB).
 WRITER_BYTES = 24 << 20
@@ -28,14 +31,18 @@ WRITER_BYTES = 24 << 20
 _ALIGNED = 64  # bytes: a cache line, and more than any element
 
 
-def ring_bytes(device: str, largest: int) -> int:
+def ring_bytes(device: str, largest: int, ahead: int = 0) -> int:
     """The size of the ring in bytes: the largest value fits in it twice.
 
     Args:
         device: `cpu`, or the type of a GPU.
         largest: bytes of the largest value.
+        ahead: bytes of the values that wait at once where several GPUs are at work; more than
+            `MOST_AHEAD`, or than may be pinned, are not taken.
     """
-    return max(RING_BYTES.get(device, RING_BYTES["cuda"]), 2 * (largest + _ALIGNED))
+    least = max(RING_BYTES.get(device, RING_BYTES["cuda"]), 2 * (largest + _ALIGNED))
+    more = max(least, min(ahead, MOST_AHEAD))
+    return more if more > least and pinned.may_pin(more) else least
 
 
 def bytes_on_device(device: str, largest: int) -> int:
