@@ -11,9 +11,9 @@ import sys
 
 import pytest
 import torch
-from theloom.devices import accelerator, gpu, gpu_lease, host, pinned
-from theloom.devices.accelerator import DONE, SideStreams
+from theloom.devices import accelerator, gpu, gpu_lease, host, pinned, streams
 from theloom.devices.host import DeviceMemory
+from theloom.devices.streams import DONE, SideStreams
 from theloom.errors import ConfigError
 
 GPU0, GPU1 = torch.device("cuda:0"), torch.device("cuda:1")
@@ -78,7 +78,7 @@ def test_a_value_leaves_on_a_stream_of_its_own_device(queued):
     diary, value = queued
     sides, place = SideStreams(), value(torch.device("cpu"))
     for device in (GPU1, GPU0, GPU1):
-        accelerator.copy_out(value(device), place, sides)
+        streams.copy_out(value(device), place, sides)
     for number, n in enumerate((1, 0, 1)):
         assert diary[4 * number : 4 * number + 4] == [
             ("record", f"computing {n}"),
@@ -97,7 +97,7 @@ def test_a_value_is_kept_until_its_copy_has_been_waited_for(queued):
             gone.append(diary[-1])
 
     leaving = Noted(diary, GPU0, [None])
-    copied = accelerator.copy_out(leaving, value(torch.device("cpu")), SideStreams())
+    copied = streams.copy_out(leaving, value(torch.device("cpu")), SideStreams())
     del leaving
     assert not gone
     copied.synchronize()
@@ -107,8 +107,8 @@ def test_a_value_is_kept_until_its_copy_has_been_waited_for(queued):
 def test_a_copy_to_a_gpu_waits_for_all_it_is_told_to(queued):
     diary, value = queued
     sides, there = SideStreams(), value(GPU1)
-    allocated = accelerator.mark(GPU1)
-    arrived = accelerator.copy_in(value(torch.device("cpu")), there, sides, allocated, DONE)
+    allocated = streams.mark(GPU1)
+    arrived = streams.copy_in(value(torch.device("cpu")), there, sides, allocated, DONE)
     arrived.before_next()
     assert diary == [
         ("record", "computing 1"),
@@ -127,10 +127,10 @@ def test_devices_without_streams_copy_at_once(kind):
 
     diary = []
     value, place = (OnDevice(diary, torch.device(d), []) for d in (kind, "cpu"))
-    assert accelerator.copy_out(value, place, SideStreams()) is DONE
-    assert accelerator.copy_in(place, value, SideStreams(), DONE) is DONE
+    assert streams.copy_out(value, place, SideStreams()) is DONE
+    assert streams.copy_in(place, value, SideStreams(), DONE) is DONE
     assert diary == [False, False]
-    assert accelerator.mark(torch.device(kind)) is DONE
+    assert streams.mark(torch.device(kind)) is DONE
 
 
 @pytest.mark.parametrize(

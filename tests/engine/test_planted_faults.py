@@ -22,7 +22,7 @@ from simulated_cuda import POLICIES, simulated
 from simulated_cuda.streams import Event, Stream
 from simulated_runs import Prepared, Rows, build, cpu_rows, difference, machine, prepare
 from theloom.corpus.batching import Batch
-from theloom.devices import accelerator
+from theloom.devices import streams
 from theloom.engine.handoff import Handoff
 from theloom.engine.layerwise import residual_store
 from theloom.errors import StoppedError, StoreError
@@ -151,7 +151,7 @@ def copies(seen: set[str], elsewhere: str = "") -> Iterator[None]:
     """Note which functions copy on a side stream; one of them copies on a stream that nobody waits
     for.
     """
-    original = accelerator.use
+    original = streams.use
 
     def use(stream: Any) -> Any:
         site = caller()
@@ -162,7 +162,7 @@ def copies(seen: set[str], elsewhere: str = "") -> Iterator[None]:
         return original(stream)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accelerator, "use", use)
+        patch.setattr(streams, "use", use)
         yield
 
 
@@ -184,34 +184,34 @@ def test_each_mark_that_a_copy_to_the_device_waits_for_is_needed(
     """Of a new buffer the work that had its memory, of a used one the work that reads it, and of
     residuals the copy that brought them to the host.
     """
-    original = accelerator.copy_in
+    original = streams.copy_in
 
     def copy_in(source: Any, there: Any, sides: Any, *after: Any) -> Any:
         if sys._getframe(1).f_code.co_name == function:
             after = (*after[:number], *after[number + 1 :])
         return original(source, there, sides, *after)
 
-    monkeypatch.setattr(accelerator, "copy_in", copy_in)
+    monkeypatch.setattr(streams, "copy_in", copy_in)
     assert runs["layerwise"].noticed
 
 
 def test_a_new_buffer_written_before_its_memory_is_free_is_noticed(runs, monkeypatch):
     def no_mark(device: torch.device, timing: bool = False) -> Any:
         is_new = sys._getframe(1).f_code.co_name == "for_reading"
-        return accelerator.DONE if is_new else original(device, timing)
+        return streams.DONE if is_new else original(device, timing)
 
-    original = accelerator.mark
-    monkeypatch.setattr(accelerator, "mark", no_mark)
+    original = streams.mark
+    monkeypatch.setattr(streams, "mark", no_mark)
     assert runs["layerwise"].noticed
 
 
 def test_a_value_freed_before_it_is_copied_is_noticed(runs, monkeypatch):
-    original = accelerator.Mark.__init__
+    original = streams.Mark.__init__
 
     def forgets(self: Any, stream: Any, timing: bool = False, held: Any = None) -> None:
         original(self, stream, timing)
 
-    monkeypatch.setattr(accelerator.Mark, "__init__", forgets)
+    monkeypatch.setattr(streams.Mark, "__init__", forgets)
     for name in ("chunks", "layerwise"):
         assert runs[name].noticed
 
@@ -233,12 +233,12 @@ def test_copies_on_the_first_gpu_s_stream_are_noticed(tmp_path, monkeypatch):
     """Of a value on the second GPU: on a real one the copy would run on that GPU's own stream."""
     run = Faulty(tmp_path, build(tmp_path), [""], gpus=2)
     assert not run.wrong("random")
-    original = accelerator.SideStreams.of
+    original = streams.SideStreams.of
 
     def first(self: Any, device: torch.device) -> Any:
         return original(self, torch.device("cuda", 0))
 
-    monkeypatch.setattr(accelerator.SideStreams, "of", first)
+    monkeypatch.setattr(streams.SideStreams, "of", first)
     assert run.noticed
 
 
@@ -273,7 +273,7 @@ def lets_go(waits: bool) -> Iterator[None]:
     """Memory is used again behind the copy of what was in it, or at once."""
     with pytest.MonkeyPatch.context() as patch:
         if not waits:
-            patch.setattr(accelerator.Mark, "before_next", lambda self: None)
+            patch.setattr(streams.Mark, "before_next", lambda self: None)
         yield
 
 

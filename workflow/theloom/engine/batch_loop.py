@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from theloom.corpus import batching
 from theloom.corpus.batching import Batch
-from theloom.devices import accelerator, gpu, pinned
-from theloom.devices.accelerator import Mark
+from theloom.devices import accelerator, gpu, pinned, streams
 from theloom.devices.peak_memory import MemoryWatch
+from theloom.devices.streams import Mark
 from theloom.engine.handoff import Handoff
 from theloom.engine.interrupts import StopRequest
 from theloom.engine.progress import Moment, Progress
@@ -263,4 +263,4 @@ class _Clock:
         return max(self._seconds)
 
     def _marks(self) -> list[Mark]:
-        return [accelerator.mark(device, timing=True) for device in self._devices]
+        return [streams.mark(device, timing=True) for device in self._devices]

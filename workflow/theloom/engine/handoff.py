@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from theloom.devices import accelerator
-from theloom.devices.accelerator import Mark, SideStreams
+from theloom.devices import accelerator, streams
+from theloom.devices.streams import Mark, SideStreams
 from theloom.engine.selection import Step
 from theloom.store.ring_buffer import IN_FLIGHT, Ring, ring_bytes
 
@@ -156,8 +156,8 @@ class Handoff:
 
     def _copy(self, values: "torch.Tensor", place: "torch.Tensor") -> Mark:
         """Copy into the ring, next to the computation where the device can."""
-        copied = accelerator.copy_out(values, place, self._sides)
-        if copied is not accelerator.DONE:
+        copied = streams.copy_out(values, place, self._sides)
+        if copied is not streams.DONE:
             self._in_flight.append(copied)
             if len(self._in_flight) > IN_FLIGHT:  # the device waits, and the model's thread goes on
                 self._in_flight.popleft().let_go()

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from theloom import terminal
-from theloom.devices import accelerator, gpu_lease
-from theloom.devices.accelerator import Mark, SideStreams
+from theloom.devices import gpu_lease, streams
 from theloom.devices.gpu import available_memory
+from theloom.devices.streams import Mark, SideStreams
 from theloom.errors import MemoryPlanError
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.model.weight_format import WeightFormat, quantized_bytes
@@ -185,7 +185,7 @@ class _Borders:
         def copied(value: torch.Tensor) -> torch.Tensor:
             if value.device == device or value.device.type == "cpu":
                 return value
-            there, mark = accelerator.copy_across(value, device, sides)
+            there, mark = streams.copy_across(value, device, sides)
             self._copied[-1].append(mark)
             return there
 

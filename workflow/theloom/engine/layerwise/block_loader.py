@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from theloom.devices import accelerator, host
-from theloom.devices.accelerator import DONE, Mark, SideStreams
+from theloom.devices import host, streams
 from theloom.devices.pinned import pinned_empty
+from theloom.devices.streams import DONE, Mark, SideStreams
 from theloom.engine.layerwise.quantize import OnDisk
 from theloom.engine.layerwise.weights_index import Checkpoint, Stored
 from theloom.model.quantization import with_scales
@@ -190,7 +190,7 @@ class _Slot:
             self._host = self._there = pinned_empty(size, torch.uint8, self._device)
             if self._device.type != "cpu":
                 self._there = torch.empty(size, dtype=torch.uint8, device=self._device)
-                self._used = accelerator.mark(self._device)  # by what had this memory before
+                self._used = streams.mark(self._device)  # by what had this memory before
         return self._host
 
     def send(self, size: int) -> torch.Tensor:
@@ -198,7 +198,7 @@ class _Slot:
         GPU, after what the block before the last still computes there.
         """
         if self._there is not self._host:
-            self._copied = accelerator.copy_in(
+            self._copied = streams.copy_in(
                 self._host[:size], self._there[:size], self._sides, self._used
             )
         return self._there
@@ -210,7 +210,7 @@ class _Slot:
         """
         self._used.synchronize()
         side = self._sides.of(self._device)
-        with accelerator.use(side):
+        with streams.use(side):
             yield
         self._copied = DONE if side is None else Mark(side)
 
@@ -220,7 +220,7 @@ class _Slot:
         """
         if self._sides.of(self._device) is not None:
             for tensor in (part for weight in tensors.values() for part in with_scales(weight)):
-                accelerator.used_by_computation(tensor)
+                streams.used_by_computation(tensor)
 
     def arrived(self) -> None:
         """Let the computation wait for the copy."""
@@ -228,4 +228,4 @@ class _Slot:
 
     def done(self) -> None:
         """Say that everything which reads the block has been queued."""
-        self._used = accelerator.mark(self._device)
+        self._used = streams.mark(self._device)

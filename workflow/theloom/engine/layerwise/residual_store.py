@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import xxhash
 
-from theloom.devices import accelerator
-from theloom.devices.accelerator import DONE, Mark, SideStreams
+from theloom.devices import streams
 from theloom.devices.pinned import pinned_empty
+from theloom.devices.streams import DONE, Mark, SideStreams
 from theloom.store import file_format
 from theloom.store.file_format import raw_bytes
 from theloom.store.ring_buffer import IN_FLIGHT
@@ -126,8 +126,8 @@ class ResidualStore:
         piece, windows = found
         on_host = self._on_host(piece)[windows]
         there = torch.empty(on_host.shape, dtype=on_host.dtype, device=self._device)
-        before = accelerator.mark(self._device), self._leaving.get(piece, DONE)
-        return there, accelerator.copy_in(on_host, there, self._sides, *before)
+        before = streams.mark(self._device), self._leaving.get(piece, DONE)
+        return there, streams.copy_in(on_host, there, self._sides, *before)
 
     def finish(self, piece: int | None = None) -> None:
         """Wait until a piece, or all, has come to the host."""
@@ -160,7 +160,7 @@ class ResidualStore:
         if not self._spilled:
             place = self._memory[first:last].view(values.shape)
             self._leaving.pop(piece, None)
-            self._leaving[piece] = accelerator.copy_out(values, place, self._out)
+            self._leaving[piece] = streams.copy_out(values, place, self._out)
             while len(self._leaving) > IN_FLIGHT:  # each keeps its value on the device
                 self.finish(next(iter(self._leaving)))
             return
