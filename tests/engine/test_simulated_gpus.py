@@ -87,6 +87,22 @@ def test_no_forward_pass_makes_the_host_wait(prepared_on, monkeypatch, tmp_path,
     assert (asked == 0) is told
 
 
+def test_the_seconds_of_all_passes_are_recorded_however_far_ahead_the_host_is(
+    prepared_on, expected, tmp_path
+):
+    run = prepared_on("two GPUs for one model").again(tmp_path / "run")
+    run.rows(policy="lazy")
+    metrics = theloom.open(run.run.shards[0]).metrics
+    assert metrics["seconds_forward"] > 0.1 * metrics["seconds_total"]
+    assert 0 < metrics["peak_memory"] <= metrics["predicted_memory"]
+
+
+def test_an_offloaded_cache_over_three_gpus_has_the_cpu_s_rows(model, expected, tmp_path):
+    run = prepare(tmp_path / "run", model, "extraction.cache=offloaded", gpus=3)
+    rows = run.again(tmp_path / "rows").rows(policy="random", seed=3)
+    assert difference(rows, expected) <= EXACT
+
+
 def test_another_architecture_on_the_second_gpu(tmp_path):
     model = build(tmp_path, "gpt_neox")
     expected = cpu_rows(tmp_path / "cpu", model)

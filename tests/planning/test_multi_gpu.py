@@ -7,13 +7,15 @@ import torch
 from accelerate.utils import check_device_map
 from support import ROOT
 from theloom.config import compose, frozen, model_dims
+from theloom.devices import gpu_lease
+from theloom.devices.host import DeviceMemory
 from theloom.errors import MemoryPlanError
 from theloom.hooks import blocks
 from theloom.memory.estimators import ClosedForm
 from theloom.model import device_map
 from theloom.model.weight_format import WeightFormat
 from theloom.pipeline import resources
-from theloom.planning import estimate, multi_gpu
+from theloom.planning import estimate, multi_gpu, plan
 from transformers import AutoConfig, AutoModel
 
 
@@ -115,3 +117,16 @@ def test_several_gpus_take_host_memory_for_the_rows_of_all_their_batches():
     assert multi_gpu.bytes_ahead(rows, 3) == 3 * 2048 * rows - ring
     assert multi_gpu.bytes_ahead(10 * rows, 3) == most - ring
     assert multi_gpu.bytes_ahead(10, 3) == 0
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, 2048), (16384, 2048), (100, 100)])
+def test_batches_of_several_gpus_are_small_enough_to_keep_all_busy(monkeypatch, asked, given):
+    requested = settings("7b", f"extraction.batch_tokens={asked or 'null'}")
+    size = model_dims.dims_of_profile(requested.model.architecture)
+    whole = estimate.estimate(requested, ClosedForm(size), "cuda")
+    assert multi_gpu.on_leased(whole) == whole
+    monkeypatch.setattr(gpu_lease, "_held", ("a", "b"))
+    part = multi_gpu.on_leased(whole)
+    assert part.batch_tokens == given
+    room = DeviceMemory(total=80 * 10**9, free=80 * 10**9)
+    assert plan.choose(part, "bf16", "cuda", room).plan.batch_tokens == given

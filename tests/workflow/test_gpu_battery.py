@@ -26,6 +26,18 @@ def test_a_step_on_a_simulated_gpu_measures(tmp_path, step):
     assert not any(math.isnan(n) for n in numbers)
 
 
+def test_one_model_over_several_simulated_gpus_has_the_cpu_s_rows(tmp_path):
+    with simulated(devices=2, policy="random"):
+        (row,) = gpu_steps.STEPS["several GPUs"].function(tmp_path)
+    assert row["difference of rows"] <= 1e-5
+    assert all(row[name] > 0 for name in ("gain", "gain reckoned", "tokens/s together"))
+
+
+def test_one_gpu_is_not_several(tmp_path):
+    with simulated(), pytest.raises(gpu_steps.SkippedError, match="this machine has one"):
+        gpu_steps.STEPS["several GPUs"].function(tmp_path)
+
+
 def test_back_off_ends_with_the_same_rows(tmp_path):
     with simulated():
         (row,) = gpu_steps.STEPS["back-off"].function(tmp_path)

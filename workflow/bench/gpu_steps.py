@@ -14,18 +14,25 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import theloom
 import torch
 import transformers
+from gpu_schedule import in_turn, together
 from simulated_runs import build, difference, read_rows
 from support import Stages, stages
-from theloom.devices import accelerator, host, pinned
+from theloom.devices import accelerator, gpu_lease, host, pinned, streams
 from theloom.devices import gpu as devices_gpu
+from theloom.hooks.blocks import Architecture, find_blocks
+from theloom.hooks.points import residual_points
+from theloom.hooks.taps import Taps
 from theloom.memory import replayed
 from theloom.memory.cuda_allocator import cublas_workspace
 from theloom.memory.estimators import Traced
 from theloom.memory.sizes import Workload
+from theloom.model import device_map
+from theloom.model.forward import prefill
 from theloom.model.weight_format import WeightFormat
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
@@ -239,16 +246,8 @@ def llama(folder: Path) -> Rows:
     here, dtype = device(), torch.bfloat16
     free = accelerator.driver_memory(here)[0] if _is_real(here) else 0
     name = next(n for n in LLAMAS if _parameters(n) * 2 < 0.6 * free or n == "1M")
-    hidden, blocks, inner, heads, key_heads = LLAMAS[name]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=blocks,
-        intermediate_size=inner,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        vocab_size=32000,
-        max_position_embeddings=4096,
-    )
+    hidden, _, inner, *_ = LLAMAS[name]
+    config = _config(name)
     windows, tokens = (8, 1024) if name != "1M" else (2, 128)
     kind = WeightFormat("bf16")
     traced = Traced(config)
@@ -410,6 +409,52 @@ def quantised(folder: Path) -> Rows:
     return rows
 
 
+def several_gpus(folder: Path) -> Rows:
+    """One model over all GPUs: rows against the CPU's, then a random Llama's tokens/s with all GPUs
+    at work and with one after the other, next to the gain that the schedule simulator reckons from
+    each GPU's seconds.
+    """
+    here = gpu("several GPUs")
+    count = accelerator.count(here.type)
+    if count < 2:
+        raise SkippedError("several GPUs for one model: this machine has one")
+    tiny = _tiny(folder)
+    expected = read_rows(_extracted(folder / "cpu", tiny, "fp32", "cpu"))
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    environment = {"SLURM_JOB_ID": "1", "CUDA_VISIBLE_DEVICES": names}  # as a scheduler gives them
+    with mock.patch.dict(os.environ, environment), gpu_lease.gpus(count, device=here.type):
+        found = read_rows(_extracted(folder / "gpus", tiny, "fp32", here.type))
+    free = accelerator.driver_memory(here)[0] if _is_real(here) else 0
+    name = next(n for n in LLAMAS if _parameters(n) * 2 < 0.6 * free or n == "1M")
+    gpus = [torch.device(here.type, number) for number in range(count)]
+    windows, tokens, batches = (2, 1024, 32) if free else (2, 128, 4)
+    model = _over(name, gpus)
+    ids = torch.randint(0, 32000, (windows, tokens))
+    forward, parts, alone = _passes(model, gpus, ids)
+    seconds = {}
+    for how in ("in turn", "together"):
+        began = time.perf_counter()
+        for _ in range(batches):
+            forward()
+            if how == "in turn":
+                _all_done(gpus)
+        _all_done(gpus)
+        seconds[how] = time.perf_counter() - began
+    copy = max(0.0, alone - sum(parts)) / (count - 1)
+    reckoned = together(parts, batches, copy)
+    rates = {f"tokens/s {how}": batches * ids.numel() / s for how, s in seconds.items()}
+    return [
+        {"GPUs": count, "Llama": name, "difference of rows": difference(found, expected)}
+        | rates
+        | {
+            "gain": seconds["in turn"] / seconds["together"],
+            "gain reckoned": in_turn(parts, batches, copy).seconds / reckoned.seconds,
+            "bubble reckoned %": 100 * reckoned.bubble,
+            "copy ms": 1000 * copy,
+        }
+    ]
+
+
 def sanitizer(folder: Path) -> Rows:
     """compute-sanitizer's memory check of the tiny run."""
     gpu("compute-sanitizer")
@@ -430,17 +475,81 @@ def sanitizer(folder: Path) -> Rows:
 STEPS = {
     "versions": Step(versions, 25),
     "tests": Step(tests, 100),
-    "pipeline": Step(pipeline, 90),
+    "pipeline": Step(pipeline, 80),
     "attention": Step(attention, 40),
-    "pinning": Step(pinning, 35),
+    "pinning": Step(pinning, 30),
     "arithmetic": Step(arithmetic, 20),
-    "llama": Step(llama, 90),
-    "back-off": Step(back_off, 45),
+    "llama": Step(llama, 80),
+    "back-off": Step(back_off, 40),
     "layer by layer": Step(layer_by_layer, 40),
     "disk": Step(disk, 20),
-    "quantised": Step(quantised, 60),
+    "quantised": Step(quantised, 50),
+    "several GPUs": Step(several_gpus, 40),
     "sanitizer": Step(sanitizer, 35),
 }
+
+
+def _config(name: str) -> LlamaConfig:
+    hidden, blocks, inner, heads, key_heads = LLAMAS[name]
+    return LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=blocks,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+    )
+
+
+def _over(name: str, gpus: list[torch.device]) -> Architecture:
+    """A random Llama cut to GPUs of equal size, as `load_model` places one."""
+    with torch.device(gpus[0]):
+        model = AutoModel.from_config(_config(name), dtype=torch.bfloat16).eval()
+    described = find_blocks(model.requires_grad_(False))
+    equal = [4 * _parameters(name) + (1 << 30)] * len(gpus)
+    cut = device_map.cut_to(described, WeightFormat("bf16"), equal)
+    places = {module: gpus[number] for module, number in cut.items()}
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    for module, one in places.items():
+        model.get_submodule(module).to(one)
+    device_map.keep_all_busy(model, places)
+    return described
+
+
+def _passes(
+    described: Architecture, gpus: list[torch.device], ids: torch.Tensor
+) -> tuple[Callable[[], None], list[float], float]:
+    """A pass to the last block, each GPU's seconds of one, and those of it all."""
+    point = residual_points(len(described.blocks), described.hidden_size)[-1]
+    begun: dict[torch.device, streams.Mark] = {}
+
+    def begin(block: Any, _: Any) -> None:
+        here = next(block.parameters()).device
+        if here not in begun:
+            begun[here] = streams.mark(here, timing=True)
+
+    def forward() -> None:
+        with Taps(described, [point], lambda name, value: None) as taps:
+            prefill(taps, pinned.pinned_copy(ids, gpus[0]), ids.shape[1])
+
+    forward()
+    _all_done(gpus)
+    hooks = [block.register_forward_pre_hook(begin) for block in described.blocks]
+    began = time.perf_counter()
+    forward()
+    ends = [streams.mark(one, timing=True) for one in gpus]
+    _all_done(gpus)
+    seconds = time.perf_counter() - began
+    for hook in hooks:
+        hook.remove()
+    parts = [max(1e-9, begun[g].seconds_to(end)) for g, end in zip(gpus, ends, strict=True)]
+    return forward, parts, seconds
+
+
+def _all_done(gpus: list[torch.device]) -> None:
+    for one in gpus:
+        accelerator.synchronize(one)
 
 
 def _tiny(folder: Path, **numbers: int) -> Path:

@@ -142,9 +142,8 @@ def run_batches(
             done += sum(batches[number].lengths)
             rows += selection.rows(batches[number])
             last = number == len(batches) - 1
-            handoff.batch_done(
-                rows, last or stop.requested is not None, measured.metrics(handoff, done)
-            )
+            ends = last or stop.requested is not None
+            handoff.batch_done(rows, ends, measured.metrics(handoff, done, ends))
             warned = warned or gpu.warn_above(work.warning_threshold, work.device)
             progress.update(Moment(done, handoff.bytes_written, handoff.seconds_waiting), last)
             if stop.requested is not None and not last:
@@ -178,10 +177,12 @@ class _Measured:
         """Around a forward pass."""
         return self._forward
 
-    def metrics(self, handoff: Handoff, done: int) -> dict[str, float]:
+    def metrics(self, handoff: Handoff, done: int, ends: bool) -> dict[str, float]:
         """Seconds and tokens of all jobs so far, by the names that the file has for them; bytes of
-        memory.
+        memory. Where the job ends, those of all forward passes; else of those that are over.
         """
+        if ends:
+            self._forward.wait()
         now = self._of_this_job(handoff, done)
         summed = {name: self._before[name] + value for name, value in now.items()}
         peak = max(self._before["peak_memory"], float(self._watch.peak))
@@ -254,6 +255,12 @@ class _Clock:
             self._open.append((self._start, self._marks()))
         else:
             self._seconds[0] += time.perf_counter() - self._began
+
+    def wait(self) -> None:
+        """Wait for the end of all blocks."""
+        for _, ends in self._open:
+            for end in ends:
+                end.synchronize()
 
     def seconds(self) -> float:
         """All of them so far; with streams of the blocks that the devices are through with."""

@@ -310,7 +310,7 @@ def _smallest_gpu(settings: Config) -> tuple[float, tuple[int, int] | None]:
     size = ON_80_GB if smallest is None else smallest.usable_bytes
     if settings.resources.gpu_memory_gb is not None:
         size = float(settings.resources.gpu_memory_gb) * 1e9
-    return size, smallest and smallest.compute_capability
+    return size, None if smallest is None else smallest.compute_capability
 
 
 def _is_gguf(settings: Config) -> bool:

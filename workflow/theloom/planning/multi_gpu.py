@@ -69,8 +69,8 @@ def of_one(estimate: Estimate, part: Share) -> Estimate:
     """Reduce an estimate to one GPU's share.
 
     The KV cache is split with the blocks; temporaries are of one block, so each GPU needs them all.
-    What goes to the next GPU stays until it is copied: the residual stream and masks, together not
-    half of the temporaries, of as many batches as there are GPUs.
+    What goes to the next GPU stays until it is copied: the residual stream and masks, together no
+    more than a quarter of the temporaries, of as many batches as there are GPUs.
 
     Args:
         estimate: of the whole model.
@@ -86,7 +86,7 @@ def of_one(estimate: Estimate, part: Share) -> Estimate:
 
 def _part(whole: Pass, part: Share) -> Pass:
     parts = whole.parts
-    kept = part.gpus * parts.temporaries // 2 if part.gpus > 1 else 0
+    kept = part.gpus * parts.temporaries // 4 if part.gpus > 1 else 0
     kv_cache, temporaries = int(parts.kv_cache * part.blocks), parts.temporaries + kept
     return replace(whole, parts=replace(parts, kv_cache=kv_cache, temporaries=temporaries))
 
