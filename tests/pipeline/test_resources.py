@@ -175,7 +175,7 @@ def test_a_shard_s_disk_is_its_rows():
 )
 def test_a_scheduler_s_name_of_a_gpu_gives_its_memory(overrides, gpu):
     settings = to_config(a_run("7b", f"resources.gpu_model={overrides}").config)
-    assert resources._gpu_speed(settings) / (1 << 30) == pytest.approx(gpu, abs=0.01)
+    assert resources._smallest_gpu(settings)[0] / (1 << 30) == pytest.approx(gpu, abs=0.01)
 
 
 def test_shards_are_ten_minutes_of_the_planned_throughput():

@@ -1,5 +1,5 @@
 """How long a model over several GPUs takes, by the rules of its copies and waits, from the seconds
-of each GPU's part: reckoned without a GPU, or with the seconds that one measured.
+of each GPU's part: computed without a GPU, or with the seconds that one measured.
 
 `python workflow/bench/gpu_schedule.py` prints the gain for a few numbers of GPUs and batches.
 """

@@ -411,7 +411,7 @@ def quantised(folder: Path) -> Rows:
 
 def several_gpus(folder: Path) -> Rows:
     """One model over all GPUs: rows against the CPU's, then a random Llama's tokens/s with all GPUs
-    at work and with one after the other, next to the gain that the schedule simulator reckons from
+    at work and with one after the other, next to the gain that the schedule simulator predicts from
     each GPU's seconds.
     """
     here = gpu("several GPUs")
@@ -441,15 +441,15 @@ def several_gpus(folder: Path) -> Rows:
         _all_done(gpus)
         seconds[how] = time.perf_counter() - began
     copy = max(0.0, alone - sum(parts)) / (count - 1)
-    reckoned = together(parts, batches, copy)
+    predicted = together(parts, batches, copy)
     rates = {f"tokens/s {how}": batches * ids.numel() / s for how, s in seconds.items()}
     return [
         {"GPUs": count, "Llama": name, "difference of rows": difference(found, expected)}
         | rates
         | {
             "gain": seconds["in turn"] / seconds["together"],
-            "gain reckoned": in_turn(parts, batches, copy).seconds / reckoned.seconds,
-            "bubble reckoned %": 100 * reckoned.bubble,
+            "gain predicted": in_turn(parts, batches, copy).seconds / computed.seconds,
+            "bubble predicted %": 100 * predicted.bubble,
             "copy ms": 1000 * copy,
         }
     ]
