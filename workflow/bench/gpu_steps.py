@@ -448,7 +448,7 @@ def several_gpus(folder: Path) -> Rows:
         | rates
         | {
             "gain": seconds["in turn"] / seconds["together"],
-            "gain predicted": in_turn(parts, batches, copy).seconds / computed.seconds,
+            "gain predicted": in_turn(parts, batches, copy).seconds / predicted.seconds,
             "bubble predicted %": 100 * predicted.bubble,
             "copy ms": 1000 * copy,
         }
