@@ -165,7 +165,7 @@ class _Borders:
     def __init__(self, model: Any, gpus: int) -> None:
         self._skipped = model._skip_keys_device_placement or ()  # its cache, as a rule
         self._sides: dict[torch.device, SideStreams] = {}
-        self._copied: deque[list[Mark]] = deque()
+        self._copied: deque[list[Mark]] = deque([[]])
         self._gpus = gpus
 
     def begin(self, *_: Any) -> None:
@@ -178,22 +178,25 @@ class _Borders:
     def to(self, device: "torch.device") -> Any:
         """The hook of a module on that GPU."""
         import torch
-        from torch.utils._pytree import tree_map_only
 
         sides = self._sides.setdefault(device, SideStreams())
 
+        def moved(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value if value.device in (device, torch.device("cpu")) else copied(value)
+            if type(value) in (tuple, list):
+                return type(value)(map(moved, value))
+            if type(value) is dict:
+                return {name: moved(one) for name, one in value.items()}
+            return value  # what is of another kind is left to accelerate's hooks
+
         def copied(value: torch.Tensor) -> torch.Tensor:
-            if value.device == device or value.device.type == "cpu":
-                return value
             there, mark = streams.copy_across(value, device, sides)
             self._copied[-1].append(mark)
             return there
 
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            moved = {
-                name: value if name in self._skipped else tree_map_only(torch.Tensor, copied, value)
-                for name, value in kwargs.items()
-            }
-            return tree_map_only(torch.Tensor, copied, args), moved
+            own = {n: v if n in self._skipped else moved(v) for n, v in kwargs.items()}
+            return moved(args), own
 
         return hook
