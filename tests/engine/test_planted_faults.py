@@ -25,6 +25,7 @@ from theloom.corpus.batching import Batch
 from theloom.devices import streams
 from theloom.engine.handoff import Handoff
 from theloom.engine.layerwise import residual_store
+from theloom.engine.selection import WholeStep
 from theloom.errors import StoppedError, StoreError
 from theloom.model import device_map
 from theloom.store.ring_buffer import Ring
@@ -295,7 +296,7 @@ def test_values_whose_copies_are_slow_keep_their_memory(waits):
     ):
         for number in numbers:
             value = torch.full((1, 8, 8), float(number), device="cuda:0")
-            handoff.rows(Batch((0,), (8,)), "hook", 0, value)
+            handoff.rows(WholeStep(Batch((0,), (8,)), 0), "hook", value)
             del value
         go_on.set()
     assert (written == list(numbers)) == waits

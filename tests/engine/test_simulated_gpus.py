@@ -87,9 +87,7 @@ def test_no_forward_pass_makes_the_host_wait(prepared_on, monkeypatch, tmp_path,
     assert (asked == 0) is told
 
 
-def test_the_seconds_of_all_passes_are_recorded_however_far_ahead_the_host_is(
-    prepared_on, expected, tmp_path
-):
+def test_the_seconds_of_passes_far_behind_the_host_are_recorded(prepared_on, tmp_path):
     run = prepared_on("two GPUs for one model").again(tmp_path / "run")
     run.rows(policy="lazy")
     metrics = theloom.open(run.run.shards[0]).metrics
@@ -101,6 +99,14 @@ def test_an_offloaded_cache_over_three_gpus_has_the_cpu_s_rows(model, expected, 
     run = prepare(tmp_path / "run", model, "extraction.cache=offloaded", gpus=3)
     rows = run.again(tmp_path / "rows").rows(policy="random", seed=3)
     assert difference(rows, expected) <= EXACT
+
+
+@pytest.mark.parametrize("requested", ["rows.keep='[3:-1]'", "rows.keep='~[:1]' rows.pool=mean"])
+def test_kept_rows_of_two_gpus_are_those_of_the_cpu(model, tmp_path, requested):
+    expected = cpu_rows(tmp_path / "cpu", model, requested)
+    run = prepare(tmp_path / "run", model, requested, gpus=2)
+    for policy in ("copies_first", "lazy"):
+        assert difference(run.again(tmp_path / policy).rows(policy=policy), expected) <= EXACT
 
 
 def test_another_architecture_on_the_second_gpu(tmp_path):

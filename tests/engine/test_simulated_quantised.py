@@ -8,7 +8,7 @@ import torch
 from simulated_cuda import simulated
 from simulated_runs import build
 from support import a_config
-from theloom.devices import accelerator
+from theloom.devices import accelerator, streams
 from theloom.engine.layerwise import block_loader
 from theloom.engine.layerwise.model import opened
 from theloom.engine.layerwise.residual_store import ResidualStore
@@ -87,6 +87,6 @@ def test_the_gpu_never_holds_a_third_block(model, monkeypatch):
 @contextmanager
 def _without_wait(slot):
     side = slot._sides.of(slot._device)
-    with accelerator.use(side):
+    with streams.use(side):
         yield
-    slot._copied = accelerator.Mark(side)
+    slot._copied = streams.Mark(side)

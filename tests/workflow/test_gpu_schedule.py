@@ -28,15 +28,15 @@ def test_the_slowest_gpu_sets_the_pace_and_copies_take_its_time():
     assert together([1.0, 3.0, 1.0], 100, copy=0.5).seconds == pytest.approx(352.5)
 
 
-@pytest.mark.parametrize("gpus", [2, 3])
-def test_the_extraction_keeps_its_gpus_as_busy_as_the_schedule_says(tmp_path, gpus):
+@pytest.mark.parametrize(("gpus", "rows"), [(2, ""), (3, ""), (2, "rows.pool=mean")])
+def test_the_extraction_keeps_its_gpus_as_busy_as_the_schedule_says(tmp_path, gpus, rows):
     """In the middle of a run: that of twice the batches less the other."""
     model, found = build(tmp_path, num_hidden_layers=2 * gpus), []
     for batches in (8, 16):
         line = json.dumps({"text": 30 * "a"}) + "\n"
         (tmp_path / "corpus.jsonl").write_text(batches * line, encoding="utf-8")
         hooks = "memory.activation_cache_filter=[blocks.*.hook_resid_post]"
-        options = f"extraction.batch_tokens=32 {hooks}"
+        options = f"extraction.batch_tokens=32 {hooks} {rows}"
         run = prepare(tmp_path / f"{batches}", model, options, gpus)
         with machine(gpus) as world:
             run.again(tmp_path / f"{batches}-rows").run.extract()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from theloom.corpus.batching import Batch
-from theloom.devices import host
+from theloom.devices import host, pinned
 from theloom.engine.pool import Pool, Stored
 from theloom.errors import MemoryPlanError
 from theloom.precision import BYTES, torch_dtype
@@ -79,11 +79,16 @@ def _on(
     there: "dict[torch.device, list[torch.Tensor]]",
     *arrays: np.ndarray,
 ) -> "list[torch.Tensor]":
-    """Arrays on a device, copied there once: a step has them for all of its hook points."""
+    """Arrays on a device, copied there once: a step has them for all of its hook points. The host
+    does not wait for what the device has queued before.
+    """
     import torch
 
     if device not in there:
-        there[device] = [torch.from_numpy(a).to(device) for a in arrays]
+        there[device] = [
+            pinned.pinned_copy(torch.from_numpy(a), device).to(device, non_blocking=True)
+            for a in arrays
+        ]
     return there[device]
 
 
