@@ -510,9 +510,13 @@ def _over(name: str, gpus: list[torch.device]) -> Architecture:
     equal = [4 * _parameters(name) + (1 << 30)] * len(gpus)
     cut = device_map.cut_to(described, WeightFormat("bf16"), equal)
     places = {module: gpus[number] for module, number in cut.items()}
+    before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
-    for module, one in places.items():
-        model.get_submodule(module).to(one)
+    try:
+        for module, one in places.items():
+            model.get_submodule(module).to(one)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
     device_map.keep_all_busy(model, places)
     return described
 
