@@ -101,6 +101,15 @@ def test_an_offloaded_cache_over_three_gpus_has_the_cpu_s_rows(model, expected, 
     assert difference(rows, expected) <= EXACT
 
 
+def test_a_model_whose_end_is_not_loaded_goes_over_two_gpus(model, tmp_path):
+    hook = "blocks.2.hook_resid_post"
+    options = f"memory.activation_cache_filter=[{hook}]"
+    run = prepare(tmp_path / "run", model, options, gpus=2)
+    rows = run.again(tmp_path / "rows").rows(policy="lazy")
+    assert rows.keys() == {hook}
+    assert difference(rows, cpu_rows(tmp_path / "cpu", model, options)) <= EXACT
+
+
 @pytest.mark.parametrize("requested", ["rows.keep='[3:-1]'", "rows.keep='~[:1]' rows.pool=mean"])
 def test_kept_rows_of_two_gpus_are_those_of_the_cpu(model, tmp_path, requested):
     expected = cpu_rows(tmp_path / "cpu", model, requested)

@@ -151,8 +151,10 @@ def keep_all_busy(model: Any, places: "Mapping[str, torch.device]") -> None:
         return
     borders = _Borders(model, len(set(places.values())))
     model.register_forward_pre_hook(borders.begin)
+    loaded = dict(model.named_modules())
     for name, device in places.items():
-        model.get_submodule(name).register_forward_pre_hook(borders.to(device), with_kwargs=True)
+        if name in loaded:  # else it is not needed
+            loaded[name].register_forward_pre_hook(borders.to(device), with_kwargs=True)
 
 
 class _Borders:
