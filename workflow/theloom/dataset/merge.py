@@ -203,6 +203,11 @@ def _check_together(shards: Sequence[_Shard]) -> None:
                 f"{path}: its tables of tokens are not those of {first.part.path.name}: the shards "
                 "are of different versions; run again with --forcerun extract_shard"
             )
+        if columns.schema(shard.columns) != columns.schema(first.columns):
+            raise StoreError(
+                f"{path}: its columns are not those of {first.part.path.name}: the shards are of "
+                "different runs; run again with --forcerun extract_shard"
+            )
         for name, shape in shard.shapes.items():
             if shape[1:] != first.shapes[name][1:]:
                 raise StoreError(

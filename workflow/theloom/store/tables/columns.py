@@ -127,18 +127,15 @@ def read(
     return columns
 
 
-def join(parts: list[dict[str, Column]]) -> dict[str, Column]:
-    """The columns of several shards, one after the other. Raises ValueError: of different ones."""
-    first = {
-        name: (c.type, None if c.names is None else c.names.tolist())
-        for name, c in parts[0].items()
+def schema(columns: Mapping[str, Column]) -> dict[str, tuple[str, list[str] | None]]:
+    """The type and the names of categories of each column: the same in all shards of a run."""
+    return {
+        name: (c.type, None if c.names is None else c.names.tolist()) for name, c in columns.items()
     }
-    for part in parts:
-        if first != {
-            name: (c.type, None if c.names is None else c.names.tolist())
-            for name, c in part.items()
-        }:
-            raise ValueError("its columns are not those of the other shards")
+
+
+def join(parts: list[dict[str, Column]]) -> dict[str, Column]:
+    """The columns of several shards of one schema, one after the other."""
     joined = {}
     for name, column in parts[0].items():
         nulls = None
