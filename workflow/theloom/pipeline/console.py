@@ -8,13 +8,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from theloom.config import locations
 from theloom.dataset import activations
 from theloom.pipeline.job import error_of
-from theloom.store import file_format
 from theloom.terminal import lines
+from theloom.verification import recorded
 
 _BOOKKEEPING = (
     "Select jobs to execute",
@@ -97,26 +95,23 @@ def shorten() -> Brief:
 def summary(folder: Path) -> str:
     """A few lines on a finished run: the file, what it holds, and how it was verified."""
     acts = activations.open_activations(folder / "activations.h5")
-    with file_format.open_h5(folder / "verification.h5", "verification") as file:
-        error, max_abs = file["recomputed/max_abs_error"][:], file["recomputed/max_abs"][:]
-        documents, allowed = len(error), file["recomputed/tolerance"][:]
-        cosine = file["fp32/cosine"][:].mean(axis=0) if "fp32" in file else None
-    shares = (error / np.maximum(max_abs, 1e-30)).max(axis=0)
-    nearest = int((shares / allowed).argmax())
+    found = recorded.read(folder / "verification.h5")
+    nearest = int((found.errors / found.allowed).argmax())
     size = sum(acts[hook].nbytes for hook in acts.hooks)
     text_lines = [
         f"{acts.path}",
         f"  {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, "
         f"{size / 1e6:.1f} MB",
         f"  hook points: {_few_hooks(acts.hooks)}",
-        f"  verified: {documents} documents recomputed, largest error {shares[nearest]:.1e} "
-        f"of the largest value (at most {allowed[nearest]:.0e}); all rows' hashes are right",
+        f"  verified: {found.documents} documents recomputed, largest error "
+        f"{found.errors[nearest]:.1e} "
+        f"of the largest value (at most {found.allowed[nearest]:.0e}); all rows' hashes are right",
     ]
-    if cosine is not None:
+    if found.cosine is not None:
         quantization = acts.attributes["model_quantization"]
         text_lines.append(
             f"  {quantization} weights: residuals' cosine similarity to FP32 "
-            f"{cosine.min():.4f} or more"
+            f"{found.cosine.min():.4f} or more"
         )
     return "\n".join([*map(lines, text_lines), *_next_steps(folder, acts.path)])
 

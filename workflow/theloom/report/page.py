@@ -10,17 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
-
 from theloom import terminal
 from theloom.config.schema import Config
 from theloom.dataset import inspect
 from theloom.dataset.activations import Activations, open_activations
 from theloom.errors import ConfigError
 from theloom.report import groups
-from theloom.report.speed import shard_work
-from theloom.store import file_format
+from theloom.report.speed import ShardWork, overall, shard_work
+from theloom.verification import recorded
 
 _ORDER = ("states", "attention", "memory", "speed")  # groups of figures on the page
 _FILES = {
@@ -145,13 +142,12 @@ def _precision(attributes: Any, stored: str) -> str:
     return f"{weights}, rows stored as {stored}"
 
 
-def _time(works: Sequence[Any]) -> list[Fact]:
-    timed = [work for work in works if work.seconds]
-    if not timed:
+def _time(works: Sequence[ShardWork]) -> list[Fact]:
+    seconds, rate = overall(works)
+    if rate is None:
         return []
-    seconds, tokens = sum(w.seconds for w in timed), sum(w.tokens for w in timed)
     shards = "1 shard" if len(works) == 1 else f"{len(works)} shards"
-    return [Fact("time", f"{seconds:,.0f} s in {shards}, {tokens / seconds:,.0f} tokens/s")]
+    return [Fact("time", f"{seconds:,.0f} s in {shards}, {rate:,.0f} tokens/s")]
 
 
 def _memory(acts: Activations) -> list[Fact]:
@@ -164,23 +160,12 @@ def _memory(acts: Activations) -> list[Fact]:
 
 def _verification(path: Path) -> Fact:
     """What `verify` found: it fails before it writes a file of rows that are wrong."""
-    with file_format.open_h5(path, "verification") as file:
-        hashed = int(file.attrs["windows_hashed"])
-        wrong = len(json.loads(file.attrs["windows_wrong"]))
-        documents, error = len(file["recomputed/window"]), _largest_error(file)
-    words = f"{hashed - wrong:,} of {hashed:,} windows have their hashes"
-    if error is not None:
-        words += (
-            f"; {documents} documents recomputed, largest error {error:.1e} of the largest value"
-        )
-    return Fact("verification", words, failed=wrong > 0)
-
-
-def _largest_error(file: h5py.File) -> float | None:
-    error, largest = (np.asarray(file[f"recomputed/{n}"][()]) for n in ("max_abs_error", "max_abs"))
-    if not error.size:
-        return None
-    return float(np.max(error / np.maximum(largest, np.finfo(np.float64).tiny)))
+    found = recorded.read(path)
+    words = f"{found.windows - found.damaged:,} of {found.windows:,} windows have their hashes"
+    if found.documents:
+        words += f"; {found.documents} documents recomputed"
+        words += f", largest error {found.errors.max():.1e} of the largest value"
+    return Fact("verification", words, failed=found.damaged > 0)
 
 
 def _versions(attributes: Any) -> str:

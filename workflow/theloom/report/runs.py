@@ -10,7 +10,7 @@ from theloom.dataset import activations
 from theloom.dataset.activations import Activations
 from theloom.report import states, style
 from theloom.report.memory import measured_bytes
-from theloom.report.speed import shard_work
+from theloom.report.speed import overall, shard_work
 from theloom.report.style import Drawn, Table
 from theloom.store import file_format
 
@@ -76,12 +76,10 @@ def compare(folders: list[Path]) -> list[Compared]:
             )
         rms, largest = (None, None) if reference is None else errors(acts, reference)
         works = [shard_work(shard) for shard in sorted((folder / "shards").glob("*.h5"))]
-        timed = [w for w in works if w.seconds]
-        seconds, tokens = sum(w.seconds or 0.0 for w in timed), sum(w.tokens for w in timed)
         with file_format.open_h5(folder / "model.h5", "model") as file:
             memory = measured_bytes(file)
-        speed = tokens / seconds if seconds else None
-        speeds = [w.tokens_per_second for w in timed if w.tokens_per_second]
+        _, speed = overall(works)
+        speeds = [w.tokens_per_second for w in works if w.tokens_per_second]
         slowest, fastest = (min(speeds), max(speeds)) if len(speeds) > 1 else (None, None)
         disk = sum(acts[h].nbytes for h in acts.hooks)
         precision, stored = _precisions(acts)

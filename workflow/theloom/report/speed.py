@@ -1,6 +1,7 @@
 """Figures of speed: throughput, padding and a breakdown of time, by shard."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,13 @@ def shard_work(path: Path) -> ShardWork:
         parts={name: metrics[name] for name in PARTS if metrics[name]},
         source=source if seconds else "",
     )
+
+
+def overall(works: Sequence[ShardWork]) -> tuple[float, float | None]:
+    """Seconds of the shards that were timed, and their tokens per second; None where none was."""
+    timed = [work for work in works if work.seconds]
+    seconds = sum(work.seconds or 0.0 for work in timed)
+    return seconds, sum(work.tokens for work in timed) / seconds if seconds else None
 
 
 def _benchmark(shard: Path) -> float | None:

@@ -1,4 +1,4 @@
-"""All HDF5 files are written through this: HDF5 2.0 crashes where it closes a file with chunks that
+"""All HDF5 files are created through this: HDF5 2.0 crashes where it closes a file with chunks that
 it could not write, so it is not told of a failed write, and the error is raised in its place.
 """
 
