@@ -11,6 +11,7 @@ rule all:
     input:
         expand("results/{run}/{file}", run=RUNS, file=["activations.h5", "verification.h5"]),
         [shard for run in RUNS for shard in delivered_shards(run)],
+        labelled_reports(),
     localrule: True
     message:
         "all runs are done"

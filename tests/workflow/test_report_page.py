@@ -11,6 +11,7 @@ from support import copy_project
 from theloom.report import groups
 
 HOOKS = "memory.activation_cache_filter=[blocks.*.hook_resid_post,blocks.1.attn.hook_pattern]"
+NAMES = {name for group in groups.groups([]) for name in groups.GROUPS[group]}
 REQUESTED = f"{HOOKS} memory.precision_mode=fp32,bf16 corpus.max_tokens=600 extraction.shards=1"
 # of every drawing in the page the size that a browser gives it
 DRAWN = """Promise.all(
@@ -42,7 +43,7 @@ def pages(tmp_path_factory, tiny_profile):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_the_front_page_whole(pages, tmp_path, width):
-    expected = {name for group in groups.GROUPS for name in groups.GROUPS[group]} - {"runs"}
+    expected = NAMES
     for number, page in enumerate(pages):
         with Page(page.as_uri(), tmp_path / f"profile{number}", width) as shown:
             drawn = {name: sizes for name, *sizes in shown.script(SHOWN)}
@@ -62,5 +63,5 @@ def test_snakemake_s_own_report_shows_every_figure_of_every_run(pages, tmp_path)
         assert all(min(size) > 100 for size in drawn.values()), drawn
         assert shown.errors == []
     run = pages[0].parent.name
-    for name in {name for group in groups.GROUPS for name in groups.GROUPS[group]} - {"runs"}:
+    for name in NAMES:
         assert f"results/{run}/figures/{name}.svg" in drawn

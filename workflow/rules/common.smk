@@ -180,6 +180,13 @@ def delivered_shards(run):
     return shards_of(run) if RUNS[run].config["store"]["merge"] == "virtual" else []
 
 
+def labelled_reports():
+    """The reports of runs with a label: their probe is what such a run is for."""
+    return [
+        f"results/{name}/report.html" for name, run in RUNS.items() if run.config["report"]["label"]
+    ]
+
+
 def drawn(group, category, folder="results/{run}/figures", subcategory="{run}"):
     """The outputs of a group of figures: each as a drawing, as a table, and as CSV."""
     outputs = {}
@@ -194,8 +201,13 @@ def drawn(group, category, folder="results/{run}/figures", subcategory="{run}"):
 
 
 def figures_of(run):
-    """All figures of a run: those of attention only where the run's hook points hold some."""
-    groups = report_groups.groups(RUNS[run].config["memory"]["activation_cache_filter"])
+    """All figures of a run: those of attention only where the run's hook points hold some, the
+    probe only with a label.
+    """
+    config = RUNS[run].config
+    groups = report_groups.groups(
+        config["memory"]["activation_cache_filter"], config["report"]["label"]
+    )
     return [
         f"results/{run}/figures/{name}.svg"
         for group in groups

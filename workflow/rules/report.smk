@@ -120,6 +120,28 @@ rule report_attention:
         "../scripts/report_attention.py"
 
 
+rule report_probe:
+    input:
+        config=frozen("report"),
+        shards=shards,
+        activations="results/{run}/activations.h5",
+    output:
+        **drawn("probe", "Label"),
+    log:
+        "results/{run}/logs/report_probe.log",
+    benchmark:
+        "results/{run}/benchmarks/report_probe.tsv"
+    conda:
+        "../../envs/theloom.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    message:
+        "{wildcards.run}: train a linear probe of the label at each hook point"
+    script:
+        "../scripts/report_probe.py"
+
+
 rule report_runs:
     input:
         activations=expand("results/{run}/activations.h5", run=RUNS),

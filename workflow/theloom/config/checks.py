@@ -63,6 +63,12 @@ def check(config: Config) -> None:
     }.items():
         if number is not None and number < 0:
             raise ConfigError(f"{key}: {number} is too small; the least is 0")
+    label = config.report.label
+    if label is not None and label not in config.corpus.columns:
+        there = ", ".join(config.corpus.columns) or "none"
+        raise ConfigError(
+            f"report.label: {label!r} is not among corpus.columns ({there}); add it there"
+        )
     profiled, shards = config.memory.profile_shard, config.extraction.shards or 1  # a number by now
     if profiled is not None and not 0 <= profiled < shards:
         raise ConfigError(

@@ -275,6 +275,11 @@ class ReportConfig:
     """What the figures show; nothing but figures depends on it."""
 
     title: str | None = key(None, "first words of each figure's title; null: the run's name")
+    label: str | None = key(
+        None,
+        "column of `corpus.columns` with two to twenty values: the report gets the accuracy of a "
+        "linear probe by hook point, and colours the map by it; the run then ends with the report",
+    )
     sampled_rows: int = key(
         8192, "rows that the figures of hidden states are taken over, of windows chosen at random"
     )

@@ -123,7 +123,9 @@ def _next_steps(folder: Path, path: Path) -> list[str]:
         if locations.checkout()
         else "theloom report, with the same words"
     )
-    figures = [] if (folder / "figures").is_dir() else [report]
+    if (page := folder / "report.html").exists():
+        report = f"open {page} in a browser"
+    figures = [report] if page.exists() or not (folder / "figures").is_dir() else []
     first, *others = [*figures, f"{locations.program('theloom')} inspect {path}"]
     return [f"  next: {first}", *(f"        {command}" for command in others)]
 

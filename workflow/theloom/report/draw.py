@@ -13,7 +13,7 @@ from theloom.config.schema import Config, ReportConfig
 from theloom.dataset import token_text
 from theloom.dataset.activations import open_activations
 from theloom.errors import ConfigError
-from theloom.report import attention, memory, runs, speed, style
+from theloom.report import attention, memory, probe, runs, speed, style
 from theloom.report.states import (
     draw_massive,
     draw_norms,
@@ -62,7 +62,7 @@ def draw_states(config: Config, activations: Path, folder: Path) -> None:
         folder: where the figures go.
 
     Raises:
-        ConfigError: `report.map_hook` was not captured.
+        ConfigError: `report.map_hook` was not captured, or there is no column `report.label`.
     """
     acts, settings, title = open_activations(activations), config.report, _title(config, folder)
     states = measure_states(acts, settings.sampled_rows, settings.figure_seed)
@@ -79,7 +79,32 @@ def draw_states(config: Config, activations: Path, folder: Path) -> None:
         np.random.default_rng(settings.figure_seed).permutation(states.rows)[: settings.map_rows]
     )
     tokens = token_text.texts(acts, acts.input_ids.numpy(rows))
-    style.save(draw_token_map(acts, hook, rows, tokens, title), folder / "map")
+    label = settings.label
+    colours = None if label is None else (label, probe.labels(acts, label)[rows])
+    style.save(draw_token_map(acts, hook, rows, tokens, title, colours), folder / "map")
+
+
+def draw_probe(config: Config, activations: Path, folder: Path) -> None:
+    """Draw the accuracy of a linear probe of `report.label` by hook point.
+
+    Args:
+        config: the run's config.
+        activations: path of `activations.h5`.
+        folder: where the figures go.
+
+    Raises:
+        ConfigError: the run has no such column, or scikit-learn is not installed.
+    """
+    acts, settings, title = open_activations(activations), config.report, _title(config, folder)
+    assert settings.label is not None
+    chosen = probe.choose(acts, settings.label, settings.sampled_rows, settings.figure_seed)
+    if isinstance(chosen, str):
+        log.warning("%s", chosen)
+        drawn = style.note(f"{title}: linear probe", chosen)
+    else:
+        accuracies = probe.measure(acts, chosen, settings.figure_seed)
+        drawn = probe.draw_probe(accuracies, chosen, settings.label, title)
+    style.save(drawn, folder / "probe")
 
 
 def draw_attention(config: Config, activations: Path, folder: Path) -> None:

@@ -17,18 +17,21 @@ GROUPS = {
         "map": "Token map (PCA) of a middle layer",
     },
     "attention": {"attention": "Attention patterns"},
+    "probe": {"probe": "Accuracy of a linear probe by hook point"},
     "runs": {"runs": "Comparison of runs"},
 }
 
 
-def groups(filters: Sequence[str]) -> list[str]:
+def groups(filters: Sequence[str], label: str | None = None) -> list[str]:
     """List the groups of figures that a run has.
 
     Args:
         filters: the run's hook filter; empty: every hook point.
+        label: `report.label`.
 
     Returns:
-        Names of groups; attention's only if the filter can match attention patterns.
+        Names of groups; attention's only if the filter can match attention patterns, and the
+        probe's only with a label.
 
     Examples:
         >>> groups(["blocks.*.hook_resid_post"])
@@ -38,4 +41,5 @@ def groups(filters: Sequence[str]) -> list[str]:
     captured = not filters or any(
         fnmatchcase(name, re.sub(r"^blocks\.-?\d+\.", "blocks.0.", f)) for f in filters
     )
-    return ["memory", "speed", "states", *["attention"] * captured]
+    drawn = {"attention": captured, "probe": label is not None}
+    return ["memory", "speed", "states", *(name for name, there in drawn.items() if there)]

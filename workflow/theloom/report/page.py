@@ -19,7 +19,7 @@ from theloom.report import groups
 from theloom.report.speed import ShardWork, overall, shard_work
 from theloom.verification import recorded
 
-_ORDER = ("states", "attention", "memory", "speed")  # groups of figures on the page
+_ORDER = ("probe", "states", "attention", "memory", "speed")  # groups of figures on the page
 _FILES = {
     "activations.h5": "the rows; theloom.open reads them",
     "verification.h5": "the errors of the recomputed documents",
@@ -28,7 +28,7 @@ _FILES = {
     "tokens.h5": "token ids, windows and shards",
     "config": "the config of each stage",
     "logs": "the log of each job",
-    "provenance.html": "Snakemake's own report, where it was requested: code, jobs and their times",
+    "provenance.html": "Snakemake's own report, by `theloom report`: code, jobs and their times",
 }
 
 
@@ -65,13 +65,17 @@ def write_page(config: Config, folder: Path, captions: Path) -> None:
         lead=_lead(acts),
         figures=_figures(folder / "figures", captions),
         facts=_facts(acts, folder),
-        files=[(name, meaning) for name, meaning in _FILES.items() if _is_there(folder, name)],
+        files=[
+            (name, meaning, (folder / name).exists())
+            for name, meaning in _FILES.items()
+            if _is_there(folder, name)
+        ],
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def _is_there(folder: Path, name: str) -> bool:
-    """Snakemake's report is made after the page, which it shows too."""
+    """`theloom report` makes Snakemake's own report after the page, which that shows too."""
     return name == "provenance.html" or (folder / name).exists()
 
 

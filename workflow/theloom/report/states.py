@@ -154,20 +154,22 @@ def tick_labels(hooks: list[str]) -> tuple[list[str], str]:
         hooks: names of the hook points.
 
     Returns:
-        The numbers of the blocks alone where all hook points are the same value of theirs, else
-        block and value; and the label of the axis.
+        The numbers of the blocks alone where all blocks have the same value, else block and value;
+        and the label of the axis.
 
     Examples:
-        >>> tick_labels(["blocks.0.hook_resid_post", "blocks.5.hook_resid_post"])
-        (['0', '5'], 'layer (resid_post)')
+        >>> tick_labels(["hook_embed", "blocks.0.hook_resid_post", "blocks.5.hook_resid_post"])
+        (['embed', '0', '5'], 'layer (resid_post)')
     """
     matches = [re.fullmatch(r"blocks\.(\d+)\.(.*)", hook) for hook in hooks]
-    values = {match[2] if match else "" for match in matches}
-    if len(values) == 1 and "" not in values:
-        return [
-            match[1] for match in matches if match
-        ], f"layer ({values.pop().removeprefix('hook_')})"
-    return [short(hook) for hook in hooks], "block and hook point"
+    values = {match[2] for match in matches if match}
+    if len(values) != 1:
+        return [short(hook) for hook in hooks], "block and hook point"
+    ticks = [
+        match[1] if match else hook.removeprefix("hook_")
+        for hook, match in zip(hooks, matches, strict=True)
+    ]
+    return ticks, f"layer ({values.pop().removeprefix('hook_')})"
 
 
 def draw_norms(states: States, title: str) -> Drawn:

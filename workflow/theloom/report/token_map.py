@@ -1,11 +1,13 @@
 """Figure of single tokens: one layer's rows in the plane of their principal components."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from theloom.dataset.activations import Activations
+from theloom.errors import printable
 from theloom.report import style
 from theloom.report.style import Drawn, Table
 
@@ -38,6 +40,8 @@ def principal_plane(rows: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor
 
 
 _KINDS = ("word", "subword", "number", "punctuation", "whitespace")
+_OTHER = "other"  # values of a label that have no colour of their own, and rows without a value
+_AXES = ("component_1", "component_2")
 
 
 def token_kind(token: str, starts: bool = False, pieces: str = "") -> str:
@@ -68,7 +72,12 @@ def token_kind(token: str, starts: bool = False, pieces: str = "") -> str:
 
 
 def draw_token_map(
-    acts: Activations, hook: str, rows: np.ndarray, tokens: list[str], title: str
+    acts: Activations,
+    hook: str,
+    rows: np.ndarray,
+    tokens: list[str],
+    title: str,
+    label: tuple[str, np.ndarray] | None = None,
 ) -> Drawn:
     """Draw rows of one layer in the plane of their principal components, labelled with tokens.
 
@@ -78,6 +87,8 @@ def draw_token_map(
         rows: numbers of the rows.
         tokens: texts of their tokens.
         title: start of the figure's title.
+        label: name of a label and its value for each row, masked where there is none; None:
+            colours give the kind of token.
 
     Returns:
         The figure.
@@ -93,16 +104,22 @@ def draw_token_map(
     pieces = "##" if any(token.startswith("##") for token in tokens) else ""
     starts = np.isin(rows, _first_words(acts))
     kinds = [token_kind(t, s, pieces) for t, s in zip(tokens, starts, strict=True)]
+    groups: Sequence[str] = _KINDS
+    if label is not None:
+        kinds = _values(label[1][inner] if left_out else label[1])
+        groups = [*(v for v, _ in Counter(kinds).most_common() if v != _OTHER), _OTHER]
     xy = plane.numpy()
     columns = (rows.tolist(), document.tolist(), position.tolist(), tokens, kinds, xy.tolist())
     table = Table(
-        ("row", "document", "position", "token", "kind", "component_1", "component_2"),
+        ("row", "document", "position", "token", label[0] if label else "kind", *_AXES),
         [(*row, x, y) for *row, (x, y) in zip(*columns, strict=True)],
     )
     without = f"\n(without the {left_out:,} at position 0)" if left_out else ""
     drawing, (panel,) = style.new(9, 7.5, f"{title}: {len(rows):,} tokens in {hook}{without}")
-    for n, kind in enumerate(_KINDS):
+    for n, kind in enumerate(groups):
         here = np.array([k == kind for k in kinds])
+        if label is not None and not here.any():
+            continue
         x, y = xy[here].T
         panel.plot(
             x,
@@ -111,7 +128,7 @@ def draw_token_map(
             markersize=4,
             alpha=0.5,
             markeredgewidth=0,
-            label=kind,
+            label=kind.replace("$", r"\$"),
         )
     panel.margins(x=0.08)
     panel.set_xlabel(f"first principal component ({share[0]:.1%} of variance)")
@@ -120,6 +137,15 @@ def draw_token_map(
     drawing.draw_without_rendering()  # where everything is, of which labels keep clear
     _label(panel, xy, tokens)
     return Drawn(drawing, table)
+
+
+def _values(label: np.ndarray) -> list[str]:
+    """The label of each row, of the most common values; of the others `_OTHER`."""
+    none = np.ma.getmaskarray(label)
+    texts = [printable(str(value)) for value in np.ma.getdata(label)]
+    common = Counter(t for t, n in zip(texts, none, strict=True) if not n)
+    coloured = {value for value, _ in common.most_common(len(style.COLOURS) - 1)}
+    return [t if t in coloured and not n else _OTHER for t, n in zip(texts, none, strict=True)]
 
 
 def _first_words(acts: Activations) -> np.ndarray:
