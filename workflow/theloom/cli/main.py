@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import theloom
 from theloom.cli.estimate import add_estimate
+from theloom.cli.export import add_export
 from theloom.cli.files import add_store
 from theloom.cli.project import add_init
 from theloom.cli.run import add_report, add_run
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_estimate(commands)
     add_store(commands)
+    add_export(commands)
     add_init(commands)
     return parser
 

@@ -115,6 +115,12 @@ class Activations(ActivationsReader):
 
         return selecting.mean(self, hook, by, missing)
 
+    def scale(self, hook: str, by: str) -> float:
+        """The factor that SAELens or dictionary_learning scales rows with: `selecting.scale`."""
+        from theloom.dataset import selecting
+
+        return selecting.scale(self, hook, by)
+
     def to_dataframe(
         self,
         of: str = "documents",

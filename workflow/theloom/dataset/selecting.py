@@ -222,3 +222,40 @@ def mean(
     counts = np.bincount(group, minlength=len(values)).reshape(-1, *(1 for _ in rows.shape[1:]))
     means = (sums / counts).astype("f4")
     return means[0] if by is None else dict(zip(values.tolist(), means, strict=True))
+
+
+def scale(acts: "ActivationsReader", hook: str, by: str) -> float:
+    """The factor that a trainer of sparse autoencoders multiplies rows with, exact over all rows.
+
+    Args:
+        acts: the dataset.
+        hook: the hook point.
+        by: `saelens`: rows get a mean norm of sqrt(width); `dictionary_learning`: a mean squared
+            norm of 1.
+
+    Returns:
+        The factor.
+
+    Raises:
+        HookError: the dataset has no such hook point.
+        ConfigError: there is no such way; rows are selected; or they are zero, or not all finite.
+
+    Examples:
+        >>> from theloom.dataset.activations import open_activations
+        >>> acts = open_activations("results/tiny/activations.h5")
+        >>> rows = acts["blocks.1.hook_resid_post"][:].float()
+        >>> scaled = acts.scale("blocks.1.hook_resid_post", "saelens") * rows
+        >>> round(float(scaled.norm(dim=1).mean()), 3), round(32**0.5, 3)
+        (5.657, 5.657)
+    """
+    width = acts[hook].shape[1:]
+    if by not in ("saelens", "dictionary_learning"):
+        raise ConfigError(f"scale by {by!r}: give 'saelens' or 'dictionary_learning'")
+    found = acts.statistics[hook]
+    if found.nonfinite:
+        raise ConfigError(f"{hook}: {found.nonfinite:,} values are not finite; there is no scale")
+    squared = float((found.variance + found.mean**2).sum())
+    size = found.norm / float(np.prod(width)) ** 0.5 if by == "saelens" else squared**0.5
+    if not size > 0:
+        raise ConfigError(f"{hook}: its rows are zero; there is no scale")
+    return 1 / size

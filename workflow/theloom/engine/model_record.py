@@ -199,5 +199,5 @@ def provenance_of(recorded: ModelRecord) -> dict[str, Any]:
         "precision_requested",
         "precision",
     ]
-    names += ["precision_steps", "quantization", "attention", "switches"]
+    names += ["precision_steps", "quantization", "attention", "switches", "blocks"]
     return {f"model_{n.removeprefix('model_')}": recorded.attributes[n] for n in names}

@@ -1,0 +1,356 @@
+"""What every format is written from: the rows of a dataset, and a folder that can be resumed.
+
+A format writes files, each under a temporary name until it is whole. So an export that was killed
+goes on with the files that are missing.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from theloom.errors import ConfigError, StoreError, printable
+from theloom.rows.roles import ROLES, code
+
+if TYPE_CHECKING:
+    import torch
+
+    from theloom.dataset.activations import Activations
+
+RECORD = "theloom-export.json"
+_UNFINISHED = ".partial"
+_FILE_BYTES = 1 << 29  # of a file of many rows
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A window: what the model saw at once.
+
+    Args:
+        number: of the window in the file.
+        document: number of its document.
+        rows: its rows.
+    """
+
+    number: int
+    document: int
+    rows: slice
+
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+@dataclass
+class Job:
+    """One export.
+
+    Args:
+        acts: the rows.
+        hooks: the hook points, in order.
+        folder: where the files go.
+        dtype: `fp32`, `fp16` or `bf16`.
+        context_size: rows of a context; None: none was requested.
+        fit: `pack` or `cut`, how rows become contexts; None: they must fit.
+        advance: is told how many rows of one hook point were written.
+    """
+
+    acts: "Activations"
+    hooks: list[str]
+    folder: Path
+    dtype: str
+    context_size: int | None = None
+    fit: str | None = None
+    advance: Callable[[int], object] = lambda rows: None
+    left_out: list[str] = field(default_factory=list)
+
+    @cached_property
+    def width(self) -> int:
+        """Elements of a row.
+
+        Raises:
+            ConfigError: rows of the hook points have different shapes, or more than one axis.
+        """
+        shapes = {hook: self.acts[hook].shape[1:] for hook in self.hooks}
+        if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+            listed = ", ".join(f"{h} {'×'.join(map(str, s))}" for h, s in shapes.items())
+            raise ConfigError(f"this format takes hook points of one width; --hooks has {listed}")
+        return int(next(iter(shapes.values()))[0])
+
+    @property
+    def numpy_dtype(self) -> str:
+        """The dtype of NumPy; of BF16, which it lacks, float32."""
+        return {"fp32": "float32", "fp16": "float16", "bf16": "float32"}[self.dtype]
+
+    def rows(self, hook: str, rows: slice | np.ndarray) -> "torch.Tensor":
+        """Rows of a hook point in the dtype of the export."""
+        from theloom.precision import torch_dtype
+
+        found = self.acts[hook][rows].to(torch_dtype(self.dtype))
+        self.advance(len(found))
+        return found
+
+    def array(self, hook: str, rows: slice | np.ndarray) -> np.ndarray:
+        """The same, for NumPy."""
+        tensor = self.rows(hook, rows)
+        return (tensor.float() if self.dtype == "bf16" else tensor).numpy()
+
+    def blocks(self, size: int | None = None) -> Iterator[slice]:
+        """All rows, as many at once as fit a file.
+
+        Args:
+            size: bytes of one row, of all hook points; None: of the widest hook point alone.
+        """
+        each = size or max(4 * int(np.prod(self.acts[h].shape[1:])) for h in self.hooks)
+        step = max(1, _FILE_BYTES // each)
+        for start in range(0, len(self.acts), step):
+            yield slice(start, min(start + step, len(self.acts)))
+
+    @cached_property
+    def windows(self) -> list[Unit]:
+        """The windows that have rows."""
+        offset = self.acts.window_offset
+        return [
+            Unit(number, document, slice(first, end))
+            for number, (document, first, end) in enumerate(
+                zip(
+                    self.acts.window_document.tolist(),
+                    offset[:-1].tolist(),
+                    offset[1:].tolist(),
+                    strict=True,
+                )
+            )
+            if end > first
+        ]
+
+    @cached_property
+    def documents(self) -> list[Unit]:
+        """The documents that have rows; `number` is the document's too."""
+        offset = self.acts.document_offset.tolist()
+        return [
+            Unit(number, number, slice(first, end))
+            for number, (first, end) in enumerate(itertools.pairwise(offset))
+            if end > first
+        ]
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether some rows of the file are left out by an expression."""
+        return len(self.acts) != int(self.acts.attributes["rows"])
+
+    def need_every_token(self, name: str) -> None:
+        """Check that every token has its row.
+
+        Raises:
+            ConfigError: rows are those of some tokens, or pooled.
+        """
+        if self.acts.row_tokens is not None:
+            raise ConfigError(
+                f"{name} needs the rows of all tokens; {self.acts.path} has those that rows.keep "
+                "or --keep kept"
+            )
+
+    def need_one_hook(self, name: str) -> str:
+        """The only hook point.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        if len(self.hooks) > 1:
+            raise ConfigError(
+                f"{name} holds one hook point; choose it with --hooks: {', '.join(self.hooks)}"
+            )
+        return self.hooks[0]
+
+    def special(self, rows: slice) -> np.ndarray:
+        """Which rows are of special tokens, (rows,) bool.
+
+        Raises:
+            ConfigError: the file does not know.
+        """
+        table = self.acts.token_table("special")
+        if table is None:
+            raise ConfigError(
+                f"{self.acts.path} does not know which tokens are special; extract it again with "
+                "this version"
+            )
+        return table.numpy(rows).astype(bool)
+
+    def loss_mask(self, rows: slice) -> np.ndarray | None:
+        """1 where the token is the assistant's, (rows,) int64; None: the texts are no
+        conversations.
+        """
+        table = self.acts.token_table("role")
+        if table is None:
+            return None
+        found = table.numpy(rows)
+        if len(found) and found.max() >= len(ROLES):
+            raise StoreError(f"{self.acts.path}: it has roles that there are not")
+        return (found == code("assistant")).astype(np.int64)
+
+    def leave_out(self, sentence: str) -> None:
+        """Record what the export could not carry."""
+        if sentence not in self.left_out:
+            self.left_out.append(sentence)
+
+    def is_done(self, name: str) -> bool:
+        """Whether a file was written before."""
+        return (self.folder / name).exists()
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Have a file written: under another name, until it is whole and on the disk.
+
+        Args:
+            name: of the file in the folder.
+
+        Yields:
+            The path to write to.
+        """
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + _UNFINISHED)
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file."""
+        with self.writing(name) as path:
+            path.write_text(text, encoding="utf-8")
+
+    def write_torch(self, name: str, value: Any) -> None:
+        """Write a file for `torch.load(…, weights_only=True)`."""
+        import torch
+
+        with self.writing(name) as path:
+            torch.save(value, path)
+
+    def number_of_layer(self, hook: str) -> int | None:
+        """The number of blocks that a point of the residual stream has passed; None: it is another
+        hook point.
+
+        Examples:
+            `blocks.0.hook_resid_pre` is 0, `blocks.0.hook_resid_post` and `blocks.1.hook_resid_pre`
+            are 1: `hidden_states[1]` of transformers.
+        """
+        parts = hook.split(".")
+        if len(parts) != 3 or parts[0] != "blocks" or not parts[1].isdigit():
+            return None
+        after = {"hook_resid_pre": 0, "hook_resid_post": 1}.get(parts[2])
+        return None if after is None else int(parts[1]) + after
+
+    def layers(self, name: str) -> list[int]:
+        """The numbers of all hook points' layers.
+
+        Raises:
+            ConfigError: one of them is none of the residual stream.
+        """
+        numbers = [self.number_of_layer(hook) for hook in self.hooks]
+        others = [h for h, n in zip(self.hooks, numbers, strict=True) if n is None]
+        if others:
+            raise ConfigError(
+                f"{name} holds the residual stream, blocks.N.hook_resid_pre or hook_resid_post; "
+                f"{', '.join(others)} is not of it"
+            )
+        return [n for n in numbers if n is not None]
+
+    @property
+    def last_layer(self) -> int:
+        """The number of the model's blocks.
+
+        Raises:
+            ConfigError: the file does not know.
+        """
+        blocks = self.acts.attributes.get("model_blocks")
+        if not isinstance(blocks, int):
+            raise ConfigError(
+                f"{self.acts.path} does not say how many blocks its model has; extract it again "
+                "with this version"
+            )
+        return blocks
+
+
+def safe_names(ids: Sequence[str], taken: str = "/\\") -> list[str]:
+    """File names for the ids of documents.
+
+    Args:
+        ids: the ids.
+        taken: characters that a name may not have; each becomes `_`.
+
+    Raises:
+        ConfigError: two ids become one name, or one is no name.
+    """
+    names = ["".join("_" if c in taken or not c.isprintable() else c for c in i) for i in ids]
+    seen: dict[str, str] = {}
+    for name, of in zip(names, ids, strict=True):
+        if name in ("", ".", "..") or len(name.encode()) > 200:
+            raise ConfigError(f"document {printable(of)!r}: its id cannot name a file")
+        if name in seen:
+            raise ConfigError(
+                f"documents {printable(seen[name])!r} and {printable(of)!r} would both be named "
+                f"{printable(name)!r}; give them other ids"
+            )
+        seen[name] = of
+    return names
+
+
+def begin(folder: Path, identity: dict[str, Any]) -> bool:
+    """Prepare the folder of an export.
+
+    Args:
+        folder: it is made where there is none.
+        identity: what the export is of; another one may not go on with its files.
+
+    Returns:
+        Whether it is finished already.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    record = folder / RECORD
+    if record.is_file():
+        try:
+            found = json.loads(record.read_text(encoding="utf-8"))
+            before, finished = found["export"], bool(found["finished"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{record} is damaged; remove {folder}, and export again") from None
+        if before != identity:
+            differ = [k for k in identity if before.get(k) != identity[k]]
+            raise ConfigError(
+                f"{folder} holds another export, which differs in {', '.join(differ)}; give "
+                "another folder"
+            )
+        return finished
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; give a folder that does not exist")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder, identity, [], finished=False)
+    return False
+
+
+def write_record(
+    folder: Path, identity: dict[str, Any], left_out: list[str], finished: bool
+) -> None:
+    """Write what an export is of, what it left out, and whether it is finished."""
+    written = {"export": identity, "left_out": left_out, "finished": finished}
+    unfinished = folder / (RECORD + _UNFINISHED)
+    with unfinished.open("w", encoding="utf-8") as file:
+        json.dump(written, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(folder / RECORD)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read what `write_record` wrote."""
+    found: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return found
