@@ -15,6 +15,7 @@ from theloom.config.schema import Config
 from theloom.errors import CorpusError, printable
 from theloom.rows import expression
 from theloom.rows.document import Document
+from theloom.rows.pooling import pooled
 from theloom.store.tables.tokens import ROW_TOKEN
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,7 @@ class KeptRows:
             self.rows += document.tokens
             return {}
         mask = self._keep.mask(document)
-        last = mask.nonzero()[0]
-        if self._pool != "none":
-            mask, last = self._pooled(document, mask)
+        mask, last = self._pooled(document, mask)
         if not len(last):
             self._empty += 1
             if len(self._named) < _NAMED:
@@ -74,26 +73,14 @@ class KeptRows:
 
     def _pooled(self, document: Document, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that rows are made of, and the last one of each row."""
-        if self._by == "message":
-            if document.message is None:
-                raise CorpusError(
-                    "rows.by=message: the corpus has plain texts; set corpus.messages to the "
-                    "column that holds conversations, or rows.by=document"
-                )
-            mask = mask & (document.message >= 0)
-            group = document.message
-        else:
-            group = np.zeros(document.tokens, "i4")
-        kept = mask.nonzero()[0]
-        new = np.diff(group[kept], prepend=-2) != 0
-        starts = new.nonzero()[0]
-        ends = np.append(starts[1:], len(kept))[: len(starts)] - 1
-        if self._pool in ("first", "last"):  # one token is the row
-            chosen = kept[starts if self._pool == "first" else ends]
-            mask = np.zeros(document.tokens, bool)
-            mask[chosen] = True
-            return mask, chosen
-        return mask, kept[ends]
+        if self._by == "document":
+            return pooled(mask, np.zeros(document.tokens, "i4"), self._pool)
+        if document.message is None:
+            raise CorpusError(
+                "rows.by=message: the corpus has plain texts; set corpus.messages to the "
+                "column that holds conversations, or rows.by=document"
+            )
+        return pooled(mask & (document.message >= 0), document.message, self._pool)
 
     def _flush(self) -> None:
         self._flushed = self._tokens

@@ -98,10 +98,11 @@ class KeptStep:
 
     places: _Places
     parts: list[tuple[int, int, int]]
-    dtype: "torch.dtype"
+    dtype: "torch.dtype | None"
 
     def take(self, values: "torch.Tensor") -> "torch.Tensor":
-        return self.places.of(values).to(self.dtype)
+        rows = self.places.of(values)
+        return rows if self.dtype is None else rows.to(self.dtype)
 
     def rows(self, hook: str, taken: "torch.Tensor") -> Iterator[Stored]:
         at = 0
@@ -176,16 +177,17 @@ class Selection:
     Args:
         tokens: of the shard.
         pool: `rows.pool`.
-        store: the precision on disk.
+        store: the precision on disk; None, where nothing is stored: each value's own, FP32 for
+            pooled rows.
     """
 
-    def __init__(self, tokens: ShardTokens, pool: str, store: str) -> None:
+    def __init__(self, tokens: ShardTokens, pool: str, store: str | None) -> None:
         self._tokens, self._store = tokens, store
         self.whole = tokens.row_token is None
-        self._dtype = torch_dtype(store)
+        self._dtype = None if store is None else torch_dtype(store)
         self._pool = None
         if tokens.row_token is not None and pool in ADDED_UP:
-            self._pool = Pool(tokens, pool, self._dtype)
+            self._pool = Pool(tokens, pool, self._dtype or torch_dtype("fp32"))
         self._last: tuple[tuple[Batch, int, int, bool], Step] | None = None
 
     @property
@@ -202,7 +204,7 @@ class Selection:
         self, batches: Sequence[Batch], points: "Sequence[HookPoint]", chunk_size: int
     ) -> int:
         """Bytes of the largest value that is copied off the device in one step."""
-        item = BYTES["fp32" if self._pool else self._store]
+        item = BYTES["fp32" if self._pool else self._store or "fp32"]
         return item * max(
             (
                 self._copied(b, chunk_size) * max((p.width(b.width) for p in points), default=0)
@@ -226,7 +228,7 @@ class Selection:
         steps = (
             self._copied(b, chunk_size) * sum(p.width(b.width) for p in points) for b in batches
         )
-        return len(gpus) * max(steps, default=0) * BYTES[self._store]
+        return len(gpus) * max(steps, default=0) * BYTES[self._store or "fp32"]
 
     def _copied(self, batch: Batch, chunk_size: int) -> int:
         """The most rows that one step of a batch gives."""

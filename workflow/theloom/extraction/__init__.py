@@ -1,16 +1,17 @@
 """Hidden states of a model that you have loaded, in your own code, without files."""
 
 from theloom.extraction.api import (
-    HiddenStates,
     collect_streaming_results,
     extract_hidden_states,
     extract_inference_optimized,
     extract_streaming,
     extract_with_checkpointing,
 )
+from theloom.extraction.result import HiddenStates, Rows
 
 __all__ = [
     "HiddenStates",
+    "Rows",
     "collect_streaming_results",
     "extract_hidden_states",
     "extract_inference_optimized",

@@ -13,6 +13,13 @@ Common arguments:
 - `hooks`: names of hook points, or globs; `blocks.-1.` is the last block, and an empty list selects
   every hook point of the model. Default: the residual after every block.
 - `layers`: short for the `hook_resid_post` of these blocks; negative numbers count from the end.
+- `rows`: the rows to return: an expression as `rows.keep` takes it, of `all`, `first`, `last`,
+  `last(n)` and `[a:b]` with `&`, `|`, `~` and brackets; `special` where `tokens` is a tokenizer's
+  output with `special_tokens_mask`, and `assistant` where it has `assistant_masks`. Or a mapping,
+  `{"keep": "~[:1]", "pool": "mean"}`, whose `pool` (`mean`, `max`, `sum`, `first`, `last`) makes the
+  kept tokens of each row of `tokens` one row, in FP32. Tensors are then [row, …], and
+  `HiddenStates.rows` tells which token each row is of. No more than these rows is copied.
+- `progress`: show tqdm's bar.
 
 The forward pass ends after the deepest requested hook point.
 
@@ -27,15 +34,16 @@ Examples:
     torch.Size([1, 4, 16])
     >>> chunks = extract_streaming(model, tokens, chunk_size=2, layers=[-1])
     >>> whole = collect_streaming_results(chunks)
+    >>> pooled = extract_hidden_states(model, tokens, rows={"keep": "~[:1]", "pool": "mean"})
+    >>> pooled["blocks.1.hook_resid_post"].shape, pooled.rows.batch.tolist()
+    (torch.Size([1, 16]), [0])
     >>> torch.allclose(whole["blocks.1.hook_resid_post"], states["blocks.1.hook_resid_post"], atol=1e-5)
     True
 """  # noqa: E501
 
 import gc
-import html
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,8 +51,10 @@ import torch
 from theloom.devices import accelerator
 from theloom.errors import InputError, ModelError
 from theloom.extraction import padding, request
-from theloom.extraction.padding import PaddedTokens, Tokens
+from theloom.extraction.kept import Kept
+from theloom.extraction.padding import Tokens
 from theloom.extraction.request import Request, ask
+from theloom.extraction.result import HiddenStates, Rows
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import RESIDUALS, HookPoint
 from theloom.precision import TOLERANCE, Resolved, torch_dtype
@@ -53,59 +63,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class HiddenStates(Mapping[str, torch.Tensor]):
-    """The result of an extraction: a mapping from hook names to tensors.
-
-    Attributes:
-        hidden_states: By hook name, in the order of the forward pass, a tensor [batch, position, …]
-            on the model's device, in the dtype of the forward pass. Attention scores and patterns
-            are [batch, head, position, key].
-        attention_mask: [batch, position], bool, on the CPU: true for tokens, false for padding.
-        start: The position of a chunk's first token, counted from the first token of its row; 0 for
-            a result that is no chunk.
-        precision: The requested and the used precision with each fallback, where one was requested.
-        points: The hook points, in the order of `hidden_states`.
-    """
-
-    hidden_states: dict[str, torch.Tensor]
-    attention_mask: torch.Tensor
-    start: int
-    precision: Resolved | None
-    points: tuple[HookPoint, ...]
-    rows: PaddedTokens
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.hidden_states[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.hidden_states)
-
-    def __len__(self) -> int:
-        return len(self.hidden_states)
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(
-            f"{name} {tuple(value.shape)}" for name, value in self.hidden_states.items()
-        )
-        return f"HiddenStates({shapes})"
-
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><td style='text-align:left'>{html.escape(name)}</td>"
-            f"<td>{' × '.join(map(str, value.shape))}</td><td>{value.dtype}</td></tr>"
-            for name, value in self.hidden_states.items()
-        )
-        heading = "<tr><th style='text-align:left'>hook point</th><th>shape</th><th>dtype</th></tr>"
-        return f"<table>{heading}{cells}</table>"
-
-
 def extract_hidden_states(
     model: "PreTrainedModel",
     tokens: Tokens,
     hooks: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
+    rows: str | Mapping[str, str] | None = None,
+    progress: bool = False,
 ) -> HiddenStates:
     """Extract hidden states in one forward pass, in eval mode and without gradients.
 
@@ -115,17 +80,21 @@ def extract_hidden_states(
         hooks: Hook points, by name or glob; default: the residual after every block.
         layers: Blocks whose `hook_resid_post` is requested.
         attention_mask: [batch, position], 0 where a column is padding.
+        rows: Which tokens' rows are returned, as `rows.keep` takes them ("last & ~special",
+            "[1:-1]"), or {"keep": …, "pool": …}; None: all, in the columns of the tokens.
+        progress: Show a bar of the progress (tqdm's, in a notebook the notebook's).
 
     Returns:
         The hidden states; the tensors are copies, which autograd takes as inputs.
 
     Raises:
-        InputError: The tokens or the mask cannot be a batch.
+        InputError: The tokens or the mask cannot be a batch, or `rows` keeps none of them.
+        ConfigError: `rows` is an expression that does not parse.
         HookError: The model lacks a requested hook point.
         ModelError: The model cannot be run on these tokens.
     """
-    requested = ask(model, tokens, hooks, layers, attention_mask)
-    return _in_one_pass(requested, None)
+    requested = ask(model, tokens, hooks, layers, attention_mask, rows)
+    return _in_one_pass(requested, None, progress)
 
 
 def extract_streaming(
@@ -135,6 +104,8 @@ def extract_streaming(
     hooks: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
+    rows: str | Mapping[str, str] | None = None,
+    progress: bool = False,
 ) -> Generator[HiddenStates, None, None]:
     """Extract hidden states chunk by chunk through the KV cache; equal to one pass.
 
@@ -149,24 +120,29 @@ def extract_streaming(
         hooks: Hook points, by name or glob; default: the residual after every block.
         layers: Blocks whose `hook_resid_post` is requested.
         attention_mask: [batch, position], 0 where a column is padding.
+        rows: Which tokens' rows are returned, as `rows.keep` takes them ("last & ~special",
+            "[1:-1]"), or {"keep": …, "pool": …}; None: all, in the columns of the tokens.
+        progress: Show a bar of the progress (tqdm's, in a notebook the notebook's).
 
     Yields:
         Chunks of [batch, up to chunk_size, …]. Attention scores and patterns of a chunk are
-        [batch, head, position, keys so far].
+        [batch, head, position, keys so far]. With `rows`, the rows of a chunk's own tokens; a
+        pooled one comes with the last token that it is made of.
 
     Raises:
-        InputError: The tokens or the mask cannot be a batch.
+        InputError: The tokens or the mask cannot be a batch, or `rows` keeps none of them.
+        ConfigError: `rows` is an expression that does not parse.
         HookError: The model lacks a requested hook point.
         ModelError: The chunks would differ from one pass. This is tried on the model itself, with
             a few tokens, before the first chunk.
     """
     if chunk_size < 1:
         raise InputError(f"chunk_size must be at least 1, found {chunk_size}")
-    requested = ask(model, tokens, hooks, layers, attention_mask)
+    requested = ask(model, tokens, hooks, layers, attention_mask, rows)
     requested.check_alike()
     if (longest := requested.rows.ids.shape[1]) > chunk_size:
         request.check_streams(requested.architecture, longest)
-    return _chunks(requested, chunk_size)
+    return _chunks(requested, chunk_size, progress)
 
 
 def collect_streaming_results(chunks: Iterable[HiddenStates]) -> HiddenStates:
@@ -176,7 +152,8 @@ def collect_streaming_results(chunks: Iterable[HiddenStates]) -> HiddenStates:
     most one chunk is in memory on top of the result.
 
     Args:
-        chunks: The chunks, in order. If they end early, `attention_mask` marks the missing rows.
+        chunks: The chunks, in order. If they end early, `attention_mask` marks the missing rows; of
+            a call with `rows`, those that had come are there.
 
     Returns:
         What `extract_hidden_states` returns for the same tokens.
@@ -186,22 +163,31 @@ def collect_streaming_results(chunks: Iterable[HiddenStates]) -> HiddenStates:
     """
     whole: dict[str, torch.Tensor] = {}
     points: tuple[HookPoint, ...] = ()
-    rows, end = None, 0
+    padded, end, there = None, 0, list[Rows]()
     for chunk in chunks:
-        rows, points = chunk.rows, chunk.points
+        padded, points = chunk.padded, chunk.points
         for point in points:
             value = chunk.hidden_states[point.name]
-            if point.name not in whole:
-                whole[point.name] = padding.empty(value, point, rows)
-            padding.put_back(value, point, rows, chunk.start, whole[point.name])
+            if chunk.rows is not None:
+                if point.name not in whole:
+                    whole[point.name] = value.new_empty((chunk.rows.total, *value.shape[1:]))
+                whole[point.name][chunk.rows.number.to(value.device)] = value
+            else:
+                if point.name not in whole:
+                    whole[point.name] = padding.empty(value, point, padded)
+                padding.put_back(value, point, padded, chunk.start, whole[point.name])
             del value
+        there += [] if chunk.rows is None else [chunk.rows]
         end = max(end, chunk.start + chunk.attention_mask.shape[1])
         del chunk  # before the next is made
-    if rows is None:
+    if padded is None:
         raise InputError(
             "there are no chunks to collect: the generator has been used, or was closed"
         )
-    return HiddenStates(whole, rows.mask_given(end), 0, None, points, rows)
+    rows = Rows.joined(there) if there else None
+    if rows is not None and len(rows) < rows.total:
+        whole = {name: value[rows.number.to(value.device)] for name, value in whole.items()}
+    return HiddenStates(whole, padded.mask_given(end), 0, None, points, padded, rows)
 
 
 def extract_inference_optimized(
@@ -212,6 +198,8 @@ def extract_inference_optimized(
     clear_cache: bool = False,
     hooks: Sequence[str] | None = None,
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
+    rows: str | Mapping[str, str] | None = None,
+    progress: bool = False,
 ) -> HiddenStates:
     """Extract hidden states at another precision, as if the model were loaded at it.
 
@@ -228,20 +216,24 @@ def extract_inference_optimized(
         clear_cache: Return unused memory of CUDA's allocator to the driver afterwards.
         hooks: Hook points, by name or glob; default: the residual after every block.
         attention_mask: [batch, position], 0 where a column is padding.
+        rows: Which tokens' rows are returned, as `rows.keep` takes them ("last & ~special",
+            "[1:-1]"), or {"keep": …, "pool": …}; None: all, in the columns of the tokens.
+        progress: Show a bar of the progress (tqdm's, in a notebook the notebook's).
 
     Returns:
         The hidden states, in the dtype of that precision.
 
     Raises:
-        InputError: The tokens or the mask cannot be a batch.
+        InputError: The tokens or the mask cannot be a batch, or `rows` keeps none of them.
+        ConfigError: `rows` is an expression that does not parse.
         HookError: The model lacks a requested hook point.
         ModelError: The model cannot be run at that precision.
     """
-    requested = ask(model, tokens, hooks, layers, attention_mask)
+    requested = ask(model, tokens, hooks, layers, attention_mask, rows)
     try:
-        return _in_one_pass(
-            requested, None if precision is None else _resolved(requested.architecture, precision)
-        )
+        described = requested.architecture
+        resolved = None if precision is None else _resolved(described, precision)
+        return _in_one_pass(requested, resolved, progress)
     finally:
         if clear_cache:
             gc.collect()
@@ -255,6 +247,8 @@ def extract_with_checkpointing(
     layers: Sequence[int] | None = None,
     attention_mask: torch.Tensor | Sequence[Any] | None = None,
     use_reentrant: bool = False,
+    rows: str | Mapping[str, str] | None = None,
+    progress: bool = False,
 ) -> HiddenStates:
     """Extract hidden states with their graph, recomputing each block in the backward pass.
 
@@ -270,12 +264,16 @@ def extract_with_checkpointing(
         attention_mask: [batch, position], 0 where a column is padding.
         use_reentrant: As in `torch.utils.checkpoint`; the reentrant variant supports
             `backward()` but not `torch.autograd.grad`.
+        rows: Which tokens' rows are returned, as `rows.keep` takes them ("last & ~special",
+            "[1:-1]"), or {"keep": …, "pool": …}; None: all, in the columns of the tokens.
+        progress: Show a bar of the progress (tqdm's, in a notebook the notebook's).
 
     Returns:
         The hidden states, with their graph.
 
     Raises:
-        InputError: The tokens or the mask cannot be a batch.
+        InputError: The tokens or the mask cannot be a batch, or `rows` keeps none of them.
+        ConfigError: `rows` is an expression that does not parse.
         HookError: The model lacks a requested hook point.
         ModelError: No weight that the hidden states depend on requires a gradient.
     """
@@ -283,17 +281,17 @@ def extract_with_checkpointing(
     from theloom.hooks.taps import Taps
     from theloom.model.forward import start_afresh
 
-    requested = ask(model, tokens, hooks, layers, attention_mask)
-    blocks, rows = requested.architecture.blocks, requested.rows
+    requested = ask(model, tokens, hooks, layers, attention_mask, rows)
+    blocks = requested.architecture.blocks
     requested.check_alike()
     kept_whole = {p.block for p in requested.points if p.value not in RESIDUALS}
     again = [block for number, block in enumerate(blocks) if number not in kept_whole]
-    kept = _Kept(requested, whole=True, graph=True)
+    kept = Kept(requested, whole=True, graph=True, progress=progress)
     inputs = {name: value.to(model.device) for name, value in requested.inputs().items()}
     taps = Taps(requested.architecture, requested.points, kept.keep)
     start_afresh(requested.architecture)
     with torch.enable_grad(), Checkpointed(again, use_reentrant), taps:
-        taps.run(input_ids=rows.ids.to(model.device), use_cache=False, **inputs)
+        taps.run(input_ids=requested.rows.ids.to(model.device), use_cache=False, **inputs)
     if not any(value.requires_grad for value in kept.values.values()):
         raise ModelError(
             f"{type(model).__name__}: none of the hidden states depends on a weight that requires "
@@ -303,55 +301,15 @@ def extract_with_checkpointing(
     return kept.result(0, None)
 
 
-class _Kept:
-    """The values of one forward pass, copied as they arise and, if they are the whole, in the
-    columns given.
-    """
-
-    def __init__(self, requested: Request, whole: bool, graph: bool = False) -> None:
-        self._requested, self._whole, self._graph = requested, whole, graph
-        self._points = {p.name: p for p in requested.points}
-        self.rows: list[int] | None = None  # those that run now; all where it is None
-        self.values: dict[str, torch.Tensor] = {}
-
-    def keep(self, name: str, value: torch.Tensor) -> None:
-        # outside of inference mode, so that the copy can be an input of autograd
-        with (
-            nullcontext() if self._graph else torch.inference_mode(False),
-            torch.set_grad_enabled(self._graph),
-        ):
-            if self._whole and not self._requested.rows.as_given:
-                point, rows = self._points[name], self._requested.rows
-                if name not in self.values:
-                    self.values[name] = padding.empty(value, point, rows)
-                running = rows if self.rows is None else rows.only(self.rows)
-                padding.put_back(value, point, running, 0, self.values[name], self.rows)
-            else:
-                self.values[name] = value.clone()
-
-    def result(self, start: int, resolved: Resolved | None) -> HiddenStates:
-        """What was kept, which is then no longer here."""
-        requested, values, self.values = self._requested, self.values, {}
-        rows = requested.rows
-        states = {p.name: values.pop(p.name) for p in requested.points}
-        mask = rows.mask_given()
-        if not self._whole:
-            some = next(p for p in requested.points)
-            mask = rows.mask()[:, start : start + states[some.name].shape[some.position_axis]]
-            if rows.uneven:
-                for point in requested.points:
-                    padding.blank(states[point.name], point, rows, start)
-        return HiddenStates(states, mask, start, resolved, tuple(requested.points), rows)
-
-
-def _in_one_pass(requested: Request, resolved: Resolved | None) -> HiddenStates:
+def _in_one_pass(requested: Request, resolved: Resolved | None, progress: bool) -> HiddenStates:
     from theloom.extraction.casting import InPrecision
     from theloom.hooks.blocks import evaluating
     from theloom.hooks.taps import Taps
     from theloom.model.forward import steps
 
     described = requested.architecture
-    kept, groups = _Kept(requested, whole=True), requested.alike()
+    kept, groups = Kept(requested, whole=True, progress=progress), requested.alike()
+    kept.passes(len(groups))
     parts = [requested.only(group) for group in groups] if len(groups) > 1 else [requested]
     inputs = [part.inputs() for part in parts]  # before any tap: it may run the model
     cast = (
@@ -361,18 +319,20 @@ def _in_one_pass(requested: Request, resolved: Resolved | None) -> HiddenStates:
     )
     with evaluating(described.model), cast, Taps(described, requested.points, kept.keep) as taps:
         for group, part, more in zip(groups, parts, inputs, strict=True):
-            kept.rows = group if len(groups) > 1 else None
+            kept.running = group if len(groups) > 1 else None
             for _ in steps(taps, part.rows.ids, part.rows.ids.shape[1], inputs=more):
                 pass
     return kept.result(0, resolved)
 
 
-def _chunks(requested: Request, chunk_size: int) -> Generator[HiddenStates, None, None]:
+def _chunks(
+    requested: Request, chunk_size: int, progress: bool
+) -> Generator[HiddenStates, None, None]:
     from theloom.hooks.blocks import evaluating
     from theloom.hooks.taps import Taps
     from theloom.model.forward import steps
 
-    kept = _Kept(requested, whole=False)
+    kept = Kept(requested, whole=False, progress=progress)
     taps = Taps(requested.architecture, requested.points, kept.keep)
     passes = steps(taps, requested.rows.ids, chunk_size, inputs=requested.inputs())
     while True:

@@ -15,6 +15,10 @@ import torch
 from theloom.errors import InputError
 from theloom.hooks.points import HookPoint
 
+# In a tokenizer's output, what says something of its tokens, and what a model does not take
+MARKS = ("special_tokens_mask", "assistant_masks")
+_NO_INPUTS = ("input_ids", "attention_mask", "length", "offset_mapping")
+
 Tokens = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
 
 
@@ -24,7 +28,7 @@ class PaddedTokens:
 
     `ids` is (batch, longest), `first` the column of each row's first token in what was given,
     `lengths` its tokens, `width` the columns of what was given, `others` further inputs of the
-    model, (batch, longest) as well.
+    model, (batch, longest) as well, and `marks` what a tokenizer says of its tokens.
     """
 
     ids: torch.Tensor
@@ -32,6 +36,7 @@ class PaddedTokens:
     lengths: tuple[int, ...]
     width: int
     others: dict[str, torch.Tensor] = field(default_factory=dict)
+    marks: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def uneven(self) -> bool:
@@ -52,6 +57,7 @@ class PaddedTokens:
             tuple(self.lengths[row] for row in rows),
             self.width,
             {name: value[chosen, :longest] for name, value in self.others.items()},
+            {name: value[chosen, :longest] for name, value in self.marks.items()},
         )
 
     def mask(self) -> torch.Tensor:
@@ -83,9 +89,7 @@ def rows_of(tokens: Tokens, attention_mask: Any = None, pad: int = 0) -> PaddedT
                 "tokens: a mapping needs 'input_ids', found "
                 f"{', '.join(map(repr, tokens)) or 'nothing'}"
             )
-        others = {
-            k: v for k, v in tokens.items() if k not in ("input_ids", "attention_mask", "length")
-        }
+        others = {k: v for k, v in tokens.items() if k not in _NO_INPUTS}
         attention_mask = tokens.get("attention_mask") if attention_mask is None else attention_mask
         tokens = tokens["input_ids"]
     ids, own_mask = _matrix(tokens)
@@ -122,8 +126,14 @@ def rows_of(tokens: Tokens, attention_mask: Any = None, pad: int = 0) -> PaddedT
         return values.gather(1, column).masked_fill(behind, filling)
 
     moved = {name: to_the_front(_like(name, value, ids), 0) for name, value in others.items()}
+    marks = {name: moved.pop(name) for name in MARKS if name in moved}
     return PaddedTokens(
-        to_the_front(ids, pad), tuple(first.tolist()), tuple(lengths.tolist()), ids.shape[1], moved
+        to_the_front(ids, pad),
+        tuple(first.tolist()),
+        tuple(lengths.tolist()),
+        ids.shape[1],
+        moved,
+        marks,
     )
 
 

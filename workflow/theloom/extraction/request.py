@@ -3,7 +3,7 @@
 import inspect
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -14,6 +14,7 @@ from theloom import precision
 from theloom.config import model_dims
 from theloom.errors import HookError, InputError, ModelError
 from theloom.extraction import padding
+from theloom.extraction.chosen import Chosen
 from theloom.extraction.padding import PaddedTokens, Tokens
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.points import HookPoint
@@ -31,11 +32,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """A model, the hook points to read, and the rows to read them of."""
+    """A model, the hook points to read, and the rows of tokens to read them of; `chosen`: which
+    rows are kept, where not all are.
+    """
 
     architecture: Architecture
     points: list[HookPoint]
     rows: PaddedTokens
+    chosen: Chosen | None = None
 
     @property
     def switches(self) -> tuple[LengthSwitch, ...]:
@@ -89,8 +93,9 @@ def ask(
     hooks: Sequence[str] | None,
     layers: Sequence[int] | None,
     attention_mask: Any,
+    kept: str | Mapping[str, str] | None = None,
 ) -> Request:
-    """What a call asks for, checked. Raises InputError, HookError, ModelError."""
+    """What a call asks for, checked. Raises InputError, HookError, ModelError, ConfigError."""
     from transformers import PreTrainedModel
 
     from theloom.hooks.catalog import build_catalog
@@ -106,7 +111,8 @@ def ask(
     rows = _that_the_model_takes(model, rows)
     points = build_catalog(described).select(_entries(hooks, layers, len(described.blocks)))
     _check_length(described, rows.ids.shape[1])
-    return Request(described, points, rows)
+    chosen = None if kept is None else Chosen(kept, rows, points)
+    return Request(described, points, rows, chosen)
 
 
 def _entries(hooks: Sequence[str] | None, layers: Sequence[int] | None, blocks: int) -> list[str]:

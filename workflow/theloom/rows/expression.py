@@ -5,6 +5,7 @@ are sets of tokens; `~` is all others, `&` what is in both, `|` what is in eithe
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -27,6 +28,8 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE | re.DOTALL,
 )
+
+_WORDS = (*terms.PLAIN, "message", "span", "match")
 
 
 class ExpressionError(ConfigError):
@@ -94,12 +97,16 @@ class Expression:
             raise ExpressionError(f"{self._name}: {error}", self.text, error.at) from None
 
 
-def parse(text: str, name: str = "rows.keep") -> Expression:
+def parse(
+    text: str, name: str = "rows.keep", words: Collection[str] = _WORDS, others: str = ""
+) -> Expression:
     """Parse an expression.
 
     Args:
         text: The expression.
         name: What the user gave it as, for messages.
+        words: The words that it may have.
+        others: What the message says of the other words.
 
     Raises:
         ExpressionError: It does not parse.
@@ -108,14 +115,14 @@ def parse(text: str, name: str = "rows.keep") -> Expression:
         >>> parse("~special & ~[:4]").text
         '~special & ~[:4]'
     """
-    return Expression(text, _Parser(text, name).parsed(), name)
+    return Expression(text, _Parser(text, name, words, others).parsed(), name)
 
 
 class _Parser:
     """A parser by recursive descent."""
 
-    def __init__(self, text: str, name: str) -> None:
-        self._text, self._name = text, name
+    def __init__(self, text: str, name: str, words: Collection[str], others: str) -> None:
+        self._text, self._name, self._words, self._others = text, name, words, others
         if len(text) > MOST_CHARACTERS:
             raise ConfigError(
                 f"{name}: an expression of {len(text):,} characters; give at most "
@@ -181,6 +188,8 @@ class _Parser:
         return term
 
     def _word(self, word: str, at: int) -> Term:
+        if word in _WORDS and word not in self._words:
+            self._fail(f"{word} {self._others}", at)
         called = self._take("(")
         if called and word in ("first", "last"):
             count_at = self._tokens[self._next][2]
