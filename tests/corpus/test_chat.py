@@ -311,6 +311,22 @@ def test_tools_and_their_calls_are_the_assistant_s_and_the_tool_s(tmp_path, mode
         assert file["tokens/role"][:].tolist() == found["role"]
 
 
+def test_calls_of_tools_as_llama_3_1_writes_them(tmp_path, model):
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
+    pieces = [
+        ("", -1, "<s>" + header("user")),
+        ("u", 0, "1+1?"),
+        ("", -1, "<|eot_id|>" + header("assistant")),
+        ("a", 1, '{"name": "sum", "parameters": {"a": 1}}<|eot_id|>'),
+        ("", -1, header("ipython") + '"'),
+        ("t", 2, "2"),
+        ("", -1, '"<|eot_id|>' + header("assistant")),
+        ("a", 3, "Two.<|eot_id|>"),
+    ]
+    found, _ = made(tmp_path, model, [CALL], "llama31_tools")
+    assert (found["input_ids"], found["role"], found["message"]) == by_hand(model, pieces)
+
+
 def test_from_and_value_are_role_and_content(tmp_path, model):
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     other = [{"from": names[m["role"]], "value": m["content"]} for m in TWO]

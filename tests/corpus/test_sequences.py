@@ -85,7 +85,22 @@ def test_a_sequence_is_as_the_tokenizer_wants_it(tmp_path, proteins, caplog, kin
 
 
 @pytest.mark.parametrize("kind", [words_of_letters, characters])
-@pytest.mark.parametrize("wrong", ["J", "-", "é"])
+def test_masked_regions_in_lower_case_are_taken_in_upper(tmp_path, proteins, caplog, kind):
+    caplog.set_level("INFO")
+    tokenizer = kind(proteins)
+    (tmp_path / "x.fasta").write_text(">a\nmktAYIa\n>b\nMK\nuT\n")
+    spaced = kind is words_of_letters
+    texts = [" ".join(s) if spaced else s for s in ("MKTAYIA", "MKXT" if spaced else "MKUT")]
+    expected = [i for t in texts for i in tokenizer(t)["input_ids"]]
+    with tokenized(tmp_path, proteins, f"corpus=text corpus.path={tmp_path}/x.fasta") as file:
+        assert file["tokens/input_ids"][:].tolist() == expected
+        starts = file["tokens/char_start"][:]
+        assert starts[starts >= 0].tolist() == [*range(7), *range(4)]
+    assert caplog.text.count("those of masked regions are taken in upper case") == 1
+
+
+@pytest.mark.parametrize("kind", [words_of_letters, characters])
+@pytest.mark.parametrize("wrong", ["J", "-", "é", "j"])
 def test_a_letter_that_the_tokenizer_lacks_is_refused(tmp_path, proteins, kind, wrong):
     kind(proteins)
     (tmp_path / "x.fasta").write_text(f">a\nMKT\n>b\nMK{wrong}T\n")

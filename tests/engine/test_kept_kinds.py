@@ -3,15 +3,21 @@ fall with them.
 """
 
 import json
+import os
+import re
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from support import build_tiny, stages, with_bytes
 from theloom.dataset.activations import open_activations
+from theloom.pipeline import console
+from theloom.planning import estimate
 from tiny_configs import tiny_config
 from transformers import AutoModel
 
+DOCUMENTS = int(os.environ.get("THELOOM_DOCUMENTS", "1000"))
 KEEP = "last(2) | [3:5]"
 REQUESTED = "corpus.max_tokens=400 corpus.context_length=60 extraction.shards=1"
 
@@ -51,25 +57,65 @@ def test_kept_rows_are_those_of_a_run_that_keeps_all(models, tmp_path, model, mo
         assert torch.equal(kept[hook][:], expected[hook][:])
 
 
-def test_ten_thousand_last_rows_take_no_more_disk_than_they_have_bytes(models, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("model", "more", "store", "share"),
+    [
+        ("bert", "", "fp32", 1e-6),
+        ("llama", "memory.quantization=8bit extraction.attention=eager", "fp32", 1e-6),
+        ("llama", "memory.streaming_chunk_size=16", "bf16", 2**-8),
+    ],
+)
+def test_pooled_rows_are_means_of_a_run_that_keeps_all(models, tmp_path, model, more, store, share):
+    hook = "blocks.1.hook_resid_post"
+    requested = f"{REQUESTED} {more} memory.activation_cache_filter=[{hook}]"
+    every = stages(tmp_path / "all", models[model], f"{requested} store.dtype=fp32").all()
+    pooled = f"rows.keep='~[:1] & ~last' rows.pool=mean store.dtype={store}"
+    run = stages(tmp_path / "pooled", models[model], f"{requested} {pooled}").all()
+    run.verify()
+    assert "rows of 400 tokens of" in console.summary(run.folder)
+    with h5py.File(every.activations) as file:
+        states = file[f"hooks/{hook}/activations"][:].astype("f8")
+        document = file["tokens/document"][:]
+    documents = [states[document == n] for n in range(document.max() + 1)]
+    expected = np.stack([d[1:-1].mean(axis=0) for d in documents if len(d) > 2])
+    found = open_activations(run.activations)[hook][:].double().numpy()
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= share * np.abs(expected).max()
+
+
+def test_the_disk_of_last_rows_is_known_before_and_no_more_than_they_take(models, tmp_path, caplog):
+    """Rows × width × bytes, and the tables: 5% at most lie between, for THELOOM_DOCUMENTS."""
     caplog.set_level("INFO")
-    corpus = tmp_path / "texts.jsonl"
-    corpus.write_text("\n".join(json.dumps({"text": f"{n} is it"}) for n in range(10_000)))
-    hooks = "memory.activation_cache_filter=[blocks.0.hook_resid_pre,blocks.0.hook_resid_post]"
-    batches = "extraction.batch_tokens=2048 corpus.max_tokens=null corpus.max_documents=10000"
-    requested = f"corpus=text corpus.path={corpus} {hooks} {batches} extraction.shards=1"
-    run = stages(tmp_path, models["llama"], f"{requested} rows.keep=last").all()
+    corpus, width, hooks = tmp_path / "texts.jsonl", 64, 2
+    texts = [f"{n} is it" for n in range(DOCUMENTS)]
+    corpus.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    points = "memory.activation_cache_filter=[blocks.0.hook_resid_pre,blocks.0.hook_resid_post]"
+    batches = (
+        f"extraction.batch_tokens=2048 corpus.max_tokens=null corpus.max_documents={DOCUMENTS}"
+    )
+    requested = f"corpus=text corpus.path={corpus} {points} {batches} extraction.shards=1"
+    run = stages(
+        tmp_path, models["llama"], f"{requested} corpus.max_documents={DOCUMENTS} rows.keep=last"
+    ).all()
     (shard,) = run.shards
-    expected = 10_000 * 2 * 64 * 4
+    tokens = sum(map(len, texts))
+    rows = DOCUMENTS * hooks * width * 4
     with h5py.File(shard) as file:
-        rows = [file[f"hooks/{hook}/activations"].id.get_storage_size() for hook in file["hooks"]]
+        stored = [file[f"hooks/{hook}/activations"].id.get_storage_size() for hook in file["hooks"]]
         tables = 0
 
         def add(name, item):
             nonlocal tables
-            tables += item.id.get_storage_size() if isinstance(item, h5py.Dataset) else 0
+            if isinstance(item, h5py.Dataset) and not name.endswith("/activations"):
+                tables += item.id.get_storage_size()
 
         file.visititems(add)
-    assert sum(rows) == expected
-    assert shard.stat().st_size - (tables - expected) == pytest.approx(expected, rel=0.05)
-    assert "disk: 5.2 MB in fp32 for 10000 rows of" in caplog.text
+    assert sum(stored) == rows
+    assert shard.stat().st_size == pytest.approx(rows + tables, rel=0.05)
+    estimated = estimate.read(run.folder / "estimate.h5")
+    before = estimated.disk_bytes("fp32") + estimated.token_bytes * (tokens - DOCUMENTS)
+    assert before == pytest.approx(shard.stat().st_size, rel=0.05)
+    said = re.search(r"disk: ([\d.]+) (MB|kB): .* for the tables of (\d+) tokens", caplog.text)
+    size = float(said[1]) * {"MB": 1e6, "kB": 1e3}[said[2]]
+    assert size == pytest.approx(shard.stat().st_size, rel=0.05)
+    assert int(said[3]) == tokens

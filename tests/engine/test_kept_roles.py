@@ -60,8 +60,13 @@ def by_hand(model):
     return found
 
 
-def test_rows_of_a_role_and_a_message_are_those_of_its_tokens(model, corpus, by_hand, tmp_path):
-    run = stages(tmp_path, model, f"{corpus} rows.keep='assistant & message(-1)'").all()
+@pytest.mark.parametrize(
+    "mode", ["", "memory.streaming_chunk_size=8", "extraction.execution=layerwise"]
+)
+def test_rows_of_a_role_and_a_message_are_those_of_its_tokens(
+    model, corpus, by_hand, tmp_path, mode
+):
+    run = stages(tmp_path, model, f"{corpus} {mode} rows.keep='assistant & message(-1)'").all()
     run.verify()
     acts = open_activations(run.activations)
     expected = [states[message == message.max()] for states, message in by_hand]

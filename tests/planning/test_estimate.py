@@ -74,8 +74,7 @@ def test_weights_cache_and_captures_are_those_of_the_real_model(tmp_path, model_
     }
     assert found.weights["fp32"] == pytest.approx(sum(held.values()), rel=1e-3)
     captured = forward_residuals(loaded.architecture, torch.zeros(2, 32, dtype=torch.int64), 32)
-    hidden_states = found.row_bytes["fp32"] - 12  # without the three 4-byte columns of tokens
-    assert hidden_states * 64 == sum(t.numel() * 4 for t in captured.values())
+    assert found.row_bytes["fp32"] * 64 == sum(t.numel() * 4 for t in captured.values())
     catalog = loaded.catalog
     traced = estimate.estimator_of(settings, trace=True).catalog()
     assert traced == estimate.estimator_of(settings).catalog() == catalog
@@ -96,7 +95,7 @@ def test_smollm2_is_estimated_from_its_dimensions_as_it_is_loaded(smollm2):
         == sum(p.numel() * 4 for p in held) - 4 * real.model.norm.weight.numel()
     )
     assert found.hooks == [f"blocks.{i}.hook_resid_post" for i in (5, 15, 29)]
-    assert found.disk_bytes("fp32") == 16384 * (3 * 576 * 4 + 12)
+    assert found.disk_bytes("fp32") == 16384 * (3 * 576 * 4 + 12 + 9) + 3 * 576 * 24
 
 
 def test_the_closed_form_and_the_trace_give_the_same_estimate():

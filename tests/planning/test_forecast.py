@@ -24,7 +24,7 @@ def test_a_7b_is_broken_down_as_its_numbers_say():
     assert found.captured_selected == 3 * 2048 * 4096 * 2
     assert found.pipeline.total < found.held_selected.total < found.held_full.total
     assert found.held_full.allocated < found.held_full.reserved < found.held_full.total
-    assert found.disk_per_million_tokens == 10**6 * (3 * 4096 * 2 + 12)
+    assert found.disk_per_million_tokens == 10**6 * (3 * 4096 * 2 + 12 + 9)
     assert (
         found.totals["fp32"] > found.totals["fp16"] == found.totals["bf16"] > found.totals["int8"]
     )

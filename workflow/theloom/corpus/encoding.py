@@ -172,16 +172,17 @@ def _of_text(text: str, taken: str, tokens: Encoding) -> Encoded:
 
 class _Sequences:
     """Sequences of FASTA as a tokenizer wants them: with a space between letters where its tokens
-    are words of one letter, as those of ProtBert and ProtT5, and then rare residues as X.
+    are words of one letter, as those of ProtBert and ProtT5, and then rare residues as X; and in
+    upper case where it knows no other, as files have regions in lower case that a search left out.
     """
 
     def __init__(self) -> None:
         self._spaced: bool | None = None
-        self._upper = False
+        self._upper: dict[str, str] = {}  # by letter of lower case, what is taken for it
 
     def prepared(self, document: Document, tokenizer: CorpusTokenizer) -> str:
         """The text that the tokenizer takes."""
-        text = document.text
+        text = self._in_known_case(document.text, tokenizer)
         if self._spaced is None and text:
             self._spaced = _wants_spaces(text, tokenizer)
             if self._spaced:
@@ -193,9 +194,27 @@ class _Sequences:
             return text
         return " ".join(re.sub("[UZO]", "X", text))
 
+    def _in_known_case(self, text: str, tokenizer: CorpusTokenizer) -> str:
+        """A sequence with lower-case letters in upper case where the tokenizer lacks them alone."""
+        new = sorted({c for c in text if "a" <= c <= "z"} - self._upper.keys())
+        if new:
+            known = [
+                bool(ids) and not tokenizer.unknown(ids)
+                for ids, _ in tokenizer.encode([*new, *(c.upper() for c in new)], special=False)
+            ]
+            had = any(c != taken for c, taken in self._upper.items())
+            for c, lower, upper in zip(new, known, known[len(new) :], strict=False):
+                self._upper[c] = c.upper() if not lower and (upper or c in "uzo") else c
+            if not had and any(self._upper[c] != c for c in new):
+                log.info(
+                    "FASTA: the tokenizer lacks lower-case letters, so those of masked regions are "
+                    "taken in upper case"
+                )
+        return text.translate(str.maketrans(self._upper))
+
     def check(self, document: Document, ids: Sequence[int], tokenizer: CorpusTokenizer) -> None:
         """Check that the tokenizer knows all letters. Raises CorpusError."""
-        text = document.text
+        text = self._in_known_case(document.text, tokenizer)
         plain = len([i for i in ids if i not in tokenizer.special_ids])
         if not tokenizer.unknown(ids) and not (self._spaced and plain != len(text)):
             return

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _TOGETHER = 256  # documents that the tokenizer encodes in parallel
 _BUFFERED = 1 << 18  # tokens that are written together
+_NOT_IN_SHARDS = ("documents/text_hash", "shards/first_document")
 
 
 @dataclass
@@ -351,11 +352,30 @@ def window_lengths(path: Path) -> Lengths:
         return Lengths(tuple(np.split(lengths, ends)))
 
 
-def sizes(path: Path) -> tuple[int, int]:
-    """The rows that will be stored, and the tokens."""
+@dataclass(frozen=True)
+class Sizes:
+    """How much a run stores: rows, tokens, windows, and the bytes of the tables of `tokens.h5` that
+    go into its shards.
+    """
+
+    rows: int
+    tokens: int
+    windows: int
+    tables: int
+
+
+def sizes(path: Path) -> Sizes:
+    """How much a run stores."""
     with file_format.open_h5(path, "tokens") as file:
-        count = len(file["tokens/input_ids"])
-        return int(file.attrs.get("rows", count)), count
+        count, windows = len(file["tokens/input_ids"]), len(file["windows/document"])
+        found: dict[str, int] = {}
+
+        def add(name: str, item: h5py.Dataset | h5py.Group) -> None:
+            if isinstance(item, h5py.Dataset) and name not in _NOT_IN_SHARDS:
+                found[name] = item.size * item.dtype.itemsize
+
+        file.visititems(add)
+        return Sizes(int(file.attrs.get("rows", count)), count, windows, sum(found.values()))
 
 
 def attributes(path: Path) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class ShardJob:
         """Bytes that the shard will take beyond what a partial file of it already has."""
         partial = partial_of(self.output)
         there = partial.stat().st_blocks * 512 if partial.exists() else 0
-        return max(0, spec.rows * self.run.estimate.row_bytes[spec.precision] - there)
+        return max(0, spec.nbytes - there)
 
 
 def read_job(

@@ -123,16 +123,21 @@ class PooledStep:
     _there: "dict[torch.device, list[torch.Tensor]]" = field(default_factory=dict)
 
     def take(self, values: "torch.Tensor") -> "torch.Tensor":
-        """Pairwise, level by level: each run of tokens of one row halves until one is left."""
+        """Pairwise, level by level: each run of tokens of one row halves until one is left. No more
+        than twice the kept tokens is in memory, as for what is copied off the device.
+        """
         import torch
 
         rows = self.places.of(values).float()
         flat = iter(_on(rows.device, self._there, *(a for level in self._levels for a in level)))
         for left, pairs, right in zip(flat, flat, flat, strict=True):
             joined, other = rows.index_select(0, left), rows.index_select(0, right)
+            del rows  # before what follows
             mine = joined.index_select(0, pairs)
             both = torch.maximum(mine, other) if self.pool.kind == "max" else mine + other
+            del mine, other
             rows = joined.index_copy_(0, pairs, both)
+            del joined, both
         return rows
 
     def rows(self, hook: str, taken: "torch.Tensor") -> Iterator[Stored]:

@@ -298,9 +298,5 @@ def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":
 
 
 def row_bytes(points: Sequence[HookPoint], precision: str, keys: int) -> int:
-    """Bytes on disk of one token: its hidden states, and its place in three tables of 4-byte
-    numbers.
-
-    `keys`: the tokens of the longest window.
-    """
-    return BYTES[precision] * sum(p.width(keys) for p in points) + 12
+    """Bytes on disk of the hidden states of one row. `keys`: the tokens of the longest window."""
+    return BYTES[precision] * sum(p.width(keys) for p in points)

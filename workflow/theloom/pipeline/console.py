@@ -100,7 +100,7 @@ def summary(folder: Path) -> str:
     size = sum(acts[hook].nbytes for hook in acts.hooks)
     text_lines = [
         f"{acts.path}",
-        f"  {len(acts):,} tokens of {len(acts.documents)} documents in {acts.precision}, "
+        f"  {_rows(acts)} of {len(acts.documents)} documents in {acts.precision}, "
         f"{size / 1e6:.1f} MB",
         f"  hook points: {_few_hooks(acts.hooks)}",
         f"  verified: {found.documents} documents recomputed, largest error "
@@ -114,6 +114,12 @@ def summary(folder: Path) -> str:
             f"{found.cosine.min():.4f} or more"
         )
     return "\n".join([*map(lines, text_lines), *_next_steps(folder, acts.path)])
+
+
+def _rows(acts: activations.Activations) -> str:
+    """How many rows there are; without `rows.keep` and `rows.pool` each is a token."""
+    tokens = acts.attributes.get("tokens")
+    return f"{len(acts):,} tokens" if tokens is None else f"{len(acts):,} rows of {tokens:,} tokens"
 
 
 def _next_steps(folder: Path, path: Path) -> list[str]:

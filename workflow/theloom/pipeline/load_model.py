@@ -30,6 +30,7 @@ from theloom.planning.plan import Correction, Planned
 from theloom.planning.replay import replay_of_run, replay_of_sweep
 from theloom.store import file_format
 from theloom.store.hdf5.output import written
+from theloom.store.shard_file import bytes_of_window
 
 if TYPE_CHECKING:
     from theloom.planning.measure import Measured
@@ -128,9 +129,17 @@ def _checked_files(config: Config) -> ModelFiles:
 def _say_disk(estimated: Estimate, computed: str, tokens_path: Path) -> None:
     """Log what the shards will take, now that the rows are known."""
     precision = computed if estimated.store in (None, "auto") else estimated.store
-    rows, total = tokens.sizes(tokens_path)
-    needed = terminal.format_bytes(rows * estimated.row_bytes[precision])
-    log.info("disk: %s in %s for %d rows of %d tokens", needed, precision, rows, total)
+    there = tokens.sizes(tokens_path)
+    rows = there.rows * estimated.row_bytes[precision]
+    tables = there.tables + there.windows * bytes_of_window(len(estimated.hooks))
+    log.info(
+        "disk: %s: %s in %s for %d rows, %s for the tables of %d tokens",
+        *map(terminal.format_bytes, (rows + tables, rows)),
+        precision,
+        there.rows,
+        terminal.format_bytes(tables),
+        there.tokens,
+    )
 
 
 def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path) -> None:

@@ -234,7 +234,8 @@ def _from_estimate(settings: Config, estimated: Estimate, on_gpu: bool) -> dict[
     plan: dict[str, Any] = UNSIZED_CORPUS | _minutes(settings, estimated, store)
     shards = settings.extraction.shards or 1
     if estimated.rows is not None:
-        plan["disk_mb"] = 100 + _mb(1.1 * estimated.rows / shards * estimated.row_bytes[store])
+        needed = estimated.disk_bytes(store) or 0
+        plan["disk_mb"] = 100 + _mb(1.1 * needed / shards)
     weights = _mb(estimated.weights[kind])
     host = _host_bytes(estimated, kind, on_gpu)
     if on_gpu:

@@ -33,9 +33,11 @@ from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat, quantizati
 from theloom.precision import BYTES
 from theloom.rows import expression
 from theloom.rows.pooling import ADDED_UP
-from theloom.store import file_format, provenance
+from theloom.store import file_format, provenance, statistics
 from theloom.store.hdf5.output import written
 from theloom.store.ring_buffer import RING_BYTES, bytes_on_device
+from theloom.store.shard_file import bytes_of_window
+from theloom.store.tables import tokens as token_tables
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ SMALLEST_CHUNK = 64
 # Resident bytes of a process that has imported torch, transformers and h5py.
 HOST_PROCESS = 450_000_000
 DEFAULT_CONTEXT = 2048  # tokens, if the model's config names no limit
+_OF_DOCUMENT = 8 + 8 + 8 + 4  # bytes: offsets of document and window, an id, the window's document
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,18 @@ class Estimate:
     load_peak: dict[str, int]
     passes: dict[str, list[Pass]]
     largest_capture: dict[str, int]  # per token: the largest requested hook point, as stored
-    row_bytes: dict[str, int]  # per token on disk, by precision of the store
+    row_bytes: dict[str, int]  # of a row's hidden states on disk, by precision of the store
     host: dict[str, int]  # resident memory of a job that holds the model
     rows: int | None  # that are stored at most; None: nothing bounds them
+    token_bytes: int  # of the tables on disk, for each token
+    table_bytes: int  # of all tables; where nothing bounds the tokens, of as many as there are rows
     store: str = "auto"  # store.dtype, as requested
 
     def disk_bytes(self, store_precision: str) -> int | None:
         """Bytes of all shards together; None if the number of rows is unknown."""
-        return None if self.rows is None else self.rows * self.row_bytes[store_precision]
+        if self.rows is None:
+            return None
+        return self.rows * self.row_bytes[store_precision] + self.table_bytes
 
     def find(self, kind: str, tokens: int, chunk_size: int) -> PeakBytes:
         """Bytes of one window, scaled from the smallest predicted pass that covers it.
@@ -186,6 +193,8 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         },
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
         rows=_most_rows(config),
+        token_bytes=token_bytes(config),
+        table_bytes=_table_bytes(config, points, context),
         store=config.store.dtype.name,
         host={
             name: _host(estimator, WEIGHT_FORMATS[name], weights[name], own, chunk_size, device)
@@ -264,6 +273,45 @@ def _most_rows(config: Config) -> int | None:
     return min((n for n in bounds if n is not None), default=None)
 
 
+def token_bytes(config: Config) -> int:
+    """Bytes on disk of the tables for one token.
+
+    Args:
+        config: the run's config.
+    """
+    return token_tables.bytes_of_token(_tables(config))
+
+
+def _tables(config: Config) -> list[str]:
+    """The tables of tokens that a run stores."""
+    names = ["special"]
+    if config.corpus.input_ids is None:
+        names += ["char_start", "char_end"]
+    if config.corpus.messages is not None:
+        names += ["role", "message"]
+    if not (expression.parse(config.rows.keep).keeps_all and config.rows.pool.name == "none"):
+        names.append("kept")
+    return names
+
+
+def _table_bytes(config: Config, points: Sequence[HookPoint], context: int) -> int:
+    """Bytes on disk of all tables, as far as the config bounds them: of tokens, of documents with a
+    window each, and the statistics of each shard.
+    """
+    rows, documents = _most_rows(config), config.corpus.max_documents or 0
+    tokens = config.corpus.max_tokens or rows or 0
+    of_row = 8 if "kept" in _tables(config) else 0
+    of_document = bytes_of_window(len(points)) + _OF_DOCUMENT
+    elements = sum(p.width(context) for p in points) * statistics.bytes_of_element()
+    shards = config.extraction.shards or 1
+    return (
+        tokens * token_bytes(config)
+        + of_row * (rows or 0)
+        + min(documents, tokens) * of_document
+        + shards * elements
+    )
+
+
 def _copied_precision(config: Config, computed: str) -> str:
     """The precision of what is copied off the device: pooled rows are added up in FP32."""
     added_up = config.rows.pool.name in ADDED_UP
@@ -325,7 +373,9 @@ def run_estimate(config: Config, output: Path) -> None:
     needed = result.disk_bytes(store_precision(config, precision))
     if needed is not None:
         check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
-        log.info("disk: %s", terminal.format_bytes(needed))
+        more = f"; {result.token_bytes} bytes for the tables of each further token"
+        unbounded = config.corpus.max_tokens is None
+        log.info("disk: %s%s", terminal.format_bytes(needed), more if unbounded else "")
     write(result, config, output)
     chosen = weight_format.weight_format_of(config, precision, estimator.own)
     kind = chosen.name
@@ -419,6 +469,8 @@ _SINGLE = (
     "threshold",
     "blocks",
     "store",
+    "token_bytes",
+    "table_bytes",
 )
 _OPTIONAL = ("rows", "batch_tokens")
 

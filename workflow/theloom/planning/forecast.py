@@ -155,7 +155,8 @@ def forecast(
         pipeline=pipeline,
         load_peak=weights + (estimator.largest_weight(kind) if kind.quantization else 0),
         host=estimate.HOST_PROCESS + weights + written.total,
-        disk_per_million_tokens=10**6 * row_bytes(points, kind.precision, tokens),
+        disk_per_million_tokens=10**6
+        * (row_bytes(points, kind.precision, tokens) + estimate.token_bytes(settings)),
         totals={
             name: _total(estimator, other, workload, points)
             for name, other in WEIGHT_FORMATS.items()

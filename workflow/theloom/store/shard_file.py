@@ -26,6 +26,13 @@ from theloom.store.tables import columns
 from theloom.store.tables import tokens as token_tables
 from theloom.store.tables.columns import Column
 
+_OF_DOCUMENTS = ("document_offset", "document_id", "window_offset", "window_document")
+
+
+def bytes_of_window(hooks: int) -> int:
+    """Bytes that a file has for a window beside its place: by hook point a hash and a batch."""
+    return hooks * (8 + 4)
+
 
 @dataclass(frozen=True)
 class ShardTokens:
@@ -98,6 +105,23 @@ class ShardSpec:
     def windows(self) -> int:
         """Windows of the shard."""
         return len(self.tokens.window_document)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows and of the tables beside them: what the file takes, but for some KB."""
+        tokens, names = self.tokens, ("input_ids", "document", "position", *token_tables.TYPES)
+        tables = [getattr(tokens, name) for name in (*names, "row_token", *_OF_DOCUMENTS)]
+        tables += [a for c in tokens.columns.values() for a in (c.values, c.names, c.null)]
+        texts = sum(12 + len(text.encode(errors="replace")) for text in tokens.texts.values())
+        elements = sum(p.width(self.keys) for p in self.points)
+        return (
+            self.rows * sum(self.row_bytes().values())
+            + sum(table.nbytes for table in tables if table is not None)
+            + texts
+            + self.windows * bytes_of_window(len(self.points))
+            + self.batches * RECORD.itemsize
+            + elements * statistics.bytes_of_element()
+        )
 
     def row_bytes(self) -> dict[str, int]:
         """Bytes of a row, by hook point."""

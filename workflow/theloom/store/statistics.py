@@ -160,6 +160,11 @@ _BY_ELEMENT = ("count", "mean", "m2")
 _BY_HOOK = ("rows", "norm_sum", "nonfinite", "infinite")
 
 
+def bytes_of_element() -> int:
+    """Bytes of the statistics for one element of a row."""
+    return 8 * len(_BY_ELEMENT)
+
+
 def create_statistics(file: h5py.File, widths: Sequence[int]) -> None:
     """Create the datasets of the statistics, filled with zeros.
 

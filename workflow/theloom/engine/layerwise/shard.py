@@ -30,7 +30,6 @@ from theloom.errors import MemoryPlanError
 from theloom.hooks.points import HookPoint
 from theloom.memory.profile import ShardProfile
 from theloom.planning import estimate, layerwise_plan, measure
-from theloom.planning.estimate import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan
 from theloom.planning.plan import Plan
 from theloom.precision import TOLERANCE
@@ -121,7 +120,7 @@ def extract_layerwise(job: ShardJob) -> None:
                 selection.check_room(batches, runner.points(stage))
             spec = job.spec(planned.plan, len(runner.stages) * len(ids))
             residual_spec = runner.residuals(ids, job.fingerprint)
-            _check_disk(spec, run.estimate, output, residual_spec.nbytes)
+            _check_disk(spec, output, residual_spec.nbytes)
             try:
                 with ShardWriter(output, spec) as writer:
                     store = ResidualStore(
@@ -230,14 +229,14 @@ def _as_started(
     )
 
 
-def _check_disk(spec: ShardSpec, estimated: Estimate, output: Path, residuals: int) -> None:
-    """Rows, and twice the residuals: files of earlier jobs count as free."""
+def _check_disk(spec: ShardSpec, output: Path, residuals: int) -> None:
+    """The shard, and twice the residuals: files of earlier jobs count as free."""
     there = [
         *output.parent.glob(f"{output.name}.partial"),
         *output.parent.glob(f"{output.name}.residuals.*"),
     ]
     taken = sum(file.stat().st_blocks * 512 for file in there)
-    needed = spec.rows * estimated.row_bytes[spec.precision] + 2 * residuals
+    needed = spec.nbytes + 2 * residuals
     estimate.check_disk(
         output.parent, max(0, needed - taken), shutil.disk_usage(output.parent).free
     )

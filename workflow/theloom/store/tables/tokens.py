@@ -2,6 +2,10 @@
 positions.
 """
 
+from collections.abc import Iterable
+
+import numpy as np
+
 TYPES = {
     "special": "|u1",  # 1: a special token of the tokenizer
     "role": "|u1",  # its place in `rows.roles.ROLES`; only where the corpus is of conversations
@@ -20,3 +24,13 @@ def path(name: str) -> str:
 
 ROW_TOKEN = "rows/token"
 """The token of each stored row, where not every token has one: of a pooled row the last one."""
+
+
+def bytes_of_token(names: Iterable[str]) -> int:
+    """Bytes of the tables for one token: its id, document and position, and tables by name.
+
+    Examples:
+        >>> bytes_of_token(["special", "char_start", "char_end"])
+        21
+    """
+    return 3 * 4 + sum(np.dtype(TYPES[name]).itemsize for name in names)
