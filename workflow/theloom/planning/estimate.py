@@ -519,6 +519,8 @@ def read(path: Path) -> Estimate:
         single: dict[str, Any] = {
             name: _plain(file.attrs.get(name)) for name in (*_SINGLE, *_OPTIONAL)
         }
+        for name in ("token_bytes", "table_bytes"):  # none in files of earlier versions
+            single[name] = single[name] or 0
         by_kind: dict[str, Any] = {
             name: {kind: int(value) for kind, value in file[name].attrs.items()}
             for name in _BY_KIND
