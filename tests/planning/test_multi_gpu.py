@@ -2,13 +2,16 @@
 transformers' models.
 """
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import check_device_map
 from support import ROOT
 from theloom.config import compose, frozen, model_dims
+from theloom.corpus import batching
 from theloom.devices import gpu_lease
 from theloom.devices.host import DeviceMemory
+from theloom.engine.selection import Selection
 from theloom.errors import MemoryPlanError
 from theloom.hooks import blocks
 from theloom.memory.estimators import ClosedForm
@@ -16,6 +19,8 @@ from theloom.model import device_map
 from theloom.model.weight_format import WeightFormat
 from theloom.pipeline import resources
 from theloom.planning import estimate, multi_gpu, plan
+from theloom.store.ring_buffer import bytes_ahead, ring_bytes
+from theloom.store.shard_file import ShardTokens
 from transformers import AutoConfig, AutoModel
 
 
@@ -113,10 +118,42 @@ def test_what_libraries_take_follows_from_the_gpu_s_capability():
 
 def test_several_gpus_take_host_memory_for_the_rows_of_all_their_batches():
     rows, ring, most = 1_000_000, 512 << 20, 8 << 30
-    assert multi_gpu.bytes_ahead(rows, 1) == 0
-    assert multi_gpu.bytes_ahead(rows, 3) == 3 * 2048 * rows - ring
-    assert multi_gpu.bytes_ahead(10 * rows, 3) == most - ring
-    assert multi_gpu.bytes_ahead(10, 3) == 0
+    size = model_dims.dims_of_profile(settings("7b", "").model.architecture)
+    whole, longer = (
+        estimate.estimate(
+            settings("7b", f"memory.streaming_chunk_size={chunk}"), ClosedForm(size), "cuda"
+        )
+        for chunk in (1024, 4096)
+    )
+    assert multi_gpu.ring_growth(whole, rows, 1) == 0
+    assert multi_gpu.ring_growth(whole, rows, 3) == 3 * 2048 * rows - ring
+    assert multi_gpu.ring_growth(longer, rows // 10, 3) == 3 * 4096 * (rows // 10) - ring
+    assert multi_gpu.ring_growth(whole, 10 * rows, 3) == most - ring
+    assert multi_gpu.ring_growth(whole, 10, 3) == 0
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_ring_of_several_gpus_has_the_bytes_that_the_job_asked_for(pooled):
+    size = model_dims.dims_of_profile(settings("7b", "").model.architecture)
+    kept = "rows.pool=mean" if pooled else ""
+    hooks = "memory.activation_cache_filter=[blocks.2*.hook_resid_post]"
+    requested = settings("7b", f"{hooks} memory.streaming_chunk_size=512 {kept}")
+    whole = estimate.estimate(requested, ClosedForm(size), "cuda")
+    points = ClosedForm(size).catalog().select(requested.memory.activation_cache_filter)
+    copied = estimate.copied_precision(requested, "bf16")
+    offsets, tokens = np.arange(0, 8 * 512 + 1, 512), np.zeros(8 * 512, "i4")
+    windows = np.arange(8, dtype="i4")
+    rows = {"row_token": offsets[1:] - 1, "kept": np.ones(8 * 512, bool)} if pooled else {}
+    of_shard = ShardTokens(
+        0, tokens, tokens, tokens, offsets, np.array([b"x"] * 8), offsets, windows, **rows
+    )
+    batches = batching.plan_batches(np.diff(offsets), 2048, 512)
+    step = Selection(of_shard, "mean", "bf16").step_bytes(batches, points, 512)
+    ring = ring_bytes("cuda", 0, bytes_ahead(step, 4))
+    assert copied == ("fp32" if pooled else "bf16")
+    growth = multi_gpu.ring_growth(whole, whole.row_bytes[copied], 4)
+    taken = ring - ring_bytes("cuda", 0)
+    assert 0 < taken <= growth <= taken + 4 * 2048 * 16  # on disk a row has its token as well
 
 
 @pytest.mark.parametrize(("asked", "given"), [(None, 2048), (16384, 2048), (100, 100)])

@@ -24,6 +24,7 @@ from theloom.errors import StoppedError
 from theloom.hooks.points import HookPoint
 from theloom.memory.profile import ShardProfile
 from theloom.planning.plan import Plan
+from theloom.store.ring_buffer import bytes_ahead
 from theloom.store.shard_file import ShardTokens
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def run_batches(
     longest = 0 if oom_level else work.longest_pass  # where memory ran out, no pass is longer
     probe = RowProbe(riskiest(every, plan.chunk_size, longest), work.points, work.tolerance)
     warned = False
-    ahead = selection.ahead(every, work.points, plan.chunk_size, gpu.devices_of_job(work.device))
+    step = selection.step_bytes(every, work.points, plan.chunk_size)
+    ahead = bytes_ahead(step, len(gpu.devices_of_job(work.device)))
     with StopRequest() as stop, Handoff(writer, work.device, largest, ahead) as handoff:
         for number, several in passes.items():
             for batch in several:

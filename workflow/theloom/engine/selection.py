@@ -209,31 +209,25 @@ class Selection:
         self, batches: Sequence[Batch], points: "Sequence[HookPoint]", chunk_size: int
     ) -> int:
         """Bytes of the largest value that is copied off the device in one step."""
-        item = BYTES["fp32" if self._pool else self._store or "fp32"]
-        return item * max(
-            (
-                self._copied(b, chunk_size) * max((p.width(b.width) for p in points), default=0)
-                for b in batches
-            ),
-            default=0,
+        widest = (
+            self._copied(b, chunk_size) * max((p.width(b.width) for p in points), default=0)
+            for b in batches
         )
+        return self._item * max(widest, default=0)
 
-    def ahead(
-        self,
-        batches: Sequence[Batch],
-        points: "Sequence[HookPoint]",
-        chunk_size: int,
-        gpus: "Sequence[torch.device]",
+    def step_bytes(
+        self, batches: Sequence[Batch], points: "Sequence[HookPoint]", chunk_size: int
     ) -> int:
-        """Bytes of the values on their way while each of several GPUs works at a forward step of
-        its own: the model's thread is that far ahead of the last GPU. 0 for one.
-        """
-        if len(gpus) < 2:
-            return 0
+        """Bytes of all values that are copied off the device in the largest step."""
         steps = (
             self._copied(b, chunk_size) * sum(p.width(b.width) for p in points) for b in batches
         )
-        return len(gpus) * max(steps, default=0) * BYTES[self._store or "fp32"]
+        return self._item * max(steps, default=0)
+
+    @property
+    def _item(self) -> int:
+        """Bytes of an element that is copied off the device."""
+        return BYTES["fp32" if self._pool else self._store or "fp32"]
 
     def _copied(self, batch: Batch, chunk_size: int) -> int:
         """The most rows that one step of a batch gives."""

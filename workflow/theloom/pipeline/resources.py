@@ -250,7 +250,8 @@ def _from_estimate(settings: Config, estimated: Estimate, on_gpu: bool) -> dict[
         fullest = multi_gpu.of_one(estimated, multi_gpu.share(blocks, count, overhead))
         least = multi_gpu.least(fullest, kind, capability)
         plan |= {"gpu": count, "min_free_gpu_mb": _mb(least)}
-        host += multi_gpu.bytes_ahead(estimated.row_bytes[store], count)
+        copied = estimate.copied_precision(settings, precision)
+        host += multi_gpu.ring_growth(estimated, estimated.row_bytes[copied], count)
         in_flight = min(MOST_IN_FLIGHT, math.ceil(TENSORS_IN_FLIGHT * weights)) - _mb(embedding)
         host_mb = math.ceil(SPARE * (_mb(host) + max(0, in_flight)))
         plan["mem_mb"] = host_mb + CUDA_LIBRARIES + min(weights, WEIGHTS_FILE) + ROWS_IN_TRANSIT

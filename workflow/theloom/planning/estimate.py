@@ -188,7 +188,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         },
         passes=passes,
         largest_capture={
-            name: _largest(points, _copied_precision(config, kind.precision), context)
+            name: _largest(points, copied_precision(config, kind.precision), context)
             for name, kind in WEIGHT_FORMATS.items()
         },
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
@@ -312,8 +312,16 @@ def _table_bytes(config: Config, points: Sequence[HookPoint], context: int) -> i
     )
 
 
-def _copied_precision(config: Config, computed: str) -> str:
-    """The precision of what is copied off the device: pooled rows are added up in FP32."""
+def copied_precision(config: Config, computed: str) -> str:
+    """Find the precision of what is copied off the device: pooled rows are added up in FP32.
+
+    Args:
+        config: the run's config.
+        computed: the precision that the model computes in.
+
+    Returns:
+        `fp32`, `fp16` or `bf16`.
+    """
     added_up = config.rows.pool.name in ADDED_UP
     return "fp32" if added_up else store_precision(config, computed)
 

@@ -23,7 +23,7 @@ from theloom.model.weight_format import WeightFormat
 from theloom.planning import plan
 from theloom.planning.estimate import Estimate, Pass
 from theloom.planning.plan import Correction, Planned
-from theloom.store.ring_buffer import MOST_AHEAD, RING_BYTES
+from theloom.store.ring_buffer import RING_BYTES, bytes_ahead
 
 if TYPE_CHECKING:
     import torch
@@ -162,23 +162,28 @@ def on_leased(estimated: Estimate) -> Estimate:
             count,
         )
     part = of_one(estimated, share(estimated.blocks, count))
-    return replace(part, batch_tokens=min(requested or BATCH_TOKENS, BATCH_TOKENS))
+    return replace(part, batch_tokens=_batch_tokens(estimated))
 
 
-def bytes_ahead(row_bytes: int, gpus: int) -> int:
+def ring_growth(estimated: Estimate, row_bytes: int, gpus: int) -> int:
     """Compute the host memory for rows on their way while all of several GPUs are busy, beyond what
     one takes.
 
     Args:
-        row_bytes: of a token, all hook points.
+        estimated: of the run.
+        row_bytes: of a token as it is copied off a GPU, all hook points.
         gpus: of a job.
 
     Returns:
         Bytes; 0 for one GPU.
     """
-    if gpus < 2:
-        return 0
-    return max(0, min(gpus * BATCH_TOKENS * row_bytes, MOST_AHEAD) - RING_BYTES["cuda"])
+    step = row_bytes * max(_batch_tokens(estimated), estimated.chunk_size)
+    return max(0, bytes_ahead(step, gpus) - RING_BYTES["cuda"])
+
+
+def _batch_tokens(estimated: Estimate) -> int:
+    """Tokens of a batch on several GPUs."""
+    return min(estimated.batch_tokens or BATCH_TOKENS, BATCH_TOKENS)
 
 
 def available(device: "torch.device") -> tuple[DeviceMemory, str]:

@@ -31,18 +31,37 @@ WRITER_BYTES = 24 << 20
 _ALIGNED = 64  # bytes: a cache line, and more than any element
 
 
+def bytes_ahead(step: int, gpus: int) -> int:
+    """Compute the bytes of the values that wait at once while each of a job's GPUs works at a
+    forward step of its own: the model's thread is that far ahead of the last GPU.
+
+    Args:
+        step: bytes of the values of one step, all hook points.
+        gpus: of the job.
+
+    Returns:
+        Bytes, at most `MOST_AHEAD`; 0 for one GPU.
+
+    Examples:
+        >>> bytes_ahead(1000, gpus=3)
+        3000
+    """
+    return min(gpus * step, MOST_AHEAD) if gpus > 1 else 0
+
+
 def ring_bytes(device: str, largest: int, ahead: int = 0) -> int:
-    """The size of the ring in bytes: the largest value fits in it twice.
+    """Compute the size of the ring: the largest value fits in it twice.
 
     Args:
         device: `cpu`, or the type of a GPU.
         largest: bytes of the largest value.
-        ahead: bytes of the values that wait at once where several GPUs are at work; more than
-            `MOST_AHEAD`, or than may be pinned, are not taken.
+        ahead: as `bytes_ahead`; no more is taken than may be pinned.
+
+    Returns:
+        Bytes.
     """
     least = max(RING_BYTES.get(device, RING_BYTES["cuda"]), 2 * (largest + _ALIGNED))
-    more = max(least, min(ahead, MOST_AHEAD))
-    return more if more > least and pinned.may_pin(more) else least
+    return ahead if ahead > least and pinned.may_pin(ahead) else least
 
 
 def bytes_on_device(device: str, largest: int) -> int:
