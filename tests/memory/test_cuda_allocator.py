@@ -8,9 +8,10 @@ import time
 
 import pytest
 import torch
+from theloom.devices.workspace import cublas_workspace
 from theloom.memory import trace
 from theloom.memory.caching_allocator import Block, CachingAllocator, Usage, in_turn, replay
-from theloom.memory.cuda_allocator import KIB, MIB, cublas_workspace
+from theloom.memory.cuda_allocator import KIB, MIB
 from theloom.memory.sizes import Workload
 from theloom.model.fake import fake_model
 from transformers import AutoConfig, AutoModel

@@ -38,8 +38,8 @@ from functools import cache
 
 import pytest
 from generation import generation
+from theloom.devices.workspace import cublas_workspace
 from theloom.memory.caching_allocator import replay
-from theloom.memory.cuda_allocator import cublas_workspace
 from theloom.model.fake import FakeModel, fake_model
 from transformers import AutoConfig
 

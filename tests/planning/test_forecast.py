@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 
+import fake_nvml
 import pytest
+from fake_nvml import Board
 from theloom.cli import main
 from theloom.devices import gpu_specs
 from theloom.errors import ConfigError, HookError
@@ -43,7 +45,7 @@ def test_the_largest_batch_of_a_gpu_fits_it_and_one_more_does_not():
     names = {
         gpu.name
         for gpu in gpu_specs.gpus()
-        if gpu.usable_bytes >= found.pipeline.total and gpu.bf16
+        if gpu.usable_bytes >= found.pipeline.on(gpu.compute_capability).total and gpu.bf16
     }
     assert {gpu.name for gpu in found.gpus} == names
     gpu = next(gpu for gpu in found.gpus if gpu.name == "RTX 4090")
@@ -53,6 +55,29 @@ def test_the_largest_batch_of_a_gpu_fits_it_and_one_more_does_not():
     turing = {gpu.name for gpu in gpu_specs.gpus() if gpu.compute_capability == (7, 5)}
     assert not turing & {gpu.name for gpu in found.gpus}  # no BF16 there
     assert turing & {gpu.name for gpu in forecast.forecast("7b", "int4").gpus}
+
+
+def test_what_libraries_take_is_that_of_the_gpu_named_or_at_hand(monkeypatch, capsys):
+    more = (32 << 20) - (8320 << 10)  # cuBLAS's workspace on Hopper and on Ampere
+    ampere, hopper = (forecast.forecast("7b", "bf16", capability=c) for c in ((8, 0), (9, 0)))
+    for name in ("pipeline", "held_full", "held_selected"):
+        assert getattr(hopper, name).total - getattr(ampere, name).total == more
+    assert hopper.totals["bf16"] - ampere.totals["bf16"] == more
+    assert hopper.layerwise.device - ampere.layerwise.device == more
+    assert (hopper.gpus, hopper.gpu_modes) == (ampere.gpus, ampere.gpu_modes)  # each by its own
+    fake_nvml.install(monkeypatch, [Board("GPU-aa", "NVIDIA H200", (9, 0))])
+    printed = []
+    for arguments in ([], ["--gpu", "a100"]):
+        assert main.main(["estimate", "7b", "--precision", "bf16", "--json", *arguments]) == 0
+        report = json.loads(capsys.readouterr().out)
+        printed.append((report["capability"], report["pipeline"]["total"]))
+    assert printed == [([9, 0], hopper.pipeline.total), ([8, 0], ampere.pipeline.total)]
+    assert main.main(["estimate", "7b", "--gpu", "nonsuch"]) == 1
+    assert "no known GPU is named 'nonsuch'; theloom gpus --all" in capsys.readouterr().err
+    assert main.main(["estimate", "7b", "--gpu", "h100"]) == 0
+    assert "cuBLAS, compute capability 9.0" in capsys.readouterr().out
+    fake_nvml.install(monkeypatch, [])
+    assert forecast.capability_of(None) == (8, 0)
 
 
 def test_a_model_of_another_architecture_is_traced(tiny_llama):

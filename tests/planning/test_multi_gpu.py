@@ -11,6 +11,7 @@ from theloom.config import compose, frozen, model_dims
 from theloom.corpus import batching
 from theloom.devices import gpu_lease
 from theloom.devices.host import DeviceMemory
+from theloom.devices.workspace import cublas_workspace
 from theloom.engine.selection import Selection
 from theloom.errors import MemoryPlanError
 from theloom.hooks import blocks
@@ -31,6 +32,11 @@ def on_meta(model_type: str, **numbers) -> blocks.Architecture:
         )
 
 
+def equal(free: int, gpus: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """So many bytes for weights on each of some GPUs, beside what their libraries take."""
+    return [free + cublas_workspace((8, 0))] * gpus, [(8, 0)] * gpus
+
+
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
 MODELS = {
     "llama": SMALL | {"num_hidden_layers": 10},
@@ -43,7 +49,7 @@ MODELS = {
 @pytest.mark.parametrize("gpus", [2, 3])
 def test_every_weight_has_one_gpu_and_blocks_keep_their_order(model_type, gpus):
     described = on_meta(model_type, **MODELS[model_type])
-    found = device_map.cut_to(described, WeightFormat("fp32"), [10**6] * gpus)
+    found = device_map.cut_to(described, WeightFormat("fp32"), *equal(10**6, gpus))
     check_device_map(described.model, found)
     names = {id(module): name for name, module in described.model.named_modules()}
     of_blocks = [found[names[id(block)]] for block in described.blocks]
@@ -58,9 +64,13 @@ def test_every_weight_has_one_gpu_and_blocks_keep_their_order(model_type, gpus):
 def test_gpus_take_blocks_in_proportion_to_what_they_have_free():
     described = on_meta("llama", **MODELS["llama"] | {"vocab_size": 2})
     block = device_map._bytes(described.blocks[0], WeightFormat("fp32"))
-    found = device_map.cut_to(described, WeightFormat("fp32"), [4 * block, 16 * block])
-    counts = [[v for k, v in found.items() if "layers" in k].count(gpu) for gpu in (0, 1)]
-    assert counts == [2, 8]
+    ampere, hopper = (8, 0), (9, 0)
+    free = [4 * block + cublas_workspace(ampere), 16 * block + cublas_workspace(hopper)]
+    # libraries take more of a Hopper GPU: as the first one it has room for no block
+    for first, expected in ((ampere, [2, 8]), (hopper, [0, 10])):
+        found = device_map.cut_to(described, WeightFormat("fp32"), free, [first, hopper])
+        counts = [[v for k, v in found.items() if "layers" in k].count(gpu) for gpu in (0, 1)]
+        assert counts == expected
 
 
 def test_a_model_that_does_not_fit_is_rejected_with_what_to_do():
@@ -68,7 +78,7 @@ def test_a_model_that_does_not_fit_is_rejected_with_what_to_do():
     with pytest.raises(
         MemoryPlanError, match=r"do not fit 2 GPUs .* ask for more with resources.gpu"
     ):
-        device_map.cut_to(described, WeightFormat("fp32"), [100_000, 100_000])
+        device_map.cut_to(described, WeightFormat("fp32"), *equal(100_000, 2))
 
 
 def settings(profile: str, overrides: str):

@@ -54,6 +54,12 @@ def add_estimate(commands: Any) -> None:
     )
     parser.add_argument("--hooks", metavar="FILTER,...", help="hook filter; default: the profile's")
     parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="a GPU such as h100, whose libraries' memory is counted; default: this machine's, "
+        "else one of compute capability 8.0",
+    )
+    parser.add_argument(
         "--trace", action="store_true", help="trace the model even if there is a closed form"
     )
     parser.add_argument(
@@ -91,6 +97,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
         arguments.tokens,
         filters,
         arguments.trace,
+        forecast.capability_of(arguments.gpu),
     )
     savings = _savings(arguments, result) if arguments.training else []
     if arguments.json:
@@ -152,7 +159,11 @@ def _components(result: "Forecast") -> str:
         ],
         ["temporaries", *size(result.temporaries), "of a forward pass at its peak"],
         ["logits", *size(0), "not computed"],
-        ["workspace", *size(cuda.workspace), "cuBLAS"],
+        [
+            "workspace",
+            *size(cuda.workspace),
+            f"cuBLAS, compute capability {capability(result.capability)}",
+        ],
         ["fragmentation", *size(cuda.fragmentation), "reserved by CUDA's allocator, unused"],
         ["CUDA context", *size(cuda.context), "approximate; varies by driver and GPU"],
         [

@@ -6,12 +6,8 @@ All sizes are bytes. GB are 10⁹ of them, GiB 2³⁰.
 
 from dataclasses import dataclass, replace
 
-from theloom.memory.cuda_allocator import (
-    CUDA_CONTEXT,
-    LARGE_SEGMENT,
-    Capability,
-    cublas_workspace,
-)
+from theloom.devices.workspace import CUDA_CONTEXT, Capability, cublas_workspace
+from theloom.memory.cuda_allocator import LARGE_SEGMENT
 from theloom.terminal import format_bytes
 
 # What the caching allocator holds beyond what it gives out, as a share of what is not weights, and
@@ -105,6 +101,10 @@ class Components:
     fragmentation: int = 0
     context: int = 0
     overhead: int = 0  # what a process was seen to take beside all of these
+
+    def on(self, capability: Capability) -> "Components":
+        """Give the same on a GPU of another compute capability."""
+        return replace(self, workspace=cublas_workspace(capability))
 
     @property
     def allocated(self) -> int:

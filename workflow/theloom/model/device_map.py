@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from theloom import terminal
 from theloom.devices import gpu_lease, streams
-from theloom.devices.gpu import available_memory
+from theloom.devices.gpu import available_memory, compute_capability
 from theloom.devices.streams import Mark, SideStreams
+from theloom.devices.workspace import Capability, cublas_workspace
 from theloom.errors import MemoryPlanError
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.model.weight_format import WeightFormat, quantized_bytes
@@ -102,24 +103,42 @@ def over_leased(
         model = auto_class(model_config, trust_remote_code).from_config(
             model_config, trust_remote_code=trust_remote_code
         )
-    free = [
-        available_memory(torch.device("cuda", number))[0].free
-        for number in range(len(gpu_lease.held()))
-    ]
-    cut = cut_to(find_blocks(model), kind, free)
-    return {name: torch.device("cuda", number) for name, number in cut.items()}
+    gpus = [torch.device("cuda", number) for number in range(len(gpu_lease.held()))]
+    free = [available_memory(gpu)[0].free for gpu in gpus]
+    cut = cut_to(find_blocks(model), kind, free, [compute_capability(gpu) for gpu in gpus])
+    return {name: gpus[number] for name, number in cut.items()}
 
 
-def cut_to(architecture: Architecture, kind: WeightFormat, free: Sequence[int]) -> dict[str, int]:
-    """The same for GPUs with so many bytes free; `architecture` may be on the meta device.
+def cut_to(
+    architecture: Architecture,
+    kind: WeightFormat,
+    free: Sequence[int],
+    capabilities: Sequence[Capability],
+) -> dict[str, int]:
+    """Cut a model to several GPUs.
 
-    The first GPU has the weights that are in no block. A tenth is left for the forward pass, whose
-    plan is made for what the fullest has. Raises MemoryPlanError.
+    The first GPU has the weights that are in no block. Beside what its libraries take, a tenth is
+    left for the forward pass, whose plan is made for what the fullest has.
+
+    Args:
+        architecture: of the model, which may be on the meta device.
+        kind: format of its weights.
+        free: bytes of each GPU.
+        capabilities: the compute capability of each, by which its libraries take memory.
+
+    Returns:
+        The number of the GPU that each module goes to, by its name.
+
+    Raises:
+        MemoryPlanError: the blocks do not fit.
     """
     sizes = [_bytes(block, kind) for block in architecture.blocks]
     everything = sum(p.numel() for p in architecture.model.parameters())
     in_blocks = sum(p.numel() for block in architecture.blocks for p in block.parameters())
-    budgets = [int(0.9 * room) for room in free]
+    budgets = [
+        int(0.9 * max(0, room - cublas_workspace(capability)))
+        for room, capability in zip(free, capabilities, strict=True)
+    ]
     budgets[0] = max(0, budgets[0] - BYTES[kind.precision] * (everything - in_blocks))
     return device_map(architecture, sizes, budgets)
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from theloom.config.model_dims import ModelDims
 from theloom.config.sharding import TOKENS_OF_SHARD
 from theloom.devices import gpu_specs
+from theloom.devices.workspace import Capability, cublas_workspace
 from theloom.hooks.points import HookPoint
 from theloom.memory.estimators import Estimator
-from theloom.memory.sizes import BlockSizes, Workload, with_device_overhead
+from theloom.memory.sizes import BlockSizes, Components, Workload, with_device_overhead
 from theloom.model.weight_format import WeightFormat
 from theloom.precision import BYTES
 
@@ -32,10 +33,15 @@ class Layerwise:
     sizes: BlockSizes
     working_set: int
     device: int
+    workspace: int  # of `device`: what libraries take on a GPU of the capability asked for
     host: int  # without the process: residuals of a shard, buffers, embeddings, arguments
     residuals: int  # of a shard; the largest part of `host`
     read: int  # from the disk, per shard
     shard_tokens: int
+
+    def on(self, capability: Capability) -> int:
+        """Give what it takes of a GPU of another compute capability, in bytes."""
+        return self.device - self.workspace + cublas_workspace(capability)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ def layerwise(
     workload: Workload,
     points: Sequence[HookPoint],
     shard_tokens: int = TOKENS_OF_SHARD,
+    capability: Capability = (8, 0),
 ) -> Layerwise:
     """Estimate what layerwise execution takes on a GPU.
 
@@ -72,6 +79,7 @@ def layerwise(
         workload: shape of the largest batch.
         points: hook points that are captured.
         shard_tokens: tokens of a shard.
+        capability: compute capability of the GPU.
 
     Returns:
         Bytes of GPU, host and disk.
@@ -81,7 +89,7 @@ def layerwise(
     """
     sizes = estimator.block_sizes(kind, points)
     parts, recorded = estimator.block_forward(kind, workload, points)
-    pass_bytes = with_device_overhead(0, parts, "cuda").total
+    taken = with_device_overhead(0, parts, "cuda", capability)
     residuals = shard_tokens * estimator.size.hidden_size * BYTES[kind.precision]
     plain = (
         sizes
@@ -93,7 +101,8 @@ def layerwise(
         parameters=plain.read // BYTES[kind.precision],
         sizes=sizes,
         working_set=parts.total,
-        device=sizes.on_device + sizes.kept + pass_bytes,
+        device=sizes.on_device + sizes.kept + taken.total,
+        workspace=taken.workspace,
         host=residuals + sizes.on_host + sizes.embeddings + recorded,
         residuals=residuals,
         read=sizes.read,
@@ -123,7 +132,7 @@ def gpu_modes(
     estimator: Estimator,
     kind: WeightFormat,
     tokens: int,
-    resident_bytes: int,
+    resident: Components,
     swept: Layerwise,
     blocks: int,
 ) -> list[GPUModes]:
@@ -133,7 +142,7 @@ def gpu_modes(
         estimator: of the model.
         kind: format of the weights.
         tokens: tokens of a window.
-        resident_bytes: GPU memory that resident execution takes.
+        resident: what resident execution takes of a GPU.
         swept: what layerwise execution takes.
         blocks: blocks that run.
 
@@ -147,16 +156,16 @@ def gpu_modes(
             continue
         able = gpu.computes(kind.name)
         speed = gpu.tflops * 1e12 * EFFICIENCY
-        resident, layered = None, None
+        in_memory, layered = None, None
         overlapped = swept.shard_tokens * each / blocks / speed >= swept.read / blocks / DISK
-        if able and resident_bytes <= gpu.usable_bytes:
-            resident = (_hours(1e6 * each / speed), _hours(1e7 * each / speed))
-        if able and swept.device <= gpu.usable_bytes:
+        if able and resident.on(gpu.compute_capability).total <= gpu.usable_bytes:
+            in_memory = (_hours(1e6 * each / speed), _hours(1e7 * each / speed))
+        if able and swept.on(gpu.compute_capability) <= gpu.usable_bytes:
             layered = (
                 _layerwise_hours(1e6, each, speed, swept, blocks),
                 _layerwise_hours(1e7, each, speed, swept, blocks),
             )
-        modes.append(GPUModes(gpu.name, gpu.usable_bytes, resident, layered, overlapped))
+        modes.append(GPUModes(gpu.name, gpu.usable_bytes, in_memory, layered, overlapped))
     return modes
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from theloom.config import compose, frozen, locations, words
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import Config
-from theloom.devices import gpu_specs
+from theloom.devices import gpu_specs, nvml
 from theloom.errors import ConfigError, ModelError
 from theloom.hooks.points import RESIDUALS, HookPoint, deepest_block, residual_points
 from theloom.memory import sizes
@@ -26,6 +26,29 @@ from theloom.store.provenance import PACKAGES, package_version
 
 # Share of a GPU's usable memory for its largest batch: the default of memory_warning_threshold.
 HEADROOM = 0.85
+
+AMPERE = (8, 0)  # what is reckoned with where no GPU is named or at hand
+
+
+def capability_of(name: str | None) -> tuple[int, int]:
+    """Find the compute capability of the GPU that is named, else of the first at hand.
+
+    Args:
+        name: such as `h100`; None: not named.
+
+    Returns:
+        Major and minor; those of `AMPERE` where none is named and the driver shows none.
+
+    Raises:
+        ConfigError: no known GPU has the name.
+    """
+    if name is None:
+        at_hand = (d.compute_capability for d in nvml.read().devices)
+        return next((c for c in at_hand if c is not None), AMPERE)
+    boards = gpu_specs.find(name)
+    if not boards:
+        raise ConfigError(f"no known GPU is named {name!r}; theloom gpus --all lists them")
+    return boards[0].compute_capability
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,7 @@ class Forecast:
     method: str
     kind: str
     attention: str
+    capability: tuple[int, int]  # of the GPU, by which its libraries take memory
     windows: int
     tokens: int
     chunk_size: int
@@ -91,6 +115,7 @@ def forecast(
     tokens: int = 2048,
     filters: Sequence[str] | None = None,
     trace: bool = False,
+    capability: tuple[int, int] = AMPERE,
 ) -> Forecast:
     """Forecast the memory of a profile or a model.
 
@@ -102,6 +127,7 @@ def forecast(
         tokens: tokens per window.
         filters: hook filters; None: the profile's.
         trace: trace the model even if there is a closed form.
+        capability: compute capability of the GPU, by which its libraries take memory.
 
     Returns:
         The forecast.
@@ -125,11 +151,11 @@ def forecast(
     written = smaller_pass(estimator, kind, workload, points)
     weights = estimator.weights(kind)
     values = windows * tokens * BYTES[kind.precision]
-    pipeline = sizes.with_device_overhead(weights, written, "cuda")
+    pipeline = sizes.with_device_overhead(weights, written, "cuda", capability)
     full, selected = (
         estimator.forward(kind, workload, chosen, held=True) for chosen in (residuals, points)
     )
-    swept, unsupported = _layerwise(estimator, kind, workload, points)
+    swept, unsupported = _layerwise(estimator, kind, workload, points, capability)
     deepest = min(deepest_block(points) + 1, estimator.size.num_blocks)
     able = [gpu for gpu in gpu_specs.gpus() if gpu.computes(kind.name)]
     return Forecast(
@@ -138,6 +164,7 @@ def forecast(
         method=estimator.method,
         kind=kind.name,
         attention=getattr(estimator, "attention", "sdpa"),
+        capability=capability,
         windows=windows,
         tokens=tokens,
         chunk_size=chunk_size,
@@ -150,15 +177,15 @@ def forecast(
         captured_every=values * _held_width(catalog.points, tokens),
         captured_selected=values * _held_width(points, tokens),
         temporaries=written.temporaries,
-        held_full=sizes.with_device_overhead(weights, full, "cuda"),
-        held_selected=sizes.with_device_overhead(weights, selected, "cuda"),
+        held_full=sizes.with_device_overhead(weights, full, "cuda", capability),
+        held_selected=sizes.with_device_overhead(weights, selected, "cuda", capability),
         pipeline=pipeline,
         load_peak=weights + (estimator.largest_weight(kind) if kind.quantization else 0),
         host=estimate.HOST_PROCESS + weights + written.total,
         disk_per_million_tokens=10**6
         * (row_bytes(points, kind.precision, tokens) + estimate.token_bytes(settings)),
         totals={
-            name: _total(estimator, other, workload, points)
+            name: _total(estimator, other, workload, points, capability)
             for name, other in WEIGHT_FORMATS.items()
             if "+" not in name
         },
@@ -166,20 +193,29 @@ def forecast(
         layerwise=swept,
         layerwise_unsupported=unsupported,
         layerwise_gpus=[
-            gpu.name for gpu in able if swept is not None and swept.device <= gpu.usable_bytes
+            gpu.name
+            for gpu in able
+            if swept is not None and swept.on(gpu.compute_capability) <= gpu.usable_bytes
         ],
         gpu_modes=[]
         if swept is None
-        else execution_modes.gpu_modes(estimator, kind, tokens, pipeline.total, swept, deepest),
+        else execution_modes.gpu_modes(estimator, kind, tokens, pipeline, swept, deepest),
     )
 
 
 def _layerwise(
-    estimator: Estimator, kind: WeightFormat, workload: Workload, points: Sequence[HookPoint]
+    estimator: Estimator,
+    kind: WeightFormat,
+    workload: Workload,
+    points: Sequence[HookPoint],
+    capability: tuple[int, int],
 ) -> tuple[Layerwise | None, str]:
     """Layerwise execution, or why it is unsupported."""
     try:
-        return execution_modes.layerwise(estimator, kind, workload, points), ""
+        return (
+            execution_modes.layerwise(estimator, kind, workload, points, capability=capability),
+            "",
+        )
     except ModelError as error:
         return None, str(error)
 
@@ -241,14 +277,14 @@ def fitting(
     one = smaller_pass(estimator, kind, Workload(1, workload.tokens, workload.chunk_size), points)
     gpus = []
     for gpu in gpu_specs.gpus():
-        if not gpu.computes(kind.name) or gpu.usable_bytes < needed.total:
+        headroom = gpu.usable_bytes - needed.on(gpu.compute_capability).total
+        if not gpu.computes(kind.name) or headroom < 0:
             continue
         fixed = sizes.with_device_overhead(
             needed.weights, one.times(0), "cuda", gpu.compute_capability
         ).total
         room = HEADROOM * gpu.usable_bytes - fixed
         batch = max(workload.windows, int(room / ((1 + sizes.FRAGMENTATION) * one.total)))
-        headroom = gpu.usable_bytes - needed.total
         gpus.append(
             FittingGPU(
                 gpu.name, gpu.compute_capability, gpu.usable_bytes, headroom, batch, workload.tokens
@@ -276,11 +312,14 @@ def as_json(result: Forecast) -> dict[str, Any]:
 
 
 def _total(
-    estimator: Estimator, kind: WeightFormat, workload: Workload, points: Sequence[HookPoint]
+    estimator: Estimator,
+    kind: WeightFormat,
+    workload: Workload,
+    points: Sequence[HookPoint],
+    capability: tuple[int, int],
 ) -> int:
-    return sizes.with_device_overhead(
-        estimator.weights(kind), smaller_pass(estimator, kind, workload, points), "cuda"
-    ).total
+    parts = smaller_pass(estimator, kind, workload, points)
+    return sizes.with_device_overhead(estimator.weights(kind), parts, "cuda", capability).total
 
 
 def _held_width(points: Sequence[HookPoint], tokens: int) -> int:

@@ -14,8 +14,8 @@ from theloom import terminal
 from theloom.corpus.batching import Lengths
 from theloom.devices.host import DeviceMemory
 from theloom.devices.pinned import host_bytes, pinned_bytes
+from theloom.devices.workspace import Capability
 from theloom.errors import MemoryPlanError
-from theloom.memory.cuda_allocator import Capability
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload, with_device_overhead
 from theloom.planning.plan import Plan, smaller_plans
 from theloom.store.ring_buffer import IN_FLIGHT, WRITER_BYTES, bytes_on_device, ring_bytes

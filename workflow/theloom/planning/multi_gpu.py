@@ -16,8 +16,8 @@ from theloom.corpus.batching import Lengths
 from theloom.devices import gpu_lease
 from theloom.devices.gpu import available_memory, compute_capability
 from theloom.devices.host import DeviceMemory
+from theloom.devices.workspace import Capability
 from theloom.errors import MemoryPlanError
-from theloom.memory.cuda_allocator import Capability
 from theloom.memory.sizes import with_device_overhead
 from theloom.model.weight_format import WeightFormat
 from theloom.planning import plan

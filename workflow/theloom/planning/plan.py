@@ -12,9 +12,9 @@ from functools import cache as cache_of
 from theloom import terminal
 from theloom.corpus.batching import Lengths
 from theloom.devices.host import DeviceMemory
+from theloom.devices.workspace import Capability
 from theloom.errors import MemoryPlanError
 from theloom.memory import sizes
-from theloom.memory.cuda_allocator import Capability
 from theloom.memory.sizes import Components, PeakBytes, Workload
 from theloom.planning.estimate import SMALLEST_CHUNK, Estimate, chunk_sizes
 from theloom.store.ring_buffer import bytes_on_device

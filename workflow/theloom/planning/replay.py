@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from theloom.corpus.batching import Lengths, plan_batches
 from theloom.devices import accelerator, gpu_lease
+from theloom.devices.workspace import cublas_workspace
 from theloom.hooks.points import HookPoint
 from theloom.memory import replayed
 from theloom.memory.caching_allocator import Usage
-from theloom.memory.cuda_allocator import cublas_workspace
 from theloom.memory.estimators import Traced
 from theloom.memory.sizes import FRAGMENTATION, BlockSizes, Workload
 from theloom.model.length_switches import LengthSwitch
