@@ -267,10 +267,14 @@ def _interface(world: World) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _bitsandbytes() -> list[tuple[Any, dict[str, Any]]]:
-    """Its class of weights of 8 bits, where it has been imported before."""
+    """Its classes of weights, where it has been imported before."""
     if "bitsandbytes" not in sys.modules:
         return []
-    return [(sys.modules["bitsandbytes"].nn.Int8Params, {"_quantize": quantised.int8})]
+    nn = sys.modules["bitsandbytes"].nn
+    return [
+        (nn.Int8Params, {"_quantize": quantised.int8}),
+        (nn.Params4bit, {"_quantize": quantised.nf4}),
+    ]
 
 
 def _with_number(world: World, device: Any) -> Any:
@@ -281,11 +285,14 @@ def _with_number(world: World, device: Any) -> Any:
 
 
 def _numbered(world: World) -> dict[str, Any]:
-    """Functions that make tensors without asking the mode first."""
+    """Functions that make tensors without asking the mode first: they make them on the host."""
 
     def of(function: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any, device: Any = None, **kwargs: Any) -> Any:
-            return function(*args, device=_with_number(world, device), **kwargs)
+            numbered = _with_number(world, device)
+            if numbered is None or torch.device(numbered).type != "cuda":
+                return function(*args, device=device, **kwargs)
+            return function(*args, **kwargs).to(numbered)
 
         return made
 

@@ -1,5 +1,5 @@
-"""bitsandbytes' 8 bits on simulated GPUs: its own code with its CPU's kernels. Only its class of
-weights, which puts memory of a GPU in place of that of the host, is helped to do so.
+"""bitsandbytes' 8 and 4 bits on simulated GPUs: its own code with its CPU's kernels. Only its
+classes of weights, which put memory of a GPU in place of that of the host, are helped to do so.
 """
 
 import functools
@@ -40,3 +40,29 @@ def int8(weight: Any, device: torch.device) -> Any:
     half = weight.data.contiguous().to(device=device, dtype=torch.float16)
     quantised, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(half)
     return bitsandbytes.nn.Int8Params(quantised, requires_grad=False, CB=quantised, SCB=scales)
+
+
+def nf4(weight: Any, device: torch.device) -> Any:
+    """As Params4bit._quantize, with a new tensor for the quantised weight."""
+    import bitsandbytes
+
+    quantised, state = bitsandbytes.functional.quantize_4bit(
+        weight.data.contiguous().to(device),
+        blocksize=weight.blocksize,
+        compress_statistics=weight.compress_statistics,
+        quant_type=weight.quant_type,
+        quant_storage=weight.quant_storage,
+    )
+    made = bitsandbytes.nn.Params4bit(
+        quantised,
+        quant_state=state,
+        blocksize=weight.blocksize,
+        compress_statistics=weight.compress_statistics,
+        quant_type=weight.quant_type,
+        quant_storage=weight.quant_storage,
+        module=weight.module,
+        bnb_quantized=True,
+    )
+    if weight.module is not None:
+        weight.module.quant_state = state
+    return made
