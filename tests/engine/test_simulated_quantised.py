@@ -1,12 +1,19 @@
-"""8 bits layer by layer on a simulated GPU: bitsandbytes' own code with kernels of the CPU."""
+"""8 and 4 bits on a simulated GPU: bitsandbytes' own code with kernels of the CPU.
 
+Rows in 8 bits are those of the CPU. In 4 bits they are those of a model in FP32 whose weights are
+what bitsandbytes makes of NF4: on a CPU with AVX512-BF16 its products of 4 bits are in BF16.
+"""
+
+import fnmatch
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from simulated_cuda import simulated
-from simulated_runs import build
+from simulated_runs import build, cpu_rows, difference, prepare
 from support import a_config
 from theloom.devices import accelerator, streams
 from theloom.engine.layerwise import block_loader
@@ -16,9 +23,12 @@ from theloom.engine.layerwise.runner import LayerwiseRunner
 from theloom.model import quantization
 from theloom.model.files import prepare_files
 
-pytest.importorskip("bitsandbytes")  # before the simulation, which stands in for a part of it
+functional = pytest.importorskip(
+    "bitsandbytes.functional"
+)  # before the simulation, which stands in for a part of it
 
 TOKENS = 4
+PROJECTIONS = "*_proj.weight"  # what is quantised of a Llama
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +100,36 @@ def _without_wait(slot):
     with streams.use(side):
         yield
     slot._copied = streams.Mark(side)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of widths that bitsandbytes takes in 4 bits."""
+    sizes = {"intermediate_size": 128, "num_hidden_layers": 2}
+    return build(tmp_path_factory.mktemp("narrow"), **sizes)
+
+
+def in_nf4_and_back(model: Path, folder: Path) -> Path:
+    """The same model, with the weights that its 4 bits stand for."""
+    shutil.copytree(model.parent, folder)
+    file = folder / "model/model.safetensors"
+    weights = load_file(file)
+    for name in fnmatch.filter(weights, PROJECTIONS):
+        quantised, state = functional.quantize_4bit(weights[name], quant_type="nf4")
+        weights[name] = functional.dequantize_4bit(quantised, state)
+    save_file(weights, file, {"format": "pt"})
+    return folder / "model"
+
+
+@pytest.mark.parametrize("execution", ["resident", "layerwise"])
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_extracted_rows_are_those_of_the_weights_that_the_bits_stand_for(
+    narrow, tmp_path, bits, execution
+):
+    options = f"memory.quantization={bits} extraction.execution={execution}"
+    if bits == "8bit":
+        expected = cpu_rows(tmp_path / "cpu", narrow, f"memory.quantization={bits}")
+    else:
+        expected = cpu_rows(tmp_path / "cpu", in_nf4_and_back(narrow, tmp_path / "plain"))
+    run = prepare(tmp_path / "run", narrow, options, gpus=1)
+    assert difference(run.again(tmp_path / "rows").rows(policy="random"), expected) <= 1e-5
