@@ -25,8 +25,16 @@ VLLM_HINT = (
 
 
 def choose_device(requested: str) -> "torch.device":
-    """The device of `extraction.device`: auto, cpu, cuda, xpu or mps, with a number or without.
-    Raises ConfigError where there is no such one.
+    """Find the device of `extraction.device`.
+
+    Args:
+        requested: auto, cpu, cuda, xpu or mps, with a number or without.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: there is no such one.
     """
     import torch
 
@@ -65,6 +73,13 @@ def precision_on(device: "torch.device", requested: str) -> Resolved:
     """Follow the fallback chain of precisions on a device; each fallback is logged as a warning.
 
     NVIDIA's GPUs answer by their compute capability, others by whether they multiply such numbers.
+
+    Args:
+        device: where the model runs.
+        requested: auto, fp32, fp16 or bf16.
+
+    Returns:
+        The precision, and how it was arrived at.
     """
     import torch
 
@@ -82,9 +97,14 @@ def precision_on(device: "torch.device", requested: str) -> Resolved:
 
 
 def device_memory(device: "torch.device") -> DeviceMemory:
-    """The memory of a GPU that this process can have (makes a CUDA context): what the driver has
-    free, and what this process's allocator holds and no tensor uses. For the CPU that of the host,
-    as `host.memory` bounds it.
+    """Measure the memory of a GPU that this process can have (makes a CUDA context): what the
+    driver has free, and what this process's allocator holds and no tensor uses.
+
+    Args:
+        device: the GPU; for the CPU it is the memory of the host, as `host.memory` bounds it.
+
+    Returns:
+        Bytes.
     """
     if device.type == "cpu":
         return host.memory()
@@ -94,8 +114,13 @@ def device_memory(device: "torch.device") -> DeviceMemory:
 
 
 def available_memory(device: "torch.device") -> tuple[DeviceMemory, str]:
-    """The memory of a device before anything is loaded, and in words who else uses it. Makes no
-    CUDA context.
+    """Measure the memory of a device before anything is loaded. Makes no CUDA context.
+
+    Args:
+        device: a GPU or the CPU.
+
+    Returns:
+        Bytes, and in words who else uses it.
     """
     if device.type == "cpu":
         return host.memory(), ""
@@ -108,8 +133,14 @@ def available_memory(device: "torch.device") -> tuple[DeviceMemory, str]:
 
 
 def warn_above(threshold: float, device: "torch.device") -> bool:
-    """Log a warning, and say True, if more than `threshold` (a share) of the memory of a device of
-    the job is in use, by anyone.
+    """Log a warning if more than a share of the memory of a device of the job is in use, by anyone.
+
+    Args:
+        threshold: the share, from 0 to 1.
+        device: the job's; several GPUs of a job are all looked at.
+
+    Returns:
+        Whether one was logged.
     """
     fullest = False
     for one in devices_of_job(device):

@@ -40,11 +40,14 @@ class DeviceMemory:
 
 
 def memory(root: Path = ROOT) -> DeviceMemory:
-    """The memory that this process may have, in bytes. `root` is where /proc and /sys are looked
-    for.
+    """Measure the memory that this process may have.
 
-    `total` and `free` are each the least of all bounds; `limited_by` names the bound with the least
-    free.
+    Args:
+        root: where /proc and /sys are looked for.
+
+    Returns:
+        Bytes: `total` and `free` are each the least of all bounds; `limited_by` names the bound
+        with the least free.
     """
     machine = psutil.virtual_memory()
     bounds = [DeviceMemory(machine.total, machine.available), *_cgroups(root), *_address_space()]

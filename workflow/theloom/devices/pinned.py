@@ -26,7 +26,13 @@ _taken: dict[int, int] = {}
 
 
 def pinned_bytes(nbytes: int) -> int:
-    """What a pinned piece of so many bytes really takes.
+    """Compute what a pinned piece really takes.
+
+    Args:
+        nbytes: of the piece.
+
+    Returns:
+        Bytes.
 
     Examples:
         >>> pinned_bytes(3000)
@@ -38,12 +44,26 @@ def pinned_bytes(nbytes: int) -> int:
 
 
 def host_bytes(nbytes: int) -> int:
-    """What `pinned_empty` takes for so many bytes: as they are where they may not be pinned."""
+    """Compute what `pinned_empty` takes: as much as is asked for where it may not be pinned.
+
+    Args:
+        nbytes: of the piece.
+
+    Returns:
+        Bytes.
+    """
     return pinned_bytes(nbytes) if may_pin(nbytes) else nbytes
 
 
 def may_pin(nbytes: int) -> bool:
-    """Whether so many more bytes may be pinned by this process."""
+    """Tell whether this process may pin more of the host's memory.
+
+    Args:
+        nbytes: how much more.
+
+    Returns:
+        Whether it may.
+    """
     return sum(_taken.values()) + pinned_bytes(nbytes) <= MOST * host.memory().total
 
 
@@ -82,7 +102,15 @@ def pinned_empty(count: int, dtype: "torch.dtype", device: "torch.device") -> "t
 
 
 def pinned_copy(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
-    """A small tensor of the host as a device with streams copies it without a wait."""
+    """Copy a small tensor of the host so that a device with streams can copy it without a wait.
+
+    Args:
+        tensor: on the host.
+        device: where it goes.
+
+    Returns:
+        The copy, pinned; for a device without streams the tensor itself.
+    """
     return tensor.pin_memory() if accelerator.has_streams(device) else tensor
 
 

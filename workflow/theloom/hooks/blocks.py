@@ -47,12 +47,21 @@ class Architecture:
 
 
 def find_blocks(model: "PreTrainedModel") -> Architecture:
-    """Find the blocks of a model. Raises ModelError where they cannot be told for certain.
+    """Find the blocks of a model.
 
     They are the list of as many modules as the config says, of classes that transformers declares
     for the part of the model that owns them. Where no list is so, any list of that length will do,
     or any of those classes; where more than one is, a forward pass of three tokens says which one
     runs.
+
+    Args:
+        model: of transformers; its weights may be on the meta device.
+
+    Returns:
+        The model with its blocks.
+
+    Raises:
+        ModelError: they cannot be told for certain.
     """
     size = numbers(model.config)
     every = _module_lists(model)

@@ -18,8 +18,16 @@ from theloom.hooks.taps import Taps
 
 
 def build_catalog(architecture: Architecture) -> HookCatalog:
-    """What can be read from a model. Raises ModelError for one that does not run on token ids
-    alone.
+    """List what can be read from a model.
+
+    Args:
+        architecture: the model with its blocks.
+
+    Returns:
+        Its hook points.
+
+    Raises:
+        ModelError: it does not run on token ids alone.
     """
     anatomy = Anatomy.of(architecture)
     found = _known.get(architecture.model)

@@ -110,13 +110,31 @@ class HookCatalog:
 
 
 def point(value: str, block: int, num_blocks: int, shape: Sequence[int]) -> HookPoint:
-    """The hook point of a value in a block, or before or after all blocks."""
+    """Describe a value in a block, or before or after all blocks, as a hook point.
+
+    Args:
+        value: its name, such as `hook_resid_pre`.
+        block: number of the block.
+        num_blocks: of the model.
+        shape: of the value of one token.
+
+    Returns:
+        The hook point.
+    """
     name = f"blocks.{block}.{value}" if 0 <= block < num_blocks else value
     return HookPoint(name, block, value, tuple(shape))
 
 
 def residual_points(num_blocks: int, hidden_size: int) -> list[HookPoint]:
-    """The residual stream before and after every block."""
+    """List the residual stream before and after every block.
+
+    Args:
+        num_blocks: of the model.
+        hidden_size: elements of a token's residual.
+
+    Returns:
+        The hook points, in the order of the model.
+    """
     return [
         point(value, block, num_blocks, [hidden_size])
         for block in range(num_blocks)
@@ -125,7 +143,14 @@ def residual_points(num_blocks: int, hidden_size: int) -> list[HookPoint]:
 
 
 def llama_catalog(size: ModelDims) -> HookCatalog:
-    """The catalog of a Llama-like model (`closed_form.covers`), from its numbers alone."""
+    """Make the catalog of a Llama-like model (`closed_form.covers`) from its numbers alone.
+
+    Args:
+        size: dimensions of the model.
+
+    Returns:
+        The catalog.
+    """
     d, m, q, kv = (
         [size.hidden_size],
         [size.intermediate_size],
@@ -156,12 +181,19 @@ def llama_catalog(size: ModelDims) -> HookCatalog:
 def select_points(
     filters: Iterable[str], points: Sequence[HookPoint], refused: Mapping[str, str] | None = None
 ) -> list[HookPoint]:
-    """The hook points that a filter asks for, in the order of the model; an empty filter asks for
-    all.
+    """Find the hook points that a filter asks for.
 
-    An entry is an exact name or a glob (`*`, `?`); `blocks.-1.` counts from the last block. Raises
-    HookError for an entry that names nothing: with the reason where this model's architecture has
-    not the hook point (`refused`, by name), else with near matches.
+    Args:
+        filters: exact names or globs (`*`, `?`); `blocks.-1.` counts from the last block; none:
+            all.
+        points: of the model, in its order.
+        refused: reasons, by name, of hook points that the model's architecture has not.
+
+    Returns:
+        The hook points, in the order of the model.
+
+    Raises:
+        HookError: an entry names nothing: with the reason, or with near matches.
     """
     entries = list(filters)
     if not entries:
@@ -187,8 +219,13 @@ def select_points(
 
 
 def check_names(filters: Iterable[str]) -> None:
-    """That a filter's entries can name something in some model, however many blocks it has. Raises
-    HookError.
+    """Check that a filter's entries can name something in some model, however many blocks it has.
+
+    Args:
+        filters: as those of `select_points`.
+
+    Raises:
+        HookError: one cannot.
     """
     values = {*BEFORE_BLOCKS, *AFTER_BLOCKS, *(f"blocks.0.{value}" for value in IN_BLOCK)}
     for entry in filters:

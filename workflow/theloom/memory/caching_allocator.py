@@ -196,14 +196,22 @@ def replay(
     warmed_up: bool = False,
     expandable: bool = False,
 ) -> Usage:
-    """The peaks of a model's life: its weights first, which stay, then the births and ends of
-    storages, in order.
+    """Replay a model's life: its weights first, which stay, then the births and ends of storages.
 
-    `weights` are bytes of each storage in the order of loading; what else stays for good is one
-    more of them, such as the cuBLAS workspace. `warmed_up`: all of their bytes are requested at
-    once and freed before the first is loaded, as transformers 5 does where `from_pretrained` has a
-    device_map; weights then lie close together. `expandable`: of expandable segments. Raises
-    ValueError where a storage ends that was not born.
+    Args:
+        weights: bytes of each storage in the order of loading; what else stays for good is one more
+            of them, such as the cuBLAS workspace.
+        events: births and ends, in order.
+        warmed_up: all bytes of the weights are requested at once and freed before the first is
+            loaded, as transformers 5 does where `from_pretrained` has a device_map; weights then
+            lie close together.
+        expandable: segments grow.
+
+    Returns:
+        The peaks, in bytes.
+
+    Raises:
+        ValueError: a storage ends that was not born.
     """
     allocator = CachingAllocator(expandable)
     total = sum(weights)
@@ -224,10 +232,15 @@ def replay(
 
 
 def in_turn(passes: Iterable[Sequence[Event]]) -> list[Event]:
-    """The events of several traces, one after another, as those of one: batches of different
-    shapes, in their order.
+    """Join the events of several traces, one after another: batches of different shapes.
 
     What a pass still holds at its end is freed there.
+
+    Args:
+        passes: the events of each, in their order.
+
+    Returns:
+        The events as those of one trace.
     """
     joined: list[Event] = []
     first = 0

@@ -21,7 +21,14 @@ LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 
 
 def covers(size: ModelDims) -> bool:
-    """Whether the formulas hold: a Llama-like model, whose attention sees all of its context."""
+    """Tell whether the formulas hold: a Llama-like model, whose attention sees all of its context.
+
+    Args:
+        size: dimensions of the model.
+
+    Returns:
+        Whether they do.
+    """
     return size.model_type in LLAMA_LIKE and not size.sliding_window
 
 
@@ -43,7 +50,15 @@ class Parameters:
 
 
 def parameters(size: ModelDims, tied: bool) -> Parameters:
-    """Counts of a Llama-like model."""
+    """Count the weights of a Llama-like model.
+
+    Args:
+        size: dimensions of the model.
+        tied: the LM head is the token embedding.
+
+    Returns:
+        The counts by part.
+    """
     h, q, kv = size.hidden_size, size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
     block = h * (2 * q + 2 * kv) + 3 * h * size.intermediate_size
     norms = {"qwen3": 2 * h + 2 * size.head_dim, "olmo2": 2 * h + q + kv}.get(
@@ -63,8 +78,16 @@ def parameters(size: ModelDims, tied: bool) -> Parameters:
 def weights(
     size: ModelDims, kind: WeightFormat, blocks: int | None = None, final_norm: bool = True
 ) -> int:
-    """Bytes of the base model, without LM head, with its two rotary tables in FP32; of the first
-    `blocks` alone.
+    """Compute the size of the base model, without LM head, with its two rotary tables in FP32.
+
+    Args:
+        size: dimensions of the model.
+        kind: format of the weights.
+        blocks: how many of the first are loaded; None: all.
+        final_norm: the norm behind the last block is loaded.
+
+    Returns:
+        Bytes.
     """
     if blocks is not None:
         size = replace(size, num_blocks=blocks)
@@ -81,10 +104,18 @@ def weights(
 def forward(
     size: ModelDims, kind: WeightFormat, workload: Workload, blocks: int, held: Collection[int] = ()
 ) -> PeakBytes:
-    """The peak of one forward pass over the first `blocks` blocks, with fused attention.
+    """Compute the peak of one forward pass with fused attention.
 
-    `held` are residuals that are kept until the end: 0 is the token embedding, k the output of
-    block k − 1.
+    Args:
+        size: dimensions of the model.
+        kind: format of the weights.
+        workload: windows, tokens of each, and tokens of a step.
+        blocks: how many of the first run.
+        held: residuals that are kept until the end: 0 is the token embedding, k the output of block
+            k − 1.
+
+    Returns:
+        Bytes by category, without the weights.
     """
     steps = list(zip(accumulate(workload.steps), workload.steps, strict=True))
     cached = len(steps) > 1

@@ -286,7 +286,14 @@ def _run(points: Sequence[HookPoint], blocks: int) -> int:
 
 
 def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":
-    """A transformers config from the numbers of a profile."""
+    """Make a transformers config from the numbers of a profile.
+
+    Args:
+        numbers: `model.architecture`.
+
+    Returns:
+        The config.
+    """
     from transformers import AutoConfig
 
     known = {
@@ -298,5 +305,14 @@ def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":
 
 
 def row_bytes(points: Sequence[HookPoint], precision: str, keys: int) -> int:
-    """Bytes on disk of the hidden states of one row. `keys`: the tokens of the longest window."""
+    """Compute the bytes on disk of the hidden states of one row.
+
+    Args:
+        points: hook points that are stored.
+        precision: of the store.
+        keys: tokens of the longest window.
+
+    Returns:
+        Bytes.
+    """
     return BYTES[precision] * sum(p.width(keys) for p in points)

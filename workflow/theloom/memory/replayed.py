@@ -27,7 +27,20 @@ def resident(
     fixed: Sequence[int] = (),
     expandable: bool = False,
 ) -> Usage:
-    """The peaks of a model that is on a GPU as a whole."""
+    """Predict the peaks of a model that is on a GPU as a whole.
+
+    Args:
+        fake: the model without storage.
+        passes: the shapes of its passes, in their order.
+        points: hook points that are written.
+        store: the precision on disk.
+        left_out: names of modules that are not loaded.
+        fixed: bytes of what else stays, such as the cuBLAS workspace.
+        expandable: segments grow.
+
+    Returns:
+        The peaks, in bytes.
+    """
     traced = [
         trace.trace(
             fake,
@@ -54,8 +67,21 @@ def layerwise(
     fixed: Sequence[int] = (),
     expandable: bool = False,
 ) -> Usage:
-    """The peaks of a model that goes through a GPU layer by layer: two blocks, residuals and rows
-    on their way, and one pass after the other.
+    """Predict the peaks of a model that goes through a GPU layer by layer: two blocks, residuals
+    and rows on their way, and one pass after the other.
+
+    Args:
+        fake: the model without storage.
+        sizes: of its blocks.
+        passes: the shapes of a block's passes, in their order.
+        points: hook points that are written.
+        row_bytes: of a token at the largest hook point.
+        residual_row: bytes of a token's residual.
+        fixed: bytes of what else stays, such as the cuBLAS workspace.
+        expandable: segments grow.
+
+    Returns:
+        The peaks, in bytes.
     """
     step = max(w.windows * min(w.tokens, w.chunk_size) for w in passes)
     moving = [step * residual_row] * (1 + IN_FLIGHT) + [step * row_bytes] * IN_FLIGHT

@@ -130,8 +130,17 @@ def with_device_overhead(
     capability: Capability = (8, 0),
     fragmentation: float = FRAGMENTATION,
 ) -> Components:
-    """All that a run takes on a device: `cpu`, or the type of a GPU and its compute capability,
-    None where that is not known. `fragmentation` is a share of `parts`.
+    """Add to a pass what a run takes of a device beside it.
+
+    Args:
+        weights: bytes.
+        parts: bytes of the pass at its peak.
+        device: `cpu`, or the type of a GPU.
+        capability: compute capability of the GPU; None: not known, or not NVIDIA's.
+        fragmentation: what the allocator holds and gives to nobody, as a share of `parts`.
+
+    Returns:
+        Bytes by category.
     """
     components = Components(
         weights, parts.kv_cache, parts.captured, parts.temporaries, parts.logits
@@ -147,7 +156,14 @@ def with_device_overhead(
 
 
 def by_category(sizes: "PeakBytes | Components") -> str:
-    """The sizes that are not 0, each with its name."""
+    """Put the sizes that are not 0 into words, each with its name.
+
+    Args:
+        sizes: bytes by category.
+
+    Returns:
+        Such as `kv cache 1.2 MB, temporaries 0.31 GB`.
+    """
     return ", ".join(
         f"{name.replace('_', ' ')} {format_bytes(size)}"
         for name, size in vars(sizes).items()

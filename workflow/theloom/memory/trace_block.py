@@ -52,11 +52,20 @@ class _MarkedBlockCache(BlockCache):
 def trace_block(
     fake: FakeModel, workload: Workload, points: Sequence[HookPoint], device: str = "cpu"
 ) -> BlockPass:
-    """One workload through each kind of block that the model has; the values of `points` are
-    written as they come.
+    """Trace one workload through each kind of block that the model has.
 
-    On a GPU (`device` cuda) the residual that goes in is counted; on the CPU it is the shard's own.
-    Raises ModelError for a model that cannot run layer by layer.
+    Args:
+        fake: the model without storage.
+        workload: windows, tokens of each, and tokens of a step.
+        points: hook points, whose values are written as they come.
+        device: `cpu`, where the residual that goes in is the shard's own, or `cuda`, where it is
+            counted.
+
+    Returns:
+        The largest pass.
+
+    Raises:
+        ModelError: the model cannot run layer by layer.
     """
     frame = Frame(fake.architecture, torch.device("cpu"))
     with fake.mode, shapes_only(), torch.inference_mode():

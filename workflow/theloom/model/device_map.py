@@ -24,11 +24,21 @@ if TYPE_CHECKING:
 def device_map(
     architecture: Architecture, sizes: Sequence[int], budgets: Sequence[int]
 ) -> dict[str, int]:
-    """Which module goes to which GPU (by number), for `from_pretrained`.
+    """Choose which module goes to which GPU, for `from_pretrained`.
 
-    `sizes` are the bytes of each block's weights, `budgets` the bytes that each GPU may give to
-    blocks. Each GPU takes blocks in proportion to its budget, and those before the first block and
-    behind the last go with their neighbours. Raises MemoryPlanError where they do not fit.
+    Each GPU takes blocks in proportion to its budget, and those before the first block and behind
+    the last go with their neighbours.
+
+    Args:
+        architecture: the model with its blocks.
+        sizes: bytes of each block's weights.
+        budgets: bytes that each GPU may give to blocks.
+
+    Returns:
+        The number of each module's GPU, by the module's name.
+
+    Raises:
+        MemoryPlanError: the blocks do not fit.
     """
     names = {id(module): name for name, module in architecture.model.named_modules()}
     ends = _cut(sizes, budgets)
@@ -94,7 +104,19 @@ def _filled(sizes: Sequence[int], budgets: Sequence[int], level: float) -> list[
 def over_leased(
     model_config: "PretrainedConfig", kind: WeightFormat, trust_remote_code: bool = False
 ) -> "dict[str, Any]":
-    """The `device_map` of a model over the GPUs of this job. Raises MemoryPlanError."""
+    """Choose the `device_map` of a model over the GPUs of this job.
+
+    Args:
+        model_config: of the model.
+        kind: format of its weights.
+        trust_remote_code: the model's own code may run.
+
+    Returns:
+        The GPU of each module, by the module's name.
+
+    Raises:
+        MemoryPlanError: the blocks do not fit.
+    """
     import torch
 
     from theloom.model.checkpoint.classes import auto_class

@@ -32,13 +32,17 @@ def prefill(
     lengths: Sequence[int] | None = None,
     offloaded: bool = False,
 ) -> None:
-    """Forward token ids (batch, position): at once where they fit a chunk, else chunk by chunk
-    through a KV cache.
+    """Forward token ids: at once where they fit a chunk, else chunk by chunk through a KV cache.
 
     A causal model gets no attention mask: padding, if any, is on the right, where no real token
-    looks. For any other model `lengths` are the real tokens of every row, and what is beyond them
-    is masked; it goes through in one pass. With `offloaded` the cache lies in host memory, and a
-    GPU holds that of two blocks.
+    looks. Any other model goes through in one pass.
+
+    Args:
+        taps: the model, whose hook points are read.
+        ids: (batch, position).
+        chunk_size: tokens of a step.
+        lengths: the real tokens of every row, beyond which a model that is not causal gets a mask.
+        offloaded: the cache lies in host memory, and a GPU holds that of two blocks.
     """
     for _ in steps(taps, ids, chunk_size, lengths, offloaded):
         pass
@@ -52,11 +56,21 @@ def steps(
     offloaded: bool = False,
     inputs: "Mapping[str, torch.Tensor] | None" = None,
 ) -> Iterator[int]:
-    """The same step by step: after each, the position of its first token. Taps need be open during
-    a step only.
+    """Forward token ids as `prefill` does, step by step. Taps need be open during a step only.
 
-    `inputs` are further arguments of the model, (batch, position) as the ids are. The model starts
-    without memory of earlier passes, and computes each chunk as a part of its document.
+    The model starts without memory of earlier passes, and computes each chunk as a part of its
+    document.
+
+    Args:
+        taps: the model, whose hook points are read.
+        ids: (batch, position).
+        chunk_size: tokens of a step.
+        lengths: the real tokens of every row.
+        offloaded: the cache lies in host memory.
+        inputs: further arguments of the model, (batch, position) as the ids are.
+
+    Yields:
+        After each step, the position of its first token.
     """
     import torch
 
@@ -88,8 +102,15 @@ def steps(
 
 
 def spans(length: int, chunk_size: int) -> list[tuple[int, int]]:
-    """Where chunks begin and end. Where they may have three tokens or more, none is of one: models
-    compute a step of one token by other code, whose rows are not always those of a pass.
+    """Find where chunks begin and end. Where they may have three tokens or more, none is of one:
+    models compute a step of one token by other code, whose rows are not always those of a pass.
+
+    Args:
+        length: tokens in all.
+        chunk_size: tokens of a chunk at most.
+
+    Returns:
+        The first token of each, and that behind its last.
 
     Examples:
         >>> spans(9, 4)
@@ -129,9 +150,17 @@ def forward_residuals(
     lengths: Sequence[int] | None = None,
     values: Collection[str] = ("hook_resid_post",),
 ) -> dict[str, "torch.Tensor"]:
-    """The residual after every loaded block (or those `values`), computed as `prefill` does.
+    """Compute the residual after every loaded block, as `prefill` does.
 
-    (batch, position, hidden size) in FP32 on the CPU.
+    Args:
+        architecture: the model with its blocks.
+        ids: (batch, position).
+        chunk_size: tokens of a step.
+        lengths: the real tokens of every row.
+        values: names of the values that are read of each block.
+
+    Returns:
+        By hook point, (batch, position, hidden size) in FP32 on the CPU.
     """
     import torch
 

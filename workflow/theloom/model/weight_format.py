@@ -103,8 +103,17 @@ def quantization_config(model_config: "PretrainedConfig") -> dict[str, Any]:
 
 
 def quantization_of(config: Config, found: "PretrainedConfig") -> str | None:
-    """`8bit` or `4bit` where a checkpoint is quantised itself. Raises ModelError where the config
-    asks for another.
+    """Find how a checkpoint is quantised itself.
+
+    Args:
+        config: the run's config.
+        found: the model's.
+
+    Returns:
+        `8bit` or `4bit`; None where it is not.
+
+    Raises:
+        ModelError: the run's config asks for another.
     """
     own = quantized_as(found)
     requested = requested_quantization(config)
@@ -151,8 +160,15 @@ WEIGHT_FORMATS = {
 
 
 def weight_format_of(config: Config, precision: str, own: str | None = None) -> WeightFormat:
-    """The kind of a run that was resolved to a precision; `own`: the checkpoint's own quantisation,
-    8bit or 4bit.
+    """Find the format of the weights of a run.
+
+    Args:
+        config: the run's config.
+        precision: what `precision_mode` was resolved to.
+        own: the checkpoint's own quantisation, `8bit` or `4bit`.
+
+    Returns:
+        The format.
     """
     return weight_format_as(precision, own or requested_quantization(config))
 

@@ -27,7 +27,7 @@ from theloom.store.provenance import PACKAGES, package_version
 # Share of a GPU's usable memory for its largest batch: the default of memory_warning_threshold.
 HEADROOM = 0.85
 
-AMPERE = (8, 0)  # what is reckoned with where no GPU is named or at hand
+AMPERE = (8, 0)  # where no GPU is named or at hand
 
 
 def capability_of(name: str | None) -> tuple[int, int]:
