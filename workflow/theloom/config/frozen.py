@@ -87,6 +87,8 @@ STAGES: dict[str, Stage] = {
             "corpus.max_documents",
             "corpus.max_tokens",
             "corpus.context_length",
+            "corpus.input_ids",
+            "corpus.messages",
             "rows",
         )
     ),
