@@ -210,7 +210,7 @@ class _Sequences:
                     "FASTA: the tokenizer lacks lower-case letters, so those of masked regions are "
                     "taken in upper case"
                 )
-        return text.translate(str.maketrans(self._upper))
+        return text.translate({ord(c): letter for c, letter in self._upper.items()})
 
     def check(self, document: Document, ids: Sequence[int], tokenizer: CorpusTokenizer) -> None:
         """Check that the tokenizer knows all letters. Raises CorpusError."""

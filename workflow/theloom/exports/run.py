@@ -116,7 +116,7 @@ def export(
         FORMATS[to].write(job)
     jobs.write_record(folder, identity, job.left_out, finished=True)
     for sentence in job.left_out:
-        log.warning("%s leaves out %s", to, sentence)
+        log.info("%s leaves out %s", to, sentence)
     return Exported(folder, len(acts), chosen, job.left_out)
 
 
