@@ -241,10 +241,14 @@ def test_embeddings_of_proteins_are_the_residues(proteins, tmp_path, to):
     with h5py.File(file) as found:
         if to == "scikit-bio":
             assert found.attrs["format"] == "embedding"
-            assert found.attrs["dim"] == 32
+            assert (found.attrs["dim"], found.attrs["dtype"]) == (32, "float32")
             ends = found["idptr"][:].tolist()
             parts = np.split(found["embedding"][:], ends[:-1])
-            read = dict(zip([i.decode() for i in found["id"][:]], parts, strict=True))
+            sequences = np.split(found["id"][:], ends[:-1])
+            texts = [s.tobytes().decode("ascii") for s in sequences]
+            assert texts == ["MKTAYIAKQR", "MWLLV", "M"]
+            ids = json.loads((tmp_path / "out/ids.json").read_text())
+            read = dict(zip(ids, parts, strict=True))
         elif to == "prott5":
             names = {n: n.replace("/", "_").replace(".", "_") for n in expected}
             read = {n: found[names[n]][:] for n in expected}

@@ -3,10 +3,12 @@
 All leave out special tokens, so that row r of a sequence is its residue r.
 """
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
 
+from theloom.dataset import token_text
 from theloom.errors import ConfigError
 from theloom.exports.job import Job, Unit, safe_names
 from theloom.hooks.points import LAST_STATE
@@ -124,13 +126,18 @@ def write_prott5(job: Job) -> None:
 
 
 def write_scikit_bio(job: Job) -> None:
-    """Write `embeddings.h5` as scikit-bio's format `embed` has it."""
-    if job.is_done("embeddings.h5"):
-        return
+    """Write `embeddings.h5` as scikit-bio's format `embed` has it, whose `id` is the sequences
+    themselves, and `ids.json` with the documents' ids in the same order.
+
+    Raises:
+        ConfigError: rows are pooled, or a token is no single letter.
+    """
     if job.acts.pooled:
         raise ConfigError("scikit-bio's embed holds a row for each residue; rows are pooled")
+    if job.is_done("embeddings.h5"):
+        return
+    letters, ends, ids = bytearray(), [], []
     with job.writing("embeddings.h5") as path, written(path) as file:
-        ids, ends = [], []
         values = file.create_dataset(
             "embedding",
             (0, job.width),
@@ -139,14 +146,31 @@ def write_scikit_bio(job: Job) -> None:
             chunks=True,
             compression="gzip",
         )
-        for of, rows in _embeddings(job, "scikit-bio"):
+        units = zip(job.documents, _embeddings(job, "scikit-bio"), strict=True)
+        for unit, (of, rows) in units:
+            letters += _sequence(job, unit, of)
             ids.append(of)
-            ends.append(len(values) + len(rows))
-            values.resize(ends[-1], axis=0)
-            values[ends[-1] - len(rows) :] = rows
+            ends.append(len(letters))
+            values.resize(len(letters), axis=0)
+            values[len(letters) - len(rows) :] = rows
             file.check()
-        file["id"] = np.array([i.encode() for i in ids])
+        file["id"] = np.frombuffer(letters, np.uint8)
         file["idptr"] = np.array(ends, np.int64)
+        dtype = str(values.dtype)
         file.attrs.update(
-            {"format": "embedding", "format-version": "1.0", "dtype": "protein", "dim": job.width}
+            {"format": "embedding", "format-version": "1.0", "dtype": dtype, "dim": job.width}
         )
+    job.write_text("ids.json", json.dumps(ids, ensure_ascii=False, indent=0))
+    job.leave_out("ids of documents, which are in ids.json: scikit-bio names rows by sequences")
+
+
+def _sequence(job: Job, unit: Unit, of: str) -> bytes:
+    """The letters of a document's residues."""
+    texts = token_text.texts(job.acts, job.acts.input_ids.numpy(_residues(job, unit)))
+    letters = [text.strip() for text in texts]
+    wrong = next((t for t in letters if len(t) != 1 or not t.isascii()), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"scikit-bio takes sequences of letters; document {of!r} has the token {wrong!r}"
+        )
+    return "".join(letters).encode()
