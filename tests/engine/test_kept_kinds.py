@@ -90,9 +90,7 @@ def test_the_disk_of_last_rows_is_known_before_and_no_more_than_they_take(models
     texts = [f"{n} is it" for n in range(DOCUMENTS)]
     corpus.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     points = "memory.activation_cache_filter=[blocks.0.hook_resid_pre,blocks.0.hook_resid_post]"
-    batches = (
-        f"extraction.batch_tokens=2048 corpus.max_tokens=null corpus.max_documents={DOCUMENTS}"
-    )
+    batches = "extraction.batch_tokens=2048 corpus.max_tokens=null"
     requested = f"corpus=text corpus.path={corpus} {points} {batches} extraction.shards=1"
     run = stages(
         tmp_path, models["llama"], f"{requested} corpus.max_documents={DOCUMENTS} rows.keep=last"
