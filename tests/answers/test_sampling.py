@@ -1,17 +1,17 @@
 """Answers that the run's own model samples, through the stages, against plain `generate`."""
 
 import json
-import math
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from model_folders import byte_tokenizer
-from support import build_tiny, plain_residuals, stages
+from support import build_tiny, stages
 from theloom.answers.answer import seed_of
+from theloom.corpus import tokens
 from theloom.dataset.activations import open_activations
-from tiny_configs import tiny_config
+from theloom.planning import estimate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = [
@@ -46,7 +46,9 @@ def answered(folder, source, corpus, more=""):
     folder.mkdir(exist_ok=True)
     asked = f"{corpus} answers.source=model answers.max_new_tokens={NEW} {more}"
     run = stages(folder, source, asked)
-    run.prepare()
+    estimate.run_estimate(run.config("estimate"), run.folder / "estimate.h5")
+    tokens.tokenize(run.config("tokens"), run.folder / "tokens.h5")
+    run.answer()
     return run
 
 
@@ -124,8 +126,7 @@ def test_log_probabilities_are_the_models_own(model, corpus, tmp_path):
 
 def test_states_of_answers_are_those_of_a_decode_loop(model, corpus, tmp_path):
     run = answered(tmp_path, model, corpus, "extraction.shards=2 rows.keep=generated")
-    run.extract()
-    run.merge()
+    run.all()
     run.verify()
     acts = open_activations(run.activations)
     hook = "blocks.1.hook_resid_post"
