@@ -1,6 +1,7 @@
 """Answers that another engine wrote, in a column of the corpus, and answers to conversations."""
 
 import json
+from itertools import pairwise
 
 import h5py
 import numpy as np
@@ -57,7 +58,7 @@ def test_answers_of_vllm_give_the_rows_of_ones_own_sampling(model, tmp_path):
     rows, tokenizer = [], AutoTokenizer.from_pretrained(model)
     with h5py.File(run.documents) as file:
         ids, offset = file["tokens/input_ids"][:].tolist(), file["documents/offset"][:].tolist()
-        answers = [ids[a:b] for a, b in zip(offset, offset[1:], strict=False)]
+        answers = [ids[a:b] for a, b in pairwise(offset)]
         known = file["answers/log_probability"][:]
     for n, prompt in enumerate(PROMPTS):
         before = tokenizer(prompt)["input_ids"]

@@ -111,7 +111,7 @@ class Generation:
             min(3, vocabulary - 1), vocabulary, (3, 24), generator=torch.Generator().manual_seed(0)
         ).tolist()
         limit = 0.75 * TOLERANCE[self.precision]
-        for way, lengths in ((PADDED, (24, 9, 16)), (EQUAL_LENGTHS, (16, 16, 16))):
+        for way, lengths in ((PADDED, (24, 16, 9)), (EQUAL_LENGTHS, (16, 16, 16))):
             rows = [Row(ids[:n], 0, 6) for ids, n in zip(drawn, lengths, strict=True)]
             try:
                 error = _Trial(self, rows).error()

@@ -114,7 +114,16 @@ STAGES: dict[str, Stage] = {
     "tokens": Stage(
         (*_MODEL_FILES, "model.tokenizer", "corpus", "rows", "extraction.shards", *_ANSWERS)
     ),
-    "sample": Stage((*_LOADING, "model.tokenizer", "extraction.shards", *_ANSWERS)),
+    "sample": Stage(
+        (
+            *_LOADING,
+            "model.tokenizer",
+            "corpus.tokenizer_from",
+            "corpus.add_special_tokens",
+            "extraction.shards",
+            *_ANSWERS,
+        )
+    ),
     "answers": Stage(
         (*_MODEL_FILES, "model.tokenizer", "corpus", "rows", "extraction.shards", *_ANSWERS)
     ),
