@@ -7,10 +7,10 @@ import h5py
 
 from theloom.config.schema import Config
 from theloom.devices.host import DeviceMemory
+from theloom.devices.workspace import Capability
 from theloom.errors import MemoryPlanError, ModelError
 from theloom.hooks.points import HookPoint
 from theloom.memory import sizes
-from theloom.memory.cuda_allocator import Capability
 from theloom.memory.sizes import Components, PeakBytes, Workload
 from theloom.model.weight_format import WeightFormat
 from theloom.precision import BYTES
