@@ -214,7 +214,7 @@ def test_a_frozen_stage_holds_its_keys_and_reading_another_raises(tmp_path):
         ("memory.activation_cache_filter=[blocks.0.hook_resid_pre]", {"estimate", "extract"}),
         ("verify.documents=3", {"verify"}),
         ("store.merge=physical", {"merge"}),
-        ("corpus.encoding=latin-1", {"tokens"}),
+        ("corpus.encoding=latin-1", {"tokens", "answers"}),
         ("resources.mem_mb=1", {"resources"}),
     ],
 )

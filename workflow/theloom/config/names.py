@@ -27,8 +27,8 @@ def run_name(base: str, overrides: Sequence[str]) -> str:
         overrides: `key=value` of each key that belongs into the name.
 
     Returns:
-        `base+key=value+…` with the last word of each key (`shown_key`). Where that is longer than `SHORT`, a
-        hash of all overrides stands at the end, behind those that fit, plain ones first.
+        `base+key=value+…` with the last word of each key (`shown_key`). Where that is longer than
+        `SHORT`, a hash of all overrides stands at the end, behind those that fit, plain ones first.
 
     Examples:
         >>> run_name("7b", ["memory.precision_mode=bf16", "verify.seed=3"])
