@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from corpus_support import byte_tokenizer
+from theloom.answers import gather
+from theloom.answers.shard import sample_answers
 from theloom.config import compose, frozen
 from theloom.config.schema import Config
 from theloom.corpus import tokens
@@ -122,8 +124,34 @@ class Stages:
         """All stages before the extraction."""
         estimate.run_estimate(self.config("estimate"), self.folder / "estimate.h5")
         tokens.tokenize(self.config("tokens"), self.folder / "tokens.h5")
-        files = (self.folder / name for name in ("estimate.h5", "tokens.h5", "model.h5"))
+        self.answer()
+        files = (self.folder / "estimate.h5", self.documents, self.folder / "model.h5")
         load_model.record(self.config("model"), *files)
+
+    @property
+    def documents(self) -> Path:
+        """The tokens that are extracted."""
+        answered = self.config("answers").answers.source is not None
+        return self.folder / ("answers.h5" if answered else "tokens.h5")
+
+    def answer(self) -> None:
+        """The answers to the documents, where the run has some."""
+        config = self.config("answers")
+        if config.answers.source is None:
+            return
+        count, found = config.extraction.shards, []
+        for number in range(count) if config.answers.source.name == "model" else ():
+            found.append(self.sample(number))
+        gather.gather(config, self.folder / "tokens.h5", found, self.folder / "answers.h5")
+
+    def sample(self, number: int) -> Path:
+        """The answers of a shard."""
+        count = self.config("answers").extraction.shards
+        output = self.folder / f"answers/{number:05d}-of-{count:05d}.h5"
+        output.parent.mkdir(exist_ok=True)
+        names = ("sample.json", "estimate.h5", "tokens.h5")
+        sample_answers(*(self.folder / name for name in names), number, output)
+        return output
 
     def extract(self, *numbers: int) -> None:
         """The shards of these numbers; by default all."""
@@ -133,7 +161,7 @@ class Stages:
                 self.folder / "extract.json",
                 self.folder / "estimate.h5",
                 self.folder / "model.h5",
-                self.folder / "tokens.h5",
+                self.documents,
                 number,
                 self.folder / f"shards/{number:05d}-of-{count:05d}.h5",
             )

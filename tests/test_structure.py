@@ -20,6 +20,7 @@ PACKAGES = [
     "memory",
     "planning",
     "engine",
+    "answers",
     "extraction",
     "verification",
     "report",

@@ -7,6 +7,7 @@ import pytest
 from omegaconf.errors import MissingMandatoryValue
 from support import ROOT
 from theloom.config import compose, schema
+from theloom.config import names as names_of_runs
 from theloom.config.frozen import STAGES, freeze, load_frozen, to_plain
 from theloom.errors import ConfigError
 
@@ -105,8 +106,8 @@ def test_values_that_look_alike_in_a_path_are_different_runs():
     assert len(set(names)) == 4
 
 
-def test_the_last_word_of_a_key_is_enough_to_tell_it():
-    words = [key.name.rpartition(".")[2] for key in schema.leaf_keys()]
+def test_what_a_name_shows_of_a_key_is_enough_to_tell_it():
+    words = [names_of_runs.shown_key(key.name) for key in schema.leaf_keys()]
     assert len(words) == len(set(words))
 
 
@@ -213,7 +214,7 @@ def test_a_frozen_stage_holds_its_keys_and_reading_another_raises(tmp_path):
         ("memory.activation_cache_filter=[blocks.0.hook_resid_pre]", {"estimate", "extract"}),
         ("verify.documents=3", {"verify"}),
         ("store.merge=physical", {"merge"}),
-        ("corpus.encoding=latin-1", {"tokens"}),
+        ("corpus.encoding=latin-1", {"tokens", "answers"}),
         ("resources.mem_mb=1", {"resources"}),
     ],
 )

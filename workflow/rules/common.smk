@@ -175,6 +175,20 @@ def shards_of(run):
     return [f"results/{run}/shards/{n:05d}-of-{count:05d}.h5" for n in range(count)]
 
 
+def documents(wildcards):
+    """Input function: the tokens that are extracted, of documents with their answers where the run has some."""
+    answered = "answers" in stage(wildcards.run, "tokens")["config"]
+    return f"results/{wildcards.run}/{'answers' if answered else 'tokens'}.h5"
+
+
+def sampled_shards(wildcards):
+    """Input function: the answers of the run's own model, by shard; none where a column has them."""
+    if stage(wildcards.run, "tokens")["config"]["answers"]["source"] != "model":
+        return []
+    count = stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
+    return [f"results/{wildcards.run}/answers/{n:05d}-of-{count:05d}.h5" for n in range(count)]
+
+
 def delivered_shards(run):
     """The shards that a run's activations.h5 refers to: without them it cannot be read."""
     return shards_of(run) if RUNS[run].config["store"]["merge"] == "virtual" else []

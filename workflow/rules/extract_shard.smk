@@ -4,7 +4,7 @@ rule extract_shard:
         # Another plan changes how a shard is computed, and no row of it.
         estimate=ancient("results/{run}/estimate.h5"),
         model="results/{run}/model.h5",
-        tokens="results/{run}/tokens.h5",
+        tokens=documents,
     output:
         shard="results/{run}/shards/{shard}-of-{shards}.h5",
     log:

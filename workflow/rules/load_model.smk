@@ -4,7 +4,7 @@ rule load_model:
         # A new plan or corpus is no reason to load the model again. The tokens are an input so that
         # a mistake in the corpus ends the run before any weight is loaded.
         estimate=ancient("results/{run}/estimate.h5"),
-        tokens=ancient("results/{run}/tokens.h5"),
+        tokens=lambda wildcards: ancient(documents(wildcards)),
     output:
         model="results/{run}/model.h5",
     log:

@@ -9,6 +9,7 @@ from theloom.errors import ConfigError
 from theloom.terminal import capability, examples, lines, positive, size, table
 
 if TYPE_CHECKING:
+    from theloom.planning.answers_forecast import AnswersForecast
     from theloom.planning.forecast import Forecast
     from theloom.planning.rules_of_thumb import Row
 
@@ -51,6 +52,12 @@ def add_estimate(commands: Any) -> None:
     )
     parser.add_argument(
         "--tokens", type=positive, default=2048, metavar="N", help="tokens per window (2048)"
+    )
+    parser.add_argument(
+        "--answers",
+        type=positive,
+        metavar="N",
+        help="also sampling answers of N tokens (answers.source=model) to prompts of --tokens",
     )
     parser.add_argument("--hooks", metavar="FILTER,...", help="hook filter; default: the profile's")
     parser.add_argument(
@@ -100,8 +107,12 @@ def _estimate(arguments: argparse.Namespace) -> None:
         forecast.capability_of(arguments.gpu),
     )
     savings = _savings(arguments, result) if arguments.training else []
+    sampled = _answers(arguments) if arguments.answers else None
     if arguments.json:
+        from theloom.planning import answers_forecast
+
         report = forecast.as_json(result)
+        report |= {"answers": answers_forecast.as_json(sampled)} if sampled else {}
         print(json.dumps(report | ({"optimisations": savings} if savings else {}), indent=2))
         return
     print(_inputs(result))
@@ -115,8 +126,37 @@ def _estimate(arguments: argparse.Namespace) -> None:
     print(lines(f"{sizes}; disk per million tokens: {disk}") + "\n")
     print(_gpus(result, len(result.gpus) if arguments.all else GPUS_SHOWN))
     print("\n" + _layerwise(result))
+    if sampled:
+        print("\n" + _of_answers(sampled))
     if savings:
         print("\n" + _savings_table(savings))
+
+
+def _answers(arguments: argparse.Namespace) -> "AnswersForecast":
+    from theloom.planning.answers_forecast import forecast_answers
+
+    return forecast_answers(
+        arguments.target,
+        arguments.precision,
+        arguments.batch,
+        arguments.tokens,
+        arguments.answers,
+    )
+
+
+def _of_answers(sampled: "AnswersForecast") -> str:
+    """Sampling answers, in sentences."""
+    memory = sampled.memory
+    fits = ", ".join(f"{name} ({n})" for name, n in [*sampled.batches.items()][:4]) or "no GPU"
+    return lines(
+        f"Answers (answers.source=model) of {sampled.new} tokens to prompts of {sampled.prompt}, "
+        f"{sampled.rows} side by side: {_gb(memory.total)} of GPU memory; weights with the LM head "
+        f"{_gb(memory.weights)}, KV cache {_gb(memory.kv_cache)}, a pass over the prompts "
+        f"{_gb(memory.temporaries)}, scores {_gb(memory.logits)}. "
+        f"1,000 answers: {_gb(sampled.disk)} of disk beside the rows, and at least "
+        f"{sampled.seconds_gpu / 60:.0f} minutes on a GPU, {sampled.seconds_cpu / 60:.0f} on a CPU "
+        f"(not measured). Fits on (answers side by side): {fits} and larger."
+    )
 
 
 def _inputs(result: "Forecast") -> str:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from theloom.config import answers
 from theloom.config.model_dims import LAYERS, SIZE
 from theloom.config.schema import PATHS, Config
 from theloom.errors import ConfigError
@@ -42,6 +43,12 @@ def check(config: Config) -> None:
         "resources.verify_runtime": config.resources.verify_runtime,
         "resources.disk_mb": config.resources.disk_mb,
         "resources.min_free_gpu_mb": config.resources.min_free_gpu_mb,
+    }
+    at_least_one |= {
+        "answers.max_new_tokens": config.answers.max_new_tokens,
+        "answers.samples": config.answers.samples,
+        "answers.top_k": config.answers.top_k,
+        "answers.batch": config.answers.batch,
     }
     for key, value in at_least_one.items():
         if value is not None and value < 1:
@@ -96,6 +103,7 @@ def check(config: Config) -> None:
     _check_paths(config)
     _check_corpus(config)
     _check_rows(config)
+    answers.check(config)
 
 
 def _check_architecture(config: Config) -> None:
@@ -130,7 +138,12 @@ def _check_corpus(config: Config) -> None:
 
 
 def _check_rows(config: Config) -> None:
-    expression.parse(config.rows.keep)
+    keep = expression.parse(config.rows.keep)
+    if keep.asks_for_generated and config.answers.source is None:
+        raise ConfigError(
+            f"rows.keep={keep.text}: generated is of answers, and the run has none; set "
+            "answers.source to model or column"
+        )
     if config.rows.by.name == "message" and config.rows.pool.name == "none":
         raise ConfigError(
             "rows.by: message is of use with rows.pool alone; set rows.pool=mean, or take it out"

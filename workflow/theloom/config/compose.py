@@ -34,7 +34,7 @@ from theloom.config import (
     values,
     words,
 )
-from theloom.config.frozen import BESIDE_THE_RESULT, STAGES, decides_no_row
+from theloom.config.frozen import BESIDE_THE_RESULT, STAGES, decides_no_row, frozen_keys
 from theloom.config.schema import Config
 from theloom.config.values import Assignment
 from theloom.errors import ConfigError
@@ -63,10 +63,15 @@ class Run:
     config: dict[str, Any]
     shards_left_open: bool = False
 
+    @property
+    def answered(self) -> bool:
+        """Whether the run has answers to its documents."""
+        return self.config["answers"]["source"] is not None
+
     def stage(self, stage: str) -> dict[str, Any]:
         """The frozen config of a stage: plain data that JSON keeps."""
         config: dict[str, Any] = {}
-        for key in STAGES[stage].keys:
+        for key in frozen_keys(stage, self.answered):
             *sections, leaf = key.split(".")
             source, target = self.config, config
             for section in sections:

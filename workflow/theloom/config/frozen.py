@@ -30,6 +30,9 @@ class Stage:
 # existed; elsewhere they read as null.
 BESIDE_THE_RESULT = ("memory.profile_shard", "store.max_overflow", "store.allow_nonfinite")
 
+# A section that is frozen only where its `source` is set: runs without it stay what they were.
+ANSWERS = "answers"
+
 # Keys of the plan by which a shard is cut into passes: they change its rows by rounding alone.
 # Jobs read them from estimate.h5, so that another plan leaves finished and unfinished shards alone.
 _PLAN = (
@@ -37,6 +40,7 @@ _PLAN = (
     "memory.memory_warning_threshold",
     "extraction.batch_tokens",
     "extraction.cache",
+    "answers.batch",
 )
 
 
@@ -77,6 +81,13 @@ _MEMORY = (
     "memory.activation_cache_filter",
 )
 
+# What decides which answers there are
+_ANSWERS = tuple(
+    key.name
+    for key in schema.leaf_keys()
+    if key.name.startswith(f"{ANSWERS}.") and key.name not in _PLAN
+)
+
 STAGES: dict[str, Stage] = {
     "estimate": Stage(
         (
@@ -90,6 +101,7 @@ STAGES: dict[str, Stage] = {
             "corpus.input_ids",
             "corpus.messages",
             "rows",
+            "answers",
         )
     ),
     "model": Stage(
@@ -99,7 +111,22 @@ STAGES: dict[str, Stage] = {
             "memory.enable_gradient_checkpointing",
         )
     ),
-    "tokens": Stage((*_MODEL_FILES, "model.tokenizer", "corpus", "rows", "extraction.shards")),
+    "tokens": Stage(
+        (*_MODEL_FILES, "model.tokenizer", "corpus", "rows", "extraction.shards", *_ANSWERS)
+    ),
+    "sample": Stage(
+        (
+            *_LOADING,
+            "model.tokenizer",
+            "corpus.tokenizer_from",
+            "corpus.add_special_tokens",
+            "extraction.shards",
+            *_ANSWERS,
+        )
+    ),
+    "answers": Stage(
+        (*_MODEL_FILES, "model.tokenizer", "corpus", "rows", "extraction.shards", *_ANSWERS)
+    ),
     "extract": Stage(
         (
             *_LOADING,
@@ -129,6 +156,15 @@ STAGES: dict[str, Stage] = {
 }
 
 
+def frozen_keys(stage: str, answered: bool) -> tuple[str, ...]:
+    """The keys on which a stage depends, of a run with answers or without."""
+    keys = STAGES[stage].keys
+    if not answered:
+        return tuple(key for key in keys if key.partition(".")[0] != ANSWERS)
+    # which rows are kept is decided once the answers are there, and is no reason to sample again
+    return tuple(key for key in keys if (stage, key) != ("tokens", "rows"))
+
+
 def freeze(stage_config: dict[str, Any], path: Path) -> None:
     """Write the frozen config of a stage (`Run.stage`) as JSON."""
     path.write_text(_as_json(stage_config), encoding="utf-8")
@@ -147,7 +183,7 @@ def to_config(plain: dict[str, Any]) -> Config:
     """Plain data as a `Config`, read-only; a key that is not in the data raises when it is read."""
     config = OmegaConf.structured(Config)
     for key in schema.leaf_keys():
-        if key.name not in BESIDE_THE_RESULT:
+        if key.name not in BESIDE_THE_RESULT and key.name.partition(".")[0] != ANSWERS:
             OmegaConf.update(config, re.sub(r"(architecture)\..*", r"\1", key.name), "???")
     config = cast(DictConfig, OmegaConf.merge(config, literal(plain)))
     OmegaConf.set_readonly(config, True)
@@ -191,6 +227,8 @@ def _decisive(data: Any) -> Any:
     for key in BESIDE_THE_RESULT:
         section, _, leaf = key.partition(".")
         data.get(section, {}).pop(leaf, None)
+    if data.get(ANSWERS, {}).get("source") is None:
+        data.pop(ANSWERS, None)
     return data
 
 

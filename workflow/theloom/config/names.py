@@ -27,8 +27,8 @@ def run_name(base: str, overrides: Sequence[str]) -> str:
         overrides: `key=value` of each key that belongs into the name.
 
     Returns:
-        `base+key=value+…` with the last word of each key. Where that is longer than `SHORT`, a
-        hash of all overrides stands at the end, behind those that fit, plain ones first.
+        `base+key=value+…` with the last word of each key (`shown_key`). Where that is longer than
+        `SHORT`, a hash of all overrides stands at the end, behind those that fit, plain ones first.
 
     Examples:
         >>> run_name("7b", ["memory.precision_mode=bf16", "verify.seed=3"])
@@ -72,9 +72,19 @@ def check(name: str) -> None:
 
 
 def _text(override: str) -> str:
-    """An override with the last word of its key."""
+    """An override with the last word of its key; of answers, whose words others have, with all."""
     key, _, value = override.partition("=")
-    return f"{key.rpartition('.')[2]}={value}"
+    return f"{shown_key(key)}={value}"
+
+
+def shown_key(key: str) -> str:
+    """How a key is written in a run's name.
+
+    Examples:
+        >>> shown_key("verify.seed"), shown_key("answers.seed")
+        ('seed', 'answers.seed')
+    """
+    return key if key.startswith("answers.") else key.rpartition(".")[2]
 
 
 def _is_plain(override: str) -> bool:

@@ -22,6 +22,7 @@ Pool = Enum("Pool", ["none", "mean", "max", "sum", "first", "last"])
 PoolBy = Enum("PoolBy", ["document", "message"])
 CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
 DuplicateIds = Enum("DuplicateIds", ["error", "number"])
+AnswersFrom = Enum("AnswersFrom", ["model", "column"])
 
 
 PATHS = ("model.source", "model.tokenizer", "corpus.path", "corpus.dataset", "corpus.chat_template")
@@ -240,7 +241,7 @@ class RowsConfig:
     keep: str = key(
         "all",
         "the tokens whose rows are kept: `all`, `first`, `last`, `last(n)`, `[a:b]`, `special`, "
-        '`assistant`, `user`, `system`, `tool`, `message(n)`, `span("column")`, '
+        '`assistant`, `user`, `system`, `tool`, `generated`, `message(n)`, `span("column")`, '
         '`match("regex")`, joined by `&`, `\\|`, `~` and brackets',
     )
     pool: Pool = key(
@@ -249,6 +250,36 @@ class RowsConfig:
         "added up in FP64",
     )
     by: PoolBy = key(PoolBy["document"], "with `rows.pool`: one row for each document or message")
+
+
+@dataclass
+class AnswersConfig:
+    """Answers to the corpus' documents, whose hidden states are extracted with the prompts'."""
+
+    source: AnswersFrom | None = key(
+        None,
+        "model: the run's own model answers each document; column: another engine has, and a "
+        "column of the corpus holds its answers; null: documents are taken as they are",
+    )
+    column: str | None = key(
+        None,
+        "source=column: the column with an answer or a list of them, as texts, lists of token ids, "
+        "or the outputs of vLLM or SGLang",
+    )
+    max_new_tokens: int = key(256, "tokens of an answer at most")
+    samples: int = key(1, "answers to each document; their ids end in #0, #1, …")
+    temperature: float = key(0.0, "0: the most probable token (greedy); else tokens are drawn")
+    top_p: float = key(
+        1.0, "draw from the most probable tokens that have this probability together; 1: from all"
+    )
+    top_k: int | None = key(None, "draw from so many of the most probable tokens; null: from all")
+    seed: int = key(
+        0, "seed of all draws; each answer's own follows from it, its id and its number"
+    )
+    stop: list[str] = key([], "texts that end an answer; the tokens that complete one are kept")
+    batch: int | None = key(
+        None, "answers that are sampled side by side; null: as many as the free memory holds, or 64"
+    )
 
 
 @dataclass
@@ -351,6 +382,7 @@ class Config:
     store: StoreConfig = key(StoreConfig, "")
     corpus: CorpusConfig = key(CorpusConfig, "")
     rows: RowsConfig = key(RowsConfig, "")
+    answers: AnswersConfig = key(AnswersConfig, "")
     verify: VerifyConfig = key(VerifyConfig, "")
     report: ReportConfig = key(ReportConfig, "")
     resources: ResourcesConfig = key(ResourcesConfig, "")

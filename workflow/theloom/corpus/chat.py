@@ -100,8 +100,11 @@ class ChatTemplate:
                 "other tokens; set corpus.chat_template to one without it"
             )
 
-    def render(self, document: Document) -> Rendered:
-        """A conversation as the model reads it. Raises CorpusError."""
+    def render(self, document: Document, prompt: bool = False) -> Rendered:
+        """A conversation as the model reads it; with a `prompt`, ready for the assistant's answer.
+
+        Raises CorpusError.
+        """
         if not document.messages:
             return Rendered()
         messages = [_message(m, n, document) for n, m in enumerate(document.messages)]
@@ -126,7 +129,19 @@ class ChatTemplate:
         found = [span for span in found if span.start < span.end]
         if answers and not found:
             raise self._refusal(document, answers[0], "gives the assistant no token" + _CURE)
-        return Rendered(text, spans + found)
+        return Rendered(self._prompt(document, messages, text) if prompt else text, spans + found)
+
+    def _prompt(self, document: Document, messages: list[dict[str, Any]], text: str) -> str:
+        """The text of a conversation, with the prompt to answer it."""
+        last = len(messages) - 1
+        if _ROLES[messages[last]["role"]] == "assistant":
+            raise CorpusError(
+                f"{document.place}: document {printable(document.id)!r} ends with a message of the "
+                "assistant, so there is nothing to answer; leave that message out"
+            )
+        prompted = self._text(document, messages, prompt=True)[0]
+        self._check_kept(document, last, text, prompted)
+        return prompted
 
     def _template(self, tools: list[Any] | None) -> str:
         if self._given is not None:

@@ -57,6 +57,7 @@ class Encoder:
                 "token ids come from the corpus, and no tokenizer tells their texts: %s", error
             )
         self._template = self._chat_template(config)
+        self._answered = config.answers.source is not None
         self.names = None if self._given or self._tokenizer is None else self._tokenizer.of_class
 
     def _chat_template(self, config: Config) -> ChatTemplate | None:
@@ -98,7 +99,7 @@ class Encoder:
         self, group: Sequence[Document], template: ChatTemplate, tokenizer: CorpusTokenizer
     ) -> list[Encoded]:
         """Conversations as texts, with whose each token is. The template writes the BOS."""
-        rendered = [template.render(document) for document in group]
+        rendered = [template.render(document, self._answered) for document in group]
         tokens = tokenizer.encode([r.text for r in rendered], special=False)
         found = []
         for document, one, (ids, characters) in zip(group, rendered, tokens, strict=True):
@@ -118,6 +119,20 @@ class Encoder:
         if self._tokenizer is None:
             return {}
         return {"special": np.isin(ids, [*self._tokenizer.special_ids]).astype("u1")}
+
+    def decoded(
+        self, before: Sequence[int], ids: Sequence[int]
+    ) -> tuple[str, np.ndarray | None] | None:
+        """The text of ids that follow others, and the characters of each, (tokens, 2); None for
+        what no tokenizer tells.
+        """
+        return None if self._tokenizer is None else self._tokenizer.decoded(before, ids)
+
+    def continued(self, before: Sequence[int], text: str, more: str) -> list[int] | None:
+        """The tokens of a text that follows the tokens of another one; None where they cannot be
+        told.
+        """
+        return None if self._tokenizer is None else self._tokenizer.continued(before, text, more)
 
     def texts(self, ids: Iterable[int]) -> dict[int, str]:
         """The text of each token id; none where there is no tokenizer."""

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from theloom.config.schema import Config
+from theloom.config.schema import RowsConfig
 from theloom.errors import CorpusError, printable
 from theloom.rows import expression
 from theloom.rows.document import Document
@@ -28,13 +28,13 @@ class KeptRows:
     """Evaluates `rows.keep` over one document after the other, and writes what it keeps.
 
     Args:
-        config: the settings of the stage.
+        rows: the `rows` settings.
         file: the open `tokens.h5`.
     """
 
-    def __init__(self, config: Config, file: h5py.File) -> None:
-        self._keep = expression.parse(config.rows.keep)
-        self._pool, self._by = config.rows.pool.name, config.rows.by.name
+    def __init__(self, rows: RowsConfig, file: h5py.File) -> None:
+        self._keep = expression.parse(rows.keep)
+        self._pool, self._by = rows.pool.name, rows.by.name
         self._file, self._hash = file, xxhash.xxh3_128()
         self._pending: list[np.ndarray] = []
         self._tokens = self._flushed = self.rows = 0

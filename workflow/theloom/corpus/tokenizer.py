@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from theloom.config.schema import Config
 from theloom.errors import ConfigError, CorpusError
 from theloom.model.files import Description
@@ -29,6 +31,7 @@ PROBE = (
     "In 2023, 12345 cats didn't   cost $1,299.99 — they'd paid.\n\n\tnaïve Zoë's café: "
     "ünïcödé 東京は日本。한국어 Привет мир مرحبا 🧵👩‍💻 x_1=(a+b)**2;\r\n I'M HERE\u00a0now"
 )
+_CONTEXT = 8  # tokens before others by which their text is told
 _SHOWN = 8  # token ids of an example
 
 
@@ -114,6 +117,36 @@ class CorpusTokenizer:
         except Exception as error:  # tokenizers of a model's own code raise what they like
             log.warning("%s gives no texts of single tokens: %s", self._name, error)
             return {}
+
+    def decoded(self, before: Sequence[int], ids: Sequence[int]) -> tuple[str, np.ndarray | None]:
+        """The text of ids that follow others, and the characters of each, (tokens, 2); None where
+        the tokenizer does not tell them. A character of several tokens is the last one's.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        fast: Any = self._of_file if self._by_file else getattr(self.of_class, "_tokenizer", None)
+        if fast is None or not self.gives_characters:
+            return str(self.of_class.decode(list(ids), clean_up_tokenization_spaces=False)), None
+        stream = DecodeStream(skip_special_tokens=False)
+        for token in before[-_CONTEXT:]:
+            stream.step(fast, token)
+        pieces = [stream.step(fast, token) or "" for token in ids]
+        ends = np.cumsum([len(piece) for piece in pieces]).astype("<i4")
+        places = np.stack([np.concatenate([[0], ends[:-1]]), ends], 1) if pieces else ends
+        return "".join(pieces), places.reshape(-1, 2).astype("<i4")
+
+    def continued(self, before: Sequence[int], text: str, more: str) -> list[int] | None:
+        """The tokens of `more`, which follows a text of the tokens `before`; None where the text
+        of both has other tokens, and those of `more` alone another text.
+        """
+        if text:
+            ((whole, _),) = self.encode([text + more], special=False)
+            start = len(before) - len(self.encode([text], special=False)[0][0])
+            rest = [*before[:start], *whole]
+            if rest[: len(before)] == [*before]:
+                return rest[len(before) :]
+        ((alone, _),) = self.encode([more], special=False)
+        return alone if self.decoded(before, alone)[0] == more else None
 
     def __len__(self) -> int:
         return self._of_file.get_vocab_size() if self._by_file else len(self.of_class)  # type: ignore[union-attr]

@@ -20,12 +20,13 @@ import xxhash
 
 from theloom.config.frozen import to_plain
 from theloom.config.model_dims import numbers
-from theloom.config.schema import Config
+from theloom.config.schema import Config, RowsConfig
 from theloom.corpus.batching import Lengths
 from theloom.corpus.columns import Columns
 from theloom.corpus.documents import read_documents
 from theloom.corpus.encoding import Encoder
 from theloom.corpus.kept import KeptRows
+from theloom.corpus.prompts import Prompts
 from theloom.corpus.vocabulary import Vocabulary
 from theloom.errors import ConfigError, CorpusError, printable
 from theloom.model.files import hf_config
@@ -72,13 +73,15 @@ def tokenize(config: Config, output: Path) -> None:
             token has no row in the model's embedding.
         ConfigError: corpus.context_length is more than the model allows.
     """
-    encoder, context = Encoder(config), _context_length(config)
+    encoder, context = Encoder(config), context_length(config)
+    prompts = None if config.answers.source is None else Prompts(config, context)
+    rows = config.rows if prompts is None else RowsConfig()  # kept when the answers are there
     tally = _Tally(Columns(config.corpus.columns))
     with written(output) as file:
-        growing = _Growing(file)
-        kept = KeptRows(config, file)
+        growing = Growing(file)
+        kept = KeptRows(rows, file)
         ids_hash, occurring = xxhash.xxh3_128(), set[int]()
-        for input_ids, tables in _encoded(config, encoder, tally, kept):
+        for input_ids, tables in _encoded(config, encoder, tally, kept, prompts):
             growing.add({"input_ids": input_ids, **tables})
             file.check()
             ids_hash.update(input_ids.tobytes())
@@ -89,7 +92,10 @@ def tokenize(config: Config, output: Path) -> None:
             read = f"{tally.empty} documents read, all empty" if tally.empty else "no documents"
             raise CorpusError(f"the corpus has no tokens: {read}; check corpus.*")
         # composing the config has set the number of shards
-        _write_tables(file, tally, context, config.extraction.shards or 1)
+        shards = config.extraction.shards or 1
+        write_tables(file, tally.ids, tally.hashes, tally.lengths, context, shards)
+        if prompts is not None:
+            prompts.write(file)
         typed = tally.columns.typed()
         columns.write(file, typed)
         token_texts.write(file, encoder.texts(occurring))
@@ -100,7 +106,7 @@ def tokenize(config: Config, output: Path) -> None:
                 config=to_plain(config),
                 **encoder.attributes(),
                 columns=columns.described(typed),
-                tables_hash=_tables_hash(file),
+                tables_hash=tables_hash(file),
                 corpus=config.corpus.kind.name,
                 tokens_hash=ids_hash.hexdigest(),
                 corpus_hash=xxhash.xxh3_128_hexdigest("".join(tally.hashes).encode()),
@@ -116,7 +122,7 @@ def tokenize(config: Config, output: Path) -> None:
     )
 
 
-def _context_length(config: Config) -> int:
+def context_length(config: Config) -> int:
     """Tokens of the longest window: corpus.context_length, else the model's own limit; 0 where
     there is none.
     """
@@ -131,7 +137,7 @@ def _context_length(config: Config) -> int:
     return requested or limit
 
 
-class _Growing:
+class Growing:
     """The datasets with an entry for each token, which grow by what is added."""
 
     def __init__(self, file: h5py.File) -> None:
@@ -158,13 +164,13 @@ class _Growing:
 
 
 def _encoded(
-    config: Config, encoder: Encoder, tally: _Tally, kept: KeptRows
+    config: Config, encoder: Encoder, tally: _Tally, kept: KeptRows, prompts: Prompts | None
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """The token ids of each document that has any, with the other tables of its tokens, until
     max_tokens; counts go to `tally`, and what is stored to `kept`.
     """
     left, vocabulary = config.corpus.max_tokens, Vocabulary(config.model)
-    documents = read_documents(config.corpus)
+    documents = read_documents(config.corpus if prompts is None else prompts.corpus)
     while group := list(islice(documents, _TOGETHER)):
         for document, encoded in zip(group, encoder.encode(group), strict=True):
             ids = encoded.ids
@@ -173,6 +179,9 @@ def _encoded(
                 log.warning("document %s has no tokens: skipped", printable(document.id))
                 continue
             if left is not None and len(ids) > left:
+                if prompts is not None:
+                    log.info("documents end before %s, at corpus.max_tokens", document.id)
+                    return
                 log.warning(
                     "document %s is cut from %d to %d tokens at corpus.max_tokens",
                     printable(document.id),
@@ -181,6 +190,9 @@ def _encoded(
                 )
                 tally.cut_from = len(ids)
                 ids = ids[:left]
+            if prompts is not None:
+                document, given = prompts.split(document)
+                prompts.add(document, len(ids), encoded.text, given)
             checked = vocabulary.check(ids, printable(document.id), encoder.names)
             tally.ids.append(document.id)
             tally.hashes.append(xxhash.xxh3_128_hexdigest(encoded.hashed))
@@ -202,22 +214,39 @@ def _encoded(
                     return
 
 
-def _write_tables(file: h5py.File, tally: _Tally, context: int, shards: int) -> None:
-    lengths = np.array(tally.lengths, "<i8")
+def write_tables(
+    file: h5py.File,
+    ids: list[str],
+    hashes: list[str],
+    tokens: list[int],
+    context: int,
+    shards: int,
+) -> None:
+    """Write which tokens are which document's, window's and shard's.
+
+    Args:
+        file: the open file.
+        ids: of the documents.
+        hashes: of their texts.
+        tokens: of each of them.
+        context: tokens of the longest window; 0: no limit.
+        shards: how many.
+    """
+    lengths = np.array(tokens, "<i8")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
     window_lengths, window_document = split_windows(lengths, context)
     windows = np.concatenate([[0], np.cumsum(window_lengths)]).astype("<i8")
     file["tokens/document"] = np.repeat(np.arange(len(lengths), dtype="<i4"), lengths)
     file["tokens/position"] = positions(window_lengths)
     file["documents/offset"] = offsets
-    file["documents/id"] = file_format.fixed_strings(tally.ids)
-    file["documents/text_hash"] = file_format.fixed_strings(tally.hashes)
+    file["documents/id"] = file_format.fixed_strings(ids)
+    file["documents/text_hash"] = file_format.fixed_strings(hashes)
     file["windows/offset"] = windows
     file["windows/document"] = window_document
     file["shards/first_document"] = plan_shards(offsets, shards)
 
 
-def _tables_hash(file: h5py.File) -> str:
+def tables_hash(file: h5py.File) -> str:
     """A hash of what goes with the tokens into every file: ids, columns, roles, characters."""
     state = xxhash.xxh3_128(str(file["documents/id"].dtype).encode())
     state.update(file["documents/id"][:].tobytes())
@@ -327,6 +356,7 @@ class JobTokens:
     attributes: dict[str, Any]
     longest_window: int  # tokens, of the whole corpus
     shard: ShardTokens
+    answered_by: str | None = None  # fingerprint of the model whose answers they hold
 
 
 def read_job(path: Path, shard: int) -> JobTokens:
@@ -341,7 +371,8 @@ def read_job(path: Path, shard: int) -> JobTokens:
     """
     with file_format.open_h5(path, "tokens") as file:
         longest = int(np.diff(file["windows/offset"][:]).max(initial=1))
-        return JobTokens(_attributes(file), longest, _shard(file, shard))
+        answered_by = file["answers"].attrs.get("model_fingerprint") if "answers" in file else None
+        return JobTokens(_attributes(file), longest, _shard(file, shard), answered_by)
 
 
 def window_lengths(path: Path) -> Lengths:

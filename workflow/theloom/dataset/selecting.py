@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _Reader = TypeVar("_Reader", bound="ActivationsReader")
 
 _OWN = ("document", "token", "position", "input_id")
-_OF_TOKENS = ("special", "role", "message", "char_start", "char_end")
+_OF_TOKENS = ("special", "role", "message", "char_start", "char_end", "generated")
 _BYTES_AT_ONCE = 1 << 24  # of rows in memory
 
 
@@ -29,8 +29,9 @@ class RowTable(Mapping[str, np.ndarray]):
     """What the rows of a dataset are: a column by its name, with an entry for each row.
 
     `document` (as `acts.document` takes it), `token` (its number in the document), `position` (in
-    the window), `input_id`; `special`, `role`, `message`, `char_start` and `char_end` where the
-    file has them; then the columns of the corpus. A column is read when it is asked for.
+    the window), `input_id`; `special`, `role`, `message`, `char_start`, `char_end` and
+    `generated` where the file has them; then the columns of the corpus. A column is read when it
+    is asked for.
     """
 
     def __init__(self, acts: "ActivationsReader") -> None:
@@ -62,7 +63,7 @@ class RowTable(Mapping[str, np.ndarray]):
         found = table.numpy(...)
         if name == "role":
             return np.array(ROLES)[found]
-        return found.astype(bool) if name == "special" else found
+        return found.astype(bool) if name in ("special", "generated") else found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.columns)

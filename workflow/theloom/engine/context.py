@@ -196,6 +196,7 @@ def read_job(
     config, record = load_frozen(config_path), model_record.read(model_path)
     corpus = tokens.read_job(tokens_path, shard)
     _check_revision(record, corpus.attributes)
+    _check_answers(record, corpus.answered_by)
     estimated = estimate.read(estimate_path)
     run = RunContext(
         config=config,
@@ -219,6 +220,15 @@ def _check_revision(record: ModelRecord, corpus: dict[str, Any]) -> None:
         raise StoreError(
             f"tokens.h5 is of revision {revision} of {name}, and model.h5 of {expected}; "
             "set model.revision, or run again with --forcerun tokenize_corpus load_model"
+        )
+
+
+def _check_answers(record: ModelRecord, fingerprint: str | None) -> None:
+    """The answers are the model's own: its files may change between two jobs."""
+    if fingerprint not in (None, record.fingerprint):
+        raise StoreError(
+            "answers.h5 has answers of another model than model.h5: its files have changed; run "
+            "again with --forcerun sample_answers load_model"
         )
 
 

@@ -109,6 +109,33 @@ class SweepProgress(_Reporter):
         self.report(block * batches + batch, self._blocks * batches, line, last)
 
 
+class AnswersProgress(_Reporter):
+    """Progress of a shard whose answers are sampled: answers, tokens/s, time left.
+
+    Args:
+        total: Answers of the shard.
+        first: Those of them that earlier jobs have ended.
+    """
+
+    def __init__(self, total: int, first: int) -> None:
+        super().__init__()
+        self._total, self._first, self._tokens = total, first, 0
+
+    def update(self, done: int, tokens: int) -> None:
+        """Report that another answer of so many tokens has ended."""
+        self._tokens += tokens
+
+        def line(seconds: float) -> str:
+            seconds = max(seconds, 1e-9)
+            left = (self._total - done) * seconds / (done - self._first)
+            return (
+                f"{done:,} of {self._total:,} answers, {self._tokens / seconds:,.0f} tokens/s, "
+                f"{_duration(left)} left"
+            )
+
+        self.report(done, self._total, line, done == self._total)
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

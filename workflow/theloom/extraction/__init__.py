@@ -7,12 +7,15 @@ from theloom.extraction.api import (
     extract_streaming,
     extract_with_checkpointing,
 )
+from theloom.extraction.generated import GeneratedStates, extract_generated
 from theloom.extraction.result import HiddenStates, Rows
 
 __all__ = [
+    "GeneratedStates",
     "HiddenStates",
     "Rows",
     "collect_streaming_results",
+    "extract_generated",
     "extract_hidden_states",
     "extract_inference_optimized",
     "extract_streaming",

@@ -16,7 +16,13 @@ from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.model import device_map, weight_format
-from theloom.model.checkpoint.classes import auto_class, has_own_code, model_class, tied_heads
+from theloom.model.checkpoint.classes import (
+    auto_class,
+    causal_class,
+    has_own_code,
+    model_class,
+    tied_heads,
+)
 from theloom.model.checkpoint.weights import check_loaded, report_held_back, tensors_in
 from theloom.model.files import ModelFiles, config_in, hf_config
 from theloom.model.quantization import bitsandbytes_config, one_tensor_at_a_time
@@ -100,6 +106,7 @@ def load_model(
     points: Sequence[HookPoint] | None = None,
     exact: str | None = None,
     target: Target | None = None,
+    lm_head: bool = False,
 ) -> LoadedModel:
     """Load a model: all of it, or what reading `points` needs.
 
@@ -113,16 +120,19 @@ def load_model(
         exact: Load in this precision, fp32 or fp64, and not quantized, whatever the config
             requests.
         target: The device and the precision, if they are resolved already.
+        lm_head: Load the model that writes text: with its LM head, and whole.
 
     Raises:
-        ModelError: A weight is missing or has another shape.
+        ModelError: The model writes no text, or a weight is missing or has another shape.
     """
     from theloom.model import attention_kernels
 
     attention_kernels.repeat_keys_where_needed()
     device, resolved = target or resolve_precision(config, exact)
     options: dict[str, Any] = (
-        {} if device.type == "cpu" else {"device_map": _device_map(config, device, resolved)}
+        {}
+        if device.type == "cpu"
+        else {"device_map": _device_map(config, device, resolved, lm_head)}
     )
     if config.extraction.attention.name != "auto":
         options["attn_implementation"] = config.extraction.attention.name
@@ -143,11 +153,15 @@ def load_model(
         else:
             log.info("its weights are quantised to %s already, and loaded as they are", own)
     stored = tensors_in(files.folder, config.model)
-    if mapping := tied_heads(model_config, stored):
+    if (mapping := tied_heads(model_config, stored)) and not lm_head:
         options["key_mapping"] = mapping
     try:
         with one_tensor_at_a_time(), report_held_back():
-            part = _part_of_model(config, model_config, left_out, whole)
+            part = (
+                causal_class(model_config, config.model)
+                if lm_head
+                else _part_of_model(config, model_config, left_out, whole)
+            )
             model, info = part.from_pretrained(
                 files.folder,
                 dtype=torch_dtype(resolved.resolved),
@@ -158,7 +172,7 @@ def load_model(
                 **options,
             )
     except Exception as error:  # whatever transformers raises at files is a fault of theirs
-        if isinstance(error, MemoryError) or "memory" in str(error):
+        if isinstance(error, MemoryError | ModelError) or "memory" in str(error):
             raise
         raise ModelError(
             f"model.source: {config.model.source}: {type(error).__name__}: "
@@ -171,7 +185,8 @@ def load_model(
         from theloom.model.quantization import check_runs_on_the_cpu
 
         check_runs_on_the_cpu(model)
-    device_map.keep_all_busy(model, options.get("device_map", {}))
+    if not lm_head:
+        device_map.keep_all_busy(model, options.get("device_map", {}))
     model.eval().requires_grad_(False)
     let_experts_run(model, resolved.resolved)
     _read_in(model)
@@ -240,10 +255,12 @@ def _part_of_model(
 
 
 def _device_map(
-    config: Config, device: "torch.device", resolved: Resolved
-) -> dict[str, "torch.device"]:
+    config: Config, device: "torch.device", resolved: Resolved, lm_head: bool
+) -> "dict[str, torch.device] | str":
     """Everything on one device, or over the GPUs of this job. Raises MemoryPlanError."""
     if len(gpu_lease.held()) < 2:
         return {"": device}
+    if lm_head:
+        return "balanced"
     kind = weight_format.weight_format_of(config, resolved.resolved)
     return device_map.over_leased(hf_config(config.model), kind, config.model.trust_remote_code)

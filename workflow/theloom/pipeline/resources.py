@@ -24,9 +24,10 @@ from theloom.devices import gpu_specs
 from theloom.errors import TheLoomError
 from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm
+from theloom.memory.sizes import Components
 from theloom.model import files, weight_format
 from theloom.model.weight_format import WeightFormat
-from theloom.planning import estimate, multi_gpu
+from theloom.planning import answers_plan, estimate, multi_gpu
 from theloom.planning.estimate import Estimate
 from theloom.store import file_format, provenance, ring_buffer
 from theloom.terminal import lines
@@ -238,6 +239,8 @@ def _from_estimate(settings: Config, estimated: Estimate, on_gpu: bool) -> dict[
         plan["disk_mb"] = 100 + _mb(1.1 * needed / shards)
     weights = _mb(estimated.weights[kind])
     host = _host_bytes(estimated, kind, on_gpu)
+    if (sampled := _sampling(settings, estimated, kind)) and not on_gpu:
+        host = max(host, estimate.HOST_PROCESS + sampled.total)
     if on_gpu:
         # The largest tensor is the embedding, which is on the first GPU with its blocks.
         embedding, blocks = _largest_tensor(estimated), estimated.blocks
@@ -249,6 +252,8 @@ def _from_estimate(settings: Config, estimated: Estimate, on_gpu: bool) -> dict[
         )
         fullest = multi_gpu.of_one(estimated, multi_gpu.share(blocks, count, overhead))
         least = multi_gpu.least(fullest, kind, capability)
+        if sampled:
+            least = max(least, sampled.total // count)
         plan |= {"gpu": count, "min_free_gpu_mb": _mb(least)}
         copied = estimate.copied_precision(settings, precision)
         host += multi_gpu.ring_growth(estimated, estimated.row_bytes[copied], count)
@@ -260,6 +265,14 @@ def _from_estimate(settings: Config, estimated: Estimate, on_gpu: bool) -> dict[
     if _is_gguf(settings):  # converted once: dequantised in FP32, and written from there
         plan["load_mem_mb"] = plan["mem_mb"] + 2 * _mb(estimated.weights["fp32"])
     return plan
+
+
+def _sampling(settings: Config, estimated: Estimate, kind: str) -> Components | None:
+    """What one answer takes, where the run's own model samples answers."""
+    if (size := estimated.answers.get(kind)) is None:
+        return None
+    prompt = answers_plan.longest_prompt(settings, estimated.context_length)
+    return size.components(1, prompt, settings.answers.max_new_tokens, estimated.device)
 
 
 def _weight_format(settings: Config, estimated: Estimate, precision: str) -> str:
@@ -291,6 +304,8 @@ def _minutes(settings: Config, estimated: Estimate, store: str) -> dict[str, int
     block_parameters = max(0, bf16 - _largest_tensor(estimated)) // 2
     speed = sharding.tokens_per_second(settings, block_parameters)
     tokens, shards = settings.corpus.max_tokens, settings.extraction.shards or 1
+    if settings.answers.source is not None:  # how long answers are is not known
+        return {}
     if speed is None or tokens is None:
         return {}
     rows = tokens if estimated.rows is None else estimated.rows

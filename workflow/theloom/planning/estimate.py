@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from theloom.model.checkpoint.classes import has_own_code
 from theloom.model.checkpoint.weights import check_stored
 from theloom.model.files import hf_config
 from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat, quantization_of
+from theloom.planning import answers_plan
+from theloom.planning.answers_plan import AnswersSize
 from theloom.precision import BYTES
 from theloom.rows import expression
 from theloom.rows.pooling import ADDED_UP
@@ -91,6 +93,9 @@ class Estimate:
     token_bytes: int  # of the tables on disk, for each token
     table_bytes: int  # of all tables; where nothing bounds the tokens, of as many as there are rows
     store: str = "auto"  # store.dtype, as requested
+    # of sampling, by weight format; empty: the run's own model samples no answers
+    answers: dict[str, AnswersSize] = field(default_factory=dict)
+    answers_batch: int | None = None  # requested
 
     def disk_bytes(self, store_precision: str) -> int | None:
         """Bytes of all shards together; None if the number of rows is unknown."""
@@ -157,7 +162,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
     _check_pooled(config, points)
     context = config.corpus.context_length or size.context_length or DEFAULT_CONTEXT
     if config.corpus.max_tokens is not None:
-        context = min(context, config.corpus.max_tokens)
+        context = min(context, config.corpus.max_tokens + _answer_tokens(config))
     chunk_size = min(config.memory.streaming_chunk_size, context)
     passes = {}
     likely = weight_format.weight_format_of(config, likely_precision(config), estimator.own)
@@ -196,11 +201,44 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         token_bytes=token_bytes(config),
         table_bytes=_table_bytes(config, points, context),
         store=config.store.dtype.name,
+        answers=_of_answers(config, estimator, passes, context, device),
+        answers_batch=config.answers.batch,
         host={
             name: _host(estimator, WEIGHT_FORMATS[name], weights[name], own, chunk_size, device)
             for name, own in passes.items()
         },
     )
+
+
+def _of_answers(
+    config: Config,
+    estimator: Estimator,
+    passes: dict[str, list[Pass]],
+    context: int,
+    device: str,
+) -> dict[str, AnswersSize]:
+    """Bytes of sampling in each weight format that passes are predicted in."""
+    if config.answers.source is None or config.answers.source.name != "model":
+        return {}
+    longest = answers_plan.longest_prompt(config, context)
+    tied = tied_head(config)
+    return {
+        name: answers_plan.size_of(estimator, WEIGHT_FORMATS[name], tied, longest, device)
+        for name in passes
+    }
+
+
+def tied_head(config: Config) -> bool:
+    """Whether a model's LM head is its token embedding."""
+    declared = config.model.architecture
+    if declared is not None:
+        return bool(declared.tie_word_embeddings)
+    return bool(getattr(hf_config(config.model).get_text_config(), "tie_word_embeddings", False))
+
+
+def _answer_tokens(config: Config) -> int:
+    """Tokens of an answer at most; 0 without."""
+    return config.answers.max_new_tokens if config.answers.source is not None else 0
 
 
 def _wanted(config: Config, own: str | None) -> list[WeightFormat]:
@@ -267,9 +305,19 @@ def _most_rows(config: Config) -> int | None:
     of_document = expression.parse(config.rows.keep).most
     if config.rows.pool.name != "none" and config.rows.by.name == "document":
         of_document = 1
-    bounds = [config.corpus.max_tokens]
-    if of_document is not None and config.corpus.max_documents is not None:
-        bounds.append(of_document * config.corpus.max_documents)
+    documents, tokens = config.corpus.max_documents, config.corpus.max_tokens
+    if config.answers.source is not None:
+        samples, new = config.answers.samples, config.answers.max_new_tokens
+        if config.answers.source.name == "column":  # how many it holds is not known
+            documents = tokens = None
+        elif documents is not None:
+            documents *= samples
+            tokens = None if tokens is None else samples * tokens + documents * new
+        else:
+            tokens = None
+    bounds = [tokens]
+    if of_document is not None and documents is not None:
+        bounds.append(of_document * documents)
     return min((n for n in bounds if n is not None), default=None)
 
 
@@ -393,6 +441,16 @@ def run_estimate(config: Config, output: Path) -> None:
         terminal.format_bytes(result.weights[kind]),
         terminal.format_bytes(result.host[kind]),
     )
+    if sampled := result.answers.get(kind):
+        prompt = answers_plan.longest_prompt(config, result.context_length)
+        one = sampled.of(1, prompt, config.answers.max_new_tokens)
+        log.info(
+            "sampling: weights %s; an answer to a prompt of %d tokens: %s (%s)",
+            terminal.format_bytes(sampled.weights),
+            prompt,
+            terminal.format_bytes(one.total),
+            by_category(one),
+        )
     for candidate in result.passes[kind]:
         total, parts = terminal.format_bytes(candidate.parts.total), by_category(candidate.parts)
         log.info(
@@ -480,7 +538,7 @@ _SINGLE = (
     "token_bytes",
     "table_bytes",
 )
-_OPTIONAL = ("rows", "batch_tokens")
+_OPTIONAL = ("rows", "batch_tokens", "answers_batch")
 
 _PASS = np.dtype(
     [(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(PeakBytes)))]
@@ -508,6 +566,7 @@ def write(estimate: Estimate, config: Config, output: Path) -> None:
         )
         for name in _BY_KIND:
             file_format.set_attributes(file.create_group(name), getattr(estimate, name))
+        answers_plan.write(file, estimate.answers)
         for kind, passes in estimate.passes.items():
             file[f"passes/{kind}"] = np.array(
                 [(p.tokens, p.chunk_size, *astuple(p.parts)) for p in passes], _PASS
@@ -540,7 +599,13 @@ def read(path: Path) -> Estimate:
             ]
             for kind, rows in file["passes"].items()
         }
-        return Estimate(hooks=json.loads(file.attrs["hooks"]), passes=passes, **single, **by_kind)
+        return Estimate(
+            hooks=json.loads(file.attrs["hooks"]),
+            passes=passes,
+            answers=answers_plan.read(file),
+            **single,
+            **by_kind,
+        )
 
 
 def _plain(value: Any) -> Any:

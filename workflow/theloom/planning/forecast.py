@@ -142,7 +142,7 @@ def forecast(
     settings = settings_of(target)
     requested = settings.memory.activation_cache_filter if filters is None else filters
     estimator = estimate.estimator_of(settings, trace, requested, held=True)
-    kind = _kind(settings, precision, estimator.own)
+    kind = kind_of(settings, precision, estimator.own)
     residuals = residual_points(estimator.size.num_blocks, estimator.size.hidden_size)
     catalog = estimator.catalog()
     points = catalog.select(requested)
@@ -367,7 +367,8 @@ def settings_of(target: str) -> Config:
     return frozen.to_config(run.config)
 
 
-def _kind(settings: Config, precision: str | None, own: str | None) -> WeightFormat:
+def kind_of(settings: Config, precision: str | None, own: str | None) -> WeightFormat:
+    """The weight format of a forecast."""
     if precision is not None:
         return WEIGHT_FORMATS[precision]
     requested = settings.memory.precision_mode.name

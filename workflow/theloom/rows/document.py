@@ -19,6 +19,7 @@ class Document:
         message: Number of the message in its conversation, -1 for none.
         char_start: First character of a token in `text`, -1 for none.
         char_end: Character after its last.
+        generated: Whether a token is of an answer that a model has written.
         text: The text that was tokenised.
         columns: Values of the corpus' columns, by name.
     """
@@ -30,5 +31,6 @@ class Document:
     message: np.ndarray | None = None
     char_start: np.ndarray | None = None
     char_end: np.ndarray | None = None
+    generated: np.ndarray | None = None
     text: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)

@@ -75,6 +75,11 @@ class Expression:
         """
         return self._root.most
 
+    @property
+    def asks_for_generated(self) -> bool:
+        """Whether it tells tokens of answers from others."""
+        return any(isinstance(term, terms.Generated) for term in terms.parts(self._root))
+
     def mask(self, document: Document) -> np.ndarray:
         """Which tokens of a document the expression keeps.
 

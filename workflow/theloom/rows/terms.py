@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,6 +70,21 @@ class Special:
         if document.special is None:
             raise UnknownError("special tokens are not known: the tokenizer does not tell", self.at)
         return document.special.astype(bool)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model has written: the tokens of answers."""
+
+    at: int
+    most: int | None = None
+
+    def mask(self, document: Document) -> np.ndarray:
+        if document.generated is None:
+            raise UnknownError(
+                "generated is of answers, and there are none; set answers.source", self.at
+            )
+        return document.generated.astype(bool)
 
 
 @dataclass(frozen=True)
@@ -185,6 +200,14 @@ class Either:
         return self.left.mask(document) | self.right.mask(document)
 
 
+def parts(term: Term) -> Iterator[Term]:
+    """A term and all that it is made of."""
+    yield term
+    for name in ("term", "left", "right"):
+        if (part := getattr(term, name, None)) is not None:
+            yield from parts(part)
+
+
 def _role(role: str) -> Callable[[int], Term]:
     return lambda at: Role(role, at)
 
@@ -195,6 +218,7 @@ PLAIN: dict[str, Callable[[int], Term]] = {
     "first": lambda at: Range(None, 1),
     "last": lambda at: Range(-1, None),
     "special": Special,
+    "generated": Generated,
     **{name: _role(name) for name in ("assistant", "user", "system", "tool")},
 }
 

@@ -57,6 +57,7 @@ class ShardTokens:
     message: np.ndarray | None = None
     char_start: np.ndarray | None = None
     char_end: np.ndarray | None = None
+    generated: np.ndarray | None = None
     kept: np.ndarray | None = None
     columns: Mapping[str, Column] = field(default_factory=dict)  # of the documents, in order
     row_token: np.ndarray | None = None  # (rows,) int64

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.folder import own_model_code
 
@@ -65,6 +66,21 @@ def _decoder_alone(model_config: "PretrainedConfig") -> Any:
     named = found.__name__ in (model_config.architectures or ())
     both = hasattr(whole, "forward") and "decoder_input_ids" in signature(whole.forward).parameters
     return found if named and both and not model_config.is_encoder_decoder else None
+
+
+def causal_class(model_config: "PretrainedConfig", model: ModelConfig) -> Any:
+    """The Auto class of the model that writes text. Raises ModelError where it writes none."""
+    from transformers import AutoModelForCausalLM
+
+    own = has_own_code(model_config, model.trust_remote_code)
+    known = type(model_config) in AutoModelForCausalLM._model_mapping
+    encodes = _encoder_alone(model_config) is not None or model_config.is_encoder_decoder
+    if not ("AutoModelForCausalLM" in own or (known and not own and not encodes)):
+        raise ModelError(
+            f"answers.source=model: {model.source} ({model_config.model_type}) does not write "
+            "text; set model.source to a causal language model, or answers.source=column"
+        )
+    return AutoModelForCausalLM
 
 
 def model_class(model_config: "PretrainedConfig") -> Any:

@@ -41,8 +41,8 @@ class Column:
     def __len__(self) -> int:
         return len(self.values)
 
-    def part(self, documents: slice) -> "Column":
-        """The column of some documents."""
+    def part(self, documents: slice | np.ndarray) -> "Column":
+        """The column of some documents, by a slice or by their numbers."""
         null = None if self.null is None else self.null[documents]
         return Column(self.type, self.values[documents], self.names, null)
 

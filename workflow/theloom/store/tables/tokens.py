@@ -12,6 +12,7 @@ TYPES = {
     "message": "<i4",  # number of the message in its conversation; -1: of none
     "char_start": "<i4",  # first character in the document's text; -1: of none
     "char_end": "<i4",  # the character after its last one; -1: of none
+    "generated": "|u1",  # 1: of an answer that a model wrote; only where the run has answers
     "kept": "|u1",  # 1: part of a stored row; only where not every token has a row of its own
 }
 """NumPy's type of each, by name in the group `tokens`."""

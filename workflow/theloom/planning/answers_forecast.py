@@ -1,0 +1,82 @@
+"""What sampling answers takes with one model (`theloom estimate --answers`)."""
+
+from dataclasses import asdict, dataclass
+
+from theloom.devices import gpu_specs
+from theloom.memory.sizes import Components
+from theloom.planning import answers_plan, estimate, forecast
+from theloom.planning.answers_plan import MOST
+
+
+@dataclass(frozen=True)
+class AnswersForecast:
+    """Sampling answers to prompts of one length.
+
+    Attributes:
+        prompt: Tokens of a prompt.
+        new: Tokens of an answer.
+        rows: Answers side by side.
+        memory: What they take on a GPU; `total` of it must be free.
+        batches: By GPU, as many answers as fit it side by side (at most 64), the smallest first.
+        seconds_gpu: The least time of 1,000 answers on a GPU of 3.2 TB/s, as its weights are read.
+        seconds_cpu: The same on a CPU of 40 GB/s.
+        disk: Bytes of `answers.h5` for 1,000 answers, in round numbers.
+    """
+
+    prompt: int
+    new: int
+    rows: int
+    memory: Components
+    batches: dict[str, int]
+    seconds_gpu: float
+    seconds_cpu: float
+    disk: int
+
+
+# Bytes of a token in answers.h5: ids, document, position, roles, characters; of a sampled one more
+_TOKEN, _SAMPLED = 26, 12
+
+
+def forecast_answers(
+    target: str, precision: str | None, rows: int, prompt: int, new: int
+) -> AnswersForecast:
+    """Forecast memory, disk and time of sampling.
+
+    Args:
+        target: A profile, or a model.
+        precision: Of the weights; None: the profile's.
+        rows: Answers side by side.
+        prompt: Tokens of a prompt.
+        new: Tokens of an answer.
+
+    Raises:
+        TheLoomError: The target or the precision is unknown or unsupported.
+    """
+    settings = forecast.settings_of(target)
+    estimator = estimate.estimator_of(settings)
+    kind = forecast.kind_of(settings, precision, estimator.own)
+    size = answers_plan.size_of(estimator, kind, estimate.tied_head(settings), prompt, "cuda")
+    batches = {}
+    for gpu in gpu_specs.gpus():
+        fitting = MOST
+        free = forecast.HEADROOM * gpu.usable_bytes
+        while fitting and size.components(fitting, prompt, new, "cuda").total > free:
+            fitting //= 2
+        if fitting and gpu.computes(kind.name):
+            batches[gpu.name] = fitting
+    return AnswersForecast(
+        prompt,
+        new,
+        rows,
+        size.components(rows, prompt, new, "cuda"),
+        batches,
+        size.seconds(1000 * new, rows, "cuda"),
+        size.seconds(1000 * new, rows, "cpu"),
+        1000 * (_TOKEN * (prompt + new) + _SAMPLED * new),
+    )
+
+
+def as_json(found: AnswersForecast) -> dict[str, object]:
+    """The forecast as plain data."""
+    total = {"allocated": found.memory.allocated, "total": found.memory.total}
+    return asdict(found) | {"memory": asdict(found.memory) | total}
