@@ -25,6 +25,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 PRELOADED = (
     "h5py",
+    "theloom.answers.shard",
     "transformers.models.llama.modeling_llama",
     "theloom.corpus.tokens",
     "theloom.pipeline.extract_shard",
@@ -139,6 +140,7 @@ def _child(task: dict[str, Any]) -> None:
         output=named("output"),
         wildcards=SimpleNamespace(**task.get("wildcards", {})),
         params=SimpleNamespace(**task.get("params", {})),
+        scriptdir=str(ROOT / "workflow/scripts"),
     )
     for output in snakemake.output:  # as Snakemake does
         Path(output).parent.mkdir(parents=True, exist_ok=True)

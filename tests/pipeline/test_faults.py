@@ -53,11 +53,31 @@ JOBS = {
     "report_speed": script("report_speed", "report", DRAWN, shards=[SHARD]),
     "report_states": script("report_states", "report", DRAWN, shards=[SHARD], **MERGED),
     "report_attention": script("report_attention", "report", DRAWN, shards=[SHARD], **MERGED),
+    "report_probe": script("report_probe", "report", DRAWN, **MERGED),
+    "report_page": script("report_page", "report", {"page": "report.html"}, **MERGED),
 }
+SAMPLED = "answers/00000-of-00001.h5"
+OF_ANSWERS = {
+    "sample_answers": script(
+        "sample_answers",
+        "sample",
+        {"answers": SAMPLED},
+        estimate="estimate.h5",
+        prompts="tokens.h5",
+    ),
+    "gather_answers": script(
+        "gather_answers",
+        "answers",
+        {"answers": "answers.h5"},
+        prompts="tokens.h5",
+        answers=[SAMPLED],
+    ),
+}
+BEFORE_ANSWERS = ("estimate_memory", "stage_model", "tokenize_corpus")
 
 # Runs, and the jobs whose writes differ from those of the runs before.
 RUNS = {
-    "resident": ("store.merge=virtual", list(JOBS)),
+    "resident": ("store.merge=virtual corpus.columns=[text] report.label=text", list(JOBS)),
     "layerwise": (
         "extraction.execution=layerwise store.merge=physical",
         ["extract_shard", "merge_shards"],
@@ -66,6 +86,7 @@ RUNS = {
         "store.compression=zstd store.merge=physical",
         ["extract_shard", "merge_shards"],
     ),
+    "answers": ("answers.source=model answers.max_new_tokens=6", ["tokenize_corpus", *OF_ANSWERS]),
 }
 POINTS = "memory.activation_cache_filter=[blocks.0.hook_resid_post,blocks.1.hook_resid_post]"
 FAULTS = {
@@ -74,6 +95,8 @@ FAULTS = {
     "SIGTERM": -signal.SIGTERM,
     "SIGKILL": -signal.SIGKILL,
 }
+# attributes of what a job did itself, of all that is in the file
+OF_A_JOB = ("code_version", "seconds", "tokens_sampled", "tokens_alone", "side_by_side")
 MEASURED = ("memory", "metrics", "checksums", "sources/checksums")
 
 
@@ -86,14 +109,18 @@ def content(file):
     def look(name, part):
         if not name.startswith(MEASURED):
             found.update({f"{name}@{key}": str(value) for key, value in part.attrs.items()})
-            found.pop("@code_version", None)
-            if isinstance(part, h5py.Dataset) and part.compression != "unknown":
+            for attribute in OF_A_JOB:
+                found.pop(f"@{attribute}", None)
+            if name.endswith("log_probability"):  # rounded as what was computed beside an answer
+                found[name] = part.shape
+            elif isinstance(part, h5py.Dataset) and part.compression != "unknown":
                 found[name] = np.asarray(part[()]).tobytes()
 
     with h5py.File(file) as opened:
         look("", opened)
         opened.visititems(look)
-    if file.name in ("activations.h5", Path(SHARD).name):  # packed rows are not read by HDF5 alone
+    # packed rows are not read by HDF5 alone
+    if file.name == "activations.h5" or file.parent.name == "shards":
         acts = theloom.open(file)
         found.update({hook: acts[hook].numpy(...).tobytes() for hook in acts.hooks})
     return found
@@ -123,8 +150,11 @@ def whole(request, tmp_path_factory, failing, source):
     JOBS["freeze_config"]["params"] = {
         "config": json.loads((made.folder / "estimate.json").read_text())
     }
+    jobs = JOBS
+    if request.param == "answers":
+        jobs = {name: JOBS[name] for name in BEFORE_ANSWERS} | OF_ANSWERS
     before = {}
-    for name, job in JOBS.items():
+    for name, job in jobs.items():
         shutil.copytree(made.folder, folder / name)
         ended = failing.run(made.folder, job)
         assert ended.status == 0, ended.log + ended.console
@@ -154,7 +184,7 @@ def test_every_fault_is_one_line_and_the_rerun_is_right(whole, failing, tmp_path
     finished, jobs = whole
     counts = dict.fromkeys(["one line", "killed", "no matter"], 0)
     for name, (before, outputs, calls) in jobs.items():
-        job = JOBS[name]
+        job = {**JOBS, **OF_ANSWERS}[name]
         assert calls
         print(f"{name}: {calls} calls", flush=True)
         for at, fault in choose(calls, name):
@@ -175,7 +205,8 @@ def test_every_fault_is_one_line_and_the_rerun_is_right(whole, failing, tmp_path
                 assert again.status == 0, f"{shown}: {again.log} {again.console}"
             assert files(folder) - files(before) == outputs, shown
             for output in outputs:
-                assert content(folder / output) == content(finished / output), f"{shown}: {output}"
+                found, right = content(folder / output), content(finished / output)
+                assert found == right, f"{shown}: {output}"
             shutil.rmtree(folder)
     print(f"{sum(counts.values())} faults: {counts}")
 

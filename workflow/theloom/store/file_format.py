@@ -291,6 +291,8 @@ def reading(path: str | Path) -> Iterator[Objects]:
                 f"{path}: cut short, {error}; copy it again, or run the pipeline"
             ) from None
         except DAMAGE as error:
+            if getattr(error, "filename", None) not in (None, str(path)):
+                raise  # of a file that is written from this one
             raise damaged(path, error) from None
 
 
