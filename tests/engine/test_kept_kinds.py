@@ -17,7 +17,7 @@ from theloom.planning import estimate
 from tiny_configs import tiny_config
 from transformers import AutoModel
 
-DOCUMENTS = int(os.environ.get("THELOOM_DOCUMENTS", "1000"))
+DOCUMENTS = int(os.environ.get("THELOOM_DOCUMENTS", "3000"))
 KEEP = "last(2) | [3:5]"
 REQUESTED = "corpus.max_tokens=400 corpus.context_length=60 extraction.shards=1"
 
