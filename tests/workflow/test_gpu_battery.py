@@ -82,8 +82,9 @@ def test_the_whole_battery_runs_on_a_machine_without_a_gpu(tmp_path):
     """All steps in this process, but for that of the tests, which this suite runs itself."""
     outcomes = []
     for step in gpu_steps.STEPS.keys() - {"tests"}:
-        (tmp_path / step).mkdir()
-        outcome = gpu.Outcome(step, "", seconds=0, **gpu.alone(step, tmp_path / step / "run"))
+        folder = tmp_path / step.replace(" ", "-")
+        folder.mkdir()
+        outcome = gpu.Outcome(step, "", seconds=0, **gpu.alone(step, folder / "run"))
         assert outcome.state == ("skipped" if outcome.words else "done"), outcome
         assert outcome.rows or outcome.words.endswith("this machine has no CUDA or ROCm GPU")
         assert all(map(math.isfinite, numbers_of(outcome.rows)))
