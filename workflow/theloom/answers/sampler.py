@@ -25,6 +25,13 @@ log = logging.getLogger(__name__)
 PADDED, EQUAL_LENGTHS, ONE_BY_ONE = "padded", "equal lengths", "one by one"
 
 
+def end_ids(found: int | Sequence[int] | None) -> frozenset[int]:
+    """The token ids that end a text, as `eos_token_id` of transformers gives them."""
+    if found is None:
+        return frozenset()
+    return frozenset([found] if isinstance(found, int) else found)
+
+
 @dataclass
 class Row:
     """An answer that is being sampled.

@@ -278,7 +278,7 @@ def _ends(model: Any) -> frozenset[int]:
     found = model.generation_config.eos_token_id
     if found is None:
         found = getattr(model.config.get_text_config(), "eos_token_id", None)
-    ends = frozenset(found if isinstance(found, list | tuple) else [] if found is None else [found])
+    ends = sampler.end_ids(found)
     if not ends:
         log.warning("the model names no token that ends a text: answers go on to their limit")
     return ends

@@ -18,18 +18,21 @@ _AUXILIARY = 3  # layers that SpecForge's EAGLE-3 takes
 
 
 def _mask(job: Job, rows: slice) -> np.ndarray:
+    """1 for the tokens of the loss: the assistant's, or all where texts are no conversations."""
     mask = job.loss_mask(rows)
-    if mask is not None:
-        return mask
-    job.leave_out("a loss mask: the texts are no conversations, so that every token is in the loss")
-    return np.ones(rows.stop - rows.start, np.int64)
+    return np.ones(rows.stop - rows.start, np.int64) if mask is None else mask
 
 
 def _tokens(job: Job, rows: slice) -> np.ndarray:
     return job.acts.input_ids.numpy(rows).astype(np.int64)
 
 
-def _columns(job: Job) -> None:
+def _leave_out(job: Job) -> None:
+    """Record what neither format can carry."""
+    if job.acts.token_table("role") is None:
+        job.leave_out(
+            "a loss mask: the texts are no conversations, so that every token is in the loss"
+        )
     if job.acts.columns:
         job.leave_out(f"the columns {', '.join(job.acts.columns)}")
     if len(job.windows) > len(job.documents):
@@ -63,8 +66,10 @@ def write_speculators(job: Job) -> None:
         )
     assert job.width  # of one width
     frequency: dict[int, int] = {}
+    conversations = []
     for number, window in enumerate(job.windows):
         ids, mask = _tokens(job, window.rows), _mask(job, window.rows)
+        conversations.append({"input_ids": ids, "loss_mask": mask, "seq_len": len(window)})
         for token, count in zip(*np.unique(ids[mask == 1], return_counts=True), strict=True):
             frequency[int(token)] = frequency.get(int(token), 0) + int(count)
         name = f"hidden_states/hs_{number}.safetensors"
@@ -75,25 +80,14 @@ def write_speculators(job: Job) -> None:
         with job.writing(name) as path:
             save_file(tensors, str(path), {"layer_ids": json.dumps(layers)})
 
-    def conversations() -> "object":
-        for window in job.windows:
-            yield {
-                "input_ids": _tokens(job, window.rows),
-                "loss_mask": _mask(job, window.rows),
-                "seq_len": len(window),
-            }
-
     numbers = datasets.Sequence(datasets.Value("int64"))
     features = datasets.Features(
         {"input_ids": numbers, "loss_mask": numbers, "seq_len": datasets.Value("int64")}
     )
-    fingerprint = str(job.acts.attributes.get("run_fingerprint", "theloom"))
-    prepared = datasets.Dataset.from_generator(
-        conversations, features=features, fingerprint=fingerprint, keep_in_memory=True
-    )
+    prepared = datasets.Dataset.from_list(conversations, features=features)
     prepared.save_to_disk(str(job.folder))
     job.write_torch("token_freq.pt", frequency)
-    _columns(job)
+    _leave_out(job)
 
 
 def write_specforge(job: Job) -> None:
@@ -139,6 +133,4 @@ def write_specforge(job: Job) -> None:
             "aux_hidden_state": layers[None],
         }
         job.write_torch(name, record)
-    for window in job.windows:  # of what a killed export had written too
-        _mask(job, window.rows)
-    _columns(job)
+    _leave_out(job)

@@ -6,7 +6,6 @@ goes on with the files that are missing.
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import numpy as np
 
 from theloom.errors import ConfigError, StoreError, printable
 from theloom.rows.roles import ROLES, code
+from theloom.store import file_format
 
 if TYPE_CHECKING:
     import torch
@@ -215,11 +215,8 @@ class Job:
         """
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + _UNFINISHED)
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with _whole(path) as unfinished:
+            yield unfinished
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file."""
@@ -341,13 +338,18 @@ def write_record(
 ) -> None:
     """Write what an export is of, what it left out, and whether it is finished."""
     written = {"export": identity, "left_out": left_out, "finished": finished}
-    unfinished = folder / (RECORD + _UNFINISHED)
-    with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(written, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(folder / RECORD)
+    with _whole(folder / RECORD) as path:
+        text = json.dumps(written, indent=2, ensure_ascii=False)
+        path.write_text(f"{text}\n", encoding="utf-8")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Another path to write a file to, which takes its own once it is whole and on the disk."""
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    yield unfinished
+    file_format.sync(unfinished)
+    unfinished.replace(path)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from theloom.answers.answer import seed_of
 from theloom.answers.choice import TOLERANCE, Sampling
-from theloom.answers.sampler import ONE_BY_ONE, PADDED, Generation, Row
+from theloom.answers.sampler import ONE_BY_ONE, PADDED, Generation, Row, end_ids
 from theloom.errors import InputError, ModelError
 from theloom.extraction.api import extract_hidden_states
 from theloom.extraction.padding import Tokens
@@ -141,8 +141,7 @@ def _sample(model: "PreTrainedModel", answers: list[Row], sampling: Sampling) ->
     if precision not in TOLERANCE:
         raise ModelError(f"{type(model).__name__} is in {model.dtype}; load it in fp32 or 16 bits")
     own: Any = model.generation_config.eos_token_id if model.generation_config else None
-    ends = frozenset(own if isinstance(own, list | tuple) else [] if own is None else [own])
-    generation = Generation(model, sampling, ends, None, precision)
+    generation = Generation(model, sampling, end_ids(own), None, precision)
     way = generation.ways()  # also for one, whose answer is the same beside others
     for together in [answers] if way == PADDED else [[row] for row in answers]:
         generation.answer(together, alone=way == ONE_BY_ONE)

@@ -79,8 +79,8 @@ def draw_states(config: Config, activations: Path, folder: Path) -> None:
         np.random.default_rng(settings.figure_seed).permutation(states.rows)[: settings.map_rows]
     )
     tokens = token_text.texts(acts, acts.input_ids.numpy(rows))
-    label = settings.label
-    colours = None if label is None else (label, probe.labels(acts, label)[rows])
+    label, document = settings.label, np.searchsorted(acts.document_offset, rows, "right") - 1
+    colours = None if label is None else (label, probe.labels(acts, label)[document])
     style.save(draw_token_map(acts, hook, rows, tokens, title, colours), folder / "map")
 
 

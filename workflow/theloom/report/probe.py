@@ -71,14 +71,14 @@ class Accuracy:
 
 
 def labels(acts: Activations, name: str) -> np.ndarray:
-    """A label for each row, as texts; masked where a document has none.
+    """The label of each document, as texts; masked where it has none.
 
     Args:
         acts: activations of a run.
         name: a column of the corpus.
 
     Returns:
-        (rows,).
+        (documents,).
 
     Raises:
         ConfigError: the run has no such column.
@@ -94,8 +94,7 @@ def labels(acts: Activations, name: str) -> np.ndarray:
     values = np.ma.getdata(of_documents)
     if values.dtype.kind == "f":
         none |= np.isnan(values)
-    texts = np.ma.array(values.astype(str), mask=none)
-    return texts[acts.rows["document"]]
+    return np.ma.array(values.astype(str), mask=none)
 
 
 def choose(acts: Activations, name: str, count: int, seed: int) -> Labelled | str:
@@ -113,7 +112,8 @@ def choose(acts: Activations, name: str, count: int, seed: int) -> Labelled | st
     Raises:
         ConfigError: the run has no such column.
     """
-    label, document = labels(acts, name), acts.rows["document"]
+    document = acts.rows["document"]
+    label = labels(acts, name)[document]
     rows = np.flatnonzero(~np.ma.getmaskarray(label))
     if len(rows) > count:
         rows = np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
