@@ -75,15 +75,16 @@ OF_ANSWERS = {
 }
 BEFORE_ANSWERS = ("estimate_memory", "stage_model", "tokenize_corpus")
 
+LABELLED = "corpus.columns=[text] report.label=text"
 # Runs, and the jobs whose writes differ from those of the runs before.
 RUNS = {
-    "resident": ("store.merge=virtual corpus.columns=[text] report.label=text", list(JOBS)),
+    "resident": (f"store.merge=virtual {LABELLED}", list(JOBS)),
     "layerwise": (
-        "extraction.execution=layerwise store.merge=physical",
+        f"extraction.execution=layerwise store.merge=physical {LABELLED}",
         ["extract_shard", "merge_shards"],
     ),
     "packed": (
-        "store.compression=zstd store.merge=physical",
+        f"store.compression=zstd store.merge=physical {LABELLED}",
         ["extract_shard", "merge_shards"],
     ),
     "answers": ("answers.source=model answers.max_new_tokens=6", ["tokenize_corpus", *OF_ANSWERS]),
