@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+from theloom.pipeline import retries
 from theloom.pipeline.job import last_errors
 
 BODY = """
 import logging, os, sys
-from theloom.errors import CorpusError
+from theloom.errors import CorpusError, MemoryPlanError
 from theloom.pipeline.job import job
 with job(sys.argv[1], 2):
     print("to stdout")
@@ -68,6 +69,26 @@ def test_errors_of_this_call_are_gathered_and_older_ones_are_not(tmp_path):
     log = tmp_path / "x.log"
     assert last_errors([log], began) == [f"error: x.txt: not utf-8 (log: {log})"]
     assert last_errors([log], time.time() + 60) == []
+
+
+def test_a_retry_ends_at_once_where_the_first_try_was_the_user_s_error(tmp_path, monkeypatch):
+    monkeypatch.setenv(retries.CALL, "first")
+    log = tmp_path / "x.log"
+    run(tmp_path, "raise CorpusError('x.txt: not utf-8')")
+    code, again, _ = run(tmp_path, "print('tried')")
+    assert (code, again) == (1, "error: x.txt: not utf-8\n")
+    monkeypatch.setenv(retries.CALL, "second")  # the user has mended the file in between
+    assert run(tmp_path, "print('tried')")[0] == 0
+    assert retries.recorded(log) is None
+
+
+@pytest.mark.parametrize(
+    "ending", ["raise MemoryPlanError('too small')", "raise OSError(28, 'full')", "raise KeyError"]
+)
+def test_a_retry_is_made_where_another_node_may_do(tmp_path, monkeypatch, ending):
+    monkeypatch.setenv(retries.CALL, "first")
+    run(tmp_path, ending)
+    assert run(tmp_path, "print('tried')")[0] == 0
 
 
 SECRET = "hf_notARealTokenButSecret"

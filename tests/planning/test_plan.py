@@ -281,3 +281,34 @@ def test_the_workspace_of_the_gpu_at_hand_is_counted(mistral):
     }
     assert workspace == {(8, 0): 8320 << 10, (9, 0): 32 << 20, None: 32 << 20}
     assert plan.choose(mistral, "bf16", "mps", memory).components.context == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_batch_keeps_no_more_rows_than_planned(seed):
+    chance = np.random.default_rng(seed)
+    lengths = chance.integers(1, 60, int(chance.integers(1, 200)))
+    cut = Plan(int(chance.integers(16, 256)), 16, 60, 3).over(Lengths((lengths, lengths[:9])))
+    batches = plan_batches(lengths, cut.batch_tokens, cut.chunk_size, cut.streamed_windows)
+    for kept in (1, 3):
+        rows = max(sum(min(n, kept) for n in batch.lengths) for batch in batches)
+        assert min(rows, cut.step_tokens) <= cut.copied_rows(kept) <= cut.step_tokens
+    assert cut.copied_rows(None) == cut.step_tokens
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_copied_off_the_device_falls_with_the_rows_that_are_kept(device):
+    # attention patterns: values so large that the ring of a CPU's job holds nothing else
+    hooks = "memory.activation_cache_filter=[blocks.0.attn.hook_pattern]"
+    waiting = {}
+    for keep in ("all", "last", "~special"):
+        (run,) = compose.runs(ROOT / "config", "7b", f"{hooks} rows.keep={keep}").values()
+        settings = frozen.to_config(run.config)
+        found = estimate.estimate(settings, estimate.estimator_of(settings), device)
+        long = Lengths((np.full(100, 1024),))
+        planned = plan.choose(found, "bf16", device, DeviceMemory(200 * GB, 190 * GB), windows=long)
+        waiting[keep] = planned.components.on_their_way, planned.plan.step_tokens
+    whole, step = waiting["all"]
+    assert waiting["~special"] == waiting["all"]  # which may keep every token
+    floor = plan.bytes_on_device(device, 0)
+    assert waiting["last"][0] - floor <= (whole - floor) / 1000
+    assert step == waiting["last"][1]

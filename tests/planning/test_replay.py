@@ -31,6 +31,7 @@ def segments(request):
     [
         ("llama", ONE_PASS, False),
         ("llama", CHUNKS, True),
+        ("llama", f"{ONE_PASS} rows.keep=last(2)", False),
         ("llama", f"{LAYERWISE} {CHUNKS}", False),
         ("gpt_neox", f"{LAYERWISE} {CHUNKS}", True),
     ],

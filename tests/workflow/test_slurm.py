@@ -441,7 +441,7 @@ def test_a_failed_run_leaves_others_alone_and_is_named_at_the_end(slurm, tiny):
     running = start(
         tiny,
         "--retries",
-        "0",
+        "1",
         overrides=f"corpus=text corpus.path={texts}/bad.txt,{texts}/good.txt "
         "resources.mem_mb=1500 resources.threads=1",
     )
@@ -450,6 +450,10 @@ def test_a_failed_run_leaves_others_alone_and_is_named_at_the_end(slurm, tiny):
     finished = list((tiny.folder / "results").glob("*/verification.h5"))
     assert [theloom.open(f.parent / "activations.h5").precision for f in finished] == ["fp32"]
     assert "bad.txt, line 1: not utf-8" in printed
+    (rejected,) = (tiny.folder / "results").rglob("*.rejected")
+    retried = rejected.with_suffix("").read_text()  # which did not look at the text again
+    assert retried.startswith("error: bad.txt, line 1")
+    assert retried.count("\n") == 1
     named = {
         line
         for line in printed.splitlines()

@@ -5,6 +5,7 @@ the other's, its `prefix:` lies before `results`, and its console and handlers a
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,13 +18,15 @@ from theloom.config.compose import runs as composed_runs
 from theloom.config.frozen import freeze
 from theloom.devices import host
 from theloom.errors import TheLoomError
-from theloom.pipeline import bars, console, preflight, request, resources, slurm
+from theloom.pipeline import bars, console, preflight, request, resources, retries, slurm
 from theloom.pipeline.job import last_errors, add_to_job_path, of_system
 from theloom.report import groups as report_groups
 
 from snakemake.settings.types import DeploymentMethod
 
 STARTED = time.time()
+if workflow.is_main_process:
+    os.environ[retries.CALL] = f"{STARTED}-{os.getpid()}"
 IS_MODULE = not workflow.modifier.is_main_snakefile()
 HOME = locations.home_of(
     Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parents[1]

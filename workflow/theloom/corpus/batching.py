@@ -62,6 +62,26 @@ class Lengths:
         """Tokens of the largest shard."""
         return max((int(lengths.sum()) for lengths in self.shards), default=0)
 
+    def most_together(self, batch_tokens: int) -> int:
+        """Compute how many windows a batch has at most.
+
+        Args:
+            batch_tokens: tokens of a batch, padding included.
+
+        Returns:
+            Windows.
+
+        Examples:
+            >>> Lengths((np.array([3, 900, 5, 4]),)).most_together(batch_tokens=64)
+            3
+        """
+        most = 1
+        for lengths in self.shards:
+            ascending = np.maximum(np.sort(lengths), 1)
+            together = np.minimum(batch_tokens // ascending, np.arange(1, len(ascending) + 1))
+            most = max(most, int(together.max(initial=0)))
+        return most
+
     def streamed(self, chunk_size: int, side_by_side: int) -> tuple[tuple[int, int], ...]:
         """The batches of windows longer than a chunk, one of which takes the most memory.
 

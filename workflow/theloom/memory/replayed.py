@@ -26,6 +26,7 @@ def resident(
     left_out: Sequence[str] = (),
     fixed: Sequence[int] = (),
     expandable: bool = False,
+    of_window: int | None = None,
 ) -> Usage:
     """Predict the peaks of a model that is on a GPU as a whole.
 
@@ -37,6 +38,7 @@ def resident(
         left_out: names of modules that are not loaded.
         fixed: bytes of what else stays, such as the cuBLAS workspace.
         expandable: segments grow.
+        of_window: the most rows that are kept of a window; None: all of them.
 
     Returns:
         The peaks, in bytes.
@@ -49,6 +51,7 @@ def resident(
             store=store,
             device="cuda",
             on_their_way=IN_FLIGHT,
+            of_window=of_window,
             shorten=len(workload.steps) > MOST_STEPS,
         )[1].events
         for workload in passes
@@ -62,7 +65,7 @@ def layerwise(
     sizes: BlockSizes,
     passes: Sequence[Workload],
     points: Sequence[HookPoint],
-    row_bytes: int,
+    largest: int,
     residual_row: int,
     fixed: Sequence[int] = (),
     expandable: bool = False,
@@ -75,7 +78,7 @@ def layerwise(
         sizes: of its blocks.
         passes: the shapes of a block's passes, in their order.
         points: hook points that are written.
-        row_bytes: of a token at the largest hook point.
+        largest: bytes of the largest value on its way to the host.
         residual_row: bytes of a token's residual.
         fixed: bytes of what else stays, such as the cuBLAS workspace.
         expandable: segments grow.
@@ -84,7 +87,7 @@ def layerwise(
         The peaks, in bytes.
     """
     step = max(w.windows * min(w.tokens, w.chunk_size) for w in passes)
-    moving = [step * residual_row] * (1 + IN_FLIGHT) + [step * row_bytes] * IN_FLIGHT
+    moving = [step * residual_row] * (1 + IN_FLIGHT) + [largest] * IN_FLIGHT
     blocks = [sizes.block] * 2 + [sizes.converted] + [sizes.kept]
     traced = [e for w in passes for e in trace_block(fake, w, points, "cuda").events]
     return replay([*blocks, *moving], _after(fixed, traced), expandable=expandable)

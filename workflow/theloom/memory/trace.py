@@ -51,6 +51,7 @@ def trace(
     store: str | None = None,
     device: str = "cpu",
     on_their_way: int = 0,
+    of_window: int | None = None,
     shorten: bool = True,
 ) -> tuple[Peak, LiveStorages]:
     """The peak of one workload, weights and inputs not counted, and all births and ends of storages
@@ -59,14 +60,17 @@ def trace(
     `points` are the hook points that are read (the forward ends after the deepest; with none it
     runs through). Their values are `held` until the forward ends, or else converted to the
     precision `store` and released, as when they are written to a file; or, as a GPU does, copied,
-    with so many copies `on_their_way` to the host. `device` is cpu or cuda: what its kernels
+    with so many copies `on_their_way` to the host, each of no more than `of_window` rows of a
+    window. `device` is cpu or cuda: what its kernels
     allocate differs. With `shorten` long windows are not traced chunk by chunk: the KV cache is
     filled, then the last two steps run.
     """
     with fake.mode, shapes_only():
         ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
         described = fake.architecture
-        return run(described, ids, workload, points, held, store, device, shorten, on_their_way)
+        return run(
+            described, ids, workload, points, held, store, device, shorten, on_their_way, of_window
+        )
 
 
 def parts(peak: Peak) -> PeakBytes:
@@ -87,6 +91,7 @@ def run(
     device: str = "cpu",
     shorten: bool = False,
     on_their_way: int = 0,
+    of_window: int | None = None,
 ) -> tuple[Peak, LiveStorages]:
     """`trace` on a model as it is, real or fake: with real weights it measures what `trace`
     predicts.
@@ -100,7 +105,8 @@ def run(
 
     def sink(name: str, value: torch.Tensor) -> None:
         if on_their_way and dtype is not None:
-            leaving.append(value.to(dtype, copy=True))
+            rows = value.transpose(1, 2) if by_name[name].over_keys else value
+            leaving.append(rows[:, :of_window].to(dtype, copy=True))
             live.mark(leaving[-1], CAPTURED)
             if len(leaving) > on_their_way:
                 leaving.popleft()

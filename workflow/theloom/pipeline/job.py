@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from theloom.credentials import hidden
 from theloom.engine import progress_file
 from theloom.errors import TheLoomError
-from theloom.pipeline import bars
+from theloom.pipeline import bars, retries
 from theloom.terminal import format_bytes
 
 ERROR = "error: "
@@ -91,12 +91,15 @@ def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]
     _watch_finalizers(console)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    if (rejected := retries.recorded(Path(log_file))) is not None:
+        _end(rejected, console)
     try:
         yield
         sys.stdout.flush()
     except _Stopped as stopped:
         _end(_stopped(stopped), console)
     except TheLoomError as error:
+        retries.record(Path(log_file), error)
         _end(str(error), console)
     except Exception as error:
         from theloom.devices import accelerator  # which the command line does without

@@ -93,6 +93,7 @@ class Estimate:
     token_bytes: int  # of the tables on disk, for each token
     table_bytes: int  # of all tables; where nothing bounds the tokens, of as many as there are rows
     store: str = "auto"  # store.dtype, as requested
+    kept_of_window: int | None = None  # rows at most; None: any number of them
     # of sampling, by weight format; empty: the run's own model samples no answers
     answers: dict[str, AnswersSize] = field(default_factory=dict)
     answers_batch: int | None = None  # requested
@@ -201,6 +202,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         token_bytes=token_bytes(config),
         table_bytes=_table_bytes(config, points, context),
         store=config.store.dtype.name,
+        kept_of_window=expression.parse(config.rows.keep).most,
         answers=_of_answers(config, estimator, passes, context, device),
         answers_batch=config.answers.batch,
         host={
@@ -538,7 +540,7 @@ _SINGLE = (
     "token_bytes",
     "table_bytes",
 )
-_OPTIONAL = ("rows", "batch_tokens", "answers_batch")
+_OPTIONAL = ("rows", "batch_tokens", "answers_batch", "kept_of_window")
 
 _PASS = np.dtype(
     [(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(PeakBytes)))]

@@ -86,7 +86,7 @@ def need(
     device: str,
     spilled: bool,
     *,
-    row_bytes: int = 0,
+    largest: int = 0,
     capability: Capability = (8, 0),
 ) -> Need:
     """Compute the bytes of a sweep.
@@ -99,7 +99,7 @@ def need(
         residual_row: bytes of the residual of one token.
         device: `cpu`, or the type of a GPU.
         spilled: residuals are on disk.
-        row_bytes: of a token at the largest hook point, on its way to the file; 0: none is written.
+        largest: bytes of the largest value on its way to the file; 0: none is written.
         capability: compute capability of the device.
 
     Returns:
@@ -109,7 +109,6 @@ def need(
     widest = max(w.windows * w.tokens for w in workloads)
     working = max((parts for parts, _ in passes), key=lambda p: p.total)
     step = max(w.windows * min(w.tokens, w.chunk_size) for w in workloads)
-    largest = step * row_bytes
     common = Need(
         buffers=sizes.on_device,
         host_buffers=sizes.on_host,
@@ -118,13 +117,13 @@ def need(
         residuals=min(residuals, 2 * widest * residual_row) if spilled else residuals,
         recorded=sum(recorded for _, recorded in passes),
         embeddings=min(sizes.embeddings, residuals // residual_row * (residual_row + FAULT_AROUND)),
-        writer=bytes_on_device(device, largest) if row_bytes or device == "cpu" else 0,
+        writer=bytes_on_device(device, largest) if largest or device == "cpu" else 0,
     )
     if device == "cpu":
         return common
     # next to the pass: residuals of the next one, those that leave, and rows on their way
     moving = (1 + IN_FLIGHT) * step * residual_row + IN_FLIGHT * largest
-    ring = pinned_bytes(ring_bytes(device, largest)) + WRITER_BYTES if row_bytes else 0
+    ring = pinned_bytes(ring_bytes(device, largest)) + WRITER_BYTES if largest else 0
     buffers = sizes.tensor or sizes.converted + 2 * pinned_bytes(sizes.block)
     return replace(
         common,
@@ -152,6 +151,7 @@ def choose(
     windows: Lengths | None = None,
     streams: bool = True,
     row_bytes: int = 0,
+    of_window: int | None = None,
     capability: Capability = (8, 0),
 ) -> LayerwisePlan:
     """Choose the largest batch that fits, with residuals in host memory if possible, else on disk.
@@ -171,6 +171,7 @@ def choose(
         windows: lengths of the corpus' windows, as for `plan.choose`.
         streams: long documents may go in chunks.
         row_bytes: of a token at the largest hook point.
+        of_window: the most rows that are kept of a window; None: all of them.
         capability: compute capability of the device.
 
     Returns:
@@ -196,7 +197,7 @@ def choose(
                     residual_row,
                     device,
                     spilled,
-                    row_bytes=row_bytes,
+                    largest=row_bytes * cut.copied_rows(of_window),
                     capability=capability,
                 )
                 fits = needed.cpu + overhead <= free

@@ -44,6 +44,7 @@ class Plan:
     offloaded: bool = False  # their KV cache is in host memory
     # windows and tokens of the largest batches that stream; empty: unknown
     long_batches: tuple[tuple[int, int], ...] = ()
+    most_windows: int | None = None  # of a batch; None: unknown
 
     @property
     def streamed(self) -> bool:
@@ -74,6 +75,23 @@ class Plan:
         """Tokens of the largest forward step."""
         return max(p.windows * min(p.tokens, self.chunk_size) for p in self.passes)
 
+    def copied_rows(self, of_window: int | None) -> int:
+        """Compute the most rows that one forward step copies off the device.
+
+        Args:
+            of_window: the most rows that are kept of a window; None: all of them.
+
+        Returns:
+            Rows.
+
+        Examples:
+            >>> Plan(64, chunk_size=16, longest=16, most_windows=4).copied_rows(of_window=1)
+            4
+        """
+        if of_window is None or self.most_windows is None:
+            return self.step_tokens
+        return min(self.step_tokens, of_window * max(self.most_windows, self.streamed_windows))
+
     def over(self, windows: Lengths | None) -> "Plan":
         """The plan with the batches of long windows that a corpus has, which may be fewer.
 
@@ -89,7 +107,10 @@ class Plan:
             else ()
         )
         most = max((count for count, _ in long_batches), default=self.streamed_windows)
-        return replace(self, long_batches=long_batches, streamed_windows=most)
+        together = windows.most_together(self.batch_tokens) if windows else None
+        return replace(
+            self, long_batches=long_batches, streamed_windows=most, most_windows=together
+        )
 
     def backed_off(self, level: int, streams: bool = True) -> "Plan":
         """The plan after running out of memory: batches, then chunks, are halved.
@@ -350,7 +371,9 @@ def _weigh(
     components = sizes.with_device_overhead(
         estimate.weights[kind], parts, *place, correction.fragmentation
     )
-    waiting = bytes_on_device(place[0], plan.step_tokens * estimate.largest_capture[kind])
+    waiting = bytes_on_device(
+        place[0], plan.copied_rows(estimate.kept_of_window) * estimate.largest_capture[kind]
+    )
     return Planned(plan, replace(components, on_their_way=waiting, overhead=correction.overhead))
 
 

@@ -107,6 +107,7 @@ def replay_of_run(
         traced.unneeded(points),
         fixed=[cublas_workspace(accelerator.capability(device))],
         expandable=expandable,
+        of_window=estimate.kept_of_window,
     )
     return _as_share(usage, forward(estimate, kind.name, plan).total, expandable)
 
@@ -133,7 +134,7 @@ def replay_of_sweep(
         sizes,
         passes_of(planned.plan, _largest(windows)),
         points,
-        estimate.largest_capture[kind.name],
+        planned.plan.copied_rows(estimate.kept_of_window) * estimate.largest_capture[kind.name],
         residual_row,
         fixed=[cublas_workspace(accelerator.capability(device))],
         expandable=expandable,

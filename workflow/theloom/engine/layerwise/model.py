@@ -150,6 +150,7 @@ class LayerwiseModel:
             one_pass=plan.one_pass_is_less(estimated, self.kind.name, requested),
             streams=streams,
             row_bytes=estimated.largest_capture[self.kind.name],
+            of_window=estimated.kept_of_window,
             capability=gpu.compute_capability(self.loaded.device),
         )
 

@@ -177,7 +177,8 @@ def _plan(job: ShardJob, model: LayerwiseModel) -> LayerwisePlan:
             run.estimate, points, windows, run.threshold, overhead, streams=job.streams
         )
     else:
-        largest = run.estimate.largest_capture[model.kind.name]
+        row_bytes = run.estimate.largest_capture[model.kind.name]
+        largest = row_bytes * started.copied_rows(run.estimate.kept_of_window)
         planned = _as_started(model, points, started, windows.tokens, overhead, largest)
     device = model.loaded.device.type
     needed = planned.need.cpu if device == "cpu" else planned.need.device
@@ -212,7 +213,7 @@ def _as_started(
             row,
             device,
             spilled,
-            row_bytes=largest,
+            largest=largest,
             capability=gpu.compute_capability(model.loaded.device),
         )
         on_host = needed.cpu if device == "cpu" else needed.host
