@@ -5,6 +5,7 @@ right.
 workflow/docs/clusters.md.
 """
 
+import dataclasses
 import os
 import resource
 import shutil
@@ -19,8 +20,8 @@ import pytest
 import theloom
 import torch
 from shards import spec
+from theloom.dataset import maps
 from theloom.dataset.merge import merge_shards
-from theloom.errors import StoreError
 from theloom.hooks.points import residual_points
 from theloom.store import checksums, index
 from theloom.store.writer import ShardWriter
@@ -83,11 +84,6 @@ def test_every_row_of_many_shards_is_read_below_any_soft_limit_of_files(shards, 
 
     timed("merge", lambda: merge_shards(shards, mode, activations))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if mode == "virtual" and hard < SHARDS + 100:
-        print(f"\nvirtual, {SHARDS} shards:", times)
-        with pytest.raises(StoreError, match=r"with store.merge=physical"):
-            theloom.open(activations)
-        return
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (min(256, soft), hard)
     )  # fewer than there are shards
@@ -96,9 +92,7 @@ def test_every_row_of_many_shards_is_read_below_any_soft_limit_of_files(shards, 
         picked = np.random.default_rng(0).choice(len(acts), 200)
         rows = timed("200 rows, here and there", lambda: acts[HOOK][picked])
         everything = timed("all rows", lambda: acts[HOOK][:])
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= (
-            min(256, soft) if mode == "physical" else SHARDS
-        )
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(256, soft)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert torch.equal(rows[:, 0], torch.from_numpy(picked).float())
@@ -115,17 +109,44 @@ def test_every_row_of_many_shards_is_read_below_any_soft_limit_of_files(shards, 
         assert right == SHARDS * ROWS
 
 
-def test_more_shards_than_the_hard_limit_of_open_files_are_rejected(shards):
-    activations = shards[0].parent / "refused.h5"
+def test_a_dataset_of_many_files_takes_few_descriptors(shards):
+    activations = shards[0].parent / "few.h5"
     merge_shards(shards, "virtual", activations)
     script = (
-        "import resource, sys, theloom\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
-        "try: theloom.open(sys.argv[1])\n"
-        "except theloom.errors.StoreError as error: print(error)"
+        "import os, resource, sys, theloom\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "acts = theloom.open(sys.argv[1])\n"
+        "before = len(os.listdir('/proc/self/fd'))\n"
+        "rows = [acts[hook][:] for hook in acts.hooks]\n"
+        "batches = sum(len(batch) for batch in acts.batches(acts.hooks[0], 256, shuffle=True))\n"
+        "assert batches == len(acts) == len(rows[0])\n"
+        "print(len(os.listdir('/proc/self/fd')) - before)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(activations)], capture_output=True, text=True
     )
-    assert f"{SHARDS} shards are {SHARDS} open files, and this process may have 256" in done.stdout
-    assert "store.merge=physical" in done.stdout
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_packed_files_are_opened_again_where_too_many_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(maps, "_OPEN", 2)
+    packed = []
+    for number in range(5):
+        one = spec(fingerprint=f"run-{number}", lengths=[ROWS], compression="zstd")
+        first = number * ROWS
+        one = dataclasses.replace(one, tokens=dataclasses.replace(one.tokens, first_row=first))
+        one.attributes.update(
+            shard=number, first_row=first, batch_tokens=ROWS, chunk_size=ROWS, run_fingerprint="run"
+        )
+        packed.append(tmp_path / f"{number:05d}-of-00005.h5")
+        with ShardWriter(packed[-1], one) as writer:
+            for point in one.points:
+                values = torch.stack([value(first + row) for row in range(ROWS)])
+                writer.write(0, point.name, 0, values)
+            writer.batch_done(ROWS, last=True)
+            writer.finish()
+    merge_shards(packed, "virtual", tmp_path / "packed.h5")
+    acts = theloom.open(tmp_path / "packed.h5")
+    for _ in range(2):
+        assert torch.equal(acts[HOOK][:][:, 0], torch.arange(5.0 * ROWS))
+    assert len(acts._maps._open) == 2

@@ -9,7 +9,6 @@ must be the one that was opened first: `Identity` has what tells.
 import json
 import math
 import os
-import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,11 +103,6 @@ class Part:
     def path(self) -> Path:
         """The path of the file."""
         return self.file.path
-
-    @property
-    def packed(self) -> bool:
-        """Whether a dataset of it is packed."""
-        return -1 in self.offsets.values()
 
 
 @dataclass(frozen=True)
@@ -272,12 +266,15 @@ def check_references(file: Objects, path: Path, allow: Collection[str] = ()) -> 
         StoreError: something refers to the file itself, or to one outside of the folder that is not
             allowed, or is a soft link.
     """
+    checked: set[str] = set()
     for name, found in file.walk():
         if not isinstance(found, Link):
             for stored in content.external_files(file, found):
                 check_reference(path, stored, allow, f"its {name} is stored in")
             for source in content.virtual_files(file, found):
-                check_reference(path, source, allow, f"its {name} refers to")
+                if source not in checked:  # every dataset refers to each of the shards
+                    check_reference(path, source, allow, f"its {name} refers to")
+                    checked.add(source)
         elif found.kind == "external":
             check_reference(path, found.target, allow, f"its {name} is a link to")
         else:
@@ -308,32 +305,3 @@ def check_reference(path: Path, source: str, allow: Collection[str], what: str) 
             f"{path}: {what} {source}, which is outside of its folder; if you trust it: "
             f"theloom.open(..., allow=[{source!r}])"
         )
-
-
-OTHER_OPEN_FILES = 100  # libraries, sockets and other files of the process
-
-
-def allow_open_files(files: int, what: str) -> None:
-    """Raise the limit of open files of this process, if necessary.
-
-    Args:
-        files: how many more will be open.
-        what: they are, for the message.
-
-    Raises:
-        StoreError: the hard limit is lower.
-    """
-    if sys.platform == "win32":
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = files + OTHER_OPEN_FILES
-    if soft == resource.RLIM_INFINITY or needed <= soft:
-        return
-    if hard != resource.RLIM_INFINITY and needed > hard:
-        raise StoreError(
-            f"{what} are {files} open files, and this process may have {hard}; raise the limit "
-            "(ulimit -n), or make one file of them with store.merge=physical"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

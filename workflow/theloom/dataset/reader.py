@@ -16,8 +16,9 @@ import numpy as np
 
 from theloom.dataset import parts
 from theloom.dataset.attributes import Attributes
+from theloom.dataset.maps import Maps
 from theloom.dataset.parts import Identity, Part
-from theloom.dataset.rows import HookRows, Maps, RowNumbers, Rows
+from theloom.dataset.rows import HookRows, RowNumbers, Rows
 from theloom.dataset.tables import read_columns, read_metrics, read_row_tokens, read_tables
 from theloom.errors import ConfigError, HookError, StoreError
 from theloom.store import checksums, file_format, index, token_texts
@@ -87,9 +88,6 @@ class ActivationsReader:
         self._maps = Maps()
         with file_format.reading(self.path) as file:
             self._read(file, allow)
-        packed = sum(p.packed for p in self._parts)
-        # each stays open while its rows are mapped
-        parts.allow_open_files(len(self._parts) + packed, f"{len(self._parts)} shards")
 
     def _read(self, file: Objects, allow: Collection[str]) -> None:
         """Read and check all but the rows, with one descriptor."""

@@ -1,77 +1,23 @@
 """Rows of one dataset over all files that hold them, mapped into memory."""
 
 import copy
-import errno
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, Union
+from typing import TYPE_CHECKING, Any, Self, Union
 
 import numpy as np
 
+from theloom.dataset.maps import Maps
 from theloom.dataset.parts import Part
-from theloom.errors import StoreError
 from theloom.store import file_format
-from theloom.store.compression import PackedRows
 
 if TYPE_CHECKING:
     import torch
 
 
 Index = Union[int, slice, EllipsisType, Sequence[int], np.ndarray, "torch.Tensor"]
-
-
-class Maps:
-    """Opens each file once for all of its datasets, when it is first read, in each process; checks
-    that it is still the same, and maps it.
-    """
-
-    def __init__(self) -> None:
-        self._files: dict[Path, tuple[BinaryIO, mmap.mmap]] = {}
-
-    def rows(self, part: Part, name: str, width: tuple[int, ...], dtype: np.dtype) -> Any:
-        """The rows of a dataset in one file.
-
-        Args:
-            part: the file, and where its datasets begin.
-            name: of the dataset.
-            width: the shape of a row.
-            dtype: of its elements, or of their bits.
-
-        Returns:
-            A mapped array (rows, *width), or packed rows.
-
-        Raises:
-            StoreError: the file is missing, cut short or another one by now, or the process may
-                open no more files.
-        """
-        if part.path not in self._files:
-            file = part.file.open()
-            try:
-                whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    raise file_format.too_many_files(part.path) from None
-                raise
-            self._files[part.path] = file, whole
-            if not part.packed:
-                file.close()  # the map has a descriptor of its own
-        file, whole = self._files[part.path]
-        shape, offset = (part.count(name), *width), part.offsets[name]
-        if offset < 0:
-            return PackedRows(file, part.path, name, shape, dtype)
-        size = math.prod(shape) * dtype.itemsize
-        if min(len(whole), whole.size()) < offset + size:
-            raise StoreError(
-                f"{part.path}: was cut short after it was opened; run the pipeline again"
-            )
-        return np.frombuffer(whole, "u1", size, offset).view(dtype).reshape(shape)
-
-    def __reduce__(self) -> tuple[type["Maps"], tuple[()]]:
-        return Maps, ()  # another process opens the files itself, and checks them again
 
 
 class Rows:

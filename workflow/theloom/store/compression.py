@@ -168,7 +168,7 @@ class PackedRows:
     The chunks that were used last stay in memory.
 
     Args:
-        file: the open file; all is read with its descriptor, which is closed with the last reader.
+        opened: gives the open file, with whose descriptor all is read.
         path: of it, for messages.
         name: of the dataset.
         shape: of the dataset.
@@ -179,10 +179,16 @@ class PackedRows:
     """
 
     def __init__(
-        self, file: BinaryIO, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype
+        self,
+        opened: Callable[[], BinaryIO],
+        path: Path,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
     ) -> None:
-        self._file, self._path, self._shape, self._dtype = file, path, shape, dtype
+        self._opened, self._path, self._shape, self._dtype = opened, path, shape, dtype
         try:
+            file = opened()
             objects = Objects(file.fileno())
             header = objects.find(name)
             if header is None:
@@ -225,10 +231,11 @@ class PackedRows:
         offset, size = self._chunks[number]
         elements = self._step * int(np.prod(self._shape[1:]))
         needed = elements * self._dtype.itemsize
+        file = self._opened()  # not closed before it is read
         try:
             # the rest of a chunk that is larger than zstd makes one is not read
             most = needed + needed // 128 + _OVERHEAD
-            shuffled = _unpacked(os.pread(self._file.fileno(), min(size, most), offset), needed)
+            shuffled = _unpacked(os.pread(file.fileno(), min(size, most), offset), needed)
             plain = np.frombuffer(shuffled, "u1").reshape(self._dtype.itemsize, elements).T
         except (zstandard.ZstdError, ValueError, OSError, MemoryError) as error:
             raise StoreError(
