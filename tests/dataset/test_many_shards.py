@@ -35,15 +35,17 @@ def value(row: int) -> torch.Tensor:
     return torch.full((8,), float(row))
 
 
-def write_first(path: Path) -> None:
+def write_shard(path: Path, number: int, compression: str) -> None:
     """A shard by the writer itself."""
-    one = spec(fingerprint="run-0", lengths=[ROWS])
+    first = number * ROWS
+    one = spec(fingerprint=f"run-{number}", lengths=[ROWS], compression=compression)
+    one = dataclasses.replace(one, tokens=dataclasses.replace(one.tokens, first_row=first))
     one.attributes.update(
-        shard=0, first_row=0, batch_tokens=ROWS, chunk_size=ROWS, run_fingerprint="run"
+        shard=number, first_row=first, batch_tokens=ROWS, chunk_size=ROWS, run_fingerprint="run"
     )
     with ShardWriter(path, one) as writer:
         for point in one.points:
-            writer.write(0, point.name, 0, torch.stack([value(row) for row in range(ROWS)]))
+            writer.write(0, point.name, 0, torch.stack([value(first + row) for row in range(ROWS)]))
         writer.batch_done(ROWS, last=True)
         writer.finish()
 
@@ -53,7 +55,7 @@ def shards(tmp_path_factory) -> list[Path]:
     """Copies of one shard with other rows: the syncs of a writer would take most of the time."""
     folder = tmp_path_factory.mktemp("many")
     found = [folder / f"{number:05d}-of-{SHARDS:05d}.h5" for number in range(SHARDS)]
-    write_first(found[0])
+    write_shard(found[0], 0, "none")
     for number, path in enumerate(found[1:], start=1):
         shutil.copyfile(found[0], path)
         with h5py.File(path, "r+") as file:
@@ -130,21 +132,9 @@ def test_a_dataset_of_many_files_takes_few_descriptors(shards):
 
 def test_packed_files_are_opened_again_where_too_many_were(tmp_path, monkeypatch):
     monkeypatch.setattr(maps, "_OPEN", 2)
-    packed = []
-    for number in range(5):
-        one = spec(fingerprint=f"run-{number}", lengths=[ROWS], compression="zstd")
-        first = number * ROWS
-        one = dataclasses.replace(one, tokens=dataclasses.replace(one.tokens, first_row=first))
-        one.attributes.update(
-            shard=number, first_row=first, batch_tokens=ROWS, chunk_size=ROWS, run_fingerprint="run"
-        )
-        packed.append(tmp_path / f"{number:05d}-of-00005.h5")
-        with ShardWriter(packed[-1], one) as writer:
-            for point in one.points:
-                values = torch.stack([value(first + row) for row in range(ROWS)])
-                writer.write(0, point.name, 0, values)
-            writer.batch_done(ROWS, last=True)
-            writer.finish()
+    packed = [tmp_path / f"{number:05d}-of-00005.h5" for number in range(5)]
+    for number, path in enumerate(packed):
+        write_shard(path, number, "zstd")
     merge_shards(packed, "virtual", tmp_path / "packed.h5")
     acts = theloom.open(tmp_path / "packed.h5")
     for _ in range(2):

@@ -14,7 +14,7 @@ BODY = """
 import logging, os, sys
 from theloom.errors import CorpusError, MemoryPlanError
 from theloom.pipeline.job import job
-with job(sys.argv[1], 2):
+with job(sys.argv[1], 2, {online}):
     print("to stdout")
     os.system("echo from another program")
     logging.getLogger("x").info("a line")
@@ -22,9 +22,9 @@ with job(sys.argv[1], 2):
 """
 
 
-def run(tmp_path: Path, ending: str) -> tuple[int, str, str]:
+def run(tmp_path: Path, ending: str, online: bool = False) -> tuple[int, str, str]:
     log = tmp_path / "x.log"
-    script = BODY.format(ending=ending)
+    script = BODY.format(ending=ending, online=online)
     done = subprocess.run(
         [sys.executable, "-u", "-c", script, str(log)], capture_output=True, text=True
     )
@@ -89,6 +89,12 @@ def test_a_retry_is_made_where_another_node_may_do(tmp_path, monkeypatch, ending
     monkeypatch.setenv(retries.CALL, "first")
     run(tmp_path, ending)
     assert run(tmp_path, "print('tried')")[0] == 0
+
+
+def test_a_retry_asks_the_hub_again(tmp_path, monkeypatch):
+    monkeypatch.setenv(retries.CALL, "first")
+    run(tmp_path, "raise CorpusError('the hub does not answer')", online=True)
+    assert run(tmp_path, "print('tried')", online=True)[0] == 0
 
 
 SECRET = "hf_notARealTokenButSecret"

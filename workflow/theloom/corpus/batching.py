@@ -7,6 +7,7 @@ memory peak comes at the start, and a resumed run continues where the first one 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,11 +77,15 @@ class Lengths:
             3
         """
         most = 1
-        for lengths in self.shards:
-            ascending = np.maximum(np.sort(lengths), 1)
+        for ascending in self._ascending:
             together = np.minimum(batch_tokens // ascending, np.arange(1, len(ascending) + 1))
             most = max(most, int(together.max(initial=0)))
         return most
+
+    @cached_property
+    def _ascending(self) -> list[np.ndarray]:
+        """Sorted once for all plans that are weighed."""
+        return [np.maximum(np.sort(lengths), 1) for lengths in self.shards]
 
     def streamed(self, chunk_size: int, side_by_side: int) -> tuple[tuple[int, int], ...]:
         """The batches of windows longer than a chunk, one of which takes the most memory.

@@ -87,8 +87,6 @@ def mapped(fd: int) -> np.ndarray:
     Raises:
         OSError: the system does not map it.
     """
-    if os.name != "posix":
-        return np.frombuffer(mmap.mmap(fd, 0, access=mmap.ACCESS_READ), "u1")
     size, libc = os.fstat(fd).st_size, _libc()
     address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
     if address == ctypes.c_void_p(-1).value:

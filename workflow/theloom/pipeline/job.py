@@ -99,7 +99,8 @@ def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]
     except _Stopped as stopped:
         _end(_stopped(stopped), console)
     except TheLoomError as error:
-        retries.record(Path(log_file), error)
+        if not online:  # the hub may answer the next try
+            retries.record(Path(log_file), error)
         _end(str(error), console)
     except Exception as error:
         from theloom.devices import accelerator  # which the command line does without

@@ -17,13 +17,13 @@ from theloom.errors import (
     InputError,
     ModelError,
     TheLoomError,
-    VerificationError,
 )
 
 CALL = "THELOOM_CALL"  # the call of Snakemake; where jobs do not inherit it, each try is made
 
-# A plan that does not fit, a disk and a signal are not among them: another node may be larger.
-_FINAL = (ConfigError, CorpusError, HookError, InputError, ModelError, VerificationError)
+# Neither a plan that does not fit, nor rows that another node's device may compute rightly, nor a
+# disk or a signal.
+_FINAL = (ConfigError, CorpusError, HookError, InputError, ModelError)
 
 
 def record(log: Path, error: TheLoomError) -> None:
