@@ -9,7 +9,6 @@ os.environ.setdefault(
 )  # threads that spin for each other on a busy machine are slow
 
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,23 +21,6 @@ from theloom.model import files
 torch.set_num_threads(
     1
 )  # small models are faster so, and threads that wait for each other on a busy machine are slow
-
-
-# Files that take minutes, most of which they wait for other processes. They come first, so that no
-# worker is left alone with one of them in the end.
-LONG = ("test_slurm", "test_faults", "test_kills", "test_crashes")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker more than cores: tests of Slurm leave theirs idle."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else 2
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, then those with most tests."""
-    tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.stem not in LONG, -tests[item.path]))
 
 
 @pytest.fixture(autouse=True)
