@@ -297,8 +297,7 @@ def test_a_batch_keeps_no_more_rows_than_planned(seed):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_is_copied_off_the_device_falls_with_the_rows_that_are_kept(device):
-    # attention patterns: values so large that the ring of a CPU's job holds nothing else
-    hooks = "memory.activation_cache_filter=[blocks.0.attn.hook_pattern]"
+    hooks = "memory.activation_cache_filter=[blocks.0.hook_resid_post]"
     waiting = {}
     for keep in ("all", "last", "~special"):
         (run,) = compose.runs(ROOT / "config", "7b", f"{hooks} rows.keep={keep}").values()
