@@ -241,4 +241,4 @@ def _config(acts: "Activations", arguments: argparse.Namespace) -> "Config":
             raise ValueError("its GGUF file is in another folder")
         return frozen.to_config(merged)
     except (*file_format.DAMAGE, OmegaConfBaseException) as error:
-        raise file_format.damaged(acts.path, error) from None
+        raise file_format.damaged_error(acts.path, error) from None

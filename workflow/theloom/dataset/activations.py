@@ -48,7 +48,7 @@ def open_activations(path: str | Path, allow: Collection[str] = ()) -> "Activati
     try:
         return Activations(path, allow)
     except file_format.DAMAGE as error:
-        raise file_format.damaged(path, error) from None
+        raise file_format.damaged_error(path, error) from None
 
 
 class Activations(ActivationsReader):

@@ -53,7 +53,7 @@ class Attributes(dict[str, Any]):
                 raise self._wrong("model_switches")
 
     def __missing__(self, name: str) -> Any:
-        raise file_format.damaged(self.path, ValueError(f"it lacks the attribute {name}"))
+        raise file_format.damaged_error(self.path, ValueError(f"it lacks the attribute {name}"))
 
     def __reduce__(self) -> tuple[type["Attributes"], tuple[Path, dict[str, Any]]]:
         return Attributes, (self.path, dict(self))
@@ -94,6 +94,6 @@ class Attributes(dict[str, Any]):
         return found
 
     def _wrong(self, name: str) -> Exception:
-        return file_format.damaged(
+        return file_format.damaged_error(
             self.path, ValueError(f"its attribute {name} has another form than TheLoom writes")
         )

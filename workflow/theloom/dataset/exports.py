@@ -118,7 +118,9 @@ def tokens_frame(
         own["special"] = own["special"].astype(bool)
     if "role" in own:
         if (own["role"] >= len(ROLES)).any():
-            raise file_format.damaged(acts.path, ValueError("it has roles that there are not"))
+            raise file_format.damaged_error(
+                acts.path, ValueError("it has roles that there are not")
+            )
         own["role"] = pandas_module().Categorical.from_codes(own["role"], list(ROLES))
     more = {name: series(c, document).array for name, c in columns_of(acts, own).items()}
     return pandas_module().DataFrame(own | more, index=pandas_module().Index(numbers, name="row"))

@@ -101,7 +101,7 @@ def merge_shards(shards: Sequence[Path], mode: str, output: Path) -> None:
         if not file_format.is_full(error):
             raise
         unfinished.unlink(missing_ok=True)
-        raise file_format.no_room(
+        raise file_format.no_room_error(
             output.parent, "the merged file", _bytes_of(checked, mode)
         ) from None
     finally:

@@ -293,7 +293,7 @@ class ActivationsReader:
             try:
                 return read(partial(self._listed.array, file.fileno()))
             except file_format.DAMAGE as error:
-                raise file_format.damaged(self.path, error) from None
+                raise file_format.damaged_error(self.path, error) from None
 
     @cached_property
     def token_texts(self) -> dict[int, str]:
@@ -335,7 +335,7 @@ class ActivationsReader:
         try:
             return self._document_id[number].decode()
         except UnicodeDecodeError as error:
-            raise file_format.damaged(self.path, error) from None
+            raise file_format.damaged_error(self.path, error) from None
 
     @cached_property
     def document_offset(self) -> np.ndarray:

@@ -73,8 +73,8 @@ def write_catalog(file: h5py.File, catalog: HookCatalog) -> None:
         file[f"hooks/{name}"] = file_format.fixed_strings([getattr(p, name) for p in points])
     file["hooks/block"] = [p.block for p in points]
     file["hooks/shape"] = file_format.fixed_strings([json.dumps(p.shape) for p in points])
-    file["unsupported_hooks/name"] = file_format.fixed_strings(list(catalog.refused))
-    file["unsupported_hooks/reason"] = file_format.fixed_strings(list(catalog.refused.values()))
+    file["unsupported_hooks/name"] = file_format.fixed_strings(list(catalog.unsupported))
+    file["unsupported_hooks/reason"] = file_format.fixed_strings(list(catalog.unsupported.values()))
 
 
 def _read_catalog(file: h5py.File) -> HookCatalog:

@@ -40,7 +40,7 @@ _known: WeakKeyDictionary[nn.Module, tuple[Anatomy, HookCatalog]] = WeakKeyDicti
 
 
 def _read_all(architecture: Architecture, anatomy: Anatomy) -> HookCatalog:
-    refused = dict(anatomy.refused)
+    unsupported = dict(anatomy.unsupported)
     reasons: list[str] = []
     shapes = _shapes(architecture, anatomy.points, reasons)
     if (
@@ -56,8 +56,10 @@ def _read_all(architecture: Architecture, anatomy: Anatomy) -> HookCatalog:
         if point.name in shapes:
             points.append(replace(point, shape=shapes[point.name]))
         else:
-            refused[point.name] = reasons[-1] if reasons else "it is not reached in a forward pass"
-    return HookCatalog(points, refused)
+            unsupported[point.name] = (
+                reasons[-1] if reasons else "it is not reached in a forward pass"
+            )
+    return HookCatalog(points, unsupported)
 
 
 def _shapes(

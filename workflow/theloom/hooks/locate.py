@@ -60,7 +60,7 @@ class Anatomy:
     final_norm: nn.Module | None = None
     end: nn.Module | None = None  # after it, all hook points behind the blocks have been read
     sites: dict[str, Site] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+    unsupported: dict[str, str] = field(default_factory=dict)
     points: list[HookPoint] = field(default_factory=list)  # of the sites, without shapes
     signature: tuple[int, ...] = ()
 
@@ -81,7 +81,7 @@ class Anatomy:
         if requested.name not in self.sites:
             raise HookError(
                 f"{requested.name}: "
-                f"{self.refused.get(requested.name, 'this model has no such hook point')}"
+                f"{self.unsupported.get(requested.name, 'this model has no such hook point')}"
             )
         return self.sites[requested.name]
 
@@ -114,7 +114,7 @@ def _find(architecture: Architecture) -> Anatomy:
     for block_number, value, where in organs:
         new = point(value, block_number, count, ())
         if isinstance(where, str):
-            found.refused[new.name] = where
+            found.unsupported[new.name] = where
         else:
             found.sites[new.name] = where
             found.points.append(new)

@@ -102,11 +102,11 @@ class HookCatalog:
     """
 
     points: list[HookPoint]
-    refused: dict[str, str]
+    unsupported: dict[str, str]
 
     def select(self, filters: Iterable[str]) -> list[HookPoint]:
         """What a filter asks for (`select`)."""
-        return select_points(filters, self.points, self.refused)
+        return select_points(filters, self.points, self.unsupported)
 
 
 def point(value: str, block: int, num_blocks: int, shape: Sequence[int]) -> HookPoint:
@@ -179,7 +179,9 @@ def llama_catalog(size: ModelDims) -> HookCatalog:
 
 
 def select_points(
-    filters: Iterable[str], points: Sequence[HookPoint], refused: Mapping[str, str] | None = None
+    filters: Iterable[str],
+    points: Sequence[HookPoint],
+    unsupported: Mapping[str, str] | None = None,
 ) -> list[HookPoint]:
     """Find the hook points that a filter asks for.
 
@@ -187,7 +189,7 @@ def select_points(
         filters: exact names or globs (`*`, `?`); `blocks.-1.` counts from the last block; none:
             all.
         points: of the model, in its order.
-        refused: reasons, by name, of hook points that the model's architecture has not.
+        unsupported: reasons, by name, of hook points that the model's architecture has not.
 
     Returns:
         The hook points, in the order of the model.
@@ -198,7 +200,7 @@ def select_points(
     entries = list(filters)
     if not entries:
         return list(points)
-    refused = refused or {}
+    unsupported = unsupported or {}
     num_blocks = 1 + max((p.block for p in points if p.name.startswith("blocks.")), default=-1)
     chosen: set[str] = set()
     for entry in entries:
@@ -206,7 +208,11 @@ def select_points(
         matched = {p.name for p in points if fnmatchcase(p.name, _literal_brackets(pattern))}
         if not matched:
             reason = next(
-                (r for name, r in refused.items() if fnmatchcase(name, _literal_brackets(pattern))),
+                (
+                    r
+                    for name, r in unsupported.items()
+                    if fnmatchcase(name, _literal_brackets(pattern))
+                ),
                 None,
             )
             raise HookError(

@@ -69,7 +69,7 @@ def trace_block(
     """
     frame = Frame(fake.architecture, torch.device("cpu"))
     with fake.mode, shapes_only(), torch.inference_mode():
-        block_calls.look(frame)
+        block_calls.inspect_calls(frame)
         steps, start = workload.steps, 0
         recorded: dict[int, torch.Tensor] = {}
         passes: list[tuple[PeakBytes, Sequence[Event]]] = []

@@ -237,7 +237,7 @@ class BlockCache(PrefillCache):
 PROBE_TOKENS = 5
 
 
-def look(frame: Frame) -> "BlockCalls":
+def inspect_calls(frame: Frame) -> "BlockCalls":
     """See how the blocks of a model without bytes are called. Raises ModelError for a model that is
     refused.
     """

@@ -143,7 +143,9 @@ def pack_shard(partial: Path, path: Path) -> None:
         if not file_format.is_full(error):
             raise
         packing.unlink(missing_ok=True)
-        raise file_format.no_room(path.parent, "a packed shard", partial.stat().st_size) from None
+        raise file_format.no_room_error(
+            path.parent, "a packed shard", partial.stat().st_size
+        ) from None
     packing.replace(path)
     file_format.sync(path.parent)
     partial.unlink()
@@ -195,7 +197,7 @@ class PackedRows:
                 raise ValueError(f"it lacks {name}")
             stored = content.dataset(objects, header)
         except file_format.DAMAGE as error:
-            raise file_format.damaged(path, error) from None
+            raise file_format.damaged_error(path, error) from None
         step = self._step = rows_of_chunk(shape, dtype.itemsize)
         size = step * int(np.prod(shape[1:])) * dtype.itemsize
         if stored.shape != shape or stored.chunk != (step, *shape[1:]) or size > _LARGEST_CHUNK:

@@ -203,7 +203,7 @@ def is_full(error: Exception) -> bool:
     )
 
 
-def no_room(folder: Path, what: str, needed: int) -> MemoryPlanError:
+def no_room_error(folder: Path, what: str, needed: int) -> MemoryPlanError:
     """The error for a full disk.
 
     Args:
@@ -228,7 +228,7 @@ def too_many_files(path: Path) -> StoreError:
     )
 
 
-def damaged(path: str | Path, error: Exception) -> StoreError:
+def damaged_error(path: str | Path, error: Exception) -> StoreError:
     """The error for a file that cannot be read."""
     what = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, KeyError):
@@ -293,7 +293,7 @@ def reading(path: str | Path) -> Iterator[Objects]:
         except DAMAGE as error:
             if getattr(error, "filename", None) not in (None, str(path)):
                 raise  # of a file that is written from this one
-            raise damaged(path, error) from None
+            raise damaged_error(path, error) from None
 
 
 def open_bytes(path: Path) -> BinaryIO:

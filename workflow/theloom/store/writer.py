@@ -364,7 +364,7 @@ class ShardWriter:
             raise self._no_room() from None
 
     def _no_room(self) -> Exception:
-        return file_format.no_room(
+        return file_format.no_room_error(
             self.path.parent, "a shard", self._spec.rows * sum(self._row_bytes.values())
         )
 

@@ -34,9 +34,9 @@ from theloom.model.block_calls import (
     BlockCalls,
     Call,
     Frame,
+    inspect_calls,
     leaf_kind,
     leaves,
-    look,
     refusal,
 )
 from theloom.model.checkpoint.classes import auto_class
@@ -217,7 +217,7 @@ def examine(shell: Shell, source: BlockSource) -> None:
     is refused.
     """
     with shell.without_bytes():
-        seen = look(shell)
+        seen = inspect_calls(shell)
         build_catalog(shell.architecture)
     _texts(shell, source, seen)
 
