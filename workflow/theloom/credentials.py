@@ -28,6 +28,12 @@ _PATTERNS = (_TOKEN, _LOGIN, _QUERY)
 def has_credential(text: str) -> bool:
     """Whether a text looks as if it held a token, or a user's password.
 
+    Args:
+        text: any text; percent encoding is also looked through.
+
+    Returns:
+        True where one of the known forms of tokens, or `user:password@`, is in it.
+
     Examples:
         >>> has_credential("https://me:secret@example.com/data"), has_credential("org/data")
         (True, False)
@@ -36,7 +42,13 @@ def has_credential(text: str) -> bool:
 
 
 def hidden(text: str) -> str:
-    """A text for people to read, with what looks like a token or a password left out.
+    """A text for people to read, without its tokens and passwords.
+
+    Args:
+        text: any text.
+
+    Returns:
+        The text with `***` for each of them.
 
     Examples:
         >>> hidden("https://me:secret@example.com/data: not found")

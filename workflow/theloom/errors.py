@@ -16,7 +16,14 @@ class TheLoomError(Exception):
 
 def printable(text: str, kept: str = "") -> str:
     """A text of others as messages show it: control characters, which a terminal would obey, and
-    what is no character are escaped, but for those in `kept`.
+    what is no character are escaped.
+
+    Args:
+        text: any text.
+        kept: characters that stay as they are.
+
+    Returns:
+        A text of printable characters and those.
 
     Examples:
         >>> printable("ü\\n")

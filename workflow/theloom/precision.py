@@ -49,7 +49,17 @@ def choose_precision(
     cpu_has_fp16: bool = True,
     lacking: Collection[str] | None = None,
 ) -> Resolved:
-    """As `follow`, and log a warning for each fallback."""
+    """As `follow`, and log a warning for each fallback.
+
+    Args:
+        requested: as of `follow`; so are the others.
+        capability: the CUDA compute capability; None for all but NVIDIA's GPUs.
+        cpu_has_fp16: whether this build of torch runs FP16 on the CPU.
+        lacking: what a GPU that is not NVIDIA's was found to lack; None: it is no such GPU.
+
+    Returns:
+        The precision, with the steps that led to it.
+    """
     choice = follow(requested, capability, cpu_has_fp16, lacking)
     for step in choice.steps:
         log.warning("precision_mode=%s: %s", requested, step)
@@ -70,6 +80,9 @@ def follow(
             GPUs that are not NVIDIA's.
         cpu_has_fp16: Whether this build of torch runs FP16 on the CPU (`cpu_has_fp16`).
         lacking: What a GPU that is not NVIDIA's was found to lack; None: it is no such GPU.
+
+    Returns:
+        The precision, with the steps that led to it.
 
     Examples:
         >>> follow("bf16", (7, 5)).resolved
@@ -108,7 +121,18 @@ def follow(
 
 
 def torch_dtype(precision: str) -> "torch.dtype":
-    """The torch dtype of fp64, fp32, fp16 or bf16."""
+    """The torch dtype of a precision.
+
+    Args:
+        precision: `fp64`, `fp32`, `fp16` or `bf16`.
+
+    Returns:
+        The dtype.
+
+    Examples:
+        >>> torch_dtype("bf16")
+        torch.bfloat16
+    """
     import torch
 
     return {
@@ -120,14 +144,25 @@ def torch_dtype(precision: str) -> "torch.dtype":
 
 
 def precision_of(dtype: "torch.dtype") -> str:
-    """The inverse of `torch_dtype`."""
+    """The inverse of `torch_dtype`.
+
+    Args:
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        `fp32`, `fp16` or `bf16`.
+    """
     return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[
         str(dtype).removeprefix("torch.")
     ]
 
 
 def cpu_has_fp16() -> bool:
-    """Whether this build of torch runs the operations of a forward pass in float16 on the CPU."""
+    """Whether this build of torch runs the operations of a forward pass in float16 on the CPU.
+
+    Returns:
+        False where an operation raises; tried anew at each call.
+    """
     import torch
 
     x = torch.ones(1, 1, 8, 8, dtype=torch.float16)

@@ -12,6 +12,9 @@ _DRAWING = ("temperature", "top_p", "top_k", "seed", "stop", "samples", "max_new
 def check(config: Config) -> None:
     """Check the section `answers`.
 
+    Args:
+        config: The composed config of a run.
+
     Raises:
         ConfigError: A value is out of its range, or of no use with another one.
     """

@@ -21,6 +21,9 @@ _OF_ONE_CORPUS = {"text": "path", "hub": "dataset"}
 def check(config: Config) -> None:
     """Check the values of a composed config.
 
+    Args:
+        config: The composed config of a run.
+
     Raises:
         ConfigError: A value is missing, out of its range, or of no use with another one.
     """

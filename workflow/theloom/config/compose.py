@@ -69,7 +69,15 @@ class Run:
         return self.config["answers"]["source"] is not None
 
     def stage(self, stage: str) -> dict[str, Any]:
-        """The frozen config of a stage: plain data that JSON keeps."""
+        """The frozen config of a stage.
+
+        Args:
+            stage: Its name in `STAGES`.
+
+        Returns:
+            Plain data that JSON keeps: `run`, `stage`, `revision`, and `config` with the keys on
+            which the stage depends.
+        """
         config: dict[str, Any] = {}
         for key in frozen_keys(stage, self.answered):
             *sections, leaf = key.split(".")
@@ -98,6 +106,9 @@ def runs(
         config_dir: The folder with default.yaml and the groups.
         profiles: A comma list; None: the profile of default.yaml.
         overrides: The text of `set`, or what a function of `words` read.
+
+    Returns:
+        The runs by name, in the order of the profiles and of the swept values.
 
     Raises:
         ConfigError: A key, a value or a profile is wrong.

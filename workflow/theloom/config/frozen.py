@@ -47,6 +47,12 @@ _PLAN = (
 def decides_no_row(key: str) -> bool:
     """Whether a run has the same rows, but for rounding, whatever a key says.
 
+    Args:
+        key: The dotted name of a key.
+
+    Returns:
+        True for how a run is computed and planned; False for what decides its rows.
+
     Examples:
         >>> decides_no_row("extraction.batch_tokens"), decides_no_row("memory.precision_mode")
         (True, False)
@@ -157,7 +163,19 @@ STAGES: dict[str, Stage] = {
 
 
 def frozen_keys(stage: str, answered: bool) -> tuple[str, ...]:
-    """The keys on which a stage depends, of a run with answers or without."""
+    """The keys on which a stage depends, of a run with answers or without.
+
+    Args:
+        stage: Its name in `STAGES`.
+        answered: Whether the run has answers to its documents.
+
+    Returns:
+        The dotted names of the keys.
+
+    Examples:
+        >>> "rows" in frozen_keys("tokens", answered=False), "rows" in frozen_keys("tokens", True)
+        (True, False)
+    """
     keys = STAGES[stage].keys
     if not answered:
         return tuple(key for key in keys if key.partition(".")[0] != ANSWERS)
@@ -166,7 +184,12 @@ def frozen_keys(stage: str, answered: bool) -> tuple[str, ...]:
 
 
 def freeze(stage_config: dict[str, Any], path: Path) -> None:
-    """Write the frozen config of a stage (`Run.stage`) as JSON."""
+    """Write the frozen config of a stage (`Run.stage`) as JSON.
+
+    Args:
+        stage_config: Plain data, of `Run.stage`.
+        path: The file, which is replaced.
+    """
     path.write_text(_as_json(stage_config), encoding="utf-8")
 
 
@@ -175,12 +198,26 @@ def _as_json(stage_config: dict[str, Any]) -> str:
 
 
 def load_frozen(path: str | Path) -> Config:
-    """Read the frozen config of a stage; a key that is not in it raises when it is read."""
+    """Read the frozen config of a stage.
+
+    Args:
+        path: A file that `freeze` wrote.
+
+    Returns:
+        The config, read-only; a key that is not in the file raises when it is read.
+    """
     return to_config(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
 
 
 def to_config(plain: dict[str, Any]) -> Config:
-    """Plain data as a `Config`, read-only; a key that is not in the data raises when it is read."""
+    """Plain data as a `Config`.
+
+    Args:
+        plain: Nested dicts of the keys, without those on which the stage does not depend.
+
+    Returns:
+        The config, read-only; a key that is not in the data raises when it is read.
+    """
     config = OmegaConf.structured(Config)
     for key in schema.leaf_keys():
         if key.name not in BESIDE_THE_RESULT and key.name.partition(".")[0] != ANSWERS:
@@ -192,6 +229,12 @@ def to_config(plain: dict[str, Any]) -> Config:
 
 def literal(data: Any) -> Any:
     """Plain data whose texts OmegaConf takes as they are: `${` begins no interpolation.
+
+    Args:
+        data: Nested dicts, lists and values.
+
+    Returns:
+        A copy of the data, with `${` escaped in its texts.
 
     Examples:
         >>> print(literal({"path": "/x/${y}"})["path"])
@@ -209,6 +252,13 @@ def literal(data: Any) -> Any:
 def to_plain(config: Config) -> dict[str, Any]:
     """The keys that a stage's config holds and its result depends on, as plain data: the inverse of
     `to_config`.
+
+    Args:
+        config: Of a stage.
+
+    Returns:
+        Nested dicts, lists and values; without the keys that decide no result
+        (`BESIDE_THE_RESULT`).
     """
     return _held(
         _decisive(OmegaConf.to_container(cast(Any, config), resolve=True, enum_to_str=True))
@@ -235,6 +285,12 @@ def _decisive(data: Any) -> Any:
 def frozen_digest(path: str | Path) -> str:
     """SHA-256 of a frozen config, of what the stage's result depends on: to tell which config made
     a file.
+
+    Args:
+        path: A file that `freeze` wrote.
+
+    Returns:
+        64 hexadecimal digits; the run's name does not change them.
     """
     frozen = json.loads(Path(path).read_text(encoding="utf-8"))
     _decisive(frozen["config"])

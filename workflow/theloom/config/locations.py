@@ -47,7 +47,10 @@ def project_folder() -> Path:
 
 
 def snakefile() -> str:
-    """The path of the installation's Snakefile, for the `module` statement of another workflow.
+    """Find the installation's Snakefile, for the `module` statement of another workflow.
+
+    Returns:
+        Its path.
 
     Examples:
         >>> Path(snakefile()).name
@@ -57,7 +60,11 @@ def snakefile() -> str:
 
 
 def checkout() -> Path | None:
-    """The checkout that this code runs from, or None where it is installed from a wheel."""
+    """Find the checkout that this code runs from.
+
+    Returns:
+        Its folder; None where the code is installed from a wheel.
+    """
     folder = project_folder()
     return folder if folder != _PACKAGE / PACKAGED and (folder / "Snakefile").is_file() else None
 
@@ -111,7 +118,14 @@ def jobs_path(home: Path, cache: Path) -> Path:
 
 
 def program(name: str) -> str:
-    """How a user types a program of the environment: `.venv/bin/NAME` in a checkout, else NAME."""
+    """Tell how a user types a program of the environment.
+
+    Args:
+        name: Of the program.
+
+    Returns:
+        `.venv/bin/NAME` in a checkout, else NAME.
+    """
     return f".venv/bin/{name}" if checkout() else name
 
 
@@ -137,10 +151,13 @@ def version_warning(project: Path) -> str | None:
 
 
 def project_files(folder: Path) -> list[str]:
-    """The files of a project, as sorted paths relative to it.
+    """List the files of a project.
 
     Args:
         folder: A checkout, or the copy inside the package.
+
+    Returns:
+        Sorted paths relative to the folder, with `/`; without caches.
     """
     files: list[Path] = []
     for name in PROJECT:

@@ -35,8 +35,17 @@ class ModelDims:
 
 
 def numbers(config: "PretrainedConfig") -> ModelDims:
-    """The numbers of a model's text decoder. Raises ModelError where the config has no blocks or
-    width.
+    """The numbers of a model's text decoder.
+
+    Args:
+        config: Of the model, as transformers reads it.
+
+    Returns:
+        Its dimensions, in elements.
+
+    Raises:
+        ModelError: The config has no blocks, width or vocabulary, or a number beyond what is
+            possible.
     """
     text = config.get_text_config()
     blocks = getattr(text, "num_hidden_layers", None)
@@ -109,7 +118,14 @@ def _said(config: "PretrainedConfig", name: str) -> Any:
 
 
 def dims_of_profile(declared: ArchitectureConfig) -> ModelDims:
-    """The same from the numbers that a profile carries, without transformers."""
+    """The same as `numbers`, from what a profile declares, without transformers.
+
+    Args:
+        declared: `model.architecture` of the config.
+
+    Returns:
+        The model's dimensions, in elements.
+    """
     return ModelDims(
         model_type=declared.model_type,
         hidden_size=declared.hidden_size,

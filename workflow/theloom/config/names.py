@@ -48,13 +48,28 @@ def run_name(base: str, overrides: Sequence[str]) -> str:
 
 
 def of_profile(profile: str) -> str:
-    """The name of a profile as a part of a run's name."""
+    """The name of a profile as a part of a run's name.
+
+    Args:
+        profile: The name of a profile.
+
+    Returns:
+        The name itself, or a shortened one with a digest where it cannot be a folder's name or is
+        too long.
+
+    Examples:
+        >>> of_profile("smollm2-135m")
+        'smollm2-135m'
+    """
     plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", profile) and ".." not in profile
     return profile if plain and len(profile) < _LONGEST_PART else _shortened(profile, profile)
 
 
 def check(name: str) -> None:
     """Check a name that the user gave.
+
+    Args:
+        name: Of a run.
 
     Raises:
         ConfigError: It cannot be a folder's, or is too long.
@@ -79,6 +94,12 @@ def _text(override: str) -> str:
 
 def shown_key(key: str) -> str:
     """How a key is written in a run's name.
+
+    Args:
+        key: The dotted name of a key.
+
+    Returns:
+        Its last part; of an answers key all of it, since `seed` is in two sections.
 
     Examples:
         >>> shown_key("verify.seed"), shown_key("answers.seed")

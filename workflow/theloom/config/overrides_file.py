@@ -22,6 +22,9 @@ def read(path: Path) -> list[Assignment]:
         path: The file. A value is what is written there: `2024_01_15` and `1e5` are no numbers
             for a key that takes text.
 
+    Returns:
+        The assignments in the order of the file; none for an empty file.
+
     Raises:
         ConfigError: The file is missing or no such YAML, or as `words.from_text`.
     """

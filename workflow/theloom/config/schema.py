@@ -30,7 +30,15 @@ PATHS = ("model.source", "model.tokenizer", "corpus.path", "corpus.dataset", "co
 
 
 def key(default: Any, help: str) -> Any:  # noqa: A002
-    """A dataclass field with its documentation."""
+    """Make a dataclass field with its documentation.
+
+    Args:
+        default: The default; a list is copied, a type is called for each config.
+        help: What the key means, one line of Markdown.
+
+    Returns:
+        The field.
+    """
     if isinstance(default, list | type):
         return field(
             default_factory=default.copy if isinstance(default, list) else default,
@@ -40,7 +48,15 @@ def key(default: Any, help: str) -> Any:  # noqa: A002
 
 
 def renamed(name: str) -> Any:
-    """A field for the old name of a key of the same section; it has no documentation of its own."""
+    """Make a field for the old name of a key of the same section; it has no documentation of its
+    own.
+
+    Args:
+        name: The new name, without the section.
+
+    Returns:
+        The field, without a value.
+    """
     return field(default="???", metadata={"renamed": name})
 
 
@@ -422,7 +438,10 @@ def _leaves(section: type, prefix: str) -> Iterator[tuple[str, Field[Any]]]:
 
 
 def types() -> dict[str, Any]:
-    """The annotation of every key that a user may set, old names included.
+    """List what a user may set, old names included.
+
+    Returns:
+        The annotation of each key by its dotted name.
 
     Examples:
         >>> types()["corpus.path"]
@@ -433,7 +452,15 @@ def types() -> dict[str, Any]:
 
 
 def leaf_keys() -> list[Key]:
-    """Every leaf key of the schema, in the order in which it is written."""
+    """List all leaf keys of the schema.
+
+    Returns:
+        The keys in the order in which the schema declares them, without old names.
+
+    Examples:
+        >>> leaf_keys()[1].name
+        'model.source'
+    """
     found: list[Key] = []
     for name, f in _leaves(Config, ""):
         if "renamed" not in f.metadata:
@@ -444,7 +471,11 @@ def leaf_keys() -> list[Key]:
 
 
 def key_table() -> str:
-    """The Markdown table of all keys, as config/README.md shows it."""
+    """The Markdown table of all keys, as config/README.md shows it.
+
+    Returns:
+        Markdown with a line for each key: key, type, default, meaning.
+    """
     spelled = {"None": "null", "True": "true", "False": "false", "???": "(must be set)"}
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for k in leaf_keys():

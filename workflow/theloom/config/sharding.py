@@ -62,6 +62,12 @@ def shards(config: Config) -> int:
 
     Jobs of about ten minutes: long enough that loading the model is little of them, short enough
     that losing one is.
+
+    Args:
+        config: Of a run.
+
+    Returns:
+        Shards, from `resources.min_shards` (2 at least) to `MAX_SHARDS`.
     """
     least = max(MIN_SHARDS, config.resources.min_shards)
     if config.corpus.max_tokens is None:

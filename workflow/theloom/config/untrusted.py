@@ -53,10 +53,14 @@ def check_file(path: Path) -> None:
 
 
 def check_nodes(root: yaml.Node | None, where: str) -> None:
-    """Check that a YAML document stays small when its aliases are written out.
+    """Check that a YAML document stays small when its aliases are expanded.
+
+    Args:
+        root: Of the composed document; None for an empty one.
+        where: The file or key, for the message.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: It has more values than a config can have.
     """
     sizes: dict[int, int] = {}
 
@@ -109,6 +113,9 @@ def _resolver(text: str) -> str:
 
 def check_values(config: dict[str, Any]) -> None:
     """Check the values of a composed config, as plain data.
+
+    Args:
+        config: Nested dicts of the keys.
 
     Raises:
         ConfigError: One looks like a password or a token, is no line of Unicode or beyond 64 bits,

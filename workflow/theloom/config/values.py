@@ -30,7 +30,19 @@ class Assignment:
 
 
 def written(key: str, value: Value) -> str:
-    """`key=value` for names and messages; two that differ are written differently."""
+    """`key=value` for names and messages; two that differ are written differently.
+
+    Args:
+        key: The dotted name of a key.
+        value: What it is set to.
+
+    Returns:
+        One word; an entry of a list that has blanks, quotes or commas is written as JSON.
+
+    Examples:
+        >>> written("verify.seed", None), written("corpus.columns", ("a", "b, c"))
+        ('verify.seed=null', 'corpus.columns=[a,"b, c"]')
+    """
     if isinstance(value, tuple):
         plain = (v if re.fullmatch(r'[^,"\s]+', v) else json.dumps(v) for v in value)
         return f"{key}=[{','.join(plain)}]"
@@ -39,6 +51,12 @@ def written(key: str, value: Value) -> str:
 
 def unknown_key(requested: str) -> str:
     """One line for a key that the schema does not have: the nearest one, and those of the section.
+
+    Args:
+        requested: The dotted name as it was typed.
+
+    Returns:
+        The message.
 
     Examples:
         >>> unknown_key("store.type").partition(";")[0]
@@ -54,13 +72,33 @@ def unknown_key(requested: str) -> str:
 
 
 def near(requested: str, known: list[str]) -> str:
-    """The known name that a mistyped one is like, as words for a message; else nothing."""
+    """The known name that a mistyped one is like.
+
+    Args:
+        requested: The name as it was typed.
+        known: The names that there are.
+
+    Returns:
+        Words for the end of a message; empty where none is similar.
+
+    Examples:
+        >>> near("float23", ["float16", "float32"])
+        " (did you mean 'float32'?)"
+    """
     like = difflib.get_close_matches(requested, known, n=1, cutoff=0.6)
     return f" (did you mean {like[0]!r}?)" if like else ""
 
 
 def members(key: str) -> tuple[Any, ...]:
-    """The types that a key takes; none where it is no key of the schema, such as a group."""
+    """The types that a key takes; none where it is no key of the schema, such as a group.
+
+    Args:
+        key: The dotted name of a key.
+
+    Returns:
+        Types, NoneType among them where `null` may be given; empty where the schema has no such
+        key, such as a group.
+    """
     annotation = _TYPES.get(key)
     if annotation is None:
         return ()
@@ -68,17 +106,42 @@ def members(key: str) -> tuple[Any, ...]:
 
 
 def is_text(key: str) -> bool:
-    """Whether a key takes any text."""
+    """Whether a key takes any text.
+
+    Args:
+        key: The dotted name of a key.
+
+    Returns:
+        True where `str` is among its types.
+
+    Examples:
+        >>> is_text("model.source"), is_text("verify.seed")
+        (True, False)
+    """
     return str in members(key)
 
 
 def is_list(key: str) -> bool:
-    """Whether a key takes a list of texts."""
+    """Whether a key takes a list of texts.
+
+    Args:
+        key: The dotted name of a key.
+
+    Returns:
+        True for lists alone.
+    """
     return _TYPES.get(key) == list[str]
 
 
 def text(key: str, value: str) -> Value:
-    """The value of a key that takes text: as it is typed, and None for `null` if that may be.
+    """The value of a key that takes text.
+
+    Args:
+        key: The dotted name of the key.
+        value: As it was typed.
+
+    Returns:
+        The text as it was typed; None for `null` where the key takes it.
 
     Raises:
         ConfigError: The value is empty, or no line of Unicode.
@@ -102,6 +165,13 @@ def text(key: str, value: str) -> Value:
 def entry(key: str, value: str) -> str:
     """An entry of a list of texts.
 
+    Args:
+        key: The dotted name of the key.
+        value: One entry, as it was typed.
+
+    Returns:
+        The entry.
+
     Raises:
         ConfigError: As `text`.
     """
@@ -117,6 +187,9 @@ def scalar(key: str, value: str, whole: str) -> Value:
         key: The key.
         value: One value.
         whole: All that was typed for the key, for the message.
+
+    Returns:
+        The value as it was typed, which Hydra converts; None for `null` where the key takes it.
 
     Raises:
         ConfigError: The value is empty, or not written as a number of the key's type is.

@@ -26,6 +26,9 @@ def from_text(text: str) -> list[Assignment]:
         text: `key=value` words with blanks between. Quotes or a backslash protect blanks and
             commas; within the brackets of a list, blanks need none.
 
+    Returns:
+        The assignments in the order of the text; a swept key has several values.
+
     Raises:
         ConfigError: A word is no assignment, or a value cannot be one of its key.
 
@@ -51,6 +54,9 @@ def from_words(words: Sequence[str]) -> list[Assignment]:
     Args:
         words: The arguments of a command line.
 
+    Returns:
+        The assignments in the order of the words; a swept key has several values.
+
     Raises:
         ConfigError: As `from_text`.
 
@@ -62,12 +68,29 @@ def from_words(words: Sequence[str]) -> list[Assignment]:
 
 
 def merged(*sources: Sequence[Assignment]) -> list[Assignment]:
-    """The assignments of several sources, of which a later one wins."""
+    """The assignments of several sources, of which a later one wins.
+
+    Args:
+        *sources: Assignments, the weakest first.
+
+    Returns:
+        One assignment for each key.
+
+    Examples:
+        >>> [a.values for a in merged(from_text("name=a"), from_text("name=b"))]
+        [('b',)]
+    """
     return list({a.key: a for source in sources for a in source}.values())
 
 
 def encoded(assignments: Sequence[Assignment]) -> str:
     """Assignments as letters, digits, `-`, `_` and `=`, which no shell and no parser changes.
+
+    Args:
+        assignments: Keys and their values.
+
+    Returns:
+        URL-safe Base64 of their JSON.
 
     Examples:
         >>> assignments = from_words(["report.title=$x # 'é'"])
@@ -80,6 +103,12 @@ def encoded(assignments: Sequence[Assignment]) -> str:
 
 def decoded(text: str) -> list[Assignment]:
     """The inverse of `encoded`.
+
+    Args:
+        text: What `encoded` returned.
+
+    Returns:
+        The assignments.
 
     Raises:
         ConfigError: The text is nothing that `encoded` made.

@@ -59,11 +59,14 @@ class Attributes(dict[str, Any]):
         return Attributes, (self.path, dict(self))
 
     def parsed(self, name: str, form: type) -> Any:
-        """A value that is stored as JSON.
+        """Parse a value that is stored as JSON.
 
         Args:
             name: of the attribute.
             form: the type of what it holds: `list` or `dict`.
+
+        Returns:
+            The list or dict.
 
         Raises:
             StoreError: the attribute is missing, or holds something else.
@@ -78,10 +81,13 @@ class Attributes(dict[str, Any]):
         return found
 
     def by_shard(self, name: str) -> list[int]:
-        """A number of each shard: a JSON list in a merged file, a number in a shard.
+        """A number of each shard; a merged file holds a JSON list, a shard one number.
 
         Args:
             name: of the attribute.
+
+        Returns:
+            At least one integer; `batch_tokens` and `chunk_size` are positive, others not negative.
 
         Raises:
             StoreError: the attribute is missing, or holds something else.

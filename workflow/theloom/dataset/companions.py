@@ -16,18 +16,45 @@ if TYPE_CHECKING:
 
 
 def columns_of(acts: "ActivationsReader", taken: Collection[str]) -> dict[str, Column]:
-    """The columns of the corpus, by names that a table has not taken: such ones get a prefix."""
+    """The columns of the corpus under names that a table has not taken.
+
+    Args:
+        acts: the dataset.
+        taken: names of the table's own columns.
+
+    Returns:
+        The columns by name; one whose name is taken is `corpus.NAME`.
+    """
     return {f"corpus.{n}" if n in taken else n: column for n, column in acts.columns.items()}
 
 
 def token_tables_of(acts: "ActivationsReader", rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What a file has of the tables of `store.tables.tokens`, by name."""
+    """Read what a file has of the tables of `store.tables.tokens`.
+
+    Args:
+        acts: the dataset.
+        rows: numbers of rows, (n,).
+
+    Returns:
+        Tables by name, (n,) integers or booleans each.
+    """
     tables = {name: acts.token_table(name) for name in token_tables.TYPES}
     return {name: table.numpy(rows) for name, table in tables.items() if table is not None}
 
 
 def series(column: Column, documents: np.ndarray | None = None) -> Any:
-    """A column as pandas has it, where a value may be missing; of some documents, or of all."""
+    """A column as pandas has it, where a value may be missing.
+
+    Args:
+        column: with a value for each document.
+        documents: numbers of documents, with repeats; None: all.
+
+    Returns:
+        A `pandas.Series` with an entry for each of these documents.
+
+    Raises:
+        ConfigError: pandas is not installed.
+    """
     pandas = pandas_module()
     if column.type == "category":
         assert column.names is not None
@@ -43,19 +70,41 @@ def series(column: Column, documents: np.ndarray | None = None) -> Any:
 
 
 def plain(column: Column) -> np.ndarray:
-    """A column as an array without a mask: of objects, with None, where values are missing."""
+    """A column as an array without a mask.
+
+    Args:
+        column: with a value for each document.
+
+    Returns:
+        (documents,); of objects, with None, where values are missing.
+    """
     found = column.array()
     return np.array(found.tolist(), object) if isinstance(found, np.ma.MaskedArray) else found
 
 
 def feature(datasets: Any, column: Column) -> Any:
-    """The type of a column in a `datasets.Dataset`; lists and objects are texts of JSON."""
+    """The type of a column in a `datasets.Dataset`; lists and objects are texts of JSON.
+
+    Args:
+        datasets: the module.
+        column: of the corpus.
+
+    Returns:
+        A `datasets.Value`.
+    """
     kinds = {"integer": "int64", "float": "float64", "boolean": "bool"}
     return datasets.Value(kinds.get(column.type, "string"))
 
 
 def pandas_module() -> Any:
-    """pandas, which is optional. Raises ConfigError where it is not installed."""
+    """Import pandas, which is optional.
+
+    Returns:
+        The module.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import pandas
     except ImportError:

@@ -196,13 +196,16 @@ class Cache(Mapping[str, "torch.Tensor"]):
 def to_datasets(
     acts: "ActivationsReader", hooks: Sequence[str] | None = None
 ) -> "datasets.Dataset":
-    """A `datasets.Dataset` with a row for each token and hidden states as float32.
-
-    It is written to the cache of datasets, piece by piece.
+    """Convert a dataset to a `datasets.Dataset` with a row for each stored row and hidden states as
+    float32. It is written to the cache of datasets, piece by piece.
 
     Args:
         acts: the dataset.
         hooks: hook points; all of them by default.
+
+    Returns:
+        Columns document, position, input_id, the other token tables, those of the corpus, and a
+        list of float32 for each hook point.
 
     Raises:
         ConfigError: datasets is not installed.
@@ -250,16 +253,18 @@ def to_datasets(
 def to_xarray(
     acts: "ActivationsReader", hooks: Sequence[str] | None = None, rows: slice | None = None
 ) -> "xr.Dataset":
-    """An `xarray.Dataset` along `row`, with document, position, input_id, the other tables of
-    tokens and the columns of the corpus as its coordinates.
-
-    The rows are read into memory; BF16 becomes float32, since NumPy has no bfloat16. Hook points of
-    the same shape share axes, named such as `axis1_576` for 576 elements.
+    """Convert rows to an `xarray.Dataset` along `row`. They are read into memory; BF16 becomes
+    float32, since NumPy has no bfloat16.
 
     Args:
         acts: the dataset.
         hooks: hook points; all of them by default.
         rows: which rows; all of them by default.
+
+    Returns:
+        A variable for each hook point; document, position, input_id, the other token tables and the
+        columns of the corpus are coordinates. Hook points of the same shape share axes, named such
+        as `axis1_576` for 576 elements.
 
     Raises:
         ConfigError: xarray is not installed.
@@ -364,7 +369,14 @@ def to_safetensors(acts: "ActivationsReader", hooks: Sequence[str] | str, path: 
 
 
 def describe(acts: "ActivationsReader") -> str:
-    """A summary of a dataset in a few lines of text."""
+    """Summarise a dataset for a terminal.
+
+    Args:
+        acts: the dataset.
+
+    Returns:
+        A summary in a few lines of text.
+    """
     lines = [
         fill(f"  {key:<14}{value}", 80, subsequent_indent=" " * 16) for key, value in _summary(acts)
     ]
@@ -372,7 +384,14 @@ def describe(acts: "ActivationsReader") -> str:
 
 
 def describe_html(acts: "ActivationsReader") -> str:
-    """The same summary as an HTML table, for a notebook."""
+    """Summarise a dataset for a notebook, as `describe` does for a terminal.
+
+    Args:
+        acts: the dataset.
+
+    Returns:
+        An HTML table.
+    """
     left = "style='text-align:left'"
     rows = "".join(
         f"<tr><th {left}>{html.escape(key)}</th><td {left}>{html.escape(value)}</td></tr>"

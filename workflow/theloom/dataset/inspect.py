@@ -41,7 +41,14 @@ class HookSummary:
 
 
 def summarize_hooks(acts: Activations) -> list[HookSummary]:
-    """Summaries of all hook points of a dataset, in the order of the file."""
+    """Summarise all hook points of a dataset from its stored statistics; no row is read.
+
+    Args:
+        acts: the dataset.
+
+    Returns:
+        Summaries in the order of the file.
+    """
     summaries = []
     for hook in acts.hooks:
         rows, s = acts[hook], acts.statistics[hook]
@@ -51,12 +58,26 @@ def summarize_hooks(acts: Activations) -> list[HookSummary]:
 
 
 def provenance_attributes(acts: Activations) -> dict[str, Any]:
-    """The attributes of where the rows came from, with JSON parsed."""
+    """The attributes that say where the rows came from.
+
+    Args:
+        acts: the dataset.
+
+    Returns:
+        Plain values by name, with JSON parsed.
+    """
     return {k: _plain(v) for k, v in acts.attributes.items() if k.startswith(_PROVENANCE)}
 
 
 def file_schema(acts: Activations) -> dict[str, Any]:
-    """The format of a dataset's file, and what it holds, as plain values by name."""
+    """The format of a dataset's file, and what it holds.
+
+    Args:
+        acts: the dataset.
+
+    Returns:
+        Plain values by name; `longest_window` in tokens, `bytes_on_disk` over all files.
+    """
     names = (
         "format",
         "format_version",

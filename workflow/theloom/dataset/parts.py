@@ -41,7 +41,15 @@ class Identity:
 
     @classmethod
     def of(cls, fd: int, listed: FileIndex) -> "Identity":
-        """The identity of an open file."""
+        """The identity of an open file.
+
+        Args:
+            fd: of the file, open for reading.
+            listed: its index.
+
+        Returns:
+            The identity; no row is read.
+        """
         written = listed.array(fd, checksums.CHECKSUMS)[: checksums.IDENTITY].tobytes()
         offset = listed.datasets[checksums.CHECKSUMS].extents[0][0]
         return cls(listed.path, os.fstat(fd).st_size, written, offset)
@@ -51,6 +59,9 @@ class Identity:
 
         Args:
             referred: the file that refers to it; None: it was opened before.
+
+        Returns:
+            The file, open for reading bytes; the caller closes it.
 
         Raises:
             StoreError: it is missing, cannot be opened, or is another one by now.
@@ -96,7 +107,14 @@ class Part:
     tokens: int | None = None
 
     def count(self, name: str) -> int:
-        """The entries of a dataset: tokens of a token table, else rows."""
+        """The entries of a dataset: tokens of a token table, else rows.
+
+        Args:
+            name: of a dataset in the file.
+
+        Returns:
+            Tokens for a table of tokens, else rows.
+        """
         return self.tokens if self.tokens is not None and _of_tokens(name) else self.rows
 
     @property
@@ -117,25 +135,40 @@ class Source:
 
 
 def names_of(attributes: dict[str, Any]) -> list[str]:
-    """Names of the datasets of tokens and rows: the token tables, then the hook points."""
+    """Name the datasets of tokens and rows.
+
+    Args:
+        attributes: of a file.
+
+    Returns:
+        The token tables, then the hook points, as paths in the file.
+    """
     return [*TOKENS, *map(file_format.hook_path, json.loads(attributes["hooks"]))]
 
 
 def more_tables(listed: FileIndex) -> list[str]:
-    """Names of the datasets that a file may have beside `names_of`, with a row for each token.
+    """Name the datasets that a file may have beside `names_of`, with an entry for each token. They
+    lie in the file itself, in a virtual dataset too.
 
-    They lie in the file itself, in a virtual dataset too.
+    Args:
+        listed: the index of the file.
+
+    Returns:
+        Those that it has, as paths in the file.
     """
     return [name for name in map(token_tables.path, token_tables.TYPES) if name in listed.datasets]
 
 
 def own(fd: int, listed: FileIndex, names: Sequence[str] | None = None) -> Part:
-    """The part of a file that holds its own rows: a shard or a physical dataset.
+    """Find the part of a file that holds its own rows: a shard or a physical dataset.
 
     Args:
         fd: of the file, open for reading.
         listed: its index.
         names: of the datasets; None: all with a row for each token.
+
+    Returns:
+        The part, with the offset in bytes of each dataset.
 
     Raises:
         StoreError: the file is cut short or not finished, or its layout is another one.
@@ -172,12 +205,15 @@ def own(fd: int, listed: FileIndex, names: Sequence[str] | None = None) -> Part:
 
 
 def referred(fd: int, listed: FileIndex, allow: Collection[str]) -> list[Part]:
-    """The parts of a virtual dataset: its shards.
+    """Find the parts of a virtual dataset: its shards.
 
     Args:
         fd: of the virtual dataset, open for reading.
         listed: its index.
         allow: names of shards outside of its folder that it may refer to, as it spells them.
+
+    Returns:
+        The parts in the order of their rows.
 
     Raises:
         StoreError: a shard is missing, differs in size or checksums from the one that was merged,
@@ -228,7 +264,18 @@ def _of_tokens(name: str) -> bool:
 
 
 def row_type(name: str) -> np.dtype:
-    """NumPy's type of a token table."""
+    """NumPy's type of a token table.
+
+    Args:
+        name: of the dataset in the file.
+
+    Returns:
+        That of `store.tables.tokens`, else little-endian int32.
+
+    Examples:
+        >>> row_type("tokens/input_ids")
+        dtype('int32')
+    """
     return np.dtype(token_tables.TYPES.get(name.partition("/")[2], "<i4"))
 
 

@@ -156,6 +156,9 @@ class ActivationsReader:
 
         Args:
             rows: their numbers, ascending.
+
+        Returns:
+            A view; nothing is read or copied.
         """
         seen = copy.copy(self)
         for name in [n for n in seen.__dict__ if isinstance(_attribute(self, n), cached_property)]:
@@ -191,7 +194,14 @@ class ActivationsReader:
         return tokens if self.row_tokens is None else np.searchsorted(self.row_tokens, tokens)
 
     def kept_positions(self, window: int) -> np.ndarray | None:
-        """The positions of the tokens of a window that rows are made of; None: all."""
+        """The positions of the tokens of a window that rows are made of.
+
+        Args:
+            window: its number.
+
+        Returns:
+            Ascending positions within the window, (kept tokens,); None: all.
+        """
         if self._row_tokens is None:
             return None
         tokens = slice(*(int(t) for t in self.window_tokens[window : window + 2]))
@@ -200,7 +210,14 @@ class ActivationsReader:
         return kept.numpy(tokens).nonzero()[0]
 
     def rows_of_kept(self, window: int) -> np.ndarray:
-        """The row of the file that each of `kept_positions` is part of."""
+        """The row of the file that each of `kept_positions` is part of.
+
+        Args:
+            window: its number.
+
+        Returns:
+            Numbers of rows, (kept tokens,); pooled tokens share a row.
+        """
         positions = self.kept_positions(window)
         first, end = (int(t) for t in self.window_tokens[window : window + 2])
         if positions is None or self._row_tokens is None:
@@ -221,6 +238,7 @@ class ActivationsReader:
 
     @property
     def dtype(self) -> "torch.dtype":
+        """The stored dtype of the hidden states."""
         from theloom.precision import torch_dtype
 
         return torch_dtype(self.precision)
@@ -250,17 +268,27 @@ class ActivationsReader:
         return self._table_of(lambda array: read_columns(array, self._listed, described, count))
 
     def token_table(self, name: str) -> Rows | None:
-        """An entry of a table of tokens for each row; None where the file has none.
+        """A table of tokens, with an entry for each row.
 
         Args:
             name: `special`, `role` (its place in `theloom.rows.roles.ROLES`), `message`,
                 `char_start` or `char_end`.
+
+        Returns:
+            The entries; None where the file has no such table.
         """
         table = self.tokens_of(name)
         return None if table is None else table.taking(self.row_tokens)
 
     def tokens_of(self, name: str) -> Rows | None:
-        """A table of all tokens, whether they have a row or not; as `token_table`."""
+        """A table of all tokens, whether they have a row or not.
+
+        Args:
+            name: as `token_table`, or `kept`.
+
+        Returns:
+            An entry for each token; None where the file has no such table.
+        """
         path = token_tables.path(name)
         if path not in self._tables.offsets:
             return None
@@ -309,6 +337,9 @@ class ActivationsReader:
             name: a hook point, or `input_ids`, `document`, `position` or `row` (the number of the
                 row in the dataset).
 
+        Returns:
+            An entry for each row; it is read when it is indexed.
+
         Raises:
             HookError: the dataset has no hook point of this name.
         """
@@ -331,7 +362,17 @@ class ActivationsReader:
         return [self.document_id_of(number) for number in range(len(self._document_id))]
 
     def document_id_of(self, number: int) -> str:
-        """The id of a document by its number."""
+        """The id of a document by its number.
+
+        Args:
+            number: of the document, from 0.
+
+        Returns:
+            Its id.
+
+        Raises:
+            StoreError: the id is not UTF-8.
+        """
         try:
             return self._document_id[number].decode()
         except UnicodeDecodeError as error:
@@ -352,6 +393,9 @@ class ActivationsReader:
 
         Args:
             which: its number (negative ones count from the end), or its id.
+
+        Returns:
+            Its id, rows, token ids and positions; hidden states are read when they are asked for.
 
         Raises:
             IndexError: no document has this number.

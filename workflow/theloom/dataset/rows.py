@@ -36,7 +36,14 @@ class Rows:
         self.shape = (int(self._starts[-1]), *width)
 
     def taking(self, rows: np.ndarray | None) -> Self:
-        """The same dataset, of which these rows alone are seen, in this order; None: all."""
+        """The same dataset, of which these rows alone are seen, in this order.
+
+        Args:
+            rows: their numbers, (n,); None: all.
+
+        Returns:
+            A view; nothing is read.
+        """
         if rows is None:
             return self
         seen = copy.copy(self)
@@ -140,6 +147,12 @@ class RowNumbers(Rows):
         self.shape = (count,)
 
     def read_into(self, out: np.ndarray, start: int) -> None:
+        """Write the numbers of consecutive rows.
+
+        Args:
+            out: (n,), which is filled.
+            start: the first row that is seen.
+        """
         rows = slice(start, start + len(out))
         out[:] = np.arange(rows.start, rows.stop) if self._taken is None else self._taken[rows]
 
@@ -208,5 +221,12 @@ class HookRows(Rows):
         return len(self.shape)
 
     def tensor(self, bits: np.ndarray) -> "torch.Tensor":
-        """A tensor in the stored dtype over the memory of an array of bits."""
+        """A tensor in the stored dtype over the memory of an array of bits.
+
+        Args:
+            bits: what a read returned: integers of the width of an element.
+
+        Returns:
+            A tensor of the same shape; nothing is copied.
+        """
         return file_format.tensor_from_bits(bits, self._precision)

@@ -75,7 +75,10 @@ class RowTable(Mapping[str, np.ndarray]):
         return f"<table of {len(self._acts):,} rows: {', '.join(map(printable, self.columns))}>"
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """The table as pandas has it.
+        """Read the table into pandas.
+
+        Returns:
+            A `pandas.DataFrame` with a line for each row, indexed by its number.
 
         Raises:
             ConfigError: pandas is not installed.

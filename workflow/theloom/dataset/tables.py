@@ -33,6 +33,9 @@ def read_tables(array: Callable[[str], np.ndarray], tokens: int, hooks: int) -> 
         tokens: how many the file has.
         hooks: how many hook points it has.
 
+    Returns:
+        The tables, checked against each other.
+
     Raises:
         ValueError: the tables do not fit together.
     """
@@ -64,6 +67,10 @@ def read_row_tokens(
         array: returns the content of a dataset by its name.
         attributes: of the file.
 
+    Returns:
+        The number of each row's token in the file, ascending, (rows,) int64; None where every token
+        has a row.
+
     Raises:
         ValueError: the table does not fit the tokens and rows of the file.
     """
@@ -94,6 +101,9 @@ def read_columns(
         described: its attribute `columns`.
         documents: how many it has.
 
+    Returns:
+        The columns by name, with a value for each document.
+
     Raises:
         ValueError: a column is damaged.
     """
@@ -107,6 +117,9 @@ def read_metrics(array: Callable[[str], np.ndarray]) -> dict[str, float]:
 
     Args:
         array: returns the content of a dataset by its name.
+
+    Returns:
+        Values by name, in the units of `METRICS`.
 
     Raises:
         ValueError: one is missing, or is no number.

@@ -23,11 +23,14 @@ log = logging.getLogger(__name__)
 
 
 def load(name: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """A tokenizer.
+    """Load a tokenizer.
 
     Args:
         name: its folder, or its name on the Hugging Face hub.
         trust_remote_code: run Python code that comes with it.
+
+    Returns:
+        The tokenizer, as `AutoTokenizer` makes it.
 
     Raises:
         ModelError: it is unavailable, or needs code that is not trusted.

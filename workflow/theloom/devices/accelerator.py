@@ -45,6 +45,12 @@ class Properties:
 def family(device: "torch.device | str") -> str:
     """Which of `FAMILIES` a device is of.
 
+    Args:
+        device: a torch device or its name.
+
+    Returns:
+        `cuda`, `rocm`, `xpu`, `mps` or `cpu`.
+
     Examples:
         >>> family("mps"), family("cpu")
         ('mps', 'cpu')
@@ -56,12 +62,30 @@ def family(device: "torch.device | str") -> str:
 
 
 def has_streams(device: "torch.device | str") -> bool:
-    """Whether work is queued on streams: copies can run next to the computation."""
+    """Whether work is queued on streams: copies can run next to the computation.
+
+    Args:
+        device: a torch device or its name.
+
+    Returns:
+        True for CUDA and ROCm.
+
+    Examples:
+        >>> has_streams("cpu")
+        False
+    """
     return family(device) in ("cuda", "rocm")
 
 
 def count(kind: str) -> int:
-    """How many devices torch has of a type: cuda (also ROCm's), xpu or mps."""
+    """Count the devices of a type that torch sees.
+
+    Args:
+        kind: cuda (also ROCm's), xpu or mps.
+
+    Returns:
+        How many; 0 where torch was built without them.
+    """
     import torch
 
     if kind == "cuda":
@@ -71,19 +95,37 @@ def count(kind: str) -> int:
 
 
 def kind_here() -> str:
-    """The type of device that `auto` takes: cuda, xpu, mps, else cpu."""
+    """The type of device that `auto` takes.
+
+    Returns:
+        Cuda, xpu, mps, else cpu.
+    """
     return next((kind for kind in ("cuda", "xpu", "mps") if count(kind)), "cpu")
 
 
 def numbered(index: int) -> "torch.device":
-    """The GPU of a number, of the type that `auto` takes."""
+    """The GPU of a number, of the type that `auto` takes.
+
+    Args:
+        index: as torch numbers them.
+
+    Returns:
+        The device.
+    """
     import torch
 
     return torch.device(kind_here(), index)
 
 
 def name(device: "torch.device") -> str:
-    """What provenance records: the GPU's name, or the number of CPU threads that torch uses."""
+    """What provenance records of a device.
+
+    Args:
+        device: of the job.
+
+    Returns:
+        The GPU's name, or the number of CPU threads that torch uses.
+    """
     import torch
 
     kind = device.type
@@ -97,14 +139,29 @@ def name(device: "torch.device") -> str:
 
 
 def capability(device: "torch.device") -> tuple[int, int] | None:
-    """The CUDA compute capability; None for any device that is not NVIDIA's."""
+    """The CUDA compute capability.
+
+    Args:
+        device: any device.
+
+    Returns:
+        Major and minor; None for any device that is not NVIDIA's.
+    """
     import torch
 
     return torch.cuda.get_device_capability(device) if family(device) == "cuda" else None
 
 
 def supports(device: "torch.device", dtype: "torch.dtype") -> bool:
-    """Whether a device that has no compute capability takes tensors of a dtype."""
+    """Whether a device that has no compute capability takes tensors of a dtype.
+
+    Args:
+        device: any device.
+        dtype: which a small matrix product is tried with.
+
+    Returns:
+        False where torch raises.
+    """
     import torch
 
     try:
@@ -116,8 +173,11 @@ def supports(device: "torch.device", dtype: "torch.dtype") -> bool:
 
 
 def properties() -> list[Properties]:
-    """The GPUs that torch sees. Initialises CUDA, and makes no context; raises what a broken driver
-    makes it raise, of the types `BROKEN`.
+    """Read the properties of the GPUs that torch sees. Initialises CUDA, and makes no context; what
+    a broken driver makes it raise is of the types `broken`.
+
+    Returns:
+        The GPUs in torch's order, memory in bytes; none on a CPU.
     """
     import torch
 
@@ -137,21 +197,33 @@ def properties() -> list[Properties]:
 
 
 def broken() -> tuple[type[Exception], ...]:
-    """What torch raises where the driver is broken, or CUDA was used before a fork."""
+    """What torch raises where the driver is broken, or CUDA was used before a fork.
+
+    Returns:
+        Types of exceptions, for `except`.
+    """
     import torch
 
     return (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError)
 
 
 def is_built() -> bool:
-    """Whether this build of torch has any accelerator's code."""
+    """Whether this build of torch has any accelerator's code.
+
+    Returns:
+        True where it was built for one, whether it is there or not.
+    """
     import torch
 
     return torch.backends.cuda.is_built() or torch.accelerator.current_accelerator() is not None
 
 
 def synchronize(device: "torch.device") -> None:
-    """Wait for all that is queued on a device."""
+    """Wait for all that is queued on a device.
+
+    Args:
+        device: any device; on the CPU nothing is queued.
+    """
     import torch
 
     if device.type == "cuda":
@@ -161,7 +233,14 @@ def synchronize(device: "torch.device") -> None:
 
 
 def allocated(device: "torch.device") -> int:
-    """Bytes of this process's tensors on a GPU."""
+    """Bytes of this process's tensors on a GPU.
+
+    Args:
+        device: a GPU.
+
+    Returns:
+        Bytes in use now.
+    """
     import torch
 
     if device.type == "mps":
@@ -170,8 +249,13 @@ def allocated(device: "torch.device") -> int:
 
 
 def peak(device: "torch.device") -> int:
-    """The most bytes of tensors on a GPU since `reset_peak`; on MPS, which keeps none, the current
-    ones.
+    """The most memory of tensors on a GPU since `reset_peak`.
+
+    Args:
+        device: a GPU.
+
+    Returns:
+        Bytes; on MPS, which keeps no peak, those in use now.
     """
     return (
         allocated(device) if device.type == "mps" else _memory(device).max_memory_allocated(device)
@@ -179,13 +263,24 @@ def peak(device: "torch.device") -> int:
 
 
 def reset_peak(device: "torch.device") -> None:
-    """Count `peak` from now."""
+    """Count `peak` from now.
+
+    Args:
+        device: a GPU; nothing happens on MPS.
+    """
     if device.type != "mps":
         _memory(device).reset_peak_memory_stats(device)
 
 
 def reserved(device: "torch.device") -> int:
-    """Bytes that this process's allocator holds on a GPU, in use or not."""
+    """Bytes that this process's allocator holds on a GPU, in use or not.
+
+    Args:
+        device: a GPU.
+
+    Returns:
+        Bytes, at least those of `allocated`.
+    """
     import torch
 
     if device.type == "mps":
@@ -194,12 +289,26 @@ def reserved(device: "torch.device") -> int:
 
 
 def peak_reserved(device: "torch.device") -> int:
-    """The most bytes that the allocator held of a GPU since `reset_peak`."""
+    """The most memory that the allocator held of a GPU since `reset_peak`.
+
+    Args:
+        device: a GPU other than MPS.
+
+    Returns:
+        Bytes.
+    """
     return int(_memory(device).max_memory_reserved(device))
 
 
 def driver_memory(device: "torch.device") -> tuple[int, int]:
-    """Bytes free and in all, as a GPU's driver reports them; makes a context on CUDA."""
+    """Memory as a GPU's driver reports it; makes a context on CUDA.
+
+    Args:
+        device: a GPU.
+
+    Returns:
+        Bytes free and bytes in all, of all processes.
+    """
     import torch
 
     if device.type == "cuda":
@@ -217,7 +326,14 @@ def _memory(device: "torch.device") -> Any:
 
 
 def expandable_segments(device: "torch.device") -> bool:
-    """Whether a GPU's allocator grows its segments, as PYTORCH_ALLOC_CONF says."""
+    """Whether a GPU's allocator grows its segments, as PYTORCH_ALLOC_CONF says.
+
+    Args:
+        device: any device.
+
+    Returns:
+        False where the device has no such allocator.
+    """
     import torch
 
     settings = getattr(torch._C, "_accelerator_getAllocatorSettings", str)()
@@ -225,7 +341,11 @@ def expandable_segments(device: "torch.device") -> bool:
 
 
 def empty_cache(device: "torch.device") -> None:
-    """Give memory that no tensor uses back: of all GPUs, and pinned memory of the host."""
+    """Give memory that no tensor uses back: of all GPUs, and pinned memory of the host.
+
+    Args:
+        device: of the type whose cache is emptied.
+    """
     import torch
 
     if device.type == "cuda":
@@ -238,6 +358,12 @@ def empty_cache(device: "torch.device") -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, whoever raised it.
+
+    Args:
+        error: any exception.
+
+    Returns:
+        True for the host's and the GPU's memory, and for what libraries of CUDA raise then.
 
     Examples:
         >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))
@@ -253,7 +379,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_limit(device: "torch.device", nbytes: int) -> Iterator[None]:
-    """Within the context, this process's tensors get no more of a GPU than so many bytes."""
+    """Within the context, this process's tensors get no more of a GPU than so many bytes.
+
+    Args:
+        device: a CUDA device.
+        nbytes: the limit in bytes.
+    """
     import torch
 
     share = min(1.0, nbytes / driver_memory(device)[1])
@@ -288,7 +419,11 @@ def exact_fp32() -> None:
 
 
 def arithmetic() -> dict[str, Any]:
-    """How this process computes, as far as a switch decides it: what provenance records."""
+    """How this process computes, as far as a switch decides it: what provenance records.
+
+    Returns:
+        Values of torch's switches by name.
+    """
     import torch
 
     matmul = torch.backends.cuda.matmul
@@ -303,7 +438,12 @@ def arithmetic() -> dict[str, Any]:
 
 @contextmanager
 def memory_history(device: "torch.device", entries: int) -> Iterator[None]:
-    """Let CUDA's allocator keep its history, with Python frames, within the block."""
+    """Let CUDA's allocator keep its history, with Python frames, within the block.
+
+    Args:
+        device: nothing happens unless it is CUDA's.
+        entries: how many events are kept, the latest.
+    """
     if device.type != "cuda":
         yield
         return
@@ -319,7 +459,11 @@ def memory_history(device: "torch.device", entries: int) -> Iterator[None]:
 
 
 def write_memory_history(file: str) -> None:
-    """Write the history, for pytorch.org/memory_viz."""
+    """Write the history, for pytorch.org/memory_viz.
+
+    Args:
+        file: the path of the pickle.
+    """
     import torch
 
     torch.cuda.memory._dump_snapshot(file)

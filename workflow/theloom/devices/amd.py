@@ -24,6 +24,13 @@ VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"
 def uuid_of(given: str) -> str:
     """The UUID that ROCm's tools write, of one as torch writes HIP's: its bytes are letters.
 
+    Args:
+        given: a UUID as torch writes it.
+
+    Returns:
+        `GPU-` and 16 hexadecimal digits; the text as it was given where its bytes are no such
+        letters.
+
     Examples:
         >>> uuid_of("37663965-3063-6162-3132-333435363738")
         'GPU-7f9e0cab12345678'
@@ -38,7 +45,11 @@ def uuid_of(given: str) -> str:
 
 
 def read() -> Machine:
-    """Ask the driver. Leaves nothing behind; never raises."""
+    """Ask the driver. Leaves nothing behind; never raises.
+
+    Returns:
+        The GPUs that AMD's driver shows, or why there are none.
+    """
     if importlib.util.find_spec("amdsmi") is None:
         return Machine(note="the package amdsmi is not installed")
     try:

@@ -5,7 +5,11 @@ from theloom.devices.nvml import Machine
 
 
 def read() -> Machine:
-    """Ask the drivers. Makes no context on a GPU, and never raises."""
+    """Ask the drivers. Makes no context on a GPU, and never raises.
+
+    Returns:
+        NVIDIA's GPUs, else AMD's, or why there are none.
+    """
     found = nvml.read()
     if found.devices:
         return found

@@ -55,7 +55,14 @@ def choose_device(requested: str) -> "torch.device":
 
 
 def devices_of_job(device: "torch.device") -> "tuple[torch.device, ...]":
-    """The devices that a job computes on: all GPUs that it has leased, or its one device."""
+    """Find the devices that a job computes on.
+
+    Args:
+        device: the job's first device.
+
+    Returns:
+        All GPUs that it has leased, or the one device.
+    """
     import torch
 
     count = len(gpu_lease.held()) if device.type == "cuda" else 0
@@ -65,7 +72,14 @@ def devices_of_job(device: "torch.device") -> "tuple[torch.device, ...]":
 
 
 def compute_capability(device: "torch.device") -> tuple[int, int] | None:
-    """The CUDA compute capability, None for any device that is not NVIDIA's."""
+    """The CUDA compute capability.
+
+    Args:
+        device: any device.
+
+    Returns:
+        Major and minor; None for any device that is not NVIDIA's.
+    """
     return accelerator.capability(device)
 
 
@@ -165,7 +179,11 @@ def warn_above(threshold: float, device: "torch.device") -> bool:
 
 
 def release(device: "torch.device") -> None:
-    """Give what is not used any more back to the driver, after an allocation has failed."""
+    """Give what is not used any more back to the driver, after an allocation has failed.
+
+    Args:
+        device: of the job; all of its GPUs are released.
+    """
     import gc
 
     gc.collect()
@@ -216,7 +234,14 @@ class GPUInfo:
 
 
 def precision_of(info: GPUInfo) -> str:
-    """What `memory.precision_mode=auto` is on a device of `GPUManager`."""
+    """What `memory.precision_mode=auto` is on a device of `GPUManager`.
+
+    Args:
+        info: of `GPUManager.get_gpu_info`.
+
+    Returns:
+        `bf16`, `fp16` or `fp32`.
+    """
     if info.compute_capability or info.name == "CPU":
         return follow("auto", info.compute_capability).resolved
     return precision_on(accelerator.numbered(info.index), "auto").resolved
@@ -236,11 +261,20 @@ class GPUManager:
         self._visible, self._why_none = visible.visible_gpus()
 
     def can_allocate(self, required_memory_gb: float, device: int = 0) -> bool:
-        """Whether this process can have that much more memory (GB of 10⁹ bytes) on a device now.
+        """Whether this process can have that much more memory on a device now.
 
-        What other processes use is not free; what torch's allocator of this process holds and no
-        tensor uses is. Fragmentation can still make one large allocation fail: leave 10 to 15 % of
-        headroom.
+        What other processes use is not free. Fragmentation can still make one large allocation
+        fail: leave 10 to 15 % of headroom.
+
+        Args:
+            required_memory_gb: in GB of 10⁹ bytes.
+            device: its number.
+
+        Returns:
+            True where so much is free, or held by torch's allocator of this process and unused.
+
+        Raises:
+            ConfigError: there is no such device.
         """
         info, cached = self._info(self._checked(device)), 0
         if self._visible:
@@ -249,12 +283,19 @@ class GPUManager:
         return required_memory_gb * 1e9 <= info.free_memory_gb * 1e9 + cached
 
     def check_memory_threshold(self, threshold: float = 0.85) -> dict[str, Any]:
-        """Which devices have more than `threshold` (a share) of their memory in use, by anyone;
-        each is logged.
+        """Check which devices have more than a share of their memory in use, by anyone; each is
+        logged.
 
-        Gives plain values: `threshold`; `devices`, with `device` (its index), `usage_percent`,
-        `used_memory_gb` and `total_memory_gb`; and `warnings`, the same of those above it, with
-        `processes`, the others than this one. Raises ConfigError for a threshold that is no share.
+        Args:
+            threshold: the share, above 0 and at most 1.
+
+        Returns:
+            Plain values: `threshold`; `devices`, with `device` (its index), `usage_percent`,
+            `used_memory_gb` and `total_memory_gb`; and `warnings`, the same of those above it, with
+            `processes`, the others than this one.
+
+        Raises:
+            ConfigError: the threshold is no share.
         """
         if not 0 < threshold <= 1:
             raise ConfigError(
@@ -285,15 +326,30 @@ class GPUManager:
         return {"threshold": threshold, "devices": devices, "warnings": warnings}
 
     def get_gpu_info(self, device: int | None = None) -> GPUInfo | list[GPUInfo]:
-        """One device if it is named or the only one, else a list of all."""
+        """Read the state of one device, or of all.
+
+        Args:
+            device: its number; None: all.
+
+        Returns:
+            One device if it is named or the only one, else a list of all.
+
+        Raises:
+            ConfigError: there is no such device.
+        """
         if device is not None:
             return self._info(self._checked(device))
         found = self._all()
         return found[0] if len(found) == 1 else found
 
     def reset_peak_memory(self, device: int | None = None) -> None:
-        """Count `peak_memory_gb` from now, of one device or of all. The CPU's cannot be reset but
-        on Linux.
+        """Count `peak_memory_gb` from now. The CPU's cannot be reset but on Linux.
+
+        Args:
+            device: its number; None: all.
+
+        Raises:
+            ConfigError: there is no such device.
         """
         if device is not None:
             self._checked(device)
@@ -346,8 +402,16 @@ class GPUManager:
 
 
 def other_processes(device: int = 0) -> str:
-    """Who else has memory on a device, in words for messages: "python (pid 4711, vLLM) 61.2 GB"; ""
-    if nobody known.
+    """Tell who else has memory on a device.
+
+    Args:
+        device: its number.
+
+    Returns:
+        Words for messages, such as `python (pid 4711, vLLM) 61.2 GB`; empty if nobody is known.
+
+    Raises:
+        ConfigError: there is no such device.
     """
     info = GPUManager().get_gpu_info(device)
     assert isinstance(info, GPUInfo)

@@ -43,24 +43,45 @@ class Candidate:
 
 
 def held() -> tuple[str, ...]:
-    """UUIDs of the GPUs that this process has leased, in the order of torch's numbers."""
+    """Tell which GPUs this process has leased.
+
+    Returns:
+        UUIDs in the order of torch's numbers; what the scheduler wrote where it assigned them.
+    """
     return _held
 
 
 def of_job(resources: Any, device: str) -> AbstractContextManager[tuple[str, ...]]:
-    """The GPUs that a job of Snakemake asks for by its resources, held as by `gpus`."""
+    """Hold the GPUs that a job of Snakemake asks for by its resources.
+
+    Args:
+        resources: the job's: `gpu` (how many), `min_free_gpu_mb` (MB of 10⁶ bytes).
+        device: `extraction.device`.
+
+    Returns:
+        The context manager of `gpus`.
+    """
     return gpus(resources.get("gpu", 0), 10**6 * resources.get("min_free_gpu_mb", 0), device)
 
 
 @contextmanager
 def gpus(count: int, needed: int = 0, device: str = "auto") -> Iterator[tuple[str, ...]]:
-    """Hold `count` GPUs, each with `needed` bytes free, and show this process no other; nothing on
-    machines without.
+    """Hold GPUs and show this process no other; nothing happens on machines without.
 
     To be entered before torch looks for GPUs. Waits while others hold them, and says for whom.
     Where the GPUs that nobody holds have too little free, the ones with most are taken: the plan
-    then makes batches smaller, or refuses. Raises ConfigError where the machine has fewer GPUs than
-    requested.
+    then makes batches smaller, or refuses.
+
+    Args:
+        count: how many.
+        needed: bytes to be free on each.
+        device: `auto`, `cuda` or `cuda:N`; of any other no GPU is held.
+
+    Yields:
+        UUIDs of the GPUs; empty where none is held.
+
+    Raises:
+        ConfigError: the machine has fewer GPUs than requested.
     """
     global _held
     if count < 1 or device.partition(":")[0] not in ("auto", "cuda"):
@@ -122,8 +143,11 @@ def _one_process_can_use(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def assigned_by_scheduler() -> tuple[str, ...]:
-    """What Slurm, PBS, LSF or Grid Engine has given to this job, as they write it in
-    CUDA_VISIBLE_DEVICES, or for AMD's GPUs in ROCR_VISIBLE_DEVICES.
+    """Tell what Slurm, PBS, LSF or Grid Engine has given to this job.
+
+    Returns:
+        GPUs as they write them in CUDA_VISIBLE_DEVICES, or for AMD's in ROCR_VISIBLE_DEVICES; empty
+        outside of such a job.
     """
     batch = any(name in os.environ for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"))
     grid_engine = "JOB_ID" in os.environ and any(name.startswith("SGE_") for name in os.environ)
@@ -145,12 +169,19 @@ def _candidates() -> list[Candidate]:
 
 
 def visible(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that CUDA_VISIBLE_DEVICES shows, in its order: by UUID or the beginning of one, or by
-    CUDA's number. Of AMD's GPUs those that ROCR_VISIBLE_DEVICES shows, and of them those of HIP's
-    numbers.
+    """Choose the GPUs that CUDA_VISIBLE_DEVICES shows: by UUID or the beginning of one, or by
+    CUDA's number. Of AMD's GPUs those that ROCR_VISIBLE_DEVICES shows, and of them those of
+    HIP's numbers.
 
-    As CUDA does, it stops at the first entry that names none. Raises ConfigError where numbers
-    cannot be told apart.
+    Args:
+        candidates: all GPUs of the machine.
+
+    Returns:
+        Those shown, in the order of the variable; as CUDA does, it stops at the first entry that
+        names none.
+
+    Raises:
+        ConfigError: numbers cannot be told apart.
     """
     if not candidates:
         return []
@@ -212,12 +243,21 @@ def leased(
     folder: Path | None = None,
     pause: float = 1.0,
 ) -> Iterator[tuple[str, ...]]:
-    """Hold `count` of the GPUs that `look` finds, all of them or none: two waiting jobs cannot
-    block each other.
+    """Hold some of the GPUs that `look` finds, all of them or none: two waiting jobs cannot block
+    each other. A job that asks for several can be overtaken by jobs that ask for fewer.
 
-    A job that asks for several can be overtaken by jobs that ask for fewer. `pause` is about the
-    seconds between attempts, `folder` where the locks are. Raises ConfigError where there are fewer
-    GPUs than requested.
+    Args:
+        look: finds the GPUs, anew at each attempt.
+        count: how many to hold.
+        needed: bytes to be free on each.
+        folder: where the locks are; None: the machine's.
+        pause: about the seconds between attempts.
+
+    Yields:
+        UUIDs of the GPUs.
+
+    Raises:
+        ConfigError: there are fewer GPUs than requested.
     """
     folder = _lock_folder() if folder is None else folder
     said = -float(SECONDS_BETWEEN_LINES)

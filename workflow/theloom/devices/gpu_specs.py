@@ -181,8 +181,13 @@ class GPU:
     tflops: float | None  # peak of dense 16-bit products; None: not listed
 
     def computes(self, kind: str) -> bool:
-        """Whether it computes with a kind of weights (`WeightFormat.name`): beside quantised
-        ones any 16 bits do.
+        """Whether it computes with a kind of weights: beside quantised ones any 16 bits do.
+
+        Args:
+            kind: `WeightFormat.name`, such as `bf16` or `int8`.
+
+        Returns:
+            True where it does.
         """
         return self.bf16 if kind == "bf16" else self.fp16 or kind == "fp32"
 
@@ -251,8 +256,10 @@ CLOUD = (
 
 @cache
 def gpus() -> tuple[GPU, ...]:
-    """NVIDIA's GPUs, by memory and then by name. Needs no network; the first call imports gpuhunt
-    (0.1 s).
+    """NVIDIA's GPUs. Needs no network; the first call imports gpuhunt (0.1 s).
+
+    Returns:
+        The models, by memory and then by name.
     """
     from gpuhunt import KNOWN_NVIDIA_GPUS
 
@@ -313,10 +320,17 @@ def _plain(name: str) -> str:
 
 
 def usable_bytes(name: str, nominal_gb: int) -> int:
-    """What a program gets of a board's memory, at least; `name` is gpuhunt's, without spaces.
+    """Compute what a program gets of a board's memory, at least.
 
     A nominal GB is 2³⁰ bytes of memory chips. The driver takes some of it, and so does ECC where it
     is on, as it is by default on data-center boards.
+
+    Args:
+        name: gpuhunt's, without spaces.
+        nominal_gb: what it is sold as.
+
+    Returns:
+        Bytes; as seen on such a board where one was, else a share of the nominal memory.
     """
     if seen := _SEEN.get((name, nominal_gb)):
         return int(seen * GIB)

@@ -59,20 +59,29 @@ def memory(root: Path = ROOT) -> DeviceMemory:
 
 
 def resident() -> int:
-    """The resident memory of this process, in bytes."""
+    """Measure the resident memory of this process.
+
+    Returns:
+        Bytes.
+    """
     return int(psutil.Process().memory_info().rss)
 
 
 def resident_files() -> int:
-    """What of this process's resident memory are pages of files, in bytes; 0 where the kernel does
-    not tell.
+    """Measure what of this process's resident memory are pages of files.
+
+    Returns:
+        Bytes; 0 where the kernel does not tell.
     """
     return int(getattr(psutil.Process().memory_info(), "shared", 0))
 
 
 def peak_resident() -> int:
-    """The peak of this process's resident memory, in bytes, since its start or the last
+    """Measure the peak of this process's resident memory since its start or the last
     `reset_peak_resident`.
+
+    Returns:
+        Bytes.
     """
     status = _text(Path("/proc/self/status"))
     if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
@@ -88,8 +97,10 @@ def peak_resident() -> int:
 
 
 def reset_peak_resident() -> bool:
-    """Start `peak_resident` again from now. False where the kernel does not let a process do so
-    (all but Linux).
+    """Start `peak_resident` again from now.
+
+    Returns:
+        False where the kernel does not let a process do so (all but Linux).
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -227,7 +238,11 @@ TUNABLES = {
 
 
 def reuse_freed_blocks(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set it for all processes of an environment; what the user has set stays."""
+    """Set glibc's `TUNABLES` for all processes of an environment; what the user has set stays.
+
+    Args:
+        environment: which is changed.
+    """
     own = [setting for setting in environment.get(_VARIABLE, "").split(":") if setting]
     names = {setting.partition("=")[0] for setting in own}
     ours = [f"{name}={value}" for name, value in TUNABLES.items() if name not in names]

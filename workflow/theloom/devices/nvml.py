@@ -72,10 +72,16 @@ class Machine:
     note: str = ""
 
     def find(self, uuid: str, visible: str = "") -> Device | None:
-        """The GPU or MIG instance with a UUID, prefixed with GPU- or MIG- or bare as CUDA gives it.
+        """Find a GPU or MIG instance by its UUID.
 
-        `visible` is CUDA_VISIBLE_DEVICES: where CUDA gives the UUID of a GPU in MIG mode, it runs
-        on the instance named there, or on the first, since a process can use one instance only.
+        Args:
+            uuid: prefixed with GPU- or MIG-, or bare as CUDA gives it.
+            visible: CUDA_VISIBLE_DEVICES: where CUDA gives the UUID of a GPU in MIG mode, it runs
+                on the instance named there, or on the first, since a process can use one instance
+                only.
+
+        Returns:
+            The device; None where the driver does not show it.
         """
         for device in self.devices:
             for instance in device.instances:
@@ -89,7 +95,11 @@ class Machine:
 
 
 def read() -> Machine:
-    """Ask the driver. Takes milliseconds and leaves nothing behind; never raises."""
+    """Ask the driver. Takes milliseconds and leaves nothing behind; never raises.
+
+    Returns:
+        The GPUs that NVIDIA's driver shows, or why there are none.
+    """
     try:
         import pynvml
     except ImportError as missing:
@@ -257,7 +267,19 @@ def _processes(handle: Any) -> tuple[tuple[Process, ...], str]:
 
 
 def unexplained(used: int, processes: tuple[Process, ...]) -> str:
-    """In words, what of the bytes in use no process is listed for; "" where that is little."""
+    """Say what of the bytes in use no process is listed for.
+
+    Args:
+        used: bytes of the GPU in use.
+        processes: those that the driver lists.
+
+    Returns:
+        Words for a note; empty where that is less than `UNEXPLAINED`.
+
+    Examples:
+        >>> unexplained(3 * 10**9, (Process(4711, "python", 3 * 10**9, is_vllm=False),))
+        ''
+    """
     if any(p.used is None for p in processes):
         return "the driver does not tell how much memory each process has"
     rest = used - sum(p.used or 0 for p in processes)
@@ -280,8 +302,14 @@ def _process_name(pid: int) -> str:
 
 
 def is_vllm(pid: int, name: str) -> bool:
-    """Whether a process is a vLLM server's: by the title that it gives itself, or by its or its
-    parents' command.
+    """Whether a process is a vLLM server's.
+
+    Args:
+        pid: of the process.
+        name: its title, such as vLLM gives itself.
+
+    Returns:
+        True by that title, or by its or its parents' command.
     """
     if name.startswith("VLLM::"):
         return True

@@ -33,7 +33,11 @@ class Mark:
         self._held = None
 
     def query(self) -> bool:
-        """Whether it has come to pass."""
+        """Whether it has come to pass.
+
+        Returns:
+            True where all that was queued before it is done.
+        """
         return bool(self._event.query())
 
     def before_next(self) -> None:
@@ -43,7 +47,11 @@ class Mark:
         torch.cuda.current_stream(self._device).wait_event(self._event)
 
     def on(self, stream: Any) -> None:
-        """Let what is queued from now on, on that stream, come after it."""
+        """Let what is queued from now on, on that stream, come after it.
+
+        Args:
+            stream: Of the same or another device.
+        """
         stream.wait_event(self._event)
 
     def let_go(self) -> None:
@@ -54,7 +62,14 @@ class Mark:
         self._held = None
 
     def seconds_to(self, later: "Mark") -> float:
-        """Seconds up to a later mark of the same device; both with `timing`."""
+        """The time up to a later mark.
+
+        Args:
+            later: Of the same device; both were made with `timing`, and have come to pass.
+
+        Returns:
+            Seconds.
+        """
         return float(self._event.elapsed_time(later._event)) / 1000
 
 
@@ -87,7 +102,14 @@ class SideStreams:
         self._streams: dict[torch.device, Any] = {}
 
     def of(self, device: "torch.device") -> Any:
-        """The stream of a device; None where there are no streams."""
+        """Find or make the stream of a device.
+
+        Args:
+            device: Any device.
+
+        Returns:
+            Its stream; None where there are no streams.
+        """
         import torch
 
         if not has_streams(device):
@@ -98,14 +120,29 @@ class SideStreams:
 
 
 def mark(device: "torch.device", timing: bool = False) -> Mark:
-    """A mark after all that is queued on a device's current stream."""
+    """Mark the work queued on a device's current stream.
+
+    Args:
+        device: Any device.
+        timing: Whether `Mark.seconds_to` is to work.
+
+    Returns:
+        The mark; one that has come to pass where there are no streams.
+    """
     import torch
 
     return Mark(torch.cuda.current_stream(device), timing) if has_streams(device) else DONE
 
 
 def use(stream: Any) -> AbstractContextManager[Any]:
-    """Within the context, work and memory are a side stream's; None: nothing changes."""
+    """Have work and memory be a side stream's within a context.
+
+    Args:
+        stream: Of `SideStreams.of`; None: nothing changes.
+
+    Returns:
+        The context manager.
+    """
     import torch
 
     return nullcontext() if stream is None else torch.cuda.stream(stream)
@@ -190,6 +227,9 @@ def copy_across(
 def used_by_computation(tensor: "torch.Tensor") -> None:
     """Have the memory of a tensor that a side stream made given out again, once it is freed, only
     after what the current stream has queued by then.
+
+    Args:
+        tensor: On a device with streams.
     """
     import torch
 

@@ -14,7 +14,11 @@ from theloom.devices.host import DeviceMemory
 
 
 def visible_gpus() -> tuple[list[Properties], str]:
-    """The GPUs that torch sees, or why there are none. Never raises."""
+    """Find the GPUs that torch sees. Never raises.
+
+    Returns:
+        The GPUs in torch's order, and why there are none, else "".
+    """
     import torch
 
     if not accelerator.is_built():
@@ -27,17 +31,31 @@ def visible_gpus() -> tuple[list[Properties], str]:
 
 
 def find(gpu: Properties, machine: nvml.Machine) -> nvml.Device | None:
-    """The same GPU, or the MIG instance that torch runs on, among those of NVML."""
+    """Find the same GPU, or the MIG instance that torch runs on, among those of NVML.
+
+    Args:
+        gpu: as torch sees it.
+        machine: as NVML shows it.
+
+    Returns:
+        The device; None where NVML does not list it.
+    """
     return machine.find(gpu.uuid, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
 def memory(
     gpu: Properties, found: nvml.Device | None, machine: nvml.Machine
 ) -> tuple[DeviceMemory, str]:
-    """The memory of a GPU, and the reasons in words for what could not be known.
+    """The memory of a GPU. From NVML where it tells; for a board that shares the host's memory from
+    there, since cudaMemGetInfo counts page cache as used on it; else from CUDA.
 
-    From NVML where it tells; for a board that shares the host's memory from there, since
-    cudaMemGetInfo counts page cache as used on it; else from CUDA.
+    Args:
+        gpu: as torch sees it.
+        found: the same as NVML shows it; None: it does not.
+        machine: all that NVML shows.
+
+    Returns:
+        Bytes in all and free; and the reasons in words for what could not be known, else "".
     """
     if found and found.total is not None and found.free is not None:
         return DeviceMemory(found.total, found.free), found.note

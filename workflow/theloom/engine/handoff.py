@@ -128,6 +128,11 @@ class Handoff:
 
         On the CPU they may change after the call; on a GPU they are copied later, each from its own
         device, and nothing may write to them.
+
+        Args:
+            step: The forward step that is stored.
+            hook: The name of the hook point.
+            values: What `step.take` returned.
         """
         self._raise()
         began = time.perf_counter()
@@ -141,8 +146,12 @@ class Handoff:
         self.seconds_copying += time.perf_counter() - taken
 
     def batch_done(self, rows: int, last: bool, metrics: dict[str, float]) -> None:
-        """All rows of a batch are handed over, `rows` in all batches; `last` asks for a commit
-        whatever its size.
+        """Mark that all rows of a batch are handed over.
+
+        Args:
+            rows: Rows handed over so far, of all batches.
+            last: Commit whatever the size of what is not committed.
+            metrics: By name, as of now; they are written with the commit.
         """
         self._raise()
         self._queue.put(_Done(rows, last, metrics))

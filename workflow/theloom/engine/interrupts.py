@@ -63,10 +63,17 @@ def until_it_fits(
     device: "torch.device",
     advice: Callable[[Plan], str],
 ) -> None:
-    """Call `run(level)`; where memory runs out, again with the next level, as long as its `cut` is
-    smaller.
+    """Run with the planned batches; where memory runs out, again with smaller ones.
 
-    Raises MemoryPlanError, with `advice`, after three failures at the smallest size.
+    Args:
+        run: runs with a level of cuts; it resumes from the last committed row.
+        cut: the plan of a level; once a level's is no smaller, it is tried again.
+        level: the first one.
+        device: whose memory is released between attempts.
+        advice: what to do, in words, about a plan that does not fit.
+
+    Raises:
+        MemoryPlanError: three attempts failed at the smallest size; with `advice`.
     """
     failures = 0
     while True:

@@ -37,7 +37,17 @@ class Pool:
     def add(
         self, hook: str, groups: np.ndarray, lengths: np.ndarray, taken: "torch.Tensor"
     ) -> Iterator[Stored]:
-        """Add what a step gives to its rows; windows whose rows are all there are given."""
+        """Add what a step gives to its rows.
+
+        Args:
+            hook: the name of the hook point.
+            groups: the row that each partial result belongs to, (n,).
+            lengths: kept tokens in each of them, (n,).
+            taken: partial sums or maxima, (n, …) FP32 on the host.
+
+        Yields:
+            Windows whose rows are all there: number, position of the first row, rows.
+        """
         values = taken.numpy()
         for group, length, value in zip(groups.tolist(), lengths.tolist(), values, strict=True):
             key = (hook, group)
@@ -59,6 +69,14 @@ class Pool:
                     yield window, 0, self._finished(hook, first, end)
 
     def no_rows(self, width: Sequence[int]) -> "torch.Tensor":
+        """The rows of a window of which none is kept.
+
+        Args:
+            width: shape of a row.
+
+        Returns:
+            (0, *width), in the stored dtype.
+        """
         import torch
 
         return torch.empty((0, *width), dtype=self._dtype)

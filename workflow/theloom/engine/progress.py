@@ -56,11 +56,24 @@ class Progress(_Reporter):
         self._total, self._first, self._predicted, self._watch = total, first, predicted, watch
 
     def update(self, moment: Moment, last: bool = False) -> None:
-        """Report a moment, if it is time to; `last`: in any case."""
+        """Report a moment, if it is time to.
+
+        Args:
+            moment: Tokens, bytes and seconds so far.
+            last: Report in any case.
+        """
         self.report(moment.tokens, self._total, lambda s: self.line(moment, s), last)
 
     def line(self, moment: Moment, seconds: float) -> str:
-        """The words of a report, `seconds` after the start."""
+        """The words of a report.
+
+        Args:
+            moment: Tokens, bytes and seconds so far.
+            seconds: Since the start of the job.
+
+        Returns:
+            One line.
+        """
         seconds = max(seconds, 1e-9)
         speed = (moment.tokens - self._first) / seconds
         left = (self._total - moment.tokens) / speed if speed else 0.0
@@ -93,7 +106,14 @@ class SweepProgress(_Reporter):
         self._first, self._blocks, self._tokens, self._through = first, blocks, tokens, 0
 
     def update(self, block: int, batch: int, batches: int, tokens: int) -> None:
-        """Report that a batch of `tokens` has gone through a block."""
+        """Report that a batch has gone through a block.
+
+        Args:
+            block: Its number, from 0.
+            batch: Its number, from 1.
+            batches: Of the block.
+            tokens: Of the batch.
+        """
         self._through += tokens
         last = (block + 1, batch) == (self._blocks, batches)
 
@@ -122,7 +142,12 @@ class AnswersProgress(_Reporter):
         self._total, self._first, self._tokens = total, first, 0
 
     def update(self, done: int, tokens: int) -> None:
-        """Report that another answer of so many tokens has ended."""
+        """Report that another answer has ended.
+
+        Args:
+            done: Answers ended so far, with those of earlier jobs.
+            tokens: Of this answer.
+        """
         self._tokens += tokens
 
         def line(seconds: float) -> str:

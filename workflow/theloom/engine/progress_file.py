@@ -34,7 +34,14 @@ def report(done: int, total: int, text: Callable[[], str]) -> None:
 
 
 def read(path: Path) -> tuple[float, str] | None:
-    """The share that is done, from 0 to 1, and the words; None where nothing is reported yet."""
+    """Read the progress of a job.
+
+    Args:
+        path: Of its progress file.
+
+    Returns:
+        The share that is done, from 0 to 1, and the words; None where nothing is reported yet.
+    """
     try:
         done, total, text = path.read_text(encoding="utf-8").rstrip("\n").split(" ", 2)
     except (OSError, ValueError):
@@ -43,7 +50,11 @@ def read(path: Path) -> tuple[float, str] | None:
 
 
 def remove(path: str | Path) -> None:
-    """Remove a progress file and what a killed job may have left next to it."""
+    """Remove a progress file and what a killed job may have left next to it.
+
+    Args:
+        path: Of the progress file; it may be missing.
+    """
     for name in (path, f"{path}.new"):
         with suppress(OSError):
             Path(name).unlink()

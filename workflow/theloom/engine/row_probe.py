@@ -24,9 +24,17 @@ MIN_LIMIT = 1e-4  # in FP32
 class RunsAlone(Protocol):
     """Runs one document by itself."""
 
-    def alone(
-        self, ids: "torch.Tensor", points: Sequence[HookPoint]
-    ) -> "dict[str, torch.Tensor]": ...
+    def alone(self, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
+        """Run one document.
+
+        Args:
+            ids: Its token ids, (1, positions) int64.
+            points: The hook points to keep.
+
+        Returns:
+            FP32 rows on the CPU by hook point, (positions, …).
+        """
+        ...
 
 
 class RowsDifferError(ModelError):
@@ -93,19 +101,34 @@ class RowProbe(_Probe):
         self._kept: dict[str, list[torch.Tensor]] = {}
 
     def begin(self, batch: Batch, chunk_size: int) -> None:
-        """A batch is about to run: see which of its windows, if any, is to be compared."""
+        """A batch is about to run: see which of its windows, if any, is to be compared.
+
+        Args:
+            batch: Its windows.
+            chunk_size: Tokens of a window in one forward step.
+        """
         mixed = len(batch.windows) > 1 or batch.width > chunk_size
         wanted = [r for r, w in enumerate(batch.windows) if w in self._windows and mixed]
         self._row = wanted[-1] if wanted and self._points else None
         self._kept = {p.name: [] for p in self._points}
 
     def keep(self, hook: str, values: "torch.Tensor") -> None:
-        """See a chunk of a batch: (window, position, …)."""
+        """See a chunk of a batch.
+
+        Args:
+            hook: The name of the hook point.
+            values: (window, position, …).
+        """
         if self._row is not None and hook in self._kept:
             self._kept[hook].append(_copy(values[self._row]))
 
     def compare(self, runner: RunsAlone, batch: Batch, ids: "torch.Tensor") -> None:
-        """A batch of token ids (window, position) has run: run the document alone.
+        """Run the document of a finished batch alone, and compare.
+
+        Args:
+            runner: Runs it.
+            batch: Its windows.
+            ids: Token ids of the batch, (window, position) int64.
 
         Raises:
             RowsDifferError: Its rows are others than in the batch, by more than rounding explains.
@@ -148,7 +171,13 @@ class SweptProbe(_Probe):
         self._rows: dict[tuple[int, str], torch.Tensor] = {}
 
     def keep(self, batch: Batch, name: str, values: "torch.Tensor") -> None:
-        """See rows of a batch of the shard: (window, position, …)."""
+        """See rows of a batch of the shard.
+
+        Args:
+            batch: Its windows.
+            name: Of the hook point.
+            values: (window, position, …).
+        """
         if name in self._names:
             for row, window in enumerate(batch.windows):
                 if window in self._windows:
@@ -156,7 +185,12 @@ class SweptProbe(_Probe):
                     self._rows[window, name] = _copy(rows)
 
     def compare(self, number: int, name: str, values: "torch.Tensor") -> None:
-        """See the rows of `batches[number]`, which come after those of the shard's batches.
+        """Compare the rows of a recomputed batch, which come after those of the shard's batches.
+
+        Args:
+            number: Of the batch in `batches`.
+            name: Of the hook point.
+            values: (1, position, …).
 
         Raises:
             RowsDifferError: They are others, by more than rounding explains.

@@ -34,11 +34,26 @@ class Step(Protocol):
     """What is stored of one forward step."""
 
     def take(self, values: "torch.Tensor") -> "torch.Tensor":
-        """From a hook point's values on the device, (window, position, …), what is copied off."""
+        """Choose on the device what of a hook point's values is copied off it.
+
+        Args:
+            values: (window, position, …).
+
+        Returns:
+            Those values, in a shape of the step's own.
+        """
         ...
 
     def rows(self, hook: str, taken: "torch.Tensor") -> Iterator[Stored]:
-        """The rows for the file, on the host."""
+        """Divide what was copied off by windows, on the host.
+
+        Args:
+            hook: The name of the hook point.
+            taken: What `take` returned, on the host.
+
+        Yields:
+            For each window its number, the first of its stored rows, and rows (n, …).
+        """
         ...
 
 
@@ -50,9 +65,26 @@ class WholeStep:
     start: int
 
     def take(self, values: "torch.Tensor") -> "torch.Tensor":
+        """Take everything, padding included.
+
+        Args:
+            values: (window, position, …).
+
+        Returns:
+            The same tensor.
+        """
         return values
 
     def rows(self, hook: str, taken: "torch.Tensor") -> Iterator[Stored]:
+        """As `Step.rows`; padding is left out.
+
+        Args:
+            hook: Not used.
+            taken: (window, position, …), on the host.
+
+        Yields:
+            For each window its number, the position of its first row, and rows (n, …).
+        """
         pairs = zip(self.batch.windows, self.batch.lengths, strict=True)
         for number, (window, length) in enumerate(pairs):
             real = min(length - self.start, taken.shape[1])
@@ -101,10 +133,27 @@ class KeptStep:
     dtype: "torch.dtype | None"
 
     def take(self, values: "torch.Tensor") -> "torch.Tensor":
+        """Take the rows of the kept tokens.
+
+        Args:
+            values: (window, position, …).
+
+        Returns:
+            (kept tokens, …), in the stored dtype.
+        """
         rows = self.places.of(values)
         return rows if self.dtype is None else rows.to(self.dtype)
 
     def rows(self, hook: str, taken: "torch.Tensor") -> Iterator[Stored]:
+        """As `Step.rows`.
+
+        Args:
+            hook: Not used.
+            taken: (kept tokens, …), on the host.
+
+        Yields:
+            For each window its number, the first of its stored rows, and rows (n, …).
+        """
         at = 0
         for window, first, count in self.parts:
             yield window, first, taken[at : at + count]
@@ -123,8 +172,15 @@ class PooledStep:
     _there: "dict[torch.device, list[torch.Tensor]]" = field(default_factory=dict)
 
     def take(self, values: "torch.Tensor") -> "torch.Tensor":
-        """Pairwise, level by level: each run of tokens of one row halves until one is left. No more
-        than twice the kept tokens is in memory, as for what is copied off the device.
+        """Reduce the kept tokens of each row pairwise, level by level: each run of tokens of one
+        row halves until one is left. No more than twice the kept tokens is in memory, as for
+        what is copied off the device.
+
+        Args:
+            values: (window, position, …).
+
+        Returns:
+            (rows of the step, …) FP32.
         """
         import torch
 
@@ -141,6 +197,15 @@ class PooledStep:
         return rows
 
     def rows(self, hook: str, taken: "torch.Tensor") -> Iterator[Stored]:
+        """As `Step.rows`, for the windows that are complete with this step.
+
+        Args:
+            hook: The name of the hook point.
+            taken: (rows of the step, …) FP32, on the host.
+
+        Yields:
+            For each such window its number, 0, and its rows (n, …).
+        """
         found = list(self.pool.add(hook, *self._runs, taken))
         if not self.again:
             yield from found
@@ -201,14 +266,30 @@ class Selection:
         return self._store if self.whole else None
 
     def rows(self, batch: Batch) -> int:
-        """The stored rows of a batch's windows."""
+        """Count the stored rows of a batch's windows.
+
+        Args:
+            batch: Its windows.
+
+        Returns:
+            Rows.
+        """
         offset = self._tokens.row_offset
         return sum(int(offset[w + 1] - offset[w]) for w in batch.windows)
 
     def largest(
         self, batches: Sequence[Batch], points: "Sequence[HookPoint]", chunk_size: int
     ) -> int:
-        """Bytes of the largest value that is copied off the device in one step."""
+        """The largest value that is copied off the device in one step.
+
+        Args:
+            batches: Of the shard.
+            points: The hook points.
+            chunk_size: Tokens of a window in one forward step.
+
+        Returns:
+            Bytes.
+        """
         widest = (
             self._copied(b, chunk_size) * max((p.width(b.width) for p in points), default=0)
             for b in batches
@@ -218,7 +299,16 @@ class Selection:
     def step_bytes(
         self, batches: Sequence[Batch], points: "Sequence[HookPoint]", chunk_size: int
     ) -> int:
-        """Bytes of all values that are copied off the device in the largest step."""
+        """All values that are copied off the device in the largest step.
+
+        Args:
+            batches: Of the shard.
+            points: The hook points.
+            chunk_size: Tokens of a window in one forward step.
+
+        Returns:
+            Bytes.
+        """
         steps = (
             self._copied(b, chunk_size) * sum(p.width(b.width) for p in points) for b in batches
         )
@@ -277,8 +367,15 @@ class Selection:
             )
 
     def again(self, batches: Sequence[Batch], first: int) -> list[int]:
-        """Batches of an earlier job that must run again: rows that batches from `first` on complete
+        """Find the batches of an earlier job that must run again: rows that later batches complete
         are made of their windows, too.
+
+        Args:
+            batches: Of the shard.
+            first: The number of the first batch that has not run.
+
+        Returns:
+            Numbers of batches before it.
         """
         if self._pool is None or not first:
             return []
@@ -295,6 +392,9 @@ class Selection:
             start: The position of the step's first column in each.
             width: Columns of the step.
             again: The batch ran in an earlier job.
+
+        Returns:
+            What takes its values and divides them; the same object for all hook points.
         """
         if self.whole:
             return WholeStep(batch, start)

@@ -60,5 +60,17 @@ def _starts(job: Job, size: int) -> Iterator[int]:
 
 
 def rows_of(starts: np.ndarray, size: int) -> np.ndarray:
-    """The rows of contexts, (contexts × size,)."""
+    """The rows of contexts.
+
+    Args:
+        starts: the first row of each context, (contexts,).
+        size: rows of a context.
+
+    Returns:
+        (contexts × size,).
+
+    Examples:
+        >>> rows_of(np.array([0, 10]), 3).tolist()
+        [0, 1, 2, 10, 11, 12]
+    """
     return (starts[:, None] + np.arange(size)).reshape(-1)

@@ -89,7 +89,15 @@ class Job:
         return {"fp32": "float32", "fp16": "float16", "bf16": "float32"}[self.dtype]
 
     def rows(self, hook: str, rows: slice | np.ndarray) -> "torch.Tensor":
-        """Rows of a hook point in the dtype of the export."""
+        """Rows of a hook point in the dtype of the export.
+
+        Args:
+            hook: the name of the hook point.
+            rows: which ones, a slice or their numbers.
+
+        Returns:
+            (rows, …) on the CPU; `advance` is told how many.
+        """
         from theloom.precision import torch_dtype
 
         found = self.acts[hook][rows].to(torch_dtype(self.dtype))
@@ -97,7 +105,15 @@ class Job:
         return found
 
     def array(self, hook: str, rows: slice | np.ndarray) -> np.ndarray:
-        """The same, for NumPy."""
+        """The same as `rows`, for NumPy.
+
+        Args:
+            hook: the name of the hook point.
+            rows: which ones, a slice or their numbers.
+
+        Returns:
+            (rows, …); float32 where the export is BF16, which NumPy lacks.
+        """
         tensor = self.rows(hook, rows)
         return (tensor.float() if self.dtype == "bf16" else tensor).numpy()
 
@@ -106,6 +122,9 @@ class Job:
 
         Args:
             size: bytes of one row, of all hook points; None: of the widest hook point alone.
+
+        Yields:
+            Slices of rows, which follow each other.
         """
         each = size or max(4 * int(np.prod(self.acts[h].shape[1:])) for h in self.hooks)
         step = max(1, _FILE_BYTES // each)
@@ -147,6 +166,9 @@ class Job:
     def need_every_token(self, name: str) -> None:
         """Check that every token has its row.
 
+        Args:
+            name: of the format, for the message.
+
         Raises:
             ConfigError: rows are those of some tokens, or pooled.
         """
@@ -157,7 +179,13 @@ class Job:
             )
 
     def need_one_hook(self, name: str) -> str:
-        """The only hook point.
+        """Check that the export has one hook point.
+
+        Args:
+            name: of the format, for the message.
+
+        Returns:
+            Its name.
 
         Raises:
             ConfigError: there are several.
@@ -169,7 +197,13 @@ class Job:
         return self.hooks[0]
 
     def special(self, rows: slice) -> np.ndarray:
-        """Which rows are of special tokens, (rows,) bool.
+        """Tell which rows are of special tokens.
+
+        Args:
+            rows: which ones.
+
+        Returns:
+            (rows,) bool.
 
         Raises:
             ConfigError: the file does not know.
@@ -183,8 +217,17 @@ class Job:
         return table.numpy(rows).astype(bool)
 
     def loss_mask(self, rows: slice) -> np.ndarray | None:
-        """1 where the token is the assistant's, (rows,) int64; None: the texts are no
-        conversations.
+        """Tell which rows are of the assistant's tokens.
+
+        Args:
+            rows: which ones.
+
+        Returns:
+            (rows,) int64: 1 where the token is the assistant's; None: the texts are no
+            conversations.
+
+        Raises:
+            StoreError: the file has roles that there are not.
         """
         table = self.acts.token_table("role")
         if table is None:
@@ -195,12 +238,23 @@ class Job:
         return (found == code("assistant")).astype(np.int64)
 
     def leave_out(self, sentence: str) -> None:
-        """Record what the export could not carry."""
+        """Record what the export could not carry.
+
+        Args:
+            sentence: what it is; it is recorded once.
+        """
         if sentence not in self.left_out:
             self.left_out.append(sentence)
 
     def is_done(self, name: str) -> bool:
-        """Whether a file was written before."""
+        """Whether a file was written before.
+
+        Args:
+            name: of the file in the export's folder.
+
+        Returns:
+            True where it is there: files appear whole.
+        """
         return (self.folder / name).exists()
 
     @contextmanager
@@ -219,20 +273,36 @@ class Job:
             yield unfinished
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file."""
+        """Write a small file.
+
+        Args:
+            name: of the file in the export's folder.
+            text: written as UTF-8.
+        """
         with self.writing(name) as path:
             path.write_text(text, encoding="utf-8")
 
     def write_torch(self, name: str, value: Any) -> None:
-        """Write a file for `torch.load(…, weights_only=True)`."""
+        """Write a file for `torch.load(…, weights_only=True)`.
+
+        Args:
+            name: of the file in the export's folder.
+            value: tensors and plain values.
+        """
         import torch
 
         with self.writing(name) as path:
             torch.save(value, path)
 
     def number_of_layer(self, hook: str) -> int | None:
-        """The number of blocks that a point of the residual stream has passed; None: it is another
-        hook point.
+        """The number of blocks that a point of the residual stream has passed: the index in
+        `hidden_states` of transformers.
+
+        Args:
+            hook: the name of the hook point.
+
+        Returns:
+            The number; None for another hook point.
 
         Examples:
             `blocks.0.hook_resid_pre` is 0, `blocks.0.hook_resid_post` and `blocks.1.hook_resid_pre`
@@ -245,7 +315,13 @@ class Job:
         return None if after is None else int(parts[1]) + after
 
     def layers(self, name: str) -> list[int]:
-        """The numbers of all hook points' layers.
+        """The layers of all hook points, as `number_of_layer`.
+
+        Args:
+            name: of the format, for the message.
+
+        Returns:
+            Their numbers, in the order of `hooks`.
 
         Raises:
             ConfigError: one of them is none of the residual stream.
@@ -281,6 +357,9 @@ def safe_names(ids: Sequence[str], taken: str = "/\\") -> list[str]:
     Args:
         ids: the ids.
         taken: characters that a name may not have; each becomes `_`.
+
+    Returns:
+        Names in the order of the ids.
 
     Raises:
         ConfigError: two ids become one name, or one is no name.
@@ -336,7 +415,14 @@ def begin(folder: Path, identity: dict[str, Any]) -> bool:
 def write_record(
     folder: Path, identity: dict[str, Any], left_out: list[str], finished: bool
 ) -> None:
-    """Write what an export is of, what it left out, and whether it is finished."""
+    """Write what an export is of, what it left out, and whether it is finished.
+
+    Args:
+        folder: of the export.
+        identity: what tells one export from another, plain values.
+        left_out: sentences on what the export could not carry.
+        finished: whether all files are written.
+    """
     written = {"export": identity, "left_out": left_out, "finished": finished}
     with _whole(folder / RECORD) as path:
         text = json.dumps(written, indent=2, ensure_ascii=False)
@@ -353,6 +439,13 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read what `write_record` wrote."""
+    """Read what `write_record` wrote.
+
+    Args:
+        folder: of the export.
+
+    Returns:
+        `export`, `left_out` and `finished`.
+    """
     found: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return found

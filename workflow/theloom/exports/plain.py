@@ -29,7 +29,11 @@ def _documents(job: Job) -> str:
 
 
 def write_npy(job: Job) -> None:
-    """Write `<hook point>.npy`, a file for each table of tokens, and `documents.json`."""
+    """Write `<hook point>.npy`, a file for each table of tokens, and `documents.json`.
+
+    Args:
+        job: the export.
+    """
     if job.dtype == "bf16":
         job.leave_out("bfloat16, which NumPy lacks: rows are float32")
     for hook in job.hooks:
@@ -54,6 +58,9 @@ def write_npy(job: Job) -> None:
 def write_safetensors(job: Job) -> None:
     """Write `rows-N-of-M.safetensors`: hook points by their names, tables as `tokens.<name>`, and
     `documents.json`.
+
+    Args:
+        job: the export.
     """
     import torch
     from safetensors.torch import save_file
@@ -74,6 +81,9 @@ def write_safetensors(job: Job) -> None:
 
 def write_parquet(job: Job) -> None:
     """Write `rows-N-of-M.parquet`: a row for each token, with its document's id and columns.
+
+    Args:
+        job: the export.
 
     Raises:
         ConfigError: pyarrow is not installed.

@@ -103,6 +103,9 @@ def _embeddings(job: Job, name: str) -> Iterator[tuple[str, np.ndarray]]:
 def write_bio_embeddings(job: Job) -> None:
     """Write `embeddings_file.h5`, of pooled rows `reduced_embeddings_file.h5`: a data set for each
     sequence, by number, with its id as the attribute `original_id`.
+
+    Args:
+        job: the export.
     """
     name = "reduced_embeddings_file.h5" if job.acts.pooled else "embeddings_file.h5"
     if job.is_done(name):
@@ -114,7 +117,11 @@ def write_bio_embeddings(job: Job) -> None:
 
 
 def write_prott5(job: Job) -> None:
-    """Write `embeddings.h5`: a data set for each sequence, by its id with `/` and `.` as `_`."""
+    """Write `embeddings.h5`: a data set for each sequence, by its id with `/` and `.` as `_`.
+
+    Args:
+        job: the export.
+    """
     if job.is_done("embeddings.h5"):
         return
     ids = [job.acts.document_id_of(d.document) for d in job.documents]
@@ -128,6 +135,9 @@ def write_prott5(job: Job) -> None:
 def write_scikit_bio(job: Job) -> None:
     """Write `embeddings.h5` as scikit-bio's format `embed` has it, whose `id` is the sequences
     themselves, and `ids.json` with the documents' ids in the same order.
+
+    Args:
+        job: the export.
 
     Raises:
         ConfigError: rows are pooled, or a token is no single letter.

@@ -40,6 +40,12 @@ Reader = Callable[
 def uses_registry(core: torch.nn.Module) -> bool:
     """Whether a module that computes attention asks transformers' registry for the function that
     does.
+
+    Args:
+        core: a module that computes attention.
+
+    Returns:
+        True where it does, and has an eager function to fall back on.
     """
     return (
         "ALL_ATTENTION_FUNCTIONS" in _code(core).co_names
@@ -51,6 +57,12 @@ def uses_registry(core: torch.nn.Module) -> bool:
 def rotates(core: torch.nn.Module) -> bool:
     """Whether a module that computes attention gives positions to its queries and keys by rotating
     them.
+
+    Args:
+        core: a module that computes attention.
+
+    Returns:
+        True by the names in its code: no tensor is looked at.
     """
     code = _code(core)
     names = {*code.co_names, *code.co_varnames}
@@ -99,6 +111,16 @@ class Inside:
     ) -> Any:
         """Attention for the module at hand, as transformers' registry calls it; heads come before
         positions.
+
+        Args:
+            query: (batch, heads, position, head size).
+            key: (batch, key heads, key, head size).
+            value: (batch, key heads, key, head size).
+            mask: as the model makes it.
+            **options: of the registry, such as `scaling` and `dropout`.
+
+        Returns:
+            What the function of the registry returns: output and weights.
         """
         if ROT_Q in self._wanted:
             self._read(ROT_Q, query.transpose(1, 2))

@@ -161,7 +161,11 @@ def _those_that_run(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and every module's own mode after that."""
+    """Put a model into eval mode for a while; every module's own mode is restored after that.
+
+    Args:
+        model: any module.
+    """
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -172,7 +176,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def forward_three_tokens(model: nn.Module) -> None:
-    """A forward pass that leaves no trace. Raises ModelError."""
+    """Run a forward pass that leaves no trace in the model.
+
+    Args:
+        model: whole, or ending at a block that is not loaded.
+
+    Raises:
+        ModelError: its code raises.
+    """
     some: Any = next(model.parameters())
     state = PassState(model)
     with torch.inference_mode(), evaluating(model), refused(cannot_run(model)):
@@ -186,7 +197,14 @@ def forward_three_tokens(model: nn.Module) -> None:
 
 
 def cannot_run(model: nn.Module) -> str:
-    """The start of a message about a model that does not run, on values or without them."""
+    """The start of a message about a model that does not run, on values or without them.
+
+    Args:
+        model: real or fake.
+
+    Returns:
+        Words to which a reason is added.
+    """
     if any(isinstance(parameter, FakeTensor) for parameter in model.parameters()):
         return f"{type(model).__name__}: its memory cannot be predicted"
     return f"{type(model).__name__} cannot be run on token ids alone"

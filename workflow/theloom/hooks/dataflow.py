@@ -74,21 +74,59 @@ class Flow:
         return read
 
     def input(self, module: nn.Module | None) -> int:
-        """What a module was given first: the identity of the storage, 0 if it did not run."""
+        """Identify what a module was given first.
+
+        Args:
+            module: of the model; None counts as one that did not run.
+
+        Returns:
+            The identity of the tensor's storage; 0 if the module did not run.
+        """
         return _identity(self._in.get(module)) if module is not None else 0
 
     def output(self, module: nn.Module | None) -> int:
-        """What a module returned first."""
+        """Identify what a module returned first.
+
+        Args:
+            module: of the model; None counts as one that did not run.
+
+        Returns:
+            The identity of the tensor's storage; 0 if the module did not run.
+        """
         return _identity(self._out.get(module)) if module is not None else 0
 
     def width_in(self, module: nn.Module | None) -> int:
+        """The last axis of what a module was given first.
+
+        Args:
+            module: of the model.
+
+        Returns:
+            Elements; 0 if it did not run.
+        """
         return self._in[module].shape[-1] if module in self._in else 0
 
     def width_out(self, module: nn.Module | None) -> int:
+        """The last axis of what a module returned first.
+
+        Args:
+            module: of the model.
+
+        Returns:
+            Elements; 0 if it did not run.
+        """
         return self._out[module].shape[-1] if module in self._out else 0
 
     def norm_to(self, value: int, block: nn.Module) -> Norm | None:
-        """The norm of a block that a value comes from."""
+        """Find the norm of a block that a value comes from.
+
+        Args:
+            value: the identity of its storage.
+            block: within which to look.
+
+        Returns:
+            The norm; None where there is none, or the value is 0.
+        """
         norms = self._norms.items()
         return next(
             (n for m, n in norms if value and self.output(m) == value and self.inside(m, block)),
@@ -96,7 +134,15 @@ class Flow:
         )
 
     def norm_of(self, value: int, outside: bool = False) -> Norm | None:
-        """The norm that takes a value, within a block or outside of all."""
+        """Find the norm that takes a value.
+
+        Args:
+            value: the identity of its storage.
+            outside: look outside of all blocks, instead of within them.
+
+        Returns:
+            The norm; None where there is none, or the value is 0.
+        """
         return next(
             (
                 n
@@ -107,9 +153,26 @@ class Flow:
         )
 
     def in_a_block(self, module: nn.Module) -> bool:
+        """Whether a module is within any block.
+
+        Args:
+            module: of the model.
+
+        Returns:
+            True for blocks and the modules within them.
+        """
         return module in self._blocks
 
     def inside(self, module: nn.Module, block: nn.Module) -> bool:
+        """Whether a module is within a block.
+
+        Args:
+            module: of the model.
+            block: of the model.
+
+        Returns:
+            True for the block and the modules within it.
+        """
         return self._blocks.get(module) is block
 
 

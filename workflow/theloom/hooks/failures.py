@@ -31,6 +31,9 @@ def why(error: BaseException) -> str:
     Args:
         error: what a model's code raised.
 
+    Returns:
+        One line; the type of the error is named where its words alone say little.
+
     Examples:
         >>> why(ValueError("no such\\n  size"))
         'no such size'
@@ -47,7 +50,14 @@ def why(error: BaseException) -> str:
 
 @contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Raise ModelError, with `what` failed and why, where the model's code raises within."""
+    """Raise ModelError where the model's code raises within.
+
+    Args:
+        what: what failed, for the message.
+
+    Raises:
+        ModelError: with what failed and why.
+    """
     try:
         yield
     except MODEL_ERRORS as error:

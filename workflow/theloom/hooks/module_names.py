@@ -48,7 +48,14 @@ SCRAMBLED = ("CodeGenAttention",)  # its fused projection is cut for four device
 
 
 def find_attention(block: nn.Module) -> nn.Module | None:
-    """The self-attention of a block."""
+    """Find the self-attention of a block.
+
+    Args:
+        block: of a model.
+
+    Returns:
+        The module; None where no name or class says attention.
+    """
     for name, module in block.named_modules():
         last = name.rpartition(".")[2]
         if (
@@ -68,7 +75,14 @@ def find_attention(block: nn.Module) -> nn.Module | None:
 
 
 def find_core(attn: nn.Module) -> nn.Module | None:
-    """The module within attention whose forward has queries, keys and values meet."""
+    """Find the module within attention whose forward has queries, keys and values meet.
+
+    Args:
+        attn: the attention of a block.
+
+    Returns:
+        That module, or `attn` itself; None where none is known.
+    """
     for module in attn.modules():
         if attention.uses_registry(module):
             return module
@@ -80,7 +94,14 @@ def find_core(attn: nn.Module) -> nn.Module | None:
 
 
 def looks_causal(architecture: Architecture) -> bool:
-    """Whether no block's self-attention declares to see to the right; `model.checks` tests it."""
+    """Whether no block's self-attention declares to see to the right; `model.checks` tests it.
+
+    Args:
+        architecture: of a model.
+
+    Returns:
+        False where the self-attention of a block declares `is_causal=False`.
+    """
     cores = [
         find_core(attn)
         for block in architecture.blocks
@@ -90,7 +111,15 @@ def looks_causal(architecture: Architecture) -> bool:
 
 
 def find_mlp(block: nn.Module, attn: nn.Module | None) -> nn.Module | None:
-    """The MLP of a block where it is one module."""
+    """Find the MLP of a block where it is one module.
+
+    Args:
+        block: of a model.
+        attn: its attention, which is not taken for it.
+
+    Returns:
+        The module; None where its linears lie in the block itself.
+    """
     return next(
         (
             m
@@ -102,12 +131,28 @@ def find_mlp(block: nn.Module, attn: nn.Module | None) -> nn.Module | None:
 
 
 def first_linear(block: nn.Module, attn: nn.Module | None) -> nn.Module | None:
-    """The first linear of an MLP whose linears lie in the block itself."""
+    """Find the first linear of an MLP whose linears lie in the block itself.
+
+    Args:
+        block: of a model.
+        attn: its attention, where none is looked for.
+
+    Returns:
+        The module, or None.
+    """
     return next((m[0] for m in (leaves(block, n, attn) for n in UP_DOWN) if m), None)
 
 
 def leaf(home: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:
-    """The module within another that has one of these names, the first name first."""
+    """Find a module by the last part of its name.
+
+    Args:
+        home: within which to look.
+        names: the names, the first one preferred.
+
+    Returns:
+        The module; None where there is none, or no `home`.
+    """
     if home is None:
         return None
     modules = dict(home.named_modules())
@@ -121,8 +166,15 @@ def leaf(home: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:
 def leaves(
     home: nn.Module, names: tuple[str, ...], exclude: nn.Module | None = None
 ) -> list[nn.Module] | None:
-    """The modules within another, directly or one below, that have all of these names; None if any
-    is missing.
+    """Find several modules next to each other by the last parts of their names.
+
+    Args:
+        home: within which to look.
+        names: of all of them.
+        exclude: within which not to look.
+
+    Returns:
+        The modules in the order of the names, nearest to the top; None if any is missing.
     """
     outside = set() if exclude is None else set(exclude.modules())
     modules = {n: m for n, m in home.named_modules() if m not in outside}
@@ -137,7 +189,14 @@ def leaves(
 
 
 def heads_of(core: nn.Module) -> tuple[int, int]:
-    """Heads of queries and of keys, from a module's own numbers or its config's."""
+    """Count the heads of attention, from a module's own numbers or its config's.
+
+    Args:
+        core: a module that computes attention.
+
+    Returns:
+        Heads of queries and of keys; 0 where neither tells.
+    """
     places = [core, getattr(core, "config", None)]
     heads = next(
         (getattr(p, n) for p in places for n in HEADS if isinstance(getattr(p, n, None), int)), 0
@@ -150,6 +209,13 @@ def heads_of(core: nn.Module) -> tuple[int, int]:
 
 
 def adds_residual(module: nn.Module) -> bool:
-    """Whether a module, or one within it, takes the residual as well and adds it."""
+    """Whether a module, or one within it, takes the residual as well and adds it.
+
+    Args:
+        module: such as a block's attention or MLP.
+
+    Returns:
+        True by the names of arguments in its code.
+    """
     taken = {name for m in module.modules() for name in type(m).forward.__code__.co_varnames[:4]}
     return bool(taken & {"residual", "input_tensor"})

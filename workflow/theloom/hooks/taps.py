@@ -83,10 +83,18 @@ class Taps:
         )
 
     def through(self, part: Callable[[], T], batch: tuple[int, int], seen: int = 0) -> T:
-        """Run a part of the model that has all of these hook points, over so many (windows,
-        positions), to its end.
+        """Run a part of the model that has all of these hook points, to its end.
 
-        `seen`: the positions that came before. Raises HookError for what was not read.
+        Args:
+            part: runs it.
+            batch: windows and positions of this step.
+            seen: the positions that came before.
+
+        Returns:
+            What `part` returned.
+
+        Raises:
+            HookError: a hook point was not read.
         """
         self._batch, self._seen = batch, seen
         self._read.clear()

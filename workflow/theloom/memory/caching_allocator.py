@@ -69,10 +69,22 @@ class CachingAllocator:
 
     @property
     def peak(self) -> Usage:
+        """The most bytes allocated, and reserved, so far."""
         return Usage(self._most, self._most_reserved)
 
     def allocate(self, nbytes: int) -> Block:
-        """The block that a request of so many bytes, more than 0, is given."""
+        """Allocate memory as CUDA's caching allocator does.
+
+        Args:
+            nbytes: the size of the request, more than 0.
+
+        Returns:
+            The block that it is given, of no fewer bytes.
+
+        Examples:
+            >>> CachingAllocator().allocate(1000).size
+            1024
+        """
         size = -(-nbytes // ROUNDING) * ROUNDING
         small = size <= SMALL
         block = self._fitting(size, small) or (
@@ -95,7 +107,11 @@ class CachingAllocator:
         return block
 
     def release(self, block: Block) -> None:
-        """Free a block that was given out, and merge it with its neighbours that are free."""
+        """Free a block that was given out, and merge it with its neighbours that are free.
+
+        Args:
+            block: of `allocate`.
+        """
         self.allocated -= block.size
         block.free = True
         before, after = block.before, block.after

@@ -46,6 +46,7 @@ class Parameters:
 
     @property
     def base(self) -> int:
+        """Elements of the base model, without the LM head."""
         return self.linear + self.other
 
 

@@ -39,16 +39,32 @@ class Estimator(Protocol):
     own: str | None  # the checkpoint's own quantisation, 8bit or 4bit
 
     def catalog(self) -> HookCatalog:
-        """The hook points of the model."""
+        """List the hook points of the model.
+
+        Returns:
+            The catalog.
+        """
 
     def weights(self, kind: WeightFormat, points: Sequence[HookPoint] | None = None) -> int:
-        """Bytes of all parameters and buffers; with `points`, of those that reading these hook
-        points needs.
+        """Bytes of parameters and buffers.
+
+        Args:
+            kind: of the weights.
+            points: count those that reading these hook points needs; None: all.
+
+        Returns:
+            Bytes.
         """
 
     def largest_weight(self, kind: WeightFormat) -> int:
-        """Bytes of the largest tensor as it is in the checkpoint, which a quantising load holds
-        beside its result.
+        """The largest tensor as it is in the checkpoint, which a quantising load holds beside its
+        result.
+
+        Args:
+            kind: of the weights.
+
+        Returns:
+            Bytes.
         """
 
     def forward(
@@ -59,20 +75,49 @@ class Estimator(Protocol):
         held: bool = False,
         device: str = "cuda",
     ) -> PeakBytes:
-        """The peak of one forward pass that reads hook points, which are `held` or written as they
-        come. Raises ModelError.
+        """The peak of one forward pass that reads hook points.
+
+        Args:
+            kind: of the weights.
+            workload: windows, tokens and chunks of the pass.
+            points: the hook points to read.
+            held: their values are held until the end, instead of written as they come.
+            device: `cuda` or `cpu`, whose kernels allocate.
+
+        Returns:
+            Bytes by category, weights apart.
+
+        Raises:
+            ModelError: the model cannot be traced.
         """
 
     def block_sizes(self, kind: WeightFormat, points: Sequence[HookPoint]) -> BlockSizes:
-        """Bytes of the weights layer by layer, up to the deepest hook point; as if on disk in the
-        same precision.
+        """The weights layer by layer, up to the deepest hook point; as if on disk in the same
+        precision.
+
+        Args:
+            kind: of the weights.
+            points: the hook points to read.
+
+        Returns:
+            Bytes.
         """
 
     def block_forward(
         self, kind: WeightFormat, workload: Workload, points: Sequence[HookPoint]
     ) -> tuple[PeakBytes, int]:
-        """The peak of one pass through one block on a GPU, and the arguments recorded for all.
-        Raises ModelError.
+        """The peak of one pass through one block on a GPU.
+
+        Args:
+            kind: of the weights.
+            workload: windows, tokens and chunks of the pass.
+            points: the hook points to read.
+
+        Returns:
+            Bytes by category, weights apart; and bytes of the arguments recorded for all blocks.
+
+        Raises:
+            ModelError: the model cannot be traced.
         """
 
 
@@ -89,7 +134,15 @@ class ClosedForm:
 
     @staticmethod
     def covers(points: Sequence[HookPoint], held: bool = False) -> bool:
-        """Whether it can tell what reading these hook points takes."""
+        """Whether the closed form can tell what reading these hook points takes.
+
+        Args:
+            points: the hook points to read.
+            held: their values are held until the end.
+
+        Returns:
+            True for residuals; where nothing is held, for all that the model makes anyway.
+        """
         return all(p.value in RESIDUALS if held else p.value not in COMPUTED for p in points)
 
     def catalog(self) -> HookCatalog:
@@ -164,7 +217,17 @@ class Traced:
         self._left_out: dict[tuple[str, ...], list[str]] = {}
 
     def fake(self, kind: WeightFormat) -> "FakeModel":
-        """The model without bytes, built once for each kind of weights."""
+        """Build the model without bytes, once for each kind of weights.
+
+        Args:
+            kind: of the weights.
+
+        Returns:
+            The fake model.
+
+        Raises:
+            ModelError: transformers cannot build it.
+        """
         from theloom.model.fake import fake_model
 
         if kind not in self._fakes:
@@ -181,7 +244,14 @@ class Traced:
         return self.fake(WeightFormat("fp32")).catalog
 
     def unneeded(self, points: Sequence[HookPoint]) -> list[str]:
-        """Modules that no kind of weights needs: found once, and where nothing is quantised."""
+        """Modules that no kind of weights needs: found once, and where nothing is quantised.
+
+        Args:
+            points: the hook points to read.
+
+        Returns:
+            Names of modules, as `FakeModel.unneeded`.
+        """
         names = tuple(p.name for p in points)
         if names not in self._left_out:
             self._left_out[names] = self.fake(WeightFormat("fp32")).unneeded(points)

@@ -51,10 +51,15 @@ class ShardProfile:
     def batch(
         self, number: int, ids: "torch.Tensor", there: "Callable[[], list[torch.Tensor]]" = list
     ) -> Iterator["Callable[[torch.Tensor], None] | None"]:
-        """Around a batch, whether it fails or not; gives what is to see captured values, None if it
-        is not recorded.
+        """Record a batch, whether it fails or not.
 
-        `there` gives tensors that were there before, which are not counted.
+        Args:
+            number: of the batch, from 0.
+            ids: its token ids, (windows, positions) int64.
+            there: returns tensors that were there before, which are not counted.
+
+        Yields:
+            What is to see captured values; None if the batch is not recorded.
         """
         if number not in self._numbers:
             yield None

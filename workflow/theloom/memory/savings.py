@@ -60,6 +60,7 @@ class Saving:
 
     @property
     def claim(self) -> str:
+        """The specification's figure."""
         return CLAIMS[self.optimisation]
 
     @property
@@ -84,10 +85,20 @@ def optimisations(
 ) -> list[Saving]:
     """The specification's table for a workload: each optimisation in inference and in training.
 
-    `hooks` is a filter as in `HookCatalog.select`. `precision` (fp16 or bf16) is the mixed one, and
-    that of the other rows. Inference is a forward without the head that holds the chosen values, if
-    no row says otherwise. About sixteen traces: a few seconds for a small model, a minute for one
-    of 7 billion parameters. `device` as in `trace.trace`.
+    Inference is a forward without the head that holds the chosen values, if no row says otherwise.
+    About sixteen traces: a few seconds for a small model, a minute for one of 7 billion parameters.
+
+    Args:
+        model_config: of transformers; no weights are needed.
+        windows: how many in a batch.
+        tokens: of each window.
+        chunk_size: tokens of a window in one forward step, where it streams.
+        hooks: a filter as in `HookCatalog.select`.
+        precision: `fp16` or `bf16`: the mixed one, and that of the other rows.
+        device: as of `trace.trace`.
+
+    Returns:
+        A saving for each optimisation and workflow, in bytes.
     """
     return _Table(model_config, windows, tokens, chunk_size, hooks, precision, device).rows()
 
@@ -289,8 +300,17 @@ class _Table:
 def forward_peak(
     described: Any, ids: torch.Tensor, points: list[HookPoint], grad: bool, device: str = "cpu"
 ) -> int:
-    """Peak bytes of one pass that holds values, outside inference mode, with or without autograd's
-    graph.
+    """Trace one pass that holds values, outside inference mode.
+
+    Args:
+        described: the architecture of a model, real or fake.
+        ids: token ids, (windows, positions) int64.
+        points: the hook points to read and hold.
+        grad: whether autograd's graph is built.
+        device: as of `trace.trace`.
+
+    Returns:
+        Bytes at the peak; weights and inputs are not counted.
     """
     cuda = device == "cuda"
     live = LiveStorages(

@@ -46,10 +46,22 @@ class PeakBytes:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return self.kv_cache + self.captured + self.temporaries + self.logits
 
     def times(self, factor: float) -> "PeakBytes":
-        """The same with `factor` as many windows: every part grows with them."""
+        """The same for another number of windows: every part grows with them.
+
+        Args:
+            factor: how many times as many.
+
+        Returns:
+            Bytes, rounded down.
+
+        Examples:
+            >>> PeakBytes(kv_cache=100, captured=20, temporaries=3).times(2).total
+            246
+        """
         return PeakBytes(
             *(
                 int(n * factor)
@@ -103,7 +115,14 @@ class Components:
     overhead: int = 0  # what a process was seen to take beside all of these
 
     def on(self, capability: Capability) -> "Components":
-        """Give the same on a GPU of another compute capability."""
+        """Give the same on a GPU of another compute capability.
+
+        Args:
+            capability: the compute capability; None for what is not NVIDIA's.
+
+        Returns:
+            A copy with that GPU's workspace of cuBLAS, in bytes.
+        """
         return replace(self, workspace=cublas_workspace(capability))
 
     @property

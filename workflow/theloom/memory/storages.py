@@ -41,6 +41,7 @@ class Peak:
 
     @property
     def total(self) -> int:
+        """Bytes of all categories."""
         return sum(self.by_category.values())
 
 
@@ -76,20 +77,37 @@ class LiveStorages(TorchDispatchMode):
         ] = {}  # by address: the storage and its number
 
     def ignore(self, tensors: Iterable["torch.Tensor"]) -> None:
-        """Leave the storages of these tensors out of the account."""
+        """Leave the storages of these tensors out of the account.
+
+        Args:
+            tensors: that are not counted, such as weights.
+        """
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._alive[storage._cdata] = (weakref.ref(storage), -1)
 
     def mark(self, tensor: "torch.Tensor", category: str) -> None:
-        """Say to what a tensor's storage belongs; unmarked ones are temporaries."""
+        """Say to what a tensor's storage belongs; unmarked ones are temporaries.
+
+        Args:
+            tensor: made within the block; others are passed over.
+            category: under which its bytes are counted.
+        """
         entry = self._alive.get(tensor.untyped_storage()._cdata)
         if entry is not None and entry[1] >= 0 and entry[0]() is not None:
             old = self._storages[entry[1]]
             self._storages[entry[1]] = Storage(old.nbytes, category, old.operation, old.module)
 
     def peak(self, first_event: int = 0, last_event: int | None = None) -> Peak:
-        """The moment of most live bytes, from an event on and up to an event, both counted."""
+        """Find the moment of most live bytes.
+
+        Args:
+            first_event: the first moment that counts, an index into `events`.
+            last_event: the last one; None: the end.
+
+        Returns:
+            The bytes by category, and the storages alive then.
+        """
         live = most = 0
         at = -1
         end = None if last_event is None else last_event + 1

@@ -35,6 +35,18 @@ class MarkedCache(PrefillCache):
     def update(
         self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
+        """As of `DynamicCache`; what a layer then holds is marked.
+
+        Args:
+            key_states: (batch, heads, position, head size).
+            value_states: (batch, heads, position, head size).
+            layer_idx: the number of the layer.
+            *args: of transformers.
+            **kwargs: of transformers.
+
+        Returns:
+            Keys and values of all tokens that the layer sees.
+        """
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         for tensor in (*updated, getattr(layer, "keys", None), getattr(layer, "values", None)):
@@ -54,16 +66,25 @@ def trace(
     of_window: int | None = None,
     shorten: bool = True,
 ) -> tuple[Peak, LiveStorages]:
-    """The peak of one workload, weights and inputs not counted, and all births and ends of storages
-    on the way.
+    """Trace the memory of one workload; weights and inputs are not counted.
 
-    `points` are the hook points that are read (the forward ends after the deepest; with none it
-    runs through). Their values are `held` until the forward ends, or else converted to the
-    precision `store` and released, as when they are written to a file; or, as a GPU does, copied,
-    with so many copies `on_their_way` to the host, each of no more than `of_window` rows of a
-    window. `device` is cpu or cuda: what its kernels
-    allocate differs. With `shorten` long windows are not traced chunk by chunk: the KV cache is
-    filled, then the last two steps run.
+    Args:
+        fake: the model.
+        workload: windows, tokens and chunks of the pass.
+        points: the hook points to read; the forward ends after the deepest, with none it runs
+            through.
+        held: their values are held until the forward ends; else they are converted and released, as
+            when they are written to a file.
+        store: the precision that they are converted to; None: none.
+        device: `cpu` or `cuda`, whose kernels allocate.
+        on_their_way: values are copied as a GPU does, with so many copies on their way to the host;
+            0: none.
+        of_window: rows of a window that are copied at most; None: all.
+        shorten: long windows are not traced chunk by chunk: the KV cache is filled, then the last
+            two steps run.
+
+    Returns:
+        The peak, and all births and ends of storages on the way.
     """
     with fake.mode, shapes_only():
         ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
@@ -74,7 +95,14 @@ def trace(
 
 
 def parts(peak: Peak) -> PeakBytes:
-    """The bytes of a peak by category."""
+    """The bytes of a peak by category.
+
+    Args:
+        peak: of `trace`.
+
+    Returns:
+        Bytes; what has none of these categories is left out.
+    """
     found = peak.by_category
     return PeakBytes(
         *(found.get(category, 0) for category in (KV_CACHE, CAPTURED, TEMPORARIES, LOGITS))
@@ -95,6 +123,21 @@ def run(
 ) -> tuple[Peak, LiveStorages]:
     """`trace` on a model as it is, real or fake: with real weights it measures what `trace`
     predicts.
+
+    Args:
+        described: the architecture of the model.
+        ids: token ids, (windows, positions) int64.
+        workload: as of `trace`; so are the others.
+        points: the hook points to read.
+        held: their values are held until the forward ends.
+        store: the precision that they are converted to; None: none.
+        device: `cpu` or `cuda`.
+        shorten: fill the KV cache instead of running all chunks.
+        on_their_way: copies on their way to the host.
+        of_window: rows of a window that are copied at most; None: all.
+
+    Returns:
+        The peak, and all births and ends of storages on the way.
     """
     live = LiveStorages(inside=CPU_KERNELS) if device == "cpu" else LiveStorages(whole=CUDA_KERNELS)
     live.ignore([ids, *described.model.parameters(), *described.model.buffers()])
@@ -174,7 +217,13 @@ def _one_pass(forward: Any, ids: torch.Tensor, live: LiveStorages, masked: bool)
 
 
 def grow_cache(cache: PrefillCache, tokens: int, chunk_size: int) -> None:
-    """Add that many tokens to a KV cache that holds one chunk, as so many steps would have done."""
+    """Add tokens to a KV cache that holds one chunk, as so many steps would have done.
+
+    Args:
+        cache: which grows; its tensors stay without values.
+        tokens: to add.
+        chunk_size: of them, those of the last step.
+    """
     for length in (tokens - chunk_size, chunk_size):
         for index, layer in enumerate(cache.layers):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -191,6 +240,15 @@ def grow_cache(cache: PrefillCache, tokens: int, chunk_size: int) -> None:
 
 
 def longer_tensor(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """Make keys or values of another length.
+
+    Args:
+        tensor: (batch, heads, position, head size).
+        length: positions.
+
+    Returns:
+        (batch, heads, length, head size), without values.
+    """
     return tensor.new_empty(*tensor.shape[:2], length, tensor.shape[3])
 
 
@@ -235,7 +293,14 @@ def _even(count: int) -> int:
 
 
 def multiplies_tiles(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies tiles of a 16-bit type, and PyTorch makes use of it."""
+    """Whether this processor multiplies tiles of a 16-bit type, and PyTorch makes use of it.
+
+    Args:
+        dtype: bfloat16 or float16.
+
+    Returns:
+        True with Intel's AMX for that type, and oneDNN enabled.
+    """
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     return (

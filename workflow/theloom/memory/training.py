@@ -80,10 +80,12 @@ class TrainingMemory:
 
     @property
     def by_category(self) -> Mapping[str, int]:
+        """Bytes of each category at the highest peak."""
         return self.phases[self.where]
 
     @property
     def peak(self) -> int:
+        """Bytes at the highest peak."""
         return sum(self.by_category.values())
 
     @property
@@ -109,11 +111,26 @@ def training_step(
     accumulated: bool = False,
     device: str = "cpu",
 ) -> TrainingMemory:
-    """One step on so many windows of so many tokens, without weights or a GPU. `precision` and
-    `autocast` as above.
+    """Trace one step of training, without weights or a GPU.
 
-    `device` is cpu or cuda, as in `trace.trace`; on cuda attention is taken to be fused with
-    dropout too.
+    Args:
+        model_config: of transformers.
+        precision: of the weights, or of autocast: `fp32`, `fp16` or `bf16`.
+        windows: how many in the batch.
+        tokens: of each window.
+        checkpointing: activations of blocks are recomputed in the backward pass.
+        autocast: weights are FP32, and `precision` is that of torch.autocast.
+        use_reentrant: of torch's checkpoints.
+        foreach: of AdamW, as in `Recipe`.
+        accumulated: gradients of an earlier backward are held.
+        device: `cpu` or `cuda`, as of `trace.trace`; on cuda attention is taken to be fused with
+            dropout too.
+
+    Returns:
+        Bytes by category.
+
+    Raises:
+        ModelError: autocast in FP32, or the model cannot be built.
     """
     if autocast and precision == "fp32":
         raise ModelError("autocast needs a precision of 16 bits: fp16 or bf16")
@@ -127,8 +144,17 @@ def training_step(
 def trace_step(
     fake: FakeModel, windows: int, tokens: int, recipe: Recipe, device: str = "cpu"
 ) -> TrainingMemory:
-    """`training_step` on a fake model with its head, whose weights are of the precision that the
-    recipe needs.
+    """`training_step` on a fake model with its head.
+
+    Args:
+        fake: the model, whose weights are of the precision that the recipe needs.
+        windows: how many in the batch.
+        tokens: of each window.
+        recipe: how it is trained.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        Bytes by category.
     """
     with fake.mode, shapes_only(), _fused_dropout() if device == "cuda" else nullcontext():
         return measure(
@@ -139,8 +165,17 @@ def trace_step(
 def measure(
     model: "PreTrainedModel", ids: torch.Tensor, recipe: Recipe, device: str = "cpu"
 ) -> TrainingMemory:
-    """`training_step` on a model with its head, real or fake, which is left ready to train and with
+    """`training_step` on a model with its head, real or fake; it is left ready to train and with
     its weights.
+
+    Args:
+        model: which runs three steps at most.
+        ids: token ids, (windows, tokens) int64.
+        recipe: how it is trained.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        Bytes by category.
     """
     optimizer = prepare(model, recipe)
     live = _Step(ids.numel(), model.config.get_text_config().vocab_size, device)
@@ -174,8 +209,14 @@ def measure(
 
 
 def prepare(model: "PreTrainedModel", recipe: Recipe) -> torch.optim.AdamW:
-    """Make a model ready to train by a recipe. The learning rate is 0: finite gradients leave the
-    weights.
+    """Make a model ready to train by a recipe.
+
+    Args:
+        model: which is changed.
+        recipe: how it is trained.
+
+    Returns:
+        The optimizer, of learning rate 0: finite gradients leave the weights.
     """
     model.train().requires_grad_(True)
     model.activation_checkpointing_disable()
@@ -194,8 +235,15 @@ def step(
     live: "_Step | None" = None,
     ended: Callable[[str], None] = lambda phase: None,
 ) -> None:
-    """One training step; `ended` is called at the end of each phase, `live` is told what belongs to
-    what.
+    """Run one training step.
+
+    Args:
+        model: made ready by `prepare`.
+        optimizer: of `prepare`.
+        ids: token ids, (windows, tokens) int64.
+        recipe: how it is trained.
+        live: is told what belongs to what; None: nobody.
+        ended: is called with the name of each phase at its end.
     """
     loss = _forward(model, ids, recipe, live)
     ended("forward")

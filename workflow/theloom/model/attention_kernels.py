@@ -30,7 +30,11 @@ def repeat_keys_where_needed() -> None:
 
 @contextmanager
 def traced_as_cuda(capability: tuple[int, int] = BF16_CAPABILITY) -> Iterator[None]:
-    """Within the context, attention on any device repeats keys as it would on such a GPU."""
+    """Within the context, attention on any device repeats keys as it would on such a GPU.
+
+    Args:
+        capability: the compute capability of the GPU.
+    """
     repeat_keys_where_needed()
     token = _traced.set(capability)
     try:
@@ -52,10 +56,9 @@ def _shares_keys(
 
 @contextmanager
 def one_document_a_row() -> Iterator[None]:
-    """Within the context, positions count from 0 in every row of a batch, and are not looked at.
-
-    transformers asks on the device whether a row has several documents, and the host waits for the
-    answer in every forward pass.
+    """Have positions count from 0 in every row of a batch within the context, without looking at
+    them. transformers asks on the device whether a row has several documents, and the host waits
+    for the answer in every forward pass.
     """
     masking_utils.find_packed_sequence_indices = _packed
     token = _one_document_a_row.set(True)

@@ -35,7 +35,16 @@ class Call:
     named: bool  # whether the residual comes by name
 
     def run(self, block: nn.Module, residual: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """The block's output for a residual (batch, position, hidden size)."""
+        """Run a block as the model calls it.
+
+        Args:
+            block: the module.
+            residual: what enters it, (batch, position, hidden size).
+            cache: its KV cache; None: it has none.
+
+        Returns:
+            What leaves it, (batch, position, hidden size).
+        """
 
         def fill(value: Any) -> Any:
             if value is CACHE:
@@ -88,8 +97,16 @@ class Frame:
     def enter(
         self, ids: torch.Tensor, seen: int = 0, streamed: bool = False, whole: int = 0
     ) -> torch.Tensor:
-        """What enters the first block for token ids (batch, position), of which `seen` came before
-        these, in documents of `whole` tokens (0: no more than these).
+        """Compute what enters the first block.
+
+        Args:
+            ids: token ids, (batch, position) int64.
+            seen: tokens that came before these.
+            streamed: the documents go in chunks, through a KV cache.
+            whole: tokens of the documents; 0: no more than these.
+
+        Returns:
+            The residual, (batch, position, hidden size).
         """
         found: list[torch.Tensor] = []
 
@@ -103,8 +120,19 @@ class Frame:
     def record(
         self, ids: torch.Tensor, seen: int = 0, streamed: bool = False, whole: int = 0
     ) -> list[Call]:
-        """Every block's arguments for token ids of a shape, as of `enter`, on the host. Raises
-        ModelError for a block not met.
+        """Record every block's arguments for token ids of a shape, as of `enter`.
+
+        Args:
+            ids: token ids, (batch, position) int64.
+            seen: tokens that came before these.
+            streamed: the documents go in chunks, through a KV cache.
+            whole: tokens of the documents; 0: no more than these.
+
+        Returns:
+            The calls in the order of the blocks; their tensors are on the host.
+
+        Raises:
+            ModelError: the blocks do not run once each, in order.
         """
         calls: list[Call] = []
         to_host = _Once(self.device)
@@ -186,12 +214,28 @@ def _mapped(to_host: _Once, kwargs: dict[str, Any], named: bool) -> dict[str, An
 
 
 def residual_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Find the residual among the arguments of a block.
+
+    Args:
+        args: the positional ones.
+        kwargs: the named ones.
+
+    Returns:
+        (batch, position, hidden size).
+    """
     return args[0] if args and isinstance(args[0], torch.Tensor) else kwargs[RESIDUAL]
 
 
 def cache_that_saw(config: PretrainedConfig, seen: int) -> DynamicCache:
-    """A KV cache without data, which tells every layer that `seen` tokens came before: for
+    """Make a KV cache without data, which tells every layer how many tokens came before: for
     positions and masks.
+
+    Args:
+        config: of the model.
+        seen: tokens that came before.
+
+    Returns:
+        The cache.
     """
     cache = DynamicCache(config=config)
     for layer in cache.layers:
@@ -216,12 +260,44 @@ class BlockCache(PrefillCache):
     def update(
         self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
+        """As of `DynamicCache`, for the one block.
+
+        Args:
+            key_states: (batch, heads, position, head size).
+            value_states: (batch, heads, position, head size).
+            layer_idx: the number of the block.
+            *args: of transformers.
+            **kwargs: of transformers.
+
+        Returns:
+            Keys and values of all tokens that the block sees.
+
+        Raises:
+            ModelError: it is another block.
+        """
         return super().update(key_states, value_states, self._own(layer_idx), *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """As of `DynamicCache`, for the one block.
+
+        Args:
+            layer_idx: the number of the block; 0, which transformers asks by default, too.
+
+        Returns:
+            Tokens that came before.
+        """
         return super().get_seq_length(self._own(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As of `DynamicCache`, for the one block.
+
+        Args:
+            query_length: tokens of this step.
+            layer_idx: the number of the block.
+
+        Returns:
+            Keys that the block sees, and how many are left out before them.
+        """
         return super().get_mask_sizes(query_length, self._own(layer_idx))
 
     def _own(self, requested: int) -> int:
@@ -238,8 +314,16 @@ PROBE_TOKENS = 5
 
 
 def inspect_calls(frame: Frame) -> "BlockCalls":
-    """See how the blocks of a model without bytes are called. Raises ModelError for a model that is
-    refused.
+    """See how the blocks of a model without bytes are called.
+
+    Args:
+        frame: which learns their outputs and the precision of the residual stream.
+
+    Returns:
+        The calls of all blocks.
+
+    Raises:
+        ModelError: the model is refused.
     """
     _whole_blocks(frame)
     seen = BlockCalls(frame)
@@ -337,6 +421,19 @@ def _whole_blocks(shell: Frame) -> None:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk through nested arguments.
+
+    Args:
+        value: tuples, lists and dicts, nested.
+        path: that of `value` itself.
+
+    Yields:
+        The path of each value, and the value.
+
+    Examples:
+        >>> list(leaves({"a": [1, {"b": 2}]}))
+        [('a[0]', 1), ('a[1].b', 2)]
+    """
     if isinstance(value, tuple | list):
         for number, entry in enumerate(value):
             yield from leaves(entry, f"{path}[{number}]")
@@ -348,13 +445,30 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def leaf_kind(path: str, value: Any) -> tuple[Any, ...]:
+    """Describe one argument, but for the values of tensors.
+
+    Args:
+        path: of the argument.
+        value: what it is.
+
+    Returns:
+        What two calls of the same kind share: path, then shape and dtype, or the type.
+    """
     if isinstance(value, torch.Tensor):
         return path, tuple(value.shape), value.dtype
     return path, "cache" if isinstance(value, Cache) or value is CACHE else type(value)
 
 
 def refusal(shell: Frame, reason: str) -> ModelError:
-    """The one line with which a model is refused."""
+    """Make the one line with which a model is refused.
+
+    Args:
+        shell: the model.
+        reason: why it cannot run layer by layer.
+
+    Returns:
+        The error, to be raised.
+    """
     model: PreTrainedModel = shell.model
     return ModelError(
         f"{type(model).__name__} cannot be run layer by layer: {reason}; set "

@@ -61,10 +61,14 @@ class Streams(Protocol):
     """What says of a model whether its documents may go in chunks."""
 
     @property
-    def streams(self) -> bool: ...
+    def streams(self) -> bool:
+        """Whether documents may go in chunks."""
+        ...
 
     @property
-    def streams_up_to(self) -> int | None: ...
+    def streams_up_to(self) -> int | None:
+        """Tokens of the longest document that may; None: all may."""
+        ...
 
 
 def may_stream(shown: Streams, tokens: int) -> bool:
@@ -73,6 +77,9 @@ def may_stream(shown: Streams, tokens: int) -> bool:
     Args:
         shown: What a trial of the model showed, or `model.h5` records of it.
         tokens: Length of the longest document.
+
+    Returns:
+        False where they must go in one pass.
     """
     return shown.streams and (shown.streams_up_to is None or tokens <= shown.streams_up_to)
 
@@ -81,8 +88,15 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
     """Show that taps read the model's own hidden states, and whether padding and chunks leave rows
     alone.
 
-    `tolerance` is the error, as a share of the largest value, that rounding explains. Raises
-    ModelError, with the reason, where rows would not be what the model computes.
+    Args:
+        architecture: Of a loaded model.
+        tolerance: The error, as a share of the largest value, that rounding explains.
+
+    Returns:
+        What was found, with errors as shares of the largest value.
+
+    Raises:
+        ModelError: Rows would not be what the model computes; with the reason.
     """
     name, limit = type(architecture.model).__name__, 10 * tolerance
     ids, switches = tokens_of(architecture.model), length_switches(architecture.model.config)
@@ -156,6 +170,12 @@ def picks_keys(architecture: Architecture) -> bool:
 
     Keys of the same score are picked by their place among all, so that chunks, and padding, change
     which ones a token sees.
+
+    Args:
+        architecture: Of a model.
+
+    Returns:
+        True where a block has an indexer.
     """
     return any(
         "indexer" in part for block in architecture.blocks for part, _ in block.named_modules()
@@ -163,7 +183,15 @@ def picks_keys(architecture: Architecture) -> bool:
 
 
 def streams_up_to(model: "PreTrainedModel", switches: Sequence[LengthSwitch]) -> int | None:
-    """Tokens of the longest document that may go in chunks, None where all may."""
+    """Find the longest document that may go in chunks; a limit is logged.
+
+    Args:
+        model: A loaded model.
+        switches: The lengths beyond which it computes otherwise, shortest first.
+
+    Returns:
+        Tokens; None where all may.
+    """
     if not switches or rotary_modules(model):
         return None
     log.warning(
@@ -199,8 +227,13 @@ def _in_chunks(
 
 
 def other_in_chunks(error: float) -> str:
-    """Why a model is not streamed whose chunks are so far from one pass, as a share of the largest
-    value.
+    """Say why a model is not streamed.
+
+    Args:
+        error: Of chunks against one pass, as a share of the largest value.
+
+    Returns:
+        Words for messages and records.
     """
     return (
         f"chunks through a KV cache give other rows than one pass (by {error:.2g} of the "
@@ -240,13 +273,29 @@ def _padding_error(
 
 
 def side_by_side(whole: Residuals, alone: Residuals, both: Residuals) -> float:
-    """The error of two windows in one padded batch against each by itself."""
+    """The error of two windows in one padded batch against each by itself.
+
+    Args:
+        whole: Residuals of the first window by itself, (1, positions, hidden size) each.
+        alone: Residuals of the second one by itself, 16 positions.
+        both: Residuals of the padded batch.
+
+    Returns:
+        The largest error, as a share of the largest value.
+    """
     first = largest_error(whole, {k: v[:1] for k, v in both.items()})
     return max(first, largest_error(alone, {k: v[1:, :16] for k, v in both.items()}))
 
 
 def tokens_of(model: "PreTrainedModel") -> "torch.Tensor":
-    """Random tokens of a model's vocabulary, (2, 24)."""
+    """Random tokens of a model's vocabulary, the same at every call.
+
+    Args:
+        model: Whose config tells its vocabulary.
+
+    Returns:
+        (2, 24) int64.
+    """
     import torch
 
     vocabulary = model.config.get_text_config().vocab_size
@@ -255,14 +304,30 @@ def tokens_of(model: "PreTrainedModel") -> "torch.Tensor":
 
 
 def padded(ids: "torch.Tensor") -> "torch.Tensor":
-    """The same with padding behind 16 tokens of the second window."""
+    """The same tokens with padding behind 16 tokens of the second window.
+
+    Args:
+        ids: (2, positions) int64.
+
+    Returns:
+        A copy, padded with 0.
+    """
     shorter = ids.clone()
     shorter[1, 16:] = 0
     return shorter
 
 
 def largest_error(expected: Residuals, found: Residuals) -> float:
-    """Infinite where anything is missing, of another shape, or finite in one of both alone."""
+    """The largest error of residuals.
+
+    Args:
+        expected: Tensors by name.
+        found: Tensors by the same names, on the CPU.
+
+    Returns:
+        A share of the largest value of `expected`; infinite where anything is of another shape, or
+        finite in one of both alone.
+    """
     import torch
 
     errors = []

@@ -40,6 +40,14 @@ class Int8Linear(nn.Module):
         self.bias, self.out = linear.bias, linear.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Make the tensors that LLM.int8() makes, without computing.
+
+        Args:
+            x: (…, in), fake.
+
+        Returns:
+            (…, out) in the dtype of `x`.
+        """
         rows = x.numel() // x.shape[-1]
         half = x.to(torch.float16)
         scaled = (
@@ -77,6 +85,14 @@ class NF4Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Make the tensors that a 4-bit layer makes, without computing.
+
+        Args:
+            x: (…, in), fake.
+
+        Returns:
+            (…, out) in the dtype of `x`.
+        """
         if not self.packed:
             return nn.functional.linear(x, x.new_empty(self.shape), self.bias)
         packing = x.new_empty((7, *self.shape), dtype=torch.uint8)
@@ -95,10 +111,14 @@ def quantize(
     model_config: "PretrainedConfig | None" = None,
     kernels: str = "cuda",
 ) -> None:
-    """Replace every linear layer but the LM head, as `int8` or `int4`; a quantised checkpoint's as
-    its config says.
+    """Replace every linear layer but the LM head by one that is quantised.
 
-    `kernels`: those of cuda or of the cpu.
+    Args:
+        model: on fake tensors, which is changed.
+        kind: `int8` or `int4`.
+        model_config: of a quantised checkpoint, whose config says what is quantised and how; None:
+            of one that is not.
+        kernels: bitsandbytes' for `cuda` or `cpu`.
     """
     on_cpu, packed = kernels == "cpu", kernels == "cpu" and kind == "int4" and packed_on_the_cpu()
     said = quantization_config(model_config) if model_config is not None else {}
@@ -118,7 +138,14 @@ def quantize(
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether bitsandbytes takes it: a linear layer, or GPT-2's that is one."""
+    """Whether bitsandbytes takes it: a linear layer, or GPT-2's that is one.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True for these two.
+    """
     return isinstance(module, Conv1D) or type(module) is nn.Linear
 
 
@@ -147,7 +174,14 @@ class FakeModel:
         return pruning.storages(self.architecture.model)
 
     def unneeded(self, points: Sequence[HookPoint]) -> list[str]:
-        """Names of modules that reading these hook points does not need (`pruning.unneeded`)."""
+        """Find the modules that reading hook points does not need (`pruning.unneeded`).
+
+        Args:
+            points: the hook points to read.
+
+        Returns:
+            Names of modules.
+        """
         with self._running():
             return pruning.unneeded(self.architecture, points)
 
@@ -178,10 +212,22 @@ def fake_model(
     trust_remote_code: bool = False,
     kernels: str = "cuda",
 ) -> FakeModel:
-    """The classes that extraction loads (no LM head, unless requested), on fake tensors.
+    """Build the classes that extraction loads on fake tensors.
 
-    `precision` is fp32, fp16 or bf16; `quantization` int8, int4 or None, with bitsandbytes'
-    `kernels` of cuda or of the cpu. Raises ModelError for a model that cannot be built so.
+    Args:
+        model_config: of transformers; it is copied.
+        precision: `fp32`, `fp16` or `bf16`.
+        quantization: `int8`, `int4` or None.
+        attention: its implementation; None: the model's default.
+        lm_head: with the LM head.
+        trust_remote_code: run Python code that comes with the model.
+        kernels: bitsandbytes' for `cuda` or `cpu`.
+
+    Returns:
+        The model without bytes.
+
+    Raises:
+        ModelError: it cannot be built so.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     build = AutoModelForCausalLM if lm_head else auto_class(model_config, trust_remote_code)

@@ -125,20 +125,37 @@ def spans(length: int, chunk_size: int) -> list[tuple[int, int]]:
 def start_afresh(architecture: Architecture) -> None:
     """Make a model forget what earlier passes left in it: what it computes next depends on its
     inputs alone.
+
+    Args:
+        architecture: of the model.
     """
     architecture.pass_state.restore()
     forget_lengths(architecture.model)
 
 
 def no_cache(model: "PreTrainedModel") -> dict[str, Any]:
-    """How a model's forward is told not to keep a cache, where it knows of any."""
+    """How a model's forward is told not to keep a cache, where it knows of any.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        Arguments for its forward; empty where it knows of no cache.
+    """
     return (
         {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     )
 
 
 def cache_name(model: "PreTrainedModel") -> str:
-    """What a model's forward calls its cache: Mamba and its kin have a name of their own."""
+    """The name of the cache among the arguments of a model's forward.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        `past_key_values`; of Mamba and its kin `cache_params`.
+    """
     names = inspect.signature(model.forward).parameters
     return "cache_params" if "cache_params" in names else "past_key_values"
 
@@ -185,6 +202,18 @@ class PrefillCache(DynamicCache):
     def update(
         self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
+        """As of `DynamicCache`; a layer then holds no more than its window.
+
+        Args:
+            key_states: (batch, heads, position, head size).
+            value_states: (batch, heads, position, head size).
+            layer_idx: the number of the layer.
+            *args: of transformers.
+            **kwargs: of transformers.
+
+        Returns:
+            Keys and values of all tokens that the layer sees.
+        """
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         for name in ("keys", "values"):

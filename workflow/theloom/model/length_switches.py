@@ -54,6 +54,9 @@ class LengthSwitch:
         Args:
             tokens: Length of a document.
 
+        Returns:
+            0 up to `beyond`; then the length itself where each has a way of its own, else 1.
+
         Examples:
             >>> longrope = LengthSwitch("longrope", 4096, every_length=False)
             >>> [longrope.way(tokens) for tokens in (24, 4096, 4097, 9000)]
@@ -65,7 +68,15 @@ class LengthSwitch:
 
 
 def ways(switches: Iterable[LengthSwitch], tokens: int) -> tuple[int, ...]:
-    """How a document of so many tokens is computed, by switch."""
+    """Tell how a document is computed, by switch.
+
+    Args:
+        switches: Of the model.
+        tokens: Length of the document.
+
+    Returns:
+        A number for each switch; documents with the same numbers are computed alike.
+    """
     return tuple(switch.way(tokens) for switch in switches)
 
 
@@ -129,7 +140,14 @@ def notable_lengths(config: "PretrainedConfig") -> tuple[int, ...]:
 
 
 def rotary_modules(model: "nn.Module") -> list["nn.Module"]:
-    """The modules that choose rotary frequencies by the longest position of a pass."""
+    """Find the modules that choose rotary frequencies by the longest position of a pass.
+
+    Args:
+        model: Of transformers.
+
+    Returns:
+        The modules; none for most models.
+    """
     if model not in _with_rope:  # found once: passes over all modules would cost each batch
         _with_rope[model] = [m for m in model.modules() if "rope_type" in vars(m)]
     return [
@@ -178,6 +196,9 @@ def forget_lengths(model: "nn.Module") -> None:
     """Drop the frequencies that earlier, longer passes left in a model with dynamic scaling.
 
     transformers keeps them until a pass is shorter than the trained length.
+
+    Args:
+        model: Of transformers.
     """
     import torch
 

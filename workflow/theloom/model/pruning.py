@@ -34,6 +34,18 @@ class NotLoaded(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """End the forward pass, or within `passed_over` return the input.
+
+        Args:
+            *args: as of the module that is not loaded.
+            **kwargs: as of the module that is not loaded.
+
+        Returns:
+            What `instead` makes of the input.
+
+        Raises:
+            BlockNotLoadedError: nothing stands in its place.
+        """
         if self.instead is None:
             raise BlockNotLoadedError
         return self.instead(Site.input(args, kwargs))
@@ -45,6 +57,9 @@ def passed_over(architecture: Architecture) -> Iterator[None]:
     form that blocks have.
 
     So a model says what its loaded blocks did; what it says of the others is of no use.
+
+    Args:
+        architecture: of a model, whose first blocks are loaded.
     """
     form: list[Any] = []
     missing = [m for m in architecture.model.modules() if isinstance(m, NotLoaded)]
@@ -70,10 +85,16 @@ def _itself(value: torch.Tensor) -> torch.Tensor:
 
 
 def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
-    """Names of the modules that reading these hook points does not need; of none of them is one
-    within another.
+    """Find the modules that reading hook points does not need.
 
     Runs the model twice on three tokens: call it under the fake mode of a fake model.
+
+    Args:
+        described: the architecture of a model.
+        points: the hook points to read.
+
+    Returns:
+        Names of the modules, none of them within another.
     """
     from transformers import PreTrainedModel
 
@@ -103,7 +124,12 @@ def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
 
 
 def leave_out(model: "PreTrainedModel", names: Collection[str]) -> None:
-    """Put NotLoaded where modules of these names are."""
+    """Put NotLoaded where modules of these names are.
+
+    Args:
+        model: which is changed.
+        names: of modules, none of them within another.
+    """
     for name in names:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, NotLoaded())
@@ -115,7 +141,15 @@ def leave_out(model: "PreTrainedModel", names: Collection[str]) -> None:
 
 
 def storages(model: nn.Module, left_out: Collection[str] = ()) -> list[int]:
-    """Bytes of every storage of a model's parameters and buffers, tied ones once."""
+    """List the storages of a model's parameters and buffers, tied ones once.
+
+    Args:
+        model: real or fake.
+        left_out: names of modules whose tensors do not count.
+
+    Returns:
+        Bytes of each storage.
+    """
     found = {
         t.untyped_storage()._cdata: t
         for name, t in [

@@ -32,8 +32,13 @@ log = logging.getLogger(__name__)
 
 
 def check_runs_on_the_cpu(model: nn.Module) -> None:
-    """Raises ModelError where bitsandbytes' product for 4-bit weights on this CPU does not take
-    their widths.
+    """Check that bitsandbytes' product for 4-bit weights on this CPU takes their widths.
+
+    Args:
+        model: quantised.
+
+    Raises:
+        ModelError: it does not take those of a layer.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -54,6 +59,12 @@ def check_runs_on_the_cpu(model: nn.Module) -> None:
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of all weights and buffers of a real model, and of the scales that bitsandbytes keeps
     beside them.
+
+    Args:
+        model: on any device.
+
+    Returns:
+        Bytes, tied tensors once.
     """
     held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(model)}
     return sum(held.values())
@@ -68,7 +79,14 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def with_scales(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A weight and what bitsandbytes keeps beside it, before the first product."""
+    """A weight and what bitsandbytes keeps beside it, before the first product.
+
+    Args:
+        tensor: a parameter or buffer.
+
+    Yields:
+        The tensor, then its scales; none where it is not quantised.
+    """
     yield tensor
     yield from (
         v for name in ("CB", "SCB") if isinstance(v := getattr(tensor, name, None), torch.Tensor)
@@ -81,6 +99,11 @@ def with_scales(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def packed_on_the_cpu() -> bool:
+    """Whether bitsandbytes packs 4-bit weights anew for this CPU's AVX-512 BF16.
+
+    Returns:
+        True where the CPU has it.
+    """
     from bitsandbytes.functional import has_avx512bf16
 
     return bool(has_avx512bf16())
@@ -106,8 +129,18 @@ def one_tensor_at_a_time() -> Iterator[None]:
 
 
 def bitsandbytes_config(bits: str, compute: str, stays: list[str] | None = None) -> Any:
-    """The config of bitsandbytes; `stays`: names of modules that are not quantised, where not those
-    that it finds.
+    """Make the config of bitsandbytes.
+
+    Args:
+        bits: `8bit` or `4bit` (NF4).
+        compute: the precision of products with 4-bit weights; 8-bit ones compute in FP16.
+        stays: names of modules that are not quantised; None: those that it finds.
+
+    Returns:
+        A `BitsAndBytesConfig`.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
     """
     import importlib.util
 

@@ -21,10 +21,17 @@ if TYPE_CHECKING:
 
 
 def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, "torch.Tensor"]:
-    """Every residual of the loaded blocks, (batch, position, hidden size), by hook point, of one
-    plain forward pass.
+    """Compute every residual of the loaded blocks in one plain forward pass, without taps.
 
-    Raises ModelError where the model does not give its hidden states, or not one for every block.
+    Args:
+        architecture: of the model.
+        **inputs: of the model's forward, such as `input_ids`.
+
+    Returns:
+        (batch, position, hidden size) by hook point.
+
+    Raises:
+        ModelError: the model does not give its hidden states, or not one for every block.
     """
     import torch
 

@@ -70,6 +70,9 @@ def quantizing_bytes(quantization: str, count: int, precision_bytes: int) -> int
         count: The number of weights.
         precision_bytes: Bytes of one weight in the precision from which it is quantised.
 
+    Returns:
+        Bytes, beside the result.
+
     Examples:
         >>> quantizing_bytes("int8", 1000, precision_bytes=2)
         4000
@@ -78,10 +81,16 @@ def quantizing_bytes(quantization: str, count: int, precision_bytes: int) -> int
 
 
 def quantized_by_checkpoint(model_config: "PretrainedConfig") -> str | None:
-    """`8bit` or `4bit` for a checkpoint that bitsandbytes has quantised, None for one that is as it
-    was trained.
+    """Tell how a checkpoint is quantised.
 
-    Raises ModelError for other kinds of quantisation, whose sizes are not known here.
+    Args:
+        model_config: of the checkpoint.
+
+    Returns:
+        `8bit` or `4bit` where bitsandbytes has quantised it; None where it is as it was trained.
+
+    Raises:
+        ModelError: another kind of quantisation, whose sizes are not known here.
     """
     said = quantization_config(model_config)
     method = said.get("quant_method")
@@ -98,6 +107,14 @@ def quantized_by_checkpoint(model_config: "PretrainedConfig") -> str | None:
 
 
 def quantization_config(model_config: "PretrainedConfig") -> dict[str, Any]:
+    """Read what a checkpoint says of its quantisation.
+
+    Args:
+        model_config: of the checkpoint.
+
+    Returns:
+        Plain values by name; empty where it is not quantised.
+    """
     said: Any = getattr(model_config, "quantization_config", None) or {}
     return said if isinstance(said, dict) else said.to_dict()
 
@@ -174,18 +191,45 @@ def weight_format_of(config: Config, precision: str, own: str | None = None) -> 
 
 
 def requested_quantization(config: Config) -> str | None:
-    """`8bit`, `4bit` or None, as the config asks for it."""
+    """The quantisation that a config asks for.
+
+    Args:
+        config: of a run.
+
+    Returns:
+        `8bit`, `4bit` or None.
+    """
     return config.memory.quantization.name if config.memory.quantization else None
 
 
 def weight_format_as(precision: str, bits: str | None) -> WeightFormat:
-    """The kind of a precision and a quantisation to `8bit` or `4bit`, or none."""
+    """Make the format of weights.
+
+    Args:
+        precision: `fp32`, `fp16` or `bf16`.
+        bits: `8bit`, `4bit` or None.
+
+    Returns:
+        The format.
+
+    Examples:
+        >>> weight_format_as("bf16", "4bit").name
+        'int4'
+    """
     return WeightFormat(precision, None if bits is None else {"8bit": "int8", "4bit": "int4"}[bits])
 
 
 def quantized_as(model_config: "PretrainedConfig") -> str | None:
-    """The quantisation of a checkpoint, without torch where it has none. Raises ModelError for a
-    kind not known.
+    """As `quantized_by_checkpoint`, without torch where the checkpoint is not quantised.
+
+    Args:
+        model_config: of the checkpoint.
+
+    Returns:
+        `8bit`, `4bit` or None.
+
+    Raises:
+        ModelError: a kind not known.
     """
     if getattr(model_config, "quantization_config", None) is None:
         return None

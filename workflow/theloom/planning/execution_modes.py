@@ -40,7 +40,14 @@ class Layerwise:
     shard_tokens: int
 
     def on(self, capability: Capability) -> int:
-        """Give what it takes of a GPU of another compute capability, in bytes."""
+        """What it takes of a GPU of another compute capability.
+
+        Args:
+            capability: of that GPU; None for what is not NVIDIA's.
+
+        Returns:
+            Bytes.
+        """
         return self.device - self.workspace + cublas_workspace(capability)
 
 

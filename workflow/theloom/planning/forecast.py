@@ -368,7 +368,16 @@ def settings_of(target: str) -> Config:
 
 
 def kind_of(settings: Config, precision: str | None, own: str | None) -> WeightFormat:
-    """The weight format of a forecast."""
+    """The weight format of a forecast.
+
+    Args:
+        settings: the config.
+        precision: a name of `WEIGHT_FORMATS`, which overrides the config; None: as the config says.
+        own: how the checkpoint is quantised, `8bit` or `4bit`; None: it is not.
+
+    Returns:
+        The format; `auto` is BF16.
+    """
     if precision is not None:
         return WEIGHT_FORMATS[precision]
     requested = settings.memory.precision_mode.name

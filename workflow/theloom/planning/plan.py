@@ -29,7 +29,14 @@ Place = tuple[str, Capability]  # the type of a device, and its compute capabili
 
 
 def max_batch_tokens(device: str) -> int:
-    """Tokens of a batch on a type of device, if the config does not set them."""
+    """The size of a batch if the config does not set it.
+
+    Args:
+        device: the type of the device, such as `cpu`.
+
+    Returns:
+        Tokens at most; of an unknown GPU as of CUDA.
+    """
     return MAX_BATCH_TOKENS.get(device, MAX_BATCH_TOKENS["cuda"])
 
 
@@ -303,7 +310,15 @@ def plan_advice(
 
 
 def chunk_of(requested: int, longest: int, streams: bool) -> int:
-    """Tokens of a chunk: as requested, or the longest document where a model cannot be streamed.
+    """The size of a chunk: as requested, or the longest document where a model cannot be streamed.
+
+    Args:
+        requested: tokens.
+        longest: tokens of the longest document.
+        streams: whether the model can be streamed.
+
+    Returns:
+        Tokens.
 
     Examples:
         >>> chunk_of(512, 3000, streams=True), chunk_of(512, 3000, streams=False)
@@ -357,7 +372,16 @@ def _fewer_windows(plan: Plan, step: int) -> list[Plan]:
 
 
 def one_pass_is_less(estimate: Estimate, kind: str, requested: Plan) -> bool:
-    """Whether one pass, which is faster, takes no more memory for the longest window."""
+    """Whether one pass, which is faster, takes no more memory for the longest window.
+
+    Args:
+        estimate: of the run.
+        kind: name of the weight format.
+        requested: the plan with chunks.
+
+    Returns:
+        False where nothing is streamed, or the cache is offloaded.
+    """
     if not requested.streamed or estimate.cache == "offloaded":
         return False
     at_once = estimate.find(kind, requested.longest, requested.longest).total

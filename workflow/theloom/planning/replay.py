@@ -123,8 +123,21 @@ def replay_of_sweep(
     kind: WeightFormat,
     device: "torch.device",
 ) -> Replayed | None:
-    """Replay the allocator over a run layer by layer, as `replay_of_run`; `residual_row` is bytes
-    of a token's residual.
+    """Replay the allocator over a run layer by layer, as `replay_of_run`.
+
+    Args:
+        fake: the model without bytes.
+        sizes: bytes of its blocks.
+        estimate: of the run.
+        planned: batches and chunks.
+        points: the hook points that are read.
+        windows: lengths of all windows.
+        residual_row: bytes of a token's residual.
+        kind: of the weights.
+        device: that the job runs on.
+
+    Returns:
+        What fragmentation takes; None on a device without such an allocator.
     """
     if not accelerator.has_streams(device):
         return None

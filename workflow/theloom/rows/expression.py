@@ -113,6 +113,9 @@ def parse(
         words: The words that it may have.
         others: What the message says of the other words.
 
+    Returns:
+        The expression, which knows its own text.
+
     Raises:
         ExpressionError: It does not parse.
 

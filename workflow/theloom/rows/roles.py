@@ -10,6 +10,12 @@ ROLES = ("text", "system", "user", "assistant", "tool", "template")
 def code(role: str) -> int:
     """The byte that files keep for a role.
 
+    Args:
+        role: one of `ROLES`.
+
+    Returns:
+        Its place there.
+
     Examples:
         >>> code("assistant")
         3

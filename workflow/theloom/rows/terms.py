@@ -25,9 +25,23 @@ class Term(Protocol):
     """A set of tokens."""
 
     @property
-    def most(self) -> int | None: ...
+    def most(self) -> int | None:
+        """The most tokens of a document that it has; None: no limit is known."""
+        ...
 
-    def mask(self, document: Document) -> np.ndarray: ...
+    def mask(self, document: Document) -> np.ndarray:
+        """Choose the tokens of a document.
+
+        Args:
+            document: Its tokens, and what is known of them.
+
+        Returns:
+            (tokens,) bool.
+
+        Raises:
+            UnknownError: The document does not tell what the term needs.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,14 @@ class All:
     most: int | None = None
 
     def mask(self, document: Document) -> np.ndarray:
+        """Choose all tokens.
+
+        Args:
+            document: Its tokens.
+
+        Returns:
+            (tokens,) bool.
+        """
         return np.ones(document.tokens, bool)
 
 
@@ -48,6 +70,7 @@ class Range:
 
     @property
     def most(self) -> int | None:
+        """The most tokens of a document that it has; None: no limit is known."""
         first, stop = self.first or 0, self.stop
         if stop is None:
             return -first if first < 0 else None
@@ -56,6 +79,14 @@ class Range:
         return min(-first, stop) if first < 0 else None
 
     def mask(self, document: Document) -> np.ndarray:
+        """Choose the tokens of the range.
+
+        Args:
+            document: Its tokens.
+
+        Returns:
+            (tokens,) bool.
+        """
         mask = np.zeros(document.tokens, bool)
         mask[self.first : self.stop] = True
         return mask
@@ -67,6 +98,17 @@ class Special:
     most: int | None = None
 
     def mask(self, document: Document) -> np.ndarray:
+        """Choose the special tokens.
+
+        Args:
+            document: Its tokens, and which are special.
+
+        Returns:
+            (tokens,) bool.
+
+        Raises:
+            UnknownError: The tokenizer does not tell.
+        """
         if document.special is None:
             raise UnknownError("special tokens are not known: the tokenizer does not tell", self.at)
         return document.special.astype(bool)
@@ -80,6 +122,17 @@ class Generated:
     most: int | None = None
 
     def mask(self, document: Document) -> np.ndarray:
+        """Choose the tokens of answers.
+
+        Args:
+            document: Its tokens, and which are generated.
+
+        Returns:
+            (tokens,) bool.
+
+        Raises:
+            UnknownError: There are no answers.
+        """
         if document.generated is None:
             raise UnknownError(
                 "generated is of answers, and there are none; set answers.source", self.at
@@ -96,6 +149,17 @@ class Role:
     most: int | None = None
 
     def mask(self, document: Document) -> np.ndarray:
+        """Choose the tokens of the role.
+
+        Args:
+            document: Its tokens and their roles.
+
+        Returns:
+            (tokens,) bool.
+
+        Raises:
+            UnknownError: The document is no conversation.
+        """
         if document.role is None:
             raise UnknownError(_no_conversation(self.role), self.at)
         return document.role == roles.code(self.role)
@@ -110,6 +174,17 @@ class Message:
     most: int | None = None
 
     def mask(self, document: Document) -> np.ndarray:
+        """Choose the tokens of the message.
+
+        Args:
+            document: Its tokens and their messages.
+
+        Returns:
+            (tokens,) bool; none where there are fewer messages.
+
+        Raises:
+            UnknownError: The document is no conversation.
+        """
         if document.message is None:
             raise UnknownError(_no_conversation("message"), self.at)
         number = self.number
@@ -127,6 +202,17 @@ class Span:
     most: int | None = None
 
     def mask(self, document: Document) -> np.ndarray:
+        """Choose the tokens that lie in the ranges.
+
+        Args:
+            document: Its tokens, their characters and its columns.
+
+        Returns:
+            (tokens,) bool.
+
+        Raises:
+            UnknownError: There is no such column, or it has no ranges of characters.
+        """
         if self.column not in document.columns:
             there = ", ".join(document.columns) or "none"
             raise UnknownError(
@@ -153,6 +239,17 @@ class Match:
     most: int | None = None
 
     def mask(self, document: Document) -> np.ndarray:
+        """Choose the tokens that lie in a match.
+
+        Args:
+            document: Its tokens, their characters and its text.
+
+        Returns:
+            (tokens,) bool.
+
+        Raises:
+            UnknownError: The text is not there.
+        """
         if document.text is None:
             raise UnknownError(
                 "match needs the texts, which are there when the corpus is tokenised alone: set "
@@ -169,6 +266,14 @@ class Not:
     most: int | None = None
 
     def mask(self, document: Document) -> np.ndarray:
+        """Choose the tokens that the term has not.
+
+        Args:
+            document: As of the term.
+
+        Returns:
+            (tokens,) bool.
+        """
         return ~self.term.mask(document)
 
 
@@ -179,10 +284,19 @@ class Both:
 
     @property
     def most(self) -> int | None:
+        """The smaller limit of both terms; None: no limit is known."""
         known = [term.most for term in (self.left, self.right) if term.most is not None]
         return min(known, default=None)
 
     def mask(self, document: Document) -> np.ndarray:
+        """Choose the tokens that both terms have.
+
+        Args:
+            document: As of the terms.
+
+        Returns:
+            (tokens,) bool.
+        """
         return self.left.mask(document) & self.right.mask(document)
 
 
@@ -193,15 +307,31 @@ class Either:
 
     @property
     def most(self) -> int | None:
+        """The sum of both limits; None: no limit is known."""
         left, right = self.left.most, self.right.most
         return None if left is None or right is None else left + right
 
     def mask(self, document: Document) -> np.ndarray:
+        """Choose the tokens that one of the terms has.
+
+        Args:
+            document: As of the terms.
+
+        Returns:
+            (tokens,) bool.
+        """
         return self.left.mask(document) | self.right.mask(document)
 
 
 def parts(term: Term) -> Iterator[Term]:
-    """A term and all that it is made of."""
+    """A term and all that it is made of.
+
+    Args:
+        term: The whole.
+
+    Yields:
+        The term itself, then its parts, depth first.
+    """
     yield term
     for name in ("term", "left", "right"):
         if (part := getattr(term, name, None)) is not None:

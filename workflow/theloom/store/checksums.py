@@ -106,5 +106,12 @@ def changed_parts(fd: int, listed: FileIndex, *which: int) -> list[str]:
 
 
 def covers_metrics(listed: FileIndex) -> bool:
-    """Whether a file has a checksum of its metrics; those of the first version have none."""
+    """Whether a file has a checksum of its metrics; those of the first version have none.
+
+    Args:
+        listed: the index of the file.
+
+    Returns:
+        True where it has one.
+    """
     return listed.datasets[CHECKSUMS].shape[0] > METRICS

@@ -43,7 +43,14 @@ def record(batches: int, rows: int, digest: int) -> np.ndarray:
 
 
 def is_valid(log_record: np.ndarray) -> bool:
-    """Whether a record was written completely."""
+    """Whether a record was written completely.
+
+    Args:
+        log_record: one record of the dtype `RECORD`.
+
+    Returns:
+        False for one that is empty, or whose checksum is another.
+    """
     batches, rows, digest, checksum = log_record.tolist()
     return bool(batches) and checksum == int(record(batches, rows, digest)["checksum"])
 
@@ -148,6 +155,9 @@ def verify_committed(
         row_bytes: bytes of a row by hook point, in the order of the file.
         precision: of the stored rows.
         into: statistics by hook point, to which the rows of intact batches are added.
+
+    Returns:
+        The batches and rows that are intact, and their digest.
     """
     with h5py.File(path, "r") as file:
         records, hashes, batch_of = (

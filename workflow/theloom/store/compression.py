@@ -52,6 +52,9 @@ def create_packed(
         name: of the dataset; groups in it are created.
         shape: of the dataset; a chunk holds whole rows, of 256 KiB or one.
         type_id: its HDF5 type, from `file_format.hdf5_type`.
+
+    Returns:
+        The dataset, empty.
     """
     rows = rows_of_chunk(shape, type_id.get_size())
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -70,11 +73,18 @@ def create_packed(
 
 
 def rows_of_chunk(shape: tuple[int, ...], itemsize: int) -> int:
-    """The rows of each chunk of a packed dataset: 256 KiB of them, or one.
+    """The size of each chunk of a packed dataset: 256 KiB of rows, or one row.
 
     Args:
         shape: of the dataset.
         itemsize: bytes of an element.
+
+    Returns:
+        Rows, 1 at least.
+
+    Examples:
+        >>> rows_of_chunk((1000, 576), itemsize=2)
+        227
     """
     row = itemsize * int(np.prod(shape[1:]))
     return min(max(1, _CHUNK_BYTES // max(1, row)), max(1, shape[0]))
@@ -156,7 +166,12 @@ def _slices(array: np.ndarray) -> Read:
 
 
 def copy_all_but_rows(source: h5py.File, target: h5py.File) -> None:
-    """Copy attributes, tables, hashes, log and statistics to another open file."""
+    """Copy attributes, tables, hashes, log and statistics to another open file.
+
+    Args:
+        source: open for reading.
+        target: open for writing.
+    """
     for name, value in source.attrs.items():
         target.attrs[name] = value
     for name in source:

@@ -45,7 +45,11 @@ DAMAGE = (
 
 
 def bfloat16() -> h5py.h5t.TypeID:
-    """The HDF5 type of bfloat16, little endian."""
+    """Make the HDF5 type of bfloat16: 16 bits, of which 8 are the exponent and 7 the fraction.
+
+    Returns:
+        The type, little endian.
+    """
     t = h5py.h5t.IEEE_F32LE.copy()
     t.set_fields(15, 7, 8, 0, 7)
     t.set_size(2)
@@ -54,7 +58,14 @@ def bfloat16() -> h5py.h5t.TypeID:
 
 
 def hdf5_type(precision: str) -> h5py.h5t.TypeID:
-    """The HDF5 type of a precision: `fp32`, `fp16` or `bf16`."""
+    """The HDF5 type of a precision.
+
+    Args:
+        precision: `fp32`, `fp16` or `bf16`.
+
+    Returns:
+        The type, little endian.
+    """
     if precision == "bf16":
         return bfloat16()
     return {"fp32": h5py.h5t.IEEE_F32LE, "fp16": h5py.h5t.IEEE_F16LE}[precision]
@@ -62,6 +73,9 @@ def hdf5_type(precision: str) -> h5py.h5t.TypeID:
 
 def precision_of(dataset: h5py.Dataset) -> str:
     """The precision of a dataset: the inverse of `hdf5_type`.
+
+    Args:
+        dataset: of an open file.
 
     Returns:
         `fp32`, `fp16` or `bf16`.
@@ -97,7 +111,14 @@ def bits(tensor: "torch.Tensor") -> np.ndarray:
 
 
 def raw_bytes(tensor: "torch.Tensor") -> memoryview:
-    """The bytes of a CPU tensor, row by row, without a copy if it is contiguous."""
+    """The bytes of a tensor, row by row.
+
+    Args:
+        tensor: on the CPU.
+
+    Returns:
+        A view of its memory if it is contiguous, else of a copy.
+    """
     return bits(tensor).data.cast("B") if tensor.numel() else memoryview(b"")
 
 
@@ -121,6 +142,14 @@ def tensor_from_bits(array: np.ndarray, precision: str) -> "torch.Tensor":
 def are_offsets(values: np.ndarray, count: int, end: int) -> bool:
     """Whether an array has the offsets of `count` parts, one after the other, from 0 to `end`.
 
+    Args:
+        values: an array of integers.
+        count: of the parts.
+        end: where the last part ends.
+
+    Returns:
+        True for (count + 1,) that ascend; parts may be empty.
+
     Examples:
         >>> are_offsets(np.array([0, 2, 2, 5]), 3, 5), are_offsets(np.array([0, 3, 2]), 2, 2)
         (True, False)
@@ -131,7 +160,18 @@ def are_offsets(values: np.ndarray, count: int, end: int) -> bool:
 
 
 def bits_dtype(precision: str) -> np.dtype:
-    """The unsigned integer that holds one element."""
+    """The unsigned integer that holds one element.
+
+    Args:
+        precision: `fp32`, `fp16` or `bf16`.
+
+    Returns:
+        The dtype of NumPy, little endian.
+
+    Examples:
+        >>> bits_dtype("bf16")
+        dtype('uint16')
+    """
     return np.dtype({"fp32": "<u4", "fp16": "<u2", "bf16": "<u2"}[precision])
 
 
@@ -145,6 +185,9 @@ def create_contiguous(
         name: of the dataset; groups in it are created.
         shape: of the dataset.
         type_id: its HDF5 type, from `hdf5_type`.
+
+    Returns:
+        The dataset.
     """
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
@@ -161,23 +204,57 @@ def create_contiguous(
 
 
 def hook_path(hook: str) -> str:
-    """The name of the dataset of a hook point's rows."""
+    """The name of the dataset of a hook point's rows.
+
+    Args:
+        hook: the name of the hook point.
+
+    Returns:
+        The path in the file.
+
+    Examples:
+        >>> hook_path("blocks.0.hook_resid_post")
+        'hooks/blocks.0.hook_resid_post/activations'
+    """
     return f"hooks/{hook}/activations"
 
 
 def byte_offset(dataset: h5py.Dataset) -> int:
-    """Where the bytes of a contiguous dataset begin in its file; 0 for an empty one."""
+    """Find where the bytes of a contiguous dataset begin in its file.
+
+    Args:
+        dataset: of an open file.
+
+    Returns:
+        Bytes; 0 for an empty dataset.
+    """
     return dataset.id.get_offset() or 0
 
 
 def fixed_strings(values: list[str]) -> np.ndarray:
-    """UTF-8 strings of fixed length, which HDF5 stores in the dataset itself, not in its heap."""
+    """Encode strings to a fixed length, which HDF5 stores in the dataset itself, not in its heap.
+
+    Args:
+        values: any strings.
+
+    Returns:
+        (strings,) of UTF-8 bytes, as long as the longest.
+
+    Examples:
+        >>> fixed_strings(["a", "bcd"]).dtype
+        dtype('S3')
+    """
     encoded = [v.encode() for v in values]
     return np.array(encoded, dtype=f"S{max(map(len, encoded), default=1) or 1}")
 
 
 def set_attributes(group: h5py.Group, attributes: Mapping[str, Any]) -> None:
-    """Write attributes; values that HDF5 has no type for (dicts, lists, None) become JSON."""
+    """Write attributes; values that HDF5 has no type for (dicts, lists, None) become JSON.
+
+    Args:
+        group: the file, or a group of it.
+        attributes: values by name.
+    """
     for name, value in attributes.items():
         if isinstance(value, list | dict | tuple) or value is None:
             value = json.dumps(value)
@@ -185,7 +262,13 @@ def set_attributes(group: h5py.Group, attributes: Mapping[str, Any]) -> None:
 
 
 def pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all bytes at an offset of a file; `os.pwrite` may write fewer."""
+    """Write all bytes at an offset of a file; `os.pwrite` may write fewer.
+
+    Args:
+        fd: of the file, open for writing.
+        data: the bytes.
+        offset: where they go.
+    """
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
@@ -196,6 +279,12 @@ def is_full(error: Exception) -> bool:
     """Whether an error means that a disk or a quota is full.
 
     HDF5 reports that in the text alone, in errors of any type.
+
+    Args:
+        error: of the operating system or of HDF5.
+
+    Returns:
+        True where the disk or the quota is full.
     """
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(
@@ -210,6 +299,9 @@ def no_room_error(folder: Path, what: str, needed: int) -> MemoryPlanError:
         folder: where the file was to be written.
         what: the file, as the message names it.
         needed: its size in bytes.
+
+    Returns:
+        The error, to be raised.
     """
     free = shutil.disk_usage(folder).free
     return MemoryPlanError(
@@ -220,7 +312,14 @@ def no_room_error(folder: Path, what: str, needed: int) -> MemoryPlanError:
 
 
 def too_many_files(path: Path) -> StoreError:
-    """The error for a process that may open no more files, where HDF5 would read zeros."""
+    """The error for a process that may open no more files, where HDF5 would read zeros.
+
+    Args:
+        path: the file that could not be opened.
+
+    Returns:
+        The error, to be raised.
+    """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return StoreError(
         f"{path}: cannot be opened, this process may have {limit} files open at once; "
@@ -229,7 +328,15 @@ def too_many_files(path: Path) -> StoreError:
 
 
 def damaged_error(path: str | Path, error: Exception) -> StoreError:
-    """The error for a file that cannot be read."""
+    """The error for a file that cannot be read.
+
+    Args:
+        path: the file.
+        error: what reading it raised.
+
+    Returns:
+        The error, to be raised.
+    """
     what = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, KeyError):
         what = f"it lacks {what}"
@@ -239,7 +346,11 @@ def damaged_error(path: str | Path, error: Exception) -> StoreError:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a folder."""
+    """fsync a file or a folder.
+
+    Args:
+        path: the file or folder; it is on the disk when this returns.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -254,6 +365,9 @@ def open_h5(path: str | Path, kind: str) -> Iterator[h5py.File]:
     Args:
         path: the file.
         kind: `tokens`, `estimate`, `model` or `verification`; hidden states are read by `reading`.
+
+    Yields:
+        The file, open for reading.
 
     Raises:
         StoreError: the file is missing, unreadable, of another kind or of another version; or what
@@ -270,6 +384,9 @@ def open_h5(path: str | Path, kind: str) -> Iterator[h5py.File]:
 @contextmanager
 def reading(path: str | Path) -> Iterator[Objects]:
     """Open an HDF5 file by its bytes alone.
+
+    Args:
+        path: the file.
 
     Yields:
         Its objects, and the descriptor with which all of it is read (`fd`).
@@ -298,6 +415,12 @@ def reading(path: str | Path) -> Iterator[Objects]:
 
 def open_bytes(path: Path) -> BinaryIO:
     """Open a file for reading.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The file, unbuffered; the caller closes it.
 
     Raises:
         StoreError: it is missing, a folder or not a file that can be read, or the process may open

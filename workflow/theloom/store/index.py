@@ -90,6 +90,9 @@ class FileIndex:
             fd: of the file, open for reading.
             name: of the dataset.
 
+        Returns:
+            The content, in the type and shape of the dataset.
+
         Raises:
             KeyError: the file has no such dataset.
             ValueError: it has another type or layout than TheLoom writes, or the file ends early.
@@ -116,7 +119,14 @@ class FileIndex:
 
 
 def read(file: h5py.File) -> FileIndex:
-    """Read the index of a file that HDF5 has open for reading: `of` its descriptor."""
+    """Read the index of a file that HDF5 has open for reading.
+
+    Args:
+        file: with a descriptor of its own, which `of` reads from.
+
+    Returns:
+        The index.
+    """
     return of(Objects(file.id.get_vfd_handle()), Path(file.filename))
 
 
@@ -126,6 +136,9 @@ def of(file: Objects, path: Path) -> FileIndex:
     Args:
         file: the open file.
         path: of it.
+
+    Returns:
+        The index.
 
     Raises:
         file_format.DAMAGE: any of these, where the file is damaged.
@@ -168,6 +181,13 @@ def _listed(
 def derived(file: Objects, path: Path) -> FileIndex:
     """Compute the index of an open file from its objects, without HDF5's library.
 
+    Args:
+        file: the open file.
+        path: of it.
+
+    Returns:
+        The index.
+
     Raises:
         file_format.DAMAGE: any of these, where the file is damaged.
     """
@@ -186,7 +206,11 @@ def derived(file: Objects, path: Path) -> FileIndex:
 
 
 def write_index(file: h5py.File) -> None:
-    """Write the index of an open file, or replace it; all other datasets must be there by now."""
+    """Write the index of an open file, or replace it; all other datasets must be there by now.
+
+    Args:
+        file: open for writing.
+    """
     if INDEX in file:
         del file[INDEX]
     derived = derive(file)
@@ -196,7 +220,14 @@ def write_index(file: h5py.File) -> None:
 
 
 def derive(file: h5py.File) -> FileIndex:
-    """Compute the index of a file that HDF5 has open, for writing it."""
+    """Compute the index of a file that HDF5 has open, for writing it.
+
+    Args:
+        file: open for writing.
+
+    Returns:
+        The index.
+    """
     objects: list[tuple[str, h5py.Dataset]] = []
     file.visititems(
         lambda name, item: objects.append((name, item)) if isinstance(item, h5py.Dataset) else None

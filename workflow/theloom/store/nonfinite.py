@@ -69,7 +69,18 @@ def check_finite(
 
 
 def first_of(spec: ShardSpec, point: HookPoint, fd: int, offsets: Mapping[str, int]) -> str:
-    """The first value of a hook point that is not finite: what it is, and where, in words."""
+    """Find the first value of a hook point that is not finite; masked keys' scores of -inf do not
+    count.
+
+    Args:
+        spec: Of the shard.
+        point: The hook point.
+        fd: Of the file, open for reading.
+        offsets: The first byte of each hook point's rows.
+
+    Returns:
+        In words what it is and where, or `none`.
+    """
     tokens, size = spec.tokens, spec.row_bytes()[point.name]
     row = 0
     for bits in commit_log.tiles(fd, offsets[point.name], spec.rows, size, spec.precision):

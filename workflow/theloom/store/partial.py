@@ -47,5 +47,16 @@ def committed_batches(path: Path, fingerprint: str) -> int:
 
 
 def partial_of(path: Path) -> Path:
-    """The path of a shard's unfinished file."""
+    """The path of a shard's unfinished file.
+
+    Args:
+        path: of the finished shard.
+
+    Returns:
+        The same with `.partial` at its end.
+
+    Examples:
+        >>> partial_of(Path("shards/0.h5")).name
+        '0.h5.partial'
+    """
     return path.with_name(path.name + ".partial")

@@ -33,6 +33,9 @@ def attributes(file_kind: str, **others: Any) -> dict[str, Any]:
         file_kind: `activations`, `tokens`, `estimate`, `model` or `verification`.
         **others: what the stage adds; the user's home folder in them becomes `~`.
 
+    Returns:
+        Values by name; `set_attributes` writes them.
+
     Examples:
         >>> attributes("tokens", source="a/model")["format"]
         'theloom.tokens'
@@ -47,7 +50,14 @@ def attributes(file_kind: str, **others: Any) -> dict[str, Any]:
 
 
 def package_version(package: str) -> str | None:
-    """The version of a package; None where it is not installed."""
+    """The version of a package.
+
+    Args:
+        package: its name, as pip installs it.
+
+    Returns:
+        The version; None where it is not installed.
+    """
     try:
         return version(package)
     except PackageNotFoundError:
@@ -56,8 +66,11 @@ def package_version(package: str) -> str | None:
 
 @cache
 def code_version() -> str:
-    """The commit of the checkout that runs, with `+` if it has changes; outside of a checkout the
-    version of the package.
+    """The version of the code that runs.
+
+    Returns:
+        The commit of the checkout, with `+` if it has changes; outside of a checkout the version of
+        the package.
     """
     checkout = locations.checkout()
     if checkout is not None:
@@ -73,7 +86,14 @@ def code_version() -> str:
 
 
 def without_home(value: Any) -> Any:
-    """The same value with the user's home folder written as `~` in every string."""
+    """Write the user's home folder as `~` in every string.
+
+    Args:
+        value: strings, dicts and lists, nested.
+
+    Returns:
+        A copy; other values are left as they are.
+    """
     if isinstance(value, str):
         home = str(Path.home())
         return re.sub(rf"(?<![\w.-]){re.escape(home)}(?=/|$)", "~", value) if home != "/" else value

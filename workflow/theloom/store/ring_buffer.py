@@ -70,6 +70,9 @@ def bytes_on_device(device: str, largest: int) -> int:
     Args:
         device: `cpu`, whose memory holds ring and writer too, or `cuda`.
         largest: bytes of the largest value.
+
+    Returns:
+        Bytes.
     """
     return ring_bytes(device, largest) + WRITER_BYTES if device == "cpu" else IN_FLIGHT * largest
 

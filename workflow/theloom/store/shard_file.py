@@ -30,7 +30,14 @@ _OF_DOCUMENTS = ("document_offset", "document_id", "window_offset", "window_docu
 
 
 def bytes_of_window(hooks: int) -> int:
-    """Bytes that a file has for a window beside its place: by hook point a hash and a batch."""
+    """What a file has for a window beside its place: by hook point a hash and a batch.
+
+    Args:
+        hooks: hook points of the file.
+
+    Returns:
+        Bytes.
+    """
     return hooks * (8 + 4)
 
 
@@ -125,7 +132,11 @@ class ShardSpec:
         )
 
     def row_bytes(self) -> dict[str, int]:
-        """Bytes of a row, by hook point."""
+        """The size of a row of each hook point.
+
+        Returns:
+            Bytes by hook point, in the order of the file.
+        """
         itemsize = file_format.bits_dtype(self.precision).itemsize
         return {p.name: p.width(self.keys) * itemsize for p in self.points}
 

@@ -72,8 +72,17 @@ class BlockSource:
         self.close()
 
     def sweep(self, blocks: Sequence[int]) -> Iterator[int]:
-        """Each block in turn, its weights attached until the next one is requested. Raises
-        ModelError, OSError.
+        """Attach blocks in turn, while the next one is read.
+
+        Args:
+            blocks: their numbers.
+
+        Yields:
+            The number of each block; its weights stay attached until the next one is requested.
+
+        Raises:
+            ModelError: a tensor is missing.
+            OSError: a file cannot be read.
         """
         ready: queue.Queue[Any] = queue.Queue()
         free, stop = threading.Semaphore(len(self._slots)), threading.Event()
@@ -117,7 +126,14 @@ class BlockSource:
             reader.join()
 
     def read(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Tensors by key, each in memory of its own on the host."""
+        """Read tensors, each into memory of its own on the host.
+
+        Args:
+            keys: of the checkpoint.
+
+        Returns:
+            Tensors by key, in the shape and dtype of the file.
+        """
         tensors = {}
         for key in keys:
             stored = self._checkpoint.stored[key]
@@ -128,7 +144,14 @@ class BlockSource:
         return tensors
 
     def on_disk(self, keys: Sequence[str]) -> dict[str, OnDisk]:
-        """Tensors by key, to be read when they are requested."""
+        """Tensors that are read when they are requested.
+
+        Args:
+            keys: of the checkpoint.
+
+        Returns:
+            Such tensors by key.
+        """
         stored = self._checkpoint.stored
         return {key: OnDisk(partial(self._read_alone, key), stored[key].dtype) for key in keys}
 
@@ -136,7 +159,14 @@ class BlockSource:
         return self.read([key])[key]
 
     def mapped(self, key: str) -> torch.Tensor:
-        """A tensor whose bytes stay in the file: only rows that are looked up come in."""
+        """Map a tensor whose bytes stay in the file: only rows that are looked up are read.
+
+        Args:
+            key: of the checkpoint.
+
+        Returns:
+            A CPU tensor in the shape and dtype of the file.
+        """
         stored = self._checkpoint.stored[key]
         pages = np.memmap(stored.file, "u1", mode="c", offset=stored.offset, shape=(stored.nbytes,))
         return torch.from_numpy(pages).view(stored.dtype).view(stored.shape)

@@ -28,8 +28,16 @@ CODE = 16 * 4  # bytes of NF4's own table of numbers
 
 
 def quantizer(bits: str, model_config: PretrainedConfig, precision: str) -> HfQuantizer:
-    """What quantises to `8bit` or `4bit` on loading, or loads what a checkpoint says it is
-    quantised to already.
+    """Make what quantises a model on loading, or loads what a checkpoint says it is quantised to
+    already.
+
+    Args:
+        bits: `8bit` or `4bit`; not used where the checkpoint is quantised.
+        model_config: of the checkpoint.
+        precision: `fp32`, `fp16` or `bf16`: of what is not quantised.
+
+    Returns:
+        The quantiser of transformers; its environment is checked.
     """
     own = getattr(model_config, "quantization_config", None)
     requested = quantization.bitsandbytes_config(bits, precision) if own is None else own
@@ -41,7 +49,14 @@ def quantizer(bits: str, model_config: PretrainedConfig, precision: str) -> HfQu
 def replace_layers(
     model: PreTrainedModel, quantizer: HfQuantizer, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put bitsandbytes' layers into a model on the meta device, where a quantised load has them."""
+    """Put bitsandbytes' layers into a model on the meta device, where a quantised load has them.
+
+    Args:
+        model: which is changed.
+        quantizer: of `quantizer`.
+        dtype: of what is not quantised.
+        device: that the model is to run on.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # that of the new layers' biases
     try:
@@ -63,6 +78,11 @@ class OnDisk:
         return self._read()
 
     def is_floating_point(self) -> bool:
+        """As of a tensor; nothing is read.
+
+        Returns:
+            True for a floating-point dtype.
+        """
         return self._dtype.is_floating_point
 
 
@@ -80,7 +100,16 @@ class PartLoader:
     def load(
         self, tensors: Mapping[str, OnDisk], names: Sequence[str], device: torch.device
     ) -> dict[str, torch.Tensor]:
-        """The tensors of these names in the model, of those of the files by key."""
+        """Make tensors of the model from those of the files.
+
+        Args:
+            tensors: of the files, by key.
+            names: of the parameters and buffers to make.
+            device: that they are made on.
+
+        Returns:
+            The tensors by their names in the model.
+        """
         model = self._model
         config = LoadStateDictConfig(
             weight_mapping=cast(Any, copy.deepcopy(self._mapping)),
@@ -121,7 +150,14 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def quantized_bits(module: nn.Module) -> str | None:
-    """`8bit` or `4bit` for a layer of bitsandbytes."""
+    """Tell how many bits the weight of a layer has.
+
+    Args:
+        module: any module.
+
+    Returns:
+        `8bit` or `4bit` for a layer of bitsandbytes, else None.
+    """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     return (
@@ -134,7 +170,11 @@ def quantized_bits(module: nn.Module) -> str | None:
 
 
 def release(module: nn.Module) -> None:
-    """Drop what a layer of bitsandbytes keeps of its weight besides the parameter."""
+    """Drop what a layer of bitsandbytes keeps of its weight besides the parameter.
+
+    Args:
+        module: any module; nothing happens for one that is not quantised.
+    """
     kind, layer = quantized_bits(module), cast(Any, module)
     if kind == "8bit":
         layer.state.reset_grads()
@@ -144,7 +184,16 @@ def release(module: nn.Module) -> None:
 
 
 def held(module: nn.Module, leaf: str, tensor: torch.Tensor) -> int:
-    """Bytes of a parameter or buffer once it is loaded, with the scales that are kept with it."""
+    """Bytes of a parameter or buffer once it is loaded, with the scales that are kept with it.
+
+    Args:
+        module: the module that has it.
+        leaf: its name there, such as `weight`.
+        tensor: which may be on the meta device.
+
+    Returns:
+        Bytes on the device.
+    """
     kind, count = quantized_bits(module), tensor.numel()
     if kind is None or leaf != "weight":
         return count * tensor.element_size()
@@ -156,12 +205,25 @@ def held(module: nn.Module, leaf: str, tensor: torch.Tensor) -> int:
 
 
 def staging(bits: str, count: int, stored: torch.dtype, precision: torch.dtype, device: str) -> int:
-    """Bytes that quantising a weight of `count` elements takes on top of its result.
+    """Bytes that quantising a weight takes on top of its result.
 
-    `stored` is what it is in the file, `precision` the model's, from which it is quantised. On a
-    GPU the weight in that precision, and for 8 bits in FP16 too. On the CPU bitsandbytes 0.50
-    (backends/default/ops.py) makes copies: for 8 bits one in FP16 and two in FP32; for 4 bits one
-    in FP32, one of 32-bit numbers, one of bytes and half of that.
+    On a GPU the weight in the model's precision, and for 8 bits in FP16 too. On the CPU
+    bitsandbytes 0.50 (backends/default/ops.py) makes copies: for 8 bits one in FP16 and two in
+    FP32; for 4 bits one in FP32, one of 32-bit numbers, one of bytes and half of that.
+
+    Args:
+        bits: `8bit` or `4bit`.
+        count: elements of the weight.
+        stored: the dtype in the file.
+        precision: the model's dtype, from which the weight is quantised.
+        device: `cpu`, or the type of a GPU.
+
+    Returns:
+        Bytes.
+
+    Examples:
+        >>> staging("8bit", 1000, torch.bfloat16, torch.bfloat16, "cpu")
+        11000
     """
     size, half = precision.itemsize, 0 if precision == torch.float16 else 2
     if device != "cpu":
@@ -174,7 +236,11 @@ def staging(bits: str, count: int, stored: torch.dtype, precision: torch.dtype, 
 
 @contextmanager
 def shapes_alone(model: nn.Module) -> Iterator[None]:
-    """Have bitsandbytes' layers run on fake tensors, as linear layers of the same shapes."""
+    """Have bitsandbytes' layers run on fake tensors, as linear layers of the same shapes.
+
+    Args:
+        model: whose quantised layers are replaced for a while.
+    """
 
     def plain(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:

@@ -43,11 +43,21 @@ class ResidualSpec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the residuals of all pieces."""
         return self.dtype.itemsize * sum(w * t * h for w, t, h in self.shapes)
 
 
 def host_memory(spec: ResidualSpec, device: torch.device, spilled: bool = False) -> torch.Tensor:
-    """Memory for all residuals of a shard: made once a job, since pinning it takes long."""
+    """Memory for all residuals of a shard: made once a job, since pinning it takes long.
+
+    Args:
+        spec: the residuals.
+        device: where they come from; for a GPU the memory is pinned.
+        spilled: they stay in files, and no memory is needed.
+
+    Returns:
+        A flat CPU tensor of all their elements, none where they are spilled.
+    """
     count = 0 if spilled else sum(w * t * h for w, t, h in spec.shapes)
     return pinned_empty(count, spec.dtype, device)
 
@@ -99,8 +109,14 @@ class ResidualStore:
         self._memory = torch.empty(0, dtype=self._spec.dtype)
 
     def incoming(self, pieces: Iterable[tuple[int, slice]]) -> Generator[torch.Tensor]:
-        """The residuals of windows of pieces, in turn, on the device: on a GPU each is on its way
-        while the computation is busy with the one before.
+        """Read residuals onto the device, in turn: on a GPU each is on its way while the
+        computation is busy with the one before.
+
+        Args:
+            pieces: numbers of pieces, and which of their windows.
+
+        Yields:
+            (windows, positions, hidden size) on the device.
         """
         asked = iter(pieces)
         if self._device.type == "cpu":
@@ -130,13 +146,24 @@ class ResidualStore:
         return there, streams.copy_in(on_host, there, self._sides, *before)
 
     def finish(self, piece: int | None = None) -> None:
-        """Wait until a piece, or all, has come to the host."""
+        """Wait until residuals have come to the host.
+
+        Args:
+            piece: its number; None: all.
+        """
         for number in list(self._leaving) if piece is None else [piece]:
             if number in self._leaving:
                 self._leaving.pop(number).synchronize()
 
     def read(self, piece: int) -> torch.Tensor:
-        """The residuals of a piece, (windows, positions, hidden size), on the host."""
+        """Read the residuals of a piece.
+
+        Args:
+            piece: its number.
+
+        Returns:
+            (windows, positions, hidden size), on the host.
+        """
         self.finish(piece)
         return self._on_host(piece)
 
@@ -154,7 +181,12 @@ class ResidualStore:
         return values
 
     def write(self, piece: int, values: torch.Tensor) -> None:
-        """Replace the residuals of a piece, for the block to come. Pieces come in their order."""
+        """Replace the residuals of a piece, for the block to come. Pieces come in their order.
+
+        Args:
+            piece: its number.
+            values: (windows, positions, hidden size), in the dtype of the spec.
+        """
         assert (values.dtype, tuple(values.shape)) == (self._spec.dtype, self._spec.shapes[piece])
         first, last = self._starts[piece], self._starts[piece + 1]
         if not self._spilled:
@@ -169,7 +201,13 @@ class ResidualStore:
         self._written.update(raw_bytes(values))
 
     def block_done(self, blocks: int, commit: Callable[[], None], last: bool = False) -> None:
-        """All batches have been written after so many blocks."""
+        """End a block, and write a checkpoint when one is due.
+
+        Args:
+            blocks: those that all batches have gone through.
+            commit: makes safe all rows up to this block; called before a checkpoint.
+            last: no block follows, so that no checkpoint is needed.
+        """
         due = self._spilled or blocks % BLOCKS_BETWEEN_CHECKPOINTS == 0
         if self._path is None or (due and last):  # what follows needs no residuals
             due = False
@@ -189,8 +227,11 @@ class ResidualStore:
         self._turn_over()
 
     def take_up(self) -> int:
-        """The blocks behind a checkpoint, whose residuals are now in the store; 0 where there is
-        none of this shard.
+        """Take up an earlier job's checkpoint.
+
+        Returns:
+            The blocks behind it, whose residuals are now in the store; 0 where there is none of
+            this shard.
         """
         if self._path is None:
             return 0

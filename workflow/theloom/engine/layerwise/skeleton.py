@@ -85,8 +85,11 @@ class Shell(Frame):
 
     @contextmanager
     def embedded(self, source: BlockSource) -> Iterator[None]:
-        """All weights outside the blocks attached; those of embeddings stay in the file, and on the
+        """Attach all weights outside the blocks; those of embeddings stay in the file, and on the
         host.
+
+        Args:
+            source: reads them.
         """
         part, keys = OUTSIDE, self.checkpoint.keys[OUTSIDE]
         with ExitStack() as opened:
@@ -120,7 +123,11 @@ class Shell(Frame):
 
     @contextmanager
     def without_bytes(self) -> Iterator[FakeTensorMode]:
-        """The whole model on fake CPU tensors for a while: to see how values go through it."""
+        """Have the whole model on fake CPU tensors for a while, to see how values go through it.
+
+        Yields:
+            The mode in which the tensors are fake.
+        """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         was: list[tuple[dict[str, Any], str, torch.Tensor]] = [
             (cast(Any, table), leaf, tensor)
@@ -213,8 +220,14 @@ PLAIN = (int, float, str, bool, torch.dtype, torch.device, type(None))
 
 
 def examine(shell: Shell, source: BlockSource) -> None:
-    """Find the shell's hook points and what its blocks return. Raises ModelError for a model that
-    is refused.
+    """Find the shell's hook points and what its blocks return.
+
+    Args:
+        shell: which learns them.
+        source: reads its weights.
+
+    Raises:
+        ModelError: the model is refused.
     """
     with shell.without_bytes():
         seen = inspect_calls(shell)

@@ -78,7 +78,17 @@ class Stored:
 
 
 def index(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder's safetensors files, by its key. Raises ModelError."""
+    """List all tensors of a folder's safetensors files.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        Where each tensor is, by its key; no tensor is read.
+
+    Raises:
+        ModelError: a file is missing or cannot be read.
+    """
     listed = folder / "model.safetensors.index.json"
     try:
         if listed.is_file() and not (folder / "model.safetensors").is_file():
@@ -181,18 +191,40 @@ class Checkpoint:
         self.parameters = model.num_parameters()
 
     def room(self, part: int) -> int:
-        """Bytes of a buffer that holds a part as it is on disk."""
+        """The size of a buffer that holds a part as it is on disk.
+
+        Args:
+            part: the number of a block, or `OUTSIDE`.
+
+        Returns:
+            Bytes.
+        """
         return sum(self.stored[k].room for k in self.keys[part])
 
     def held(self, part: int, mapped: Collection[str] = ()) -> int:
-        """Bytes of a part once loaded and quantized, without keys that stay in their files."""
+        """The size of a part once loaded and quantised.
+
+        Args:
+            part: the number of a block, or `OUTSIDE`.
+            mapped: keys that stay in their files, and do not count.
+
+        Returns:
+            Bytes on the device.
+        """
         left = {id(self._place(self._targets[key])[2]) for key in mapped}
         places = {id(tensor): (module, leaf, tensor) for module, leaf, tensor in self._places[part]}
         return sum(quantize.held(*place) for number, place in places.items() if number not in left)
 
     def arriving(self, part: int, device: str) -> int:
-        """The most bytes of a device while a part is loaded tensor by tensor, with what of it is
+        """The most memory of a device while a part is loaded tensor by tensor, with what of it is
         there already.
+
+        Args:
+            part: the number of a block, or `OUTSIDE`.
+            device: `cpu`, or the type of a GPU.
+
+        Returns:
+            Bytes.
         """
         assert self._loader is not None
         own, there, most = self._loader.quantizer.pre_quantized, 0, 0
@@ -215,8 +247,14 @@ class Checkpoint:
         return most
 
     def largest_on_host(self, part: int) -> int:
-        """Bytes of the host's memory through which a GPU's tensors come; LLM.int8() wants them back
-        there once.
+        """The host's memory through which a GPU's tensors come; LLM.int8() wants them back there
+        once.
+
+        Args:
+            part: the number of a block, or `OUTSIDE`.
+
+        Returns:
+            Bytes of the largest tensor, as read and copied back.
         """
         assert self._loader is not None
         sizes = []
@@ -232,12 +270,25 @@ class Checkpoint:
         return max(sizes)
 
     def nbytes(self, part: int) -> int:
-        """Bytes of a part's tensors on disk."""
+        """The size of a part's tensors on disk.
+
+        Args:
+            part: the number of a block, or `OUTSIDE`.
+
+        Returns:
+            Bytes.
+        """
         return sum(self.stored[k].nbytes for k in self.keys[part])
 
     def converted_bytes(self, part: int) -> int:
-        """Bytes that a part takes on top of its buffer: all of it where its precision or its layout
-        is another on disk.
+        """What a part takes on top of its buffer: all of it where its precision or its layout is
+        another on disk.
+
+        Args:
+            part: the number of a block, or `OUTSIDE`.
+
+        Returns:
+            Bytes.
         """
         wanted = sum(t.numel() * t.element_size() for t in self._meta(part))
         if part in self._converted:
@@ -249,8 +300,15 @@ class Checkpoint:
         return sum(t.numel() * t.element_size() for dtype, t in targets if dtype != t.dtype)
 
     def attach(self, part: int, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        """Put a part's tensors, by key, into the model, in the model's precision. Raises ModelError
-        for one missing.
+        """Put a part's tensors into the model, in the model's precision.
+
+        Args:
+            part: the number of a block, or `OUTSIDE`.
+            tensors: of the files, by key.
+            device: that they are put on.
+
+        Raises:
+            ModelError: one is missing.
         """
         if part in self._converted:
             config = LoadStateDictConfig(
@@ -281,8 +339,15 @@ class Checkpoint:
     def load(
         self, part: int, tensors: Mapping[str, OnDisk], device: torch.device
     ) -> dict[str, torch.Tensor]:
-        """A part's tensors by their names in the model, quantised; the model itself is left as it
-        is.
+        """Quantise a part's tensors; the model itself is left as it is.
+
+        Args:
+            part: the number of a block, or `OUTSIDE`.
+            tensors: of the files, by key.
+            device: that they are made on.
+
+        Returns:
+            The tensors by their names in the model.
         """
         assert self._loader is not None
         names = list(
@@ -293,30 +358,61 @@ class Checkpoint:
         return self._loader.load(tensors, names, device)
 
     def place(self, part: int, loaded: Mapping[str, torch.Tensor]) -> None:
-        """Give a part what `load` made of it. Raises ModelError for a tensor missing."""
+        """Give a part what `load` made of it.
+
+        Args:
+            part: the number of a block, or `OUTSIDE`.
+            loaded: tensors by their names in the model.
+
+        Raises:
+            ModelError: one is missing.
+        """
         for name, tensor in loaded.items():
             module, leaf, _ = self._place(name)
             self._set_tied(module, leaf, tensor)
         self._check_whole(part)
 
     def put(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        """Put some of the tensors of a part, none of them converted, into the model."""
+        """Put some of the tensors of a part, none of them converted, into the model.
+
+        Args:
+            tensors: of the files, by key.
+            device: that they are put on.
+        """
         for key, tensor in tensors.items():
             self._put(self._targets[key], tensor, device)
 
     def detach(self, part: int) -> None:
-        """Make a part meta again; its tensors are freed."""
+        """Make a part meta again; its tensors are freed.
+
+        Args:
+            part: the number of a block, or `OUTSIDE`.
+        """
         for module, leaf, tensor in self._places[part]:
             _set(module, leaf, tensor)
             if self._loader is not None:
                 quantize.release(module)
 
     def target(self, key: str) -> str:
-        """The name of the parameter or buffer that a key goes to."""
+        """Find the parameter or buffer that a key goes to.
+
+        Args:
+            key: of the checkpoint.
+
+        Returns:
+            Its name in the model.
+        """
         return self._targets[key]
 
     def is_converted(self, part: int) -> bool:
-        """Whether a part's tensors are laid out anew on loading."""
+        """Whether a part's tensors are laid out anew on loading.
+
+        Args:
+            part: the number of a block, or `OUTSIDE`.
+
+        Returns:
+            True where the layout in the files is another one.
+        """
         return part in self._converted
 
     def _put(self, target: str, tensor: torch.Tensor, device: torch.device) -> None:

@@ -55,6 +55,9 @@ def dataset(file: Objects, header: Messages) -> Stored:
         file: the open file.
         header: the messages of the dataset.
 
+    Returns:
+        Shape, type, layout, and places in bytes.
+
     Raises:
         ValueError: it is damaged, or stored otherwise than TheLoom does it.
     """
@@ -90,7 +93,15 @@ def dataset(file: Objects, header: Messages) -> Stored:
 
 
 def external_files(file: Objects, header: Messages) -> list[str]:
-    """The names of other files in which the bytes of a dataset are."""
+    """Name the other files in which the bytes of a dataset are.
+
+    Args:
+        file: the open file.
+        header: the messages of the dataset.
+
+    Returns:
+        Paths as the file spells them; none for a file of TheLoom.
+    """
     message = _once(header).get(objects.EXTERNAL)
     if message is None:
         return []
@@ -102,7 +113,18 @@ def external_files(file: Objects, header: Messages) -> list[str]:
 
 
 def virtual_files(file: Objects, header: Messages) -> set[str]:
-    """The names of the files to which a virtual dataset refers; `.` is the file itself."""
+    """Name the files to which a virtual dataset refers.
+
+    Args:
+        file: the open file.
+        header: the messages of the dataset.
+
+    Returns:
+        Paths as the file spells them; `.` is the file itself.
+
+    Raises:
+        ValueError: a heap is damaged.
+    """
     layout = _once(header)[objects.LAYOUT]
     if layout[:2] != bytes((4, VIRTUAL)):
         return set()
@@ -124,6 +146,9 @@ def attributes(
         file: the open file.
         header: the messages of the object.
         wanted: names of attributes; None: all.
+
+    Returns:
+        Values by name.
 
     Raises:
         ValueError: one is damaged, or of a type that TheLoom does not write.

@@ -81,7 +81,15 @@ class Objects:
             raise CutShortError(self.size, end)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Bytes of the file; all that is read this way together is limited."""
+        """Read bytes of the file; all that is read this way together is limited.
+
+        Args:
+            offset: of the first byte.
+            size: how many.
+
+        Returns:
+            That many bytes.
+        """
         self._left -= size
         if self._left < 0:
             raise ValueError("its metadata is larger than any that TheLoom writes")
@@ -93,7 +101,15 @@ class Objects:
         return data
 
     def read_heap(self, offset: int, size: int) -> bytes:
-        """Bytes of a heap, which have a limit of their own."""
+        """Read bytes of a heap, which have a limit of their own.
+
+        Args:
+            offset: of the first byte.
+            size: how many.
+
+        Returns:
+            That many bytes.
+        """
         self._heaps -= size
         if self._heaps < 0:
             raise ValueError("its heaps are larger than any that TheLoom writes")
@@ -101,11 +117,22 @@ class Objects:
         return self.read(offset, size)
 
     def allow(self, more: int) -> None:
-        """Let `read` take so many bytes more, of what grows with a file's rows."""
+        """Raise the limit of `read`, for what grows with a file's rows.
+
+        Args:
+            more: bytes.
+        """
         self._left += more
 
     def messages(self, address: int) -> Messages:
-        """The messages of an object header: their types and contents."""
+        """Read the messages of an object header.
+
+        Args:
+            address: of the header.
+
+        Returns:
+            Types and contents, in the order of the file.
+        """
         version, _, count, _, size = struct.unpack("<BBHII", self.read(address, 12))
         if version != 1:
             raise ValueError("an object header is damaged")
@@ -126,7 +153,11 @@ class Objects:
         return found
 
     def root(self) -> Messages:
-        """The header of the root group."""
+        """Read the header of the root group.
+
+        Returns:
+            Its messages.
+        """
         return self.messages(self._root)
 
     def links(self, header: Messages) -> Iterator[Link]:
@@ -134,6 +165,9 @@ class Objects:
 
         Args:
             header: its messages.
+
+        Yields:
+            The links, in the order of the file.
         """
         for kind, content in header:
             if kind == SYMBOLS:
@@ -146,7 +180,14 @@ class Objects:
                     raise ValueError("a group has an index that TheLoom does not write")
 
     def find(self, name: str) -> Messages | None:
-        """The header of the object of a name, such as `tokens/input_ids`; None: there is none."""
+        """Find an object by its name.
+
+        Args:
+            name: such as `tokens/input_ids`.
+
+        Returns:
+            The messages of its header; None: there is none.
+        """
         header = self.root()
         for part in name.split("/"):
             link = next((one for one in self.links(header) if one.name == part), None)
@@ -156,7 +197,10 @@ class Objects:
         return header
 
     def datasets(self) -> Iterator[tuple[str, Messages]]:
-        """Every dataset with its header.
+        """Walk through all datasets.
+
+        Yields:
+            The name of each, and the messages of its header.
 
         Raises:
             ValueError: there are links that lead elsewhere, or groups deeper or more than TheLoom
@@ -168,7 +212,10 @@ class Objects:
             yield name, found
 
     def walk(self) -> Iterator[tuple[str, Link | Messages]]:
-        """Every dataset, with its header, and every link that leads elsewhere.
+        """Walk through all datasets, and all links that lead elsewhere.
+
+        Yields:
+            The name of each, and the messages of its header, or the link.
 
         Raises:
             ValueError: there are groups deeper or more than TheLoom writes.
@@ -212,11 +259,14 @@ class Objects:
                 yield self._entry(names, *entry)
 
     def nodes(self, below: list[int], what: str) -> Iterator[tuple[int, bytes, int, int, int]]:
-        """The nodes of a B-tree, each once: address, signature, type, level and number of entries.
+        """Walk through the nodes of a B-tree, each once.
 
         Args:
             below: the addresses of nodes to come, the last first; the caller adds a node's own.
             what: what the tree is the index of, for the message.
+
+        Yields:
+            Address, signature, type, level and number of entries.
 
         Raises:
             ValueError: a node is reached twice.

@@ -76,6 +76,9 @@ def written(path: Path) -> Iterator[Output]:
     Args:
         path: the file; one that is there is replaced.
 
+    Yields:
+        The file, open for writing.
+
     Raises:
         OSError: the disk is full, or fails.
     """

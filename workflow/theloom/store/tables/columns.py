@@ -42,13 +42,22 @@ class Column:
         return len(self.values)
 
     def part(self, documents: slice | np.ndarray) -> "Column":
-        """The column of some documents, by a slice or by their numbers."""
+        """The column of some documents.
+
+        Args:
+            documents: a slice, or their numbers.
+
+        Returns:
+            A column of the same type.
+        """
         null = None if self.null is None else self.null[documents]
         return Column(self.type, self.values[documents], self.names, null)
 
     def array(self) -> np.ndarray:
-        """The values as NumPy has them: int64, float64, bool or texts; masked where there are
-        none. Lists and objects stay texts of JSON.
+        """The values as NumPy has them. Lists and objects stay texts of JSON.
+
+        Returns:
+            (documents,) int64, float64, bool or texts; masked where values are missing.
 
         Examples:
             >>> Column("boolean", np.array([1, 0], "u1")).array().tolist()
@@ -66,7 +75,11 @@ class Column:
         return found if self.null is None else np.ma.array(found, mask=self.null.astype(bool))
 
     def tolist(self) -> list[Any]:
-        """The values as Python has them; None where there is none."""
+        """The values as Python has them.
+
+        Returns:
+            A value for each document; None where there is none.
+        """
         values = self.array().tolist()
         if self.type == "json":
             return [None if value is None else json.loads(value) for value in values]
@@ -78,7 +91,14 @@ def _texts(values: np.ndarray) -> np.ndarray:
 
 
 def described(columns: Mapping[str, Column]) -> list[dict[str, str]]:
-    """What the attribute `columns` says."""
+    """What the attribute `columns` says.
+
+    Args:
+        columns: by name.
+
+    Returns:
+        Name and type of each column, in their order.
+    """
     return [{"name": name, "type": column.type} for name, column in columns.items()]
 
 
@@ -105,6 +125,9 @@ def read(
         listed: what the attribute `columns` says.
         documents: how many there are.
 
+    Returns:
+        The columns by name.
+
     Raises:
         ValueError: a column is damaged.
     """
@@ -128,14 +151,28 @@ def read(
 
 
 def schema(columns: Mapping[str, Column]) -> dict[str, tuple[str, list[str] | None]]:
-    """The type and the names of categories of each column: the same in all shards of a run."""
+    """The type and the names of categories of each column: the same in all shards of a run.
+
+    Args:
+        columns: by name.
+
+    Returns:
+        Type and names of categories by column; None where it is no category.
+    """
     return {
         name: (c.type, None if c.names is None else c.names.tolist()) for name, c in columns.items()
     }
 
 
 def join(parts: list[dict[str, Column]]) -> dict[str, Column]:
-    """The columns of several shards of one schema, one after the other."""
+    """Put the columns of several shards of one schema one after the other.
+
+    Args:
+        parts: the columns by name, of each shard.
+
+    Returns:
+        The columns by name, with the documents of all shards.
+    """
     joined = {}
     for name, column in parts[0].items():
         nulls = None

@@ -25,6 +25,13 @@ def write(file: h5py.File, name: str, texts: Sequence[str]) -> None:
 def read(file: h5py.File, name: str) -> list[str]:
     """Read what `write` wrote.
 
+    Args:
+        file: open for reading.
+        name: of the texts, as `write` had it.
+
+    Returns:
+        The texts.
+
     Raises:
         ValueError: it is damaged.
     """

@@ -19,7 +19,14 @@ TYPES = {
 
 
 def path(name: str) -> str:
-    """The name of the dataset of a table."""
+    """The name of the dataset of a table.
+
+    Args:
+        name: of the table.
+
+    Returns:
+        Its path in the file.
+    """
     return f"tokens/{name}"
 
 
@@ -29,6 +36,12 @@ ROW_TOKEN = "rows/token"
 
 def bytes_of_token(names: Iterable[str]) -> int:
     """Bytes of the tables for one token: its id, document and position, and tables by name.
+
+    Args:
+        names: of the tables that the file has beside ids, documents and positions.
+
+    Returns:
+        Bytes.
 
     Examples:
         >>> bytes_of_token(["special", "char_start", "char_end"])
