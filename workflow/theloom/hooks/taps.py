@@ -63,6 +63,9 @@ class Taps:
     def run(self, **inputs: Any) -> None:
         """One forward pass of the model, up to the deepest block requested. Raises HookError for
         what was not read.
+
+        Args:
+            **inputs: of the model's forward, such as `input_ids`.
         """
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         cache = inputs.get("past_key_values")
