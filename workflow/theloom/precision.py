@@ -59,6 +59,10 @@ def choose_precision(
 
     Returns:
         The precision, with the steps that led to it.
+
+    Examples:
+        >>> choose_precision("fp16", None).resolved
+        'fp16'
     """
     choice = follow(requested, capability, cpu_has_fp16, lacking)
     for step in choice.steps:
@@ -151,6 +155,10 @@ def precision_of(dtype: "torch.dtype") -> str:
 
     Returns:
         `fp32`, `fp16` or `bf16`.
+
+    Examples:
+        >>> precision_of(torch_dtype("fp16"))
+        'fp16'
     """
     return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[
         str(dtype).removeprefix("torch.")

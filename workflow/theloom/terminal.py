@@ -57,6 +57,11 @@ def lines(text: str) -> str:
 
     Returns:
         The lines; all but the first are indented by two more.
+
+    Examples:
+        >>> print(lines("word " * 20))
+        word word word word word word word word word word word word word word word word
+          word word word word
     """
     indent = " " * (2 + len(text) - len(text.lstrip()))
     return fill(

@@ -98,6 +98,10 @@ def members(key: str) -> tuple[Any, ...]:
     Returns:
         Types, NoneType among them where `null` may be given; empty where the schema has no such
         key, such as a group.
+
+    Examples:
+        >>> members("model.source"), members("corpus")
+        ((<class 'str'>,), ())
     """
     annotation = _TYPES.get(key)
     if annotation is None:
@@ -129,6 +133,10 @@ def is_list(key: str) -> bool:
 
     Returns:
         True for lists alone.
+
+    Examples:
+        >>> is_list("corpus.columns"), is_list("corpus.path")
+        (True, False)
     """
     return _TYPES.get(key) == list[str]
 
@@ -174,6 +182,10 @@ def entry(key: str, value: str) -> str:
 
     Raises:
         ConfigError: As `text`.
+
+    Examples:
+        >>> entry("corpus.columns", "label")
+        'label'
     """
     if not value:
         raise ConfigError(f"{key}: an entry of the list is empty; take out a comma, or fill it")
@@ -193,6 +205,10 @@ def scalar(key: str, value: str, whole: str) -> Value:
 
     Raises:
         ConfigError: The value is empty, or not written as a number of the key's type is.
+
+    Examples:
+        >>> scalar("verify.seed", "12", "12"), scalar("corpus.max_tokens", "null", "null")
+        ('12', None)
     """
     types = members(key)
     if value == "null" and (type(None) in types or not types):

@@ -112,6 +112,10 @@ def decoded(text: str) -> list[Assignment]:
 
     Raises:
         ConfigError: The text is nothing that `encoded` made.
+
+    Examples:
+        >>> decoded(encoded(from_text("verify.seed=1")))[0].key
+        'verify.seed'
     """
     try:
         plain = json.loads(base64.urlsafe_b64decode(text.encode()))

@@ -142,6 +142,10 @@ def names_of(attributes: dict[str, Any]) -> list[str]:
 
     Returns:
         The token tables, then the hook points, as paths in the file.
+
+    Examples:
+        >>> names_of({"hooks": '["hook_embed"]'})[-1]
+        'hooks/hook_embed/activations'
     """
     return [*TOKENS, *map(file_format.hook_path, json.loads(attributes["hooks"]))]
 

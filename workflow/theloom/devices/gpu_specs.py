@@ -188,6 +188,11 @@ class GPU:
 
         Returns:
             True where it does.
+
+        Examples:
+            >>> t4 = find("t4")[0]
+            >>> t4.computes("bf16"), t4.computes("fp16"), t4.computes("int8")
+            (False, True, True)
         """
         return self.bf16 if kind == "bf16" else self.fp16 or kind == "fp32"
 
@@ -297,6 +302,10 @@ def find(scheduler_name: str) -> tuple[GPU, ...]:
 
     Returns:
         The boards by memory; empty for an unknown or empty name.
+
+    Examples:
+        >>> [gpu.model for gpu in find("nvidia_l40s")]
+        ['L40S']
     """
     name = _plain(scheduler_name)
     if not name:
@@ -331,6 +340,10 @@ def usable_bytes(name: str, nominal_gb: int) -> int:
 
     Returns:
         Bytes; as seen on such a board where one was, else a share of the nominal memory.
+
+    Examples:
+        >>> usable_bytes("L40S", 48) < 48 * 2**30
+        True
     """
     if seen := _SEEN.get((name, nominal_gb)):
         return int(seen * GIB)

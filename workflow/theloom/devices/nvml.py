@@ -310,6 +310,10 @@ def is_vllm(pid: int, name: str) -> bool:
 
     Returns:
         True by that title, or by its or its parents' command.
+
+    Examples:
+        >>> is_vllm(4711, "VLLM::EngineCore")
+        True
     """
     if name.startswith("VLLM::"):
         return True

@@ -41,6 +41,10 @@ def read(path: Path) -> tuple[float, str] | None:
 
     Returns:
         The share that is done, from 0 to 1, and the words; None where nothing is reported yet.
+
+    Examples:
+        >>> read(Path("no/such/file")) is None
+        True
     """
     try:
         done, total, text = path.read_text(encoding="utf-8").rstrip("\n").split(" ", 2)

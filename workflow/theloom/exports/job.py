@@ -363,6 +363,10 @@ def safe_names(ids: Sequence[str], taken: str = "/\\") -> list[str]:
 
     Raises:
         ConfigError: two ids become one name, or one is no name.
+
+    Examples:
+        >>> safe_names(["a/b", "c"])
+        ['a_b', 'c']
     """
     names = ["".join("_" if c in taken or not c.isprintable() else c for c in i) for i in ids]
     seen: dict[str, str] = {}

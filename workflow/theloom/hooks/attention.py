@@ -74,8 +74,10 @@ class Inside:
 
     `wanted` holds names of values: `attn.hook_rot_q`, `attn.hook_rot_k`, `attn.hook_attn_scores`,
     `attn.hook_pattern`. `read` gets queries and keys as (batch, position, heads, head size), scores
-    and pattern as (batch, heads, position, key), where keys are those that the layer holds. Raises
-    HookError for what the module cannot show.
+    and pattern as (batch, heads, position, key), where keys are those that the layer holds.
+
+    Raises:
+        HookError: the module cannot show one of them.
     """
 
     def __init__(self, core: torch.nn.Module, wanted: Collection[str], read: Reader) -> None:

@@ -57,6 +57,12 @@ def refused(what: str) -> Iterator[None]:
 
     Raises:
         ModelError: with what failed and why.
+
+    Examples:
+        >>> with refused("a model cannot run"):
+        ...     raise ValueError("no size")
+        Traceback (most recent call last):
+        theloom.errors.ModelError: a model cannot run: no size
     """
     try:
         yield

@@ -61,11 +61,13 @@ class Taps:
         self._open.close()
 
     def run(self, **inputs: Any) -> None:
-        """One forward pass of the model, up to the deepest block requested. Raises HookError for
-        what was not read.
+        """Run one forward pass of the model, up to the deepest block requested.
 
         Args:
             **inputs: of the model's forward, such as `input_ids`.
+
+        Raises:
+            HookError: a hook point was not read.
         """
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         cache = inputs.get("past_key_values")

@@ -222,6 +222,10 @@ def residual_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
     Returns:
         (batch, position, hidden size).
+
+    Examples:
+        >>> residual_of((), {RESIDUAL: torch.zeros(1, 2, 8)}).shape
+        torch.Size([1, 2, 8])
     """
     return args[0] if args and isinstance(args[0], torch.Tensor) else kwargs[RESIDUAL]
 
@@ -249,8 +253,10 @@ def cache_that_saw(config: PretrainedConfig, seen: int) -> DynamicCache:
 
 
 class BlockCache(PrefillCache):
-    """The KV cache of one block. Raises ModelError where the block looks at another's, which is not
-    there.
+    """The KV cache of one block.
+
+    Raises:
+        ModelError: the block looks at another's, which is not there.
     """
 
     def __init__(self, config: PretrainedConfig, block: int) -> None:
@@ -453,6 +459,10 @@ def leaf_kind(path: str, value: Any) -> tuple[Any, ...]:
 
     Returns:
         What two calls of the same kind share: path, then shape and dtype, or the type.
+
+    Examples:
+        >>> leaf_kind("mask", torch.zeros(1, 4)), leaf_kind("causal", True)
+        (('mask', (1, 4), torch.float32), ('causal', <class 'bool'>))
     """
     if isinstance(value, torch.Tensor):
         return path, tuple(value.shape), value.dtype

@@ -29,6 +29,10 @@ def nf4_scales(count: int, double: bool = False) -> list[tuple[int, int]]:
 
     Returns:
         Of each tensor its elements and the bytes of one.
+
+    Examples:
+        >>> nf4_scales(6400, double=False)
+        [(100, 4)]
     """
     scales = -(-count // NF4_BLOCK)
     if not double:

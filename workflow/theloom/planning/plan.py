@@ -36,6 +36,10 @@ def max_batch_tokens(device: str) -> int:
 
     Returns:
         Tokens at most; of an unknown GPU as of CUDA.
+
+    Examples:
+        >>> max_batch_tokens("cpu") == MAX_BATCH_TOKENS["cpu"]
+        True
     """
     return MAX_BATCH_TOKENS.get(device, MAX_BATCH_TOKENS["cuda"])
 

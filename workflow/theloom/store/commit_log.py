@@ -50,6 +50,10 @@ def is_valid(log_record: np.ndarray) -> bool:
 
     Returns:
         False for one that is empty, or whose checksum is another.
+
+    Examples:
+        >>> is_valid(record(batches=1, rows=10, digest=7)), is_valid(np.zeros((), RECORD))
+        (True, False)
     """
     batches, rows, digest, checksum = log_record.tolist()
     return bool(batches) and checksum == int(record(batches, rows, digest)["checksum"])
@@ -63,6 +67,10 @@ def committed(log_records: np.ndarray) -> int:
 
     Returns:
         The count of its last valid record; 0 if there is none.
+
+    Examples:
+        >>> committed(np.array([record(1, 10, 7), record(2, 20, 8), np.zeros((), RECORD)]))
+        2
     """
     return next((int(r["batches"]) for r in log_records[::-1] if is_valid(r)), 0)
 
@@ -93,6 +101,10 @@ def cells_by_batch(batch_of: np.ndarray, batches: int) -> list[np.ndarray]:
 
     Returns:
         For each batch its cells in ascending order.
+
+    Examples:
+        >>> [cells.tolist() for cells in cells_by_batch(np.array([[1], [2], [1]]), 2)]
+        [[0, 2], [1]]
     """
     order = np.argsort(batch_of, axis=None, kind="stable")
     bounds = np.searchsorted(batch_of.reshape(-1)[order], np.arange(1, batches + 2))

@@ -131,6 +131,10 @@ def tensor_from_bits(array: np.ndarray, precision: str) -> "torch.Tensor":
 
     Returns:
         A tensor of the same shape over the same memory.
+
+    Examples:
+        >>> tensor_from_bits(np.array([0x3F80], "<u2"), "bf16")
+        tensor([1.], dtype=torch.bfloat16)
     """
     import torch
 
@@ -285,6 +289,10 @@ def is_full(error: Exception) -> bool:
 
     Returns:
         True where the disk or the quota is full.
+
+    Examples:
+        >>> is_full(OSError(errno.ENOSPC, "No space left on device")), is_full(ValueError("shape"))
+        (True, False)
     """
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(
@@ -336,6 +344,10 @@ def damaged_error(path: str | Path, error: Exception) -> StoreError:
 
     Returns:
         The error, to be raised.
+
+    Examples:
+        >>> print(damaged_error("a.h5", KeyError("metrics")))
+        a.h5: is damaged (it lacks 'metrics'); run the pipeline again, or fetch the file again
     """
     what = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, KeyError):

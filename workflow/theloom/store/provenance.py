@@ -57,6 +57,10 @@ def package_version(package: str) -> str | None:
 
     Returns:
         The version; None where it is not installed.
+
+    Examples:
+        >>> package_version("no-such-package") is None
+        True
     """
     try:
         return version(package)
@@ -93,6 +97,10 @@ def without_home(value: Any) -> Any:
 
     Returns:
         A copy; other values are left as they are.
+
+    Examples:
+        >>> without_home([str(Path.home() / "texts"), 3])
+        ['~/texts', 3]
     """
     if isinstance(value, str):
         home = str(Path.home())

@@ -73,6 +73,10 @@ def bytes_on_device(device: str, largest: int) -> int:
 
     Returns:
         Bytes.
+
+    Examples:
+        >>> bytes_on_device("cuda", 1000)
+        2000
     """
     return ring_bytes(device, largest) + WRITER_BYTES if device == "cpu" else IN_FLIGHT * largest
 

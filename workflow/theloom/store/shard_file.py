@@ -37,6 +37,10 @@ def bytes_of_window(hooks: int) -> int:
 
     Returns:
         Bytes.
+
+    Examples:
+        >>> bytes_of_window(hooks=3)
+        36
     """
     return hooks * (8 + 4)
 

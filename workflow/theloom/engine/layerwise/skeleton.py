@@ -46,9 +46,12 @@ from theloom.precision import torch_dtype
 
 
 class Shell(Frame):
-    """The shell of a model in a folder. Raises ModelError where it cannot be built so.
+    """The shell of a model in a folder.
 
     `enter` and `record` need the embeddings: `with shell.embedded(source)`.
+
+    Raises:
+        ModelError: it cannot be built so.
     """
 
     def __init__(

@@ -26,6 +26,10 @@ def path(name: str) -> str:
 
     Returns:
         Its path in the file.
+
+    Examples:
+        >>> path("role")
+        'tokens/role'
     """
     return f"tokens/{name}"
 
