@@ -66,18 +66,11 @@ def _hooks(arguments: argparse.Namespace) -> None:
         report = {"model": settings.model.source, "dtype": arguments.dtype, "tokens": keys}
         print(json.dumps(report | {"hooks": found, "unsupported": catalog.unsupported}, indent=2))
         return
-    blocks = estimator.size.num_blocks
-    print(
-        f"{settings.model.source}: {blocks} blocks, width {estimator.size.hidden_size:,}, rows in {arguments.dtype}\n"
-    )
+    blocks, width = estimator.size.num_blocks, estimator.size.hidden_size
+    print(f"{settings.model.source}: {blocks} blocks, width {width:,}, rows in {arguments.dtype}\n")
     rows = [
-        [
-            name,
-            len(group),
-            " × ".join(map(str, group[0].row(keys))),
-            f"{size * group[0].width(keys):,}",
-        ]
-        for name, group in grouped(points, blocks)
+        [name, len(g), " × ".join(map(str, g[0].row(keys))), f"{size * g[0].width(keys):,}"]
+        for name, g in grouped(points, blocks)
     ]
     print(table(rows, ["hook point", "points", "row", "bytes per token"], (1, 2, 3)))
     total = size * sum(p.width(keys) for p in points)
