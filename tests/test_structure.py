@@ -15,6 +15,7 @@ PACKAGES = [
     "model",
     "store",
     "dataset",
+    "pairs",
     "exports",
     "corpus",
     "memory",

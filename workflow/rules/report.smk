@@ -5,7 +5,9 @@ rule figures:
     input:
         [figure for run in RUNS for figure in figures_of(run)],
         expand("results/{run}/report.html", run=RUNS),
-        ["results/_runs/figures/runs.svg"] if len(RUNS) > 1 else [],
+        [f"results/_runs/figures/{name}.svg" for name in report_groups.GROUPS["runs"]]
+        if len(RUNS) > 1
+        else [],
     localrule: True
     message:
         "all figures are drawn"

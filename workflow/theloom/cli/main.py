@@ -16,6 +16,7 @@ import theloom
 from theloom.cli.estimate import add_estimate
 from theloom.cli.export import add_export
 from theloom.cli.files import add_store
+from theloom.cli.hooks import add_hooks
 from theloom.cli.project import add_init
 from theloom.cli.run import add_report, add_run
 from theloom.errors import TheLoomError
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add_run(commands)
     add_report(commands)
     add_estimate(commands)
+    add_hooks(commands)
     add_store(commands)
     add_export(commands)
     add_init(commands)

@@ -8,20 +8,28 @@ block_rows / rows. A larger buffer, or smaller blocks, mix better.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-if TYPE_CHECKING:
-    from theloom.dataset.reader import ActivationsReader
-
-
 Batch = torch.Tensor | dict[str, torch.Tensor]
 
 BLOCK_ROWS = 128
 BUFFER_ROWS = 1 << 14
+
+
+class RowSource(Protocol):
+    """What batches are read from: a dataset, or several of the same tokens."""
+
+    def __len__(self) -> int:
+        """Rows."""
+        ...
+
+    def rows_of(self, name: str) -> Any:
+        """The rows of one column, as `theloom.dataset.rows.Rows` reads them."""
+        ...
 
 
 class RowBatches(IterableDataset[Batch]):
@@ -51,7 +59,7 @@ class RowBatches(IterableDataset[Batch]):
 
     def __init__(
         self,
-        activations: "ActivationsReader",
+        activations: RowSource,
         hooks: str | Sequence[str],
         batch_size: int,
         *,

@@ -299,6 +299,13 @@ class ActivationsReader:
         """The files that hold the rows: the shards of a virtual dataset, else this file itself."""
         return [p.path for p in self._parts]
 
+    @property
+    def checksums(self) -> list[bytes]:
+        """The checksums of each of `files`: three uint64, as `theloom.store.checksums` numbers
+        them.
+        """
+        return [p.file.checksums for p in self._parts]
+
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
         """By hook point: count, mean and variance of each element of a row; the mean norm; the

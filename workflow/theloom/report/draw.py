@@ -13,7 +13,7 @@ from theloom.config.schema import Config, ReportConfig
 from theloom.dataset import token_text
 from theloom.dataset.activations import open_activations
 from theloom.errors import ConfigError
-from theloom.report import attention, memory, probe, runs, speed, style
+from theloom.report import attention, layers, memory, probe, runs, speed, style
 from theloom.report.states import (
     draw_massive,
     draw_norms,
@@ -131,13 +131,17 @@ def draw_attention(config: Config, activations: Path, folder: Path) -> None:
 
 
 def draw_runs(folders: Sequence[Path], folder: Path) -> None:
-    """Draw a comparison of several runs.
+    """Draw comparisons of several runs: error, memory and speed, and hidden states by layer.
 
     Args:
         folders: folders of the runs.
         folder: where the figures go.
     """
     style.save(runs.side_by_side(runs.compare(list(folders))), folder / "runs")
+    names = [f.name for f in folders]
+    differences = layers.measure(list(folders))
+    labels = [runs.own_part(d.run, names) for d in differences]
+    style.save(layers.draw(differences, names[0], labels), folder / "layers")
 
 
 def _title(config: Config, folder: Path) -> str:

@@ -18,7 +18,10 @@ GROUPS = {
     },
     "attention": {"attention": "Attention patterns"},
     "probe": {"probe": "Accuracy of a linear probe by hook point"},
-    "runs": {"runs": "Comparison of runs"},
+    "runs": {
+        "runs": "Comparison of runs",
+        "layers": "Cosine similarity and norms by layer, between runs",
+    },
 }
 
 

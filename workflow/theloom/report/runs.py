@@ -173,7 +173,7 @@ def side_by_side(compared: list[Compared]) -> Drawn:
         ],
     )
     labels = [
-        f"{_own_part(n, names)}\n({c.precision}, stored as {c.stored})"
+        f"{own_part(n, names)}\n({c.precision}, stored as {c.stored})"
         for n, c in zip(names, compared, strict=True)
     ]
     height = 1.8 + 0.55 * len(compared)
@@ -212,8 +212,20 @@ def side_by_side(compared: list[Compared]) -> Drawn:
     return Drawn(drawing, table)
 
 
-def _own_part(name: str, names: list[str]) -> str:
-    """A run's name without the overrides that all runs share."""
+def own_part(name: str, names: list[str]) -> str:
+    """A run's name without the overrides that all runs share.
+
+    Args:
+        name: of the run.
+        names: of all runs.
+
+    Returns:
+        The rest; the name's first part where nothing is left.
+
+    Examples:
+        >>> own_part("tiny+a=1+b=2", ["tiny+a=1+b=2", "tiny+a=3+b=2"])
+        'a=1'
+    """
     shared = set.intersection(*(set(n.split("+")) for n in names)) if len(names) > 1 else set()
     own = [part for part in name.split("+") if part not in shared]
     return "+".join(own) or name.split("+")[0]

