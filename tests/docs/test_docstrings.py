@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import re
 import shutil
 
 import pytest
@@ -50,7 +51,7 @@ cli/project.py cli/run.py corpus/batching.py corpus/chat.py corpus/columns.py co
 corpus/encoding.py corpus/formats/arrow_files.py corpus/formats/decoding.py corpus/formats/fasta.py
 corpus/formats/tables.py corpus/hub.py corpus/kept.py corpus/prompts.py corpus/rows.py
 corpus/text_files.py corpus/tokenizer.py corpus/tokens.py corpus/vocabulary.py
-dataset/activations.py engine/batch_loop.py engine/context.py engine/layerwise/model.py
+dataset/activations.py dataset/batches.py engine/batch_loop.py engine/context.py engine/layerwise/model.py
 engine/layerwise/runner.py engine/model_record.py engine/resident.py extraction/chosen.py
 extraction/kept.py extraction/padding.py extraction/request.py extraction/result.py hooks/locate.py
 hooks/points.py hooks/sites.py model/checkpoint/classes.py model/checkpoint/folder.py
@@ -65,21 +66,17 @@ verification/comparison.py verification/fp32.py verification/recorded.py
 NOTHING = {"None", "Iterator[None]", "NoReturn", "Never"}
 
 
-def _has(doc: str, section: str) -> bool:
-    return f"\n{section}:\n" in doc
-
-
 def _lacking(function: ast.FunctionDef) -> list[str]:
-    """Which sections a function's docstring lacks; of a property, a docstring."""
+    """Parameters that a docstring does not tell of, or tells of in vain, and "Returns"."""
     doc, a = ast.get_docstring(function) or "", function.args
     if any("property" in ast.unparse(d) for d in function.decorator_list):
         return [] if doc else ["a docstring"]
     parameters = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
-    lacking = []
-    if any(p.arg not in ("self", "cls") for p in parameters) and not _has(doc, "Args"):
-        lacking.append("Args")
+    told = doc.partition("\nArgs:\n")[2].partition("\n\n")[0]
+    names = set(re.findall(r"^ {4}\**(\w+):", told, re.MULTILINE))
+    lacking = sorted(names ^ {p.arg for p in parameters if p.arg not in ("self", "cls")})
     returns = function.returns is not None and ast.unparse(function.returns) not in NOTHING
-    if returns and not _has(doc, "Returns") and not _has(doc, "Yields"):
+    if returns and not re.search(r"^(Returns|Yields):$", doc, re.MULTILINE):
         lacking.append("Returns")
     return lacking
 

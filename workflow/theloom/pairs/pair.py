@@ -167,9 +167,16 @@ class Pair:
     def dataset(
         self, hooks: "str | Sequence[str] | Mapping[str, str]", batch_size: int, **others: Any
     ) -> RowBatches:
-        """The batches as an IterableDataset, for DataLoader(pair.dataset(…), batch_size=None).
+        """The batches as an IterableDataset, for DataLoader(pair.dataset(…), batch_size=None). It
+        raises the same errors as `batches`.
 
-        Takes the arguments of `batches`, and raises the same errors.
+        Args:
+            hooks: as of `batches`.
+            batch_size: rows of a batch.
+            **others: the other arguments of `batches`.
+
+        Returns:
+            The dataset.
         """
         if not isinstance(hooks, Mapping):
             return RowBatches(_Columns(self, None), hooks, batch_size, **others)
@@ -241,7 +248,14 @@ class PairRows:
             out[:, number] = rows.numpy(slice(start, start + len(out)))
 
     def tensor(self, bits: np.ndarray) -> "torch.Tensor":
-        """A tensor in the stored dtype over the memory of an array of bits."""
+        """A tensor in the stored dtype over the memory of an array of bits.
+
+        Args:
+            bits: what a read returned: integers of the width of an element.
+
+        Returns:
+            A tensor of the same shape; nothing is copied.
+        """
         return self._rows[0].tensor(bits)
 
 
