@@ -31,7 +31,7 @@ PRELOADED = (
     "theloom.pipeline.extract_shard",
     "theloom.pipeline.load_model",
     "theloom.report.draw",
-    "theloom.verification.verify",
+    "theloom.verification.in_parts",
 )
 
 

@@ -29,9 +29,10 @@ PREPARED = {"estimate": "estimate.h5", "model": "model.h5", "tokens": "tokens.h5
 
 def script(name, config, output, **inputs):
     job = {"script": name, "input": {"config": f"{config}.json", **inputs}, "output": output}
-    return job | {"wildcards": {"shard": 0}}
+    return job | {"wildcards": {"shard": 0, "part": 0, "parts": 1}}
 
 
+CHECKED, RECOMPUTED = (f"verification/{kind}.h5" for kind in ("rows", "documents"))
 MERGED = {"activations": "activations.h5"}
 DRAWN = {"first": "figures/first.svg"}  # a report's script takes the folder alone of its outputs
 JOBS = {
@@ -45,7 +46,26 @@ JOBS = {
     "extract_shard": script("extract_shard", "extract", {"shard": SHARD}, **PREPARED),
     "merge_shards": script("merge_shards", "merge", MERGED, shards=[SHARD]),
     "verify": script(
-        "verify", "verify", {"verification": "verification.h5"}, model="model.h5", **MERGED
+        "verify",
+        "verify",
+        {"verification": "verification.h5"},
+        model="model.h5",
+        rows=[],
+        documents=[],
+        **MERGED,
+    ),
+    "check_rows": script("check_rows", "verify", {"counts": CHECKED}, **MERGED),
+    "recompute_documents": script(
+        "recompute_documents", "verify", {"errors": RECOMPUTED}, model="model.h5", **MERGED
+    ),
+    "gather_verification": script(
+        "verify",
+        "verify",
+        {"verification": "gathered.h5"},
+        model="model.h5",
+        rows=[CHECKED],
+        documents=[RECOMPUTED],
+        **MERGED,
     ),
     "report_memory": script(
         "report_memory", "report", DRAWN, estimate="estimate.h5", model="model.h5"

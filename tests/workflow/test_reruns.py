@@ -11,6 +11,7 @@ import time
 import pytest
 import theloom
 from support import copy_project
+from theloom.verification import recorded
 
 
 @pytest.fixture
@@ -51,6 +52,11 @@ EXTRACTION = {"estimate_memory": 1, "extract_shard": 2, **REST}
         ),
         ("extraction:", "extraction: # a remark", {}),
         ("extraction:", "verify: {documents: 3}\nextraction:", {"freeze_config": 1, "verify": 1}),
+        (
+            "extraction:",
+            "verify: {jobs: 2}\nextraction:",
+            {"check_rows": 2, "recompute_documents": 2, "verify": 1},
+        ),
         ("extraction:", "store: {merge: physical}\nextraction:", {"freeze_config": 1, **REST}),
         ("extraction:", "resources: {mem_mb: 999}\nextraction:", {}),
         (
@@ -96,7 +102,7 @@ def test_a_shard_that_is_deleted_is_made_anew(finished):
 
 
 def test_an_edit_during_a_run_changes_nothing_in_it(tiny):
-    command = tiny.command(profiles="tiny")
+    command = tiny.command(profiles="tiny", overrides="verify.jobs=2")
     running = subprocess.Popen(
         command, cwd=tiny.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -116,6 +122,8 @@ def test_an_edit_during_a_run_changes_nothing_in_it(tiny):
     acts = theloom.open(tiny.results("tiny") / "activations.h5")
     assert acts.attributes["chunk_size"] == "[64, 64]"
     assert len(acts) == 3000
+    assert recorded.read(tiny.results("tiny") / "verification.h5").documents == 8
+    assert not list(tiny.results("tiny").glob("verification/*/*.h5"))  # gathered
 
 
 def test_planning_imports_neither_torch_nor_transformers(project):

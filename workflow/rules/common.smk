@@ -13,7 +13,7 @@ from pathlib import Path
 from snakemake.cli import parse_config
 from snakemake.common.tbdstring import TBDString
 
-from theloom.config import locations
+from theloom.config import locations, sharding
 from theloom.config.compose import runs as composed_runs
 from theloom.config.frozen import freeze
 from theloom.devices import host
@@ -47,6 +47,8 @@ wildcard_constraints:
     run="[^/]+",
     shard=r"\d+",
     shards=r"\d+",
+    part=r"\d+",
+    parts=r"\d+",
 
 
 def compose():
@@ -120,7 +122,7 @@ def resource(name, times=lambda wildcards, attempt: 1):
         value = requested_resources(wildcards.run)[name]
         if isinstance(value, TBDString):
             return value
-        return value * times(wildcards, attempt) if value else nothing
+        return (value * times(wildcards, attempt) if value else nothing) or nothing
 
     return evaluate
 
@@ -190,6 +192,36 @@ def sampled_shards(wildcards):
         return []
     count = stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
     return [f"results/{wildcards.run}/answers/{n:05d}-of-{count:05d}.h5" for n in range(count)]
+
+
+def verification_jobs(run):
+    """How many jobs check rows of a run, and how many recompute documents."""
+    return sharding.verification_jobs(
+        stage(run, "resources")["config"]["verify"]["jobs"],
+        stage(run, "merge")["config"]["extraction"]["shards"],
+        stage(run, "verify")["config"]["verify"]["documents"],
+    )
+
+
+def verifies_alone(wildcards, attempt=1):
+    """Whether one job verifies the run; the gather of several jobs holds no model."""
+    return verification_jobs(wildcards.run) == (1, 1)
+
+
+def parts_of(run, kind, count):
+    return [f"results/{run}/verification/{kind}/{n:05d}-of-{count:05d}.h5" for n in range(count)]
+
+
+def checked_rows(wildcards):
+    """Input function: what the jobs found that check rows; none where one job verifies the run."""
+    count, _ = verification_jobs(wildcards.run)
+    return [] if verifies_alone(wildcards) else parts_of(wildcards.run, "rows", count)
+
+
+def recomputed_documents(wildcards):
+    """Input function: what the jobs found that recompute documents."""
+    _, count = verification_jobs(wildcards.run)
+    return [] if verifies_alone(wildcards) else parts_of(wildcards.run, "documents", count)
 
 
 def delivered_shards(run):

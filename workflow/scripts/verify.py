@@ -1,4 +1,6 @@
-"""Recompute sampled documents with plain transformers, and check every stored row's hash."""
+"""Recompute sampled documents with plain transformers, and check every stored row's hash; or gather
+what the jobs of parts found.
+"""
 
 from pathlib import Path
 
@@ -9,12 +11,18 @@ with job(snakemake.log[0], snakemake.threads):
     from theloom.devices import gpu_lease
 
     config = load_frozen(snakemake.input.config)
-    with gpu_lease.of_job(snakemake.resources, config.extraction.device):
-        from theloom.verification.verify import verify_run
+    activations, model = Path(snakemake.input.activations), Path(snakemake.input.model)
+    output = Path(snakemake.output.verification)
+    if snakemake.input.rows:
+        from theloom.verification.in_parts import gather
 
-        verify_run(
-            config,
-            Path(snakemake.input.activations),
-            Path(snakemake.input.model),
-            Path(snakemake.output.verification),
+        rows, documents = (
+            [Path(part) for part in parts]
+            for parts in (snakemake.input.rows, snakemake.input.documents)
         )
+        gather(activations, model, rows, documents, output)
+    else:
+        with gpu_lease.of_job(snakemake.resources, config.extraction.device):
+            from theloom.verification.verify import verify_run
+
+            verify_run(config, activations, model, output, snakemake.threads)

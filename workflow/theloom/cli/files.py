@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -154,7 +155,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     acts = activations.open_activations(arguments.file, arguments.allow)
     damaged = damaged_parts(acts)
-    wrong, nonfinite = check_hashes(acts)
+    wrong, nonfinite = check_hashes(acts, threads=len(os.sched_getaffinity(0)))
     report_damage(acts, damaged, wrong)
     recomputed = _recompute(acts, arguments) if arguments.recompute else None
     if recomputed:
@@ -193,7 +194,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _recompute(acts: "Activations", arguments: argparse.Namespace) -> "Recomputation":
-    from theloom.verification.verify import recompute
+    from theloom.verification.recompute import recompute
 
     folders = [acts.path.parent, acts.path.parent.parent]
     model_path = next((f / "model.h5" for f in folders if (f / "model.h5").is_file()), None)

@@ -36,6 +36,7 @@ def check(config: Config) -> None:
         "corpus.max_tokens": config.corpus.max_tokens,
         "corpus.context_length": config.corpus.context_length,
         "verify.documents": config.verify.documents,
+        "verify.jobs": config.verify.jobs,
         "report.sampled_rows": config.report.sampled_rows,
         "report.map_rows": config.report.map_rows,
         "resources.threads": config.resources.threads,

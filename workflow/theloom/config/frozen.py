@@ -57,7 +57,8 @@ def decides_no_row(key: str) -> bool:
         >>> decides_no_row("extraction.batch_tokens"), decides_no_row("memory.precision_mode")
         (True, False)
     """
-    return key in (*_PLAN, *BESIDE_THE_RESULT) or key.startswith("resources.")
+    beside = (*_PLAN, *BESIDE_THE_RESULT, "verify.jobs")
+    return key in beside or key.startswith("resources.")
 
 
 _MODEL_FILES = (
@@ -145,7 +146,15 @@ STAGES: dict[str, Stage] = {
         )
     ),
     "merge": Stage(("store.merge", "extraction.shards")),
-    "verify": Stage((*_LOADING, "verify")),
+    "verify": Stage(
+        (
+            *_LOADING,
+            "verify.documents",
+            "verify.tolerance",
+            "verify.seed",
+            "verify.compare_to_fp32",
+        )
+    ),
     "source": Stage(
         (
             *_MODEL_FILES,
@@ -158,7 +167,7 @@ STAGES: dict[str, Stage] = {
         )
     ),
     "report": Stage(("report",)),
-    "resources": Stage(("resources",)),
+    "resources": Stage(("resources", "verify.jobs")),
 }
 
 

@@ -315,6 +315,11 @@ class VerifyConfig:
         "quantised runs: load the model in FP32 too, where it fits, and record the residuals' "
         "cosine similarity",
     )
+    jobs: int | None = key(
+        None,
+        "so many jobs check rows, each a group of shards, and so many recompute documents; null: "
+        "one does all, or one for each 100 shards checks rows",
+    )
 
 
 @dataclass

@@ -20,6 +20,7 @@ CPU_THREAD_TFLOPS = 0.06
 SECONDS_OF_SHARD = 600
 MIN_SHARDS, MAX_SHARDS = 2, 1000  # a virtual dataset opens every shard's file
 TOKENS_OF_SHARD = 250_000  # of a model whose numbers are not known before it is looked at
+SHARDS_OF_VERIFICATION = 100  # whose rows one job checks
 SHARDS_OF_UNKNOWN = 8  # of a corpus whose tokens are not known
 
 
@@ -75,3 +76,26 @@ def shards(config: Config) -> int:
     speed = tokens_per_second(config)
     tokens = TOKENS_OF_SHARD if speed is None else max(1, int(speed * SECONDS_OF_SHARD))
     return max(least, min(-(-config.corpus.max_tokens // tokens), MAX_SHARDS))
+
+
+def verification_jobs(jobs: int | None, shards: int, documents: int) -> tuple[int, int]:
+    """How many jobs verify a run.
+
+    Args:
+        jobs: What `verify.jobs` requests.
+        shards: Shards of the run.
+        documents: Documents to recompute.
+
+    Returns:
+        The jobs that check rows, and those that recompute documents; where both are 1, one job does
+        it all.
+
+    Examples:
+        >>> verification_jobs(None, 2, 8), verification_jobs(None, 1000, 8)
+        ((1, 1), (10, 1))
+        >>> verification_jobs(20, 1000, 8)
+        (20, 8)
+    """
+    if jobs is None:
+        return max(1, -(-shards // SHARDS_OF_VERIFICATION)), 1
+    return min(jobs, max(1, shards)), min(jobs, documents)

@@ -1,17 +1,22 @@
 """What `theloom inspect` shows of a dataset, and the checks of `theloom verify` without a model."""
 
 import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from theloom.dataset.activations import Activations
+from theloom.dataset.rows import Rows
 from theloom.errors import StoreError
 from theloom.hooks.points import SCORES
 from theloom.store import checksums, commit_log, file_format, index
+from theloom.store.nonfinite import count_nonfinite
 
 _PROVENANCE = (
     "model_",
@@ -117,56 +122,76 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_BYTES_AT_ONCE = 1 << 24  # of rows in memory
+_BYTES_AT_ONCE = 1 << 20  # of rows in memory, in each thread: a core's cache holds them
 
 
-def check_hashes(acts: Activations) -> tuple[list[int], np.ndarray]:
+def check_hashes(
+    acts: Activations, windows: range | None = None, threads: int = 1
+) -> tuple[list[int], np.ndarray]:
     """Compare every row with the hash that was written.
 
     Args:
         acts: the dataset.
+        windows: numbers of the windows to check; None: all.
+        threads: that read and hash, window by window.
 
     Returns:
         The numbers of the windows whose rows differ, and the number of nonfinite values by hook
         point, (hook points,) int64.
     """
-    import torch
+    windows = range(len(acts.window_document)) if windows is None else windows
+    waiting, stop = iter(windows), Event()
+    hooks = [(acts[h], h.endswith(SCORES)) for h in acts.hooks]  # -inf: scores of masked keys
 
-    wrong: list[int] = []
-    nonfinite = np.zeros(len(acts.hooks), "<i8")
-    readers = [acts[h] for h in acts.hooks]
-    masked = [h.endswith(SCORES) for h in acts.hooks]  # scores of masked keys are -inf
-    for window in range(len(acts.window_document)):
-        begin, end = (int(r) for r in acts.window_offset[window : window + 2])
-        for number, reader in enumerate(readers):
-            state = xxhash.xxh3_64()
-            try:
-                step = max(1, _BYTES_AT_ONCE * len(reader) // max(1, reader.nbytes))
-                for start in range(begin, end, step):
-                    rows = reader[start : min(start + step, end)]
-                    state.update(file_format.raw_bytes(rows))
-                    nonfinite[number] += int(
-                        (~torch.isfinite(rows) & ~(masked[number] & rows.isneginf())).sum()
-                    )
-            except StoreError:  # a packed chunk that cannot be unpacked
-                state.reset()
-            if state.intdigest() != acts.window_hash[window, number]:
-                wrong.append(window)
+    def work() -> tuple[list[int], np.ndarray]:
+        wrong, nonfinite = list[int](), np.zeros(len(hooks), "<i8")
+        for window in waiting:  # whose `next` is one step of the interpreter: no window comes twice
+            if stop.is_set():
                 break
-    return wrong, nonfinite
+            rows = range(*(int(r) for r in acts.window_offset[window : window + 2]))
+            for number, (reader, masked) in enumerate(hooks):
+                digest, count = _hash_of(reader, rows, acts.precision, masked)
+                nonfinite[number] += count
+                if digest != acts.window_hash[window, number]:
+                    wrong.append(window)
+                    break
+        return wrong, nonfinite
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            results = [w.result() for w in [pool.submit(work) for _ in range(threads)]]
+        finally:
+            stop.set()  # an error or a signal: threads end with their window
+    wrong = sorted(window for found, _ in results for window in found)
+    return wrong, np.sum([counted for _, counted in results], axis=0)
 
 
-def damaged_parts(acts: Activations) -> list[str]:
+def _hash_of(reader: Rows, rows: range, precision: str, masked: bool) -> tuple[int, int]:
+    """The hash of rows, and how many of their values are nonfinite."""
+    state, count = xxhash.xxh3_64(), 0
+    step = max(1, _BYTES_AT_ONCE * len(reader) // max(1, reader.nbytes))
+    try:
+        for start in rows[::step]:
+            bits = reader.numpy(slice(start, min(start + step, rows.stop)))
+            state.update(bits.data.cast("B") if bits.size else b"")
+            count += count_nonfinite(bits, precision, masked)
+    except StoreError:  # a packed chunk that cannot be unpacked
+        state.reset()
+    return state.intdigest(), count
+
+
+def damaged_parts(acts: Activations, files: Iterable[Path] | None = None) -> list[str]:
     """Check all of a dataset but its rows: metadata, tables and logs of the file and its shards.
 
     Args:
         acts: the dataset.
+        files: of those, the ones to check; None: all.
 
     Returns:
         A line for each damaged file, which names its damaged parts.
     """
     damaged = []
-    for path in dict.fromkeys([acts.path, *acts.files]):
+    for path in dict.fromkeys([acts.path, *acts.files] if files is None else files):
         try:
             with file_format.reading(path) as file:
                 listed = index.of(file, path)

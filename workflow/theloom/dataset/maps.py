@@ -10,6 +10,7 @@ import weakref
 from collections import OrderedDict
 from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,6 +30,7 @@ class Maps:
     def __init__(self) -> None:
         self._mapped: dict[Path, np.ndarray] = {}
         self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._lock = Lock()  # threads may read the same dataset
 
     def rows(self, part: Part, name: str, width: tuple[int, ...], dtype: np.dtype) -> Any:
         """The rows of a dataset in one file.
@@ -49,10 +51,11 @@ class Maps:
         shape, offset = (part.count(name), *width), part.offsets[name]
         if offset < 0:
             return PackedRows(partial(self._opened, part), part.path, name, shape, dtype)
-        if part.path not in self._mapped:
-            with part.file.open() as file:
-                self._mapped[part.path] = mapped(file.fileno())
-        whole = self._mapped[part.path]
+        with self._lock:
+            if part.path not in self._mapped:
+                with part.file.open() as file:
+                    self._mapped[part.path] = mapped(file.fileno())
+            whole = self._mapped[part.path]
         size = math.prod(shape) * dtype.itemsize
         if min(len(whole), _size_now(part.path, len(whole))) < offset + size:
             raise StoreError(
@@ -62,14 +65,15 @@ class Maps:
 
     def _opened(self, part: Part) -> BinaryIO:
         """A packed file; it is closed once nobody reads it and others were read since."""
-        file = self._open.get(part.path)
-        if file is None:
-            file = self._open[part.path] = part.file.open()
-            if len(self._open) > _OPEN:
-                self._open.popitem(last=False)
-        else:
-            self._open.move_to_end(part.path)
-        return file
+        with self._lock:
+            file = self._open.get(part.path)
+            if file is None:
+                file = self._open[part.path] = part.file.open()
+                if len(self._open) > _OPEN:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(part.path)
+            return file
 
     def __reduce__(self) -> tuple[type["Maps"], tuple[()]]:
         return Maps, ()  # another process opens the files itself, and checks them again

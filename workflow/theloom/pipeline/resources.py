@@ -310,10 +310,12 @@ def _minutes(settings: Config, estimated: Estimate, store: str) -> dict[str, int
         return {}
     rows = tokens if estimated.rows is None else estimated.rows
     loading, reading = bf16 / READING, rows * estimated.row_bytes[store] / READING
-    sampled = settings.verify.documents * estimated.context_length / speed
+    documents = settings.verify.documents
+    sampled = documents * estimated.context_length / speed
+    checking, computing = sharding.verification_jobs(settings.verify.jobs, shards, documents)
     seconds = {
         "runtime": loading + tokens / shards / speed,
-        "verify_runtime": loading + reading + sampled,
+        "verify_runtime": loading + reading / checking + sampled / computing,
     }
     return {name: STARTING + math.ceil(SAFETY_FACTOR * s / 60) for name, s in seconds.items()}
 

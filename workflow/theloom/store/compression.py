@@ -228,6 +228,7 @@ class PackedRows:
             raise StoreError(f"{path}: its {name} lacks chunks; run the pipeline again")
         self._chunks = stored.places
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -242,9 +243,10 @@ class PackedRows:
         return out
 
     def _chunk(self, number: int) -> np.ndarray:
-        if number in self._cache:
-            self._cache.move_to_end(number)
-            return self._cache[number]
+        with self._lock:
+            if number in self._cache:
+                self._cache.move_to_end(number)
+                return self._cache[number]
         offset, size = self._chunks[number]
         elements = self._step * int(np.prod(self._shape[1:]))
         needed = elements * self._dtype.itemsize
@@ -259,9 +261,10 @@ class PackedRows:
                 f"{self._path}: rows from {number * self._step} on are damaged ({error})"
             ) from None
         rows = np.ascontiguousarray(plain).view(self._dtype).reshape(self._step, *self._shape[1:])
-        self._cache[number] = rows
-        if len(self._cache) > _CACHED_CHUNKS:
-            self._cache.popitem(last=False)
+        with self._lock:
+            self._cache[number] = rows
+            if len(self._cache) > _CACHED_CHUNKS:
+                self._cache.popitem(last=False)
         return rows
 
 

@@ -18,6 +18,31 @@ from theloom.store.statistics import Statistics, as_float32
 
 log = logging.getLogger(__name__)
 
+# The bits of an exponent of ones alone, which every NaN and infinity has, and those of -inf
+_EXPONENT = {"fp32": 0x7F800000, "fp16": 0x7C00, "bf16": 0x7F80}
+_NEGATIVE_INFINITY = {"fp32": 0xFF800000, "fp16": 0xFC00, "bf16": 0xFF80}
+
+
+def count_nonfinite(bits: np.ndarray, precision: str, masked: bool = False) -> int:
+    """Count the values that are NaN or infinite.
+
+    Args:
+        bits: Of the values, `file_format.bits_dtype`, of any shape.
+        precision: `fp32`, `fp16` or `bf16`.
+        masked: Leave out -inf, which scores of masked keys are.
+
+    Examples:
+        >>> bits = np.array([1.0, np.nan, -np.inf], "<f4").view("<u4")
+        >>> count_nonfinite(bits, "fp32"), count_nonfinite(bits, "fp32", masked=True)
+        (2, 1)
+    """
+    exponent = bits.dtype.type(_EXPONENT[precision])
+    exponents = bits & exponent
+    if exponents.max(initial=0) != exponent:  # nearly always, and the quickest to tell
+        return 0
+    count = int(np.count_nonzero(exponents == exponent))
+    return count - int(masked and np.count_nonzero(bits == _NEGATIVE_INFINITY[precision]))
+
 
 def check_finite(
     spec: ShardSpec,

@@ -62,6 +62,16 @@ def whole_documents(acts: Activations, windows: Iterable[int]) -> list[int]:
     return [int(w) for d in documents for w in np.flatnonzero(acts.window_document == d)]
 
 
+def windows_of_shards(acts: Activations) -> np.ndarray:
+    """The number of the window after the last one of each shard, (shards,)."""
+    attributes = acts.attributes
+    of_shard = "tokens" if "tokens" in attributes else "rows"
+    sizes = attributes.by_shard(
+        f"shard_{of_shard}" if f"shard_{of_shard}" in attributes else of_shard
+    )
+    return np.searchsorted(acts.window_tokens, np.cumsum(sizes))
+
+
 def batches_of(acts: Activations) -> Iterator[tuple[Batch, int]]:
     """The batches in which a run's windows went through the model.
 
@@ -73,13 +83,9 @@ def batches_of(acts: Activations) -> Iterator[tuple[Batch, int]]:
     """
     attributes = acts.attributes
     batch_tokens, chunks = attributes.by_shard("batch_tokens"), attributes.by_shard("chunk_size")
-    of_shard = "tokens" if "tokens" in attributes else "rows"
-    sizes = attributes.by_shard(
-        f"shard_{of_shard}" if f"shard_{of_shard}" in attributes else of_shard
-    )
     switches = [LengthSwitch(**s) for s in json.loads(attributes.get("model_switches", "[]"))]
     together = int(attributes.get("streamed_windows", 1))
-    ends = np.searchsorted(acts.window_tokens, np.cumsum(sizes))
+    ends = windows_of_shards(acts)
     first = 0
     for end, most, chunk in zip(ends, batch_tokens, chunks, strict=True):
         tokens = np.diff(acts.window_tokens[first : end + 1])

@@ -63,6 +63,8 @@ class Recomputation:
         files: the model's files where a quantized run can be compared to FP32, else None.
         rounding: the model's own distance from the finer format, by name of suspect hook point.
         finer: that format, fp32 or fp64.
+        suspect_bytes: size of the values above the tolerance: of more than `MAX_SUSPECT_BYTES`
+            none is compared to `finer`.
     """
 
     points: list[HookPoint]
@@ -71,6 +73,7 @@ class Recomputation:
     files: ModelFiles | None
     rounding: dict[str, float]
     finer: str
+    suspect_bytes: int = 0
 
     @property
     def worst(self) -> np.ndarray:
@@ -182,7 +185,13 @@ class Comparison:
             Recomputed(w, [e for e, _ in pair], [m for _, m in pair]) for w, pair in pairs.items()
         ]
         return Recomputation(
-            self._points, results, self._tolerance, self._files, self._rounding, self.finer
+            self._points,
+            results,
+            self._tolerance,
+            self._files,
+            self._rounding,
+            self.finer,
+            self._suspect_bytes,
         )
 
 

@@ -1,15 +1,10 @@
 """Verify a finished run: recompute documents, check every window's hash, count nonfinite values.
 
-The reference is the unmodified model's own `output_hidden_states=True` in one unchunked, unpadded
-forward pass. Its last entry is after the final norm, so a plain forward hook reads the last
-block's output in that same pass (`model.reference`).
+`in_parts` has the same for a run so large that several jobs share the work.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -18,258 +13,82 @@ from theloom.config.schema import Config
 from theloom.dataset import inspect
 from theloom.dataset.activations import Activations, open_activations
 from theloom.dataset.inspect import check_hashes
-from theloom.devices import accelerator, gpu
-from theloom.engine import model_record
 from theloom.errors import VerificationError
-from theloom.hooks.points import RESIDUALS, HookPoint, residual_points
-from theloom.hooks.taps import Taps
-from theloom.memory.estimators import Traced
-from theloom.memory.sizes import Workload
-from theloom.model import weight_format
-from theloom.model.files import ModelFiles
-from theloom.model.forward import no_cache
-from theloom.model.loading import LoadedModel
-from theloom.model.reference import reference_residuals
-from theloom.model.weight_format import WeightFormat
 from theloom.store import file_format, provenance
-from theloom.store.hdf5.output import written
-from theloom.terminal import format_bytes
+from theloom.store.hdf5.output import Output, written
 from theloom.verification import fp32
-from theloom.verification.choice import choose_windows, whole_documents
-from theloom.verification.comparison import Comparison, Recomputation
-from theloom.verification.fp32 import Fidelity
-
-if TYPE_CHECKING:
-    import torch
-
+from theloom.verification.comparison import Recomputation
+from theloom.verification.recompute import compare_to_fp32, recompute
 
 log = logging.getLogger(__name__)
 
 
-def verify_run(config: Config, activations: Path, model_path: Path, output: Path) -> None:
-    """Run the verify stage.
+def verify_run(
+    config: Config, activations: Path, model_path: Path, output: Path, threads: int = 1
+) -> None:
+    """Run the verify stage in one job.
 
     Args:
         config: the run's config.
         activations: path of `activations.h5`.
         model_path: path of `model.h5`.
         output: path of `verification.h5`, which is written in any case.
+        threads: that read and hash rows.
 
     Raises:
         VerificationError: a hash, a checksum or a recomputed value does not match.
     """
     acts = open_activations(activations)
     damaged = inspect.damaged_parts(acts)
-    wrong, nonfinite = check_hashes(acts)
+    wrong, nonfinite = check_hashes(acts, threads=threads)
     recomputed = recompute(config, acts, model_path)
-    _write(acts, recomputed, wrong, nonfinite, output)
-    if recomputed.files is not None and config.verify.compare_to_fp32:
-        windows = [r.window for r in recomputed.results]
-        windows = whole_documents(acts, windows) if acts.pooled else windows
-        compared = _compare_to_fp32(config, recomputed.files, acts, windows)
-        if compared is not None:
-            with h5py.File(output, "a") as file:
-                fp32.write(compared, file)
+    with written(output) as file:
+        write(file, acts, recomputed, wrong, nonfinite)
+    if (compared := compare_to_fp32(config, acts, recomputed)) is not None:
+        with h5py.File(output, "a") as file:
+            fp32.write(compared, file)
     report_damage(acts, damaged, wrong)
     report_recomputed(acts, recomputed)
 
 
-def _compare_to_fp32(
-    config: Config, files: ModelFiles, acts: Activations, windows: list[int]
-) -> Fidelity | None:
-    if "layerwise" in acts.attributes.get("execution", ""):
-        from theloom.verification import layerwise
-
-        return layerwise.compare_to_fp32(config, files, acts, windows)
-    return fp32.compare(config, files, acts, windows, oracle)
-
-
-def recompute(
-    config: Config, acts: Activations, model_path: Path, pinned: bool = True
-) -> Recomputation:
-    """Recompute documents of a run with the plain model and compare them to the stored rows.
-
-    Args:
-        config: its `verify` section gives the number of documents, the tolerance and the seed.
-        acts: the run's activations.
-        model_path: path of the run's `model.h5`.
-        pinned: take the model's commit from there, not the config's revision.
-
-    Returns:
-        The errors by window and hook point.
-
-    Raises:
-        VerificationError: `model.h5` belongs to another model.
-    """
-    recorded = model_record.read(model_path)
-    if not pinned:
-        recorded = replace(recorded, revision=config.model.revision)
-    if recorded.fingerprint != acts.attributes["model_fingerprint"]:
-        raise VerificationError(
-            f"{model_path} is not of the model of {acts.path}; give the run's own folder"
-        )
-    points = [p for p in recorded.catalog.points if p.name in acts]
-    windows = choose_windows(
-        acts, config.verify.documents, config.verify.seed, recorded.notable_lengths
-    )
-    if recorded.layerwise:
-        from theloom.verification import layerwise
-
-        return layerwise.recompute(config, recorded, acts, points, windows)
-    loaded = model_record.load_again(config, recorded)
-    comparison, files = Comparison(config, acts, loaded, points), loaded.files
-    _compare_all(config, loaded, acts, points, windows, comparison)
-    del loaded
-    if suspect := comparison.suspect():
-        requested = list({p.name: p for of_window in suspect.values() for p in of_window}.values())
-        exact = fp32.exact_model(
-            config, files, acts, list(suspect), requested, precision=comparison.finer
-        )
-        if exact is not None:
-            with comparison.computed_finer():
-                for window, of_window in suspect.items():
-                    for point, values in _plain(exact, acts, of_window, window).items():
-                        comparison.compare_to_exact(window, point, values)
-    return comparison.result()
-
-
-def _compare_all(
-    config: Config,
-    loaded: LoadedModel,
-    acts: Activations,
-    points: list[HookPoint],
-    windows: list[int],
-    comparison: Comparison,
-) -> None:
-    """Compare every window that fits the device."""
-    traced = Traced(
-        loaded.architecture.model.config, loaded.attention, config.model.trust_remote_code
-    )
-    kind = weight_format.weight_format_of(config, loaded.precision.resolved, loaded.quantization)
-    for window in windows:
-        if not _fits(acts, loaded, points, traced, kind, window):
-            continue
-        try:
-            expected = _plain(loaded, acts, points, window)
-        except RuntimeError as error:
-            if not accelerator.is_out_of_memory(error):
-                raise
-            name = acts.documents[int(acts.window_document[window])]
-            message = "%s (%d tokens) does not fit the device in one pass: not recomputed"
-            log.warning(message, name, np.diff(acts.window_tokens)[window])
-            continue
-        for point, values in expected.items():
-            comparison.add(window, point, values)
-
-
-def _fits(
-    acts: Activations,
-    loaded: LoadedModel,
-    points: list[HookPoint],
-    traced: Traced,
-    kind: WeightFormat,
-    window: int,
-) -> bool:
-    """Whether a window fits the device in one pass with every residual held; a warning if not."""
-    tokens = int(acts.window_tokens[window + 1] - acts.window_tokens[window])
-    architecture = loaded.architecture
-    captured = {
-        p.name: p
-        for p in (*residual_points(len(architecture.blocks), architecture.hidden_size), *points)
-    }
-    needed = traced.forward(
-        kind, Workload(1, tokens, tokens), list(captured.values()), True, loaded.device.type
-    ).total
-    free = gpu.device_memory(loaded.device).free
-    if needed > free:
-        name, sizes = (
-            acts.documents[int(acts.window_document[window])],
-            (format_bytes(needed), format_bytes(free)),
-        )
-        log.warning(
-            "%s (%d tokens) needs %s in one pass, %s free: not recomputed",
-            name,
-            tokens,
-            *sizes,
-        )
-    return needed <= free
-
-
-def _plain(
-    loaded: LoadedModel, acts: Activations, points: Sequence[HookPoint], window: int
-) -> "dict[HookPoint, torch.Tensor]":
-    """Values of a window, (position, …), from one plain pass without chunks or padding."""
-    ids = fp32.window_ids(acts, window).to(loaded.device)
-    values = _tapped(loaded, ids, points) | oracle(loaded, ids)
-    return {
-        p: values[p.name][0].transpose(0, 1) if p.over_keys else values[p.name][0] for p in points
-    }
-
-
-def oracle(loaded: LoadedModel, ids: "torch.Tensor") -> dict[str, "torch.Tensor"]:
-    """Compute every residual in one plain forward pass.
-
-    Args:
-        loaded: the model.
-        ids: token ids, (1, position).
-
-    Returns:
-        Residuals by name of the hook point, (1, position, hidden size).
-    """
-    return reference_residuals(
-        loaded.architecture, input_ids=ids, **no_cache(loaded.architecture.model)
-    )
-
-
-def _tapped(
-    loaded: LoadedModel, ids: "torch.Tensor", points: Sequence[HookPoint]
-) -> "dict[str, torch.Tensor]":
-    """Hook points outside `output_hidden_states`: the library's taps in one plain pass."""
-    import torch
-
-    others = [p for p in points if p.value not in RESIDUALS]
-    values: dict[str, torch.Tensor] = {}
-    if others:
-        taps = Taps(
-            loaded.architecture,
-            others,
-            lambda name, value: values.__setitem__(name, value.clone()),
-        )
-        with torch.inference_mode(), taps:
-            taps.run(input_ids=ids, **no_cache(loaded.architecture.model))
-    return values
-
-
-def _write(
+def write(
+    file: Output,
     acts: Activations,
     recomputed: Recomputation,
     wrong: list[int],
     nonfinite: np.ndarray,
-    output: Path,
 ) -> None:
-    with written(output) as file:
-        file_format.set_attributes(
-            file,
-            provenance.attributes(
-                "verification",
-                run_fingerprint=acts.attributes["run_fingerprint"],
-                tolerance=recomputed.tolerance,
-                windows_hashed=len(acts.window_document),
-                windows_wrong=wrong,
-                rows=len(acts),
-            ),
-        )
-        file["hooks"] = file_format.fixed_strings([p.name for p in recomputed.points])
-        file["nonfinite"] = nonfinite
-        windows = [r.window for r in recomputed.results]
-        file["recomputed/window"] = windows
-        file["recomputed/document"] = file_format.fixed_strings(
-            [acts.documents[int(acts.window_document[w])] for w in windows]
-        )
-        file["recomputed/tokens"] = [int(np.diff(acts.window_tokens)[w]) for w in windows]
-        file["recomputed/max_abs_error"] = [r.max_abs_error for r in recomputed.results]
-        file["recomputed/max_abs"] = [r.max_abs for r in recomputed.results]
-        file["recomputed/tolerance"] = recomputed.tolerances
+    """Write all of `verification.h5` but its group `fp32`.
+
+    Args:
+        file: the open file.
+        acts: the run's activations.
+        recomputed: the errors of recomputed windows.
+        wrong: numbers of the windows whose hashes differ.
+        nonfinite: values that are NaN or infinite, (hook points,).
+    """
+    file_format.set_attributes(
+        file,
+        provenance.attributes(
+            "verification",
+            run_fingerprint=acts.attributes["run_fingerprint"],
+            tolerance=recomputed.tolerance,
+            windows_hashed=len(acts.window_document),
+            windows_wrong=wrong,
+            rows=len(acts),
+        ),
+    )
+    file["hooks"] = file_format.fixed_strings([p.name for p in recomputed.points])
+    file["nonfinite"] = nonfinite
+    windows = [r.window for r in recomputed.results]
+    file["recomputed/window"] = windows
+    file["recomputed/document"] = file_format.fixed_strings(
+        [acts.documents[int(acts.window_document[w])] for w in windows]
+    )
+    file["recomputed/tokens"] = [int(np.diff(acts.window_tokens)[w]) for w in windows]
+    file["recomputed/max_abs_error"] = [r.max_abs_error for r in recomputed.results]
+    file["recomputed/max_abs"] = [r.max_abs for r in recomputed.results]
+    file["recomputed/tolerance"] = recomputed.tolerances
 
 
 def report_damage(acts: Activations, damaged: list[str], wrong: list[int]) -> None:
