@@ -59,7 +59,7 @@ model/checkpoint/weights.py model/files.py model/loading.py pipeline/bars.py pip
 pipeline/job.py pipeline/load_model.py pipeline/request.py pipeline/resources.py pipeline/slurm.py
 pipeline/stage_model.py planning/answers_forecast.py planning/answers_plan.py planning/estimate.py
 report/memory.py report/speed.py report/style.py store/statistics.py verification/choice.py
-verification/comparison.py verification/fp32.py verification/recorded.py
+verification/comparison.py verification/fp32.py verification/recompute.py verification/recorded.py
 """
 
 # An annotation of a function that returns nothing.

@@ -31,6 +31,9 @@ def count_nonfinite(bits: np.ndarray, precision: str, masked: bool = False) -> i
         precision: `fp32`, `fp16` or `bf16`.
         masked: Leave out -inf, which scores of masked keys are.
 
+    Returns:
+        How many; 0 for finite values.
+
     Examples:
         >>> bits = np.array([1.0, np.nan, -np.inf], "<f4").view("<u4")
         >>> count_nonfinite(bits, "fp32"), count_nonfinite(bits, "fp32", masked=True)
