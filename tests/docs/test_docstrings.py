@@ -51,15 +51,16 @@ cli/project.py cli/run.py corpus/batching.py corpus/chat.py corpus/columns.py co
 corpus/encoding.py corpus/formats/arrow_files.py corpus/formats/decoding.py corpus/formats/fasta.py
 corpus/formats/tables.py corpus/hub.py corpus/kept.py corpus/prompts.py corpus/rows.py
 corpus/text_files.py corpus/tokenizer.py corpus/tokens.py corpus/vocabulary.py
-dataset/activations.py dataset/batches.py engine/batch_loop.py engine/context.py engine/layerwise/model.py
-engine/layerwise/runner.py engine/model_record.py engine/resident.py extraction/chosen.py
-extraction/kept.py extraction/padding.py extraction/request.py extraction/result.py hooks/locate.py
-hooks/points.py hooks/sites.py model/checkpoint/classes.py model/checkpoint/folder.py
-model/checkpoint/weights.py model/files.py model/loading.py pipeline/bars.py pipeline/console.py
-pipeline/job.py pipeline/load_model.py pipeline/request.py pipeline/resources.py pipeline/slurm.py
-pipeline/stage_model.py planning/answers_forecast.py planning/answers_plan.py planning/estimate.py
-report/memory.py report/speed.py report/style.py store/statistics.py verification/choice.py
-verification/comparison.py verification/fp32.py verification/recompute.py verification/recorded.py
+dataset/activations.py dataset/batches.py engine/batch_loop.py engine/context.py
+engine/layerwise/model.py engine/layerwise/runner.py engine/model_record.py engine/resident.py
+extraction/chosen.py extraction/kept.py extraction/padding.py extraction/request.py
+extraction/result.py hooks/locate.py hooks/points.py hooks/sites.py model/checkpoint/classes.py
+model/checkpoint/folder.py model/checkpoint/weights.py model/files.py model/loading.py
+pipeline/bars.py pipeline/console.py pipeline/job.py pipeline/load_model.py pipeline/request.py
+pipeline/resources.py pipeline/slurm.py pipeline/stage_model.py planning/answers_forecast.py
+planning/answers_plan.py planning/estimate.py report/memory.py report/speed.py report/style.py
+store/statistics.py verification/choice.py verification/comparison.py verification/fp32.py
+verification/recompute.py verification/recorded.py
 """
 
 # An annotation of a function that returns nothing.

@@ -84,7 +84,7 @@ def count(kind: str) -> int:
         kind: cuda (also ROCm's), xpu or mps.
 
     Returns:
-        How many; 0 where torch was built without them.
+        How many; 0 where there are none.
     """
     import torch
 
@@ -98,7 +98,7 @@ def kind_here() -> str:
     """The type of device that `auto` takes.
 
     Returns:
-        Cuda, xpu, mps, else cpu.
+        `cuda`, `xpu`, `mps`, else `cpu`.
     """
     return next((kind for kind in ("cuda", "xpu", "mps") if count(kind)), "cpu")
 
