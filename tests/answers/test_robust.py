@@ -67,6 +67,18 @@ def test_near_ties_are_decided_alone_in_16_bits():
     assert sum(row.alone for row in one)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [(), (1.0,), (1.0, 0.9), (1.0, 0.9, 4)])
+def test_scores_that_are_not_numbers_are_refused_in_one_line(settings, value):
+    plain = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+    with torch.no_grad():
+        plain.lm_head.weight[7] = value
+    generation = Generation(plain, Sampling(*settings), frozenset(), None, "fp32")
+    with pytest.raises(ModelError, match=r"after 3 tokens .* not numbers in fp32") as error:
+        generation.answer([Row([5, 6, 9], 0, 4)])
+    assert "\n" not in str(error.value)
+
+
 def _job(folder):
     torch.set_num_threads(1)
     names = ("sample.json", "estimate.h5", "tokens.h5")

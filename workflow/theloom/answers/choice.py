@@ -10,6 +10,7 @@ scores as near as a tolerance have in common, and `Sampling.exact` that of these
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,7 +82,10 @@ class Sampling:
             tolerance: Their largest error, as a share of the largest one.
         """
         scores = scores[0]
-        error = 2 * tolerance * float(scores[scores.isfinite()].abs().max())
+        nan = float("nan")
+        error = 2 * tolerance * float(scores.nan_to_num(nan, nan, 0.0).abs().max())
+        if isnan(error):
+            return None
         if noise is None:
             best = scores.topk(min(2, len(scores)))
             return _first(best.values.tolist(), best.indices.tolist(), error)

@@ -7,6 +7,7 @@ over prompt and answer, alone and without a cache. So an answer does not depend 
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -205,6 +206,12 @@ class _Sampler:
             token = sampling.exact(scores, noise)
         row.ids.append(token)
         row.log_probabilities.append(float(scores.log_softmax(-1)[0, token]))
+        if math.isnan(row.log_probabilities[-1]):
+            raise ModelError(
+                f"{type(self._of.model).__name__}: its scores after {len(row.prompt)} tokens of a "
+                f"prompt and {len(row.ids) - 1} of the answer are not numbers in "
+                f"{self._of.precision}; set memory.precision_mode=fp32, or check the weights"
+            )
         if token in self._of.ends:
             row.ended = "eos"
         elif self._of.stops is not None and self._of.stops(row.prompt, row.ids):
