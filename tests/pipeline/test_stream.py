@@ -1,5 +1,5 @@
-"""A stream's rows are those of the pipeline's file, bit for bit; it is bounded, ends on one line, and
-leaves nothing behind.
+"""A stream's rows are those of the pipeline's file, bit for bit; it is bounded, its errors are one
+line, and it leaves nothing behind.
 """
 
 import copy
@@ -13,8 +13,10 @@ import pytest
 import theloom
 import torch
 from support import ROOT, stages
+from theloom.dataset.merge import merge_shards
 from theloom.engine.row_queue import QueueClosedError, RowBlock, RowQueue
 from theloom.errors import ConfigError, HookError, StoreError, TheLoomError
+from theloom.pipeline import extract_shard
 from torch.utils.data import DataLoader
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_post"]
@@ -90,7 +92,7 @@ def test_rows_are_those_of_the_file_each_once(prepared, acts, buffer):
 
 def test_it_has_the_provenance_of_the_file(prepared, acts):
     assert prepared.hooks == acts.hooks
-    for name in ("model_fingerprint", "model_precision", "batch_tokens", "corpus_hash", "precision"):
+    for name in ("model_fingerprint", "model_precision", "corpus_hash", "precision", "device"):
         assert prepared.attributes[name] == acts.attributes[name], name
 
 
@@ -136,29 +138,30 @@ def test_leaving_early_stops_the_thread_and_frees_the_model(prepared):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("hook", "words"),
     [
-        ["rows.pool=mean", "rows.keep=~first"],
-        ["rows.keep='last(2) | first'"],
-        ["store.dtype=bf16"],
+        (HOOKS[1], ["rows.pool=mean", "rows.keep=~first"]),
+        ("blocks.1.attn.hook_pattern", ["rows.keep=last(2) | first", "store.dtype=bf16"]),
     ],
-    ids=["pooled", "kept", "bf16"],
+    ids=["pooled", "kept"],
 )
-def test_other_rows_are_those_of_the_file_too(tmp_path, monkeypatch, tiny_llama, words):
-    hooks = [HOOKS[1], "blocks.1.attn.hook_pattern"]
-    found = file_of(tmp_path / "run", tiny_llama, hooks, *words)
+def test_other_rows_are_those_of_the_file_too(tmp_path, monkeypatch, tiny_llama, hook, words):
     temporary, elsewhere = tmp_path / "temporary", tmp_path / "elsewhere"
     for folder in (temporary, elsewhere):
         folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.chdir(elsewhere)
-    unquoted = [word.replace("'", "") for word in words]
-    stream = opened(
-        tiny_llama, [*hooks, "row", "input_ids", "document", "position"], *unquoted
-    )
+    stream = opened(tiny_llama, [hook, "row", "input_ids", "document", "position"], *words)
+    (tmp_path / "run/shards").mkdir(parents=True)
+    shards = [tmp_path / f"run/shards/{n:05d}-of-00003.h5" for n in range(3)]
+    files = [stream._folder / n for n in ("extract.json", "estimate.h5", "model.h5", "tokens.h5")]
+    for number, shard in enumerate(shards):
+        extract_shard.extract_shard(*files, number, shard)
+    merge_shards(shards, "virtual", tmp_path / "run/activations.h5")
+    found = theloom.open(tmp_path / "run/activations.h5")
+    assert sorted(check(stream, found)) == list(range(len(found)))
     kinds = {file.suffix for file in temporary.rglob("*") if file.is_file()}
     assert kinds == {".json", ".h5"}
-    assert sorted(check(stream, found)) == list(range(len(found)))
     del stream
     assert not list(temporary.iterdir())
     assert not list(elsewhere.iterdir())
@@ -180,7 +183,7 @@ def test_an_error_of_the_producer_is_one_line_of_the_consumer(tiny_llama, tmp_pa
     [
         (["extraction.execution=layerwise"], {}, "layer by layer there is no row before the last"),
         (["answers.source=model"], {}, "a stream samples no answers"),
-        (["verify.seed=1", "verify.seed=2"], {}, "2 runs are requested"),
+        (["verify.seed=1,2"], {}, "2 runs are requested"),
         (["memory.activation_cache_filter=[blocks.0.hook_resid_pre]"], {}, "both hooks and memory"),
         (["corpus.max_tokns=3"], {}, "did you mean 'corpus.max_tokens'"),
         ([], {"shuffle_buffer": -1}, "shuffle_buffer -1 at least 0"),
@@ -196,10 +199,10 @@ def test_what_cannot_be_streamed_is_refused_at_once(tiny_llama, words, others, m
 
 
 def test_too_many_processes_for_the_shards_are_refused(prepared):
-    with pytest.raises(ConfigError, match="set extraction.shards=4 or a multiple"):
+    with pytest.raises(ConfigError, match=r"set extraction\.shards=4 or a multiple"):
         like(prepared)._share(0, 4)
     pooled = like(prepared, _pooled=True)
-    with pytest.raises(ConfigError, match="set extraction.shards=4, or fewer workers"):
+    with pytest.raises(ConfigError, match=r"set extraction\.shards=4, or fewer workers"):
         pooled._check_process(4, True)
     with pytest.raises(theloom.errors.MemoryPlanError, match="lower it, or name fewer"):
         list(like(prepared, shuffle_buffer=1 << 40))

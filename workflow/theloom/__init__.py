@@ -80,8 +80,9 @@ def stream(
         >>> import theloom
         >>> words = ["corpus.max_tokens=300", "extraction.device=cpu"]
         >>> hook = "blocks.0.hook_resid_post"
-        >>> for rows in theloom.stream("smollm2-135m", hook, 200, overrides=words):
-        ...     print(rows.shape)
+        >>> rows = theloom.stream("smollm2-135m", hook, 200, overrides=words)  # doctest: +SKIP
+        >>> for batch in rows:  # doctest: +SKIP
+        ...     print(batch.shape)
         torch.Size([200, 576])
         torch.Size([100, 576])
     """

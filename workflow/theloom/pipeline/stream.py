@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 BATCH_SIZE, SHUFFLE_BUFFER = 4096, 1 << 15
 
+_FILES = ("extract.json", "estimate.h5", "model.h5", "tokens.h5")
 _FILTER = "memory.activation_cache_filter"
 
 
@@ -261,9 +262,9 @@ class RowStream(IterableDataset[Batch]):
     # what the thread does
 
     def _first_job(self) -> ShardJob:
-        names = ("extract.json", "estimate.h5", "model.h5", "tokens.h5")
-        # no file of this name is ever there
-        return context.read_job(*(self._folder / n for n in names), 0, self._folder / "shards/none")
+        config, estimated, model, of_corpus = (self._folder / name for name in _FILES)
+        nowhere = self._folder / "shards/none"  # no file of this name is ever there
+        return context.read_job(config, estimated, model, of_corpus, 0, nowhere)
 
     def _jobs(self, first: ShardJob) -> Iterator[ShardJob]:
         """All shards, read one after the other."""
