@@ -34,7 +34,13 @@ from theloom.config import (
     values,
     words,
 )
-from theloom.config.frozen import BESIDE_THE_RESULT, STAGES, decides_no_row, frozen_keys, without_unset
+from theloom.config.frozen import (
+    BESIDE_THE_RESULT,
+    STAGES,
+    decides_no_row,
+    frozen_keys,
+    without_unset,
+)
 from theloom.config.schema import Config
 from theloom.config.values import Assignment
 from theloom.errors import ConfigError

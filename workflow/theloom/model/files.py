@@ -24,13 +24,13 @@ from theloom.config import model_dims
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import ArchitectureConfig, ModelConfig
 from theloom.errors import ModelError
-from theloom.model.checkpoint import folder as folders
 from theloom.model.adapters.files import (
     AdapterFiles,
     base_of,
     find_adapters,
     local_adapters,
 )
+from theloom.model.checkpoint import folder as folders
 from theloom.model.checkpoint import gguf, tokenizer_file
 from theloom.model.checkpoint.sources import find_folder, local_folder
 
@@ -212,7 +212,9 @@ def fetch(config: ModelConfig) -> str | None:
 
     Converts nothing. Raises ModelError.
     """
-    folder, revision = find_folder(base_source(config), config.revision, [*_weights(config), *_code(config)])
+    folder, revision = find_folder(
+        base_source(config), config.revision, [*_weights(config), *_code(config)]
+    )
     _check_folder(folder, config)
     find_adapters(config)
     describe_tokenizer(config)

@@ -23,7 +23,6 @@ KEY = "model.adapter"
 
 MERGED = (
     "LORA",
-    "BOFT",
     "C3A",
     "DELORA",
     "FOURIERFT",
@@ -156,7 +155,7 @@ def _split(name: str) -> tuple[str, str | None]:
         raise ModelError(f"{KEY}: {name!r} has nothing on one side of the @; write source@revision")
     if Path(source).expanduser().is_dir():
         raise ModelError(
-            f"{KEY}: {source} is a local folder, and has no revision {revision!r}; take @{revision} "
+            f"{KEY}: {source} is a local folder, and has no revision {revision!r}; take it "
             "out, or give a hub id"
         )
     return source, revision

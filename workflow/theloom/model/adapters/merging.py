@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NAME = "default"  # PEFT's name of an adapter that is alone in a model
+# what PEFT raises at an adapter that it does not read, or does not merge
+_OF_PEFT = (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError)
+# by these PEFT knows a quantised model, and takes layers that merge into quantised weights
+_QUANTIZED = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "hf_quantizer")
 _PREFIX = "base_model.model."  # of the keys of every adapter
 
 
@@ -97,8 +101,8 @@ class MergedAdapters:
             if modules is None or step.module in modules:
                 try:
                     step.apply()
-                except Exception as error:  # whatever PEFT raises is a fault of the adapter
-                    if isinstance(error, MemoryError) or "memory" in str(error):
+                except _OF_PEFT as error:
+                    if "memory" in str(error):
                         raise
                     raise ModelError(f"{KEY}: cannot be merged: {_words(error)}") from None
 
@@ -123,10 +127,8 @@ def read_adapters(
         try:
             with _quiet(), _unchanged(model):
                 steps, ignored = _steps(model, files, tensors, left_out, where)
-        except ModelError:
-            raise
-        except Exception as error:  # whatever PEFT raises is a fault of the adapter
-            if isinstance(error, MemoryError):
+        except _OF_PEFT as error:
+            if "memory" in str(error):
                 raise
             raise ModelError(
                 f"{where} does not fit {type(model).__name__}: {_words(error)}; give the adapter "
@@ -331,14 +333,17 @@ def _whole(model: Any, prefix: str) -> Any:
         return model
     name = prefix.removesuffix(".")
     config = model.config
-    heads = [getattr(transformers, n, None) for n in config.architectures or ()]
+    heads: list[Any] = [getattr(transformers, n, None) for n in config.architectures or ()]
     heads.append(transformers.AutoModelForCausalLM._model_mapping.get(type(config), None))
     for head in heads:
-        if isinstance(head, type) and getattr(head, "base_model_prefix", None) == name:
+        if getattr(head, "base_model_prefix", None) == name and hasattr(head, "_from_config"):
             with torch.device("meta"):
                 whole: Any = head._from_config(config)
             if type(getattr(whole, name, None)) is type(model):
                 setattr(whole, name, model)
+                for mark in _QUANTIZED:
+                    if hasattr(model, mark):
+                        setattr(whole, mark, getattr(model, mark))
                 return whole
     bare = nn.Module()
     bare.add_module(name, model)
@@ -348,19 +353,17 @@ def _whole(model: Any, prefix: str) -> Any:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Take everything out of a model that PEFT has put into it."""
-    before = [
-        (m, dict(m._modules), [(p, p.requires_grad) for p in m._parameters.values() if p is not None])
-        for m in model.modules()
-    ]
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     marks = set(vars(model))
     try:
         yield
     finally:
-        for module, children, parameters in before:
+        for module, own in children:
             module._modules.clear()
-            module._modules.update(children)
-            for parameter, required in parameters:
-                parameter.requires_grad_(required)
+            module._modules.update(own)
+        for parameter, was in required:
+            parameter.requires_grad_(was)
         for mark in set(vars(model)) - marks:
             delattr(model, mark)
 
