@@ -10,11 +10,14 @@ import torch
 from adapter_support import merge_with_peft, save_adapter
 from peft import IA3Config, LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
-from support import build_tiny, plain_residuals, stages, with_bytes
+from support import a_config, build_tiny, plain_residuals, stages, with_bytes
 from theloom.cli.main import main
 from theloom.config.frozen import frozen_digest
+from theloom.engine.layerwise.model import opened
 from theloom.errors import ModelError, TheLoomError
 from theloom.model import files
+from theloom.model.loading import load_model
+from theloom.model.quantization import bitsandbytes_config
 from theloom.planning import estimate
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -39,6 +42,7 @@ def folders(tmp_path_factory):
             use_dora=True,
             modules_to_save=["norm"],
         ),
+        "plain": LoraConfig(r=4, target_modules=TARGETS),
         "ia3": IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     }
     for number, (name, config) in enumerate(configs.items()):
@@ -216,3 +220,23 @@ def test_peft_that_is_not_installed_is_named_with_its_extra(tmp_path, folders, m
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     line = refusal(run_of(tmp_path, folders, folders / "lora"))
     assert "pip install 'theloom[adapters]'" in line
+
+
+def test_quantised_weights_are_merged_as_peft_does_or_refused(tmp_path, folders):
+    quantised = "memory.quantization=8bit memory.precision_mode=fp32 "
+    config = a_config(folders / "base", f"{quantised} model.adapter={folders / 'plain'}")
+    ours = load_model(config, files.prepare_files(config.model)).architecture.model
+    options = {
+        "quantization_config": bitsandbytes_config("8bit", "fp32"),
+        "dtype": torch.float32,
+    }
+    theirs = merge_with_peft(folders / "base", [folders / "plain"], **options).model
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(ids).last_hidden_state, theirs(ids).last_hidden_state)
+    config = a_config(folders / "base", f"{quantised} model.adapter={folders / 'dora'}")
+    with pytest.raises(ModelError, match="kind DoRA, which is not merged into quantised"):
+        load_model(config, files.prepare_files(config.model))
+    with pytest.raises(ModelError, match="not merged into weights of 8bit layer by layer"):
+        with opened(config, files.prepare_files(config.model)):
+            pass

@@ -211,6 +211,14 @@ def _steps(
     }
     config = PeftConfig.from_pretrained(str(files.folder))
     config.inference_mode = True
+    if getattr(model, "is_quantized", False) and (
+        files.kind != "LORA" or getattr(config, "use_dora", False)
+    ):
+        kind = "DoRA" if files.kind == "LORA" else files.kind
+        raise ModelError(
+            f"{where} is of the kind {kind}, which is not merged into quantised weights; take "
+            "unquantised ones (memory.quantization=null)"
+        )
     tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     with torch.no_grad():
         tuner_class(whole, config, adapter_name=_NAME, low_cpu_mem_usage=True)
