@@ -1,4 +1,4 @@
-"""Answers of several architectures, jobs that are killed, and what is refused."""
+"""Near ties, jobs that are killed, and what is refused."""
 
 import json
 import multiprocessing
@@ -12,7 +12,7 @@ import torch
 from model_folders import byte_tokenizer
 from support import a_config, build_tiny, stages
 from theloom.answers.choice import Sampling
-from theloom.answers.sampler import PADDED, Generation, Row
+from theloom.answers.sampler import Generation, Row
 from theloom.answers.shard import sample_answers
 from theloom.corpus import tokens
 from theloom.devices.host import DeviceMemory
@@ -50,32 +50,6 @@ def corpus(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe", "mamba2"])
-def test_rows_side_by_side_are_those_of_generate_alone(kind):
-    torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
-    with torch.no_grad():
-        for parameter in plain.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    drawn = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(1)).tolist()
-    rows = [Row(ids[:n], 5 + n, 16) for ids, n in zip(drawn, (20, 3, 11), strict=True)]
-    generation = Generation(plain, Sampling(0.9, 0.95, 50), frozenset(), None, "fp32")
-    assert generation.ways() == PADDED
-    generation.answer(rows)
-    for row in rows:
-        torch.manual_seed(row.seed)
-        options = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "top_k": 50}
-        found = plain.generate(
-            torch.tensor([row.prompt]),
-            max_new_tokens=16,
-            pad_token_id=0,
-            eos_token_id=None,
-            **options,
-        )
-        assert row.ids == found[0, len(row.prompt) :].tolist()
-
-
 def test_near_ties_are_decided_alone_in_16_bits():
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=torch.bfloat16).eval()
@@ -91,6 +65,18 @@ def test_near_ties_are_decided_alone_in_16_bits():
     one, all_six = sampled(1), sampled(6)
     assert [row.ids for row in one] == [row.ids for row in all_six]
     assert sum(row.alone for row in one)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [(), (1.0,), (1.0, 0.9), (1.0, 0.9, 4)])
+def test_scores_that_are_not_numbers_are_refused_in_one_line(settings, value):
+    plain = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+    with torch.no_grad():
+        plain.lm_head.weight[7] = value
+    generation = Generation(plain, Sampling(*settings), frozenset(), None, "fp32")
+    with pytest.raises(ModelError, match=r"after 3 tokens .* not numbers in fp32") as error:
+        generation.answer([Row([5, 6, 9], 0, 4)])
+    assert "\n" not in str(error.value)
 
 
 def _job(folder):

@@ -2,16 +2,15 @@
 
 import json
 
-import h5py
 import numpy as np
 import pytest
 import torch
+from answers_support import answered as sampled
+from answers_support import answers_of, decode_loop
 from model_folders import byte_tokenizer
-from support import build_tiny, stages
+from support import build_tiny
 from theloom.answers.answer import seed_of
-from theloom.corpus import tokens
 from theloom.dataset.activations import open_activations
-from theloom.planning import estimate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = [
@@ -43,30 +42,7 @@ def corpus(tmp_path_factory):
 
 
 def answered(folder, source, corpus, more=""):
-    folder.mkdir(exist_ok=True)
-    asked = f"{corpus} answers.source=model answers.max_new_tokens={NEW} {more}"
-    run = stages(folder, source, asked)
-    estimate.run_estimate(run.config("estimate"), run.folder / "estimate.h5")
-    tokens.tokenize(run.config("tokens"), run.folder / "tokens.h5")
-    run.answer()
-    return run
-
-
-def answers_of(run):
-    """By document id, the tokens of its answer, their log-probabilities, stop reason and seed."""
-    found = {}
-    with h5py.File(run.documents) as file:
-        ids, generated = file["tokens/input_ids"][:], file["tokens/generated"][:].astype(bool)
-        offset, part = file["documents/offset"][:], file["answers/offset"][:]
-        for n, name in enumerate(file["documents/id"][:].tolist()):
-            own = slice(offset[n], offset[n + 1])
-            found[name.decode()] = (
-                ids[own][generated[own]].tolist(),
-                file["answers/log_probability"][part[n] : part[n + 1]],
-                file["answers/stop_reason"][n].decode(),
-                int(file["answers/seed"][n]),
-            )
-    return found
+    return sampled(folder, source, corpus, f"answers.max_new_tokens={NEW} {more}")
 
 
 def generated(folder, prompt, seed=0, **options):
@@ -140,20 +116,3 @@ def test_states_of_answers_are_those_of_a_decode_loop(model, corpus, tmp_path):
         stored = acts[hook][:].float()[torch.tensor(number)]
         assert (stored - seen).abs().max() <= 1e-4 * seen.abs().max()
     assert acts.rows["kind"].tolist() == [int(p[1:]) % 2 for p in acts.rows["answer_prompt"]]
-
-
-def decode_loop(plain, block, ids, answer):
-    """What a hook on a block sees of each token of an answer while it is decoded with a KV cache:
-    a token's state comes with the step that takes it as input, the last one's with one step more.
-    """
-    seen = []
-    hook = block.register_forward_hook(
-        lambda _, __, out: seen.append((out[0] if isinstance(out, tuple) else out)[0, -1:])
-    )
-    with torch.no_grad():
-        out = plain(torch.tensor([ids]), use_cache=True)
-        seen.clear()
-        for token in answer:
-            out = plain(torch.tensor([[token]]), past_key_values=out.past_key_values)
-    hook.remove()
-    return torch.cat([s.reshape(1, -1) for s in seen])

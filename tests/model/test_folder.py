@@ -102,13 +102,14 @@ def test_a_tokenizer_of_own_code_is_refused(tmp_path, source):
 
 
 @pytest.mark.parametrize("base", [True, False])
-def test_an_adapter_is_refused_by_name_with_or_without_its_base(tmp_path, source, base):
+def test_an_adapter_that_does_not_say_what_it_is_of_is_refused(tmp_path, source, base):
     (source / "adapter_config.json").write_text("{}")
     shutil.copy(source / "model.safetensors", source / "adapter_model.safetensors")
     if not base:
         (source / "model.safetensors").unlink()
         (source / "config.json").unlink()
-    assert "merge_and_unload" in refusal(tmp_path, source)
+    words = "next to the model" if base else "without base_model_name_or_path"
+    assert words in refusal(tmp_path, source)
 
 
 @pytest.mark.parametrize("name", ["quantize_config.json", "hf_quant_config.json"])

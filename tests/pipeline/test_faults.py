@@ -92,6 +92,9 @@ OF_ANSWERS = {
         prompts="tokens.h5",
         answers=[SAMPLED],
     ),
+    "report_answers": script(
+        "report_answers", "report", DRAWN, answers="answers.h5", sampled=[SAMPLED]
+    ),
 }
 BEFORE_ANSWERS = ("estimate_memory", "stage_model", "tokenize_corpus")
 
@@ -117,7 +120,14 @@ FAULTS = {
     "SIGKILL": -signal.SIGKILL,
 }
 # attributes of what a job did itself, of all that is in the file
-OF_A_JOB = ("code_version", "seconds", "tokens_sampled", "tokens_alone", "side_by_side")
+OF_A_JOB = (
+    "code_version",
+    "seconds",
+    "seconds_sampling",
+    "tokens_sampled",
+    "tokens_alone",
+    "side_by_side",
+)
 MEASURED = ("memory", "metrics", "checksums", "sources/checksums")
 
 

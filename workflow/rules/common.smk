@@ -251,11 +251,11 @@ def drawn(group, category, folder="results/{run}/figures", subcategory="{run}"):
 
 def figures_of(run):
     """All figures of a run: those of attention only where the run's hook points hold some, the
-    probe only with a label.
+    probe only with a label, those of answers only where the run has some.
     """
     config = RUNS[run].config
     groups = report_groups.groups(
-        config["memory"]["activation_cache_filter"], config["report"]["label"]
+        config["memory"]["activation_cache_filter"], config["report"]["label"], RUNS[run].answered
     )
     return [
         f"results/{run}/figures/{name}.svg"

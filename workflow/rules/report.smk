@@ -78,6 +78,28 @@ rule report_speed:
         "../scripts/report_speed.py"
 
 
+rule report_answers:
+    input:
+        config=frozen("report"),
+        sampled=sampled_shards,
+        answers="results/{run}/answers.h5",
+    output:
+        **drawn("answers", "Answers"),
+    log:
+        "results/{run}/logs/report_answers.log",
+    benchmark:
+        "results/{run}/benchmarks/report_answers.tsv"
+    conda:
+        "../../envs/theloom.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    message:
+        "{wildcards.run}: draw the figures of answers"
+    script:
+        "../scripts/report_answers.py"
+
+
 rule report_states:
     input:
         config=frozen("report"),

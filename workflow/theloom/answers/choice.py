@@ -4,12 +4,13 @@ A draw is that of `torch.multinomial` on the CPU: with the probabilities p and n
 exponentially distributed, the token with the largest p / q. The numbers come from a generator of
 the answer's own, so nothing depends on what is sampled beside it.
 
-Scores differ by rounding with what is computed together. `Choice.sure` says whether any scores
-that are as near as `tolerance` give the same token.
+Scores differ by rounding with what is computed together. `Sampling.sure` gives the token that all
+scores as near as a tolerance have in common, and `Sampling.exact` that of these scores.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,12 +21,7 @@ if TYPE_CHECKING:
 TOLERANCE = {"fp32": 1e-5, "fp16": 8e-3, "bf16": 4e-2}
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A token, and whether rounding can have decided it."""
-
-    token: int
-    sure: bool
+_LIKELIEST = 256  # tokens that a choice looks at first, where top_k or top_p leaves few
 
 
 @dataclass(frozen=True)
@@ -63,47 +59,93 @@ class Sampling:
             return None
         return torch.empty(1, size).exponential_(generator=generator)
 
-    def choose(
+    def exact(self, scores: "torch.Tensor", noise: "torch.Tensor | None") -> int:
+        """The token that `generate` chooses with these scores.
+
+        Args:
+            scores: The model's logits, (1, vocabulary) in FP32.
+            noise: As `noise` gave it.
+        """
+        if noise is None:
+            return int(scores.argmax(-1))
+        probabilities = self._warpers(None, scores).softmax(-1)
+        return int((probabilities / noise.to(scores.device)).argmax(-1))
+
+    def sure(
         self, scores: "torch.Tensor", noise: "torch.Tensor | None", tolerance: float
-    ) -> Choice:
-        """Choose a token.
+    ) -> int | None:
+        """The token that `exact` gives with any scores that are near these; None: there are more.
 
         Args:
             scores: The model's logits, (1, vocabulary) in FP32.
             noise: As `noise` gave it.
             tolerance: Their largest error, as a share of the largest one.
         """
-        error = 2 * tolerance * float(scores[scores.isfinite()].abs().max())
+        scores = scores[0]
+        nan = float("nan")
+        error = 2 * tolerance * float(scores.nan_to_num(nan, nan, 0.0).abs().max())
+        if isnan(error):
+            return None
         if noise is None:
-            token = int(scores.argmax(-1))
-            values = scores.topk(min(2, scores.shape[-1])).values[0]
-            return Choice(token, len(values) < 2 or float(values[0] - values[1]) > error)
-        noise = noise.to(scores.device)
-        probabilities = self._warpers(None, scores).softmax(-1)
-        token = int((probabilities / noise).argmax(-1))
-        error /= self.temperature
-        may, must = self._bounds(scores[0] / self.temperature, error)
-        drawn = (scores[0] / self.temperature - noise[0].log()).masked_fill(~may, -float("inf"))
+            best = scores.topk(min(2, len(scores)))
+            return _first(best.values.tolist(), best.indices.tolist(), error)
+        scores, error = scores / self.temperature, error / self.temperature
+        found = self._bounds(scores, error)
+        drawn = noise[0].to(scores.device).log()
+        if found is None:
+            drawn = scores - drawn
+            best = drawn.topk(min(2, len(drawn)))
+            return _first(best.values.tolist(), best.indices.tolist(), error)
+        tokens, values, may, must = found
+        drawn = (values - drawn[tokens]).masked_fill(~may, -float("inf"))
         best = drawn.topk(min(2, len(drawn)))
-        lead = len(drawn) < 2 or float(best.values[0] - best.values[1]) > error
-        return Choice(token, lead and int(best.indices[0]) == token and bool(must[token]))
+        number = _first(best.values.tolist(), best.indices.tolist(), error)
+        return int(tokens[number]) if number is not None and bool(must[number]) else None
 
-    def _bounds(self, scores: "torch.Tensor", error: float) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Which tokens scores that are near these may leave to be drawn, and which they must."""
+    def _bounds(self, scores: "torch.Tensor", error: float) -> "_Bounds | None":
+        """Which tokens `top_k` and `top_p` may leave with scores that are near these, and which
+        they must; None: all. Tokens that they cannot leave may be missing.
+        """
+        if self.top_p >= 1.0 and (self.top_k is None or self.top_k >= len(scores)):
+            return None
+        few = max(_LIKELIEST, 2 * (self.top_k or 0))
+        for count in (min(few, len(scores)), len(scores)):
+            tokens, values, may, must = self._bounds_among(scores, count, error)
+            # a token that is left out is below all that may be left, whatever the rounding
+            if count == len(scores) or float(values[-1]) < float(values[may][-1]) - error:
+                break
+        return tokens, values, may, must
+
+    def _bounds_among(self, scores: "torch.Tensor", count: int, error: float) -> "_Bounds":
+        """The bounds among so many of the largest scores."""
         import torch
 
-        may = torch.ones_like(scores, dtype=torch.bool)
-        must, unclear = may, 0.0
-        if self.top_k is not None and self.top_k < len(scores):
-            highest = scores.topk(self.top_k + 1).values
-            may, must = scores >= highest[-2] - error, scores >= highest[-1] + error
+        values, tokens = scores.topk(count)
+        may = torch.ones_like(values, dtype=torch.bool)
+        must, whole = may, scores.logsumexp(-1)
+        if self.top_k is not None and self.top_k < count:
+            may = values >= values[self.top_k - 1] - error
+            must = values >= values[self.top_k] + error
+            whole = values[may].logsumexp(-1)
         if self.top_p < 1.0:
-            probabilities = scores.masked_fill(~may, -float("inf")).softmax(-1)
-            unclear = float(probabilities[may & ~must].sum()) + 2 * error
-            ordered, order = probabilities.sort(stable=True)
-            tail = torch.empty_like(ordered)
-            tail[order] = ordered.cumsum(-1)
-            top = scores == scores.max()
-            may = may & ((tail > 1 - self.top_p - unclear) | top)
-            must = must & ((tail > 1 - self.top_p + unclear) | top)
-        return may, must
+            # a token is left if those above it have less than top_p of the probability
+            shares = (values - whole).exp() * may
+            sums = torch.nn.functional.pad(shares.cumsum(-1), (1, 0))
+            falling = -values
+            least = sums[torch.searchsorted(falling, falling - error)]
+            most = sums[torch.searchsorted(falling, falling + error, right=True)] - shares
+            unclear = float(shares[may & ~must].sum()) + 2 * error
+            first = torch.zeros_like(may)
+            first[0] = count < 2 or float(values[0] - values[1]) > error
+            may = may & (least < self.top_p + unclear)
+            must = must & ((most < self.top_p - unclear) | first)
+        return tokens, values, may, must
+
+
+_Bounds = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor"]
+"""Tokens, their scores from the largest on, and which of them may and must be left."""
+
+
+def _first(values: list[float], tokens: list[int], error: float) -> int | None:
+    """The first of tokens if it is ahead by more than an error."""
+    return tokens[0] if len(values) < 2 or values[0] - values[1] > error else None

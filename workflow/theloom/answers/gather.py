@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 # of all shards of a run the same
 _ALIKE = ("model_fingerprint", "precision", "quantization", "package_versions")
-_ADDED = ("seconds", "tokens_sampled", "tokens_alone")
+_ADDED = ("seconds", "seconds_sampling", "tokens_sampled", "tokens_alone")
 
 _OF_CORPUS = (
     "tokenizer",
@@ -127,7 +127,7 @@ def _read_shards(shards: Sequence[Path]) -> tuple[dict[int, list[Answer]], dict[
                     "--forcerun sample_answers"
                 )
         for name in _ADDED:
-            about[name] += attributes[name]
+            about[name] += attributes.get(name, 0)
         if answers:
             about |= {name: attributes[name] for name in ("device", "side_by_side")}
     return sampled, about

@@ -7,6 +7,7 @@ over prompt and answer, alone and without a cache. So an answer does not depend 
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -195,14 +196,23 @@ class _Sampler:
     def _next(self, number: int, row: Row, scores: "torch.Tensor") -> int:
         sampling = self._of.sampling
         noise = sampling.noise(self._generators[number], scores.shape[-1])
-        found = sampling.choose(scores, noise, self._tolerance or 0.0)
-        if not found.sure and self._tolerance is not None:
-            scores = self._of.scores_alone([*row.prompt, *row.ids])
-            found = sampling.choose(scores, noise, 0.0)
-            row.alone += 1
-        row.ids.append(found.token)
-        row.log_probabilities.append(float(scores.log_softmax(-1)[0, found.token]))
-        if found.token in self._of.ends:
+        token = None
+        if self._tolerance is not None:
+            token = sampling.sure(scores, noise, self._tolerance)
+            if token is None:
+                scores = self._of.scores_alone([*row.prompt, *row.ids])
+                row.alone += 1
+        if token is None:
+            token = sampling.exact(scores, noise)
+        row.ids.append(token)
+        row.log_probabilities.append(float(scores.log_softmax(-1)[0, token]))
+        if math.isnan(row.log_probabilities[-1]):
+            raise ModelError(
+                f"{type(self._of.model).__name__}: its scores after {len(row.prompt)} tokens of a "
+                f"prompt and {len(row.ids) - 1} of the answer are not numbers in "
+                f"{self._of.precision}; set memory.precision_mode=fp32, or check the weights"
+            )
+        if token in self._of.ends:
             row.ended = "eos"
         elif self._of.stops is not None and self._of.stops(row.prompt, row.ids):
             row.ended = "stop"
@@ -210,7 +220,7 @@ class _Sampler:
             row.ended = "length"
         if row.ended:
             self._ended(row)
-        return found.token
+        return token
 
     def _done(self, ids: "torch.Tensor", scores: Any, **_: Any) -> "torch.Tensor":
         import torch

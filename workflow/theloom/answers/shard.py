@@ -96,14 +96,14 @@ def sample_answers(
     parts.append(prompts.names)
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     with PartialAnswers(output, fingerprint) as partial:
-        before, alone, way = len(partial.found), 0, ""
+        before, alone, way, sampling = len(partial.found), 0, "", 0.0
         wanted = _wanted(config, prompts, partial.found)
         if wanted:
             rows = _rows(config, target, wanted, estimate.read(estimate_path))
             loaded = load_model(config, files, target=target, lm_head=True)
             job = _Job(config, loaded, prompts, partial)
             job.run(wanted, max(1, rows >> oom_level))
-            alone, way = job.alone, job.way
+            alone, way, sampling = job.alone, job.way, job.seconds
         found = partial.found
         write_shard(
             output,
@@ -113,6 +113,7 @@ def sample_answers(
                 "device": accelerator.name(target.device),
                 "side_by_side": way,
                 "seconds": time.perf_counter() - started,
+                "seconds_sampling": sampling,
                 "tokens_sampled": sum(len(a.ids) for a in found[before:]),
                 "tokens_alone": alone,
             },
@@ -182,7 +183,7 @@ class _Job:
     ) -> None:
         self._config, self._loaded, self._partial = config, loaded, partial
         self._prompts = prompts
-        self.alone = 0
+        self.alone, self.seconds = 0, 0.0
         model, answers = loaded.architecture.model, config.answers
         sampling = Sampling(answers.temperature, answers.top_p, answers.top_k)
         # 8-bit and 4-bit weights round to 16 bits inside
@@ -216,6 +217,7 @@ class _Job:
         log.info("%d answers side by side, %s", rows, self.way)
         total = len(wanted) + len(self._partial.found)
         progress = AnswersProgress(total, len(self._partial.found))
+        started = time.perf_counter()
         failures = 0
         with StopRequest() as stop:
             while wanted and stop.requested is None:
@@ -234,6 +236,7 @@ class _Job:
                     )
                 rows = max(1, rows // 2)
                 log.warning("out of memory (%s): %d answers side by side from now on", error, rows)
+        self.seconds = time.perf_counter() - started
         if wanted:
             raise StoppedError(
                 f"stopped by {stop.requested} with {len(self._partial.found):,} of {total:,} "

@@ -34,7 +34,13 @@ from theloom.config import (
     values,
     words,
 )
-from theloom.config.frozen import BESIDE_THE_RESULT, STAGES, decides_no_row, frozen_keys
+from theloom.config.frozen import (
+    BESIDE_THE_RESULT,
+    STAGES,
+    decides_no_row,
+    frozen_keys,
+    without_unset,
+)
 from theloom.config.schema import Config
 from theloom.config.values import Assignment
 from theloom.errors import ConfigError
@@ -90,7 +96,7 @@ class Run:
             "run": self.name,
             "stage": stage,
             "revision": STAGES[stage].revision,
-            "config": config,
+            "config": without_unset(config),
         }
 
 
@@ -216,7 +222,8 @@ def _compose(
     try:
         with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
             composed = compose("default", [_choice(*option) for option in by_group.items()])
-        strict = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))
+        plain = cast(dict[str, Any], OmegaConf.to_container(composed))
+        strict = OmegaConf.merge(OmegaConf.structured(Config), _listed(plain))
         for key, value in chosen.items():
             if key not in groups:
                 OmegaConf.update(strict, key, frozen.literal(value))
@@ -252,6 +259,16 @@ def _compose(
             f"model.architecture: is null in {profile}; write a profile with all its numbers"
         ) from None
     return config, left_open
+
+
+def _listed(plain: dict[str, Any]) -> dict[str, Any]:
+    """One value, or null, of a key that takes one or more becomes a list."""
+    for key in schema.ONE_OR_MORE:
+        section, _, leaf = key.partition(".")
+        value = plain.get(section, {}).get(leaf, [])
+        if not isinstance(value, list):
+            plain[section][leaf] = [] if value is None else [value]
+    return plain
 
 
 def _choice(group: str, option: str) -> str:

@@ -30,6 +30,10 @@ class Stage:
 # existed; elsewhere they read as null.
 BESIDE_THE_RESULT = ("memory.profile_shard", "store.max_overflow", "store.allow_nonfinite")
 
+# Keys that are frozen only where they are set, though they change the result: runs without them
+# stay what they were before the keys existed.
+WHERE_SET = ("model.adapter",)
+
 # A section that is frozen only where its `source` is set: runs without it stay what they were.
 ANSWERS = "answers"
 
@@ -72,6 +76,7 @@ _MODEL_FILES = (
 
 _LOADING = (
     *_MODEL_FILES,
+    "model.adapter",
     "memory.precision_mode",
     "memory.quantization",
     "extraction.device",
@@ -158,6 +163,7 @@ STAGES: dict[str, Stage] = {
     "source": Stage(
         (
             *_MODEL_FILES,
+            "model.adapter",
             "model.tokenizer",
             "corpus.kind",
             "corpus.dataset",
@@ -229,7 +235,8 @@ def to_config(plain: dict[str, Any]) -> Config:
     """
     config = OmegaConf.structured(Config)
     for key in schema.leaf_keys():
-        if key.name not in BESIDE_THE_RESULT and key.name.partition(".")[0] != ANSWERS:
+        known = (*BESIDE_THE_RESULT, *WHERE_SET)
+        if key.name not in known and key.name.partition(".")[0] != ANSWERS:
             OmegaConf.update(config, re.sub(r"(architecture)\..*", r"\1", key.name), "???")
     config = cast(DictConfig, OmegaConf.merge(config, literal(plain)))
     OmegaConf.set_readonly(config, True)
@@ -281,8 +288,19 @@ def _held(data: Any) -> Any:
     return {key: value for key, value in held.items() if value != {}}
 
 
+def without_unset(data: dict[str, Any]) -> dict[str, Any]:
+    """A config, as plain data, without the keys of `WHERE_SET` that are empty."""
+    kept = dict(data)
+    for key in WHERE_SET:
+        section, _, leaf = key.partition(".")
+        if section in kept and not kept[section].get(leaf, True):
+            kept[section] = {k: v for k, v in kept[section].items() if k != leaf}
+    return kept
+
+
 def _decisive(data: Any) -> Any:
     """Take out of a config, as plain data, the keys on which no result depends."""
+    data = without_unset(data)
     for key in BESIDE_THE_RESULT:
         section, _, leaf = key.partition(".")
         data.get(section, {}).pop(leaf, None)
@@ -302,6 +320,6 @@ def frozen_digest(path: str | Path) -> str:
         64 hexadecimal digits; the run's name does not change them.
     """
     frozen = json.loads(Path(path).read_text(encoding="utf-8"))
-    _decisive(frozen["config"])
+    frozen["config"] = _decisive(frozen["config"])
     frozen.pop("run", None)  # a name decides no row
     return hashlib.sha256(_as_json(frozen).encode()).hexdigest()

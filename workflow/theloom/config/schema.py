@@ -28,6 +28,9 @@ AnswersFrom = Enum("AnswersFrom", ["model", "column"])
 PATHS = ("model.source", "model.tokenizer", "corpus.path", "corpus.dataset", "corpus.chat_template")
 """Keys whose text may be a path: `~` at its start is the user's home."""
 
+ONE_OR_MORE = ("model.adapter",)
+"""Keys of a list that take one value without brackets too."""
+
 
 def key(default: Any, help: str) -> Any:  # noqa: A002
     """Make a dataclass field with its documentation.
@@ -90,6 +93,11 @@ class ModelConfig:
     revision: str | None = key(None, "branch, tag or commit of a hub model; null: its main branch")
     gguf_file: str | None = key(
         None, "GGUF file inside the source; null: found, where the source has no safetensors"
+    )
+    adapter: list[str] = key(
+        [],
+        "adapter of PEFT that is merged into the model, or several in their order: folders or hub "
+        "ids, with `@revision` behind them or without; empty: none",
     )
     tokenizer: str | None = key(None, "source of another tokenizer; null: the model's own")
     allow_pickle: bool = key(False, "load pickled weights (.bin): they can run code on loading")

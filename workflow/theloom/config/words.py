@@ -238,6 +238,9 @@ def _split(chars: _Chars) -> list[_Chars]:
 
 def _list(key: str, chars: _Chars) -> tuple[str, ...]:
     if len(chars) < 2 or chars[0] != ("[", False) or chars[-1] != ("]", False):
+        if key in schema.ONE_OR_MORE:
+            text = values.text(key, _plain(chars))
+            return () if text in (None, "null") else (str(text),)
         raise ConfigError(
             f"{key}: one value where a list is wanted; put brackets round it: {key}=[…]"
         )

@@ -15,7 +15,7 @@ from theloom.corpus.batching import Batch
 from theloom.devices import accelerator, gpu, pinned, streams
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.devices.streams import Mark
-from theloom.engine.handoff import Handoff
+from theloom.engine.handoff import Handoff, RowSink
 from theloom.engine.interrupts import StopRequest
 from theloom.engine.progress import Moment, Progress
 from theloom.engine.row_probe import RowProbe, riskiest
@@ -29,8 +29,6 @@ from theloom.store.shard_file import ShardTokens
 
 if TYPE_CHECKING:
     import torch
-
-    from theloom.store.writer import ShardWriter
 
 
 log = logging.getLogger(__name__)
@@ -88,7 +86,7 @@ def run_batches(
     runner: Runner,
     work: Work,
     plan: Plan,
-    writer: "ShardWriter",
+    writer: RowSink,
     profile: ShardProfile,
     watch: MemoryWatch,
     oom_level: int = 0,
@@ -98,7 +96,7 @@ def run_batches(
 
     Raises StoppedError once the job is requested to stop, with all that was forwarded committed.
     """
-    batches, total = work.batches, len(work.tokens.input_ids)
+    batches, total = work.batches, sum(sum(b.lengths) for b in work.batches)
     first, selection = writer.batches_done, work.selection
     done = sum(sum(b.lengths) for b in batches[:first])
     rows = sum(selection.rows(b) for b in batches[:first])
@@ -167,9 +165,10 @@ class _Measured:
     """The figures of a run, on top of those of earlier jobs on the same shard."""
 
     def __init__(
-        self, writer: "ShardWriter", work: Work, watch: MemoryWatch, first: int, oom_level: int
+        self, writer: RowSink, work: Work, watch: MemoryWatch, first: int, oom_level: int
     ) -> None:
         self._before: dict[str, float] = dict(writer.metrics)
+        self._taker = writer.taker
         self._work, self._watch, self._first, self._level = work, watch, first, oom_level
         self._began = time.perf_counter()
         self._forward = _Clock(work.device)
@@ -205,15 +204,17 @@ class _Measured:
             if n.startswith("seconds_")
         }
         log.info(
-            "of %.1f s: forward %.1f%%, copies %.1f%%, waiting for the disk %.1f%%, idle %.1f%%; "
+            "of %.1f s: forward %.1f%%, copies %.1f%%, waiting for the %s %.1f%%, idle %.1f%%; "
             "the writer was busy "
             "for %.1f%%; padding: %.1f%% of the tokens forwarded",
             total,
-            *(shares[n] for n in ("forward", "copy", "waiting_for_disk", "idle")),
+            *(shares[n] for n in ("forward", "copy")),
+            self._taker,
+            *(shares[n] for n in ("waiting_for_disk", "idle")),
             100 * handoff.seconds_writing / total,
             100 * (1 - now["tokens"] / max(1, now["tokens_forwarded"])),
         )
-        if shares["waiting_for_disk"] > 10:
+        if shares["waiting_for_disk"] > 10 and self._taker == "disk":
             log.warning(
                 "the disk is the limit: the model waited for it %.0f%% of the time, at %.1f MB/s",
                 shares["waiting_for_disk"],

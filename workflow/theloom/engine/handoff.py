@@ -15,7 +15,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, Self
 
 from theloom.devices import accelerator, streams
 from theloom.devices.streams import Mark, SideStreams
@@ -25,14 +25,39 @@ from theloom.store.ring_buffer import IN_FLIGHT, Ring, ring_bytes
 if TYPE_CHECKING:
     import torch
 
-    from theloom.store.writer import ShardWriter
-
 
 log = logging.getLogger(__name__)
 
 # How long the writer may keep the interpreter while the model's thread has kernels to launch:
 # Python's 5 ms are many kernels' time.
 SWITCH_SECONDS = 0.0002
+
+
+class RowSink(Protocol):
+    """What takes the rows of a shard: `ShardWriter`, which writes them to its file, or a queue in
+    memory. `batches_done` counts the batches that it has all rows of; `taker` is what the model
+    waits for where it is the slower one: the disk, or a reader.
+    """
+
+    taker: str
+    batches_done: int
+    metrics: dict[str, float]
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None: ...
+
+    def write(self, window: int, hook: str, start: int, rows: "torch.Tensor") -> None:
+        """Rows of one hook point and window, whose memory is reused after the call."""
+        ...
+
+    def batch_done(self, rows: int, last: bool = False) -> None:
+        """All rows of a batch were written, `rows` in all batches."""
+        ...
+
+    def finish(self) -> None:
+        """All batches are done."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +101,7 @@ def rows_of(value: "torch.Tensor", dtype: "torch.dtype | None", over_keys: bool)
 
 class Handoff:
     """Between the model's thread, which calls `rows` and `batch_done`, and a writer thread, which
-    writes the shard.
+    hands them to the sink.
 
     An error of the writer is raised in the model's thread at its next call, at the latest by
     `drain`. Leaving the context waits for what is on its way; on an error it drops that, since it
@@ -84,7 +109,7 @@ class Handoff:
     """
 
     def __init__(
-        self, writer: "ShardWriter", device: "torch.device", largest: int, ahead: int = 0
+        self, writer: RowSink, device: "torch.device", largest: int, ahead: int = 0
     ) -> None:
         """`ahead`: bytes of the values that several GPUs have on their way when all are at work."""
         self._writer = writer

@@ -18,7 +18,13 @@ from theloom.config.schema import Config
 from theloom.devices import accelerator
 from theloom.errors import ModelError, StoreError
 from theloom.hooks.points import HookCatalog, HookPoint
-from theloom.model.files import ModelFiles, files_fingerprint, files_signature, prepare_files
+from theloom.model.files import (
+    ModelFiles,
+    adapter_hash,
+    files_fingerprint,
+    files_signature,
+    prepare_files,
+)
 from theloom.model.length_switches import LengthSwitch, notable_lengths
 from theloom.model.loading import LoadedModel, Target, load_model, resolve_precision
 from theloom.planning.plan import Correction
@@ -50,6 +56,12 @@ class ModelRecord:
     switches: tuple[LengthSwitch, ...]
     streams_up_to: int | None  # tokens of the longest document that may go in chunks
     attributes: dict[str, Any]
+
+    @property
+    def adapter_revisions(self) -> tuple[str | None, ...]:
+        """The commit of each adapter; None for that of a folder."""
+        listed = json.loads(str(self.attributes.get("adapters", "[]")))
+        return tuple(adapter["revision"] for adapter in listed)
 
     @property
     def alone(self) -> bool:
@@ -108,7 +120,27 @@ def model_attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:
         blocks=len(loaded.architecture.blocks),
         hidden_size=loaded.architecture.hidden_size,
         notable_lengths=notable_lengths(loaded.architecture.model.config),
+        **_adapters(loaded),
     )
+
+
+def _adapters(loaded: LoadedModel) -> dict[str, Any]:
+    """Which adapters are merged, in their order; nothing where there is none."""
+    if not loaded.files.adapters:
+        return {}
+    return {
+        "adapters": [
+            {
+                "source": provenance.without_home(adapter.source),
+                "revision": adapter.revision,
+                "kind": adapter.kind,
+                "hash": adapter_hash(adapter),
+                "base": provenance.without_home(adapter.base),
+                "ignored": ignored,
+            }
+            for adapter, ignored in zip(loaded.files.adapters, loaded.ignored, strict=True)
+        ]
+    }
 
 
 def read(path: Path) -> ModelRecord:
@@ -176,7 +208,7 @@ def _same_files(config: Config, recorded: ModelRecord, target: Target) -> ModelF
             f"model.h5 was made in {recorded.precision}, and {device} gives {resolved.resolved}; "
             f"set memory.precision_mode={recorded.precision}, or run on the same kind of device"
         )
-    files = prepare_files(config.model, recorded.revision)
+    files = prepare_files(config.model, recorded.revision, recorded.adapter_revisions)
     if (
         files_signature(files) != recorded.signature
         and files_fingerprint(files) != recorded.fingerprint
@@ -200,4 +232,5 @@ def provenance_of(recorded: ModelRecord) -> dict[str, Any]:
         "precision",
     ]
     names += ["precision_steps", "quantization", "attention", "switches", "blocks"]
+    names += ["adapters"] * ("adapters" in recorded.attributes)
     return {f"model_{n.removeprefix('model_')}": recorded.attributes[n] for n in names}

@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from theloom.corpus import batching
+from theloom.corpus.batching import Batch
 from theloom.devices import gpu
+from theloom.devices.host import DeviceMemory
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine import interrupts, model_record
 from theloom.engine.batch_loop import Sink, Work, run_batches
 from theloom.engine.context import ShardJob
-from theloom.engine.handoff import rows_of
+from theloom.engine.handoff import RowSink, rows_of
 from theloom.engine.selection import Selection
 from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
@@ -102,13 +104,7 @@ def extract_resident(job: ShardJob) -> None:
     # the batches of a partial file stay what is committed; one too large for this plan goes in
     # several passes
     whole = job.started_plan() or plan
-    batches = batching.plan_batches(
-        job.lengths,
-        whole.batch_tokens,
-        whole.chunk_size,
-        whole.streamed_windows,
-        run.record.switches,
-    )
+    batches = batches_of(job, whole)
     spec = job.spec(whole, len(batches))
     estimate.check_disk(
         job.output.parent, job.bytes_to_write(spec), shutil.disk_usage(job.output.parent).free
@@ -124,9 +120,63 @@ def extract_resident(job: ShardJob) -> None:
     measure.prepare_measurement(run.config.model)
     watch = MemoryWatch(run.device)
     loaded = model_record.load_again(run.config, run.record, run.points, run.target)
-    predicted = fitting.components
+    largest = batching.largest(batches, first, plan.chunk_size) if job.profiled else ()
+    profile = ShardProfile(loaded, job.output, largest)
+    _run(job, fitting, batches, loaded, lambda: ShardWriter(job.output, spec), profile, watch)
+
+
+def stream_resident(
+    job: ShardJob,
+    fitting: Planned,
+    batches: Sequence[Batch],
+    loaded: LoadedModel,
+    into: RowSink,
+    watch: MemoryWatch,
+) -> None:
+    """Extract batches of a shard with a model that is loaded, and hand the rows to a sink; no file
+    is written.
+
+    Args:
+        job: The shard.
+        fitting: What `plan_resident` gave for it.
+        batches: All or some of `batches_of` its plan, in any order.
+        loaded: The model of the job's record.
+        into: Takes the rows, and counts the batches that it has all rows of.
+        watch: The memory since before the model was loaded.
+
+    Raises:
+        MemoryPlanError: It does not fit.
+    """
+    run = job.run
+    Selection(job.tokens, run.config.rows.pool.name, run.store).check_room(batches, run.points)
+    unrecorded = ShardProfile(loaded, job.output, ())
+    _run(job, fitting, batches, loaded, lambda: into, unrecorded, watch)
+
+
+def batches_of(job: ShardJob, plan: Plan) -> list[Batch]:
+    """The batches of a shard by a plan, in the order in which they are committed."""
+    return batching.plan_batches(
+        job.lengths,
+        plan.batch_tokens,
+        plan.chunk_size,
+        plan.streamed_windows,
+        job.run.record.switches,
+    )
+
+
+def _run(
+    job: ShardJob,
+    fitting: Planned,
+    batches: Sequence[Batch],
+    loaded: LoadedModel,
+    open_sink: Callable[[], RowSink],
+    profile: ShardProfile,
+    watch: MemoryWatch,
+) -> None:
+    """Run the batches that a sink lacks, in smaller passes wherever memory runs out."""
+    run, plan, predicted = job.run, fitting.plan, fitting.components
     work = Work(
-        batches,
+        list(batches),
         job.tokens,
         run.points,
         run.store,
@@ -137,8 +187,6 @@ def extract_resident(job: ShardJob) -> None:
         longest_pass(run.estimate, run.weight_format.name, plan, job.lengths.tolist()),
         run.config.rows.pool.name,
     )
-    largest = batching.largest(batches, first, plan.chunk_size) if job.profiled else ()
-    profile = ShardProfile(loaded, job.output, largest)
 
     def smaller(level: int) -> Plan:
         return plan.backed_off(level, streams=run.record.streams)
@@ -150,9 +198,9 @@ def extract_resident(job: ShardJob) -> None:
         runner = ResidentRunner(
             loaded, run.points, cut.chunk_size, handed, cut.offloaded, run.record.causal
         )
-        with ShardWriter(job.output, spec) as writer:
-            run_batches(runner, work, cut, writer, profile, watch, level)
-            writer.finish()
+        with open_sink() as sink:
+            run_batches(runner, work, cut, sink, profile, watch, level)
+            sink.finish()
 
     def advice(smallest: Plan) -> str:
         free, _ = gpu.available_memory(run.device)
@@ -165,8 +213,8 @@ def extract_resident(job: ShardJob) -> None:
     interrupts.until_it_fits(extract, smaller, job.oom_level, run.device, advice)
 
 
-def plan_resident(job: ShardJob) -> Planned:
-    """The plan that fits the device now."""
+def plan_resident(job: ShardJob, room: "tuple[DeviceMemory, str] | None" = None) -> Planned:
+    """The plan that fits the device now, or the room that there was (`multi_gpu.available`)."""
     run = job.run
     return multi_gpu.fit_plan(
         run.estimate,
@@ -176,4 +224,5 @@ def plan_resident(job: ShardJob) -> Planned:
         job.windows,
         run.record.correction,
         job.streams,
+        room,
     )

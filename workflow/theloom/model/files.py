@@ -7,7 +7,6 @@ such a folder once, in a cache that all runs share, so that every later job load
 
 import errno
 import fcntl
-import importlib.util
 import json
 import logging
 import os
@@ -25,16 +24,21 @@ from theloom.config import model_dims
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import ArchitectureConfig, ModelConfig
 from theloom.errors import ModelError
+from theloom.model.adapters.files import (
+    AdapterFiles,
+    base_of,
+    find_adapters,
+    local_adapters,
+)
 from theloom.model.checkpoint import folder as folders
 from theloom.model.checkpoint import gguf, tokenizer_file
+from theloom.model.checkpoint.sources import find_folder, local_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 log = logging.getLogger(__name__)
-
-_DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
 
 # patterns of the names that transformers loads; repositories often hold others too
 _SAFETENSORS = "model*.safetensors"
@@ -44,14 +48,15 @@ _BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A local folder that `from_pretrained` loads, where it came from, and the GGUF file that it
-    was made from.
+    """A local folder that `from_pretrained` loads, where it came from, the GGUF file that it was
+    made from, and the adapters that are merged into it.
     """
 
     folder: Path
     source: str
     revision: str | None
     gguf_file: str | None = None
+    adapters: tuple[AdapterFiles, ...] = ()  # in the order in which they are merged
 
     def weight_files(self) -> list[Path]:
         """The files that hold weights, those that say how to read them, and the folder's own code,
@@ -69,18 +74,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "theloom"
 
 
-def prepare_files(config: ModelConfig, revision: str | None = None) -> ModelFiles:
+def prepare_files(
+    config: ModelConfig,
+    revision: str | None = None,
+    adapter_revisions: Sequence[str | None] = (),
+) -> ModelFiles:
     """Find the model's files, fetch them where they are a hub's, convert them where they are GGUF.
 
-    `revision`, where given, is the commit that an earlier job found. Raises ModelError.
+    `revision` and `adapter_revisions`, where given, are the commits that an earlier job found.
+    Raises ModelError.
     """
-    folder, revision = _find(
-        config.source, revision or config.revision, [*_weights(config), *_code(config)]
+    folder, revision = find_folder(
+        base_source(config), revision or config.revision, [*_weights(config), *_code(config)]
     )
     gguf = _check_folder(folder, config)
+    adapters = tuple(find_adapters(config, adapter_revisions))
     if gguf is not None:
-        return ModelFiles(_converted(gguf), config.source, revision, gguf.name)
-    return ModelFiles(folder, config.source, revision)
+        return ModelFiles(_converted(gguf), config.source, revision, gguf.name, adapters)
+    return ModelFiles(folder, config.source, revision, None, adapters)
+
+
+def base_source(config: ModelConfig) -> str:
+    """The source of the weights: model.source, or the base model of one that is an adapter.
+
+    Raises:
+        ModelError: the adapter's base model is not known or not here.
+    """
+    return base_of(config.source) or config.source
 
 
 def _weights(config: ModelConfig) -> list[str]:
@@ -126,7 +146,7 @@ class Description:
 def describe(config: ModelConfig) -> Description:
     """Where the model's config and tokenizer are. Fetches no safetensors."""
     more = [config.gguf_file] if config.gguf_file else []
-    folder, revision = _find(config.source, config.revision, [*more, *_code(config)])
+    folder, revision = find_folder(base_source(config), config.revision, [*more, *_code(config)])
     gguf = _gguf_file(folder, config)
     if gguf is None and not (folder / "config.json").is_file():
         raise ModelError(
@@ -143,7 +163,7 @@ def describe_tokenizer(config: ModelConfig) -> Description:
     if config.tokenizer is None:
         found = describe(config)
     else:
-        folder, revision = _find(config.tokenizer, None, _code(config), "model.tokenizer")
+        folder, revision = find_folder(config.tokenizer, None, _code(config), "model.tokenizer")
         found = Description(folder, None, revision)
     _check_tokenizer(found.folder, config)
     return found
@@ -153,11 +173,12 @@ def check_local(config: ModelConfig) -> None:
     """What can be told at once, without a network: folders, packages or files that are not there,
     are broken or would not be used. Raises ModelError.
     """
-    folder = _local_folder(config.source)
+    folder = local_folder(base_source(config))
     if folder is not None:
         _check_folder(folder, config)
+    local_adapters(config)
     if config.tokenizer is not None:
-        folder = _local_folder(config.tokenizer, "model.tokenizer")
+        folder = local_folder(config.tokenizer, "model.tokenizer")
     if folder is not None:
         _check_tokenizer(folder, config)
 
@@ -174,13 +195,13 @@ def local_weights(config: ModelConfig) -> Path | None:
     Raises:
         ModelError: the folder, or a file of it, is missing or broken.
     """
-    folder = _local_folder(config.source)
+    folder = local_folder(base_source(config))
     return folder if folder is not None and _check_folder(folder, config) is None else None
 
 
 def is_gguf(config: ModelConfig) -> bool:
     """Whether a local model is a GGUF file that is not converted yet. Raises ModelError."""
-    folder = _local_folder(config.source)
+    folder = local_folder(base_source(config))
     gguf = _check_folder(folder, config) if folder is not None else None
     return gguf is not None and not _conversion(gguf).is_dir()
 
@@ -191,61 +212,13 @@ def fetch(config: ModelConfig) -> str | None:
 
     Converts nothing. Raises ModelError.
     """
-    folder, revision = _find(config.source, config.revision, [*_weights(config), *_code(config)])
+    folder, revision = find_folder(
+        base_source(config), config.revision, [*_weights(config), *_code(config)]
+    )
     _check_folder(folder, config)
+    find_adapters(config)
     describe_tokenizer(config)
     return revision
-
-
-def _local_folder(source: str, key: str = "model.source") -> Path | None:
-    """The folder of a package or a path, None for what must be a hub id. Errors name `key`."""
-    if source.startswith("package:"):
-        package = source.removeprefix("package:")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        places = list(spec.submodule_search_locations or []) if spec else []
-        if not places:
-            raise ModelError(
-                f"{key}: no installed package {package!r}; pip install it, or give a folder"
-            )
-        return Path(places[0])
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise ModelError(
-            f"{key}: {source} is a file; give its folder (and model.gguf_file={folder.name})"
-        )
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise ModelError(f"{key}: no folder {source!r} (a hub id looks like 'organisation/model')")
-    return None
-
-
-def _find(
-    source: str, revision: str | None, weights: Sequence[str] = (), key: str = "model.source"
-) -> tuple[Path, str | None]:
-    """The folder of a source and, for a hub model, its commit; `weights`: patterns to fetch beside
-    the config.
-    """
-    local = _local_folder(source, key)
-    if local is not None:
-        return local, None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(
-            snapshot_download(source, revision=revision, allow_patterns=[*_DESCRIPTIONS, *weights])
-        )
-    except LocalEntryNotFoundError:
-        where = f"{source} at {revision}" if revision else source
-        raise ModelError(
-            f"{key}: {where} is no local folder, nor in the local hub cache, and the hub "
-            "cannot be reached; "
-            "fetch it once with `hf download`, or give a folder"
-        ) from None
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise ModelError(f"{key}: {source}: {' '.join(str(error).split())}") from None
-    return folder, folder.name  # a snapshot's folder is named after its commit
 
 
 def _gguf_file(folder: Path, config: ModelConfig) -> Path | None:
@@ -365,9 +338,21 @@ def content_hash(file: Path) -> str:
 
 
 def files_fingerprint(files: ModelFiles) -> str:
-    """XXH3-128 over the names and contents of a model's weight files and config."""
+    """XXH3-128 over the names and contents of a model's weight files and config, and over its
+    adapters in their order.
+    """
     state = xxhash.xxh3_128()
     for file in files.weight_files():
+        state.update(f"{file.name} {content_hash(file)}\n".encode())
+    for adapter in files.adapters:
+        state.update(f"adapter {adapter_hash(adapter)}\n".encode())
+    return state.hexdigest()
+
+
+def adapter_hash(adapter: AdapterFiles) -> str:
+    """XXH3-128 over the names and contents of an adapter's config and weights."""
+    state = xxhash.xxh3_128()
+    for file in adapter.files:
         state.update(f"{file.name} {content_hash(file)}\n".encode())
     return state.hexdigest()
 
@@ -380,7 +365,8 @@ def files_signature(files: ModelFiles) -> str:
 
 
 def _stats(files: ModelFiles) -> Iterator[tuple[str, int, int]]:
-    for file in files.weight_files():
+    adapters = [file for adapter in files.adapters for file in adapter.files]
+    for file in [*files.weight_files(), *adapters]:
         stat = file.stat()
         yield file.name, stat.st_size, stat.st_mtime_ns
 

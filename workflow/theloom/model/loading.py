@@ -51,6 +51,7 @@ class LoadedModel:
     attention: str
     quantization: str | None
     left_out: tuple[str, ...] = ()  # modules that are not loaded
+    ignored: tuple[list[str], ...] = ()  # of each adapter: the heads that it changes too
 
     @property
     def tolerance(self) -> float:
@@ -126,6 +127,7 @@ def load_model(
         ModelError: The model writes no text, or a weight is missing or has another shape.
     """
     from theloom.model import attention_kernels
+    from theloom.model.adapters.merging import read_adapters
 
     attention_kernels.repeat_keys_where_needed()
     device, resolved = target or resolve_precision(config, exact)
@@ -181,6 +183,8 @@ def load_model(
     if left_out:
         model.__class__ = type(model).__base__  # the class as transformers has it
     check_loaded(model, info, config.model.source, stored)
+    adapters = read_adapters(model, files.adapters, left_out)
+    adapters.merge()
     if quantization == "4bit" and device.type == "cpu":
         from theloom.model.quantization import check_runs_on_the_cpu
 
@@ -192,7 +196,16 @@ def load_model(
     _read_in(model)
     attention = str(model.config._attn_implementation)
     described = getattr(model, "_described", None) or find_blocks(model)
-    return LoadedModel(described, files, device, resolved, attention, quantization, tuple(left_out))
+    return LoadedModel(
+        described,
+        files,
+        device,
+        resolved,
+        attention,
+        quantization,
+        tuple(left_out),
+        tuple(adapters.ignored),
+    )
 
 
 def let_experts_run(model: Any, precision: str) -> None:

@@ -33,6 +33,8 @@ from theloom.store.hdf5.output import written
 from theloom.store.shard_file import bytes_of_window
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from theloom.planning.measure import Measured
     from theloom.planning.replay import Replayed
 
@@ -119,11 +121,34 @@ def _checked_files(config: Config) -> ModelFiles:
     files = prepare_files(config.model)
     model_config = config_in(files, config.model.trust_remote_code)
     check_stored(model_config, files.folder, config.model)
+    _check_adapters(config, files, model_config)
     if (files.folder / "modules.json").is_file():
         log.info("modules.json: what sentence-transformers runs after the model is not run")
     if config.model.ignore_own_code:
         log.warning("model.ignore_own_code: code of the folder is not run, transformers' own is")
     return files
+
+
+def _check_adapters(config: Config, files: ModelFiles, model_config: "PretrainedConfig") -> None:
+    """Log which adapters are merged. Raises ModelError for one that does not fit the whole model,
+    whatever of it is loaded.
+    """
+    if not files.adapters:
+        return
+    from theloom.model.adapters.merging import check_adapters
+
+    for adapter, ignored in zip(
+        files.adapters,
+        check_adapters(model_config, files.adapters, config.model.trust_remote_code),
+        strict=True,
+    ):
+        log.info("adapter: %s (%s) is merged into the model", adapter.source, adapter.kind)
+        if ignored:
+            log.warning(
+                "adapter: %s: what it does to %s is left out: no hook point needs it",
+                adapter.source,
+                ", ".join(ignored),
+            )
 
 
 def _say_disk(estimated: Estimate, computed: str, tokens_path: Path) -> None:

@@ -26,6 +26,7 @@ from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
 from theloom.memory.sizes import PeakBytes, Workload, by_category
 from theloom.model import files, weight_format
+from theloom.model.adapters.files import find_adapters, local_adapters, merging_bytes
 from theloom.model.checkpoint.classes import has_own_code
 from theloom.model.checkpoint.weights import check_stored
 from theloom.model.files import hf_config
@@ -176,6 +177,9 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
             # for example Mamba, whose code takes no quantized weights
             log.info("not offered in %s: %s", kind.name, error)
     weights = {name: estimator.weights(kind, points) for name, kind in WEIGHT_FORMATS.items()}
+    # bf16 is what `largest_weight` counts in
+    largest = estimator.largest_weight(WeightFormat("bf16")) // BYTES["bf16"]
+    merging = merging_bytes(find_adapters(config.model), largest)
     return Estimate(
         model_type=size.model_type,
         attention=getattr(estimator, "attention", "sdpa"),
@@ -189,7 +193,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         hooks=[p.name for p in points],
         weights=weights,
         load_peak={
-            name: _load_peak(estimator, kind, weights[name])
+            name: _load_peak(estimator, kind, weights[name]) + merging
             for name, kind in WEIGHT_FORMATS.items()
         },
         passes=passes,
@@ -206,7 +210,9 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         answers=_of_answers(config, estimator, passes, context, device),
         answers_batch=config.answers.batch,
         host={
-            name: _host(estimator, WEIGHT_FORMATS[name], weights[name], own, chunk_size, device)
+            name: _host(
+                estimator, WEIGHT_FORMATS[name], weights[name], own, chunk_size, device, merging
+            )
             for name, own in passes.items()
         },
     )
@@ -294,12 +300,16 @@ def _host(
     passes: list[Pass],
     chunk_size: int,
     device: str,
+    merging: int,
 ) -> int:
-    """Host bytes: on the CPU everything; for a GPU the largest tensor in transit, without CUDA."""
+    """Host bytes: on the CPU everything; for a GPU the largest tensor in transit, without CUDA.
+
+    `merging`: bytes of adapters while they are merged, before the first pass.
+    """
     if device != "cpu":
-        return HOST_PROCESS + estimator.largest_weight(kind) + RING_BYTES["cuda"]
+        return HOST_PROCESS + estimator.largest_weight(kind) + merging + RING_BYTES["cuda"]
     requested = max(p.parts.total for p in passes if p.chunk_size == chunk_size)
-    return HOST_PROCESS + weights + requested + bytes_on_device("cpu", 0)
+    return HOST_PROCESS + weights + max(requested, merging) + bytes_on_device("cpu", 0)
 
 
 def _most_rows(config: Config) -> int | None:
@@ -424,6 +434,10 @@ def run_estimate(config: Config, output: Path) -> None:
     files.check_local(config.model)
     if (folder := files.local_weights(config.model)) is not None:
         check_stored(hf_config(config.model), folder, config.model)
+        if adapters := local_adapters(config.model):
+            from theloom.model.adapters.merging import check_adapters
+
+            check_adapters(hf_config(config.model), adapters, config.model.trust_remote_code)
     estimator = estimator_of(config)
     log.info("by %s", estimator.method)
     result = estimate(config, estimator, "cpu" if config.extraction.device == "cpu" else "cuda")

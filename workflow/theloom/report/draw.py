@@ -13,7 +13,7 @@ from theloom.config.schema import Config, ReportConfig
 from theloom.dataset import token_text
 from theloom.dataset.activations import open_activations
 from theloom.errors import ConfigError
-from theloom.report import attention, layers, memory, probe, runs, speed, style
+from theloom.report import answers, attention, layers, memory, probe, runs, speed, style
 from theloom.report.states import (
     draw_massive,
     draw_norms,
@@ -51,6 +51,21 @@ def draw_speed(config: Config, shards: Sequence[Path], folder: Path) -> None:
     works = [speed.shard_work(shard) for shard in shards]
     style.save(speed.throughput(works, _title(config, folder)), folder / "throughput")
     style.save(speed.time_breakdown(works, _title(config, folder)), folder / "time")
+
+
+def draw_answers(config: Config, path: Path, shards: Sequence[Path], folder: Path) -> None:
+    """Draw how long answers are and why they end, and the speed of sampling by shard.
+
+    Args:
+        config: the run's config.
+        path: path of `answers.h5`.
+        shards: paths of the sampled answers; none where another engine wrote them.
+        folder: where the figures go.
+    """
+    title = _title(config, folder)
+    style.save(answers.lengths(answers.read(path), title), folder / "answers")
+    works = [answers.sampling_work(number, shard) for number, shard in enumerate(shards)]
+    style.save(answers.sampling(works, title), folder / "sampling")
 
 
 def draw_states(config: Config, activations: Path, folder: Path) -> None:

@@ -9,6 +9,10 @@ from theloom.hooks.points import PATTERN
 # by group, which is one job: names of figures and their titles in the report
 GROUPS = {
     "memory": {"memory": "Memory by component", "gpus": "GPUs that the run fits on"},
+    "answers": {
+        "answers": "Lengths and ends of answers",
+        "sampling": "Speed of sampling by shard",
+    },
     "speed": {"throughput": "Speed and padding by shard", "time": "Time breakdown by shard"},
     "states": {
         "norms": "Norms by layer and position",
@@ -25,16 +29,17 @@ GROUPS = {
 }
 
 
-def groups(filters: Sequence[str], label: str | None = None) -> list[str]:
+def groups(filters: Sequence[str], label: str | None = None, answered: bool = False) -> list[str]:
     """List the groups of figures that a run has.
 
     Args:
         filters: the run's hook filter; empty: every hook point.
         label: `report.label`.
+        answered: whether the run has answers.
 
     Returns:
-        Names of groups; attention's only if the filter can match attention patterns, and the
-        probe's only with a label.
+        Names of groups; attention's only if the filter can match attention patterns, the probe's
+        only with a label, and the answers' only of a run that has some.
 
     Examples:
         >>> groups(["blocks.*.hook_resid_post"])
@@ -44,5 +49,5 @@ def groups(filters: Sequence[str], label: str | None = None) -> list[str]:
     captured = not filters or any(
         fnmatchcase(name, re.sub(r"^blocks\.-?\d+\.", "blocks.0.", f)) for f in filters
     )
-    drawn = {"attention": captured, "probe": label is not None}
+    drawn = {"attention": captured, "probe": label is not None, "answers": answered}
     return ["memory", "speed", "states", *(name for name, there in drawn.items() if there)]

@@ -15,17 +15,25 @@ from theloom.config.schema import Config
 from theloom.dataset import inspect
 from theloom.dataset.activations import Activations, open_activations
 from theloom.errors import ConfigError
-from theloom.report import groups
+from theloom.report import answers, groups
 from theloom.report.speed import ShardWork, overall, shard_work
 from theloom.verification import recorded
 
-_ORDER = ("probe", "states", "attention", "memory", "speed")  # groups of figures on the page
+_ORDER = (
+    "probe",
+    "answers",
+    "states",
+    "attention",
+    "memory",
+    "speed",
+)  # groups of figures on the page
 _FILES = {
     "activations.h5": "the rows; theloom.open reads them",
     "verification.h5": "the errors of the recomputed documents",
     "estimate.h5": "predicted memory, disk and time",
     "model.h5": "hook points of the model, and measured memory",
     "tokens.h5": "token ids, windows and shards",
+    "answers.h5": "prompts with their answers, and how these were sampled",
     "config": "the config of each stage",
     "logs": "the log of each job",
     "provenance.html": "Snakemake's own report, by `theloom report`: code, jobs and their times",
@@ -118,6 +126,7 @@ def _facts(acts: Activations, folder: Path) -> list[Fact]:
         Fact("model", _with_revision(attributes)),
         Fact("precision", _precision(attributes, acts.precision)),
         Fact("corpus", f"{attributes['corpus']}, {len(acts.documents):,} documents"),
+        *_answers(folder / "answers.h5"),
         Fact("windows", f"{schema['windows']:,}, the longest of {schema['longest_window']:,}"),
         Fact("rows", f"{len(acts):,} of {len(acts.hooks)} hook points"),
         Fact("hook points", _listed(acts.hooks)),
@@ -152,6 +161,22 @@ def _time(works: Sequence[ShardWork]) -> list[Fact]:
         return []
     shards = "1 shard" if len(works) == 1 else f"{len(works)} shards"
     return [Fact("time", f"{seconds:,.0f} s in {shards}, {rate:,.0f} tokens/s")]
+
+
+def _answers(path: Path) -> list[Fact]:
+    """How many answers there are, why they end, and how fast they were sampled."""
+    if not path.exists():
+        return []
+    found = answers.read(path)
+    shortest, middle, longest = found.range
+    words = f"{len(found.lengths):,} to {found.prompts:,} prompts, of {shortest:,} to {longest:,} "
+    words += f"tokens ({middle:,.0f} in the median); end: "
+    words += ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.items())
+    facts = [Fact("answers", words)]
+    if found.tokens_per_second is not None:
+        rate = f"{found.tokens_sampled:,} tokens, {found.tokens_per_second:,.1f} a second"
+        facts.append(Fact("sampling", f"{rate}; {found.settings}"))
+    return facts
 
 
 def _memory(acts: Activations) -> list[Fact]:

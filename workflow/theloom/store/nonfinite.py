@@ -13,7 +13,7 @@ import numpy as np
 from theloom.errors import StoreError
 from theloom.hooks.points import SCORES, HookPoint
 from theloom.store import commit_log
-from theloom.store.shard_file import ShardSpec
+from theloom.store.shard_file import ShardSpec, ShardTokens
 from theloom.store.statistics import Statistics, as_float32
 
 log = logging.getLogger(__name__)
@@ -120,9 +120,14 @@ def first_of(spec: ShardSpec, point: HookPoint, fd: int, offsets: Mapping[str, i
             place = int(wrong.any(axis=1).argmax())
             value = values[place][wrong[place]][0]
             row += place
-            token = row if tokens.row_token is None else int(tokens.row_token[row])
-            document = int(np.searchsorted(tokens.document_offset, token, side="right")) - 1
-            name = tokens.document_id[document].decode(errors="replace")
-            return f"{value:g} at token {token - int(tokens.document_offset[document])} of {name}"
+            return f"{value:g} at {token_of(tokens, row)}"
         row += len(bits)
     return "none"
+
+
+def token_of(tokens: ShardTokens, row: int) -> str:
+    """The token of a row of a shard, in words: its number in its document, and the document."""
+    token = row if tokens.row_token is None else int(tokens.row_token[row])
+    document = int(np.searchsorted(tokens.document_offset, token, side="right")) - 1
+    name = tokens.document_id[document].decode(errors="replace")
+    return f"token {token - int(tokens.document_offset[document])} of {name}"

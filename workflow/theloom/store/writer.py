@@ -71,6 +71,8 @@ class ShardWriter:
         MemoryPlanError: on entry, or while writing, if the disk is full.
     """
 
+    taker = "disk"
+
     def __init__(self, path: Path, spec: ShardSpec) -> None:
         self.path = path
         self.partial = partial_of(path)
@@ -140,7 +142,7 @@ class ShardWriter:
         length = int(self._spec.tokens.row_offset[window + 1]) - first
         point = self._points[hook]
         if point.over_keys:
-            rows = _with_all_keys(rows, self._spec.keys, point.fill)
+            rows = with_all_keys(rows, self._spec.keys, point.fill)
         data = file_format.raw_bytes(rows)
         state, seen = self._unfinished.pop((window, hook), (xxhash.xxh3_64(), 0))
         if start != seen or start + len(rows) > length:
@@ -375,8 +377,15 @@ class ShardWriter:
         self._lock.release()
 
 
-def _with_all_keys(rows: "torch.Tensor", keys: int, fill: float) -> "torch.Tensor":
+def with_all_keys(rows: "torch.Tensor", keys: int, fill: float) -> "torch.Tensor":
+    """Rows of attention with so many keys: a batch is as wide as its longest window.
+
+    Args:
+        rows: (positions, heads, keys of the batch).
+        keys: of the result.
+        fill: the value of masked keys.
+    """
     import torch
 
-    rows = rows[..., :keys]  # a batch is as wide as its longest window
+    rows = rows[..., :keys]
     return torch.nn.functional.pad(rows, (0, keys - rows.shape[-1]), value=fill)

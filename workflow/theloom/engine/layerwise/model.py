@@ -28,6 +28,7 @@ from theloom.hooks.points import HookPoint, deepest_block, residual_points
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
 from theloom.memory.trace_block import trace_block
 from theloom.model import checks, loading, weight_format
+from theloom.model.adapters.merging import MergedAdapters
 from theloom.model.checks import SelfCheck
 from theloom.model.fake import FakeModel, fake_model
 from theloom.model.files import ModelFiles, hf_config
@@ -71,10 +72,12 @@ class LayerwiseModel:
                 read=sum(checkpoint.nbytes(b) for b in blocks),
                 tensor=max((checkpoint.largest_on_host(b) for b in blocks), default=0),
             )
+        merging = checkpoint.adapters or MergedAdapters()
+        converted = max((checkpoint.converted_bytes(block) for block in blocks), default=0)
         return BlockSizes(
             block=self.source.largest if blocks else 0,
-            converted=max((checkpoint.converted_bytes(block) for block in blocks), default=0),
-            kept=checkpoint.nbytes(OUTSIDE) - embeddings,
+            converted=converted + merging.working,
+            kept=checkpoint.nbytes(OUTSIDE) - embeddings + merging.held,
             embeddings=embeddings,
             read=sum(checkpoint.nbytes(block) for block in blocks),
         )
@@ -236,6 +239,11 @@ def opened(
     ) or weight_format.requested_quantization(config)
     if exact:
         bits = None
+    if bits is not None and files.adapters:
+        raise ModelError(
+            f"model.adapter: {files.adapters[0].source} is not merged into weights of {bits} layer "
+            "by layer; set memory.quantization=null, or extraction.execution=resident"
+        )
     shell = Shell(
         Path(files.folder),
         model_config,
@@ -244,12 +252,22 @@ def opened(
         None if attention == "auto" else attention,
         config.model.trust_remote_code,
         None if bits is None else quantize.quantizer(bits, model_config, resolved.resolved),
+        files.adapters,
     )
     loading.let_experts_run(shell.model, resolved.resolved)
     if bits == "4bit" and device.type == "cpu":
         check_runs_on_the_cpu(shell.model)
     implementation = str(shell.model.config._attn_implementation)
-    loaded = LoadedModel(shell.architecture, files, device, resolved, implementation, bits)
+    adapters = shell.checkpoint.adapters
+    loaded = LoadedModel(
+        shell.architecture,
+        files,
+        device,
+        resolved,
+        implementation,
+        bits,
+        ignored=() if adapters is None else tuple(adapters.ignored),
+    )
     with BlockSource(shell.checkpoint, device, len(shell.blocks)) as source:
         skeleton.examine(shell, source)
         yield LayerwiseModel(loaded, shell, source)

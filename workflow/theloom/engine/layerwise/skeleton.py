@@ -7,7 +7,7 @@ first block, and the arguments of every block: masks, rotary tables, positions. 
 batch's shape alone (`examine` holds a model to that), so they are recorded once a shape.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,8 @@ from theloom.engine.layerwise.weights_index import OUTSIDE, Checkpoint
 from theloom.errors import ModelError
 from theloom.hooks.blocks import find_blocks
 from theloom.hooks.catalog import build_catalog
+from theloom.model.adapters.files import AdapterFiles
+from theloom.model.adapters.merging import read_adapters
 from theloom.model.attention_kernels import repeat_keys_where_needed
 from theloom.model.block_calls import (
     CACHE,
@@ -63,6 +65,7 @@ class Shell(Frame):
         attention: str | None = None,
         trust_remote_code: bool = False,
         quantizer: HfQuantizer | None = None,
+        adapters: Sequence[AdapterFiles] = (),
     ) -> None:
         repeat_keys_where_needed()
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
@@ -84,7 +87,9 @@ class Shell(Frame):
 
         model, loader = empty(), None if quantizer is None else PartLoader(empty(), quantizer)
         super().__init__(find_blocks(model), device)
-        self.checkpoint = Checkpoint(model, self.blocks, weights_index.index(folder), loader)
+        merged = read_adapters(model, adapters) if adapters else None
+        stored = weights_index.index(folder)
+        self.checkpoint = Checkpoint(model, self.blocks, stored, loader, merged)
 
     @contextmanager
     def embedded(self, source: BlockSource) -> Iterator[None]:

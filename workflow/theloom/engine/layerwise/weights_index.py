@@ -32,6 +32,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from theloom.engine.layerwise import quantize
 from theloom.engine.layerwise.quantize import OnDisk, PartLoader
 from theloom.errors import ModelError
+from theloom.model.adapters.merging import MergedAdapters
 from theloom.model.checkpoint.classes import tied_heads
 
 DTYPES = {
@@ -142,7 +143,8 @@ class Checkpoint:
     """The keys of a checkpoint by block, and the places in a model on the meta device that they go
     to.
 
-    `attach` gives a part (a block's number, or OUTSIDE) its tensors, `detach` makes it meta again.
+    `attach` gives a part (a block's number, or OUTSIDE) its tensors and merges adapters into it,
+    `detach` makes it meta again.
     Of a quantised model `loader` makes a part's tensors, and `place` gives it them.
     """
 
@@ -152,8 +154,10 @@ class Checkpoint:
         blocks: list[nn.Module],
         stored: Mapping[str, Stored],
         loader: PartLoader | None = None,
+        adapters: MergedAdapters | None = None,
     ) -> None:
         self.stored = stored
+        self.adapters = adapters
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
         self._part_of = {m: number for number, block in enumerate(blocks) for m in block.modules()}
@@ -321,6 +325,8 @@ class Checkpoint:
         else:
             self.put(tensors, device)
         self._check_whole(part)
+        if self.adapters is not None:
+            self.adapters.merge({module for module, _, _ in self._places[part]})
 
     def _check_whole(self, part: int) -> None:
         missing = [f"{self._names[m]}.{leaf}" for m, leaf, t in self._now(part) if t.is_meta]

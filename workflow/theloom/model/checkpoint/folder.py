@@ -54,9 +54,9 @@ def check_description(folder: Path, config: ModelConfig) -> None:
     where = f"model.source: {config.source}"
     if adapter := next((name for name in _ADAPTERS if (folder / name).exists()), None):
         raise ModelError(
-            f"{where} has an adapter ({adapter}), which is not applied; merge it into its base "
-            "model with peft (`merge_and_unload()`, then `save_pretrained`), and give that folder; "
-            "or remove the adapter's files to take the base model alone"
+            f"{where} has an adapter ({adapter}) next to the model, which is not applied; move the "
+            "adapter's files to a folder of their own and set model.adapter to it, or remove them "
+            "to take the model alone"
         )
     file = folder / "config.json"
     if not file.is_file():
@@ -174,7 +174,7 @@ def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]
     where, found = f"model.source: {config.source}", {}
     for file in weight_files(folder, config):
         if file.suffix == ".safetensors":
-            found.update(_header(file, where))
+            found.update(safetensors_header(file, where))
         else:
             _check_pickle(file, where)
     return found
@@ -196,8 +196,10 @@ def until_changed(read: Callable[[Path, str], _Read]) -> Callable[[Path, str], _
 
 
 @until_changed
-def _header(file: Path, where: str) -> dict[str, StoredTensor]:
-    """The tensors of a file."""
+def safetensors_header(file: Path, where: str) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, by key. Raises ModelError for one that is broken, which
+    begins with `where`.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,0 +1,60 @@
+"""Where the folder of a source is: a local path, an installed package, the hub's cache."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from theloom.errors import ModelError
+
+DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
+
+
+def local_folder(source: str, key: str = "model.source") -> Path | None:
+    """The folder of a package or a path, None for what must be a hub id. Errors name `key`."""
+    if source.startswith("package:"):
+        package = source.removeprefix("package:")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        places = list(spec.submodule_search_locations or []) if spec else []
+        if not places:
+            raise ModelError(
+                f"{key}: no installed package {package!r}; pip install it, or give a folder"
+            )
+        return Path(places[0])
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelError(
+            f"{key}: {source} is a file; give its folder (and model.gguf_file={folder.name})"
+        )
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ModelError(f"{key}: no folder {source!r} (a hub id looks like 'organisation/model')")
+    return None
+
+
+def find_folder(
+    source: str, revision: str | None, weights: Sequence[str] = (), key: str = "model.source"
+) -> tuple[Path, str | None]:
+    """The folder of a source and, for a hub model, its commit; `weights`: patterns to fetch beside
+    the config.
+    """
+    local = local_folder(source, key)
+    if local is not None:
+        return local, None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(source, revision=revision, allow_patterns=[*DESCRIPTIONS, *weights])
+        )
+    except LocalEntryNotFoundError:
+        where = f"{source} at {revision}" if revision else source
+        raise ModelError(
+            f"{key}: {where} is no local folder, nor in the local hub cache, and the hub "
+            "cannot be reached; "
+            "fetch it once with `hf download`, or give a folder"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"{key}: {source}: {' '.join(str(error).split())}") from None
+    return folder, folder.name  # a snapshot's folder is named after its commit
