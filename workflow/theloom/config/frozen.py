@@ -289,7 +289,14 @@ def _held(data: Any) -> Any:
 
 
 def without_unset(data: dict[str, Any]) -> dict[str, Any]:
-    """A config, as plain data, without the keys of `WHERE_SET` that are empty."""
+    """A config without the keys of `WHERE_SET` that are empty.
+
+    Args:
+        data: Nested dicts of the keys.
+
+    Returns:
+        A copy of what changes; the rest is shared.
+    """
     kept = dict(data)
     for key in WHERE_SET:
         section, _, leaf = key.partition(".")

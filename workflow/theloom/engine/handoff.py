@@ -48,11 +48,23 @@ class RowSink(Protocol):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None: ...
 
     def write(self, window: int, hook: str, start: int, rows: "torch.Tensor") -> None:
-        """Rows of one hook point and window, whose memory is reused after the call."""
+        """Take rows of one hook point and window, whose memory is reused after the call.
+
+        Args:
+            window: Its number in the shard.
+            hook: Name of the hook point.
+            start: The number of the first row among the window's stored ones.
+            rows: (rows, …), on the CPU, in the stored dtype.
+        """
         ...
 
     def batch_done(self, rows: int, last: bool = False) -> None:
-        """All rows of a batch were written, `rows` in all batches."""
+        """Mark that all rows of a batch were written.
+
+        Args:
+            rows: Of all batches so far.
+            last: Whether this is the last batch.
+        """
         ...
 
     def finish(self) -> None:

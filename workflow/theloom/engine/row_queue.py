@@ -61,7 +61,10 @@ class RowQueue:
         self._closed = False
 
     def put(self, block: RowBlock | None) -> None:
-        """Wait for room, and put a block; None is the end of an epoch.
+        """Wait for room, and put a block.
+
+        Args:
+            block: rows of a batch; None is the end of an epoch.
 
         Raises:
             QueueClosedError: the consumer has left.
@@ -91,7 +94,11 @@ class RowQueue:
             return block
 
     def fail(self, error: BaseException) -> None:
-        """Have the consumer raise an error."""
+        """Have the consumer raise an error.
+
+        Args:
+            error: what `get` raises once all blocks are taken.
+        """
         with self._changed:
             self._error = error
             self._changed.notify_all()

@@ -64,7 +64,22 @@ def open_stream(
     config_dir: str | Path | None,
     **others: Any,
 ) -> "RowStream":
-    """Prepare a stream; `theloom.stream` is the same."""
+    """Prepare a stream; `theloom.stream` is the same.
+
+    Args:
+        profile: a profile's name, or a run; None: the profile of default.yaml.
+        hooks: the hook points to give, or columns such as `input_ids`; None: as the run's keys say.
+        batch_size: rows of a batch.
+        overrides: `key=value` words; `overrides=FILE` reads a file of keys.
+        config_dir: as of `theloom.stream`.
+        **others: of `RowStream`.
+
+    Returns:
+        The stream.
+
+    Raises:
+        ConfigError: a key, a value or a hook point is wrong, or several runs are requested.
+    """
     if isinstance(profile, Run):
         if overrides or hooks is not None:
             raise ConfigError("stream: a run has its keys; give hooks and overrides with a profile")

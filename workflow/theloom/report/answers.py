@@ -72,6 +72,9 @@ def read(path: Path) -> Answers:
     Args:
         path: Of the file.
 
+    Returns:
+        The answers, with their mean log probabilities.
+
     Raises:
         StoreError: The file is missing, damaged or another one.
     """
@@ -97,6 +100,9 @@ def lengths(found: Answers, title: str) -> Drawn:
     Args:
         found: The answers.
         title: Start of the figure's title.
+
+    Returns:
+        The figure, with a row for each answer.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -162,6 +168,9 @@ def sampling_work(number: int, path: Path) -> SamplingWork:
         number: Of the shard.
         path: Of its answers.
 
+    Returns:
+        What the job sampled, with seconds.
+
     Raises:
         StoreError: The file is missing, damaged or another one.
     """
@@ -183,6 +192,9 @@ def sampling(works: Sequence[SamplingWork], title: str) -> Drawn:
     Args:
         works: One entry per shard; none where another engine wrote the answers.
         title: Start of the figure's title.
+
+    Returns:
+        The figure, with a row for each shard in tokens per second.
     """
     title = f"{title}: speed of sampling by shard"
     if not any(work.seconds for work in works):

@@ -126,7 +126,15 @@ def first_of(spec: ShardSpec, point: HookPoint, fd: int, offsets: Mapping[str, i
 
 
 def token_of(tokens: ShardTokens, row: int) -> str:
-    """The token of a row of a shard, in words: its number in its document, and the document."""
+    """Tell in words which token a row of a shard is of.
+
+    Args:
+        tokens: Of the shard.
+        row: Its number in the shard.
+
+    Returns:
+        The token's number in its document, and the document.
+    """
     token = row if tokens.row_token is None else int(tokens.row_token[row])
     document = int(np.searchsorted(tokens.document_offset, token, side="right")) - 1
     name = tokens.document_id[document].decode(errors="replace")

@@ -384,6 +384,9 @@ def with_all_keys(rows: "torch.Tensor", keys: int, fill: float) -> "torch.Tensor
         rows: (positions, heads, keys of the batch).
         keys: of the result.
         fill: the value of masked keys.
+
+    Returns:
+        (positions, heads, keys).
     """
     import torch
 

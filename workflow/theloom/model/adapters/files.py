@@ -87,7 +87,13 @@ class AdapterFiles:
 
 
 def base_of(source: str) -> str | None:
-    """The base model of a source that is a local folder of an adapter alone; None for others.
+    """Find the base model of a source that is a local folder of an adapter alone.
+
+    Args:
+        source: `model.source`.
+
+    Returns:
+        The base model's source; None for other sources.
 
     Raises:
         ModelError: The adapter does not say which model it is of.
@@ -112,13 +118,30 @@ def base_of(source: str) -> str | None:
 
 
 def requested(config: ModelConfig) -> list[str]:
-    """The adapters of a model, in the order in which they are merged: `source[@revision]`."""
+    """Name the adapters of a model.
+
+    Args:
+        config: Of the model.
+
+    Returns:
+        `source` or `source@revision` of each, in the order in which they are merged.
+    """
     named = [str(name) for name in config.adapter]
     return [config.source, *named] if base_of(config.source) is not None else named
 
 
 def local_adapters(config: ModelConfig) -> list[AdapterFiles]:
-    """The adapters that are local folders. Fetches nothing. Raises ModelError for a broken one."""
+    """Find the adapters that are local folders. Fetches nothing.
+
+    Args:
+        config: Of the model.
+
+    Returns:
+        Their files, in the order in which they are merged.
+
+    Raises:
+        ModelError: One is broken.
+    """
     found = []
     for name in requested(config):
         source, revision = _split(name)
@@ -133,6 +156,9 @@ def find_adapters(config: ModelConfig, revisions: Sequence[str | None] = ()) -> 
     Args:
         config: The model's config.
         revisions: The commits that an earlier job found.
+
+    Returns:
+        Their files, in the order in which they are merged.
 
     Raises:
         ModelError: An adapter is missing, broken or of a kind that is not merged, or peft is not
@@ -226,7 +252,13 @@ def _check(described: dict[str, Any], where: str) -> None:
 
 
 def stored(files: AdapterFiles) -> dict[str, StoredTensor]:
-    """Type and shape of each tensor of an adapter's safetensors; none of a pickle's.
+    """Read what an adapter's safetensors hold; no tensor is read.
+
+    Args:
+        files: Of the adapter.
+
+    Returns:
+        Type and shape of each tensor by its name; empty for a pickle.
 
     Raises:
         ModelError: The file is broken.
@@ -264,7 +296,14 @@ def _largest_change(files: AdapterFiles) -> int | None:
 
 
 def held_bytes(files: AdapterFiles) -> int:
-    """Bytes of an adapter's tensors in FP32, as peft has them."""
+    """The size of an adapter's tensors in FP32, as peft has them.
+
+    Args:
+        files: Of the adapter.
+
+    Returns:
+        Bytes; of a pickle those of the file.
+    """
     if files.weights.name != WEIGHTS:
         return files.weights.stat().st_size
     return sum(4 * math.prod(tensor.shape) for tensor in stored(files).values())

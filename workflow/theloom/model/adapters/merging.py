@@ -92,10 +92,14 @@ class MergedAdapters:
         return 8 * max((p.numel() for module in changed for p in module.parameters()), default=0)
 
     def merge(self, modules: Collection[nn.Module] | None = None) -> None:
-        """Merge the adapters into modules that have their weights; None: into all.
+        """Merge the adapters into modules that have their weights. Call it once after the weights
+        were put into the modules.
 
-        Call it once after the weights were put into the modules. Raises ModelError where PEFT does
-        not merge.
+        Args:
+            modules: Of the model; None: all.
+
+        Raises:
+            ModelError: PEFT does not merge.
         """
         for step in self.steps:
             if modules is None or step.module in modules:
@@ -116,6 +120,9 @@ def read_adapters(
         model: The model of transformers, with a head or without, on the meta device or not.
         adapters: The adapters, in the order in which they are merged.
         left_out: Names of the model's modules that are not loaded.
+
+    Returns:
+        What merges them.
 
     Raises:
         ModelError: An adapter is of another model, or damaged.
@@ -146,6 +153,11 @@ def check_adapters(
     trust_remote_code: bool = False,
 ) -> list[list[str]]:
     """Check adapters against a whole model without bytes.
+
+    Args:
+        model_config: Of the model.
+        adapters: In the order in which they are merged.
+        trust_remote_code: Run Python code that comes with the model.
 
     Returns:
         For each, the modules outside the model (heads) that it changes too.

@@ -10,7 +10,18 @@ DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
 
 
 def local_folder(source: str, key: str = "model.source") -> Path | None:
-    """The folder of a package or a path, None for what must be a hub id. Errors name `key`."""
+    """Find the folder of a package or a path.
+
+    Args:
+        source: `package:NAME`, a folder, or a hub id.
+        key: of the config, for messages.
+
+    Returns:
+        The folder; None for what must be a hub id.
+
+    Raises:
+        ModelError: the package or the folder is missing, or it is a file.
+    """
     if source.startswith("package:"):
         package = source.removeprefix("package:")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -35,8 +46,19 @@ def local_folder(source: str, key: str = "model.source") -> Path | None:
 def find_folder(
     source: str, revision: str | None, weights: Sequence[str] = (), key: str = "model.source"
 ) -> tuple[Path, str | None]:
-    """The folder of a source and, for a hub model, its commit; `weights`: patterns to fetch beside
-    the config.
+    """Find the folder of a source; a hub's is fetched.
+
+    Args:
+        source: `package:NAME`, a folder, or a hub id.
+        revision: a commit, tag or branch of a hub model; None: the default one.
+        weights: patterns of files to fetch beside the config.
+        key: of the config, for messages.
+
+    Returns:
+        The folder and, for a hub model, its commit.
+
+    Raises:
+        ModelError: the model is missing, or cannot be fetched.
     """
     local = local_folder(source, key)
     if local is not None:
