@@ -36,6 +36,7 @@ def test_positions_start_again_in_every_window():
 def test_tables_are_the_same_in_pieces_of_any_length(tmp_path, monkeypatch, piece, context):
     """Against NumPy over all tokens at once."""
     monkeypatch.setattr(windows, "_PIECE", piece)
+    monkeypatch.setattr(windows, "_TEXTS", piece)
     lengths = np.random.default_rng(0).integers(1, 40, 30)
     ids, hashes = Strings(), Strings()
     for number, length in enumerate(lengths):

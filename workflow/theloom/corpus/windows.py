@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 import xxhash
 
-_PIECE = 1 << 18  # entries of a dataset that are written together
+_PIECE = 1 << 18  # tokens whose tables are written together
+_TEXTS = 1 << 13  # texts that are written together
 
 
 class Strings:
@@ -46,8 +47,8 @@ class Strings:
     def pieces(self) -> Iterator[np.ndarray]:
         """All texts, array after array."""
         view = memoryview(self._bytes)
-        for first in range(0, len(self), _PIECE):
-            ends = self._ends[first : first + _PIECE + 1]
+        for first in range(0, len(self), _TEXTS):
+            ends = self._ends[first : first + _TEXTS + 1]
             texts = [bytes(view[a:b]) for a, b in pairwise(ends)]
             yield np.array(texts, self.dtype)
 
