@@ -2,11 +2,14 @@
 itself.
 """
 
+import h5py
 import numpy as np
 import pytest
 from support import a_config
-from theloom.corpus import tokens
-from theloom.corpus.tokens import plan_shards, positions, read_job, split_windows, tokenize
+from theloom.corpus import tokens, windows
+from theloom.corpus.rows import Document
+from theloom.corpus.tokens import read_job, tokenize
+from theloom.corpus.windows import Strings, plan_shards, positions, split_windows, write_tables
 from theloom.errors import ConfigError, CorpusError
 from theloom.store import file_format
 from transformers import AutoTokenizer
@@ -25,7 +28,50 @@ def test_windows_cover_every_document_in_order(context):
 
 
 def test_positions_start_again_in_every_window():
-    assert positions(np.array([3, 1, 2])).tolist() == [0, 1, 2, 0, 0, 1]
+    (found,) = positions(np.array([0, 3, 4, 6]))
+    assert found.tolist() == [0, 1, 2, 0, 0, 1]
+
+
+@pytest.mark.parametrize(("piece", "context"), [(1, 3), (7, 0), (64, 5), (10_000, 1)])
+def test_tables_are_the_same_in_pieces_of_any_length(tmp_path, monkeypatch, piece, context):
+    """Against NumPy over all tokens at once."""
+    monkeypatch.setattr(windows, "_PIECE", piece)
+    monkeypatch.setattr(windows, "_TEXTS", piece)
+    lengths = np.random.default_rng(0).integers(1, 40, 30)
+    ids, hashes = Strings(), Strings()
+    for number, length in enumerate(lengths):
+        ids.append("é" * (number % 5) + str(number))
+        hashes.append(f"{length:032x}")
+    with h5py.File(tmp_path / "tables.h5", "w") as file:
+        write_tables(file, ids, hashes, lengths.tolist(), context, 4)
+        document = np.repeat(np.arange(30), lengths)
+        within = np.concatenate([np.arange(n) % (context or n) for n in lengths])
+        assert np.array_equal(file["tokens/document"][:], document)
+        assert np.array_equal(file["tokens/position"][:], within)
+        names = ["é" * (n % 5) + str(n) for n in range(30)]
+        assert [name.decode() for name in file["documents/id"][:].tolist()] == names
+        assert file["documents/id"].dtype == file_format.fixed_strings(names).dtype
+        assert file["documents/text_hash"][:].tolist() == [b"%032x" % n for n in lengths]
+        assert file["tokens/position"].chunks is None  # contiguous
+
+
+def test_a_document_belongs_to_the_shard_whose_cut_is_nearest():
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        offsets = np.concatenate([[0], np.cumsum(rng.integers(1, 9, rng.integers(1, 40)))])
+        shards = int(rng.integers(1, 12))
+        targets = np.arange(1, shards) * (offsets[-1] / shards)
+        nearest = [int(np.abs(offsets - target).argmin()) for target in targets]
+        assert plan_shards(offsets, shards).tolist() == [0, *nearest, len(offsets) - 1]
+
+
+def test_groups_for_the_tokenizer_are_bounded_in_characters(monkeypatch):
+    monkeypatch.setattr(tokens, "_CHARACTERS", 100)
+    made = [Document(str(n), "x" * (n % 90), "") for n in range(1000)]
+    groups = list(tokens._groups(iter(made)))
+    assert [d for group in groups for d in group] == made
+    assert len(groups[0]) == 64  # class and file are compared over the first texts
+    assert all(sum(len(d.text) for d in group[:-1]) < 100 for group in groups[1:])
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 5, 9])

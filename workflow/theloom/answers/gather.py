@@ -26,6 +26,7 @@ from theloom.corpus import prompts, tokens
 from theloom.corpus.encoding import Encoder
 from theloom.corpus.kept import KeptRows
 from theloom.corpus.vocabulary import Vocabulary
+from theloom.corpus.windows import Strings, write_tables
 from theloom.errors import CorpusError, StoreError, printable
 from theloom.rows import roles
 from theloom.rows.document import Document
@@ -198,8 +199,7 @@ class _Writer:
         self._config, self._encoder, self._vocabulary = config, encoder, vocabulary
         self._context, self._output = context, output
         self.answers: list[Answer] = []
-        self._ids: list[str] = []
-        self._hashes: list[str] = []
+        self._ids, self._hashes = Strings(), Strings()
         self._lengths: list[int] = []
         self._texts: list[str] = []
         self._prompts: list[_Prompt] = []
@@ -280,12 +280,11 @@ class _Writer:
         self._growing.write()
         config, file = self._config, self._file
         shards = config.extraction.shards or 1
-        tokens.write_tables(file, self._ids, self._hashes, self._lengths, self._context, shards)
+        write_tables(file, self._ids, self._hashes, self._lengths, self._context, shards)
         typed = self._columns(found)
         columns.write(file, typed)
         token_texts.write(file, self._encoder.texts(self._occurring))
         self._write_answers()
-        whole = xxhash.xxh3_128_hexdigest("".join(self._hashes).encode())
         attributes = provenance.attributes(
             "tokens",
             **{n: v for n, v in about.items() if n in _OF_CORPUS},
@@ -293,7 +292,7 @@ class _Writer:
             columns=columns.described(typed),
             tables_hash=tokens.tables_hash(file),
             tokens_hash=self._hash.hexdigest(),
-            corpus_hash=whole,
+            corpus_hash=self._hashes.digest(),
             truncated_from=0,
             **self._kept.finish(len(self._ids)),
         )

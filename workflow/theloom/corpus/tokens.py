@@ -8,9 +8,9 @@ documents.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,10 @@ from theloom.corpus.documents import read_documents
 from theloom.corpus.encoding import Encoder
 from theloom.corpus.kept import KeptRows
 from theloom.corpus.prompts import Prompts
+from theloom.corpus.rows import Document
+from theloom.corpus.tokenizer import COMPARED
 from theloom.corpus.vocabulary import Vocabulary
+from theloom.corpus.windows import Strings, write_tables
 from theloom.errors import ConfigError, CorpusError, printable
 from theloom.model.files import hf_config
 from theloom.model.length_switches import length_switches
@@ -40,7 +43,9 @@ from theloom.store.tables import tokens as token_tables
 
 log = logging.getLogger(__name__)
 
-_TOGETHER = 256  # documents that the tokenizer encodes in parallel
+# Documents that the tokenizer encodes in parallel, and their characters, unless one has more: with
+# the characters of tokens, which come as Python's integers, each takes about 300 bytes
+_TOGETHER, _CHARACTERS = 256, 1 << 18
 _BUFFERED = 1 << 18  # tokens that are written together
 _NOT_IN_SHARDS = ("documents/text_hash", "shards/first_document")
 
@@ -50,9 +55,9 @@ class _Tally:
     """What has been tokenised so far."""
 
     columns: Columns
-    ids: list[str] = field(default_factory=list)
-    hashes: list[str] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    ids: Strings = field(default_factory=Strings)
+    hashes: Strings = field(default_factory=Strings)
+    lengths: MutableSequence[int] = field(default_factory=lambda: array("q"))
     empty: int = 0
     cut_from: int = 0  # tokens of the last document before it was cut at max_tokens; 0: not cut
 
@@ -109,7 +114,7 @@ def tokenize(config: Config, output: Path) -> None:
                 tables_hash=tables_hash(file),
                 corpus=config.corpus.kind.name,
                 tokens_hash=ids_hash.hexdigest(),
-                corpus_hash=xxhash.xxh3_128_hexdigest("".join(tally.hashes).encode()),
+                corpus_hash=tally.hashes.digest(),
                 empty_documents=tally.empty,
                 truncated_from=tally.cut_from,
                 context_length=context,
@@ -171,7 +176,7 @@ def _encoded(
     """
     left, vocabulary = config.corpus.max_tokens, Vocabulary(config.model)
     documents = read_documents(config.corpus if prompts is None else prompts.corpus)
-    while group := list(islice(documents, _TOGETHER)):
+    for group in _groups(documents):
         for document, encoded in zip(group, encoder.encode(group), strict=True):
             ids = encoded.ids
             if not ids:
@@ -214,101 +219,37 @@ def _encoded(
                     return
 
 
-def write_tables(
-    file: h5py.File,
-    ids: list[str],
-    hashes: list[str],
-    tokens: list[int],
-    context: int,
-    shards: int,
-) -> None:
-    """Write which tokens are which document's, window's and shard's.
-
-    Args:
-        file: the open file.
-        ids: of the documents.
-        hashes: of their texts.
-        tokens: of each of them.
-        context: tokens of the longest window; 0: no limit.
-        shards: how many.
-    """
-    lengths = np.array(tokens, "<i8")
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
-    window_lengths, window_document = split_windows(lengths, context)
-    windows = np.concatenate([[0], np.cumsum(window_lengths)]).astype("<i8")
-    file["tokens/document"] = np.repeat(np.arange(len(lengths), dtype="<i4"), lengths)
-    file["tokens/position"] = positions(window_lengths)
-    file["documents/offset"] = offsets
-    file["documents/id"] = file_format.fixed_strings(ids)
-    file["documents/text_hash"] = file_format.fixed_strings(hashes)
-    file["windows/offset"] = windows
-    file["windows/document"] = window_document
-    file["shards/first_document"] = plan_shards(offsets, shards)
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents that are encoded together; of the first group class and file are compared."""
+    group, characters, least = list[Document](), 0, COMPARED
+    for document in documents:
+        group.append(document)
+        characters += len(document.text)
+        if len(group) == _TOGETHER or (len(group) >= least and characters >= _CHARACTERS):
+            yield group
+            group, characters, least = [], 0, 1
+    if group:
+        yield group
 
 
 def tables_hash(file: h5py.File) -> str:
     """A hash of what goes with the tokens into every file: ids, columns, roles, characters."""
     state = xxhash.xxh3_128(str(file["documents/id"].dtype).encode())
-    state.update(file["documents/id"][:].tobytes())
+
+    def add(dataset: h5py.Dataset) -> None:
+        for start in range(0, len(dataset), _BUFFERED):
+            state.update(dataset[start : start + _BUFFERED].tobytes())
+
+    add(file["documents/id"])
     for name in token_tables.TYPES:
         if (path := token_tables.path(name)) in file:
             state.update(name.encode())
-            for start in range(0, len(file[path]), _BUFFERED):
-                state.update(file[path][start : start + _BUFFERED].tobytes())
+            add(file[path])
     for group in (columns.GROUP, columns.NAMES, columns.NULL):
         for name, dataset in sorted(file[group].items()) if group in file else ():
             state.update(f"{group}/{name} {dataset.dtype}".encode())
-            state.update(dataset[:].tobytes())
+            add(dataset)
     return state.hexdigest()
-
-
-def split_windows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split documents into windows.
-
-    Args:
-        lengths: tokens of each document, (documents,).
-        context: tokens of a window at most; 0: no limit.
-
-    Returns:
-        Tokens of each window, and the number of its document, (windows,) each.
-
-    Examples:
-        >>> lengths, document = split_windows(np.array([5, 2]), 4)
-        >>> lengths.tolist(), document.tolist()
-        ([4, 1, 2], [0, 0, 1])
-    """
-    if not context:
-        return lengths, np.arange(len(lengths), dtype="<i4")
-    counts = -(-lengths // context)
-    document = np.repeat(np.arange(len(lengths), dtype="<i4"), counts)
-    split = np.full(len(document), context, "<i8")
-    split[np.cumsum(counts) - 1] = lengths - (counts - 1) * context
-    return split, document
-
-
-def positions(window_lengths: np.ndarray) -> np.ndarray:
-    """The position of each token in its window, (tokens,) int32: what the model sees."""
-    starts = np.cumsum(window_lengths) - window_lengths
-    return (np.arange(window_lengths.sum()) - np.repeat(starts, window_lengths)).astype("<i4")
-
-
-def plan_shards(offsets: np.ndarray, shards: int) -> np.ndarray:
-    """Divide documents among shards, as equally in tokens as whole documents allow.
-
-    Args:
-        offsets: first token of each document, then the number of tokens, (documents + 1,).
-        shards: how many; with fewer documents some are empty.
-
-    Returns:
-        First document of each shard, then the number of documents, (shards + 1,) int64.
-
-    Examples:
-        >>> plan_shards(np.array([0, 10, 20, 40]), 2).tolist()
-        [0, 2, 3]
-    """
-    targets = np.arange(1, shards) * (offsets[-1] / shards)
-    cuts = [int(np.abs(offsets - target).argmin()) for target in targets]
-    return np.maximum.accumulate(np.array([0, *cuts, len(offsets) - 1], "<i8"))
 
 
 def _shard(file: h5py.File, shard: int) -> ShardTokens:

@@ -81,6 +81,7 @@ def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]
     if not any(os.environ.get(name) for name in _ALLOCATOR):  # before torch is imported
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     os.environ["RUST_BACKTRACE"] = "0"  # where a tokenizer gives up, its error says why
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # of tokenizers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     logging.raiseExceptions = False  # a log that cannot be written ends no job

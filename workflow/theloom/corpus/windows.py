@@ -1,0 +1,185 @@
+"""Which tokens are which document's, window's and shard's: tables that follow from lengths alone.
+
+They are written piece by piece, so that memory grows with the number of documents, by some tens of
+bytes each, and not with their tokens.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import h5py
+import numpy as np
+import xxhash
+
+_PIECE = 1 << 18  # tokens whose tables are written together
+_TEXTS = 1 << 13  # texts that are written together
+
+
+class Strings:
+    """Texts in one block of bytes: a list takes several times as much.
+
+    Examples:
+        >>> strings = Strings()
+        >>> strings.append("é")
+        >>> len(strings), strings.dtype.str
+        (1, '|S2')
+    """
+
+    def __init__(self) -> None:
+        self._bytes, self._ends, self._longest = bytearray(), array("q", [0]), 1
+
+    def append(self, text: str) -> None:
+        """Take another text."""
+        encoded = text.encode()
+        self._bytes += encoded
+        self._ends.append(len(self._bytes))
+        self._longest = max(self._longest, len(encoded))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of an array that holds them all."""
+        return np.dtype(f"S{self._longest}")
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All texts, array after array."""
+        view = memoryview(self._bytes)
+        for first in range(0, len(self), _TEXTS):
+            ends = self._ends[first : first + _TEXTS + 1]
+            texts = [bytes(view[a:b]) for a, b in pairwise(ends)]
+            yield np.array(texts, self.dtype)
+
+    def digest(self) -> str:
+        """XXH3-128 of all of them, one after the other."""
+        return xxhash.xxh3_128_hexdigest(self._bytes)
+
+
+def write_tables(
+    file: h5py.File,
+    ids: Strings,
+    hashes: Strings,
+    tokens: Sequence[int],
+    context: int,
+    shards: int,
+) -> None:
+    """Write which tokens are which document's, window's and shard's.
+
+    Args:
+        file: the open file.
+        ids: of the documents.
+        hashes: of their texts.
+        tokens: of each of them.
+        context: tokens of the longest window; 0: no limit.
+        shards: how many.
+    """
+    lengths = np.array(tokens, "<i8")
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
+    split, window_document = split_windows(lengths, context)
+    windows = np.concatenate([[0], np.cumsum(split)]).astype("<i8")
+    total = int(offsets[-1])
+    _write(file, "tokens/document", (total,), np.dtype("<i4"), _numbers(offsets))
+    _write(file, "tokens/position", (total,), np.dtype("<i4"), positions(windows))
+    file["documents/offset"] = offsets
+    for name, strings in (("id", ids), ("text_hash", hashes)):
+        _write(file, f"documents/{name}", (len(strings),), strings.dtype, strings.pieces())
+    file["windows/offset"] = windows
+    file["windows/document"] = window_document
+    file["shards/first_document"] = plan_shards(offsets, shards)
+
+
+def _write(
+    file: h5py.File,
+    name: str,
+    shape: tuple[int],
+    dtype: np.dtype,
+    pieces: Iterator[np.ndarray],
+) -> None:
+    dataset, at = file.create_dataset(name, shape, dtype), 0
+    for piece in pieces:
+        dataset[at : at + len(piece)] = piece
+        at += len(piece)
+
+
+def _within(offsets: np.ndarray) -> Iterator[tuple[int, int, int, np.ndarray]]:
+    """Ranges of tokens: the first token, the one after the last, the number of the document or
+    window that the first is in, and how many tokens of it and of the next ones are there.
+    """
+    total = int(offsets[-1])
+    for start in range(0, total, _PIECE):
+        stop = min(start + _PIECE, total)
+        first = int(np.searchsorted(offsets, start, "right")) - 1
+        last = int(np.searchsorted(offsets, stop, "left"))
+        yield start, stop, first, np.diff(np.clip(offsets[first : last + 1], start, stop))
+
+
+def _numbers(offsets: np.ndarray) -> Iterator[np.ndarray]:
+    """The number of each token's document, array after array."""
+    for _, _, first, counts in _within(offsets):
+        yield np.repeat(np.arange(first, first + len(counts), dtype="<i4"), counts)
+
+
+def positions(windows: np.ndarray) -> Iterator[np.ndarray]:
+    """The position of each token in its window, which is what the model sees.
+
+    Args:
+        windows: first token of each window, then the number of tokens, (windows + 1,).
+
+    Yields:
+        The positions of all tokens, array after array, int32.
+
+    Examples:
+        >>> [piece.tolist() for piece in positions(np.array([0, 3, 4]))]
+        [[0, 1, 2, 0]]
+    """
+    for start, stop, first, counts in _within(windows):
+        begins = np.repeat(windows[first : first + len(counts)], counts)
+        yield (np.arange(start, stop) - begins).astype("<i4")
+
+
+def split_windows(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split documents into windows.
+
+    Args:
+        lengths: tokens of each document, (documents,).
+        context: tokens of a window at most; 0: no limit.
+
+    Returns:
+        Tokens of each window, and the number of its document, (windows,) each.
+
+    Examples:
+        >>> lengths, document = split_windows(np.array([5, 2]), 4)
+        >>> lengths.tolist(), document.tolist()
+        ([4, 1, 2], [0, 0, 1])
+    """
+    if not context:
+        return lengths, np.arange(len(lengths), dtype="<i4")
+    counts = -(-lengths // context)
+    document = np.repeat(np.arange(len(lengths), dtype="<i4"), counts)
+    split = np.full(len(document), context, "<i8")
+    split[np.cumsum(counts) - 1] = lengths - (counts - 1) * context
+    return split, document
+
+
+def plan_shards(offsets: np.ndarray, shards: int) -> np.ndarray:
+    """Divide documents among shards, as equally in tokens as whole documents allow.
+
+    Args:
+        offsets: first token of each document, then the number of tokens, (documents + 1,).
+        shards: how many; with fewer documents some are empty.
+
+    Returns:
+        First document of each shard, then the number of documents, (shards + 1,) int64.
+
+    Examples:
+        >>> plan_shards(np.array([0, 10, 20, 40]), 2).tolist()
+        [0, 2, 3]
+    """
+    targets = np.arange(1, shards) * (offsets[-1] / shards)
+    after = np.clip(np.searchsorted(offsets, targets), 1, len(offsets) - 1)
+    nearer = targets - offsets[after - 1] <= offsets[after] - targets
+    return np.concatenate([[0], np.where(nearer, after - 1, after), [len(offsets) - 1]]).astype(
+        "<i8"
+    )
