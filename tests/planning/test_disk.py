@@ -15,7 +15,10 @@ from theloom.terminal import format_bytes
 
 NEW, SAMPLES = 120, 3
 TEXTS = ["why is it so", "a", "one day in the year", "x = 1"]
-ASKED = f"answers.source=model answers.max_new_tokens={NEW} answers.samples={SAMPLES}"
+ASKED = (
+    f"answers.source=model answers.max_new_tokens={NEW} answers.samples={SAMPLES} "
+    "answers.temperature=1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def model(tmp_path_factory):
 def asked(folder, more=""):
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     corpus = f"corpus=text corpus.path={folder}/rows.jsonl corpus.max_documents={len(TEXTS)}"
-    return f"{corpus} {ASKED} answers.temperature=1 extraction.shards=2 {more}"
+    return f"{corpus} {ASKED} extraction.shards=2 {more}"
 
 
 def test_answers_take_about_the_disk_that_is_planned(model, tmp_path, caplog):
