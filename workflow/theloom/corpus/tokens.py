@@ -41,7 +41,7 @@ from theloom.store.tables import tokens as token_tables
 log = logging.getLogger(__name__)
 
 _TOGETHER = 256  # documents that the tokenizer encodes in parallel
-_BUFFERED = 1 << 18  # tokens that are written together
+_BUFFERED = token_tables.CHUNK  # tokens that are written together
 _NOT_IN_SHARDS = ("documents/text_hash", "shards/first_document")
 
 

@@ -119,8 +119,10 @@ def answers_bytes(config: Config, answers: int, tokens: int, sampled: int) -> in
         sampled: tokens of the answers alone.
     """
     tables = {*_tables(config), *_ANSWER_TABLES}
-    of_token = token_tables.bytes_of_token(tables)
-    return answers * _OF_ANSWER + tokens * of_token + sampled * _OF_SAMPLED
+    # positions are written at once, the documents of tokens not at all, all others in chunks
+    in_chunks = token_tables.bytes_of_token(tables) - 2 * 4
+    whole = -(-tokens // token_tables.CHUNK) * token_tables.CHUNK
+    return answers * _OF_ANSWER + whole * in_chunks + tokens * 4 + sampled * _OF_SAMPLED
 
 
 def most_answers_bytes(config: Config) -> int | None:
