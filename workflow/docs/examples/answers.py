@@ -1,6 +1,6 @@
 """At which layer do a model's own answers of two kinds differ? A difference of means.
 
-    make run SET="name=answers corpus=text corpus.path=config/corpus/questions.jsonl corpus.id_column=id corpus.messages=chat corpus.columns=[kind] answers.source=model answers.max_new_tokens=32 answers.temperature=0.7 rows.keep=generated rows.pool=mean memory.activation_cache_filter=[hook_embed,blocks.*.hook_resid_post]"
+    make run SET="name=answers corpus=text corpus.path=config/corpus/questions.jsonl corpus.id_column=id corpus.messages=chat corpus.columns=[kind] answers.source=model answers.max_new_tokens=16 answers.temperature=0.7 rows.keep=generated rows.pool=mean memory.activation_cache_filter=[hook_embed,blocks.*.hook_resid_post]"
     .venv/bin/python workflow/docs/examples/answers.py results/answers
 
 Sixty prompts ask SmolLM2 to praise or to complain about thirty subjects. It answers them itself, and
