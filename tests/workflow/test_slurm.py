@@ -3,13 +3,14 @@ itself can suffer.
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import slurm as slurm_here
 import theloom
 from filelock import FileLock
 from slurm import Slurm, wait_for
-from support import Project, copy_project, plain_residuals
+from support import Project, copy_project, plain_residuals, stages
 from theloom.config import compose
 from theloom.config.frozen import STAGES, freeze, load_frozen
 from theloom.corpus import tokens
@@ -64,10 +65,19 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_profile) -> Project:
     """A run up to its model record, made without Snakemake: what Slurm's jobs then take up."""
     project = copy_project(tmp_path_factory.mktemp("prepared"))
     tiny_profile(project)
+    folder, frozen = prepare(project, TWO_SHARDS)
+    load_model.record(
+        frozen("model"), folder / "estimate.h5", folder / "tokens.h5", folder / "model.h5"
+    )
+    return project
+
+
+def prepare(project: Project, overrides: str) -> tuple[Path, Callable[[str], Any]]:
+    """A run up to its tokens and estimate: its folder, and its frozen config by stage."""
     folder = project.results(RUN)
     for name in ("config", "shards"):
         (folder / name).mkdir(parents=True)
-    (run,) = compose.runs(project.folder / "config", "tiny", TWO_SHARDS).values()
+    (run,) = compose.runs(project.folder / "config", "tiny", overrides).values()
     for stage in STAGES:
         freeze(run.stage(stage), folder / f"config/{stage}.json")
 
@@ -77,10 +87,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_profile) -> Project:
     stage_model.stage(frozen("source"), folder / "source.json")
     tokens.tokenize(frozen("tokens"), folder / "tokens.h5")
     estimate.run_estimate(frozen("estimate"), folder / "estimate.h5")
-    load_model.record(
-        frozen("model"), folder / "estimate.h5", folder / "tokens.h5", folder / "model.h5"
-    )
-    return project
+    return folder, frozen
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +388,63 @@ def test_the_generic_profile_submits_through_sbatch(slurm, tiny, local):
     assert [r["TresPerJob"] for r in shards] == ["gres:gpu:1"] * SHARDS
     assert {r["JobState"] for r in jobs} == {"COMPLETED"}
     assert_same_rows(tiny, local)
+
+
+def kill_after_two_answers(project: Project, shards: int) -> None:
+    """Have the first jobs of so many shards end by SIGKILL after two answers each."""
+    script = project.folder / "workflow/scripts/sample_answers.py"
+    script.write_text(
+        script.read_text().replace(
+            "with job(",
+            "import os, signal\n"
+            "from theloom.answers.answer import PartialAnswers\n"
+            "add = PartialAnswers.add\n"
+            "def then(self, answer):\n"
+            "    add(self, answer)\n"
+            "    killed = Path('killed-' + snakemake.wildcards.shard)\n"
+            "    later = len(self.found) < 2 or killed.exists()\n"
+            f"    if not later and int(snakemake.wildcards.shard) < {shards}:\n"
+            "        killed.touch()\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "PartialAnswers.add = then\n"
+            "with job(",
+            1,
+        )
+    )
+
+
+def test_answers_of_four_shards_and_three_kills_are_those_of_a_local_run(
+    slurm, tmp_path, tiny_profile, tiny_llama
+):
+    (tmp_path / "project").mkdir()
+    project = copy_project(tmp_path / "project")
+    tiny_profile(project)
+    rows = [{"text": f"The answer to question {n} is"} for n in range(16)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = (
+        f"corpus=text corpus.path={tmp_path}/rows.jsonl answers.source=model answers.samples=2 "
+        "answers.max_new_tokens=8 answers.temperature=1"
+    )
+    local = stages(tmp_path / "local", tiny_llama, f"{asked} extraction.shards=1 answers.batch=16")
+    estimate.run_estimate(local.config("estimate"), local.folder / "estimate.h5")
+    tokens.tokenize(local.config("tokens"), local.folder / "tokens.h5")
+    local.answer()
+    overrides = f"name={RUN} {asked} extraction.shards=4 answers.batch=2 "
+    overrides += "resources.mem_mb=1500 resources.threads=1"
+    folder, _ = prepare(project, overrides)
+    kill_after_two_answers(project, 3)
+    running = start(project, f"results/{RUN}/answers.h5", overrides=overrides)
+    printed = finish(running, project, 300)
+    assert running.returncode == 0, printed
+    assert len([*project.folder.glob("killed-*")]) == 3
+    resumed = 0
+    for shard in sorted((folder / "answers").glob("*.h5")):
+        with h5py.File(shard) as file:
+            resumed += bool(file.attrs["tokens_sampled"] < len(file["input_id"]))
+    assert resumed == 3
+    with h5py.File(folder / "answers.h5") as found, h5py.File(local.documents) as expected:
+        for name in ("tokens/input_ids", "documents/id", "answers/seed", "answers/stop_reason"):
+            assert np.array_equal(found[name][:], expected[name][:]), name
 
 
 def slow_starts(project: Project) -> None:

@@ -132,10 +132,12 @@ def escalating(name):
     return resource(name, lambda wildcards, attempt: attempt)
 
 
-def whole_disk(wildcards, attempt):
-    """Resource function: the disk that all shards take, in MB."""
-    count = stage(wildcards.run, "merge")["config"]["extraction"]["shards"]
-    return resource("disk_mb", lambda wildcards, attempt: count)(wildcards, attempt)
+def all_shards(name):
+    """Resource function: what the plan gives to each shard, for all of them together."""
+    return resource(
+        name,
+        lambda wildcards, attempt: stage(wildcards.run, "merge")["config"]["extraction"]["shards"],
+    )
 
 
 def requested_resources(run):

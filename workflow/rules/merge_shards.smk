@@ -15,7 +15,7 @@ rule merge_shards:
     resources:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=lambda wildcards, attempt: 60 * attempt,
-        disk_mb=whole_disk,
+        disk_mb=all_shards("disk_mb"),
     message:
         "{wildcards.run}: merge the shards"
     script:

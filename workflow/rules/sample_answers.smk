@@ -18,8 +18,8 @@ rule sample_answers:
     threads: resource("threads")
     resources:
         mem_mb=escalating("mem_mb"),
-        runtime=escalating("runtime"),
-        disk_mb=1000,
+        runtime=escalating("sample_runtime"),
+        disk_mb=resource("sample_disk_mb"),
         gpu=resource("gpu"),
         gpu_model=resource("gpu_model"),
         min_free_gpu_mb=resource("min_free_gpu_mb"),
@@ -52,7 +52,7 @@ rule gather_answers:
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=lambda wildcards, attempt: 60 * attempt,
-        disk_mb=4000,
+        disk_mb=all_shards("sample_disk_mb"),
     message:
         "{wildcards.run}: put the answers behind their prompts"
     script:

@@ -43,7 +43,7 @@ rule recompute_documents:
     resources:
         mem_mb=escalating("mem_mb"),
         runtime=escalating("verify_runtime"),
-        disk_mb=whole_disk,
+        disk_mb=all_shards("disk_mb"),
         gpu=resource("gpu"),
         gpu_model=resource("gpu_model"),
         min_free_gpu_mb=resource("min_free_gpu_mb"),

@@ -11,6 +11,6 @@ with job(snakemake.log[0]):
     draw_answers(
         load_frozen(snakemake.input.config),
         Path(snakemake.input.answers),
-        [Path(shard) for shard in snakemake.input.get("sampled", [])],
+        [Path(shard) for shard in snakemake.input.sampled],
         Path(snakemake.output[0]).parent,
     )

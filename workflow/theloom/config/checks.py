@@ -45,6 +45,8 @@ def check(config: Config) -> None:
         "resources.load_mem_mb": config.resources.load_mem_mb,
         "resources.runtime": config.resources.runtime,
         "resources.verify_runtime": config.resources.verify_runtime,
+        "resources.sample_runtime": config.resources.sample_runtime,
+        "resources.sample_disk_mb": config.resources.sample_disk_mb,
         "resources.disk_mb": config.resources.disk_mb,
         "resources.min_free_gpu_mb": config.resources.min_free_gpu_mb,
     }

@@ -370,6 +370,13 @@ class ResourcesConfig:
     verify_runtime: int | None = key(
         None, "the same for verify, which reads all rows; null: from the planned throughput"
     )
+    sample_runtime: int | None = key(
+        None,
+        "the same for sample_answers; null: from corpus.max_documents and answers.max_new_tokens",
+    )
+    sample_disk_mb: int | None = key(
+        None, "disk that the answers of a shard take in MB; null: from the same"
+    )
     disk_mb: int | None = key(None, "disk that a shard takes in MB; null: from the estimate")
     gpu: int | None = key(
         None, "GPUs; null: as many as hold the model, none where extraction.device is cpu"

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 # Documents that the tokenizer encodes in parallel, and their characters, unless one has more: with
 # the characters of tokens, which come as Python's integers, each takes about 300 bytes
 _TOGETHER, _CHARACTERS = 256, 1 << 18
-_BUFFERED = 1 << 18  # tokens that are written together
+_BUFFERED = token_tables.CHUNK  # tokens that are written together
 _NOT_IN_SHARDS = ("documents/text_hash", "shards/first_document")
 
 

@@ -19,7 +19,7 @@ from theloom.hooks.taps import Taps
 from theloom.memory.profile import ShardProfile
 from theloom.model.forward import prefill
 from theloom.model.loading import LoadedModel
-from theloom.planning import estimate, measure, multi_gpu
+from theloom.planning import disk, measure, multi_gpu
 from theloom.planning.plan import Plan, Planned, longest_pass, plan_advice
 from theloom.precision import torch_dtype
 from theloom.store.partial import committed_batches
@@ -106,7 +106,7 @@ def extract_resident(job: ShardJob) -> None:
     whole = job.started_plan() or plan
     batches = batches_of(job, whole)
     spec = job.spec(whole, len(batches))
-    estimate.check_disk(
+    disk.check_disk(
         job.output.parent, job.bytes_to_write(spec), shutil.disk_usage(job.output.parent).free
     )
     Selection(job.tokens, run.config.rows.pool.name, run.store).check_room(batches, run.points)

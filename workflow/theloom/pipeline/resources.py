@@ -27,7 +27,7 @@ from theloom.memory.estimators import ClosedForm
 from theloom.memory.sizes import Components
 from theloom.model import files, weight_format
 from theloom.model.weight_format import WeightFormat
-from theloom.planning import answers_plan, estimate, multi_gpu
+from theloom.planning import answers_plan, disk, estimate, multi_gpu
 from theloom.planning.estimate import Estimate
 from theloom.store import file_format, provenance, ring_buffer
 from theloom.terminal import lines
@@ -43,6 +43,7 @@ TENSORS_IN_FLIGHT, MOST_IN_FLIGHT = 1 / 16, 2500  # of the weights; MB
 
 SPARE = 1.15  # of host memory: allocators keep more than is requested of them
 
+UNSIZED_ANSWERS = {"sample_runtime": 240, "sample_disk_mb": 1000}  # no max_documents
 UNSIZED_CORPUS = {"runtime": 240, "verify_runtime": 240, "disk_mb": 10_000}  # no max_tokens
 
 # Where no estimate can be read when a job is submitted, e.g. from an object store
@@ -51,6 +52,7 @@ WITHOUT_ESTIMATE: dict[str, int] = {
     "load_mem_mb": 32_000,
     "min_free_gpu_mb": 0,
     **UNSIZED_CORPUS,
+    **UNSIZED_ANSWERS,
 }
 
 READING = 200e6  # bytes per second, of weights and rows on a network file system
@@ -75,6 +77,8 @@ class Resources:
     load_mem_mb: int | None
     runtime: int | None
     verify_runtime: int | None
+    sample_runtime: int | None
+    sample_disk_mb: int | None
     disk_mb: int | None
     gpu: int
     gpu_model: str | None
@@ -207,6 +211,8 @@ def of(settings: Config, estimated: Estimate | None = None) -> Resources:
         load_mem_mb=requested.load_mem_mb or load_mem_mb,
         runtime=requested.runtime or plan.get("runtime"),
         verify_runtime=requested.verify_runtime or requested.runtime or plan.get("verify_runtime"),
+        sample_runtime=requested.sample_runtime or requested.runtime or plan.get("sample_runtime"),
+        sample_disk_mb=requested.sample_disk_mb or plan.get("sample_disk_mb"),
         disk_mb=requested.disk_mb or plan.get("disk_mb"),
         gpu=gpu,
         gpu_model=requested.gpu_model if gpu else None,
@@ -232,11 +238,17 @@ def _from_estimate(settings: Config, estimated: Estimate, on_gpu: bool) -> dict[
     precision = estimate.likely_precision(settings)
     kind = _weight_format(settings, estimated, precision)
     store = store_precision(settings, precision)
-    plan: dict[str, Any] = UNSIZED_CORPUS | _minutes(settings, estimated, store)
+    plan: dict[str, Any] = (
+        UNSIZED_CORPUS | UNSIZED_ANSWERS | _minutes(settings, estimated, store, kind)
+    )
     shards = settings.extraction.shards or 1
     if estimated.rows is not None:
         needed = estimated.disk_bytes(store) or 0
         plan["disk_mb"] = 100 + _mb(1.1 * needed / shards)
+    if estimated.answers_disk is not None:
+        lines_of_tokens = disk.LINE * (estimated.answers_tokens or 0)
+        of_shard = (estimated.answers_disk + lines_of_tokens) / shards
+        plan["sample_disk_mb"] = 100 + _mb(1.1 * of_shard)
     weights = _mb(estimated.weights[kind])
     host = _host_bytes(estimated, kind, on_gpu)
     if (sampled := _sampling(settings, estimated, kind)) and not on_gpu:
@@ -299,13 +311,11 @@ def _host_bytes(estimated: Estimate, kind: str, on_gpu: bool) -> int:
     return estimate.HOST_PROCESS + weights + forward + ring_buffer.bytes_on_device("cpu", 0)
 
 
-def _minutes(settings: Config, estimated: Estimate, store: str) -> dict[str, int]:
+def _minutes(settings: Config, estimated: Estimate, store: str, kind: str) -> dict[str, int]:
     bf16 = estimated.weights["bf16"]
     block_parameters = max(0, bf16 - _largest_tensor(estimated)) // 2
     speed = sharding.tokens_per_second(settings, block_parameters)
-    tokens, shards = settings.corpus.max_tokens, settings.extraction.shards or 1
-    if settings.answers.source is not None:  # how long answers are is not known
-        return {}
+    tokens, shards = disk.most_tokens(settings), settings.extraction.shards or 1
     if speed is None or tokens is None:
         return {}
     rows = tokens if estimated.rows is None else estimated.rows
@@ -317,7 +327,14 @@ def _minutes(settings: Config, estimated: Estimate, store: str) -> dict[str, int
         "runtime": loading + tokens / shards / speed,
         "verify_runtime": loading + reading / checking + sampled / computing,
     }
-    return {name: STARTING + math.ceil(SAFETY_FACTOR * s / 60) for name, s in seconds.items()}
+    if (least := estimated.answers_seconds.get(kind)) is not None:  # of tokens, each in a pass
+        seconds["sample_runtime"] = loading + (least + tokens / speed) / shards
+    return {name: _time_limit(s) for name, s in seconds.items()}
+
+
+def _time_limit(seconds: float) -> int:
+    """Minutes that a job of so many planned seconds may take."""
+    return STARTING + math.ceil(SAFETY_FACTOR * seconds / 60)
 
 
 def _smallest_gpu(settings: Config) -> tuple[float, tuple[int, int] | None]:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from theloom.devices import gpu_specs
 from theloom.memory.sizes import Components
-from theloom.planning import answers_plan, estimate, forecast
+from theloom.planning import answers_plan, disk, estimate, forecast
 from theloom.planning.answers_plan import MOST
 
 
@@ -18,9 +18,10 @@ class AnswersForecast:
         rows: Answers side by side.
         memory: What they take on a GPU; `total` of it must be free.
         batches: By GPU, as many answers as fit it side by side (at most 64), the smallest first.
-        seconds_gpu: The least time of 1,000 answers on a GPU of 3.2 TB/s, as its weights are read.
+        seconds_gpu: The least time of 1,000 answers on a GPU of 3.2 TB/s, as its weights are read
+            and tokens are chosen.
         seconds_cpu: The same on a CPU of 40 GB/s.
-        disk: Bytes of `answers.h5` for 1,000 answers, in round numbers.
+        disk: Bytes of `answers.h5` and of its shards' files for 1,000 answers.
     """
 
     prompt: int
@@ -31,10 +32,6 @@ class AnswersForecast:
     seconds_gpu: float
     seconds_cpu: float
     disk: int
-
-
-# Bytes of a token in answers.h5: ids, document, position, roles, characters; of a sampled one more
-_TOKEN, _SAMPLED = 26, 12
 
 
 def forecast_answers(
@@ -72,7 +69,7 @@ def forecast_answers(
         batches,
         size.seconds(1000 * new, rows, "cuda"),
         size.seconds(1000 * new, rows, "cpu"),
-        1000 * (_TOKEN * (prompt + new) + _SAMPLED * new),
+        disk.answers_bytes(settings, 1000, 1000 * (prompt + new), 1000 * new),
     )
 
 

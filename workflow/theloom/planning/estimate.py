@@ -7,6 +7,7 @@ holds, else from traces. `load_model` traces and measures the pass that is plann
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, fields
@@ -20,7 +21,7 @@ from theloom.config.auto import store_precision, traceable_attention
 from theloom.config.frozen import to_plain
 from theloom.config.model_dims import dims_of_profile, numbers
 from theloom.config.schema import Config
-from theloom.errors import HookError, MemoryPlanError, ModelError
+from theloom.errors import HookError, ModelError
 from theloom.hooks.points import HookPoint, deepest_block
 from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
@@ -31,16 +32,14 @@ from theloom.model.checkpoint.classes import has_own_code
 from theloom.model.checkpoint.weights import check_stored
 from theloom.model.files import hf_config
 from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat, quantization_of
-from theloom.planning import answers_plan
+from theloom.planning import answers_plan, disk
 from theloom.planning.answers_plan import AnswersSize
 from theloom.precision import BYTES
 from theloom.rows import expression
 from theloom.rows.pooling import ADDED_UP
-from theloom.store import file_format, provenance, statistics
+from theloom.store import file_format, provenance
 from theloom.store.hdf5.output import written
 from theloom.store.ring_buffer import RING_BYTES, bytes_on_device
-from theloom.store.shard_file import bytes_of_window
-from theloom.store.tables import tokens as token_tables
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,6 @@ SMALLEST_CHUNK = 64
 # Resident bytes of a process that has imported torch, transformers and h5py.
 HOST_PROCESS = 450_000_000
 DEFAULT_CONTEXT = 2048  # tokens, if the model's config names no limit
-_OF_DOCUMENT = 8 + 8 + 8 + 4  # bytes: offsets of document and window, an id, the window's document
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,9 @@ class Estimate:
     # of sampling, by weight format; empty: the run's own model samples no answers
     answers: dict[str, AnswersSize] = field(default_factory=dict)
     answers_batch: int | None = None  # requested
+    answers_tokens: int | None = None  # sampled at most; None: nothing bounds them
+    answers_disk: int | None = None  # bytes of answers.h5 and of its shards' files, at most
+    answers_seconds: dict[str, int] = field(default_factory=dict)  # of one job for all, at least
 
     def disk_bytes(self, store_precision: str) -> int | None:
         """Bytes of all shards together; None if the number of rows is unknown."""
@@ -164,7 +165,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
     _check_pooled(config, points)
     context = config.corpus.context_length or size.context_length or DEFAULT_CONTEXT
     if config.corpus.max_tokens is not None:
-        context = min(context, config.corpus.max_tokens + _answer_tokens(config))
+        context = min(context, config.corpus.max_tokens + disk.answer_tokens(config))
     chunk_size = min(config.memory.streaming_chunk_size, context)
     passes = {}
     likely = weight_format.weight_format_of(config, likely_precision(config), estimator.own)
@@ -180,6 +181,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
     # bf16 is what `largest_weight` counts in
     largest = estimator.largest_weight(WeightFormat("bf16")) // BYTES["bf16"]
     merging = merging_bytes(find_adapters(config.model), largest)
+    answers = _of_answers(config, estimator, passes, context, device)
     return Estimate(
         model_type=size.model_type,
         attention=getattr(estimator, "attention", "sdpa"),
@@ -202,13 +204,16 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
             for name, kind in WEIGHT_FORMATS.items()
         },
         row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
-        rows=_most_rows(config),
-        token_bytes=token_bytes(config),
-        table_bytes=_table_bytes(config, points, context),
+        rows=disk.most_rows(config),
+        token_bytes=disk.token_bytes(config),
+        table_bytes=disk.table_bytes(config, points, context),
         store=config.store.dtype.name,
         kept_of_window=expression.parse(config.rows.keep).most,
-        answers=_of_answers(config, estimator, passes, context, device),
+        answers=answers,
         answers_batch=config.answers.batch,
+        answers_tokens=disk.most_sampled(config) if answers else None,
+        answers_disk=disk.most_answers_bytes(config) if answers else None,
+        answers_seconds=_seconds_of_answers(config, answers, device),
         host={
             name: _host(
                 estimator, WEIGHT_FORMATS[name], weights[name], own, chunk_size, device, merging
@@ -236,17 +241,26 @@ def _of_answers(
     }
 
 
+def _seconds_of_answers(
+    config: Config, answers: dict[str, AnswersSize], device: str
+) -> dict[str, int]:
+    """The least seconds of sampling all answers in one job, where their number is bounded."""
+    answered, sampled = disk.most_documents(config), disk.most_sampled(config)
+    if not answered or not sampled:
+        return {}
+    side_by_side = min(config.answers.batch or answers_plan.MOST, answered)
+    return {
+        name: math.ceil(size.seconds(sampled, side_by_side, device))
+        for name, size in answers.items()
+    }
+
+
 def tied_head(config: Config) -> bool:
     """Whether a model's LM head is its token embedding."""
     declared = config.model.architecture
     if declared is not None:
         return bool(declared.tie_word_embeddings)
     return bool(getattr(hf_config(config.model).get_text_config(), "tie_word_embeddings", False))
-
-
-def _answer_tokens(config: Config) -> int:
-    """Tokens of an answer at most; 0 without."""
-    return config.answers.max_new_tokens if config.answers.source is not None else 0
 
 
 def _wanted(config: Config, own: str | None) -> list[WeightFormat]:
@@ -312,66 +326,6 @@ def _host(
     return HOST_PROCESS + weights + max(requested, merging) + bytes_on_device("cpu", 0)
 
 
-def _most_rows(config: Config) -> int | None:
-    """The most rows that a run can store: what `max_tokens` and `max_documents` leave."""
-    of_document = expression.parse(config.rows.keep).most
-    if config.rows.pool.name != "none" and config.rows.by.name == "document":
-        of_document = 1
-    documents, tokens = config.corpus.max_documents, config.corpus.max_tokens
-    if config.answers.source is not None:
-        samples, new = config.answers.samples, config.answers.max_new_tokens
-        if config.answers.source.name == "column":  # how many it holds is not known
-            documents = tokens = None
-        elif documents is not None:
-            documents *= samples
-            tokens = None if tokens is None else samples * tokens + documents * new
-        else:
-            tokens = None
-    bounds = [tokens]
-    if of_document is not None and documents is not None:
-        bounds.append(of_document * documents)
-    return min((n for n in bounds if n is not None), default=None)
-
-
-def token_bytes(config: Config) -> int:
-    """Bytes on disk of the tables for one token.
-
-    Args:
-        config: the run's config.
-    """
-    return token_tables.bytes_of_token(_tables(config))
-
-
-def _tables(config: Config) -> list[str]:
-    """The tables of tokens that a run stores."""
-    names = ["special"]
-    if config.corpus.input_ids is None:
-        names += ["char_start", "char_end"]
-    if config.corpus.messages is not None:
-        names += ["role", "message"]
-    if not (expression.parse(config.rows.keep).keeps_all and config.rows.pool.name == "none"):
-        names.append("kept")
-    return names
-
-
-def _table_bytes(config: Config, points: Sequence[HookPoint], context: int) -> int:
-    """Bytes on disk of all tables, as far as the config bounds them: of tokens, of documents with a
-    window each, and the statistics of each shard.
-    """
-    rows, documents = _most_rows(config), config.corpus.max_documents or 0
-    tokens = config.corpus.max_tokens or rows or 0
-    of_row = 8 if "kept" in _tables(config) else 0
-    of_document = bytes_of_window(len(points)) + _OF_DOCUMENT
-    elements = sum(p.width(context) for p in points) * statistics.bytes_of_element()
-    shards = config.extraction.shards or 1
-    return (
-        tokens * token_bytes(config)
-        + of_row * (rows or 0)
-        + min(documents, tokens) * of_document
-        + shards * elements
-    )
-
-
 def copied_precision(config: Config, computed: str) -> str:
     """Find the precision of what is copied off the device: pooled rows are added up in FP32.
 
@@ -401,24 +355,6 @@ def _largest(points: list[HookPoint], precision: str, keys: int) -> int:
     return BYTES[precision] * max(p.width(keys) for p in points)
 
 
-def check_disk(folder: Path, needed: int, free: int) -> None:
-    """Check that the output fits the disk.
-
-    Args:
-        folder: where the output goes.
-        needed: bytes of the output.
-        free: bytes free there.
-
-    Raises:
-        MemoryPlanError: it does not fit.
-    """
-    if needed > free:
-        raise MemoryPlanError(
-            f"the run writes {needed / 1e9:.3f} GB and {folder} has {free / 1e9:.3f} GB free; "
-            "request fewer tokens (corpus.max_tokens), fewer hook points or a smaller store.dtype"
-        )
-
-
 def run_estimate(config: Config, output: Path) -> None:
     """Run the estimate_memory stage.
 
@@ -444,7 +380,8 @@ def run_estimate(config: Config, output: Path) -> None:
     precision = likely_precision(config)
     needed = result.disk_bytes(store_precision(config, precision))
     if needed is not None:
-        check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
+        needed += result.answers_disk or 0
+        disk.check_disk(output.parent, needed, shutil.disk_usage(output.parent).free)
         more = f"; {result.token_bytes} bytes for the tables of each further token"
         unbounded = config.corpus.max_tokens is None
         log.info("disk: %s%s", terminal.format_bytes(needed), more if unbounded else "")
@@ -467,6 +404,13 @@ def run_estimate(config: Config, output: Path) -> None:
             terminal.format_bytes(one.total),
             by_category(one),
         )
+        if (seconds := result.answers_seconds.get(kind)) is not None:
+            log.info(
+                "sampling at most %s tokens: %s of disk, at least %d minutes in one job",
+                f"{result.answers_tokens:,}",
+                terminal.format_bytes(result.answers_disk or 0),
+                math.ceil(seconds / 60),
+            )
     for candidate in result.passes[kind]:
         total, parts = terminal.format_bytes(candidate.parts.total), by_category(candidate.parts)
         log.info(
@@ -554,7 +498,14 @@ _SINGLE = (
     "token_bytes",
     "table_bytes",
 )
-_OPTIONAL = ("rows", "batch_tokens", "answers_batch", "kept_of_window")
+_OPTIONAL = (
+    "rows",
+    "batch_tokens",
+    "answers_batch",
+    "answers_tokens",
+    "answers_disk",
+    "kept_of_window",
+)
 
 _PASS = np.dtype(
     [(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(PeakBytes)))]
@@ -583,6 +534,8 @@ def write(estimate: Estimate, config: Config, output: Path) -> None:
         for name in _BY_KIND:
             file_format.set_attributes(file.create_group(name), getattr(estimate, name))
         answers_plan.write(file, estimate.answers)
+        for kind, seconds in estimate.answers_seconds.items():
+            file[f"answers/{kind}"].attrs["seconds"] = seconds
         for kind, passes in estimate.passes.items():
             file[f"passes/{kind}"] = np.array(
                 [(p.tokens, p.chunk_size, *astuple(p.parts)) for p in passes], _PASS
@@ -619,6 +572,11 @@ def read(path: Path) -> Estimate:
             hooks=json.loads(file.attrs["hooks"]),
             passes=passes,
             answers=answers_plan.read(file),
+            answers_seconds={
+                kind: int(group.attrs["seconds"])
+                for kind, group in (file["answers"].items() if "answers" in file else ())
+                if "seconds" in group.attrs
+            },
             **single,
             **by_kind,
         )

@@ -19,7 +19,7 @@ from theloom.memory.estimators import Estimator, row_bytes
 from theloom.memory.sizes import Components, PeakBytes, Workload
 from theloom.model import weight_format
 from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat
-from theloom.planning import estimate, execution_modes
+from theloom.planning import disk, estimate, execution_modes
 from theloom.planning.execution_modes import GPUModes, Layerwise
 from theloom.precision import BYTES
 from theloom.store.provenance import PACKAGES, package_version
@@ -183,7 +183,7 @@ def forecast(
         load_peak=weights + (estimator.largest_weight(kind) if kind.quantization else 0),
         host=estimate.HOST_PROCESS + weights + written.total,
         disk_per_million_tokens=10**6
-        * (row_bytes(points, kind.precision, tokens) + estimate.token_bytes(settings)),
+        * (row_bytes(points, kind.precision, tokens) + disk.token_bytes(settings)),
         totals={
             name: _total(estimator, other, workload, points, capability)
             for name, other in WEIGHT_FORMATS.items()

@@ -29,7 +29,7 @@ from theloom.engine.selection import Selection
 from theloom.errors import MemoryPlanError
 from theloom.hooks.points import HookPoint
 from theloom.memory.profile import ShardProfile
-from theloom.planning import estimate, layerwise_plan, measure
+from theloom.planning import disk, layerwise_plan, measure
 from theloom.planning.layerwise_plan import LayerwisePlan
 from theloom.planning.plan import Plan
 from theloom.precision import TOLERANCE
@@ -238,9 +238,7 @@ def _check_disk(spec: ShardSpec, output: Path, residuals: int) -> None:
     ]
     taken = sum(file.stat().st_blocks * 512 for file in there)
     needed = spec.nbytes + 2 * residuals
-    estimate.check_disk(
-        output.parent, max(0, needed - taken), shutil.disk_usage(output.parent).free
-    )
+    disk.check_disk(output.parent, max(0, needed - taken), shutil.disk_usage(output.parent).free)
 
 
 def _sweep(

@@ -17,6 +17,8 @@ TYPES = {
 }
 """NumPy's type of each, by name in the group `tokens`."""
 
+CHUNK = 1 << 18  # tokens of a chunk of `tokens.h5` and `answers.h5`, which are whole on the disk
+
 
 def path(name: str) -> str:
     """The name of the dataset of a table.
