@@ -105,3 +105,21 @@ def test_an_unknown_name_is_an_error_at_once(acts):
         acts.batches("x", 10)
     with pytest.raises(ValueError, match="batch_size 0"):
         acts.batches(HOOK, 0)
+
+
+def test_batches_are_a_trainer_s_endless_buffer(acts):
+    scale = acts.scale(HOOK, "dictionary_learning")
+    buffer = acts.batches(HOOK, 1000, shuffle=True, epochs=None, scale=scale)
+    taken = [next(buffer) for _ in range(5)]
+    assert {b.dtype for b in taken} == {torch.float32}
+    assert not torch.equal(taken[0], taken[2])  # another pass, in another order
+    both = torch.cat(taken[:2]).square().sum(dim=1)
+    assert both.mean().item() == pytest.approx(1, rel=1e-5)
+    assert buffer.config["d_submodule"] == 64
+    assert (buffer.config["io"], buffer.config["out_batch_size"]) == ("out", 1000)
+
+
+def test_the_scale_of_selected_rows_is_theirs(acts):
+    some = acts.taking(np.arange(7, 900))
+    rows = some[HOOK][:].double()
+    assert 1 / some.scale(HOOK, "saelens") == pytest.approx(rows.norm(dim=1).mean().item() / 8)

@@ -5,7 +5,7 @@ Before anything is read, every file that the dataset refers to is checked, since
 missing one as zeros.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     import datasets
     import numpy as np
     import pandas as pd
+    import torch
     import xarray as xr
 
-    from theloom.dataset.batches import Batch, RowBatches
+    from theloom.dataset.batches import BatchIterator, RowBatches
     from theloom.dataset.exports import Cache
     from theloom.dataset.selecting import RowTable
 
@@ -187,8 +188,12 @@ class Activations(ActivationsReader):
         shuffle: bool = False,
         seed: int = 0,
         drop_last: bool = False,
+        epochs: int | None = 1,
+        dtype: str | None = None,
+        device: "torch.device | str | None" = None,
+        scale: float | None = None,
         **others: Any,
-    ) -> "Iterator[Batch]":
+    ) -> "BatchIterator":
         """All rows in batches, for a training loop. `dataset` is the same for a DataLoader.
 
         Args:
@@ -199,15 +204,21 @@ class Activations(ActivationsReader):
                 well.
             seed: of the order; the same seed gives the same order.
             drop_last: leave out a last batch that has fewer rows.
+            epochs: passes over the rows, each in another order; None: without end, as SAELens'
+                trainers need it.
+            dtype: of hook points, `fp32`, `fp16` or `bf16`; None: as stored.
+            device: of the batches; None: the CPU.
+            scale: a factor for hook points, as `scale` gives it; rows are FP32 then.
             **others: `block_rows`, `buffer_rows`, `rank` and `world_size` of `RowBatches`.
 
         Returns:
-            Tensors (batch_size, …) in the stored dtype if `hooks` is a string, else dicts of them
-            by name.
+            An iterator of tensors (batch_size, …) if `hooks` is a string, else of dicts of them by
+            name. It is a data provider of SAELens, and a buffer of dictionary_learning, for which
+            it has a `config`.
 
         Raises:
             HookError: the dataset has no such hook point.
-            ValueError: a size is less than 1.
+            ValueError: a size is less than 1, or there is no such dtype.
 
         Examples:
             >>> acts = open_activations("results/tiny/activations.h5")
@@ -215,10 +226,16 @@ class Activations(ActivationsReader):
             >>> [len(rows) for rows in acts.batches(hook, batch_size=128, shuffle=True)]
             [128, 128, 34]
         """
-        return iter(
-            self.dataset(
-                hooks, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, **others
-            )
+        from theloom.dataset.batches import BatchIterator, trainer_config
+
+        rows = self.dataset(
+            hooks, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, **others
+        )
+        config = {}
+        if isinstance(hooks, str) and hooks in self:
+            config = trainer_config(hooks, self[hooks].shape[1:], batch_size, self.attributes)
+        return BatchIterator(
+            rows, epochs=epochs, dtype=dtype, device=device, scale=scale, config=config
         )
 
     def dataset(self, hooks: str | Sequence[str], batch_size: int, **others: Any) -> "RowBatches":

@@ -5,17 +5,18 @@ takes blocks of consecutive rows in random order, fills a buffer with them, and 
 in random order. How well that mixes: two rows of a batch are of the same block with a probability
 of (block_rows - 1) / (buffer_rows - 1), by default 0.8%; in a shuffle of all rows it would be
 block_rows / rows. A larger buffer, or smaller blocks, mix better.
-
-Rows that are not stored come in the order in which they are computed: `MixingBuffer` takes each
-batch at random from as many rows as it holds.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
+
+from theloom.devices import pinned
+from theloom.precision import torch_dtype
 
 Batch = torch.Tensor | dict[str, torch.Tensor]
 
@@ -182,127 +183,91 @@ class RowBatches(IterableDataset[Batch]):
         return source.tensor(values) if hasattr(source, "tensor") else torch.from_numpy(values)
 
 
-class MixingBuffer:
-    """Rows that wait, of which a batch is taken at random; those that come next fill the gaps.
+class BatchIterator(Iterator[Batch]):
+    """Batches of one pass after the other, as trainers of sparse autoencoders take them.
 
-    A row waits for as many batches as the buffer holds of them, on average. So rows that came next
-    to each other go to different batches.
-
-    Args:
-        rows: that it holds.
-        random: of the order.
-
-    Examples:
-        >>> buffer = MixingBuffer(4, np.random.default_rng(0))
-        >>> buffer.add({"row": torch.arange(6)})  # it takes what there is room for
-        4
-        >>> sorted(buffer.take(4)["row"].tolist()), len(buffer)
-        ([0, 1, 2, 3], 0)
-    """
-
-    def __init__(self, rows: int, random: np.random.Generator) -> None:
-        self.rows, self._random = rows, random
-        self._held: dict[str, torch.Tensor] = {}
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    @property
-    def full(self) -> bool:
-        """Whether there is no room for another row."""
-        return self._count == self.rows
-
-    def add(self, columns: Mapping[str, torch.Tensor]) -> int:
-        """Take rows, the first ones, as far as there is room.
-
-        Args:
-            columns: by name, (rows, …) each; the same names every time.
-
-        Returns:
-            How many were taken.
-        """
-        if not self._held:
-            self._held = {
-                name: torch.empty((self.rows, *values.shape[1:]), dtype=values.dtype)
-                for name, values in columns.items()
-            }
-        taken = min(self.rows - self._count, len(next(iter(columns.values()))))
-        for name, held in self._held.items():
-            held[self._count : self._count + taken] = columns[name][:taken]
-        self._count += taken
-        return taken
-
-    def take(self, count: int) -> dict[str, torch.Tensor]:
-        """Take rows out, at random.
-
-        Args:
-            count: how many, at most as many as there are.
-
-        Returns:
-            Columns by name, (count, …) each.
-        """
-        chosen = self._random.choice(self._count, count, replace=False)
-        left = self._count - count
-        taken = {name: held[torch.from_numpy(chosen)] for name, held in self._held.items()}
-        gaps = torch.from_numpy(chosen[chosen < left])
-        behind = torch.from_numpy(np.setdiff1d(np.arange(left, self._count), chosen))
-        for held in self._held.values():
-            held[gaps] = held[behind]
-        self._count = left
-        return taken
-
-
-def mixed(
-    blocks: Iterable[Mapping[str, torch.Tensor]],
-    batch_size: int,
-    buffer_rows: int,
-    random: np.random.Generator,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of rows that come in blocks of any size, through a buffer; every row once.
+    SAELens' trainers take any iterator as their data provider, and never expect its end, so give
+    them `epochs=None`. dictionary_learning's `trainSAE` takes it as its buffer, and saves `config`
+    next to what it trains.
 
     Args:
-        blocks: columns by name, (rows, …) each.
-        batch_size: rows of a batch; the last one may have fewer.
-        buffer_rows: rows that are mixed; at least `batch_size` of them. 0: they stay in order.
-        random: of the order.
+        rows: the batches of a pass; the order of each pass is another.
+        epochs: passes; None: without end.
+        dtype: of hook points, `fp32`, `fp16` or `bf16`; None: as stored, FP32 where `scale` is set.
+        device: of the batches; None: the CPU.
+        scale: a factor for hook points, such as `acts.scale(hook, "dictionary_learning")`.
+        config: what a trainer saves about the rows.
 
-    Yields:
-        Columns by name, (batch_size, …) each.
-
-    Examples:
-        >>> blocks = [{"row": torch.arange(5)}, {"row": torch.arange(5, 8)}]
-        >>> [b["row"].tolist() for b in mixed(blocks, 3, 0, np.random.default_rng())]
-        [[0, 1, 2], [3, 4, 5], [6, 7]]
+    Raises:
+        ValueError: `epochs` is less than 1, or there is no such dtype.
     """
-    if not buffer_rows:
-        yield from _in_order(blocks, batch_size)
-        return
-    buffer = MixingBuffer(max(buffer_rows, batch_size), random)
-    for block in blocks:
-        rows, begin = len(next(iter(block.values()))), 0
-        while begin < rows:
-            begin += buffer.add({name: values[begin:] for name, values in block.items()})
-            if buffer.full:
-                yield buffer.take(batch_size)
-    while len(buffer):
-        yield buffer.take(min(batch_size, len(buffer)))
+
+    def __init__(
+        self,
+        rows: RowBatches,
+        *,
+        epochs: int | None = 1,
+        dtype: str | None = None,
+        device: "torch.device | str | None" = None,
+        scale: float | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"epochs {epochs}: at least 1, or None for no end")
+        if dtype is None and scale is not None:
+            dtype = "fp32"
+        if dtype not in (None, "fp32", "fp16", "bf16"):
+            raise ValueError(f"dtype {dtype!r}: give fp32, fp16 or bf16")
+        self.config = {**(config or {}), "device": str(device or "cpu")}
+        self._rows, self._epochs, self._scale = rows, epochs, scale
+        self._dtype = None if dtype is None else torch_dtype(dtype)
+        self._device = torch.device(device or "cpu")
+        self._batches = self._passes()
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def _passes(self) -> Iterator[Batch]:
+        first = self._rows.epoch
+        for epoch in itertools.count() if self._epochs is None else range(self._epochs):
+            self._rows.set_epoch(first + epoch)
+            number = 0
+            for batch in self._rows:
+                number += 1
+                if isinstance(batch, dict):
+                    yield {name: self._ready(values) for name, values in batch.items()}
+                else:
+                    yield self._ready(batch)
+            if not number:  # a pass without a batch would be repeated for ever
+                return
+
+    def _ready(self, values: torch.Tensor) -> torch.Tensor:
+        if self._device.type != "cpu":
+            there = pinned.pinned_copy(values, self._device)
+            values = there.to(self._device, non_blocking=True)
+        if not values.is_floating_point():
+            return values
+        if self._scale is not None:
+            values = values.float() * self._scale
+        return values if self._dtype is None else values.to(self._dtype)
 
 
-def _in_order(
-    blocks: Iterable[Mapping[str, torch.Tensor]], batch_size: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    waiting: dict[str, list[torch.Tensor]] = {}
-    count = 0
-    for block in blocks:
-        rows, begin = len(next(iter(block.values()))), 0
-        while begin < rows:
-            end = min(rows, begin + batch_size - count)
-            for name, values in block.items():
-                waiting.setdefault(name, []).append(values[begin:end])
-            count, begin = count + end - begin, end
-            if count == batch_size:
-                yield {name: torch.cat(parts) for name, parts in waiting.items()}
-                waiting, count = {}, 0
-    if count:
-        yield {name: torch.cat(parts) for name, parts in waiting.items()}
+def trainer_config(
+    hook: str, width: Sequence[int], batch_size: int, attributes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What dictionary_learning saves of its buffer, and where the rows come from.
+
+    Args:
+        hook: the hook point.
+        width: shape of a row.
+        batch_size: rows of a batch.
+        attributes: of the dataset.
+    """
+    return {
+        "d_submodule": int(np.prod(width)),
+        "io": "in" if hook.endswith("_pre") else "out",
+        "ctx_len": int(attributes["context_length"]),
+        "out_batch_size": batch_size,
+        "hook_name": hook,
+        **{name: str(attributes[name]) for name in ("model_source", "corpus", "run_fingerprint")},
+    }

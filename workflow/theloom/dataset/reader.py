@@ -167,6 +167,11 @@ class ActivationsReader:
         return seen
 
     @property
+    def selected(self) -> bool:
+        """Whether some rows of the file alone are seen."""
+        return self._chosen is not None
+
+    @property
     def pool(self) -> str:
         """How rows of a document or message were made one: `rows.pool` of the run."""
         return str(self.attributes.get("rows_pool", "none"))

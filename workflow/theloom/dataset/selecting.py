@@ -231,6 +231,8 @@ def mean(
 def scale(acts: "ActivationsReader", hook: str, by: str) -> float:
     """The factor that a trainer of sparse autoencoders multiplies rows with, exact over all rows.
 
+    The file has it in its statistics. Selected rows are read for it, all of them once.
+
     Args:
         acts: the dataset.
         hook: the hook point.
@@ -242,7 +244,7 @@ def scale(acts: "ActivationsReader", hook: str, by: str) -> float:
 
     Raises:
         HookError: the dataset has no such hook point.
-        ConfigError: there is no such way; rows are selected; or they are zero, or not all finite.
+        ConfigError: there is no such way; or rows are zero, or not all finite.
 
     Examples:
         >>> from theloom.dataset.activations import open_activations
@@ -255,11 +257,27 @@ def scale(acts: "ActivationsReader", hook: str, by: str) -> float:
     width = acts[hook].shape[1:]
     if by not in ("saelens", "dictionary_learning"):
         raise ConfigError(f"scale by {by!r}: give 'saelens' or 'dictionary_learning'")
-    found = acts.statistics[hook]
-    if found.nonfinite:
-        raise ConfigError(f"{hook}: {found.nonfinite:,} values are not finite; there is no scale")
-    squared = float((found.variance + found.mean**2).sum())
-    size = found.norm / float(np.prod(width)) ** 0.5 if by == "saelens" else squared**0.5
+    norm, squared, nonfinite = _norms(acts, hook)
+    if nonfinite:
+        raise ConfigError(f"{hook}: {nonfinite:,} values are not finite; there is no scale")
+    size = norm / float(np.prod(width)) ** 0.5 if by == "saelens" else squared**0.5
     if not size > 0:
         raise ConfigError(f"{hook}: its rows are zero; there is no scale")
     return 1 / size
+
+
+def _norms(acts: "ActivationsReader", hook: str) -> tuple[float, float, int]:
+    """The mean norm of the rows, their mean squared norm, and how many values are not finite."""
+    if not acts.selected:
+        found = acts.statistics[hook]
+        return found.norm, float((found.variance + found.mean**2).sum()), found.nonfinite
+    rows, nonfinite, norm, squared = acts[hook], 0, 0.0, 0.0
+    step = max(1, _BYTES_AT_ONCE * len(rows) // max(1, rows.nbytes))
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step].double().flatten(1)
+        nonfinite += int((~block.isfinite()).sum())
+        squares = block.square().sum(dim=1)
+        norm += float(squares.sqrt().sum())
+        squared += float(squares.sum())
+    count = max(1, len(rows))
+    return norm / count, squared / count, nonfinite

@@ -29,12 +29,13 @@ from theloom.config import frozen, locations
 from theloom.config.compose import Run, runs
 from theloom.config.values import Assignment
 from theloom.corpus import tokens
-from theloom.dataset.batches import Batch, mixed
+from theloom.dataset.batches import Batch
 from theloom.dataset.reader import TABLES
 from theloom.devices import gpu, host
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine import context, model_record
 from theloom.engine.context import ShardJob
+from theloom.engine.mixing import mixed
 from theloom.engine.resident import batches_of, plan_resident, stream_resident
 from theloom.engine.row_queue import QueueClosedError, RowBlock, RowQueue, ShardRows
 from theloom.errors import ConfigError, HookError, MemoryPlanError
