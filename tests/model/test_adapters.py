@@ -237,6 +237,6 @@ def test_quantised_weights_are_merged_as_peft_does_or_refused(tmp_path, folders)
     config = a_config(folders / "base", f"{quantised} model.adapter={folders / 'dora'}")
     with pytest.raises(ModelError, match="kind DoRA, which is not merged into quantised"):
         load_model(config, files.prepare_files(config.model))
+    layerwise = opened(config, files.prepare_files(config.model))
     with pytest.raises(ModelError, match="not merged into weights of 8bit layer by layer"):
-        with opened(config, files.prepare_files(config.model)):
-            pass
+        layerwise.__enter__()
