@@ -1,8 +1,8 @@
 """The router of a block's mixture of experts: its logits, and which experts each token goes to.
 
 transformers declares the module whose output `output_router_logits` gives, and at which index of
-that output the logits are. What else the module returns is known by its shape: experts are integers,
-a row of k for each token, and their scores are floats of the same shape.
+that output the logits are. What else the module returns is known by its shape: experts are
+integers, a row of k for each token, and their scores are floats of the same shape.
 """
 
 from typing import Any
