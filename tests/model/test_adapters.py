@@ -175,6 +175,7 @@ def changed(folders, tmp_path, **described):
         ({"peft_type": "VBLORA"}, "of the kind VBLORA, which is not merged here"),
         ({"init_lora_weights": "pissa"}, "changes the base model's weights"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "has layer_replication"),
+        ({"target_modules": "(q_proj"}, "does not fit LlamaModel"),
         ({"target_modules": ["nowhere"]}, "does not fit LlamaModel"),
         ({"target_modules": ["q_proj"]}, "have no place in LlamaModel"),
         ({"target_modules": [*TARGETS, "k_proj"], "bias": "none"}, "of another model"),
