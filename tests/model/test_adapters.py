@@ -175,6 +175,7 @@ def changed(folders, tmp_path, **described):
         ({"peft_type": "VBLORA"}, "of the kind VBLORA, which is not merged here"),
         ({"init_lora_weights": "pissa"}, "changes the base model's weights"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "has layer_replication"),
+        ({"target_modules": "(q_proj"}, "does not fit LlamaModel"),
         ({"target_modules": ["nowhere"]}, "does not fit LlamaModel"),
         ({"target_modules": ["q_proj"]}, "have no place in LlamaModel"),
         ({"target_modules": [*TARGETS, "k_proj"], "bias": "none"}, "of another model"),
@@ -238,8 +239,5 @@ def test_quantised_weights_are_merged_as_peft_does_or_refused(tmp_path, folders)
     with pytest.raises(ModelError, match="kind DoRA, which is not merged into quantised"):
         load_model(config, files.prepare_files(config.model))
     layerwise = opened(config, files.prepare_files(config.model))
-    with (
-        pytest.raises(ModelError, match="not merged into weights of 8bit layer by layer"),
-        layerwise,
-    ):
-        pass
+    with pytest.raises(ModelError, match="not merged into weights of 8bit layer by layer"):
+        layerwise.__enter__()

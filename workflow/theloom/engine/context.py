@@ -21,7 +21,7 @@ from theloom.devices import accelerator
 from theloom.engine import model_record
 from theloom.engine.model_record import ModelRecord
 from theloom.errors import StoreError
-from theloom.hooks.points import HookPoint
+from theloom.hooks.points import HookPoint, check_integers
 from theloom.model import weight_format
 from theloom.model.checks import may_stream
 from theloom.model.loading import Target, resolve_precision
@@ -198,6 +198,11 @@ def read_job(
     _check_revision(record, corpus.attributes)
     _check_answers(record, corpus.answered_by)
     estimated = estimate.read(estimate_path)
+    store, points = (
+        store_precision(config, record.precision),
+        record.catalog.select(config.memory.activation_cache_filter),
+    )
+    check_integers(points, record.catalog, store)
     run = RunContext(
         config=config,
         estimate=replace(estimated, batch_tokens=1) if record.alone else estimated,
@@ -205,8 +210,8 @@ def read_job(
         corpus=corpus.attributes,
         longest_window=corpus.longest_window,
         target=resolve_precision(config),
-        points=record.catalog.select(config.memory.activation_cache_filter),
-        store=store_precision(config, record.precision),
+        points=points,
+        store=store,
         fingerprint=_fingerprint(config_path, record, corpus.attributes),
     )
     return ShardJob(run, shard, corpus.shard, output, oom_level)

@@ -22,6 +22,8 @@ class Flow:
         self._blocks = {m: block for block in architecture.blocks for m in block.modules()}
         self._in: dict[nn.Module, torch.Tensor] = {}
         self._out: dict[nn.Module, torch.Tensor] = {}
+        # of modules that give several values: each of them, None for what is no tensor
+        self.several: dict[nn.Module, list[torch.Tensor | None]] = {}
         self.ran: list[nn.Module] = []
         self.heads: dict[nn.Module, tuple[int, int]] = {}
         self.head_size: dict[nn.Module, int] = {}
@@ -53,6 +55,9 @@ class Flow:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         values = output if isinstance(output, tuple | list) else [output]
         found = next((v for v in values if isinstance(v, torch.Tensor)), None)
+        if isinstance(output, tuple | list) and len(output) > 1:
+            tensors = [v if isinstance(v, torch.Tensor) else None for v in output]
+            self.several.setdefault(module, tensors)
         if found is not None:
             self._out.setdefault(module, found)
 

@@ -41,13 +41,16 @@ from theloom.hooks.points import (
     FINAL_NORM,
     IN_BLOCK,
     LAST_STATE,
+    NO_EXPERTS,
     NO_LEARNED_POSITIONS,
     PATTERN,
     POST_NORM,
+    ROUTER,
     SCORES,
     HookPoint,
     point,
 )
+from theloom.hooks.routers import router_sites
 from theloom.hooks.sites import Norm, Site, by_head, columns, grouped, whole
 
 
@@ -96,7 +99,7 @@ def _find(architecture: Architecture) -> Anatomy:
     organs: list[tuple[int, str, Site | str]] = []
     organs += [(-1, value, where) for value, where in _before(architecture, flow).items()]
     for number, block in enumerate(architecture.loaded):
-        sites = _Block(block, flow).sites()
+        sites = _Block(block, flow).sites(architecture.model)
         organs += [(number, value, sites[value]) for value in IN_BLOCK]
     norm = flow.norm_of(flow.output(architecture.blocks[-1]), outside=True)
     if norm is not None:
@@ -180,7 +183,7 @@ class _Block:
             self._ln1 = flow.norm_to(flow.input(find_core(self._attention)), block)
         self._ln2 = flow.norm_to(self._before_mlp, block)
 
-    def sites(self) -> dict[str, Site | str]:
+    def sites(self, model: nn.Module) -> dict[str, Site | str]:
         block, attn, mlp = self._block, self._attention, self._mlp
         found: dict[str, Site | str] = dict.fromkeys(IN_BLOCK, "")
         found["hook_resid_pre"] = Site(block, "input")
@@ -195,6 +198,7 @@ class _Block:
             attn, leaf(attn, ATTENTION_OUTPUT), "this block has no attention"
         )
         found |= self._neurons()
+        found |= self._router(model)
         last = self._last_linear()
         found["hook_mlp_out"] = self._out(mlp, last, "its MLP is not one that TheLoom knows")
         if mlp is None and isinstance(last, nn.Module):
@@ -354,6 +358,11 @@ class _Block:
                 zip(names, (Site(two[0], "output"), ungated, Site(two[1], "input")), strict=True)
             )
         return dict.fromkeys(names, "its MLP is not one that TheLoom knows")
+
+    def _router(self, model: nn.Module) -> dict[str, Site | str]:
+        if not any(re.search("expert|moe|router", name) for name, _ in self._block.named_modules()):
+            return dict.fromkeys(ROUTER, NO_EXPERTS)
+        return router_sites(model, self._block, self._attention, self._flow.several)
 
     def _last_linear(self) -> nn.Module | None:
         home = self._mlp if self._mlp is not None else self._block

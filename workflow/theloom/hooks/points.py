@@ -17,6 +17,13 @@ from theloom.errors import HookError
 RESIDUALS = ("hook_resid_pre", "hook_resid_post")
 SCORES, PATTERN = "attn.hook_attn_scores", "attn.hook_pattern"
 
+ROUTER_LOGITS, ROUTER_SCORES = "mlp.hook_router_logits", "mlp.hook_router_scores"
+EXPERT_INDICES = "mlp.hook_expert_indices"
+ROUTER = (ROUTER_LOGITS, ROUTER_SCORES, EXPERT_INDICES)
+
+# the largest integer up to which a format has every one
+INTEGERS = {"bf16": 2**8, "fp16": 2**11, "fp32": 2**24, "fp64": 2**53}
+
 # in the order in which a forward pass reaches them
 BEFORE_BLOCKS = ("hook_embed", "hook_pos_embed")
 
@@ -39,6 +46,7 @@ IN_BLOCK = (
     "mlp.hook_pre",
     "mlp.hook_pre_linear",
     "mlp.hook_post",
+    *ROUTER,
     "hook_mlp_out",
     "hook_resid_post",
 )
@@ -53,6 +61,7 @@ COMPUTED = frozenset(
     {"ln1.hook_scale", "ln1.hook_normalized", "ln2.hook_scale", "ln2.hook_normalized"}
 ) | frozenset({SCORES, PATTERN, *FINAL_NORM})
 
+NO_EXPERTS = "this block has no mixture of experts"
 NO_LEARNED_POSITIONS = "it has no learned positions"
 POST_NORM = "no norm comes before its attention, so that the norms it has see something else"
 
@@ -125,6 +134,29 @@ def point(value: str, block: int, num_blocks: int, shape: Sequence[int]) -> Hook
     return HookPoint(name, block, value, tuple(shape))
 
 
+def check_integers(points: Iterable[HookPoint], catalog: HookCatalog, precision: str) -> None:
+    """Check that the numbers of experts are stored exactly.
+
+    Args:
+        points: that are stored.
+        catalog: of the model.
+        precision: of the store.
+
+    Raises:
+        HookError: a block has more experts than the precision has integers.
+    """
+    shapes = {p.name: p.shape for p in catalog.points}
+    for requested in points:
+        if requested.value != EXPERT_INDICES:
+            continue
+        experts = shapes[requested.name.replace(EXPERT_INDICES, ROUTER_LOGITS)][-1]
+        if experts - 1 > INTEGERS[precision]:
+            raise HookError(
+                f"{requested.name}: its {experts} experts are not told apart in {precision}, which "
+                f"has every integer up to {INTEGERS[precision]:,}; set store.dtype=fp32"
+            )
+
+
 def residual_points(num_blocks: int, hidden_size: int) -> list[HookPoint]:
     """List the residual stream before and after every block.
 
@@ -165,6 +197,7 @@ def llama_catalog(size: ModelDims) -> HookCatalog:
     shapes |= dict.fromkeys(("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"), m)
     n = size.num_blocks
     absent = {"hook_pos_embed": NO_LEARNED_POSITIONS}
+    absent |= {f"blocks.{block}.{value}": NO_EXPERTS for block in range(n) for value in ROUTER}
     if size.model_type == "olmo2":
         values = [v for v in IN_BLOCK if v.startswith("ln")]
         absent |= {f"blocks.{block}.{value}": POST_NORM for block in range(n) for value in values}

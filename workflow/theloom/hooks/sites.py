@@ -22,11 +22,16 @@ class Site:
     module: nn.Module
     place: str  # input, output, inside
     read: Read = lambda value, batch: whole(value, batch)
+    index: int | None = None  # of the module's output; None: the first tensor of it
 
     @staticmethod
     def input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """The first tensor that a module is called with."""
         return next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+
+    def chosen(self, output: Any) -> torch.Tensor:
+        """What of a module's output the site is."""
+        return self.output(output) if self.index is None else output[self.index]
 
     @staticmethod
     def output(output: Any) -> torch.Tensor:

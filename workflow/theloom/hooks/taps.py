@@ -124,7 +124,7 @@ class Taps:
             return site.module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            self._hand_over(name, site.read(site.output(output), self._batch))
+            self._hand_over(name, site.read(site.chosen(output), self._batch))
 
         return site.module.register_forward_hook(after)
 

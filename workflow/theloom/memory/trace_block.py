@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import HookPoint
 from theloom.hooks.taps import Taps
 from theloom.memory import trace
@@ -135,7 +136,7 @@ def _pass(
             *(x for x in given if isinstance(x, torch.Tensor)),
         ]
     )
-    read = [p for p in points if p.block == block] or _like(points, block)
+    read = [p for p in points if p.block == block] or _like(points, block, frame)
     dtype = frame.residual_dtype
 
     def sink(name: str, value: torch.Tensor) -> None:
@@ -182,10 +183,12 @@ def _pass(
     return replace(found, temporaries=found.temporaries + sum(sizes)), [*events, *live.events]
 
 
-def _like(points: Sequence[HookPoint], block: int) -> list[HookPoint]:
-    """The hook points that are requested in other blocks, as this one has them."""
+def _like(points: Sequence[HookPoint], block: int, frame: Frame) -> list[HookPoint]:
+    """The hook points that are requested in other blocks, as far as this one has them."""
     values = {p.value: p for p in points if p.name.startswith("blocks.")}
-    return [replace(p, name=f"blocks.{block}.{value}", block=block) for value, p in values.items()]
+    like = [replace(p, name=f"blocks.{block}.{value}", block=block) for value, p in values.items()]
+    there = Anatomy.of(frame.architecture).sites
+    return [p for p in like if p.name in there]
 
 
 def _grow(cache: BlockCache, block: int, tokens: int) -> None:

@@ -16,6 +16,7 @@ from theloom.devices import accelerator, gpu, host, peak_memory
 from theloom.engine.layerwise.model import measure_sweep, opened
 from theloom.engine.model_record import model_attributes, write_catalog
 from theloom.errors import MemoryPlanError, ModelError
+from theloom.hooks.points import check_integers
 from theloom.memory.estimators import Traced
 from theloom.model import weight_format
 from theloom.model.checkpoint.weights import check_stored
@@ -59,7 +60,9 @@ def record_layerwise(
     prepare_measurement(config.model)
     before = host.resident()  # from where a job's growth is counted (`engine.layerwise.shard`)
     with opened(config, files, target=target) as model:
-        points = model.loaded.catalog.select(estimated.hooks)
+        catalog = model.loaded.catalog
+        points = catalog.select(estimated.hooks)
+        check_integers(points, catalog, _store_precision(estimated, target.precision.resolved))
         threshold = estimated.threshold
         try:
             planned = model.fit(estimated, points, tokens.window_lengths(tokens_path), threshold, 0)
@@ -151,9 +154,14 @@ def _check_adapters(config: Config, files: ModelFiles, model_config: "Pretrained
             )
 
 
+def _store_precision(estimated: Estimate, computed: str) -> str:
+    """The precision of the rows on disk."""
+    return computed if estimated.store in (None, "auto") else estimated.store
+
+
 def _say_disk(estimated: Estimate, computed: str, tokens_path: Path) -> None:
     """Log what the shards will take, now that the rows are known."""
-    precision = computed if estimated.store in (None, "auto") else estimated.store
+    precision = _store_precision(estimated, computed)
     there = tokens.sizes(tokens_path)
     rows = there.rows * estimated.row_bytes[precision]
     tables = there.tables + there.windows * bytes_of_window(len(estimated.hooks))
@@ -215,6 +223,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         traced = Traced(model_config, attention, config.model.trust_remote_code)
         catalog = traced.catalog()  # of the whole model, of which only what is needed is loaded
         points = catalog.select(estimated.hooks)
+        check_integers(points, catalog, _store_precision(estimated, resolved.resolved))
         loaded = load_model(config, files, points, target=target)
     tried = self_check(loaded.architecture, loaded.tolerance)
     if planned.plan.streamed and not may_stream(tried, planned.plan.longest):

@@ -21,8 +21,8 @@ from theloom.config.auto import store_precision, traceable_attention
 from theloom.config.frozen import to_plain
 from theloom.config.model_dims import dims_of_profile, numbers
 from theloom.config.schema import Config
-from theloom.errors import HookError, ModelError
-from theloom.hooks.points import HookPoint, deepest_block
+from theloom.errors import HookError, MemoryPlanError, ModelError
+from theloom.hooks.points import EXPERT_INDICES, HookPoint, deepest_block
 from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
 from theloom.memory.sizes import PeakBytes, Workload, by_category
@@ -344,6 +344,12 @@ def _check_pooled(config: Config, points: Sequence[HookPoint]) -> None:
     """Raise HookError where rows are pooled that have no common shape."""
     over_keys = [p.name for p in points if p.over_keys]
     pool = config.rows.pool.name
+    experts = [p.name for p in points if p.value == EXPERT_INDICES]
+    if pool in ("mean", "max", "sum") and experts:
+        raise HookError(
+            f"rows.pool={pool}: {experts[0]} are numbers of experts, which are not added up or "
+            "compared; take it out of memory.activation_cache_filter, or keep rows alone"
+        )
     if pool != "none" and over_keys:
         raise HookError(
             f"rows.pool={pool}: a row of {over_keys[0]} is over the keys of its own window, and "

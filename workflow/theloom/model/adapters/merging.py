@@ -6,7 +6,7 @@ weights, so that a model on the meta device is merged as its parts are read, wit
 `merge_and_unload`.
 """
 
-import logging
+import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +17,16 @@ import torch
 from torch import nn
 
 from theloom.errors import ModelError
+from theloom.hooks.failures import MODEL_ERRORS
 from theloom.model.adapters.files import KEY, WEIGHTS, AdapterFiles
 from theloom.model.checkpoint.classes import auto_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-log = logging.getLogger(__name__)
-
 _NAME = "default"  # PEFT's name of an adapter that is alone in a model
 # what PEFT raises at an adapter that it does not read, or does not merge
-_OF_PEFT = (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError)
+_OF_PEFT = (*MODEL_ERRORS, ImportError, re.error)
 # by these PEFT knows a quantised model, and takes layers that merge into quantised weights
 _QUANTIZED = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "hf_quantizer")
 _PREFIX = "base_model.model."  # of the keys of every adapter
