@@ -21,7 +21,7 @@ from theloom.config.auto import store_precision, traceable_attention
 from theloom.config.frozen import to_plain
 from theloom.config.model_dims import dims_of_profile, numbers
 from theloom.config.schema import Config
-from theloom.errors import HookError, MemoryPlanError, ModelError
+from theloom.errors import HookError, ModelError
 from theloom.hooks.points import EXPERT_INDICES, HookPoint, deepest_block
 from theloom.memory import closed_form
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
