@@ -30,7 +30,11 @@ class Strings:
         self._bytes, self._ends, self._longest = bytearray(), array("q", [0]), 1
 
     def append(self, text: str) -> None:
-        """Take another text."""
+        """Take another text.
+
+        Args:
+            text: the text.
+        """
         encoded = text.encode()
         self._bytes += encoded
         self._ends.append(len(self._bytes))
@@ -45,7 +49,11 @@ class Strings:
         return np.dtype(f"S{self._longest}")
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """All texts, array after array."""
+        """Give all texts, array after array.
+
+        Yields:
+            Arrays (texts,) of `dtype`, in UTF-8.
+        """
         view = memoryview(self._bytes)
         for first in range(0, len(self), _TEXTS):
             ends = self._ends[first : first + _TEXTS + 1]
@@ -53,7 +61,11 @@ class Strings:
             yield np.array(texts, self.dtype)
 
     def digest(self) -> str:
-        """XXH3-128 of all of them, one after the other."""
+        """Hash all texts, one after the other.
+
+        Returns:
+            XXH3-128 in hexadecimal.
+        """
         return xxhash.xxh3_128_hexdigest(self._bytes)
 
 

@@ -17,8 +17,13 @@ NO_ROUTER = "this block has no router that transformers declares (_can_record_ou
 
 
 def declared_routers(model: nn.Module) -> list[Any]:
-    """What transformers says of a model's router logits: the class of the module, the index in its
-    output, part of its name.
+    """List what transformers declares of a model's router logits.
+
+    Args:
+        model: the whole model.
+
+    Returns:
+        transformers' records: the class of the module, the index in its output, part of its name.
     """
     found: list[Any] = []
     for kind in dict.fromkeys(type(module) for module in model.modules()):

@@ -20,12 +20,26 @@ LINE = 32  # bytes of a sampled token in the lines of an unfinished shard
 
 
 def answer_tokens(config: Config) -> int:
-    """Tokens of an answer at most; 0 without."""
+    """Count the tokens of an answer at most.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        Tokens; 0 for a run without answers.
+    """
     return config.answers.max_new_tokens if config.answers.source is not None else 0
 
 
 def most_documents(config: Config) -> int | None:
-    """The most documents that are extracted, answers included; None: nothing bounds them."""
+    """Bound the documents that are extracted, answers included.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        The most documents; None: nothing bounds them.
+    """
     documents = config.corpus.max_documents
     if config.answers.source is None or documents is None:
         return documents
@@ -34,7 +48,14 @@ def most_documents(config: Config) -> int | None:
 
 
 def most_tokens(config: Config) -> int | None:
-    """The most tokens that are extracted, answers included; None: nothing bounds them."""
+    """Bound the tokens that are extracted, answers included.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        The most tokens; None: nothing bounds them.
+    """
     tokens, documents = config.corpus.max_tokens, most_documents(config)
     if config.answers.source is None or tokens is None:
         return tokens
@@ -44,13 +65,27 @@ def most_tokens(config: Config) -> int | None:
 
 
 def most_sampled(config: Config) -> int | None:
-    """The most tokens that the run's own model samples; None: nothing bounds them."""
+    """Bound the tokens that the run's own model samples.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        The most tokens; None: nothing bounds them.
+    """
     documents = most_documents(config)
     return None if documents is None else documents * answer_tokens(config)
 
 
 def most_rows(config: Config) -> int | None:
-    """The most rows that a run can store: what `max_tokens` and `max_documents` leave."""
+    """Bound the rows that a run can store, by `max_tokens`, `max_documents` and `rows.keep`.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        The most rows; None: nothing bounds them.
+    """
     of_document = expression.parse(config.rows.keep).most
     if config.rows.pool.name != "none" and config.rows.by.name == "document":
         of_document = 1
@@ -61,10 +96,13 @@ def most_rows(config: Config) -> int | None:
 
 
 def token_bytes(config: Config) -> int:
-    """Bytes on disk of the tables for one token.
+    """Count the bytes on disk of the tables for one token.
 
     Args:
         config: the run's config.
+
+    Returns:
+        Bytes.
     """
     return token_tables.bytes_of_token(_tables(config))
 
@@ -94,6 +132,9 @@ def table_bytes(config: Config, points: Sequence[HookPoint], context: int) -> in
         config: the run's config.
         points: its hook points.
         context: tokens of the longest window.
+
+    Returns:
+        Bytes.
     """
     rows, documents = most_rows(config), most_documents(config) or 0
     tokens = most_tokens(config) or rows or 0
@@ -117,6 +158,9 @@ def answers_bytes(config: Config, answers: int, tokens: int, sampled: int) -> in
         answers: how many there are.
         tokens: of all answers with their prompts.
         sampled: tokens of the answers alone.
+
+    Returns:
+        Bytes.
     """
     tables = {*_tables(config), *_ANSWER_TABLES}
     # positions are written at once, the documents of tokens not at all, all others in chunks
@@ -126,7 +170,14 @@ def answers_bytes(config: Config, answers: int, tokens: int, sampled: int) -> in
 
 
 def most_answers_bytes(config: Config) -> int | None:
-    """The same of a run whose own model samples answers; None: nothing bounds them."""
+    """Bound `answers_bytes` of a run whose own model samples answers.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        The most bytes; None: nothing bounds them.
+    """
     answers, tokens, sampled = most_documents(config), most_tokens(config), most_sampled(config)
     if answers is None or tokens is None or sampled is None:
         return None
