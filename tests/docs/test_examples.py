@@ -5,6 +5,8 @@ They run over few tokens here; THELOOM_EXAMPLE_TOKENS=16384 runs them as large a
 
 import importlib.util
 import os
+import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +47,20 @@ def test_the_probe_is_well_above_its_control_at_every_layer(run):
 def test_the_autoencoder_explains_more_variance_than_before_training(run):
     before, after = example("sparse_autoencoder").main(run.folder)
     assert after < 0.7 < before
+
+
+@pytest.mark.parametrize("library", ["saelens", "dictionary_learning"])
+def test_other_libraries_train_on_the_rows(run, library):
+    module = {"saelens": "sae_lens"}.get(library, library)
+    python = ROOT / ".venv-peers/bin/python"  # their requirements differ from ours
+    if not python.exists() or subprocess.run([python, "-c", f"import {module}"]).returncode:
+        pytest.skip(f"{python.parents[1].name} has no {module}")
+    example = ROOT / "workflow/docs/examples/train_sae.py"
+    command = [python, example, run.folder, library, "40"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.findall(r"(\d+\.\d+) (?:before|after)", done.stdout)[-2:])
+    assert after < 0.9 * before
 
 
 def test_the_lens_agrees_more_at_each_layer_and_is_the_model_at_last(run):

@@ -1,10 +1,12 @@
 """A sparse autoencoder by SAELens, and one by dictionary_learning, trained on stored rows.
 
 Their requirements differ from TheLoom's, so each goes into an environment of its own, next to
-TheLoom: `pip install sae-lens`, or `pip install dictionary-learning`.
+TheLoom. That of SAELens is `.venv-peers`, which `make bench` makes too. dictionary-learning asks for
+older packages than TheLoom has, so install it, and the nnsight that it imports, with --no-deps.
 
     make run SET="corpus.max_tokens=16384"
-    .venv/bin/python workflow/docs/examples/train_sae.py results/smollm2-135m saelens
+    python3 -m venv .venv-peers && .venv-peers/bin/pip install --editable . sae-lens
+    .venv-peers/bin/python workflow/docs/examples/train_sae.py results/smollm2-135m saelens
 
 Rows of first positions, whose massive activations would make up all of the variance, are left out.
 The factor that scales rows is exact over all others; both libraries estimate it from some batches.
@@ -20,7 +22,7 @@ from theloom.dataset.activations import Activations
 FEATURES, ACTIVE, BATCH = 1024, 32, 256
 
 
-def main(run: Path, library: str = "saelens", steps: int = 600) -> tuple[float, float]:
+def main(run: Path, library: str = "saelens", steps: int = 300) -> tuple[float, float]:
     """The fraction of variance unexplained of rows held out, before and after training."""
     acts = theloom.open(run / "activations.h5")
     hook = acts.hooks[len(acts.hooks) // 2]
@@ -90,4 +92,4 @@ def unexplained(model: torch.nn.Module, rows: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:3])
+    main(Path(sys.argv[1]), *sys.argv[2:3], *map(int, sys.argv[3:4]))
