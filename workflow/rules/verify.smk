@@ -16,7 +16,7 @@ rule check_rows:
     resources:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=escalating("verify_runtime"),
-        disk_mb=whole_disk,
+        disk_mb=all_shards("disk_mb"),
     message:
         "{wildcards.run}: check rows, part {wildcards.part} of {wildcards.parts} "
         "({threads} threads, {resources.mem_mb} MB, {resources.runtime} min)"
@@ -80,7 +80,7 @@ rule verify:
             else 2000 * attempt
         ),
         runtime=escalating("verify_runtime"),
-        disk_mb=whole_disk,
+        disk_mb=all_shards("disk_mb"),
         gpu=resource("gpu", verifies_alone),
         gpu_model=resource("gpu_model", verifies_alone),
         min_free_gpu_mb=resource("min_free_gpu_mb", verifies_alone),

@@ -1,8 +1,8 @@
 """A sparse autoencoder by SAELens, and one by dictionary_learning, trained on stored rows.
 
 Their requirements differ from TheLoom's, so each goes into an environment of its own, next to
-TheLoom. That of SAELens is `.venv-peers`, which `make bench` makes too. dictionary-learning asks for
-older packages than TheLoom has, so install it, and the nnsight that it imports, with --no-deps.
+TheLoom. That of SAELens is `.venv-peers`, which `make bench` makes too. dictionary-learning asks
+for older packages than TheLoom has: install it, and the nnsight that it imports, with --no-deps.
 
     make run SET="corpus.max_tokens=16384"
     python3 -m venv .venv-peers && .venv-peers/bin/pip install --editable . sae-lens
