@@ -2,7 +2,11 @@
 numbers them.
 """
 
+import itertools
 import json
+import multiprocessing
+import os
+import signal
 
 import h5py
 import numpy as np
@@ -339,6 +343,42 @@ def test_a_stopped_export_goes_on_with_what_is_missing(chats, tmp_path, monkeypa
     calls.clear()
     export(chats, "speculators", folder, hooks=[MIDDLE, LAST])
     assert calls == []  # it is finished
+
+
+@pytest.mark.parametrize("to", ["saelens", "crosscoder", "npy", "safetensors", "parquet"])
+def test_an_export_killed_three_times_ends_with_the_same_files(acts, tmp_path, to):
+    pytest.importorskip({"saelens": "datasets", "parquet": "pyarrow"}.get(to, "numpy"))
+    options = {"hooks": [MIDDLE] if to == "crosscoder" else [MIDDLE, LAST]}
+    options |= {"context_size": 5, "fit": "pack"} if to == "saelens" else {}
+    rows = Job.rows
+
+    def killed(moment: int) -> None:
+        calls = itertools.count()
+
+        def dying(self, hook, part):
+            if next(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rows(self, hook, part)
+
+        Job.rows = dying
+        export(acts, to, tmp_path / "killed", **options)
+
+    codes = []
+    for moment in (0, 1, 1):
+        process = multiprocessing.get_context("fork").Process(target=killed, args=(moment,))
+        process.start()
+        process.join(120)
+        codes.append(process.exitcode)
+    assert codes[0] == -signal.SIGKILL
+    export(acts, to, tmp_path / "killed", **options)
+    export(acts, to, tmp_path / "whole", **options)
+    found, whole = (
+        {f.relative_to(root): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file()}
+        for root in (tmp_path / "killed", tmp_path / "whole")
+    )
+    assert found.keys() == whole.keys()
+    differ = [str(name) for name in whole if found[name] != whole[name]]
+    assert not differ
 
 
 @pytest.mark.parametrize("to", FORMATS)
