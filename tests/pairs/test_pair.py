@@ -77,6 +77,16 @@ def test_batches_shuffle_the_models_together(pair, workers):
     assert seen != sorted(seen)
 
 
+def test_passes_without_end_are_scaled_and_in_another_order_each(pair):
+    batches = pair.batches([HOOK, "row"], 350, shuffle=True, epochs=None, dtype="bf16", scale=2.0)
+    passes = [next(batches) for _ in range(4)]
+    for batch in passes:
+        assert torch.equal(batch[HOOK], (2 * pair[HOOK][batch["row"]].float()).bfloat16())
+    orders = [torch.cat([passes[n]["row"], passes[n + 1]["row"]]) for n in (0, 2)]
+    assert orders[0].sort().values.tolist() == list(range(700))
+    assert not torch.equal(*orders)
+
+
 def test_models_of_other_widths_come_by_name(base, narrow):
     pair = theloom.open_pair(base.activations, narrow.activations)
     with pytest.raises(HookError, match=r"do not fit in one tensor; take them by name"):

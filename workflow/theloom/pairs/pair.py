@@ -6,14 +6,14 @@ they are opened.
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from theloom.dataset.activations import Activations, open_activations
-from theloom.dataset.batches import RowBatches
+from theloom.dataset.batches import BatchIterator, RowBatches
 from theloom.dataset.reader import TABLES
 from theloom.errors import ConfigError, HookError
 from theloom.pairs.same_tokens import check_same_tokens
@@ -21,7 +21,6 @@ from theloom.pairs.same_tokens import check_same_tokens
 if TYPE_CHECKING:
     import torch
 
-    from theloom.dataset.batches import Batch
     from theloom.dataset.rows import HookRows, Index, Rows
 
 Source = str | Path | Activations
@@ -132,8 +131,16 @@ class Pair:
         return seen
 
     def batches(
-        self, hooks: "str | Sequence[str] | Mapping[str, str]", batch_size: int, **others: Any
-    ) -> "Iterator[Batch]":
+        self,
+        hooks: "str | Sequence[str] | Mapping[str, str]",
+        batch_size: int,
+        *,
+        epochs: int | None = 1,
+        dtype: str | None = None,
+        device: "torch.device | str | None" = None,
+        scale: float | None = None,
+        **others: Any,
+    ) -> BatchIterator:
         """All rows in batches, the same rows of every model. `dataset`: the same for a DataLoader.
 
         Args:
@@ -142,10 +149,14 @@ class Pair:
                 (batch_size, …) by name, for models of other widths. `input_ids`, `document`,
                 `position` and `row` are accepted too.
             batch_size: rows of a batch.
+            epochs: passes over the rows, each in another order; None: without end.
+            dtype: of hook points, `fp32`, `fp16` or `bf16`; None: as stored.
+            device: of the batches; None: the CPU.
+            scale: a factor for hook points, the same for all models; rows are FP32 then.
             **others: as of `Activations.batches`: `shuffle`, `seed`, `drop_last`, ….
 
         Returns:
-            The batches.
+            An iterator of the batches.
 
         Raises:
             HookError: a model has no such hook point, or its rows have another shape or dtype than
@@ -162,7 +173,8 @@ class Pair:
             >>> by_name["1"].shape
             torch.Size([64, 32])
         """
-        return iter(self.dataset(hooks, batch_size, **others))
+        rows = self.dataset(hooks, batch_size, **others)
+        return BatchIterator(rows, epochs=epochs, dtype=dtype, device=device, scale=scale)
 
     def dataset(
         self, hooks: "str | Sequence[str] | Mapping[str, str]", batch_size: int, **others: Any
