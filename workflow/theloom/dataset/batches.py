@@ -23,6 +23,8 @@ Batch = torch.Tensor | dict[str, torch.Tensor]
 BLOCK_ROWS = 128
 BUFFER_ROWS = 1 << 14
 
+_OF_RUN = ("model_source", "corpus", "run_fingerprint")  # attributes that tell where rows are from
+
 
 class RowSource(Protocol):
     """What batches are read from: a dataset, or several of the same tokens."""
@@ -266,8 +268,8 @@ def trainer_config(
     return {
         "d_submodule": int(np.prod(width)),
         "io": "in" if hook.endswith("_pre") else "out",
-        "ctx_len": int(attributes["context_length"]),
+        "ctx_len": int(attributes.get("context_length", 0)),
         "out_batch_size": batch_size,
         "hook_name": hook,
-        **{name: str(attributes[name]) for name in ("model_source", "corpus", "run_fingerprint")},
+        **{name: str(attributes[name]) for name in _OF_RUN if name in attributes},
     }
