@@ -84,6 +84,7 @@ def draw(differences: list[Differences], reference: str, labels: list[str]) -> D
     shown = np.unique(np.linspace(0, len(hooks) - 1, min(len(hooks), 8)).round()).astype(int)
     for panel, what in zip(panels, ("mean cosine similarity", "mean ratio of norms"), strict=True):
         panel.set_ylabel(what)
+        panel.ticklabel_format(axis="y", useOffset=False, style="plain")
         panel.set_xticks(shown, [hooks[n] for n in shown], fontsize=8, rotation=30, ha="right")
     panels[0].legend(fontsize=8)
     table = Table(
