@@ -48,6 +48,14 @@ def seed_of(seed: int, document: str, sample: int) -> int:
     """The seed of an answer: of the document's id and the sample alone, so that it is the same
     whatever is sampled beside it.
 
+    Args:
+        seed: Of the run, from its config.
+        document: The id of the document.
+        sample: Number of the answer among those of its document, from 0.
+
+    Returns:
+        A number from 0 to 2^32 - 1.
+
     Examples:
         >>> seed_of(0, "a", 0) == seed_of(0, "a", 0), seed_of(0, "a", 0) == seed_of(0, "a", 1)
         (True, False)
@@ -88,7 +96,11 @@ class PartialAnswers:
         return self
 
     def add(self, answer: Answer) -> None:
-        """Write an answer, on the disk when this returns."""
+        """Write an answer, on the disk when this returns.
+
+        Args:
+            answer: The next one that is complete.
+        """
         self.found.append(answer)
         self._file.write(_line(_fields(answer)))
         self._file.flush()
@@ -151,7 +163,13 @@ def write_shard(path: Path, answers: Sequence[Answer], attributes: Mapping[str, 
 
 
 def read_shard(path: Path) -> tuple[list[Answer], dict[str, Any]]:
-    """Read what `write_shard` wrote: the answers, and the attributes.
+    """Read what `write_shard` wrote.
+
+    Args:
+        path: Of the shard of answers.
+
+    Returns:
+        The answers in the order of the file, and its attributes as plain Python values.
 
     Raises:
         StoreError: The file is missing, damaged or another one.

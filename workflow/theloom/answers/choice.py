@@ -52,7 +52,15 @@ class Sampling:
         return found
 
     def noise(self, generator: "torch.Generator", size: int) -> "torch.Tensor | None":
-        """The random numbers of a step, (1, size) on the CPU; None where nothing is drawn."""
+        """The random numbers of a step.
+
+        Args:
+            generator: Of the answer, on the CPU; each call moves it on.
+            size: Of the vocabulary.
+
+        Returns:
+            (1, size) in FP32 on the CPU, exponentially distributed; None where nothing is drawn.
+        """
         import torch
 
         if not self.temperature:
@@ -65,6 +73,14 @@ class Sampling:
         Args:
             scores: The model's logits, (1, vocabulary) in FP32.
             noise: As `noise` gave it.
+
+        Returns:
+            The token's id.
+
+        Examples:
+            >>> import torch
+            >>> Sampling().exact(torch.tensor([[0.0, 2.0, 1.0]]), None)
+            1
         """
         if noise is None:
             return int(scores.argmax(-1))
@@ -74,12 +90,21 @@ class Sampling:
     def sure(
         self, scores: "torch.Tensor", noise: "torch.Tensor | None", tolerance: float
     ) -> int | None:
-        """The token that `exact` gives with any scores that are near these; None: there are more.
+        """The token that `exact` gives with any scores that are near these.
 
         Args:
             scores: The model's logits, (1, vocabulary) in FP32.
             noise: As `noise` gave it.
             tolerance: Their largest error, as a share of the largest one.
+
+        Returns:
+            The token's id; None where several tokens could be chosen, or a score is NaN.
+
+        Examples:
+            >>> import torch
+            >>> scores = torch.tensor([[0.0, 2.0, 1.9]])
+            >>> Sampling().sure(scores, None, 0.01), Sampling().sure(scores, None, 0.1)
+            (1, None)
         """
         scores = scores[0]
         nan = float("nan")

@@ -34,6 +34,9 @@ def answers_in(cell: Any, where: str) -> list[Given]:
         cell: What the column holds for a document.
         where: The document and the column, for messages.
 
+    Returns:
+        The answers in their order, none of them empty.
+
     Raises:
         CorpusError: It holds none.
     """

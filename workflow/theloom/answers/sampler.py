@@ -27,7 +27,18 @@ PADDED, EQUAL_LENGTHS, ONE_BY_ONE = "padded", "equal lengths", "one by one"
 
 
 def end_ids(found: int | Sequence[int] | None) -> frozenset[int]:
-    """The token ids that end a text, as `eos_token_id` of transformers gives them."""
+    """The token ids that end a text.
+
+    Args:
+        found: `eos_token_id` as transformers gives it; None: no token ends a text.
+
+    Returns:
+        The ids; empty for None.
+
+    Examples:
+        >>> end_ids(None), sorted(end_ids([2, 7]))
+        (frozenset(), [2, 7])
+    """
     if found is None:
         return frozenset()
     return frozenset([found] if isinstance(found, int) else found)
@@ -94,7 +105,15 @@ class Generation:
         _Sampler(self, rows, ended, None if alone else TOLERANCE[self.precision]).run()
 
     def scores_alone(self, ids: Sequence[int]) -> "torch.Tensor":
-        """The scores of the token that follows ids, (1, vocabulary) in FP32, by one pass."""
+        """The scores of the token that follows others, by one pass over these alone, without a
+        cache.
+
+        Args:
+            ids: Token ids of the prompt and of the answer so far.
+
+        Returns:
+            Logits, (1, vocabulary) in FP32 on the model's device.
+        """
         import torch
 
         model = self.model
@@ -108,6 +127,9 @@ class Generation:
 
     def ways(self) -> str:
         """How answers may go side by side: tried with a few tokens.
+
+        Returns:
+            `PADDED`, `EQUAL_LENGTHS` or, after a warning, `ONE_BY_ONE`.
 
         Raises:
             ModelError: The model cannot generate.

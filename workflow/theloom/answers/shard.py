@@ -288,7 +288,11 @@ def _ends(model: Any) -> frozenset[int]:
 
 
 def report_defaults(model: Any) -> None:
-    """Say what a model's files ask of generation that answers do not follow."""
+    """Warn of what a model's files ask of generation that answers do not follow.
+
+    Args:
+        model: Of transformers, with its `generation_config`.
+    """
     plain = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": None, "typical_p": 1.0}
     asked = {n: getattr(model.generation_config, n, None) for n in plain}
     others = {n: v for n, v in asked.items() if v is not None and v != plain[n]}

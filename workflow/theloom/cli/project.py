@@ -38,7 +38,11 @@ class Changes:
 
 
 def add_init(commands: Any) -> None:
-    """Add the subcommand to the parser's."""
+    """Add the subcommand to the parser's.
+
+    Args:
+        commands: What `add_subparsers` of argparse gave.
+    """
     init = commands.add_parser(
         "init",
         help="write a project into a folder: Snakefile, config, rules, profiles",

@@ -21,7 +21,11 @@ _PROFILES = Path("workflow/profiles")
 
 
 def add_run(commands: Any) -> None:
-    """Add the subcommand to the parser's."""
+    """Add the subcommand to the parser's.
+
+    Args:
+        commands: What `add_subparsers` of argparse gave.
+    """
     run = commands.add_parser(
         "run",
         help="run the pipeline: a profile, and the keys that you change",
@@ -46,7 +50,11 @@ def add_run(commands: Any) -> None:
 
 
 def add_report(commands: Any) -> None:
-    """Add the subcommand to the parser's."""
+    """Add the subcommand to the parser's.
+
+    Args:
+        commands: What `add_subparsers` of argparse gave.
+    """
     report = commands.add_parser(
         "report",
         help="draw the figures of runs, and write a page for each",
@@ -92,6 +100,9 @@ def command(arguments: argparse.Namespace, extra: Sequence[str]) -> list[str]:
     Args:
         arguments: What the parser read.
         extra: Snakemake's own arguments.
+
+    Returns:
+        The words of the call, Python first.
 
     Raises:
         ConfigError: A word is wrong.

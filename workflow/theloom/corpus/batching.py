@@ -43,7 +43,19 @@ class Batch:
         return len(self.windows) * self.width
 
     def step(self, chunk_size: int) -> int:
-        """Tokens of the largest forward step of the batch, padding included."""
+        """The size of the batch's largest forward step.
+
+        Args:
+            chunk_size: tokens of a window that go through the model at once.
+
+        Returns:
+            Tokens, padding included.
+
+        Examples:
+            >>> batch = Batch(windows=(0, 2), lengths=(30, 12))
+            >>> batch.step(chunk_size=16), batch.step(chunk_size=64)
+            (32, 60)
+        """
         return len(self.windows) * min(self.width, chunk_size)
 
 

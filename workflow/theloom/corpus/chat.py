@@ -63,8 +63,12 @@ class Rendered:
         where a token is of two.
 
         Args:
-            start: the first character of each token; -1: it has none.
-            end: the character after its last one.
+            start: the first character of each token, (tokens,); -1: it has none.
+            end: the character after its last one, (tokens,).
+
+        Returns:
+            `role`: codes of `roles`, (tokens,) of uint8. `message`: numbers of messages, (tokens,)
+            of int32; -1 where the token is the template's.
         """
         role = np.full(len(start), roles.code("template"), "u1")
         message = np.full(len(start), -1, "<i4")
@@ -101,9 +105,18 @@ class ChatTemplate:
             )
 
     def render(self, document: Document, prompt: bool = False) -> Rendered:
-        """A conversation as the model reads it; with a `prompt`, ready for the assistant's answer.
+        """A conversation as the model reads it.
 
-        Raises CorpusError.
+        Args:
+            document: the conversation, with its messages and tools.
+            prompt: whether the text ends with what makes the assistant answer.
+
+        Returns:
+            The text and its spans; empty where the document has no messages.
+
+        Raises:
+            CorpusError: a message is wrong, or the template does not take the conversation or gives
+                the assistant no token.
         """
         if not document.messages:
             return Rendered()
@@ -375,7 +388,17 @@ def _message(message: Any, number: int, document: Document) -> dict[str, Any]:
 
 
 def read_template(file: str) -> str:
-    """The template in a file. Raises CorpusError."""
+    """The chat template in a file.
+
+    Args:
+        file: its path; `~` is the home folder.
+
+    Returns:
+        The template in Jinja.
+
+    Raises:
+        CorpusError: the file cannot be read, is too long, or is not UTF-8.
+    """
     path = Path(file).expanduser()
     try:
         with path.open("rb") as f:

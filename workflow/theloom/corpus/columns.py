@@ -29,7 +29,20 @@ class Category(str):
 
     @classmethod
     def of(cls, name: str, names: Sequence[str]) -> "Category":
-        """The name, of a list that all values of the column share."""
+        """The name, of a list that all values of the column share.
+
+        Args:
+            name: one of `names`.
+            names: all names of the column.
+
+        Returns:
+            A text that has `names` as an attribute.
+
+        Examples:
+            >>> label = Category.of("negative", ["positive", "negative"])
+            >>> label, label.names
+            ('negative', ['positive', 'negative'])
+        """
         found = cls(name)
         found.names = names
         return found
@@ -46,7 +59,15 @@ class Collected:
         self._last_names: Sequence[str] = ()
 
     def add(self, value: Any, place: str) -> None:
-        """Take the value of another document. Raises CorpusError where it is of another type."""
+        """Take the value of another document.
+
+        Args:
+            value: what the column holds; None: nothing.
+            place: the document's file and line, for messages.
+
+        Raises:
+            CorpusError: the value is of another type than those before it.
+        """
         kind = self._kind(value, place)
         self._values.append(value)
         if kind is None or kind in self._first:
@@ -92,7 +113,14 @@ class Collected:
         )
 
     def column(self) -> Column:
-        """The column, of the type that fits all values. Raises CorpusError where none does."""
+        """The column, of the type that fits all values.
+
+        Returns:
+            The values in the order in which they were added.
+
+        Raises:
+            CorpusError: no type fits all of them.
+        """
         kinds = set(self._first)
         values = self._values
         if "untyped" in kinds:
@@ -203,10 +231,24 @@ class Columns:
         self._collected = {name: Collected(name) for name in names}
 
     def add(self, document: Document) -> None:
-        """Take the values of a document. Raises CorpusError where a column is of mixed types."""
+        """Take the values of a document.
+
+        Args:
+            document: the next one, whose `columns` are in the order of the names.
+
+        Raises:
+            CorpusError: a column is of mixed types.
+        """
         for collected, value in zip(self._collected.values(), document.columns, strict=True):
             collected.add(value, document.place)
 
     def typed(self) -> dict[str, Column]:
-        """The columns, each of one type. Raises CorpusError."""
+        """The columns, each of one type.
+
+        Returns:
+            By name, with a value for each document.
+
+        Raises:
+            CorpusError: no type fits all values of a column.
+        """
         return {name: collected.column() for name, collected in self._collected.items()}

@@ -21,6 +21,9 @@ def read_documents(config: CorpusConfig) -> Iterator[Document]:
     Args:
         config: the `corpus` settings.
 
+    Returns:
+        The documents, each read when it is asked for.
+
     Raises:
         CorpusError: files or columns are missing or cannot be read, a text or an id cannot be
             stored, or two documents have one id.
@@ -79,8 +82,11 @@ def _shown(document: Document, name: str) -> tuple[str, str, str]:
 def check_local(config: CorpusConfig) -> None:
     """Check that local files of a corpus exist, without reading the corpus.
 
+    Args:
+        config: the `corpus` settings.
+
     Raises:
-        CorpusError: there are none.
+        CorpusError: there are none, or the chat template's file cannot be read.
     """
     if config.kind.name == "text":
         text_files.find(config)
@@ -100,6 +106,9 @@ def _python_docs(config: CorpusConfig) -> Iterator[Document]:
 
 def fetch(config: CorpusConfig) -> None:
     """Download the data set of a corpus from the hub, if it is not cached and is not streamed.
+
+    Args:
+        config: the `corpus` settings.
 
     Raises:
         CorpusError: the data set is missing or broken, or has no such split.

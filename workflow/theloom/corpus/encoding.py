@@ -73,7 +73,17 @@ class Encoder:
         return ChatTemplate(self._tokenizer.of_class, self._name, config.corpus.chat_template)
 
     def encode(self, group: Sequence[Document]) -> list[Encoded]:
-        """The tokens of each document. Raises CorpusError."""
+        """The tokens of each document.
+
+        Args:
+            group: documents of one corpus, at least one.
+
+        Returns:
+            One entry for each document, in their order.
+
+        Raises:
+            CorpusError: a conversation or a sequence cannot be encoded, or the tokenizer fails.
+        """
         if self._given:
             given = [document.input_ids or [] for document in group]
             return [Encoded(ids, repr(ids).encode()) for ids in given]
@@ -115,7 +125,14 @@ class Encoder:
         return found
 
     def special(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """The table of special tokens; none where there is no tokenizer."""
+        """The table of special tokens.
+
+        Args:
+            ids: token ids, (tokens,).
+
+        Returns:
+            `special`: 1 for a special token, else 0, (tokens,) of uint8. Empty without a tokenizer.
+        """
         if self._tokenizer is None:
             return {}
         return {"special": np.isin(ids, [*self._tokenizer.special_ids]).astype("u1")}
@@ -123,26 +140,51 @@ class Encoder:
     def decoded(
         self, before: Sequence[int], ids: Sequence[int]
     ) -> tuple[str, np.ndarray | None] | None:
-        """The text of ids that follow others, and the characters of each, (tokens, 2); None for
-        what no tokenizer tells.
+        """The text of ids that follow others.
+
+        Args:
+            before: the token ids before them.
+            ids: token ids.
+
+        Returns:
+            The text, and the first character of each token with the one after its last, (tokens, 2)
+            of int32, or None where the tokenizer does not tell them. None without a tokenizer.
         """
         return None if self._tokenizer is None else self._tokenizer.decoded(before, ids)
 
     def continued(self, before: Sequence[int], text: str, more: str) -> list[int] | None:
-        """The tokens of a text that follows the tokens of another one; None where they cannot be
-        told.
+        """The tokens of a text that follows the tokens of another one.
+
+        Args:
+            before: the token ids of `text`.
+            text: the text before.
+            more: the text that follows it.
+
+        Returns:
+            Token ids of `more`; None where they cannot be told, or there is no tokenizer.
         """
         return None if self._tokenizer is None else self._tokenizer.continued(before, text, more)
 
     def texts(self, ids: Iterable[int]) -> dict[int, str]:
-        """The text of each token id; none where there is no tokenizer."""
+        """The text of each token id.
+
+        Args:
+            ids: token ids.
+
+        Returns:
+            By id, each by itself; empty where there is no tokenizer.
+        """
         if self._tokenizer is None:
             return {}
         known = [i for i in ids if i < len(self._tokenizer)] if self._given else ids
         return self._tokenizer.texts(known)
 
     def attributes(self) -> dict[str, Any]:
-        """What `tokens.h5` says of the tokenizer."""
+        """What `tokens.h5` says of the tokenizer.
+
+        Returns:
+            Attributes by name; empty texts and zeros stand for what is not known.
+        """
         tokenizer = self._tokenizer
         return {
             "tokenizer": self._name,

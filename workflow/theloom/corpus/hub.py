@@ -20,6 +20,12 @@ _LONGEST = 600  # characters of another library's message
 def read(config: CorpusConfig) -> Iterator[Document]:
     """The documents of a data set: a row each.
 
+    Args:
+        config: the `corpus` settings.
+
+    Yields:
+        The documents in the order of the data set.
+
     Raises:
         CorpusError: the data set cannot be read, or has no such split or column.
     """
@@ -61,8 +67,15 @@ def data_set(config: CorpusConfig) -> Any:
     """The rows of `corpus.split`, downloaded if they are not cached; with `corpus.streaming` as
     they are read.
 
+    Args:
+        config: the `corpus` settings.
+
+    Returns:
+        A `datasets.Dataset`, or an `IterableDataset` where it is streamed.
+
     Raises:
-        CorpusError: the data set is missing or broken, or has no such split.
+        CorpusError: the data set is missing or broken, has no such split, or the package datasets
+            is not installed.
     """
     try:
         import datasets

@@ -47,6 +47,9 @@ class KeptRows:
     def add(self, document: Document) -> dict[str, np.ndarray]:
         """Take the next document.
 
+        Args:
+            document: its tokens and what is known of them.
+
         Returns:
             The table `kept` of its tokens, by name; nothing where every token has a row.
 

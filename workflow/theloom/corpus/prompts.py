@@ -42,14 +42,32 @@ class Prompts:
         self._given: list[str] = []
 
     def split(self, document: Document) -> tuple[Document, Any]:
-        """A document as the corpus' own columns have it, and what `answers.column` holds."""
+        """Take what `answers.column` holds out of a document.
+
+        Args:
+            document: as it is read by `corpus`.
+
+        Returns:
+            The document with the corpus' own columns, and the answers; None without
+            `answers.column`.
+        """
         if self._column is None:
             return document, None
         *own, given = document.columns
         return dataclasses.replace(document, columns=tuple(own)), given
 
     def add(self, document: Document, tokens: int, text: str, given: Any) -> None:
-        """Take the next document that has tokens. Raises CorpusError where none can follow them."""
+        """Take the next document that has tokens.
+
+        Args:
+            document: as `split` gives it.
+            tokens: how many it has.
+            text: the text whose characters its tokens have.
+            given: what `answers.column` holds for it.
+
+        Raises:
+            CorpusError: the context leaves no room for an answer, or the column holds none.
+        """
         if self._context and tokens >= self._context:
             raise CorpusError(
                 f"{document.place}: document {printable(document.id)!r} has {tokens} tokens, and "
@@ -66,7 +84,11 @@ class Prompts:
             self._given.append(json.dumps(given, ensure_ascii=False))
 
     def write(self, file: h5py.File) -> None:
-        """Write the datasets into an open file."""
+        """Write the datasets into an open file.
+
+        Args:
+            file: `tokens.h5`.
+        """
         texts.write(file, TEXT, self._texts)
         if self._column is not None:
             texts.write(file, GIVEN, self._given)

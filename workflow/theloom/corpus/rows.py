@@ -50,7 +50,19 @@ class Document:
 
 
 def wanted(config: CorpusConfig) -> list[tuple[str, str]]:
-    """The columns that a run needs, each with the setting that names it."""
+    """The columns that a run needs, each with the setting that names it.
+
+    Args:
+        config: the `corpus` settings.
+
+    Returns:
+        Pairs of a key of `corpus` and a column; that of the content is the first.
+
+    Examples:
+        >>> from theloom.config.schema import CorpusConfig
+        >>> wanted(CorpusConfig(column="body", columns=["label"]))
+        [('column', 'body'), ('columns', 'label')]
+    """
     content = "input_ids" if config.input_ids else "messages" if config.messages else "column"
     found = [(content, getattr(config, content))]
     if config.id_column is not None:
@@ -87,6 +99,9 @@ def of_row(row: Any, default_id: str, place: str, config: CorpusConfig) -> Docum
         default_id: its id where `corpus.id_column` is not set.
         place: the row's file and line, for messages.
         config: the `corpus` settings.
+
+    Returns:
+        The document, with an empty text where the column of the content is null.
 
     Raises:
         CorpusError: the row has no text, or no id, in the columns that are set.
@@ -146,7 +161,17 @@ def _list(value: Any, key: str, column: str, place: str) -> list[Any]:
 
 
 def no_column(key: str, column: str, columns: Iterable[str], place: str) -> CorpusError:
-    """The error for a column that is not there. `key`: the setting that names it."""
+    """The error for a column that is not there.
+
+    Args:
+        key: the setting of `corpus` that names it.
+        column: its name.
+        columns: the columns that are there.
+        place: the file or the row, for the message.
+
+    Returns:
+        The error, to be raised.
+    """
     names = list(map(str, columns))
     listed = ", ".join(printable(name[:80]) for name in names[:_SHOWN]) or "none"
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -157,6 +182,12 @@ def no_column(key: str, column: str, columns: Iterable[str], place: str) -> Corp
 
 def kind(value: Any) -> str:
     """What a value is, in words.
+
+    Args:
+        value: of a row.
+
+    Returns:
+        The words, for messages.
 
     Examples:
         >>> kind(None), kind([1])
@@ -169,6 +200,9 @@ def kind(value: Any) -> str:
 def check(document: Document) -> None:
     """Check that the files of a run can hold a document's id, and a tokenizer its text.
 
+    Args:
+        document: what a row or a file gave.
+
     Raises:
         CorpusError: one of them holds a lone surrogate, or the id a NUL, or one is very long.
     """
@@ -177,7 +211,15 @@ def check(document: Document) -> None:
 
 
 def check_text(text: str, place: str) -> None:
-    """Check that a tokenizer can take a text. Raises CorpusError."""
+    """Check that a tokenizer can take a text.
+
+    Args:
+        text: of a document.
+        place: where it was read, for messages.
+
+    Raises:
+        CorpusError: it is longer than `MAX_TEXT` characters, or holds a lone surrogate.
+    """
     if len(text) > MAX_TEXT:
         raise too_long(place)
     _check_surrogates(text, "text", place)
@@ -215,7 +257,14 @@ def _check_surrogates(value: str, what: str, place: str) -> None:
 
 
 def too_long(place: str) -> CorpusError:
-    """The error for a document of more than `MAX_TEXT` characters."""
+    """The error for a document of more than `MAX_TEXT` characters.
+
+    Args:
+        place: where it was read.
+
+    Returns:
+        The error, to be raised.
+    """
     return CorpusError(
         f"{place}: a document of more than {MAX_TEXT:,} characters; split it, for example into "
         "the lines of a .jsonl file"
@@ -223,10 +272,16 @@ def too_long(place: str) -> CorpusError:
 
 
 def surrogate(text: str) -> int | None:
-    """Where a text has its first surrogate, which UTF-8 cannot express; None where it has none.
+    r"""Where a text has its first surrogate, which UTF-8 cannot express.
+
+    Args:
+        text: of a document.
+
+    Returns:
+        The number of the character, from 0; None where there is none.
 
     Examples:
-        >>> surrogate("ab\\ud800"), surrogate("ab")
+        >>> surrogate("ab\ud800"), surrogate("ab")
         (2, None)
     """
     try:

@@ -46,6 +46,9 @@ _SECONDS_BETWEEN_COUNTS = 5.0
 def find(config: CorpusConfig) -> tuple[list[Path], str]:
     """The files of a corpus in a fixed order: one, or all below a folder that are not hidden.
 
+    Args:
+        config: the `corpus` settings.
+
     Returns:
         The files, and in words what was left out.
 
@@ -150,6 +153,12 @@ def _name(file: Path, root: Path) -> str:
 
 def read(config: CorpusConfig) -> Iterator[Document]:
     """The documents of a corpus of files: a whole file each, or a line or row of one.
+
+    Args:
+        config: the `corpus` settings.
+
+    Yields:
+        The documents, file by file in the order of `find`.
 
     Raises:
         CorpusError: a file cannot be read or decoded, changes meanwhile, or has a row without text.

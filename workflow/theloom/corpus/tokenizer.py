@@ -64,6 +64,9 @@ class CorpusTokenizer:
             texts: the texts.
             special: whether the tokenizer adds its special tokens, if `corpus.add_special_tokens`
                 says so, too.
+
+        Returns:
+            The token ids of each text, and their characters, in the order of the texts.
         """
         if self._of_file is not None and not self._compared:
             self._compare([*texts[:COMPARED], PROBE])
@@ -87,11 +90,25 @@ class CorpusTokenizer:
         return frozenset([*self.of_class.all_special_ids, *ids])
 
     def unknown(self, ids: Sequence[int]) -> bool:
-        """Whether the token of what the tokenizer does not know is among ids."""
+        """Whether the token of what the tokenizer does not know is among ids.
+
+        Args:
+            ids: token ids of a text.
+
+        Returns:
+            True where it is; False too where the tokenizer has no such token.
+        """
         return self.of_class.unk_token_id in ids
 
     def begins_twice(self, ids: Sequence[int]) -> bool:
-        """Whether ids begin with two tokens that begin a text."""
+        """Whether ids begin with two tokens that begin a text.
+
+        Args:
+            ids: token ids of a text.
+
+        Returns:
+            True where both are there.
+        """
         return self._is_doubled(ids)
 
     def report_doubled(self) -> None:
@@ -105,8 +122,13 @@ class CorpusTokenizer:
             )
 
     def texts(self, ids: Iterable[int]) -> dict[int, str]:
-        """The text of each token id by itself, leading space kept; none, after a warning, where the
-        tokenizer cannot tell.
+        """The text of each token id by itself, leading space kept.
+
+        Args:
+            ids: token ids.
+
+        Returns:
+            By id; empty, after a warning, where the tokenizer cannot tell.
         """
         try:
             if self._by_file and self._of_file is not None:
@@ -119,8 +141,16 @@ class CorpusTokenizer:
             return {}
 
     def decoded(self, before: Sequence[int], ids: Sequence[int]) -> tuple[str, np.ndarray | None]:
-        """The text of ids that follow others, and the characters of each, (tokens, 2); None where
-        the tokenizer does not tell them. A character of several tokens is the last one's.
+        """The text of ids that follow others.
+
+        Args:
+            before: the token ids before them.
+            ids: token ids.
+
+        Returns:
+            The text, and the first character of each token with the one after its last, (tokens, 2)
+            of int32; None where the tokenizer does not tell them. A character of several tokens is
+            the last one's.
         """
         from tokenizers.decoders import DecodeStream
 
@@ -136,8 +166,16 @@ class CorpusTokenizer:
         return "".join(pieces), places.reshape(-1, 2).astype("<i4")
 
     def continued(self, before: Sequence[int], text: str, more: str) -> list[int] | None:
-        """The tokens of `more`, which follows a text of the tokens `before`; None where the text
-        of both has other tokens, and those of `more` alone another text.
+        """The tokens of a text that follows the tokens of another one.
+
+        Args:
+            before: the token ids of `text`.
+            text: the text before; empty: there is none.
+            more: the text that follows it.
+
+        Returns:
+            Token ids of `more`; None where the text of both has other tokens, and those of `more`
+            alone another text.
         """
         if text:
             ((whole, _),) = self.encode([text + more], special=False)

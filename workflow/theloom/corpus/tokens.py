@@ -128,8 +128,16 @@ def tokenize(config: Config, output: Path) -> None:
 
 
 def context_length(config: Config) -> int:
-    """Tokens of the longest window: corpus.context_length, else the model's own limit; 0 where
-    there is none.
+    """Tokens of the longest window: `corpus.context_length`, else the model's own limit.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        Tokens; 0: there is no limit.
+
+    Raises:
+        ConfigError: more is requested than the model takes.
     """
     model_config, requested = hf_config(config.model), config.corpus.context_length
     limit = numbers(model_config).context_length
@@ -150,7 +158,11 @@ class Growing:
         self._parts: dict[str, list[np.ndarray]] = {}
 
     def add(self, tables: Mapping[str, np.ndarray]) -> None:
-        """Take the tables of a document, by name."""
+        """Take the tables of a document.
+
+        Args:
+            tables: by name, each (tokens,) or with one more dimension; `input_ids` among them.
+        """
         for name, values in tables.items():
             self._parts.setdefault(name, []).append(values)
         self._waiting += len(tables["input_ids"])
@@ -233,7 +245,14 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def tables_hash(file: h5py.File) -> str:
-    """A hash of what goes with the tokens into every file: ids, columns, roles, characters."""
+    """A hash of what goes with the tokens into every file: ids, columns, roles, characters.
+
+    Args:
+        file: the open `tokens.h5`.
+
+    Returns:
+        128 bits of XXH3, in hexadecimal digits.
+    """
     state = xxhash.xxh3_128(str(file["documents/id"].dtype).encode())
 
     def add(dataset: h5py.Dataset) -> None:
@@ -307,6 +326,9 @@ def read_job(path: Path, shard: int) -> JobTokens:
         path: of `tokens.h5`.
         shard: number of the shard, from 0.
 
+    Returns:
+        The tokens of the shard, the attributes, and tokens of the run's longest window.
+
     Raises:
         StoreError: the file is missing or of another format.
     """
@@ -317,7 +339,17 @@ def read_job(path: Path, shard: int) -> JobTokens:
 
 
 def window_lengths(path: Path) -> Lengths:
-    """The lengths of all windows, shard by shard."""
+    """The lengths of all windows, shard by shard.
+
+    Args:
+        path: of `tokens.h5`.
+
+    Returns:
+        Lengths in tokens.
+
+    Raises:
+        StoreError: the file is missing or of another format.
+    """
     with file_format.open_h5(path, "tokens") as file:
         lengths = np.diff(file["windows/offset"][:])
         ends = np.searchsorted(file["windows/document"][:], file["shards/first_document"][1:-1])
@@ -337,7 +369,17 @@ class Sizes:
 
 
 def sizes(path: Path) -> Sizes:
-    """How much a run stores."""
+    """How much a run stores.
+
+    Args:
+        path: of `tokens.h5`.
+
+    Returns:
+        Rows, tokens and windows, and the bytes of what goes with the tokens into the shards.
+
+    Raises:
+        StoreError: the file is missing or of another format.
+    """
     with file_format.open_h5(path, "tokens") as file:
         count, windows = len(file["tokens/input_ids"]), len(file["windows/document"])
         found: dict[str, int] = {}
@@ -351,7 +393,17 @@ def sizes(path: Path) -> Sizes:
 
 
 def attributes(path: Path) -> dict[str, Any]:
-    """The attributes of `tokens.h5`, as plain Python values."""
+    """The attributes of `tokens.h5`.
+
+    Args:
+        path: of `tokens.h5`.
+
+    Returns:
+        Plain Python values by name.
+
+    Raises:
+        StoreError: the file is missing or of another format.
+    """
     with file_format.open_h5(path, "tokens") as file:
         return _attributes(file)
 

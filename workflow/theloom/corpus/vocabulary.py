@@ -40,6 +40,9 @@ class Vocabulary:
             document: the document's id, for the message.
             tokenizer: the tokenizer, which names the token; None where the corpus has the ids.
 
+        Returns:
+            (tokens,) of int32.
+
         Raises:
             CorpusError: one is no id, or the embedding has no row for it.
         """

@@ -26,7 +26,14 @@ _MOST_TIMES, _MOST_BYTES = 100, 1 << 30
 
 
 def check_installed(files: Sequence[Path]) -> None:
-    """Check that what reads these files is installed. Raises CorpusError."""
+    """Check that what reads these files is installed.
+
+    Args:
+        files: the files of a corpus.
+
+    Raises:
+        CorpusError: one of them needs pyarrow, which is not installed.
+    """
     for file in files:
         if decoding.kind_of(file.name) in SUFFIXES and find_spec("pyarrow") is None:
             raise CorpusError(
@@ -36,7 +43,15 @@ def check_installed(files: Sequence[Path]) -> None:
 
 
 def read(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
-    """The rows of a Parquet or Arrow file, from 1.
+    """The documents of a Parquet or Arrow file, a row each.
+
+    Args:
+        file: its path.
+        name: of it, in messages and ids.
+        config: the `corpus` settings.
+
+    Yields:
+        The documents in the order of the rows, which are numbered from 1.
 
     Raises:
         CorpusError: the file cannot be read, or lacks a column.
@@ -55,7 +70,15 @@ def read(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
 
 
 def chosen(config: CorpusConfig, there: Sequence[str]) -> list[str]:
-    """The columns of a table that are read: those of the run, and the tools of conversations."""
+    """The columns of a table that are read: those of the run, and the tools of conversations.
+
+    Args:
+        config: the `corpus` settings.
+        there: names of the table's columns.
+
+    Returns:
+        Names, each once.
+    """
     names = [column for _, column in rows.wanted(config)]
     if config.messages and rows.TOOLS in there:
         names.append(rows.TOOLS)
@@ -63,10 +86,25 @@ def chosen(config: CorpusConfig, there: Sequence[str]) -> list[str]:
 
 
 def labelled(value: int | None, names: Sequence[str], column: str, place: str) -> Category | None:
-    """The name of a label that a data set keeps as a number; None for -1, which means none.
+    """The name of a label that a data set keeps as a number.
+
+    Args:
+        value: the number; None or -1: no label.
+        names: all names of the column, by number.
+        column: name of the column, for messages.
+        place: the row, for messages.
+
+    Returns:
+        The name; None for no label.
 
     Raises:
         CorpusError: no name has this number.
+
+    Examples:
+        >>> labelled(1, ["positive", "negative"], "mood", "train/0")
+        'negative'
+        >>> labelled(-1, ["positive", "negative"], "mood", "train/0") is None
+        True
     """
     if value is None or value == -1:
         return None
@@ -81,6 +119,16 @@ def labelled(value: int | None, names: Sequence[str], column: str, place: str) -
 def without_nulls(value: Any) -> Any:
     """A conversation of a table without the keys that a table adds to every message: null where
     the message had none. The content stays: null is what a call of a tool has.
+
+    Args:
+        value: messages, tools, or a part of them.
+
+    Returns:
+        A copy, in which no object has such a key at any depth.
+
+    Examples:
+        >>> without_nulls([{"role": "assistant", "content": None, "name": None}])
+        [{'role': 'assistant', 'content': None}]
     """
     if isinstance(value, list):
         return [without_nulls(v) for v in value]

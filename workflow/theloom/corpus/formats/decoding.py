@@ -48,6 +48,12 @@ codecs.register_error(_MARK, _mark)
 def kind_of(name: str) -> str:
     """The suffix of a file's name that tells what it holds.
 
+    Args:
+        name: of the file, with or without its folders.
+
+    Returns:
+        In lower case, with its dot, without that of a packed file; empty where there is none.
+
     Examples:
         >>> kind_of("a.b/Texts.JSONL.gz"), kind_of("notes.txt"), kind_of("x.gz")
         ('.jsonl', '.txt', '')
@@ -57,7 +63,14 @@ def kind_of(name: str) -> str:
 
 
 def check_encoding(encoding: str) -> None:
-    """Check that Python knows an encoding, and that it is one of texts. Raises CorpusError."""
+    """Check that Python knows an encoding, and that it is one of texts.
+
+    Args:
+        encoding: its name.
+
+    Raises:
+        CorpusError: it is not.
+    """
     try:
         io.TextIOWrapper(io.BytesIO(), encoding)
         "a".encode(encoding)
@@ -97,7 +110,15 @@ class _Zstd(io.RawIOBase):
 
 
 def unpacked(file: BinaryIO, name: str) -> Any:
-    """The content of an open file, unpacked where its name says that it is packed."""
+    """The content of an open file, unpacked where its name says that it is packed.
+
+    Args:
+        file: open, as bytes.
+        name: of it; `.gz` and `.zst` are unpacked.
+
+    Returns:
+        A file of bytes to read from; the same one where nothing is packed.
+    """
     suffix = Path(name).suffix.lower()
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=file)
@@ -111,6 +132,9 @@ def whole(file: Path, name: str) -> Iterator[BinaryIO]:
     Args:
         file: its path.
         name: of it, in messages.
+
+    Yields:
+        The open file, as it lies on disk.
 
     Raises:
         CorpusError: it cannot be read or unpacked, or it changes while it is read.
@@ -143,6 +167,9 @@ def opened(file: Path, name: str, encoding: str, newline: str | None) -> Iterato
         encoding: of it.
         newline: as `open` takes it.
 
+    Yields:
+        The open file, unpacked.
+
     Raises:
         CorpusError: as of `whole`, or it is of another encoding.
     """
@@ -164,7 +191,20 @@ def opened(file: Path, name: str, encoding: str, newline: str | None) -> Iterato
 
 
 def read_text(file: Path, name: str, encoding: str) -> str:
-    """All of a file. Raises CorpusError: as of `opened`, or it is longer than a document may be."""
+    """All of a file.
+
+    Args:
+        file: its path.
+        name: of it, in messages.
+        encoding: of it.
+
+    Returns:
+        Its text, with line ends as they are.
+
+    Raises:
+        CorpusError: as of `opened`, a byte is not of the encoding, or the text is longer than a
+            document may be.
+    """
     with opened(file, name, encoding, newline="") as f:
         # refused by its size before it is read: it may be sparse
         small = file.stat().st_size <= _MOST_BYTES * rows.MAX_TEXT
@@ -176,7 +216,20 @@ def read_text(file: Path, name: str, encoding: str) -> str:
 
 
 def lines(file: TextIO, name: str, encoding: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file with their numbers, decoded, none longer than a document's row may be."""
+    """The lines of a file, decoded.
+
+    Args:
+        file: as `opened` gives it.
+        name: of it, in messages.
+        encoding: of it.
+
+    Yields:
+        The number of each line, from 1, and its text with the line end.
+
+    Raises:
+        CorpusError: a byte is not of the encoding, or a line is longer than a document's row may
+            be.
+    """
     number, most = 0, MOST_OF_A_ROW * rows.MAX_TEXT
     while line := file.readline(most + 1):
         number += 1
@@ -189,8 +242,17 @@ def lines(file: TextIO, name: str, encoding: str) -> Iterator[tuple[int, str]]:
 
 
 def check_decoded(text: str, name: str, line: int, encoding: str) -> None:
-    """Raise CorpusError, with its place, for a byte that is not of the encoding, and for a NUL,
-    which no text has but one of another encoding. `line`: the number of the text's first one.
+    """Check that a text has no byte that is not of the encoding, and no NUL, which no text has but
+    one of another encoding.
+
+    Args:
+        text: as a file of `opened` gives it.
+        name: of the file, in messages.
+        line: the number of the text's first line.
+        encoding: of the file.
+
+    Raises:
+        CorpusError: it has one; the message tells line and column.
     """
     wrong = rows.surrogate(text)
     at = text.find("\0") if wrong is None else wrong

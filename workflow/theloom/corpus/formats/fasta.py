@@ -16,7 +16,17 @@ SUFFIXES = (".fasta", ".fa", ".faa")
 def read(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
     """The sequences of a file, each with the columns `id` and `description`.
 
-    Raises CorpusError: the file cannot be read, or a header has no id or is missing.
+    Args:
+        file: its path.
+        name: of it, in messages.
+        config: the `corpus` settings.
+
+    Yields:
+        The documents in the order of the file.
+
+    Raises:
+        CorpusError: the file cannot be read, a header has no id or is missing, or a sequence is
+            longer than a document may be.
     """
     header, start, pieces = "", 0, list[str]()
 

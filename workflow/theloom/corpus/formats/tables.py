@@ -20,7 +20,19 @@ _PIECE = 1 << 16  # characters of a .json file that are read at once
 
 
 def json_lines(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
-    """The documents of a file with an object on each line. Raises CorpusError."""
+    """The documents of a file with an object on each line; empty lines are skipped.
+
+    Args:
+        file: its path.
+        name: of it, in messages and ids.
+        config: the `corpus` settings.
+
+    Yields:
+        The documents in the order of the file.
+
+    Raises:
+        CorpusError: the file cannot be read, or a line is no JSON or no row of the corpus.
+    """
     once = _once(config)
     with decoding.opened(file, name, config.encoding, newline=None) as f:
         for number, line in decoding.lines(f, name, config.encoding):
@@ -40,7 +52,16 @@ def json_lines(file: Path, name: str, config: CorpusConfig) -> Iterator[Document
 def json_file(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
     """The documents of a file with a list of objects, or with objects one after the other.
 
-    Raises CorpusError.
+    Args:
+        file: its path.
+        name: of it, in messages and ids.
+        config: the `corpus` settings.
+
+    Yields:
+        The documents in the order of the file.
+
+    Raises:
+        CorpusError: the file cannot be read, is no JSON, or an object is no row of the corpus.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_once(config))
     with decoding.opened(file, name, config.encoding, newline=None) as f:
@@ -152,7 +173,16 @@ def delimited(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]
     """The rows of a CSV or TSV file, whose first row names the columns; quoted fields may have
     several lines.
 
-    Raises CorpusError.
+    Args:
+        file: its path.
+        name: of it, in messages and ids; its suffix tells the delimiter.
+        config: the `corpus` settings.
+
+    Yields:
+        The documents in the order of the file.
+
+    Raises:
+        CorpusError: the file cannot be read, lacks a column, or a row has another number of fields.
     """
 
     begun = [0]  # characters of the row that is read: one without an end would fill the memory
