@@ -94,6 +94,17 @@ class Activations(ActivationsReader):
     def select(self, expression: str) -> "Activations":
         """The rows that an expression keeps, lazily: `selecting.select`.
 
+        Args:
+            expression: as `rows.keep` has it, such as `last | first`.
+
+        Returns:
+            The same dataset, of which these rows alone are seen; hidden states are read when they
+            are indexed.
+
+        Raises:
+            ConfigError: the expression does not parse, or needs what the file does not have; or its
+                rows are pooled.
+
         Examples:
             >>> acts = open_activations("results/tiny/activations.h5")
             >>> last = acts.select("last | first")
@@ -105,19 +116,64 @@ class Activations(ActivationsReader):
         return selecting.select(self, expression)
 
     def xy(self, hook: str, label: str, missing: str = "error") -> "tuple[np.ndarray, np.ndarray]":
-        """The rows of a hook point and a label of each, for scikit-learn: `selecting.xy`."""
+        """The rows of a hook point and a label of each, for scikit-learn: `selecting.xy`.
+
+        Args:
+            hook: the hook point.
+            label: a column of `rows`, such as one of `corpus.columns`.
+            missing: `drop` leaves out rows whose document has no value; `error`: there may be none.
+
+        Returns:
+            (rows, elements) float32, and (rows,).
+
+        Raises:
+            HookError: the dataset has no such hook point.
+            ConfigError: it has no such column, or a row has no value.
+
+        Examples:
+            >>> acts = open_activations("results/tiny/activations.h5")
+            >>> x, y = acts.xy("blocks.1.hook_resid_post", "document")
+            >>> x.shape, y.shape
+            ((290, 32), (290,))
+        """
         from theloom.dataset import selecting
 
         return selecting.xy(self, hook, label, missing)
 
     def mean(self, hook: str, by: str | None = None, missing: str = "error") -> Any:
-        """The mean row of a hook point, or of each label: `selecting.mean`."""
+        """The mean row of a hook point, or of each label: `selecting.mean`.
+
+        Args:
+            hook: the hook point.
+            by: a column of `rows`; None: of all rows.
+            missing: as of `xy`.
+
+        Returns:
+            A float32 array of a row's shape; with `by` a dict of them by label.
+
+        Raises:
+            HookError: the dataset has no such hook point.
+            ConfigError: there are no rows, or as of `xy`.
+        """
         from theloom.dataset import selecting
 
         return selecting.mean(self, hook, by, missing)
 
     def scale(self, hook: str, by: str) -> float:
-        """The factor that SAELens or dictionary_learning scales rows with: `selecting.scale`."""
+        """The factor that SAELens or dictionary_learning scales rows with: `selecting.scale`.
+
+        Args:
+            hook: the hook point.
+            by: `saelens`: rows get a mean norm of sqrt(width); `dictionary_learning`: a mean
+                squared norm of 1.
+
+        Returns:
+            The factor.
+
+        Raises:
+            HookError: the dataset has no such hook point.
+            ConfigError: there is no such way; or rows are zero, or not all finite.
+        """
         from theloom.dataset import selecting
 
         return selecting.scale(self, hook, by)
@@ -137,6 +193,9 @@ class Activations(ActivationsReader):
             tokenizer: folder, or name on the hub, of a tokenizer that gives the texts of tokens;
                 None: the file has them itself.
             trust_remote_code: run Python code that comes with that tokenizer.
+
+        Returns:
+            A table with a row for each document or token.
 
         Raises:
             ConfigError: `of` is another word, pandas is not installed, or more than ten million
@@ -163,19 +222,61 @@ class Activations(ActivationsReader):
     def to_xarray(
         self, hooks: Sequence[str] | None = None, rows: slice | None = None
     ) -> "xr.Dataset":
-        """Hidden states with their tokens as coordinates: `exports.to_xarray`."""
+        """Hidden states with their tokens as coordinates, read into memory: `exports.to_xarray`.
+
+        Args:
+            hooks: hook points; None: all of them.
+            rows: which rows; None: all of them.
+
+        Returns:
+            A variable for each hook point, along `row`; BF16 becomes float32.
+
+        Raises:
+            ConfigError: xarray is not installed.
+            HookError: the dataset has no such hook point.
+        """
         from theloom.dataset import exports
 
         return exports.to_xarray(self, hooks, rows)
 
     def to_datasets(self, hooks: Sequence[str] | None = None) -> "datasets.Dataset":
-        """A `datasets.Dataset`, a row for each token: `exports.to_datasets`."""
+        """A `datasets.Dataset`, a row for each stored row: `exports.to_datasets`.
+
+        Args:
+            hooks: hook points; None: all of them.
+
+        Returns:
+            Columns for the token tables and those of the corpus, and a list of float32 for each
+            hook point.
+
+        Raises:
+            ConfigError: datasets is not installed.
+            HookError: the dataset has no such hook point.
+        """
         from theloom.dataset import exports
 
         return exports.to_datasets(self, hooks)
 
     def cache(self, document: int | str) -> "Cache":
-        """One document's hidden states as TransformerLens shapes them: `exports.Cache`."""
+        """One document's hidden states as TransformerLens shapes them: `exports.Cache`.
+
+        Args:
+            document: its number or id.
+
+        Returns:
+            A mapping from hook points to tensors (1, position, …), read when they are indexed.
+
+        Raises:
+            ConfigError: the document was split into several windows, or its rows are of some
+                tokens.
+            KeyError: no document has this id.
+            IndexError: no document has this number.
+
+        Examples:
+            >>> acts = open_activations("results/tiny/activations.h5")
+            >>> acts.cache(1)["blocks.1.hook_resid_post"].shape
+            torch.Size([1, 30, 32])
+        """
         from theloom.dataset import exports
 
         return exports.Cache(self, document)
@@ -241,7 +342,17 @@ class Activations(ActivationsReader):
     def dataset(self, hooks: str | Sequence[str], batch_size: int, **others: Any) -> "RowBatches":
         """The batches as an IterableDataset, for DataLoader(acts.dataset(…), batch_size=None).
 
-        Takes the arguments of `batches`, and raises the same errors.
+        Args:
+            hooks: a hook point, or several, as of `batches`.
+            batch_size: rows of a batch.
+            **others: the other arguments of `RowBatches`, such as `shuffle` and `seed`.
+
+        Returns:
+            The dataset, which gives the tensors of `batches`.
+
+        Raises:
+            HookError: the dataset has no such hook point.
+            ValueError: a size is less than 1, or there is no such dtype.
         """
         from theloom.dataset.batches import RowBatches
 

@@ -34,7 +34,14 @@ class RowSource(Protocol):
         ...
 
     def rows_of(self, name: str) -> Any:
-        """The rows of one column, as `theloom.dataset.rows.Rows` reads them."""
+        """The rows of one column, as `theloom.dataset.rows.Rows` reads them.
+
+        Args:
+            name: a hook point, or a column such as `input_ids`.
+
+        Returns:
+            What is indexed by rows, and gives tensors.
+        """
         ...
 
 
@@ -264,6 +271,14 @@ def trainer_config(
         width: shape of a row.
         batch_size: rows of a batch.
         attributes: of the dataset.
+
+    Returns:
+        By the names that dictionary_learning has for them.
+
+    Examples:
+        >>> config = trainer_config("blocks.1.hook_resid_post", (32,), 64, {"context_length": 128})
+        >>> config["d_submodule"], config["io"], config["ctx_len"], config["out_batch_size"]
+        (32, 'out', 128, 64)
     """
     return {
         "d_submodule": int(np.prod(width)),

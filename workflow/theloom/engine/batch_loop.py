@@ -49,11 +49,28 @@ class Runner(Protocol):
         sink: Sink,
         captured: "Callable[[torch.Tensor], None] | None" = None,
         lengths: Sequence[int] | None = None,
-    ) -> None: ...
+    ) -> None:
+        """Run the blocks over one batch.
 
-    def alone(
-        self, ids: "torch.Tensor", points: Sequence[HookPoint]
-    ) -> "dict[str, torch.Tensor]": ...
+        Args:
+            ids: Token ids (window, position), padded on the right, on the device.
+            sink: Takes every chunk of every hook point.
+            captured: Sees each of the values before the sink; None: nothing does.
+            lengths: Tokens of each window; None: there is no padding.
+        """
+        ...
+
+    def alone(self, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
+        """Run one document in one pass without padding.
+
+        Args:
+            ids: Token ids (1, position).
+            points: The hook points to read.
+
+        Returns:
+            By hook point, (position, …) in FP32 on the host.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,10 +108,20 @@ def run_batches(
     watch: MemoryWatch,
     oom_level: int = 0,
 ) -> None:
-    """All batches that are not committed yet; a batch that is larger than the plan goes in several
-    passes.
+    """Run all batches that are not committed yet; a batch that is larger than the plan goes in
+    several passes.
 
-    Raises StoppedError once the job is requested to stop, with all that was forwarded committed.
+    Args:
+        runner: Runs the blocks.
+        work: The batches of the shard, and what is read from them.
+        plan: The tokens of a pass and of a chunk.
+        writer: Takes the rows; its `batches_done` are not stored again.
+        profile: Records what was requested of single batches.
+        watch: Watches the memory in use.
+        oom_level: How many times batch and chunk were halved because memory ran out.
+
+    Raises:
+        StoppedError: The job is requested to stop; all that was forwarded is committed.
     """
     batches, total = work.batches, sum(sum(b.lengths) for b in work.batches)
     first, selection = writer.batches_done, work.selection

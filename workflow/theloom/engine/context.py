@@ -126,6 +126,9 @@ class ShardJob:
         Args:
             plan: The plan by which it is extracted, which its attributes record.
             batches: The number of units that are committed.
+
+        Returns:
+            The points, types, sizes and attributes of the file.
         """
         run = self.run
         return ShardSpec(
@@ -148,7 +151,11 @@ class ShardJob:
         )
 
     def started_plan(self) -> Plan | None:
-        """The plan with which the shard's partial file was started, None where there is none."""
+        """The plan with which the shard's partial file was started.
+
+        Returns:
+            The plan over the shard's windows; None where there is no partial file of this run.
+        """
         partial = read_partial(self.output, self.fingerprint)
         if partial is None:
             return None
@@ -162,7 +169,14 @@ class ShardJob:
         return plan.over(self.windows)
 
     def bytes_to_write(self, spec: ShardSpec) -> int:
-        """Bytes that the shard will take beyond what a partial file of it already has."""
+        """Bytes that the shard will take beyond what a partial file of it already has.
+
+        Args:
+            spec: What the shard's file will hold.
+
+        Returns:
+            Bytes, 0 or more.
+        """
         partial = partial_of(self.output)
         there = partial.stat().st_blocks * 512 if partial.exists() else 0
         return max(0, spec.nbytes - there)
@@ -187,6 +201,9 @@ def read_job(
         shard: Number of the shard, from 0.
         output: Path of the finished shard.
         oom_level: How many times batch and chunk are halved from the start.
+
+    Returns:
+        The shard, and the run that it is of.
 
     Raises:
         StoreError: A file is missing or damaged, or the tokens are of another revision.

@@ -77,8 +77,12 @@ class ModelRecord:
 
 
 def write_catalog(file: h5py.File, catalog: HookCatalog) -> None:
-    """Every hook point with the shape of a token's row, and what the model has not, with the
-    reason.
+    """Write every hook point with the shape of a token's row, and those that the model does not
+    have with the reason.
+
+    Args:
+        file: The open `model.h5`.
+        catalog: Of the model.
     """
     points = catalog.points
     for name in ("name", "value"):
@@ -102,6 +106,15 @@ def _read_catalog(file: h5py.File) -> HookCatalog:
 
 
 def model_attributes(loaded: LoadedModel, config: Config) -> dict[str, Any]:
+    """The attributes of `model.h5` that describe a loaded model.
+
+    Args:
+        loaded: The model.
+        config: The config that it was loaded by.
+
+    Returns:
+        By name: where the files are from and their hashes, precision, device, size and adapters.
+    """
     return provenance.attributes(
         "model",
         config=to_plain(config),
@@ -144,7 +157,17 @@ def _adapters(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def read(path: Path) -> ModelRecord:
-    """Read `model.h5`."""
+    """Read `model.h5`.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        What later jobs load the same model by.
+
+    Raises:
+        StoreError: The file is missing or damaged.
+    """
     with file_format.open_h5(path, "model") as file:
         attributes = dict(file.attrs)
         return ModelRecord(
@@ -182,6 +205,9 @@ def load_again(
         points: The hook points to read; None: any.
         target: The device and the precision, if they are resolved already.
 
+    Returns:
+        The model on its device.
+
     Raises:
         StoreError: The precision is now another one than the record's.
         ModelError: The files are now others than the record's.
@@ -193,7 +219,20 @@ def load_again(
 def open_again(
     config: Config, recorded: ModelRecord, target: Target | None = None
 ) -> "AbstractContextManager[LayerwiseModel]":
-    """As `load_again`, for a model that runs layer by layer."""
+    """As `load_again`, for a model that runs layer by layer.
+
+    Args:
+        config: The run's config.
+        recorded: What `model.h5` holds.
+        target: The device and the precision, if they are resolved already.
+
+    Returns:
+        A context that gives the open model.
+
+    Raises:
+        StoreError: The precision is now another one than the record's.
+        ModelError: The files are now others than the record's.
+    """
     from theloom.engine.layerwise.model import opened
 
     target = target or resolve_precision(config)
@@ -221,7 +260,14 @@ def _same_files(config: Config, recorded: ModelRecord, target: Target) -> ModelF
 
 
 def provenance_of(recorded: ModelRecord) -> dict[str, Any]:
-    """The model's part of a data file's attributes."""
+    """The model's part of a data file's attributes.
+
+    Args:
+        recorded: What `model.h5` holds.
+
+    Returns:
+        Attributes by name; each name begins with `model_`.
+    """
     names = [
         "source",
         "revision",

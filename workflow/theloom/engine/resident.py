@@ -52,12 +52,14 @@ class ResidentRunner:
         captured: "Callable[[torch.Tensor], None] | None" = None,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        """Forward token ids (window, position), padded on the right; hand every chunk of every hook
-        point to `sink`.
+        """Forward one batch; hand every chunk of every hook point to `sink`.
 
-        Values are in the dtype of `store`, or the model's own; `captured` sees each of them before.
-        `lengths`, the tokens of each window, are what a model that is not causal masks its padding
-        by.
+        Args:
+            ids: Token ids (window, position), padded on the right.
+            sink: Takes values in the dtype of the store, or the model's own where none was given.
+            captured: Sees each of these values before the sink; None: nothing does.
+            lengths: Tokens of each window, by which a model that is not causal masks its padding;
+                None: there is no padding.
         """
         position = dict.fromkeys((p.name for p in self._points), 0)
         over_keys = {p.name for p in self._points if p.over_keys}
@@ -74,7 +76,11 @@ class ResidentRunner:
             prefill(taps, ids, self._chunk_size, masked, self._offloaded)
 
     def alone(self, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
-        """The rows of one document of token ids (1, position), in one pass without padding.
+        """The rows of one document, in one pass without padding.
+
+        Args:
+            ids: Token ids (1, position).
+            points: The hook points to read.
 
         Returns:
             By hook point, (position, …) in FP32 on the host.
@@ -154,7 +160,15 @@ def stream_resident(
 
 
 def batches_of(job: ShardJob, plan: Plan) -> list[Batch]:
-    """The batches of a shard by a plan, in the order in which they are committed."""
+    """The batches of a shard by a plan.
+
+    Args:
+        job: The shard.
+        plan: The tokens of a pass and of a chunk.
+
+    Returns:
+        In the order in which they are committed.
+    """
     return batching.plan_batches(
         job.lengths,
         plan.batch_tokens,
@@ -214,7 +228,18 @@ def _run(
 
 
 def plan_resident(job: ShardJob, room: "tuple[DeviceMemory, str] | None" = None) -> Planned:
-    """The plan that fits the device now, or the room that there was (`multi_gpu.available`)."""
+    """The plan that fits the device.
+
+    Args:
+        job: The shard.
+        room: The memory to plan for, as `multi_gpu.available` gave it; None: what is free now.
+
+    Returns:
+        The plan, its bytes, and what was changed for it to fit.
+
+    Raises:
+        MemoryPlanError: Nothing fits.
+    """
     run = job.run
     return multi_gpu.fit_plan(
         run.estimate,

@@ -94,7 +94,14 @@ class Chosen:
         return torch.cat(numbers), torch.cat(values).to(value.device)
 
     def with_graph(self, value: torch.Tensor) -> torch.Tensor:
-        """All rows, of values of all tokens, as a function of them that autograd knows."""
+        """All rows, of values of all tokens, as a function of them that autograd knows.
+
+        Args:
+            value: Of a hook point, [batch, position, …], in the rows as they run.
+
+        Returns:
+            [row, …]; pooled rows are the mean of their tokens where `pool` is `mean`.
+        """
         rows = self._selection.step(self._batch(None), 0, value.shape[1]).take(value)
         if self.pool == "mean":
             counts = torch.from_numpy(self._counts).to(rows)

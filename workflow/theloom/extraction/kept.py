@@ -31,11 +31,20 @@ class Kept:
         self._bar = tqdm(total=total, unit=unit, disable=not progress)
 
     def passes(self, count: int) -> None:
-        """Say how many forward passes there are."""
+        """Say how many forward passes there are, for the progress bar.
+
+        Args:
+            count: Forward passes of the call.
+        """
         self._bar.reset(count * len(self._points))
 
     def keep(self, name: str, value: torch.Tensor) -> None:
-        """Take a hook point's value."""
+        """Take a hook point's value.
+
+        Args:
+            name: Of the hook point.
+            value: [batch, position, …] of the rows that run now, with the axes of the hook point.
+        """
         self._width = value.shape[self._points[name].position_axis]
         # outside of inference mode, so that the copy can be an input of autograd
         with (
@@ -75,6 +84,9 @@ class Kept:
         Args:
             start: The position of its first token.
             resolved: The precision, where one was requested.
+
+        Returns:
+            The hidden states of what ran since the last call, with the mask of their tokens.
         """
         requested, values, self.values = self._requested, self.values, {}
         padded, chosen = requested.rows, requested.chosen

@@ -49,7 +49,18 @@ class PaddedTokens:
         return min(self.lengths) == self.width
 
     def only(self, rows: Sequence[int]) -> "PaddedTokens":
-        """Some of the rows, as wide as the longest of them."""
+        """Some of the rows, as wide as the longest of them.
+
+        Args:
+            rows: Their numbers.
+
+        Returns:
+            A copy, in the order of `rows`.
+
+        Examples:
+            >>> rows_of([[5, 6, 7], [8], [9, 4]]).only([2, 1]).ids.tolist()
+            [[9, 4], [8, 0]]
+        """
         chosen, longest = list(rows), max(self.lengths[row] for row in rows)
         return PaddedTokens(
             self.ids[chosen, :longest],
@@ -61,12 +72,26 @@ class PaddedTokens:
         )
 
     def mask(self) -> torch.Tensor:
-        """(batch, longest): true where there is a token, in the rows as they run."""
+        """Where there is a token, in the rows as they run.
+
+        Returns:
+            (batch, longest) of bool.
+        """
         return torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths)[:, None]
 
     def mask_given(self, until: int | None = None) -> torch.Tensor:
-        """(batch, width): true where there is a token, in the columns that were given; of the first
-        `until` tokens.
+        """Where there is a token, in the columns that were given.
+
+        Args:
+            until: Of each row, its first tokens alone, so many; None: all.
+
+        Returns:
+            (batch, width) of bool.
+
+        Examples:
+            >>> rows = rows_of([[0, 5], [6, 7]], attention_mask=[[0, 1], [1, 1]])
+            >>> rows.mask_given().int().tolist(), rows.mask_given(until=1).int().tolist()
+            ([[0, 1], [1, 1]], [[0, 1], [1, 0]])
         """
         column, first = torch.arange(self.width), torch.tensor(self.first)[:, None]
         lengths = torch.tensor(self.lengths)[:, None].clamp(
@@ -76,11 +101,26 @@ class PaddedTokens:
 
 
 def rows_of(tokens: Tokens, attention_mask: Any = None, pad: int = 0) -> PaddedTokens:
-    """Token ids, and which of them are padding (0 in the mask), as rows. `pad` is the id that
-    padding runs as.
+    """Token ids, and which of them are padding, as rows with every token at the front.
 
-    A mapping is a tokenizer's output: its mask counts where none is given, its other tensors go to
-    the model. Lists of uneven length are taken as padded on the right. Raises InputError.
+    Args:
+        tokens: Token ids, [batch, position] or [position]; lists of uneven length count as padded
+            on the right. A mapping is a tokenizer's output, whose other tensors go to the model.
+        attention_mask: 0 where there is padding; None: the mapping's own, or no padding.
+        pad: The id that padding runs as.
+
+    Returns:
+        The rows, as wide as the longest of them.
+
+    Raises:
+        InputError: Shapes do not fit, a row has padding between its tokens, or there is no token.
+
+    Examples:
+        >>> rows = rows_of([[5, 6, 7], [8]])
+        >>> rows.ids.tolist(), rows.lengths
+        ([[5, 6, 7], [8, 0, 0]], (3, 1))
+        >>> rows_of([[0, 5], [6, 7]], attention_mask=[[0, 1], [1, 1]]).first
+        (1, 0)
     """
     others: dict[str, Any] = {}
     if isinstance(tokens, Mapping):
@@ -138,8 +178,16 @@ def rows_of(tokens: Tokens, attention_mask: Any = None, pad: int = 0) -> PaddedT
 
 
 def blank(value: torch.Tensor, point: HookPoint, rows: PaddedTokens, start: int) -> torch.Tensor:
-    """A chunk of rows as they run, from position `start` on, with the fill of its hook point where
-    there is padding.
+    """Put the fill of a hook point where a chunk of rows has padding.
+
+    Args:
+        value: The chunk, of rows as they run; it is changed.
+        point: The hook point.
+        rows: All rows.
+        start: Position of the chunk's first token.
+
+    Returns:
+        `value`.
     """
     axis = point.position_axis
     for row, length in enumerate(rows.lengths):
@@ -150,8 +198,15 @@ def blank(value: torch.Tensor, point: HookPoint, rows: PaddedTokens, start: int)
 
 
 def empty(value: torch.Tensor, point: HookPoint, rows: PaddedTokens) -> torch.Tensor:
-    """Room for all rows of a hook point in the columns that were given, of the kind of `value`; all
-    of it padding.
+    """Room for all rows of a hook point in the columns that were given; all of it padding.
+
+    Args:
+        value: One whose dtype, device and other axes it takes.
+        point: The hook point.
+        rows: All rows.
+
+    Returns:
+        [batch, width, …], filled with the fill of the hook point.
     """
     shape = list(value.shape)
     shape[0], shape[point.position_axis] = len(rows.lengths), rows.width
@@ -168,8 +223,15 @@ def put_back(
     whole: torch.Tensor,
     chosen: Sequence[int] | None = None,
 ) -> None:
-    """Put rows as they ran, from position `start`, into the given columns of `whole`: into its rows
-    `chosen`, or all of them.
+    """Put rows as they ran into the columns that were given.
+
+    Args:
+        value: Of the hook point, of the rows as they ran.
+        point: The hook point.
+        rows: The rows that ran.
+        start: Position of the first token of `value`.
+        whole: Takes them, as `empty` made it.
+        chosen: Numbers of these rows in `whole`; None: all, in their order.
     """
     numbers = range(len(rows.lengths)) if chosen is None else chosen
     for row, number, first, length in zip(

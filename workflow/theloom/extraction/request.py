@@ -47,8 +47,10 @@ class Request:
         return length_switches(self.architecture.model.config)
 
     def alike(self) -> list[list[int]]:
-        """The numbers of the rows, grouped by how the model computes rows of their length: those of
-        a group may go side by side.
+        """Group the rows by how the model computes rows of their length.
+
+        Returns:
+            Numbers of rows; those of a group may go side by side.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         by_length = self.rows.uneven and padding_changes_rows(self.architecture)
@@ -59,7 +61,14 @@ class Request:
         return list(groups.values())
 
     def only(self, rows: Sequence[int]) -> "Request":
-        """The same for some of the rows."""
+        """The same for some of the rows.
+
+        Args:
+            rows: Their numbers.
+
+        Returns:
+            A copy with these rows, in this order.
+        """
         return replace(self, rows=self.rows.only(rows))
 
     def check_alike(self) -> None:
@@ -80,8 +89,11 @@ class Request:
         )
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What the model is given besides the ids: a mask where padding on the right could reach a
-        token.
+        """What the model is given besides the ids.
+
+        Returns:
+            Tensors by name of the argument; a mask among them where padding on the right could
+            reach a token.
         """
         masked = self.rows.uneven and not causal(self.architecture)
         return self.rows.others | ({"attention_mask": self.rows.mask().long()} if masked else {})
@@ -95,7 +107,26 @@ def ask(
     attention_mask: Any,
     kept: str | Mapping[str, str] | None = None,
 ) -> Request:
-    """What a call asks for, checked. Raises InputError, HookError, ModelError, ConfigError."""
+    """What a call asks for, checked.
+
+    Args:
+        model: Of transformers.
+        tokens: Token ids [batch, position] or [position], or a tokenizer's output.
+        hooks: Names or globs of hook points; None: those of `layers`.
+        layers: Numbers of blocks whose output is read, also from the last one (-1); None: those of
+            `hooks`, or of every block where these are None too.
+        attention_mask: 0 where there is padding; None: the tokens' own.
+        kept: The argument `rows` of the call; None: every token is a row.
+
+    Returns:
+        The request, of which nothing has run.
+
+    Raises:
+        InputError: The tokens, or the mask, are wrong.
+        HookError: The model lacks a hook point.
+        ModelError: The model is none of transformers, or its blocks are not found.
+        ConfigError: `kept` cannot be evaluated.
+    """
     from transformers import PreTrainedModel
 
     from theloom.hooks.catalog import build_catalog
@@ -199,7 +230,14 @@ def _tolerance(described: Architecture) -> float:
 
 
 def causal(described: Architecture) -> bool:
-    """Whether a token's rows are free of the tokens after it."""
+    """Whether a token's rows are free of the tokens after it: tried once with a few tokens.
+
+    Args:
+        described: The model with its blocks.
+
+    Returns:
+        True where they are.
+    """
     from theloom.hooks.blocks import evaluating
     from theloom.model.forward import forward_residuals
 
@@ -237,6 +275,12 @@ def padding_changes_rows(described: Architecture) -> bool:
     """Whether rows of different lengths must not go side by side, with a padding mask or without.
 
     Where a trial of the model fails, that is so too: each length by itself is right in any case.
+
+    Args:
+        described: The model with its blocks.
+
+    Returns:
+        True where each length has to go by itself.
     """
     tried = _tried(described)
     return isinstance(tried, ModelError) or tried.alone
@@ -250,8 +294,14 @@ def _some_tokens(described: Architecture) -> torch.Tensor:
 
 
 def check_streams(described: Architecture, tokens: int) -> None:
-    """Raise ModelError, with the reason, where rows of so many tokens have other values in chunks
-    through the KV cache than in one pass.
+    """Check that rows have the same values in chunks through the KV cache as in one pass.
+
+    Args:
+        described: The model with its blocks.
+        tokens: Of the longest row.
+
+    Raises:
+        ModelError: They have not, with the reason.
     """
     from theloom.model.checks import may_stream
 

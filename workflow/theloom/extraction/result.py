@@ -34,7 +34,14 @@ class Rows:
 
     @classmethod
     def joined(cls, parts: "Sequence[Rows]") -> "Rows":
-        """Those of several chunks, in their order in the whole."""
+        """Those of several chunks, in their order in the whole.
+
+        Args:
+            parts: Of one call, at least one.
+
+        Returns:
+            All rows of the parts.
+        """
         numbers = torch.cat([part.number for part in parts])
         batch = torch.cat([part.batch for part in parts])
         position = torch.cat([part.position for part in parts])
@@ -42,7 +49,14 @@ class Rows:
         return whole.part(numbers.argsort())
 
     def part(self, number: torch.Tensor) -> "Rows":
-        """Some of them, by their places here."""
+        """Some of them.
+
+        Args:
+            number: [row], their places here.
+
+        Returns:
+            These rows, in this order.
+        """
         of_part = (self.number[number], self.batch[number], self.position[number])
         return Rows(*of_part, self.total, self.pool)
 

@@ -69,8 +69,16 @@ class Anatomy:
 
     @staticmethod
     def of(architecture: Architecture) -> "Anatomy":
-        """The anatomy of a model, found once as long as its modules are the same. Raises
-        ModelError.
+        """The anatomy of a model, found once as long as its modules are the same.
+
+        Args:
+            architecture: the model with its blocks.
+
+        Returns:
+            The sites of its hook points, and the reasons for those that it does not have.
+
+        Raises:
+            ModelError: the model's code fails with a few tokens.
         """
         signature = tuple(map(id, architecture.model.modules()))
         found = _known.get(architecture.model)
@@ -80,7 +88,17 @@ class Anatomy:
         return found
 
     def site(self, requested: HookPoint) -> Site:
-        """Where a hook point is. Raises HookError for one that the model has not."""
+        """Where a hook point is.
+
+        Args:
+            requested: the hook point.
+
+        Returns:
+            The module, and how to read the value there.
+
+        Raises:
+            HookError: the model does not have it.
+        """
         if requested.name not in self.sites:
             raise HookError(
                 f"{requested.name}: "

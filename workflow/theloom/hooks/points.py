@@ -96,11 +96,33 @@ class HookPoint:
         return -math.inf if self.value == SCORES else 0.0
 
     def row(self, keys: int) -> tuple[int, ...]:
-        """The shape of a row on disk, where windows have at most so many tokens."""
+        """The shape of a row on disk.
+
+        Args:
+            keys: tokens of the longest window.
+
+        Returns:
+            `shape`, with the axis of the keys where the hook point is over them.
+
+        Examples:
+            >>> HookPoint("blocks.0.hook_resid_post", 0, "hook_resid_post", (32,)).row(128)
+            (32,)
+        """
         return (*self.shape, keys) if self.over_keys else self.shape
 
     def width(self, keys: int) -> int:
-        """Elements of a row."""
+        """Elements of a row.
+
+        Args:
+            keys: tokens of the longest window.
+
+        Returns:
+            Their number.
+
+        Examples:
+            >>> HookPoint("blocks.0.attn.hook_q", 0, "attn.hook_q", (4, 8)).width(128)
+            32
+        """
         return math.prod(self.row(keys))
 
 
@@ -114,7 +136,17 @@ class HookCatalog:
     unsupported: dict[str, str]
 
     def select(self, filters: Iterable[str]) -> list[HookPoint]:
-        """What a filter asks for (`select`)."""
+        """What a filter asks for (`select_points`).
+
+        Args:
+            filters: exact names or globs; none: all hook points.
+
+        Returns:
+            The hook points, in the order of the model.
+
+        Raises:
+            HookError: an entry names nothing.
+        """
         return select_points(filters, self.points, self.unsupported)
 
 

@@ -26,16 +26,38 @@ class Site:
 
     @staticmethod
     def input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """The first tensor that a module is called with."""
+        """The first tensor that a module is called with.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: the others.
+
+        Returns:
+            The tensor itself.
+        """
         return next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
 
     def chosen(self, output: Any) -> torch.Tensor:
-        """What of a module's output the site is."""
+        """What of a module's output the site is.
+
+        Args:
+            output: what the module returned.
+
+        Returns:
+            The entry `index` of it, or its first tensor.
+        """
         return self.output(output) if self.index is None else output[self.index]
 
     @staticmethod
     def output(output: Any) -> torch.Tensor:
-        """The first tensor that a module returns."""
+        """The first tensor that a module returns.
+
+        Args:
+            output: a tensor, or a sequence that has one.
+
+        Returns:
+            The tensor itself.
+        """
         return (
             output
             if isinstance(output, torch.Tensor)
@@ -44,8 +66,22 @@ class Site:
 
 
 def whole(value: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """(batch, position, width), also where the module sees all tokens in a row, or one sequence for
-    all.
+    """A value with windows and positions apart, also where the module sees all tokens in a row, or
+    one sequence for all.
+
+    Args:
+        value: (…, width), of all tokens of a step.
+        batch: windows and positions of the step.
+
+    Returns:
+        (batch, position, width), a view where that is possible.
+
+    Raises:
+        HookError: the value does not have one row for each token.
+
+    Examples:
+        >>> whole(torch.zeros(6, 4), (2, 3)).shape
+        torch.Size([2, 3, 4])
     """
     if tuple(value.shape[:-1]) == batch:
         return value
@@ -60,12 +96,36 @@ def whole(value: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def by_head(heads: int) -> Read:
-    """(batch, position, heads, head size)."""
+    """Read a value by heads.
+
+    Args:
+        heads: of the value.
+
+    Returns:
+        A function that gives (batch, position, heads, head size).
+
+    Examples:
+        >>> by_head(2)(torch.zeros(1, 3, 8), (1, 3)).shape
+        torch.Size([1, 3, 2, 4])
+    """
     return lambda value, batch: whole(value, batch).reshape(*batch, heads, -1)
 
 
 def columns(start: int, stop: int, heads: int | None = None) -> Read:
-    """Some columns of the width, by head if so many are given."""
+    """Read some columns of the width.
+
+    Args:
+        start: the first column.
+        stop: the column after the last one.
+        heads: among which they are divided; None: they are not.
+
+    Returns:
+        A function that gives (batch, position, columns), or (batch, position, heads, head size).
+
+    Examples:
+        >>> columns(2, 6, heads=2)(torch.zeros(1, 3, 8), (1, 3)).shape
+        torch.Size([1, 3, 2, 2])
+    """
 
     def read(value: torch.Tensor, batch: Batch) -> torch.Tensor:
         found = whole(value, batch)[..., start:stop]
@@ -75,7 +135,23 @@ def columns(start: int, stop: int, heads: int | None = None) -> Read:
 
 
 def grouped(heads: int, kv_heads: int, size: int, which: str) -> Read:
-    """Queries, keys or values of a projection that has them by key heads."""
+    """Read queries, keys or values of a projection that has them by key heads.
+
+    Args:
+        heads: of the queries.
+        kv_heads: of the keys and values.
+        size: elements of a head.
+        which: `q`, `k` or `v`.
+
+    Returns:
+        A function that gives (batch, position, heads, head size), with `kv_heads` for keys and
+        values.
+
+    Examples:
+        >>> fused = torch.zeros(1, 3, 2 * (2 + 2) * 8)  # 4 heads, 2 key heads, of 8 elements
+        >>> grouped(4, 2, 8, "q")(fused, (1, 3)).shape, grouped(4, 2, 8, "v")(fused, (1, 3)).shape
+        (torch.Size([1, 3, 4, 8]), torch.Size([1, 3, 2, 8]))
+    """
     group = heads // kv_heads
 
     def read(value: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -91,7 +167,18 @@ EPS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "norm_eps")
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module's class is a norm by its name."""
+    """Whether a module's class is a norm by its name.
+
+    Args:
+        module: of a model.
+
+    Returns:
+        True for LayerNorm, and for a class whose name ends as those of norms do.
+
+    Examples:
+        >>> is_norm(nn.RMSNorm(4)), is_norm(nn.Linear(4, 4))
+        (True, False)
+    """
     name = type(module).__name__.lower()
     return isinstance(module, nn.LayerNorm) or name.endswith(("norm", "ln", "norm1p"))
 
@@ -137,13 +224,26 @@ class Norm:
         return change < 0.2
 
     def scale(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, 1): the root of the mean square, and of epsilon; of what is left of x without its
-        mean, for LayerNorm.
+        """What the norm divides by: the root of the mean square, and of epsilon; of what is left of
+        x without its mean, for LayerNorm.
+
+        Args:
+            x: (…, width), an input of the norm.
+
+        Returns:
+            (…, 1) in the dtype of x.
         """
         return self._centred(x).pow(2).mean(-1, keepdim=True).add(self._eps).sqrt().to(x.dtype)
 
     def normalized(self, x: torch.Tensor) -> torch.Tensor:
-        """x over its scale, before weight and bias."""
+        """x over its scale, before weight and bias.
+
+        Args:
+            x: (…, width), an input of the norm.
+
+        Returns:
+            (…, width) in the dtype of x.
+        """
         centred = self._centred(x)
         return (centred / centred.pow(2).mean(-1, keepdim=True).add(self._eps).sqrt()).to(x.dtype)
 

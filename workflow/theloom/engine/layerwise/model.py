@@ -53,7 +53,14 @@ class LayerwiseModel:
     source: BlockSource
 
     def sizes(self, points: Sequence[HookPoint]) -> BlockSizes:
-        """Bytes of the weights that a sweep up to the deepest of `points` reads and holds."""
+        """Bytes of the weights that a sweep reads and holds.
+
+        Args:
+            points: The hook points; the sweep ends at the deepest of their blocks.
+
+        Returns:
+            Bytes of the largest block, of what stays, and of all that is read.
+        """
         checkpoint = self.shell.checkpoint
         blocks = range(min(deepest_block(points) + 1, len(self.shell.blocks)))
         embeddings = sum(checkpoint.stored[k].nbytes for k in self.shell.mapped)
@@ -83,7 +90,15 @@ class LayerwiseModel:
         )
 
     def pass_of(self, points: Sequence[HookPoint]) -> PassOf:
-        """Predicts the bytes of one pass through one block: by a trace, each workload once."""
+        """Predicts the bytes of one pass through one block: by a trace, each workload once.
+
+        Args:
+            points: The hook points, whose values are written as they come.
+
+        Returns:
+            A function of a workload, which gives the bytes at the peak and those of the arguments
+            of all blocks.
+        """
         fake, device = self.fake(), self.loaded.device.type
 
         @cache
@@ -94,7 +109,11 @@ class LayerwiseModel:
         return predicted
 
     def fake(self) -> FakeModel:
-        """The model without bytes, to be traced."""
+        """The model without bytes, to be traced.
+
+        Returns:
+            A new one, of the same config and weight format.
+        """
         return fake_model(
             self.shell.model.config,
             self.kind.precision,
@@ -124,9 +143,21 @@ class LayerwiseModel:
         overhead: int,
         streams: bool = True,
     ) -> LayerwisePlan:
-        """The plan for the largest shard of a corpus, or for one alone. Raises MemoryPlanError.
+        """The plan for the largest shard of a corpus, or for one alone.
 
-        `streams`: long documents may go in chunks.
+        Args:
+            estimated: The run's estimate, with what the config requests.
+            points: The hook points to read.
+            windows: Lengths of the windows in tokens, shard by shard.
+            threshold: Share of the device's and of the host's memory that may be in use.
+            overhead: Bytes that a process was measured to take beyond the prediction.
+            streams: Long documents may go in chunks.
+
+        Returns:
+            The plan, with its bytes and what was changed for it to fit.
+
+        Raises:
+            MemoryPlanError: Nothing fits.
         """
         device = self.loaded.device.type
         memory, _ = gpu.available_memory(self.loaded.device)
@@ -161,7 +192,11 @@ class LayerwiseModel:
         """`checks.self_check`, in one sweep, but for the model's own hidden states, which take all
         of it at once.
 
-        Raises ModelError where a row depends on what else is in the batch.
+        Returns:
+            What the model was seen to do; its error against its own hidden states is NaN.
+
+        Raises:
+            ModelError: A row depends on what else is in the batch.
         """
         points = residual_points(len(self.shell.blocks), self.shell.architecture.hidden_size)
         ids = checks.tokens_of(self.shell.model)
@@ -222,6 +257,9 @@ def opened(
         files: The model's files.
         exact: In this precision, fp32 or fp64, and not quantized, whatever the config requests.
         target: The device and the precision, if they are resolved already.
+
+    Yields:
+        The model, as long as its files are open.
 
     Raises:
         ModelError: The model cannot be run layer by layer.
@@ -296,8 +334,15 @@ def measure_sweep(
     """Sweep one largest batch of random tokens through the first blocks, and see by how much memory
     grows.
 
-    `before`: the bytes that this process held before the model was opened, from where growth counts
-    on the CPU.
+    Args:
+        model: The open model.
+        planned: The plan, whose largest pass is run.
+        points: The hook points of the run, of whose blocks the weights count.
+        before: Bytes that this process held before the model was opened, from where growth counts
+            on the CPU; None: from the start of the sweep.
+
+    Returns:
+        Bytes predicted and measured.
     """
     blocks = min(MEASURED_BLOCKS, len(model.shell.blocks))
     last = model.loaded.catalog.select([f"blocks.{blocks - 1}.hook_resid_post"])

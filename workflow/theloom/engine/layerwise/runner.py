@@ -107,7 +107,16 @@ class LayerwiseRunner:
         identity: str,
         chunk_sizes: Sequence[int] | None = None,
     ) -> ResidualSpec:
-        """The residuals of token ids (window, position), chunk by chunk of each batch."""
+        """The residuals of a shard, chunk by chunk of each batch.
+
+        Args:
+            batches: Token ids (window, position) of each batch.
+            identity: Whose the residuals are.
+            chunk_sizes: Tokens of a chunk, for each batch; None: the runner's.
+
+        Returns:
+            Their shapes and their dtype; nothing is allocated.
+        """
         hidden, sizes = (
             self._shell.architecture.hidden_size,
             chunk_sizes or [self._chunk_size] * len(batches),
@@ -134,15 +143,26 @@ class LayerwiseRunner:
         stop: Callable[[], str | None] = lambda: None,
         profile: Profile = lambda batch, ids, there: nullcontext(),
     ) -> Swept:
-        """All batches of token ids (window, position) through all blocks, up to the deepest hook
-        point.
+        """Run all batches through all blocks, up to the deepest hook point.
 
-        `chunk_sizes`: of each batch, where they are not the runner's. The first `done` units are
-        not handed to `sink` again, but for those of the stage under way whose batch is in `again`,
-        which are not counted. `unit_done(batch)` is called when a unit ends, and `commit`
-        before the residuals that a later job would go on with are made safe. `profile` is open
-        while a batch goes through a block, and gives what is to see captured values. Raises
-        StoppedError, after a commit, once `stop` says by what it is requested to.
+        Args:
+            batches: Token ids (window, position) of each batch.
+            residuals: Holds the residuals between blocks.
+            sink: Takes the values of the hook points.
+            chunk_sizes: Tokens of a chunk, for each batch; None: the runner's.
+            done: Units that are stored already, which are not handed to `sink` again.
+            again: Batches of the stage under way that are handed to it all the same, and not
+                counted.
+            unit_done: Called with the number of the batch when a unit ends.
+            commit: Called before the residuals that a later job would continue from are made safe.
+            stop: Says by what the job is requested to stop; None: it goes on.
+            profile: Is open while a batch goes through a block; what it gives sees captured values.
+
+        Returns:
+            Seconds, bytes read, tokens and blocks of this sweep.
+
+        Raises:
+            StoppedError: `stop` named a request; what was done is committed.
         """
         self._sizes = list(chunk_sizes or [self._chunk_size] * len(batches))
         counts = [-(-ids.shape[1] // size) for ids, size in zip(batches, self._sizes, strict=True)]
@@ -298,11 +318,26 @@ class LayerwiseRunner:
         return self._pieces[number] + -(-start // self._sizes[number])
 
     def points(self, stage: int) -> list[HookPoint]:
-        """The hook points of a stage."""
+        """The hook points of a stage.
+
+        Args:
+            stage: One of `stages`.
+
+        Returns:
+            In the order in which they were requested.
+        """
         return self._points[stage]
 
     def to_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A value as the hand-off takes it."""
+        """A value as the hand-off takes it.
+
+        Args:
+            name: Of the hook point.
+            value: As a tap reads it, with windows first.
+
+        Returns:
+            (window, position, …) in the dtype of the store.
+        """
         return handoff.rows_of(value, self._dtype, name in self._over_keys)
 
 
