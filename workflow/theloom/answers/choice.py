@@ -98,7 +98,7 @@ class Sampling:
             tolerance: Their largest error, as a share of the largest one.
 
         Returns:
-            The token's id; None where several tokens could be chosen, or a score is NaN.
+            The token's id; None where several tokens could be chosen, or a score is NaN or +inf.
 
         Examples:
             >>> import torch

@@ -138,6 +138,7 @@ def context_length(config: Config) -> int:
 
     Raises:
         ConfigError: more is requested than the model takes.
+        ModelError: the model's own config cannot be read.
     """
     model_config, requested = hf_config(config.model), config.corpus.context_length
     limit = numbers(model_config).context_length

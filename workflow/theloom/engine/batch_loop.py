@@ -53,7 +53,7 @@ class Runner(Protocol):
         """Run the blocks over one batch.
 
         Args:
-            ids: Token ids (window, position), padded on the right, on the device.
+            ids: Token ids (window, position), padded on the right, on the host.
             sink: Takes every chunk of every hook point.
             captured: Sees each of the values before the sink; None: nothing does.
             lengths: Tokens of each window; None: there is no padding.

@@ -59,8 +59,11 @@ class ModelFiles:
     adapters: tuple[AdapterFiles, ...] = ()  # in the order in which they are merged
 
     def weight_files(self) -> list[Path]:
-        """The files that hold weights, those that say how to read them, and the folder's own code,
-        sorted by name.
+        """The files that decide what the model computes, adapters apart.
+
+        Returns:
+            Those that hold weights, those that say how to read them, the folder's own code and
+            `config.json`, sorted by path.
         """
         weights = list(self.folder.glob(_SAFETENSORS)) or list(self.folder.glob(_PICKLES))
         described = [p for name in ("model*.index.json", "*.py") for p in self.folder.glob(name)]
@@ -68,7 +71,12 @@ class ModelFiles:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: THELOOM_CACHE, else the user's cache folder."""
+    """Where converted models are kept.
+
+    Returns:
+        The folder of THELOOM_CACHE, else `theloom` in the user's cache folder; it may not be there
+        yet.
+    """
     if "THELOOM_CACHE" in os.environ:
         return Path(os.environ["THELOOM_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "theloom"
@@ -81,8 +89,16 @@ def prepare_files(
 ) -> ModelFiles:
     """Find the model's files, fetch them where they are a hub's, convert them where they are GGUF.
 
-    `revision` and `adapter_revisions`, where given, are the commits that an earlier job found.
-    Raises ModelError.
+    Args:
+        config: the `model` settings.
+        revision: the commit that an earlier job found; None: the one that the settings name.
+        adapter_revisions: the commits of the adapters that an earlier job found, in their order.
+
+    Returns:
+        A local folder that loads, and where it came from.
+
+    Raises:
+        ModelError: files are missing or broken, would not be used, or cannot be fetched.
     """
     folder, revision = find_folder(
         base_source(config), revision or config.revision, [*_weights(config), *_code(config)]
@@ -96,6 +112,12 @@ def prepare_files(
 
 def base_source(config: ModelConfig) -> str:
     """The source of the weights: model.source, or the base model of one that is an adapter.
+
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        A folder, a package or a name on the hub.
 
     Raises:
         ModelError: the adapter's base model is not known or not here.
@@ -144,7 +166,17 @@ class Description:
 
 
 def describe(config: ModelConfig) -> Description:
-    """Where the model's config and tokenizer are. Fetches no safetensors."""
+    """Where the model's config and tokenizer are. Fetches no safetensors.
+
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        Their folder, the GGUF file that has them where it is not converted yet, and the commit.
+
+    Raises:
+        ModelError: they are missing, broken or would not be used.
+    """
     more = [config.gguf_file] if config.gguf_file else []
     folder, revision = find_folder(base_source(config), config.revision, [*more, *_code(config)])
     gguf = _gguf_file(folder, config)
@@ -159,7 +191,17 @@ def describe(config: ModelConfig) -> Description:
 
 
 def describe_tokenizer(config: ModelConfig) -> Description:
-    """Where the tokenizer is: model.tokenizer's, else the model's own. Raises ModelError."""
+    """Where the tokenizer is: model.tokenizer's, else the model's own.
+
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        Its folder, as of `describe`.
+
+    Raises:
+        ModelError: it is missing, broken or would not be used.
+    """
     if config.tokenizer is None:
         found = describe(config)
     else:
@@ -170,8 +212,14 @@ def describe_tokenizer(config: ModelConfig) -> Description:
 
 
 def check_local(config: ModelConfig) -> None:
-    """What can be told at once, without a network: folders, packages or files that are not there,
-    are broken or would not be used. Raises ModelError.
+    """Check what can be told at once, without a network: folders, packages and files of a model,
+    its adapters and its tokenizer.
+
+    Args:
+        config: the `model` settings.
+
+    Raises:
+        ModelError: one is not there, is broken or would not be used.
     """
     folder = local_folder(base_source(config))
     if folder is not None:
@@ -190,7 +238,13 @@ def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
 
 
 def local_weights(config: ModelConfig) -> Path | None:
-    """The folder of a local model whose weights load as they are; None for a hub's and for GGUF.
+    """The folder of a local model whose weights load as they are.
+
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        The folder; None for a hub's model and for GGUF.
 
     Raises:
         ModelError: the folder, or a file of it, is missing or broken.
@@ -200,17 +254,34 @@ def local_weights(config: ModelConfig) -> Path | None:
 
 
 def is_gguf(config: ModelConfig) -> bool:
-    """Whether a local model is a GGUF file that is not converted yet. Raises ModelError."""
+    """Whether a local model is a GGUF file that is not converted yet.
+
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        True where it is; False for a hub's model.
+
+    Raises:
+        ModelError: the folder, or a file of it, is missing or broken.
+    """
     folder = local_folder(base_source(config))
     gguf = _check_folder(folder, config) if folder is not None else None
     return gguf is not None and not _conversion(gguf).is_dir()
 
 
 def fetch(config: ModelConfig) -> str | None:
-    """Have all files of a model and its tokenizer here, fetched where they are a hub's; returns the
-    commit.
+    """Have all files of a model, its adapters and its tokenizer here, fetched where they are a
+    hub's. Converts nothing.
 
-    Converts nothing. Raises ModelError.
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        The commit of the model; None where it is not from the hub.
+
+    Raises:
+        ModelError: files are missing or broken, would not be used, or cannot be fetched.
     """
     folder, revision = find_folder(
         base_source(config), config.revision, [*_weights(config), *_code(config)]
@@ -329,7 +400,14 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def content_hash(file: Path) -> str:
-    """XXH3-128 of a file's bytes, as 32 hex digits."""
+    """XXH3-128 of a file's bytes.
+
+    Args:
+        file: its path.
+
+    Returns:
+        32 hex digits.
+    """
     state = xxhash.xxh3_128()
     with file.open("rb") as f:
         while block := f.read(_BLOCK):
@@ -340,6 +418,12 @@ def content_hash(file: Path) -> str:
 def files_fingerprint(files: ModelFiles) -> str:
     """XXH3-128 over the names and contents of a model's weight files and config, and over its
     adapters in their order.
+
+    Args:
+        files: of the model; all of them are read.
+
+    Returns:
+        32 hex digits.
     """
     state = xxhash.xxh3_128()
     for file in files.weight_files():
@@ -350,7 +434,14 @@ def files_fingerprint(files: ModelFiles) -> str:
 
 
 def adapter_hash(adapter: AdapterFiles) -> str:
-    """XXH3-128 over the names and contents of an adapter's config and weights."""
+    """XXH3-128 over the names and contents of an adapter's config and weights.
+
+    Args:
+        adapter: the adapter; all of its files are read.
+
+    Returns:
+        32 hex digits.
+    """
     state = xxhash.xxh3_128()
     for file in adapter.files:
         state.update(f"{file.name} {content_hash(file)}\n".encode())
@@ -358,8 +449,14 @@ def adapter_hash(adapter: AdapterFiles) -> str:
 
 
 def files_signature(files: ModelFiles) -> str:
-    """Names, sizes and times of a model's files as JSON: the same signature means that nobody has
-    changed them.
+    """Names, sizes and times of a model's files: the same signature means that nobody has changed
+    them.
+
+    Args:
+        files: of the model, none of which is read.
+
+    Returns:
+        The signature as JSON.
     """
     return json.dumps(list(_stats(files)))
 
@@ -372,7 +469,17 @@ def _stats(files: ModelFiles) -> Iterator[tuple[str, int, int]]:
 
 
 def hf_config(config: ModelConfig) -> "PretrainedConfig":
-    """The model's own config, read without its weights. Raises ModelError."""
+    """The model's own config, read without its weights.
+
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        As `AutoConfig` of transformers gives it.
+
+    Raises:
+        ModelError: it is missing or broken, or transformers does not know the model.
+    """
     from transformers import AutoConfig
 
     place = describe(config)
@@ -391,22 +498,47 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
 
 
 def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
-    """The config in a model's own folder (`prepare_files`)."""
+    """The config in a model's own folder (`prepare_files`).
+
+    Args:
+        files: of the model.
+        trust_remote_code: whether code of that folder may run.
+
+    Returns:
+        As `AutoConfig` of transformers gives it.
+    """
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
 
 
 def read_config(config: ModelConfig) -> ModelDims:
-    """The numbers of the model's own config. Raises ModelError."""
+    """The numbers of the model's own config.
+
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        Its dimensions.
+
+    Raises:
+        ModelError: the config is missing or broken.
+    """
     return model_dims.numbers(hf_config(config))
 
 
 def check_architecture(
     declared: ArchitectureConfig | None, found: ModelDims, source_name: str
 ) -> None:
-    """The profile's numbers, by which memory was planned, are those of the model. Raises
-    ModelError.
+    """Check that the profile's numbers, by which memory was planned, are those of the model.
+
+    Args:
+        declared: `model.architecture` of the profile; None: there is nothing to check.
+        found: the numbers of the model's own config.
+        source_name: `model.source`, for messages.
+
+    Raises:
+        ModelError: a number is another one.
     """
     if declared is None:
         return

@@ -84,6 +84,9 @@ def resolve_precision(config: Config, exact: str | None = None) -> Target:
         config: The run's config.
         exact: The precision, fp32 or fp64, whatever the config requests.
 
+    Returns:
+        The device, and the precision as requested and as it is there.
+
     Raises:
         ConfigError: The device is not available.
     """
@@ -122,6 +125,9 @@ def load_model(
             requests.
         target: The device and the precision, if they are resolved already.
         lm_head: Load the model that writes text: with its LM head, and whole.
+
+    Returns:
+        The model in eval mode, without gradients, on its device.
 
     Raises:
         ModelError: The model writes no text, or a weight is missing or has another shape.
@@ -209,7 +215,12 @@ def load_model(
 
 
 def let_experts_run(model: Any, precision: str) -> None:
-    """Have experts of FP64 computed one by one: the product of all at once takes no FP64."""
+    """Have experts of FP64 computed one by one: the product of all at once takes no FP64.
+
+    Args:
+        model: Of transformers; it is changed where that is needed.
+        precision: Of the model: fp64, fp32, fp16 or bf16.
+    """
     if precision == "fp64":
         model.set_experts_implementation("eager")
 

@@ -23,7 +23,18 @@ _BAR = 24  # characters
 
 
 def progress_of(log: str | Path) -> Path:
-    """The progress file of the job with a log file."""
+    """The progress file of the job with a log file.
+
+    Args:
+        log: Path of the log.
+
+    Returns:
+        Its path, next to the log.
+
+    Examples:
+        >>> progress_of("results/run/logs/extract.0.log").name
+        'extract.0.log.progress'
+    """
     return Path(f"{log}.progress")
 
 
@@ -69,7 +80,14 @@ class Bars(logging.Filter):
             self._stream.flush()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Note which jobs run; drops no record."""
+        """Note which jobs run; drops no record.
+
+        Args:
+            record: Of Snakemake's logger.
+
+        Returns:
+            True.
+        """
         fields: dict[str, Any] = record.__dict__
         event = str(fields.get("event") or "")
         with self._lock:
@@ -82,7 +100,14 @@ class Bars(logging.Filter):
         return True
 
     def write(self, text: str) -> int:
-        """Write a text of Snakemake's above the bars, which the next draw brings back."""
+        """Write a text of Snakemake's above the bars, which the next draw brings back.
+
+        Args:
+            text: What Snakemake prints.
+
+        Returns:
+            Characters written.
+        """
         with self._lock:
             self._clear()
             self._line_is_open = not text.endswith("\n") if text else self._line_is_open
@@ -113,14 +138,34 @@ class Bars(logging.Filter):
 
 
 def line(file: Path, share: float, text: str) -> str:
-    """One bar: the job's name, its share in per cent, and its own words."""
+    """One bar: the job's name, its share in per cent, and its own words.
+
+    Args:
+        file: The job's progress file.
+        share: Of the job that is done, from 0 to 1.
+        text: The job's own words.
+
+    Returns:
+        The line, without a line end.
+
+    Examples:
+        >>> line(Path("extract_0.log.progress"), 0.5, "12 MB/s").split("% ")
+        ['extract_0 [############............]  50', '12 MB/s']
+    """
     filled = int(_BAR * share)
     name = file.name.partition(".")[0]
     return f"{name} [{'#' * filled}{'.' * (_BAR - filled)}] {100 * share:3.0f}% {text}"
 
 
 def for_terminal(stream: TextIO) -> Bars | None:
-    """Bars for a stream, None where it is no terminal that can move its cursor."""
+    """Bars for a stream.
+
+    Args:
+        stream: Of this process, such as `sys.stderr`.
+
+    Returns:
+        The bars; None where the stream is no terminal that can move its cursor.
+    """
     if not stream.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         return None
     return Bars(stream)

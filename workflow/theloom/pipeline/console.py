@@ -52,6 +52,14 @@ class Brief(logging.Filter):
         self._skip_progress = False
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Drop or rewrite a record.
+
+        Args:
+            record: Of Snakemake's logger; its message is changed where it is shortened.
+
+        Returns:
+            Whether the record is printed.
+        """
         fields: dict[str, Any] = record.__dict__
         event = str(fields.get("event") or "")
         if event == "resources_info":
@@ -86,14 +94,28 @@ def _replace(record: logging.LogRecord, text: str) -> None:
 
 
 def shorten() -> Brief:
-    """Shorten the messages of this process's Snakemake from now on."""
+    """Shorten the messages of this process's Snakemake from now on.
+
+    Returns:
+        The filter that does so.
+    """
     brief = Brief()
     logging.getLogger("snakemake.logging").addFilter(brief)
     return brief
 
 
 def summary(folder: Path) -> str:
-    """A few lines on a finished run: the file, what it holds, and how it was verified."""
+    """A few lines on a finished run: the file, what it holds, and how it was verified.
+
+    Args:
+        folder: Of the run, with `activations.h5` and `verification.h5`.
+
+    Returns:
+        The lines, in one text.
+
+    Raises:
+        StoreError: A file is missing or damaged.
+    """
     acts = activations.open_activations(folder / "activations.h5")
     found = recorded.read(folder / "verification.h5")
     nearest = int((found.errors / found.allowed).argmax())

@@ -53,11 +53,15 @@ class _Stopped(BaseException):
 
 @contextmanager
 def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]:
-    """Run a job's body with stdout, stderr and logging in `log_file`, native code's output
-    included.
+    """Run a job's body with stdout, stderr and logging in a file, native code's output included.
 
-    Only an `online` job may reach the hub: all others find what it has fetched, and do not see the
-    user's token.
+    A user's error ends the process with its one line.
+
+    Args:
+        log_file: path of the rule's log, which is written anew.
+        threads: of torch and of tokenizers, where the environment does not set them.
+        online: the job may reach the hub: all others find what it has fetched, and do not see the
+            user's token.
     """
     console = os.dup(2)
     try:
@@ -240,14 +244,26 @@ def _end(message: str | None, console: int) -> NoReturn:
 
 
 def add_to_job_path(folder: Path) -> None:
-    """Put a folder on the import path of every job that this process starts."""
+    """Put a folder on the import path of every job that this process starts.
+
+    Args:
+        folder: with packages in it.
+    """
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(folder), os.environ.get("PYTHONPATH")])
     )
 
 
 def last_errors(logs: list[Path], since: float) -> list[str]:
-    """The users' errors that ended jobs, each with its log file, from logs written after a time."""
+    """The users' errors that ended jobs, each with its log file.
+
+    Args:
+        logs: paths of log files, all of which are there.
+        since: logs that were written before this time are left out, in seconds since 1970.
+
+    Returns:
+        A line for each job that ended so, sorted by log file.
+    """
     errors = []
     for file in sorted(logs):
         if file.stat().st_mtime >= since and (error := error_of(file)):
@@ -256,6 +272,13 @@ def last_errors(logs: list[Path], since: float) -> list[str]:
 
 
 def error_of(log: Path) -> str | None:
-    """The user's error that ended a job, from its log; None where it ended otherwise."""
+    """The user's error that ended a job.
+
+    Args:
+        log: path of its log file.
+
+    Returns:
+        The line; None where there is no log, or the job ended otherwise.
+    """
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return lines[-1] if lines and lines[-1].startswith(ERROR) else None

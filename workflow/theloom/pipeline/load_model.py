@@ -51,10 +51,20 @@ def record_layerwise(
     output: Path,
     why: str = "",
 ) -> None:
-    """Write `model.h5`. `why`: what speaks against a resident model, in words, for the message
-    where this fails too.
+    """Open a model to run it layer by layer, try it out, measure, and write `model.h5`.
 
-    Raises ModelError, HookError, MemoryPlanError.
+    Args:
+        config: The config of the stage.
+        target: The device and the precision.
+        estimated: What `estimate.h5` holds.
+        tokens_path: Path of `tokens.h5`.
+        output: Path of `model.h5`.
+        why: What speaks against a resident model, for the message where this fails too.
+
+    Raises:
+        ModelError: The model cannot be run layer by layer.
+        HookError: The model lacks a requested hook point.
+        MemoryPlanError: It does not fit.
     """
     files = _checked_files(config)
     prepare_measurement(config.model)
@@ -176,8 +186,17 @@ def _say_disk(estimated: Estimate, computed: str, tokens_path: Path) -> None:
 
 
 def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path) -> None:
-    """The load_model stage: load, try out, measure, and write `model.h5`. Raises ModelError,
-    MemoryPlanError.
+    """The load_model stage: load, try out, measure, and write `model.h5`.
+
+    Args:
+        config: The config of the stage.
+        estimate_path: Path of `estimate.h5`.
+        tokens_path: Path of `tokens.h5`.
+        output: Path of `model.h5`.
+
+    Raises:
+        ModelError: The model does not load, or not as its profile says.
+        MemoryPlanError: It does not fit.
     """
     from theloom.model.pruning import storages
 

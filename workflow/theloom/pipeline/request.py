@@ -26,7 +26,15 @@ class Request:
     assignments: tuple[Assignment, ...]
 
     def arguments(self) -> list[str]:
-        """The arguments of `--config` that request the same, and that every shell leaves alone."""
+        """The arguments of `--config` that request the same, and that every shell leaves alone.
+
+        Returns:
+            `key=value` words; none where nothing is requested.
+
+        Examples:
+            >>> Request("7b", ()).arguments()
+            ['profiles=7b']
+        """
         profiles = [] if self.profiles is None else [f"profiles={self.profiles}"]
         typed = [f"typed={words.encoded(self.assignments)}"] if self.assignments else []
         return profiles + typed
@@ -39,6 +47,9 @@ def read(config: Mapping[str, Any], typed: Sequence[str], is_module: bool = Fals
         config: Snakemake's config, which may come from a file too.
         typed: The arguments of `--config` as they were typed. They go before the config.
         is_module: Whether another workflow uses this one, whose config may hold keys of its own.
+
+    Returns:
+        The profiles, and the keys with their words.
 
     Raises:
         ConfigError: An argument is unknown or there twice, or its words are wrong.
@@ -86,6 +97,13 @@ def of_words(
         typed: `key=value` words.
         files: YAML files of keys, of which a later one wins; words go before all of them.
         text: What one text of words, `set`, has assigned.
+
+    Returns:
+        The profiles, and the keys with their words.
+
+    Examples:
+        >>> of_words("7b", ["report.title=a #1"]).assignments[0].values
+        ('a #1',)
 
     Raises:
         ConfigError: A word or a file is wrong.

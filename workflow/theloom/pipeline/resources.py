@@ -124,16 +124,29 @@ class Planner:
         self._read: dict[str, int] = {}  # by run: when the estimate that was read was written, ns
 
     def plan(self, run: Run) -> Run:
-        """`planned`, remembered for `renewed` where the closed form does not hold."""
+        """`planned`, remembered for `renewed` where the closed form does not hold.
+
+        Args:
+            run: The run, with the resources that its config names.
+
+        Returns:
+            The run with the resources of its jobs; None stands for what is not known yet.
+        """
         if _covered(to_config(run.config)) is None:
             self._open[run.name] = run.config["resources"]
             self._read[run.name] = self._written(run)
         return planned(run, self._results)
 
     def renewed(self, run: Run) -> Run | None:
-        """The planned run with other resources, None where no estimate came since the last plan.
+        """The planned run with other resources, once its estimate is there.
 
         A look at the file's time, so that Snakemake may call it for each resource of each job.
+
+        Args:
+            run: As `plan` gave it.
+
+        Returns:
+            The run; None where no estimate came since the last plan.
         """
         if run.name not in self._open or self._written(run) == self._read[run.name]:
             return None
@@ -143,7 +156,14 @@ class Planner:
         return replace(run, config=settings | {"resources": settings["resources"] | request})
 
     def waits(self, run: Run) -> bool:
-        """Whether the run's estimate is not made yet."""
+        """Whether the run's estimate is not made yet.
+
+        Args:
+            run: The run.
+
+        Returns:
+            True where there is no `estimate.h5`.
+        """
         return self._written(run) == 0
 
     def _written(self, run: Run) -> int:
@@ -167,7 +187,15 @@ def _started_shards(run: Run, results: Path) -> int | None:
 
 
 def own_estimate(run: Run, results: Path) -> Estimate | None:
-    """The run's `estimate.h5`, None where there is none or another config made it."""
+    """The run's `estimate.h5`.
+
+    Args:
+        run: The run.
+        results: The folder of all runs.
+
+    Returns:
+        What it holds; None where there is none, it cannot be read, or another config made it.
+    """
     path = results / run.name / "estimate.h5"
     try:
         with file_format.open_h5(path, "estimate") as file:
@@ -363,7 +391,14 @@ def _mb(size: float) -> int:
 
 
 def table(runs: dict[str, Run]) -> str:
-    """A sentence for each run: its shards, and what each of its jobs requests."""
+    """A sentence for each run: its shards, and what each of its jobs requests.
+
+    Args:
+        runs: Planned runs by name.
+
+    Returns:
+        The sentences, in lines of one text.
+    """
     return "\n".join(lines(_sentence(run)) for run in runs.values())
 
 

@@ -55,7 +55,14 @@ def wait_before_steps() -> bool:
 
 
 def wait_for_controller(seconds: float = _WAIT_FOR_CONTROLLER) -> bool:
-    """Wait until a controller answers, primary or backup; whether one did in time."""
+    """Wait until a controller answers, primary or backup.
+
+    Args:
+        seconds: How long at most.
+
+    Returns:
+        Whether one answered in time.
+    """
     end = time.monotonic() + seconds
     while not _answers():
         if time.monotonic() > end:

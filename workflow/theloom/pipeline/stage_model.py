@@ -17,8 +17,15 @@ def stage(config: Config, output: Path) -> None:
     """Have the files of a model, its tokenizer and a hub's data set here; write which they are to a
     JSON file.
 
-    The hub's own login is used (`hf auth login`, or HF_TOKEN), and never written. Raises
-    ModelError, CorpusError.
+    The hub's own login is used (`hf auth login`, or HF_TOKEN), and never written.
+
+    Args:
+        config: The config of the stage.
+        output: Path of the JSON file.
+
+    Raises:
+        ModelError: The model's files are missing or broken, or cannot be fetched.
+        CorpusError: The data set is missing or broken, or has no such split.
     """
     revision = files.fetch(config.model)
     if config.corpus.kind.name == "hub":

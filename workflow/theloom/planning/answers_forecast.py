@@ -46,6 +46,9 @@ def forecast_answers(
         prompt: Tokens of a prompt.
         new: Tokens of an answer.
 
+    Returns:
+        Bytes of the memory, answers that fit each GPU, and seconds and bytes of 1000 answers.
+
     Raises:
         TheLoomError: The target or the precision is unknown or unsupported.
     """
@@ -74,6 +77,13 @@ def forecast_answers(
 
 
 def as_json(found: AnswersForecast) -> dict[str, object]:
-    """The forecast as plain data."""
+    """The forecast as plain data.
+
+    Args:
+        found: The forecast.
+
+    Returns:
+        Numbers, texts and dicts by name, with the sums of the memory.
+    """
     total = {"allocated": found.memory.allocated, "total": found.memory.total}
     return asdict(found) | {"memory": asdict(found.memory) | total}

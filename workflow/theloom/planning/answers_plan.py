@@ -62,6 +62,14 @@ class AnswersSize:
             rows: How many.
             prompt: Tokens of the longest prompt.
             new: Tokens of the longest answer.
+
+        Returns:
+            Bytes beside the weights.
+
+        Examples:
+            >>> size = AnswersSize(0, cache_token=8, prefill_token=4, vocabulary=10, blocks=2)
+            >>> size.of(rows=2, prompt=3, new=1).kv_cache
+            96
         """
         cache = self.cache_token * (prompt + new)
         return PeakBytes(
@@ -74,7 +82,18 @@ class AnswersSize:
     def components(
         self, rows: int, prompt: int, new: int, device: str, capability: Capability = (8, 0)
     ) -> Components:
-        """All that sampling takes on a device: `cpu`, or the type of a GPU."""
+        """All that sampling takes on a device.
+
+        Args:
+            rows: Answers side by side.
+            prompt: Tokens of the longest prompt.
+            new: Tokens of the longest answer.
+            device: `cpu`, or the type of a GPU.
+            capability: Compute capability of the device.
+
+        Returns:
+            Bytes, the weights and the device's own overhead among them.
+        """
         return sizes.with_device_overhead(
             self.weights, self.of(rows, prompt, new), device, capability
         )
@@ -87,6 +106,9 @@ class AnswersSize:
             tokens: How many.
             rows: Answers side by side.
             device: `cpu`, or the type of a GPU.
+
+        Returns:
+            Seconds.
         """
         reading = self.weights / rows / READING.get(device, READING["cuda"])
         return tokens * (reading + CHOOSING * self.vocabulary)
@@ -103,6 +125,9 @@ def size_of(
         tied: Whether the LM head is the token embedding.
         longest: Tokens of the longest prompt.
         device: `cpu` or `cuda`.
+
+    Returns:
+        The bytes by what they are of.
 
     Raises:
         ModelError: The model's memory cannot be predicted.
@@ -149,6 +174,9 @@ def choose_rows(
         threshold: Share of it that may be in use.
         capability: Compute capability of the device.
 
+    Returns:
+        As many as requested, or as the stage takes at most, halved until they fit.
+
     Raises:
         MemoryPlanError: Not even one fits.
     """
@@ -167,18 +195,38 @@ def choose_rows(
 
 
 def longest_prompt(config: Config, context: int) -> int:
-    """Tokens of the longest prompt to which there is room for an answer."""
+    """Tokens of the longest prompt to which there is room for an answer.
+
+    Args:
+        config: The run's config.
+        context: Tokens of the longest window.
+
+    Returns:
+        Tokens, 1 or more.
+    """
     return max(1, context - config.answers.max_new_tokens)
 
 
 def write(file: h5py.File, found: dict[str, AnswersSize]) -> None:
-    """Write sizes by weight format into an open `estimate.h5`."""
+    """Write sizes into an open `estimate.h5`.
+
+    Args:
+        file: The open file.
+        found: Sizes by weight format.
+    """
     for kind, size in found.items():
         file.create_group(f"answers/{kind}").attrs.update(asdict(size))
 
 
 def read(file: h5py.File) -> dict[str, AnswersSize]:
-    """Read what `write` wrote; nothing where a run samples no answers."""
+    """Read what `write` wrote.
+
+    Args:
+        file: The open `estimate.h5`.
+
+    Returns:
+        Sizes by weight format; nothing where a run samples no answers.
+    """
     names = [f.name for f in fields(AnswersSize)]
     groups = file["answers"].items() if "answers" in file else ()
     return {k: AnswersSize(**{n: int(group.attrs[n]) for n in names}) for k, group in groups}

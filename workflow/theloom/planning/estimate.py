@@ -101,7 +101,14 @@ class Estimate:
     answers_seconds: dict[str, int] = field(default_factory=dict)  # of one job for all, at least
 
     def disk_bytes(self, store_precision: str) -> int | None:
-        """Bytes of all shards together; None if the number of rows is unknown."""
+        """Bytes of all shards together.
+
+        Args:
+            store_precision: of the stored rows: fp32, fp16 or bf16.
+
+        Returns:
+            Bytes; None if the number of rows is unknown.
+        """
         if self.rows is None:
             return None
         return self.rows * self.row_bytes[store_precision] + self.table_bytes
@@ -256,7 +263,17 @@ def _seconds_of_answers(
 
 
 def tied_head(config: Config) -> bool:
-    """Whether a model's LM head is its token embedding."""
+    """Whether a model's LM head is its token embedding.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        As the profile declares it, else as the model's own config does.
+
+    Raises:
+        ModelError: the model's own config cannot be read.
+    """
     declared = config.model.architecture
     if declared is not None:
         return bool(declared.tie_word_embeddings)

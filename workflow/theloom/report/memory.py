@@ -82,6 +82,9 @@ def measured_bytes(model: h5py.File) -> int:
 
     Args:
         model: an open `model.h5`.
+
+    Returns:
+        Bytes.
     """
     measured = model["memory/measured"].attrs
     if model.attrs["execution"] == "layerwise":

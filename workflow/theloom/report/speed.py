@@ -91,7 +91,14 @@ def shard_work(path: Path) -> ShardWork:
 
 
 def overall(works: Sequence[ShardWork]) -> tuple[float, float | None]:
-    """Seconds of the shards that were timed, and their tokens per second; None where none was."""
+    """The speed of all shards that were timed.
+
+    Args:
+        works: of the shards.
+
+    Returns:
+        Their seconds, and their tokens per second; None where none was timed.
+    """
     timed = [work for work in works if work.seconds]
     seconds = sum(work.seconds or 0.0 for work in timed)
     return seconds, sum(work.tokens for work in timed) / seconds if seconds else None

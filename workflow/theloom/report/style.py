@@ -58,7 +58,15 @@ class Table:
     rows: list[tuple[Any, ...]]
 
     def as_csv(self) -> str:
-        """Format as comma-separated values with a header."""
+        r"""Format as comma-separated values with a header.
+
+        Returns:
+            The text.
+
+        Examples:
+            >>> Table(("shard", "seconds"), [("a", 3)]).as_csv()
+            'shard,seconds\na,3\n'
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)
@@ -137,12 +145,26 @@ def in_lines(title: str, most: int) -> str:
 
 
 def bars(n: int) -> dict[str, Any]:
-    """Style of the bars of the n-th series."""
+    """Style of the bars of the n-th series.
+
+    Args:
+        n: from 0.
+
+    Returns:
+        Arguments of Matplotlib's `bar`.
+    """
     return {"color": COLOURS[n], "hatch": HATCHES[n], "edgecolor": "white"}
 
 
 def line(n: int) -> dict[str, Any]:
-    """Style of the line of the n-th series."""
+    """Style of the line of the n-th series.
+
+    Args:
+        n: from 0.
+
+    Returns:
+        Arguments of Matplotlib's `plot`.
+    """
     return {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": LINES[n]}
 
 
@@ -180,7 +202,18 @@ def save(drawn: Drawn, stem: Path) -> None:
 
 
 def lengths(values: Sequence[float | None]) -> list[float]:
-    """Lengths of bars: zero for None."""
+    """Lengths of bars.
+
+    Args:
+        values: of the bars; None: not known.
+
+    Returns:
+        The values, zero for None.
+
+    Examples:
+        >>> lengths([1, None])
+        [1.0, 0.0]
+    """
     return [0.0 if v is None else float(v) for v in values]
 
 

@@ -112,7 +112,11 @@ class Statistics:
         self._join(count, mean, (np.where(finite, values - mean, 0.0) ** 2).sum(axis=0))
 
     def join(self, other: "Statistics") -> None:
-        """Add the statistics of other rows, such as those of another shard."""
+        """Add the statistics of other rows, such as those of another shard.
+
+        Args:
+            other: of the same hook point.
+        """
         self._join(other.count, other.mean, other.m2)
         for name in ("rows", "norm_sum", "nonfinite", "infinite"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -126,11 +130,31 @@ class Statistics:
 
 
 def tile_rows(width: int) -> int:
-    """How many rows of `width` elements are reduced together."""
+    """How many rows are reduced together.
+
+    Args:
+        width: elements of a row.
+
+    Returns:
+        Rows, 1 or more.
+    """
     return min(max(1, _TILE // max(1, width)), _MOST_ROWS)
 
 
 def as_float32(bits: np.ndarray, precision: str) -> np.ndarray:
+    """Widen stored values.
+
+    Args:
+        bits: (…) as `file_format.bits_dtype` has them.
+        precision: of the store: fp32, fp16 or bf16.
+
+    Returns:
+        (…) of float32; a view of `bits` where that is possible.
+
+    Examples:
+        >>> as_float32(np.array([0x3F80, 0xC000], "<u2"), "bf16").tolist()
+        [1.0, -2.0]
+    """
     if precision == "bf16":
         wide = bits.astype("<u4")
         wide <<= 16
@@ -144,6 +168,9 @@ def empty_statistics(hook: str, width: int) -> Statistics:
     Args:
         hook: its name; scores of attention may be -inf.
         width: elements of a row.
+
+    Returns:
+        Statistics, to which `add` adds rows.
 
     Examples:
         >>> import numpy as np
@@ -161,7 +188,11 @@ _BY_HOOK = ("rows", "norm_sum", "nonfinite", "infinite")
 
 
 def bytes_of_element() -> int:
-    """Bytes of the statistics for one element of a row."""
+    """Bytes of the statistics for one element of a row.
+
+    Returns:
+        Bytes on disk.
+    """
     return 8 * len(_BY_ELEMENT)
 
 
@@ -181,7 +212,14 @@ def create_statistics(file: h5py.File, widths: Sequence[int]) -> None:
 
 
 def statistics_columns(of_hooks: Sequence[Statistics]) -> dict[str, np.ndarray]:
-    """The content of the datasets of `create_statistics`, by name."""
+    """The content of the datasets of `create_statistics`.
+
+    Args:
+        of_hooks: of each hook point, in the order of the file.
+
+    Returns:
+        Arrays of float64 by name of the dataset: (elements of all hook points,) or (hook points,).
+    """
     columns = {
         name: np.concatenate([getattr(s, name) for s in of_hooks] or [np.zeros(0)])
         for name in _BY_ELEMENT
@@ -201,6 +239,9 @@ def read_statistics(
         array: returns the content of a dataset by its name.
         hooks: names of the hook points, in the order of the file.
         widths: elements of a row, by hook point.
+
+    Returns:
+        Of each hook point, in the order of `hooks`.
 
     Raises:
         ValueError: the file has statistics of other rows.

@@ -57,13 +57,28 @@ def choose_windows(
 
 
 def whole_documents(acts: Activations, windows: Iterable[int]) -> list[int]:
-    """All windows of the documents of some windows, document by document in their order."""
+    """All windows of the documents of some windows.
+
+    Args:
+        acts: The run's activations.
+        windows: Numbers of windows.
+
+    Returns:
+        Numbers of windows, document by document in the order in which `windows` has them.
+    """
     documents = dict.fromkeys(int(acts.window_document[w]) for w in windows)
     return [int(w) for d in documents for w in np.flatnonzero(acts.window_document == d)]
 
 
 def windows_of_shards(acts: Activations) -> np.ndarray:
-    """The number of the window after the last one of each shard, (shards,)."""
+    """Where the windows of each shard end.
+
+    Args:
+        acts: The run's activations.
+
+    Returns:
+        The number of the window after the last one of each shard, (shards,).
+    """
     attributes = acts.attributes
     of_shard = "tokens" if "tokens" in attributes else "rows"
     sizes = attributes.by_shard(

@@ -120,7 +120,13 @@ class Comparison:
         self._rounding: dict[str, float] = {}
 
     def add(self, window: int, point: HookPoint, values: "torch.Tensor") -> None:
-        """Compare a window's values at one hook point to the stored rows."""
+        """Compare a window's values at one hook point to the stored rows.
+
+        Args:
+            window: number of the window.
+            point: the hook point.
+            values: (position, …), in the run's precision.
+        """
         unit = self._stored.of(window, point, values)
         if unit is None:
             return
@@ -136,8 +142,11 @@ class Comparison:
                 self._suspect.clear()
 
     def suspect(self) -> dict[int, list[HookPoint]]:
-        """Hook points above the tolerance, by window: those to compare to `finer`. Where rows are
-        pooled, all windows of a document.
+        """The hook points above the tolerance: those to compare to `finer`.
+
+        Returns:
+            Hook points by window; of all windows of a document where rows are pooled. None of them,
+            after a warning, where too many bytes of values differ.
         """
         if self._suspect_bytes > MAX_SUSPECT_BYTES:
             log.warning(
@@ -179,7 +188,11 @@ class Comparison:
             self._rounding[point.name] = max(self._rounding.get(point.name, 0.0), share)
 
     def result(self) -> Recomputation:
-        """The errors of all windows added so far."""
+        """The errors of all windows added so far.
+
+        Returns:
+            Errors by window and hook point, and the tolerance.
+        """
         pairs = {w: [by_name[p.name] for p in self._points] for w, by_name in self._errors.items()}
         results = [
             Recomputed(w, [e for e, _ in pair], [m for _, m in pair]) for w, pair in pairs.items()

@@ -128,7 +128,15 @@ def exact_model(
 
 
 def window_ids(acts: Activations, window: int) -> "torch.Tensor":
-    """Token ids of a window, (1, position)."""
+    """Token ids of a window.
+
+    Args:
+        acts: the run's activations.
+        window: number of the window.
+
+    Returns:
+        (1, position) of int64 on the CPU.
+    """
     import torch
 
     tokens = slice(*(int(t) for t in acts.window_tokens[window : window + 2]))
@@ -162,7 +170,12 @@ def _cosines(
 
 
 def write(fidelity: Fidelity, file: h5py.File) -> None:
-    """Write `fp32/` of an open verification.h5 and log one line per hook point."""
+    """Write `fp32/` of an open verification.h5 and log one line per hook point.
+
+    Args:
+        fidelity: the similarities, by window and hook point.
+        file: the open file.
+    """
     file["fp32/hooks"] = file_format.fixed_strings(fidelity.hooks)
     file["fp32/window"] = fidelity.windows
     file["fp32/cosine"] = fidelity.cosine

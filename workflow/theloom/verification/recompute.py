@@ -96,12 +96,29 @@ def recompute(
 
 
 def points_of(recorded: ModelRecord, acts: Activations) -> list[HookPoint]:
-    """The hook points of a run, as its model's record describes them."""
+    """The hook points of a run, as its model's record describes them.
+
+    Args:
+        recorded: what `model.h5` holds.
+        acts: the run's activations.
+
+    Returns:
+        In the order of the model.
+    """
     return [p for p in recorded.catalog.points if p.name in acts]
 
 
 def chosen(config: Config, acts: Activations, recorded: ModelRecord) -> list[int]:
-    """The windows that a run's verification recomputes, as `choose_windows` has them."""
+    """The windows that a run's verification recomputes, as `choose_windows` has them.
+
+    Args:
+        config: the run's config.
+        acts: the run's activations.
+        recorded: what `model.h5` holds.
+
+    Returns:
+        Numbers of windows.
+    """
     documents, seed = config.verify.documents, config.verify.seed
     return choose_windows(acts, documents, seed, recorded.notable_lengths)
 

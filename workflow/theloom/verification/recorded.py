@@ -36,6 +36,9 @@ def read(path: Path) -> Recorded:
     Args:
         path: of it.
 
+    Returns:
+        Counts of windows and documents, and errors by hook point.
+
     Raises:
         StoreError: it is missing, or of another format.
     """

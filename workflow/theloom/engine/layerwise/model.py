@@ -193,7 +193,7 @@ class LayerwiseModel:
         of it at once.
 
         Returns:
-            What the model was seen to do; its error against its own hidden states is NaN.
+            What the model was seen to do; `states_error` is NaN.
 
         Raises:
             ModelError: A row depends on what else is in the batch.
@@ -337,7 +337,7 @@ def measure_sweep(
     Args:
         model: The open model.
         planned: The plan, whose largest pass is run.
-        points: The hook points of the run, of whose blocks the weights count.
+        points: The hook points of the run; the sweep reads the last block's output instead.
         before: Bytes that this process held before the model was opened, from where growth counts
             on the CPU; None: from the start of the sweep.
 

@@ -21,6 +21,18 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
     """The Auto class that builds a config's model, without a head where there is one.
 
     A folder's own code may have the model with a head alone, and is taken with it.
+
+    Args:
+        model_config: of the model.
+        trust_remote_code: whether code of the model's folder may run.
+
+    Returns:
+        A class of transformers, such as `AutoModel`.
+
+    Examples:
+        >>> from transformers import GPT2Config
+        >>> auto_class(GPT2Config()).__name__
+        'AutoModel'
     """
     import transformers
 
@@ -35,8 +47,19 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
 
 
 def has_own_code(model_config: "PretrainedConfig", trust_remote_code: bool) -> list[str]:
-    """The Auto classes for which code of the model's folder is run; none where the class is that of
-    transformers.
+    """The Auto classes for which code of the model's folder is run.
+
+    Args:
+        model_config: of the model.
+        trust_remote_code: whether that code may run.
+
+    Returns:
+        Names of Auto classes; none where the class is that of transformers.
+
+    Examples:
+        >>> from transformers import GPT2Config
+        >>> has_own_code(GPT2Config(), trust_remote_code=True)
+        []
     """
     own = own_model_code({"auto_map": getattr(model_config, "auto_map", None)})
     return [name for name in own if name != "AutoConfig"] if trust_remote_code else []
@@ -69,7 +92,18 @@ def _decoder_alone(model_config: "PretrainedConfig") -> Any:
 
 
 def causal_class(model_config: "PretrainedConfig", model: ModelConfig) -> Any:
-    """The Auto class of the model that writes text. Raises ModelError where it writes none."""
+    """The Auto class of the model that writes text.
+
+    Args:
+        model_config: of the model.
+        model: the `model` settings.
+
+    Returns:
+        `AutoModelForCausalLM`.
+
+    Raises:
+        ModelError: the model writes no text.
+    """
     from transformers import AutoModelForCausalLM
 
     own = has_own_code(model_config, model.trust_remote_code)
@@ -84,7 +118,22 @@ def causal_class(model_config: "PretrainedConfig", model: ModelConfig) -> Any:
 
 
 def model_class(model_config: "PretrainedConfig") -> Any:
-    """The class of transformers for a config, without a head where it has one."""
+    """The class of transformers for a config, without a head where it has one.
+
+    Args:
+        model_config: of the model.
+
+    Returns:
+        A class of `PreTrainedModel`; where transformers has several, that which the config names.
+
+    Raises:
+        ModelError: transformers has none.
+
+    Examples:
+        >>> from transformers import GPT2Config
+        >>> model_class(GPT2Config()).__name__
+        'GPT2Model'
+    """
     from transformers import AutoModel
 
     for alone in (_encoder_alone(model_config), _decoder_alone(model_config)):
@@ -105,6 +154,10 @@ def model_class(model_config: "PretrainedConfig") -> Any:
 def tied_heads(model_config: "PretrainedConfig", stored: Collection[str]) -> dict[str, str]:
     """Weights of a head that stand for those of the model that they are tied to, where the files
     have the head's alone.
+
+    Args:
+        model_config: of the model.
+        stored: keys of the tensors in its files.
 
     Returns:
         Patterns of keys and what to call them, as `key_mapping` of `from_pretrained` takes them.

@@ -32,7 +32,18 @@ class StoredTensor(NamedTuple):
 
 
 def read_json(file: Path, what: str = "model.source") -> dict[str, Any]:
-    """The object in a JSON file of a model. Raises ModelError, whose message begins with `what`."""
+    """The object in a JSON file of a model.
+
+    Args:
+        file: its path.
+        what: how the message of an error begins.
+
+    Returns:
+        The values by key.
+
+    Raises:
+        ModelError: the file cannot be read, is no JSON, or holds no object.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -45,7 +56,11 @@ def read_json(file: Path, what: str = "model.source") -> dict[str, Any]:
 
 
 def check_description(folder: Path, config: ModelConfig) -> None:
-    """The parts of a folder that say which model it is.
+    """Check the parts of a folder that say which model it is.
+
+    Args:
+        folder: of the model.
+        config: the `model` settings.
 
     Raises:
         ModelError: `config.json` is broken; or an adapter, a quantisation or code of the folder's
@@ -85,7 +100,15 @@ def check_description(folder: Path, config: ModelConfig) -> None:
 
 
 def check_tokenizer(folder: Path, config: ModelConfig) -> None:
-    """The tokenizer of a folder is code of transformers, or may run. Raises ModelError."""
+    """Check that the tokenizer of a folder is code of transformers, or may run.
+
+    Args:
+        folder: of the tokenizer.
+        config: the `model` settings.
+
+    Raises:
+        ModelError: it is code of its own, and the settings do not say what to do with it.
+    """
     key = "model.tokenizer" if config.tokenizer else "model.source"
     where = f"{key}: {config.tokenizer or config.source}"
     files = [folder / "tokenizer_config.json", folder / "config.json"]
@@ -102,6 +125,12 @@ def check_tokenizer(folder: Path, config: ModelConfig) -> None:
 def own_model_code(described: Mapping[str, Any]) -> dict[str, str]:
     """The folder's own classes of the config and the model, by the Auto class that they stand for.
 
+    Args:
+        described: the content of `config.json`.
+
+    Returns:
+        Auto classes, and the folder's classes in place of them.
+
     Examples:
         >>> own_model_code({"auto_map": {"AutoModel": "own.Own", "AutoTokenizer": "own.Tok"}})
         {'AutoModel': 'own.Own'}
@@ -114,7 +143,17 @@ def own_model_code(described: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_own_code(own: Mapping[str, str], config: ModelConfig, where: str, what: str) -> None:
-    """Code that a folder brings along runs, or is left out on request. Raises ModelError."""
+    """Check that code that a folder brings along may run, or is left out on request.
+
+    Args:
+        own: the folder's own classes, by the Auto class that they stand for.
+        config: the `model` settings.
+        where: how the message of an error begins: the setting and its value.
+        what: what the code is of, such as `the model`.
+
+    Raises:
+        ModelError: the settings ask for both, or there is such code and they ask for neither.
+    """
     if config.trust_remote_code and config.ignore_own_code:
         raise ModelError(
             "model.trust_remote_code runs a folder's own code, and model.ignore_own_code leaves it "
@@ -135,7 +174,14 @@ def _auto_map(described: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def weight_files(folder: Path, config: ModelConfig) -> list[Path]:
-    """The files whose weights transformers loads; none where it finds none.
+    """The files whose weights transformers loads.
+
+    Args:
+        folder: of the model.
+        config: the `model` settings.
+
+    Returns:
+        Paths; none where transformers finds none.
 
     Raises:
         ModelError: the index is broken, or a file that it names is missing.
@@ -167,9 +213,17 @@ def _shards(index: Path, where: str) -> list[Path]:
 
 
 def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """Every tensor of the safetensors that transformers loads, by its key; none of other files.
+    """The tensors of the safetensors that transformers loads. Reads the headers alone.
 
-    Reads the headers alone. Raises ModelError for a file that is broken.
+    Args:
+        folder: of the model.
+        config: the `model` settings.
+
+    Returns:
+        Type and shape of each, by its key; none of other files.
+
+    Raises:
+        ModelError: a file is broken.
     """
     where, found = f"model.source: {config.source}", {}
     for file in weight_files(folder, config):
@@ -181,7 +235,14 @@ def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]
 
 
 def until_changed(read: Callable[[Path, str], _Read]) -> Callable[[Path, str], _Read]:
-    """Keep what a function finds in a file as long as the file has the same size and time."""
+    """Keep what a function finds in a file as long as the file has the same size and time.
+
+    Args:
+        read: takes a file, and how the message of an error begins.
+
+    Returns:
+        A function of the same arguments, which calls `read` once for each state of a file.
+    """
 
     @cache
     def kept(file: Path, where: str, size: int, time: int) -> _Read:
@@ -197,8 +258,17 @@ def until_changed(read: Callable[[Path, str], _Read]) -> Callable[[Path, str], _
 
 @until_changed
 def safetensors_header(file: Path, where: str) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by key. Raises ModelError for one that is broken, which
-    begins with `where`.
+    """The tensors of a safetensors file, from its header alone.
+
+    Args:
+        file: its path.
+        where: how the message of an error begins.
+
+    Returns:
+        Type and shape of each, by its key.
+
+    Raises:
+        ModelError: the file is broken.
     """
     from safetensors import SafetensorError, safe_open
 

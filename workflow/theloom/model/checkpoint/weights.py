@@ -40,7 +40,14 @@ _CHANGES = re.compile(
 
 
 def tensors_in(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """Every tensor of the files that transformers loads, by its key, without its bytes.
+    """The tensors of the files that transformers loads, without their bytes.
+
+    Args:
+        folder: of the model.
+        config: the `model` settings.
+
+    Returns:
+        Type and shape of each, by its key.
 
     Raises:
         ModelError: a file is broken.
@@ -74,6 +81,11 @@ def check_stored(model_config: "PretrainedConfig", folder: Path, config: ModelCo
     """Load a model without bytes, by the headers of its files alone, and check it as a loaded one.
 
     A folder's own code and quantised weights are checked when they are loaded.
+
+    Args:
+        model_config: of the model.
+        folder: of the model.
+        config: the `model` settings.
 
     Raises:
         ModelError: a file is broken; or weights are missing, left over, or of another shape or type
