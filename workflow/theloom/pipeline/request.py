@@ -101,12 +101,12 @@ def of_words(
     Returns:
         The profiles, and the keys with their words.
 
+    Raises:
+        ConfigError: A word or a file is wrong.
+
     Examples:
         >>> of_words("7b", ["report.title=a #1"]).assignments[0].values
         ('a #1',)
-
-    Raises:
-        ConfigError: A word or a file is wrong.
     """
     sources = [*map(overrides_file.read, files), text, words.from_words(typed)]
     return Request(profiles, tuple(words.merged(*sources)))
