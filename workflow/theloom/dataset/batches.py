@@ -8,7 +8,7 @@ block_rows / rows. A larger buffer, or smaller blocks, mix better.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,34 @@ BLOCK_ROWS = 128
 BUFFER_ROWS = 1 << 14
 
 _OF_RUN = ("model_source", "corpus", "run_fingerprint")  # attributes that tell where rows are from
+
+
+def process(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Tell which of how many processes this one is.
+
+    Args:
+        rank: its number; None: that of torch.distributed, else 0.
+        world_size: how many there are; None: as many as torch.distributed has, else 1.
+
+    Returns:
+        Both.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if rank is None:
+        rank = torch.distributed.get_rank() if distributed else 0
+    return rank, world_size or (torch.distributed.get_world_size() if distributed else 1)
+
+
+def passes(epochs: int | None) -> Iterable[int]:
+    """Count passes over rows.
+
+    Args:
+        epochs: how many; None: without end.
+
+    Returns:
+        Their numbers, from 0.
+    """
+    return itertools.count() if epochs is None else range(epochs)
 
 
 class RowSource(Protocol):
@@ -105,9 +133,7 @@ class RowBatches(IterableDataset[Batch]):
         self._activations = activations
         # looked up here, so that an unknown name is an error at once
         self._rows = [activations.rows_of(name) for name in self.names]
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = rank if rank is not None else torch.distributed.get_rank() if distributed else 0
-        self.world_size = world_size or (torch.distributed.get_world_size() if distributed else 1)
+        self.rank, self.world_size = process(rank, world_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the order of the next pass.
@@ -238,7 +264,7 @@ class BatchIterator(Iterator[Batch]):
 
     def _passes(self) -> Iterator[Batch]:
         first = self._rows.epoch
-        for epoch in itertools.count() if self._epochs is None else range(self._epochs):
+        for epoch in passes(self._epochs):
             self._rows.set_epoch(first + epoch)
             number = 0
             for batch in self._rows:

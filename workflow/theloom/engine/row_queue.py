@@ -17,7 +17,7 @@ import numpy as np
 from theloom.errors import StoreError
 from theloom.hooks.points import SCORES, HookPoint
 from theloom.store.file_format import METRICS
-from theloom.store.nonfinite import token_of
+from theloom.store.nonfinite import refusal, token_of
 from theloom.store.shard_file import ShardSpec
 from theloom.store.writer import with_all_keys
 
@@ -142,7 +142,7 @@ class ShardRows:
         self._beyond = dict.fromkeys(self._points, 0)  # values that overflow fp16
 
     def __enter__(self) -> Self:
-        self._parts = {name: [] for name in self._points}  # a batch that failed comes again
+        self._next_batch()  # one that failed comes again
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -190,13 +190,16 @@ class ShardRows:
                 continue
             hooks[name] = torch.cat([rows for _, _, rows in parts])
             self._check_finite(self._points[name], hooks[name], number)
-        self.__enter__()
+        self._next_batch()
         if len(number):
             self._queue.put(RowBlock(self._spec.tokens.first_row + number, hooks, self._of(number)))
         self.batches_done += 1
 
     def finish(self) -> None:
         """All batches are done."""
+
+    def _next_batch(self) -> None:
+        self._parts = {name: [] for name in self._points}
 
     def _numbers(self, windows: Sequence[int]) -> np.ndarray:
         """The rows of windows in the shard, (rows,)."""
@@ -233,25 +236,10 @@ class ShardRows:
         if not count:
             return
         spec = self._spec
-        first = int(wrong.flatten(1).any(dim=1).int().argmax())
-        place = f"{float(rows[first][wrong[first]][0]):g} at {token_of(spec.tokens, number[first])}"
-        if spec.allow_nonfinite:
-            log.warning("%s: %d values are not finite; first: %s", point.name, count, place)
-            return
         beyond = int((wrong & ~rows.isnan()).sum()) if spec.precision == "fp16" else 0
         self._beyond[point.name] += beyond
-        values = spec.rows * point.width(spec.keys)
-        if self._beyond[point.name] > spec.max_overflow * values:
-            raise StoreError(
-                f"{point.name}: at least {self._beyond[point.name]} of {values} values are beyond "
-                f"fp16's 65,504 and so infinite, more than store.max_overflow="
-                f"{spec.max_overflow:g} of them; first: {place}; set store.dtype=bf16 or fp32, or "
-                "raise store.max_overflow"
-            )
-        if count > beyond:
-            raise StoreError(
-                f"{point.name} is not finite: {place}; the weights or the precision give that "
-                "(memory.precision_mode=bf16 and fp32 have more range than fp16); "
-                "store.allow_nonfinite=true keeps such values"
-            )
-        log.warning("%s: %d values overflow fp16; first: %s", point.name, beyond, place)
+        first = int(wrong.flatten(1).any(dim=1).int().argmax())
+        place = f"{float(rows[first][wrong[first]][0]):g} at {token_of(spec.tokens, number[first])}"
+        if words := refusal(spec, point, self._beyond[point.name], count - beyond, lambda: place):
+            raise StoreError(words)
+        log.warning("%s: %d values are not finite; first: %s", point.name, count, place)

@@ -7,6 +7,7 @@ another meaning, is refused with the reason.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -50,7 +51,7 @@ from theloom.hooks.points import (
     HookPoint,
     point,
 )
-from theloom.hooks.routers import router_sites
+from theloom.hooks.routers import declared_routers, router_sites
 from theloom.hooks.sites import Norm, Site, by_head, columns, grouped, whole
 
 
@@ -116,8 +117,9 @@ def _find(architecture: Architecture) -> Anatomy:
     flow = Flow(architecture)
     organs: list[tuple[int, str, Site | str]] = []
     organs += [(-1, value, where) for value, where in _before(architecture, flow).items()]
+    declared = declared_routers(architecture.model)
     for number, block in enumerate(architecture.loaded):
-        sites = _Block(block, flow).sites(architecture.model)
+        sites = _Block(block, flow).sites(declared)
         organs += [(number, value, sites[value]) for value in IN_BLOCK]
     norm = flow.norm_of(flow.output(architecture.blocks[-1]), outside=True)
     if norm is not None:
@@ -201,7 +203,7 @@ class _Block:
             self._ln1 = flow.norm_to(flow.input(find_core(self._attention)), block)
         self._ln2 = flow.norm_to(self._before_mlp, block)
 
-    def sites(self, model: nn.Module) -> dict[str, Site | str]:
+    def sites(self, declared: Sequence[Any]) -> dict[str, Site | str]:
         block, attn, mlp = self._block, self._attention, self._mlp
         found: dict[str, Site | str] = dict.fromkeys(IN_BLOCK, "")
         found["hook_resid_pre"] = Site(block, "input")
@@ -216,7 +218,7 @@ class _Block:
             attn, leaf(attn, ATTENTION_OUTPUT), "this block has no attention"
         )
         found |= self._neurons()
-        found |= self._router(model)
+        found |= self._router(declared)
         last = self._last_linear()
         found["hook_mlp_out"] = self._out(mlp, last, "its MLP is not one that TheLoom knows")
         if mlp is None and isinstance(last, nn.Module):
@@ -377,10 +379,10 @@ class _Block:
             )
         return dict.fromkeys(names, "its MLP is not one that TheLoom knows")
 
-    def _router(self, model: nn.Module) -> dict[str, Site | str]:
+    def _router(self, declared: Sequence[Any]) -> dict[str, Site | str]:
         if not any(re.search("expert|moe|router", name) for name, _ in self._block.named_modules()):
             return dict.fromkeys(ROUTER, NO_EXPERTS)
-        return router_sites(model, self._block, self._attention, self._flow.several)
+        return router_sites(declared, self._block, self._attention, self._flow.several)
 
     def _last_linear(self) -> nn.Module | None:
         home = self._mlp if self._mlp is not None else self._block

@@ -5,6 +5,7 @@ that output the logits are. What else the module returns is known by its shape: 
 integers, a row of k for each token, and their scores are floats of the same shape.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def declared_routers(model: nn.Module) -> list[Any]:
 
 
 def router_sites(
-    model: nn.Module,
+    declared: Sequence[Any],
     block: nn.Module,
     attention: nn.Module | None,
     outputs: dict[nn.Module, list[torch.Tensor | None]],
@@ -42,7 +43,7 @@ def router_sites(
     """Where a block has the values of its router, or why it has not.
 
     Args:
-        model: The whole model.
+        declared: What `declared_routers` gave for the whole model.
         block: One of its blocks.
         attention: Its attention, whose own router (JetMoE) is not that of the MLP.
         outputs: What modules gave that give more than one tensor, in a pass over three tokens.
@@ -52,12 +53,12 @@ def router_sites(
     """
     outside = set() if attention is None else set(attention.modules())
     routers = [
-        (module, declared.index)
-        for declared in declared_routers(model)
+        (module, one.index)
+        for one in declared
         for name, module in block.named_modules()
-        if isinstance(module, declared.target_class)
+        if isinstance(module, one.target_class)
         and module not in outside
-        and (declared.layer_name or "") in f"mlp.{name}"
+        and (one.layer_name or "") in f"mlp.{name}"
         and module in outputs
     ]
     if len(routers) != 1:

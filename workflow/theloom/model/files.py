@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -425,9 +425,7 @@ def files_fingerprint(files: ModelFiles) -> str:
     Returns:
         32 hex digits.
     """
-    state = xxhash.xxh3_128()
-    for file in files.weight_files():
-        state.update(f"{file.name} {content_hash(file)}\n".encode())
+    state = _hashed(files.weight_files())
     for adapter in files.adapters:
         state.update(f"adapter {adapter_hash(adapter)}\n".encode())
     return state.hexdigest()
@@ -442,10 +440,14 @@ def adapter_hash(adapter: AdapterFiles) -> str:
     Returns:
         32 hex digits.
     """
+    return _hashed(adapter.files).hexdigest()
+
+
+def _hashed(files: Iterable[Path]) -> xxhash.xxh3_128:
     state = xxhash.xxh3_128()
-    for file in adapter.files:
+    for file in files:
         state.update(f"{file.name} {content_hash(file)}\n".encode())
-    return state.hexdigest()
+    return state
 
 
 def files_signature(files: ModelFiles) -> str:

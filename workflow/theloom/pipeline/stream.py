@@ -7,7 +7,6 @@ queue. Rows are those of the run's `activations.h5`, since the plan, and so ever
 is the same.
 """
 
-import itertools
 import logging
 import multiprocessing
 import multiprocessing.context
@@ -29,7 +28,7 @@ from theloom.config import frozen, locations
 from theloom.config.compose import Run, runs
 from theloom.config.values import Assignment
 from theloom.corpus import tokens
-from theloom.dataset.batches import Batch
+from theloom.dataset.batches import Batch, passes, process
 from theloom.dataset.reader import TABLES
 from theloom.devices import gpu, host
 from theloom.devices.peak_memory import MemoryWatch
@@ -192,9 +191,7 @@ class RowStream(IterableDataset[Batch]):
 
     def _share(self, rank: int | None, world_size: int | None) -> None:
         """The shards of this process."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = rank if rank is not None else torch.distributed.get_rank() if distributed else 0
-        self.world_size = world_size or (torch.distributed.get_world_size() if distributed else 1)
+        self.rank, self.world_size = process(rank, world_size)
         if self.world_size > len(self._plans):
             raise ConfigError(
                 f"stream: {self.world_size} processes share the shards, and there are "
@@ -234,7 +231,7 @@ class RowStream(IterableDataset[Batch]):
         )
         thread.start()
         try:
-            for epoch in itertools.count() if self.epochs is None else range(self.epochs):
+            for epoch in passes(self.epochs):
                 random = np.random.default_rng([self.seed, epoch, self.rank, number])
                 blocks = map(self._columns, iter(queue.get, None))
                 for batch in mixed(blocks, self.batch_size, self.shuffle_buffer, random):
@@ -285,8 +282,11 @@ class RowStream(IterableDataset[Batch]):
     def _jobs(self, first: ShardJob) -> Iterator[ShardJob]:
         """All shards, read one after the other."""
         for number in range(first.run.config.extraction.shards or 1):
-            shard = tokens.read_job(self._folder / "tokens.h5", number).shard
-            yield replace(first, number=number, tokens=shard)
+            yield self._job(first, number)
+
+    def _job(self, first: ShardJob, number: int) -> ShardJob:
+        shard = tokens.read_job(self._folder / "tokens.h5", number).shard
+        return replace(first, number=number, tokens=shard)
 
     def _extract(self, queue: RowQueue, worker: int, workers: int) -> None:
         job = self._first_job()
@@ -296,7 +296,7 @@ class RowStream(IterableDataset[Batch]):
         watch = MemoryWatch(run.device)
         loaded = model_record.load_again(run.config, run.record, run.points, run.target)
         try:
-            for epoch in itertools.count() if self.epochs is None else range(self.epochs):
+            for epoch in passes(self.epochs):
                 self._extract_epoch(job, loaded, queue, (worker, workers), epoch, watch)
                 queue.put(None)
         finally:
@@ -320,8 +320,7 @@ class RowStream(IterableDataset[Batch]):
             shards = shards[worker::workers]
         for number in shards.tolist():
             queue.check()
-            shard = tokens.read_job(self._folder / "tokens.h5", number).shard
-            job = replace(first, number=number, tokens=shard)
+            job = self._job(first, number)
             planned = self._plans[number]
             batches = batches_of(job, planned.plan)
             if self.shuffle_buffer and not self._pooled:

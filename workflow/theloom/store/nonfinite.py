@@ -6,7 +6,8 @@ share. Any other value that is not finite is the model's own: it ends the job, u
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -72,28 +73,51 @@ def check_finite(
         found = counted[point.name]
         beyond = found.infinite if spec.precision == "fp16" else 0
         values = spec.rows * point.width(spec.keys)
-        if beyond > spec.max_overflow * values and not spec.allow_nonfinite:
-            raise StoreError(
-                f"{file}: {beyond} of {values} values of {point.name} are beyond fp16's 65,504 "
-                f"and so infinite, more than store.max_overflow={spec.max_overflow:g} of them; set "
-                "store.dtype=bf16 or fp32, or raise store.max_overflow"
-            )
-        own = found.nonfinite - beyond
-        if own and not spec.allow_nonfinite:
-            raise StoreError(
-                f"{file}: {point.name} is not finite: {first_of(spec, point, fd, offsets)}; the "
-                "weights or the precision give that (memory.precision_mode=bf16 and fp32 have more "
-                "range than fp16); store.allow_nonfinite=true keeps such values"
-            )
+        first = partial(first_of, spec, point, fd, offsets)
+        if words := refusal(spec, point, beyond, found.nonfinite - beyond, first):
+            raise StoreError(f"{file}: {words}")
         if last and found.nonfinite:
             log.warning(
                 "%s: %d of %d values are not finite; first: %s%s",
                 point.name,
                 found.nonfinite,
                 values,
-                first_of(spec, point, fd, offsets),
+                first(),
                 f"; {beyond} of them are infinite in fp16" if beyond else "",
             )
+
+
+def refusal(
+    spec: ShardSpec, point: HookPoint, beyond: int, own: int, first: Callable[[], str]
+) -> str | None:
+    """Say why values of a hook point end the job.
+
+    Args:
+        spec: What the shard holds.
+        point: The hook point.
+        beyond: How many of its values are infinite since they are beyond fp16.
+        own: How many others are not finite.
+        first: Gives the first of them in words.
+
+    Returns:
+        The reason, and what to do; None where the spec allows them.
+    """
+    if spec.allow_nonfinite:
+        return None
+    values = spec.rows * point.width(spec.keys)
+    if beyond > spec.max_overflow * values:
+        return (
+            f"{beyond} of {values} values of {point.name} are beyond fp16's 65,504 "
+            f"and so infinite, more than store.max_overflow={spec.max_overflow:g} of them; set "
+            "store.dtype=bf16 or fp32, or raise store.max_overflow"
+        )
+    if own:
+        return (
+            f"{point.name} is not finite: {first()}; the "
+            "weights or the precision give that (memory.precision_mode=bf16 and fp32 have more "
+            "range than fp16); store.allow_nonfinite=true keeps such values"
+        )
+    return None
 
 
 def first_of(spec: ShardSpec, point: HookPoint, fd: int, offsets: Mapping[str, int]) -> str:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from theloom.devices.accelerator import is_out_of_memory
 from theloom.errors import ModelError
-from theloom.hooks.failures import MODEL_ERRORS
+from theloom.hooks.failures import MODEL_ERRORS, why
 from theloom.model.adapters.files import KEY, WEIGHTS, AdapterFiles
 from theloom.model.checkpoint.classes import auto_class
 
@@ -105,9 +106,9 @@ class MergedAdapters:
                 try:
                     step.apply()
                 except _OF_PEFT as error:
-                    if "memory" in str(error):
+                    if is_out_of_memory(error):
                         raise
-                    raise ModelError(f"{KEY}: cannot be merged: {_words(error)}") from None
+                    raise ModelError(f"{KEY}: cannot be merged: {why(error)}") from None
 
 
 def read_adapters(
@@ -134,10 +135,10 @@ def read_adapters(
             with _quiet(), _unchanged(model):
                 steps, ignored = _steps(model, files, tensors, left_out, where)
         except _OF_PEFT as error:
-            if "memory" in str(error):
+            if is_out_of_memory(error):
                 raise
             raise ModelError(
-                f"{where} does not fit {type(model).__name__}: {_words(error)}; give the adapter "
+                f"{where} does not fit {type(model).__name__}: {why(error)}; give the adapter "
                 f"of this model{f' (it is of {files.base})' if files.base else ''}"
             ) from None
         merged.steps += steps
@@ -181,7 +182,7 @@ def _tensors(files: AdapterFiles, where: str) -> dict[str, torch.Tensor]:
         else:
             tensors = torch.load(files.weights, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever readers raise at a file is a fault of its bytes
-        raise ModelError(f"{where}: {files.weights.name} cannot be read: {_words(error)}") from None
+        raise ModelError(f"{where}: {files.weights.name} cannot be read: {why(error)}") from None
     if not tensors:
         raise ModelError(f"{where}: {files.weights.name} holds no tensors; train or fetch it again")
     for key, tensor in tensors.items():
@@ -393,8 +394,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _words(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:400]
