@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import preloading
 import torch
 from corpus_support import byte_tokenizer
 from theloom.answers import gather
@@ -334,11 +335,13 @@ class Project:
         return [*base, *arguments, *config_arguments]
 
     def snakemake(
-        self, *arguments: str, profiles: str = "", overrides: str = ""
+        self, *arguments: str, profiles: str = "", overrides: str = "", preloaded: bool = True
     ) -> subprocess.CompletedProcess[str]:
+        """Run it to its end; without `preloaded`, every job imports its libraries itself."""
         return subprocess.run(
             self.command(*arguments, profiles=profiles, overrides=overrides),
             cwd=self.folder,
+            env=preloading.environment() if preloaded else None,
             capture_output=True,
             text=True,
             timeout=900,
@@ -367,7 +370,10 @@ def copy_project(folder: Path) -> Project:
         place = ROOT / name
         if place.is_dir():
             shutil.copytree(
-                place, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+                # with the bytecode, which is right for the same times; not what is being written
+                place,
+                folder / name,
+                ignore=shutil.ignore_patterns("*.pyc.*", "*.egg-info"),
             )
         else:
             shutil.copy(place, folder / name)

@@ -15,7 +15,7 @@ HOOKS = [f"blocks.{i}.hook_resid_post" for i in (5, 15, 29)]
 @pytest.fixture(scope="module")
 def default(tmp_path_factory):
     project = copy_project(tmp_path_factory.mktemp("default"))
-    done = project.snakemake()
+    done = project.snakemake(preloaded=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return project, done.stdout + done.stderr
 

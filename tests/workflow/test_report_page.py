@@ -5,6 +5,7 @@ visible, nothing wider than the window.
 import subprocess
 import sys
 
+import preloading
 import pytest
 from browser import CHROMIUM, Page
 from support import copy_project
@@ -33,7 +34,14 @@ def pages(tmp_path_factory, tiny_profile):
     project = copy_project(tmp_path_factory.mktemp("project"))
     tiny_profile(project)
     command = [sys.executable, "-m", "theloom.cli", "report", "tiny", "--set", REQUESTED]
-    done = subprocess.run(command, cwd=project.folder, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command,
+        cwd=project.folder,
+        env=preloading.environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     named = done.stdout.split("open in a browser:")[1].split()
     assert len(named) == 2

@@ -1,0 +1,189 @@
+"""A process that has imported what snakemake and the pipeline's jobs import, and forks for each of
+them: a job of a tiny model is five seconds of imports, and else a fraction of a second.
+
+Commands, scripts, their order, files and exit codes are the real ones, and each has a process and
+an environment of its own. Tests of the process itself (its memory, its end by a signal) and the
+default run start all as users do.
+"""
+
+import atexit
+import functools
+import gc
+import importlib
+import json
+import os
+import resource
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+FOLDER = Path(__file__).parent / "preload"
+sys.path.insert(0, str(FOLDER))
+from sitecustomize import LIMITS, sensitive  # noqa: E402
+
+_LIBRARIES = (
+    "h5py",
+    "hydra",
+    "matplotlib.pyplot",
+    "sklearn.linear_model",
+    "snakemake.cli",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation",
+    "torch.profiler",
+)
+
+
+@functools.cache
+def _server() -> str:
+    """The address of this process's server, which is started for the first job."""
+    folder = tempfile.mkdtemp(prefix="preload")
+    address = f"{folder}/socket"
+    locking = {"HDF5_USE_FILE_LOCKING": "FALSE"}  # as jobs set it before h5py
+    process = subprocess.Popen(
+        [sys.executable, __file__, address], env=_as_jobs() | locking, start_new_session=True
+    )
+    atexit.register(process.kill)
+    while not Path(address).exists():  # it listens a moment later, which connecting waits for
+        assert process.poll() is None
+        time.sleep(0.05)
+    return address
+
+
+def environment() -> dict[str, str]:
+    """The environment of a snakemake whose jobs find their libraries imported."""
+    path = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
+    return _as_jobs() | {"PRELOADED": _server(), "PYTHONPATH": path}
+
+
+def _as_jobs() -> dict[str, str]:
+    """The environment, with the settings of malloc that the pipeline makes."""
+    from theloom.devices import host  # which the server itself must not import: jobs do
+
+    environment = dict(os.environ)
+    host.reuse_freed_blocks(environment)
+    return environment
+
+
+class _Imported:
+    """Gives torch and transformers to the first import that asks for either: with the threads that
+    the job has set by then, as an import would.
+    """
+
+    def __init__(self) -> None:
+        roots = ("torch", "transformers")
+        self.modules = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in roots}
+        for name in self.modules:
+            del sys.modules[name]
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in ("torch", "transformers"):
+            return None
+        sys.meta_path.remove(self)
+        if threads := os.environ.get("OMP_NUM_THREADS"):
+            self.modules["torch"].set_num_threads(int(threads))
+        return ModuleSpec(name, self)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        sys.modules.update(self.modules)
+        module = self.modules[spec.name]
+        self.own_spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.own_spec
+
+
+def _run(job: dict[str, Any], streams: list[int], installed: list[str]) -> None:
+    """Be the job, in this process."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(job["folder"])
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    for number, limit in zip(LIMITS, job["limits"], strict=True):
+        resource.setrlimit(number, limit)
+    tempfile.tempdir = None
+    sys.meta_path.insert(0, _Imported())  # type: ignore[arg-type]
+    first, *others = job["arguments"]
+    in_module = first == "-m"
+    own = job["folder"] if in_module else str(Path(first).parent)
+    sys.path[:] = [own, *_requested_path(), *installed]
+    sys.argv[:] = others if in_module else [first]
+    if in_module:
+        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(first, run_name="__main__")
+
+
+def _requested_path() -> list[str]:
+    return [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+
+
+def _accept(connection: socket.socket, installed: list[str], read: dict[str, str]) -> None:
+    """Fork the job that a process hands over, and tell how it ends. Where that process ends
+    first, the job is killed, as the job's own process would have been.
+    """
+    connection.sendall(json.dumps(read).encode() + b"\n")
+    size, streams, _, _ = socket.recv_fds(connection, 8, 3)
+    if not size:  # it goes its own way
+        return
+    with connection.makefile("rb") as incoming:
+        job = json.loads(incoming.read(int.from_bytes(size, "big")))
+    process = os.fork()
+    if not process:
+        connection.close()
+        _run(job, streams, installed)
+        return
+    for stream in streams:
+        os.close(stream)
+    connection.sendall(f"{process}\n".encode())
+    ended = os.pidfd_open(process)
+    ready, _, _ = select.select([ended, connection], [], [])
+    if ended not in ready:
+        os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    with suppress(BrokenPipeError):
+        connection.sendall(f"{status}\n".encode())
+
+
+def _serve(address: str) -> None:
+    """Import the libraries once, and fork for each job."""
+    mine = {str(Path(__file__).parent), str(FOLDER), *_requested_path()}
+    installed = [folder for folder in sys.path if folder not in mine]
+    read = sensitive(dict(os.environ))  # some libraries add to it
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a job copies none of it
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(address)
+    listening.listen(64)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        connection, _ = listening.accept()
+        if not os.fork():
+            listening.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _accept(connection, installed, read)
+            return
+        connection.close()
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
