@@ -64,9 +64,11 @@ def _server() -> str:
     return address
 
 
-def environment() -> dict[str, str]:
-    """The environment of a snakemake whose jobs find their libraries imported."""
-    path = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
+def environment(*folders: Path) -> dict[str, str]:
+    """The environment of a snakemake whose jobs find their libraries imported, with more folders to
+    import from.
+    """
+    path = os.pathsep.join([*map(str, (FOLDER, *folders)), *_requested_path()])
     return _as_jobs() | {"PRELOADED": _server(), "PYTHONPATH": path}
 
 

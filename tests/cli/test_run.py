@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloading
 import pytest
 from support import ROOT
 from theloom.cli import main, project, run
@@ -25,7 +26,7 @@ def theloom(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=600,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "workflow")},
+        env=preloading.environment(ROOT / "workflow"),
     )
 
 

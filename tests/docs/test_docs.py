@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import preloading
 import pytest
 from support import ROOT, build_tiny, copy_project, stages
 from theloom.cli import main, run
@@ -182,6 +183,7 @@ def place_snakemake(place, arguments: list[str]) -> subprocess.CompletedProcess[
     return subprocess.run(
         [sys.executable, "-m", "snakemake", *dry],
         cwd=place.folder,
+        env=preloading.environment(),
         capture_output=True,
         text=True,
         timeout=300,

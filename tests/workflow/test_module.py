@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import preloading
 import pytest
 import theloom
 import yaml
@@ -24,6 +25,7 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
         cwd=folder,
+        env=preloading.environment(),
         capture_output=True,
         text=True,
         timeout=600,

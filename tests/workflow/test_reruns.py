@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import preloading
 import pytest
 import theloom
 from support import copy_project
@@ -104,7 +105,12 @@ def test_a_shard_that_is_deleted_is_made_anew(finished):
 def test_an_edit_during_a_run_changes_nothing_in_it(tiny):
     command = tiny.command(profiles="tiny", overrides="verify.jobs=2")
     running = subprocess.Popen(
-        command, cwd=tiny.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=tiny.folder,
+        env=preloading.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     begun = tiny.results("tiny") / "config/estimate.json"
     while not begun.exists() and running.poll() is None:
