@@ -88,7 +88,7 @@ def record_layerwise(
         if planned.plan.streamed and not may_stream(tried, planned.plan.longest):
             windows = tokens.window_lengths(tokens_path)
             planned = model.fit(estimated, points, windows, threshold, 0, streams=False)
-        measured = measure_sweep(model, planned, points, before)
+        measured = measure_sweep(model, planned, before)
         log.info(
             "a sweep over the largest batch: %s predicted, %s measured",
             terminal.format_bytes(measured.predicted),

@@ -8,6 +8,8 @@ import numpy as np
 
 from theloom.dataset import activations
 from theloom.dataset.activations import Activations
+from theloom.errors import StoreError
+from theloom.pairs.same_tokens import check_same_tokens
 from theloom.report import states, style
 from theloom.report.memory import measured_bytes
 from theloom.report.speed import overall, shard_work
@@ -134,9 +136,14 @@ def _quantised(acts: Activations) -> bool:
 
 def _same(reference: Activations, acts: Activations) -> bool:
     names = ("model_fingerprint", "corpus_hash", "rows")
-    return all(reference.attributes[n] == acts.attributes[n] for n in names) and bool(
-        np.array_equal(reference.input_ids.numpy(...), acts.input_ids.numpy(...))
-    )
+    if any(reference.attributes[n] != acts.attributes[n] for n in names):
+        return False
+    try:
+        check_same_tokens(reference, acts)
+    except StoreError as difference:
+        log.warning("%s", difference)
+        return False
+    return True
 
 
 def side_by_side(compared: list[Compared]) -> Drawn:

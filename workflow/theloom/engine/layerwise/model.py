@@ -328,7 +328,6 @@ class SweptPeak:
 def measure_sweep(
     model: LayerwiseModel,
     planned: LayerwisePlan,
-    points: Sequence[HookPoint],
     before: int | None = None,
 ) -> SweptPeak:
     """Sweep one largest batch of random tokens through the first blocks, and see by how much memory
@@ -336,8 +335,8 @@ def measure_sweep(
 
     Args:
         model: The open model.
-        planned: The plan, whose largest pass is run.
-        points: The hook points of the run; the sweep reads the last block's output instead.
+        planned: The plan, whose largest pass is run. The sweep reads the output of its last block
+            alone.
         before: Bytes that this process held before the model was opened, from where growth counts
             on the CPU; None: from the start of the sweep.
 
