@@ -43,12 +43,14 @@ MAPPINGS = {
     "image-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "encoder-decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "base": modeling_auto.MODEL_MAPPING_NAMES,  # those that none above has
 }
 TITLES = {
     "causal": "Causal language models",
     "image-text": "Models of images and text, on text alone",
     "masked": "Masked language models",
     "encoder-decoder": "Encoder-decoders",
+    "base": "Further base models",
 }
 SECONDS, BYTES = 300, 8 << 30
 # tokens of documents: one, two, and round the switches of tiny configs (8, 16, 24), in one pass and
@@ -64,7 +66,8 @@ RESULTS = ROOT / "results/architectures.json"
 class Row:
     """One architecture, and what came of its run.
 
-    `status` is right, refused, wrong, traceback, untried (it cannot be made tiny) or pending.
+    `status` is right, refused, wrong, traceback, untried (it cannot be made tiny), other (it takes
+    no token ids) or pending.
     """
 
     kind: str
@@ -83,11 +86,16 @@ class Row:
 
 
 def names(requested: Iterable[str] = ()) -> list[tuple[str, str, str]]:
-    """Kind, model type and class of the architectures to try, each class once."""
+    """Kind, model type and class of the architectures to try, each class once; base models where
+    none with a head is tried.
+    """
     found, seen = [], set()
     for kind, mapping in MAPPINGS.items():
-        for model_type, model_class in mapping.items():
+        for model_type, classes in mapping.items():
             wanted = {model_type, f"{kind}/{model_type}"}
+            model_class = classes[0] if kind == "base" and not isinstance(classes, str) else classes
+            if kind == "base" and model_type in {known for known, _ in seen}:
+                continue
             if isinstance(model_class, str) and (model_type, model_class) not in seen:
                 seen.add((model_type, model_class))
                 if not requested or wanted.intersection(requested):
@@ -102,7 +110,7 @@ def build(model_type: str, kind: str = "causal") -> PreTrainedModel:
     """
     torch.manual_seed(0)
     config = tiny_config(model_type)
-    model_class = getattr(transformers, MAPPINGS[kind][model_type])
+    model_class = _class_of(kind, model_type)
     if kind == "causal":
         if model_type.startswith("musicgen"):
             config = config.decoder  # its causal LM is made from this part alone
@@ -119,10 +127,24 @@ def build(model_type: str, kind: str = "causal") -> PreTrainedModel:
     return model.eval()
 
 
+def _class_of(kind: str, model_type: str) -> type[PreTrainedModel]:
+    name = MAPPINGS[kind][model_type]
+    found: type[PreTrainedModel] = getattr(transformers, name if isinstance(name, str) else name[0])
+    return found
+
+
+def takes_instead(model_class: type[PreTrainedModel]) -> str:
+    """What a model must be given where it takes no token ids; empty where it takes them."""
+    names = [name for name in signature(model_class.forward).parameters if name != "self"]
+    return "" if "input_ids" in names else next(iter(names), "nothing")
+
+
 def examine(kind: str, model_type: str, model_class: str, folder: Path) -> Row:
     """One architecture, from its config to its rows; in chunks where the model can be streamed."""
     row = Row(kind, model_type, model_class, "untried")
     try:
+        if other := takes_instead(_class_of(kind, model_type)):
+            return replace(row, status="other", reason=f"it takes {other}, no token ids")
         model = build(model_type, kind)
         model.save_pretrained(folder / "model")
         model = type(model).from_pretrained(folder / "model").eval()
