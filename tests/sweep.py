@@ -244,7 +244,9 @@ def _against_own_states(
     joined = max((_error(a, b) for a, b in zip(after, before[1:], strict=False)), default=0.0)
     as_inputs = max(_error(a, b) for a, b in zip(before, states, strict=False))
     as_outputs = max((_error(a, b) for a, b in zip(after[:-1], states, strict=False)), default=0.0)
-    end = min(_error(value, states[-1]) for value in [after[-1], *_normed(model, after[-1])])
+    normed = list(_normed(model, after[-1]))
+    ends = [after[-1], *normed, *(p for value in normed for p in _projected(model, value))]
+    end = min(_error(value, states[-1]) for value in ends)
     if end > LIMIT and _goes_on(model, ids, after[-1]):
         end = 0.0
     return as_outputs < as_inputs, max(joined, min(as_inputs, as_outputs), end)
@@ -266,6 +268,15 @@ def _normed(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tenso
                 continue
             if isinstance(normed, torch.Tensor):
                 yield normed
+
+
+def _projected(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What each linear of a model outside of its blocks makes of a value."""
+    for name, module in model.named_modules():
+        outside = isinstance(module, torch.nn.Linear) and not re.search(r"\.\d+\.", name)
+        if outside and module.in_features == value.shape[-1]:
+            with torch.inference_mode():
+                yield module(value)
 
 
 def _goes_on(model: PreTrainedModel, ids: torch.Tensor, value: torch.Tensor) -> bool:

@@ -154,7 +154,7 @@ def test_residues_from_fasta_are_those_of_plain_transformers(tmp_path, kind):
     assert at == len(acts)
 
 
-@pytest.mark.parametrize("kind", ["ESM-2", "ProtGPT2"])
+@pytest.mark.parametrize("kind", ["ESM-2"])
 def test_one_mean_a_sequence_is_that_of_its_residues(tmp_path, kind):
     model = made(kind, tmp_path)
     run = stages(tmp_path / "run", tmp_path / "model", overrides(tmp_path, "rows.pool=mean")).all()
