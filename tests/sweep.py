@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -171,7 +172,8 @@ def _run(row: Row, model: PreTrainedModel, folder: Path) -> Row:
         return replace(row, status="wrong", reason=_words(error))
     except TheLoomError as error:
         one_line = "\n" not in str(error)
-        return replace(row, status="refused" if one_line else "wrong", reason=str(error))
+        reason = str(error).replace(f"{folder.parent}/", "")
+        return replace(row, status="refused" if one_line else "wrong", reason=reason)
     except Exception as error:
         ours = [f for f in traceback.extract_tb(error.__traceback__) if "theloom" in f.filename]
         where = ", ".join(f"{Path(f.filename).name}:{f.lineno}" for f in ours[-3:])
@@ -341,30 +343,39 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
+QUIET = ("right", "refused", "untried", "other")
+
+
 def _report(row: Row) -> str:
     error = f" {row.error:.1e}" if row.error >= 0 else ""
-    status = row.status if row.status in ("right", "refused", "untried") else row.status.upper()
+    status = row.status if row.status in QUIET else row.status.upper()
     return f"{row.name}: {status}{error} {row.reason or row.not_streamed}"
 
 
 def page(rows: list[Row]) -> str:
     """The page of the docs."""
     count = Counter(row.status for row in rows)
+    types = Counter(_by_type(rows).values())
     shifted = ", ".join(f"`{r.model_type}`" for r in rows if r.shifted) or "none"
-    pending = f", and {count['pending']} were not run yet" if count["pending"] else ""
-    return f"""# Architectures
+    pending = f"; {types['pending']} were not run" if types["pending"] else ""
+    head = f"""# Architectures
 
-`make sweep` builds a tiny model with random weights from the config of every architecture that `transformers`
-{transformers.__version__} lists as a model of text, of images and text, or as an encoder-decoder. It saves each as a
+`make sweep` builds a tiny model with random weights from the config of every model type of `transformers`
+{transformers.__version__}: those of `MODEL_MAPPING`, with a head where it lists one for text. It saves each as a
 checkpoint and runs the stages `estimate_memory`, `load_model`, `tokenize_corpus`, `extract_activations`,
 `merge_shards` and `verify` on it, in FP32. Documents have {LENGTHS[0]} to {LENGTHS[-1]} tokens, in batches with others and in chunks of
 {CHUNK} tokens; sliding windows are of 8. Then all rows of every document are compared with plain `transformers`
 on that document alone.
 
-- Of {len(rows)} architectures {count["untried"]} cannot be made tiny{pending}.
+Of the {sum(types.values())} types of `MODEL_MAPPING`, **{types["right"]}** are taken in at least one of their classes, with the rows of plain
+`transformers`. {types["refused"]} are refused; {types["other"]} take no token ids but pixels, audio or series; {types["untried"]} cannot be made tiny{pending}.
+Taken, and wrong: {types["wrong"]}.
+
+The tables have {len(rows)} rows, one for each class:
+
 - **{count["right"]}** are right: `hook_resid_pre` and `hook_resid_post` of every block equal the model's own
-  `output_hidden_states`, to at most {LIMIT:g} of the largest value. The last entry is what the final norm, or what mixes
-  several streams into one, makes of the last block's output.
+  `output_hidden_states`, to at most {LIMIT:g} of the largest value. The last entry is what the final norm, a projection
+  behind it, or what mixes several streams into one, makes of the last block's output.
 - **{sum(r.streams for r in rows)}** of these give the same rows in chunks, through their KV cache. With the others a
   document longer than a chunk goes in one pass, for the reason in the table.
 - {count["refused"]} are refused, with one line.
@@ -372,7 +383,44 @@ on that document alone.
 
 `load_model` tries every model on a few tokens before a row is taken from it. Where a model's own hidden states are the
 outputs of its blocks, not the inputs, they are compared as such: {shifted}.
-""" + "".join(_table(kind, [r for r in rows if r.kind == kind]) for kind in MAPPINGS)  # noqa: E501
+"""  # noqa: E501
+    tables = [_table(kind, [r for r in rows if r.kind == kind]) for kind in MAPPINGS]
+    return head + _refused_by_use(rows) + "".join(tables)
+
+
+BEST_FIRST = ("wrong", "traceback", "right", "refused", "untried", "other", "pending")
+
+
+def _by_type(rows: list[Row]) -> dict[str, str]:
+    """The status of each type of `MODEL_MAPPING`: of its classes the one that is taken, if any."""
+    found: dict[str, str] = {}
+    for row in sorted(rows, key=lambda r: BEST_FIRST.index(r.status)):
+        if row.model_type in modeling_auto.MODEL_MAPPING_NAMES:
+            found.setdefault(row.model_type, row.status)
+    return found
+
+
+def _refused_by_use(rows: list[Row]) -> str:
+    """The refused classes whose downloads are known."""
+    listed = files("transformer_lens").joinpath("tools/model_registry/data/architecture_gaps.json")
+    gaps = json.loads(listed.read_text())
+    downloads = {g["architecture_id"]: g["total_downloads"] for g in gaps["gaps"]}
+    refused = [r.model_class for r in rows if r.status == "refused"]
+    known = {name: downloads[name] for name in refused if name in downloads}
+    if not known:
+        return ""
+    ranked = sorted(known.items(), key=lambda entry: -entry[1])
+    lines = "".join(f"| {name} | {count:,} |\n" for name, count in ranked)
+    return f"""
+## Refused, by use
+
+Downloads of the hub's models of text by class, as the registry in the package `transformer-lens` had them on
+{gaps["generated_at"]}. It has models of text generation that it does not support itself, with 500 downloads or more:
+of the other refused classes their use is not known here, and they stand in the order of `transformers`.
+
+| refused class | downloads |
+|---|---|
+{lines}"""  # noqa: E501
 
 
 def _table(kind: str, rows: list[Row]) -> str:
@@ -381,7 +429,12 @@ def _table(kind: str, rows: list[Row]) -> str:
 
 
 def _line(row: Row) -> str:
-    words = {"right": "yes", "untried": "not made tiny", "pending": "not run"}
+    words = {
+        "right": "yes",
+        "untried": "not made tiny",
+        "pending": "not run",
+        "other": "no token ids",
+    }
     status = words.get(row.status, row.status)
     streamed = ("yes" if row.streams else "one pass") if row.status == "right" else ""
     reason = (row.reason or row.not_streamed).replace("|", "\\|").replace("<", "&lt;")[:160]

@@ -1,6 +1,6 @@
 """Models of proteins and DNA from FASTA, through the stages: residues, and one mean a sequence."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import h5py
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from support import stages
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    AutoModelForMaskedLM,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -132,7 +131,7 @@ def expected(model, folder, run):
     special = set(tokenizer.all_special_ids)
     with h5py.File(run.activations) as file:
         ids, offsets = file["tokens/input_ids"][:], file["documents/offset"][:]
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for begin, end in pairwise(offsets.tolist()):
         row = ids[begin:end].astype("i8")
         with torch.no_grad():
             states = model(torch.from_numpy(row)[None], output_hidden_states=True).hidden_states

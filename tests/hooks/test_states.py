@@ -48,7 +48,9 @@ def cached(model, ids):
 
 def held(layers, name):
     layer = layers[int(name.split(".")[1])]
-    (state,) = (layer.recurrent_states if name.endswith("hook_state") else layer.conv_states).values()
+    (state,) = (
+        layer.recurrent_states if name.endswith("hook_state") else layer.conv_states
+    ).values()
     return state.float()
 
 
@@ -88,7 +90,9 @@ def test_states_and_mixers_of_a_pass_are_the_models_own(model_type):
     with torch.inference_mode(), Taps(described, points, values.__setitem__) as taps:
         taps.run(input_ids=ids, use_cache=False)
     values = {name: value.clone() for name, value in values.items()}
-    mixers = {p.block: next(m for m in described.blocks[p.block].modules() if is_mixer(m)) for p in points}
+    mixers = {
+        p.block: next(m for m in described.blocks[p.block].modules() if is_mixer(m)) for p in points
+    }
     handles = [
         m.register_forward_hook(lambda m, _, out, b=b: outputs.__setitem__(b, out))
         for b, m in mixers.items()

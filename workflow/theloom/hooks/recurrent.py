@@ -60,7 +60,9 @@ def recurrent_sites(block: nn.Module) -> dict[str, Site | str]:
     mixers = [m for m in block.modules() if _UPDATES[SSM_STATE] in _names(m)]
     values = (MIXER_IN, MIXER_OUT, *_KEPT_IN)
     if len(mixers) != 1 or not isinstance(getattr(mixers[0], "layer_idx", None), int):
-        return dict.fromkeys(values, "it has several such mixers" if len(mixers) > 1 else NOT_RECURRENT)
+        return dict.fromkeys(
+            values, "it has several such mixers" if len(mixers) > 1 else NOT_RECURRENT
+        )
     (mixer,) = mixers
     conv = _UPDATES[CONV_STATE] in _names(mixer)
     return {
