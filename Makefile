@@ -6,7 +6,7 @@
 # make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
 # make docs   build the documentation site from the pages and docstrings: site/index.html
 # make gpu    what only a GPU can show, in ten minutes at most: results/gpu.md, results/gpu.json (or GPU="--only llama")
-# make sweep  send every text model of transformers, made tiny, through the stages; writes workflow/docs/architectures.md
+# make sweep  send every model of transformers, made tiny, through the stages; writes workflow/docs/architectures.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILES ?=

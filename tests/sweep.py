@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -43,12 +44,14 @@ MAPPINGS = {
     "image-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "encoder-decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "base": modeling_auto.MODEL_MAPPING_NAMES,  # those that none above has
 }
 TITLES = {
     "causal": "Causal language models",
     "image-text": "Models of images and text, on text alone",
     "masked": "Masked language models",
     "encoder-decoder": "Encoder-decoders",
+    "base": "Further base models",
 }
 SECONDS, BYTES = 300, 8 << 30
 # tokens of documents: one, two, and round the switches of tiny configs (8, 16, 24), in one pass and
@@ -64,7 +67,8 @@ RESULTS = ROOT / "results/architectures.json"
 class Row:
     """One architecture, and what came of its run.
 
-    `status` is right, refused, wrong, traceback, untried (it cannot be made tiny) or pending.
+    `status` is right, refused, wrong, traceback, untried (it cannot be made tiny), other (it takes
+    no token ids) or pending.
     """
 
     kind: str
@@ -83,11 +87,16 @@ class Row:
 
 
 def names(requested: Iterable[str] = ()) -> list[tuple[str, str, str]]:
-    """Kind, model type and class of the architectures to try, each class once."""
+    """Kind, model type and class of the architectures to try, each class once; base models where
+    none with a head is tried.
+    """
     found, seen = [], set()
     for kind, mapping in MAPPINGS.items():
-        for model_type, model_class in mapping.items():
+        for model_type, classes in mapping.items():
             wanted = {model_type, f"{kind}/{model_type}"}
+            model_class = classes[0] if kind == "base" and not isinstance(classes, str) else classes
+            if kind == "base" and model_type in {known for known, _ in seen}:
+                continue
             if isinstance(model_class, str) and (model_type, model_class) not in seen:
                 seen.add((model_type, model_class))
                 if not requested or wanted.intersection(requested):
@@ -102,7 +111,7 @@ def build(model_type: str, kind: str = "causal") -> PreTrainedModel:
     """
     torch.manual_seed(0)
     config = tiny_config(model_type)
-    model_class = getattr(transformers, MAPPINGS[kind][model_type])
+    model_class = _class_of(kind, model_type)
     if kind == "causal":
         if model_type.startswith("musicgen"):
             config = config.decoder  # its causal LM is made from this part alone
@@ -119,10 +128,24 @@ def build(model_type: str, kind: str = "causal") -> PreTrainedModel:
     return model.eval()
 
 
+def _class_of(kind: str, model_type: str) -> type[PreTrainedModel]:
+    name = MAPPINGS[kind][model_type]
+    found: type[PreTrainedModel] = getattr(transformers, name if isinstance(name, str) else name[0])
+    return found
+
+
+def takes_instead(model_class: type[PreTrainedModel]) -> str:
+    """What a model must be given where it takes no token ids; empty where it takes them."""
+    names = [name for name in signature(model_class.forward).parameters if name != "self"]
+    return "" if "input_ids" in names else next(iter(names), "nothing")
+
+
 def examine(kind: str, model_type: str, model_class: str, folder: Path) -> Row:
     """One architecture, from its config to its rows; in chunks where the model can be streamed."""
     row = Row(kind, model_type, model_class, "untried")
     try:
+        if other := takes_instead(_class_of(kind, model_type)):
+            return replace(row, status="other", reason=f"it takes {other}, no token ids")
         model = build(model_type, kind)
         model.save_pretrained(folder / "model")
         model = type(model).from_pretrained(folder / "model").eval()
@@ -149,7 +172,8 @@ def _run(row: Row, model: PreTrainedModel, folder: Path) -> Row:
         return replace(row, status="wrong", reason=_words(error))
     except TheLoomError as error:
         one_line = "\n" not in str(error)
-        return replace(row, status="refused" if one_line else "wrong", reason=str(error))
+        reason = str(error).replace(f"{folder.parent}/", "")
+        return replace(row, status="refused" if one_line else "wrong", reason=reason)
     except Exception as error:
         ours = [f for f in traceback.extract_tb(error.__traceback__) if "theloom" in f.filename]
         where = ", ".join(f"{Path(f.filename).name}:{f.lineno}" for f in ours[-3:])
@@ -222,7 +246,9 @@ def _against_own_states(
     joined = max((_error(a, b) for a, b in zip(after, before[1:], strict=False)), default=0.0)
     as_inputs = max(_error(a, b) for a, b in zip(before, states, strict=False))
     as_outputs = max((_error(a, b) for a, b in zip(after[:-1], states, strict=False)), default=0.0)
-    end = min(_error(value, states[-1]) for value in [after[-1], *_normed(model, after[-1])])
+    normed = list(_normed(model, after[-1]))
+    ends = [after[-1], *normed, *(p for value in normed for p in _projected(model, value))]
+    end = min(_error(value, states[-1]) for value in ends)
     if end > LIMIT and _goes_on(model, ids, after[-1]):
         end = 0.0
     return as_outputs < as_inputs, max(joined, min(as_inputs, as_outputs), end)
@@ -244,6 +270,15 @@ def _normed(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tenso
                 continue
             if isinstance(normed, torch.Tensor):
                 yield normed
+
+
+def _projected(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What each linear of a model outside of its blocks makes of a value."""
+    for name, module in model.named_modules():
+        outside = isinstance(module, torch.nn.Linear) and not re.search(r"\.\d+\.", name)
+        if outside and module.in_features == value.shape[-1]:
+            with torch.inference_mode():
+                yield module(value)
 
 
 def _goes_on(model: PreTrainedModel, ids: torch.Tensor, value: torch.Tensor) -> bool:
@@ -308,30 +343,39 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
+QUIET = ("right", "refused", "untried", "other")
+
+
 def _report(row: Row) -> str:
     error = f" {row.error:.1e}" if row.error >= 0 else ""
-    status = row.status if row.status in ("right", "refused", "untried") else row.status.upper()
+    status = row.status if row.status in QUIET else row.status.upper()
     return f"{row.name}: {status}{error} {row.reason or row.not_streamed}"
 
 
 def page(rows: list[Row]) -> str:
     """The page of the docs."""
     count = Counter(row.status for row in rows)
+    types = Counter(_by_type(rows).values())
     shifted = ", ".join(f"`{r.model_type}`" for r in rows if r.shifted) or "none"
-    pending = f", and {count['pending']} were not run yet" if count["pending"] else ""
-    return f"""# Architectures
+    pending = f"; {types['pending']} were not run" if types["pending"] else ""
+    head = f"""# Architectures
 
-`make sweep` builds a tiny model with random weights from the config of every architecture that `transformers`
-{transformers.__version__} lists as a model of text, of images and text, or as an encoder-decoder. It saves each as a
+`make sweep` builds a tiny model with random weights from the config of every model type of `transformers`
+{transformers.__version__}: those of `MODEL_MAPPING`, with a head where it lists one for text. It saves each as a
 checkpoint and runs the stages `estimate_memory`, `load_model`, `tokenize_corpus`, `extract_activations`,
 `merge_shards` and `verify` on it, in FP32. Documents have {LENGTHS[0]} to {LENGTHS[-1]} tokens, in batches with others and in chunks of
 {CHUNK} tokens; sliding windows are of 8. Then all rows of every document are compared with plain `transformers`
 on that document alone.
 
-- Of {len(rows)} architectures {count["untried"]} cannot be made tiny{pending}.
+Of the {sum(types.values())} types of `MODEL_MAPPING`, **{types["right"]}** are taken in at least one of their classes, with the rows of plain
+`transformers`. {types["refused"]} are refused; {types["other"]} take no token ids but pixels, audio or series; {types["untried"]} cannot be made tiny{pending}.
+Taken, and wrong: {types["wrong"]}.
+
+The tables have {len(rows)} rows, one for each class:
+
 - **{count["right"]}** are right: `hook_resid_pre` and `hook_resid_post` of every block equal the model's own
-  `output_hidden_states`, to at most {LIMIT:g} of the largest value. The last entry is what the final norm, or what mixes
-  several streams into one, makes of the last block's output.
+  `output_hidden_states`, to at most {LIMIT:g} of the largest value. The last entry is what the final norm, a projection
+  behind it, or what mixes several streams into one, makes of the last block's output.
 - **{sum(r.streams for r in rows)}** of these give the same rows in chunks, through their KV cache. With the others a
   document longer than a chunk goes in one pass, for the reason in the table.
 - {count["refused"]} are refused, with one line.
@@ -339,7 +383,44 @@ on that document alone.
 
 `load_model` tries every model on a few tokens before a row is taken from it. Where a model's own hidden states are the
 outputs of its blocks, not the inputs, they are compared as such: {shifted}.
-""" + "".join(_table(kind, [r for r in rows if r.kind == kind]) for kind in MAPPINGS)  # noqa: E501
+"""  # noqa: E501
+    tables = [_table(kind, [r for r in rows if r.kind == kind]) for kind in MAPPINGS]
+    return head + _refused_by_use(rows) + "".join(tables)
+
+
+BEST_FIRST = ("wrong", "traceback", "right", "refused", "untried", "other", "pending")
+
+
+def _by_type(rows: list[Row]) -> dict[str, str]:
+    """The status of each type of `MODEL_MAPPING`: of its classes the one that is taken, if any."""
+    found: dict[str, str] = {}
+    for row in sorted(rows, key=lambda r: BEST_FIRST.index(r.status)):
+        if row.model_type in modeling_auto.MODEL_MAPPING_NAMES:
+            found.setdefault(row.model_type, row.status)
+    return found
+
+
+def _refused_by_use(rows: list[Row]) -> str:
+    """The refused classes whose downloads are known."""
+    listed = files("transformer_lens").joinpath("tools/model_registry/data/architecture_gaps.json")
+    gaps = json.loads(listed.read_text())
+    downloads = {g["architecture_id"]: g["total_downloads"] for g in gaps["gaps"]}
+    refused = [r.model_class for r in rows if r.status == "refused"]
+    known = {name: downloads[name] for name in refused if name in downloads}
+    if not known:
+        return ""
+    ranked = sorted(known.items(), key=lambda entry: -entry[1])
+    lines = "".join(f"| {name} | {count:,} |\n" for name, count in ranked)
+    return f"""
+## Refused, by use
+
+Downloads of the hub's models of text by class, as the registry in the package `transformer-lens` had them on
+{gaps["generated_at"]}. It has models of text generation that it does not support itself, with 500 downloads or more:
+of the other refused classes their use is not known here, and they stand in the order of `transformers`.
+
+| refused class | downloads |
+|---|---|
+{lines}"""  # noqa: E501
 
 
 def _table(kind: str, rows: list[Row]) -> str:
@@ -348,7 +429,12 @@ def _table(kind: str, rows: list[Row]) -> str:
 
 
 def _line(row: Row) -> str:
-    words = {"right": "yes", "untried": "not made tiny", "pending": "not run"}
+    words = {
+        "right": "yes",
+        "untried": "not made tiny",
+        "pending": "not run",
+        "other": "no token ids",
+    }
     status = words.get(row.status, row.status)
     streamed = ("yes" if row.streams else "one pass") if row.status == "right" else ""
     reason = (row.reason or row.not_streamed).replace("|", "\\|").replace("<", "&lt;")[:160]

@@ -80,6 +80,11 @@ QWEN4 = {
 }
 # what the table of sizes does not say; keys of a sub-config are written `text_config.key`
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+HALF = {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+MROPE_IN_TEXT = (
+    "glm4v glm46v glm_ocr glmga glm_image qwen2_vl qwen2_5_vl qwen2_5_omni_thinker paddleocr_vl"
+)
+MROPE_TEXT = "glm4v_text glm_ocr_text glm_image_text qwen2_vl_text qwen2_5_vl_text"
 ROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0] * 8,
@@ -90,11 +95,10 @@ ROPE = {
 LONGROPE = {"rope_parameters": ROPE, "original_max_position_embeddings": 24}
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    **{name: {"text_config.rope_parameters": MROPE} for name in ("glm4v", "glm_ocr", "glmga")},
-    "glm4v_moe": {
-        "text_config.rope_parameters": MROPE
-        | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
-    },
+    **{name: {"text_config.rope_parameters": MROPE} for name in MROPE_IN_TEXT.split()},
+    **{name: {"rope_parameters": MROPE} for name in MROPE_TEXT.split()},
+    "glm4v_moe": {"text_config.rope_parameters": MROPE | HALF},
+    "glm4v_moe_text": {"rope_parameters": MROPE | HALF},
     "bamba": {"attn_layer_indices": [1]},
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1},
     "cohere_compass_text": {
@@ -126,6 +130,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lilt": {"hidden_size": 96},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},

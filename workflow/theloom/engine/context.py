@@ -222,7 +222,9 @@ def read_job(
     check_integers(points, record.catalog, store)
     run = RunContext(
         config=config,
-        estimate=replace(estimated, batch_tokens=1) if record.alone else estimated,
+        estimate=replace(estimated, batch_tokens=1)
+        if record.alone or any(p.of_document for p in points)  # padding changes a state
+        else estimated,
         record=record,
         corpus=corpus.attributes,
         longest_window=corpus.longest_window,

@@ -83,13 +83,17 @@ class ResidentRunner:
             points: The hook points to read.
 
         Returns:
-            By hook point, (position, …) in FP32 on the host.
+            By hook point, (position, …) in FP32 on the host; of a state the last position alone.
         """
         rows: dict[str, torch.Tensor] = {}
+        first = {p.name: -1 if p.of_document else 0 for p in points}
         whole = ResidentRunner(
             self._loaded, list(points), ids.shape[1], self._store, causal=self._causal
         )
-        whole.run(ids, lambda hook, start, values: rows.update({hook: values[0].float().cpu()}))
+        whole.run(
+            ids,
+            lambda hook, _, values: rows.update({hook: values[0, first[hook] :].float().cpu()}),
+        )
         return rows
 
 

@@ -141,6 +141,11 @@ def ask(
     _check_ids(model, rows, known)
     rows = _that_the_model_takes(model, rows)
     points = build_catalog(described).select(_entries(hooks, layers, len(described.blocks)))
+    if state := next((p.name for p in points if p.of_document), None):
+        raise HookError(
+            f"{state} is one state of a document, after its last token: extract it with the "
+            "pipeline and rows.keep=last"
+        )
     _check_length(described, rows.ids.shape[1])
     chosen = None if kept is None else Chosen(kept, rows, points)
     return Request(described, points, rows, chosen)

@@ -42,15 +42,20 @@ _known: WeakKeyDictionary[nn.Module, tuple[Anatomy, HookCatalog]] = WeakKeyDicti
 def _read_all(architecture: Architecture, anatomy: Anatomy) -> HookCatalog:
     unsupported = dict(anatomy.unsupported)
     reasons: list[str] = []
-    shapes = _shapes(architecture, anatomy.points, reasons)
+    states = [p for p in anatomy.points if p.of_document]
+    rowwise = [p for p in anatomy.points if not p.of_document]
+    shapes = _shapes(architecture, rowwise, reasons)
     if (
         shapes is None
     ):  # the inside of attention ended the forward: without it, and then layer by layer
-        inside = [p for p in anatomy.points if p.over_keys]
-        rest = [p for p in anatomy.points if not p.over_keys]
+        inside = [p for p in rowwise if p.over_keys]
+        rest = [p for p in rowwise if not p.over_keys]
         shapes = _shapes(architecture, rest, reasons) or {}
         for block in sorted({p.block for p in inside}):
             shapes |= _shapes(architecture, [p for p in inside if p.block == block], reasons) or {}
+    for value in {p.value for p in states}:  # each by itself: a model may have one of them alone
+        of_value = [p for p in states if p.value == value]
+        shapes |= _shapes(architecture, of_value, reasons) or {}
     points = []
     for point in anatomy.points:
         if point.name in shapes:

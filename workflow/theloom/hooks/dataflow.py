@@ -25,6 +25,8 @@ class Flow:
         # of modules that give several values: each of them, None for what is no tensor
         self.several: dict[nn.Module, list[torch.Tensor | None]] = {}
         self.ran: list[nn.Module] = []
+        # what dropout was given, by what it made of it: without values it is another storage
+        self._dropped: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.heads: dict[nn.Module, tuple[int, int]] = {}
         self.head_size: dict[nn.Module, int] = {}
         self.last_state = 0  # the identity of what the model gives as its last hidden state
@@ -60,12 +62,21 @@ class Flow:
             self.several.setdefault(module, tensors)
         if found is not None:
             self._out.setdefault(module, found)
+        if found is not None and isinstance(module, nn.Dropout) and args:
+            self._dropped.setdefault(_identity(found), (args[0], found))  # both stay alive
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         state = getattr(output, "last_hidden_state", None)
         if state is None and isinstance(output, tuple) and output:
             state = output[0]
-        self.last_state = _identity(state if isinstance(state, torch.Tensor) else None)
+        self.last_state = self._origin(state if isinstance(state, torch.Tensor) else None)
+
+    def _origin(self, value: torch.Tensor | None) -> int:
+        """The identity of a tensor before dropout, which changes nothing in eval mode."""
+        found = _identity(value)
+        while found in self._dropped and (before := _identity(self._dropped[found][0])) != found:
+            found = before
+        return found
 
     def _meet(self, core: nn.Module) -> Callable[[str, torch.Tensor], None]:
         def read(name: str, value: torch.Tensor) -> None:
@@ -87,7 +98,7 @@ class Flow:
         Returns:
             The identity of the tensor's storage; 0 if the module did not run.
         """
-        return _identity(self._in.get(module)) if module is not None else 0
+        return self._origin(self._in.get(module)) if module is not None else 0
 
     def output(self, module: nn.Module | None) -> int:
         """Identify what a module returned first.
@@ -98,7 +109,7 @@ class Flow:
         Returns:
             The identity of the tensor's storage; 0 if the module did not run.
         """
-        return _identity(self._out.get(module)) if module is not None else 0
+        return self._origin(self._out.get(module)) if module is not None else 0
 
     def width_in(self, module: nn.Module | None) -> int:
         """The last axis of what a module was given first.

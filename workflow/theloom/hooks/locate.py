@@ -51,6 +51,7 @@ from theloom.hooks.points import (
     HookPoint,
     point,
 )
+from theloom.hooks.recurrent import recurrent_sites
 from theloom.hooks.routers import declared_routers, router_sites
 from theloom.hooks.sites import Norm, Site, by_head, columns, grouped, whole
 
@@ -219,6 +220,7 @@ class _Block:
         )
         found |= self._neurons()
         found |= self._router(declared)
+        found |= recurrent_sites(block)
         last = self._last_linear()
         found["hook_mlp_out"] = self._out(mlp, last, "its MLP is not one that TheLoom knows")
         if mlp is None and isinstance(last, nn.Module):

@@ -19,6 +19,9 @@ SCORES, PATTERN = "attn.hook_attn_scores", "attn.hook_pattern"
 
 ROUTER_LOGITS, ROUTER_SCORES = "mlp.hook_router_logits", "mlp.hook_router_scores"
 EXPERT_INDICES = "mlp.hook_expert_indices"
+MIXER_IN, MIXER_OUT = "mixer.hook_in", "mixer.hook_out"
+SSM_STATE, CONV_STATE = "ssm.hook_state", "ssm.hook_conv_state"
+STATES = (SSM_STATE, CONV_STATE)  # one for a document: after its last token
 ROUTER = (ROUTER_LOGITS, ROUTER_SCORES, EXPERT_INDICES)
 
 # the largest integer up to which a format has every one
@@ -40,6 +43,9 @@ IN_BLOCK = (
     PATTERN,
     "attn.hook_z",
     "hook_attn_out",
+    MIXER_IN,
+    MIXER_OUT,
+    *STATES,
     "hook_resid_mid",
     "ln2.hook_scale",
     "ln2.hook_normalized",
@@ -62,6 +68,7 @@ COMPUTED = frozenset(
 ) | frozenset({SCORES, PATTERN, *FINAL_NORM})
 
 NO_EXPERTS = "this block has no mixture of experts"
+NOT_RECURRENT = "this block has no mixer whose state is in transformers' cache"
 NO_LEARNED_POSITIONS = "it has no learned positions"
 POST_NORM = "no norm comes before its attention, so that the norms it has see something else"
 
@@ -84,6 +91,13 @@ class HookPoint:
     def over_keys(self) -> bool:
         """Whether the value is (batch, heads, position, key) instead of (batch, position, …)."""
         return self.value in (SCORES, PATTERN)
+
+    @property
+    def of_document(self) -> bool:
+        """Whether there is one value of a document, after its last token; it is read as a view that
+        has it at every position.
+        """
+        return self.value in STATES
 
     @property
     def position_axis(self) -> int:
@@ -230,6 +244,8 @@ def llama_catalog(size: ModelDims) -> HookCatalog:
     n = size.num_blocks
     absent = {"hook_pos_embed": NO_LEARNED_POSITIONS}
     absent |= {f"blocks.{block}.{value}": NO_EXPERTS for block in range(n) for value in ROUTER}
+    recurrent = (MIXER_IN, MIXER_OUT, *STATES)
+    absent |= {f"blocks.{b}.{value}": NOT_RECURRENT for b in range(n) for value in recurrent}
     if size.model_type == "olmo2":
         values = [v for v in IN_BLOCK if v.startswith("ln")]
         absent |= {f"blocks.{block}.{value}": POST_NORM for block in range(n) for value in values}
@@ -252,7 +268,7 @@ def select_points(
 
     Args:
         filters: exact names or globs (`*`, `?`); `blocks.-1.` counts from the last block; none:
-            all.
+            all. States, of which a document has one, are chosen by entries with `ssm.` alone.
         points: of the model, in its order.
         unsupported: reasons, by name, of hook points that the model's architecture has not.
 
@@ -264,13 +280,18 @@ def select_points(
     """
     entries = list(filters)
     if not entries:
-        return list(points)
+        return [p for p in points if not p.of_document]
     unsupported = unsupported or {}
     num_blocks = 1 + max((p.block for p in points if p.name.startswith("blocks.")), default=-1)
     chosen: set[str] = set()
     for entry in entries:
         pattern = _from_the_end(entry, num_blocks)
-        matched = {p.name for p in points if fnmatchcase(p.name, _literal_brackets(pattern))}
+        matched = {
+            p.name
+            for p in points
+            if fnmatchcase(p.name, _literal_brackets(pattern))
+            and (not p.of_document or "ssm." in entry)
+        }
         if not matched:
             reason = next(
                 (

@@ -20,7 +20,7 @@ class Site:
     """
 
     module: nn.Module
-    place: str  # input, output, inside
+    place: str  # input, output, inside, or state: in the cache, behind the module
     read: Read = lambda value, batch: whole(value, batch)
     index: int | None = None  # of the module's output; None: the first tensor of it
 

@@ -12,6 +12,7 @@ from theloom.hooks.attention import Inside
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import PATTERN, RESIDUALS, SCORES, HookPoint, deepest_block
+from theloom.hooks.recurrent import cache_name, fresh_cache, state_of
 from theloom.hooks.sites import Site
 
 Sink = Callable[[str, torch.Tensor], None]
@@ -38,6 +39,8 @@ class Taps:
         self._batch, self._seen = (0, 0), 0
         self._read: set[str] = set()
         self._over_keys = any(p.over_keys for p in points)
+        self._states = [p.name for p in points if p.of_document]
+        self._cache: Any = None
 
     def __enter__(self) -> "Taps":
         sites = [
@@ -48,6 +51,8 @@ class Taps:
             for point, site in sites:
                 if site.place == "inside":
                     inside.setdefault(site.module, {})[point.value] = point.name
+                elif site.place == "state":
+                    opened.callback(self._hook_state(point, site).remove)
                 else:
                     opened.callback(self._hook(point.name, site).remove)
             for module, names in inside.items():
@@ -71,6 +76,11 @@ class Taps:
         """
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         cache = inputs.get("past_key_values")
+        if self._states:
+            model = self.architecture.model
+            if inputs.get(cache_name(model)) is None:
+                inputs |= fresh_cache(model)
+            self._cache = inputs[cache_name(model)]
         self._batch = (tokens.shape[0], tokens.shape[1]) if tokens is not None else (0, 0)
         self._seen = int(cache.get_seq_length()) if cache is not None and self._over_keys else 0
         self._read.clear()
@@ -82,6 +92,7 @@ class Taps:
             return
         finally:
             stop.remove()
+            self._cache = None
         raise HookError(
             f"the forward pass of {type(self.architecture.model).__name__} did not reach its own "
             "blocks"
@@ -101,6 +112,11 @@ class Taps:
         Raises:
             HookError: a hook point was not read.
         """
+        if self._states:
+            raise HookError(
+                f"{self._states[0]}: a state is not read layer by layer; let the model fit the "
+                "device as a whole, or take the state out of memory.activation_cache_filter"
+            )
         self._batch, self._seen = batch, seen
         self._read.clear()
         result = part()
@@ -125,6 +141,12 @@ class Taps:
 
         def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
             self._hand_over(name, site.read(site.chosen(output), self._batch))
+
+        return site.module.register_forward_hook(after)
+
+    def _hook_state(self, point: HookPoint, site: Site) -> Any:
+        def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            self._hand_over(point.name, state_of(self._cache, module, point.value, self._batch))
 
         return site.module.register_forward_hook(after)
 

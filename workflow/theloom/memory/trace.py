@@ -15,12 +15,13 @@ import torch
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.module_names import looks_causal
 from theloom.hooks.points import HookPoint
+from theloom.hooks.recurrent import cache_name
 from theloom.hooks.taps import Taps
 from theloom.memory.sizes import PeakBytes, Workload
 from theloom.memory.storages import TEMPORARIES, LiveStorages, Peak
 from theloom.model.attention_kernels import traced_as_cuda
 from theloom.model.fake import FakeModel
-from theloom.model.forward import PrefillCache, cache_name
+from theloom.model.forward import PrefillCache
 from theloom.model.shapes_only import shapes_only
 from theloom.precision import torch_dtype
 
@@ -147,6 +148,8 @@ def run(
     leaving: deque[torch.Tensor] = deque()
 
     def sink(name: str, value: torch.Tensor) -> None:
+        if by_name[name].of_document:
+            value = value[:, -1:]
         if on_their_way and dtype is not None:
             rows = value.transpose(1, 2) if by_name[name].over_keys else value
             leaving.append(rows[:, :of_window].to(dtype, copy=True))

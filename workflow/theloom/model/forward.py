@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from theloom.config.checks import LEAST_CHUNK
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import residual_points
+from theloom.hooks.recurrent import cache_name
 from theloom.hooks.taps import Taps
 from theloom.model.attention_kernels import one_document_a_row
 from theloom.model.length_switches import as_long_as, forget_lengths
@@ -145,19 +146,6 @@ def no_cache(model: "PreTrainedModel") -> dict[str, Any]:
     return (
         {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     )
-
-
-def cache_name(model: "PreTrainedModel") -> str:
-    """The name of the cache among the arguments of a model's forward.
-
-    Args:
-        model: of transformers.
-
-    Returns:
-        `past_key_values`; of Mamba and its kin `cache_params`.
-    """
-    names = inspect.signature(model.forward).parameters
-    return "cache_params" if "cache_params" in names else "past_key_values"
 
 
 def forward_residuals(

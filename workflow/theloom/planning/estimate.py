@@ -361,6 +361,16 @@ def _check_pooled(config: Config, points: Sequence[HookPoint]) -> None:
     """Raise HookError where rows are pooled that have no common shape."""
     over_keys = [p.name for p in points if p.over_keys]
     pool = config.rows.pool.name
+    states = [p.name for p in points if p.of_document]
+    keep, by = config.rows.keep.strip(), config.rows.by.name
+    last = (pool == "last" and by == "document" and keep == "all") or (
+        pool == "none" and keep == "last"
+    )
+    if states and not last:
+        raise HookError(
+            f"{states[0]} is one state of a document, after its last token, and rows.keep={keep} "
+            f"rows.pool={pool} stores other rows; set rows.keep=last and rows.pool=none"
+        )
     experts = [p.name for p in points if p.value == EXPERT_INDICES]
     if pool in ("mean", "max", "sum") and experts:
         raise HookError(

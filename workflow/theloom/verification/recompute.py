@@ -219,12 +219,16 @@ def _tapped(
 
     others = [p for p in points if p.value not in RESIDUALS]
     values: dict[str, torch.Tensor] = {}
+    of_document = {p.name for p in others if p.of_document}
+
+    def keep(name: str, value: "torch.Tensor") -> None:
+        if name in of_document:  # at every position the same
+            values[name] = value[:, -1:].clone().expand(value.shape)
+        else:
+            values[name] = value.clone()
+
     if others:
-        taps = Taps(
-            loaded.architecture,
-            others,
-            lambda name, value: values.__setitem__(name, value.clone()),
-        )
+        taps = Taps(loaded.architecture, others, keep)
         with torch.inference_mode(), taps:
             taps.run(input_ids=ids, **no_cache(loaded.architecture.model))
     return values

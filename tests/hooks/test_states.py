@@ -1,0 +1,146 @@
+"""States of recurrent mixers: through the stages, against the cache of plain transformers."""
+
+import re
+from itertools import pairwise
+
+import h5py
+import pytest
+import sweep
+import theloom
+import torch
+from corpus_support import byte_tokenizer
+from support import stages
+from theloom.errors import HookError
+from theloom.extraction import extract_hidden_states
+from theloom.hooks.blocks import find_blocks
+from theloom.hooks.catalog import build_catalog
+from theloom.hooks.recurrent import cache_name
+from theloom.hooks.taps import Taps
+from transformers import AutoModel, DynamicCache
+
+FILTER = "memory.activation_cache_filter=[blocks.*.ssm.*,blocks.*.mixer.*,blocks.0.hook_resid_post]"
+LAST = f"{FILTER} rows.keep=last corpus.context_length=40 memory.streaming_chunk_size=16"
+
+
+def build(model_type, folder):
+    model = sweep.build(model_type)
+    model.resize_token_embeddings(260)
+    model.save_pretrained(folder)
+    byte_tokenizer(folder)
+    return folder
+
+
+def texts(folder):
+    """Documents of uneven lengths: one token, and on both sides of a chunk."""
+    for number, length in enumerate((1, 2, 17, 37)):
+        text = "".join(chr(97 + (number * 7 + i * i) % 26) for i in range(length))
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+def cached(model, ids):
+    """The layers of the cache after a document."""
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
+    return cache.layers
+
+
+def held(layers, name):
+    layer = layers[int(name.split(".")[1])]
+    (state,) = (
+        layer.recurrent_states if name.endswith("hook_state") else layer.conv_states
+    ).values()
+    return state.float()
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "jamba"])  # in chunks, and in one pass
+def test_states_are_those_of_the_cache_after_each_document(tmp_path, model_type):
+    folder, corpus = tmp_path / "model", tmp_path / "texts"
+    corpus.mkdir()
+    build(model_type, folder)
+    run = stages(tmp_path / "run", folder, f"{LAST} corpus=text corpus.path={texts(corpus)}").all()
+    run.verify()
+    acts, model = theloom.open(run.activations), AutoModel.from_pretrained(folder).eval()
+    names = [h for h in acts.hooks if "ssm." in h]
+    assert "blocks.0.ssm.hook_state" in names
+    assert "blocks.0.ssm.hook_conv_state" in names
+    with h5py.File(run.activations) as file:
+        ids, offsets = file["tokens/input_ids"][:].astype("i8"), file["documents/offset"][:]
+    lengths = set()
+    for number, (begin, end) in enumerate(pairwise(offsets.tolist())):
+        lengths.add(end - begin)
+        layers = cached(model, torch.from_numpy(ids[begin:end])[None])
+        for name in names:
+            torch.testing.assert_close(
+                acts[name][number], held(layers, name)[0], rtol=1e-4, atol=1e-5
+            )
+    assert lengths >= {1, 17}
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["mamba", "falcon_mamba", "bamba", "zamba", "zamba2", "falcon_h1", "nemotron_h", "qwen3_next"],
+)
+def test_states_and_mixers_of_a_pass_are_the_models_own(model_type):
+    described = find_blocks(sweep.build(model_type).base_model)
+    names = ["blocks.*.ssm.*", "blocks.*.mixer.*"]
+    points = build_catalog(described).select(names)
+    ids, values, outputs = torch.arange(3, 14)[None], {}, {}
+    with torch.inference_mode(), Taps(described, points, values.__setitem__) as taps:
+        taps.run(input_ids=ids, use_cache=False)
+    values = {name: value.clone() for name, value in values.items()}
+    mixers = {
+        p.block: next(m for m in described.blocks[p.block].modules() if is_mixer(m)) for p in points
+    }
+    handles = [
+        m.register_forward_hook(lambda m, _, out, b=b: outputs.__setitem__(b, out))
+        for b, m in mixers.items()
+    ]
+    layers = cached(described.model, ids)
+    for handle in handles:
+        handle.remove()
+    for name, value in values.items():
+        if "ssm." in name:
+            assert torch.equal(value[:, -1], held(layers, name))
+        elif name.endswith("hook_out"):
+            out = outputs[int(name.split(".")[1])]
+            assert torch.equal(value, out if isinstance(out, torch.Tensor) else out[0])
+    assert any("ssm.hook_state" in name for name in values)
+
+
+def is_mixer(module):
+    return re.search(r"Mixer|Mamba\w*Layer$|GatedDeltaNet", type(module).__name__) and hasattr(
+        module, "A_log"
+    )
+
+
+def test_states_are_chosen_by_name_alone():
+    catalog = build_catalog(find_blocks(sweep.build("mamba").base_model))
+    assert not any("ssm." in p.name for p in catalog.select([]))
+    assert not any("ssm." in p.name for p in catalog.select(["blocks.0.*"]))
+    assert len(catalog.select(["blocks.*.ssm.hook_state"])) == 3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rows", "reason"),
+    [
+        ("mamba", "", "set rows.keep=last"),
+        ("mamba", "rows.keep=first", "set rows.keep=last"),
+        ("mamba", "rows.pool=mean", "set rows.keep=last"),
+        ("rwkv", "rows.keep=last", "no mixer whose state is in transformers' cache"),
+    ],
+)
+def test_what_is_no_state_of_a_document_is_refused(tmp_path, model_type, rows, reason):
+    folder = build(model_type, tmp_path / "model")
+    filters = "memory.activation_cache_filter=[blocks.0.ssm.hook_state]"
+    run = stages(tmp_path / "run", folder, f"{filters} {rows} corpus.context_length=40")
+    with pytest.raises(HookError, match=reason) as refusal:
+        run.prepare()
+    assert "\n" not in str(refusal.value)
+
+
+def test_states_of_a_model_in_memory_are_refused():
+    model = sweep.build("mamba")
+    with pytest.raises(HookError, match="extract it with the pipeline"):
+        extract_hidden_states(model, torch.arange(3, 8)[None], hooks=["blocks.0.ssm.hook_state"])
