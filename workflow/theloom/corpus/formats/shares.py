@@ -27,6 +27,29 @@ class Share:
         return self.first <= at < self.end
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of several jobs that read a corpus together: `number` from 0, of `count`."""
+
+    number: int
+    count: int
+
+    def share(self, total: int) -> Share:
+        """What is this job's of so many bytes or rows.
+
+        Args:
+            total: of the whole corpus.
+
+        Returns:
+            A range; those of all jobs follow one another.
+
+        Examples:
+            >>> [Part(n, 3).share(10) for n in (0, 2)]
+            [Share(first=0, end=3), Share(first=6, end=10)]
+        """
+        return Share(*(total * n // self.count for n in (self.number, self.number + 1)))
+
+
 def has_lines(encoding: str) -> bool:
     """Whether the bytes of a line's end are those of ASCII, and part of no other character.
 
