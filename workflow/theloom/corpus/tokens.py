@@ -106,12 +106,13 @@ Tokens = Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]
 """Token ids of one document after the other, or of several, with the other tables by name."""
 
 
-def tokenize(config: Config, output: Path) -> None:
+def tokenize(config: Config, output: Path, more: Mapping[str, Any] | None = None) -> None:
     """Write `tokens.h5`: the stage tokenize_corpus, in one job.
 
     Args:
         config: the settings of the stage.
         output: the file.
+        more: attributes of the file beside those of every one.
 
     Raises:
         CorpusError: the corpus cannot be read or has no tokens, the model has no tokenizer, or a
@@ -124,7 +125,7 @@ def tokenize(config: Config, output: Path) -> None:
         read = documents.read_documents(corpus)
         return encoded(config, encoder, tally, kept, prompts, read)
 
-    write_tokens(config, output, whole, {})
+    write_tokens(config, output, whole, more or {})
 
 
 def write_tokens(

@@ -165,7 +165,7 @@ def _rows(
         schema = table.schema
     rows.check_columns(config, schema.names, printable(name))
     names, labels = chosen(config, schema.names), _class_labels(schema)
-    before = 0
+    before, batches = 0, iter(())  # type: int, Iterator[Any]
     if kind == ".parquet":
         before, groups = _row_groups(table.metadata, raw, share)
         batches = chain.from_iterable(

@@ -186,7 +186,9 @@ def opened(file: Path, name: str, encoding: str, newline: str | None) -> Iterato
         text.detach()
 
 
-def _without_mark(content: Callable[[], Any], encoding: str, newline: str | None) -> TextIO:
+def _without_mark(
+    content: Callable[[], Any], encoding: str, newline: str | None
+) -> io.TextIOWrapper:
     """A file's content as text, behind its byte order mark."""
     text = io.TextIOWrapper(content(), encoding, _MARK, newline)
     if codecs.lookup(encoding).name in _OWN_BOM or text.read(1) != "\ufeff":
@@ -273,9 +275,7 @@ def read_text(file: Path, name: str, encoding: str) -> str:
     return text
 
 
-def lines(
-    file: TextIO, name: str, encoding: str, before: int = 0
-) -> Iterator[tuple[int, str]]:
+def lines(file: TextIO, name: str, encoding: str, before: int = 0) -> Iterator[tuple[int, str]]:
     """The lines of a file, decoded.
 
     Args:
