@@ -198,8 +198,8 @@ def _started_shards(run: Run, results: Path) -> int | None:
 
 
 def _tokenized_by(run: Run, results: Path) -> int | None:
-    """The jobs by which a run's `tokens.h5` came, as its config names them: Snakemake would tokenise
-    again what other jobs have read. 0: there is none, or of another corpus.
+    """The jobs by which a run's `tokens.h5` came, as its config names them: with others Snakemake
+    would tokenise it again. 0: there is none, or of another corpus.
     """
     folder, now = results / run.name, run.stage("tokens")["config"]
     if not (folder / "tokens.h5").exists() or _frozen(folder, "tokens") != now:

@@ -94,11 +94,11 @@ def line_start(raw: BinaryIO, at: int, mark: bytes = b"") -> int:
             start = begin + found.end()
             if start >= at and piece.startswith(mark, found.end()):
                 return start
-        # a mark right behind the last line end of the piece has been read with it
-        begin += len(piece) - len(mark)
-        raw.seek(begin)
-        if len(piece) < _PIECE:
+        begin += len(piece)
+        if begin >= size:
             break
+        begin -= len(mark)  # which may follow the piece's last line end
+        raw.seek(begin)
     return size
 
 
