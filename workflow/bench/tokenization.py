@@ -8,7 +8,6 @@ Each job is a process of its own; `--jobs` shares the corpus among several, one 
 import argparse
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from theloom.config import compose, frozen
 from theloom.config.schema import Config
+from theloom.devices import host
 from theloom.terminal import table
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,9 @@ def _measure(work: Callable[..., None], model: Path, path: Path, *more: Any) -> 
 
 
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 * 1.024
+    """MB, of this process alone: what `getrusage` has began before it was started."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1.024e-3
 
 
 def one_job(config: Config, output: Path) -> None:
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="that share each corpus")
     parser.add_argument("--folder", help="for the files; default: a temporary one")
     requested = parser.parse_args()
+    host.reuse_freed_blocks()  # as the pipeline does for its jobs
     rows, words = [], []
     with tempfile.TemporaryDirectory(dir=requested.folder) as name:
         folder = Path(name)
