@@ -150,7 +150,11 @@ class Window(io.RawIOBase):
         raw.seek(first)
 
     def readable(self) -> bool:
-        """It is."""
+        """Whether it can be read.
+
+        Returns:
+            True.
+        """
         return True
 
     def readinto(self, buffer: Any) -> int:
