@@ -27,7 +27,7 @@ PRELOADED = (
     "h5py",
     "theloom.answers.shard",
     "transformers.models.llama.modeling_llama",
-    "theloom.corpus.tokens",
+    "theloom.corpus.in_parts.gather",
     "theloom.pipeline.extract_shard",
     "theloom.pipeline.load_model",
     "theloom.report.draw",

@@ -31,6 +31,7 @@ TYPES["float64"] = "<f8"
 # of runs with corpus.messages and corpus.columns alone
 CONVERSATIONS = ("tokens/role", "tokens/message")
 OF_ANSWERS = r"`answers\.h5` only|with `answers\.source|with `model\.adapter` only"
+OF_ANSWERS += r"|with `resources\.tokenize_jobs` only"
 COLUMNS = tuple(f"documents/{group}/<name>" for group in ("columns", "null", "categories"))
 
 

@@ -33,13 +33,18 @@ def script(name, config, output, **inputs):
 
 
 CHECKED, RECOMPUTED = (f"verification/{kind}.h5" for kind in ("rows", "documents"))
+PART = "tokens/00000-of-00001.h5"
 MERGED = {"activations": "activations.h5"}
 DRAWN = {"first": "figures/first.svg"}  # a report's script takes the folder alone of its outputs
 JOBS = {
     "freeze_config": script("freeze_config", "estimate", {"config": "frozen/estimate.json"}),
     "estimate_memory": script("estimate_memory", "estimate", {"estimate": "estimate.h5"}),
     "stage_model": script("stage_model", "source", {"source": "staged.json"}),
-    "tokenize_corpus": script("tokenize_corpus", "tokens", {"tokens": "tokens.h5"}),
+    "tokenize_corpus": script("tokenize_corpus", "tokens", {"tokens": "tokens.h5"}, parts=[]),
+    "tokenize_part": script("tokenize_part", "tokens", {"tokens": PART}),
+    "gather_tokens": script(
+        "tokenize_corpus", "tokens", {"tokens": "gathered-tokens.h5"}, parts=[PART]
+    ),
     "load_model": script(
         "load_model", "model", {"model": "model.h5"}, estimate="estimate.h5", tokens="tokens.h5"
     ),

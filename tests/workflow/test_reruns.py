@@ -59,7 +59,7 @@ EXTRACTION = {"estimate_memory": 1, "extract_shard": 2, **REST}
             {"check_rows": 2, "recompute_documents": 2, "verify": 1},
         ),
         ("extraction:", "store: {merge: physical}\nextraction:", {"freeze_config": 1, **REST}),
-        ("extraction:", "resources: {mem_mb: 999}\nextraction:", {}),
+        ("extraction:", "resources: {mem_mb: 999, tokenize_jobs: 3}\nextraction:", {}),
         (
             "max_tokens: 3000",
             "max_tokens: 2000",

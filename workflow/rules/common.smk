@@ -196,6 +196,14 @@ def sampled_shards(wildcards):
     return [f"results/{wildcards.run}/answers/{n:05d}-of-{count:05d}.h5" for n in range(count)]
 
 
+def tokenized_parts(wildcards):
+    """Input function: the parts of the corpus that jobs of their own tokenise; none where one job does it all."""
+    run = wildcards.run
+    count = stage(run, "resources")["config"]["resources"].get("tokenize_jobs") or 1
+    parts = [f"results/{run}/tokens/{n:05d}-of-{count:05d}.h5" for n in range(count)]
+    return parts if count > 1 else []
+
+
 def verification_jobs(run):
     """How many jobs check rows of a run, and how many recompute documents."""
     return sharding.verification_jobs(

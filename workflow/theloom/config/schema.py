@@ -396,6 +396,11 @@ class ResourcesConfig:
         "where extraction.shards is null, at least so many: the GPUs or nodes that shall work at "
         "once",
     )
+    tokenize_jobs: int | None = key(
+        None,
+        "jobs that share the corpus of tokenize_corpus, each a part of its files' bytes; null: one "
+        "job; a run that has its tokens keeps its number",
+    )
     constraint: str | None = key(None, "Slurm: features that a node must have, such as gpu80gb")
     tokens_per_second: float | None = key(
         None,

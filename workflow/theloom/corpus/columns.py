@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,14 +49,43 @@ class Category(str):
         return found
 
 
-class Collected:
-    """The values of one column. `name`: of it."""
+class Dumped(str):
+    """A list or an object as JSON."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+
+@dataclass
+class Values:
+    """Values of one column as a file keeps them.
+
+    Attributes:
+        types: of each value, its place in `TYPES`, (documents,) of uint8.
+        numbers: the value of integers and truth values, the bits of a float, else 0; (documents,)
+            of int64.
+        texts: the value of texts, names and JSON, else empty.
+        first: of each type its name, the place of its first value, and that value's number.
+        names: of categories, each with the number of the value with which it came.
+    """
+
+    types: np.ndarray
+    numbers: np.ndarray
+    texts: list[str]
+    first: list[tuple[str, str, int]]
+    names: list[tuple[str, int]]
+
+
+class Collected:
+    """The values of one column.
+
+    Args:
+        name: of it.
+        alone: whether these are all its values, so that types that do not mix are an error.
+    """
+
+    def __init__(self, name: str, alone: bool = True) -> None:
+        self._name, self._alone = name, alone
         self._values: list[Any] = []
-        self._first: dict[str, str] = {}  # by type the place of its first value
-        self._names: dict[str, int] = {}
+        self._first: dict[str, tuple[str, int]] = {}  # by type place and number of its first value
+        self._names: dict[str, int] = {}  # with the number of the value with which each came
         self._last_names: Sequence[str] = ()
 
     def add(self, value: Any, place: str) -> None:
@@ -70,11 +100,26 @@ class Collected:
         """
         kind = self._kind(value, place)
         self._values.append(value)
-        if kind is None or kind in self._first:
+        if kind is not None:
+            self.met(kind, place, len(self._values) - 1)
+
+    def met(self, kind: str, place: str, number: int) -> None:
+        """Note the type of a value.
+
+        Args:
+            kind: the type.
+            place: the document's file and line, for messages.
+            number: of the value, from 0.
+
+        Raises:
+            CorpusError: it does not go with the types before it.
+        """
+        if kind in self._first:
             return
-        self._first[kind] = place
-        if len({_TOGETHER.get(k, k) for k in self._first} - {"untyped"}) > 1:
-            (before, where), *_ = self._first.items()
+        self._first[kind] = place, number
+        mixed = len({_TOGETHER.get(k, k) for k in self._first} - {"untyped"}) > 1
+        if mixed and self._alone:
+            (before, (where, _)), *_ = self._first.items()
             raise CorpusError(
                 f"{place}: column {self._name!r} is of mixed types: {_SAID[kind]} here, "
                 f"{_SAID[before]} before ({where}); give it one type, or take it out of "
@@ -102,7 +147,7 @@ class Collected:
                     if value.names is not self._last_names:
                         self._last_names = value.names
                         for name in value.names:
-                            self._names.setdefault(name, len(self._names))
+                            self._names.setdefault(name, len(self._values))
                     return "category"
                 return "untyped" if isinstance(value, Untyped) else "string"
             case list() | dict():
@@ -131,7 +176,8 @@ class Collected:
             if not kinds:
                 kinds = {_NAMED[type(v)] for v in values if v is not None}
         if kinds == {"category"}:
-            codes = [-1 if v is None else self._names[v] for v in values]
+            places = {name: n for n, name in enumerate(self._names)}
+            codes = [-1 if v is None else places[v] for v in values]
             return Column("category", np.array(codes, "<i4"), fixed_strings([*self._names]))
         if kinds in ({"float"}, {"integer", "float"}):
             return Column("float", np.array([self._float(v) for v in values], "<f8"))
@@ -163,7 +209,66 @@ class Collected:
             )
         return math.nan if value is None else float(value)
 
+    def kept(self, count: int) -> Values:
+        """The first values, for `add_kept` of another job.
+
+        Args:
+            count: how many.
+
+        Returns:
+            The values and what is known of them.
+
+        Raises:
+            CorpusError: a list or an object is no JSON.
+        """
+        values = self._values[:count]
+        kinds = [_kind_of(v) for v in values]
+        numbers = [
+            v if k in ("integer", "boolean") else _bits(v) if k == "float" else 0
+            for v, k in zip(values, kinds, strict=True)
+        ]
+        texts = [
+            self._json(v) if k == "json" else v if isinstance(v, str) else ""
+            for v, k in zip(values, kinds, strict=True)
+        ]
+        return Values(
+            np.array([TYPES.index(k) for k in kinds], "u1"),
+            np.array(numbers, "<i8"),
+            texts,
+            [(k, place, n) for k, (place, n) in self._first.items() if n < count],
+            [(name, n) for name, n in self._names.items() if n < count],
+        )
+
+    def add_kept(self, kept: Values) -> None:
+        """Take values of another job; their types have been `met`.
+
+        Args:
+            kept: of `kept`.
+        """
+        floats = kept.numbers.view("<f8").tolist()
+        for name, number in kept.names:
+            self._names.setdefault(name, len(self._values) + number)
+        rows_of = zip(kept.types.tolist(), kept.numbers.tolist(), floats, kept.texts, strict=True)
+        for code, number, real, text in rows_of:
+            match TYPES[code]:
+                case "null":
+                    self._values.append(None)
+                case "boolean":
+                    self._values.append(bool(number))
+                case "integer":
+                    self._values.append(number)
+                case "float":
+                    self._values.append(real)
+                case "untyped":
+                    self._values.append(Untyped(text))
+                case "json":
+                    self._values.append(Dumped(text))
+                case _:
+                    self._values.append(text)
+
     def _json(self, value: Any) -> str:
+        if isinstance(value, Dumped):
+            return str(value)
         try:
             text = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError):
@@ -176,6 +281,7 @@ class Collected:
 
 
 _TOGETHER = {"float": "integer", "category": "string"}  # types that one column may mix
+TYPES = ("null", "boolean", "integer", "float", "string", "category", "json", "untyped")
 _NAMED = {bool: "boolean", int: "integer", float: "float", str: "string"}
 _SAID = {
     "integer": "an integer",
@@ -186,6 +292,21 @@ _SAID = {
     "json": "a list or an object",
     "untyped": "a text",
 }
+
+
+def _kind_of(value: Any) -> str:
+    """The type of a value that a column has taken."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        if isinstance(value, Category):
+            return "category"
+        return "untyped" if isinstance(value, Untyped) else "string"
+    return "json" if isinstance(value, list | dict) else _NAMED[type(value)]
+
+
+def _bits(value: float) -> int:
+    return int(np.array(value, "<f8").view("<i8"))
 
 
 def _read_as(kinds: set[str]) -> Callable[[str], Any]:
@@ -225,10 +346,15 @@ def _is_real(text: str) -> bool:
 
 
 class Columns:
-    """The values of `corpus.columns`, as documents come."""
+    """The values of `corpus.columns`, as documents come.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._collected = {name: Collected(name) for name in names}
+    Args:
+        names: of the columns.
+        alone: as of `Collected`.
+    """
+
+    def __init__(self, names: Sequence[str], alone: bool = True) -> None:
+        self._collected = {name: Collected(name, alone) for name in names}
 
     def add(self, document: Document) -> None:
         """Take the values of a document.
@@ -252,3 +378,47 @@ class Columns:
             CorpusError: no type fits all values of a column.
         """
         return {name: collected.column() for name, collected in self._collected.items()}
+
+    def kept(self, count: int) -> list[Values]:
+        """The values of the first documents, for `add_kept` of another job.
+
+        Args:
+            count: how many documents.
+
+        Returns:
+            Values for each column, in their order.
+
+        Raises:
+            CorpusError: a list or an object is no JSON.
+        """
+        return [collected.kept(count) for collected in self._collected.values()]
+
+    def add_kept(self, kept: Sequence[Values], count: int) -> None:
+        """Take the values of the first documents of another job.
+
+        Args:
+            kept: of `kept`.
+            count: how many documents.
+
+        Raises:
+            CorpusError: a column is of mixed types.
+        """
+        columns = list(self._collected.values())
+        firsts = [
+            (number, at, kind, place)
+            for at, values in enumerate(kept)
+            for kind, place, number in values.first
+            if number < count
+        ]
+        for number, at, kind, place in sorted(firsts):
+            columns[at].met(kind, place, number)
+        for collected, values in zip(columns, kept, strict=True):
+            collected.add_kept(
+                Values(
+                    values.types[:count],
+                    values.numbers[:count],
+                    values.texts[:count],
+                    values.first,
+                    [(name, n) for name, n in values.names if n < count],
+                )
+            )

@@ -9,10 +9,25 @@ from itertools import islice
 
 from theloom.config.schema import CorpusConfig
 from theloom.corpus import chat, hub, rows, text_files
+from theloom.corpus.formats.shares import Part
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, printable
 
 log = logging.getLogger(__name__)
+
+
+def settings(config: CorpusConfig) -> CorpusConfig:
+    """The `corpus` settings as a plain object, which is read for each row: OmegaConf takes longer
+    for a key than JSON for a short line.
+
+    Args:
+        config: the settings, of a composed or frozen config.
+
+    Returns:
+        A copy.
+    """
+    known = {f.name: getattr(config, f.name) for f in dataclasses.fields(CorpusConfig)}
+    return CorpusConfig(**known | {"columns": [*config.columns]})
 
 
 def read_documents(config: CorpusConfig) -> Iterator[Document]:
@@ -33,46 +48,119 @@ def read_documents(config: CorpusConfig) -> Iterator[Document]:
         >>> next(read_documents(CorpusConfig())).id
         'pydoc_data.topics/assert'
     """
-    return islice(_checked(config), config.max_documents)
+    return islice(map(Ids(config).checked, read_part(config)), config.max_documents)
 
 
-def _source(config: CorpusConfig) -> Iterator[Document]:
-    kinds = {"python_docs": _python_docs, "text": text_files.read, "hub": hub.read}
-    return kinds[config.kind.name](config)
+def read_part(config: CorpusConfig, part: Part | None = None) -> Iterator[Document]:
+    """The documents of one of several jobs, with the ids that their rows give them.
 
+    Args:
+        config: the `corpus` settings.
+        part: the job, of a corpus that is not `read_by_one`; None: one job reads all.
 
-def _checked(config: CorpusConfig) -> Iterator[Document]:
-    seen: set[str] = set()  # of ids that a table gives; files and lines have names of their own
-    numbers: dict[str, int] = {}  # of ids that are there more than once
-    for document in _source(config):
+    Yields:
+        The documents; those of all jobs one after the other are the corpus.
+
+    Raises:
+        CorpusError: as of `read_documents`, but for ids that are there twice.
+    """
+    for document in _source(config, part):
         rows.check(document)
-        if config.id_column is not None or document.sequence:
-            if document.id in seen:
-                document = _numbered(document, seen, numbers, config)
-            seen.add(document.id)
         yield document
 
 
-def _numbered(
-    document: Document, seen: set[str], numbers: dict[str, int], config: CorpusConfig
-) -> Document:
-    """The document with a number after its id. Raises CorpusError where ids must differ."""
-    if config.duplicate_ids.name == "error":
-        first = next(d for d in _source(config) if d.id == document.id)
-        by = "corpus.path" if config.id_column is None else "corpus.id_column"
-        raise CorpusError(
-            f"{by}: {config.id_column or 'id'!r} names two documents {document.id[:80]!r} "
-            f"({first.place}, and {document.place}); give each a name of its own, leave the column "
-            "out, or set corpus.duplicate_ids=number"
-        )
-    number = numbers.get(document.id, 1)
-    while (name := f"{document.id}#{number + 1}") in seen:
-        number += 1
-    numbers[document.id] = number + 1
-    log.info("%s: the id %s is there before; this one is %s", *_shown(document, name))
-    numbered = dataclasses.replace(document, id=name)
-    rows.check(numbered)
-    return numbered
+def read_by_one(config: CorpusConfig) -> str | None:
+    """Why one job reads all of a corpus.
+
+    Args:
+        config: the `corpus` settings.
+
+    Returns:
+        The reason; None where several jobs can share it.
+
+    Raises:
+        CorpusError: there are no files.
+    """
+    if config.kind.name == "text":
+        return text_files.read_by_one(config)
+    if config.kind.name == "hub":
+        return "a stream is read from front to back" if config.streaming else None
+    return "the Python documentation is small"
+
+
+def state(config: CorpusConfig) -> str:
+    """What tells one state of a corpus from another, so that jobs read the same one.
+
+    Args:
+        config: the `corpus` settings.
+
+    Returns:
+        A text, which changes with the corpus.
+
+    Raises:
+        CorpusError: there are no files, or no data set.
+    """
+    if config.kind.name == "text":
+        return text_files.state(config)
+    return hub.state(config) if config.kind.name == "hub" and not config.streaming else ""
+
+
+def _source(config: CorpusConfig, part: Part | None = None) -> Iterator[Document]:
+    if config.kind.name == "python_docs":
+        return _python_docs(config)
+    return (text_files if config.kind.name == "text" else hub).read(config, part)
+
+
+class Ids:
+    """Sees to it that no two documents have one id.
+
+    Args:
+        config: the `corpus` settings.
+    """
+
+    def __init__(self, config: CorpusConfig) -> None:
+        self._config = config
+        self._by_column = config.id_column is not None
+        self._seen: set[str] = set()  # files and lines have names of their own
+        self._numbers: dict[str, int] = {}  # of ids that are there more than once
+
+    def checked(self, document: Document) -> Document:
+        """Take the next document.
+
+        Args:
+            document: as it is read.
+
+        Returns:
+            The document, with a number after its id where `corpus.duplicate_ids` says so.
+
+        Raises:
+            CorpusError: the id is there before.
+        """
+        if self._by_column or document.sequence:
+            if document.id in self._seen:
+                document = self._numbered(document)
+            self._seen.add(document.id)
+        return document
+
+    def _numbered(self, document: Document) -> Document:
+        """The document with a number after its id. Raises CorpusError where ids must differ."""
+        config, seen = self._config, self._seen
+        if config.duplicate_ids.name == "error":
+            first = next((d for d in _source(config) if d.id == document.id), document)
+            by = "corpus.path" if config.id_column is None else "corpus.id_column"
+            raise CorpusError(
+                f"{by}: {config.id_column or 'id'!r} names two documents {document.id[:80]!r} "
+                f"({first.place}, and {document.place}); give each a name of its own, leave the "
+                "column out, or set corpus.duplicate_ids=number"
+            )
+        number = self._numbers.get(document.id, 1)
+        while (name := f"{document.id}#{number + 1}") in seen:
+            number += 1
+        self._numbers[document.id] = number + 1
+        log.info("%s: the id %s is there before; this one is %s", *_shown(document, name))
+        numbered = dataclasses.replace(document, id=name)
+        rows.check(numbered)
+        return numbered
 
 
 def _shown(document: Document, name: str) -> tuple[str, str, str]:

@@ -45,6 +45,7 @@ class Encoder:
         self._tokenizer: CorpusTokenizer | None = None
         self._revision: str | None = None
         self._name = config.model.tokenizer or config.model.source
+        self._adds = config.corpus.add_special_tokens
         self._sequences = _Sequences()
         try:
             description = files.describe_tokenizer(config.model)
@@ -191,16 +192,32 @@ class Encoder:
             "tokenizer_revision": self._revision,
             "tokenizer_class": "" if tokenizer is None else type(tokenizer.of_class).__name__,
             "tokenizer_difference": "" if tokenizer is None else tokenizer.difference,
-            "double_bos_documents": 0 if tokenizer is None else tokenizer.doubled,
             "vocab_size": 0 if tokenizer is None else len(tokenizer),
             "characters": self._characters(),
             "assistant_tokens": "" if self._template is None else self._template.assistant,
         }
 
-    def report(self) -> None:
-        """Warn of what shows when all documents are read."""
+    def begins_twice(self, ids: Sequence[int]) -> bool:
+        """Whether a text begins with the token that the tokenizer puts before it.
+
+        Args:
+            ids: the tokens of the text.
+
+        Returns:
+            False too where the tokenizer puts none before it, and for what it has not encoded.
+        """
+        if self._tokenizer is None or self._given or self._template is not None:
+            return False
+        return self._adds and self._tokenizer.begins_twice(ids)
+
+    def report(self, doubled: int) -> None:
+        """Warn of what shows when all documents are read.
+
+        Args:
+            doubled: documents for which `begins_twice`.
+        """
         if self._tokenizer is not None:
-            self._tokenizer.report_doubled()
+            self._tokenizer.report_doubled(doubled)
 
     def _characters(self) -> str:
         if self._given:

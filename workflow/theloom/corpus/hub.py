@@ -9,6 +9,7 @@ from typing import Any
 from theloom.config.schema import CorpusConfig
 from theloom.corpus import rows, text_files
 from theloom.corpus.formats import arrow_files, decoding
+from theloom.corpus.formats.shares import Part
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, TheLoomError
 from theloom.store import file_format
@@ -17,11 +18,12 @@ _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}  # of a single file, by i
 _LONGEST = 600  # characters of another library's message
 
 
-def read(config: CorpusConfig) -> Iterator[Document]:
+def read(config: CorpusConfig, part: Part | None = None) -> Iterator[Document]:
     """The documents of a data set: a row each.
 
     Args:
         config: the `corpus` settings.
+        part: which share of the rows is read, of a data set that is not streamed; None: all.
 
     Yields:
         The documents in the order of the data set.
@@ -36,7 +38,12 @@ def read(config: CorpusConfig) -> Iterator[Document]:
         there, place = _columns(table), f"corpus.dataset: {name}"
         rows.check_columns(config, there, place)
         # of the other columns, images and sounds would be decoded
-        numbered = enumerate(table.select_columns(arrow_files.chosen(config, there)))
+        chosen = table.select_columns(arrow_files.chosen(config, there))
+        share = None if part is None else part.share(len(table))
+        if share is None:
+            numbered = enumerate(chosen)
+        else:
+            numbered = enumerate(chosen.select(range(share.first, share.end)), share.first)
         labels = {
             column: table.features[column].names
             for column in config.columns
@@ -54,6 +61,22 @@ def read(config: CorpusConfig) -> Iterator[Document]:
             if column in row:
                 row[column] = arrow_files.without_nulls(row[column])
         yield rows.of_row(row, place, place, config)
+
+
+def state(config: CorpusConfig) -> str:
+    """Which data set it is.
+
+    Args:
+        config: the `corpus` settings, not streamed.
+
+    Returns:
+        What `datasets` names it by, and its rows.
+
+    Raises:
+        CorpusError: as of `data_set`.
+    """
+    table = data_set(config)
+    return f"{len(table)} {getattr(table, '_fingerprint', '')}"
 
 
 def _columns(table: Any) -> list[str]:

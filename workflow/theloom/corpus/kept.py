@@ -6,6 +6,7 @@ is a row of its own.
 """
 
 import logging
+from collections.abc import Sequence
 
 import h5py
 import numpy as np
@@ -65,14 +66,40 @@ class KeptRows:
         mask = self._keep.mask(document)
         mask, last = self._pooled(document, mask)
         if not len(last):
-            self._empty += 1
-            if len(self._named) < _NAMED:
-                self._named.append(printable(document.id))
-        self.rows += len(last)
-        self._pending.append(first + last)
-        if self._tokens - self._flushed > _AT_ONCE:
-            self._flush()
+            self._no_row(document.id)
+        self._append(first + last)
         return {"kept": mask.astype("u1")}
+
+    def extend(self, ids: Sequence[str], tokens: np.ndarray, last: np.ndarray) -> None:
+        """Take documents whose rows another job has chosen.
+
+        Args:
+            ids: of the documents.
+            tokens: of each of them, (documents,).
+            last: the last token of each row, from 0 at the first document, (rows,).
+        """
+        if self.everything:
+            self._tokens += int(tokens.sum())
+            self.rows = self._tokens
+            return
+        ends = np.cumsum(tokens)
+        rows_of = np.diff(np.searchsorted(last, ends), prepend=0)
+        for number in np.flatnonzero(rows_of == 0).tolist():
+            self._no_row(ids[number])
+        first = self._tokens
+        self._tokens += int(tokens.sum())
+        self._append(first + last)
+
+    def _append(self, last: np.ndarray) -> None:
+        self.rows += len(last)
+        self._pending.append(last)
+        if self._tokens - self._flushed > _AT_ONCE:
+            self.flush()
+
+    def _no_row(self, document: str) -> None:
+        self._empty += 1
+        if len(self._named) < _NAMED:
+            self._named.append(printable(document))
 
     def _pooled(self, document: Document, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that rows are made of, and the last one of each row."""
@@ -85,7 +112,8 @@ class KeptRows:
             )
         return pooled(mask & (document.message >= 0), document.message, self._pool)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what was taken since the last time."""
         self._flushed = self._tokens
         dataset = self._file[ROW_TOKEN]
         values = np.concatenate(self._pending or [np.zeros(0)]).astype("<i8")
@@ -108,7 +136,7 @@ class KeptRows:
         """
         if self.everything:
             return {}
-        self._flush()
+        self.flush()
         if not self.rows:
             raise CorpusError(
                 f"rows.keep={self._keep.text} keeps no token of the {documents:,} documents (such "

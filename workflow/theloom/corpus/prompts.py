@@ -10,7 +10,8 @@ from typing import Any
 
 import h5py
 
-from theloom.config.schema import Config, CorpusConfig
+from theloom.config.schema import Config
+from theloom.corpus.documents import settings
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, printable
 from theloom.store.tables import texts
@@ -32,12 +33,9 @@ class Prompts:
     def __init__(self, config: Config, context: int) -> None:
         self._context = context
         self._column = config.answers.column
-        self.corpus = config.corpus
+        self.corpus = settings(config.corpus)
         if self._column is not None:
-            known = {
-                f.name: getattr(config.corpus, f.name) for f in dataclasses.fields(CorpusConfig)
-            }
-            self.corpus = CorpusConfig(**known | {"columns": [*known["columns"], self._column]})
+            self.corpus.columns.append(self._column)
         self._texts: list[str] = []
         self._given: list[str] = []
 

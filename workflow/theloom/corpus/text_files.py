@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import xxhash
+
 from theloom.config.schema import CorpusConfig
 from theloom.corpus import rows
-from theloom.corpus.formats import arrow_files, decoding, fasta, tables
+from theloom.corpus.formats import arrow_files, decoding, fasta, shares, tables
+from theloom.corpus.formats.shares import Part, Share
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, printable
 
 log = logging.getLogger(__name__)
 
 _Reader = Callable[[Path, str, CorpusConfig], Iterator[Document]]
+_Sharing = Callable[[Path, str, CorpusConfig, Share], Iterator[Document]]
 
 
 def _text(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
@@ -36,6 +40,13 @@ _READERS: dict[str, _Reader] = {
     **dict.fromkeys(fasta.SUFFIXES, fasta.read),
 }
 SUFFIXES = tuple(_READERS)
+
+# Those of which several jobs can each read a share; others are read from front to back
+_SHARING: dict[str, _Sharing] = {
+    ".jsonl": tables.json_lines,
+    ".parquet": arrow_files.read,
+    **dict.fromkeys(fasta.SUFFIXES, fasta.read),
+}
 _ALL = tuple(suffix + packed for suffix in SUFFIXES for packed in ("", *decoding.PACKED))
 
 # A folder with more has its texts elsewhere, or too many files: `corpus.path=/` ends soon.
@@ -151,11 +162,12 @@ def _name(file: Path, root: Path) -> str:
     return name
 
 
-def read(config: CorpusConfig) -> Iterator[Document]:
+def read(config: CorpusConfig, part: Part | None = None) -> Iterator[Document]:
     """The documents of a corpus of files: a whole file each, or a line or row of one.
 
     Args:
         config: the `corpus` settings.
+        part: which share of the files' bytes is read; None: all.
 
     Yields:
         The documents, file by file in the order of `find`.
@@ -163,10 +175,96 @@ def read(config: CorpusConfig) -> Iterator[Document]:
     Raises:
         CorpusError: a file cannot be read or decoded, changes meanwhile, or has a row without text.
     """
-    root = Path(config.path or "").expanduser()
     files, left_out = find(config)
     if left_out:
         log.warning("corpus.path: not read in %s: %s", config.path, left_out)
-    for file in files:
-        name = _name(file, root.parent if root.is_file() else root)
-        yield from _READERS[decoding.kind_of(name)](file, name, config)
+    names = _names(config, files)
+    if part is None:
+        for file, name in zip(files, names, strict=True):
+            yield from _READERS[decoding.kind_of(name)](file, name, config)
+        return
+    sizes = [max(1, size) for size, _ in _stated(files, names)]  # an empty text is a document
+    mine, at = part.share(sum(sizes)), 0
+    for file, name, size in zip(files, names, sizes, strict=True):
+        share = Share(mine.first - at, mine.end - at)
+        at += size
+        if is_shared(name, config.encoding):
+            if share.first < size and share.end > 0:
+                yield from _SHARING[decoding.kind_of(name)](file, name, config, share)
+        elif 0 in share:
+            yield from _READERS[decoding.kind_of(name)](file, name, config)
+
+
+def is_shared(name: str, encoding: str) -> bool:
+    """Whether several jobs can each read a share of a file.
+
+    Args:
+        name: of the file.
+        encoding: of its text.
+
+    Returns:
+        False where it is read from front to back: packed files, JSON, CSV and Arrow, and lines in
+        an encoding whose line ends are no bytes of ASCII.
+
+    Examples:
+        >>> [is_shared(name, "utf-8") for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet")]
+        [True, False, False, True]
+    """
+    kind = decoding.kind_of(name)
+    if kind not in _SHARING or name.lower().endswith(decoding.PACKED):
+        return False
+    return kind in arrow_files.SUFFIXES or shares.has_lines(encoding)
+
+
+def read_by_one(config: CorpusConfig) -> str | None:
+    """Why one job reads all of a corpus.
+
+    Args:
+        config: the `corpus` settings.
+
+    Returns:
+        The reason; None where several jobs can share it.
+
+    Raises:
+        CorpusError: as of `find`.
+    """
+    files, _ = find(config)
+    (name, *others) = (file.name for file in files)
+    if others or is_shared(name, config.encoding):
+        return None
+    return f"{printable(name)} is read from front to back"
+
+
+def state(config: CorpusConfig) -> str:
+    """Which files a corpus has, how long they are and when they were written.
+
+    Args:
+        config: the `corpus` settings.
+
+    Returns:
+        A hash, which changes with the files.
+
+    Raises:
+        CorpusError: as of `find`.
+    """
+    files, _ = find(config)
+    names, found = _names(config, files), xxhash.xxh3_128()
+    for name, stated in zip(names, _stated(files, names), strict=True):
+        found.update(repr((name, *stated)).encode())
+    return found.hexdigest()
+
+
+def _names(config: CorpusConfig, files: list[Path]) -> list[str]:
+    root = Path(config.path or "").expanduser()
+    root = root.parent if root.is_file() else root
+    return [_name(file, root) for file in files]
+
+
+def _stated(files: list[Path], names: list[str]) -> Iterator[tuple[int, int]]:
+    """Size and time of each file."""
+    for file, name in zip(files, names, strict=True):
+        try:
+            stated = file.stat()
+        except OSError as error:
+            raise CorpusError(f"{printable(name)}: cannot be read: {error.strerror}") from None
+        yield stated.st_size, stated.st_mtime_ns

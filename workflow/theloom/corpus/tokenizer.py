@@ -41,7 +41,6 @@ class CorpusTokenizer:
     Attributes:
         of_class: the tokenizer as transformers makes it.
         difference: the first example of other ids by `tokenizer.json`; empty: none was found.
-        doubled: texts that begin with the token that the tokenizer puts before them.
     """
 
     def __init__(self, config: Config, description: Description) -> None:
@@ -55,7 +54,7 @@ class CorpusTokenizer:
             raise ConfigError(
                 f"corpus.tokenizer_from=file: {self._name} has no tokenizer.json; leave it at class"
             )
-        self.difference, self.doubled, self._compared = "", 0, False
+        self.difference, self._compared = "", False
 
     def encode(self, texts: Sequence[str], special: bool = True) -> list[Encoding]:
         """The tokens of each text; the first call compares class and file.
@@ -71,9 +70,7 @@ class CorpusTokenizer:
         if self._of_file is not None and not self._compared:
             self._compare([*texts[:COMPARED], PROBE])
         self._compared = True
-        found: list[Encoding] = self._safely(texts, self._by_file, special, self._with_characters)
-        self.doubled += sum(self._is_doubled(ids) for ids, _ in found if special and self._special)
-        return found
+        return self._safely(texts, self._by_file, special, self._with_characters)
 
     @property
     def gives_characters(self) -> bool:
@@ -109,15 +106,20 @@ class CorpusTokenizer:
         Returns:
             True where both are there.
         """
-        return self._is_doubled(ids)
+        first = (self.of_class.bos_token_id, self.of_class.cls_token_id)
+        return len(ids) > 1 and ids[0] == ids[1] and ids[0] in first
 
-    def report_doubled(self) -> None:
-        """Warn where texts begin with the token that the tokenizer puts before them."""
-        if self.doubled:
+    def report_doubled(self, doubled: int) -> None:
+        """Warn where texts begin with the token that the tokenizer puts before them.
+
+        Args:
+            doubled: how many do.
+        """
+        if doubled:
             log.warning(
                 "%d documents begin with %s, and the tokenizer puts another one before it; "
                 "set corpus.add_special_tokens=false, or leave it out of the texts",
-                self.doubled,
+                doubled,
                 self.of_class.bos_token or self.of_class.cls_token,
             )
 
@@ -298,7 +300,3 @@ class CorpusTokenizer:
         pairs = (self._ids(words, by_file, special=False) for by_file in (False, True))
         found = zip(words, *pairs, strict=True)
         return next(((w, a, b) for w, a, b in found if a != b), None)
-
-    def _is_doubled(self, ids: Sequence[int]) -> bool:
-        first = (self.of_class.bos_token_id, self.of_class.cls_token_id)
-        return len(ids) > 1 and ids[0] == ids[1] and ids[0] in first

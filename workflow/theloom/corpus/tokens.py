@@ -9,7 +9,7 @@ documents.
 import json
 import logging
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ import xxhash
 from theloom.config.frozen import to_plain
 from theloom.config.model_dims import numbers
 from theloom.config.schema import Config, RowsConfig
+from theloom.corpus import documents
 from theloom.corpus.batching import Lengths
 from theloom.corpus.columns import Columns
-from theloom.corpus.documents import read_documents
-from theloom.corpus.encoding import Encoder
+from theloom.corpus.encoding import Encoded, Encoder
 from theloom.corpus.kept import KeptRows
 from theloom.corpus.prompts import Prompts
 from theloom.corpus.rows import Document
@@ -51,27 +51,96 @@ _NOT_IN_SHARDS = ("documents/text_hash", "shards/first_document")
 
 
 @dataclass
-class _Tally:
-    """What has been tokenised so far."""
+class Tally:
+    """What has been tokenised so far.
+
+    Attributes:
+        columns: values of `corpus.columns`.
+        ids: of the documents.
+        hashes: of their texts.
+        lengths: tokens of each document.
+        empty: documents without tokens.
+        doubled: documents for which `Encoder.begins_twice`.
+        cut_from: tokens of the last document before it was cut at `corpus.max_tokens`; 0: it was
+            not.
+    """
 
     columns: Columns
     ids: Strings = field(default_factory=Strings)
     hashes: Strings = field(default_factory=Strings)
     lengths: MutableSequence[int] = field(default_factory=lambda: array("q"))
     empty: int = 0
-    cut_from: int = 0  # tokens of the last document before it was cut at max_tokens; 0: not cut
+    doubled: int = 0
+    cut_from: int = 0
 
     @property
     def total(self) -> int:
+        """Tokens."""
         return sum(self.lengths)
 
+    def skip(self, document: Document) -> None:
+        """Count a document without tokens.
 
-def tokenize(config: Config, output: Path) -> None:
-    """Write `tokens.h5`: the stage tokenize_corpus.
+        Args:
+            document: the document.
+        """
+        self.empty += 1
+        log.warning("document %s has no tokens: skipped", printable(document.id))
+
+    def add(self, document: Document, text_hash: str, tokens: int, doubled: bool) -> None:
+        """Count a document.
+
+        Args:
+            document: the document.
+            text_hash: of what was encoded.
+            tokens: how many are taken.
+            doubled: whether it begins with the token that the tokenizer puts before it.
+        """
+        self.ids.append(document.id)
+        self.hashes.append(text_hash)
+        self.lengths.append(tokens)
+        self.doubled += doubled
+
+
+Tokens = Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]
+"""Token ids of one document after the other, or of several, with the other tables by name."""
+
+
+def tokenize(config: Config, output: Path, more: Mapping[str, Any] | None = None) -> None:
+    """Write `tokens.h5`: the stage tokenize_corpus, in one job.
 
     Args:
         config: the settings of the stage.
         output: the file.
+        more: attributes of the file beside those of every one.
+
+    Raises:
+        CorpusError: the corpus cannot be read or has no tokens, the model has no tokenizer, or a
+            token has no row in the model's embedding.
+        ConfigError: corpus.context_length is more than the model allows.
+    """
+
+    def whole(encoder: Encoder, tally: Tally, kept: KeptRows, prompts: Prompts | None) -> Tokens:
+        corpus = documents.settings(config.corpus) if prompts is None else prompts.corpus
+        read = documents.read_documents(corpus)
+        return encoded(config, encoder, tally, kept, prompts, read)
+
+    write_tokens(config, output, whole, more or {})
+
+
+def write_tokens(
+    config: Config,
+    output: Path,
+    source: Callable[[Encoder, Tally, KeptRows, Prompts | None], Tokens],
+    more: Mapping[str, Any],
+) -> None:
+    """Write `tokens.h5` from any source of tokens.
+
+    Args:
+        config: the settings of the stage.
+        output: the file.
+        source: gives the tokens of all documents, and counts what it gives.
+        more: attributes of the file beside those of every one.
 
     Raises:
         CorpusError: the corpus cannot be read or has no tokens, the model has no tokenizer, or a
@@ -81,12 +150,12 @@ def tokenize(config: Config, output: Path) -> None:
     encoder, context = Encoder(config), context_length(config)
     prompts = None if config.answers.source is None else Prompts(config, context)
     rows = config.rows if prompts is None else RowsConfig()  # kept when the answers are there
-    tally = _Tally(Columns(config.corpus.columns))
+    tally = Tally(Columns(config.corpus.columns))
     with written(output) as file:
         growing = Growing(file)
         kept = KeptRows(rows, file)
         ids_hash, occurring = xxhash.xxh3_128(), set[int]()
-        for input_ids, tables in _encoded(config, encoder, tally, kept, prompts):
+        for input_ids, tables in source(encoder, tally, kept, prompts):
             growing.add({"input_ids": input_ids, **tables})
             file.check()
             ids_hash.update(input_ids.tobytes())
@@ -110,6 +179,7 @@ def tokenize(config: Config, output: Path) -> None:
                 "tokens",
                 config=to_plain(config),
                 **encoder.attributes(),
+                double_bos_documents=tally.doubled,
                 columns=columns.described(typed),
                 tables_hash=tables_hash(file),
                 corpus=config.corpus.kind.name,
@@ -119,9 +189,10 @@ def tokenize(config: Config, output: Path) -> None:
                 truncated_from=tally.cut_from,
                 context_length=context,
                 **kept.finish(len(tally.ids)),
+                **more,
             ),
         )
-    encoder.report()
+    encoder.report(tally.doubled)
     log.info(
         "%d tokens in %d documents; %d empty documents skipped", total, len(tally.ids), tally.empty
     )
@@ -181,66 +252,118 @@ class Growing:
         self._total, self._waiting, self._parts = self._total + self._waiting, 0, {}
 
 
-def _encoded(
-    config: Config, encoder: Encoder, tally: _Tally, kept: KeptRows, prompts: Prompts | None
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """The token ids of each document that has any, with the other tables of its tokens, until
-    max_tokens; counts go to `tally`, and what is stored to `kept`.
+def encoded(
+    config: Config,
+    encoder: Encoder,
+    tally: Tally,
+    kept: KeptRows,
+    prompts: Prompts | None,
+    read: Iterable[Document],
+    cut: bool = True,
+) -> Tokens:
+    """The tokens of documents, until `corpus.max_tokens` are there.
+
+    Args:
+        config: the settings of the stage.
+        encoder: of the run.
+        tally: takes the counts; what it has is before the first document.
+        kept: takes what is stored.
+        prompts: takes the documents of a run with answers.
+        read: the documents.
+        cut: whether the last document is cut at `corpus.max_tokens`, or whole.
+
+    Yields:
+        Token ids of each document that has any, with the other tables of its tokens.
+
+    Raises:
+        CorpusError: a document cannot be read or encoded.
     """
     left, vocabulary = config.corpus.max_tokens, Vocabulary(config.model)
-    documents = read_documents(config.corpus if prompts is None else prompts.corpus)
-    for group in _groups(documents):
-        for document, encoded in zip(group, encoder.encode(group), strict=True):
-            ids = encoded.ids
-            if not ids:
-                tally.empty += 1
-                log.warning("document %s has no tokens: skipped", printable(document.id))
-                continue
-            if left is not None and len(ids) > left:
-                if prompts is not None:
-                    log.info("documents end before %s, at corpus.max_tokens", document.id)
-                    return
-                log.warning(
-                    "document %s is cut from %d to %d tokens at corpus.max_tokens",
-                    printable(document.id),
-                    len(ids),
-                    left,
-                )
-                tally.cut_from = len(ids)
-                ids = ids[:left]
+    names = [*config.corpus.columns]
+    left = None if left is None else left - tally.total
+    for document, found in _one_by_one(encoder, _groups(read)):
+        ids = found.ids
+        if not ids:
+            tally.skip(document)
+            continue
+        if left is not None and len(ids) > left and cut:
             if prompts is not None:
-                document, given = prompts.split(document)
-                prompts.add(document, len(ids), encoded.text, given)
-            checked = vocabulary.check(ids, printable(document.id), encoder.names)
-            tally.ids.append(document.id)
-            tally.hashes.append(xxhash.xxh3_128_hexdigest(encoded.hashed))
-            tally.lengths.append(len(ids))
-            tally.columns.add(document)
-            tables = {name: table[: len(ids)] for name, table in encoded.tables.items()}
-            tables |= encoder.special(checked)
-            known = RowDocument(
-                id=document.id,
-                tokens=len(ids),
-                text=encoded.text,
-                columns=dict(zip(config.corpus.columns, document.columns or (), strict=False)),
-                **tables,
+                log.info("documents end before %s, at corpus.max_tokens", document.id)
+                return
+            log.warning(
+                "document %s is cut from %d to %d tokens at corpus.max_tokens",
+                printable(document.id),
+                len(ids),
+                left,
             )
-            yield checked, tables | kept.add(known)
-            if left is not None:
-                left -= len(ids)
-                if left == 0:
-                    return
+            tally.cut_from = len(ids)
+            ids = ids[:left]
+        if prompts is not None:
+            document, given = prompts.split(document)
+            prompts.add(document, len(ids), found.text, given)
+        checked = vocabulary.check(ids, printable(document.id), encoder.names)
+        tables = {name: table[: len(ids)] for name, table in found.tables.items()}
+        tables |= encoder.special(checked)
+        known = RowDocument(
+            id=document.id,
+            tokens=len(ids),
+            text=found.text,
+            columns=dict(zip(names, document.columns or (), strict=False)),
+            **tables,
+        )
+        tally.columns.add(document)
+        tables |= kept.add(known)
+        text_hash = xxhash.xxh3_128_hexdigest(found.hashed)
+        tally.add(document, text_hash, len(ids), encoder.begins_twice(found.ids))
+        yield checked, tables
+        if left is not None:
+            left -= len(ids)
+            if left <= 0:
+                return
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _one_by_one(
+    encoder: Encoder, groups: Iterable[list[Document]]
+) -> Iterator[tuple[Document, Encoded]]:
+    """Documents and their tokens. An error comes after those before it, which may be all that is
+    taken of the corpus.
+    """
+    for group in groups:
+        try:
+            found = encoder.encode(group)
+        except CorpusError:
+            for document in group:
+                yield document, encoder.encode([document])[0]
+            raise
+        yield from zip(group, found, strict=True)
+
+
+def first_group(read: Iterable[Document]) -> list[Document]:
+    """The documents that are encoded first, of which class and file of the tokenizer are compared.
+
+    Args:
+        read: the documents of the corpus.
+
+    Returns:
+        The first of them.
+    """
+    return next(_groups(read), [])
+
+
+def _groups(read: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents that are encoded together; of the first group class and file are compared."""
     group, characters, least = list[Document](), 0, COMPARED
-    for document in documents:
-        group.append(document)
-        characters += len(document.text)
-        if len(group) == _TOGETHER or (len(group) >= least and characters >= _CHARACTERS):
+    try:
+        for document in read:
+            group.append(document)
+            characters += len(document.text)
+            if len(group) == _TOGETHER or (len(group) >= least and characters >= _CHARACTERS):
+                yield group
+                group, characters, least = [], 0, 1
+    except CorpusError:
+        if group:
             yield group
-            group, characters, least = [], 0, 1
+        raise
     if group:
         yield group
 

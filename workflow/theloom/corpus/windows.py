@@ -40,6 +40,32 @@ class Strings:
         self._ends.append(len(self._bytes))
         self._longest = max(self._longest, len(encoded))
 
+    def extend(self, texts: bytes, ends: np.ndarray) -> None:
+        """Take other texts.
+
+        Args:
+            texts: all of them, in UTF-8.
+            ends: the byte after each, (texts,) of int64.
+        """
+        if len(ends):
+            longest = int(np.diff(ends, prepend=0).max())
+            self._ends.frombytes((ends + len(self._bytes)).astype("<i8").tobytes())
+            self._bytes += texts
+            self._longest = max(self._longest, longest)
+
+    def first(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Some of the texts, as `extend` takes them.
+
+        Args:
+            count: how many.
+
+        Returns:
+            All their bytes, in UTF-8, and the byte after each, (count,) of int64.
+        """
+        ends = np.array(self._ends[1 : count + 1], "<i8")
+        size = int(ends[-1]) if count else 0
+        return np.frombuffer(bytes(self._bytes[:size]), "u1"), ends
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 

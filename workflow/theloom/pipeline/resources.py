@@ -106,6 +106,9 @@ def planned(run: Run, results: Path) -> Run:
     settings: dict[str, Any] = run.config
     if kept is not None:
         settings = settings | {"extraction": settings["extraction"] | {"shards": kept}}
+    run = replace(run, config=settings)  # whose frozen configs are compared
+    if (jobs := _tokenized_by(run, results)) != 0:
+        settings = settings | {"resources": settings["resources"] | {"tokenize_jobs": jobs}}
     run = replace(run, config=settings)
     request = of(to_config(settings), own_estimate(run, results))
     return replace(run, config=settings | {"resources": settings["resources"] | asdict(request)})
@@ -153,6 +156,7 @@ class Planner:
         self._read[run.name] = self._written(run)
         settings = run.config | {"resources": self._open[run.name]}
         request = asdict(of(to_config(settings), own_estimate(run, self._results)))
+        request["tokenize_jobs"] = run.config["resources"]["tokenize_jobs"]
         return replace(run, config=settings | {"resources": settings["resources"] | request})
 
     def waits(self, run: Run) -> bool:
@@ -173,17 +177,36 @@ class Planner:
             return 0
 
 
-def _started_shards(run: Run, results: Path) -> int | None:
-    frozen = results / run.name / "config/tokens.json"
+def _frozen(folder: Path, stage: str) -> dict[str, Any] | None:
+    """The config of a stage that a run has left in its folder."""
     try:
-        before = json.loads(frozen.read_text(encoding="utf-8"))["config"]
+        file = (folder / "config" / f"{stage}.json").read_text(encoding="utf-8")
+        config: dict[str, Any] = json.loads(file)["config"]
     except (OSError, ValueError):
+        return None
+    return config
+
+
+def _started_shards(run: Run, results: Path) -> int | None:
+    if (before := _frozen(results / run.name, "tokens")) is None:
         return None
     now = run.stage("tokens")["config"]
     same = {k: v for k, v in before.items() if k != "extraction"} == {
         k: v for k, v in now.items() if k != "extraction"
     }
     return int(before["extraction"]["shards"]) if same else None
+
+
+def _tokenized_by(run: Run, results: Path) -> int | None:
+    """The jobs by which a run's `tokens.h5` came, as its config names them: with others Snakemake
+    would tokenise it again. 0: there is none, or of another corpus.
+    """
+    folder, now = results / run.name, run.stage("tokens")["config"]
+    if not (folder / "tokens.h5").exists() or _frozen(folder, "tokens") != now:
+        return 0
+    before = _frozen(folder, "resources") or {"resources": {}}
+    jobs: int | None = before["resources"].get("tokenize_jobs")
+    return jobs
 
 
 def own_estimate(run: Run, results: Path) -> Estimate | None:

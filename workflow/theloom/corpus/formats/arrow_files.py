@@ -2,9 +2,10 @@
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +13,7 @@ from theloom.config.schema import CorpusConfig
 from theloom.corpus import rows
 from theloom.corpus.columns import Category
 from theloom.corpus.formats import decoding
+from theloom.corpus.formats.shares import Share
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, TheLoomError, printable
 from theloom.store import file_format
@@ -42,13 +44,17 @@ def check_installed(files: Sequence[Path]) -> None:
             )
 
 
-def read(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
+def read(
+    file: Path, name: str, config: CorpusConfig, share: Share | None = None
+) -> Iterator[Document]:
     """The documents of a Parquet or Arrow file, a row each.
 
     Args:
         file: its path.
         name: of it, in messages and ids.
         config: the `corpus` settings.
+        share: of a Parquet file, the row groups that begin in it are read, if all were as long as
+            they have rows; None: all.
 
     Yields:
         The documents in the order of the rows, which are numbered from 1.
@@ -56,9 +62,9 @@ def read(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
     Raises:
         CorpusError: the file cannot be read, or lacks a column.
     """
-    number = 0
     with decoding.whole(file, name) as raw:
-        found = _rows(raw, name, config)
+        with _in_one_line(f"{printable(name)}, row 1 or after"):
+            number, found = _rows(raw, name, config, share)
         while True:
             with _in_one_line(f"{printable(name)}, row {number + 1} or after"):
                 row = next(found, None)
@@ -138,7 +144,10 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def _rows(raw: BinaryIO, name: str, config: CorpusConfig) -> Iterator[dict[str, Any]]:
+def _rows(
+    raw: BinaryIO, name: str, config: CorpusConfig, share: Share | None
+) -> tuple[int, Iterator[dict[str, Any]]]:
+    """How many rows are left out before the first, and the rows."""
     import pyarrow as pa
 
     kind, source = decoding.kind_of(name), _unpacked(raw, name)
@@ -156,13 +165,40 @@ def _rows(raw: BinaryIO, name: str, config: CorpusConfig) -> Iterator[dict[str, 
         schema = table.schema
     rows.check_columns(config, schema.names, printable(name))
     names, labels = chosen(config, schema.names), _class_labels(schema)
+    before, batches = 0, iter(())  # type: int, Iterator[Any]
     if kind == ".parquet":
-        batches = table.iter_batches(batch_size=_TOGETHER, columns=names)
+        before, groups = _row_groups(table.metadata, raw, share)
+        batches = chain.from_iterable(
+            table.iter_batches(batch_size=_TOGETHER, row_groups=[group], columns=names)
+            for group in groups
+        )
     elif hasattr(table, "num_record_batches"):
         batches = map(table.get_batch, range(table.num_record_batches))
     else:
         batches = iter(table)
-    number = 0
+    return before, _of_batches(batches, before, names, labels, name, config)
+
+
+def _row_groups(metadata: Any, raw: BinaryIO, share: Share | None) -> tuple[int, list[int]]:
+    """Rows before the first row group of a share, and the numbers of its row groups."""
+    if share is None:
+        return 0, list(range(metadata.num_row_groups))
+    rows_of = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
+    before = list(accumulate(rows_of, initial=0))
+    size = raw.seek(0, 2)
+    mine = [n for n in range(len(rows_of)) if size * before[n] // max(before[-1], 1) in share]
+    return before[mine[0]] if mine else 0, mine
+
+
+def _of_batches(
+    batches: Iterable[Any],
+    number: int,
+    names: list[str],
+    labels: dict[str, list[str]],
+    name: str,
+    config: CorpusConfig,
+) -> Iterator[dict[str, Any]]:
+    """The rows of record batches, which are numbered from one more than `number`."""
     for batch in batches:
         for start in range(0, batch.num_rows, _TOGETHER):
             part = batch.slice(start, _TOGETHER)

@@ -7,7 +7,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, TextIO
 import zstandard
 
 from theloom.corpus import rows
+from theloom.corpus.formats import shares
+from theloom.corpus.formats.shares import Share
 from theloom.errors import CorpusError, printable
 
 PACKED = (".gz", ".zst")
@@ -173,21 +175,79 @@ def opened(file: Path, name: str, encoding: str, newline: str | None) -> Iterato
     Raises:
         CorpusError: as of `whole`, or it is of another encoding.
     """
-    with whole(file, name) as raw:
-        try:
-            text = io.TextIOWrapper(unpacked(raw, name), encoding, _MARK, newline)
-            if codecs.lookup(encoding).name in _OWN_BOM or text.read(1) != "\ufeff":
-                text.detach()
-                raw.seek(0)
-                text = io.TextIOWrapper(unpacked(raw, name), encoding, _MARK, newline)
-            yield text
-            text.detach()
-        except UnicodeError as error:
-            other = f"{encoding}-le or {encoding}-be" if "BOM" in str(error) else "another one"
-            raise CorpusError(
-                f"{printable(name)}: not {printable(encoding)} ({error}); "
-                f"set corpus.encoding to {other}"
-            ) from None
+    with whole(file, name) as raw, _decoded(name, encoding):
+
+        def content() -> Any:
+            raw.seek(0)
+            return unpacked(raw, name)
+
+        text = _without_mark(content, encoding, newline)
+        yield text
+        text.detach()
+
+
+def _without_mark(
+    content: Callable[[], Any], encoding: str, newline: str | None
+) -> io.TextIOWrapper:
+    """A file's content as text, behind its byte order mark."""
+    text = io.TextIOWrapper(content(), encoding, _MARK, newline)
+    if codecs.lookup(encoding).name in _OWN_BOM or text.read(1) != "\ufeff":
+        text.detach()
+        text = io.TextIOWrapper(content(), encoding, _MARK, newline)
+    return text
+
+
+@contextmanager
+def _decoded(name: str, encoding: str) -> Iterator[None]:
+    """Turn an error of an encoding into a CorpusError."""
+    try:
+        yield
+    except UnicodeError as error:
+        other = f"{encoding}-le or {encoding}-be" if "BOM" in str(error) else "another one"
+        raise CorpusError(
+            f"{printable(name)}: not {printable(encoding)} ({error}); "
+            f"set corpus.encoding to {other}"
+        ) from None
+
+
+def lines_of(
+    file: Path, name: str, encoding: str, share: Share | None, mark: bytes = b""
+) -> Iterator[tuple[int, str]]:
+    r"""The lines of a file, or of a share of it, with line ends as Python has them.
+
+    Args:
+        file: its path.
+        name: of it, in messages.
+        encoding: of it.
+        share: the lines that begin in it, of a file that `shares.has_lines`; None: all.
+        mark: lines without it at their start go with those before them.
+
+    Yields:
+        The number of each line in the whole file, from 1, and its text with the line end.
+
+    Raises:
+        CorpusError: as of `opened` and `lines`.
+    """
+    if share is None:
+        with opened(file, name, encoding, newline=None) as f:
+            yield from lines(f, name, encoding)
+        return
+    with whole(file, name) as raw, _decoded(name, encoding):
+        first, end = (shares.line_start(raw, at, mark) for at in (share.first, share.end))
+        if first >= end:
+            return
+
+        def content() -> Any:
+            return io.BufferedReader(shares.Window(raw, first, end))
+
+        if first == 0:
+            text, before = _without_mark(content, encoding, None), 0
+        else:  # there the codec would take another mark for the file's
+            own = "utf-8" if codecs.lookup(encoding).name == "utf-8-sig" else encoding
+            before = shares.lines_before(raw, first)
+            text = io.TextIOWrapper(content(), own, _MARK, None)
+        yield from lines(text, name, encoding, before)
+        text.detach()
 
 
 def read_text(file: Path, name: str, encoding: str) -> str:
@@ -215,13 +275,14 @@ def read_text(file: Path, name: str, encoding: str) -> str:
     return text
 
 
-def lines(file: TextIO, name: str, encoding: str) -> Iterator[tuple[int, str]]:
+def lines(file: TextIO, name: str, encoding: str, before: int = 0) -> Iterator[tuple[int, str]]:
     """The lines of a file, decoded.
 
     Args:
         file: as `opened` gives it.
         name: of it, in messages.
         encoding: of it.
+        before: lines that lie before the first one.
 
     Yields:
         The number of each line, from 1, and its text with the line end.
@@ -230,7 +291,7 @@ def lines(file: TextIO, name: str, encoding: str) -> Iterator[tuple[int, str]]:
         CorpusError: a byte is not of the encoding, or a line is longer than a document's row may
             be.
     """
-    number, most = 0, MOST_OF_A_ROW * rows.MAX_TEXT
+    number, most = before, MOST_OF_A_ROW * rows.MAX_TEXT
     while line := file.readline(most + 1):
         number += 1
         check_decoded(line[:_SHOWN], printable(name), number, encoding)

@@ -7,19 +7,23 @@ from pathlib import Path
 from theloom.config.schema import CorpusConfig
 from theloom.corpus import rows
 from theloom.corpus.formats import decoding
+from theloom.corpus.formats.shares import Share
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, printable
 
 SUFFIXES = (".fasta", ".fa", ".faa")
 
 
-def read(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
+def read(
+    file: Path, name: str, config: CorpusConfig, share: Share | None = None
+) -> Iterator[Document]:
     """The sequences of a file, each with the columns `id` and `description`.
 
     Args:
         file: its path.
         name: of it, in messages.
         config: the `corpus` settings.
+        share: the sequences whose headers begin in it are read; None: all.
 
     Yields:
         The documents in the order of the file.
@@ -41,22 +45,21 @@ def read(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
         return dataclasses.replace(rows.of_row(row, key, place, config), sequence=True)
 
     size = 0
-    with decoding.opened(file, name, config.encoding, newline=None) as f:
-        for number, line in decoding.lines(f, name, config.encoding):
-            if line.startswith(">"):
-                if start:
-                    yield document()
-                header, start, pieces, size = line, number, [], 0
-                continue
-            piece = "".join(line.split())
-            if piece and not start:
-                raise CorpusError(
-                    f"{printable(name)}, line {number}: a sequence without a header; each begins "
-                    "with a line of > and an id"
-                )
-            size += len(piece)
-            if size > rows.MAX_TEXT:
-                raise rows.too_long(f"{printable(name)}, line {start}")
-            pieces.append(piece)
-        if start:
-            yield document()
+    for number, line in decoding.lines_of(file, name, config.encoding, share, b">"):
+        if line.startswith(">"):
+            if start:
+                yield document()
+            header, start, pieces, size = line, number, [], 0
+            continue
+        piece = "".join(line.split())
+        if piece and not start:
+            raise CorpusError(
+                f"{printable(name)}, line {number}: a sequence without a header; each begins "
+                "with a line of > and an id"
+            )
+        size += len(piece)
+        if size > rows.MAX_TEXT:
+            raise rows.too_long(f"{printable(name)}, line {start}")
+        pieces.append(piece)
+    if start:
+        yield document()

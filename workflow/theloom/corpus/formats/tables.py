@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from theloom.config.schema import CorpusConfig
 from theloom.corpus import rows
 from theloom.corpus.formats import decoding
+from theloom.corpus.formats.shares import Share
 from theloom.corpus.rows import Document, Untyped
 from theloom.errors import CorpusError, printable
 
@@ -19,13 +20,16 @@ _BLANK = " \t\n\r"
 _PIECE = 1 << 16  # characters of a .json file that are read at once
 
 
-def json_lines(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
+def json_lines(
+    file: Path, name: str, config: CorpusConfig, share: Share | None = None
+) -> Iterator[Document]:
     """The documents of a file with an object on each line; empty lines are skipped.
 
     Args:
         file: its path.
         name: of it, in messages and ids.
         config: the `corpus` settings.
+        share: the lines that begin in it are read; None: all.
 
     Yields:
         The documents in the order of the file.
@@ -34,19 +38,17 @@ def json_lines(file: Path, name: str, config: CorpusConfig) -> Iterator[Document
         CorpusError: the file cannot be read, or a line is no JSON or no row of the corpus.
     """
     once = _once(config)
-    with decoding.opened(file, name, config.encoding, newline=None) as f:
-        for number, line in decoding.lines(f, name, config.encoding):
-            place = f"{printable(name)}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line, object_pairs_hook=once)
-            except (ValueError, RecursionError) as error:
-                raise CorpusError(
-                    f"{place}: not JSON ({_reason(error)}); each line of a .jsonl file is one "
-                    "object"
-                ) from None
-            yield rows.of_row(row, f"{name}:{number}", place, config)
+    for number, line in decoding.lines_of(file, name, config.encoding, share):
+        place = f"{printable(name)}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=once)
+        except (ValueError, RecursionError) as error:
+            raise CorpusError(
+                f"{place}: not JSON ({_reason(error)}); each line of a .jsonl file is one object"
+            ) from None
+        yield rows.of_row(row, f"{name}:{number}", place, config)
 
 
 def json_file(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
