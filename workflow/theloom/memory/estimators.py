@@ -23,6 +23,7 @@ from theloom.hooks.points import (
 from theloom.memory import closed_form
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
 from theloom.model.weight_format import WeightFormat, quantized_as, quantizing_bytes
+from theloom import precision as precisions
 from theloom.precision import BYTES
 
 if TYPE_CHECKING:
@@ -375,7 +376,7 @@ def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":
 
 
 def row_bytes(points: Sequence[HookPoint], precision: str, keys: int) -> int:
-    """Compute the bytes on disk of the hidden states of one row.
+    """Compute the bytes on disk of the hidden states of one row, with its scales where it has any.
 
     Args:
         points: hook points that are stored.
@@ -385,4 +386,4 @@ def row_bytes(points: Sequence[HookPoint], precision: str, keys: int) -> int:
     Returns:
         Bytes.
     """
-    return BYTES[precision] * sum(p.width(keys) for p in points)
+    return sum(precisions.row_bytes(precision, p.width(keys)) for p in points)
