@@ -10,6 +10,7 @@ the next smaller code, and NaN is the code of NaN, or -128. Both kinds of values
 are, but for the bits within a NaN.
 """
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ def encode(rows: "torch.Tensor", precision: str) -> tuple[np.ndarray, np.ndarray
     """
     import torch
 
-    values = rows.float().reshape(len(rows), -1)
+    values = rows.float().reshape(len(rows), math.prod(rows.shape[1:]))
     most = values.abs().amax(1) if values.numel() else values.new_zeros(len(values))
     wrong = ~most.isfinite()
     largest = np.full(len(values), SCALED[precision])
