@@ -12,10 +12,12 @@ import theloom
 import torch
 from model_folders import llama
 from model_folders import run as small_run
+from safetensors.torch import load_file
 from support import ROOT
 from theloom import exports
 from theloom.config.auto import store_precision
 from theloom.dataset import inspect
+from theloom.dataset.exports import to_safetensors
 from theloom.dataset.merge import merge_shards
 from theloom.errors import HookError, VerificationError
 from theloom.hooks.points import HookCatalog, HookPoint, check_integers
@@ -76,8 +78,8 @@ def test_rows_are_the_round_trip_of_the_exact_ones_by_any_index(pair):
         assert rows.nbytes == len(acts) * (expected[0].numel() + 4)
     document = acts.document(1)
     assert same(document[HOOK], truth[HOOK][document.rows])
-    seen = acts.select("position < 3")
-    assert same(seen[HOOK][:], truth[HOOK][np.flatnonzero(acts.position.numpy(...) < 3)])
+    last = truth[HOOK][acts.document_offset[1:] - 1]
+    assert same(acts.select("last")[HOOK][:], last)
     assert np.array_equal(np.asarray(acts[HOOK]), truth[HOOK].numpy())
 
 
@@ -87,19 +89,20 @@ def test_batches_pairs_and_exports_have_these_rows(pair, runs, tmp_path):
     assert same(batch[HOOK], truth[HOOK][batch["row"]])
     low = next(acts.batches(HOOK, 16, dtype="bf16"))
     assert torch.equal(low, truth[HOOK][:16].bfloat16())
-    both = theloom.open_pair({"a": acts, "b": acts})
+    both = theloom.open_pair(acts, acts, names=["a", "b"])
     assert same(next(both.batches(HOOK, 8))[:, 1], truth[HOOK][:8])
     exact = theloom.open(runs["auto"].activations)
     with pytest.raises(HookError, match="do not fit in one tensor"):
-        next(theloom.open_pair({"a": acts, "b": exact}).batches(HOOK, 8))
+        next(theloom.open_pair(acts, exact, names=["a", "b"]).batches(HOOK, 8))
     folder = tmp_path / "npy"
     exports.export(acts, "npy", folder, hooks=[HOOK])
     (file,) = folder.glob(f"**/*{HOOK}*.npy")
     assert np.array_equal(np.load(file), truth[HOOK].numpy())
-    acts.to_safetensors([HOOK], tmp_path / "rows.safetensors")
-    from safetensors.torch import load_file
-
+    to_safetensors(acts, [HOOK], tmp_path / "rows.safetensors")
     assert same(load_file(tmp_path / "rows.safetensors")[HOOK], truth[HOOK])
+    table = acts.to_xarray([HOOK], slice(3, 9))
+    assert table.attrs["precision"] == acts.stored_as
+    assert np.array_equal(table[HOOK].values, truth[HOOK][3:9].numpy())
 
 
 @pytest.mark.parametrize("mode", ["virtual", "physical"])
