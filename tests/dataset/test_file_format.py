@@ -47,7 +47,9 @@ def documented_names(table: str, kind: str, some_rows: bool = False) -> set[str]
     """
     of_others = {"shard": "(virtual|merged) datasets? only", "virtual": "shards only"}
     absent = of_others.get(kind, "shards only|virtual datasets only")
-    absent += f"|{OF_ANSWERS}" + ("" if some_rows else "|with `rows.keep` or `rows.pool` only")
+    absent += f"|rows with a scale only|{OF_ANSWERS}" + (
+        "" if some_rows else "|with `rows.keep` or `rows.pool` only"
+    )
     return {n for names, text in documented(table) if not re.search(absent, text) for n in names}
 
 

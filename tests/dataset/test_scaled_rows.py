@@ -190,7 +190,8 @@ def test_pooled_and_kept_rows_get_a_scale_too(model, tmp_path, words):
         f"verify.documents=2 {words} store.dtype="
     )
     exact, found = (
-        small_run(tmp_path / stored, model, keys + stored, TEXTS).all() for stored in ("auto", "int8")
+        small_run(tmp_path / stored, model, keys + stored, TEXTS).all()
+        for stored in ("auto", "int8")
     )
     rows = theloom.open(found.activations)[HOOK][:]
     assert len(rows) == len(TEXTS)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from theloom import precision as precisions
 from theloom.config import model_dims
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import ArchitectureConfig
@@ -23,7 +24,6 @@ from theloom.hooks.points import (
 from theloom.memory import closed_form
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
 from theloom.model.weight_format import WeightFormat, quantized_as, quantizing_bytes
-from theloom import precision as precisions
 from theloom.precision import BYTES
 
 if TYPE_CHECKING:

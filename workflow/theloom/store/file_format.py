@@ -94,9 +94,7 @@ def precision_of(dataset: h5py.Dataset) -> str:
     for precision in precisions:
         if t.equal(hdf5_type(precision)):
             return precision
-    raise StoreError(
-        f"{dataset.file.filename}: {dataset.name} is none of {', '.join(precisions)}"
-    )
+    raise StoreError(f"{dataset.file.filename}: {dataset.name} is none of {', '.join(precisions)}")
 
 
 def bits(tensor: "torch.Tensor") -> np.ndarray:

@@ -118,9 +118,9 @@ def words(stored_as: str, found: Cost) -> str:
 
     Examples:
         >>> words("int8", Cost(0.0057, 0.0123, 0.99998, 0.9999))
-        'int8 rows: relative error 0.57%, at most 1.23%; cosine similarity 0.999980, at least 0.999900'
+        'int8 rows: relative error 0.57%, at most 1.23%; cosine 0.999980, at least 0.999900'
     """
     return (
         f"{stored_as} rows: relative error {found.error:.2%}, at most {found.max_error:.2%}; "
-        f"cosine similarity {found.cosine:.6f}, at least {found.min_cosine:.6f}"
+        f"cosine {found.cosine:.6f}, at least {found.min_cosine:.6f}"
     )
