@@ -97,7 +97,7 @@ def test_rows_with_a_scale_are_what_their_file_gives(prepared, acts, tmp_path):
     folder = tmp_path / "stream"
     shutil.copytree(prepared._folder, folder)
     frozen_config = json.loads((folder / "extract.json").read_text())
-    frozen_config["store"]["dtype"] = "int8"
+    frozen_config["config"]["store"]["dtype"] = "int8"
     (folder / "extract.json").write_text(json.dumps(frozen_config))
     for batch in like(prepared, _folder=folder):
         for hook in acts.hooks:
