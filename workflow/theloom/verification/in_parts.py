@@ -194,10 +194,11 @@ def _joined(points: list[HookPoint], parts: Sequence[dict[str, Any]]) -> Recompu
     results: list[tuple[int, Recomputed]] = []
     for part in with_results:
         columns = ("order", "window", "max_abs_error", "max_abs", "costs")
-        for order, *result, costs in zip(
+        for order, window, errors, largest, costs in zip(
             *(part[f"recomputed/{c}"].tolist() for c in columns), strict=True
         ):
-            results.append((order, Recomputed(*result, [Cost(*c) for c in costs])))
+            of_window = Recomputed(window, errors, largest, [Cost(*c) for c in costs])
+            results.append((order, of_window))
     results.sort(key=lambda result: result[0])
     suspect = sum(int(p["suspect_bytes"]) for p in parts)
     rounding: dict[str, float] = {}
