@@ -30,8 +30,8 @@ TYPES = {"int32": "<i4", "int64": "<i8", "uint8": "|u1", "uint32": "<u4", "uint6
 TYPES["float64"] = "<f8"
 # of runs with corpus.messages and corpus.columns alone
 CONVERSATIONS = ("tokens/role", "tokens/message")
-OF_ANSWERS = r"`answers\.h5` only|with `answers\.source|with `model\.adapter` only"
-OF_ANSWERS += r"|with `resources\.tokenize_jobs` only"
+OF_OTHERS = r"`answers\.h5` only|with `answers\.source|with `model\.adapter` only"
+OF_OTHERS += r"|with `resources\.tokenize_jobs` only|rows with a scale only"
 COLUMNS = tuple(f"documents/{group}/<name>" for group in ("columns", "null", "categories"))
 
 
@@ -48,7 +48,7 @@ def documented_names(table: str, kind: str, some_rows: bool = False) -> set[str]
     """
     of_others = {"shard": "(virtual|merged) datasets? only", "virtual": "shards only"}
     absent = of_others.get(kind, "shards only|virtual datasets only")
-    absent += f"|{OF_ANSWERS}" + ("" if some_rows else "|with `rows.keep` or `rows.pool` only")
+    absent += f"|{OF_OTHERS}" + ("" if some_rows else "|with `rows.keep` or `rows.pool` only")
     return {n for names, text in documented(table) if not re.search(absent, text) for n in names}
 
 

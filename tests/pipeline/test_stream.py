@@ -5,7 +5,9 @@ line, and it leaves nothing behind.
 import copy
 import faulthandler
 import gc
+import json
 import pickle
+import shutil
 import threading
 
 import numpy as np
@@ -17,6 +19,7 @@ from theloom.dataset.merge import merge_shards
 from theloom.engine.row_queue import QueueClosedError, RowBlock, RowQueue
 from theloom.errors import ConfigError, HookError, StoreError, TheLoomError
 from theloom.pipeline import extract_shard
+from theloom.store.encoding import scaled
 from torch.utils.data import DataLoader
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_post"]
@@ -88,6 +91,18 @@ def test_rows_are_those_of_the_file_each_once(prepared, acts, buffer):
     seen = check(batches, acts)
     assert sorted(seen) == list(range(1500)) == list(range(prepared.rows))
     assert batches[0][HOOKS[0]].dtype == acts.dtype
+
+
+def test_rows_with_a_scale_are_what_their_file_gives(prepared, acts, tmp_path):
+    folder = tmp_path / "stream"
+    shutil.copytree(prepared._folder, folder)
+    frozen_config = json.loads((folder / "extract.json").read_text())
+    frozen_config["config"]["store"]["dtype"] = "int8"
+    (folder / "extract.json").write_text(json.dumps(frozen_config))
+    for batch in like(prepared, _folder=folder):
+        for hook in acts.hooks:
+            exact = scaled.round_trip(acts[hook][batch["row"].numpy()], "int8")
+            assert torch.equal(batch[hook], exact)
 
 
 def test_it_has_the_provenance_of_the_file(prepared, acts):

@@ -19,6 +19,7 @@ from shards import POINTS, all_but_metrics, spec
 from theloom.store import commit_log, file_format
 from theloom.store import writer as writer_module
 from theloom.store.commit_log import committed
+from theloom.store.encoding import scaled
 from theloom.store.writer import ShardWriter
 
 LONG = bool(os.environ.get("LONG_TESTS"))
@@ -32,9 +33,12 @@ def rows_of(window: int, hook: str) -> torch.Tensor:
     )
 
 
-def write_batches(path: Path, compression: str = "none") -> int:
-    """Write the shard, or go on with it; gives the batches that were there."""
-    begun = spec(lengths=WINDOWS, batches=len(ORDER), compression=compression)
+def write_batches(path: Path, kind: str = "none") -> int:
+    """Write the shard, or go on with it; gives the batches that were there. `kind`: compressed by
+    `zstd`, or of rows with a scale in a dataset of its own, `int8`.
+    """
+    kinds = {"zstd": {"compression": "zstd"}, "int8": {"precision": "int8"}}
+    begun = spec(lengths=WINDOWS, batches=len(ORDER), **kinds.get(kind, {}))
     with ShardWriter(path, begun) as writer:
         there = writer.batches_done
         for number in range(there, len(ORDER)):
@@ -59,14 +63,18 @@ def check_committed(path: Path) -> int:
                 assert (file["windows/batch"][window] == number).all()
                 first = int(file["windows/offset"][window])
                 for point in POINTS:
-                    stored = file[f"hooks/{point.name}/activations"][
-                        first : first + WINDOWS[window]
-                    ]
-                    assert np.array_equal(stored, rows_of(window, point.name).numpy())
+                    name, expected = f"hooks/{point.name}/activations", rows_of(window, point.name)
+                    part = slice(first, first + WINDOWS[window])
+                    if f"{name}_scale" in file:
+                        codes, scales = scaled.encode(expected, "int8")
+                        assert np.array_equal(file[name][part], codes)
+                        assert np.array_equal(file[f"{name}_scale"][part], scales)
+                    else:
+                        assert np.array_equal(file[name][part], expected.numpy())
     return done
 
 
-@pytest.fixture(params=["none", "zstd"])
+@pytest.fixture(params=["none", "zstd", "int8"])
 def recorded(request, tmp_path, monkeypatch):
     """A whole run of the writer, each batch committed, as a record of its calls; and its finished
     file.
@@ -81,7 +89,7 @@ def recorded(request, tmp_path, monkeypatch):
     return disk, folder / "s.h5", request.param
 
 
-def go_on(disk: Disk, target: Path, point: int, whole: Path, compression: str) -> None:
+def go_on(disk: Disk, target: Path, point: int, whole: Path, kind: str) -> None:
     """After a crash nothing committed is lost or wrong, and the job ends with the same file."""
     synced = max(
         (c[2] for c in disk.calls[:point] if c[0] == "sync ends" and c[1] == "s.h5.partial"),
@@ -93,7 +101,7 @@ def go_on(disk: Disk, target: Path, point: int, whole: Path, compression: str) -
         assert check_committed(partial) >= promised
     if not (target / "s.h5").exists():
         there = check_committed(partial) if partial.exists() else 0
-        assert write_batches(target / "s.h5", compression) == there
+        assert write_batches(target / "s.h5", kind) == there
     assert all_but_metrics(target / "s.h5") == all_but_metrics(whole)
     shutil.rmtree(target)
 
@@ -113,19 +121,19 @@ def points(disk: Disk, some: int, choose: random.Random) -> list[int]:
 
 
 def test_a_writer_killed_at_any_call_loses_nothing_and_ends_the_same(recorded, tmp_path):
-    disk, whole, compression = recorded
+    disk, whole, kind = recorded
     for point in points(disk, 25, random.Random(1)):
         disk.after_kill(point, tmp_path / "after")
-        go_on(disk, tmp_path / "after", point, whole, compression)
+        go_on(disk, tmp_path / "after", point, whole, kind)
 
 
 def test_a_power_cut_at_any_moment_loses_nothing_that_was_committed(recorded, tmp_path):
-    disk, whole, compression = recorded
+    disk, whole, kind = recorded
     choose = random.Random(2)
     for _ in range(150 if LONG else 20):
         point = choose.randrange(len(disk.calls) + 1)
         disk.after_power_cut(point, tmp_path / "after", choose)
-        go_on(disk, tmp_path / "after", point, whole, compression)
+        go_on(disk, tmp_path / "after", point, whole, kind)
 
 
 def test_a_log_that_is_written_before_the_data_is_found_out(tmp_path, monkeypatch):
@@ -169,11 +177,14 @@ def test_a_log_that_is_written_before_the_data_is_found_out(tmp_path, monkeypatc
     assert found > 10
 
 
-def test_damage_to_committed_rows_is_found_when_a_job_goes_on(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_damage_to_committed_rows_is_found_when_a_job_goes_on(tmp_path, monkeypatch, caplog, kind):
     monkeypatch.setattr(writer_module, "COMMIT_BYTES", 1)
-    write_batches(tmp_path / "whole.h5")
+    write_batches(tmp_path / "whole.h5", kind)
     choose = random.Random(3)
     damageable = ["hooks", "commit_log", "windows/hash", "windows/batch"]
+    if kind == "int8":
+        damageable = ["hooks", f"hooks/{POINTS[0].name}/activations_scale"]
     for number in range(200 if LONG else 16):
         path = tmp_path / "s.h5"
         partial = shutil.copy(tmp_path / "whole.h5", tmp_path / "s.h5.partial")
@@ -186,7 +197,7 @@ def test_damage_to_committed_rows_is_found_when_a_job_goes_on(tmp_path, monkeypa
             )
             offset = dataset.id.get_offset() + choose.randrange(dataset.id.get_storage_size())
         flip(partial, offset, choose.randrange(8))
-        assert write_batches(path) < len(ORDER)
+        assert write_batches(path, kind) < len(ORDER)
         assert all_but_metrics(path) == all_but_metrics(tmp_path / "whole.h5")
         path.unlink()
     assert "are not what was written" in caplog.text

@@ -19,6 +19,11 @@ BF16_CAPABILITY = (8, 0)
 FP16_CAPABILITY = (5, 3)
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# What only the store has: a row of codes of one byte, each times the row's scale, which is FP32. By
+# type the largest code that is a number.
+SCALED = {"fp8_e4m3": 448, "int8": 127}
+SCALE_BYTES = 4
+
 # The format in which `verify` computes the rounding error of another.
 FINER = {"fp32": "fp64", "fp16": "fp32", "bf16": "fp32"}
 
@@ -145,6 +150,56 @@ def torch_dtype(precision: str) -> "torch.dtype":
         "fp16": torch.float16,
         "bf16": torch.bfloat16,
     }[precision]
+
+
+def row_bytes(store: str, elements: int) -> int:
+    """The size on disk of a row of one hook point.
+
+    Args:
+        store: the precision of the store: `fp32`, `fp16`, `bf16`, `fp8_e4m3` or `int8`.
+        elements: of the row.
+
+    Returns:
+        Bytes, with the scale where the row has one.
+
+    Examples:
+        >>> row_bytes("bf16", 576), row_bytes("int8", 576)
+        (1152, 580)
+    """
+    return elements + SCALE_BYTES if store in SCALED else elements * BYTES[store]
+
+
+def read_as(store: str) -> str:
+    """The precision in which stored rows are read.
+
+    Args:
+        store: the precision of the store.
+
+    Returns:
+        `fp32` for rows with a scale, which are decoded; else the same.
+
+    Examples:
+        >>> read_as("fp8_e4m3"), read_as("bf16")
+        ('fp32', 'bf16')
+    """
+    return "fp32" if store in SCALED else store
+
+
+def handed(store: str, computed: str) -> str:
+    """The precision in which rows are handed to the writer, which then encodes them.
+
+    Args:
+        store: the precision of the store.
+        computed: that of the forward pass.
+
+    Returns:
+        That of the forward pass where rows get a scale; else that of the store.
+
+    Examples:
+        >>> handed("int8", computed="bf16"), handed("fp16", computed="fp32")
+        ('bf16', 'fp16')
+    """
+    return computed if store in SCALED else store
 
 
 def precision_of(dtype: "torch.dtype") -> str:

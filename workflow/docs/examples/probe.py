@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import theloom
 import torch
+from theloom.dataset.activations import Activations
 
 
 def balanced(labels: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
@@ -47,9 +48,11 @@ def accuracy(probe: torch.nn.Linear, states: torch.Tensor, labels: torch.Tensor)
         return float(((probe(states)[:, 0] > 0) == (labels > 0.5)).float().mean())
 
 
-def main(run: Path) -> dict[str, tuple[float, float]]:
-    """Accuracy and that of the control, by hook point. The last 30% of the rows are held out."""
-    acts = theloom.open(run / "activations.h5")
+def labelled(acts: Activations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whether the next token begins a word, by row; and balanced rows to train on and to test.
+
+    The last 30% of the rows are held out.
+    """
     tokens = acts.to_dataframe("tokens")
     begins_word = tokens["token"].str.startswith(" ").to_numpy()
     same_document = (
@@ -60,6 +63,13 @@ def main(run: Path) -> dict[str, tuple[float, float]]:
     labels = np.append(begins_word[1:], False)
     cut = int(0.7 * len(acts))
     train, test = (balanced(labels, part, seed=0) for part in (rows[rows < cut], rows[rows >= cut]))
+    return labels, train, test
+
+
+def main(run: Path) -> dict[str, tuple[float, float]]:
+    """Accuracy and that of the control, by hook point."""
+    acts = theloom.open(run / "activations.h5")
+    labels, train, test = labelled(acts)
     truth = torch.from_numpy(labels).float()
     shuffled = truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))]
     results = {}

@@ -57,15 +57,17 @@ def unexplained(model: SparseAutoencoder, rows: torch.Tensor) -> float:
     return float(left / (rows - rows.mean(dim=0)).square().sum())
 
 
-def main(run: Path, epochs: int = 12) -> tuple[float, float]:
-    """The fraction of variance unexplained of rows held out, before and after training."""
-    acts = theloom.open(run / "activations.h5")
-    hook = acts.hooks[len(acts.hooks) // 2]
+def train(
+    acts: Activations, hook: str, truth: Activations, epochs: int = 12
+) -> tuple[float, float]:
+    """The fraction of variance unexplained of held-out rows of `truth`, before and after training
+    on the other rows of `acts`, which may be the same.
+    """
     end = int(0.9 * len(acts))
     sample = torch.cat(list(islice(batches(acts, hook, end, epochs=1), 8)))
     mean, scale = sample.mean(dim=0), sample.std()
     held_out = end + (acts.position.numpy(slice(end, None)) > 0).nonzero()[0]
-    test = (acts[hook][held_out].float() - mean) / scale
+    test = (truth[hook][held_out].float() - mean) / scale
     model = SparseAutoencoder(sample.shape[1])
     before = unexplained(model, test)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -77,7 +79,14 @@ def main(run: Path, epochs: int = 12) -> tuple[float, float]:
         optimizer.step()
         if step % 100 == 0:
             print(f"step {step}: loss {loss.item():.4f}")
-    after = unexplained(model, test)
+    return before, unexplained(model, test)
+
+
+def main(run: Path, epochs: int = 12) -> tuple[float, float]:
+    """The fraction of variance unexplained of rows held out, before and after training."""
+    acts = theloom.open(run / "activations.h5")
+    hook = acts.hooks[len(acts.hooks) // 2]
+    before, after = train(acts, hook, acts, epochs)
     print(f"{hook}: variance unexplained, held-out rows: {before:.3f} before, {after:.3f} after")
     return before, after
 

@@ -11,7 +11,7 @@ def store_precision(config: Config, precision: str) -> str:
         precision: That of the forward pass, for which `auto` stands.
 
     Returns:
-        `fp32`, `fp16` or `bf16`.
+        `fp32`, `fp16`, `bf16`, `fp8_e4m3` or `int8`.
     """
     requested = config.store.dtype.name
     return precision if requested == "auto" else requested

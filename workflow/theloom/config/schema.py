@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any, get_args
 
 PrecisionMode = Enum("PrecisionMode", ["auto", "fp32", "fp16", "bf16"])
-StoreDtype = Enum("StoreDtype", ["auto", "fp32", "fp16", "bf16"])
+StoreDtype = Enum("StoreDtype", ["auto", "fp32", "fp16", "bf16", "fp8_e4m3", "int8"])
 Quantization = Enum("Quantization", ["8bit", "4bit"])
 Attention = Enum("Attention", ["auto", "sdpa", "eager", "flash_attention_2"])
 Compression = Enum("Compression", ["none", "zstd"])
@@ -178,7 +178,11 @@ class ExtractionConfig:
 class StoreConfig:
     """How the hidden states are written."""
 
-    dtype: StoreDtype = key(StoreDtype["auto"], "precision on disk; auto: that of the forward pass")
+    dtype: StoreDtype = key(
+        StoreDtype["auto"],
+        "precision on disk; auto: that of the forward pass; fp8_e4m3, int8: one byte a value and a "
+        "scale a row, read as FP32",
+    )
     merge: MergeMode = key(
         MergeMode["virtual"],
         "activations.h5 refers to the shards (virtual) or copies them (physical)",

@@ -296,7 +296,7 @@ def to_xarray(
             array.numpy(),
         )
     return xr.Dataset(
-        values, coordinates, attrs={"source": acts.path.name, "precision": acts.precision}
+        values, coordinates, attrs={"source": acts.path.name, "precision": acts.stored_as}
     )
 
 
@@ -418,7 +418,7 @@ def _summary(acts: "ActivationsReader") -> list[tuple[str, str]]:
     return [
         ("rows", rows),
         ("model", f"{model} in {acts.attributes.get('model_precision', 'unknown precision')}"),
-        ("stored", f"{acts.precision}, {size / 1e9:.3f} GB"),
+        ("stored", f"{acts.stored_as}, {size / 1e9:.3f} GB"),
         *(
             ("hook points", f"{_few(names)}: row of {' × '.join(map(str, shape))}")
             for shape, names in shapes.items()

@@ -170,11 +170,16 @@ def _hash_of(reader: Rows, rows: range, precision: str, masked: bool) -> tuple[i
     """The hash of rows, and how many of their values are nonfinite."""
     state, count = xxhash.xxh3_64(), 0
     step = max(1, _BYTES_AT_ONCE * len(reader) // max(1, reader.nbytes))
+    pieces = [slice(start, min(start + step, rows.stop)) for start in rows[::step]]
     try:
-        for start in rows[::step]:
-            bits = reader.numpy(slice(start, min(start + step, rows.stop)))
-            state.update(bits.data.cast("B") if bits.size else b"")
-            count += count_nonfinite(bits, precision, masked)
+        for part in reader.on_disk:
+            for piece in pieces:
+                bits = part.numpy(piece)
+                state.update(bits.data.cast("B") if bits.size else b"")
+                if part is reader:
+                    count += count_nonfinite(bits, precision, masked)
+        for piece in pieces if reader not in reader.on_disk else ():  # decoded from what is stored
+            count += count_nonfinite(reader.numpy(piece), precision, masked)
     except StoreError:  # a packed chunk that cannot be unpacked
         state.reset()
     return state.intdigest(), count

@@ -24,7 +24,9 @@ from theloom.dataset.parts import TOKENS, Part, Source
 from theloom.dataset.rows import Maps, Rows
 from theloom.dataset.tables import Tables, read_columns, read_metrics, read_row_tokens, read_tables
 from theloom.errors import StoreError
+from theloom.precision import SCALED
 from theloom.store import checksums, compression, file_format, index, token_texts
+from theloom.store.encoding import scaled
 from theloom.store.file_format import METRICS
 from theloom.store.hdf5.output import written
 from theloom.store.lock import WriterLock
@@ -128,8 +130,8 @@ def _write(
         _write_tables(file, shards)
         token_texts.write(file, texts)
         file[checksums.CHECKSUMS] = np.zeros(len(checksums.ALL), "<u8")
-        hidden = file_format.hdf5_type(str(first.attributes["precision"]))
-        types = {name: h5py.h5t.STD_I32LE if name in TOKENS else hidden for name in names}
+        precision = str(first.attributes["precision"])
+        types = {name: _type(name, precision) for name in names}
         copied = {name: parts.row_type(name).itemsize for name in first.more_tables}
         for name in copied:
             kind = h5py.h5t.py_create(parts.row_type(name))
@@ -140,16 +142,25 @@ def _write(
             parts.write_sources(file, [_source(s, folder) for s in shards], names)
         for name in names if mode == "physical" else ():
             shape = (_count(shards, name), *first.shapes[name][1:])
-            if packed and name not in TOKENS:
+            if packed and name not in TOKENS and not parts.is_scale(name):
                 compression.create_packed(file, name, shape, types[name])
-                precision = str(first.attributes["precision"])
                 _pack(file[name], name, shards, precision, file.check)
                 continue
             file_format.create_contiguous(file, name, shape, types[name])
             copied[name] = types[name].get_size() * int(np.prod(shape[1:]))
+        if precision in SCALED:
+            for hook in _hooks(shards):
+                scaled.describe(file[file_format.hook_path(hook)], precision)
         offsets = {name: file_format.byte_offset(file[name]) for name in copied}
         index.write_index(file)
     _copy(target, offsets, copied, shards)
+
+
+def _type(name: str, precision: str) -> h5py.h5t.TypeID:
+    """The HDF5 type of a dataset of tokens, rows or scales."""
+    if name in TOKENS:
+        return h5py.h5t.STD_I32LE
+    return file_format.hdf5_type("fp32" if parts.is_scale(name) else precision)
 
 
 def _checked(path: Path, number: int, texts: dict[int, str]) -> _Shard:
@@ -245,9 +256,8 @@ def _write_tables(file: h5py.File, shards: Sequence[_Shard]) -> None:
     columns.write(file, columns.join([s.columns for s in shards]))
     file["windows/document"] = np.concatenate([t.window_document for t in tables])
     file["windows/hash"] = np.concatenate([t.window_hash for t in tables])
-    widths = [
-        int(np.prod(shape[1:])) for name, shape in shards[0].shapes.items() if name not in TOKENS
-    ]
+    shapes = shards[0].shapes
+    widths = [int(np.prod(shapes[file_format.hook_path(h)][1:])) for h in _hooks(shards)]
     create_statistics(file, widths)
     total = [
         empty_statistics(hook, width) for hook, width in zip(_hooks(shards), widths, strict=True)

@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 
 from theloom.errors import StoreError
+from theloom.precision import SCALED
 from theloom.store import checksums, commit_log, file_format
 from theloom.store.hdf5 import content
 from theloom.store.hdf5.objects import Link, Objects
@@ -141,13 +142,51 @@ def names_of(attributes: dict[str, Any]) -> list[str]:
         attributes: of a file.
 
     Returns:
-        The token tables, then the hook points, as paths in the file.
+        The token tables, then the hook points, then the scales of their rows where these have
+        scales, as paths in the file.
 
     Examples:
         >>> names_of({"hooks": '["hook_embed"]'})[-1]
         'hooks/hook_embed/activations'
     """
-    return [*TOKENS, *map(file_format.hook_path, json.loads(attributes["hooks"]))]
+    hooks = json.loads(attributes["hooks"])
+    scales = hooks if attributes.get("precision") in SCALED else []
+    return [
+        *TOKENS,
+        *map(file_format.hook_path, hooks),
+        *map(file_format.scale_path, scales),
+    ]
+
+
+def is_scale(name: str) -> bool:
+    """Whether a dataset has the scales of rows.
+
+    Args:
+        name: of the dataset in the file.
+
+    Returns:
+        False for rows and tables.
+
+    Examples:
+        >>> is_scale("hooks/hook_embed/activations_scale"), is_scale("tokens/position")
+        (True, False)
+    """
+    return name.startswith("hooks/") and name.endswith("/activations_scale")
+
+
+def numpy_type(name: str, precision: str) -> np.dtype:
+    """NumPy's type of a dataset of `names_of`.
+
+    Args:
+        name: of the dataset in the file.
+        precision: of the stored rows.
+
+    Returns:
+        `row_type` of a table of tokens, float32 of scales, `file_format.bits_dtype` of rows.
+    """
+    if _of_tokens(name):
+        return row_type(name)
+    return np.dtype("<f4") if is_scale(name) else file_format.bits_dtype(precision)
 
 
 def more_tables(listed: FileIndex) -> list[str]:
@@ -257,10 +296,8 @@ def referred(fd: int, listed: FileIndex, allow: Collection[str]) -> list[Part]:
 
 
 def _row_bytes(name: str, shape: tuple[int, ...], precision: str) -> int:
-    """Bytes of a row of a token table or of a hook point."""
-    if _of_tokens(name):
-        return row_type(name).itemsize
-    return math.prod(shape[1:]) * file_format.bits_dtype(precision).itemsize
+    """Bytes of a row of a token table, of a hook point or of its scales."""
+    return math.prod(shape[1:]) * numpy_type(name, precision).itemsize
 
 
 def _of_tokens(name: str) -> bool:

@@ -18,9 +18,10 @@ from theloom.dataset import parts
 from theloom.dataset.attributes import Attributes
 from theloom.dataset.maps import Maps
 from theloom.dataset.parts import Identity, Part
-from theloom.dataset.rows import HookRows, RowNumbers, Rows
+from theloom.dataset.rows import HookRows, RowNumbers, Rows, ScaledRows
 from theloom.dataset.tables import read_columns, read_metrics, read_row_tokens, read_tables
 from theloom.errors import ConfigError, HookError, StoreError
+from theloom.precision import SCALED, read_as
 from theloom.store import checksums, file_format, index, token_texts
 from theloom.store.file_format import hook_path
 from theloom.store.hdf5 import content
@@ -70,8 +71,10 @@ class ActivationsReader:
     """The hidden states of a run. Row r of every hook point, and of the token tables, is the same
     token. Where rows are pooled it is the last of the tokens that a row is made of.
 
-    `hooks`: names of the hook points; `dtype`: the stored one; `len`: rows; `attributes`: where the
-    rows come from; `metrics_checked`: whether `theloom verify` checks the metrics, too.
+    `hooks`: names of the hook points; `precision`, `dtype`: of the rows as they are read;
+    `stored_as`: their precision in the file, `fp8_e4m3` and `int8` being read as FP32; `len`: rows;
+    `attributes`: where the rows come from; `metrics_checked`: whether `theloom verify` checks the
+    metrics, too.
 
     Args:
         path: `activations.h5`, or a single shard.
@@ -97,16 +100,19 @@ class ActivationsReader:
         self._listed = listed = index.of(file, self.path)
         self.attributes: Attributes = Attributes(self.path, listed.attributes)
         self.hooks: list[str] = self.attributes.parsed("hooks", list)
-        self.precision: str = self.attributes["precision"]
+        self.stored_as: str = self.attributes["precision"]
+        self.precision: str = read_as(self.stored_as)
         rows = self.attributes["rows"]
         if not isinstance(rows, int) or rows < 0 or len({*self.hooks}) != len(self.hooks):
             raise ValueError("its attributes rows or hooks have another form")
-        file_format.bits_dtype(self.precision)
+        file_format.bits_dtype(self.stored_as)
         self._names = parts.names_of(self.attributes)
         self._widths = {name: listed.datasets[name].shape[1:] for name in self._names}
         more = parts.more_tables(listed)
         if any(len(listed.datasets[name].shape) != 1 for name in (*parts.TOKENS, *more)):
             raise ValueError("its tables of tokens have another form")
+        if any(self._widths[name] for name in self._names if parts.is_scale(name)):
+            raise ValueError("its scales have another form")
         self.is_virtual = "sources/file" in listed.datasets
         if checksums.CHECKSUMS not in listed.datasets or checksums.changed_parts(
             file.fd, listed, checksums.METADATA
@@ -238,12 +244,16 @@ class ActivationsReader:
                 f"no hook point {hook!r} in {self.path}; it has {', '.join(self.hooks)}"
             )
         name = hook_path(hook)
-        rows = HookRows(self._parts, self._maps, name, self._widths[name], self.precision)
-        return rows.taking(self._chosen)
+        width, of = self._widths[name], (self._parts, self._maps)
+        if self.stored_as not in SCALED:
+            return HookRows(*of, name, width, self.stored_as).taking(self._chosen)
+        codes = Rows(*of, name, width, file_format.bits_dtype(self.stored_as))
+        scales = Rows(*of, file_format.scale_path(hook), (), np.dtype("<f4"))
+        return ScaledRows(codes, scales, self.stored_as).taking(self._chosen)
 
     @property
     def dtype(self) -> "torch.dtype":
-        """The stored dtype of the hidden states."""
+        """The dtype of the hidden states: the stored one, and FP32 where rows have a scale."""
         from theloom.precision import torch_dtype
 
         return torch_dtype(self.precision)

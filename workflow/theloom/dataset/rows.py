@@ -11,7 +11,9 @@ import numpy as np
 
 from theloom.dataset.maps import Maps
 from theloom.dataset.parts import Part
+from theloom.precision import read_as
 from theloom.store import file_format
+from theloom.store.encoding import scaled
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +70,13 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows."""
+        """Bytes of all rows as they are stored, uncompressed."""
         return math.prod(self.shape) * self._dtype.itemsize
+
+    @property
+    def on_disk(self) -> "Sequence[Rows]":
+        """What is stored: these rows; or codes, then scales, from which they are decoded."""
+        return [self]
 
     def numpy(self, index: Index) -> np.ndarray:
         """Rows as an array.
@@ -230,3 +237,72 @@ class HookRows(Rows):
             A tensor of the same shape; nothing is copied.
         """
         return file_format.tensor_from_bits(bits, self._precision)
+
+
+class ScaledRows(HookRows):
+    """The rows of a hook point that are stored as codes, with a scale for each row: they are
+    decoded to FP32 when they are read, whatever reads them.
+
+    Args:
+        codes: their codes.
+        scales: their scales.
+        precision: of the store, `fp8_e4m3` or `int8`.
+    """
+
+    def __init__(self, codes: Rows, scales: Rows, precision: str) -> None:
+        super().__init__([], codes._maps, codes._name, codes.shape[1:], read_as(precision))
+        self.shape = codes.shape
+        self._codes, self._scales, self._encoding = codes, scales, precision
+
+    def taking(self, rows: np.ndarray | None) -> Self:
+        """As `Rows.taking`.
+
+        Args:
+            rows: their numbers, (n,); None: all.
+
+        Returns:
+            A view; nothing is read.
+        """
+        seen = copy.copy(self)
+        seen._codes, seen._scales = self._codes.taking(rows), self._scales.taking(rows)
+        seen.shape = seen._codes.shape
+        return seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all codes and scales."""
+        return self._codes.nbytes + self._scales.nbytes
+
+    @property
+    def on_disk(self) -> Sequence[Rows]:
+        """Codes, then scales."""
+        return [self._codes, self._scales]
+
+    def rounding(self, index: Index) -> np.ndarray:
+        """How far rows may be from those that were encoded, which is known from what is stored.
+
+        Args:
+            index: as of `numpy`, but no single number.
+
+        Returns:
+            (rows, …) float64: the largest difference of each value.
+        """
+        codes, scales = self._codes.numpy(index), self._scales.numpy(index)
+        return scaled.rounding(codes, scales, self._encoding)
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """As `Rows.read_into`.
+
+        Args:
+            out: (rows, …) of `stored`.
+            start: the first row.
+        """
+        rows = slice(start, start + len(out))
+        codes, scales = self._codes.numpy(rows), self._scales.numpy(rows)
+        scaled.decode(codes, scales, self._encoding, out.view("<f4"))
+
+    def _gather(self, wanted: np.ndarray) -> np.ndarray:
+        flat = wanted.reshape(-1)
+        codes, scales = self._codes.numpy(flat), self._scales.numpy(flat)
+        values = scaled.decode(codes, scales, self._encoding).view(self._dtype)
+        return values.reshape(*wanted.shape, *self.shape[1:])

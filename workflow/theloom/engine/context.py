@@ -29,6 +29,7 @@ from theloom.model.weight_format import WeightFormat
 from theloom.planning import estimate
 from theloom.planning.estimate import Estimate
 from theloom.planning.plan import Plan
+from theloom.precision import handed
 from theloom.store import file_format, provenance
 from theloom.store.partial import partial_of, read_partial
 from theloom.store.shard_file import ShardSpec, ShardTokens
@@ -66,6 +67,11 @@ class RunContext:
     points: list[HookPoint]
     store: str
     fingerprint: str
+
+    @property
+    def handed(self) -> str:
+        """The precision of rows that the writer is handed."""
+        return handed(self.store, self.record.precision)
 
     @property
     def device(self) -> "torch.device":

@@ -119,7 +119,7 @@ def extract_resident(job: ShardJob) -> None:
     disk.check_disk(
         job.output.parent, job.bytes_to_write(spec), shutil.disk_usage(job.output.parent).free
     )
-    Selection(job.tokens, run.config.rows.pool.name, run.store).check_room(batches, run.points)
+    Selection(job.tokens, run.config.rows.pool.name, run.handed).check_room(batches, run.points)
     first = committed_batches(job.output, job.fingerprint)
     if first == len(batches):  # an earlier job was killed between its last row and the rename
         with ShardWriter(job.output, spec) as writer:
@@ -158,7 +158,7 @@ def stream_resident(
         MemoryPlanError: It does not fit.
     """
     run = job.run
-    Selection(job.tokens, run.config.rows.pool.name, run.store).check_room(batches, run.points)
+    Selection(job.tokens, run.config.rows.pool.name, run.handed).check_room(batches, run.points)
     unrecorded = ShardProfile(loaded, job.output, ())
     _run(job, fitting, batches, loaded, lambda: into, unrecorded, watch)
 
@@ -197,7 +197,7 @@ def _run(
         list(batches),
         job.tokens,
         run.points,
-        run.store,
+        run.handed,
         run.device,
         predicted.allocated if run.device.type != "cpu" else predicted.total,
         run.threshold,

@@ -16,6 +16,8 @@ import numpy as np
 
 from theloom.errors import StoreError
 from theloom.hooks.points import SCORES, HookPoint
+from theloom.precision import SCALED
+from theloom.store.encoding import scaled
 from theloom.store.file_format import METRICS
 from theloom.store.nonfinite import refusal, token_of
 from theloom.store.shard_file import ShardSpec
@@ -38,7 +40,7 @@ class QueueClosedError(Exception):
 @dataclass(frozen=True)
 class RowBlock:
     """The rows of the windows of a batch: `number` (rows,) in the merged dataset, and by hook point
-    (rows, …) in the stored dtype.
+    (rows, …) in the dtype in which the file's rows are read.
     """
 
     number: np.ndarray
@@ -155,7 +157,8 @@ class ShardRows:
             window: its number in the shard.
             hook: name of the hook point.
             start: the number of the first row among the window's stored ones.
-            rows: (positions, …), on the CPU, in the stored dtype; they are copied.
+            rows: (positions, …), on the CPU, in the dtype that the writer is handed; they are
+                copied.
 
         Raises:
             QueueClosedError: the consumer has left.
@@ -190,6 +193,8 @@ class ShardRows:
                 continue
             hooks[name] = torch.cat([rows for _, _, rows in parts])
             self._check_finite(self._points[name], hooks[name], number)
+            if self._spec.precision in SCALED:  # what would be read from the file
+                hooks[name] = scaled.round_trip(hooks[name], self._spec.precision)
         self._next_batch()
         if len(number):
             self._queue.put(RowBlock(self._spec.tokens.first_row + number, hooks, self._of(number)))

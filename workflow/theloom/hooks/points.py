@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 
 from theloom.config.model_dims import ModelDims
 from theloom.errors import HookError
+from theloom.precision import SCALED
 
 RESIDUALS = ("hook_resid_pre", "hook_resid_post")
 SCORES, PATTERN = "attn.hook_attn_scores", "attn.hook_pattern"
@@ -189,12 +190,17 @@ def check_integers(points: Iterable[HookPoint], catalog: HookCatalog, precision:
         precision: of the store.
 
     Raises:
-        HookError: a block has more experts than the precision has integers.
+        HookError: a block has more experts than the precision has integers, or it has none.
     """
     shapes = {p.name: p.shape for p in catalog.points}
     for requested in points:
         if requested.value != EXPERT_INDICES:
             continue
+        if precision in SCALED:
+            raise HookError(
+                f"{requested.name}: numbers of experts are not exact in {precision}, where each "
+                "row has a scale; set store.dtype=fp32, or leave this hook point out"
+            )
         experts = shapes[requested.name.replace(EXPERT_INDICES, ROUTER_LOGITS)][-1]
         if experts - 1 > INTEGERS[precision]:
             raise HookError(

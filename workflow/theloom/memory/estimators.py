@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from theloom import precision as precisions
 from theloom.config import model_dims
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import ArchitectureConfig
@@ -375,7 +376,7 @@ def config_of(numbers: ArchitectureConfig) -> "PretrainedConfig":
 
 
 def row_bytes(points: Sequence[HookPoint], precision: str, keys: int) -> int:
-    """Compute the bytes on disk of the hidden states of one row.
+    """Compute the bytes on disk of the hidden states of one row, with its scales where it has any.
 
     Args:
         points: hook points that are stored.
@@ -385,4 +386,4 @@ def row_bytes(points: Sequence[HookPoint], precision: str, keys: int) -> int:
     Returns:
         Bytes.
     """
-    return BYTES[precision] * sum(p.width(keys) for p in points)
+    return sum(precisions.row_bytes(precision, p.width(keys)) for p in points)

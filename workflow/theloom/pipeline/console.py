@@ -12,7 +12,7 @@ from theloom.config import locations
 from theloom.dataset import activations
 from theloom.pipeline.job import error_of
 from theloom.terminal import lines
-from theloom.verification import recorded
+from theloom.verification import encoding, recorded
 
 _BOOKKEEPING = (
     "Select jobs to execute",
@@ -122,13 +122,15 @@ def summary(folder: Path) -> str:
     size = sum(acts[hook].nbytes for hook in acts.hooks)
     text_lines = [
         f"{acts.path}",
-        f"  {_rows(acts)} of {len(acts.documents)} documents in {acts.precision}, "
+        f"  {_rows(acts)} of {len(acts.documents)} documents in {acts.stored_as}, "
         f"{size / 1e6:.1f} MB",
         f"  hook points: {_few_hooks(acts.hooks)}",
         f"  verified: {found.documents} documents recomputed, largest error "
         f"{found.errors[nearest]:.1e} "
         f"of the largest value (at most {found.allowed[nearest]:.0e}); all rows' hashes are right",
     ]
+    if found.cost is not None:
+        text_lines.append(f"  {encoding.words(acts.stored_as, found.cost)}")
     if found.cosine is not None:
         quantization = acts.attributes["model_quantization"]
         text_lines.append(

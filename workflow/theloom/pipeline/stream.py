@@ -40,7 +40,7 @@ from theloom.engine.row_queue import QueueClosedError, RowBlock, RowQueue, Shard
 from theloom.errors import ConfigError, HookError, MemoryPlanError
 from theloom.pipeline import load_model, preflight, request, stage_model
 from theloom.planning import estimate, measure, multi_gpu
-from theloom.precision import BYTES
+from theloom.precision import BYTES, read_as
 from theloom.rows.pooling import ADDED_UP
 from theloom.terminal import format_bytes
 
@@ -177,7 +177,7 @@ class RowStream(IterableDataset[Batch]):
         self.rows = tokens.sizes(self._folder / "tokens.h5").rows
         run = job.run
         widths = sum(p.width(run.longest_window) for p in run.points)
-        self._row_bytes = widths * BYTES[run.store]
+        self._row_bytes = widths * BYTES[read_as(run.store)]
         self._device = run.device.type
         self._pooled = run.config.rows.pool.name in ADDED_UP
         self._room = multi_gpu.available(run.device)

@@ -34,7 +34,7 @@ from theloom.model.files import hf_config
 from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat, quantization_of
 from theloom.planning import answers_plan, disk
 from theloom.planning.answers_plan import AnswersSize
-from theloom.precision import BYTES
+from theloom.precision import BYTES, SCALED, handed
 from theloom.rows import expression
 from theloom.rows.pooling import ADDED_UP
 from theloom.store import file_format, provenance
@@ -104,7 +104,7 @@ class Estimate:
         """Bytes of all shards together.
 
         Args:
-            store_precision: of the stored rows: fp32, fp16 or bf16.
+            store_precision: of the stored rows: fp32, fp16, bf16, fp8_e4m3 or int8.
 
         Returns:
             Bytes; None if the number of rows is unknown.
@@ -210,7 +210,9 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
             name: _largest(points, copied_precision(config, kind.precision), context)
             for name, kind in WEIGHT_FORMATS.items()
         },
-        row_bytes={precision: row_bytes(points, precision, context) for precision in BYTES},
+        row_bytes={
+            precision: row_bytes(points, precision, context) for precision in (*BYTES, *SCALED)
+        },
         rows=disk.most_rows(config),
         token_bytes=disk.token_bytes(config),
         table_bytes=disk.table_bytes(config, points, context),
@@ -344,7 +346,8 @@ def _host(
 
 
 def copied_precision(config: Config, computed: str) -> str:
-    """Find the precision of what is copied off the device: pooled rows are added up in FP32.
+    """Find the precision of what is copied off the device: pooled rows are added up in FP32, and
+    rows get their scales on the host.
 
     Args:
         config: the run's config.
@@ -354,7 +357,7 @@ def copied_precision(config: Config, computed: str) -> str:
         `fp32`, `fp16` or `bf16`.
     """
     added_up = config.rows.pool.name in ADDED_UP
-    return "fp32" if added_up else store_precision(config, computed)
+    return "fp32" if added_up else handed(store_precision(config, computed), computed)
 
 
 def _check_pooled(config: Config, points: Sequence[HookPoint]) -> None:

@@ -17,7 +17,7 @@ from theloom.dataset.activations import Activations, open_activations
 from theloom.errors import ConfigError
 from theloom.report import answers, groups
 from theloom.report.speed import ShardWork, overall, shard_work
-from theloom.verification import recorded
+from theloom.verification import encoding, recorded
 
 _ORDER = (
     "probe",
@@ -124,7 +124,7 @@ def _facts(acts: Activations, folder: Path) -> list[Fact]:
     works = [shard_work(shard) for shard in sorted((folder / "shards").glob("*.h5"))]
     return [
         Fact("model", _with_revision(attributes)),
-        Fact("precision", _precision(attributes, acts.precision)),
+        Fact("precision", _precision(attributes, acts.stored_as)),
         Fact("corpus", f"{attributes['corpus']}, {len(acts.documents):,} documents"),
         *_answers(folder / "answers.h5"),
         Fact("windows", f"{schema['windows']:,}, the longest of {schema['longest_window']:,}"),
@@ -134,7 +134,7 @@ def _facts(acts: Activations, folder: Path) -> list[Fact]:
         *_time(works),
         *_memory(acts),
         Fact("device", str(attributes["device"])),
-        _verification(folder / "verification.h5"),
+        _verification(folder / "verification.h5", acts.stored_as),
         Fact("versions", _versions(attributes)),
     ]
 
@@ -187,13 +187,15 @@ def _memory(acts: Activations) -> list[Fact]:
     return [Fact("memory", "{} at the peak, {} predicted".format(*words))]
 
 
-def _verification(path: Path) -> Fact:
+def _verification(path: Path, stored_as: str) -> Fact:
     """What `verify` found: it fails before it writes a file of rows that are wrong."""
     found = recorded.read(path)
     words = f"{found.windows - found.damaged:,} of {found.windows:,} windows have their hashes"
     if found.documents:
         words += f"; {found.documents} documents recomputed"
         words += f", largest error {found.errors.max():.1e} of the largest value"
+    if found.cost is not None:
+        words += f" beyond the rounding of {encoding.words(stored_as, found.cost)}"
     return Fact("verification", words, failed=found.damaged > 0)
 
 

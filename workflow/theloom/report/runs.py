@@ -127,7 +127,7 @@ def errors(acts: Activations, reference: Activations) -> tuple[float, float]:
 
 
 def _precisions(acts: Activations) -> tuple[str, str]:
-    return str(acts.attributes["model_precision"]), acts.precision
+    return str(acts.attributes["model_precision"]), acts.stored_as
 
 
 def _quantised(acts: Activations) -> bool:

@@ -7,8 +7,7 @@ by window; `windows/batch` lists the batch of each cell.
 """
 
 import itertools
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,9 @@ import h5py
 import numpy as np
 import xxhash
 
-from theloom.store import file_format
-from theloom.store.statistics import Statistics, tile_rows
-
-_TILES_AT_ONCE = 4  # that one read takes from the file
+from theloom.precision import read_as
+from theloom.store.encoding.rows_at import RowsAt
+from theloom.store.statistics import Statistics
 
 # `checksum` is the hash of the other three, so that a record that a power cut tore is detected
 RECORD = np.dtype([("batches", "<u8"), ("rows", "<u8"), ("digest", "<u8"), ("checksum", "<u8")])
@@ -153,8 +151,7 @@ class Verified:
 def verify_committed(
     path: Path,
     row_offset: np.ndarray,
-    row_bytes: Mapping[str, int],
-    precision: str,
+    hooks: Mapping[str, RowsAt],
     into: Mapping[str, Statistics],
 ) -> Verified:
     """Read what an unfinished file has committed, batch by batch, up to the first damaged one.
@@ -164,8 +161,7 @@ def verify_committed(
     Args:
         path: the unfinished file.
         row_offset: first stored row of each window, (windows + 1,).
-        row_bytes: bytes of a row by hook point, in the order of the file.
-        precision: of the stored rows.
+        hooks: where the rows of each hook point lie, in the order of the file.
         into: statistics by hook point, to which the rows of intact batches are added.
 
     Returns:
@@ -177,8 +173,7 @@ def verify_committed(
             file["windows/hash"][:].reshape(-1),
             file["windows/batch"][:],
         )
-        offsets = [file_format.byte_offset(file[f"hooks/{hook}/activations"]) for hook in row_bytes]
-    hooks = list(row_bytes.items())
+    places = list(hooks.items())
     vouched, digest = committed(records), 0
     with path.open("rb") as f:
         for batch, cells in enumerate(cells_by_batch(batch_of, vouched), start=1):
@@ -187,44 +182,17 @@ def verify_committed(
                 return Verified(batch - 1, vouched, digest)
             parts = []  # statistics take a batch only when all of its cells are intact
             for cell in cells.tolist():
-                window, number = divmod(cell, len(hooks))
-                begin, end = (int(r) for r in row_offset[window : window + 2])
-                hook, size = hooks[number]
-                state, part = (
-                    xxhash.xxh3_64(),
-                    (f.fileno(), offsets[number] + begin * size, end - begin, size),
-                )
-                for data in tiles(*part, precision):
-                    state.update(data.data)
+                window, number = divmod(cell, len(places))
+                part = (f.fileno(), *(int(r) for r in row_offset[window : window + 2]))
+                hook, rows = places[number]
+                state = xxhash.xxh3_64()
+                for data in rows.hashed(*part):
+                    state.update(data)
                 if state.intdigest() != hashes[cell]:
                     return Verified(batch - 1, vouched, digest)
-                parts.append((hook, part))
-            for hook, part in parts:
-                for data in tiles(*part, precision):
-                    into[hook].add(data, precision)
+                parts.append((hook, rows, part))
+            for hook, rows, part in parts:
+                for tile in rows.tiles(*part):
+                    into[hook].add(tile, read_as(rows.precision))
             digest = after
     return Verified(vouched, vouched, digest)
-
-
-def tiles(fd: int, offset: int, rows: int, row_bytes: int, precision: str) -> Iterator[np.ndarray]:
-    """Consecutive rows of a file, a few tiles of the statistics at a time.
-
-    Where tiles begin depends on the rows alone, so that the statistics of an interrupted job equal
-    those of an uninterrupted one to the bit.
-
-    Args:
-        fd: of the file.
-        offset: of the first row, in bytes.
-        rows: how many rows.
-        row_bytes: bytes of a row.
-        precision: of the stored rows.
-
-    Yields:
-        The bits of rows, (rows, elements of a row), as `file_format.bits_dtype` has them.
-    """
-    dtype = file_format.bits_dtype(precision)
-    step = tile_rows(row_bytes // dtype.itemsize) * _TILES_AT_ONCE
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
-        data = os.pread(fd, count * row_bytes, offset + start * row_bytes)
-        yield np.frombuffer(data, dtype).reshape(count, -1)

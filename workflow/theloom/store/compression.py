@@ -20,7 +20,9 @@ import numpy as np
 import zstandard
 
 from theloom.errors import StoreError
+from theloom.precision import SCALED
 from theloom.store import checksums, file_format
+from theloom.store.encoding import scaled
 from theloom.store.hdf5 import content
 from theloom.store.hdf5.objects import Objects
 from theloom.store.hdf5.output import written
@@ -138,10 +140,14 @@ def pack_shard(partial: Path, path: Path) -> None:
             target.attrs["compression"] = "zstd"
             for hook, group in source["hooks"].items():
                 rows = group["activations"]
+                precision = file_format.precision_of(rows)
                 dataset = create_packed(
                     target, file_format.hook_path(hook), rows.shape, rows.id.get_type()
                 )
-                bits = file_format.bits_dtype(file_format.precision_of(rows))
+                if precision in SCALED:
+                    scaled.describe(dataset, precision)
+                    source.copy(file_format.scale_path(hook), target[f"hooks/{hook}"])
+                bits = file_format.bits_dtype(precision)
                 offset = file_format.byte_offset(rows)
                 if rows.size:
                     mapped = np.memmap(partial, bits, "r", offset, rows.shape)

@@ -2,7 +2,7 @@
 
 Hidden states are stored in contiguous datasets, so that a program can map them. FP32 and FP16 are
 HDF5's IEEE types; BF16 is an HDF5 float of two bytes (8 exponent bits, 7 of mantissa), which HDF5
-tools read as numbers.
+tools read as numbers; codes of rows with a scale are integers of one byte (`store.encoding`).
 """
 
 import errno
@@ -21,6 +21,7 @@ import h5py
 import numpy as np
 
 from theloom.errors import MemoryPlanError, StoreError
+from theloom.precision import SCALED
 from theloom.store.hdf5.objects import CutShortError, ForeignError, Objects
 
 if TYPE_CHECKING:
@@ -61,14 +62,19 @@ def hdf5_type(precision: str) -> h5py.h5t.TypeID:
     """The HDF5 type of a precision.
 
     Args:
-        precision: `fp32`, `fp16` or `bf16`.
+        precision: `fp32`, `fp16`, `bf16`, `fp8_e4m3` or `int8`.
 
     Returns:
-        The type, little endian.
+        The type, little endian; of codes an integer.
     """
     if precision == "bf16":
         return bfloat16()
-    return {"fp32": h5py.h5t.IEEE_F32LE, "fp16": h5py.h5t.IEEE_F16LE}[precision]
+    return {
+        "fp32": h5py.h5t.IEEE_F32LE,
+        "fp16": h5py.h5t.IEEE_F16LE,
+        "fp8_e4m3": h5py.h5t.STD_U8LE,
+        "int8": h5py.h5t.STD_I8LE,
+    }[precision]
 
 
 def precision_of(dataset: h5py.Dataset) -> str:
@@ -78,16 +84,17 @@ def precision_of(dataset: h5py.Dataset) -> str:
         dataset: of an open file.
 
     Returns:
-        `fp32`, `fp16` or `bf16`.
+        As `hdf5_type` takes it.
 
     Raises:
         StoreError: the dataset has another type.
     """
     t = dataset.id.get_type()
-    for precision in ("fp32", "fp16", "bf16"):
+    precisions = ("fp32", "fp16", "bf16", *SCALED)
+    for precision in precisions:
         if t.equal(hdf5_type(precision)):
             return precision
-    raise StoreError(f"{dataset.file.filename}: {dataset.name} is neither fp32, fp16 nor bf16")
+    raise StoreError(f"{dataset.file.filename}: {dataset.name} is none of {', '.join(precisions)}")
 
 
 def bits(tensor: "torch.Tensor") -> np.ndarray:
@@ -164,10 +171,10 @@ def are_offsets(values: np.ndarray, count: int, end: int) -> bool:
 
 
 def bits_dtype(precision: str) -> np.dtype:
-    """The unsigned integer that holds one element.
+    """The integer that holds one element.
 
     Args:
-        precision: `fp32`, `fp16` or `bf16`.
+        precision: `fp32`, `fp16`, `bf16`, `fp8_e4m3` or `int8`.
 
     Returns:
         The dtype of NumPy, little endian.
@@ -176,7 +183,9 @@ def bits_dtype(precision: str) -> np.dtype:
         >>> bits_dtype("bf16")
         dtype('uint16')
     """
-    return np.dtype({"fp32": "<u4", "fp16": "<u2", "bf16": "<u2"}[precision])
+    return np.dtype(
+        {"fp32": "<u4", "fp16": "<u2", "bf16": "<u2", "fp8_e4m3": "u1", "int8": "i1"}[precision]
+    )
 
 
 def create_contiguous(
@@ -221,6 +230,22 @@ def hook_path(hook: str) -> str:
         'hooks/blocks.0.hook_resid_post/activations'
     """
     return f"hooks/{hook}/activations"
+
+
+def scale_path(hook: str) -> str:
+    """The name of the dataset of the scales of a hook point's rows, where they have scales.
+
+    Args:
+        hook: the name of the hook point.
+
+    Returns:
+        The path in the file.
+
+    Examples:
+        >>> scale_path("hook_embed")
+        'hooks/hook_embed/activations_scale'
+    """
+    return f"{hook_path(hook)}_scale"
 
 
 def byte_offset(dataset: h5py.Dataset) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 
 from theloom.errors import StoreError
 from theloom.hooks.points import SCORES, HookPoint
-from theloom.store import commit_log
+from theloom.precision import read_as
+from theloom.store.encoding.rows_at import RowsAt
 from theloom.store.shard_file import ShardSpec, ShardTokens
 from theloom.store.statistics import Statistics, as_float32
 
@@ -53,7 +54,7 @@ def check_finite(
     counted: Mapping[str, Statistics],
     file: str,
     fd: int,
-    offsets: Mapping[str, int],
+    hooks: Mapping[str, RowsAt],
     last: bool = False,
 ) -> None:
     """Apply the rule to the rows that are written so far.
@@ -63,7 +64,7 @@ def check_finite(
         counted: The statistics of its rows, by hook point.
         file: Its name, for messages.
         fd: Its open file.
-        offsets: Where the rows of each hook point begin in it, in bytes.
+        hooks: Where the rows of each hook point lie in it.
         last: Whether all rows are written; what was kept is then logged.
 
     Raises:
@@ -73,7 +74,7 @@ def check_finite(
         found = counted[point.name]
         beyond = found.infinite if spec.precision == "fp16" else 0
         values = spec.rows * point.width(spec.keys)
-        first = partial(first_of, spec, point, fd, offsets)
+        first = partial(first_of, spec, point, fd, hooks[point.name])
         if words := refusal(spec, point, beyond, found.nonfinite - beyond, first):
             raise StoreError(f"{file}: {words}")
         if last and found.nonfinite:
@@ -120,7 +121,7 @@ def refusal(
     return None
 
 
-def first_of(spec: ShardSpec, point: HookPoint, fd: int, offsets: Mapping[str, int]) -> str:
+def first_of(spec: ShardSpec, point: HookPoint, fd: int, rows: RowsAt) -> str:
     """Find the first value of a hook point that is not finite; masked keys' scores of -inf do not
     count.
 
@@ -128,15 +129,14 @@ def first_of(spec: ShardSpec, point: HookPoint, fd: int, offsets: Mapping[str, i
         spec: Of the shard.
         point: The hook point.
         fd: Of the file, open for reading.
-        offsets: The first byte of each hook point's rows.
+        rows: Where its rows lie.
 
     Returns:
         In words what it is and where, or `none`.
     """
-    tokens, size = spec.tokens, spec.row_bytes()[point.name]
     row = 0
-    for bits in commit_log.tiles(fd, offsets[point.name], spec.rows, size, spec.precision):
-        values = as_float32(bits, spec.precision)
+    for bits in rows.tiles(fd, 0, spec.rows):
+        values = as_float32(bits, read_as(spec.precision))
         wrong = ~np.isfinite(values)
         if point.name.endswith(SCORES):  # of masked keys they are -inf
             wrong &= ~np.isneginf(values)
@@ -144,7 +144,7 @@ def first_of(spec: ShardSpec, point: HookPoint, fd: int, offsets: Mapping[str, i
             place = int(wrong.any(axis=1).argmax())
             value = values[place][wrong[place]][0]
             row += place
-            return f"{value:g} at {token_of(tokens, row)}"
+            return f"{value:g} at {token_of(spec.tokens, row)}"
         row += len(bits)
     return "none"
 

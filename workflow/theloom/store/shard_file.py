@@ -18,9 +18,12 @@ import h5py
 import numpy as np
 
 from theloom.hooks.points import HookPoint
+from theloom.precision import SCALED, row_bytes
 from theloom.store import checksums, file_format, index, statistics, token_texts
 from theloom.store.commit_log import RECORD
-from theloom.store.file_format import METRICS, hook_path
+from theloom.store.encoding import scaled
+from theloom.store.encoding.rows_at import RowsAt
+from theloom.store.file_format import METRICS, hook_path, scale_path
 from theloom.store.hdf5.output import written
 from theloom.store.tables import columns
 from theloom.store.tables import tokens as token_tables
@@ -136,13 +139,12 @@ class ShardSpec:
         )
 
     def row_bytes(self) -> dict[str, int]:
-        """The size of a row of each hook point.
+        """The size of a row of each hook point, with its scale where it has one.
 
         Returns:
             Bytes by hook point, in the order of the file.
         """
-        itemsize = file_format.bits_dtype(self.precision).itemsize
-        return {p.name: p.width(self.keys) * itemsize for p in self.points}
+        return {p.name: row_bytes(self.precision, p.width(self.keys)) for p in self.points}
 
 
 def create(path: Path, spec: ShardSpec) -> None:
@@ -162,7 +164,7 @@ def create(path: Path, spec: ShardSpec) -> None:
     try:
         with written(new) as file:
             _lay_out(file, spec)
-            end = max(_ends(file, spec.points), default=0)
+            end = max(_ends(file, spec), default=0)
         with new.open("rb+") as f:
             # a full disk is an error now, not after hours of computing
             os.posix_fallocate(f.fileno(), 0, max(end, 1))
@@ -176,15 +178,36 @@ def create(path: Path, spec: ShardSpec) -> None:
     file_format.sync(path.parent)
 
 
-def byte_offsets(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
-    """The offset in bytes of everything that is written after the layout.
+def rows_at(file: h5py.File, spec: ShardSpec) -> dict[str, RowsAt]:
+    """Find where the rows lie.
 
     Args:
         file: an open file that `create` laid out.
-        points: its hook points.
+        spec: what it holds.
 
     Returns:
-        By name of hook point, or of dataset (`windows/hash`, `commit_log`, …).
+        By name of hook point, in the order of the file.
+    """
+    has_scales = spec.precision in SCALED
+    return {
+        p.name: RowsAt(
+            spec.precision,
+            p.width(spec.keys),
+            file_format.byte_offset(file[hook_path(p.name)]),
+            file_format.byte_offset(file[scale_path(p.name)]) if has_scales else None,
+        )
+        for p in spec.points
+    }
+
+
+def byte_offsets(file: h5py.File) -> dict[str, int]:
+    """The offset in bytes of everything but rows that is written after the layout.
+
+    Args:
+        file: an open file that `create` laid out.
+
+    Returns:
+        By name of the dataset (`windows/hash`, `commit_log`, …).
     """
     names = [
         "windows/hash",
@@ -193,8 +216,7 @@ def byte_offsets(file: h5py.File, points: list[HookPoint]) -> dict[str, int]:
         "metrics",
         *map("statistics/{}".format, file["statistics"]),
     ]
-    offsets = {p.name: file_format.byte_offset(file[hook_path(p.name)]) for p in points}
-    return offsets | {name: file_format.byte_offset(file[name]) for name in names}
+    return {name: file_format.byte_offset(file[name]) for name in names}
 
 
 def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
@@ -227,15 +249,21 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
         shape = (spec.rows, *point.row(spec.keys))
         # contiguous: a row's offset is arithmetic, so rows are written in any order without HDF5,
         # and a reader maps them
-        file_format.create_contiguous(
+        rows = file_format.create_contiguous(
             file, hook_path(point.name), shape, file_format.hdf5_type(spec.precision)
         )
+        if spec.precision in SCALED:
+            scaled.describe(rows, spec.precision)
+            file_format.create_contiguous(
+                file, scale_path(point.name), shape[:1], file_format.hdf5_type("fp32")
+            )
     index.write_index(file)
 
 
-def _ends(file: h5py.File, points: list[HookPoint]) -> list[int]:
+def _ends(file: h5py.File, spec: ShardSpec) -> list[int]:
     return [
-        file_format.byte_offset(d) + d.id.get_storage_size()
-        for d in (file[hook_path(p.name)] for p in points)
-        if d.size
+        offset + size * spec.rows
+        for rows in rows_at(file, spec).values()
+        for offset, size in rows.places
+        if size * spec.rows
     ]

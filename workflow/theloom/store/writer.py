@@ -29,9 +29,11 @@ import numpy as np
 import xxhash
 
 from theloom.errors import StoreError
+from theloom.precision import read_as
 from theloom.store import checksums, commit_log, file_format, index, shard_file, statistics
 from theloom.store.commit_log import RECORD
 from theloom.store.compression import pack_shard
+from theloom.store.encoding.rows_at import RowsAt, parts_of
 from theloom.store.file_format import METRICS
 from theloom.store.lock import WriterLock
 from theloom.store.nonfinite import check_finite
@@ -82,12 +84,13 @@ class ShardWriter:
         self._lock = WriterLock(path)
         self._points = {p.name: p for p in spec.points}
         self._number = {p.name: n for n, p in enumerate(spec.points)}
-        self._row_bytes = spec.row_bytes()
+        self._rows: dict[str, RowsAt] = {}  # where those of each hook point lie in the file
         self._statistics = {
             p.name: statistics.empty_statistics(p.name, p.width(spec.keys)) for p in spec.points
         }
-        # windows of which a part is written: the state of their hash, and how many rows there are
-        self._unfinished: dict[tuple[int, str], tuple[xxhash.xxh3_64, int]] = {}
+        # windows of which a part is written: the state of their hash, how many rows there are, and
+        # their scales, which the hash comes to last
+        self._unfinished: dict[tuple[int, str], tuple[xxhash.xxh3_64, int, bytes]] = {}
         self._hashes: dict[int, int] = {}  # of what this batch wrote, by cell (`commit_log`)
         self._digest = 0
         self._records: list[np.ndarray] = []  # of batches that are written and not committed
@@ -103,7 +106,8 @@ class ShardWriter:
             if not self._can_resume():
                 self._create()
             with h5py.File(self.partial, "r") as file:
-                self._offsets = shard_file.byte_offsets(file, self._spec.points)
+                self._offsets = shard_file.byte_offsets(file)
+                self._rows = shard_file.rows_at(file, self._spec)
                 self.metrics = dict(zip(METRICS, file["metrics"][:].tolist(), strict=True))
             self._fd = os.open(self.partial, os.O_RDWR)
             self._check_committed()
@@ -130,9 +134,10 @@ class ShardWriter:
             window: its number in the shard.
             hook: name of the hook point.
             start: the number of the first row among the window's stored ones.
-            rows: (positions, …), on the CPU, in the stored dtype. The caller may reuse the memory
-                as soon as this returns. Attention may have fewer keys than the file: the others
-                are filled with the value of masked keys.
+            rows: (positions, …), on the CPU, in the stored dtype; in any float dtype where the
+                store has a scale for each row, by which they are encoded here. The caller may reuse
+                the memory as soon as this returns. Attention may have fewer keys than the file: the
+                others are filled with the value of masked keys.
 
         Raises:
             ValueError: the rows do not follow those before, or exceed the window.
@@ -143,19 +148,22 @@ class ShardWriter:
         point = self._points[hook]
         if point.over_keys:
             rows = with_all_keys(rows, self._spec.keys, point.fill)
-        data = file_format.raw_bytes(rows)
-        state, seen = self._unfinished.pop((window, hook), (xxhash.xxh3_64(), 0))
+        parts = parts_of(rows, self._spec.precision)
+        state, seen, scales = self._unfinished.pop((window, hook), (xxhash.xxh3_64(), 0, b""))
         if start != seen or start + len(rows) > length:
             raise ValueError(
                 f"window {window}: rows {start} to {start + len(rows)} after {seen} of {length}"
             )
-        state.update(data)
-        self._pwrite(data, self._offsets[hook] + (first + start) * self._row_bytes[hook])
+        state.update(parts[0])
+        scales += b"".join(parts[1:])
+        for data, (offset, size) in zip(parts, self._rows[hook].places, strict=True):
+            self._pwrite(data, offset + (first + start) * size)
+            self._uncommitted += len(data)
         if start + len(rows) < length:
-            self._unfinished[window, hook] = (state, start + len(rows))
+            self._unfinished[window, hook] = (state, start + len(rows), scales)
         else:
+            state.update(scales)
             self._hashes[window * len(self._number) + self._number[hook]] = state.intdigest()
-        self._uncommitted += len(data)
 
     def batch_done(self, rows: int, last: bool = False) -> None:
         """End a batch; commits if the batches since the last commit are large enough.
@@ -292,22 +300,16 @@ class ShardWriter:
 
     def _count(self, cells: np.ndarray) -> None:
         """Add the rows of a batch to the statistics; they are read from the file."""
-        hooks = list(self._row_bytes.items())
+        hooks = list(self._rows.items())
         for cell in cells.tolist():
             window, number = divmod(cell, len(hooks))
             begin, end = (int(r) for r in self._spec.tokens.row_offset[window : window + 2])
-            hook, size = hooks[number]
-            for data in commit_log.tiles(
-                self._fd,
-                self._offsets[hook] + begin * size,
-                end - begin,
-                size,
-                self._spec.precision,
-            ):
-                self._statistics[hook].add(data, self._spec.precision)
+            hook, rows = hooks[number]
+            for tile in rows.tiles(self._fd, begin, end):
+                self._statistics[hook].add(tile, read_as(rows.precision))
 
     def _check_finite(self, last: bool = False) -> None:
-        check_finite(self._spec, self._statistics, self.path.name, self._fd, self._offsets, last)
+        check_finite(self._spec, self._statistics, self.path.name, self._fd, self._rows, last)
 
     def _can_resume(self) -> bool:
         """Whether there is an unfinished file to resume; any other is discarded, with a warning."""
@@ -329,9 +331,8 @@ class ShardWriter:
 
     def _check_committed(self) -> None:
         """Check what earlier jobs have committed, and resume after the last intact batch."""
-        row_offset, precision = self._spec.tokens.row_offset, self._spec.precision
         verified = commit_log.verify_committed(
-            self.partial, row_offset, self._row_bytes, precision, self._statistics
+            self.partial, self._spec.tokens.row_offset, self._rows, self._statistics
         )
         self.batches_done, self._digest = verified.batches, verified.digest
         if verified.batches < verified.vouched:
@@ -367,7 +368,7 @@ class ShardWriter:
 
     def _no_room(self) -> Exception:
         return file_format.no_room_error(
-            self.path.parent, "a shard", self._spec.rows * sum(self._row_bytes.values())
+            self.path.parent, "a shard", self._spec.rows * sum(self._spec.row_bytes().values())
         )
 
     def _close(self) -> None:

@@ -9,7 +9,7 @@ FP32) bounds what rounding explains, on this device and with these weights.
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from theloom.model.loading import LoadedModel
 from theloom.precision import FINER, TOLERANCE
 from theloom.terminal import format_bytes
 from theloom.verification.choice import whole_documents
+from theloom.verification.encoding import Cost, cost, rounding
 from theloom.verification.stored import StoredRows
 
 if TYPE_CHECKING:
@@ -43,13 +44,16 @@ class Recomputed:
 
     Args:
         window: number of the window in the dataset.
-        max_abs_error: largest absolute difference, per hook point.
+        max_abs_error: largest absolute difference, per hook point; where rows have a scale, beyond
+            what their encoding explains.
         max_abs: largest absolute value of the reference, per hook point.
+        costs: what the encoding of rows with a scale costs, per hook point; empty for other rows.
     """
 
     window: int
     max_abs_error: list[float]
     max_abs: list[float]
+    costs: Sequence[Cost] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,13 @@ class Recomputation:
             [max(self.tolerance, 2 * self.rounding.get(p.name, 0.0)) for p in self.points]
         )
 
+    @property
+    def costs(self) -> np.ndarray:
+        """What the encoding of rows costs, (windows, hook points, 4) in the order of
+        `encoding.Cost`; (windows, 0, 4) where rows have no scale.
+        """
+        return np.array([r.costs for r in self.results], "<f8").reshape(len(self.results), -1, 4)
+
 
 class Comparison:
     """Compares a model's values to the stored rows, then the suspect ones to a finer format.
@@ -115,6 +126,7 @@ class Comparison:
         self.finer = FINER[loaded.precision.resolved]
         self._stored, self._exact = StoredRows(acts), StoredRows(acts)
         self._errors: dict[int, dict[str, tuple[float, float]]] = defaultdict(dict)
+        self._costs: dict[int, dict[str, Cost]] = defaultdict(dict)
         self._suspect: dict[int, dict[HookPoint, torch.Tensor]] = defaultdict(dict)
         self._suspect_bytes = 0
         self._rounding: dict[str, float] = {}
@@ -131,9 +143,12 @@ class Comparison:
         if unit is None:
             return
         window, rows, values = unit
-        error, max_abs = self._errors[window][point.name] = _compare(
-            self._acts, rows, point, values
-        )
+        stored, truth = _both(self._acts, rows, point, values)
+        explained = rounding(self._acts, point.name, rows)
+        error, max_abs = _max_abs_error(stored, truth, explained)
+        self._errors[window][point.name] = error, max_abs
+        if explained is not None:
+            self._costs[window][point.name] = cost(stored, truth)
         if self._may_suspect and not error <= self._tolerance * max_abs:
             self._suspect_bytes += 4 * values.numel()
             if self._suspect_bytes <= MAX_SUSPECT_BYTES:
@@ -194,8 +209,10 @@ class Comparison:
             Errors by window and hook point, and the tolerance.
         """
         pairs = {w: [by_name[p.name] for p in self._points] for w, by_name in self._errors.items()}
+        costs = {w: [by_name[p.name] for p in self._points] for w, by_name in self._costs.items()}
         results = [
-            Recomputed(w, [e for e, _ in pair], [m for _, m in pair]) for w, pair in pairs.items()
+            Recomputed(w, [e for e, _ in pair], [m for _, m in pair], costs.get(w, ()))
+            for w, pair in pairs.items()
         ]
         return Recomputation(
             self._points,
@@ -208,10 +225,10 @@ class Comparison:
         )
 
 
-def _compare(
+def _both(
     acts: Activations, rows: slice, point: HookPoint, values: "torch.Tensor"
-) -> tuple[float, float]:
-    """Compare stored rows to recomputed ones; as `_max_abs_error`."""
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Stored rows and recomputed ones, in FP32, in one shape."""
     import torch
 
     truth = values.float()
@@ -222,15 +239,20 @@ def _compare(
     if acts.precision == "fp16":  # what is beyond its range is infinite in both
         beyond = truth.half().isinf()
         truth = torch.where(beyond, truth.half().float(), truth)
-    return _max_abs_error(stored, truth)
+    return stored, truth
 
 
-def _max_abs_error(values: "torch.Tensor", truth: "torch.Tensor") -> tuple[float, float]:
-    """Largest absolute difference, and largest finite value of `truth`.
+def _max_abs_error(
+    values: "torch.Tensor", truth: "torch.Tensor", explained: "torch.Tensor | None" = None
+) -> tuple[float, float]:
+    """Largest absolute difference, beyond what is explained of each, and largest finite value of
+    `truth`.
 
     Values that are the same and not finite are equal; one that is finite in one of both alone is an
     infinite error.
     """
     same = (values == truth) | (values.isnan() & truth.isnan())
     error = (values - truth).abs().masked_fill(same, 0.0).nan_to_num(math.inf, math.inf, math.inf)
+    if explained is not None:
+        error = (error - explained.to(error.device)).clamp_min(0.0)
     return float(error.max()), float(truth.nan_to_num(0.0, 0.0, 0.0).abs().max())

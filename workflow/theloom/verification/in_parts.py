@@ -24,6 +24,7 @@ from theloom.terminal import format_bytes
 from theloom.verification import comparison, fp32
 from theloom.verification.choice import windows_of_shards
 from theloom.verification.comparison import Recomputation, Recomputed
+from theloom.verification.encoding import Cost
 from theloom.verification.fp32 import Fidelity
 from theloom.verification.recompute import chosen, compare_to_fp32, points_of, recompute
 from theloom.verification.verify import report_damage, report_recomputed, write
@@ -177,6 +178,7 @@ def _write_recomputed(file: Output, recomputed: Recomputation, order: dict[int, 
     errors, largest = [r.max_abs_error for r in results], [r.max_abs for r in results]
     file["recomputed/max_abs_error"] = np.array(errors, "<f8").reshape(shape)
     file["recomputed/max_abs"] = np.array(largest, "<f8").reshape(shape)
+    file["recomputed/costs"] = recomputed.costs
 
 
 def _joined(points: list[HookPoint], parts: Sequence[dict[str, Any]]) -> Recomputation:
@@ -191,11 +193,12 @@ def _joined(points: list[HookPoint], parts: Sequence[dict[str, Any]]) -> Recompu
     (tolerance, finer), *_ = alike
     results: list[tuple[int, Recomputed]] = []
     for part in with_results:
-        columns = ("order", "window", "max_abs_error", "max_abs")
-        for order, *result in zip(
+        columns = ("order", "window", "max_abs_error", "max_abs", "costs")
+        for order, window, errors, largest, costs in zip(
             *(part[f"recomputed/{c}"].tolist() for c in columns), strict=True
         ):
-            results.append((order, Recomputed(*result)))
+            of_window = Recomputed(window, errors, largest, [Cost(*c) for c in costs])
+            results.append((order, of_window))
     results.sort(key=lambda result: result[0])
     suspect = sum(int(p["suspect_bytes"]) for p in parts)
     rounding: dict[str, float] = {}

@@ -4,9 +4,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from theloom.store import file_format
+from theloom.verification.encoding import Cost, over_documents
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Recorded:
         errors: the largest error of each hook point, as a share of its largest value, (hooks,).
         allowed: the tolerance of each, (hooks,).
         cosine: mean cosine similarity to FP32 of each residual, (residuals,); of quantised runs.
+        cost: what a scale a row costs, over all hook points; of runs whose rows have one.
     """
 
     windows: int
@@ -28,6 +31,7 @@ class Recorded:
     errors: np.ndarray
     allowed: np.ndarray
     cosine: np.ndarray | None
+    cost: Cost | None
 
 
 def read(path: Path) -> Recorded:
@@ -51,4 +55,10 @@ def read(path: Path) -> Recorded:
             errors=(error / np.maximum(largest, 1e-30)).max(axis=0, initial=0),
             allowed=file["recomputed/tolerance"][:],
             cosine=file["fp32/cosine"][:].mean(axis=0) if "fp32" in file else None,
+            cost=_cost(file) if "encoding" in file else None,
         )
+
+
+def _cost(file: h5py.File) -> Cost:
+    columns = [file[f"encoding/{name}"][:] for name in Cost._fields]
+    return Cost(*over_documents(np.stack(columns, -1).reshape(-1, 1, 4))[0].tolist())

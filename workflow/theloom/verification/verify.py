@@ -16,7 +16,7 @@ from theloom.dataset.inspect import check_hashes
 from theloom.errors import VerificationError
 from theloom.store import file_format, provenance
 from theloom.store.hdf5.output import Output, written
-from theloom.verification import fp32
+from theloom.verification import encoding, fp32
 from theloom.verification.comparison import Recomputation
 from theloom.verification.recompute import compare_to_fp32, recompute
 
@@ -89,6 +89,9 @@ def write(
     file["recomputed/max_abs_error"] = [r.max_abs_error for r in recomputed.results]
     file["recomputed/max_abs"] = [r.max_abs for r in recomputed.results]
     file["recomputed/tolerance"] = recomputed.tolerances
+    if recomputed.costs.size:
+        for number, name in enumerate(encoding.Cost._fields):
+            file[f"encoding/{name}"] = recomputed.costs[..., number]
 
 
 def report_damage(acts: Activations, damaged: list[str], wrong: list[int]) -> None:
@@ -147,6 +150,8 @@ def report_recomputed(acts: Activations, recomputed: Recomputation) -> None:
                 rounding,
                 recomputed.finer.upper(),
             )
+    if (costs := recomputed.costs).size:
+        encoding.report(acts.stored_as, [p.name for p in recomputed.points], costs)
     if not (worst <= tolerances).all():
         number = int((worst / tolerances).argmax())
         raise VerificationError(

@@ -82,7 +82,7 @@ def extract_layerwise(job: ShardJob) -> None:
             planned.plan.streamed_windows,
             run.record.switches,
         )
-        tolerance = max(model.loaded.tolerance, TOLERANCE[run.store])
+        tolerance = max(model.loaded.tolerance, TOLERANCE[run.handed])
         probe = SweptProbe(batches, planned.plan.chunk_size, run.points, tolerance)
         ids = [
             batching.padded(b, job.tokens.input_ids, job.tokens.window_offset)
@@ -107,7 +107,7 @@ def extract_layerwise(job: ShardJob) -> None:
 
         def extract(level: int) -> None:
             groups = 1 << max(level, least)
-            selection = Selection(job.tokens, run.config.rows.pool.name, run.store)
+            selection = Selection(job.tokens, run.config.rows.pool.name, run.handed)
             runner = LayerwiseRunner(
                 model.shell,
                 model.source,
