@@ -24,7 +24,7 @@ from theloom.dataset.parts import TOKENS, Part, Source
 from theloom.dataset.rows import Maps, Rows
 from theloom.dataset.tables import Tables, read_columns, read_metrics, read_row_tokens, read_tables
 from theloom.errors import StoreError
-from theloom.store import checksums, compression, file_format, index, token_texts
+from theloom.store import byte_source, checksums, compression, file_format, index, token_texts
 from theloom.store.file_format import METRICS
 from theloom.store.hdf5.output import written
 from theloom.store.lock import WriterLock
@@ -328,9 +328,10 @@ def _copy(
         os.posix_fallocate(out, 0, max([1, *(p + sizes[n] for n, p in offsets.items())]))
         for shard in shards:
             with shard.part.file.open() as source:
+                fd = byte_source.descriptor(source)
                 for name in offsets:
                     size = shard.part.count(name) * row_bytes[name]
-                    _copy_range(source.fileno(), shard.part.offsets[name], out, at[name], size)
+                    _copy_range(fd, shard.part.offsets[name], out, at[name], size)
                     at[name] += size
         os.fsync(out)
     finally:

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self, Union
 
@@ -65,6 +66,11 @@ class Rows:
     def stored(self) -> np.dtype:
         """The type of `numpy`: of the stored bits, or of token numbers."""
         return self._dtype
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading them means requests over a network."""
+        return any(not isinstance(p.path, Path) for p in self._parts)
 
     @property
     def nbytes(self) -> int:
