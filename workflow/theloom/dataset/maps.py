@@ -17,9 +17,9 @@ import numpy as np
 
 from theloom.dataset.parts import Part
 from theloom.errors import StoreError
-from theloom.store import byte_source
-from theloom.store.byte_source import ByteSource
 from theloom.store.compression import PackedRows
+from theloom.store.hdf5 import byte_source
+from theloom.store.hdf5.byte_source import ByteSource
 
 _OPEN = 64  # packed files that stay open, those that were read last
 

@@ -24,8 +24,9 @@ from theloom.dataset.parts import TOKENS, Part, Source
 from theloom.dataset.rows import Maps, Rows
 from theloom.dataset.tables import Tables, read_columns, read_metrics, read_row_tokens, read_tables
 from theloom.errors import StoreError
-from theloom.store import byte_source, checksums, compression, file_format, index, token_texts
+from theloom.store import checksums, compression, file_format, index, token_texts
 from theloom.store.file_format import METRICS
+from theloom.store.hdf5 import byte_source
 from theloom.store.hdf5.output import written
 from theloom.store.lock import WriterLock
 from theloom.store.statistics import (

@@ -18,9 +18,9 @@ import h5py
 import numpy as np
 
 from theloom.errors import StoreError
-from theloom.store import byte_source, checksums, commit_log, file_format
-from theloom.store.byte_source import ByteSource, Readable
-from theloom.store.hdf5 import content
+from theloom.store import checksums, commit_log, file_format
+from theloom.store.hdf5 import byte_source, content
+from theloom.store.hdf5.byte_source import ByteSource, Readable
 from theloom.store.hdf5.objects import Link, Objects
 from theloom.store.index import FileIndex
 from theloom.store.tables import tokens as token_tables

@@ -22,9 +22,9 @@ from theloom.dataset.rows import HookRows, RowNumbers, Rows
 from theloom.dataset.tables import read_columns, read_metrics, read_row_tokens, read_tables
 from theloom.errors import ConfigError, HookError, StoreError
 from theloom.remote.folder import find
-from theloom.store import byte_source, checksums, file_format, index, token_texts
+from theloom.store import checksums, file_format, index, token_texts
 from theloom.store.file_format import hook_path
-from theloom.store.hdf5 import content
+from theloom.store.hdf5 import byte_source, content
 from theloom.store.hdf5.objects import Objects
 from theloom.store.statistics import Statistics, read_statistics
 from theloom.store.tables import tokens as token_tables

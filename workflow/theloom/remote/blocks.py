@@ -74,7 +74,7 @@ class BlockCache:
 
 
 class RemoteFile:
-    """A file of a pushed folder, as `theloom.store.byte_source` reads files.
+    """A file of a pushed folder, as `theloom.store.hdf5.byte_source` reads files.
 
     Args:
         store: where the folder is.

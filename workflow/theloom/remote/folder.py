@@ -9,7 +9,7 @@ from theloom.errors import StoreError
 from theloom.remote.blocks import BlockCache, RemoteFile
 from theloom.remote.manifest import MANIFEST, Manifest
 from theloom.remote.places import Store, is_url, join
-from theloom.store import byte_source
+from theloom.store.hdf5 import byte_source
 
 _DEEPEST = 4  # folders between a file and its manifest, at most
 

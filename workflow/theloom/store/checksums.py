@@ -10,8 +10,9 @@ from pathlib import Path
 
 import xxhash
 
-from theloom.store import byte_source, file_format, index
-from theloom.store.byte_source import Readable
+from theloom.store import file_format, index
+from theloom.store.hdf5 import byte_source
+from theloom.store.hdf5.byte_source import Readable
 from theloom.store.hdf5.objects import Objects
 from theloom.store.index import FileIndex
 

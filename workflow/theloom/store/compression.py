@@ -20,9 +20,9 @@ import numpy as np
 import zstandard
 
 from theloom.errors import StoreError
-from theloom.store import byte_source, checksums, file_format
-from theloom.store.byte_source import ByteSource
-from theloom.store.hdf5 import content
+from theloom.store import checksums, file_format
+from theloom.store.hdf5 import byte_source, content
+from theloom.store.hdf5.byte_source import ByteSource
 from theloom.store.hdf5.objects import Objects
 from theloom.store.hdf5.output import written
 from theloom.store.index import INDEX, write_index

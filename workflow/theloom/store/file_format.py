@@ -21,8 +21,8 @@ import h5py
 import numpy as np
 
 from theloom.errors import MemoryPlanError, StoreError
-from theloom.store import byte_source
-from theloom.store.byte_source import ByteSource, SourcePath
+from theloom.store.hdf5 import byte_source
+from theloom.store.hdf5.byte_source import ByteSource, SourcePath
 from theloom.store.hdf5.objects import CutShortError, ForeignError, Objects
 
 if TYPE_CHECKING:

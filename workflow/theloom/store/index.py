@@ -15,10 +15,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from theloom.store import byte_source, file_format
-from theloom.store.byte_source import Readable
+from theloom.store import file_format
 from theloom.store.commit_log import RECORD
-from theloom.store.hdf5 import content
+from theloom.store.hdf5 import byte_source, content
+from theloom.store.hdf5.byte_source import Readable
 from theloom.store.hdf5.objects import Objects
 from theloom.store.tables import tokens as token_tables
 

@@ -11,8 +11,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from theloom.store import byte_source
-from theloom.store.byte_source import Readable
+from theloom.store.hdf5 import byte_source
+from theloom.store.hdf5.byte_source import Readable
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 UNDEFINED = (1 << 64) - 1  # an address of nothing
