@@ -124,7 +124,10 @@ class Rows:
         while number < len(self._arrays) and self._starts[number] < stop:
             first, array = int(self._starts[number]), self._arrays[number]
             a, b = max(start, first), min(stop, first + len(array))
-            out[a - start : b - start] = array[a - first : b - first]
+            if hasattr(array, "read_into"):  # over a network: nothing is copied twice
+                array.read_into(out[a - start : b - start], a - first)
+            else:
+                out[a - start : b - start] = array[a - first : b - first]
             number += 1
 
     def _range(self, start: int, stop: int) -> np.ndarray:

@@ -16,11 +16,12 @@ from typing import Self
 import numpy as np
 
 from theloom.errors import StoreError
+from theloom.remote import faults
 from theloom.remote.manifest import Entry, Record
 from theloom.remote.places import Store, join, record_url
 
 REQUESTS = 8  # at once
-SPAN = 16 << 20  # bytes of one request at most
+LEAST_SPAN, SPAN = 4 << 20, 16 << 20  # bytes of one request; fewer where fewer are read
 _AHEAD = 1 << 20  # bytes that a small read fetches, since the next one is often beside it
 _CACHED = 64 << 20  # bytes of blocks in memory
 
@@ -71,6 +72,14 @@ class BlockCache:
             self._blocks[name, number] = data
             while self._bytes > _CACHED:
                 self._bytes -= len(self._blocks.popitem(last=False)[1])
+
+
+class _WrongBlockError(Exception):
+    """A block has not the hash that was pushed."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class RemoteFile:
@@ -151,8 +160,7 @@ class RemoteFile:
         self.together(self._fetch_to_cache, self._spans(left))
 
     def _fetch_to_cache(self, first: int, last: int) -> None:
-        for number, data in self._fetch(first, last):
-            self._cache.put(self._name, number, bytes(data))
+        self._fetch(first, last, lambda n, data: self._cache.put(self._name, n, bytes(data)))
 
     def read_into(self, out: memoryview, offset: int, ahead: int = 0, alone: bool = False) -> None:
         """Fill memory with consecutive bytes.
@@ -180,12 +188,14 @@ class RemoteFile:
         if ahead and missing:
             missing += range(missing[-1] + 1, last)
 
+        def use(number: int, data: bytes | memoryview) -> None:
+            begin = number * step
+            _copy(out, offset, data, begin)
+            if ahead or begin < offset or begin + len(data) > stop:
+                self._cache.put(self._name, number, bytes(data))
+
         def fetch(first: int, end: int) -> None:
-            for number, data in self._fetch(first, end):
-                begin = number * step
-                _copy(out, offset, data, begin)
-                if ahead or begin < offset or begin + len(data) > stop:
-                    self._cache.put(self._name, number, bytes(data))
+            self._fetch(first, end, use)
 
         spans = self._spans(missing)
         if alone or len(missing) == 1:
@@ -215,7 +225,8 @@ class RemoteFile:
 
     def _spans(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Runs of consecutive blocks, each short enough for a request: the first, and the end."""
-        most = max(1, SPAN // self._record.block)
+        evenly = -(-len(numbers) // REQUESTS)
+        most = max(1, min(SPAN, max(LEAST_SPAN, evenly * self.block)) // self.block)
         begin = 0
         for at in range(1, len(numbers) + 1):
             ended = at == len(numbers) or numbers[at] != numbers[at - 1] + 1
@@ -223,28 +234,39 @@ class RemoteFile:
                 yield numbers[begin], numbers[at - 1] + 1
                 begin = at
 
-    def _fetch(self, first: int, end: int) -> Iterator[tuple[int, memoryview]]:
-        """Fetch consecutive blocks in one request, and check each."""
-        step = self._record.block
-        data = self._request(first * step, min(end * step, self.size))
-        for number in range(first, end):
-            begin = number * step
-            block = data[begin - first * step : begin - first * step + step]
-            if not self._record.is_block(number, block):
-                stop = min(begin + step, self.size)
-                block = self._request(begin, stop)  # the network may have changed it
-                if not self._record.is_block(number, block):
-                    raise StoreError(
-                        f"{self.url}: bytes {begin} to {stop} are not those that were pushed: "
-                        f"{_ADVICE}"
-                    )
-            yield number, block
+    def _fetch(self, first: int, end: int, use: Callable[[int, bytes | memoryview], None]) -> None:
+        """Fetch consecutive blocks in one request, and hand on each that has its hash. After a
+        fault the request begins at the block that is missing.
+        """
+        step, number = self._record.block, first
 
-    def _request(self, start: int, stop: int) -> memoryview:
-        try:
-            return memoryview(self._store.read(self.url, start, stop))
-        except FileNotFoundError:
-            raise StoreError(f"{self.url}: is missing; push the file again") from None
+        def request() -> None:
+            nonlocal number
+            stop = min(end * step, self.size)
+            for block in self._store.chunks(self.url, number * step, stop, step):
+                self._check(number, block)
+                use(number, block)
+                number += 1
+
+        wrong: _WrongBlockError | None = None
+        while number < end:
+            try:
+                faults.retried(self.url, "read", request)
+            except FileNotFoundError:
+                raise StoreError(f"{self.url}: is missing; push the file again") from None
+            except _WrongBlockError as error:
+                if wrong is not None and wrong.number == error.number:
+                    raise StoreError(str(error)) from None
+                wrong = error  # the network may have changed it: once more
+
+    def _check(self, number: int, block: bytes | memoryview) -> None:
+        if not self._record.is_block(number, block):
+            begin = number * self._record.block
+            raise _WrongBlockError(
+                number,
+                f"{self.url}: bytes {begin} to {begin + len(block)} are not those that were "
+                f"pushed: {_ADVICE}",
+            )
 
     def rows(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> "RemoteRows":
         """Consecutive rows of the file, as an array that is read when it is indexed.
@@ -298,8 +320,20 @@ class RemoteRows:
         if step != 1:
             return self._gathered(np.arange(start, stop, step))
         out = np.empty((max(0, stop - start), *self.shape[1:]), self._dtype)
-        self._file.read_into(_bytes_of(out), self._offset + start * self._row)
+        self.read_into(out, start)
         return out
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """Fill an array with consecutive rows.
+
+        Args:
+            out: (rows, …), contiguous in memory or not.
+            start: the first row.
+        """
+        if not out.flags.c_contiguous:
+            out[:] = self[start : start + len(out)]
+            return
+        self._file.read_into(_bytes_of(out), self._offset + start * self._row)
 
     def _gathered(self, wanted: np.ndarray) -> np.ndarray:
         """Rows in any order: those that are near to each other are fetched together."""

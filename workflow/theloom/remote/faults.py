@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from theloom.credentials import hidden
 from theloom.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,9 @@ _WIRE = frozenset(
         "ProtocolError",
         "FlexibleChecksumError",
         "IncompleteReadError",
+        "ChunkedEncodingError",
+        "Timeout",
+        "HTTPError",
     ]
 )
 
@@ -169,5 +173,7 @@ def _name(error: BaseException) -> str:
     cause = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
     if isinstance(cause, dict) and (code := cause.get("Error", {}).get("Code")):
         return str(code)
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
+    text = hidden(" ".join(str(error).split()))[:120]
+    if not text or type(error).__module__.partition(".")[0] in ("requests", "urllib3"):
+        return type(error).__name__  # whose texts have the signatures of URLs
+    return f"{type(error).__name__}: {text}"

@@ -5,6 +5,7 @@ those that the store's own tools find: the environment or their own files, never
 """
 
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from theloom.credentials import has_credential
 from theloom.errors import StoreError
 from theloom.remote import faults
 from theloom.remote.manifest import HASHES
+from theloom.remote.signed import SignedRanges
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of pip, by protocol
@@ -75,12 +77,15 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._signed: SignedRanges | None = None
         if has_credential(url):
             raise StoreError(
                 f"{url}: holds a password or a token; give it as the store's own tools take it, "
                 "such as in the environment"
             )
         self.path(url)  # raises here what is wrong with the URL
+        if "s3" in self.filesystem.protocol:
+            self._signed = SignedRanges(self.filesystem)
 
     @cached_property
     def filesystem(self) -> Any:
@@ -140,6 +145,33 @@ class Store:
             url, "read", lambda: self.filesystem.cat_file(path, start=start, end=stop)
         )
 
+    def chunks(self, url: str, start: int, stop: int, step: int) -> Iterator[bytes | memoryview]:
+        """Read a range piece by piece, each as soon as it is there.
+
+        Args:
+            url: of the object.
+            start: the first byte.
+            stop: the byte after the last.
+            step: bytes of a piece; the last one may be shorter.
+
+        Yields:
+            The pieces.
+
+        Raises:
+            Exception: what the file system raises; nothing is requested again.
+        """
+        path = self.path(url)
+        if self._signed is not None:
+            answer = self._signed.get(path, start, stop)
+            if answer is not None:
+                with answer:
+                    for at in range(start, stop, step):
+                        yield _whole(answer.raw.read(min(step, stop - at)), min(step, stop - at))
+                return
+        data = memoryview(self.filesystem.cat_file(path, start=start, end=stop))
+        for at in range(0, stop - start, step):
+            yield _whole(data[at : at + step], min(step, stop - start - at))
+
     def size(self, url: str) -> int | None:
         """The size of an object.
 
@@ -167,6 +199,12 @@ class Store:
         """
         if "file" in self.filesystem.protocol or "local" in self.filesystem.protocol:
             self.filesystem.makedirs(self.filesystem._parent(path), exist_ok=True)
+
+
+def _whole(data: bytes | memoryview, size: int) -> bytes | memoryview:
+    if len(data) != size:
+        raise ConnectionError("the answer ended early")
+    return data
 
 
 def record_url(folder: str, name: str) -> str:
