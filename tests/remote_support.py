@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-DROP, SLOW_DOWN, CUT, FORBID = "drop", "slow down", "cut", "forbid"
+DROP, SLOW_DOWN, CUT, FORBID, HOLD = "drop", "slow down", "cut", "forbid", "hold"
 _METHODS = (b"GET ", b"PUT ", b"POST ", b"HEAD ", b"DELETE ")
 
 
@@ -30,13 +30,12 @@ _ANSWERS = {
 
 class Proxy:
     """Hands TCP connections on to a server. `fault` is called with the number of each request, and
-    returns DROP, SLOW_DOWN, FORBID, CUT (the answer ends early) or None. `on_sent` sees the bytes
-    that the client sent so far.
+    returns DROP, SLOW_DOWN, FORBID, CUT (the answer ends early), HOLD (no answer)
+    or None; `requests` has the first line of each.
     """
 
     def __init__(self, server: tuple[str, int]) -> None:
         self.fault: Callable[[int], str | None] = lambda number: None
-        self.on_sent: Callable[[int], None] = lambda sent: None
         self.faults: list[str] = []
         self.sent = self.received = 0
         self.requests: list[bytes] = []
@@ -70,13 +69,14 @@ class Proxy:
                         if fault in _ANSWERS:
                             client.sendall(_refusal(*_ANSWERS[fault], data.startswith(b"HEAD")))
                             return
-                        if fault == DROP:
+                        while fault == HOLD and client.recv(1 << 16):
+                            pass  # until the client gives up
+                        if fault in (DROP, HOLD):
                             return
                         if fault == CUT:
                             left[0] = 1000
                     with self._lock:
                         self.sent += len(data)
-                    self.on_sent(self.sent)
                     server.sendall(data)
         except OSError:
             pass
@@ -120,6 +120,15 @@ class Bucket:
     def keys(self) -> list[str]:
         pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.name)
         return sorted(one["Key"] for page in pages for one in page.get("Contents", []))
+
+    def parts(self) -> int:
+        """Parts of uploads that are not complete."""
+        uploads = self.s3.list_multipart_uploads(Bucket=self.name).get("Uploads", [])
+        found = [
+            self.s3.list_parts(Bucket=self.name, Key=one["Key"], UploadId=one["UploadId"])
+            for one in uploads
+        ]
+        return sum(len(answer.get("Parts", [])) for answer in found)
 
     def get(self, key: str) -> bytes:
         return self.s3.get_object(Bucket=self.name, Key=key)["Body"].read()
