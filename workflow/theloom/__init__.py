@@ -18,10 +18,11 @@ __all__ = ["open", "open_pair", "stream"]
 
 
 def open(path: str | Path, allow: Collection[str] = ()) -> "Activations":
-    """Open `activations.h5`, or a single shard.
+    """Open `activations.h5`, or a single shard, also of a remote store.
 
     Args:
-        path: The file.
+        path: The file; or the URL of what `theloom push` uploaded, such as `s3://bucket/run`, of
+            which rows are read by ranges.
         allow: Names of files outside the dataset's own folder that it may refer to.
 
     Returns:

@@ -10,6 +10,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from theloom.errors import ConfigError, StoreError, printable
+from theloom.remote.places import path_or_url
 from theloom.store import file_format
 from theloom.terminal import WIDTH, examples, positive, table
 
@@ -64,7 +65,12 @@ def add_store(commands: Any) -> None:
     )
     verify.set_defaults(run=_verify)
     for parser in (inspect, verify):
-        parser.add_argument("file", type=Path, metavar="FILE", help="activations.h5, or one shard")
+        parser.add_argument(
+            "file",
+            type=path_or_url,
+            metavar="FILE",
+            help="activations.h5, or one shard, or the URL of a pushed one",
+        )
         parser.add_argument(
             "--allow",
             action="append",
@@ -196,6 +202,11 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _recompute(acts: "Activations", arguments: argparse.Namespace) -> "Recomputation":
     from theloom.verification.recompute import recompute
 
+    if not isinstance(acts.path, Path):
+        raise StoreError(
+            f"{acts.path}: --recompute needs the run's model.h5 next to the file; download the "
+            "folder, and give the local file"
+        )
     folders = [acts.path.parent, acts.path.parent.parent]
     model_path = next((f / "model.h5" for f in folders if (f / "model.h5").is_file()), None)
     if model_path is None:

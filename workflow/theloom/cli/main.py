@@ -18,6 +18,7 @@ from theloom.cli.export import add_export
 from theloom.cli.files import add_store
 from theloom.cli.hooks import add_hooks
 from theloom.cli.project import add_init
+from theloom.cli.push import add_push
 from theloom.cli.run import add_report, add_run
 from theloom.errors import TheLoomError
 from theloom.pipeline.job import of_system
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add_hooks(commands)
     add_store(commands)
     add_export(commands)
+    add_push(commands)
     add_init(commands)
     return parser
 

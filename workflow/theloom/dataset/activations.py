@@ -29,7 +29,7 @@ def open_activations(path: str | Path, allow: Collection[str] = ()) -> "Activati
     """Open `activations.h5` or a single shard; `theloom.open` is the same.
 
     Args:
-        path: the file.
+        path: the file, or the URL of a pushed one.
         allow: names of files outside of its own folder that it may refer to, as it spells them.
 
     Returns:

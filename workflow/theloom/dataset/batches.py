@@ -207,6 +207,8 @@ class RowBatches(IterableDataset[Batch]):
     def _read(self, number: int, rows: np.ndarray) -> np.ndarray:
         """The rows of one buffer; consecutive ones are copied together."""
         source = self._rows[number]
+        if getattr(source, "is_remote", False):  # all of them are requested together
+            return source.numpy(rows)
         out = np.empty((len(rows), *source.shape[1:]), source.stored)
         ends = np.flatnonzero(np.diff(rows) != 1) + 1
         for begin, end in zip([0, *ends.tolist()], [*ends.tolist(), len(rows)], strict=True):

@@ -105,11 +105,17 @@ def file_schema(acts: Activations) -> dict[str, Any]:
         "windows": windows,
         "longest_window": longest,
         "files": [_of_folder(p, acts.path.parent) for p in acts.files],
-        "bytes_on_disk": sum(p.stat().st_size for p in dict.fromkeys([acts.path, *acts.files])),
+        "bytes_on_disk": sum(map(_size, dict.fromkeys([acts.path, *acts.files]))),
     }
 
 
+def _size(path: Any) -> int:
+    return path.stat().st_size if isinstance(path, Path) else path.size
+
+
 def _of_folder(path: Path, folder: Path) -> str:
+    if not isinstance(path, Path):
+        return str(path).removeprefix(f"{folder}/")
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 

@@ -18,6 +18,8 @@ import numpy as np
 from theloom.dataset.parts import Part
 from theloom.errors import StoreError
 from theloom.store.compression import PackedRows
+from theloom.store.hdf5 import byte_source
+from theloom.store.hdf5.byte_source import ByteSource
 
 _OPEN = 64  # packed files that stay open, those that were read last
 
@@ -29,7 +31,7 @@ class Maps:
 
     def __init__(self) -> None:
         self._mapped: dict[Path, np.ndarray] = {}
-        self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._open: OrderedDict[Path, BinaryIO | ByteSource] = OrderedDict()
         self._lock = Lock()  # threads may read the same dataset
 
     def rows(self, part: Part, name: str, width: tuple[int, ...], dtype: np.dtype) -> Any:
@@ -42,7 +44,7 @@ class Maps:
             dtype: of its elements, or of their bits.
 
         Returns:
-            A mapped array (rows, *width), or packed rows.
+            A mapped array (rows, *width), packed rows, or rows that are elsewhere.
 
         Raises:
             StoreError: the file is missing, cut short or another one by now, or the process may
@@ -51,10 +53,14 @@ class Maps:
         shape, offset = (part.count(name), *width), part.offsets[name]
         if offset < 0:
             return PackedRows(partial(self._opened, part), part.path, name, shape, dtype)
+        if not isinstance(part.path, Path):
+            source = byte_source.of(part.file.open())
+            assert not isinstance(source, int)
+            return source.rows(offset, shape, dtype)
         with self._lock:
             if part.path not in self._mapped:
                 with part.file.open() as file:
-                    self._mapped[part.path] = mapped(file.fileno())
+                    self._mapped[part.path] = mapped(byte_source.descriptor(file))
             whole = self._mapped[part.path]
         size = math.prod(shape) * dtype.itemsize
         if min(len(whole), _size_now(part.path, len(whole))) < offset + size:
@@ -63,7 +69,7 @@ class Maps:
             )
         return whole[offset : offset + size].view(dtype).reshape(shape)
 
-    def _opened(self, part: Part) -> BinaryIO:
+    def _opened(self, part: Part) -> BinaryIO | ByteSource:
         """A packed file; it is closed once nobody reads it and others were read since."""
         with self._lock:
             file = self._open.get(part.path)

@@ -28,6 +28,7 @@ from theloom.precision import SCALED
 from theloom.store import checksums, compression, file_format, index, token_texts
 from theloom.store.encoding import scaled
 from theloom.store.file_format import METRICS
+from theloom.store.hdf5 import byte_source
 from theloom.store.hdf5.output import written
 from theloom.store.lock import WriterLock
 from theloom.store.statistics import (
@@ -338,9 +339,10 @@ def _copy(
         os.posix_fallocate(out, 0, max([1, *(p + sizes[n] for n, p in offsets.items())]))
         for shard in shards:
             with shard.part.file.open() as source:
+                fd = byte_source.descriptor(source)
                 for name in offsets:
                     size = shard.part.count(name) * row_bytes[name]
-                    _copy_range(source.fileno(), shard.part.offsets[name], out, at[name], size)
+                    _copy_range(fd, shard.part.offsets[name], out, at[name], size)
                     at[name] += size
         os.fsync(out)
     finally:

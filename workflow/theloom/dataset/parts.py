@@ -20,7 +20,8 @@ import numpy as np
 from theloom.errors import StoreError
 from theloom.precision import SCALED
 from theloom.store import checksums, commit_log, file_format
-from theloom.store.hdf5 import content
+from theloom.store.hdf5 import byte_source, content
+from theloom.store.hdf5.byte_source import ByteSource, Readable
 from theloom.store.hdf5.objects import Link, Objects
 from theloom.store.index import FileIndex
 from theloom.store.tables import tokens as token_tables
@@ -41,7 +42,7 @@ class Identity:
     checksums_offset: int
 
     @classmethod
-    def of(cls, fd: int, listed: FileIndex) -> "Identity":
+    def of(cls, fd: Readable, listed: FileIndex) -> "Identity":
         """The identity of an open file.
 
         Args:
@@ -53,9 +54,9 @@ class Identity:
         """
         written = listed.array(fd, checksums.CHECKSUMS)[: checksums.IDENTITY].tobytes()
         offset = listed.datasets[checksums.CHECKSUMS].extents[0][0]
-        return cls(listed.path, os.fstat(fd).st_size, written, offset)
+        return cls(listed.path, byte_source.size_of(fd), written, offset)
 
-    def open(self, referred: Path | None = None) -> BinaryIO:
+    def open(self, referred: Path | None = None) -> BinaryIO | ByteSource:
         """Open the file again.
 
         Args:
@@ -82,11 +83,12 @@ class Identity:
                 )
                 + f"{missing}; put it back, or run the pipeline again"
             ) from None
-        size = os.fstat(file.fileno()).st_size
-        found = os.pread(file.fileno(), len(self.checksums), self.checksums_offset)
+        source = byte_source.of(file)
+        size = byte_source.size_of(source)
+        found = byte_source.pread(source, len(self.checksums), self.checksums_offset)
         if size == self.size and found == self.checksums:
             return file
-        file.close()
+        file.__exit__(None, None, None)
         if size != self.size:
             raise StoreError(f"{self.path}: has {size} bytes, {self.size} {whose}; {_ADVICE}")
         if referred is None:
@@ -202,7 +204,7 @@ def more_tables(listed: FileIndex) -> list[str]:
     return [name for name in map(token_tables.path, token_tables.TYPES) if name in listed.datasets]
 
 
-def own(fd: int, listed: FileIndex, names: Sequence[str] | None = None) -> Part:
+def own(fd: Readable, listed: FileIndex, names: Sequence[str] | None = None) -> Part:
     """Find the part of a file that holds its own rows: a shard or a physical dataset.
 
     Args:
@@ -218,7 +220,7 @@ def own(fd: int, listed: FileIndex, names: Sequence[str] | None = None) -> Part:
     """
     path, attributes = listed.path, listed.attributes
     part = Part(Identity.of(fd, listed), int(attributes["rows"]), {}, attributes.get("tokens"))
-    offsets, size = part.offsets, os.fstat(fd).st_size
+    offsets, size = part.offsets, byte_source.size_of(fd)
     for name in [*names_of(attributes), *more_tables(listed)] if names is None else names:
         dataset, rows = listed.datasets[name], part.count(name)
         if dataset.shape[0] != rows:
@@ -247,7 +249,7 @@ def own(fd: int, listed: FileIndex, names: Sequence[str] | None = None) -> Part:
     return part
 
 
-def referred(fd: int, listed: FileIndex, allow: Collection[str]) -> list[Part]:
+def referred(fd: Readable, listed: FileIndex, allow: Collection[str]) -> list[Part]:
     """Find the parts of a virtual dataset: its shards.
 
     Args:
@@ -285,7 +287,8 @@ def referred(fd: int, listed: FileIndex, allow: Collection[str]) -> list[Part]:
         name = encoded.decode()
         check_reference(path, name, allow, "it refers to")
         identity = Identity(path.parent / name, size, checksum[number].tobytes(), checksums_offset)
-        identity.open(path).close()
+        with identity.open(path):
+            pass
         if wrong[number]:
             raise StoreError(
                 f"{path}: refers to bytes that {identity.path} does not have; {_ADVICE}"

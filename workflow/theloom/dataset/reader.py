@@ -22,9 +22,10 @@ from theloom.dataset.rows import HookRows, RowNumbers, Rows, ScaledRows
 from theloom.dataset.tables import read_columns, read_metrics, read_row_tokens, read_tables
 from theloom.errors import ConfigError, HookError, StoreError
 from theloom.precision import SCALED, read_as
+from theloom.remote.folder import find
 from theloom.store import checksums, file_format, index, token_texts
 from theloom.store.file_format import hook_path
-from theloom.store.hdf5 import content
+from theloom.store.hdf5 import byte_source, content
 from theloom.store.hdf5.objects import Objects
 from theloom.store.statistics import Statistics, read_statistics
 from theloom.store.tables import tokens as token_tables
@@ -77,7 +78,7 @@ class ActivationsReader:
     metrics, too.
 
     Args:
-        path: `activations.h5`, or a single shard.
+        path: `activations.h5`, or a single shard; or the URL of a pushed one.
         allow: names of files outside of its own folder that it may refer to, as it spells them.
 
     Raises:
@@ -85,8 +86,10 @@ class ActivationsReader:
     """
 
     def __init__(self, path: str | Path, allow: Collection[str] = ()) -> None:
-        self.path = Path(path)
-        if self.path.is_symlink():  # its shards lie next to the file itself
+        self.path: Path = find(path)
+        if (
+            isinstance(self.path, Path) and self.path.is_symlink()
+        ):  # its shards lie next to the file itself
             self.path = self.path.resolve()
         self._maps = Maps()
         with file_format.reading(self.path) as file:
@@ -341,7 +344,7 @@ class ActivationsReader:
         """What a function makes of tables of the file, which is opened and checked again."""
         with self._identity.open() as file:
             try:
-                return read(partial(self._listed.array, file.fileno()))
+                return read(partial(self._listed.array, byte_source.of(file)))
             except file_format.DAMAGE as error:
                 raise file_format.damaged_error(self.path, error) from None
 

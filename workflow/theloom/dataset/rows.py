@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self, Union
 
@@ -69,6 +70,11 @@ class Rows:
         return self._dtype
 
     @property
+    def is_remote(self) -> bool:
+        """Whether reading them means requests over a network."""
+        return any(not isinstance(p.path, Path) for p in self._parts)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all rows as they are stored, uncompressed."""
         return math.prod(self.shape) * self._dtype.itemsize
@@ -125,7 +131,10 @@ class Rows:
         while number < len(self._arrays) and self._starts[number] < stop:
             first, array = int(self._starts[number]), self._arrays[number]
             a, b = max(start, first), min(stop, first + len(array))
-            out[a - start : b - start] = array[a - first : b - first]
+            if hasattr(array, "read_into"):  # over a network: nothing is copied twice
+                array.read_into(out[a - start : b - start], a - first)
+            else:
+                out[a - start : b - start] = array[a - first : b - first]
             number += 1
 
     def _range(self, start: int, stop: int) -> np.ndarray:

@@ -6,12 +6,13 @@ file is laid out; the results, which are complete when it is finished; and the m
 A checksum detects damage and mistakes; it does not keep out somebody who writes a new one.
 """
 
-import os
 from pathlib import Path
 
 import xxhash
 
 from theloom.store import file_format, index
+from theloom.store.hdf5 import byte_source
+from theloom.store.hdf5.byte_source import Readable
 from theloom.store.hdf5.objects import Objects
 from theloom.store.index import FileIndex
 
@@ -30,7 +31,7 @@ _RESULTS = (
 _NOT_CHECKSUMMED = ("hooks/", CHECKSUMS)  # rows have hashes of their own
 
 
-def compute_checksums(fd: int, listed: FileIndex, *which: int) -> dict[int, int]:
+def compute_checksums(fd: Readable, listed: FileIndex, *which: int) -> dict[int, int]:
     """Compute checksums of an open file as it is now.
 
     Args:
@@ -46,7 +47,7 @@ def compute_checksums(fd: int, listed: FileIndex, *which: int) -> dict[int, int]
     )
     hashes = [xxhash.xxh3_64() for _ in ALL]
     at = 0
-    for offset, size, name in [*extents, (os.fstat(fd).st_size, 0, CHECKSUMS)]:
+    for offset, size, name in [*extents, (byte_source.size_of(fd), 0, CHECKSUMS)]:
         if offset > at and METADATA in which:
             _update(hashes[METADATA], fd, at, offset)
         at = max(at, offset + size)
@@ -56,9 +57,9 @@ def compute_checksums(fd: int, listed: FileIndex, *which: int) -> dict[int, int]
     return {number: hashes[number].intdigest() for number in which}
 
 
-def _update(state: xxhash.xxh3_64, fd: int, start: int, stop: int) -> None:
+def _update(state: xxhash.xxh3_64, fd: Readable, start: int, stop: int) -> None:
     while start < stop:
-        data = os.pread(fd, min(_READ_AT_ONCE, stop - start), start)
+        data = byte_source.pread(fd, min(_READ_AT_ONCE, stop - start), start)
         if not data:
             return  # the file ends early
         state.update(data)
@@ -80,7 +81,7 @@ def write_checksums(path: Path, *which: int) -> None:
                 file_format.pwrite(f.fileno(), digest.to_bytes(8, "little"), offset + 8 * number)
 
 
-def changed_parts(fd: int, listed: FileIndex, *which: int) -> list[str]:
+def changed_parts(fd: Readable, listed: FileIndex, *which: int) -> list[str]:
     """Which parts of an open file differ from their checksums.
 
     Args:

@@ -23,7 +23,8 @@ from theloom.errors import StoreError
 from theloom.precision import SCALED
 from theloom.store import checksums, file_format
 from theloom.store.encoding import scaled
-from theloom.store.hdf5 import content
+from theloom.store.hdf5 import byte_source, content
+from theloom.store.hdf5.byte_source import ByteSource
 from theloom.store.hdf5.objects import Objects
 from theloom.store.hdf5.output import written
 from theloom.store.index import INDEX, write_index
@@ -203,7 +204,7 @@ class PackedRows:
 
     def __init__(
         self,
-        opened: Callable[[], BinaryIO],
+        opened: Callable[[], BinaryIO | ByteSource],
         path: Path,
         name: str,
         shape: tuple[int, ...],
@@ -212,7 +213,7 @@ class PackedRows:
         self._opened, self._path, self._shape, self._dtype = opened, path, shape, dtype
         try:
             file = opened()
-            objects = Objects(file.fileno())
+            objects = Objects(byte_source.of(file))
             header = objects.find(name)
             if header is None:
                 raise ValueError(f"it lacks {name}")
@@ -243,7 +244,13 @@ class PackedRows:
         wanted = np.arange(*index.indices(len(self))) if isinstance(index, slice) else index
         out = np.empty((len(wanted), *self._shape[1:]), self._dtype)
         numbers = wanted // self._step
-        for number in np.unique(numbers).tolist():
+        for place, number in enumerate(needed := np.unique(numbers).tolist()):
+            if place % _CACHED_CHUNKS == 0:
+                coming = needed[place : place + _CACHED_CHUNKS]
+                byte_source.prefetch(
+                    byte_source.of(self._opened()),
+                    [self._chunks[n] for n in coming if n not in self._cache],
+                )
             here = numbers == number
             out[here] = self._chunk(number)[wanted[here] - number * self._step]
         return out
@@ -260,7 +267,9 @@ class PackedRows:
         try:
             # the rest of a chunk that is larger than zstd makes one is not read
             most = needed + needed // 128 + _OVERHEAD
-            shuffled = _unpacked(os.pread(file.fileno(), min(size, most), offset), needed)
+            shuffled = _unpacked(
+                byte_source.pread(byte_source.of(file), min(size, most), offset), needed
+            )
             plain = np.frombuffer(shuffled, "u1").reshape(self._dtype.itemsize, elements).T
         except (zstandard.ZstdError, ValueError, OSError, MemoryError) as error:
             raise StoreError(

@@ -22,6 +22,8 @@ import numpy as np
 
 from theloom.errors import MemoryPlanError, StoreError
 from theloom.precision import SCALED
+from theloom.store.hdf5 import byte_source
+from theloom.store.hdf5.byte_source import ByteSource, SourcePath
 from theloom.store.hdf5.objects import CutShortError, ForeignError, Objects
 
 if TYPE_CHECKING:
@@ -419,23 +421,23 @@ def open_h5(path: str | Path, kind: str) -> Iterator[h5py.File]:
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[Objects]:
+def reading(path: Any) -> Iterator[Objects]:
     """Open an HDF5 file by its bytes alone.
 
     Args:
-        path: the file.
+        path: the file: of a local one a `str` or a `Path`, else a `byte_source.SourcePath`.
 
     Yields:
-        Its objects, and the descriptor with which all of it is read (`fd`).
+        Its objects, and what all of it is read with (`fd`).
 
     Raises:
         StoreError: the file is missing or not HDF5, or the process may open no more files; or what
             is read of it, within the context, is damaged.
     """
-    path = Path(path)
+    path = byte_source.as_path(path)
     with open_bytes(path) as file:
         try:
-            yield Objects(file.fileno())
+            yield Objects(byte_source.of(file))
         except ForeignError as error:
             raise StoreError(
                 f"{path}: cannot be read as HDF5 ({error}); give activations.h5 or a shard of a run"
@@ -450,7 +452,7 @@ def reading(path: str | Path) -> Iterator[Objects]:
             raise damaged_error(path, error) from None
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path | SourcePath) -> BinaryIO | ByteSource:
     """Open a file for reading.
 
     Args:
@@ -463,6 +465,8 @@ def open_bytes(path: Path) -> BinaryIO:
         StoreError: it is missing, a folder or not a file that can be read, or the process may open
             no more files.
     """
+    if not isinstance(path, Path):
+        return path.open_bytes()
     try:
         # non-blocking: opening a pipe would wait for its writer
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -7,7 +7,6 @@ and then reads bytes at known offsets. Of a file without an index the objects ar
 
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy as np
 
 from theloom.store import file_format
 from theloom.store.commit_log import RECORD
-from theloom.store.hdf5 import content
+from theloom.store.hdf5 import byte_source, content
+from theloom.store.hdf5.byte_source import Readable
 from theloom.store.hdf5.objects import Objects
 from theloom.store.tables import tokens as token_tables
 
@@ -83,7 +83,7 @@ class FileIndex:
     attributes: dict[str, Any]
     datasets: dict[str, Dataset]
 
-    def array(self, fd: int, name: str) -> np.ndarray:
+    def array(self, fd: Readable, name: str) -> np.ndarray:
         """The content of a small contiguous dataset.
 
         Args:
@@ -112,7 +112,7 @@ class FileIndex:
         data = bytearray()
         for start in range(0, size, _AT_ONCE):
             offset = dataset.extents[0][0] + start
-            data += os.pread(fd, min(_AT_ONCE, size - start), offset)
+            data += byte_source.pread(fd, min(_AT_ONCE, size - start), offset)
         if len(data) != size:
             raise ValueError(f"it ends within its {name}")
         return np.frombuffer(data, dtype).reshape(dataset.shape)

@@ -7,10 +7,12 @@ its structure or in a ValueError. Only the structures that h5py writes for TheLo
 (superblock 0, object headers 1, symbol tables); HDF5's file format specification has their layout.
 """
 
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from theloom.store.hdf5 import byte_source
+from theloom.store.hdf5.byte_source import Readable
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 UNDEFINED = (1 << 64) - 1  # an address of nothing
@@ -55,7 +57,7 @@ class Objects:
     """An open file, read as HDF5.
 
     Args:
-        fd: of the file, open for reading; it stays the caller's.
+        fd: of the file, open for reading, or what reads it; it stays the caller's.
 
     Raises:
         ForeignError: the file is no HDF5, or of another kind.
@@ -63,13 +65,13 @@ class Objects:
         ValueError: what is read is damaged; each method may raise it.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: Readable) -> None:
         self.fd = fd
-        self.size = os.fstat(fd).st_size
+        self.size = byte_source.size_of(fd)
         self._left = MOST_BYTES
         self._heaps = MOST_HEAPS
         self._links = MOST_OBJECTS
-        head = os.pread(fd, 96, 0)
+        head = byte_source.pread(fd, 96, 0)
         if not head.startswith(SIGNATURE):
             raise ForeignError("it is none")
         if len(head) < 96:
@@ -95,7 +97,7 @@ class Objects:
             raise ValueError("its metadata is larger than any that TheLoom writes")
         if offset < 0 or size < 0 or offset + size > self.size:
             raise ValueError("it refers to bytes beyond its end")
-        data = os.pread(self.fd, size, offset)
+        data = byte_source.pread(self.fd, size, offset)
         if len(data) != size:
             raise ValueError("it ends early")
         return data
