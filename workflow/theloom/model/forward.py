@@ -181,7 +181,9 @@ def forward_residuals(
     """
     import torch
 
-    everything = residual_points(len(architecture.loaded), architecture.hidden_size)
+    everything = residual_points(
+        len(architecture.loaded), architecture.hidden_size, architecture.side
+    )
     points = [p for p in everything if p.value in values]
     seen: dict[str, list[torch.Tensor]] = {p.name: [] for p in points}
     with Taps(
