@@ -21,7 +21,7 @@ _Reader = Callable[[Path, str, CorpusConfig], Iterator[Document]]
 
 def _text(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
     for key, column in rows.wanted(config):
-        if key in ("input_ids", "messages", "columns"):
+        if key in ("input_ids", "messages", "target", "columns"):
             raise rows.no_column(key, column, (), printable(name))
     yield Document(name, decoding.read_text(file, name, config.encoding), printable(name))
 

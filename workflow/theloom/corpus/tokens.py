@@ -28,6 +28,8 @@ from theloom.corpus.encoding import Encoder
 from theloom.corpus.kept import KeptRows
 from theloom.corpus.prompts import Prompts
 from theloom.corpus.rows import Document
+from theloom.corpus.targets.encoding import Targets
+from theloom.corpus.targets.sources import source_lengths
 from theloom.corpus.tokenizer import COMPARED
 from theloom.corpus.vocabulary import Vocabulary
 from theloom.corpus.windows import Strings, write_tables
@@ -82,11 +84,12 @@ def tokenize(config: Config, output: Path) -> None:
     prompts = None if config.answers.source is None else Prompts(config, context)
     rows = config.rows if prompts is None else RowsConfig()  # kept when the answers are there
     tally = _Tally(Columns(config.corpus.columns))
+    targets = Targets(config, encoder, context) if config.corpus.target is not None else None
     with written(output) as file:
         growing = Growing(file)
         kept = KeptRows(rows, file)
         ids_hash, occurring = xxhash.xxh3_128(), set[int]()
-        for input_ids, tables in _encoded(config, encoder, tally, kept, prompts):
+        for input_ids, tables in _encoded(config, encoder, tally, kept, prompts, targets):
             growing.add({"input_ids": input_ids, **tables})
             file.check()
             ids_hash.update(input_ids.tobytes())
@@ -101,7 +104,7 @@ def tokenize(config: Config, output: Path) -> None:
         write_tables(file, tally.ids, tally.hashes, tally.lengths, context, shards)
         if prompts is not None:
             prompts.write(file)
-        typed = tally.columns.typed()
+        typed = tally.columns.typed() | ({} if targets is None else targets.columns())
         columns.write(file, typed)
         token_texts.write(file, encoder.texts(occurring))
         file_format.set_attributes(
@@ -118,6 +121,7 @@ def tokenize(config: Config, output: Path) -> None:
                 empty_documents=tally.empty,
                 truncated_from=tally.cut_from,
                 context_length=context,
+                **({} if targets is None else targets.attributes()),
                 **kept.finish(len(tally.ids)),
             ),
         )
@@ -182,7 +186,12 @@ class Growing:
 
 
 def _encoded(
-    config: Config, encoder: Encoder, tally: _Tally, kept: KeptRows, prompts: Prompts | None
+    config: Config,
+    encoder: Encoder,
+    tally: _Tally,
+    kept: KeptRows,
+    prompts: Prompts | None,
+    targets: Targets | None,
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """The token ids of each document that has any, with the other tables of its tokens, until
     max_tokens; counts go to `tally`, and what is stored to `kept`.
@@ -190,7 +199,8 @@ def _encoded(
     left, vocabulary = config.corpus.max_tokens, Vocabulary(config.model)
     documents = read_documents(config.corpus if prompts is None else prompts.corpus)
     for group in _groups(documents):
-        for document, encoded in zip(group, encoder.encode(group), strict=True):
+        encode = encoder.encode if targets is None else targets.encode
+        for document, encoded in zip(group, encode(group), strict=True):
             ids = encoded.ids
             if not ids:
                 tally.empty += 1
@@ -216,6 +226,8 @@ def _encoded(
             tally.hashes.append(xxhash.xxh3_128_hexdigest(encoded.hashed))
             tally.lengths.append(len(ids))
             tally.columns.add(document)
+            if targets is not None:
+                targets.add(document, len(ids), vocabulary, encoder.names)
             tables = {name: table[: len(ids)] for name, table in encoded.tables.items()}
             tables |= encoder.special(checked)
             known = RowDocument(
@@ -340,19 +352,21 @@ def read_job(path: Path, shard: int) -> JobTokens:
 
 
 def window_lengths(path: Path) -> Lengths:
-    """The lengths of all windows, shard by shard.
+    """The lengths of all windows, shard by shard, by which passes are planned.
 
     Args:
         path: of `tokens.h5`.
 
     Returns:
-        Lengths in tokens.
+        Lengths in tokens; of a decoder's window that of its source where it is longer.
 
     Raises:
         StoreError: the file is missing or of another format.
     """
     with file_format.open_h5(path, "tokens") as file:
         lengths = np.diff(file["windows/offset"][:])
+        if (sources := source_lengths(lambda name: file[name] if name in file else None)) is not None:
+            lengths = np.maximum(lengths, sources[file["windows/document"][:]])
         ends = np.searchsorted(file["windows/document"][:], file["shards/first_document"][1:-1])
         return Lengths(tuple(np.split(lengths, ends)))
 

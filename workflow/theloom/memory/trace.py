@@ -19,6 +19,7 @@ from theloom.hooks.taps import Taps
 from theloom.memory.sizes import PeakBytes, Workload
 from theloom.memory.storages import TEMPORARIES, LiveStorages, Peak
 from theloom.model.attention_kernels import traced_as_cuda
+from theloom.model.checkpoint.halves import SOURCE_IDS, SOURCE_MASK
 from theloom.model.fake import FakeModel
 from theloom.model.forward import PrefillCache, cache_name
 from theloom.model.shapes_only import shapes_only
@@ -166,7 +167,7 @@ def run(
     with torch.inference_mode(), kernels, taps as opened, live:
         forward = opened.run if opened is not None else described.model
         if not streamed:
-            return _one_pass(forward, ids, live, masked=not looks_causal(described)), live
+            return _one_pass(forward, ids, live, described), live
         cache = MarkedCache(config=described.model.config)
         cache.live = live
         first = 0
@@ -207,8 +208,13 @@ def run(
         return peak, live
 
 
-def _one_pass(forward: Any, ids: torch.Tensor, live: LiveStorages, masked: bool) -> Peak:
-    inputs = {"attention_mask": torch.ones_like(ids)} if masked else {}
+def _one_pass(
+    forward: Any, ids: torch.Tensor, live: LiveStorages, described: Architecture
+) -> Peak:
+    """One pass, with a source as long as the window where it is a decoder's."""
+    inputs = {} if looks_causal(described) else {"attention_mask": torch.ones_like(ids)}
+    if described.side == "decoder":
+        inputs |= {SOURCE_IDS: ids, SOURCE_MASK: torch.ones_like(ids)}
     live.ignore(list(inputs.values()))
     output = forward(input_ids=ids, use_cache=False, **inputs)
     if getattr(output, "logits", None) is not None:
