@@ -72,13 +72,20 @@ def half(whole: Any, side: str) -> Any:
     def from_config(cls: Any, config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
         return cls._from_config(config, **options)
 
-    parts = {
+    parts: dict[str, Any] = {
         "__init__": build,
         "__module__": whole.__module__,
         "forward": _of_encoder if side == "encoder" else _of_decoder(whole),
         "from_config": classmethod(from_config),
         "theloom_side": side,
     }
+    tied = whole._tied_weights_keys
+    if side == "encoder" and isinstance(tied, dict):
+        parts["_tied_weights_keys"] = {
+            name: source
+            for name, source in tied.items()
+            if not (name.startswith("decoder.") or source.startswith("decoder."))
+        }
     return type(whole.__name__, (whole,), parts)
 
 
