@@ -32,6 +32,7 @@ class ModelDims:
     sliding_window: bool = (
         False  # whether the attention of any block sees less than the whole context
     )
+    side: str = ""  # encoder or decoder, where it is half of a model
 
 
 _SIDE = "theloom_side"  # attribute of a config whose model is read in one half
@@ -112,6 +113,7 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
         context_length=_context_length(text),
         sliding_window=bool(getattr(text, "sliding_window", None))
         and getattr(text, "use_sliding_window", True),
+        side=side_of(text),
     )
 
 

@@ -302,7 +302,9 @@ def _passes(
     """Single and streamed passes of every chunk size, and one pass over the whole context."""
     shapes = [Workload(1, context, context)]
     for size in chunk_sizes(chunk_size):
-        shapes += [Workload(1, min(size, context), size), Workload(1, context, size)]
+        shapes.append(Workload(1, min(size, context), size))
+        if not estimator.size.side:  # half of a model goes in one pass
+            shapes.append(Workload(1, context, size))
     # FP16 has the sizes of BF16: one trace serves both
     twin = WeightFormat("bf16", kind.quantization) if kind.precision == "fp16" else kind
     passes = []

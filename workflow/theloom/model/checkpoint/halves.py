@@ -64,6 +64,12 @@ def half(whole: Any, side: str) -> Any:
             from theloom.model.pruning import leave_out
 
             leave_out(self, ["decoder"])
+            if isinstance(self._tied_weights_keys, dict):
+                self._tied_weights_keys = {
+                    name: source
+                    for name, source in self._tied_weights_keys.items()
+                    if not (name.startswith("decoder.") or source.startswith("decoder."))
+                }
             self._keys_to_ignore_on_load_unexpected = {
                 *(self._keys_to_ignore_on_load_unexpected or ()),
                 r"(^|\.)decoder\.",
@@ -79,13 +85,6 @@ def half(whole: Any, side: str) -> Any:
         "from_config": classmethod(from_config),
         "theloom_side": side,
     }
-    tied = whole._tied_weights_keys
-    if side == "encoder" and isinstance(tied, dict):
-        parts["_tied_weights_keys"] = {
-            name: source
-            for name, source in tied.items()
-            if not (name.startswith("decoder.") or source.startswith("decoder."))
-        }
     return type(whole.__name__, (whole,), parts)
 
 
