@@ -22,6 +22,8 @@ class Flow:
         self._blocks = {m: block for block in architecture.blocks for m in block.modules()}
         self._in: dict[nn.Module, torch.Tensor] = {}
         self._out: dict[nn.Module, torch.Tensor] = {}
+        # what dropout was given, by what it gave: the same values, without values another tensor
+        self._dropped: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # of modules that give several values: each of them, None for what is no tensor
         self.several: dict[nn.Module, list[torch.Tensor | None]] = {}
         self.ran: list[nn.Module] = []
@@ -60,12 +62,16 @@ class Flow:
             self.several.setdefault(module, tensors)
         if found is not None:
             self._out.setdefault(module, found)
+            if isinstance(module, nn.Dropout) and args:
+                self._dropped[_identity(found)] = (args[0], found)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         state = getattr(output, "last_hidden_state", None)
         if state is None and isinstance(output, tuple) and output:
             state = output[0]
-        self.last_state = _identity(state if isinstance(state, torch.Tensor) else None)
+        identity = _identity(state if isinstance(state, torch.Tensor) else None)
+        before = self._dropped.get(identity)
+        self.last_state = identity if before is None else _identity(before[0])
 
     def _meet(self, core: nn.Module) -> Callable[[str, torch.Tensor], None]:
         def read(name: str, value: torch.Tensor) -> None:
