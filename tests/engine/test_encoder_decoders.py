@@ -44,9 +44,7 @@ def folders(tmp_path_factory):
     """Tiny random models, each with a tokenizer of bytes, and a table of pairs of texts."""
     made = tmp_path_factory.mktemp("models")
     for kind, values in KINDS.items():
-        config = AutoConfig.for_model(
-            kind, **{**values, "vocab_size": VOCABULARY, "dropout": 0.1}
-        )
+        config = AutoConfig.for_model(kind, **{**values, "vocab_size": VOCABULARY, "dropout": 0.1})
         scaled(AutoModelForSeq2SeqLM.from_config(config)).save_pretrained(made / kind)
         byte_tokenizer(made / kind)
     rows = (json.dumps({"text": source, "de": target}) for source, target in PAIRS)

@@ -118,15 +118,13 @@ class Encoder:
             CorpusError: the tokenizer fails.
         """
         if self._given:
-            found = [list(document.target or []) for document in group]
-            return [Encoded(ids, repr(ids).encode()) for ids in found]
+            found = [document.target or [] for document in group]
+            return [Encoded([*map(int, ids)], repr(ids).encode()) for ids in found]
         assert self._tokenizer is not None
         texts = [str(document.target or "") for document in group]
         with self._tokenizer.as_target():
             encoded = self._tokenizer.encode(texts)
-        return [
-            _of_text(text, text, tokens) for text, tokens in zip(texts, encoded, strict=True)
-        ]
+        return [_of_text(text, text, tokens) for text, tokens in zip(texts, encoded, strict=True)]
 
     def _of_conversations(
         self, group: Sequence[Document], template: ChatTemplate, tokenizer: CorpusTokenizer

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from theloom.config.auto import SIDES
 from theloom.dataset import token_text
 from theloom.dataset.companions import (
     columns_of,

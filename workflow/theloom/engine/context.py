@@ -109,8 +109,8 @@ class ShardJob:
     @cached_property
     def sources(self) -> Sources:
         """The encoder's input of each window, where the rows are a decoder's."""
-        of_shard = self.tokens.window_document
-        return Sources(self.tokens.columns, of_shard - of_shard.min(initial=of_shard.max(initial=0)))
+        document = self.tokens.window_document
+        return Sources(self.tokens.columns, document - (document[0] if len(document) else 0))
 
     @cached_property
     def planned_lengths(self) -> np.ndarray:

@@ -52,9 +52,7 @@ IN_BLOCK = (
 )
 
 # of a block of a decoder that also attends to an encoder's states
-KEYS_OF_SOURCE = tuple(
-    f"cross_attn.hook_{value}" for value in ("k", "v", "attn_scores", "pattern")
-)
+KEYS_OF_SOURCE = tuple(f"cross_attn.hook_{value}" for value in ("k", "v", "attn_scores", "pattern"))
 CROSS_Q, CROSS_Z = "cross_attn.hook_q", "cross_attn.hook_z"
 CROSS = (
     "hook_cross_attn_in",
@@ -410,9 +408,7 @@ def _near(pattern: str, points: Sequence[HookPoint], num_blocks: int) -> str | N
         return next(iter(difflib.get_close_matches(pattern, [p.name for p in points], n=1)), None)
     block = min(max(int(match[2]), 0), num_blocks - 1)
     values = {p.value for p in points if p.block == block}
-    value = next(
-        iter(difflib.get_close_matches(pattern[match.end() :], sorted(values), n=1)), None
-    )
+    value = next(iter(difflib.get_close_matches(pattern[match.end() :], sorted(values), n=1)), None)
     return f"{match[1]}{block}.{value}" if value else None
 
 

@@ -212,14 +212,21 @@ def _one_pass(
     forward: Any, ids: torch.Tensor, live: LiveStorages, described: Architecture
 ) -> Peak:
     """One pass, with a source as long as the window where it is a decoder's."""
-    inputs = {} if looks_causal(described) else {"attention_mask": torch.ones_like(ids)}
+    inputs = {} if looks_causal(described) else {"attention_mask": _padding_mask(ids)}
     if described.side == "decoder":
-        inputs |= {SOURCE_IDS: ids, SOURCE_MASK: torch.ones_like(ids)}
+        inputs |= {SOURCE_IDS: ids, SOURCE_MASK: _padding_mask(ids)}
     live.ignore(list(inputs.values()))
     output = forward(input_ids=ids, use_cache=False, **inputs)
     if getattr(output, "logits", None) is not None:
         live.mark(output.logits, LOGITS)
     return live.peak()
+
+
+def _padding_mask(ids: torch.Tensor) -> torch.Tensor:
+    """The mask of a batch whose last window has padding: a model may leave out one of ones."""
+    mask = torch.ones_like(ids)
+    mask[-1:, 1:][:, -1:] = 0
+    return mask
 
 
 def grow_cache(cache: PrefillCache, tokens: int, chunk_size: int) -> None:

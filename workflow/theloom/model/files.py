@@ -491,8 +491,6 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
         found: PretrainedConfig = AutoConfig.from_pretrained(
             place.folder, gguf_file=place.gguf_file, trust_remote_code=config.trust_remote_code
         )
-        model_dims.mark_side(found, _side(config))
-        return found
     except Exception as error:  # whatever transformers raises at a config is a fault of its values
         message = " ".join(str(error).split())
         if "trust_remote_code" in message:
@@ -501,6 +499,8 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
                 "you trust the code of its folder"
             )
         raise ModelError(f"model.source: {config.source}: {message}") from None
+    model_dims.mark_side(found, _side(config))
+    return found
 
 
 def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":

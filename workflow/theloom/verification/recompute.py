@@ -166,9 +166,7 @@ def _fits(
     captured = {
         p.name: p
         for p in (
-            *residual_points(
-                len(architecture.blocks), architecture.hidden_size, architecture.side
-            ),
+            *residual_points(len(architecture.blocks), architecture.hidden_size, architecture.side),
             *points,
         )
     }
@@ -211,9 +209,7 @@ def oracle(loaded: LoadedModel, inputs: "dict[str, torch.Tensor]") -> dict[str, 
     Returns:
         Residuals by name of the hook point, (1, position, hidden size).
     """
-    return reference_residuals(
-        loaded.architecture, **inputs, **no_cache(loaded.architecture.model)
-    )
+    return reference_residuals(loaded.architecture, **inputs, **no_cache(loaded.architecture.model))
 
 
 def _tapped(
