@@ -9,7 +9,7 @@ from theloom.config.model_dims import side_of
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.folder import own_model_code
-from theloom.model.checkpoint.halves import half
+from theloom.model.checkpoint.halves import half, has_halves
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,7 +52,40 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
         return transformers.AutoModelForTextEncoding
     if _decoder_alone(model_config) is not None:
         return transformers.AutoModelForCausalLM
+    if is_whole_encoder_decoder(model_config):
+        raise _unnamed(model_config)
     return transformers.AutoModel
+
+
+def is_whole_encoder_decoder(model_config: "PretrainedConfig") -> bool:
+    """Whether a model has an encoder and a decoder of token ids, and neither half is chosen.
+
+    Args:
+        model_config: of the model.
+
+    Returns:
+        False too where the folder holds one half alone.
+
+    Examples:
+        >>> from transformers import GPT2Config, T5Config
+        >>> is_whole_encoder_decoder(T5Config()), is_whole_encoder_decoder(GPT2Config())
+        (True, False)
+    """
+    from transformers import AutoModel
+
+    if side_of(model_config) or type(model_config) not in AutoModel._model_mapping:
+        return False
+    if _encoder_alone(model_config) is not None or _decoder_alone(model_config) is not None:
+        return False
+    return bool(model_config.is_encoder_decoder) and has_halves(_whole_class(model_config))
+
+
+def _unnamed(model_config: "PretrainedConfig") -> ModelError:
+    return ModelError(
+        f"{model_config.model_type}: it has an encoder and a decoder, and the hook points name "
+        "neither; write encoder.blocks.0.hook_resid_post or decoder.blocks.0.hook_resid_post in "
+        "memory.activation_cache_filter"
+    )
 
 
 def has_own_code(model_config: "PretrainedConfig", trust_remote_code: bool) -> list[str]:
@@ -148,6 +181,8 @@ def model_class(model_config: "PretrainedConfig") -> Any:
     for alone in (_encoder_alone(model_config), _decoder_alone(model_config)):
         if alone is not None:
             return alone
+    if is_whole_encoder_decoder(model_config):
+        raise _unnamed(model_config)
     return _whole_class(model_config)
 
 
