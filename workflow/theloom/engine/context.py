@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# attributes of runs that store other rows than one for each token
-OF_ROWS = ("rows_keep", "rows_pool", "rows_by", "documents_without_rows")
+# attributes of some runs: of those that store other rows than one for each token, and of decoders
+OF_ROWS = ("rows_keep", "rows_pool", "rows_by", "documents_without_rows", "decoder_start")
 
 
 @dataclass(frozen=True)

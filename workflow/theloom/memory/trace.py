@@ -208,9 +208,7 @@ def run(
         return peak, live
 
 
-def _one_pass(
-    forward: Any, ids: torch.Tensor, live: LiveStorages, described: Architecture
-) -> Peak:
+def _one_pass(forward: Any, ids: torch.Tensor, live: LiveStorages, described: Architecture) -> Peak:
     """One pass, with a source as long as the window where it is a decoder's."""
     inputs = {} if looks_causal(described) else {"attention_mask": _padding_mask(ids)}
     if described.side == "decoder":

@@ -149,6 +149,8 @@ def forecast(
     catalog = estimator.catalog()
     points = catalog.select(requested)
     chunk_size = min(settings.memory.streaming_chunk_size, tokens)
+    if estimator.size.side:
+        chunk_size = tokens  # half of a model goes in one pass
     workload = Workload(windows, tokens, chunk_size)
     written = smaller_pass(estimator, kind, workload, points)
     weights = estimator.weights(kind)
