@@ -1,4 +1,4 @@
-"""The trace of an encoder, and of a decoder behind its encoder, against the CPU allocator itself."""
+"""The trace of an encoder, and of a decoder behind it, against the CPU allocator itself."""
 
 import copy
 

@@ -365,9 +365,7 @@ def window_lengths(path: Path) -> Lengths:
     """
     with file_format.open_h5(path, "tokens") as file:
         lengths = np.diff(file["windows/offset"][:])
-        if (
-            sources := source_lengths(lambda name: file[name] if name in file else None)
-        ) is not None:
+        if (sources := source_lengths(file.get)) is not None:
             lengths = np.maximum(lengths, sources[file["windows/document"][:]])
         ends = np.searchsorted(file["windows/document"][:], file["shards/first_document"][1:-1])
         return Lengths(tuple(np.split(lengths, ends)))
