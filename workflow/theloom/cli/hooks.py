@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +52,16 @@ def add_hooks(commands: Any) -> None:
 
 
 def _hooks(arguments: argparse.Namespace) -> None:
+    from theloom.hooks.points import HookCatalog
     from theloom.planning import estimate, forecast
 
     settings = forecast.settings_of(arguments.target)
-    estimator = estimate.estimator_of(settings, filters=[])
-    catalog = estimator.catalog()
+    estimators = [estimate.estimator_of(s, filters=[]) for s in estimate.halves(settings)]
+    catalogs = [estimator.catalog() for estimator in estimators]
+    catalog = HookCatalog(
+        [point for one in catalogs for point in one.points],
+        {name: reason for one in catalogs for name, reason in one.unsupported.items()},
+    )
     points = catalog.select(arguments.filter.split(",") if arguments.filter else [])
     size, keys = BYTES[arguments.dtype], arguments.tokens
     if arguments.json:
@@ -66,11 +72,16 @@ def _hooks(arguments: argparse.Namespace) -> None:
         report = {"model": settings.model.source, "dtype": arguments.dtype, "tokens": keys}
         print(json.dumps(report | {"hooks": found, "unsupported": catalog.unsupported}, indent=2))
         return
-    blocks, width = estimator.size.num_blocks, estimator.size.hidden_size
-    print(f"{settings.model.source}: {blocks} blocks, width {width:,}, rows in {arguments.dtype}\n")
+    of_half = " and ".join(
+        f"{e.size.num_blocks} blocks{f' of the {e.size.side}' if len(estimators) > 1 else ''}"
+        for e in estimators
+    )
+    width = estimators[0].size.hidden_size
+    print(f"{settings.model.source}: {of_half}, width {width:,}, rows in {arguments.dtype}\n")
     rows = [
         [name, len(g), " × ".join(map(str, g[0].row(keys))), f"{size * g[0].width(keys):,}"]
-        for name, g in grouped(points, blocks)
+        for one, estimator in zip(catalogs, estimators, strict=True)
+        for name, g in grouped([p for p in points if p in one.points], estimator.size.num_blocks)
     ]
     print(table(rows, ["hook point", "points", "row", "bytes per token"], (1, 2, 3)))
     total = size * sum(p.width(keys) for p in points)
@@ -101,16 +112,17 @@ def grouped(points: "list[HookPoint]", blocks: int) -> "list[tuple[str, list[Hoo
     """
     found: dict[tuple[str, tuple[int, ...]], list[HookPoint]] = {}
     for point in points:
-        own = point.value if point.name.startswith("blocks.") else point.name
-        found.setdefault((own, point.shape), []).append(point)
+        found.setdefault((_numberless(point.name), point.shape), []).append(point)
     named = []
-    for (value, _), group in found.items():
-        if not group[0].name.startswith("blocks."):
-            named.append((value, group))
-            continue
+    for (name, _), group in found.items():
         numbers = "*" if len(group) == blocks else _ranges([p.block for p in group])
-        named.append((f"blocks.{numbers}.{value}", group))
+        named.append((name.replace("blocks.*.", f"blocks.{numbers}."), group))
     return named
+
+
+def _numberless(name: str) -> str:
+    """The name of a hook point with `*` for the number of its block."""
+    return re.sub(r"^((?:encoder\.|decoder\.)?blocks)\.\d+\.", r"\1.*.", name)
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -126,7 +138,6 @@ def _reasons(catalog: "HookCatalog") -> list[str]:
     """What the model has not, one line for each value and reason."""
     found: dict[tuple[str, str], None] = {}
     for name, reason in catalog.unsupported.items():
-        parts = name.split(".")
-        value = ".".join(["blocks.*", *parts[2:]]) if parts[0] == "blocks" else name
+        value = _numberless(name)
         found[value, reason] = None
     return [f"no {value}: {reason}" for value, reason in found]

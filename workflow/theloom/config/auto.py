@@ -1,6 +1,43 @@
 """What the value `auto` of a key stands for, where that follows from other values alone."""
 
+from collections.abc import Iterable
+
 from theloom.config.schema import Config
+from theloom.errors import ConfigError
+
+SIDES = ("encoder.", "decoder.")  # how the names of hook points of an encoder-decoder begin
+
+
+def side(filters: Iterable[str]) -> str | None:
+    """The half of an encoder-decoder that hook points name.
+
+    Args:
+        filters: Names of hook points or globs.
+
+    Returns:
+        `encoder`, `decoder`, or None where the names are those of a model of one list of blocks.
+
+    Raises:
+        ConfigError: They name both halves, or one half and a model of one list of blocks.
+
+    Examples:
+        >>> side(["decoder.blocks.*.hook_resid_post", "decoder.blocks.0.hook_cross_attn_out"])
+        'decoder'
+        >>> side(["blocks.*.hook_resid_post"]) is None
+        True
+    """
+    first = {
+        half: entry
+        for entry in filters
+        for half in (entry.partition(".")[0] if entry.startswith(SIDES) else "",)
+    }
+    if len(first) > 1:
+        one, other = list(first.values())[:2]
+        raise ConfigError(
+            f"memory.activation_cache_filter: {one} and {other} have rows of different tokens; "
+            "make a run for the encoder and another for the decoder"
+        )
+    return next(iter(first), "") or None
 
 
 def store_precision(config: Config, precision: str) -> str:

@@ -6,11 +6,14 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from theloom.config import answers
+from theloom.config import answers, auto
 from theloom.config.model_dims import LAYERS, SIZE
 from theloom.config.schema import PATHS, Config
 from theloom.errors import ConfigError
 from theloom.rows import expression
+
+SOURCE_IDS = "source_ids"
+"""The column of a run of a decoder that holds the encoder's token ids of each document."""
 
 LEAST_CHUNK = 3  # so that no chunk need be of one token
 
@@ -111,6 +114,7 @@ def check(config: Config) -> None:
     _check_corpus(config)
     _check_rows(config)
     answers.check(config)
+    _check_side(config)
 
 
 def _check_architecture(config: Config) -> None:
@@ -142,6 +146,49 @@ def _check_corpus(config: Config) -> None:
                 f"corpus.{key}: {requested!r} is for corpus={group} alone; add corpus={group}, or "
                 "take it out"
             )
+
+
+def _check_side(config: Config) -> None:
+    """What goes with hook points of an encoder-decoder."""
+    side = None if config.model.side is None else config.model.side.name
+    named, target = auto.side(config.memory.activation_cache_filter), config.corpus.target
+    if side != named:
+        raise ConfigError(
+            f"model.side={side}: the hook points are of {named or 'one list of blocks'}; name them "
+            f"{side}.blocks.… in memory.activation_cache_filter"
+        )
+    if target is not None and side != "decoder":
+        raise ConfigError(
+            f"corpus.target: {target!r} is the text of a decoder, and no hook point is one of a "
+            "decoder (decoder.blocks.…); take it out"
+        )
+    if side is None:
+        return
+    if config.extraction.execution.name == "layerwise":
+        raise ConfigError(
+            f"extraction.execution=layerwise: the {side} of an encoder-decoder runs on the device "
+            "as a whole alone; set it to resident or auto"
+        )
+    if config.answers.source is not None:
+        raise ConfigError(
+            f"answers.source={config.answers.source.name}: an encoder-decoder gives no answers; "
+            "take it out"
+        )
+    if side == "encoder":
+        return
+    if target is None:
+        raise ConfigError(
+            "corpus.target: not set; hook points of a decoder need the column that holds its texts"
+        )
+    if config.corpus.messages is not None:
+        raise ConfigError(
+            "corpus.messages: conversations have no target; write source and target as texts"
+        )
+    if SOURCE_IDS in config.corpus.columns:
+        raise ConfigError(
+            f"corpus.columns: {SOURCE_IDS!r} is what the run calls the encoder's token ids; rename "
+            "the corpus' column"
+        )
 
 
 def _check_rows(config: Config) -> None:

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from theloom.config import (
+    auto,
     checks,
     frozen,
     names,
@@ -228,6 +229,8 @@ def _compose(
             if key not in groups:
                 OmegaConf.update(strict, key, frozen.literal(value))
         _take_old_names(strict)
+        if (side := auto.side(strict.memory.activation_cache_filter)) and not strict.model.side:
+            strict.model.side = side
         left_open = strict.extraction.shards is None
         if left_open:
             strict.extraction.shards = sharding.shards(cast(Config, strict))

@@ -32,6 +32,40 @@ class ModelDims:
     sliding_window: bool = (
         False  # whether the attention of any block sees less than the whole context
     )
+    side: str = ""  # encoder or decoder, where it is half of a model
+
+
+_SIDE = "theloom_side"  # attribute of a config whose model is read in one half
+
+
+def mark_side(config: "PretrainedConfig", side: str | None) -> None:
+    """Say on a model's config which half of an encoder-decoder is read.
+
+    Args:
+        config: Of the model; it is changed.
+        side: `encoder`, `decoder`, or None: nothing is said.
+    """
+    if side:
+        setattr(config, _SIDE, side)
+
+
+def side_of(config: "PretrainedConfig") -> str:
+    """The half of an encoder-decoder that is read.
+
+    Args:
+        config: Of a model.
+
+    Returns:
+        `encoder` or `decoder`; empty where the model is read as one.
+    """
+    return str(getattr(config, _SIDE, ""))
+
+
+def _blocks(text: "PretrainedConfig") -> Any:
+    """The number of blocks: of a decoder that is read by itself its own, where it has one."""
+    names = ("num_decoder_layers", "decoder_layers") if side_of(text) == "decoder" else ()
+    own = next((n for name in names if (n := getattr(text, name, None))), None)
+    return own or getattr(text, "num_hidden_layers", None)
 
 
 def numbers(config: "PretrainedConfig") -> ModelDims:
@@ -48,7 +82,7 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
             possible.
     """
     text = config.get_text_config()
-    blocks = getattr(text, "num_hidden_layers", None)
+    blocks = _blocks(text)
     hidden = getattr(text, "hidden_size", None)
     vocabulary = getattr(text, "vocab_size", None)
     if not blocks or not hidden or not vocabulary:
@@ -79,6 +113,7 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
         context_length=_context_length(text),
         sliding_window=bool(getattr(text, "sliding_window", None))
         and getattr(text, "use_sliding_window", True),
+        side=side_of(text),
     )
 
 

@@ -22,6 +22,7 @@ Pool = Enum("Pool", ["none", "mean", "max", "sum", "first", "last"])
 PoolBy = Enum("PoolBy", ["document", "message"])
 CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
 DuplicateIds = Enum("DuplicateIds", ["error", "number"])
+Side = Enum("Side", ["encoder", "decoder"])
 AnswersFrom = Enum("AnswersFrom", ["model", "column"])
 
 
@@ -109,6 +110,11 @@ class ModelConfig:
     )
     architecture: ArchitectureConfig | None = key(
         None, "the model's numbers, for the estimate; null: read from the model's config"
+    )
+    side: Side | None = key(
+        None,
+        "encoder or decoder: the half of an encoder-decoder that is read; null: the one that the "
+        "hook points name",
     )
 
 
@@ -236,6 +242,11 @@ class CorpusConfig:
     columns: list[str] = key(
         [],
         "hub and tables: more columns, such as labels, that go with each document into the files",
+    )
+    target: str | None = key(
+        None,
+        "hub and tables: the column that holds the decoder's text, for hook points of the decoder "
+        "of an encoder-decoder; the text itself is the encoder's",
     )
     input_ids: str | None = key(
         None, "hub and tables: the column that holds token ids, taken as they are instead of texts"

@@ -199,6 +199,25 @@ def smaller(batch: Batch, batch_tokens: int, chunk_size: int, streamed_windows: 
     return [Batch(tuple(batch.windows[w] for w in part.windows), part.lengths) for part in parts]
 
 
+def of_lengths(batches: Sequence[Batch], lengths: np.ndarray) -> list[Batch]:
+    """The same batches with other lengths of their windows: a decoder's, whose batches are planned
+    by source or target, whichever is longer.
+
+    Args:
+        batches: as planned.
+        lengths: tokens of each window, (windows,).
+
+    Returns:
+        The batches in their order, the windows of each longest first.
+
+    Examples:
+        >>> of_lengths([Batch((0, 1), (9, 8))], np.array([2, 5]))
+        [Batch(windows=(1, 0), lengths=(5, 2))]
+    """
+    ordered = [sorted(b.windows, key=lambda w: (-int(lengths[w]), w)) for b in batches]
+    return [_batch(windows, lengths) for windows in ordered]
+
+
 def largest(batches: Sequence[Batch], first: int, chunk_size: int) -> set[int]:
     """The batches that may take the most memory.
 

@@ -186,7 +186,7 @@ def _python_docs(config: CorpusConfig) -> Iterator[Document]:
     from pydoc_data.topics import topics
 
     for key, column in rows.wanted(config):
-        if key in ("input_ids", "messages", "columns"):
+        if key in ("input_ids", "messages", "target", "columns"):
             raise rows.no_column(key, column, (), "the Python documentation")
     for name, text in sorted(topics.items()):
         yield Document(f"pydoc_data.topics/{name}", text, f"pydoc_data.topics/{name}")

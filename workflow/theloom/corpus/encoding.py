@@ -106,6 +106,27 @@ class Encoder:
             for document, text, tokens in zip(group, texts, encoded, strict=True)
         ]
 
+    def encode_targets(self, group: Sequence[Document]) -> list[Encoded]:
+        """The tokens of each document's target.
+
+        Args:
+            group: documents of a corpus with targets.
+
+        Returns:
+            One entry for each document; without tokens where it has no target.
+
+        Raises:
+            CorpusError: the tokenizer fails.
+        """
+        if self._given:
+            found = [document.target or [] for document in group]
+            return [Encoded([*map(int, ids)], repr(ids).encode()) for ids in found]
+        assert self._tokenizer is not None
+        texts = [str(document.target or "") for document in group]
+        with self._tokenizer.as_target():
+            encoded = self._tokenizer.encode(texts)
+        return [_of_text(text, text, tokens) for text, tokens in zip(texts, encoded, strict=True)]
+
     def _of_conversations(
         self, group: Sequence[Document], template: ChatTemplate, tokenizer: CorpusTokenizer
     ) -> list[Encoded]:

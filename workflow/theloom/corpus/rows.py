@@ -36,7 +36,8 @@ class Document:
     """One text, the name that it keeps in every file of the run, and where it was read.
 
     Instead of a text it may have token ids, or a conversation with its tools. `columns`: the values
-    of `corpus.columns`, in their order. `sequence`: the text is one of residues or bases.
+    of `corpus.columns`, in their order. `sequence`: the text is one of residues or bases. `target`:
+    the text of a decoder whose encoder reads the document, or its token ids.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Document:
     messages: list[Any] | None = None
     tools: list[Any] | None = None
     sequence: bool = False
+    target: str | list[int] | None = None
 
 
 def wanted(config: CorpusConfig) -> list[tuple[str, str]]:
@@ -67,6 +69,8 @@ def wanted(config: CorpusConfig) -> list[tuple[str, str]]:
     found = [(content, getattr(config, content))]
     if config.id_column is not None:
         found.append(("id_column", config.id_column))
+    if config.target is not None:
+        found.append(("target", config.target))
     return [*found, *(("columns", name) for name in config.columns)]
 
 
@@ -131,8 +135,27 @@ def of_row(row: Any, default_id: str, place: str, config: CorpusConfig) -> Docum
                 f"{place}: column {config.id_column!r} is {kind(name)}, not a name; set "
                 "corpus.id_column to a column of texts or numbers, or to null"
             )
+    if config.target is not None:
+        content["target"] = _target(row, place, config)
     columns = tuple(_value(row, "columns", column, place) for column in config.columns)
     return Document(str(name), text, place, columns, **content)
+
+
+def _target(row: Mapping[str, Any], place: str, config: CorpusConfig) -> str | list[int] | None:
+    """The text of the decoder, or its token ids where the document has token ids too."""
+    column = str(config.target)
+    found = _value(row, "target", column, place)
+    if found is None:
+        return None
+    if config.input_ids:
+        return _list(found, "input_ids", column, place)
+    if not isinstance(found, str):
+        raise CorpusError(
+            f"{place}: column {column!r} is {kind(found)}, not a text; remove the row or give it a "
+            "text, or set corpus.target to a column of texts"
+        )
+    check_text(found, place)
+    return str(found)
 
 
 def _value(row: Mapping[str, Any], key: str, column: str, place: str) -> Any:

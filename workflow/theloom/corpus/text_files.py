@@ -25,7 +25,7 @@ _Sharing = Callable[[Path, str, CorpusConfig, Share], Iterator[Document]]
 
 def _text(file: Path, name: str, config: CorpusConfig) -> Iterator[Document]:
     for key, column in rows.wanted(config):
-        if key in ("input_ids", "messages", "columns"):
+        if key in ("input_ids", "messages", "target", "columns"):
             raise rows.no_column(key, column, (), printable(name))
     yield Document(name, decoding.read_text(file, name, config.encoding), printable(name))
 

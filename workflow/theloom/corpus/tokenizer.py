@@ -5,7 +5,8 @@ the file that came with the model. Both are tried on the first texts, and a diff
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,33 @@ class CorpusTokenizer:
             self._compare([*texts[:COMPARED], PROBE])
         self._compared = True
         return self._safely(texts, self._by_file, special, self._with_characters)
+
+    @contextmanager
+    def as_target(self) -> Iterator[None]:
+        """Within the context texts are encoded as those of a decoder, where a tokenizer makes a
+        difference: Marian's has two vocabularies of pieces, others begin with the language.
+
+        Raises:
+            ConfigError: `tokenizer.json` as it stands makes none.
+        """
+        of_class: Any = self.of_class
+        into = getattr(of_class, "_switch_to_target_mode", None)
+        if into is not None and getattr(of_class, "tgt_lang", "") is None:
+            log.warning("%s has no tgt_lang: targets are encoded as sources are", self._name)
+            into = None
+        if into is None:
+            yield
+            return
+        if self._by_file:
+            raise ConfigError(
+                f"corpus.tokenizer_from=file: {type(of_class).__name__} encodes targets otherwise "
+                "than sources, and its file does not; leave it at class"
+            )
+        into()
+        try:
+            yield
+        finally:
+            of_class._switch_to_input_mode()
 
     @property
     def gives_characters(self) -> bool:

@@ -9,7 +9,7 @@ documents.
 import json
 import logging
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from theloom.corpus.encoding import Encoded, Encoder
 from theloom.corpus.kept import KeptRows
 from theloom.corpus.prompts import Prompts
 from theloom.corpus.rows import Document
+from theloom.corpus.targets.encoding import Targets
+from theloom.corpus.targets.sources import source_lengths
 from theloom.corpus.tokenizer import COMPARED
 from theloom.corpus.vocabulary import Vocabulary
 from theloom.corpus.windows import Strings, write_tables
@@ -56,6 +58,7 @@ class Tally:
 
     Attributes:
         columns: values of `corpus.columns`.
+        targets: where the rows are a decoder's; it has the sources.
         ids: of the documents.
         hashes: of their texts.
         lengths: tokens of each document.
@@ -66,6 +69,7 @@ class Tally:
     """
 
     columns: Columns
+    targets: Targets | None = None
     ids: Strings = field(default_factory=Strings)
     hashes: Strings = field(default_factory=Strings)
     lengths: MutableSequence[int] = field(default_factory=lambda: array("q"))
@@ -150,7 +154,8 @@ def write_tokens(
     encoder, context = Encoder(config), context_length(config)
     prompts = None if config.answers.source is None else Prompts(config, context)
     rows = config.rows if prompts is None else RowsConfig()  # kept when the answers are there
-    tally = Tally(Columns(config.corpus.columns))
+    targets = Targets(config, encoder, context) if config.corpus.target is not None else None
+    tally = Tally(Columns(config.corpus.columns), targets)
     with written(output) as file:
         growing = Growing(file)
         kept = KeptRows(rows, file)
@@ -170,7 +175,7 @@ def write_tokens(
         write_tables(file, tally.ids, tally.hashes, tally.lengths, context, shards)
         if prompts is not None:
             prompts.write(file)
-        typed = tally.columns.typed()
+        typed = tally.columns.typed() | ({} if targets is None else targets.columns())
         columns.write(file, typed)
         token_texts.write(file, encoder.texts(occurring))
         file_format.set_attributes(
@@ -188,6 +193,7 @@ def write_tokens(
                 empty_documents=tally.empty,
                 truncated_from=tally.cut_from,
                 context_length=context,
+                **({} if targets is None else targets.attributes()),
                 **kept.finish(len(tally.ids)),
                 **more,
             ),
@@ -279,9 +285,10 @@ def encoded(
         CorpusError: a document cannot be read or encoded.
     """
     left, vocabulary = config.corpus.max_tokens, Vocabulary(config.model)
-    names = [*config.corpus.columns]
+    names, targets = [*config.corpus.columns], tally.targets
+    encode = encoder.encode if targets is None else targets.encode
     left = None if left is None else left - tally.total
-    for document, found in _one_by_one(encoder, _groups(read)):
+    for document, found in _one_by_one(encode, _groups(read)):
         ids = found.ids
         if not ids:
             tally.skip(document)
@@ -312,6 +319,8 @@ def encoded(
             **tables,
         )
         tally.columns.add(document)
+        if targets is not None:
+            targets.add(document, len(ids), vocabulary, encoder.names)
         tables |= kept.add(known)
         text_hash = xxhash.xxh3_128_hexdigest(found.hashed)
         tally.add(document, text_hash, len(ids), encoder.begins_twice(found.ids))
@@ -323,17 +332,17 @@ def encoded(
 
 
 def _one_by_one(
-    encoder: Encoder, groups: Iterable[list[Document]]
+    encode: Callable[[Sequence[Document]], list[Encoded]], groups: Iterable[list[Document]]
 ) -> Iterator[tuple[Document, Encoded]]:
     """Documents and their tokens. An error comes after those before it, which may be all that is
     taken of the corpus.
     """
     for group in groups:
         try:
-            found = encoder.encode(group)
+            found = encode(group)
         except CorpusError:
             for document in group:
-                yield document, encoder.encode([document])[0]
+                yield document, encode([document])[0]
             raise
         yield from zip(group, found, strict=True)
 
@@ -463,19 +472,21 @@ def read_job(path: Path, shard: int) -> JobTokens:
 
 
 def window_lengths(path: Path) -> Lengths:
-    """The lengths of all windows, shard by shard.
+    """The lengths of all windows, shard by shard, by which passes are planned.
 
     Args:
         path: of `tokens.h5`.
 
     Returns:
-        Lengths in tokens.
+        Lengths in tokens; of a decoder's window that of its source where it is longer.
 
     Raises:
         StoreError: the file is missing or of another format.
     """
     with file_format.open_h5(path, "tokens") as file:
         lengths = np.diff(file["windows/offset"][:])
+        if (sources := source_lengths(file.get)) is not None:
+            lengths = np.maximum(lengths, sources[file["windows/document"][:]])
         ends = np.searchsorted(file["windows/document"][:], file["shards/first_document"][1:-1])
         return Lengths(tuple(np.split(lengths, ends)))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from theloom.config.auto import SIDES
 from theloom.dataset import token_text
 from theloom.dataset.companions import (
     columns_of,
@@ -184,9 +185,9 @@ class Cache(Mapping[str, "torch.Tensor"]):
     def _name(self, key: tuple[str, int]) -> str:
         value, block = key
         for name in (
-            f"blocks.{block}.hook_{value}",
-            f"blocks.{block}.attn.hook_{value}",
-            f"blocks.{block}.{value}",
+            f"{side}blocks.{block}.{prefix}{value}"
+            for side in ("", *SIDES)
+            for prefix in ("hook_", "attn.hook_", "")
         ):
             if name in self._acts:
                 return name

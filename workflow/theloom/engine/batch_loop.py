@@ -49,6 +49,7 @@ class Runner(Protocol):
         sink: Sink,
         captured: "Callable[[torch.Tensor], None] | None" = None,
         lengths: Sequence[int] | None = None,
+        windows: Sequence[int] = (),
     ) -> None:
         """Run the blocks over one batch.
 
@@ -57,15 +58,19 @@ class Runner(Protocol):
             sink: Takes every chunk of every hook point.
             captured: Sees each of the values before the sink; None: nothing does.
             lengths: Tokens of each window; None: there is no padding.
+            windows: Their numbers in the shard.
         """
         ...
 
-    def alone(self, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
+    def alone(
+        self, ids: "torch.Tensor", points: Sequence[HookPoint], window: int
+    ) -> "dict[str, torch.Tensor]":
         """Run one document in one pass without padding.
 
         Args:
             ids: Token ids (1, position).
             points: The hook points to read.
+            window: Its number in the shard.
 
         Returns:
             By hook point, (position, …) in FP32 on the host.
@@ -161,6 +166,7 @@ def run_batches(
                         hand_over,
                         captured,
                         batch.lengths,
+                        batch.windows,
                     )
                 measured.forwarded += ids.numel()
                 probe.compare(runner, batch, ids)

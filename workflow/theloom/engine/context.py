@@ -17,6 +17,7 @@ from theloom.config.frozen import frozen_digest, load_frozen, to_plain
 from theloom.config.schema import Config
 from theloom.corpus import tokens
 from theloom.corpus.batching import Lengths
+from theloom.corpus.targets.sources import Sources
 from theloom.devices import accelerator
 from theloom.engine import model_record
 from theloom.engine.model_record import ModelRecord
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# attributes of runs that store other rows than one for each token
-OF_ROWS = ("rows_keep", "rows_pool", "rows_by", "documents_without_rows")
+# attributes of some runs: of those that store other rows than one for each token, and of decoders
+OF_ROWS = ("rows_keep", "rows_pool", "rows_by", "documents_without_rows", "decoder_start")
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,22 @@ class ShardJob:
         """Tokens of each window of the shard, (windows,)."""
         return np.diff(self.tokens.window_offset)
 
+    @cached_property
+    def sources(self) -> Sources:
+        """The encoder's input of each window, where the rows are a decoder's."""
+        document = self.tokens.window_document
+        return Sources(self.tokens.columns, document - (document[0] if len(document) else 0))
+
+    @cached_property
+    def planned_lengths(self) -> np.ndarray:
+        """Tokens by which passes are planned, (windows,): of the source where it is longer."""
+        sources = self.sources.lengths
+        return self.lengths if sources is None else np.maximum(self.lengths, sources)
+
     @property
     def windows(self) -> Lengths:
         """The lengths of the windows, as a plan takes them."""
-        return Lengths((self.lengths,))
+        return Lengths((self.planned_lengths,))
 
     @property
     def streams(self) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from theloom.corpus import batching
 from theloom.corpus.batching import Batch
+from theloom.corpus.targets.sources import Sources
 from theloom.devices import gpu
 from theloom.devices.host import DeviceMemory
 from theloom.devices.peak_memory import MemoryWatch
@@ -40,9 +41,11 @@ class ResidentRunner:
         store: str | None,
         offloaded: bool = False,
         causal: bool = True,
+        sources: Sources | None = None,
     ) -> None:
         self._loaded, self._points, self._chunk_size = loaded, points, chunk_size
         self._store, self._offloaded, self._causal = store, offloaded, causal
+        self._sources = sources
         self._dtype = None if store is None else torch_dtype(store)
 
     def run(
@@ -51,6 +54,7 @@ class ResidentRunner:
         sink: Sink,
         captured: "Callable[[torch.Tensor], None] | None" = None,
         lengths: Sequence[int] | None = None,
+        windows: Sequence[int] = (),
     ) -> None:
         """Forward one batch; hand every chunk of every hook point to `sink`.
 
@@ -60,6 +64,7 @@ class ResidentRunner:
             captured: Sees each of these values before the sink; None: nothing does.
             lengths: Tokens of each window, by which a model that is not causal masks its padding;
                 None: there is no padding.
+            windows: Their numbers in the shard, by which a decoder gets its sources.
         """
         position = dict.fromkeys((p.name for p in self._points), 0)
         over_keys = {p.name for p in self._points if p.over_keys}
@@ -73,14 +78,18 @@ class ResidentRunner:
 
         with Taps(self._loaded.architecture, self._points, hand_over) as taps:
             masked = None if self._causal else lengths or [ids.shape[1]] * len(ids)
-            prefill(taps, ids, self._chunk_size, masked, self._offloaded)
+            sources = {} if self._sources is None else self._sources.of(windows)
+            prefill(taps, ids, self._chunk_size, masked, self._offloaded, sources)
 
-    def alone(self, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
+    def alone(
+        self, ids: "torch.Tensor", points: Sequence[HookPoint], window: int
+    ) -> "dict[str, torch.Tensor]":
         """The rows of one document, in one pass without padding.
 
         Args:
             ids: Token ids (1, position).
             points: The hook points to read.
+            window: Its number in the shard.
 
         Returns:
             By hook point, (position, …) in FP32 on the host; of a state the last position alone.
@@ -88,11 +97,17 @@ class ResidentRunner:
         rows: dict[str, torch.Tensor] = {}
         first = {p.name: -1 if p.of_document else 0 for p in points}
         whole = ResidentRunner(
-            self._loaded, list(points), ids.shape[1], self._store, causal=self._causal
+            self._loaded,
+            list(points),
+            ids.shape[1],
+            self._store,
+            causal=self._causal,
+            sources=self._sources,
         )
         whole.run(
             ids,
             lambda hook, _, values: rows.update({hook: values[0, first[hook] :].float().cpu()}),
+            windows=[window],
         )
         return rows
 
@@ -173,13 +188,14 @@ def batches_of(job: ShardJob, plan: Plan) -> list[Batch]:
     Returns:
         In the order in which they are committed.
     """
-    return batching.plan_batches(
-        job.lengths,
+    batches = batching.plan_batches(
+        job.planned_lengths,
         plan.batch_tokens,
         plan.chunk_size,
         plan.streamed_windows,
         job.run.record.switches,
     )
+    return batches if job.sources.lengths is None else batching.of_lengths(batches, job.lengths)
 
 
 def _run(
@@ -202,7 +218,7 @@ def _run(
         predicted.allocated if run.device.type != "cpu" else predicted.total,
         run.threshold,
         loaded.tolerance,
-        longest_pass(run.estimate, run.weight_format.name, plan, job.lengths.tolist()),
+        longest_pass(run.estimate, run.weight_format.name, plan, job.planned_lengths.tolist()),
         run.config.rows.pool.name,
     )
 
@@ -214,7 +230,13 @@ def _run(
         cut = smaller(level)
         handed = work.selection.handed
         runner = ResidentRunner(
-            loaded, run.points, cut.chunk_size, handed, cut.offloaded, run.record.causal
+            loaded,
+            run.points,
+            cut.chunk_size,
+            handed,
+            cut.offloaded,
+            run.record.causal,
+            job.sources,
         )
         with open_sink() as sink:
             run_batches(runner, work, cut, sink, profile, watch, level)

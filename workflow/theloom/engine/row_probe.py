@@ -24,12 +24,15 @@ MIN_LIMIT = 1e-4  # in FP32
 class RunsAlone(Protocol):
     """Runs one document by itself."""
 
-    def alone(self, ids: "torch.Tensor", points: Sequence[HookPoint]) -> "dict[str, torch.Tensor]":
+    def alone(
+        self, ids: "torch.Tensor", points: Sequence[HookPoint], window: int
+    ) -> "dict[str, torch.Tensor]":
         """Run one document.
 
         Args:
             ids: Its token ids, (1, positions) int64.
             points: The hook points to keep.
+            window: Its number in the shard.
 
         Returns:
             FP32 rows on the CPU by hook point, (positions, …).
@@ -140,7 +143,7 @@ class RowProbe(_Probe):
         if self._row is None:
             return
         length, window = batch.lengths[self._row], batch.windows[self._row]
-        expected = runner.alone(ids[self._row : self._row + 1, :length], self._points)
+        expected = runner.alone(ids[self._row : self._row + 1, :length], self._points, window)
         self._windows.discard(window)
         for name, chunks in self._kept.items():
             rows, first = torch.cat(chunks)[:length], -1 if name in self._of_document else 0

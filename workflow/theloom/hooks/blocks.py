@@ -40,10 +40,33 @@ class Architecture:
         """Those of the blocks that are loaded: the first ones, up to the deepest that is needed."""
         return [b for b in self.blocks if not getattr(b, "not_loaded", False)]
 
+    @property
+    def side(self) -> str:
+        """`encoder` or `decoder` where the model is read as that half of itself; else empty."""
+        return str(getattr(self.model, "theloom_side", ""))
+
+    @property
+    def part(self) -> "PreTrainedModel":
+        """The module that owns embedding, blocks and final norm: a half, or the model."""
+        return part_of(self.model)
+
     @cached_property
     def pass_state(self) -> PassState:
         """What the model remembered when this was first read: before the first pass over tokens."""
         return PassState(self.model)
+
+
+def part_of(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The half of an encoder-decoder that is read; of any other model the model itself.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        The module `encoder` or `decoder`, or the model.
+    """
+    side = getattr(model, "theloom_side", "")
+    return getattr(model, side) if side else model
 
 
 def find_blocks(model: "PreTrainedModel") -> Architecture:
@@ -64,7 +87,7 @@ def find_blocks(model: "PreTrainedModel") -> Architecture:
         ModelError: they cannot be told for certain.
     """
     size = numbers(model.config)
-    every = _module_lists(model)
+    every = _module_lists(part_of(model))
     lists = [
         (owner, blocks)
         for owner, blocks in every
@@ -80,7 +103,8 @@ def find_blocks(model: "PreTrainedModel") -> Architecture:
     if len(found) == 2 and all(hasattr(model, part) for part in ("encoder", "decoder")):
         raise ModelError(
             f"{type(model).__name__} has an encoder and a decoder, and both run: whose hidden "
-            "states are meant cannot be told; give a model of one of them alone"
+            "states are meant cannot be told; name hook points of one of them, as "
+            "encoder.blocks.0.hook_resid_post, or give a model of one of them alone"
         )
     if len(found) != 1:
         raise ModelError(

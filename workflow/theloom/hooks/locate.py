@@ -18,6 +18,7 @@ from theloom.errors import HookError
 from theloom.hooks import attention
 from theloom.hooks.attention import ROT_K, ROT_Q
 from theloom.hooks.blocks import Architecture
+from theloom.hooks.cross import cross_sites
 from theloom.hooks.dataflow import Flow
 from theloom.hooks.module_names import (
     ATTENTION_OUTPUT,
@@ -50,10 +51,11 @@ from theloom.hooks.points import (
     SCORES,
     HookPoint,
     point,
+    values_in_block,
 )
 from theloom.hooks.recurrent import recurrent_sites
 from theloom.hooks.routers import declared_routers, router_sites
-from theloom.hooks.sites import Norm, Site, by_head, columns, grouped, whole
+from theloom.hooks.sites import Site, by_head, columns, grouped, norm_sites
 
 
 @dataclass
@@ -114,21 +116,23 @@ _known: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 
 def _find(architecture: Architecture) -> Anatomy:
     found = Anatomy()
-    count = len(architecture.blocks)
+    count, values = len(architecture.blocks), values_in_block(architecture.side)
     flow = Flow(architecture)
     organs: list[tuple[int, str, Site | str]] = []
     organs += [(-1, value, where) for value, where in _before(architecture, flow).items()]
     declared = declared_routers(architecture.model)
     for number, block in enumerate(architecture.loaded):
         sites = _Block(block, flow).sites(declared)
-        organs += [(number, value, sites[value]) for value in IN_BLOCK]
+        if architecture.side == "decoder":
+            sites |= cross_sites(block, flow, sites)
+        organs += [(number, value, sites[value]) for value in values]
     norm = flow.norm_of(flow.output(architecture.blocks[-1]), outside=True)
     if norm is not None:
         found.final_norm = norm.module
-    final = _norm_sites(norm, "no norm takes the last block's output")
+    final = norm_sites(norm, "no norm takes the last block's output")
     unloaded = range(len(architecture.loaded), count)
     organs += [
-        (number, value, "its block is not loaded") for number in unloaded for value in IN_BLOCK
+        (number, value, "its block is not loaded") for number in unloaded for value in values
     ]
     organs += [(count, value, where) for value, where in zip(FINAL_NORM, final, strict=True)]
     last = _last_state(architecture, flow)
@@ -136,7 +140,7 @@ def _find(architecture: Architecture) -> Anatomy:
     missing = "the model's last hidden state is no module's output"
     organs.append((count, LAST_STATE, missing if last is None else Site(last, "output")))
     for block_number, value, where in organs:
-        new = point(value, block_number, count, ())
+        new = point(value, block_number, count, (), architecture.side)
         if isinstance(where, str):
             found.unsupported[new.name] = where
         else:
@@ -156,10 +160,10 @@ def _last_state(architecture: Architecture, flow: "Flow") -> nn.Module | None:
 
 
 def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
-    embedding = architecture.model.get_input_embeddings()
+    embedding = architecture.part.get_input_embeddings()
     positions = [
         module
-        for name, module in architecture.model.named_modules()
+        for name, module in architecture.part.named_modules()
         if isinstance(module, nn.Embedding) and module is not embedding and module in flow.ran
         if re.search(r"wpe|position", name) and not flow.in_a_block(module)
     ]
@@ -173,18 +177,6 @@ def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
         if len(positions) == 1
         else NO_LEARNED_POSITIONS,
     }
-
-
-def _norm_sites(norm: Norm | None, reason: str) -> list[Site | str]:
-    """Scale and normalized value of a norm."""
-    if norm is None:
-        return [reason, reason]
-    if norm.problem:
-        return [norm.problem, norm.problem]
-    return [
-        Site(norm.module, "input", lambda x, batch: norm.scale(whole(x, batch))),
-        Site(norm.module, "input", lambda x, batch: norm.normalized(whole(x, batch))),
-    ]
 
 
 class _Block:
@@ -241,7 +233,7 @@ class _Block:
             why = reason or (
                 "attention and MLP share one norm" if shared else "no norm leads into its MLP"
             )
-            pair = _norm_sites(None if reason else norm, why)
+            pair = norm_sites(None if reason else norm, why)
             found |= dict(zip((f"{name}.hook_scale", f"{name}.hook_normalized"), pair, strict=True))
         if ln1 is None and ln2 is None and self._before_mlp:
             found["hook_resid_mid"] = Site(self._entry, "input")

@@ -15,6 +15,7 @@ QUERY_KEY_VALUE = (
     ("query", "key", "value"),
     ("query_proj", "key_proj", "value_proj"),
     ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
 )
 
 # by heads: for each key head its queries, then its key, then its value; else all queries, all keys,
@@ -28,7 +29,7 @@ FUSED_QUERY_KEY_VALUE = {
     "query_key_value": BY_HEADS,
 }
 
-ATTENTION_OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo")
+ATTENTION_OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo", "o")
 GATE_UP_DOWN = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
 GATE_AND_UP_IN_ONE = (("gate_up_proj", "down_proj"), ("Wi", "Wo"))
 
@@ -39,10 +40,12 @@ UP_DOWN = (
     ("fc_in", "fc_out"),
     ("up_proj", "down_proj"),
     ("lin1", "lin2"),
+    ("wi", "wo"),
     ("intermediate.dense", "output.dense"),
 )
 
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "feedforward")
+OF_LAYER = ("DenseReluDense", "mlp")  # in the last part of a block, as T5's are
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 SCRAMBLED = ("CodeGenAttention",)  # its fused projection is cut for four devices first
 
@@ -70,8 +73,31 @@ def find_attention(block: nn.Module) -> nn.Module | None:
             or "Attention" in type(module).__name__
         )
         if named and "norm" not in last and len([*module.parameters(), *module.buffers()]):
-            return module
+            return _without_residual(module)
     return None
+
+
+def _without_residual(module: nn.Module) -> nn.Module:
+    """The attention within a module that is norm, attention and residual together, as T5's are."""
+    inner = [m for name, m in module.named_children() if name.endswith("SelfAttention")]
+    return inner[0] if inner else module
+
+
+def find_cross_attention(block: nn.Module) -> nn.Module | None:
+    """Find the attention of a block to an encoder's states.
+
+    Args:
+        block: of a decoder.
+
+    Returns:
+        The module; None where no name says so.
+    """
+    return next((m for n, m in block.named_modules() if CROSS_ATTENTION.fullmatch(n)), None)
+
+
+CROSS_ATTENTION = re.compile(
+    r"(.*\.)?(encoder_attn|cross_?attn|cross_?attention|EncDecAttention)", re.IGNORECASE
+)
 
 
 def find_core(attn: nn.Module) -> nn.Module | None:
@@ -120,11 +146,14 @@ def find_mlp(block: nn.Module, attn: nn.Module | None) -> nn.Module | None:
     Returns:
         The module; None where its linears lie in the block itself.
     """
+    parts: nn.Module | None = getattr(block, "layer", None)
+    homes = [block, parts[-1]] if isinstance(parts, nn.ModuleList) and len(parts) else [block]
     return next(
         (
             m
-            for name in MLP
-            if isinstance(m := getattr(block, name, None), nn.Module) and m is not attn
+            for home in homes
+            for name in (MLP if home is block else OF_LAYER)
+            if isinstance(m := getattr(home, name, None), nn.Module) and m is not attn
         ),
         None,
     )

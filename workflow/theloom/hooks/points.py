@@ -58,6 +58,20 @@ IN_BLOCK = (
     "hook_resid_post",
 )
 
+# of a block of a decoder that also attends to an encoder's states
+KEYS_OF_SOURCE = tuple(f"cross_attn.hook_{value}" for value in ("k", "v", "attn_scores", "pattern"))
+CROSS_Q, CROSS_Z = "cross_attn.hook_q", "cross_attn.hook_z"
+CROSS = (
+    "hook_cross_attn_in",
+    CROSS_Q,
+    *KEYS_OF_SOURCE,
+    CROSS_Z,
+    "hook_cross_attn_out",
+    "hook_resid_mid_cross",
+    "ln3.hook_scale",
+    "ln3.hook_normalized",
+)
+
 FINAL_NORM = ("ln_final.hook_scale", "ln_final.hook_normalized")
 LAST_STATE = "ln_final.hook_out"
 AFTER_BLOCKS = (*FINAL_NORM, LAST_STATE)
@@ -65,7 +79,7 @@ AFTER_BLOCKS = (*FINAL_NORM, LAST_STATE)
 # values that take memory of their own to read; the others are tensors that the model has made
 # anyway
 COMPUTED = frozenset(
-    {"ln1.hook_scale", "ln1.hook_normalized", "ln2.hook_scale", "ln2.hook_normalized"}
+    f"{norm}.hook_{value}" for norm in ("ln1", "ln2", "ln3") for value in ("scale", "normalized")
 ) | frozenset({SCORES, PATTERN, *FINAL_NORM})
 
 NO_EXPERTS = "this block has no mixture of experts"
@@ -165,7 +179,28 @@ class HookCatalog:
         return select_points(filters, self.points, self.unsupported)
 
 
-def point(value: str, block: int, num_blocks: int, shape: Sequence[int]) -> HookPoint:
+def values_in_block(side: str) -> tuple[str, ...]:
+    """The values that a block may have, in the order in which a forward pass reaches them.
+
+    Args:
+        side: `decoder` for that of an encoder-decoder.
+
+    Returns:
+        Their names.
+
+    Examples:
+        >>> "hook_cross_attn_out" in values_in_block("decoder"), len(values_in_block(""))
+        (True, 23)
+    """
+    if side != "decoder":
+        return IN_BLOCK
+    behind = IN_BLOCK.index("ln2.hook_normalized") + 1
+    return (*IN_BLOCK[:behind], *CROSS, *IN_BLOCK[behind:])
+
+
+def point(
+    value: str, block: int, num_blocks: int, shape: Sequence[int], side: str = ""
+) -> HookPoint:
     """Describe a value in a block, or before or after all blocks, as a hook point.
 
     Args:
@@ -173,12 +208,13 @@ def point(value: str, block: int, num_blocks: int, shape: Sequence[int]) -> Hook
         block: number of the block.
         num_blocks: of the model.
         shape: of the value of one token.
+        side: `encoder` or `decoder`, with which the name then begins.
 
     Returns:
         The hook point.
     """
     name = f"blocks.{block}.{value}" if 0 <= block < num_blocks else value
-    return HookPoint(name, block, value, tuple(shape))
+    return HookPoint(f"{side}.{name}" if side else name, block, value, tuple(shape))
 
 
 def check_integers(points: Iterable[HookPoint], catalog: HookCatalog, precision: str) -> None:
@@ -209,18 +245,19 @@ def check_integers(points: Iterable[HookPoint], catalog: HookCatalog, precision:
             )
 
 
-def residual_points(num_blocks: int, hidden_size: int) -> list[HookPoint]:
+def residual_points(num_blocks: int, hidden_size: int, side: str = "") -> list[HookPoint]:
     """List the residual stream before and after every block.
 
     Args:
         num_blocks: of the model.
         hidden_size: elements of a token's residual.
+        side: `encoder` or `decoder`, with which the names then begin.
 
     Returns:
         The hook points, in the order of the model.
     """
     return [
-        point(value, block, num_blocks, [hidden_size])
+        point(value, block, num_blocks, [hidden_size], side)
         for block in range(num_blocks)
         for value in RESIDUALS
     ]
@@ -288,7 +325,7 @@ def select_points(
     if not entries:
         return [p for p in points if not p.of_document]
     unsupported = unsupported or {}
-    num_blocks = 1 + max((p.block for p in points if p.name.startswith("blocks.")), default=-1)
+    num_blocks = 1 + max((p.block for p in points if _IN_BLOCK.match(p.name)), default=-1)
     chosen: set[str] = set()
     for entry in entries:
         pattern = _from_the_end(entry, num_blocks)
@@ -325,9 +362,17 @@ def check_names(filters: Iterable[str]) -> None:
     Raises:
         HookError: one cannot.
     """
-    values = {*BEFORE_BLOCKS, *AFTER_BLOCKS, *(f"blocks.0.{value}" for value in IN_BLOCK)}
+    values = {
+        f"{side}.{name}".removeprefix(".")
+        for side in ("", "encoder", "decoder")
+        for name in (
+            *BEFORE_BLOCKS,
+            *AFTER_BLOCKS,
+            *(f"blocks.0.{value}" for value in values_in_block(side)),
+        )
+    }
     for entry in filters:
-        pattern = re.sub(r"^blocks\.-?\d+\.", "blocks.0.", entry)
+        pattern = re.sub(r"^((?:encoder|decoder)\.)?blocks\.-?\d+\.", r"\1blocks.0.", entry)
         if not any(fnmatchcase(name, _literal_brackets(pattern)) for name in values):
             near = next(iter(difflib.get_close_matches(pattern, sorted(values), n=1)), None)
             hint = (
@@ -337,11 +382,10 @@ def check_names(filters: Iterable[str]) -> None:
 
 
 def _from_the_end(entry: str, num_blocks: int) -> str:
-    match = re.match(r"blocks\.-(\d+)\.", entry)
+    match = re.match(r"((?:encoder\.|decoder\.)?blocks\.)-(\d+)\.", entry)
     if not match:
         return entry
-    block = num_blocks - int(match[1])
-    return f"blocks.{block}.{entry[match.end() :]}"
+    return f"{match[1]}{num_blocks - int(match[2])}.{entry[match.end() :]}"
 
 
 def _literal_brackets(pattern: str) -> str:
@@ -386,10 +430,13 @@ def _near(pattern: str, points: Sequence[HookPoint], num_blocks: int) -> str | N
     """The nearest name: a block number past the end counts as the last one; then the spelling of
     the value decides.
     """
-    match = re.match(r"blocks\.(-?\d+)\.(.*)", pattern)
+    match = _IN_BLOCK.match(pattern)
     if not match:
         return next(iter(difflib.get_close_matches(pattern, [p.name for p in points], n=1)), None)
-    block = min(max(int(match[1]), 0), num_blocks - 1)
+    block = min(max(int(match[2]), 0), num_blocks - 1)
     values = {p.value for p in points if p.block == block}
-    value = next(iter(difflib.get_close_matches(match[2], sorted(values), n=1)), None)
-    return f"blocks.{block}.{value}" if value else None
+    value = next(iter(difflib.get_close_matches(pattern[match.end() :], sorted(values), n=1)), None)
+    return f"{match[1]}{block}.{value}" if value else None
+
+
+_IN_BLOCK = re.compile(r"((?:encoder\.|decoder\.)?blocks\.)(-?\d+)\.")

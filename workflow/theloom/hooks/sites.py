@@ -250,3 +250,23 @@ class Norm:
     def _centred(self, x: torch.Tensor) -> torch.Tensor:
         x = x.float()
         return x - x.mean(-1, keepdim=True) if self._centres else x
+
+
+def norm_sites(norm: Norm | None, reason: str) -> list[Site | str]:
+    """Where scale and normalized value of a norm are.
+
+    Args:
+        norm: of a model; None: there is none.
+        reason: why there is none.
+
+    Returns:
+        Two sites, or twice the reason why there is none.
+    """
+    if norm is None:
+        return [reason, reason]
+    if norm.problem:
+        return [norm.problem, norm.problem]
+    return [
+        Site(norm.module, "input", lambda x, batch: norm.scale(whole(x, batch))),
+        Site(norm.module, "input", lambda x, batch: norm.normalized(whole(x, batch))),
+    ]

@@ -20,6 +20,7 @@ from theloom.hooks.taps import Taps
 from theloom.memory.sizes import PeakBytes, Workload
 from theloom.memory.storages import TEMPORARIES, LiveStorages, Peak
 from theloom.model.attention_kernels import traced_as_cuda
+from theloom.model.checkpoint.halves import SOURCE_IDS, SOURCE_MASK
 from theloom.model.fake import FakeModel
 from theloom.model.forward import PrefillCache
 from theloom.model.shapes_only import shapes_only
@@ -169,7 +170,7 @@ def run(
     with torch.inference_mode(), kernels, taps as opened, live:
         forward = opened.run if opened is not None else described.model
         if not streamed:
-            return _one_pass(forward, ids, live, masked=not looks_causal(described)), live
+            return _one_pass(forward, ids, live, described), live
         cache = MarkedCache(config=described.model.config)
         cache.live = live
         first = 0
@@ -210,13 +211,23 @@ def run(
         return peak, live
 
 
-def _one_pass(forward: Any, ids: torch.Tensor, live: LiveStorages, masked: bool) -> Peak:
-    inputs = {"attention_mask": torch.ones_like(ids)} if masked else {}
+def _one_pass(forward: Any, ids: torch.Tensor, live: LiveStorages, described: Architecture) -> Peak:
+    """One pass, with a source as long as the window where it is a decoder's."""
+    inputs = {} if looks_causal(described) else {"attention_mask": _padding_mask(ids)}
+    if described.side == "decoder":
+        inputs |= {SOURCE_IDS: ids, SOURCE_MASK: _padding_mask(ids)}
     live.ignore(list(inputs.values()))
     output = forward(input_ids=ids, use_cache=False, **inputs)
     if getattr(output, "logits", None) is not None:
         live.mark(output.logits, LOGITS)
     return live.peak()
+
+
+def _padding_mask(ids: torch.Tensor) -> torch.Tensor:
+    """The mask of a batch whose last window has padding: a model may leave out one of ones."""
+    mask = torch.ones_like(ids)
+    mask[-1:, 1:][:, -1:] = 0
+    return mask
 
 
 def grow_cache(cache: PrefillCache, tokens: int, chunk_size: int) -> None:

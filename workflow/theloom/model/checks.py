@@ -217,6 +217,8 @@ def _in_chunks(
     """The error of chunks of 7 tokens against one pass, and why the model is not to be streamed, if
     so.
     """
+    if architecture.side:
+        return math.inf, f"the {architecture.side} of an encoder-decoder goes in one pass"
     if picks_keys(architecture):
         return math.inf, "it picks keys by a top-k, whose ties fall otherwise in chunks"
     try:

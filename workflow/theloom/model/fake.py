@@ -200,7 +200,8 @@ class FakeModel:
     @property
     def residuals(self) -> list[HookPoint]:
         """The residual stream before and after every block."""
-        return residual_points(len(self.architecture.blocks), self.architecture.hidden_size)
+        found = self.architecture
+        return residual_points(len(found.blocks), found.hidden_size, found.side)
 
 
 def fake_model(

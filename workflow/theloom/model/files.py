@@ -57,6 +57,7 @@ class ModelFiles:
     revision: str | None
     gguf_file: str | None = None
     adapters: tuple[AdapterFiles, ...] = ()  # in the order in which they are merged
+    side: str | None = None  # the half of an encoder-decoder that is read
 
     def weight_files(self) -> list[Path]:
         """The files that decide what the model computes, adapters apart.
@@ -106,8 +107,9 @@ def prepare_files(
     gguf = _check_folder(folder, config)
     adapters = tuple(find_adapters(config, adapter_revisions))
     if gguf is not None:
-        return ModelFiles(_converted(gguf), config.source, revision, gguf.name, adapters)
-    return ModelFiles(folder, config.source, revision, None, adapters)
+        folder = _converted(gguf)
+    name = None if gguf is None else gguf.name
+    return ModelFiles(folder, config.source, revision, name, adapters, _side(config))
 
 
 def base_source(config: ModelConfig) -> str:
@@ -486,7 +488,7 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
 
     place = describe(config)
     try:
-        return AutoConfig.from_pretrained(
+        found: PretrainedConfig = AutoConfig.from_pretrained(
             place.folder, gguf_file=place.gguf_file, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # whatever transformers raises at a config is a fault of its values
@@ -497,6 +499,8 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
                 "you trust the code of its folder"
             )
         raise ModelError(f"model.source: {config.source}: {message}") from None
+    model_dims.mark_side(found, _side(config))
+    return found
 
 
 def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
@@ -511,7 +515,15 @@ def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+    found: PretrainedConfig = AutoConfig.from_pretrained(
+        files.folder, trust_remote_code=trust_remote_code
+    )
+    model_dims.mark_side(found, files.side)
+    return found
+
+
+def _side(config: ModelConfig) -> str | None:
+    return None if config.side is None else config.side.name
 
 
 def read_config(config: ModelConfig) -> ModelDims:

@@ -32,6 +32,7 @@ def prefill(
     chunk_size: int,
     lengths: Sequence[int] | None = None,
     offloaded: bool = False,
+    inputs: "Mapping[str, torch.Tensor] | None" = None,
 ) -> None:
     """Forward token ids: at once where they fit a chunk, else chunk by chunk through a KV cache.
 
@@ -44,8 +45,9 @@ def prefill(
         chunk_size: tokens of a step.
         lengths: the real tokens of every row, beyond which a model that is not causal gets a mask.
         offloaded: the cache lies in host memory, and a GPU holds that of two blocks.
+        inputs: further arguments of the model: those of `steps`, or a decoder's sources.
     """
-    for _ in steps(taps, ids, chunk_size, lengths, offloaded):
+    for _ in steps(taps, ids, chunk_size, lengths, offloaded, inputs):
         pass
 
 
@@ -169,7 +171,9 @@ def forward_residuals(
     """
     import torch
 
-    everything = residual_points(len(architecture.loaded), architecture.hidden_size)
+    everything = residual_points(
+        len(architecture.loaded), architecture.hidden_size, architecture.side
+    )
     points = [p for p in everything if p.value in values]
     seen: dict[str, list[torch.Tensor]] = {p.name: [] for p in points}
     with Taps(

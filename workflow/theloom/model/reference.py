@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture
-from theloom.hooks.points import LAST_STATE
+from theloom.hooks.points import LAST_STATE, RESIDUALS, point
 from theloom.hooks.sites import Site
 from theloom.model.forward import start_afresh
 
@@ -76,10 +76,14 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
         inputs_, outputs = [first, *states[: count - 1]], [*states[: count - 1], seen["last"]]
     else:
         inputs_, outputs = states[:count], [*states[1:count], seen["last"]]
-    found = {f"blocks.{i}.hook_resid_pre": state.detach() for i, state in enumerate(inputs_)}
-    found |= {f"blocks.{i}.hook_resid_post": state.detach() for i, state in enumerate(outputs)}
+    side, found = architecture.side, dict[str, torch.Tensor]()
+    for value, of_blocks in zip(RESIDUALS, (inputs_, outputs), strict=True):
+        for block, state in enumerate(of_blocks):
+            found[point(value, block, count, (), side).name] = state.detach()
     last = getattr(output, "last_hidden_state", None)
-    return found if last is None else found | {LAST_STATE: last.detach()}
+    if last is not None:
+        found[point(LAST_STATE, count, count, (), side).name] = last.detach()
+    return found
 
 
 @contextmanager

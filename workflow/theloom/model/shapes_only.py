@@ -26,13 +26,18 @@ def shapes_only() -> Iterator[None]:
     """Replace what needs values or a kernel by something of the same result's shape.
 
     Packed sequences are looked for in the position ids, and where one cannot look a b×s×s mask is
-    made; the grouped product of experts has no fake kernel for every dtype; code that looks for
+    made; a causal model gets no padding, so a mask that it makes of ones is left out as it is of
+    values; the grouped product of experts has no fake kernel for every dtype; code that looks for
     what is not zero finds everything (`_EverythingIsNonzero`). PyTorch prints no traceback of its
     own where an operation fails: the caller reports that.
     """
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._grouped_mm
+    ignored = masking_utils._ignore_causal_mask_sdpa
     level = _FAKE_TENSOR_LOG.level
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils._ignore_causal_mask_sdpa = lambda padding_mask, *args, **named: ignored(
+        None, *args, **named
+    )
     moe._grouped_mm = _grouped_product
     _FAKE_TENSOR_LOG.setLevel(logging.CRITICAL + 1)
     try:
@@ -40,6 +45,7 @@ def shapes_only() -> Iterator[None]:
             yield
     finally:
         masking_utils.find_packed_sequence_indices, moe._grouped_mm = packed, grouped
+        masking_utils._ignore_causal_mask_sdpa = ignored
         _FAKE_TENSOR_LOG.setLevel(level)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from theloom import terminal
 from theloom.config.auto import store_precision, traceable_attention
-from theloom.config.frozen import to_plain
+from theloom.config.frozen import to_config, to_plain
 from theloom.config.model_dims import dims_of_profile, numbers
 from theloom.config.schema import Config
 from theloom.errors import HookError, ModelError
@@ -28,7 +28,7 @@ from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, 
 from theloom.memory.sizes import PeakBytes, Workload, by_category
 from theloom.model import files, weight_format
 from theloom.model.adapters.files import find_adapters, local_adapters, merging_bytes
-from theloom.model.checkpoint.classes import has_own_code
+from theloom.model.checkpoint.classes import has_own_code, is_whole_encoder_decoder
 from theloom.model.checkpoint.weights import check_stored
 from theloom.model.files import hf_config
 from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat, quantization_of
@@ -304,7 +304,9 @@ def _passes(
     """Single and streamed passes of every chunk size, and one pass over the whole context."""
     shapes = [Workload(1, context, context)]
     for size in chunk_sizes(chunk_size):
-        shapes += [Workload(1, min(size, context), size), Workload(1, context, size)]
+        shapes.append(Workload(1, min(size, context), size))
+        if not estimator.size.side:  # half of a model goes in one pass
+            shapes.append(Workload(1, context, size))
     # FP16 has the sizes of BF16: one trace serves both
     twin = WeightFormat("bf16", kind.quantization) if kind.precision == "fp16" else kind
     passes = []
@@ -494,6 +496,42 @@ def estimator_of(
         traceable_attention(attention),
         config.model.trust_remote_code,
     )
+
+
+def halves(config: Config) -> list[Config]:
+    """The run's config for each half of its model.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        Two configs, of the encoder and of the decoder, where the model has both and the hook points
+        name neither; else the config itself.
+
+    Raises:
+        ModelError: the model's own config cannot be read.
+    """
+    if config.model.architecture is not None:
+        return [config]
+    model_config = hf_config(config.model)
+    own = has_own_code(model_config, config.model.trust_remote_code)
+    if own or not is_whole_encoder_decoder(model_config):
+        return [config]
+    return [with_side(config, side) for side in ("encoder", "decoder")]
+
+
+def with_side(config: Config, side: str) -> Config:
+    """The same config with one half of an encoder-decoder chosen.
+
+    Args:
+        config: the run's config.
+        side: `encoder` or `decoder`.
+
+    Returns:
+        A copy.
+    """
+    plain = to_plain(config)
+    return to_config(plain | {"model": plain["model"] | {"side": side}})
 
 
 def likely_precision(config: Config) -> str:

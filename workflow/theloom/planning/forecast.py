@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from theloom.config import compose, frozen, locations, words
+from theloom.config import auto, compose, frozen, locations, words
 from theloom.config.model_dims import ModelDims
 from theloom.config.schema import Config
 from theloom.devices import gpu_specs, nvml
@@ -141,12 +141,16 @@ def forecast(
     """
     settings = settings_of(target)
     requested = settings.memory.activation_cache_filter if filters is None else filters
+    if (side := auto.side(requested)) and settings.model.side is None:
+        settings = estimate.with_side(settings, side)
     estimator = estimate.estimator_of(settings, trace, requested, held=True)
     kind = kind_of(settings, precision, estimator.own)
     residuals = residual_points(estimator.size.num_blocks, estimator.size.hidden_size)
     catalog = estimator.catalog()
     points = catalog.select(requested)
     chunk_size = min(settings.memory.streaming_chunk_size, tokens)
+    if estimator.size.side:
+        chunk_size = tokens  # half of a model goes in one pass
     workload = Workload(windows, tokens, chunk_size)
     written = smaller_pass(estimator, kind, workload, points)
     weights = estimator.weights(kind)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from theloom.config.auto import SIDES
 from theloom.hooks.points import PATTERN
 
 # by group, which is one job: names of figures and their titles in the report
@@ -45,9 +46,11 @@ def groups(filters: Sequence[str], label: str | None = None, answered: bool = Fa
         >>> groups(["blocks.*.hook_resid_post"])
         ['memory', 'speed', 'states']
     """
-    name = f"blocks.0.{PATTERN}"
+    name, number = f"blocks.0.{PATTERN}", r"^((?:encoder|decoder)\.)?blocks\.-?\d+\."
     captured = not filters or any(
-        fnmatchcase(name, re.sub(r"^blocks\.-?\d+\.", "blocks.0.", f)) for f in filters
+        fnmatchcase(side + name, re.sub(number, r"\1blocks.0.", f))
+        for f in filters
+        for side in ("", *SIDES)
     )
     drawn = {"attention": captured, "probe": label is not None, "answers": answered}
     return ["memory", "speed", "states", *(name for name, there in drawn.items() if there)]

@@ -141,7 +141,7 @@ def short(hook: str) -> str:
         >>> short("blocks.5.hook_resid_post")
         '5 post'
     """
-    match = re.fullmatch(r"blocks\.(\d+)\.(?:hook_)?(.*)", hook)
+    match = re.fullmatch(r"(?:encoder\.|decoder\.)?blocks\.(\d+)\.(?:hook_)?(.*)", hook)
     if not match:
         return hook
     return f"{match[1]} {match[2].replace('resid_', '').replace('hook_', '')}"
@@ -161,7 +161,8 @@ def tick_labels(hooks: list[str]) -> tuple[list[str], str]:
         >>> tick_labels(["hook_embed", "blocks.0.hook_resid_post", "blocks.5.hook_resid_post"])
         (['embed', '0', '5'], 'layer (resid_post)')
     """
-    matches = [re.fullmatch(r"blocks\.(\d+)\.(.*)", hook) for hook in hooks]
+    pattern = r"(?:encoder\.|decoder\.)?blocks\.(\d+)\.(.*)"
+    matches = [re.fullmatch(pattern, hook) for hook in hooks]
     values = {match[2] for match in matches if match}
     if len(values) != 1:
         return [short(hook) for hook in hooks], "block and hook point"

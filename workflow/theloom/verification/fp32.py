@@ -9,6 +9,7 @@ import h5py
 
 from theloom import terminal
 from theloom.config.schema import Config
+from theloom.corpus.targets.sources import Sources
 from theloom.dataset.activations import Activations
 from theloom.devices import gpu
 from theloom.hooks.points import RESIDUALS, HookPoint
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A model and ids (1, position) to every residual, (1, position, hidden size), by hook point.
-Oracle = Callable[[LoadedModel, "torch.Tensor"], "dict[str, torch.Tensor]"]
+# A model and its inputs, ids (1, position) among them, to every residual, (1, position, hidden
+# size), by hook point.
+Oracle = Callable[[LoadedModel, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor]"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def exact_model(
     trust = config.model.trust_remote_code
     traced = traced or Traced(config_in(files, trust), None, trust)
     device = gpu.choose_device(config.extraction.device)
-    longest = max(int(acts.window_tokens[w + 1] - acts.window_tokens[w]) for w in windows)
+    longest = max(window_tokens(acts, w) for w in windows)
     fp32 = WeightFormat("fp32")
     captured = {
         p.name: p
@@ -143,6 +145,39 @@ def window_ids(acts: Activations, window: int) -> "torch.Tensor":
     return torch.from_numpy(acts.token_ids.numpy(tokens).astype("<i8"))[None]
 
 
+def window_inputs(
+    acts: Activations, window: int, device: "torch.device"
+) -> "dict[str, torch.Tensor]":
+    """What the model is given for a window.
+
+    Args:
+        acts: the run's activations.
+        window: number of the window.
+        device: of the model.
+
+    Returns:
+        `input_ids`, (1, position) int64; of a decoder also those of its source.
+    """
+    sources = Sources(acts.columns, acts.window_document).of([window])
+    inputs = {"input_ids": window_ids(acts, window), **sources}
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def window_tokens(acts: Activations, window: int) -> int:
+    """Tokens by which the memory of a window's pass is predicted.
+
+    Args:
+        acts: the run's activations.
+        window: number of the window.
+
+    Returns:
+        Those of the window, or of a decoder's source where it is longer.
+    """
+    own = int(acts.window_tokens[window + 1] - acts.window_tokens[window])
+    sources = Sources(acts.columns, acts.window_document).lengths
+    return own if sources is None else max(own, int(sources[window]))
+
+
 def _cosines(
     exact: LoadedModel,
     acts: Activations,
@@ -156,7 +191,7 @@ def _cosines(
     truth = StoredRows(acts)
     pairs: dict[int, list[tuple[float, float]]] = {}
     for window in windows:
-        values = oracle(exact, window_ids(acts, window).to(exact.device))
+        values = oracle(exact, window_inputs(acts, window, exact.device))
         for point in points:
             if (unit := truth.of(window, point, values[point.name][0])) is None:
                 continue

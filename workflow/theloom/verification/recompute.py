@@ -161,11 +161,14 @@ def _fits(
     window: int,
 ) -> bool:
     """Whether a window fits the device in one pass with every residual held; a warning if not."""
-    tokens = int(acts.window_tokens[window + 1] - acts.window_tokens[window])
+    tokens = fp32.window_tokens(acts, window)
     architecture = loaded.architecture
     captured = {
         p.name: p
-        for p in (*residual_points(len(architecture.blocks), architecture.hidden_size), *points)
+        for p in (
+            *residual_points(len(architecture.blocks), architecture.hidden_size, architecture.side),
+            *points,
+        )
     }
     needed = traced.forward(
         kind, Workload(1, tokens, tokens), list(captured.values()), True, loaded.device.type
@@ -189,30 +192,28 @@ def _plain(
     loaded: LoadedModel, acts: Activations, points: Sequence[HookPoint], window: int
 ) -> "dict[HookPoint, torch.Tensor]":
     """Values of a window, (position, …), from one plain pass without chunks or padding."""
-    ids = fp32.window_ids(acts, window).to(loaded.device)
-    values = _tapped(loaded, ids, points) | oracle(loaded, ids)
+    inputs = fp32.window_inputs(acts, window, loaded.device)
+    values = _tapped(loaded, inputs, points) | oracle(loaded, inputs)
     return {
         p: values[p.name][0].transpose(0, 1) if p.over_keys else values[p.name][0] for p in points
     }
 
 
-def oracle(loaded: LoadedModel, ids: "torch.Tensor") -> dict[str, "torch.Tensor"]:
+def oracle(loaded: LoadedModel, inputs: "dict[str, torch.Tensor]") -> dict[str, "torch.Tensor"]:
     """Compute every residual in one plain forward pass.
 
     Args:
         loaded: the model.
-        ids: token ids, (1, position).
+        inputs: `input_ids`, (1, position), and what else the model is given.
 
     Returns:
         Residuals by name of the hook point, (1, position, hidden size).
     """
-    return reference_residuals(
-        loaded.architecture, input_ids=ids, **no_cache(loaded.architecture.model)
-    )
+    return reference_residuals(loaded.architecture, **inputs, **no_cache(loaded.architecture.model))
 
 
 def _tapped(
-    loaded: LoadedModel, ids: "torch.Tensor", points: Sequence[HookPoint]
+    loaded: LoadedModel, inputs: "dict[str, torch.Tensor]", points: Sequence[HookPoint]
 ) -> "dict[str, torch.Tensor]":
     """Hook points outside `output_hidden_states`: the library's taps in one plain pass."""
     import torch
@@ -230,7 +231,7 @@ def _tapped(
     if others:
         taps = Taps(loaded.architecture, others, keep)
         with torch.inference_mode(), taps:
-            taps.run(input_ids=ids, **no_cache(loaded.architecture.model))
+            taps.run(**inputs, **no_cache(loaded.architecture.model))
     return values
 
 

@@ -74,6 +74,8 @@ def read_by_one(config: Config) -> str | None:
     """
     if config.answers.source is not None:
         return "prompts of a run with answers are few"
+    if config.corpus.target is not None:
+        return "sources and targets are encoded together"
     return documents.read_by_one(config.corpus)
 
 

@@ -5,9 +5,11 @@ from collections.abc import Collection, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.model_dims import side_of
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.folder import own_model_code
+from theloom.model.checkpoint.halves import half, has_halves
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,13 +39,53 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
     import transformers
 
     if own := has_own_code(model_config, trust_remote_code):
+        if side_of(model_config):
+            raise ModelError(
+                f"{model_config.model_type}: its class is code of its own folder, of which halves "
+                "cannot be read; set model.ignore_own_code=true where transformers has the class"
+            )
         name = next((n for n in _AUTO_CLASSES if n in own), own[0])
         return getattr(transformers, name)
+    if side_of(model_config):
+        return model_class(model_config)
     if _encoder_alone(model_config) is not None:
         return transformers.AutoModelForTextEncoding
     if _decoder_alone(model_config) is not None:
         return transformers.AutoModelForCausalLM
+    if is_whole_encoder_decoder(model_config):
+        raise _unnamed(model_config)
     return transformers.AutoModel
+
+
+def is_whole_encoder_decoder(model_config: "PretrainedConfig") -> bool:
+    """Whether a model has an encoder and a decoder of token ids, and neither half is chosen.
+
+    Args:
+        model_config: of the model.
+
+    Returns:
+        False too where the folder holds one half alone.
+
+    Examples:
+        >>> from transformers import GPT2Config, T5Config
+        >>> is_whole_encoder_decoder(T5Config()), is_whole_encoder_decoder(GPT2Config())
+        (True, False)
+    """
+    from transformers import AutoModel
+
+    if side_of(model_config) or type(model_config) not in AutoModel._model_mapping:
+        return False
+    if _encoder_alone(model_config) is not None or _decoder_alone(model_config) is not None:
+        return False
+    return bool(model_config.is_encoder_decoder) and has_halves(_whole_class(model_config))
+
+
+def _unnamed(model_config: "PretrainedConfig") -> ModelError:
+    return ModelError(
+        f"{model_config.model_type}: it has an encoder and a decoder, and the hook points name "
+        "neither; write encoder.blocks.0.hook_resid_post or decoder.blocks.0.hook_resid_post in "
+        "memory.activation_cache_filter"
+    )
 
 
 def has_own_code(model_config: "PretrainedConfig", trust_remote_code: bool) -> list[str]:
@@ -134,11 +176,19 @@ def model_class(model_config: "PretrainedConfig") -> Any:
         >>> model_class(GPT2Config()).__name__
         'GPT2Model'
     """
-    from transformers import AutoModel
-
+    if side := side_of(model_config):
+        return half(_whole_class(model_config), side)
     for alone in (_encoder_alone(model_config), _decoder_alone(model_config)):
         if alone is not None:
             return alone
+    if is_whole_encoder_decoder(model_config):
+        raise _unnamed(model_config)
+    return _whole_class(model_config)
+
+
+def _whole_class(model_config: "PretrainedConfig") -> Any:
+    from transformers import AutoModel
+
     found: Any = AutoModel._model_mapping.get(type(model_config), None)
     if found is None:
         raise ModelError(

@@ -177,8 +177,11 @@ def check_loaded(
     """
     name = type(model).__name__
     missing = [
-        key for key in sorted(info["missing_keys"]) if not key.startswith("pooler.")
-    ]  # after all hook points
+        key
+        for key in sorted(info["missing_keys"])
+        if not key.startswith("pooler.")  # after all hook points
+        and not _is_computed(key, model)
+    ]
     if missing:
         raise ModelError(
             f"model.source: {source} lacks {len(missing)} weights of {name} ({missing[0]}, …); "
@@ -202,6 +205,13 @@ def check_loaded(
         )
     if unexpected:
         log.info("not read, as no hook point needs them: %s", _few_names(unexpected))
+
+
+def _is_computed(key: str, model: "nn.Module") -> bool:
+    """Whether a missing weight is a table of sines, which its module makes by itself (Marian)."""
+    owner = key.rpartition(".")[0]
+    module = dict(model.named_modules()).get(owner)
+    return "Sinusoidal" in type(module).__name__
 
 
 def _is_unread(key: str, model: "nn.Module", stored: Collection[str]) -> bool:

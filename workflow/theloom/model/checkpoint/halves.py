@@ -1,0 +1,119 @@
+"""The halves of an encoder-decoder: a class whose forward pass is the encoder's, or the decoder's
+behind its encoder.
+
+A half takes `input_ids` and `attention_mask` of its own tokens, as a model of one list of blocks
+does, so that all else reads, traces and checks it as one. The decoder takes the encoder's tokens
+besides, as `source_ids` and `source_mask`.
+"""
+
+from functools import cache
+from inspect import signature
+from typing import Any
+
+from theloom.config.model_dims import mark_side
+from theloom.errors import ModelError
+
+SOURCE_IDS, SOURCE_MASK = "source_ids", "source_mask"
+
+# tokens of a source where a trial of the decoder gives none: the first ones of its own
+_OF_A_TRIAL = 8
+
+
+def has_halves(whole: Any) -> bool:
+    """Whether a class is one of an encoder-decoder that reads token ids in both halves.
+
+    Args:
+        whole: of transformers.
+
+    Returns:
+        True by the arguments of its forward.
+    """
+    names = signature(whole.forward).parameters
+    return "input_ids" in names and "decoder_input_ids" in names
+
+
+@cache
+def half(whole: Any, side: str) -> Any:
+    """The class of one half of an encoder-decoder. That of the encoder has no decoder.
+
+    Args:
+        whole: the class of transformers, without a head.
+        side: `encoder` or `decoder`.
+
+    Returns:
+        A class with the names of weights of the whole one.
+
+    Raises:
+        ModelError: it is no encoder-decoder of text.
+    """
+    if not has_halves(whole):
+        raise ModelError(
+            f"{whole.__name__} is no encoder-decoder of token ids: name its hook points without "
+            f"{side!r}, as blocks.0.hook_resid_post"
+        )
+
+    def build(self: Any, *args: Any, **options: Any) -> None:
+        whole.__init__(self, *args, **options)
+        mark_side(self.config, side)
+        if not all(hasattr(self, name) for name in ("encoder", "decoder")):
+            raise ModelError(
+                f"{whole.__name__} keeps its {side} where TheLoom does not know it: its hook "
+                "points cannot be read"
+            )
+        if side == "encoder":
+            from theloom.model.pruning import leave_out
+
+            leave_out(self, ["decoder"])
+            if isinstance(self._tied_weights_keys, dict):
+                self._tied_weights_keys = {
+                    name: source
+                    for name, source in self._tied_weights_keys.items()
+                    if not (name.startswith("decoder.") or source.startswith("decoder."))
+                }
+            self._keys_to_ignore_on_load_unexpected = {
+                *(self._keys_to_ignore_on_load_unexpected or ()),
+                r"(^|\.)decoder\.",
+            }
+
+    def from_config(cls: Any, config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+        return cls._from_config(config, **options)
+
+    parts: dict[str, Any] = {
+        "__init__": build,
+        "__module__": whole.__module__,
+        "forward": _of_encoder if side == "encoder" else _of_decoder(whole),
+        "from_config": classmethod(from_config),
+        "theloom_side": side,
+    }
+    return type(whole.__name__, (whole,), parts)
+
+
+def _of_encoder(
+    self: Any, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None, **more: Any
+) -> Any:
+    return self.encoder(input_ids=input_ids, attention_mask=attention_mask, **more)
+
+
+def _of_decoder(whole: Any) -> Any:
+    def forward(
+        self: Any,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        source_ids: Any = None,
+        source_mask: Any = None,
+        use_cache: Any = None,
+        **more: Any,
+    ) -> Any:
+        if source_ids is None:
+            source_ids = input_ids[:, :_OF_A_TRIAL]
+        return whole.forward(
+            self,
+            input_ids=source_ids,
+            attention_mask=source_mask,
+            decoder_input_ids=input_ids,
+            decoder_attention_mask=attention_mask,
+            use_cache=False,
+            **more,
+        )
+
+    return forward
