@@ -30,7 +30,8 @@ TYPES = {"int32": "<i4", "int64": "<i8", "uint8": "|u1", "uint32": "<u4", "uint6
 TYPES["float64"] = "<f8"
 # of runs with corpus.messages and corpus.columns alone
 CONVERSATIONS = ("tokens/role", "tokens/message")
-OF_ANSWERS = r"`answers\.h5` only|with `answers\.source|with `model\.adapter` only"
+OF_ANSWERS = r"`answers\.h5` only|with `answers\.source|with `(model\.adapter|corpus\.target)` only"
+OF_ANSWERS += "|of a decoder behind an encoder only"
 COLUMNS = tuple(f"documents/{group}/<name>" for group in ("columns", "null", "categories"))
 
 

@@ -106,7 +106,9 @@ class ResidentRunner:
         whole.run(
             ids,
             lambda hook, start, values: rows.update({hook: values[0].float().cpu()}),
-            windows=[window],
+            None,
+            None,
+            [window],
         )
         return rows
 
