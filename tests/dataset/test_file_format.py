@@ -30,8 +30,9 @@ TYPES = {"int32": "<i4", "int64": "<i8", "uint8": "|u1", "uint32": "<u4", "uint6
 TYPES["float64"] = "<f8"
 # of runs with corpus.messages and corpus.columns alone
 CONVERSATIONS = ("tokens/role", "tokens/message")
-OF_OTHERS = r"`answers\.h5` only|with `answers\.source|with `model\.adapter` only"
+OF_OTHERS = r"`answers\.h5` only|with `answers\.source|with `(model\.adapter|corpus\.target)` only"
 OF_OTHERS += r"|with `resources\.tokenize_jobs` only|rows with a scale only"
+OF_OTHERS += "|of a decoder behind an encoder only"
 COLUMNS = tuple(f"documents/{group}/<name>" for group in ("columns", "null", "categories"))
 
 

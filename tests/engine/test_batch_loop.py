@@ -242,7 +242,7 @@ def test_the_probe_sees_the_middle_and_the_deepest_hook_point(blocks):
     rows = torch.rand(2, 6, 8, generator=torch.Generator().manual_seed(0))
 
     class Alone:
-        def alone(self, ids, requested):
+        def alone(self, ids, requested, window):
             assert {points[len(points) // 2], points[-1]} == set(requested)
             return {p.name: rows[1, :4] + 1.0 * (p is points[-1]) for p in requested}
 

@@ -63,7 +63,7 @@ class Table:
     def __init__(self, chunk_size, killed_at):
         self.chunk_size, self.left = chunk_size, killed_at
 
-    def run(self, ids, sink, captured=None, lengths=None):
+    def run(self, ids, sink, captured=None, lengths=None, windows=()):
         self.left -= 1
         for number, point in enumerate(POINTS):
             for start, end in spans(ids.shape[1], self.chunk_size):
@@ -71,7 +71,7 @@ class Table:
             if self.left == 0:  # with half of the batch handed over
                 raise KeyboardInterrupt
 
-    def alone(self, ids, points):
+    def alone(self, ids, points, window):
         return {p.name: states(ids, POINTS.index(p))[0] for p in points}
 
 

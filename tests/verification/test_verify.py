@@ -85,7 +85,7 @@ def test_the_oracle_is_plain_transformers(run, tiny_llama):
     loaded = loading.load_model(config, files.prepare_files(config.model))
     ids = torch.arange(3, 40)[None]
     residuals, expected = (
-        recompute.oracle(loaded, ids),
+        recompute.oracle(loaded, {"input_ids": ids}),
         plain_residuals(tiny_llama, ids[0].tolist()),
     )
     assert set(residuals) == {*expected, "ln_final.hook_out"}

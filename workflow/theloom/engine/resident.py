@@ -107,7 +107,9 @@ class ResidentRunner:
         whole.run(
             ids,
             lambda hook, _, values: rows.update({hook: values[0, first[hook] :].float().cpu()}),
-            windows=[window],
+            None,
+            None,
+            [window],
         )
         return rows
 
