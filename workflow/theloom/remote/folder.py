@@ -145,15 +145,27 @@ class RemotePath:
         return self.folder.file(self._name).size
 
     def is_file(self) -> bool:
-        """Whether the manifest has it."""
+        """Whether the manifest has it.
+
+        Returns:
+            False for folders and for what is not there.
+        """
         return self._name in self.folder.manifest.files
 
     def exists(self) -> bool:
-        """Whether it is a file."""
+        """Whether it is a file.
+
+        Returns:
+            As `is_file`.
+        """
         return self.is_file()
 
     def resolve(self) -> "RemotePath":
-        """Itself: there are no links."""
+        """Itself: there are no links.
+
+        Returns:
+            The same path.
+        """
         return self
 
     def open_bytes(self) -> RemoteFile:

@@ -69,7 +69,11 @@ class Record:
         return cls(size, whole.hexdigest(), bytes(digests), BLOCK, own.hex(), at)
 
     def encoded(self) -> bytes:
-        """The record as a file: a line of JSON, then the hashes of the blocks."""
+        """The record as a file: a line of JSON, then the hashes of the blocks.
+
+        Returns:
+            The bytes of the file.
+        """
         values = asdict(self)
         del values["digests"]
         return json.dumps(values, sort_keys=True).encode() + b"\n" + self.digests
@@ -159,7 +163,11 @@ class Manifest:
     files: dict[str, Entry]
 
     def encoded(self) -> bytes:
-        """The manifest as a file of JSON."""
+        """The manifest as a file of JSON.
+
+        Returns:
+            The bytes of the file.
+        """
         files = {name: asdict(entry) for name, entry in sorted(self.files.items())}
         return json.dumps({**_FORMAT, "main": self.main, "files": files}, indent=1).encode()
 

@@ -18,15 +18,36 @@ class ByteSource(Protocol):
     size: int
 
     def pread(self, size: int, offset: int) -> bytes:
-        """Read bytes; fewer only at the end of the file."""
+        """Read bytes.
+
+        Args:
+            size: how many.
+            offset: of the first.
+
+        Returns:
+            The bytes; fewer where the file ends.
+        """
         ...
 
     def prefetch(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Fetch what is read next, together: (offset, size) of each span."""
+        """Fetch what is read next, together.
+
+        Args:
+            spans: offset and size in bytes of each.
+        """
         ...
 
     def rows(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """An array that is read when it is indexed, with a slice or an array of rows."""
+        """An array that is read when it is indexed, with a slice or an array of rows.
+
+        Args:
+            offset: of the first row, in bytes.
+            shape: (rows, …).
+            dtype: of the elements.
+
+        Returns:
+            The array.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -47,7 +68,14 @@ class SourcePath(Protocol):
     def __truediv__(self, name: str) -> "SourcePath": ...
 
     def open_bytes(self) -> ByteSource:
-        """Open the file; raises StoreError where it is missing."""
+        """Open the file.
+
+        Returns:
+            The file.
+
+        Raises:
+            StoreError: it is missing.
+        """
         ...
 
 
