@@ -141,9 +141,9 @@ def test_batches_documents_and_tables_are_the_local_ones(run, bucket, proxy):
         )
         for ours, theirs in pairs:
             assert all(np.array_equal(bits(ours[h]), bits(theirs[h])) for h in hooks)
-    loader = torch.utils.data.DataLoader(
-        remote.dataset(hooks[0], 64), batch_size=None, num_workers=1
-    )
+    dataset = remote.dataset(hooks[0], 64)
+    list(dataset)  # a process that is forked after this has connections of its own
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)
     assert torch.equal(torch.cat(list(loader)), local[hooks[0]][:])
     assert remote.documents == local.documents
     document = remote.document(0)

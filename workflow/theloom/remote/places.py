@@ -4,9 +4,9 @@ Any file system of fsspec will do: `s3://`, `gs://`, `az://`, `hf://`, `file://`
 those that the store's own tools find: the environment or their own files, never the URL.
 """
 
+import os
 import re
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._process = 0
+        self._opened: Any = None
         self._signed: SignedRanges | None = None
         if has_credential(url):
             raise StoreError(
@@ -84,12 +86,19 @@ class Store:
                 "such as in the environment"
             )
         self.path(url)  # raises here what is wrong with the URL
-        if "s3" in self.filesystem.protocol:
-            self._signed = SignedRanges(self.filesystem)
 
-    @cached_property
+    @property
     def filesystem(self) -> Any:
-        """The file system of fsspec. Threads may share it, processes not."""
+        """The file system of fsspec. Threads may share it, processes not: one that was forked has
+        connections of its own.
+        """
+        if self._process != os.getpid():
+            self._opened = self._filesystem()
+            self._signed = SignedRanges(self._opened) if "s3" in self._opened.protocol else None
+            self._process = os.getpid()
+        return self._opened
+
+    def _filesystem(self) -> Any:
         import fsspec
 
         protocol = self._url.partition("://")[0].lower()
