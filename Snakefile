@@ -12,6 +12,7 @@ rule all:
         expand("results/{run}/{file}", run=RUNS, file=["activations.h5", "verification.h5"]),
         [shard for run in RUNS for shard in delivered_shards(run)],
         labelled_reports(),
+        [f"results/{name}/pushed.json" for name in RUNS if pushes(name)],
     localrule: True
     message:
         "all runs are done"
@@ -26,4 +27,5 @@ include: "workflow/rules/sample_answers.smk"
 include: "workflow/rules/extract_shard.smk"
 include: "workflow/rules/merge_shards.smk"
 include: "workflow/rules/verify.smk"
+include: "workflow/rules/push.smk"
 include: "workflow/rules/report.smk"

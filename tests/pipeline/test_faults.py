@@ -29,7 +29,7 @@ PREPARED = {"estimate": "estimate.h5", "model": "model.h5", "tokens": "tokens.h5
 
 def script(name, config, output, **inputs):
     job = {"script": name, "input": {"config": f"{config}.json", **inputs}, "output": output}
-    return job | {"wildcards": {"shard": 0, "part": 0, "parts": 1}}
+    return job | {"wildcards": {"run": "run", "shard": 0, "part": 0, "parts": 1}}
 
 
 CHECKED, RECOMPUTED = (f"verification/{kind}.h5" for kind in ("rows", "documents"))
@@ -57,6 +57,16 @@ JOBS = {
         model="model.h5",
         rows=[],
         documents=[],
+        **MERGED,
+    ),
+    "push_shard": script("push_shard", "push", {"record": "pushed/0.json"}, shard=SHARD),
+    "push_run": script(
+        "push_run",
+        "push",
+        {"record": "pushed.json"},
+        shards=[SHARD],
+        pushed=[],
+        verification="verification.h5",
         **MERGED,
     ),
     "check_rows": script("check_rows", "verify", {"counts": CHECKED}, **MERGED),
@@ -182,7 +192,8 @@ def whole(request, tmp_path_factory, failing, source):
     """
     overrides, tried = RUNS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    made = run(folder, source, f"{overrides} {POINTS} extraction.shards=1", TEXTS)
+    remote = f"store.remote=file://{tmp_path_factory.mktemp('remote')}"
+    made = run(folder, source, f"{overrides} {remote} {POINTS} extraction.shards=1", TEXTS)
     JOBS["freeze_config"]["params"] = {
         "config": json.loads((made.folder / "estimate.json").read_text())
     }

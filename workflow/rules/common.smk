@@ -239,6 +239,11 @@ def delivered_shards(run):
     return shards_of(run) if RUNS[run].config["store"]["merge"] == "virtual" else []
 
 
+def pushes(run):
+    """Whether a run goes to a remote store."""
+    return RUNS[run].config["store"]["remote"] is not None
+
+
 def labelled_reports():
     """The reports of runs with a label: their probe is what such a run is for."""
     return [

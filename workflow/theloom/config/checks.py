@@ -97,6 +97,12 @@ def check(config: Config) -> None:
             f"memory.memory_warning_threshold: {threshold} is not a share; give more than 0, at "
             "most 1"
         )
+    remote = config.store.remote
+    if remote is not None and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://.", remote):
+        raise ConfigError(
+            f"store.remote: {remote!r} is no URL; give s3://bucket/folder, gs://bucket/folder or "
+            "hf://user/name"
+        )
     overflow = config.store.max_overflow
     if overflow is not None and not 0 <= overflow <= 1:
         raise ConfigError(

@@ -61,7 +61,7 @@ def decides_no_row(key: str) -> bool:
         >>> decides_no_row("extraction.batch_tokens"), decides_no_row("memory.precision_mode")
         (True, False)
     """
-    beside = (*_PLAN, *BESIDE_THE_RESULT, "verify.jobs")
+    beside = (*_PLAN, *BESIDE_THE_RESULT, "verify.jobs", "store.remote")
     return key in beside or key.startswith("resources.")
 
 
@@ -173,6 +173,7 @@ STAGES: dict[str, Stage] = {
             "corpus.streaming",
         )
     ),
+    "push": Stage(("store.remote",)),
     "report": Stage(("report",)),
     "resources": Stage(("resources", "verify.jobs")),
 }

@@ -197,6 +197,11 @@ class StoreConfig:
         Compression["none"],
         "zstd: smaller by a seventh (bf16: by a third), and slower to read, above all row by row",
     )
+    remote: str | None = key(
+        None,
+        "URL of a folder, such as s3://bucket/runs: each shard is pushed to URL/NAME, of the run, "
+        "as soon as it is finished, the rest once the run is verified; null: nothing is pushed",
+    )
     max_overflow: float | None = key(
         None,
         "fp16 only: the share of a hook point's values that may be beyond 65,504, and so infinite, "
