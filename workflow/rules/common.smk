@@ -182,6 +182,11 @@ def shards_of(run):
     return [f"results/{run}/shards/{n:05d}-of-{count:05d}.h5" for n in range(count)]
 
 
+def pushed_shards(wildcards):
+    """Input function: the records of the shards in the remote store."""
+    return [f"results/{wildcards.run}/pushed/{Path(s).stem}.json" for s in shards(wildcards)]
+
+
 def documents(wildcards):
     """Input function: the tokens that are extracted, of documents with their answers where the run has some."""
     answered = "answers" in stage(wildcards.run, "tokens")["config"]

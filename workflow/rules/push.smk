@@ -30,10 +30,7 @@ rule push_run:
         activations="results/{run}/activations.h5",
         verification="results/{run}/verification.h5",
         shards=shards,
-        pushed=lambda wildcards: [
-            shard.replace("/shards/", "/pushed/").removesuffix(".h5") + ".json"
-            for shard in shards(wildcards)
-        ],
+        pushed=pushed_shards,
     output:
         record="results/{run}/pushed.json",
     log:
