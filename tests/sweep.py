@@ -24,6 +24,7 @@ from importlib.resources import files
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -153,26 +154,50 @@ def examine(kind: str, model_type: str, model_class: str, folder: Path) -> Row:
         return replace(row, reason=_words(error))
     _write_tokenizer(folder / "tokenizer")
     _write_documents(folder / "texts.jsonl")
-    return _run(replace(row, model_class=type(model).__name__), model, folder / "run")
+    row = replace(row, model_class=type(model).__name__)
+    return (_run_halves if _has_halves(model) else _run)(row, model, folder / "run")
 
 
-def _run(row: Row, model: PreTrainedModel, folder: Path) -> Row:
-    """All stages, and every document's rows against the model."""
-    run = stages(
-        folder,
-        folder.parent / "model",
-        f"corpus=text corpus.path={folder.parent}/texts.jsonl "
-        f"model.tokenizer={folder.parent}/tokenizer memory.streaming_chunk_size={CHUNK} "
-        f"corpus.context_length={max(LENGTHS)} extraction.batch_tokens=128",
+def _has_halves(model: PreTrainedModel) -> bool:
+    """Whether a model is an encoder-decoder that takes texts on both sides."""
+    takes = signature(model.forward).parameters
+    return bool(model.config.is_encoder_decoder) and "decoder_input_ids" in takes
+
+
+def _run_halves(row: Row, model: PreTrainedModel, folder: Path) -> Row:
+    """A run of the encoder and one of the decoder: right where both are."""
+    worst = row
+    for side in ("encoder", "decoder"):
+        found = _run(row, model, folder / side, side)
+        if found.status != "right":
+            return replace(found, reason=f"{side}: {found.reason}")
+        if found.error > worst.error:
+            worst = found
+    return replace(worst, streams=False, not_streamed="an encoder-decoder goes in one pass")
+
+
+def _run(row: Row, model: PreTrainedModel, folder: Path, side: str = "") -> Row:
+    """All stages, and every document's rows against the model; of one side where it has two."""
+    place = folder.parent.parent if side else folder.parent
+    requested = (
+        f"corpus=text corpus.path={place}/texts.jsonl "
+        f"model.tokenizer={place}/tokenizer memory.streaming_chunk_size={CHUNK} "
+        f"corpus.context_length={max(LENGTHS) + (1 if side else 0)} extraction.batch_tokens=128"
     )
+    if side:
+        ends = ",".join(f"{side}.blocks.*.hook_resid_{end}" for end in ("pre", "post"))
+        requested += f" memory.activation_cache_filter=[{ends}]"
+    if side == "decoder":
+        requested += " corpus.target=target"
+    run = stages(folder, place / "model", requested)
     try:
         run.all().verify()
-        shifted, error = _compare(model, run.activations)
+        shifted, error = _compare(model, run.activations, side)
     except VerificationError as error:
         return replace(row, status="wrong", reason=_words(error))
     except TheLoomError as error:
         one_line = "\n" not in str(error)
-        reason = str(error).replace(f"{folder.parent}/", "")
+        reason = str(error).replace(f"{place}/", "")
         return replace(row, status="refused" if one_line else "wrong", reason=reason)
     except Exception as error:
         ours = [f for f in traceback.extract_tb(error.__traceback__) if "theloom" in f.filename]
@@ -197,33 +222,45 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _write_documents(file: Path) -> None:
-    """Documents of all lengths, in no order."""
+    """Documents of all lengths, in no order, with targets of all lengths in another order."""
     chance = random.Random(0)
-    lengths = list(LENGTHS)
+    lengths, targets = list(LENGTHS), list(LENGTHS)
     chance.shuffle(lengths)
+    texts = [_words_of(chance, length) for length in lengths]
+    chance.shuffle(targets)
     with file.open("w") as out:
-        for length in lengths:
-            text = " ".join(str(chance.randint(3, 127)) for _ in range(length))
-            out.write(json.dumps({"text": text}) + "\n")
+        for text, length in zip(texts, targets, strict=True):
+            pair = {"text": text, "target": _words_of(chance, length)}
+            out.write(json.dumps(pair) + "\n")
 
 
-def _compare(model: PreTrainedModel, activations: Path) -> tuple[bool, float]:
+def _words_of(chance: random.Random, count: int) -> str:
+    return " ".join(str(chance.randint(3, 127)) for _ in range(count))
+
+
+def _compare(model: PreTrainedModel, activations: Path, side: str = "") -> tuple[bool, float]:
     """Whether the model's hidden states are its blocks' outputs, and the largest error of any
     document against the model on that document alone.
     """
     acts = theloom.open(activations)
-    found = {name: acts[name] for name in acts.hooks}
+    found = {name.removeprefix(f"{side}."): acts[name] for name in acts.hooks}
+    sources = acts.columns["source_ids"].tolist() if side == "decoder" else []
     starts, shifted, worst = acts.window_offset.tolist(), False, 0.0
-    for begin, end in pairwise(starts):
+    for number, (begin, end) in enumerate(pairwise(starts)):
         ids = torch.from_numpy(acts.input_ids.numpy(slice(begin, end)).astype("i8"))[None]
         rows = {name: values[begin:end][None].float() for name, values in found.items()}
-        outputs, error = _against_own_states(model, ids, rows)
+        inputs = {"input_ids": ids, **_no_cache(model)}
+        if side == "encoder":
+            inputs["decoder_input_ids"] = torch.tensor([[3]])
+        if side == "decoder":
+            inputs |= {"input_ids": torch.tensor([sources[number]]), "decoder_input_ids": ids}
+        outputs, error = _against_own_states(model, inputs, rows, side)
         shifted, worst = shifted or outputs, max(worst, error)
     return shifted, worst
 
 
 def _against_own_states(
-    model: PreTrainedModel, ids: torch.Tensor, found: dict[str, torch.Tensor]
+    model: PreTrainedModel, inputs: dict[str, Any], found: dict[str, torch.Tensor], side: str
 ) -> tuple[bool, float]:
     """Whether the model's own hidden states are its blocks' outputs, and the largest error against
     them.
@@ -233,10 +270,11 @@ def _against_own_states(
     """
     count = len(found) // 2
     with torch.inference_mode():
-        output = model(input_ids=ids, output_hidden_states=True, **_no_cache(model))
+        output = model(output_hidden_states=True, **inputs)
+    names = ("hidden_states", "decoder_hidden_states", "language_model_hidden_states")
     states = next(
         s
-        for name in ("hidden_states", "decoder_hidden_states", "language_model_hidden_states")
+        for name in ([f"{side}_hidden_states"] if side else names)
         if (s := getattr(output, name, None)) is not None
     )
     before = [found[f"blocks.{i}.hook_resid_pre"] for i in range(count)]
@@ -249,7 +287,7 @@ def _against_own_states(
     normed = list(_normed(model, after[-1]))
     ends = [after[-1], *normed, *(p for value in normed for p in _projected(model, value))]
     end = min(_error(value, states[-1]) for value in ends)
-    if end > LIMIT and _goes_on(model, ids, after[-1]):
+    if end > LIMIT and _goes_on(model, inputs, after[-1]):
         end = 0.0
     return as_outputs < as_inputs, max(joined, min(as_inputs, as_outputs), end)
 
@@ -281,7 +319,7 @@ def _projected(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Te
                 yield module(value)
 
 
-def _goes_on(model: PreTrainedModel, ids: torch.Tensor, value: torch.Tensor) -> bool:
+def _goes_on(model: PreTrainedModel, inputs: dict[str, Any], value: torch.Tensor) -> bool:
     """Whether a module that is no norm, but mixes several streams or outputs, takes a value."""
     seen = []
 
@@ -296,7 +334,7 @@ def _goes_on(model: PreTrainedModel, ids: torch.Tensor, value: torch.Tensor) -> 
     mixers = [m for m in model.modules() if re.search("Residual|Mixer", type(m).__name__)]
     handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in mixers]
     with torch.inference_mode():
-        model(input_ids=ids, **_no_cache(model))
+        model(**inputs)
     for handle in handles:
         handle.remove()
     return bool(seen)

@@ -4,9 +4,22 @@ alone; and those that are, whatever they are called and stored as.
 
 import pytest
 import torch
-from model_folders import change_weights, describe, errors_against_plain, llama, refusal, run
+from model_folders import (
+    change_weights,
+    describe,
+    errors_against_plain,
+    llama,
+    refusal,
+    run,
+    scaled,
+)
+from safetensors.torch import load_file
+from support import a_config
+from theloom.model.files import prepare_files
+from theloom.model.loading import load_model
 from theloom.planning import estimate
-from transformers import AutoModelForCausalLM
+from tiny_configs import tiny_config
+from transformers import AutoModelForCausalLM, Qwen2_5OmniThinkerForConditionalGeneration
 
 
 @pytest.fixture
@@ -110,6 +123,21 @@ def test_a_tied_embedding_may_be_stored_as_the_head_alone(tmp_path, execution):
     made = run(tmp_path, source, f"extraction.execution={execution}").all()
     made.verify()
     assert errors_against_plain(made, kept) < 1e-5
+
+
+def test_a_head_stands_for_no_embedding_that_files_have_elsewhere(tmp_path):
+    """Qwen2.5-Omni's files have the embedding below other modules than its class; the default of
+    its config for text alone says that they are tied.
+    """
+    config = tiny_config("qwen2_5_omni_thinker")
+    model = scaled(Qwen2_5OmniThinkerForConditionalGeneration(config))
+    model.save_pretrained(tmp_path / "model")
+    stored = load_file(tmp_path / "model/model.safetensors")
+    assert not torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+    config = a_config(tmp_path / "model")
+    loaded = load_model(config, prepare_files(config.model))
+    embedding = loaded.architecture.model.get_input_embeddings()
+    assert torch.equal(embedding.weight, stored["model.embed_tokens.weight"])
 
 
 def test_a_head_stands_for_an_untied_embedding_nowhere(tmp_path):
