@@ -124,8 +124,9 @@ def _declared_block_classes(owner: "PreTrainedModel") -> set[str]:
     """Names of the classes that transformers declares to give hidden states, or never to be split
     over devices.
     """
-    recorded: Any = (owner._can_record_outputs or {}).get("hidden_states")
-    names = set(owner._no_split_modules or [])
+    # a half may be a plain module, as in FSMT
+    recorded: Any = (getattr(owner, "_can_record_outputs", None) or {}).get("hidden_states")
+    names = set(getattr(owner, "_no_split_modules", None) or [])
     for entry in recorded if isinstance(recorded, list | tuple) else [recorded]:
         entry = getattr(entry, "target_class", entry)
         if entry is not None:
