@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from theloom.dataset import activations, merge
 from theloom.dataset.batches import BLOCK_ROWS
+from theloom.exports import export
 from theloom.hooks.points import residual_points
 from theloom.store import file_format, provenance
 from theloom.store.shard_file import ShardSpec, ShardTokens
@@ -56,6 +57,7 @@ def spec(windows: int, shard: int, precision: str = "bf16", first_row: int = 0) 
         first_row=first_row,
         precision=precision,
         run_fingerprint="bench",
+        model_blocks=1,
         batch_tokens=4 * _WINDOW,
         chunk_size=_WINDOW,
         config={},
@@ -120,6 +122,7 @@ def main() -> None:
             *_writing(folder, arguments.mb),
             *_merging(folder, arguments.mb),
             *_reading(folder),
+            *_exporting(folder),
         ]
     finally:
         shutil.rmtree(folder)
@@ -205,6 +208,25 @@ def _reading(folder: Path) -> list[list[str]]:
         _line("shuffled batches", size, ours, "h5py, row by row at random", single, "5"),
         _line("shuffled batches", size, ours, "mapped .npy, same pattern", mapped, "0.5"),
     ]
+
+
+def _exporting(folder: Path) -> list[list[str]]:
+    """Exports of both hook points, next to a copy of the file that has them."""
+    path, out = folder / "activations.h5", folder / "exported"
+    acts = activations.open_activations(path)
+    size = sum(acts[hook].nbytes for hook in acts.hooks)
+    lines = []
+    for form, options in ("saelens", {"context_size": _WINDOW}), ("speculators", {}):
+        ours, copied = [], []
+        for _ in range(_ROUNDS):
+            os.sync()
+            copied.append(seconds(partial(_copied, [path], folder)))
+            (folder / "activations.h5.copy").unlink()
+            os.sync()
+            ours.append(seconds(partial(export, acts, form, out, hooks=acts.hooks, **options)))
+            shutil.rmtree(out)
+        lines.append(_line(f"export to {form}", size, ours, "cp and fsync", copied, "0.5"))
+    return lines
 
 
 def _batches(acts: activations.Activations, hook: str, batch: int, seed: int) -> None:
