@@ -403,7 +403,8 @@ def page(rows: list[Row]) -> str:
 checkpoint and runs the stages `estimate_memory`, `load_model`, `tokenize_corpus`, `extract_activations`,
 `merge_shards` and `verify` on it, in FP32. Documents have {LENGTHS[0]} to {LENGTHS[-1]} tokens, in batches with others and in chunks of
 {CHUNK} tokens; sliding windows are of 8. Then all rows of every document are compared with plain `transformers`
-on that document alone.
+on that document alone. An encoder-decoder has a run of its encoder, and one of its decoder over pairs of texts; both
+must be right.
 
 Of the {sum(types.values())} types of `MODEL_MAPPING`, **{types["right"]}** are taken in at least one of their classes, with the rows of plain
 `transformers`. {types["refused"]} are refused; {types["other"]} take no token ids but pixels, audio or series; {types["untried"]} cannot be made tiny{pending}.
