@@ -126,7 +126,8 @@ def test_workers_and_ranks_share_the_rows(prepared, acts):
     seen = []
     for rank in (0, 1):
         stream = like(prepared, shuffle_buffer=64, rank=rank, world_size=2)
-        seen += check(DataLoader(stream, batch_size=None, num_workers=2 if rank else 0), acts)
+        workers = {"num_workers": 2, "multiprocessing_context": "spawn"} if rank else {}
+        seen += check(DataLoader(stream, batch_size=None, **workers), acts)
     assert sorted(seen) == list(range(1500))
     assert prepared._folder.is_dir()  # the workers left it alone
 

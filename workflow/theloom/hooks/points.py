@@ -190,7 +190,7 @@ def values_in_block(side: str) -> tuple[str, ...]:
 
     Examples:
         >>> "hook_cross_attn_out" in values_in_block("decoder"), len(values_in_block(""))
-        (True, 23)
+        (True, 27)
     """
     if side != "decoder":
         return IN_BLOCK

@@ -139,8 +139,10 @@ def pack_shard(partial: Path, path: Path) -> None:
         with h5py.File(partial, "r") as source, written(packing) as target:
             copy_all_but_rows(source, target)
             target.attrs["compression"] = "zstd"
-            for hook, group in source["hooks"].items():
-                rows = group["activations"]
+            # by name: `items()` holds h5py's lock between two items, which threads of `write` wait
+            # for where the garbage collector frees an object of h5py in one of them
+            for hook in list(source["hooks"]):
+                rows = source["hooks"][hook]["activations"]
                 precision = file_format.precision_of(rows)
                 dataset = create_packed(
                     target, file_format.hook_path(hook), rows.shape, rows.id.get_type()

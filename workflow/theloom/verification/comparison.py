@@ -102,7 +102,8 @@ class Recomputation:
         """What the encoding of rows costs, (windows, hook points, 4) in the order of
         `encoding.Cost`; (windows, 0, 4) where rows have no scale.
         """
-        return np.array([r.costs for r in self.results], "<f8").reshape(len(self.results), -1, 4)
+        costs = [np.asarray(r.costs, "<f8").reshape(-1, 4) for r in self.results]
+        return np.stack(costs) if costs else np.empty((0, 0, 4))
 
 
 class Comparison:
