@@ -1,5 +1,9 @@
 """Packed files: the same rows, read by us and by HDF5's own filters, merged either way."""
 
+import shutil
+import threading
+from pathlib import Path
+
 import h5py
 import hdf5plugin  # noqa: F401  registers HDF5's zstd filter
 import numpy as np
@@ -9,6 +13,7 @@ import torch
 from support import stages
 from theloom.dataset.merge import merge_shards
 from theloom.errors import StoreError
+from theloom.store import compression
 
 HOOK = "blocks.1.hook_resid_post"
 INDICES = [
@@ -58,6 +63,27 @@ def test_hdf5_s_own_filters_read_it(runs, mode):
 def test_nothing_is_left_beside_a_packed_shard(runs):
     folder = runs[1].folder / "shards"
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in runs[1].shards)
+
+
+def test_packing_holds_no_lock_that_its_threads_may_need(runs, tmp_path, monkeypatch):
+    """A garbage collection in a thread may free an object of h5py, which takes its lock."""
+    pack, done = compression._packed, []
+
+    def with_h5py(rows: np.ndarray, step: int) -> bytes:
+        h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+        return pack(rows, step)
+
+    monkeypatch.setattr(compression, "_packed", with_h5py)
+    source = shutil.copy(runs[0].shards[0], tmp_path / "shard.h5.partial")
+
+    def work() -> None:
+        compression.pack_shard(Path(source), tmp_path / "shard.h5")
+        done.append(True)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert done
 
 
 def test_a_damaged_chunk_is_an_error_not_other_rows(runs):
