@@ -182,7 +182,7 @@ def _frozen(folder: Path, stage: str) -> dict[str, Any] | None:
     try:
         file = (folder / "config" / f"{stage}.json").read_text(encoding="utf-8")
         config: dict[str, Any] = json.loads(file)["config"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         return None
     return config
 
