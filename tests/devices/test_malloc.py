@@ -50,8 +50,8 @@ def test_a_process_that_frees_tensors_takes_their_places_again():
     host.reuse_freed_blocks(tuned)
     grown = printed(FORWARD, tuned)
     assert grown < 200e6
-    # in one process of some ten, by chance, tensors find their places without it
-    assert grown < max(printed(FORWARD, plain) for _ in range(3)) / 2
+    # by chance tensors find their places in some processes without it, but not in all
+    assert any(grown < printed(FORWARD, plain) / 2 for _ in range(12))
 
 
 def test_what_the_user_has_set_stays():
