@@ -15,6 +15,7 @@ import os
 import resource
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -57,6 +58,7 @@ def _server() -> str:
     process = subprocess.Popen(
         [sys.executable, __file__, address], env=_as_jobs() | locking, start_new_session=True
     )
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(process.kill)
     while not Path(address).exists():  # it listens a moment later, which connecting waits for
         assert process.poll() is None

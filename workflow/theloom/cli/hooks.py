@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import re
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.auto import OF_BLOCK
 from theloom.precision import BYTES
 from theloom.terminal import examples, lines, positive, table
 
@@ -122,7 +122,7 @@ def grouped(points: "list[HookPoint]", blocks: int) -> "list[tuple[str, list[Hoo
 
 def _numberless(name: str) -> str:
     """The name of a hook point with `*` for the number of its block."""
-    return re.sub(r"^((?:encoder\.|decoder\.)?blocks)\.\d+\.", r"\1.*.", name)
+    return OF_BLOCK.sub(r"\g<1>*.", name)
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -1,11 +1,16 @@
 """What the value `auto` of a key stands for, where that follows from other values alone."""
 
+import re
 from collections.abc import Iterable
 
 from theloom.config.schema import Config
 from theloom.errors import ConfigError
 
 SIDES = ("encoder.", "decoder.")  # how the names of hook points of an encoder-decoder begin
+
+# How the name of a hook point in a block begins: what stands before the number, and the number,
+# which in filters may count from the end.
+OF_BLOCK = re.compile(r"^((?:encoder\.|decoder\.)?blocks\.)(-?\d+)\.")
 
 
 def side(filters: Iterable[str]) -> str | None:

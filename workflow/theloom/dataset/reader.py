@@ -87,9 +87,8 @@ class ActivationsReader:
 
     def __init__(self, path: str | Path, allow: Collection[str] = ()) -> None:
         self.path: Path = find(path)
-        if (
-            isinstance(self.path, Path) and self.path.is_symlink()
-        ):  # its shards lie next to the file itself
+        # its shards lie next to the file itself
+        if isinstance(self.path, Path) and self.path.is_symlink():
             self.path = self.path.resolve()
         self._maps = Maps()
         with file_format.reading(self.path) as file:

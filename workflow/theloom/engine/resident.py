@@ -95,7 +95,7 @@ class ResidentRunner:
             By hook point, (position, …) in FP32 on the host; of a state the last position alone.
         """
         rows: dict[str, torch.Tensor] = {}
-        first = {p.name: -1 if p.of_document else 0 for p in points}
+        first = {p.name: p.first for p in points}
         whole = ResidentRunner(
             self._loaded,
             list(points),

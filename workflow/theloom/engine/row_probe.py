@@ -61,7 +61,7 @@ class _Probe:
         rows = [p for p in points if not p.over_keys]
         middle, deepest = len(rows) // 2, len(rows) - 1
         self._points = [rows[n] for n in sorted({middle, deepest}) if rows]
-        self._of_document = {p.name for p in self._points if p.of_document}
+        self._first = {p.name: p.first for p in self._points}
         self._limit = max(4 * tolerance, MIN_LIMIT)
         self.compared = 0
         self.largest = 0.0
@@ -124,8 +124,7 @@ class RowProbe(_Probe):
             values: (window, position, …).
         """
         if self._row is not None and hook in self._kept:
-            first = -1 if hook in self._of_document else 0  # a state is of the last position
-            self._kept[hook].append(_copy(values[self._row, first:]))
+            self._kept[hook].append(_copy(values[self._row, self._first[hook] :]))
 
     def compare(self, runner: RunsAlone, batch: Batch, ids: "torch.Tensor") -> None:
         """Run the document of a finished batch alone, and compare.
@@ -146,7 +145,7 @@ class RowProbe(_Probe):
         expected = runner.alone(ids[self._row : self._row + 1, :length], self._points, window)
         self._windows.discard(window)
         for name, chunks in self._kept.items():
-            rows, first = torch.cat(chunks)[:length], -1 if name in self._of_document else 0
+            rows, first = torch.cat(chunks)[:length], self._first[name]
             self._check(window, name, rows[first:], expected[name][first:])
         self.compared += 1
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from theloom.config.model_dims import numbers
+from theloom.config.model_dims import numbers, side_of
 from theloom.errors import ModelError
 from theloom.hooks.failures import refused
 from theloom.hooks.pass_state import PassState
@@ -43,7 +43,7 @@ class Architecture:
     @property
     def side(self) -> str:
         """`encoder` or `decoder` where the model is read as that half of itself; else empty."""
-        return str(getattr(self.model, "theloom_side", ""))
+        return side_of(self.model.config)
 
     @property
     def part(self) -> "PreTrainedModel":
@@ -65,7 +65,7 @@ def part_of(model: "PreTrainedModel") -> "PreTrainedModel":
     Returns:
         The module `encoder` or `decoder`, or the model.
     """
-    side = getattr(model, "theloom_side", "")
+    side = side_of(model.config)
     return getattr(model, side) if side else model
 
 

@@ -6,11 +6,11 @@ a filter into hook points, and `taps` reads their values during a forward pass.
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from theloom.config.auto import OF_BLOCK
 from theloom.config.model_dims import ModelDims
 from theloom.errors import HookError
 from theloom.precision import SCALED
@@ -113,6 +113,11 @@ class HookPoint:
         has it at every position.
         """
         return self.value in STATES
+
+    @property
+    def first(self) -> int:
+        """The first position with a value of its own: 0; of a state the last one, -1."""
+        return -1 if self.of_document else 0
 
     @property
     def position_axis(self) -> int:
@@ -325,7 +330,7 @@ def select_points(
     if not entries:
         return [p for p in points if not p.of_document]
     unsupported = unsupported or {}
-    num_blocks = 1 + max((p.block for p in points if _IN_BLOCK.match(p.name)), default=-1)
+    num_blocks = 1 + max((p.block for p in points if OF_BLOCK.match(p.name)), default=-1)
     chosen: set[str] = set()
     for entry in entries:
         pattern = _from_the_end(entry, num_blocks)
@@ -372,7 +377,7 @@ def check_names(filters: Iterable[str]) -> None:
         )
     }
     for entry in filters:
-        pattern = re.sub(r"^((?:encoder|decoder)\.)?blocks\.-?\d+\.", r"\1blocks.0.", entry)
+        pattern = OF_BLOCK.sub(r"\g<1>0.", entry)
         if not any(fnmatchcase(name, _literal_brackets(pattern)) for name in values):
             near = next(iter(difflib.get_close_matches(pattern, sorted(values), n=1)), None)
             hint = (
@@ -382,10 +387,10 @@ def check_names(filters: Iterable[str]) -> None:
 
 
 def _from_the_end(entry: str, num_blocks: int) -> str:
-    match = re.match(r"((?:encoder\.|decoder\.)?blocks\.)-(\d+)\.", entry)
-    if not match:
+    match = OF_BLOCK.match(entry)
+    if not match or not match[2].startswith("-"):
         return entry
-    return f"{match[1]}{num_blocks - int(match[2])}.{entry[match.end() :]}"
+    return f"{match[1]}{num_blocks + int(match[2])}.{entry[match.end() :]}"
 
 
 def _literal_brackets(pattern: str) -> str:
@@ -430,13 +435,10 @@ def _near(pattern: str, points: Sequence[HookPoint], num_blocks: int) -> str | N
     """The nearest name: a block number past the end counts as the last one; then the spelling of
     the value decides.
     """
-    match = _IN_BLOCK.match(pattern)
+    match = OF_BLOCK.match(pattern)
     if not match:
         return next(iter(difflib.get_close_matches(pattern, [p.name for p in points], n=1)), None)
     block = min(max(int(match[2]), 0), num_blocks - 1)
     values = {p.value for p in points if p.block == block}
     value = next(iter(difflib.get_close_matches(pattern[match.end() :], sorted(values), n=1)), None)
     return f"{match[1]}{block}.{value}" if value else None
-
-
-_IN_BLOCK = re.compile(r"((?:encoder\.|decoder\.)?blocks\.)(-?\d+)\.")

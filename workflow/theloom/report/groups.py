@@ -1,10 +1,9 @@
 """Figures by the jobs that draw them; needs no plotting library."""
 
-import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from theloom.config.auto import SIDES
+from theloom.config.auto import OF_BLOCK, SIDES
 from theloom.hooks.points import PATTERN
 
 # by group, which is one job: names of figures and their titles in the report
@@ -46,9 +45,9 @@ def groups(filters: Sequence[str], label: str | None = None, answered: bool = Fa
         >>> groups(["blocks.*.hook_resid_post"])
         ['memory', 'speed', 'states']
     """
-    name, number = f"blocks.0.{PATTERN}", r"^((?:encoder|decoder)\.)?blocks\.-?\d+\."
+    name = f"blocks.0.{PATTERN}"
     captured = not filters or any(
-        fnmatchcase(side + name, re.sub(number, r"\1blocks.0.", f))
+        fnmatchcase(side + name, OF_BLOCK.sub(r"\g<1>0.", f))
         for f in filters
         for side in ("", *SIDES)
     )

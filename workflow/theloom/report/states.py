@@ -1,13 +1,13 @@
 """Figures of hidden states: norms, massive activations, layer similarity."""
 
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from theloom.config.auto import OF_BLOCK
 from theloom.dataset.activations import Activations
 from theloom.hooks.points import PATTERN, RESIDUALS, SCORES
 from theloom.report import style
@@ -141,10 +141,10 @@ def short(hook: str) -> str:
         >>> short("blocks.5.hook_resid_post")
         '5 post'
     """
-    match = re.fullmatch(r"(?:encoder\.|decoder\.)?blocks\.(\d+)\.(?:hook_)?(.*)", hook)
+    match = OF_BLOCK.match(hook)
     if not match:
         return hook
-    return f"{match[1]} {match[2].replace('resid_', '').replace('hook_', '')}"
+    return f"{match[2]} {hook[match.end() :].replace('hook_', '').replace('resid_', '')}"
 
 
 def tick_labels(hooks: list[str]) -> tuple[list[str], str]:
@@ -161,13 +161,12 @@ def tick_labels(hooks: list[str]) -> tuple[list[str], str]:
         >>> tick_labels(["hook_embed", "blocks.0.hook_resid_post", "blocks.5.hook_resid_post"])
         (['embed', '0', '5'], 'layer (resid_post)')
     """
-    pattern = r"(?:encoder\.|decoder\.)?blocks\.(\d+)\.(.*)"
-    matches = [re.fullmatch(pattern, hook) for hook in hooks]
-    values = {match[2] for match in matches if match}
+    matches = [OF_BLOCK.match(hook) for hook in hooks]
+    values = {hook[m.end() :] for hook, m in zip(hooks, matches, strict=True) if m}
     if len(values) != 1:
         return [short(hook) for hook in hooks], "block and hook point"
     ticks = [
-        match[1] if match else hook.removeprefix("hook_")
+        match[2] if match else hook.removeprefix("hook_")
         for hook, match in zip(hooks, matches, strict=True)
     ]
     return ticks, f"layer ({values.pop().removeprefix('hook_')})"

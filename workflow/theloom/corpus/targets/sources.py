@@ -52,15 +52,13 @@ class Sources:
     """
 
     def __init__(self, columns: Mapping[str, Column], window_document: np.ndarray) -> None:
-        column = columns.get(SOURCE_IDS)
-        self._ids = None if column is None else column.values
-        self._lists = column
+        self._column = columns.get(SOURCE_IDS)
         self._document = window_document
 
     @property
     def lengths(self) -> np.ndarray | None:
         """Tokens of each window's source, (windows,) int64; None where there are none."""
-        return None if self._ids is None else lengths_in(self._ids)[self._document]
+        return None if self._column is None else lengths_in(self._column.values)[self._document]
 
     def of(self, windows: Sequence[int]) -> "dict[str, torch.Tensor]":
         """The encoder's input for some windows.
@@ -74,10 +72,10 @@ class Sources:
         """
         import torch
 
-        if self._lists is None:
+        if self._column is None:
             return {}
         documents = [int(self._document[w]) for w in windows]
-        lists = self._lists.part(np.array(documents)).tolist()
+        lists = self._column.part(np.array(documents)).tolist()
         ids = np.zeros((len(lists), max(map(len, lists))), "<i8")
         mask = np.zeros_like(ids)
         for row, found in enumerate(lists):

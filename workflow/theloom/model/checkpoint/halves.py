@@ -83,7 +83,6 @@ def half(whole: Any, side: str) -> Any:
         "__module__": whole.__module__,
         "forward": _of_encoder if side == "encoder" else _of_decoder(whole),
         "from_config": classmethod(from_config),
-        "theloom_side": side,
     }
     return type(whole.__name__, (whole,), parts)
 

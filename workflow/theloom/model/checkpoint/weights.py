@@ -209,9 +209,11 @@ def check_loaded(
 
 def _is_computed(key: str, model: "nn.Module") -> bool:
     """Whether a missing weight is a table of sines, which its module makes by itself (Marian)."""
-    owner = key.rpartition(".")[0]
-    module = dict(model.named_modules()).get(owner)
-    return "Sinusoidal" in type(module).__name__
+    try:
+        owner = model.get_submodule(key.rpartition(".")[0])
+    except AttributeError:  # a part that the model has not
+        return False
+    return "Sinusoidal" in type(owner).__name__
 
 
 def _is_unread(key: str, model: "nn.Module", stored: Collection[str]) -> bool:
