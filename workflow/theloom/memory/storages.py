@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 
 TEMPORARIES = "temporaries"
+
+
+@cache
+def _is_composite(operation: Any) -> bool:
+    """Whether an operation is made of others; asking PyTorch costs more than many an operation."""
+    return operation._can_decompose()
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,10 @@ class LiveStorages(TorchDispatchMode):
     one kernel on the device that is meant. With `device` (cpu, cuda) storages elsewhere are left
     out.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the wrapper costs 10 µs an operation
 
     def __init__(
         self,
@@ -128,13 +139,11 @@ class LiveStorages(TorchDispatchMode):
 
         if func is torch.ops.prim.device.default:
             return func(*args, **(kwargs or {}))
-        if func not in self._whole:
+        if func not in self._whole and _is_composite(func):
             # under inference mode an operation made of others arrives as one, with the temporaries
             # between them unseen
             with self:
-                result = func.decompose(*args, **(kwargs or {}))
-            if result is not NotImplemented:
-                return result
+                return func.decompose(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
