@@ -37,7 +37,7 @@ report: environment
 	$(BIN)/theloom report $(if $(value PROFILES),$(call Quoted,PROFILES)) $(if $(value SET),--set $(call Quoted,SET))
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-store: environment
 	HF_HUB_OFFLINE=1 LONG_TESTS=1 KILLS=500 $(BIN)/python -m pytest -s tests/store/test_kills.py tests/store/test_crashes.py tests/dataset/test_inspect.py

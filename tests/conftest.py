@@ -8,6 +8,7 @@ os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # threads that spin for each other on a busy machine are slow
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,43 @@ from theloom.model import files
 torch.set_num_threads(
     1
 )  # small models are faster so, and threads that wait for each other on a busy machine are slow
+
+
+# Files that take minutes, most of them first: started last, one would be waited for by itself.
+SLOWEST = (
+    "test_slurm",
+    "test_default",
+    "test_resident",
+    "test_trace",
+    "test_bad_input",
+    "test_docs",
+    "test_draw",
+    "test_layerwise_quantized",
+    "test_simulated_gpus",
+    "test_faults",
+    "test_estimate",
+    "test_architectures",
+    "test_planted_faults",
+    "test_layerwise_shard",
+    "test_run",
+    "test_kept_rows_property",
+)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Two a core: a test waits for Slurm, a browser or another process half of its time."""
+    return 2 * len(os.sched_getaffinity(0))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first. A collection of garbage then leaves alone what is there for good:
+    the tests themselves are a million objects, which it else looks through for 0.3 s each time.
+    """
+    order = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -235,14 +236,20 @@ def to_config(plain: dict[str, Any]) -> Config:
     Returns:
         The config, read-only; a key that is not in the data raises when it is read.
     """
+    config = cast(DictConfig, OmegaConf.merge(_nothing_known(), literal(plain)))
+    OmegaConf.set_readonly(config, True)
+    return cast(Config, config)
+
+
+@cache
+def _nothing_known() -> DictConfig:
+    """A config whose keys raise when they are read, but for those that have a default here."""
     config = OmegaConf.structured(Config)
     for key in schema.leaf_keys():
         known = (*BESIDE_THE_RESULT, *WHERE_SET)
         if key.name not in known and key.name.partition(".")[0] != ANSWERS:
             OmegaConf.update(config, re.sub(r"(architecture)\..*", r"\1", key.name), "???")
-    config = cast(DictConfig, OmegaConf.merge(config, literal(plain)))
-    OmegaConf.set_readonly(config, True)
-    return cast(Config, config)
+    return cast(DictConfig, config)
 
 
 def literal(data: Any) -> Any:
