@@ -283,6 +283,8 @@ def _refer(
     width = shards[0].shapes[name][1:]
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_obj_track_times(False)
+    if type_id.get_class() == h5py.h5t.FLOAT:  # what HDF5 reads of a shard that is not there
+        properties.set_fill_value(np.array(np.nan, "f4"))
     whole = h5py.h5s.create_simple((_count(shards, name), *width))
     row = 0
     for shard in shards:
