@@ -2,7 +2,7 @@
 
 Rows are mapped from the files where they lie, and come as torch tensors in their stored dtype.
 Before anything is read, every file that the dataset refers to is checked, since HDF5 reads a
-missing one as zeros.
+missing one as NaN.
 """
 
 from collections.abc import Collection, Sequence

@@ -1,7 +1,7 @@
 """Merging shards to one dataset: `activations.h5` refers to them (virtual) or is a copy (physical).
 
 Either way every shard must first be there, finished, of this run and of the same schema, since HDF5
-reads a missing source as zeros. The merged file gets its final name when all of it is on disk. A
+reads a missing source as NaN. The merged file gets its final name when all of it is on disk. A
 job that is killed leaves a `.partial`, which the next one writes from the start: the shards still
 hold everything.
 """

@@ -1,6 +1,6 @@
 """The files that hold a dataset's rows; each is checked before it is read.
 
-HDF5 reads a source that is missing, cut short, or one file descriptor too many, as zeros. So
+HDF5 reads a source that is missing, cut short, or one file descriptor too many, as fill values. So
 nothing here is read through HDF5's virtual datasets: the merged file lists the offsets of each
 shard's rows, and they are mapped. A file that is opened again, for its rows or by another process,
 must be the one that was opened first: `Identity` has what tells.
