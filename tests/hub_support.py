@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.unknown.append(f"{self.command} {path}")
             self.answer_json({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
 
-    do_GET = do_HEAD = do_POST = do_PUT = route
+    do_GET = do_HEAD = do_POST = do_PUT = route  # noqa: N815
 
     def _mode(self, path: str) -> dict[str, object]:
         mode = "regular" if path.endswith(TEXTS) else "lfs"
