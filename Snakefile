@@ -13,6 +13,7 @@ rule all:
         [shard for run in RUNS for shard in delivered_shards(run)],
         labelled_reports(),
         [f"results/{name}/pushed.json" for name in RUNS if pushes(name)],
+        [f"results/{name}/removed.json" for name in RUNS if not keeps_shards(name)],
     localrule: True
     message:
         "all runs are done"

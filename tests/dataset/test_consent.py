@@ -11,7 +11,7 @@ import pytest
 import theloom
 from model_folders import describe, llama, run
 from theloom.cli import main
-from theloom.dataset import exports, token_text
+from theloom.dataset import conversions, token_text
 from theloom.errors import ModelError
 from theloom.report.draw import draw_states
 from theloom.store import checksums, index
@@ -94,7 +94,7 @@ def test_recomputing_runs_code_only_with_the_flag(made, mark, capsys):
 def test_a_tokenizer_runs_code_only_with_the_argument(made, mark):
     acts = theloom.open(made.activations)
     with pytest.raises(ModelError, match="trust_remote_code") as refused:
-        exports.tokens_frame(acts, slice(0, 5), tokenizer=source_of(made))
+        conversions.tokens_frame(acts, slice(0, 5), tokenizer=source_of(made))
     assert "\n" not in str(refused.value)
     assert not mark.exists()
     trusted = acts.to_dataframe("tokens", slice(0, 5), source_of(made), trust_remote_code=True)

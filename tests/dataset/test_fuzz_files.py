@@ -25,7 +25,7 @@ import pytest
 import theloom
 import torch
 from shards import spec
-from theloom.dataset import exports, inspect
+from theloom.dataset import conversions, inspect
 from theloom.dataset.merge import merge_shards
 from theloom.errors import TheLoomError
 from theloom.report.speed import shard_work
@@ -113,7 +113,8 @@ def read_all(path: Path, shard: bool) -> bytes:
     rows = rows_of(pickle.loads(pickle.dumps(acts)))
     inspect.summarize_hooks(acts), inspect.file_schema(acts), inspect.provenance_attributes(acts)
     assert str(acts)
-    exports.documents_frame(acts), exports.tokens_frame(acts), acts.rows.to_dataframe()
+    conversions.documents_frame(acts), conversions.tokens_frame(acts)
+    acts.rows.to_dataframe()
     acts.select("last|[1:3]").mean(acts.hooks[0], by="document")
     for _ in acts.batches([*acts.hooks, "row", "input_ids"], 64, shuffle=True):
         pass

@@ -17,7 +17,6 @@ from support import ROOT
 from theloom import exports
 from theloom.config.auto import store_precision
 from theloom.dataset import inspect
-from theloom.dataset.exports import to_safetensors
 from theloom.dataset.merge import merge_shards
 from theloom.errors import HookError, VerificationError
 from theloom.hooks.points import HookCatalog, HookPoint, check_integers
@@ -98,8 +97,9 @@ def test_batches_pairs_and_exports_have_these_rows(pair, runs, tmp_path):
     exports.export(acts, "npy", folder, hooks=[HOOK])
     (file,) = folder.glob(f"**/*{HOOK}*.npy")
     assert np.array_equal(np.load(file), truth[HOOK].numpy())
-    to_safetensors(acts, [HOOK], tmp_path / "rows.safetensors")
-    assert same(load_file(tmp_path / "rows.safetensors")[HOOK], truth[HOOK])
+    exports.export(acts, "safetensors", tmp_path / "safetensors", hooks=[HOOK])
+    (file,) = (tmp_path / "safetensors").glob("*.safetensors")
+    assert same(load_file(file)[HOOK], truth[HOOK])
     table = acts.to_xarray([HOOK], slice(3, 9))
     assert table.attrs["precision"] == acts.stored_as
     assert np.array_equal(table[HOOK].values, truth[HOOK][3:9].numpy())

@@ -35,9 +35,8 @@ def figures_of(file):
 
 def data_of(run):
     acts = theloom.open(run.activations)
-    return {hook: acts[hook].numpy(...).tobytes() for hook in acts.hooks} | {
-        "hash": acts.window_hash.tobytes()
-    }
+    stored = {hook: [r.numpy(...).tobytes() for r in acts[hook].on_disk] for hook in acts.hooks}
+    return stored | {"hash": acts.window_hash.tobytes()}
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +195,14 @@ def far_enough(partial, units):
     return 0 < min(units, BLOCKS * batches - 3) <= done
 
 
-@pytest.mark.parametrize("spilled", [False, True])
-def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(tmp_path, deep_llama, spilled):
+@pytest.mark.parametrize(("spilled", "stored_as"), [(False, "fp8_e4m3"), (True, "auto")])
+def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(
+    tmp_path, deep_llama, spilled, stored_as
+):
     """`THELOOM_KILLS=50` kills as often; by default a few times."""
     kills = int(os.environ.get("THELOOM_KILLS", "2" if spilled else "3"))
     points = "memory.activation_cache_filter=[blocks.*.hook_resid_post]"
+    points += f" store.dtype={stored_as}"
     requested = f"corpus.max_tokens=2500 corpus.context_length=200 extraction.shards=1 {points}"
     whole = stages(
         tmp_path / "whole", deep_llama, f"{requested} extraction.execution=resident"

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 from support import stages
 from theloom.cli import main
 from theloom.errors import ConfigError, HookError
-from theloom.exports import FORMATS, export
-from theloom.exports.job import RECORD, Job
+from theloom.exports import FORMATS, export, job, saelens
+from theloom.exports.folder import RECORD
+from theloom.exports.job import Job
 from transformers import AutoModel
 
 PRE, MIDDLE, LAST = (
@@ -317,18 +319,20 @@ def test_plain_formats_hold_every_row_token_and_column(acts, tmp_path):
 
 def test_a_stopped_export_goes_on_with_what_is_missing(chats, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
-    folder, rows, calls = tmp_path / "spec", Job.rows, []
+    folder, fill, calls = tmp_path / "spec", Job.fill, []
+    made: dict[Path, int] = {}  # when each file was written
 
-    def stopping(self, hook, part):
+    def stopping(self, hook, start, out):
         calls.append(hook)
-        if len(calls) == 6:
+        if len(calls) >= 6 and not made:
             raise KeyboardInterrupt
-        return rows(self, hook, part)
+        fill(self, hook, start, out)
 
-    monkeypatch.setattr(Job, "rows", stopping)
+    monkeypatch.setattr(Job, "fill", stopping)
+    monkeypatch.setattr(job, "_AT_ONCE", 1)
     with pytest.raises(KeyboardInterrupt):
         export(chats, "speculators", folder, hooks=[MIDDLE, LAST])
-    made = {f: f.stat().st_mtime_ns for f in (folder / "hidden_states").glob("*.safetensors")}
+    made |= {f: f.stat().st_mtime_ns for f in (folder / "hidden_states").glob("*.safetensors")}
     assert len(made) == 2
     assert json.loads((folder / RECORD).read_text())["finished"] is False
     with pytest.raises(ConfigError, match="another export, which differs in hooks"):
@@ -350,17 +354,17 @@ def test_an_export_killed_three_times_ends_with_the_same_files(acts, tmp_path, t
     pytest.importorskip({"saelens": "datasets", "parquet": "pyarrow"}.get(to, "numpy"))
     options = {"hooks": [MIDDLE] if to == "crosscoder" else [MIDDLE, LAST]}
     options |= {"context_size": 5, "fit": "pack"} if to == "saelens" else {}
-    rows = Job.rows
+    fill = Job.fill
 
     def killed(moment: int) -> None:
         calls = itertools.count()
 
-        def dying(self, hook, part):
+        def dying(self, hook, start, out):
             if next(calls) == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return rows(self, hook, part)
+            fill(self, hook, start, out)
 
-        Job.rows = dying
+        Job.fill = dying
         export(acts, to, tmp_path / "killed", **options)
 
     codes = []
@@ -381,12 +385,16 @@ def test_an_export_killed_three_times_ends_with_the_same_files(acts, tmp_path, t
     assert not differ
 
 
-@pytest.mark.parametrize("to", FORMATS)
-def test_pooled_rows_are_exported_or_refused_in_one_line(run, tiny_llama, tmp_path, to):
+@pytest.fixture(scope="module")
+def pooled(run, tiny_llama, tmp_path_factory):
     path = run.folder / "texts.jsonl"
     keys = f"corpus=text corpus.column=text corpus.id_column=id corpus.path={path} rows.pool=mean"
-    made = stages(tmp_path / "run", tiny_llama, f"{HOOKS} {keys}").all()
-    pooled = theloom.open(made.activations)
+    folder = tmp_path_factory.mktemp("pooled")
+    return theloom.open(stages(folder, tiny_llama, f"{HOOKS} {keys}").all().activations)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_pooled_rows_are_exported_or_refused_in_one_line(pooled, tmp_path, to):
     if to in ("speculators", "specforge", "esm", "scikit-bio"):
         with pytest.raises(ConfigError, match=r"pooled|rows of all tokens"):
             export(pooled, to, tmp_path / "out", hooks=[LAST])
@@ -395,6 +403,34 @@ def test_pooled_rows_are_exported_or_refused_in_one_line(run, tiny_llama, tmp_pa
     if to == "prott5":
         with h5py.File(tmp_path / "out/embeddings.h5") as file:
             assert np.array_equal(file["p_3_a"][:], pooled[LAST][3].numpy())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_rows_that_are_read_in_pieces_are_converted_as_pytorch_does(
+    acts, tmp_path, monkeypatch, dtype
+):
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(job, "_READ_BYTES", 5 * 4 * WIDTH)
+    monkeypatch.setattr(job, "_ELEMENTS", 2 * WIDTH)
+    monkeypatch.setattr(saelens, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(saelens, "_LEAST_BYTES", 1)
+    datasets = pytest.importorskip("datasets")
+    to = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    export(acts, "speculators", tmp_path / "spec", hooks=[MIDDLE, LAST], dtype=dtype)
+    for number in range(len(acts.documents)):
+        found = load_file(tmp_path / f"spec/hidden_states/hs_{number}.safetensors")
+        rows = [acts.document(number)[hook].to(to) for hook in (MIDDLE, LAST)]
+        assert torch.equal(found["hidden_states"], torch.stack(rows, dim=1))
+    options = {"hooks": [MIDDLE, LAST], "context_size": 3, "fit": "cut", "dtype": dtype}
+    export(acts, "saelens", tmp_path / "sae", **options)
+    read = datasets.load_from_disk(str(tmp_path / "sae")).with_format("torch")
+    starts = [n for a, b in zip(*offsets(acts), strict=True) for n in range(a, b - 2, 3)]
+    rows = (np.array(starts)[:, None] + np.arange(3)).reshape(-1)
+    assert len(list((tmp_path / "sae").glob("*.arrow"))) > 1
+    for hook in (MIDDLE, LAST):
+        expected = acts[hook][rows].to(to)
+        assert torch.equal(read[hook][:].reshape(-1, WIDTH).to(to), expected)
 
 
 def test_the_command_exports_and_says_what_is_left_out(run, acts, tmp_path, capsys):

@@ -24,6 +24,7 @@ from model_folders import TEXTS, llama, run
 
 FIRST = os.environ.get("THELOOM_FAULTS")
 SHARD = "shards/00000-of-00001.h5"
+PUSHED = "pushed/00000-of-00001.json"
 PREPARED = {"estimate": "estimate.h5", "model": "model.h5", "tokens": "tokens.h5"}
 
 
@@ -59,7 +60,7 @@ JOBS = {
         documents=[],
         **MERGED,
     ),
-    "push_shard": script("push_shard", "push", {"record": "pushed/0.json"}, shard=SHARD),
+    "push_shard": script("push_shard", "push", {"record": PUSHED}, shard=SHARD),
     "push_run": script(
         "push_run",
         "push",
@@ -90,6 +91,9 @@ JOBS = {
     "report_attention": script("report_attention", "report", DRAWN, shards=[SHARD], **MERGED),
     "report_probe": script("report_probe", "report", DRAWN, **MERGED),
     "report_page": script("report_page", "report", {"page": "report.html"}, **MERGED),
+    "remove_shards": script(
+        "remove_shards", "remove", {"record": "removed.json"}, pushed="pushed.json", shards=[PUSHED]
+    ),
 }
 SAMPLED = "answers/00000-of-00001.h5"
 OF_ANSWERS = {
@@ -116,7 +120,7 @@ BEFORE_ANSWERS = ("estimate_memory", "stage_model", "tokenize_corpus")
 LABELLED = "corpus.columns=[text] report.label=text"
 # Runs, and the jobs whose writes differ from those of the runs before.
 RUNS = {
-    "resident": (f"store.merge=virtual {LABELLED}", list(JOBS)),
+    "resident": (f"store.merge=virtual store.keep_local=false {LABELLED}", list(JOBS)),
     "layerwise": (
         f"extraction.execution=layerwise store.merge=physical {LABELLED}",
         ["extract_shard", "merge_shards"],
@@ -203,10 +207,16 @@ def whole(request, tmp_path_factory, failing, source):
     before = {}
     for name, job in jobs.items():
         shutil.copytree(made.folder, folder / name)
+        if name == "remove_shards":  # what is compared has the shards
+            shutil.copytree(made.folder, folder / "finished")
         ended = failing.run(made.folder, job)
         assert ended.status == 0, ended.log + ended.console
         before[name] = (folder / name, files(made.folder) - files(folder / name), ended.calls)
-    return made.folder, {name: before[name] for name in tried}
+    finished = made.folder
+    if "remove_shards" in jobs:
+        finished = folder / "finished"
+        shutil.copy(made.folder / "removed.json", finished)
+    return finished, {name: before[name] for name in tried}
 
 
 def files(folder):

@@ -177,7 +177,7 @@ def test_other_rows_are_those_of_the_file_too(tmp_path, monkeypatch, tiny_llama,
     found = theloom.open(tmp_path / "run/activations.h5")
     assert sorted(check(stream, found)) == list(range(len(found)))
     kinds = {file.suffix for file in temporary.rglob("*") if file.is_file()}
-    assert kinds == {".json", ".h5"}
+    assert kinds == {".json", ".h5", ".lock"}
     del stream
     assert not list(temporary.iterdir())
     assert not list(elsewhere.iterdir())

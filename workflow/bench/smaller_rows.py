@@ -101,7 +101,7 @@ def main(run: Path, autoencoder: bool = True) -> list[tuple[str, ...]]:
     """Print a table in Markdown; returns its rows."""
     truth = theloom.open(run / "activations.h5")
     if truth.stored_as != "fp32":
-        raise SystemExit(f"encodings: {run} stores {truth.stored_as}; give a run that stores fp32")
+        raise SystemExit(f"{run} stores {truth.stored_as}; give a run that stores fp32")
     lines = [_COLUMNS, ("---",) * len(_COLUMNS)]
     for line in lines:
         print(f"| {' | '.join(line)} |")

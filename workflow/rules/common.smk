@@ -182,6 +182,26 @@ def shards_of(run):
     return [f"results/{run}/shards/{n:05d}-of-{count:05d}.h5" for n in range(count)]
 
 
+def local_shards(wildcards):
+    """Input function: the shards of a run that keeps them. Others are there as long as the run is not pushed; where they
+    were an input, Snakemake would extract them again.
+    """
+    return shards(wildcards) if keeps_shards(wildcards.run) else []
+
+
+def keeps_shards(run):
+    """Whether the shards of a run stay on the local disk."""
+    return stage(run, "remove")["config"]["store"]["keep_local"]
+
+
+def report_with_label(wildcards):
+    """Input function: the report of a run with a label, which reads the rows."""
+    run = wildcards.run
+    return (
+        [f"results/{run}/report.html"] if stage(run, "report")["config"]["report"]["label"] else []
+    )
+
+
 def pushed_shards(wildcards):
     """Input function: the records of the shards in the remote store."""
     return [f"results/{wildcards.run}/pushed/{Path(s).stem}.json" for s in shards(wildcards)]
@@ -241,7 +261,8 @@ def recomputed_documents(wildcards):
 
 def delivered_shards(run):
     """The shards that a run's activations.h5 refers to: without them it cannot be read."""
-    return shards_of(run) if RUNS[run].config["store"]["merge"] == "virtual" else []
+    virtual = RUNS[run].config["store"]["merge"] == "virtual"
+    return shards_of(run) if virtual and keeps_shards(run) else []
 
 
 def pushes(run):

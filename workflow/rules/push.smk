@@ -49,3 +49,30 @@ rule push_run:
         "{wildcards.run}: push the run"
     script:
         "../scripts/push_run.py"
+
+
+# Only runs with store.keep_local=false: nothing comes after it that reads rows.
+rule remove_shards:
+    input:
+        config=frozen("remove"),
+        pushed="results/{run}/pushed.json",
+        shards=pushed_shards,
+        report=report_with_label,
+    output:
+        record="results/{run}/removed.json",
+    log:
+        "results/{run}/logs/remove_shards.log",
+    benchmark:
+        "results/{run}/benchmarks/remove_shards.tsv"
+    localrule: workflow.storage_settings.default_storage_provider is None
+    conda:
+        "../../envs/theloom.yaml"
+    container:
+        CONTAINER
+    resources:
+        mem_mb=2000,
+        runtime=240,
+    message:
+        "{wildcards.run}: read the pushed shards back, and remove the local ones"
+    script:
+        "../scripts/remove_shards.py"

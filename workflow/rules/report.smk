@@ -17,7 +17,7 @@ rule report_page:
     input:
         lambda wildcards: figures_of(wildcards.run),
         config=frozen("report"),
-        shards=shards,
+        shards=local_shards,
         activations="results/{run}/activations.h5",
         verification="results/{run}/verification.h5",
     output:
@@ -60,7 +60,7 @@ rule report_memory:
 rule report_speed:
     input:
         config=frozen("report"),
-        shards=shards,
+        shards=local_shards,
     output:
         **drawn("speed", "Speed"),
     log:
@@ -103,7 +103,7 @@ rule report_answers:
 rule report_states:
     input:
         config=frozen("report"),
-        shards=shards,
+        shards=local_shards,
         activations="results/{run}/activations.h5",
     output:
         **drawn("states", "Hidden states"),
@@ -125,7 +125,7 @@ rule report_states:
 rule report_attention:
     input:
         config=frozen("report"),
-        shards=shards,
+        shards=local_shards,
         activations="results/{run}/activations.h5",
     output:
         **drawn("attention", "Attention"),
@@ -147,7 +147,7 @@ rule report_attention:
 rule report_probe:
     input:
         config=frozen("report"),
-        shards=shards,
+        shards=local_shards,
         activations="results/{run}/activations.h5",
     output:
         **drawn("probe", "Label"),
@@ -170,7 +170,7 @@ rule report_runs:
     input:
         activations=expand("results/{run}/activations.h5", run=RUNS),
         models=expand("results/{run}/model.h5", run=RUNS),
-        shards=[shard for run in RUNS for shard in shards_of(run)],
+        shards=[shard for run in RUNS if keeps_shards(run) for shard in shards_of(run)],
     output:
         **drawn("runs", "Comparison of runs", "results/_runs/figures", None),
     log:

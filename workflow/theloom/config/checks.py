@@ -103,6 +103,11 @@ def check(config: Config) -> None:
             f"store.remote: {remote!r} is no URL; give s3://bucket/folder, gs://bucket/folder or "
             "hf://user/name"
         )
+    if not config.store.keep_local and (remote is None or config.store.merge.name != "virtual"):
+        raise ConfigError(
+            "store.keep_local=false removes shards that activations.h5 refers to, once they are in "
+            "store.remote; set store.remote to a URL, and store.merge=virtual"
+        )
     overflow = config.store.max_overflow
     if overflow is not None and not 0 <= overflow <= 1:
         raise ConfigError(

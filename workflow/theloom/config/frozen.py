@@ -62,7 +62,7 @@ def decides_no_row(key: str) -> bool:
         >>> decides_no_row("extraction.batch_tokens"), decides_no_row("memory.precision_mode")
         (True, False)
     """
-    beside = (*_PLAN, *BESIDE_THE_RESULT, "verify.jobs", "store.remote")
+    beside = (*_PLAN, *BESIDE_THE_RESULT, "verify.jobs", "store.remote", "store.keep_local")
     return key in beside or key.startswith("resources.")
 
 
@@ -175,6 +175,7 @@ STAGES: dict[str, Stage] = {
         )
     ),
     "push": Stage(("store.remote",)),
+    "remove": Stage(("store.remote", "store.keep_local")),
     "report": Stage(("report",)),
     "resources": Stage(("resources", "verify.jobs")),
 }

@@ -202,6 +202,11 @@ class StoreConfig:
         "URL of a folder, such as s3://bucket/runs: each shard is pushed to URL/NAME, of the run, "
         "as soon as it is finished, the rest once the run is verified; null: nothing is pushed",
     )
+    keep_local: bool = key(
+        True,
+        "false: once the run is pushed, each shard is read back from store.remote, and its local "
+        "file removed; activations.h5 is read at the URL from then on",
+    )
     max_overflow: float | None = key(
         None,
         "fp16 only: the share of a hook point's values that may be beyond 65,504, and so infinite, "

@@ -2,7 +2,7 @@
 
 Rows are mapped from the files where they lie, and come as torch tensors in their stored dtype.
 Before anything is read, every file that the dataset refers to is checked, since HDF5 reads a
-missing one as zeros.
+missing one as NaN.
 """
 
 from collections.abc import Collection, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from theloom.dataset.batches import BatchIterator, RowBatches
-    from theloom.dataset.exports import Cache
+    from theloom.dataset.conversions import Cache
     from theloom.dataset.selecting import RowTable
 
 
@@ -69,14 +69,14 @@ class Activations(ActivationsReader):
     """
 
     def __repr__(self) -> str:
-        from theloom.dataset import exports
+        from theloom.dataset import conversions
 
-        return exports.describe(self)
+        return conversions.describe(self)
 
     def _repr_html_(self) -> str:
-        from theloom.dataset import exports
+        from theloom.dataset import conversions
 
-        return exports.describe_html(self)
+        return conversions.describe_html(self)
 
     @property
     def rows(self) -> "RowTable":
@@ -185,7 +185,7 @@ class Activations(ActivationsReader):
         tokenizer: str | None = None,
         trust_remote_code: bool = False,
     ) -> "pd.DataFrame":
-        """A table as pandas has it: `exports.documents_frame` or `exports.tokens_frame`.
+        """A table as pandas has it: `conversions.documents_frame` or `conversions.tokens_frame`.
 
         Args:
             of: `documents` (a row for each document) or `tokens` (a row for each token).
@@ -206,7 +206,7 @@ class Activations(ActivationsReader):
             >>> acts.to_dataframe()["tokens"].tolist()
             [260, 30]
         """
-        from theloom.dataset import exports
+        from theloom.dataset import conversions
 
         if of not in ("documents", "tokens"):
             raise ConfigError(
@@ -214,15 +214,15 @@ class Activations(ActivationsReader):
                 "hidden states: acts.to_xarray()"
             )
         return (
-            exports.documents_frame(self)
+            conversions.documents_frame(self)
             if of == "documents"
-            else exports.tokens_frame(self, rows, tokenizer, trust_remote_code)
+            else conversions.tokens_frame(self, rows, tokenizer, trust_remote_code)
         )
 
     def to_xarray(
         self, hooks: Sequence[str] | None = None, rows: slice | None = None
     ) -> "xr.Dataset":
-        """Hidden states with their tokens as coordinates, read into memory: `exports.to_xarray`.
+        """Hidden states with tokens as coordinates, read into memory: `conversions.to_xarray`.
 
         Args:
             hooks: hook points; None: all of them.
@@ -235,12 +235,12 @@ class Activations(ActivationsReader):
             ConfigError: xarray is not installed.
             HookError: the dataset has no such hook point.
         """
-        from theloom.dataset import exports
+        from theloom.dataset import conversions
 
-        return exports.to_xarray(self, hooks, rows)
+        return conversions.to_xarray(self, hooks, rows)
 
     def to_datasets(self, hooks: Sequence[str] | None = None) -> "datasets.Dataset":
-        """A `datasets.Dataset`, a row for each stored row: `exports.to_datasets`.
+        """A `datasets.Dataset`, a row for each stored row: `conversions.to_datasets`.
 
         Args:
             hooks: hook points; None: all of them.
@@ -253,12 +253,12 @@ class Activations(ActivationsReader):
             ConfigError: datasets is not installed.
             HookError: the dataset has no such hook point.
         """
-        from theloom.dataset import exports
+        from theloom.dataset import conversions
 
-        return exports.to_datasets(self, hooks)
+        return conversions.to_datasets(self, hooks)
 
     def cache(self, document: int | str) -> "Cache":
-        """One document's hidden states as TransformerLens shapes them: `exports.Cache`.
+        """One document's hidden states as TransformerLens shapes them: `conversions.Cache`.
 
         Args:
             document: its number or id.
@@ -277,9 +277,9 @@ class Activations(ActivationsReader):
             >>> acts.cache(1)["blocks.1.hook_resid_post"].shape
             torch.Size([1, 30, 32])
         """
-        from theloom.dataset import exports
+        from theloom.dataset import conversions
 
-        return exports.Cache(self, document)
+        return conversions.Cache(self, document)
 
     def batches(
         self,

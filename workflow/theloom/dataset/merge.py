@@ -1,7 +1,7 @@
 """Merging shards to one dataset: `activations.h5` refers to them (virtual) or is a copy (physical).
 
 Either way every shard must first be there, finished, of this run and of the same schema, since HDF5
-reads a missing source as zeros. The merged file gets its final name when all of it is on disk. A
+reads a missing source as NaN. The merged file gets its final name when all of it is on disk. A
 job that is killed leaves a `.partial`, which the next one writes from the start: the shards still
 hold everything.
 """
@@ -283,6 +283,8 @@ def _refer(
     width = shards[0].shapes[name][1:]
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_obj_track_times(False)
+    if type_id.get_class() == h5py.h5t.FLOAT:  # what HDF5 reads of a shard that is not there
+        properties.set_fill_value(np.array(np.nan, "f4"))
     whole = h5py.h5s.create_simple((_count(shards, name), *width))
     row = 0
     for shard in shards:

@@ -1,6 +1,6 @@
 """The files that hold a dataset's rows; each is checked before it is read.
 
-HDF5 reads a source that is missing, cut short, or one file descriptor too many, as zeros. So
+HDF5 reads a source that is missing, cut short, or one file descriptor too many, as fill values. So
 nothing here is read through HDF5's virtual datasets: the merged file lists the offsets of each
 shard's rows, and they are mapped. A file that is opened again, for its rows or by another process,
 must be the one that was opened first: `Identity` has what tells.
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
-from theloom.errors import StoreError
+from theloom.errors import StoreError, printable
 from theloom.precision import SCALED
 from theloom.store import checksums, commit_log, file_format
 from theloom.store.hdf5 import byte_source, content
@@ -27,6 +27,7 @@ from theloom.store.index import FileIndex
 from theloom.store.tables import tokens as token_tables
 
 TOKENS = ("tokens/input_ids", "tokens/document", "tokens/position")
+REMOVED = "removed.json"  # next to a merged file whose shards are elsewhere alone
 _ADVICE = "run the pipeline again, or fetch the file again"
 
 
@@ -74,6 +75,11 @@ class Identity:
         except StoreError:
             if self.path.is_file():
                 raise
+            if referred is not None and (url := removed_to(referred)):
+                raise StoreError(
+                    f"{referred} refers to {self.path}, which was removed once it was pushed; "
+                    f"open {url}, or copy it back from there"
+                ) from None
             missing = "is not a file" if self.path.exists() else "is missing"
             raise StoreError(
                 (
@@ -96,6 +102,24 @@ class Identity:
         raise StoreError(
             f"{self.path}: is not the shard that {referred.name} was merged from; {_ADVICE}"
         )
+
+
+def removed_to(merged: Path) -> str | None:
+    """Find where the shards of a merged file are that the pipeline has removed.
+
+    Args:
+        merged: the merged file.
+
+    Returns:
+        The URL of the run; None: nothing was removed.
+    """
+    if not isinstance(merged, Path):
+        return None
+    try:
+        record = json.loads((merged.parent / REMOVED).read_text(encoding="utf-8"))
+        return printable(str(record["url"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -74,3 +74,22 @@ def rows_of(starts: np.ndarray, size: int) -> np.ndarray:
         [0, 1, 2, 10, 11, 12]
     """
     return (starts[:, None] + np.arange(size)).reshape(-1)
+
+
+def runs(starts: np.ndarray, size: int) -> list[slice]:
+    """The rows of contexts, as slices that are as long as can be.
+
+    Args:
+        starts: the first row of each context, (contexts,), at least one.
+        size: rows of a context.
+
+    Returns:
+        Slices of rows, in order.
+
+    Examples:
+        >>> runs(np.array([0, 3, 10]), 3)
+        [slice(0, 6, None), slice(10, 13, None)]
+    """
+    ends = np.flatnonzero(np.diff(starts) != size) + 1
+    parts = np.split(starts, ends)
+    return [slice(int(part[0]), int(part[-1]) + size) for part in parts]

@@ -6,6 +6,7 @@ last layer is the last block's output, before the final norm. SpecForge counts b
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -52,6 +53,7 @@ def write_speculators(job: Job) -> None:
     """
     try:
         import datasets
+        import pyarrow as pa
     except ImportError:
         raise ConfigError("speculators needs datasets; pip install 'theloom[hub]'") from None
     import torch
@@ -64,28 +66,32 @@ def write_speculators(job: Job) -> None:
             f"speculators takes the last block's output as its last layer; end --hooks with "
             f"blocks.{last - 1}.hook_resid_post, and extract it where the file lacks it"
         )
-    assert job.width  # of one width
-    frequency: dict[int, int] = {}
-    conversations = []
-    for number, window in enumerate(job.windows):
-        ids, mask = _tokens(job, window.rows), _mask(job, window.rows)
-        conversations.append({"input_ids": ids, "loss_mask": mask, "seq_len": len(window)})
-        for token, count in zip(*np.unique(ids[mask == 1], return_counts=True), strict=True):
-            frequency[int(token)] = frequency.get(int(token), 0) + int(count)
-        name = f"hidden_states/hs_{number}.safetensors"
-        if job.is_done(name):
-            continue
-        states = torch.stack([job.rows(hook, window.rows) for hook in job.hooks], dim=1)
-        tensors = {"hidden_states": states.contiguous(), "token_ids": torch.from_numpy(ids)}
-        with job.writing(name) as path:
-            save_file(tensors, str(path), {"layer_ids": json.dumps(layers)})
+    width, dtype = job.width, job.torch_dtype
+    most = max(len(window) for window in job.windows)
 
+    def write_file(number: int, path: Path) -> None:
+        window = job.windows[number].rows
+        states = torch.empty((window.stop - window.start, len(job.hooks), width), dtype=dtype)
+        for place, hook in enumerate(job.hooks):
+            job.fill(hook, window.start, states[:, place])
+        tensors = {"hidden_states": states, "token_ids": torch.from_numpy(_tokens(job, window))}
+        save_file(tensors, str(path), {"layer_ids": json.dumps(layers)})
+
+    names = [f"hidden_states/hs_{number}.safetensors" for number in range(len(job.windows))]
+    job.write_files(names, write_file, most * len(job.hooks) * width * dtype.itemsize)
+    everything = slice(0, len(job.acts))
+    ids, mask = _tokens(job, everything), _mask(job, everything)
+    offsets = np.array([*(w.rows.start for w in job.windows), len(job.acts)])
     numbers = datasets.Sequence(datasets.Value("int64"))
     features = datasets.Features(
         {"input_ids": numbers, "loss_mask": numbers, "seq_len": datasets.Value("int64")}
     )
-    prepared = datasets.Dataset.from_list(conversations, features=features)
+    columns = [pa.LargeListArray.from_arrays(offsets, values) for values in (ids, mask)]
+    columns = [*(c.cast(pa.list_(pa.int64())) for c in columns), pa.array(np.diff(offsets))]
+    prepared = datasets.Dataset(pa.Table.from_arrays(columns, schema=features.arrow_schema))
     prepared.save_to_disk(str(job.folder))
+    counts = np.bincount(ids[mask == 1])
+    frequency = {int(token): int(counts[token]) for token in np.flatnonzero(counts)}
     job.write_torch("token_freq.pt", frequency)
     _leave_out(job)
 
@@ -108,7 +114,7 @@ def write_specforge(job: Job) -> None:
             f"specforge needs the state after the final norm: add {LAST_STATE} to --hooks, and to "
             "memory.activation_cache_filter where the file lacks it"
         )
-    assert job.width  # of one width
+    dtype = job.torch_dtype
     auxiliary = [hook for hook in job.hooks if hook != LAST_STATE]
     numbers = [job.number_of_layer(hook) for hook in auxiliary]
     if len(auxiliary) != _AUXILIARY or None in numbers:
@@ -120,17 +126,22 @@ def write_specforge(job: Job) -> None:
         "layers.json",
         json.dumps({"aux_hidden_state_layers": [n - 1 for n in numbers if n is not None]}),
     )
-    for number, window in enumerate(job.windows):
-        first = number - number % _AT_ONCE
-        name = f"rows_{first}-{first + _AT_ONCE}/data_{number}.ckpt"
-        if job.is_done(name):
-            continue
-        layers = torch.cat([job.rows(hook, window.rows) for hook in auxiliary], dim=-1)
+    most = max(len(window) for window in job.windows)
+
+    def write_file(number: int, path: Path) -> None:
+        window = job.windows[number].rows
+        layers = torch.empty((1, window.stop - window.start, _AUXILIARY, job.width), dtype=dtype)
+        for place, hook in enumerate(auxiliary):
+            job.fill(hook, window.start, layers[0, :, place])
         record = {
-            "input_ids": torch.from_numpy(_tokens(job, window.rows)),
-            "loss_mask": torch.from_numpy(_mask(job, window.rows)),
-            "hidden_state": job.rows(LAST_STATE, window.rows)[None],
-            "aux_hidden_state": layers[None],
+            "input_ids": torch.from_numpy(_tokens(job, window)),
+            "loss_mask": torch.from_numpy(_mask(job, window)),
+            "hidden_state": job.rows(LAST_STATE, window)[None],
+            "aux_hidden_state": layers.flatten(2),
         }
-        job.write_torch(name, record)
+        torch.save(record, path)
+
+    firsts = [number - number % _AT_ONCE for number in range(len(job.windows))]
+    names = [f"rows_{m}-{m + _AT_ONCE}/data_{n}.ckpt" for n, m in enumerate(firsts)]
+    job.write_files(names, write_file, most * len(job.hooks) * job.width * dtype.itemsize)
     _leave_out(job)

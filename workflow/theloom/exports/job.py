@@ -5,17 +5,19 @@ goes on with the files that are missing.
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from theloom.errors import ConfigError, StoreError, printable
+from theloom.exports.folder import whole
 from theloom.rows.roles import ROLES, code
 from theloom.store import file_format
 
@@ -23,10 +25,13 @@ if TYPE_CHECKING:
     import torch
 
     from theloom.dataset.activations import Activations
+    from theloom.dataset.rows import HookRows
 
-RECORD = "theloom-export.json"
-_UNFINISHED = ".partial"
 _FILE_BYTES = 1 << 29  # of a file of many rows
+_AT_ONCE = 8  # files that are written: while one waits for the disk, others are filled
+_HELD = 1 << 28  # bytes of memory for the files that are written at once
+_READ_BYTES = 1 << 22  # of rows that are read before they are converted
+_ELEMENTS = 1 << 15  # that torch converts at once: of more it would share the work with threads
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Job:
     fit: str | None = None
     advance: Callable[[int], object] = lambda rows: None
     left_out: list[str] = field(default_factory=list)
+    _stored: "dict[str, HookRows]" = field(default_factory=dict)
+    _counting: Lock = field(default_factory=Lock)
 
     @cached_property
     def width(self) -> int:
@@ -88,6 +95,53 @@ class Job:
         """The dtype of NumPy; of BF16, which it lacks, float32."""
         return {"fp32": "float32", "fp16": "float16", "bf16": "float32"}[self.dtype]
 
+    @cached_property
+    def torch_dtype(self) -> "torch.dtype":
+        """The dtype of PyTorch."""
+        from theloom.precision import torch_dtype
+
+        return torch_dtype(self.dtype)
+
+    def stored(self, hook: str) -> "HookRows":
+        """The rows of a hook point as the file has them, whose files are looked up once.
+
+        Args:
+            hook: the name of the hook point.
+
+        Returns:
+            The rows; nothing is read.
+        """
+        if hook not in self._stored:
+            self._stored[hook] = self.acts[hook]
+        return self._stored[hook]
+
+    def fill(self, hook: str, start: int, out: "torch.Tensor") -> None:
+        """Read consecutive rows into memory that is there.
+
+        Args:
+            hook: the name of the hook point.
+            start: the first row.
+            out: (rows, …) of any dtype and any strides, on the CPU; `advance` is told how many.
+        """
+        import torch
+
+        stored = self.stored(hook)
+        if out.dtype == stored.dtype:
+            stored.read_into(file_format.shared_bits(out), start)
+        else:
+            width = max(1, out[:1].numel())
+            step = max(1, _READ_BYTES // (width * stored.dtype.itemsize))
+            read = torch.empty((min(step, len(out)), *out.shape[1:]), dtype=stored.dtype)
+            for first in range(0, len(out), step):
+                some = out[first : first + step]
+                found = read[: len(some)]
+                stored.read_into(file_format.shared_bits(found), start + first)
+                pieces = max(1, _ELEMENTS // width)
+                for to, of in zip(some.split(pieces), found.split(pieces), strict=True):
+                    to.copy_(of)
+        with self._counting:
+            self.advance(len(out))
+
     def rows(self, hook: str, rows: slice | np.ndarray) -> "torch.Tensor":
         """Rows of a hook point in the dtype of the export.
 
@@ -98,10 +152,17 @@ class Job:
         Returns:
             (rows, …) on the CPU; `advance` is told how many.
         """
-        from theloom.precision import torch_dtype
+        import torch
 
-        found = self.acts[hook][rows].to(torch_dtype(self.dtype))
-        self.advance(len(found))
+        stored = self.stored(hook)
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(stored))
+            found = torch.empty((stop - start, *stored.shape[1:]), dtype=self.torch_dtype)
+            self.fill(hook, start, found)
+            return found
+        found = stored[rows].to(self.torch_dtype)
+        with self._counting:
+            self.advance(len(found))
         return found
 
     def array(self, hook: str, rows: slice | np.ndarray) -> np.ndarray:
@@ -269,8 +330,29 @@ class Job:
         """
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _whole(path) as unfinished:
+        with whole(path) as unfinished:
             yield unfinished
+
+    def write_files(
+        self, names: Sequence[str], write: Callable[[int, Path], object], held: int
+    ) -> None:
+        """Write those of many files that are not done, several at once.
+
+        Args:
+            names: of the files in the export's folder.
+            write: is called in a thread with the number of a name, and the path to write to.
+            held: bytes of memory that it takes for a file, at most.
+        """
+        missing = [number for number, name in enumerate(names) if not self.is_done(name)]
+
+        def one(number: int) -> None:
+            with self.writing(names[number]) as path:
+                write(number, path)
+
+        with ThreadPoolExecutor(max(1, min(_AT_ONCE, _HELD // max(1, held)))) as pool:
+            for first in range(0, len(missing), 1024):
+                for _ in pool.map(one, missing[first : first + 1024]):
+                    pass  # the first that fails is raised here, and those that wait are not begun
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file.
@@ -380,76 +462,3 @@ def safe_names(ids: Sequence[str], taken: str = "/\\") -> list[str]:
             )
         seen[name] = of
     return names
-
-
-def begin(folder: Path, identity: dict[str, Any]) -> bool:
-    """Prepare the folder of an export.
-
-    Args:
-        folder: it is made where there is none.
-        identity: what the export is of; another one may not go on with its files.
-
-    Returns:
-        Whether it is finished already.
-
-    Raises:
-        ConfigError: the folder holds something else.
-    """
-    record = folder / RECORD
-    if record.is_file():
-        try:
-            found = json.loads(record.read_text(encoding="utf-8"))
-            before, finished = found["export"], bool(found["finished"])
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{record} is damaged; remove {folder}, and export again") from None
-        if before != identity:
-            differ = [k for k in identity if before.get(k) != identity[k]]
-            raise ConfigError(
-                f"{folder} holds another export, which differs in {', '.join(differ)}; give "
-                "another folder"
-            )
-        return finished
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty; give a folder that does not exist")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder, identity, [], finished=False)
-    return False
-
-
-def write_record(
-    folder: Path, identity: dict[str, Any], left_out: list[str], finished: bool
-) -> None:
-    """Write what an export is of, what it left out, and whether it is finished.
-
-    Args:
-        folder: of the export.
-        identity: what tells one export from another, plain values.
-        left_out: sentences on what the export could not carry.
-        finished: whether all files are written.
-    """
-    written = {"export": identity, "left_out": left_out, "finished": finished}
-    with _whole(folder / RECORD) as path:
-        text = json.dumps(written, indent=2, ensure_ascii=False)
-        path.write_text(f"{text}\n", encoding="utf-8")
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Another path to write a file to, which takes its own once it is whole and on the disk."""
-    unfinished = path.with_name(path.name + _UNFINISHED)
-    yield unfinished
-    file_format.sync(unfinished)
-    unfinished.replace(path)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Read what `write_record` wrote.
-
-    Args:
-        folder: of the export.
-
-    Returns:
-        `export`, `left_out` and `finished`.
-    """
-    found: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from theloom.errors import ConfigError
-from theloom.exports import job as jobs
+from theloom.exports import folder as folders
 from theloom.exports.formats import FORMATS
 from theloom.exports.job import Job
 from theloom.hooks.points import RESIDUALS
@@ -100,9 +100,9 @@ def export(
     if not len(acts):
         raise ConfigError(f"{acts.path} has no rows to export")
     identity |= {"rows": len(acts), "hooks": chosen, "dtype": dtype or acts.precision}
-    if jobs.begin(folder, identity):
+    if folders.begin(folder, identity):
         log.info("%s is finished", folder)
-        return Exported(folder, len(acts), chosen, jobs.read_record(folder)["left_out"])
+        return Exported(folder, len(acts), chosen, folders.read_record(folder)["left_out"])
     with _bar(len(acts) * len(chosen), to, progress) as bar:
         job = Job(
             acts=acts,
@@ -114,7 +114,7 @@ def export(
             advance=bar.update,
         )
         FORMATS[to].write(job)
-    jobs.write_record(folder, identity, job.left_out, finished=True)
+    folders.write_record(folder, identity, job.left_out, finished=True)
     for sentence in job.left_out:
         log.info("%s leaves out %s", to, sentence)
     return Exported(folder, len(acts), chosen, job.left_out)

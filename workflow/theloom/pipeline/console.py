@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from theloom.config import locations
-from theloom.dataset import activations
+from theloom.dataset import activations, parts
+from theloom.errors import StoreError
 from theloom.pipeline.job import error_of
 from theloom.terminal import lines
 from theloom.verification import encoding, recorded
@@ -116,7 +117,14 @@ def summary(folder: Path) -> str:
     Raises:
         StoreError: A file is missing or damaged.
     """
-    acts = activations.open_activations(folder / "activations.h5")
+    path = folder / "activations.h5"
+    try:
+        acts = activations.open_activations(path)
+    except StoreError:
+        if (url := parts.removed_to(path)) is None:
+            raise
+        moved = [f"{path}", f"  its rows are at {url}, and no more here"]
+        return "\n".join([*moved, f"  next: {locations.program('theloom')} inspect {url}"])
     found = recorded.read(folder / "verification.h5")
     nearest = int((found.errors / found.allowed).argmax())
     size = sum(acts[hook].nbytes for hook in acts.hooks)

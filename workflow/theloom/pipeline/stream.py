@@ -1,20 +1,16 @@
 """Rows of a run in memory, as they are computed: `theloom.stream`.
 
 The stages of the pipeline before the extraction run in this process: tokens, estimate, and the
-record of the model go to a temporary folder, which is removed at the end. Then a thread extracts
-shard after shard, as a job of the pipeline would, and puts the rows of each batch into a bounded
-queue. Rows are those of the run's `activations.h5`, since the plan, and so every batch of windows,
-is the same.
+record of the model go to a temporary folder, which is removed at the end, or by the next stream
+where the process was killed. Then a thread extracts shard after shard, as a job of the pipeline
+would, and puts the rows of each batch into a bounded queue. Rows are those of the run's
+`activations.h5`, since the plan, and so every batch of windows, is the same.
 """
 
 import logging
 import multiprocessing
 import multiprocessing.context
-import os
-import shutil
-import tempfile
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +35,7 @@ from theloom.engine.resident import batches_of, plan_resident, stream_resident
 from theloom.engine.row_queue import QueueClosedError, RowBlock, RowQueue, ShardRows
 from theloom.errors import ConfigError, HookError, MemoryPlanError
 from theloom.pipeline import load_model, preflight, request, stage_model
+from theloom.pipeline.temporary import temporary_folder
 from theloom.planning import estimate, measure, multi_gpu
 from theloom.precision import BYTES, read_as
 from theloom.rows.pooling import ADDED_UP
@@ -143,8 +140,7 @@ class RowStream(IterableDataset[Batch]):
         self.batch_size, self.shuffle_buffer, self.seed = batch_size, shuffle_buffer, seed
         self.epochs = epochs
         self.single = isinstance(hooks, str)
-        self._folder = Path(tempfile.mkdtemp(prefix="theloom-stream-"))
-        self._remove = weakref.finalize(self, _remove_folder, self._folder, os.getpid())
+        self._folder, self._remove = temporary_folder(self, "theloom-stream-")
         try:
             _prepare(run, self._folder)
             self._describe(hooks)
@@ -388,8 +384,3 @@ def _prepare(run: Run, folder: Path) -> None:
     tokens.tokenize(config("tokens"), folder / "tokens.h5")
     files = (folder / "estimate.h5", folder / "tokens.h5", folder / "model.h5")
     load_model.record(config("model"), *files)
-
-
-def _remove_folder(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not a forked worker
-        shutil.rmtree(folder, ignore_errors=True)

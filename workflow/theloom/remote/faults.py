@@ -177,3 +177,17 @@ def _name(error: BaseException) -> str:
     if not text or type(error).__module__.partition(".")[0] in ("requests", "urllib3"):
         return type(error).__name__  # whose texts have the signatures of URLs
     return f"{type(error).__name__}: {text}"
+
+
+def no_bucket(url: str) -> StoreError:
+    """The error for a bucket or a repository that is not there.
+
+    Args:
+        url: that was to be written.
+
+    Returns:
+        The error, to be raised.
+    """
+    return StoreError(
+        f"{url}: there is no such bucket or repository; create it, or give another URL"
+    )

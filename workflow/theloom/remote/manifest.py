@@ -65,7 +65,7 @@ class Record:
                 whole.update(data)
                 digests += xxhash.xxh3_128_digest(data)
                 size += len(data)
-        own, at = _own_checksums(path) if head == SIGNATURE else (b"", 0)
+        own, at = own_checksums(path) if head == SIGNATURE else (b"", 0)
         return cls(size, whole.hexdigest(), bytes(digests), BLOCK, own.hex(), at)
 
     def encoded(self) -> bytes:
@@ -119,8 +119,18 @@ class Record:
         return xxhash.xxh3_128_digest(data) == digest
 
 
-def _own_checksums(path: Path) -> tuple[bytes, int]:
-    """The checksums that tell a file of hidden states from another, and the byte of the first."""
+def own_checksums(path: Any) -> tuple[bytes, int]:
+    """The checksums that tell a file of hidden states from another.
+
+    Args:
+        path: of the file, local or not.
+
+    Returns:
+        Them, and the byte of the first; empty where the file has none.
+
+    Raises:
+        StoreError: it is damaged.
+    """
     with file_format.reading(path) as file:
         listed = index.of(file, path)
         if checksums.CHECKSUMS not in listed.datasets:

@@ -131,9 +131,7 @@ class _Object:
             try:
                 answer = self._call(method, Bucket=self._bucket, **arguments, **after)
             except FileNotFoundError:
-                raise StoreError(
-                    f"{self._url}: there is no such bucket; create it, or give another URL"
-                ) from None
+                raise faults.no_bucket(self._url) from None
             yield answer
             if not answer.get("IsTruncated"):
                 return

@@ -233,21 +233,7 @@ def _requested(url: str, request: Callable[[], None]) -> None:
     try:
         faults.retried(url, "written", request)
     except FileNotFoundError:
-        raise no_bucket(url) from None
-
-
-def no_bucket(url: str) -> StoreError:
-    """The error for a bucket or a repository that is not there.
-
-    Args:
-        url: that was to be written.
-
-    Returns:
-        The error, to be raised.
-    """
-    return StoreError(
-        f"{url}: there is no such bucket or repository; create it, or give another URL"
-    )
+        raise faults.no_bucket(url) from None
 
 
 def _state(path: Path) -> tuple[int, int, int]:

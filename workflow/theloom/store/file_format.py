@@ -113,10 +113,29 @@ def bits(tensor: "torch.Tensor") -> np.ndarray:
         >>> hex(bits(torch.ones(1, dtype=torch.bfloat16)).item())
         '0x3f80'
     """
+    return shared_bits(tensor.contiguous())
+
+
+def shared_bits(tensor: "torch.Tensor") -> np.ndarray:
+    """The bits of a CPU tensor over its own memory, to be written to.
+
+    Args:
+        tensor: of elements of two or four bytes, of any strides.
+
+    Returns:
+        An array of unsigned integers of the same shape and strides.
+
+    Examples:
+        >>> import torch
+        >>> rows = torch.zeros(2, 3)
+        >>> shared_bits(rows[:, 1])[:] = 0x3F800000
+        >>> rows[0].tolist()
+        [0.0, 1.0, 0.0]
+    """
     import torch
 
     integer = {2: torch.uint16, 4: torch.uint32}[tensor.element_size()]
-    return tensor.contiguous().view(integer).numpy()
+    return tensor.view(integer).numpy()
 
 
 def raw_bytes(tensor: "torch.Tensor") -> memoryview:

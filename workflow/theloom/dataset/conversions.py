@@ -1,4 +1,5 @@
-"""A dataset in the forms of other libraries: pandas, xarray, datasets, safetensors, `.npy`.
+"""A dataset in memory in the forms of other libraries: pandas, xarray, datasets. Files are written
+by `theloom.exports`.
 
 Each function takes the dataset first; the most used ones are methods of `Activations` too. pandas,
 xarray and datasets are optional: `pip install 'theloom[notebook,hub]'`.
@@ -7,7 +8,6 @@ xarray and datasets are optional: `pip install 'theloom[notebook,hub]'`.
 import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -299,74 +299,6 @@ def to_xarray(
     return xr.Dataset(
         values, coordinates, attrs={"source": acts.path.name, "precision": acts.stored_as}
     )
-
-
-def to_npy(acts: "ActivationsReader", hook: str, path: str | Path) -> Path:
-    """Write one hook point as `.npy`, piece by piece.
-
-    BF16 rows are written as float32, since NumPy has no bfloat16.
-
-    Args:
-        acts: the dataset.
-        hook: the hook point.
-        path: of the new file.
-
-    Returns:
-        The path.
-
-    Raises:
-        HookError: the dataset has no such hook point.
-    """
-    path, rows = Path(path), acts[hook]
-    dtype = {"fp32": "<f4", "fp16": "<f2", "bf16": "<f4"}[acts.precision]
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=rows.shape)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        block = rows[start : start + _ROWS_AT_ONCE]
-        out[start : start + len(block)] = (
-            block.float() if acts.precision == "bf16" else block
-        ).numpy()
-    out.flush()
-    return path
-
-
-def to_safetensors(acts: "ActivationsReader", hooks: Sequence[str] | str, path: str | Path) -> Path:
-    """Write hook points as safetensors in the stored dtype, with token tables and provenance.
-
-    Columns of numbers and truth values are tensors `documents.<name>` of one value for each
-    document; all columns are in the metadata, as JSON lists under `columns.<name>`.
-
-    Safetensors are written in one piece: the hook points must fit in memory.
-
-    Args:
-        acts: the dataset.
-        hooks: a hook point, or several.
-        path: of the new file.
-
-    Returns:
-        The path.
-
-    Raises:
-        HookError: the dataset has no such hook point.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    names = _chosen(acts, [hooks] if isinstance(hooks, str) else hooks)
-    tensors = {name: acts[name][:] for name in names}
-    tables = {"input_ids": acts.input_ids, "document": acts.document_of, "position": acts.position}
-    tensors |= {
-        f"tokens.{name}": torch.from_numpy(table.numpy(...)) for name, table in tables.items()
-    }
-    for name, table in token_tables_of(acts, np.arange(len(acts))).items():
-        tensors[f"tokens.{name}"] = torch.from_numpy(table)
-    tensors["documents.offset"] = torch.from_numpy(acts.document_offset.copy())
-    metadata = {k: str(v) for k, v in acts.attributes.items()}
-    for name, column in acts.columns.items():
-        metadata[f"columns.{name}"] = json.dumps(column.tolist(), ensure_ascii=False)
-        if column.values.dtype.kind != "S":
-            tensors[f"documents.{name}"] = torch.from_numpy(column.values.copy())
-    save_file(tensors, str(path), metadata)
-    return Path(path)
 
 
 def describe(acts: "ActivationsReader") -> str:

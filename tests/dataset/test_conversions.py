@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 import theloom
 import torch
-from safetensors.torch import load_file
 from support import stages
-from theloom.dataset import exports
-from theloom.errors import ConfigError, HookError
+from theloom.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +90,3 @@ def test_xarray_has_tokens_as_coordinates(acts):
     assert np.array_equal(found[hook].values, acts[hook][40:60].float().numpy())
     assert found["row"].values.tolist() == list(range(40, 60))
     assert np.array_equal(found["position"].values, acts.position.numpy(slice(40, 60)))
-
-
-def test_npy_and_safetensors_hold_every_row_and_bf16_is_safe(acts, tmp_path):
-    hook = acts.hooks[0]
-    saved = np.load(exports.to_npy(acts, hook, tmp_path / "rows.npy"))
-    assert saved.dtype == np.float32
-    assert np.array_equal(saved, acts[hook][:].float().numpy())
-    tensors = load_file(exports.to_safetensors(acts, hook, tmp_path / "rows.safetensors"))
-    assert tensors[hook].dtype == torch.bfloat16
-    assert torch.equal(tensors[hook], acts[hook][:])
-    assert tensors["tokens.input_ids"].tolist() == acts.input_ids.numpy(...).tolist()
-    with pytest.raises(HookError, match="no hook point"):
-        exports.to_npy(acts, "blocks.9.hook_resid_post", tmp_path / "none.npy")

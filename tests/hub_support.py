@@ -1,0 +1,174 @@
+"""A Hugging Face hub on loopback: the requests by which huggingface_hub commits files to a dataset
+and reads them by ranges, as its documentation and the LFS batch API have them.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote
+
+TEXTS = (".md", ".json")
+
+
+class Hub(ThreadingHTTPServer):
+    """One dataset, `user/name`; a large file is a link to where its bytes are, as on the hub."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files: dict[str, bytes] = {}
+        self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
+        self.commits, self.ranges, self.unknown = 0, 0, list[str]()
+        self.lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The answers."""
+
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer_json(self, value: object, status: int = 200, **headers: str) -> None:
+        self.answer(json.dumps(value).encode(), status, Content_Type="application/json", **headers)
+
+    def route(self) -> None:
+        size = int(self.headers.get("Content-Length") or 0)
+        body, path = self.rfile.read(size), unquote(self.path.partition("?")[0])
+        if found := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):
+            self._object(found[1], body)
+        elif path == "/api/validate-yaml":
+            self.answer_json({"errors": [], "warnings": []})
+        elif not re.match(r"(/api)?/datasets/user/name(/|$|\.git/)", path):
+            self.answer_json({"error": "none"}, 404, X_Error_Code="RepoNotFound")
+        elif re.fullmatch(r"/api/datasets/user/name(/revision/main)?", path):
+            self.answer_json({"id": "user/name", "sha": "0" * 40, "siblings": [], "private": False})
+        elif path.endswith("/preupload/main"):
+            self.answer_json({"files": [self._mode(f["path"]) for f in json.loads(body)["files"]]})
+        elif path.endswith("/objects/batch"):
+            self._batch(json.loads(body))
+        elif path.endswith("/commit/main"):
+            self._commit([json.loads(line) for line in body.splitlines()])
+        elif path.endswith("/paths-info/main"):
+            names = parse_qs(body.decode())["paths"]
+            self.answer_json([self._info(n) for n in names if n in self.server.files])
+        elif "/resolve/main/" in path:
+            self._resolve(path.partition("/resolve/main/")[2])
+        elif "/tree/main" in path:
+            self._tree(path.partition("/tree/main")[2].strip("/"))
+        else:
+            self.server.unknown.append(f"{self.command} {path}")
+            self.answer_json({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
+
+    do_GET = do_HEAD = do_POST = do_PUT = route  # noqa: N815
+
+    def _mode(self, path: str) -> dict[str, object]:
+        mode = "regular" if path.endswith(TEXTS) else "lfs"
+        return {"path": path, "uploadMode": mode, "shouldIgnore": False}
+
+    def _batch(self, requested: dict) -> None:
+        objects = []
+        for one in requested["objects"]:
+            upload = {"upload": {"href": f"{self.server.url}/lfs/{one['oid']}"}}
+            more = {} if one["oid"] in self.server.objects else {"actions": upload}
+            objects.append({**one, **more})
+        self.answer_json({"transfer": "basic", "objects": objects})
+
+    def _object(self, oid: str, body: bytes) -> None:
+        if self.command != "PUT":
+            self._bytes(self.server.objects[oid])
+        elif hashlib.sha256(body).hexdigest() != oid:
+            self.answer_json({"error": "another hash"}, 400)
+        else:
+            self.server.objects[oid] = body
+            self.answer(b"")
+
+    def _commit(self, lines: list[dict]) -> None:
+        with self.server.lock:
+            self.server.commits += 1
+            for line in lines:
+                value = line["value"]
+                if line["key"] == "file":
+                    self.server.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    self.server.files[value["path"]] = self.server.objects[value["oid"]]
+            oid = f"{self.server.commits:040x}"
+        url = f"{self.server.url}/datasets/user/name/commit/{oid}"
+        self.answer_json({"success": True, "commitUrl": url, "commitOid": oid, "hookOutput": ""})
+
+    def _info(self, name: str) -> dict[str, object]:
+        data = self.server.files[name]
+        found = {"type": "file", "path": name, "size": len(data), "oid": _git_oid(data)}
+        if not name.endswith(TEXTS):
+            sha256 = hashlib.sha256(data).hexdigest()
+            found["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
+        return found
+
+    def _tree(self, folder: str) -> None:
+        below = [n for n in self.server.files if not folder or n.startswith(f"{folder}/")]
+        if not below:
+            self.answer_json({"error": "none"}, 404, X_Error_Code="EntryNotFound")
+            return
+        start = len(folder) + 1 if folder else 0
+        found = []
+        for part in dict.fromkeys(n[start:].partition("/")[0] for n in below):
+            name = f"{folder}/{part}" if folder else part
+            is_file = name in self.server.files
+            place = {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+            found.append(self._info(name) if is_file else place)
+        self.answer_json(found)
+
+    def _resolve(self, name: str) -> None:
+        if name not in self.server.files:
+            self.answer_json({"error": "none"}, 404, X_Error_Code="EntryNotFound")
+            return
+        data = self.server.files[name]
+        if name.endswith(TEXTS):
+            self._bytes(data)
+            return
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.answer(b"", 302, Location=f"{self.server.url}/lfs/{sha256}", X_Linked_Etag=sha256)
+
+    def _bytes(self, data: bytes) -> None:
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if wanted is None:
+            self.answer(data)
+            return
+        self.server.ranges += 1
+        first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
+        span = f"bytes {first}-{last}/{len(data)}"
+        self.answer(data[first : last + 1], 206, Content_Range=span)
+
+
+def _git_oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def hub() -> Iterator[Hub]:
+    """Start the server."""
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
