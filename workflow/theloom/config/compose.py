@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -205,6 +206,20 @@ def _check_keys(config_dir: Path, assignments: Sequence[Assignment]) -> None:
             raise ConfigError(values.unknown_key(a.key))
 
 
+@lru_cache(maxsize=64)
+def _of_files(config_dir: Path, choices: tuple[str, ...], state: object) -> dict[str, Any]:
+    """What the files say, once for all runs of a sweep that choose the same; not to be changed."""
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        composed = compose("default", list(choices))
+    return _listed(cast(dict[str, Any], OmegaConf.to_container(composed)))
+
+
+def _state(config_dir: Path) -> tuple[tuple[str, int, int], ...]:
+    """What tells that a file of the config has changed."""
+    found = sorted((str(path), path.stat()) for path in config_dir.rglob("*.yaml"))
+    return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in found)
+
+
 def _compose(
     config_dir: Path, profile: str, chosen: dict[str, values.Value]
 ) -> tuple[dict[str, Any], bool]:
@@ -221,10 +236,9 @@ def _compose(
     groups = _groups(config_dir)
     by_group = {k: str(v) for k, v in chosen.items() if k in groups} | {"profile": profile}
     try:
-        with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
-            composed = compose("default", [_choice(*option) for option in by_group.items()])
-        plain = cast(dict[str, Any], OmegaConf.to_container(composed))
-        strict = OmegaConf.merge(OmegaConf.structured(Config), _listed(plain))
+        options = tuple(_choice(*option) for option in by_group.items())
+        plain = _of_files(config_dir.resolve(), options, _state(config_dir))
+        strict = OmegaConf.merge(OmegaConf.structured(Config), plain)
         for key, value in chosen.items():
             if key not in groups:
                 OmegaConf.update(strict, key, frozen.literal(value))
