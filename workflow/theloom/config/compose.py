@@ -236,8 +236,8 @@ def _compose(
     groups = _groups(config_dir)
     by_group = {k: str(v) for k, v in chosen.items() if k in groups} | {"profile": profile}
     try:
-        options = tuple(_choice(*option) for option in by_group.items())
-        plain = _of_files(config_dir.resolve(), options, _state(config_dir))
+        picked = tuple(_choice(*option) for option in by_group.items())
+        plain = _of_files(config_dir.resolve(), picked, _state(config_dir))
         strict = OmegaConf.merge(OmegaConf.structured(Config), plain)
         for key, value in chosen.items():
             if key not in groups:
