@@ -31,7 +31,7 @@ from theloom.model.adapters.files import (
     local_adapters,
 )
 from theloom.model.checkpoint import folder as folders
-from theloom.model.checkpoint import gguf, tokenizer_file
+from theloom.model.checkpoint import gguf, tokenizer_file, towers
 from theloom.model.checkpoint.sources import find_folder, local_folder
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class ModelFiles:
     gguf_file: str | None = None
     adapters: tuple[AdapterFiles, ...] = ()  # in the order in which they are merged
     side: str | None = None  # the half of an encoder-decoder that is read
+    modality: str | None = None  # images or audio, where it reads no texts
 
     def weight_files(self) -> list[Path]:
         """The files that decide what the model computes, adapters apart.
@@ -109,7 +110,8 @@ def prepare_files(
     if gguf is not None:
         folder = _converted(gguf)
     name = None if gguf is None else gguf.name
-    return ModelFiles(folder, config.source, revision, name, adapters, _side(config))
+    modality = None if config.modality is None else config.modality.name
+    return ModelFiles(folder, config.source, revision, name, adapters, _side(config), modality)
 
 
 def base_source(config: ModelConfig) -> str:
@@ -499,6 +501,8 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
                 "you trust the code of its folder"
             )
         raise ModelError(f"model.source: {config.source}: {message}") from None
+    modality = None if config.modality is None else config.modality.name
+    found = towers.chosen(found, modality, place.folder, config.source)
     model_dims.mark_side(found, _side(config))
     return found
 
@@ -518,6 +522,7 @@ def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
     found: PretrainedConfig = AutoConfig.from_pretrained(
         files.folder, trust_remote_code=trust_remote_code
     )
+    found = towers.chosen(found, files.modality, files.folder, files.source)
     model_dims.mark_side(found, files.side)
     return found
 
