@@ -7,8 +7,8 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from theloom.config import answers, auto
-from theloom.config.model_dims import LAYERS, SIZE
 from theloom.config.modality import SENSED
+from theloom.config.model_dims import LAYERS, SIZE
 from theloom.config.schema import PATHS, Config
 from theloom.errors import ConfigError
 from theloom.rows import expression

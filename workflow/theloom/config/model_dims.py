@@ -90,6 +90,11 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
     if senses(config):
         vocabulary = 1  # patches and frames have no ids
     if not blocks or not hidden or not vocabulary:
+        if senses(config):
+            raise ModelError(
+                f"{config.model_type}: its config has no num_hidden_layers or hidden_size; it is "
+                "no transformer of patches or frames that TheLoom can read"
+            )
         raise ModelError(
             f"{config.model_type}: its config has no num_hidden_layers, hidden_size or vocab_size; "
             "it is no model of text tokens that TheLoom can read"

@@ -31,8 +31,9 @@ from theloom.model.adapters.files import (
     local_adapters,
 )
 from theloom.model.checkpoint import folder as folders
-from theloom.model.checkpoint import gguf, tokenizer_file, towers
+from theloom.model.checkpoint import gguf, tokenizer_file
 from theloom.model.checkpoint.sources import find_folder, local_folder
+from theloom.model.towers import classes as towers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -229,6 +230,8 @@ def check_local(config: ModelConfig) -> None:
     if folder is not None:
         _check_folder(folder, config)
     local_adapters(config)
+    if config.modality is not None:
+        return  # it has a processor, and no tokenizer
     if config.tokenizer is not None:
         folder = local_folder(config.tokenizer, "model.tokenizer")
     if folder is not None:
@@ -292,7 +295,8 @@ def fetch(config: ModelConfig) -> str | None:
     )
     _check_folder(folder, config)
     find_adapters(config)
-    describe_tokenizer(config)
+    if config.modality is None:
+        describe_tokenizer(config)
     return revision
 
 

@@ -305,7 +305,7 @@ def _passes(
     shapes = [Workload(1, context, context)]
     for size in chunk_sizes(chunk_size):
         shapes.append(Workload(1, min(size, context), size))
-        if not estimator.size.side:  # half of a model goes in one pass
+        if not (estimator.size.side or estimator.size.senses):  # these go in one pass
             shapes.append(Workload(1, context, size))
     # FP16 has the sizes of BF16: one trace serves both
     twin = WeightFormat("bf16", kind.quantization) if kind.precision == "fp16" else kind

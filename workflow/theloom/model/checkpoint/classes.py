@@ -5,13 +5,13 @@ from collections.abc import Collection, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from theloom.config.modality import SENSED, modality_of
+from theloom.config.modality import SENSED, modality_of, senses
 from theloom.config.model_dims import side_of
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.folder import own_model_code
 from theloom.model.checkpoint.halves import half, has_halves
-from theloom.model.checkpoint.towers import tower
+from theloom.model.towers.classes import class_of, tower
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,10 +41,10 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
     import transformers
 
     if own := has_own_code(model_config, trust_remote_code):
-        if side_of(model_config):
+        if side_of(model_config) or senses(model_config):
             raise ModelError(
-                f"{model_config.model_type}: its class is code of its own folder, of which halves "
-                "cannot be read; set model.ignore_own_code=true where transformers has the class"
+                f"{model_config.model_type}: its class is code of its own folder, of which neither "
+                "halves nor towers can be read; set model.ignore_own_code=true where transformers has the class"
             )
         name = next((n for n in _AUTO_CLASSES if n in own), own[0])
         return getattr(transformers, name)
@@ -192,7 +192,7 @@ def model_class(model_config: "PretrainedConfig") -> Any:
 
 def _tower(model_config: "PretrainedConfig", modality: str) -> Any:
     """The class of a tower; of an encoder-decoder that of its encoder."""
-    whole, side = _whole_class(model_config), side_of(model_config)
+    whole, side = class_of(model_config) or _whole_class(model_config), side_of(model_config)
     if modality in SENSED and hasattr(whole, "get_decoder") and model_config.is_encoder_decoder:
         if side != "encoder":
             raise ModelError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from theloom.config.modality import SENSED, TEXT, input_shape, mark, modality_of
 from theloom.errors import ModelError
-from theloom.model.checkpoint import processor
+from theloom.model.towers import processor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,29 +47,26 @@ def chosen(
     Raises:
         ModelError: the model does not read the modality.
     """
-    from transformers import AutoModel
-
-    mapping = AutoModel._model_mapping
-    whole = _class_of(mapping, config)
+    whole = class_of(config)
     if whole is None:
         return config
-    reads = _modality(whole)
-    if reads == modality:
+    reads, compares = _modality(whole), hasattr(whole, "get_text_features")
+    if modality is None and not compares and (reads is None or _takes_ids(whole)):
+        return config
+    if reads == modality and not compares:
         found = config
-    elif hasattr(whole, "get_text_features"):
+    elif compares:
         found = getattr(config, _HALVES[modality or TEXT], None)
-        half = None if found is None else _class_of(mapping, found)
+        half = None if found is None else class_of(found)
         if half is None or _modality(half) != modality:
             if modality is None:
                 return config
             raise _reads_other(config, whole, modality, source)
-    elif modality is None and reads is not None and not _takes_ids(whole):
+    elif modality is None:
         raise ModelError(
             f"model.source: {source} ({config.model_type}) reads {reads}, and the corpus has "
             f"texts; set corpus={reads} and corpus.path"
         )
-    elif modality is None:
-        return config
     else:
         raise _reads_other(config, whole, modality, source)
     if modality is None:
@@ -82,8 +79,20 @@ def chosen(
     return found
 
 
-def _class_of(mapping: Any, config: "PretrainedConfig") -> Any:
-    found: Any = mapping.get(type(config), None)
+def class_of(config: "PretrainedConfig") -> Any:
+    """The class of transformers for a config, which `AutoModel` does not know for some halves.
+
+    Args:
+        config: of a model, or of half of one.
+
+    Returns:
+        A class without a head; None where transformers has none of that name.
+    """
+    import transformers
+
+    found: Any = transformers.AutoModel._model_mapping.get(type(config), None)
+    if found is None:
+        return getattr(transformers, type(config).__name__.replace("Config", "Model"), None)
     return found[0] if isinstance(found, list | tuple) else found
 
 

@@ -87,9 +87,7 @@ def load_processor(folder: Path, modality: str, source: str) -> Processor:
             f"model.source: {source} has no {FILES[0]}, which says how {modality} are prepared for "
             "the model; fetch it from where the model came from"
         )
-    state = tuple(
-        (folder / name).stat().st_mtime_ns for name in FILES if (folder / name).is_file()
-    )
+    state = tuple((folder / name).stat().st_mtime_ns for name in FILES if (folder / name).is_file())
     return _load(folder, modality, source, state)
 
 
