@@ -6,6 +6,7 @@ model on token ids does the same with a tower. Extraction gives it what the proc
 """
 
 import math
+import sys
 from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -163,9 +164,21 @@ def _forward(whole: Any, side: str) -> Any:
         if main not in given:
             given[main] = trial_input(self, *input_ids.shape)
         given[main] = given[main].to(self.dtype)
+        _forget(whole)
         return self.encoder(**given) if side else whole.forward(self, **given)
 
     return forward
+
+
+def _forget(whole: Any) -> None:
+    """Empty what the functions beside a class have kept of passes before, as DINOv3's do: a pass on
+    tensors without bytes would leave its own to the next one.
+    """
+    for function in vars(sys.modules[whole.__module__]).values():
+        for cell in getattr(function, "__closure__", None) or ():
+            clear = getattr(cell.cell_contents, "cache_clear", None)
+            if clear is not None:
+                clear()
 
 
 def trial_input(model: Any, windows: int, rows: int) -> "torch.Tensor":
