@@ -490,6 +490,30 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
     Raises:
         ModelError: it is missing or broken, or transformers does not know the model.
     """
+    place, found = _described(config)
+    modality = None if config.modality is None else config.modality.name
+    found = towers.chosen(found, modality, place.folder, config.source)
+    model_dims.mark_side(found, _side(config))
+    return found
+
+
+def reads(config: ModelConfig) -> str | None:
+    """What a model reads, by its own config alone.
+
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        `images` or `audio`; None for texts, and for models that compare texts to images or audio.
+
+    Raises:
+        ModelError: its config is missing or broken, or transformers does not know the model.
+    """
+    return towers.reads(_described(config)[1])
+
+
+def _described(config: ModelConfig) -> "tuple[Description, PretrainedConfig]":
+    """Where a model's own config is, and the config as it stands. Raises ModelError."""
     from transformers import AutoConfig
 
     place = describe(config)
@@ -505,10 +529,7 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
                 "you trust the code of its folder"
             )
         raise ModelError(f"model.source: {config.source}: {message}") from None
-    modality = None if config.modality is None else config.modality.name
-    found = towers.chosen(found, modality, place.folder, config.source)
-    model_dims.mark_side(found, _side(config))
-    return found
+    return place, found
 
 
 def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":

@@ -50,7 +50,7 @@ def encoded(
             id=document.id,
             tokens=len(numbers),
             columns=dict(zip(corpus.columns, item.columns, strict=True)),
-            **tables,
+            special=tables.get("special"),
         )
         tally.columns.add(document)
         tables |= kept.add(known)

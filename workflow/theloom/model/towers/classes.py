@@ -51,10 +51,11 @@ def chosen(
     whole = class_of(config)
     if whole is None:
         return config
-    reads, compares = _modality(whole), hasattr(whole, "get_text_features")
-    if modality is None and not compares and (reads is None or _takes_ids(whole)):
+    found: Any
+    own, compares = _modality(whole), hasattr(whole, "get_text_features")
+    if modality is None and not compares and (own is None or _takes_ids(whole)):
         return config
-    if reads == modality and not compares:
+    if own == modality and not compares:
         found = config
     elif compares:
         found = getattr(config, _HALVES[modality or TEXT], None)
@@ -65,19 +66,34 @@ def chosen(
             raise _reads_other(config, whole, modality, source)
     elif modality is None:
         raise ModelError(
-            f"model.source: {source} ({config.model_type}) reads {reads}, and the corpus has "
-            f"texts; set corpus={reads} and corpus.path"
+            f"model.source: {source} ({config.model_type}) reads {own}, and the corpus has "
+            f"texts; set corpus={own} and corpus.path"
         )
     else:
         raise _reads_other(config, whole, modality, source)
     if modality is None:
         mark(found, TEXT)
-        return found
+        return found  # type: ignore[no-any-return]
     shape = None
     if processor.has_processor(folder):
         shape = processor.load_processor(folder, modality, source).shape
     mark(found, modality, shape)
-    return found
+    return found  # type: ignore[no-any-return]
+
+
+def reads(config: "PretrainedConfig") -> str | None:
+    """What a model reads, by its class alone.
+
+    Args:
+        config: of the model.
+
+    Returns:
+        `images` or `audio`; None for texts, and where it reads both.
+    """
+    whole = class_of(config)
+    if whole is None or hasattr(whole, "get_text_features") or _takes_ids(whole):
+        return None
+    return _modality(whole)
 
 
 def class_of(config: "PretrainedConfig") -> Any:
@@ -108,9 +124,9 @@ def _takes_ids(of_class: Any) -> bool:
 
 
 def _reads_other(config: Any, whole: Any, modality: str, source: str) -> ModelError:
-    reads = _modality(whole) or "texts"
+    own = _modality(whole) or "texts"
     return ModelError(
-        f"model.source: {source} ({config.model_type}) reads {reads}, and the corpus has "
+        f"model.source: {source} ({config.model_type}) reads {own}, and the corpus has "
         f"{modality}; give an encoder of {modality}, or another corpus"
     )
 
@@ -278,7 +294,7 @@ def _image(model: Any, rows: int, fixed: tuple[int, ...] | None) -> tuple[int, .
     if fixed is None:
         height, width = size if isinstance(size, list | tuple) else (size or 224, size or 224)
         fixed = (getattr(config, "num_channels", 3), height, width)
-    strict = "interpolate_pos_encoding" in signature(type(model).__base__.forward).parameters
+    strict = "interpolate_pos_encoding" in signature(type(model).__mro__[1].forward).parameters
     wanted = rows - rows_before(model)
     if patch is None or strict or wanted < 4:
         return fixed
