@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from theloom.config.auto import OF_BLOCK
+from theloom.config.modality import SENSED
 from theloom.precision import BYTES
 from theloom.terminal import examples, lines, positive, table
 
@@ -47,6 +48,11 @@ def add_hooks(commands: Any) -> None:
         metavar="N",
         help="keys that a row of attention scores has: tokens of the longest window (2048)",
     )
+    parser.add_argument(
+        "--modality",
+        choices=SENSED,
+        help="the half of a model such as CLIP that reads images or audio, instead of texts",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_hooks)
 
@@ -55,7 +61,7 @@ def _hooks(arguments: argparse.Namespace) -> None:
     from theloom.hooks.points import HookCatalog
     from theloom.planning import estimate, forecast
 
-    settings = forecast.settings_of(arguments.target)
+    settings = estimate.as_it_reads(forecast.settings_of(arguments.target), arguments.modality)
     estimators = [estimate.estimator_of(s, filters=[]) for s in estimate.halves(settings)]
     catalogs = [estimator.catalog() for estimator in estimators]
     catalog = HookCatalog(

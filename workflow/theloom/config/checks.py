@@ -7,6 +7,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from theloom.config import answers, auto
+from theloom.config.modality import SENSED
 from theloom.config.model_dims import LAYERS, SIZE
 from theloom.config.schema import PATHS, Config
 from theloom.errors import ConfigError
@@ -17,8 +18,8 @@ SOURCE_IDS = "source_ids"
 
 LEAST_CHUNK = 3  # so that no chunk need be of one token
 
-# The key that says where a corpus is, which no other kind of corpus has a use for.
-_OF_ONE_CORPUS = {"text": "path", "hub": "dataset"}
+# The key that says where a corpus is, which the other kinds of corpora have no use for.
+_WHERE = {"text": "path", "hub": "dataset", "images": "path", "audio": "path"}
 
 
 def check(config: Config) -> None:
@@ -126,6 +127,7 @@ def check(config: Config) -> None:
     _check_rows(config)
     answers.check(config)
     _check_side(config)
+    _check_modality(config)
 
 
 def _check_architecture(config: Config) -> None:
@@ -144,19 +146,51 @@ def _check_architecture(config: Config) -> None:
 
 
 def _check_corpus(config: Config) -> None:
-    needed = _OF_ONE_CORPUS.get(config.corpus.kind.name)
+    needed = _WHERE.get(config.corpus.kind.name)
     if needed and getattr(config.corpus, needed) is None:
         group = config.corpus.kind.name
         example = f'set="corpus={group} corpus.{needed}=…"'
         raise ConfigError(f"corpus.{needed}: not set; corpus={group} needs it: {example}")
     _check_columns(config)
-    for group, key in _OF_ONE_CORPUS.items():
-        if group != config.corpus.kind.name and getattr(config.corpus, key) is not None:
+    for group, key in (("text", "path"), ("hub", "dataset")):
+        if key != needed and getattr(config.corpus, key) is not None:
             requested = getattr(config.corpus, key)
             raise ConfigError(
                 f"corpus.{key}: {requested!r} is for corpus={group} alone; add corpus={group}, or "
                 "take it out"
             )
+
+
+def _check_modality(config: Config) -> None:
+    """What goes with images and audio, whose rows are no tokens."""
+    modality = None if config.model.modality is None else config.model.modality.name
+    kind, corpus = config.corpus.kind.name, config.corpus
+    if modality is not None and kind != modality:
+        raise ConfigError(
+            f"model.modality={modality}: the corpus is {kind}; set corpus={modality} and "
+            "corpus.path, or take model.modality out"
+        )
+    if kind not in SENSED:
+        return
+    of_texts = {
+        "corpus.max_tokens": corpus.max_tokens,
+        "corpus.context_length": corpus.context_length,
+        "corpus.input_ids": corpus.input_ids,
+        "corpus.messages": corpus.messages,
+        "corpus.target": corpus.target,
+        "model.tokenizer": config.model.tokenizer,
+        "answers.source": config.answers.source,
+        "resources.tokenize_jobs": config.resources.tokenize_jobs,
+    }
+    for key, value in of_texts.items():
+        if value is not None:
+            shown = getattr(value, "name", value)
+            raise ConfigError(f"{key}={shown}: is for texts, and the corpus is {kind}; take it out")
+    if config.extraction.execution.name == "layerwise":
+        raise ConfigError(
+            f"extraction.execution=layerwise: a model of {kind} runs on the device as a whole "
+            "alone; set it to resident or auto"
+        )
 
 
 def _check_side(config: Config) -> None:

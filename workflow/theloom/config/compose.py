@@ -43,7 +43,8 @@ from theloom.config.frozen import (
     frozen_keys,
     without_unset,
 )
-from theloom.config.schema import Config
+from theloom.config.modality import SENSED
+from theloom.config.schema import Config, Modality
 from theloom.config.values import Assignment
 from theloom.errors import ConfigError
 
@@ -245,6 +246,8 @@ def _compose(
         _take_old_names(strict)
         if (side := auto.side(strict.memory.activation_cache_filter)) and not strict.model.side:
             strict.model.side = side
+        if strict.corpus.kind.name in SENSED and strict.model.modality is None:
+            strict.model.modality = Modality[strict.corpus.kind.name]
         left_open = strict.extraction.shards is None
         if left_open:
             strict.extraction.shards = sharding.shards(cast(Config, strict))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.modality import senses
 from theloom.config.schema import ArchitectureConfig
 from theloom.errors import ModelError
 
@@ -33,6 +34,7 @@ class ModelDims:
         False  # whether the attention of any block sees less than the whole context
     )
     side: str = ""  # encoder or decoder, where it is half of a model
+    senses: bool = False  # whether it reads images or audio instead of texts
 
 
 _SIDE = "theloom_side"  # attribute of a config whose model is read in one half
@@ -85,7 +87,14 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
     blocks = _blocks(text)
     hidden = getattr(text, "hidden_size", None)
     vocabulary = getattr(text, "vocab_size", None)
+    if senses(config):
+        vocabulary = 1  # patches and frames have no ids
     if not blocks or not hidden or not vocabulary:
+        if senses(config):
+            raise ModelError(
+                f"{config.model_type}: its config has no num_hidden_layers or hidden_size; it is "
+                "no transformer of patches or frames that TheLoom can read"
+            )
         raise ModelError(
             f"{config.model_type}: its config has no num_hidden_layers, hidden_size or vocab_size; "
             "it is no model of text tokens that TheLoom can read"
@@ -114,6 +123,7 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
         sliding_window=bool(getattr(text, "sliding_window", None))
         and getattr(text, "use_sliding_window", True),
         side=side_of(text),
+        senses=senses(config),
     )
 
 

@@ -20,9 +20,10 @@ MergeMode = Enum("MergeMode", ["virtual", "physical"])
 TokenizerFrom = Enum("TokenizerFrom", ["class", "file"])
 Pool = Enum("Pool", ["none", "mean", "max", "sum", "first", "last"])
 PoolBy = Enum("PoolBy", ["document", "message"])
-CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub"])
+CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub", "images", "audio"])
 DuplicateIds = Enum("DuplicateIds", ["error", "number"])
 Side = Enum("Side", ["encoder", "decoder"])
+Modality = Enum("Modality", ["images", "audio"])
 AnswersFrom = Enum("AnswersFrom", ["model", "column"])
 
 
@@ -115,6 +116,9 @@ class ModelConfig:
         None,
         "encoder or decoder: the half of an encoder-decoder that is read; null: the one that the "
         "hook points name",
+    )
+    modality: Modality | None = key(
+        None, "images or audio: what the model reads instead of texts; null: what the corpus has"
     )
 
 
@@ -225,12 +229,14 @@ class CorpusConfig:
     """Where the texts come from, and how they become tokens."""
 
     kind: CorpusKind = key(
-        CorpusKind["python_docs"], "set by the corpus group: `corpus=text`, `corpus=hub`"
+        CorpusKind["python_docs"],
+        "set by the corpus group: `corpus=text`, `corpus=hub`, `corpus=images`, `corpus=audio`",
     )
     path: str | None = key(
         None,
         "text: a file, or a folder of files: .txt, .md, .jsonl, .json, .csv, .tsv, .parquet, "
-        ".arrow, .fasta, .fa or .faa, also compressed (.gz, .zst)",
+        ".arrow, .fasta, .fa or .faa, also compressed (.gz, .zst); images, audio: a file, a folder "
+        "of files, or a .parquet file with a column of them",
     )
     encoding: str = key("utf-8", "text: encoding of the files")
     dataset: str | None = key(

@@ -132,6 +132,7 @@ def plan_batches(
     chunk_size: int,
     streamed_windows: int = 1,
     switches: Sequence[LengthSwitch] = (),
+    alike: np.ndarray | None = None,
 ) -> list[Batch]:
     """Group all windows into batches.
 
@@ -147,6 +148,8 @@ def plan_batches(
         chunk_size: tokens of a chunk.
         streamed_windows: windows longer than a chunk that may go together.
         switches: of the model.
+        alike: a number for each window, (windows,): only those of one number go together; None: any
+            may.
 
     Returns:
         The batches in the order in which they run.
@@ -167,13 +170,18 @@ def plan_batches(
             )
         return windows * longest <= batch_tokens
 
-    order = sorted(range(len(lengths)), key=lambda w: (-int(lengths[w]), w))
+    kinds = np.zeros(len(lengths), "<i8") if alike is None else alike
+    order = sorted(range(len(lengths)), key=lambda w: (-int(lengths[w]), int(kinds[w]), w))
     batches: list[Batch] = []
     group: list[int] = []
     tokens = 0
     for window in order:
         length = int(lengths[window])
-        if group and not joins(length, int(lengths[group[0]]), len(group) + 1, tokens + length):
+        longest = int(lengths[group[0]]) if group else 0
+        if group and not (
+            kinds[window] == kinds[group[0]]
+            and joins(length, longest, len(group) + 1, tokens + length)
+        ):
             batches.append(_batch(group, lengths))
             group, tokens = [], 0
         group.append(window)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from itertools import islice
 
+from theloom.config.modality import SENSED
 from theloom.config.schema import CorpusConfig
 from theloom.corpus import chat, hub, rows, text_files
 from theloom.corpus.formats.shares import Part
@@ -108,6 +109,10 @@ def state(config: CorpusConfig) -> str:
 def _source(config: CorpusConfig, part: Part | None = None) -> Iterator[Document]:
     if config.kind.name == "python_docs":
         return _python_docs(config)
+    if config.kind.name in SENSED:
+        from theloom.corpus.media import items
+
+        return (Document(i.id, "", i.place, i.columns) for i in items.read(config))
     return (text_files if config.kind.name == "text" else hub).read(config, part)
 
 
@@ -176,7 +181,7 @@ def check_local(config: CorpusConfig) -> None:
     Raises:
         CorpusError: there are none, or the chat template's file cannot be read.
     """
-    if config.kind.name == "text":
+    if config.kind.name in ("text", *SENSED):
         text_files.find(config)
     if config.chat_template is not None:
         chat.read_template(config.chat_template)

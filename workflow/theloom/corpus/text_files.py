@@ -12,7 +12,7 @@ import xxhash
 
 from theloom.config.schema import CorpusConfig
 from theloom.corpus import rows
-from theloom.corpus.formats import arrow_files, decoding, fasta, shares, tables
+from theloom.corpus.formats import arrow_files, decoding, fasta, sensed, shares, tables
 from theloom.corpus.formats.shares import Part, Share
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, printable
@@ -74,10 +74,9 @@ def find(config: CorpusConfig) -> tuple[list[Path], str]:
     except (OSError, RuntimeError) as error:  # a name that is too long, a home that nobody has
         raise CorpusError(f"corpus.path: {config.path!r}: {error}") from None
     if is_file:
-        if not path.name.lower().endswith(_ALL):
+        if not path.name.lower().endswith(_endings(config)):
             raise CorpusError(
-                f"corpus.path: {printable(path.name)} is not one of {', '.join(SUFFIXES)}, nor one "
-                f"of them with {' or '.join(decoding.PACKED)}; convert it"
+                f"corpus.path: {printable(path.name)} is not one of {_listed(config)}; convert it"
             )
         _name(path, path.parent)
         if not os.access(path, os.R_OK):
@@ -89,11 +88,11 @@ def find(config: CorpusConfig) -> tuple[list[Path], str]:
             f"corpus.path: no file or folder {config.path!r}; relative paths start at {Path.cwd()}"
         )
     skipped: Counter[str] = Counter()
-    files = sorted(_below(path, skipped))
+    files = sorted(_below(path, skipped, _endings(config)))
     reasons = ", ".join(f"{count} {what}" for what, count in skipped.items() if count)
     if not files:
         raise CorpusError(
-            f"corpus.path: {printable(str(path))} holds no {', '.join(SUFFIXES)} file"
+            f"corpus.path: {printable(str(path))} holds no file of {_listed(config)}"
             + f" (not read: {reasons})" * bool(reasons)
             + "; add one or give another path"
         )
@@ -101,8 +100,20 @@ def find(config: CorpusConfig) -> tuple[list[Path], str]:
     return files, reasons
 
 
-def _below(root: Path, skipped: Counter[str]) -> Iterator[Path]:
-    """The files of texts below a folder; counts of what is not read go to `skipped`."""
+def _endings(config: CorpusConfig) -> tuple[str, ...]:
+    """How the names of a corpus' files end."""
+    return _ALL if config.kind.name == "text" else sensed.suffixes(config.kind.name)
+
+
+def _listed(config: CorpusConfig) -> str:
+    """The same, for messages."""
+    if config.kind.name != "text":
+        return ", ".join(sensed.suffixes(config.kind.name))
+    return f"{', '.join(SUFFIXES)}, nor one of them with {' or '.join(decoding.PACKED)}"
+
+
+def _below(root: Path, skipped: Counter[str], endings: tuple[str, ...]) -> Iterator[Path]:
+    """The files of a corpus below a folder; counts of what is not read go to `skipped`."""
 
     def unreadable(error: OSError) -> NoReturn:
         raise CorpusError(f"corpus.path: {error.filename}: {error.strerror}") from None
@@ -110,7 +121,7 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Path]:
     texts = others = 0
     last = time.monotonic()
     for folder, folders, names in os.walk(root, onerror=unreadable):
-        here = sum(n.lower().endswith(_ALL) for n in names)
+        here = sum(n.lower().endswith(endings) for n in names)
         texts, others = texts + here, others + len(folders) + len(names) - here
         if others > MOST_OTHERS or texts > MOST_TEXTS:
             raise CorpusError(
@@ -133,7 +144,7 @@ def _below(root: Path, skipped: Counter[str]) -> Iterator[Path]:
             file = Path(folder, name)
             if name.startswith("."):
                 continue
-            if not name.lower().endswith(_ALL):
+            if not name.lower().endswith(endings):
                 skipped["of other kinds"] += 1
                 continue
             shown = _name(file, root)

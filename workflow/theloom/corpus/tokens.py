@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from theloom.config.frozen import to_plain
+from theloom.config.modality import SENSED
 from theloom.config.model_dims import numbers
 from theloom.config.schema import Config, RowsConfig
 from theloom.corpus import documents
@@ -26,6 +27,8 @@ from theloom.corpus.batching import Lengths
 from theloom.corpus.columns import Columns
 from theloom.corpus.encoding import Encoded, Encoder
 from theloom.corpus.kept import KeptRows
+from theloom.corpus.media import documents as media
+from theloom.corpus.media.encoding import Encoder as MediaEncoder
 from theloom.corpus.prompts import Prompts
 from theloom.corpus.rows import Document
 from theloom.corpus.targets.encoding import Targets
@@ -124,7 +127,9 @@ def tokenize(config: Config, output: Path, more: Mapping[str, Any] | None = None
         ConfigError: corpus.context_length is more than the model allows.
     """
 
-    def whole(encoder: Encoder, tally: Tally, kept: KeptRows, prompts: Prompts | None) -> Tokens:
+    def whole(encoder: Any, tally: Tally, kept: KeptRows, prompts: Prompts | None) -> Tokens:
+        if config.corpus.kind.name in SENSED:
+            return media.encoded(config, encoder, tally, kept)
         corpus = documents.settings(config.corpus) if prompts is None else prompts.corpus
         read = documents.read_documents(corpus)
         return encoded(config, encoder, tally, kept, prompts, read)
@@ -135,7 +140,7 @@ def tokenize(config: Config, output: Path, more: Mapping[str, Any] | None = None
 def write_tokens(
     config: Config,
     output: Path,
-    source: Callable[[Encoder, Tally, KeptRows, Prompts | None], Tokens],
+    source: Callable[[Any, Tally, KeptRows, Prompts | None], Tokens],
     more: Mapping[str, Any],
 ) -> None:
     """Write `tokens.h5` from any source of tokens.
@@ -151,10 +156,13 @@ def write_tokens(
             token has no row in the model's embedding.
         ConfigError: corpus.context_length is more than the model allows.
     """
-    encoder, context = Encoder(config), context_length(config)
+    sensed = config.corpus.kind.name in SENSED
+    encoder: Any = MediaEncoder(config) if sensed else Encoder(config)
+    context = 0 if sensed else context_length(config)
     prompts = None if config.answers.source is None else Prompts(config, context)
     rows = config.rows if prompts is None else RowsConfig()  # kept when the answers are there
     targets = Targets(config, encoder, context) if config.corpus.target is not None else None
+    described = encoder if sensed else targets  # has columns of its own
     tally = Tally(Columns(config.corpus.columns), targets)
     with written(output) as file:
         growing = Growing(file)
@@ -175,7 +183,7 @@ def write_tokens(
         write_tables(file, tally.ids, tally.hashes, tally.lengths, context, shards)
         if prompts is not None:
             prompts.write(file)
-        typed = tally.columns.typed() | ({} if targets is None else targets.columns())
+        typed = tally.columns.typed() | ({} if described is None else described.columns())
         columns.write(file, typed)
         token_texts.write(file, encoder.texts(occurring))
         file_format.set_attributes(

@@ -17,6 +17,7 @@ from theloom.config.frozen import frozen_digest, load_frozen, to_plain
 from theloom.config.schema import Config
 from theloom.corpus import tokens
 from theloom.corpus.batching import Lengths
+from theloom.corpus.media.inputs import Inputs, inputs_of
 from theloom.corpus.targets.sources import Sources
 from theloom.devices import accelerator
 from theloom.engine import model_record
@@ -39,8 +40,12 @@ if TYPE_CHECKING:
     import torch
 
 
-# attributes of some runs: of those that store other rows than one for each token, and of decoders
-OF_ROWS = ("rows_keep", "rows_pool", "rows_by", "documents_without_rows", "decoder_start")
+# attributes of some runs: of those that store other rows than one for each token, of decoders, and
+# of towers
+OF_ROWS = (
+    *("rows_keep", "rows_pool", "rows_by", "documents_without_rows", "decoder_start"),
+    *("processor", "processor_hash"),
+)
 
 
 @dataclass(frozen=True)
@@ -113,10 +118,16 @@ class ShardJob:
         return np.diff(self.tokens.window_offset)
 
     @cached_property
-    def sources(self) -> Sources:
-        """The encoder's input of each window, where the rows are a decoder's."""
-        document = self.tokens.window_document
-        return Sources(self.tokens.columns, document - (document[0] if len(document) else 0))
+    def sources(self) -> Sources | Inputs:
+        """What the model is given beside or instead of token ids: the encoder's tokens of each
+        window where the rows are a decoder's; images or audio.
+        """
+        numbers, columns = self.tokens.window_document, self.tokens.columns
+        document = numbers - (numbers[0] if len(numbers) else 0)
+        read = json.loads(self.run.corpus["config"])
+        given = self.run.corpus.get("processor_hash")
+        inputs = inputs_of(columns, document, self.run.config.model, read, given)
+        return Sources(columns, document) if inputs is None else inputs
 
     @cached_property
     def planned_lengths(self) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from theloom.corpus import batching
 from theloom.corpus.batching import Batch
+from theloom.corpus.media.inputs import Inputs
 from theloom.corpus.targets.sources import Sources
 from theloom.devices import gpu
 from theloom.devices.host import DeviceMemory
@@ -41,7 +42,7 @@ class ResidentRunner:
         store: str | None,
         offloaded: bool = False,
         causal: bool = True,
-        sources: Sources | None = None,
+        sources: Sources | Inputs | None = None,
     ) -> None:
         self._loaded, self._points, self._chunk_size = loaded, points, chunk_size
         self._store, self._offloaded, self._causal = store, offloaded, causal
@@ -196,6 +197,7 @@ def batches_of(job: ShardJob, plan: Plan) -> list[Batch]:
         plan.chunk_size,
         plan.streamed_windows,
         job.run.record.switches,
+        job.sources.alike,
     )
     return batches if job.sources.lengths is None else batching.of_lengths(batches, job.lengths)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from theloom.config.modality import senses
 from theloom.hooks import attention
 from theloom.hooks.attention import ROT_K, ROT_Q, Inside
 from theloom.hooks.blocks import Architecture, forward_three_tokens
@@ -42,7 +43,7 @@ class Flow:
                 core = find_core(attn) if attn is not None else None
                 if core is not None and attention.uses_registry(core):
                     opened.enter_context(Inside(core, {ROT_Q, ROT_K}, self._meet(core)))
-            base = getattr(model, "base_model", model)
+            base = model if senses(model.config) else getattr(model, "base_model", model)
             opened.callback(base.register_forward_hook(self._end).remove)
             forward_three_tokens(model)
         self._norms = {m: Norm(m, self._in[m]) for m in self.ran if is_norm(m) and m in self._in}

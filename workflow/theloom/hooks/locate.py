@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from theloom.config.modality import senses
 from theloom.errors import HookError
 from theloom.hooks import attention
 from theloom.hooks.attention import ROT_K, ROT_Q
@@ -40,6 +41,7 @@ from theloom.hooks.module_names import (
     leaves,
 )
 from theloom.hooks.points import (
+    BEFORE_BLOCKS,
     FINAL_NORM,
     IN_BLOCK,
     LAST_STATE,
@@ -160,6 +162,12 @@ def _last_state(architecture: Architecture, flow: "Flow") -> nn.Module | None:
 
 
 def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
+    if senses(architecture.model.config):
+        return dict.fromkeys(
+            BEFORE_BLOCKS,
+            "what is embedded are patches or frames without class token and positions; the rows "
+            "that go into the blocks are hook_resid_pre of the first one",
+        )
     embedding = architecture.part.get_input_embeddings()
     positions = [
         module

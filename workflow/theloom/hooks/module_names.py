@@ -42,6 +42,7 @@ UP_DOWN = (
     ("lin1", "lin2"),
     ("wi", "wo"),
     ("intermediate.dense", "output.dense"),
+    ("intermediate_dense", "output_dense"),
 )
 
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "feedforward")

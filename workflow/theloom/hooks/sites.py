@@ -173,14 +173,18 @@ def is_norm(module: nn.Module) -> bool:
         module: of a model.
 
     Returns:
-        True for LayerNorm, and for a class whose name ends as those of norms do.
+        True for LayerNorm, and for a class whose name ends as those of norms do, unless it has
+        many parts (Wav2Vec2EncoderStableLayerNorm is an encoder).
 
     Examples:
         >>> is_norm(nn.RMSNorm(4)), is_norm(nn.Linear(4, 4))
         (True, False)
     """
     name = type(module).__name__.lower()
-    return isinstance(module, nn.LayerNorm) or name.endswith(("norm", "ln", "norm1p"))
+    if isinstance(module, nn.LayerNorm):
+        return True
+    parts = len([*module.children()])
+    return name.endswith(("norm", "ln", "norm1p")) and parts < 3
 
 
 class Norm:

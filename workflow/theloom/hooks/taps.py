@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from theloom.config.modality import senses
 from theloom.errors import HookError
 from theloom.hooks.attention import Inside
 from theloom.hooks.blocks import Architecture
@@ -48,6 +49,8 @@ class Taps:
         ]  # before any hook: it may run the model
         inside: dict[torch.nn.Module, dict[str, str]] = {}
         with ExitStack() as opened:  # closed again if a tap cannot be placed
+            if senses(self.architecture.model.config):
+                opened.callback(self._count_rows().remove)
             for point, site in sites:
                 if site.place == "inside":
                     inside.setdefault(site.module, {})[point.value] = point.name
@@ -130,6 +133,15 @@ class Taps:
             raise HookError(
                 f"{missing[0]}: was not reached in the forward pass of {name}"
             ) from None
+
+    def _count_rows(self) -> Any:
+        """Windows and rows of a step as the first block sees them, where they are no tokens."""
+
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            windows, rows = Site.input(args, kwargs).shape[:2]
+            self._batch = (windows, rows)
+
+        return self.architecture.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
 
     def _hook(self, name: str, site: Site) -> Any:
         if site.place == "input":

@@ -33,6 +33,7 @@ from theloom.model.adapters.files import (
 from theloom.model.checkpoint import folder as folders
 from theloom.model.checkpoint import gguf, tokenizer_file
 from theloom.model.checkpoint.sources import find_folder, local_folder
+from theloom.model.towers import classes as towers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -58,6 +59,7 @@ class ModelFiles:
     gguf_file: str | None = None
     adapters: tuple[AdapterFiles, ...] = ()  # in the order in which they are merged
     side: str | None = None  # the half of an encoder-decoder that is read
+    modality: str | None = None  # images or audio, where it reads no texts
 
     def weight_files(self) -> list[Path]:
         """The files that decide what the model computes, adapters apart.
@@ -109,7 +111,8 @@ def prepare_files(
     if gguf is not None:
         folder = _converted(gguf)
     name = None if gguf is None else gguf.name
-    return ModelFiles(folder, config.source, revision, name, adapters, _side(config))
+    modality = None if config.modality is None else config.modality.name
+    return ModelFiles(folder, config.source, revision, name, adapters, _side(config), modality)
 
 
 def base_source(config: ModelConfig) -> str:
@@ -227,6 +230,8 @@ def check_local(config: ModelConfig) -> None:
     if folder is not None:
         _check_folder(folder, config)
     local_adapters(config)
+    if config.modality is not None:
+        return  # it has a processor, and no tokenizer
     if config.tokenizer is not None:
         folder = local_folder(config.tokenizer, "model.tokenizer")
     if folder is not None:
@@ -290,7 +295,8 @@ def fetch(config: ModelConfig) -> str | None:
     )
     _check_folder(folder, config)
     find_adapters(config)
-    describe_tokenizer(config)
+    if config.modality is None:
+        describe_tokenizer(config)
     return revision
 
 
@@ -484,6 +490,30 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
     Raises:
         ModelError: it is missing or broken, or transformers does not know the model.
     """
+    place, found = _described(config)
+    modality = None if config.modality is None else config.modality.name
+    found = towers.chosen(found, modality, place.folder, config.source)
+    model_dims.mark_side(found, _side(config))
+    return found
+
+
+def reads(config: ModelConfig) -> str | None:
+    """What a model reads, by its own config alone.
+
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        `images` or `audio`; None for texts, and for models that compare texts to images or audio.
+
+    Raises:
+        ModelError: its config is missing or broken, or transformers does not know the model.
+    """
+    return towers.reads(_described(config)[1])
+
+
+def _described(config: ModelConfig) -> "tuple[Description, PretrainedConfig]":
+    """Where a model's own config is, and the config as it stands. Raises ModelError."""
     from transformers import AutoConfig
 
     place = describe(config)
@@ -499,8 +529,7 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
                 "you trust the code of its folder"
             )
         raise ModelError(f"model.source: {config.source}: {message}") from None
-    model_dims.mark_side(found, _side(config))
-    return found
+    return place, found
 
 
 def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
@@ -518,6 +547,7 @@ def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
     found: PretrainedConfig = AutoConfig.from_pretrained(
         files.folder, trust_remote_code=trust_remote_code
     )
+    found = towers.chosen(found, files.modality, files.folder, files.source)
     model_dims.mark_side(found, files.side)
     return found
 

@@ -9,6 +9,7 @@ import h5py
 
 from theloom import terminal
 from theloom.config.auto import traceable_attention
+from theloom.config.modality import senses
 from theloom.config.model_dims import numbers
 from theloom.config.schema import Config
 from theloom.corpus import tokens
@@ -23,6 +24,7 @@ from theloom.model.checkpoint.weights import check_stored
 from theloom.model.checks import may_stream, self_check
 from theloom.model.files import ModelFiles, check_architecture, config_in, hf_config, prepare_files
 from theloom.model.loading import Target, load_model, resolve_precision
+from theloom.model.towers.check import tower_check
 from theloom.planning import estimate
 from theloom.planning.estimate import Estimate
 from theloom.planning.measure import measure, prepare_measurement
@@ -244,7 +246,8 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         points = catalog.select(estimated.hooks)
         check_integers(points, catalog, _store_precision(estimated, resolved.resolved))
         loaded = load_model(config, files, points, target=target)
-    tried = self_check(loaded.architecture, loaded.tolerance)
+    check = tower_check if senses(model_config) else self_check
+    tried = check(loaded.architecture, loaded.tolerance)
     if planned.plan.streamed and not may_stream(tried, planned.plan.longest):
         log.info("documents longer than a chunk go in one pass")
         planned = fit_plan(estimated, kind, device, threshold, windows, streams=False, room=room)

@@ -305,7 +305,7 @@ def _passes(
     shapes = [Workload(1, context, context)]
     for size in chunk_sizes(chunk_size):
         shapes.append(Workload(1, min(size, context), size))
-        if not estimator.size.side:  # half of a model goes in one pass
+        if not (estimator.size.side or estimator.size.senses):  # these go in one pass
             shapes.append(Workload(1, context, size))
     # FP16 has the sizes of BF16: one trace serves both
     twin = WeightFormat("bf16", kind.quantization) if kind.precision == "fp16" else kind
@@ -518,6 +518,32 @@ def halves(config: Config) -> list[Config]:
     if own or not is_whole_encoder_decoder(model_config):
         return [config]
     return [with_side(config, side) for side in ("encoder", "decoder")]
+
+
+def as_it_reads(config: Config, modality: str | None = None) -> Config:
+    """The same config for a model of images or audio, whatever the corpus is.
+
+    Args:
+        config: the run's config.
+        modality: what is read of a model that reads several; None: what it reads alone.
+
+    Returns:
+        A copy where the model reads no texts; else the config itself.
+
+    Raises:
+        ModelError: the model's own config cannot be read, or it does not read the modality.
+    """
+    if config.model.architecture is not None or config.model.modality is not None:
+        return config
+    modality = modality or files.reads(config.model)
+    if modality is None:
+        return config
+    plain = to_plain(config)
+    found = to_config(plain | {"model": plain["model"] | {"modality": modality}})
+    model_config = hf_config(found.model)
+    if model_config.is_encoder_decoder and found.model.side is None:
+        return with_side(found, "encoder")
+    return found
 
 
 def with_side(config: Config, side: str) -> Config:

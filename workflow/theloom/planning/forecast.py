@@ -139,7 +139,7 @@ def forecast(
         >>> forecast("7b", "bf16", windows=1, tokens=2048).kv_cache
         268435456
     """
-    settings = settings_of(target)
+    settings = estimate.as_it_reads(settings_of(target))
     requested = settings.memory.activation_cache_filter if filters is None else filters
     if (side := auto.side(requested)) and settings.model.side is None:
         settings = estimate.with_side(settings, side)
@@ -149,8 +149,10 @@ def forecast(
     catalog = estimator.catalog()
     points = catalog.select(requested)
     chunk_size = min(settings.memory.streaming_chunk_size, tokens)
-    if estimator.size.side:
-        chunk_size = tokens  # half of a model goes in one pass
+    if estimator.size.senses:
+        tokens = estimator.size.context_length  # rows of an image, or of a clip
+    if estimator.size.side or estimator.size.senses:
+        chunk_size = tokens  # half of a model goes in one pass, and so does a tower
     workload = Workload(windows, tokens, chunk_size)
     written = smaller_pass(estimator, kind, workload, points)
     weights = estimator.weights(kind)

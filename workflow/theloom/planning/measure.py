@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from theloom.config.model_dims import numbers
 from theloom.config.schema import ModelConfig
 from theloom.devices import host
 from theloom.devices.peak_memory import PeakMemory
@@ -107,7 +108,7 @@ def measure(
         The measurement.
     """
     workload, predicted = largest_pass(traced, kind, plan, points, loaded.device.type)
-    vocabulary = loaded.architecture.model.config.get_text_config().vocab_size
+    vocabulary = numbers(loaded.architecture.model.config).vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (workload.windows, workload.tokens), generator=generator).to(
         loaded.device

@@ -1,5 +1,6 @@
 """Compare a run to its model in FP32: load that model if it fits, measure cosine similarity."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING
 import h5py
 
 from theloom import terminal
-from theloom.config.schema import Config
+from theloom.config.schema import Config, ModelConfig
+from theloom.corpus.media.inputs import inputs_of
 from theloom.corpus.targets.sources import Sources
 from theloom.dataset.activations import Activations
 from theloom.devices import gpu
@@ -81,7 +83,7 @@ def compare(
     exact = exact_model(config, files, acts, windows, points, traced)
     if exact is None:
         return None
-    return _cosines(exact, acts, points, windows, oracle)
+    return _cosines(exact, acts, points, windows, oracle, config.model)
 
 
 def exact_model(
@@ -146,19 +148,29 @@ def window_ids(acts: Activations, window: int) -> "torch.Tensor":
 
 
 def window_inputs(
-    acts: Activations, window: int, device: "torch.device"
+    config: ModelConfig, acts: Activations, window: int, device: "torch.device"
 ) -> "dict[str, torch.Tensor]":
     """What the model is given for a window.
 
     Args:
+        config: the `model` settings.
         acts: the run's activations.
         window: number of the window.
         device: of the model.
 
     Returns:
-        `input_ids`, (1, position) int64; of a decoder also those of its source.
+        `input_ids`, (1, position) int64; of a decoder also those of its source; of a tower also
+        what its processor makes of the document.
+
+    Raises:
+        CorpusError: the file of an image or a clip is no longer what it was.
     """
-    sources = Sources(acts.columns, acts.window_document).of([window])
+    columns, documents = acts.columns, acts.window_document
+    settings = json.loads(acts.attributes["config"])
+    found = inputs_of(
+        columns, documents, config, settings["tokens"], acts.attributes.get("processor_hash")
+    )
+    sources = (found or Sources(columns, documents)).of([window])
     inputs = {"input_ids": window_ids(acts, window), **sources}
     return {name: value.to(device) for name, value in inputs.items()}
 
@@ -184,6 +196,7 @@ def _cosines(
     points: Sequence[HookPoint],
     windows: Sequence[int],
     oracle: Oracle,
+    config: ModelConfig,
 ) -> Fidelity:
     """Mean and minimum over the rows of each window, per hook point."""
     import torch
@@ -191,7 +204,7 @@ def _cosines(
     truth = StoredRows(acts)
     pairs: dict[int, list[tuple[float, float]]] = {}
     for window in windows:
-        values = oracle(exact, window_inputs(acts, window, exact.device))
+        values = oracle(exact, window_inputs(config, acts, window, exact.device))
         for point in points:
             if (unit := truth.of(window, point, values[point.name][0])) is None:
                 continue

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from theloom.config.schema import Config
+from theloom.config.schema import Config, ModelConfig
 from theloom.dataset.activations import Activations
 from theloom.devices import accelerator, gpu
 from theloom.engine import model_record
@@ -90,7 +90,9 @@ def recompute(
         if exact is not None:
             with comparison.computed_finer():
                 for window, of_window in suspect.items():
-                    for point, values in _plain(exact, acts, of_window, window).items():
+                    for point, values in _plain(
+                        config.model, exact, acts, of_window, window
+                    ).items():
                         comparison.compare_to_exact(window, point, values)
     return comparison.result()
 
@@ -140,7 +142,7 @@ def _compare_all(
         if not _fits(acts, loaded, points, traced, kind, window):
             continue
         try:
-            expected = _plain(loaded, acts, points, window)
+            expected = _plain(config.model, loaded, acts, points, window)
         except RuntimeError as error:
             if not accelerator.is_out_of_memory(error):
                 raise
@@ -189,10 +191,14 @@ def _fits(
 
 
 def _plain(
-    loaded: LoadedModel, acts: Activations, points: Sequence[HookPoint], window: int
+    config: ModelConfig,
+    loaded: LoadedModel,
+    acts: Activations,
+    points: Sequence[HookPoint],
+    window: int,
 ) -> "dict[HookPoint, torch.Tensor]":
     """Values of a window, (position, …), from one plain pass without chunks or padding."""
-    inputs = fp32.window_inputs(acts, window, loaded.device)
+    inputs = fp32.window_inputs(config, acts, window, loaded.device)
     values = _tapped(loaded, inputs, points) | oracle(loaded, inputs)
     return {
         p: values[p.name][0].transpose(0, 1) if p.over_keys else values[p.name][0] for p in points

@@ -55,6 +55,8 @@ class Sources:
         self._column = columns.get(SOURCE_IDS)
         self._document = window_document
 
+    alike = None  # windows of any lengths may share a pass
+
     @property
     def lengths(self) -> np.ndarray | None:
         """Tokens of each window's source, (windows,) int64; None where there are none."""

@@ -5,11 +5,13 @@ from collections.abc import Collection, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.modality import SENSED, modality_of, senses
 from theloom.config.model_dims import side_of
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.folder import own_model_code
 from theloom.model.checkpoint.halves import half, has_halves
+from theloom.model.towers.classes import class_of, tower
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,14 +41,14 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
     import transformers
 
     if own := has_own_code(model_config, trust_remote_code):
-        if side_of(model_config):
+        if side_of(model_config) or senses(model_config):
             raise ModelError(
-                f"{model_config.model_type}: its class is code of its own folder, of which halves "
-                "cannot be read; set model.ignore_own_code=true where transformers has the class"
+                f"{model_config.model_type}: its class is code of its own folder, of which neither "
+                "halves nor towers can be read; set model.ignore_own_code=true where transformers has the class"
             )
         name = next((n for n in _AUTO_CLASSES if n in own), own[0])
         return getattr(transformers, name)
-    if side_of(model_config):
+    if side_of(model_config) or modality_of(model_config):
         return model_class(model_config)
     if _encoder_alone(model_config) is not None:
         return transformers.AutoModelForTextEncoding
@@ -176,6 +178,8 @@ def model_class(model_config: "PretrainedConfig") -> Any:
         >>> model_class(GPT2Config()).__name__
         'GPT2Model'
     """
+    if modality := modality_of(model_config):
+        return _tower(model_config, modality)
     if side := side_of(model_config):
         return half(_whole_class(model_config), side)
     for alone in (_encoder_alone(model_config), _decoder_alone(model_config)):
@@ -184,6 +188,23 @@ def model_class(model_config: "PretrainedConfig") -> Any:
     if is_whole_encoder_decoder(model_config):
         raise _unnamed(model_config)
     return _whole_class(model_config)
+
+
+def _tower(model_config: "PretrainedConfig", modality: str) -> Any:
+    """The class of a tower; of an encoder-decoder that of its encoder."""
+    whole, side = class_of(model_config) or _whole_class(model_config), side_of(model_config)
+    if modality in SENSED and hasattr(whole, "get_decoder") and model_config.is_encoder_decoder:
+        if side != "encoder":
+            raise ModelError(
+                f"{model_config.model_type}: its encoder reads {modality}; write "
+                "encoder.blocks.0.hook_resid_post in memory.activation_cache_filter"
+            )
+    elif side:
+        raise ModelError(
+            f"{model_config.model_type} is one list of blocks: name its hook points without "
+            f"{side!r}, as blocks.0.hook_resid_post"
+        )
+    return tower(whole, modality, side)
 
 
 def _whole_class(model_config: "PretrainedConfig") -> Any:

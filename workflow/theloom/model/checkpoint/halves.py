@@ -61,19 +61,7 @@ def half(whole: Any, side: str) -> Any:
                 "points cannot be read"
             )
         if side == "encoder":
-            from theloom.model.pruning import leave_out
-
-            leave_out(self, ["decoder"])
-            if isinstance(self._tied_weights_keys, dict):
-                self._tied_weights_keys = {
-                    name: source
-                    for name, source in self._tied_weights_keys.items()
-                    if not (name.startswith("decoder.") or source.startswith("decoder."))
-                }
-            self._keys_to_ignore_on_load_unexpected = {
-                *(self._keys_to_ignore_on_load_unexpected or ()),
-                r"(^|\.)decoder\.",
-            }
+            keep_encoder(self)
 
     def from_config(cls: Any, config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
         return cls._from_config(config, **options)
@@ -85,6 +73,27 @@ def half(whole: Any, side: str) -> Any:
         "from_config": classmethod(from_config),
     }
     return type(whole.__name__, (whole,), parts)
+
+
+def keep_encoder(model: Any) -> None:
+    """Take the decoder out of an encoder-decoder.
+
+    Args:
+        model: of transformers, which is changed.
+    """
+    from theloom.model.pruning import leave_out
+
+    leave_out(model, ["decoder"])
+    if isinstance(model._tied_weights_keys, dict):
+        model._tied_weights_keys = {
+            name: source
+            for name, source in model._tied_weights_keys.items()
+            if not (name.startswith("decoder.") or source.startswith("decoder."))
+        }
+    model._keys_to_ignore_on_load_unexpected = {
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        r"(^|\.)decoder\.",
+    }
 
 
 def _of_encoder(

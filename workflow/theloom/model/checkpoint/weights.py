@@ -35,7 +35,8 @@ _UNREAD = re.compile(
 
 # weights that change others, wherever they lie
 _CHANGES = re.compile(
-    r"(^|\.)(lora_|ia3_|base_layer\.|base_model\.|modules_to_save\.)|_scale(_inv)?$|\.q(weight|zeros)$"
+    r"(^|\.)(lora_|ia3_|base_layer\.|base_model\.|modules_to_save\.)|(?<!logit)_scale(_inv)?$"
+    r"|\.q(weight|zeros)$"
 )
 
 

@@ -1,0 +1,62 @@
+"""The trace of models of images and audio against the CPU allocator itself."""
+
+import copy
+
+import pytest
+import torch
+from support import allocator_peak
+from theloom.config import modality
+from theloom.config.model_dims import mark_side
+from theloom.hooks import blocks
+from theloom.hooks.catalog import build_catalog
+from theloom.memory import trace
+from theloom.memory.sizes import Workload
+from theloom.model.checkpoint.classes import model_class
+from theloom.model.fake import fake_model
+from theloom.model.towers.row_counts import RowCounts
+from theloom.precision import torch_dtype
+from transformers import AutoConfig
+
+SIZES = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8}
+SIZES |= {"intermediate_size": 704}
+IMAGE = {**SIZES, "image_size": 96, "patch_size": 8}
+SOUND = {**SIZES, "conv_dim": [32, 32], "conv_kernel": [10, 8], "conv_stride": [10, 8]}
+SOUND |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+WHISPER = {"d_model": 256, "encoder_layers": 3, "encoder_attention_heads": 8}
+WHISPER |= {"encoder_ffn_dim": 704, "decoder_layers": 1, "decoder_attention_heads": 8}
+CONFIGS = {
+    "vit": ("images", IMAGE),
+    "dinov2": ("images", IMAGE),
+    "dinov3_vit": ("images", IMAGE),
+    "siglip_vision_model": ("images", IMAGE),
+    "clip_vision_model": ("images", IMAGE),
+    "wav2vec2": ("audio", SOUND),
+    "hubert": ("audio", SOUND),
+    "whisper": ("audio", {**WHISPER, "max_source_positions": 200}),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_trace_gives_the_peak_of_a_tower(kind: str, precision: str) -> None:
+    reads, values = CONFIGS[kind]
+    config = AutoConfig.for_model(kind, **values)
+    modality.mark(config, reads)
+    side = "encoder." if kind == "whisper" else ""
+    mark_side(config, side.rstrip("."))
+    real = model_class(config)._from_config(copy.deepcopy(config), dtype=torch_dtype(precision))
+    described, fake = blocks.find_blocks(real.eval()), fake_model(config, precision)
+    values = ("hook_resid_post", "hook_attn_out", "hook_mlp_out")
+    catalog = build_catalog(described)
+    chosen = catalog.select([f"{side}blocks.*.{value}" for value in values])
+    last = catalog.select([f"{side}ln_final.hook_out"])  # a pooling head behind it never runs
+    assert [p.name for p in fake.catalog.points] == [p.name for p in catalog.points]
+    rows = RowCounts(fake).of_its_own_size
+    workload = Workload(2, rows, rows)
+    ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
+    for points in (last, chosen):
+        predicted = trace.trace(fake, workload, points, held=True)[0].total
+        measured = allocator_peak(
+            lambda points=points: trace.run(described, ids, workload, points, held=True)
+        )
+        assert abs(predicted / measured - 1) <= 1e-3, (len(points), predicted, measured)

@@ -1,0 +1,64 @@
+"""What a model reads where that is no text: a tower of images or audio, marked on its config."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SENSED = ("images", "audio")
+"""The kinds of corpora whose documents are no texts, and what a model reads of them."""
+
+TEXT = "text"  # the text half of a model that compares texts to images or audio
+
+_MODALITY, _SHAPE = "theloom_modality", "theloom_input_shape"  # attributes of a model's config
+
+
+def mark(config: "PretrainedConfig", modality: str, shape: tuple[int, ...] | None = None) -> None:
+    """Say on a model's config that it is read as a tower.
+
+    Args:
+        config: Of the tower; it is changed.
+        modality: `images`, `audio` or `text`.
+        shape: Of what its processor makes of any document, without the axis of the batch; None: it
+            depends on the document.
+    """
+    setattr(config, _MODALITY, modality)
+    setattr(config, _SHAPE, shape)
+
+
+def modality_of(config: "PretrainedConfig") -> str:
+    """What a tower reads.
+
+    Args:
+        config: Of a model.
+
+    Returns:
+        `images`, `audio` or `text`; empty where the model is no tower.
+    """
+    return str(getattr(config, _MODALITY, ""))
+
+
+def input_shape(config: "PretrainedConfig") -> tuple[int, ...] | None:
+    """The shape of a tower's input where it is the same for every document.
+
+    Args:
+        config: Of a model.
+
+    Returns:
+        Its axes but for that of the batch, such as channels, height and width; None where there is
+        no such shape.
+    """
+    found: tuple[int, ...] | None = getattr(config, _SHAPE, None)
+    return found
+
+
+def senses(config: "PretrainedConfig") -> bool:
+    """Whether a model's rows are those of patches or frames instead of tokens.
+
+    Args:
+        config: Of a model.
+
+    Returns:
+        True for a tower of images or audio.
+    """
+    return modality_of(config) in SENSED

@@ -1,0 +1,127 @@
+"""What a tower is given for windows of a shard or a dataset: read again from the corpus' files, and
+checked to be what the rows were planned by.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from theloom.config.schema import CorpusConfig, CorpusKind, ModelConfig
+from theloom.corpus.media.encoding import FILE, HASH, SHAPE, processor_of, value_of
+from theloom.corpus.media.items import Item, Store
+from theloom.errors import CorpusError, ModelError, printable
+from theloom.store.tables.columns import Column
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Inputs:
+    """The input of each window.
+
+    Args:
+        columns: of the corpus, by name.
+        window_document: number of each window's document within these columns, (windows,).
+        model: the `model` settings.
+        corpus: the `corpus` settings of the run, as its files keep them.
+        processor_hash: of the processor by which the rows were counted.
+    """
+
+    lengths = None  # rows are those of the windows
+
+    def __init__(
+        self,
+        columns: Mapping[str, Column],
+        window_document: np.ndarray,
+        model: ModelConfig,
+        corpus: Mapping[str, Any],
+        processor_hash: str,
+    ) -> None:
+        self._columns, self._document = columns, window_document
+        self._model, self._hash = model, processor_hash
+        self._corpus = CorpusConfig(
+            kind=CorpusKind[corpus["kind"]], path=corpus["path"], column=corpus["column"]
+        )
+        self._store = Store(self._corpus)
+
+    @cached_property
+    def _processor(self) -> Any:
+        found = processor_of(self._model)
+        if found.digest != self._hash:
+            raise ModelError(
+                f"model.source: the processor of {self._model.source} is another one than that of "
+                "tokens.h5: its files have changed; run again with --forcerun tokenize_corpus"
+            )
+        return found
+
+    @property
+    def alike(self) -> np.ndarray:
+        """A number for the shape of each window's input: those of one may share a pass."""
+        shapes = self._columns[SHAPE].values
+        return np.unique(shapes, return_inverse=True)[1].reshape(-1)[self._document]
+
+    def of(self, windows: Sequence[int]) -> "dict[str, torch.Tensor]":
+        """The model's input for some windows.
+
+        Args:
+            windows: their numbers, all of one shape.
+
+        Returns:
+            By its name in the model's forward, (windows, …) FP32.
+
+        Raises:
+            CorpusError: a file is no longer what it was.
+        """
+        import torch
+
+        documents = np.array([int(self._document[w]) for w in windows])
+        names, digests, shapes = (
+            self._columns[n].part(documents).tolist() for n in (FILE, HASH, SHAPE)
+        )
+        found = [self._one(*one) for one in zip(names, digests, shapes, strict=True)]
+        return {self._processor.input_name: torch.stack(found)}
+
+    def _one(self, name: str, digest: str, shape: list[int]) -> "torch.Tensor":
+        content = self._store.content(name)
+        place = printable(name)
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise CorpusError(
+                f"{place}: has changed since its rows were counted; put the file back, or run "
+                "again with --forcerun tokenize_corpus"
+            )
+        item = Item(name, name, place, content)
+        found: torch.Tensor = self._processor(value_of(item, self._corpus, self._processor))
+        if list(found.shape) != shape:
+            raise CorpusError(
+                f"{place}: the processor makes {tuple(found.shape)} of it here, and made "
+                f"{tuple(shape)} when its rows were counted; install the same Pillow and "
+                "transformers"
+            )
+        return found
+
+
+def inputs_of(
+    columns: Mapping[str, Column],
+    window_document: np.ndarray,
+    model: ModelConfig,
+    tokens: Mapping[str, Any],
+    processor_hash: Any,
+) -> Inputs | None:
+    """The inputs of a run of images or audio.
+
+    Args:
+        columns: of the corpus, by name.
+        window_document: number of each window's document within these columns.
+        model: the `model` settings.
+        tokens: the config of the stage that made `tokens.h5`, as plain data.
+        processor_hash: the attribute of that file.
+
+    Returns:
+        None where the run is of texts.
+    """
+    if FILE not in columns or processor_hash is None:
+        return None
+    return Inputs(columns, window_document, model, tokens["corpus"], str(processor_hash))

@@ -1,0 +1,95 @@
+"""A tower is tried on two inputs of its own before rows are taken from it."""
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+from theloom.errors import HookError, ModelError
+from theloom.hooks.blocks import Architecture, cannot_run
+from theloom.hooks.failures import MODEL_ERRORS, why
+from theloom.hooks.points import residual_points
+from theloom.hooks.taps import Taps
+from theloom.model.checks import SelfCheck, largest_error
+from theloom.model.forward import start_afresh
+from theloom.model.reference import reference_residuals
+from theloom.model.towers.classes import trial_input
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+_ROWS = 3  # fewer than any input has: the model's own size is taken
+_REASON = "an image or a clip goes in one pass"
+
+
+def tower_check(architecture: Architecture, tolerance: float) -> SelfCheck:
+    """Show that taps read a tower's own hidden states, and that two inputs in one batch leave each
+    other's rows alone.
+
+    Args:
+        architecture: Of a loaded tower.
+        tolerance: The error, as a share of the largest value, that rounding explains.
+
+    Returns:
+        What was found, with errors as shares of the largest value.
+
+    Raises:
+        ModelError: Rows would not be what the model computes; with the reason.
+    """
+    model, limit = architecture.model, 10 * tolerance
+    name, main = type(model).__name__, model.main_input_name
+    inputs = trial_input(model, 2, _ROWS)
+    inputs[1] = inputs[1].flip(-1).mul(0.5)
+    try:
+        alone = [_residuals(architecture, {main: inputs[n : n + 1]}) for n in (0, 1)]
+        states = reference_residuals(architecture, **{main: inputs[:1]})
+        both = _residuals(architecture, {main: inputs})
+    except MODEL_ERRORS as error:
+        raise ModelError(f"{cannot_run(model)}: {why(error)}") from None
+    except HookError as error:
+        raise ModelError(f"{name}: {error}") from None
+    states_error = largest_error({n: states[n] for n in alone[0]}, alone[0])
+    if not states_error <= limit:
+        raise ModelError(
+            f"{name}: the residual stream that is read differs from its own output_hidden_states "
+            f"(by {states_error:.2g} of the largest value): its blocks are not one stream"
+        )
+    together = max(_apart(alone[n], both, n) for n in (0, 1))
+    if not together <= limit:
+        log.warning(
+            "%s: what runs beside a document changes its rows, by %.2g of the largest value: every "
+            "document goes by itself",
+            name,
+            together,
+        )
+    return SelfCheck(
+        states_error,
+        together,
+        math.inf,
+        causal=True,  # no padding, and so no mask of it
+        streams=False,
+        not_streamed=_REASON,
+        alone=not together <= limit,
+    )
+
+
+def _apart(alone: dict[str, "torch.Tensor"], both: dict[str, "torch.Tensor"], row: int) -> float:
+    return largest_error(alone, {n: v[row : row + 1] for n, v in both.items()})
+
+
+def _residuals(architecture: Architecture, inputs: dict[str, Any]) -> dict[str, "torch.Tensor"]:
+    """Every residual of the loaded blocks, FP32 on the CPU."""
+    import torch
+
+    count, width = len(architecture.loaded), architecture.hidden_size
+    points = residual_points(count, width, architecture.side)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, value: torch.Tensor) -> None:
+        seen[name] = value.float().cpu().clone()
+
+    start_afresh(architecture)
+    with torch.inference_mode(), Taps(architecture, points, keep) as taps:
+        taps.run(**inputs)
+    return seen

@@ -1,0 +1,306 @@
+"""Towers: models of images or audio, and the halves of models that compare those to texts.
+
+A tower of images or audio also takes `input_ids`, of which only the number of windows and of rows
+counts: it then makes an input of its own of that size. So all that tries, traces and measures a
+model on token ids does the same with a tower. Extraction gives it what the processor made.
+"""
+
+import math
+import sys
+from functools import cache
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from theloom.config.modality import SENSED, TEXT, input_shape, mark, modality_of
+from theloom.errors import ModelError
+from theloom.model.towers import processor
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PretrainedConfig
+
+_OF_ANY = {"images": ("pixel_values",), "audio": ("input_values", "input_features")}
+_HALVES = {"images": "vision_config", "audio": "audio_config", TEXT: "text_config"}
+_SECONDS = 1.0  # of sound in a trial that asks for no more rows than that has
+_RATE = 16_000  # samples a second that models of raw sound take
+
+# parameters that stand before the patches as rows of their own
+_ROWS_BEFORE = ("cls_token", "class_embedding", "register_tokens", "distillation_token")
+
+
+def chosen(
+    config: "PretrainedConfig", modality: str | None, folder: "Path", source: str
+) -> "PretrainedConfig":
+    """The config of the tower that a run reads, marked as such.
+
+    Args:
+        config: of the model in the folder.
+        modality: `images` or `audio`; None: texts.
+        folder: of the model, where its processor is.
+        source: the model, for messages.
+
+    Returns:
+        The config itself where the model reads the modality as a whole; a part of it for one half
+        of a model that compares images or audio to texts.
+
+    Raises:
+        ModelError: the model does not read the modality.
+    """
+    whole = class_of(config)
+    if whole is None:
+        return config
+    found: Any
+    own, compares = _modality(whole), hasattr(whole, "get_text_features")
+    if modality is None and not compares and (own is None or _takes_ids(whole)):
+        return config
+    if own == modality and not compares:
+        found = config
+    elif compares:
+        found = getattr(config, _HALVES[modality or TEXT], None)
+        half = None if found is None else class_of(found)
+        if half is None or _modality(half) != modality:
+            if modality is None:
+                return config
+            raise _reads_other(config, whole, modality, source)
+    elif modality is None:
+        raise ModelError(
+            f"model.source: {source} ({config.model_type}) reads {own}, and the corpus has "
+            f"texts; set corpus={own} and corpus.path"
+        )
+    else:
+        raise _reads_other(config, whole, modality, source)
+    if modality is None:
+        mark(found, TEXT)
+        return found  # type: ignore[no-any-return]
+    shape = None
+    if processor.has_processor(folder):
+        shape = processor.load_processor(folder, modality, source).shape
+    mark(found, modality, shape)
+    return found  # type: ignore[no-any-return]
+
+
+def reads(config: "PretrainedConfig") -> str | None:
+    """What a model reads, by its class alone.
+
+    Args:
+        config: of the model.
+
+    Returns:
+        `images` or `audio`; None for texts, and where it reads both.
+    """
+    whole = class_of(config)
+    if whole is None or hasattr(whole, "get_text_features") or _takes_ids(whole):
+        return None
+    return _modality(whole)
+
+
+def class_of(config: "PretrainedConfig") -> Any:
+    """The class of transformers for a config, which `AutoModel` does not know for some halves.
+
+    Args:
+        config: of a model, or of half of one.
+
+    Returns:
+        A class without a head; None where transformers has none of that name.
+    """
+    import transformers
+
+    found: Any = transformers.AutoModel._model_mapping.get(type(config), None)
+    if found is None:
+        return getattr(transformers, type(config).__name__.replace("Config", "Model"), None)
+    return found[0] if isinstance(found, list | tuple) else found
+
+
+def _modality(of_class: Any) -> str | None:
+    """What a class of transformers reads, by the name of its main input; None: texts."""
+    main = getattr(of_class, "main_input_name", "input_ids")
+    return next((kind for kind, names in _OF_ANY.items() if main in names), None)
+
+
+def _takes_ids(of_class: Any) -> bool:
+    return "input_ids" in signature(of_class.forward).parameters
+
+
+def _reads_other(config: Any, whole: Any, modality: str, source: str) -> ModelError:
+    own = _modality(whole) or "texts"
+    return ModelError(
+        f"model.source: {source} ({config.model_type}) reads {own}, and the corpus has "
+        f"{modality}; give an encoder of {modality}, or another corpus"
+    )
+
+
+@cache
+def tower(whole: Any, modality: str, side: str) -> Any:
+    """The class of a tower.
+
+    Args:
+        whole: the class of transformers, without a head.
+        modality: `images`, `audio` or `text`.
+        side: `encoder` where it is an encoder-decoder, of which the decoder is left out.
+
+    Returns:
+        A class with the names of weights of the whole one; that of a text half is the same.
+    """
+    from theloom.config.model_dims import mark_side
+
+    def build(self: Any, config: Any, *args: Any, **options: Any) -> None:
+        whole.__init__(self, config, *args, **options)
+        mark(self.config, modality, input_shape(config))
+        if side:
+            from theloom.model.checkpoint.halves import keep_encoder
+
+            mark_side(self.config, side)
+            keep_encoder(self)
+
+    def from_config(cls: Any, config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+        return cls._from_config(config, **options)
+
+    parts: dict[str, Any] = {
+        "__init__": build,
+        "__module__": whole.__module__,
+        "from_config": classmethod(from_config),
+    }
+    if modality in SENSED:
+        parts["forward"] = _forward(whole, side)
+    return type(whole.__name__, (whole,), parts)
+
+
+def _forward(whole: Any, side: str) -> Any:
+    main = whole.main_input_name
+
+    def forward(
+        self: Any,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        use_cache: Any = None,
+        **given: Any,
+    ) -> Any:
+        if main not in given:
+            given[main] = trial_input(self, *input_ids.shape)
+        given[main] = given[main].to(self.dtype)
+        _forget(whole)
+        return self.encoder(**given) if side else whole.forward(self, **given)
+
+    return forward
+
+
+def _forget(whole: Any) -> None:
+    """Empty what the functions beside a class have kept of passes before, as DINOv3's do: a pass on
+    tensors without bytes would leave its own to the next one.
+    """
+    for function in vars(sys.modules[whole.__module__]).values():
+        for cell in getattr(function, "__closure__", None) or ():
+            clear = getattr(cell.cell_contents, "cache_clear", None)
+            if clear is not None:
+                clear()
+
+
+def trial_input(model: Any, windows: int, rows: int) -> "torch.Tensor":
+    """An input of a tower that stands for any document.
+
+    Args:
+        model: the tower, real or fake.
+        windows: how many side by side.
+        rows: that each shall have, at least, where the size of the model's input is free.
+
+    Returns:
+        (windows, …), in the dtype and on the device of the model, of a few different values.
+    """
+    import torch
+
+    shape = shape_of(model, rows)
+    made = torch.zeros((windows, *shape), dtype=model.dtype, device=model.device)
+    for step, value in ((3, 0.9), (5, -0.7), (7, 0.4), (11, -0.3), (13, 0.6)):
+        made.view(-1)[::step].fill_(value)
+    return made
+
+
+def shape_of(model: Any, rows: int) -> tuple[int, ...]:
+    """The shape of an input that has a number of rows.
+
+    Args:
+        model: the tower.
+        rows: at least; a model whose input has one size alone has those of that.
+
+    Returns:
+        Axes without that of the batch.
+    """
+    config = model.config
+    fixed = input_shape(config)
+    if modality_of(config) == "images":
+        return _image(model, rows, fixed)
+    if fixed is not None:
+        return fixed
+    if model.main_input_name == "input_features":
+        part = getattr(model, "encoder", model)
+        strides = [m.stride[0] for m in _convolutions(part, 1)]
+        return config.num_mel_bins, config.max_source_positions * math.prod(strides)
+    return (_samples(model, rows),)
+
+
+def _convolutions(module: Any, axes: int) -> list[Any]:
+    from torch import nn
+
+    kind = nn.Conv1d if axes == 1 else nn.Conv2d
+    return [m for m in module.modules() if isinstance(m, kind)]
+
+
+def _samples(model: Any, rows: int) -> int:
+    """Samples of which the convolutions of a model of raw sound make so many frames."""
+    samples = rows
+    for layer in reversed(_convolutions(model.feature_extractor, 1)):
+        samples = (samples - 1) * layer.stride[0] + layer.kernel_size[0]
+    return max(samples, int(_SECONDS * _RATE))
+
+
+def rows_before(model: Any) -> int:
+    """Rows before the patches of an image: the class token and registers.
+
+    Args:
+        model: a tower of images.
+
+    Returns:
+        Their number.
+    """
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2] in _ROWS_BEFORE
+    }
+    return sum(1 if p.ndim == 1 else p.shape[-2] for p in found.values())
+
+
+def patch_size(model: Any) -> tuple[int, int] | None:
+    """Height and width of a patch, by the convolution that embeds it.
+
+    Args:
+        model: a tower of images.
+
+    Returns:
+        Pixels; None where no convolution takes patches that do not overlap.
+    """
+    for layer in _convolutions(model, 2):
+        if layer.stride == layer.kernel_size and max(layer.stride) > 1:
+            return layer.stride
+    return None
+
+
+def _image(model: Any, rows: int, fixed: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Channels, height and width of an image of so many rows."""
+    config, patch = model.config, patch_size(model)
+    size = getattr(config, "image_size", None)
+    if fixed is None:
+        height, width = size if isinstance(size, list | tuple) else (size or 224, size or 224)
+        fixed = (getattr(config, "num_channels", 3), height, width)
+    strict = "interpolate_pos_encoding" in signature(type(model).__mro__[1].forward).parameters
+    wanted = rows - rows_before(model)
+    if patch is None or strict or wanted < 4:
+        return fixed
+    if wanted == (fixed[1] // patch[0]) * (fixed[2] // patch[1]):
+        return fixed
+    height = max((h for h in range(1, math.isqrt(wanted) + 1) if wanted % h == 0), default=1)
+    if wanted // height > 4 * height:  # no image is so long: one of some rows more
+        height = math.isqrt(wanted)
+    return fixed[0], height * patch[0], -(-wanted // height) * patch[1]

@@ -1,0 +1,99 @@
+"""How many rows a tower makes of an input: the rows that its first block is given, on tensors
+without bytes.
+"""
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from theloom.config.modality import modality_of
+from theloom.hooks.blocks import cannot_run
+from theloom.hooks.failures import refused
+from theloom.hooks.points import RESIDUALS, residual_points
+from theloom.hooks.taps import Taps
+from theloom.model.shapes_only import shapes_only
+from theloom.model.towers import classes as towers
+
+if TYPE_CHECKING:
+    from theloom.model.fake import FakeModel
+
+
+class RowCounts:
+    """Rows of a tower by the shape of its input.
+
+    Args:
+        fake: the tower.
+    """
+
+    def __init__(self, fake: "FakeModel") -> None:
+        self._fake = fake
+        self._known: dict[tuple[int, ...], int] = {}
+
+    @property
+    def _model(self) -> Any:
+        return self._fake.architecture.model
+
+    @property
+    def input_name(self) -> str:
+        """What the model calls its input."""
+        return str(self._model.main_input_name)
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image, as the model's config has them."""
+        return int(getattr(self._model.config, "num_channels", None) or 3)
+
+    @property
+    def of_its_own_size(self) -> int:
+        """Rows of an input of the size that the model has by its config or its processor."""
+        return self.rows(towers.shape_of(self._model, 0))
+
+    def rows(self, shape: tuple[int, ...]) -> int:
+        """The rows of one document.
+
+        Args:
+            shape: of what the processor made of it.
+
+        Returns:
+            Their number.
+
+        Raises:
+            ModelError: the model takes no input of this shape.
+        """
+        if shape not in self._known:
+            self._known[shape] = self._count(shape)
+        return self._known[shape]
+
+    def _count(self, shape: tuple[int, ...]) -> int:
+        import torch
+
+        found: list[torch.Tensor] = []
+        architecture = self._fake.architecture
+        first = [
+            p
+            for p in residual_points(1, architecture.hidden_size, architecture.side)
+            if p.value == RESIDUALS[0]
+        ]
+        taps = Taps(architecture, first, lambda _, value: found.append(value))
+        with self._fake.mode, shapes_only(), refused(cannot_run(self._model)), taps:
+            value = torch.zeros(1, *shape)
+            taps.run(**{self.input_name: value})
+        return int(found[0].shape[1])
+
+    @cached_property
+    def _patch(self) -> tuple[int, int] | None:
+        return towers.patch_size(self._model)
+
+    def before_patches(self, shape: tuple[int, ...]) -> int | None:
+        """Rows that stand before those of the patches: class token, registers.
+
+        Args:
+            shape: of an image, (channels, height, width).
+
+        Returns:
+            Their number; None where the rows are not these and one for each patch.
+        """
+        if modality_of(self._model.config) != "images" or self._patch is None:
+            return None
+        patches = (shape[1] // self._patch[0]) * (shape[2] // self._patch[1])
+        before = towers.rows_before(self._model)
+        return before if self.rows(shape) == before + patches else None
