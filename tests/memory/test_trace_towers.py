@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from support import allocator_peak
-from theloom.config import modality
 from theloom.config.model_dims import mark_side
 from theloom.hooks import blocks
 from theloom.hooks.catalog import build_catalog
@@ -15,6 +14,7 @@ from theloom.model.checkpoint.classes import model_class
 from theloom.model.fake import fake_model
 from theloom.model.towers.row_counts import RowCounts
 from theloom.precision import torch_dtype
+from theloom.rows import modality
 from transformers import AutoConfig
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8}

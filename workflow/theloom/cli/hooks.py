@@ -6,8 +6,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from theloom.config.auto import OF_BLOCK
-from theloom.config.modality import SENSED
 from theloom.precision import BYTES
+from theloom.rows.modality import SENSED
 from theloom.terminal import examples, lines, positive, table
 
 if TYPE_CHECKING:

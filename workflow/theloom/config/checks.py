@@ -7,11 +7,11 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from theloom.config import answers, auto
-from theloom.config.modality import SENSED
 from theloom.config.model_dims import LAYERS, SIZE
 from theloom.config.schema import PATHS, Config
 from theloom.errors import ConfigError
 from theloom.rows import expression
+from theloom.rows.modality import SENSED
 
 SOURCE_IDS = "source_ids"
 """The column of a run of a decoder that holds the encoder's token ids of each document."""
@@ -174,7 +174,6 @@ def _check_modality(config: Config) -> None:
         return
     of_texts = {
         "corpus.max_tokens": corpus.max_tokens,
-        "corpus.context_length": corpus.context_length,
         "corpus.input_ids": corpus.input_ids,
         "corpus.messages": corpus.messages,
         "corpus.target": corpus.target,
@@ -185,7 +184,9 @@ def _check_modality(config: Config) -> None:
     for key, value in of_texts.items():
         if value is not None:
             shown = getattr(value, "name", value)
-            raise ConfigError(f"{key}={shown}: is for texts, and the corpus is {kind}; take it out")
+            raise ConfigError(
+                f"{key}={shown}: is for texts, and the corpus is {kind}; take it out or set it null"
+            )
     if config.extraction.execution.name == "layerwise":
         raise ConfigError(
             f"extraction.execution=layerwise: a model of {kind} runs on the device as a whole "

@@ -43,10 +43,10 @@ from theloom.config.frozen import (
     frozen_keys,
     without_unset,
 )
-from theloom.config.modality import SENSED
 from theloom.config.schema import Config, Modality
 from theloom.config.values import Assignment
 from theloom.errors import ConfigError
+from theloom.rows.modality import SENSED
 
 log = logging.getLogger(__name__)
 
@@ -248,6 +248,8 @@ def _compose(
             strict.model.side = side
         if strict.corpus.kind.name in SENSED and strict.model.modality is None:
             strict.model.modality = Modality[strict.corpus.kind.name]
+        if strict.corpus.kind.name in SENSED and "corpus.max_tokens" not in chosen:
+            strict.corpus.max_tokens = None  # a profile's, which is for texts
         left_open = strict.extraction.shards is None
         if left_open:
             strict.extraction.shards = sharding.shards(cast(Config, strict))

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from theloom.config.modality import senses
 from theloom.config.schema import ArchitectureConfig
 from theloom.errors import ModelError
+from theloom.rows.modality import senses
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -279,7 +279,9 @@ class CorpusConfig:
     )
     context_length: int | None = key(
         None,
-        "longer documents are split into windows of this many tokens; null: the model's own limit",
+        "longer documents are split into windows of this many tokens; null: the model's own limit. "
+        "Images, audio: rows of the largest document, beyond which one is refused; null: those of "
+        "the model's own size, or of 30 seconds",
     )
     tokenizer_from: TokenizerFrom = key(
         TokenizerFrom["class"],

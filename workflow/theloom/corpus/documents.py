@@ -7,12 +7,12 @@ import logging
 from collections.abc import Iterator
 from itertools import islice
 
-from theloom.config.modality import SENSED
 from theloom.config.schema import CorpusConfig
 from theloom.corpus import chat, hub, rows, text_files
 from theloom.corpus.formats.shares import Part
 from theloom.corpus.rows import Document
 from theloom.errors import CorpusError, printable
+from theloom.rows.modality import SENSED
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ import numpy as np
 import xxhash
 
 from theloom.config.frozen import to_plain
-from theloom.config.modality import SENSED
 from theloom.config.model_dims import numbers
 from theloom.config.schema import Config, RowsConfig
 from theloom.corpus import documents
@@ -40,6 +39,7 @@ from theloom.errors import ConfigError, CorpusError, printable
 from theloom.model.files import hf_config
 from theloom.model.length_switches import length_switches
 from theloom.rows.document import Document as RowDocument
+from theloom.rows.modality import SENSED
 from theloom.store import file_format, provenance, token_texts
 from theloom.store.hdf5.output import written
 from theloom.store.shard_file import ShardTokens

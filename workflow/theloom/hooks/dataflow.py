@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from theloom.config.modality import senses
 from theloom.hooks import attention
 from theloom.hooks.attention import ROT_K, ROT_Q, Inside
 from theloom.hooks.blocks import Architecture, forward_three_tokens
 from theloom.hooks.module_names import find_attention, find_core
 from theloom.hooks.sites import Norm, Site, is_norm
+from theloom.rows.modality import senses
 
 
 class Flow:

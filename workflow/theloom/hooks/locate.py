@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from theloom.config.modality import senses
 from theloom.errors import HookError
 from theloom.hooks import attention
 from theloom.hooks.attention import ROT_K, ROT_Q
@@ -58,6 +57,7 @@ from theloom.hooks.points import (
 from theloom.hooks.recurrent import recurrent_sites
 from theloom.hooks.routers import declared_routers, router_sites
 from theloom.hooks.sites import Site, by_head, columns, grouped, norm_sites
+from theloom.rows.modality import senses
 
 
 @dataclass

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from theloom.config.modality import senses
 from theloom.errors import HookError
 from theloom.hooks.attention import Inside
 from theloom.hooks.blocks import Architecture
@@ -15,6 +14,7 @@ from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import PATTERN, RESIDUALS, SCORES, HookPoint, deepest_block
 from theloom.hooks.recurrent import cache_name, fresh_cache, state_of
 from theloom.hooks.sites import Site
+from theloom.rows.modality import senses
 
 Sink = Callable[[str, torch.Tensor], None]
 T = TypeVar("T")

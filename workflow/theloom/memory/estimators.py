@@ -216,14 +216,14 @@ class Traced:
         self.own = quantized_as(model_config)
         self._fakes: dict[WeightFormat, FakeModel] = {}
         self._left_out: dict[tuple[str, ...], list[str]] = {}
-        if self.size.senses and not self.size.context_length:
+        if self.size.senses:
             self.size = replace(self.size, context_length=self._rows())
 
     def _rows(self) -> int:
-        """Rows of a tower's input of its own size."""
+        """Rows of the largest input of a tower that a run is planned for."""
         from theloom.model.towers.row_counts import RowCounts
 
-        return RowCounts(self.fake(WeightFormat("fp32"))).of_its_own_size
+        return RowCounts(self.fake(WeightFormat("fp32"))).longest
 
     def fake(self, kind: WeightFormat) -> "FakeModel":
         """Build the model without bytes, once for each kind of weights.

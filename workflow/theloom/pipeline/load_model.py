@@ -9,7 +9,6 @@ import h5py
 
 from theloom import terminal
 from theloom.config.auto import traceable_attention
-from theloom.config.modality import senses
 from theloom.config.model_dims import numbers
 from theloom.config.schema import Config
 from theloom.corpus import tokens
@@ -31,6 +30,7 @@ from theloom.planning.measure import measure, prepare_measurement
 from theloom.planning.multi_gpu import available, fit_plan
 from theloom.planning.plan import Correction, Planned
 from theloom.planning.replay import replay_of_run, replay_of_sweep
+from theloom.rows.modality import senses
 from theloom.store import file_format
 from theloom.store.hdf5.output import written
 from theloom.store.shard_file import bytes_of_window

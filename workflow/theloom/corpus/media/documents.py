@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -16,19 +16,16 @@ from theloom.corpus.media.items import Item
 from theloom.corpus.rows import Document
 from theloom.rows.document import Document as RowDocument
 
-if TYPE_CHECKING:
-    from theloom.corpus.tokens import Tally
-
 
 def encoded(
-    config: Config, encoder: Encoder, tally: "Tally", kept: KeptRows
+    config: Config, encoder: Encoder, tally: Any, kept: KeptRows
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """The rows of the corpus' documents.
 
     Args:
         config: the settings of the stage.
         encoder: of the run.
-        tally: takes the counts.
+        tally: takes the counts, a `Tally` of `corpus.tokens`.
         kept: takes what is stored.
 
     Yields:

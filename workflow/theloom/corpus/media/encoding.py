@@ -147,6 +147,12 @@ class Encoder:
                 f"{item.place}: {'x'.join(map(str, value.shape))} values are nothing that the "
                 f"model takes ({words}); take it out of the corpus"
             ) from None
+        most = self._config.corpus.context_length or self._counts.longest
+        if count > most:
+            raise CorpusError(
+                f"{item.place}: has {count:,} rows, and memory is planned for {most:,}; set "
+                f"corpus.context_length={count} or more, or cut it"
+            )
         digest = hashlib.sha256(item.content).hexdigest()
         for name, text in zip(COLUMNS, (item.name, digest, json.dumps(shape)), strict=True):
             self._described[name].append(text)

@@ -5,13 +5,13 @@ from collections.abc import Collection, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from theloom.config.modality import SENSED, modality_of, senses
 from theloom.config.model_dims import side_of
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.folder import own_model_code
 from theloom.model.checkpoint.halves import half, has_halves
 from theloom.model.towers.classes import class_of, tower
+from theloom.rows.modality import SENSED, modality_of, senses
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -44,7 +44,8 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
         if side_of(model_config) or senses(model_config):
             raise ModelError(
                 f"{model_config.model_type}: its class is code of its own folder, of which neither "
-                "halves nor towers can be read; set model.ignore_own_code=true where transformers has the class"
+                "halves nor towers can be read; set model.ignore_own_code=true where transformers "
+                "has the class"
             )
         name = next((n for n in _AUTO_CLASSES if n in own), own[0])
         return getattr(transformers, name)

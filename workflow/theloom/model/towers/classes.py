@@ -11,9 +11,9 @@ from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from theloom.config.modality import SENSED, TEXT, input_shape, mark, modality_of
 from theloom.errors import ModelError
 from theloom.model.towers import processor
+from theloom.rows.modality import SENSED, TEXT, input_shape, mark, modality_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _OF_ANY = {"images": ("pixel_values",), "audio": ("input_values", "input_features")}
 _HALVES = {"images": "vision_config", "audio": "audio_config", TEXT: "text_config"}
 _SECONDS = 1.0  # of sound in a trial that asks for no more rows than that has
+_LONGEST_SECONDS = 30.0  # of sound that a run is planned for where it names no number of rows
 _RATE = 16_000  # samples a second that models of raw sound take
 
 # parameters that stand before the patches as rows of their own
@@ -73,12 +74,12 @@ def chosen(
         raise _reads_other(config, whole, modality, source)
     if modality is None:
         mark(found, TEXT)
-        return found  # type: ignore[no-any-return]
+        return found
     shape = None
     if processor.has_processor(folder):
         shape = processor.load_processor(folder, modality, source).shape
     mark(found, modality, shape)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def reads(config: "PretrainedConfig") -> str | None:
@@ -240,6 +241,21 @@ def shape_of(model: Any, rows: int) -> tuple[int, ...]:
     return (_samples(model, rows),)
 
 
+def longest_shape(model: Any) -> tuple[int, ...]:
+    """The shape of the largest input that a run is planned for where its config names no number.
+
+    Args:
+        model: the tower.
+
+    Returns:
+        Axes without that of the batch: of an image of the model's own size, of 30 seconds of sound.
+    """
+    free = modality_of(model.config) == "audio" and input_shape(model.config) is None
+    if free and model.main_input_name != "input_features":
+        return (int(_LONGEST_SECONDS * _RATE),)
+    return shape_of(model, 0)
+
+
 def _convolutions(module: Any, axes: int) -> list[Any]:
     from torch import nn
 
@@ -294,7 +310,8 @@ def _image(model: Any, rows: int, fixed: tuple[int, ...] | None) -> tuple[int, .
     if fixed is None:
         height, width = size if isinstance(size, list | tuple) else (size or 224, size or 224)
         fixed = (getattr(config, "num_channels", 3), height, width)
-    strict = "interpolate_pos_encoding" in signature(type(model).__mro__[1].forward).parameters
+    whole: Any = type(model).__mro__[1]
+    strict = "interpolate_pos_encoding" in signature(whole.forward).parameters
     wanted = rows - rows_before(model)
     if patch is None or strict or wanted < 4:
         return fixed

@@ -5,13 +5,13 @@ without bytes.
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from theloom.config.modality import modality_of
 from theloom.hooks.blocks import cannot_run
 from theloom.hooks.failures import refused
 from theloom.hooks.points import RESIDUALS, residual_points
 from theloom.hooks.taps import Taps
 from theloom.model.shapes_only import shapes_only
 from theloom.model.towers import classes as towers
+from theloom.rows.modality import modality_of
 
 if TYPE_CHECKING:
     from theloom.model.fake import FakeModel
@@ -46,6 +46,13 @@ class RowCounts:
     def of_its_own_size(self) -> int:
         """Rows of an input of the size that the model has by its config or its processor."""
         return self.rows(towers.shape_of(self._model, 0))
+
+    @property
+    def longest(self) -> int:
+        """Rows of the largest document that a run is planned for where its config names no number:
+        of an image of the model's own size, or of a clip of 30 seconds.
+        """
+        return self.rows(towers.longest_shape(self._model))
 
     def rows(self, shape: tuple[int, ...]) -> int:
         """The rows of one document.
