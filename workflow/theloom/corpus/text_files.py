@@ -109,7 +109,7 @@ def _listed(config: CorpusConfig) -> str:
     """The same, for messages."""
     if config.kind.name != "text":
         return ", ".join(sensed.suffixes(config.kind.name))
-    return f"{', '.join(SUFFIXES)}, nor one of them with {' or '.join(decoding.PACKED)}"
+    return f"{', '.join(SUFFIXES)}, or one of them with {' or '.join(decoding.PACKED)}"
 
 
 def _below(root: Path, skipped: Counter[str], endings: tuple[str, ...]) -> Iterator[Path]:
