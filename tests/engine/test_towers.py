@@ -14,7 +14,8 @@ import torch
 from corpus_support import byte_tokenizer
 from PIL import Image
 from support import stages
-from theloom.errors import CorpusError, TheLoomError
+from theloom.errors import CorpusError, StoreError, TheLoomError
+from theloom.planning.forecast import forecast
 from towers_support import TOWERS, build, plain_states, write_media
 from transformers import AutoModel
 
@@ -162,6 +163,26 @@ def test_a_model_and_a_corpus_that_do_not_go_together_are_refused(tmp_path, vit,
             stages(tmp_path / "d", vit, requested("images", media["images"])).prepare()
     finally:
         (vit / "elsewhere.json").rename(vit / "preprocessor_config.json")
+
+
+def test_other_images_of_the_same_size_are_no_pair(tmp_path, vit, media):
+    shutil.copytree(media["images"], tmp_path / "images")
+    (tmp_path / "images/image1.png").write_bytes(png())
+    folders = {"one": media["images"], "same": media["images"], "other": tmp_path / "images"}
+    one, same, other = (
+        stages(tmp_path / name, vit, requested("images", folder)).all().activations
+        for name, folder in folders.items()
+    )
+    assert len(theloom.open_pair(one, same)) == 5 * 17
+    with pytest.raises(StoreError, match=r"document 'image1\.png' is a file of SHA-256"):
+        theloom.open_pair(one, other)
+
+
+def test_memory_of_raw_sound_is_predicted_without_weights(tmp_path):
+    found = forecast(str(build("wav2vec2", tmp_path / "model")), "fp32", windows=1, tokens=64)
+    assert found.weights > 0
+    assert found.layerwise is None
+    assert "as a whole alone" in found.layerwise_unsupported
 
 
 def test_the_processor_is_in_the_record_of_a_run(tmp_path, vit, media):
