@@ -1,6 +1,7 @@
 """Models of images and audio through the stages of the pipeline, against plain transformers."""
 
 import io
+import re
 import shutil
 
 import h5py
@@ -13,8 +14,10 @@ import theloom
 import torch
 from corpus_support import byte_tokenizer
 from PIL import Image
-from support import stages
-from theloom.errors import CorpusError, TheLoomError
+from support import ROOT, stages
+from theloom.errors import CorpusError, StoreError, TheLoomError
+from theloom.extraction import extract_hidden_states
+from theloom.planning.forecast import forecast
 from towers_support import TOWERS, build, plain_states, write_media
 from transformers import AutoModel
 
@@ -164,8 +167,36 @@ def test_a_model_and_a_corpus_that_do_not_go_together_are_refused(tmp_path, vit,
         (vit / "elsewhere.json").rename(vit / "preprocessor_config.json")
 
 
+def test_other_images_of_the_same_size_are_no_pair(tmp_path, vit, media):
+    shutil.copytree(media["images"], tmp_path / "images")
+    (tmp_path / "images/image1.png").write_bytes(png())
+    folders = {"one": media["images"], "same": media["images"], "other": tmp_path / "images"}
+    one, same, other = (
+        stages(tmp_path / name, vit, requested("images", folder)).all().activations
+        for name, folder in folders.items()
+    )
+    assert len(theloom.open_pair(one, same)) == 5 * 17
+    with pytest.raises(StoreError, match=r"document 'image1\.png' is a file of SHA-256"):
+        theloom.open_pair(one, other)
+
+
+def test_functions_of_token_ids_refuse_a_model_of_images(vit):
+    with pytest.raises(TheLoomError, match=r"ViTModel reads images, and is given token ids"):
+        extract_hidden_states(AutoModel.from_pretrained(vit), torch.arange(4)[None])
+
+
+def test_memory_of_raw_sound_is_predicted_without_weights(tmp_path):
+    found = forecast(str(build("wav2vec2", tmp_path / "model")), "fp32", windows=1, tokens=64)
+    assert found.weights > 0
+    assert found.layerwise is None
+    assert "as a whole alone" in found.layerwise_unsupported
+
+
 def test_the_processor_is_in_the_record_of_a_run(tmp_path, vit, media):
     run = stages(tmp_path / "run", vit, requested("images", media["images"])).all()
     with h5py.File(run.activations) as file:
         assert file.attrs["processor"].startswith("ViTImageProcessor")
         assert len(file.attrs["processor_hash"]) == 64
+        columns = {f"documents/columns/{name}" for name in file["documents/columns"]}
+    page = (ROOT / "workflow/docs/file-format.md").read_text(encoding="utf-8")
+    assert columns == set(re.findall(r"documents/columns/input_\w+", page))

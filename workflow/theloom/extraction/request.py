@@ -19,6 +19,7 @@ from theloom.extraction.padding import PaddedTokens, Tokens
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.points import HookPoint
 from theloom.model.length_switches import LengthSwitch, length_switches, ways
+from theloom.model.towers.classes import reads
 from theloom.precision import TOLERANCE
 
 if TYPE_CHECKING:
@@ -133,6 +134,11 @@ def ask(
 
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"a model of transformers is needed, found {type(model).__name__}")
+    if (sensed := reads(model.config)) is not None:
+        raise ModelError(
+            f"{type(model).__name__} reads {sensed}, and is given token ids; extract its rows with "
+            f"the pipeline: theloom run custom model.source=… corpus={sensed} corpus.path=…"
+        )
     described = find_blocks(model)
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     known = _known_ids(model)

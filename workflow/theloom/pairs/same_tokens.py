@@ -6,11 +6,12 @@ tables are compared, and the first difference is named.
 """
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from theloom.errors import StoreError, printable
+from theloom.rows.modality import INPUT_HASH
 from theloom.store import checksums
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def check_same_tokens(first: "ActivationsReader", other: "ActivationsReader") ->
         _compare_documents(first, other)
         _compare_windows(first, other)
         _compare_ids(first, other)
+    _compare_inputs(first, other)
     _compare_rows(first, other)
     _warn_of_texts(first, other)
 
@@ -99,6 +101,20 @@ def _compare_ids(first: "ActivationsReader", other: "ActivationsReader") -> None
         _refuse(first, other, what, f"is {a[at]}", str(b[at]))
 
 
+def _compare_inputs(first: "ActivationsReader", other: "ActivationsReader") -> None:
+    """Images and clips are the same by the hashes of their files: the ids of rows are numbers."""
+    ours, theirs = first.columns.get(INPUT_HASH), other.columns.get(INPUT_HASH)
+    if ours is None and theirs is None:
+        return
+    if ours is None or theirs is None:
+        here, there = ("texts" if column is None else "files" for column in (ours, theirs))
+        _refuse(first, other, "the corpus", f"is of {here}", there)
+    a, b = np.array(ours.tolist()), np.array(theirs.tolist())
+    for number in np.flatnonzero(a != b)[:1].tolist():
+        has = f"is a file of SHA-256 {a[number][:16]}…"
+        _refuse(first, other, _document(first, number), has, f"{b[number][:16]}…")
+
+
 def _compare_rows(first: "ActivationsReader", other: "ActivationsReader") -> None:
     ours, theirs = first.row_tokens, other.row_tokens
     if ours is None and theirs is None:
@@ -143,7 +159,7 @@ def _document(acts: "ActivationsReader", number: int) -> str:
 
 def _refuse(
     first: "ActivationsReader", other: "ActivationsReader", what: str, is_: str, there: str
-) -> None:
+) -> NoReturn:
     raise StoreError(
         f"rows of {first.path} and {other.path} are not of the same tokens: {what} {is_} in the "
         f"first and {there} in the second; extract both from the same corpus and tokenizer, with "

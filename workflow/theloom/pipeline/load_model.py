@@ -227,7 +227,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         windows, room = tokens.window_lengths(tokens_path), available(device)
         planned = fit_plan(estimated, kind, device, threshold, windows, room=room)
     except MemoryPlanError as error:
-        if execution != "auto":
+        if execution != "auto" or senses(model_config):  # a tower runs as a whole alone
             raise
         log.warning("%s; extraction.execution=auto: it goes layer by layer", error)
         try:

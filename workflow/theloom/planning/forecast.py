@@ -217,6 +217,8 @@ def _layerwise(
     capability: tuple[int, int],
 ) -> tuple[Layerwise | None, str]:
     """Layerwise execution, or why it is unsupported."""
+    if estimator.size.senses:
+        return None, "a model of images or audio runs on the device as a whole alone"
     try:
         return (
             execution_modes.layerwise(estimator, kind, workload, points, capability=capability),

@@ -8,6 +8,11 @@ if TYPE_CHECKING:
 SENSED = ("images", "audio")
 """The kinds of corpora whose documents are no texts, and what a model reads of them."""
 
+INPUT_FILE, INPUT_HASH, INPUT_SHAPE = "input_file", "input_sha256", "input_shape"
+"""The columns that say of which file each document's rows are, of which bytes, and in which shape
+the processor gives it to the model.
+"""
+
 TEXT = "text"  # the text half of a model that compares texts to images or audio
 
 _MODALITY, _SHAPE = "theloom_modality", "theloom_input_shape"  # attributes of a model's config

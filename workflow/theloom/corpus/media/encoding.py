@@ -21,13 +21,13 @@ from theloom.model import files
 from theloom.model.fake import fake_model
 from theloom.model.towers.processor import Processor, load_processor
 from theloom.model.towers.row_counts import RowCounts
+from theloom.rows.modality import INPUT_FILE, INPUT_HASH, INPUT_SHAPE
 from theloom.store.file_format import fixed_strings
 from theloom.store.tables.columns import Column
 
 log = logging.getLogger(__name__)
 
-FILE, HASH, SHAPE = "input_file", "input_sha256", "input_shape"
-COLUMNS = (FILE, HASH, SHAPE)
+COLUMNS = (INPUT_FILE, INPUT_HASH, INPUT_SHAPE)
 
 
 def processor_of(config: Any) -> Processor:
@@ -178,7 +178,7 @@ class Encoder:
             By name: the file, the hash of its bytes, and the shape of what the processor made.
         """
         found = {name: fixed_strings(texts) for name, texts in self._described.items()}
-        return {n: Column("json" if n == SHAPE else "string", v) for n, v in found.items()}
+        return {n: Column("json" if n == INPUT_SHAPE else "string", v) for n, v in found.items()}
 
     def texts(self, ids: Iterable[int]) -> dict[int, str]:
         """What stands for each row in figures and tables.

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from theloom.config.schema import CorpusConfig, CorpusKind, ModelConfig
-from theloom.corpus.media.encoding import FILE, HASH, SHAPE, processor_of, value_of
+from theloom.corpus.media.encoding import COLUMNS, processor_of, value_of
 from theloom.corpus.media.items import Item, Store
 from theloom.errors import CorpusError, ModelError, printable
+from theloom.rows.modality import INPUT_FILE, INPUT_SHAPE
 from theloom.store.tables.columns import Column
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Inputs:
     @property
     def alike(self) -> np.ndarray:
         """A number for the shape of each window's input: those of one may share a pass."""
-        shapes = self._columns[SHAPE].values
+        shapes = self._columns[INPUT_SHAPE].values
         return np.unique(shapes, return_inverse=True)[1].reshape(-1)[self._document]
 
     def of(self, windows: Sequence[int]) -> "dict[str, torch.Tensor]":
@@ -78,9 +79,7 @@ class Inputs:
         import torch
 
         documents = np.array([int(self._document[w]) for w in windows])
-        names, digests, shapes = (
-            self._columns[n].part(documents).tolist() for n in (FILE, HASH, SHAPE)
-        )
+        names, digests, shapes = (self._columns[n].part(documents).tolist() for n in COLUMNS)
         found = [self._one(*one) for one in zip(names, digests, shapes, strict=True)]
         return {self._processor.input_name: torch.stack(found)}
 
@@ -122,6 +121,6 @@ def inputs_of(
     Returns:
         None where the run is of texts.
     """
-    if FILE not in columns or processor_hash is None:
+    if INPUT_FILE not in columns or processor_hash is None:
         return None
     return Inputs(columns, window_document, model, tokens["corpus"], str(processor_hash))
