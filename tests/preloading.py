@@ -29,8 +29,9 @@ from types import ModuleType
 from typing import Any
 
 FOLDER = Path(__file__).parent / "preload"
-sys.path.insert(0, str(FOLDER))
-from sitecustomize import LIMITS, sensitive  # noqa: E402
+# by its path: Debian's Python has a sitecustomize of its own, imported by now
+_handing = runpy.run_path(str(FOLDER / "sitecustomize.py"))
+LIMITS, sensitive = _handing["LIMITS"], _handing["sensitive"]
 
 _LIBRARIES = (
     "h5py",
