@@ -57,7 +57,7 @@ bench: environment
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[bench]'
 	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
 	grep -vi '^transformer-lens' envs/constraints.txt > .venv-peers/constraints.txt
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-peers/constraints.txt --editable . sae-lens
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-peers/constraints.txt --editable . sae-lens scikit-bio
 	$(BIN)/python workflow/bench/bench.py --older .venv-peers/bin/python $(BENCH)
 
 bench-store: environment

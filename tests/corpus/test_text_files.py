@@ -61,7 +61,7 @@ def refused(path, overrides: str = "") -> str:
         ("x.csv", b'a,text\n1,"x\n\ny"\n2\n', "x.csv, line 5: 1 fields, and the header has 2"),
         ("x.csv", b'text\n"a\nb\xff"\n', "x.csv, line 3: not utf-8 (byte 0xff, column 2)"),
         ("x.csv", b'text\n"never\nclosed\n', "x.csv, line 2: not a row of a .csv file"),
-        ("x.jsonl.xz", b"\xfd7z", ".fasta, .fa, .faa file (not read: 1 of"),
+        ("x.jsonl.xz", b"\xfd7z", ".faa, or one of them with .gz or .zst (not read: 1 of"),
         ("x.jsonl.gz", b"\x1f\x8b", "x.jsonl.gz: cannot be unpacked (Compressed file ended"),
         ("x.csv.zst", b"\x28\xb5\x2f\xfd", "x.csv.zst: cannot be unpacked (cut short)"),
         ("x.tsv.zst", b"text\na", "x.tsv.zst: cannot be unpacked"),

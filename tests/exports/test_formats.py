@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import theloom
 import torch
+from own_readers import SAELENS, SKBIO, read_by
 from support import stages
 from theloom.cli import main
 from theloom.errors import ConfigError, HookError
@@ -104,6 +105,22 @@ def test_saelens_has_contexts_of_one_length(acts, tmp_path, fit):
         assert torch.equal(found[hook][:].reshape(-1, WIDTH), acts[hook][rows])
     assert found["token_ids"][:].flatten().tolist() == acts.input_ids.numpy(rows).tolist()
     assert any(f"{len(acts) - len(rows):,} of {len(acts):,} rows" in s for s in done.left_out)
+
+
+def test_the_reader_of_saelens_gives_each_context_in_order(acts, tmp_path):
+    export(acts, "saelens", tmp_path / "sae", context_size=5, fit="pack")
+    np.save(tmp_path / "rows.npy", acts[MIDDLE][: len(acts) // 5 * 5].numpy())
+    read = read_by("sae_lens", SAELENS, tmp_path / "sae", MIDDLE, tmp_path / "rows.npy")
+    assert read == f"{len(acts) // 5} contexts\n"
+
+
+def test_the_reader_of_scikit_bio_gives_each_protein(proteins, tmp_path):
+    acts, _ = proteins
+    export(acts, "scikit-bio", tmp_path / "out", hooks=[LAST])
+    rows = [acts.document(n)[LAST][1:-1].numpy() for n in acts.documents]
+    np.save(tmp_path / "rows.npy", np.concatenate(rows))
+    (file,) = (tmp_path / "out").glob("*.h5")
+    assert read_by("skbio", SKBIO, file, tmp_path / "rows.npy") == "3 embeddings\n"
 
 
 def offsets(acts):

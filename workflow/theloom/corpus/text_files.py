@@ -75,10 +75,8 @@ def find(config: CorpusConfig) -> tuple[list[Path], str]:
         raise CorpusError(f"corpus.path: {config.path!r}: {error}") from None
     if is_file:
         if not path.name.lower().endswith(_endings(config)):
-            packed = f", nor one of them with {' or '.join(decoding.PACKED)}"
-            packed = packed if config.kind.name == "text" else ""
             raise CorpusError(
-                f"corpus.path: {printable(path.name)} is not one of {_listed(config)}{packed}; convert it"
+                f"corpus.path: {printable(path.name)} is not one of {_listed(config)}; convert it"
             )
         _name(path, path.parent)
         if not os.access(path, os.R_OK):
@@ -94,7 +92,7 @@ def find(config: CorpusConfig) -> tuple[list[Path], str]:
     reasons = ", ".join(f"{count} {what}" for what, count in skipped.items() if count)
     if not files:
         raise CorpusError(
-            f"corpus.path: {printable(str(path))} holds no {_listed(config)} file"
+            f"corpus.path: {printable(str(path))} holds no file of {_listed(config)}"
             + f" (not read: {reasons})" * bool(reasons)
             + "; add one or give another path"
         )
@@ -109,7 +107,9 @@ def _endings(config: CorpusConfig) -> tuple[str, ...]:
 
 def _listed(config: CorpusConfig) -> str:
     """The same, for messages."""
-    return ", ".join(SUFFIXES if config.kind.name == "text" else _endings(config))
+    if config.kind.name != "text":
+        return ", ".join(sensed.suffixes(config.kind.name))
+    return f"{', '.join(SUFFIXES)}, or one of them with {' or '.join(decoding.PACKED)}"
 
 
 def _below(root: Path, skipped: Counter[str], endings: tuple[str, ...]) -> Iterator[Path]:
