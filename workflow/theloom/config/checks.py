@@ -126,8 +126,8 @@ def check(config: Config) -> None:
     _check_corpus(config)
     _check_rows(config)
     answers.check(config)
-    _check_side(config)
     _check_modality(config)
+    _check_side(config)
 
 
 def _check_architecture(config: Config) -> None:
@@ -187,6 +187,11 @@ def _check_modality(config: Config) -> None:
             raise ConfigError(
                 f"{key}={shown}: is for texts, and the corpus is {kind}; take it out or set it null"
             )
+    if auto.side(config.memory.activation_cache_filter) == "decoder":
+        raise ConfigError(
+            f"memory.activation_cache_filter: a decoder's rows are of texts, and the corpus is "
+            f"{kind}; name hook points of the encoder (encoder.blocks.…)"
+        )
     if config.extraction.execution.name == "layerwise":
         raise ConfigError(
             f"extraction.execution=layerwise: a model of {kind} runs on the device as a whole "
