@@ -28,6 +28,7 @@ torch.set_num_threads(
 SLOWEST = (
     "test_slurm",
     "test_default",
+    "test_gpu_battery",
     "test_resident",
     "test_trace",
     "test_bad_input",
@@ -42,6 +43,13 @@ SLOWEST = (
     "test_layerwise_shard",
     "test_run",
     "test_kept_rows_property",
+    "test_layerwise_plan",
+    "test_reruns",
+    "test_verify",
+    "test_report_page",
+    "test_memory_limit",
+    "test_store_remote",
+    "test_towers",
 )
 
 
