@@ -42,7 +42,7 @@ def test_columns_of_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "words"), [("nowhere", "no file or folder"), (".", "holds no .txt")]
+    ("path", "words"), [("nowhere", "no file or folder"), (".", "holds no file of .txt")]
 )
 def test_missing_files_are_found_before_any_job(tmp_path, monkeypatch, path, words):
     monkeypatch.chdir(tmp_path)
