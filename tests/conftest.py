@@ -54,7 +54,7 @@ SLOWEST = (
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two a core: a test waits for Slurm, a browser or another process half of its time."""
+    """Two a core: many tests wait for Slurm, a browser or another process."""
     return 2 * len(os.sched_getaffinity(0))
 
 

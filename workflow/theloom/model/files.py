@@ -111,8 +111,8 @@ def prepare_files(
     if gguf is not None:
         folder = _converted(gguf)
     name = None if gguf is None else gguf.name
-    modality = None if config.modality is None else config.modality.name
-    return ModelFiles(folder, config.source, revision, name, adapters, _side(config), modality)
+    half = _side(config), _modality(config)
+    return ModelFiles(folder, config.source, revision, name, adapters, *half)
 
 
 def base_source(config: ModelConfig) -> str:
@@ -491,8 +491,7 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
         ModelError: it is missing or broken, or transformers does not know the model.
     """
     place, found = _described(config)
-    modality = None if config.modality is None else config.modality.name
-    found = towers.chosen(found, modality, place.folder, config.source)
+    found = towers.chosen(found, _modality(config), place.folder, config.source)
     model_dims.mark_side(found, _side(config))
     return found
 
@@ -554,6 +553,10 @@ def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
 
 def _side(config: ModelConfig) -> str | None:
     return None if config.side is None else config.side.name
+
+
+def _modality(config: ModelConfig) -> str | None:
+    return None if config.modality is None else config.modality.name
 
 
 def read_config(config: ModelConfig) -> ModelDims:

@@ -63,16 +63,28 @@ def half(whole: Any, side: str) -> Any:
         if side == "encoder":
             keep_encoder(self)
 
+    return remade(whole, build, _of_encoder if side == "encoder" else _of_decoder(whole))
+
+
+def remade(whole: Any, build: Any, forward: Any = None) -> Any:
+    """A class in the place of one of transformers, with its name and its names of weights.
+
+    Args:
+        whole: the class of transformers.
+        build: its `__init__`.
+        forward: its forward pass; None: that of the whole.
+
+    Returns:
+        The class, which can be made from a config as an auto class is.
+    """
+
     def from_config(cls: Any, config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
         return cls._from_config(config, **options)
 
-    parts: dict[str, Any] = {
-        "__init__": build,
-        "__module__": whole.__module__,
-        "forward": _of_encoder if side == "encoder" else _of_decoder(whole),
-        "from_config": classmethod(from_config),
-    }
-    return type(whole.__name__, (whole,), parts)
+    parts = {"__init__": build, "from_config": classmethod(from_config)}
+    if forward is not None:
+        parts["forward"] = forward
+    return type(whole.__name__, (whole,), {"__module__": whole.__module__, **parts})
 
 
 def keep_encoder(model: Any) -> None:

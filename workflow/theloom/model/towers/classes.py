@@ -11,7 +11,9 @@ from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.model_dims import mark_side
 from theloom.errors import ModelError
+from theloom.model.checkpoint.halves import keep_encoder, remade
 from theloom.model.towers import processor
 from theloom.rows.modality import SENSED, TEXT, input_shape, mark, modality_of
 
@@ -144,28 +146,15 @@ def tower(whole: Any, modality: str, side: str) -> Any:
     Returns:
         A class with the names of weights of the whole one; that of a text half is the same.
     """
-    from theloom.config.model_dims import mark_side
 
     def build(self: Any, config: Any, *args: Any, **options: Any) -> None:
         whole.__init__(self, config, *args, **options)
         mark(self.config, modality, input_shape(config))
         if side:
-            from theloom.model.checkpoint.halves import keep_encoder
-
             mark_side(self.config, side)
             keep_encoder(self)
 
-    def from_config(cls: Any, config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
-        return cls._from_config(config, **options)
-
-    parts: dict[str, Any] = {
-        "__init__": build,
-        "__module__": whole.__module__,
-        "from_config": classmethod(from_config),
-    }
-    if modality in SENSED:
-        parts["forward"] = _forward(whole, side)
-    return type(whole.__name__, (whole,), parts)
+    return remade(whole, build, _forward(whole, side) if modality in SENSED else None)
 
 
 def _forward(whole: Any, side: str) -> Any:
