@@ -440,12 +440,20 @@ def test_a_shard_that_was_begun_is_gone_on_with_as_it_was_planned(
     monkeypatch.setattr(writer, "COMMIT_BYTES", 1)
     with pytest.raises(KeyboardInterrupt):
         run.extract()
+    committed = rows_committed(run.folder / "shards/00000-of-00001.h5.partial")
     monkeypatch.setattr(ResidentRunner, "run", forward)
     monkeypatch.setitem(MAX_BATCH_TOKENS, "cpu", 128)  # what a job begun now would take
     run.extract()
     run.merge()
-    assert theloom.open(run.activations).attributes["batch_tokens"] == "[2048]"
-    assert data_of(run) == data_of(whole)
+    found, expected = theloom.open(run.activations), theloom.open(whole.activations)
+    assert found.attributes["batch_tokens"] == "[2048]"
+    for hook in found.hooks:
+        rows, same = found[hook].numpy(...), expected[hook].numpy(...)
+        # A batch that was not committed yet is larger than a job begun now would take, goes in
+        # two passes, and products of fewer rows may round otherwise.
+        np.testing.assert_allclose(rows, same, rtol=0, atol=1e-5)
+        assert (rows == same).all(1).sum() >= committed
+    run.verify()
 
 
 def test_shards_whose_jobs_had_room_for_different_batches_are_one_data_set(
