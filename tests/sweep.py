@@ -18,7 +18,7 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from inspect import signature
@@ -31,12 +31,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import theloom
 import torch
 import transformers
-from support import ROOT, stages
+from support import ROOT, Stages, stages
+from sweep_towers import READS, inputs_of, write_processor
 from theloom.engine import model_record
 from theloom.errors import TheLoomError, VerificationError
 from theloom.precision import TOLERANCE
 from tiny_configs import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
+from towers_support import write_media
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto import modeling_auto
 
@@ -145,13 +147,19 @@ def examine(kind: str, model_type: str, model_class: str, folder: Path) -> Row:
     """One architecture, from its config to its rows; in chunks where the model can be streamed."""
     row = Row(kind, model_type, model_class, "untried")
     try:
-        if other := takes_instead(_class_of(kind, model_type)):
+        other = takes_instead(_class_of(kind, model_type))
+        if other and other not in READS:
             return replace(row, status="other", reason=f"it takes {other}, no token ids")
         model = build(model_type, kind)
         model.save_pretrained(folder / "model")
         model = type(model).from_pretrained(folder / "model").eval()
+        if other:
+            write_processor(model, model_type, READS[other], folder / "model")
     except Exception as error:
         return replace(row, reason=_words(error))
+    if other:
+        row = replace(row, model_class=type(model).__name__)
+        return _run_tower(row, model, folder, READS[other])
     _write_tokenizer(folder / "tokenizer")
     _write_documents(folder / "texts.jsonl")
     row = replace(row, model_class=type(model).__name__)
@@ -190,9 +198,41 @@ def _run(row: Row, model: PreTrainedModel, folder: Path, side: str = "") -> Row:
     if side == "decoder":
         requested += " corpus.target=target"
     run = stages(folder, place / "model", requested)
+    return _finish(row, run, place, lambda: _compare(model, run.activations, side))
+
+
+def _run_tower(row: Row, model: PreTrainedModel, place: Path, reads: str) -> Row:
+    """All stages over images or clips, and every document's rows against the model; of the encoder
+    where there is a decoder, too.
+    """
+    files = sorted(write_media(place / reads, reads).iterdir())
+    side = "encoder." if model.config.is_encoder_decoder else ""
+    ends = ",".join(f"{side}blocks.*.hook_resid_{end}" for end in ("pre", "post"))
+    requested = (
+        f"corpus={reads} corpus.path={place / reads} corpus.max_tokens=null "
+        f"memory.activation_cache_filter=[{ends}]"
+    )
+    run = stages(place / "run", place / "model", requested)
+
+    def compare() -> tuple[bool, float]:
+        acts, shifted, worst = theloom.open(run.activations), False, 0.0
+        plain = model.get_encoder() if side else model
+        for number, file in enumerate(files):
+            document = acts.document(number)
+            rows = {n.removeprefix(side): document[n][None].float() for n in acts.hooks}
+            inputs = inputs_of(file, place / "model", reads, model.main_input_name)
+            outputs, error = _against_own_states(plain, inputs, rows, "")
+            shifted, worst = shifted or outputs, max(worst, error)
+        return shifted, worst
+
+    return _finish(row, run, place, compare)
+
+
+def _finish(row: Row, run: Stages, place: Path, compare: Callable[[], tuple[bool, float]]) -> Row:
+    """Run the stages and the comparison, and say what came of them."""
     try:
         run.all().verify()
-        shifted, error = _compare(model, run.activations, side)
+        shifted, error = compare()
     except VerificationError as error:
         return replace(row, status="wrong", reason=_words(error))
     except TheLoomError as error:
