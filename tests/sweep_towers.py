@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import soundfile
 import torch
 import transformers
@@ -40,13 +41,9 @@ def write_processor(model: PreTrainedModel, model_type: str, reads: str, folder:
     if name is None:
         raise LookupError(f"transformers has no processor without torchvision for {model_type}")
     settings = _of_images(model) if reads == "images" else _of_audio(model)
-    for kept in (settings, {}):
-        try:
-            processor = getattr(transformers, name)(**kept)
-            break
-        except (TypeError, ValueError):
-            if not kept:
-                raise
+    processor = next(filter(None, (_made(name, kept, reads) for kept in settings)), None)
+    if processor is None:
+        raise LookupError(f"{name} does not take {reads} by its default settings")
     written = json.loads(processor.to_json_string())
     key = "image_processor_type" if reads == "images" else "feature_extractor_type"
     written[key] = name.removesuffix("Pil")
@@ -58,21 +55,47 @@ def _owners(model_type: str) -> list[str]:
     return [model_type, model_type.replace("_", "-"), *whole]
 
 
-def _of_images(model: PreTrainedModel) -> dict[str, Any]:
+def _made(name: str, settings: dict[str, Any], reads: str) -> Any:
+    """A processor with these settings; None if it does not take them, or an input."""
+    value = np.zeros((48, 32, 3), "u1") if reads == "images" else np.zeros(16000, "f4")
+    more = {} if reads == "images" else {"sampling_rate": 16000}
+    try:
+        processor = getattr(transformers, name)(**settings)
+        processor(value, return_tensors="pt", **more)
+    except ImportError:
+        raise
+    except Exception:
+        return None
+    return processor
+
+
+def _of_images(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Settings to try, those for the size of the tiny model first."""
     size = getattr(model.config, "image_size", None)
     if isinstance(size, list | tuple):
         height, width = size
     elif isinstance(size, int):
         height = width = size
     else:
-        return {}
+        return [{}]
     square = {"height": height, "width": width}
-    return {"size": square, "crop_size": square}
+    return [
+        {"size": square, "crop_size": square},
+        {"size": {"shortest_edge": height}, "crop_size": square},
+        {"size": {"shortest_edge": height}},
+        {},
+    ]
 
 
-def _of_audio(model: PreTrainedModel) -> dict[str, Any]:
-    bins = getattr(model.config, "num_mel_bins", None)
-    return {"feature_size": bins} if isinstance(bins, int) else {}
+def _of_audio(model: PreTrainedModel) -> list[dict[str, Any]]:
+    config = model.config
+    bins, positions = (getattr(config, n, None) for n in ("num_mel_bins", "max_source_positions"))
+    settings: dict[str, Any] = {}
+    if isinstance(bins, int):
+        settings["feature_size"] = bins
+    if isinstance(positions, int) and positions % 50 == 0:
+        settings["chunk_length"] = positions // 50
+    return [settings, {}]
 
 
 def inputs_of(file: Path, folder: Path, reads: str, main: str) -> dict[str, torch.Tensor]:
