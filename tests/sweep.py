@@ -324,7 +324,7 @@ def _against_own_states(
     joined = max((_error(a, b) for a, b in zip(after, before[1:], strict=False)), default=0.0)
     as_inputs = max(_error(a, b) for a, b in zip(before, states, strict=False))
     as_outputs = max((_error(a, b) for a, b in zip(after[:-1], states, strict=False)), default=0.0)
-    normed = list(_normed(model, after[-1]))
+    normed = [n for value in (after[-1], *_pooled(model, after[-1])) for n in _normed(model, value)]
     ends = [after[-1], *normed, *(p for value in normed for p in _projected(model, value))]
     end = min(_error(value, states[-1]) for value in ends)
     if end > LIMIT and _goes_on(model, inputs, after[-1]):
@@ -348,6 +348,13 @@ def _normed(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tenso
                 continue
             if isinstance(normed, torch.Tensor):
                 yield normed
+
+
+def _pooled(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What a pooling of positions, as of an audio encoder's last block, makes of a value."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.AvgPool1d) and value.shape[1] > 1:
+            yield module(value.transpose(1, 2)).transpose(1, 2)
 
 
 def _projected(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -144,13 +144,14 @@ def _reads_other(config: Any, whole: Any, modality: str, source: str) -> ModelEr
 
 
 @cache
-def tower(whole: Any, modality: str, side: str) -> Any:
+def tower(whole: Any, modality: str, side: str, shape: tuple[int, ...] | None = None) -> Any:
     """The class of a tower.
 
     Args:
         whole: the class of transformers, without a head.
         modality: `images`, `audio` or `text`.
         side: `encoder` where it is an encoder-decoder, of which the decoder is left out.
+        shape: of its input, where its processor makes one alone (`input_shape`).
 
     Returns:
         A class with the names of weights of the whole one; that of a text half is the same.
@@ -158,7 +159,7 @@ def tower(whole: Any, modality: str, side: str) -> Any:
 
     def build(self: Any, config: Any, *args: Any, **options: Any) -> None:
         whole.__init__(self, config, *args, **options)
-        mark(self.config, modality, input_shape(config))
+        mark(self.config, modality, shape)
         if side:
             mark_side(self.config, side)
             keep_encoder(self)
