@@ -1,7 +1,7 @@
 # make run    build the environment in .venv, then run the default experiment (or PROFILES=… SET="…");
 #             .venv/bin/theloom run does the same in an environment that is there
 # make report the figures of each run, in one page: results/<run>/report.html (the same PROFILES and SET)
-# make bench  the same environment and peers, then TheLoom next to other tools (or BENCH="--rounds 7 --tokens 4096")
+# make bench  the same environment and peers, then TheLoom next to other tools and to the machine's products (or BENCH="--rounds 7 --tokens 4096")
 # make test   build the same environment, then lint, type check and run all tests
 # make test-store    500 kills, 150 power cuts, every call of the writer, 200 bit flips; make bench-store    its speed
 # make bench-remote    rows of a pushed file next to plain ranged GETs, on loopback
@@ -59,6 +59,7 @@ bench: environment
 	grep -vi '^transformer-lens' envs/constraints.txt > .venv-peers/constraints.txt
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-peers/constraints.txt --editable . sae-lens scikit-bio
 	$(BIN)/python workflow/bench/bench.py --older .venv-peers/bin/python $(BENCH)
+	$(BIN)/python workflow/bench/limit.py
 
 bench-store: environment
 	$(BIN)/python workflow/bench/store.py
