@@ -30,7 +30,7 @@ from theloom.planning.measure import measure, prepare_measurement
 from theloom.planning.multi_gpu import available, fit_plan
 from theloom.planning.plan import Correction, Planned
 from theloom.planning.replay import replay_of_run, replay_of_sweep
-from theloom.rows.modality import senses
+from theloom.rows.modality import CHAT, SENSED, modality_of, senses
 from theloom.store import file_format
 from theloom.store.hdf5.output import written
 from theloom.store.shard_file import bytes_of_window
@@ -227,7 +227,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         windows, room = tokens.window_lengths(tokens_path), available(device)
         planned = fit_plan(estimated, kind, device, threshold, windows, room=room)
     except MemoryPlanError as error:
-        if execution != "auto" or senses(model_config):  # a tower runs as a whole alone
+        if execution != "auto" or modality_of(model_config) in (*SENSED, CHAT):  # whole alone
             raise
         log.warning("%s; extraction.execution=auto: it goes layer by layer", error)
         try:
@@ -248,6 +248,10 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         loaded = load_model(config, files, points, target=target)
     check = tower_check if senses(model_config) else self_check
     tried = check(loaded.architecture, loaded.tolerance)
+    if tokens.attributes(tokens_path).get("images"):
+        tried = replace(
+            tried, streams=False, not_streamed="images of a conversation are one pass's"
+        )
     if planned.plan.streamed and not may_stream(tried, planned.plan.longest):
         log.info("documents longer than a chunk go in one pass")
         planned = fit_plan(estimated, kind, device, threshold, windows, streams=False, room=room)

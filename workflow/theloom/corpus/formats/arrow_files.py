@@ -224,7 +224,7 @@ def _column(
     if measured and (pc.max(pc.binary_length(array)).as_py() or 0) > 4 * rows.MAX_TEXT:
         raise rows.too_long(place)
     values = array.to_pylist()
-    if column in (config.messages, rows.TOOLS):
+    if column in (config.messages, config.images, rows.TOOLS):
         return [without_nulls(value) for value in values]
     if column not in config.columns:
         return values
