@@ -120,10 +120,14 @@ TEMPLATES = {
 }
 
 
-def build(kind: str, folder: Path) -> Path:
+def build(kind: str, folder: Path, **sizes: int) -> Path:
     """Write a tiny vision-language model, its tokenizer and its processor into a folder."""
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **CONFIGS[kind]))
+    numbers = CONFIGS[kind] | {"text_config": CONFIGS[kind]["text_config"] | sizes}
+    if kind == "qwen2_vl":  # whose vision part ends in the width of the text
+        width = {"hidden_size": sizes.get("hidden_size", 32)}
+        numbers |= {"vision_config": numbers["vision_config"] | width}
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **numbers))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
@@ -149,7 +153,10 @@ def _save_tokenizer(kind: str, folder: Path) -> None:
     if kind == "gemma3":
         names = ("image_token", "boi_token", "eoi_token")
         tokens = ("<image_soft_token>", "<start_of_image>", "<end_of_image>")
-        named = {"bos_token": "<bos>", "extra_special_tokens": dict(zip(names, tokens))}
+        named = {
+            "bos_token": "<bos>",
+            "extra_special_tokens": dict(zip(names, tokens, strict=True)),
+        }
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=TEMPLATES[kind], **named
     ).save_pretrained(folder)
@@ -186,6 +193,12 @@ def write_chats(folder: Path) -> Path:
     lines = [json.dumps({"messages": messages}) for messages in chats]
     (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def messages_of(folder: Path) -> list[list[dict[str, Any]]]:
+    """The conversations of a folder that `write_chats` wrote."""
+    lines = (folder / "chats.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in lines]
 
 
 def opened(folder: Path, messages: list[dict[str, Any]]) -> list[Image.Image]:

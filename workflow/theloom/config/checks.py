@@ -167,8 +167,8 @@ def _check_modality(config: Config) -> None:
     kind, corpus = config.corpus.kind.name, config.corpus
     if corpus.images is not None and modality != CHAT:
         raise ConfigError(
-            f"corpus.images: {corpus.images!r} holds images of conversations, and model.modality is "
-            f"{modality}; set it to {CHAT}, or take corpus.images out"
+            f"corpus.images: {corpus.images!r} holds images of conversations, and model.modality "
+            f"is {modality}; set it to {CHAT}, or take corpus.images out"
         )
     if modality == CHAT:
         _check_chat(config)
@@ -228,8 +228,8 @@ def _check_chat(config: Config) -> None:
             raise ConfigError(f"{key}={shown}: does not go with {texts}; take it out")
     if config.extraction.execution.name == "layerwise":
         raise ConfigError(
-            f"extraction.execution=layerwise: {texts} run on the device as a whole alone; set it to "
-            "resident or auto"
+            f"extraction.execution=layerwise: {texts} run on the device as a whole alone; set it "
+            "to resident or auto"
         )
     if INPUT_IMAGES in corpus.columns:
         raise ConfigError(

@@ -119,8 +119,8 @@ class ModelConfig:
     )
     modality: Modality | None = key(
         None,
-        "images or audio: what the model reads instead of texts; chat: conversations with images, of "
-        "`corpus.messages`; null: what the corpus has",
+        "images or audio: what the model reads instead of texts; chat: conversations with images, "
+        "of `corpus.messages`; null: what the corpus has",
     )
 
 
@@ -305,8 +305,8 @@ class RowsConfig:
     keep: str = key(
         "all",
         "the tokens whose rows are kept: `all`, `first`, `last`, `last(n)`, `[a:b]`, `special`, "
-        '`assistant`, `user`, `system`, `tool`, `image`, `generated`, `message(n)`, `span("column")`, '
-        '`match("regex")`, joined by `&`, `\\|`, `~` and brackets',
+        "`assistant`, `user`, `system`, `tool`, `image`, `generated`, `message(n)`, "
+        '`span("column")`, `match("regex")`, joined by `&`, `\\|`, `~` and brackets',
     )
     pool: Pool = key(
         Pool["none"],

@@ -122,7 +122,9 @@ def _compare_images(first: "ActivationsReader", other: "ActivationsReader") -> N
 
     def shown(acts: "ActivationsReader") -> list[list[str]] | None:
         column = acts.columns.get(INPUT_IMAGES)
-        return column and [[one["sha256"] for one in images] for images in column.tolist()]
+        if column is None:
+            return None
+        return [[one["sha256"] for one in images] for images in column.tolist()]
 
     ours, theirs = shown(first), shown(other)
     for number in range(len(ours or theirs or ())):

@@ -26,6 +26,7 @@ from theloom.model.loading import Target, load_model, resolve_precision
 from theloom.model.towers.check import tower_check
 from theloom.planning import estimate
 from theloom.planning.estimate import Estimate
+from theloom.planning.images import largest_images_pass
 from theloom.planning.measure import measure, prepare_measurement
 from theloom.planning.multi_gpu import available, fit_plan
 from theloom.planning.plan import Correction, Planned
@@ -256,6 +257,13 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         log.info("documents longer than a chunk go in one pass")
         planned = fit_plan(estimated, kind, device, threshold, windows, streams=False, room=room)
     measured = measure(loaded, kind, traced, planned.plan, points, loading)
+    images = largest_images_pass(config.model, tokens_path, loaded, traced, kind, points)
+    beyond = 0 if images is None else max(0, images.bytes - measured.predicted.total)
+    if beyond:  # what the vision part takes beyond the largest pass of texts is left free
+        correction = Correction(overhead=beyond)
+        planned = fit_plan(
+            estimated, kind, device, threshold, windows, correction, streams=False, room=room
+        )
     replayed = replay_of_run(
         traced, kind, estimated, planned.plan, points, windows, tried.switches, device
     )
@@ -273,7 +281,9 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         file_format.set_attributes(file, attributes)
         weights = sum(storages(traced.fake(kind).architecture.model, loaded.left_out))
         memory = file.create_group("memory")
-        _write_memory(memory, planned, measured, weights, loading.growth, replayed)
+        _write_memory(memory, planned, measured, weights, loading.growth, replayed, beyond)
+        if images is not None:
+            file_format.set_attributes(memory.create_group("images"), asdict(images))
         write_catalog(file, catalog)
 
 
@@ -307,8 +317,10 @@ def _write_memory(
     weights: int,
     load_growth: int,
     replayed: "Replayed | None",
+    beyond: int,
 ) -> None:
     correction = measured.correction
+    correction = replace(correction, overhead=correction.overhead + beyond)
     if replayed is not None:
         correction = replace(correction, fragmentation=replayed.fragmentation)
     _write_replayed(group, replayed)

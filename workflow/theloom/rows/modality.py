@@ -44,8 +44,8 @@ def modality_of(config: "PretrainedConfig") -> str:
         config: Of a model.
 
     Returns:
-        `images`, `audio`, `text` or `chat`; empty where the model is neither a tower nor one of texts
-        and images.
+        `images`, `audio`, `text` or `chat`; empty where the model is neither a tower nor one of
+        texts and images.
     """
     return str(getattr(config, _MODALITY, ""))
 

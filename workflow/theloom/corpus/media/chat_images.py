@@ -66,8 +66,8 @@ class Picture:
 
 
 def check_none(document: Document) -> None:
-    """Check that a conversation of a run of texts has no images, whose placeholders would be read
-    as text.
+    """Check that a conversation of a run of texts has no images or other media, whose placeholders
+    would be read as text.
 
     Args:
         document: with its messages.
@@ -75,11 +75,11 @@ def check_none(document: Document) -> None:
     Raises:
         CorpusError: it has one.
     """
-    if any(part["type"] == "image" for _, part in _parts(document)):
+    for _, part in _parts(document):
         raise CorpusError(
-            f"{document.place}: document {printable(document.id)!r} has images, and model.modality "
-            "is not chat; set model.modality=chat for a vision-language model, or take the images "
-            "out"
+            f"{document.place}: document {printable(document.id)!r} has a part of the type "
+            f"{part['type']!r}, and model.modality is not chat; set model.modality=chat for images "
+            "and a vision-language model, or take the part out"
         )
 
 
@@ -102,8 +102,8 @@ def pictures(document: Document, config: CorpusConfig) -> list[Picture]:
         place = f"{document.place}: document {printable(document.id)!r}, image {len(found) + 1}"
         if part["type"] != "image":
             raise CorpusError(
-                f"{place}: message {message + 1} has a part of the type {part['type']!r}; texts and "
-                "images alone are read: take it out"
+                f"{place}: message {message + 1} has a part of the type {part['type']!r}; texts "
+                "and images alone are read: take it out"
             )
         named = [part[key] for key in _NAMED if part.get(key) is not None]
         source = named[0] if named else next(of_column, None)
@@ -113,8 +113,8 @@ def pictures(document: Document, config: CorpusConfig) -> list[Picture]:
                 + (
                     f"column {config.images!r} has {len(column)} images; add one there"
                     if config.images
-                    else 'corpus.images is not set; give the part a "path", or set corpus.images to '
-                    "the column that holds the images"
+                    else 'corpus.images is not set; give the part a "path", or set corpus.images '
+                    "to the column that holds the images"
                 )
             )
         found.append(_picture(source, message, len(found), place, document, config))

@@ -2,8 +2,10 @@
 again from the corpus' images, and checked to be of the same bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +16,10 @@ from theloom.corpus.media.chats import processor_of
 from theloom.errors import ModelError
 from theloom.model.towers.chat_processor import ChatProcessor
 from theloom.rows.modality import INPUT_IMAGES
+from theloom.rows.roles import code
+from theloom.store import file_format
 from theloom.store.tables.columns import Column
+from theloom.store.tables.columns import read as read_columns
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +53,11 @@ class ChatInputs:
     ) -> None:
         self._column, self._document = columns[INPUT_IMAGES], window_document
         self._ids_of, self._model, self._hash = ids_of, model, processor_hash
-        known = ("path", "column", "messages", "images", "id_column")
         self._corpus = CorpusConfig(
-            kind=CorpusKind[corpus["kind"]], **{name: corpus.get(name) for name in known}
+            kind=CorpusKind[corpus["kind"]],
+            path=corpus["path"],
+            messages=corpus["messages"],
+            images=corpus.get("images"),
         )
         self._pictures = Pictures(self._corpus)
 
@@ -91,3 +98,41 @@ class ChatInputs:
         place = f"document {int(documents[0])} of the shard"
         ids = self._ids_of(window).tolist()
         return self._processor.inputs(ids, [one.opened for one in read], place)
+
+
+def largest(
+    path: Path, model: ModelConfig
+) -> "Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]":
+    """The documents with images that may take the most memory: the one with most tokens, and the
+    one with most tokens of images.
+
+    Args:
+        path: of `tokens.h5`.
+        model: the `model` settings.
+
+    Yields:
+        Token ids, (tokens,), and the model's inputs beside them; nothing where no document has an
+        image.
+
+    Raises:
+        CorpusError: an image is no longer what it was.
+    """
+    with file_format.open_h5(path, "tokens") as file:
+        if not file.attrs.get("images"):
+            return
+        ids, offsets = file["tokens/input_ids"], file["windows/offset"][:]
+        shown = np.add.reduceat(file["tokens/role"][:] == code("image"), offsets[:-1], dtype="<i8")
+        lengths = np.where(shown > 0, np.diff(offsets), 0)
+        listed = json.loads(file.attrs["columns"])
+        documents = len(file["documents/offset"]) - 1
+        columns = read_columns(lambda n: file[n][:] if n in file else None, listed, documents)
+        inputs = ChatInputs(
+            columns,
+            file["windows/document"][:],
+            lambda window: ids[offsets[window] : offsets[window + 1]],
+            model,
+            json.loads(file.attrs["config"])["corpus"],
+            str(file.attrs["processor_hash"]),
+        )
+        for window in {int(lengths.argmax()), int(shown.argmax())}:
+            yield ids[offsets[window] : offsets[window + 1]], inputs.of([window])

@@ -2,6 +2,9 @@
 part.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -12,6 +15,8 @@ from theloom.rows.modality import CHAT, mark
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from theloom.model.fake import FakeModel
 
 _BOTH = ("input_ids", "pixel_values")
 
@@ -33,8 +38,8 @@ def chosen(config: "PretrainedConfig", whole: Any, source: str) -> "PretrainedCo
     takes = () if whole is None else signature(whole.forward).parameters
     if not all(name in takes for name in _BOTH) or hasattr(whole, "get_text_features"):
         raise ModelError(
-            f"model.source: {source} ({config.model_type}) has no vision part that puts images into "
-            "a text, and model.modality is chat; give a vision-language model, or take "
+            f"model.source: {source} ({config.model_type}) has no vision part that puts images "
+            "into a text, and model.modality is chat; give a vision-language model, or take "
             "model.modality and corpus.images out"
         )
     if config.is_encoder_decoder:
@@ -70,3 +75,40 @@ def seeing(whole: Any) -> Any:
         return whole.forward(self, *args, **given)
 
     return remade(whole, build, forward)
+
+
+@contextmanager
+def images_placed(fake: "FakeModel", given: bool) -> Iterator[None]:
+    """Leave out what a model does with the values of token ids, which fake tensors have not: it
+    counts those of images, and Qwen's kind gives each a place in the image. The places take the
+    same bytes.
+
+    Args:
+        fake: the model.
+        given: whether it is given images; where not, nothing is left out.
+    """
+    import torch
+
+    model = fake.architecture.model
+    modules = {c.__module__ for m in model.modules() for c in type(m).__mro__} if given else ()
+    found: list[Any] = [sys.modules[n] for n in modules if hasattr(sys.modules.get(n), _COUNTED)]
+    kept = [getattr(module, _COUNTED) for module in found]
+
+    def places(input_ids: Any, *_: Any, **__: Any) -> Any:
+        return input_ids.new_zeros(3, *input_ids.shape), torch.zeros_like(input_ids[:, :1])
+
+    placing = given and hasattr(model, _PLACES)
+    for module in found:
+        setattr(module, _COUNTED, lambda *_: None)
+    if placing:
+        setattr(model, _PLACES, places)
+    try:
+        yield
+    finally:
+        for module, check in zip(found, kept, strict=True):
+            setattr(module, _COUNTED, check)
+        if placing:
+            delattr(model, _PLACES)
+
+
+_COUNTED, _PLACES = "torch_compilable_check", "get_rope_index"
