@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 _TEXT = {
@@ -88,8 +88,8 @@ PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 ADDED = {
-    "llava": ["<image>"],
-    "llava_next": ["<image>"],
+    "llava": ["<image>", "<s>"],
+    "llava_next": ["<image>", "<s>"],
     "qwen2_vl": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
     "gemma3": ["<image_soft_token>", "<bos>", "<start_of_image>", "<end_of_image>", "<turn>"],
 }
@@ -150,6 +150,11 @@ def _save_tokenizer(kind: str, folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(ADDED[kind])
     named: dict[str, Any] = {}
+    if "<s>" in ADDED[kind]:  # which the template does not write
+        named = {"bos_token": "<s>"}
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 257)]
+        )
     if kind == "gemma3":
         names = ("image_token", "boi_token", "eoi_token")
         tokens = ("<image_soft_token>", "<start_of_image>", "<end_of_image>")

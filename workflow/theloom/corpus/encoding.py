@@ -141,11 +141,7 @@ class Encoder:
         tokens = tokenizer.encode([r.text for r in rendered], special=False)
         found = []
         for document, one, (ids, characters) in zip(group, rendered, tokens, strict=True):
-            if tokenizer.begins_twice(ids):
-                raise CorpusError(
-                    f"{document.place}: document {printable(document.id)!r} begins with the token "
-                    "that begins a text twice; take it out of the chat template or of the message"
-                )
+            check_begin(document, ids, tokenizer)
             encoded = of_text(one.text, one.text, (ids, characters))
             places = (encoded.tables[name] for name in ("char_start", "char_end"))
             encoded.tables |= one.tables(*places)
@@ -270,6 +266,24 @@ class Encoder:
         if not self._tokenizer.gives_characters:
             return f"none: {type(self._tokenizer.of_class).__name__} does not tell them"
         return "of the text" if self._template is None else "of the rendered conversation"
+
+
+def check_begin(document: Document, ids: Sequence[int], tokenizer: CorpusTokenizer) -> None:
+    """Check that a conversation does not begin with the token that begins a text twice.
+
+    Args:
+        document: the conversation.
+        ids: its tokens.
+        tokenizer: of the run.
+
+    Raises:
+        CorpusError: it does.
+    """
+    if tokenizer.begins_twice(ids):
+        raise CorpusError(
+            f"{document.place}: document {printable(document.id)!r} begins with the token "
+            "that begins a text twice; take it out of the chat template or of the message"
+        )
 
 
 def of_text(text: str, taken: str, tokens: Encoding) -> Encoded:

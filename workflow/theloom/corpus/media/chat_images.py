@@ -232,7 +232,13 @@ def _file(name: str, place: str, config: CorpusConfig) -> bytes:
         )
     if len(json.dumps(name)) > rows.MAX_ID_BYTES or "\0" in name:
         raise CorpusError(f"{place}: the path of the image is very long or has a NUL; shorten it")
-    return file_content(root_of(config) / Path(name).expanduser(), place)
+    file = root_of(config) / Path(name).expanduser()
+    if not file.is_file():
+        raise CorpusError(
+            f"{place}: no file {printable(str(file))!r}; put it there, or correct the path, which "
+            "begins at the folder of corpus.path"
+        )
+    return file_content(file, place)
 
 
 def _document(name: str, config: CorpusConfig) -> Document:

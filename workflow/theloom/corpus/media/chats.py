@@ -10,7 +10,7 @@ import numpy as np
 
 from theloom.config.schema import Config
 from theloom.corpus.chat import ChatTemplate, Rendered
-from theloom.corpus.encoding import Encoded, Encoder, of_text
+from theloom.corpus.encoding import Encoded, Encoder, check_begin, of_text
 from theloom.corpus.media import values
 from theloom.corpus.media.chat_images import Picture, pictures, without_sources
 from theloom.corpus.rows import Document
@@ -74,10 +74,11 @@ class ChatEncoder(Encoder):
         """
         shown = pictures(document, self._corpus) if rendered.text else []
         place = f"{document.place}: document {printable(document.id)!r}"
-        special = self._processor.adds_special(rendered.text)
+        special = self._corpus.add_special_tokens and self._processor.adds_special(rendered.text)
         if not shown:
             (tokens,) = tokenizer.encode([rendered.text], special=special)
             found = of_text(rendered.text, rendered.text, tokens)
+            check_begin(document, found.ids, tokenizer)
             count = int((self._processor.types(found.ids) != 0).sum()) if found.ids else 0
             if count:
                 raise CorpusError(
@@ -85,7 +86,7 @@ class ChatEncoder(Encoder):
                     "images; take the placeholders out of the text"
                 )
             return _with_roles(found, rendered)
-        placed = self._processor.place(rendered.text, [p.opened for p in shown], place)
+        placed = self._processor.place(rendered.text, [p.opened for p in shown], special, place)
         (tokens,) = tokenizer.encode([placed.text], special=special)
         found = of_text(placed.text, placed.text, tokens)
         if [*found.ids] != placed.ids:
@@ -93,6 +94,7 @@ class ChatEncoder(Encoder):
                 f"{place}: the tokenizer gives {len(found.ids)} other tokens than the model's own "
                 f"processor ({len(placed.ids)}); set corpus.tokenizer_from=class, or report it"
             )
+        check_begin(document, found.ids, tokenizer)
         self._check_again(placed, shown, place)
         starts = _moved_back(found, placed)
         found = _with_roles(found, rendered)

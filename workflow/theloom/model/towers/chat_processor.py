@@ -55,12 +55,13 @@ class ChatProcessor:
     own: Any
     digest: str
 
-    def place(self, text: str, images: "Sequence[Image]", place: str) -> Placed:
+    def place(self, text: str, images: "Sequence[Image]", special: bool, place: str) -> Placed:
         """Put the tokens of images into a text, and make the model's inputs of them.
 
         Args:
             text: with a placeholder for each image.
             images: in the order of the text, at least one.
+            special: the tokenizer adds its special tokens.
             place: of the text, for messages.
 
         Returns:
@@ -71,7 +72,7 @@ class ChatProcessor:
                 the images not.
             ModelError: the processor does not tell where the images are.
         """
-        made = self._made(text, images, place)
+        made = self._made(text, images, special, place)
         moved = (made.get("text_replacement_offsets") or [[]])[0]
         if len(moved) != len(images) or any(one["type"] != "image" for one in moved):
             raise ModelError(
@@ -108,7 +109,7 @@ class ChatProcessor:
         """
         import torch
 
-        found = _tensors(self._made(self.own.image_token * len(images), images, place))
+        found = _tensors(self._made(self.own.image_token * len(images), images, False, place))
         types = torch.tensor([self.types(ids).tolist()])
         return {name: types if name in _TYPES else value for name, value in found.items()}
 
@@ -136,7 +137,9 @@ class ChatProcessor:
         bos = self.own.tokenizer.bos_token
         return bos is None or not text.startswith(bos)
 
-    def _made(self, text: str, images: "Sequence[Image]", place: str) -> Mapping[str, Any]:
+    def _made(
+        self, text: str, images: "Sequence[Image]", special: bool, place: str
+    ) -> Mapping[str, Any]:
         token = getattr(self.own, "image_token", None)
         if not isinstance(token, str):
             raise ModelError(
@@ -153,7 +156,7 @@ class ChatProcessor:
             made: Mapping[str, Any] = self.own(
                 text=[text],
                 images=list(images),
-                add_special_tokens=self.adds_special(text),
+                add_special_tokens=special,
                 return_text_replacement_offsets=True,
             )
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as e:
