@@ -93,7 +93,7 @@ def trace(
         The peak, and all births and ends of storages on the way.
     """
     known = inputs is not None
-    with fake.mode, shapes_only(known), images_placed(fake, known):
+    with fake.mode, shapes_only(known), images_placed(fake.architecture.model, known):
         ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
         described = fake.architecture
         shapes = {

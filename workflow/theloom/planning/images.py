@@ -1,4 +1,6 @@
-"""Memory of a pass over a conversation with images: the vision part runs before the blocks."""
+"""A pass over the largest conversations with images: that their rows are the model's own, and the
+memory it takes, as the vision part runs before the blocks.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from theloom.memory import trace
 from theloom.memory.estimators import Traced
 from theloom.memory.sizes import Workload
 from theloom.model.loading import LoadedModel
+from theloom.model.towers.check import images_check
 from theloom.model.weight_format import WeightFormat
 from theloom.terminal import format_bytes
 
@@ -59,9 +62,12 @@ def largest_images_pass(
 
     Raises:
         CorpusError: an image is no longer what it was.
+        ModelError: its rows would not be what the model computes.
     """
     found = []
     for ids, inputs in largest(tokens_path, model):
+        whole = torch.from_numpy(ids.astype("<i8"))[None]
+        images_check(loaded.architecture, whole, inputs, loaded.tolerance)
         workload = Workload(1, len(ids), len(ids))
         device, method = loaded.device.type, "trace"
         try:
@@ -70,10 +76,9 @@ def largest_images_pass(
             log.warning("memory of images is measured instead of predicted: %s", error)
             method = "measured"
             given = {n: v.to(loaded.device) for n, v in inputs.items()}
-            whole = torch.from_numpy(ids.astype("<i8"))[None].to(loaded.device)
             measured, _ = trace.run(
                 loaded.architecture,
-                whole,
+                whole.to(loaded.device),
                 workload,
                 points,
                 store=kind.precision,

@@ -14,9 +14,7 @@ from theloom.model.checkpoint.halves import remade
 from theloom.rows.modality import CHAT, mark
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-    from theloom.model.fake import FakeModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _BOTH = ("input_ids", "pixel_values")
 
@@ -78,18 +76,17 @@ def seeing(whole: Any) -> Any:
 
 
 @contextmanager
-def images_placed(fake: "FakeModel", given: bool) -> Iterator[None]:
+def images_placed(model: "PreTrainedModel", given: bool) -> Iterator[None]:
     """Leave out what a model does with the values of token ids, which fake tensors have not: it
     counts those of images, and Qwen's kind gives each a place in the image. The places take the
     same bytes.
 
     Args:
-        fake: the model.
+        model: the model.
         given: whether it is given images; where not, nothing is left out.
     """
     import torch
 
-    model = fake.architecture.model
     modules = {c.__module__ for m in model.modules() for c in type(m).__mro__} if given else ()
     found: list[Any] = [sys.modules[n] for n in modules if hasattr(sys.modules.get(n), _COUNTED)]
     kept = [getattr(module, _COUNTED) for module in found]
