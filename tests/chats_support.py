@@ -62,6 +62,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "eoi_token_index": 259,
     },
 }
+_OF_QWEN = {**_QWEN_VISION, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48}
+
+# not among those of which the memory of images is traced: its code looks at values
+WINDOWED = {
+    "qwen2_5_vl": {
+        **CONFIGS["qwen2_vl"],
+        "vision_config": {**_OF_QWEN, "window_size": 16, "fullatt_block_indexes": [1]},
+    },
+}
+# adds something of the images to the stream between its blocks
+ADDING = {
+    "qwen3_vl": {
+        **CONFIGS["qwen2_vl"],
+        "text_config": {**CONFIGS["qwen2_vl"]["text_config"], "head_dim": 8},
+        "vision_config": {
+            **_OF_QWEN,
+            "deepstack_visual_indexes": [0, 1],
+            "num_position_embeddings": 64,
+        },
+    },
+}
 _CROPPED = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 _COUNTED = {"patch_size": 8, "vision_feature_select_strategy": "default"}
 _COUNTED |= {"num_additional_image_tokens": 1, "image_token": "<image>"}
@@ -123,7 +144,8 @@ TEMPLATES = {
 def build(kind: str, folder: Path, **sizes: int) -> Path:
     """Write a tiny vision-language model, its tokenizer and its processor into a folder."""
     torch.manual_seed(0)
-    numbers = CONFIGS[kind] | {"text_config": CONFIGS[kind]["text_config"] | sizes}
+    numbers = (CONFIGS | WINDOWED | ADDING)[kind]
+    numbers = numbers | {"text_config": numbers["text_config"] | sizes}
     if kind == "qwen2_vl":  # whose vision part ends in the width of the text
         width = {"hidden_size": sizes.get("hidden_size", 32)}
         numbers |= {"vision_config": numbers["vision_config"] | width}
@@ -136,14 +158,20 @@ def build(kind: str, folder: Path, **sizes: int) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(folder)
     _save_tokenizer(kind, folder)
-    images, whole = PROCESSORS[kind]
+    images, whole = PROCESSORS[_like(kind)]
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     if whole:
         (folder / "processor_config.json").write_text(json.dumps(whole))
     return folder
 
 
+def _like(kind: str) -> str:
+    """The kind that has the same tokens and processor."""
+    return "qwen2_vl" if kind.startswith("qwen") else kind
+
+
 def _save_tokenizer(kind: str, folder: Path) -> None:
+    kind = _like(kind)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -221,7 +249,7 @@ def plain_inputs(
     images = opened(folder, messages)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    if kind != "qwen2_vl":
+    if _like(kind) != "qwen2_vl":
         own: Any = transformers.AutoProcessor.from_pretrained(model)
         special = not text.startswith("<bos>")
         return dict(

@@ -12,6 +12,7 @@ import theloom
 import torch
 from chats_support import (
     CONFIGS,
+    WINDOWED,
     build,
     image_part,
     messages_of,
@@ -24,8 +25,12 @@ from PIL import Image
 from support import stages
 from theloom.corpus import tokens
 from theloom.errors import ConfigError, CorpusError, ModelError, StoreError
+from theloom.hooks.blocks import find_blocks
+from theloom.model.checkpoint.classes import model_class
+from theloom.model.towers.check import images_check
+from theloom.rows.modality import CHAT, mark
 from theloom.rows.roles import code
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 HOOKS = "memory.activation_cache_filter=[blocks.*.hook_resid_pre,blocks.*.hook_resid_post]"
 
@@ -54,13 +59,16 @@ def requested(path, more=""):
     )
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", CONFIGS | WINDOWED)
 def test_rows_are_those_of_the_whole_plain_model(kind, tmp_path, folder, llava, llava_run):
     model, run = llava, llava_run
     if kind != "llava":
         model = build(kind, tmp_path / "model")
         run = stages(tmp_path / "run", model, requested(folder / "chats.jsonl")).all()
     run.verify()
+    with h5py.File(run.folder / "model.h5") as file:
+        assert file["memory/images"].attrs["method"] == ("trace" if kind in CONFIGS else "measured")
+        assert not file.attrs["streams"]
     acts = theloom.open(run.activations)
     plain = AutoModelForImageTextToText.from_pretrained(model).eval()
     roles = acts.token_table("role").numpy(slice(None))
@@ -201,3 +209,14 @@ def test_a_changed_image_stops_the_job_and_is_no_pair(tmp_path, llava, llava_run
     assert len(theloom.open_pair(llava_run.activations, llava_run.activations)) > 100
     with pytest.raises(StoreError, match=r"has images of SHA-256"):
         theloom.open_pair(llava_run.activations, run.activations)
+
+
+def test_a_model_that_adds_to_the_stream_between_its_blocks_is_refused(tmp_path, folder):
+    model = build("qwen3_vl", tmp_path / "model")
+    config = AutoConfig.from_pretrained(model)
+    mark(config, CHAT)
+    loaded = model_class(config).from_pretrained(model).eval()
+    given = plain_inputs("qwen3_vl", model, folder, messages_of(folder)[0])
+    ids = given.pop("input_ids")
+    with pytest.raises(ModelError, match="it adds to the stream between its blocks"):
+        images_check(find_blocks(loaded), ids, given, 1e-6)

@@ -1,5 +1,5 @@
-"""A pass over the largest conversations with images: that their rows are the model's own, and the
-memory it takes, as the vision part runs before the blocks.
+"""Passes over conversations with images: that their rows are the model's own, and the memory they
+take, as the vision part runs before the blocks.
 """
 
 import logging
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from theloom.config.schema import ModelConfig
-from theloom.corpus.media.chat_inputs import largest
+from theloom.corpus.media.chat_inputs import with_images
 from theloom.errors import ModelError
 from theloom.hooks.points import HookPoint
 from theloom.memory import trace
@@ -47,7 +48,8 @@ def largest_images_pass(
     kind: WeightFormat,
     points: Sequence[HookPoint],
 ) -> ImagesPass | None:
-    """What the largest conversation with images takes.
+    """What the largest conversation with images takes. The shortest one shows before that the rows
+    are the model's own.
 
     Args:
         model: the `model` settings.
@@ -65,9 +67,9 @@ def largest_images_pass(
         ModelError: its rows would not be what the model computes.
     """
     found = []
-    for ids, inputs in largest(tokens_path, model):
-        whole = torch.from_numpy(ids.astype("<i8"))[None]
-        images_check(loaded.architecture, whole, inputs, loaded.tolerance)
+    for ids, inputs in with_images(tokens_path, model, shortest=True):
+        images_check(loaded.architecture, _row(ids), inputs, loaded.tolerance)
+    for ids, inputs in with_images(tokens_path, model):
         workload = Workload(1, len(ids), len(ids))
         device, method = loaded.device.type, "trace"
         try:
@@ -78,7 +80,7 @@ def largest_images_pass(
             given = {n: v.to(loaded.device) for n, v in inputs.items()}
             measured, _ = trace.run(
                 loaded.architecture,
-                whole.to(loaded.device),
+                _row(ids).to(loaded.device),
                 workload,
                 points,
                 store=kind.precision,
@@ -98,3 +100,7 @@ def largest_images_pass(
         most.method,
     )
     return most
+
+
+def _row(ids: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(ids.astype("<i8"))[None]

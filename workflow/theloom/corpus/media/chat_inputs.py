@@ -100,8 +100,8 @@ class ChatInputs:
         return self._processor.inputs(ids, [one.opened for one in read], place)
 
 
-def largest(
-    path: Path, model: ModelConfig
+def with_images(
+    path: Path, model: ModelConfig, shortest: bool = False
 ) -> "Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]":
     """The documents with images that may take the most memory: the one with most tokens, and the
     one with most tokens of images.
@@ -109,6 +109,7 @@ def largest(
     Args:
         path: of `tokens.h5`.
         model: the `model` settings.
+        shortest: the one with the fewest tokens instead.
 
     Yields:
         Token ids, (tokens,), and the model's inputs beside them; nothing where no document has an
@@ -123,6 +124,8 @@ def largest(
         ids, offsets = file["tokens/input_ids"], file["windows/offset"][:]
         shown = np.add.reduceat(file["tokens/role"][:] == code("image"), offsets[:-1], dtype="<i8")
         lengths = np.where(shown > 0, np.diff(offsets), 0)
+        most = {int(lengths.argmax()), int(shown.argmax())}
+        chosen = {int(np.where(shown > 0, lengths, lengths.max()).argmin())} if shortest else most
         listed = json.loads(file.attrs["columns"])
         documents = len(file["documents/offset"]) - 1
         columns = read_columns(lambda n: file[n][:] if n in file else None, listed, documents)
@@ -134,5 +137,5 @@ def largest(
             json.loads(file.attrs["config"])["corpus"],
             str(file.attrs["processor_hash"]),
         )
-        for window in {int(lengths.argmax()), int(shown.argmax())}:
+        for window in sorted(chosen):
             yield ids[offsets[window] : offsets[window + 1]], inputs.of([window])

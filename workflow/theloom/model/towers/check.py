@@ -104,14 +104,14 @@ def images_check(
         raise ModelError(f"{name} cannot be run on images in a text: {why(error)}") from None
     except HookError as error:
         raise ModelError(f"{name}: {error}") from None
-    error = largest_error({n: states[n] for n in found}, found)
-    if not error <= 10 * tolerance:
+    apart = largest_error({n: states[n] for n in found}, found)
+    if not apart <= 10 * tolerance:
         raise ModelError(
             f"{name}: with images the residual stream that is read differs from its own "
-            f"output_hidden_states (by {error:.2g} of the largest value): it adds to the stream "
+            f"output_hidden_states (by {apart:.2g} of the largest value): it adds to the stream "
             "between its blocks; take the images out of the conversations"
         )
-    return error
+    return apart
 
 
 def _apart(alone: dict[str, "torch.Tensor"], both: dict[str, "torch.Tensor"], row: int) -> float:
