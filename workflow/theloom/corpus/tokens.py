@@ -383,7 +383,7 @@ def _groups(read: Iterable[Document]) -> Iterator[list[Document]]:
     try:
         for document in read:
             group.append(document)
-            characters += len(document.text)
+            characters += len(document.text) + (_CHARACTERS if document.images else 0)
             if len(group) == _TOGETHER or (len(group) >= least and characters >= _CHARACTERS):
                 yield group
                 group, characters, least = [], 0, 1

@@ -159,6 +159,7 @@ class Pictures:
     def __init__(self, config: CorpusConfig) -> None:
         self._config = config
         self._row: tuple[str, list[Picture]] | None = None  # of the row read last
+        self._group: tuple[str, int, Any] | None = None  # the row group read last
 
     def read(self, described: Mapping[str, Any]) -> Picture:
         """One image, checked to be the one that it was.
@@ -187,7 +188,7 @@ class Pictures:
 
     def _of_row(self, name: str, image: int) -> Picture:
         if self._row is None or self._row[0] != name:
-            self._row = (name, pictures(_document(name, self._config), self._config))
+            self._row = (name, pictures(self._document(name), self._config))
         found = self._row[1]
         if image >= len(found):
             raise CorpusError(
@@ -195,6 +196,48 @@ class Pictures:
                 "with --forcerun tokenize_corpus"
             )
         return found[image]
+
+    def _document(self, name: str) -> Document:
+        """The row of a Parquet file; `name` has the file and the number of the row."""
+        import pyarrow as pa
+
+        from theloom.corpus.formats.arrow_files import without_nulls
+
+        table, _, row = name.rpartition(":")
+        file, place = root_of(self._config) / table, f"{printable(table)}, row {row}"
+        gone = CorpusError(
+            f"{place}: is no longer there; put the table back, or run again with --forcerun "
+            "tokenize_corpus"
+        )
+        if not file.is_file():
+            raise gone
+        try:
+            found = self._found(file, int(row) - 1)
+        except (pa.ArrowException, OSError) as error:
+            words = printable(" ".join(str(error).split()))[:200]
+            raise CorpusError(
+                f"{place}: cannot be read ({words}); fetch or write the file again"
+            ) from None
+        if found is None:
+            raise gone
+        return rows.of_row(without_nulls(found), name, place, self._config)
+
+    def _found(self, file: Path, row: int) -> Any:
+        """A row as Python has it, counted from 0; None where the file has fewer."""
+        import pyarrow.parquet
+
+        from theloom.corpus.formats.arrow_files import chosen
+
+        opened, before = pyarrow.parquet.ParquetFile(file), 0
+        names = chosen(self._config, opened.schema_arrow.names)
+        for group in range(opened.metadata.num_row_groups):
+            count = opened.metadata.row_group(group).num_rows
+            if row < before + count:
+                if self._group is None or self._group[:2] != (str(file), group):
+                    self._group = (str(file), group, opened.read_row_group(group, columns=names))
+                return self._group[2].slice(row - before, 1).to_pylist()[0]
+            before += count
+        return None
 
 
 def _parts(document: Document) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -239,27 +282,3 @@ def _file(name: str, place: str, config: CorpusConfig) -> bytes:
             "begins at the folder of corpus.path"
         )
     return file_content(file, place)
-
-
-def _document(name: str, config: CorpusConfig) -> Document:
-    """The row of a Parquet file, as a document; `name` has the file and the number of the row."""
-    import pyarrow.parquet
-
-    from theloom.corpus.formats.arrow_files import chosen, without_nulls
-
-    table, _, row = name.rpartition(":")
-    file = root_of(config) / table
-    place = f"{printable(table)}, row {row}"
-    gone = f"{place}: is no longer there; put the table back, or run again with --forcerun "
-    if not file.is_file():
-        raise CorpusError(f"{gone}tokenize_corpus")
-    opened, before = pyarrow.parquet.ParquetFile(file), 0
-    names = chosen(config, opened.schema_arrow.names)
-    for group in range(opened.metadata.num_row_groups):
-        count = opened.metadata.row_group(group).num_rows
-        if int(row) - 1 < before + count:
-            part = opened.read_row_group(group, columns=names).slice(int(row) - 1 - before, 1)
-            values_of = without_nulls(part.to_pylist()[0])
-            return rows.of_row({n: values_of.get(n) for n in names}, name, place, config)
-        before += count
-    raise CorpusError(f"{gone}tokenize_corpus")
