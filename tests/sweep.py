@@ -1,4 +1,4 @@
-"""Every text model of transformers, made tiny and sent through the stages of the pipeline: its rows
+"""Every model of transformers, made tiny and sent through the stages of the pipeline: its rows
 against plain transformers.
 
 `python tests/sweep.py` tries all and writes the tables of workflow/docs/architectures.md; `python
@@ -18,9 +18,8 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -31,60 +30,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import theloom
 import torch
 import transformers
-from support import ROOT, stages
+from support import ROOT, Stages, stages
+from sweep_page import CHUNK, LENGTHS, LIMIT, MAPPINGS, Row, page
+from sweep_towers import READS, inputs_of, write_processor
 from theloom.engine import model_record
 from theloom.errors import TheLoomError, VerificationError
-from theloom.precision import TOLERANCE
 from tiny_configs import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
+from towers_support import write_media
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.auto import modeling_auto
 
-MAPPINGS = {
-    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "image-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "encoder-decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "base": modeling_auto.MODEL_MAPPING_NAMES,  # those that none above has
-}
-TITLES = {
-    "causal": "Causal language models",
-    "image-text": "Models of images and text, on text alone",
-    "masked": "Masked language models",
-    "encoder-decoder": "Encoder-decoders",
-    "base": "Further base models",
-}
 SECONDS, BYTES = 300, 8 << 30
-# tokens of documents: one, two, and round the switches of tiny configs (8, 16, 24), in one pass and
-# in chunks
-LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 19, 20, 21, 24, 25, 33, 40, 41)
-CHUNK = 20
-LIMIT = 10 * TOLERANCE["fp32"]  # batches and chunks sum in another order than one document alone
 DOCUMENT = ROOT / "workflow/docs/architectures.md"
 RESULTS = ROOT / "results/architectures.json"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One architecture, and what came of its run.
-
-    `status` is right, refused, wrong, traceback, untried (it cannot be made tiny), other (it takes
-    no token ids) or pending.
-    """
-
-    kind: str
-    model_type: str
-    model_class: str
-    status: str
-    reason: str = ""
-    error: float = -1.0  # of the rows, as a share of the largest value; -1: there are none
-    streams: bool = False
-    not_streamed: str = ""  # the reason
-    shifted: bool = False  # its hidden states are the blocks' outputs
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}/{self.model_type}"
 
 
 def names(requested: Iterable[str] = ()) -> list[tuple[str, str, str]]:
@@ -145,13 +103,19 @@ def examine(kind: str, model_type: str, model_class: str, folder: Path) -> Row:
     """One architecture, from its config to its rows; in chunks where the model can be streamed."""
     row = Row(kind, model_type, model_class, "untried")
     try:
-        if other := takes_instead(_class_of(kind, model_type)):
-            return replace(row, status="other", reason=f"it takes {other}, no token ids")
+        other = takes_instead(_class_of(kind, model_type))
+        if other and other not in READS:
+            return replace(row, status="other", reason=f"it takes {other}")
         model = build(model_type, kind)
         model.save_pretrained(folder / "model")
         model = type(model).from_pretrained(folder / "model").eval()
+        if other:
+            write_processor(model, model_type, READS[other], folder / "model")
     except Exception as error:
         return replace(row, reason=_words(error))
+    if other:
+        row = replace(row, model_class=type(model).__name__)
+        return _run_tower(row, model, folder, READS[other])
     _write_tokenizer(folder / "tokenizer")
     _write_documents(folder / "texts.jsonl")
     row = replace(row, model_class=type(model).__name__)
@@ -190,9 +154,41 @@ def _run(row: Row, model: PreTrainedModel, folder: Path, side: str = "") -> Row:
     if side == "decoder":
         requested += " corpus.target=target"
     run = stages(folder, place / "model", requested)
+    return _finish(row, run, place, lambda: _compare(model, run.activations, side))
+
+
+def _run_tower(row: Row, model: PreTrainedModel, place: Path, reads: str) -> Row:
+    """All stages over images or clips, and every document's rows against the model; of the encoder
+    where there is a decoder, too.
+    """
+    files = sorted(write_media(place / reads, reads).iterdir())
+    side = "encoder." if model.config.is_encoder_decoder else ""
+    ends = ",".join(f"{side}blocks.*.hook_resid_{end}" for end in ("pre", "post"))
+    requested = (
+        f"corpus={reads} corpus.path={place / reads} corpus.max_tokens=null "
+        f"memory.activation_cache_filter=[{ends}]"
+    )
+    run = stages(place / "run", place / "model", requested)
+
+    def compare() -> tuple[bool, float]:
+        acts, shifted, worst = theloom.open(run.activations), False, 0.0
+        plain = model.get_encoder() if side else model
+        for number, file in enumerate(files):
+            document = acts.document(number)
+            rows = {n.removeprefix(side): document[n][None].float() for n in acts.hooks}
+            inputs = inputs_of(file, place / "model", reads, model.main_input_name)
+            outputs, error = _against_own_states(plain, inputs, rows, "")
+            shifted, worst = shifted or outputs, max(worst, error)
+        return shifted, worst
+
+    return _finish(row, run, place, compare)
+
+
+def _finish(row: Row, run: Stages, place: Path, compare: Callable[[], tuple[bool, float]]) -> Row:
+    """Run the stages and the comparison, and say what came of them."""
     try:
         run.all().verify()
-        shifted, error = _compare(model, run.activations, side)
+        shifted, error = compare()
     except VerificationError as error:
         return replace(row, status="wrong", reason=_words(error))
     except TheLoomError as error:
@@ -284,7 +280,7 @@ def _against_own_states(
     joined = max((_error(a, b) for a, b in zip(after, before[1:], strict=False)), default=0.0)
     as_inputs = max(_error(a, b) for a, b in zip(before, states, strict=False))
     as_outputs = max((_error(a, b) for a, b in zip(after[:-1], states, strict=False)), default=0.0)
-    normed = list(_normed(model, after[-1]))
+    normed = [n for value in (after[-1], *_pooled(model, after[-1])) for n in _normed(model, value)]
     ends = [after[-1], *normed, *(p for value in normed for p in _projected(model, value))]
     end = min(_error(value, states[-1]) for value in ends)
     if end > LIMIT and _goes_on(model, inputs, after[-1]):
@@ -308,6 +304,13 @@ def _normed(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tenso
                 continue
             if isinstance(normed, torch.Tensor):
                 yield normed
+
+
+def _pooled(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What a pooling of positions, as of an audio encoder's last block, makes of a value."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.AvgPool1d) and value.shape[1] > 1:
+            yield module(value.transpose(1, 2)).transpose(1, 2)
 
 
 def _projected(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -388,96 +391,6 @@ def _report(row: Row) -> str:
     error = f" {row.error:.1e}" if row.error >= 0 else ""
     status = row.status if row.status in QUIET else row.status.upper()
     return f"{row.name}: {status}{error} {row.reason or row.not_streamed}"
-
-
-def page(rows: list[Row]) -> str:
-    """The page of the docs."""
-    count = Counter(row.status for row in rows)
-    types = Counter(_by_type(rows).values())
-    shifted = ", ".join(f"`{r.model_type}`" for r in rows if r.shifted) or "none"
-    pending = f"; {types['pending']} were not run" if types["pending"] else ""
-    head = f"""# Architectures
-
-`make sweep` builds a tiny model with random weights from the config of every model type of `transformers`
-{transformers.__version__}: those of `MODEL_MAPPING`, with a head where it lists one for text. It saves each as a
-checkpoint and runs the stages `estimate_memory`, `load_model`, `tokenize_corpus`, `extract_activations`,
-`merge_shards` and `verify` on it, in FP32. Documents have {LENGTHS[0]} to {LENGTHS[-1]} tokens, in batches with others and in chunks of
-{CHUNK} tokens; sliding windows are of 8. Then all rows of every document are compared with plain `transformers`
-on that document alone. An encoder-decoder has a run of its encoder, and one of its decoder over pairs of texts; both
-must be right.
-
-Of the {sum(types.values())} types of `MODEL_MAPPING`, **{types["right"]}** are taken in at least one of their classes, with the rows of plain
-`transformers`. {types["refused"]} are refused; {types["other"]} take no token ids but pixels, audio or series; {types["untried"]} cannot be made tiny{pending}.
-Taken, and wrong: {types["wrong"]}.
-
-The tables have {len(rows)} rows, one for each class:
-
-- **{count["right"]}** are right: `hook_resid_pre` and `hook_resid_post` of every block equal the model's own
-  `output_hidden_states`, to at most {LIMIT:g} of the largest value. The last entry is what the final norm, a projection
-  behind it, or what mixes several streams into one, makes of the last block's output.
-- **{sum(r.streams for r in rows)}** of these give the same rows in chunks, through their KV cache. With the others a
-  document longer than a chunk goes in one pass, for the reason in the table.
-- {count["refused"]} are refused, with one line.
-- Taken, and wrong: {count["wrong"]}. Ended in a traceback: {count["traceback"]}.
-
-`load_model` tries every model on a few tokens before a row is taken from it. Where a model's own hidden states are the
-outputs of its blocks, not the inputs, they are compared as such: {shifted}.
-"""  # noqa: E501
-    tables = [_table(kind, [r for r in rows if r.kind == kind]) for kind in MAPPINGS]
-    return head + _refused_by_use(rows) + "".join(tables)
-
-
-BEST_FIRST = ("wrong", "traceback", "right", "refused", "untried", "other", "pending")
-
-
-def _by_type(rows: list[Row]) -> dict[str, str]:
-    """The status of each type of `MODEL_MAPPING`: of its classes the one that is taken, if any."""
-    found: dict[str, str] = {}
-    for row in sorted(rows, key=lambda r: BEST_FIRST.index(r.status)):
-        if row.model_type in modeling_auto.MODEL_MAPPING_NAMES:
-            found.setdefault(row.model_type, row.status)
-    return found
-
-
-def _refused_by_use(rows: list[Row]) -> str:
-    """The refused classes whose downloads are known."""
-    listed = files("transformer_lens").joinpath("tools/model_registry/data/architecture_gaps.json")
-    gaps = json.loads(listed.read_text())
-    downloads = {g["architecture_id"]: g["total_downloads"] for g in gaps["gaps"]}
-    refused = [r.model_class for r in rows if r.status == "refused"]
-    known = {name: downloads[name] for name in refused if name in downloads}
-    if not known:
-        return ""
-    ranked = sorted(known.items(), key=lambda entry: -entry[1])
-    lines = "".join(f"| {name} | {count:,} |\n" for name, count in ranked)
-    return f"""
-## Refused, by use
-
-Downloads of the hub's models of text by class, as the registry in the package `transformer-lens` had them on
-{gaps["generated_at"]}. It has models of text generation that it does not support itself, with 500 downloads or more:
-of the other refused classes their use is not known here, and they stand in the order of `transformers`.
-
-| refused class | downloads |
-|---|---|
-{lines}"""  # noqa: E501
-
-
-def _table(kind: str, rows: list[Row]) -> str:
-    head = "| architecture | class | residuals | in chunks | reason |\n|---|---|---|---|---|\n"
-    return f"\n## {TITLES[kind]}\n\n{head}" + "".join(map(_line, rows))
-
-
-def _line(row: Row) -> str:
-    words = {
-        "right": "yes",
-        "untried": "not made tiny",
-        "pending": "not run",
-        "other": "no token ids",
-    }
-    status = words.get(row.status, row.status)
-    streamed = ("yes" if row.streams else "one pass") if row.status == "right" else ""
-    reason = (row.reason or row.not_streamed).replace("|", "\\|").replace("<", "&lt;")[:160]
-    return f"| `{row.model_type}` | {row.model_class} | {status} | {streamed} | {reason} |\n"
 
 
 def main(requested: list[str]) -> None:

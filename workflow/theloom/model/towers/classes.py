@@ -120,8 +120,17 @@ def class_of(config: "PretrainedConfig") -> Any:
 
 def _modality(of_class: Any) -> str | None:
     """What a class of transformers reads, by the name of its main input; None: texts."""
-    main = getattr(of_class, "main_input_name", "input_ids")
+    main = _main_input(of_class)
     return next((kind for kind, names in _OF_ANY.items() if main in names), None)
+
+
+def _main_input(of_class: Any) -> str:
+    """The name of a class's main input: that of its forward's first argument, where the name that
+    it says is not among the arguments.
+    """
+    said = str(getattr(of_class, "main_input_name", "input_ids"))
+    takes = list(signature(of_class.forward).parameters)[1:]
+    return said if said in takes or not takes else takes[0]
 
 
 def _takes_ids(of_class: Any) -> bool:
@@ -137,13 +146,14 @@ def _reads_other(config: Any, whole: Any, modality: str, source: str) -> ModelEr
 
 
 @cache
-def tower(whole: Any, modality: str, side: str) -> Any:
+def tower(whole: Any, modality: str, side: str, shape: tuple[int, ...] | None = None) -> Any:
     """The class of a tower.
 
     Args:
         whole: the class of transformers, without a head.
         modality: `images`, `audio` or `text`.
         side: `encoder` where it is an encoder-decoder, of which the decoder is left out.
+        shape: of its input, where its processor makes one alone (`input_shape`).
 
     Returns:
         A class with the names of weights of the whole one; that of a text half is the same.
@@ -151,16 +161,19 @@ def tower(whole: Any, modality: str, side: str) -> Any:
 
     def build(self: Any, config: Any, *args: Any, **options: Any) -> None:
         whole.__init__(self, config, *args, **options)
-        mark(self.config, modality, input_shape(config))
+        mark(self.config, modality, shape)
         if side:
             mark_side(self.config, side)
             keep_encoder(self)
 
-    return remade(whole, build, _forward(whole, side) if modality in SENSED else None)
+    made = remade(whole, build, _forward(whole, side) if modality in SENSED else None)
+    if modality in SENSED:
+        made.main_input_name = _main_input(whole)
+    return made
 
 
 def _forward(whole: Any, side: str) -> Any:
-    main = whole.main_input_name
+    main = _main_input(whole)
 
     def forward(
         self: Any,
@@ -228,7 +241,14 @@ def shape_of(model: Any, rows: int) -> tuple[int, ...]:
     if model.main_input_name == "input_features":
         part = getattr(model, "encoder", model)
         strides = [m.stride[0] for m in _convolutions(part, 1)]
-        return config.num_mel_bins, config.max_source_positions * math.prod(strides)
+        try:
+            return config.num_mel_bins, config.max_source_positions * math.prod(strides)
+        except AttributeError:
+            raise ModelError(
+                f"{config.model_type}: takes features of clips of any length, and its config does "
+                "not say how many rows they have; TheLoom reads models of raw sound, and those of "
+                "features whose clips are padded to one length"
+            ) from None
     return (_samples(model, rows),)
 
 
@@ -257,7 +277,8 @@ def _convolutions(module: Any, axes: int) -> list[Any]:
 def _samples(model: Any, rows: int) -> int:
     """Samples of which the convolutions of a model of raw sound make so many frames."""
     samples = rows
-    for layer in reversed(_convolutions(model.feature_extractor, 1)):
+    front = getattr(model, "feature_extractor", None) or getattr(model, "encoder", model)
+    for layer in reversed(_convolutions(front, 1)):
         samples = (samples - 1) * layer.stride[0] + layer.kernel_size[0]
     return max(samples, int(_SECONDS * _RATE))
 
@@ -296,19 +317,20 @@ def patch_size(model: Any) -> tuple[int, int] | None:
 
 def _image(model: Any, rows: int, fixed: tuple[int, ...] | None) -> tuple[int, ...]:
     """Channels, height and width of an image of so many rows."""
+    if fixed is not None:
+        return fixed
     config, patch = model.config, patch_size(model)
     size = getattr(config, "image_size", None)
-    if fixed is None:
-        height, width = size if isinstance(size, list | tuple) else (size or 224, size or 224)
-        fixed = (getattr(config, "num_channels", 3), height, width)
+    height, width = size if isinstance(size, list | tuple) else (size or 224, size or 224)
+    own = (getattr(config, "num_channels", 3), height, width)
     whole: Any = type(model).__mro__[1]
     strict = "interpolate_pos_encoding" in signature(whole.forward).parameters
     wanted = rows - rows_before(model)
     if patch is None or strict or wanted < 4:
-        return fixed
-    if wanted == (fixed[1] // patch[0]) * (fixed[2] // patch[1]):
-        return fixed
+        return own
+    if wanted == (height // patch[0]) * (width // patch[1]):
+        return own
     height = max((h for h in range(1, math.isqrt(wanted) + 1) if wanted % h == 0), default=1)
     if wanted // height > 4 * height:  # no image is so long: one of some rows more
         height = math.isqrt(wanted)
-    return fixed[0], height * patch[0], -(-wanted // height) * patch[1]
+    return own[0], height * patch[0], -(-wanted // height) * patch[1]
