@@ -11,7 +11,7 @@ from theloom.config.model_dims import LAYERS, SIZE
 from theloom.config.schema import PATHS, Config
 from theloom.errors import ConfigError
 from theloom.rows import expression
-from theloom.rows.modality import SENSED
+from theloom.rows.modality import CHAT, INPUT_IMAGES, SENSED
 
 SOURCE_IDS = "source_ids"
 """The column of a run of a decoder that holds the encoder's token ids of each document."""
@@ -165,6 +165,14 @@ def _check_modality(config: Config) -> None:
     """What goes with images and audio, whose rows are no tokens."""
     modality = None if config.model.modality is None else config.model.modality.name
     kind, corpus = config.corpus.kind.name, config.corpus
+    if corpus.images is not None and modality != CHAT:
+        raise ConfigError(
+            f"corpus.images: {corpus.images!r} holds images of conversations, and model.modality "
+            f"is {modality}; set it to {CHAT}, or take corpus.images out"
+        )
+    if modality == CHAT:
+        _check_chat(config)
+        return
     if modality is not None and kind != modality:
         raise ConfigError(
             f"model.modality={modality}: the corpus is {kind}; set corpus={modality} and "
@@ -196,6 +204,37 @@ def _check_modality(config: Config) -> None:
         raise ConfigError(
             f"extraction.execution=layerwise: a model of {kind} runs on the device as a whole "
             "alone; set it to resident or auto"
+        )
+
+
+def _check_chat(config: Config) -> None:
+    """What goes with conversations that have images."""
+    corpus, texts = config.corpus, "conversations with images (model.modality=chat)"
+    if corpus.kind.name != "text" or corpus.messages is None:
+        raise ConfigError(
+            f"model.modality=chat: the corpus is {corpus.kind.name} and corpus.messages is "
+            f"{corpus.messages}; set corpus=text, corpus.path and corpus.messages, or take "
+            "model.modality out"
+        )
+    without = {
+        "model.tokenizer": config.model.tokenizer,
+        "model.side": config.model.side,
+        "answers.source": config.answers.source,
+        "resources.tokenize_jobs": config.resources.tokenize_jobs,
+    }
+    for key, value in without.items():
+        if value is not None:
+            shown = getattr(value, "name", value)
+            raise ConfigError(f"{key}={shown}: does not go with {texts}; take it out")
+    if config.extraction.execution.name == "layerwise":
+        raise ConfigError(
+            f"extraction.execution=layerwise: {texts} run on the device as a whole alone; set it "
+            "to resident or auto"
+        )
+    if INPUT_IMAGES in corpus.columns:
+        raise ConfigError(
+            f"corpus.columns: {INPUT_IMAGES!r} is what the run calls the images of each document; "
+            "rename the corpus' column"
         )
 
 

@@ -46,7 +46,7 @@ from theloom.config.frozen import (
 from theloom.config.schema import Config, Modality
 from theloom.config.values import Assignment
 from theloom.errors import ConfigError
-from theloom.rows.modality import SENSED
+from theloom.rows.modality import CHAT, SENSED
 
 log = logging.getLogger(__name__)
 
@@ -248,6 +248,8 @@ def _compose(
             strict.model.side = side
         if strict.corpus.kind.name in SENSED and strict.model.modality is None:
             strict.model.modality = Modality[strict.corpus.kind.name]
+        if strict.corpus.images is not None and strict.model.modality is None:
+            strict.model.modality = Modality[CHAT]
         if strict.corpus.kind.name in SENSED and "corpus.max_tokens" not in chosen:
             strict.corpus.max_tokens = None  # a profile's, which is for texts
         left_open = strict.extraction.shards is None

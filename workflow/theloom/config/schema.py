@@ -23,7 +23,7 @@ PoolBy = Enum("PoolBy", ["document", "message"])
 CorpusKind = Enum("CorpusKind", ["python_docs", "text", "hub", "images", "audio"])
 DuplicateIds = Enum("DuplicateIds", ["error", "number"])
 Side = Enum("Side", ["encoder", "decoder"])
-Modality = Enum("Modality", ["images", "audio"])
+Modality = Enum("Modality", ["images", "audio", "chat"])
 AnswersFrom = Enum("AnswersFrom", ["model", "column"])
 
 
@@ -119,7 +119,9 @@ class ModelConfig:
         "hook points name",
     )
     modality: Modality | None = key(
-        None, "images or audio: what the model reads instead of texts; null: what the corpus has"
+        None,
+        "images or audio: what the model reads instead of texts; chat: conversations with images, "
+        "of `corpus.messages`; null: what the corpus has",
     )
 
 
@@ -271,6 +273,11 @@ class CorpusConfig:
     messages: str | None = key(
         None, "hub and tables: the column that holds conversations, rendered by the chat template"
     )
+    images: str | None = key(
+        None,
+        "messages: the column that holds the images of a conversation, for parts that name none of "
+        "their own; sets `model.modality=chat`",
+    )
     chat_template: str | None = key(
         None, "messages: a file with another chat template (Jinja); null: the tokenizer's own"
     )
@@ -299,8 +306,8 @@ class RowsConfig:
     keep: str = key(
         "all",
         "the tokens whose rows are kept: `all`, `first`, `last`, `last(n)`, `[a:b]`, `special`, "
-        '`assistant`, `user`, `system`, `tool`, `generated`, `message(n)`, `span("column")`, '
-        '`match("regex")`, joined by `&`, `\\|`, `~` and brackets',
+        "`assistant`, `user`, `system`, `tool`, `image`, `generated`, `message(n)`, "
+        '`span("column")`, `match("regex")`, joined by `&`, `\\|`, `~` and brackets',
     )
     pool: Pool = key(
         Pool["none"],

@@ -12,10 +12,12 @@ import numpy as np
 
 from theloom.config.schema import Config
 from theloom.corpus.chat import ChatTemplate
+from theloom.corpus.media import chat_images
 from theloom.corpus.rows import Document
 from theloom.corpus.tokenizer import CorpusTokenizer, Encoding
 from theloom.errors import CorpusError, TheLoomError, printable
 from theloom.model import files
+from theloom.store.tables.columns import Column
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +25,15 @@ log = logging.getLogger(__name__)
 @dataclass
 class Encoded:
     """A document's tokens, their tables by name (`store.table.tokens`), and what a change of it
-    would change. `text`: the text that they are of, as the characters count.
+    would change. `text`: the text that they are of, as the characters count. `images`: what finds
+    those of a conversation again.
     """
 
     ids: Sequence[int]
     hashed: bytes
     text: str = ""
     tables: dict[str, np.ndarray] = field(default_factory=dict)
+    images: tuple[dict[str, Any], ...] = ()
 
 
 class Encoder:
@@ -102,7 +106,7 @@ class Encoder:
             if document.sequence:
                 self._sequences.check(document, ids, self._tokenizer)
         return [
-            _of_text(document.text, text, tokens)
+            of_text(document.text, text, tokens)
             for document, text, tokens in zip(group, texts, encoded, strict=True)
         ]
 
@@ -125,26 +129,41 @@ class Encoder:
         texts = [str(document.target or "") for document in group]
         with self._tokenizer.as_target():
             encoded = self._tokenizer.encode(texts)
-        return [_of_text(text, text, tokens) for text, tokens in zip(texts, encoded, strict=True)]
+        return [of_text(text, text, tokens) for text, tokens in zip(texts, encoded, strict=True)]
 
     def _of_conversations(
         self, group: Sequence[Document], template: ChatTemplate, tokenizer: CorpusTokenizer
     ) -> list[Encoded]:
         """Conversations as texts, with whose each token is. The template writes the BOS."""
+        for document in group:
+            chat_images.check_none(document)
         rendered = [template.render(document, self._answered) for document in group]
         tokens = tokenizer.encode([r.text for r in rendered], special=False)
         found = []
         for document, one, (ids, characters) in zip(group, rendered, tokens, strict=True):
-            if tokenizer.begins_twice(ids):
-                raise CorpusError(
-                    f"{document.place}: document {printable(document.id)!r} begins with the token "
-                    "that begins a text twice; take it out of the chat template or of the message"
-                )
-            encoded = _of_text(one.text, one.text, (ids, characters))
+            check_begin(document, ids, tokenizer)
+            encoded = of_text(one.text, one.text, (ids, characters))
             places = (encoded.tables[name] for name in ("char_start", "char_end"))
             encoded.tables |= one.tables(*places)
             found.append(encoded)
         return found
+
+    def add(self, document: Document, found: Encoded, context: int) -> None:
+        """Keep what goes with a document that is stored, beside the tables of its tokens: nothing.
+
+        Args:
+            document: the document.
+            found: what `encode` gave.
+            context: tokens of a window at most; 0: no limit.
+        """
+
+    def columns(self) -> dict[str, Column]:
+        """What goes with each document, beside the corpus' columns.
+
+        Returns:
+            By name; empty.
+        """
+        return {}
 
     def special(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """The table of special tokens.
@@ -249,8 +268,35 @@ class Encoder:
         return "of the text" if self._template is None else "of the rendered conversation"
 
 
-def _of_text(text: str, taken: str, tokens: Encoding) -> Encoded:
-    """The tokens of a text. `taken`: as the tokenizer took it, with spaces between its letters."""
+def check_begin(document: Document, ids: Sequence[int], tokenizer: CorpusTokenizer) -> None:
+    """Check that a conversation does not begin with the token that begins a text twice.
+
+    Args:
+        document: the conversation.
+        ids: its tokens.
+        tokenizer: of the run.
+
+    Raises:
+        CorpusError: it does.
+    """
+    if tokenizer.begins_twice(ids):
+        raise CorpusError(
+            f"{document.place}: document {printable(document.id)!r} begins with the token "
+            "that begins a text twice; take it out of the chat template or of the message"
+        )
+
+
+def of_text(text: str, taken: str, tokens: Encoding) -> Encoded:
+    """The tokens of a text.
+
+    Args:
+        text: the document's.
+        taken: as the tokenizer took it, with spaces between its letters.
+        tokens: as it gave them.
+
+    Returns:
+        Ids and characters.
+    """
     ids, characters = tokens
     if not text:
         ids, characters = [], characters and []

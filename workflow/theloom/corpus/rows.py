@@ -37,7 +37,8 @@ class Document:
 
     Instead of a text it may have token ids, or a conversation with its tools. `columns`: the values
     of `corpus.columns`, in their order. `sequence`: the text is one of residues or bases. `target`:
-    the text of a decoder whose encoder reads the document, or its token ids.
+    the text of a decoder whose encoder reads the document, or its token ids. `images`: of the
+    column `corpus.images`. `origin`: file and number of the row that it is of.
     """
 
     id: str
@@ -49,6 +50,8 @@ class Document:
     tools: list[Any] | None = None
     sequence: bool = False
     target: str | list[int] | None = None
+    images: list[Any] | None = None
+    origin: str = ""
 
 
 def wanted(config: CorpusConfig) -> list[tuple[str, str]]:
@@ -71,6 +74,8 @@ def wanted(config: CorpusConfig) -> list[tuple[str, str]]:
         found.append(("id_column", config.id_column))
     if config.target is not None:
         found.append(("target", config.target))
+    if config.images is not None:
+        found.append(("images", config.images))
     return [*found, *(("columns", name) for name in config.columns)]
 
 
@@ -137,8 +142,10 @@ def of_row(row: Any, default_id: str, place: str, config: CorpusConfig) -> Docum
             )
     if config.target is not None:
         content["target"] = _target(row, place, config)
+    if config.images is not None and (shown := _value(row, "images", config.images, place)):
+        content["images"] = _list(shown, "images", config.images, place)
     columns = tuple(_value(row, "columns", column, place) for column in config.columns)
-    return Document(str(name), text, place, columns, **content)
+    return Document(str(name), text, place, columns, origin=default_id, **content)
 
 
 def _target(row: Mapping[str, Any], place: str, config: CorpusConfig) -> str | list[int] | None:
@@ -173,7 +180,8 @@ def _list(value: Any, key: str, column: str, place: str) -> list[Any]:
         except (ValueError, RecursionError):
             found = value
     if not isinstance(found, list):
-        what = "token ids" if key == "input_ids" else "messages" if column != TOOLS else "tools"
+        what = {"input_ids": "token ids", "images": "images"}.get(key, "messages")
+        what = "tools" if column == TOOLS else what
         raise CorpusError(
             f"{place}: column {column!r} is {kind(found)}, not a list of {what}; correct the row, "
             f"or set corpus.{key} to another column"

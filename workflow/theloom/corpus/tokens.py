@@ -27,6 +27,7 @@ from theloom.corpus.columns import Columns
 from theloom.corpus.encoding import Encoded, Encoder
 from theloom.corpus.kept import KeptRows
 from theloom.corpus.media import documents as media
+from theloom.corpus.media.chats import ChatEncoder
 from theloom.corpus.media.encoding import Encoder as MediaEncoder
 from theloom.corpus.prompts import Prompts
 from theloom.corpus.rows import Document
@@ -39,7 +40,7 @@ from theloom.errors import ConfigError, CorpusError, printable
 from theloom.model.files import hf_config
 from theloom.model.length_switches import length_switches
 from theloom.rows.document import Document as RowDocument
-from theloom.rows.modality import SENSED
+from theloom.rows.modality import CHAT, SENSED
 from theloom.store import file_format, provenance, token_texts
 from theloom.store.hdf5.output import written
 from theloom.store.shard_file import ShardTokens
@@ -157,12 +158,11 @@ def write_tokens(
         ConfigError: corpus.context_length is more than the model allows.
     """
     sensed = config.corpus.kind.name in SENSED
-    encoder: Any = MediaEncoder(config) if sensed else Encoder(config)
+    encoder: Any = _encoder_of(config)(config)
     context = 0 if sensed else context_length(config)
     prompts = None if config.answers.source is None else Prompts(config, context)
     rows = config.rows if prompts is None else RowsConfig()  # kept when the answers are there
     targets = Targets(config, encoder, context) if config.corpus.target is not None else None
-    described = encoder if sensed else targets  # has columns of its own
     tally = Tally(Columns(config.corpus.columns), targets)
     with written(output) as file:
         growing = Growing(file)
@@ -183,7 +183,8 @@ def write_tokens(
         write_tables(file, tally.ids, tally.hashes, tally.lengths, context, shards)
         if prompts is not None:
             prompts.write(file)
-        typed = tally.columns.typed() | ({} if described is None else described.columns())
+        typed = tally.columns.typed() | encoder.columns()
+        typed |= {} if targets is None else targets.columns()
         columns.write(file, typed)
         token_texts.write(file, encoder.texts(occurring))
         file_format.set_attributes(
@@ -234,6 +235,14 @@ def context_length(config: Config) -> int:
             "give at most that"
         )
     return requested or limit
+
+
+def _encoder_of(config: Config) -> Any:
+    """The class that turns documents into rows."""
+    if config.corpus.kind.name in SENSED:
+        return MediaEncoder
+    modality = config.model.modality
+    return ChatEncoder if modality is not None and modality.name == CHAT else Encoder
 
 
 class Growing:
@@ -293,7 +302,7 @@ def encoded(
         CorpusError: a document cannot be read or encoded.
     """
     left, vocabulary = config.corpus.max_tokens, Vocabulary(config.model)
-    names, targets = [*config.corpus.columns], tally.targets
+    names, targets, context = [*config.corpus.columns], tally.targets, context_length(config)
     encode = encoder.encode if targets is None else targets.encode
     left = None if left is None else left - tally.total
     for document, found in _one_by_one(encode, _groups(read)):
@@ -302,7 +311,7 @@ def encoded(
             tally.skip(document)
             continue
         if left is not None and len(ids) > left and cut:
-            if prompts is not None:
+            if prompts is not None or found.images:
                 log.info("documents end before %s, at corpus.max_tokens", document.id)
                 return
             log.warning(
@@ -327,6 +336,7 @@ def encoded(
             **tables,
         )
         tally.columns.add(document)
+        encoder.add(document, found, context)
         if targets is not None:
             targets.add(document, len(ids), vocabulary, encoder.names)
         tables |= kept.add(known)
@@ -373,7 +383,7 @@ def _groups(read: Iterable[Document]) -> Iterator[list[Document]]:
     try:
         for document in read:
             group.append(document)
-            characters += len(document.text)
+            characters += len(document.text) + (_CHARACTERS if document.images else 0)
             if len(group) == _TOGETHER or (len(group) >= least and characters >= _CHARACTERS):
                 yield group
                 group, characters, least = [], 0, 1

@@ -17,6 +17,7 @@ from theloom.config.frozen import frozen_digest, load_frozen, to_plain
 from theloom.config.schema import Config
 from theloom.corpus import tokens
 from theloom.corpus.batching import Lengths
+from theloom.corpus.media.chat_inputs import ChatInputs
 from theloom.corpus.media.inputs import Inputs, inputs_of
 from theloom.corpus.targets.sources import Sources
 from theloom.devices import accelerator
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 # of towers
 OF_ROWS = (
     *("rows_keep", "rows_pool", "rows_by", "documents_without_rows", "decoder_start"),
-    *("processor", "processor_hash"),
+    *("processor", "processor_hash", "images"),
 )
 
 
@@ -118,15 +119,20 @@ class ShardJob:
         return np.diff(self.tokens.window_offset)
 
     @cached_property
-    def sources(self) -> Sources | Inputs:
+    def sources(self) -> Sources | Inputs | ChatInputs:
         """What the model is given beside or instead of token ids: the encoder's tokens of each
-        window where the rows are a decoder's; images or audio.
+        window where the rows are a decoder's; images or audio; the images of conversations.
         """
         numbers, columns = self.tokens.window_document, self.tokens.columns
         document = numbers - (numbers[0] if len(numbers) else 0)
         read = json.loads(self.run.corpus["config"])
         given = self.run.corpus.get("processor_hash")
-        inputs = inputs_of(columns, document, self.run.config.model, read, given)
+        offsets = self.tokens.window_offset
+
+        def ids_of(window: int) -> np.ndarray:
+            return self.tokens.input_ids[offsets[window] : offsets[window + 1]]
+
+        inputs = inputs_of(columns, document, ids_of, self.run.config.model, read, given)
         return Sources(columns, document) if inputs is None else inputs
 
     @cached_property

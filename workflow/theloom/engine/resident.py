@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from theloom.corpus import batching
 from theloom.corpus.batching import Batch
+from theloom.corpus.media.chat_inputs import ChatInputs
 from theloom.corpus.media.inputs import Inputs
 from theloom.corpus.targets.sources import Sources
 from theloom.devices import gpu
@@ -42,7 +43,7 @@ class ResidentRunner:
         store: str | None,
         offloaded: bool = False,
         causal: bool = True,
-        sources: Sources | Inputs | None = None,
+        sources: Sources | Inputs | ChatInputs | None = None,
     ) -> None:
         self._loaded, self._points, self._chunk_size = loaded, points, chunk_size
         self._store, self._offloaded, self._causal = store, offloaded, causal
@@ -80,7 +81,9 @@ class ResidentRunner:
         with Taps(self._loaded.architecture, self._points, hand_over) as taps:
             masked = None if self._causal else lengths or [ids.shape[1]] * len(ids)
             sources = {} if self._sources is None else self._sources.of(windows)
-            prefill(taps, ids, self._chunk_size, masked, self._offloaded, sources)
+            whole = sources and isinstance(self._sources, ChatInputs)
+            chunk_size = ids.shape[1] if whole else self._chunk_size  # pixels are of no chunk
+            prefill(taps, ids, chunk_size, masked, self._offloaded, sources)
 
     def alone(
         self, ids: "torch.Tensor", points: Sequence[HookPoint], window: int

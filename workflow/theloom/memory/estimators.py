@@ -4,7 +4,7 @@ model.
 Both answer for the base model that extraction loads, without LM head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -27,6 +27,7 @@ from theloom.model.weight_format import WeightFormat, quantized_as, quantizing_b
 from theloom.precision import BYTES
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
     from theloom.model.fake import FakeModel
@@ -292,6 +293,7 @@ class Traced:
         points: Sequence[HookPoint],
         held: bool = False,
         device: str = "cuda",
+        inputs: "Mapping[str, torch.Tensor] | None" = None,
     ) -> PeakBytes:
         from theloom.hooks.failures import refused
         from theloom.memory import trace
@@ -299,7 +301,9 @@ class Traced:
         fake = self.fake(kind)
         name = type(fake.architecture.model).__name__
         with refused(f"{name} in {kind.name}: its memory cannot be predicted"):
-            peak, _ = trace.trace(fake, workload, points, held, kind.precision, device)
+            peak, _ = trace.trace(
+                fake, workload, points, held, kind.precision, device, inputs=inputs
+            )
         return trace.parts(peak)
 
     def block_sizes(self, kind: WeightFormat, points: Sequence[HookPoint]) -> BlockSizes:

@@ -6,7 +6,7 @@ would take attention's unfused path.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +24,7 @@ from theloom.model.checkpoint.halves import SOURCE_IDS, SOURCE_MASK
 from theloom.model.fake import FakeModel
 from theloom.model.forward import PrefillCache
 from theloom.model.shapes_only import shapes_only
+from theloom.model.towers.chat import images_placed
 from theloom.precision import torch_dtype
 
 KV_CACHE, CAPTURED, LOGITS = "kv_cache", "captured", "logits"
@@ -67,6 +68,7 @@ def trace(
     on_their_way: int = 0,
     of_window: int | None = None,
     shorten: bool = True,
+    inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[Peak, LiveStorages]:
     """Trace the memory of one workload; weights and inputs are not counted.
 
@@ -84,15 +86,34 @@ def trace(
         of_window: rows of a window that are copied at most; None: all.
         shorten: long windows are not traced chunk by chunk: the KV cache is filled, then the last
             two steps run.
+        inputs: what the model reads beside token ids, in one pass, such as the pixels of images;
+            real tensors, of which floats keep their shapes alone, and others their values.
 
     Returns:
         The peak, and all births and ends of storages on the way.
     """
-    with fake.mode, shapes_only():
+    known = inputs is not None
+    with fake.mode, shapes_only(known), images_placed(fake.architecture.model, known):
         ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
         described = fake.architecture
+        shapes = {
+            name: torch.empty(value.shape, dtype=value.dtype)
+            if value.is_floating_point()
+            else value
+            for name, value in (inputs or {}).items()
+        }
         return run(
-            described, ids, workload, points, held, store, device, shorten, on_their_way, of_window
+            described,
+            ids,
+            workload,
+            points,
+            held,
+            store,
+            device,
+            shorten,
+            on_their_way,
+            of_window,
+            shapes,
         )
 
 
@@ -122,6 +143,7 @@ def run(
     shorten: bool = False,
     on_their_way: int = 0,
     of_window: int | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[Peak, LiveStorages]:
     """`trace` on a model as it is, real or fake: with real weights it measures what `trace`
     predicts.
@@ -137,6 +159,7 @@ def run(
         shorten: fill the KV cache instead of running all chunks.
         on_their_way: copies on their way to the host.
         of_window: rows of a window that are copied at most; None: all.
+        inputs: what the model reads beside token ids, in one pass.
 
     Returns:
         The peak, and all births and ends of storages on the way.
@@ -170,7 +193,7 @@ def run(
     with torch.inference_mode(), kernels, taps as opened, live:
         forward = opened.run if opened is not None else described.model
         if not streamed:
-            return _one_pass(forward, ids, live, described), live
+            return _one_pass(forward, ids, live, described, inputs or {}), live
         cache = MarkedCache(config=described.model.config)
         cache.live = live
         first = 0
@@ -211,9 +234,16 @@ def run(
         return peak, live
 
 
-def _one_pass(forward: Any, ids: torch.Tensor, live: LiveStorages, described: Architecture) -> Peak:
+def _one_pass(
+    forward: Any,
+    ids: torch.Tensor,
+    live: LiveStorages,
+    described: Architecture,
+    given: Mapping[str, torch.Tensor],
+) -> Peak:
     """One pass, with a source as long as the window where it is a decoder's."""
-    inputs = {} if looks_causal(described) else {"attention_mask": _padding_mask(ids)}
+    inputs = {} if looks_causal(described) or given else {"attention_mask": _padding_mask(ids)}
+    inputs |= given
     if described.side == "decoder":
         inputs |= {SOURCE_IDS: ids, SOURCE_MASK: _padding_mask(ids)}
     live.ignore(list(inputs.values()))

@@ -34,6 +34,7 @@ from theloom.model.checkpoint import folder as folders
 from theloom.model.checkpoint import gguf, tokenizer_file
 from theloom.model.checkpoint.sources import find_folder, local_folder
 from theloom.model.towers import classes as towers
+from theloom.rows.modality import SENSED
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -59,7 +60,7 @@ class ModelFiles:
     gguf_file: str | None = None
     adapters: tuple[AdapterFiles, ...] = ()  # in the order in which they are merged
     side: str | None = None  # the half of an encoder-decoder that is read
-    modality: str | None = None  # images or audio, where it reads no texts
+    modality: str | None = None  # images or audio instead of texts, or both as chat
 
     def weight_files(self) -> list[Path]:
         """The files that decide what the model computes, adapters apart.
@@ -230,7 +231,7 @@ def check_local(config: ModelConfig) -> None:
     if folder is not None:
         _check_folder(folder, config)
     local_adapters(config)
-    if config.modality is not None:
+    if _modality(config) in SENSED:
         return  # it has a processor, and no tokenizer
     if config.tokenizer is not None:
         folder = local_folder(config.tokenizer, "model.tokenizer")
@@ -295,7 +296,7 @@ def fetch(config: ModelConfig) -> str | None:
     )
     _check_folder(folder, config)
     find_adapters(config)
-    if config.modality is None:
+    if _modality(config) not in SENSED:
         describe_tokenizer(config)
     return revision
 

@@ -17,6 +17,7 @@ from theloom.hooks.blocks import Architecture, BlockNotLoadedError
 from theloom.hooks.points import LAST_STATE, HookPoint, deepest_block
 from theloom.hooks.sites import Site
 from theloom.hooks.taps import Taps
+from theloom.rows.modality import CHAT, modality_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,6 +105,7 @@ def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
         ""
     }
     everywhere = _called(described, None)
+    sees = modality_of(model.config) == CHAT  # images, which three tokens are not
     # what the model's own last hidden state is, is seen where its forward pass goes to the end
     whole = any(p.value == LAST_STATE for p in points)
     before = everywhere if whole else _called(described, points)
@@ -115,8 +117,10 @@ def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
     for name, module in model.named_modules():
         if name in around or module in blocks or module in before:
             continue
-        apart = isinstance(module, PreTrainedModel) and not everywhere.intersection(
-            module.modules()
+        apart = (
+            not sees
+            and isinstance(module, PreTrainedModel)
+            and not everywhere.intersection(module.modules())
         )
         if apart or (module in everywhere and not before.intersection(module.modules())):
             dropped.add(name)

@@ -22,7 +22,7 @@ _FAKE_TENSOR_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 @contextmanager
-def shapes_only() -> Iterator[None]:
+def shapes_only(known: bool = False) -> Iterator[None]:
     """Replace what needs values or a kernel by something of the same result's shape.
 
     Packed sequences are looked for in the position ids, and where one cannot look a b×s×s mask is
@@ -30,6 +30,10 @@ def shapes_only() -> Iterator[None]:
     values; the grouped product of experts has no fake kernel for every dtype; code that looks for
     what is not zero finds everything (`_EverythingIsNonzero`). PyTorch prints no traceback of its
     own where an operation fails: the caller reports that.
+
+    Args:
+        known: some inputs are real tensors, such as the sizes of images: what is made of them alone
+            has values.
     """
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._grouped_mm
     ignored = masking_utils._ignore_causal_mask_sdpa
@@ -41,7 +45,7 @@ def shapes_only() -> Iterator[None]:
     moe._grouped_mm = _grouped_product
     _FAKE_TENSOR_LOG.setLevel(logging.CRITICAL + 1)
     try:
-        with _EverythingIsNonzero():
+        with _EverythingIsNonzero(known):
             yield
     finally:
         masking_utils.find_packed_sequence_indices, moe._grouped_mm = packed, grouped
@@ -65,9 +69,9 @@ class _EverythingIsNonzero(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and the wrapper costs 10 µs an operation
 
-    def __init__(self) -> None:
+    def __init__(self, known: bool = False) -> None:
         super().__init__()
-        self.answered = False
+        self.answered = known
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.answered:

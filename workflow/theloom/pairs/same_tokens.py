@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from theloom.errors import StoreError, printable
-from theloom.rows.modality import INPUT_HASH
+from theloom.rows.modality import INPUT_HASH, INPUT_IMAGES
 from theloom.store import checksums
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ def _compare_ids(first: "ActivationsReader", other: "ActivationsReader") -> None
 
 
 def _compare_inputs(first: "ActivationsReader", other: "ActivationsReader") -> None:
-    """Images and clips are the same by the hashes of their files: the ids of rows are numbers."""
+    """Images and clips are the same by the hashes of their files: the ids of rows are numbers, and
+    those of images in conversations are all alike."""
+    _compare_images(first, other)
     ours, theirs = first.columns.get(INPUT_HASH), other.columns.get(INPUT_HASH)
     if ours is None and theirs is None:
         return
@@ -113,6 +115,29 @@ def _compare_inputs(first: "ActivationsReader", other: "ActivationsReader") -> N
     for number in np.flatnonzero(a != b)[:1].tolist():
         has = f"is a file of SHA-256 {a[number][:16]}…"
         _refuse(first, other, _document(first, number), has, f"{b[number][:16]}…")
+
+
+def _compare_images(first: "ActivationsReader", other: "ActivationsReader") -> None:
+    """The images of conversations, by the hashes of their bytes."""
+
+    def shown(acts: "ActivationsReader") -> list[list[str]] | None:
+        column = acts.columns.get(INPUT_IMAGES)
+        if column is None:
+            return None
+        return [[one["sha256"] for one in images] for images in column.tolist()]
+
+    ours, theirs = shown(first), shown(other)
+    for number in range(len(ours or theirs or ())):
+        a, b = (found[number] if found else [] for found in (ours, theirs))
+        if a != b:
+            has = f"has images of SHA-256 {', '.join(one[:16] for one in a) or 'none'}"
+            _refuse(
+                first,
+                other,
+                _document(first, number),
+                has,
+                ", ".join(one[:16] for one in b) or "none",
+            )
 
 
 def _compare_rows(first: "ActivationsReader", other: "ActivationsReader") -> None:

@@ -26,11 +26,12 @@ from theloom.model.loading import Target, load_model, resolve_precision
 from theloom.model.towers.check import tower_check
 from theloom.planning import estimate
 from theloom.planning.estimate import Estimate
+from theloom.planning.images import largest_images_pass
 from theloom.planning.measure import measure, prepare_measurement
 from theloom.planning.multi_gpu import available, fit_plan
 from theloom.planning.plan import Correction, Planned
 from theloom.planning.replay import replay_of_run, replay_of_sweep
-from theloom.rows.modality import senses
+from theloom.rows.modality import CHAT, SENSED, modality_of, senses
 from theloom.store import file_format
 from theloom.store.hdf5.output import written
 from theloom.store.shard_file import bytes_of_window
@@ -227,7 +228,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         windows, room = tokens.window_lengths(tokens_path), available(device)
         planned = fit_plan(estimated, kind, device, threshold, windows, room=room)
     except MemoryPlanError as error:
-        if execution != "auto" or senses(model_config):  # a tower runs as a whole alone
+        if execution != "auto" or modality_of(model_config) in (*SENSED, CHAT):  # whole alone
             raise
         log.warning("%s; extraction.execution=auto: it goes layer by layer", error)
         try:
@@ -248,10 +249,21 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         loaded = load_model(config, files, points, target=target)
     check = tower_check if senses(model_config) else self_check
     tried = check(loaded.architecture, loaded.tolerance)
+    if tokens.attributes(tokens_path).get("images"):
+        tried = replace(
+            tried, streams=False, not_streamed="images of a conversation are one pass's"
+        )
     if planned.plan.streamed and not may_stream(tried, planned.plan.longest):
         log.info("documents longer than a chunk go in one pass")
         planned = fit_plan(estimated, kind, device, threshold, windows, streams=False, room=room)
     measured = measure(loaded, kind, traced, planned.plan, points, loading)
+    images = largest_images_pass(config.model, tokens_path, loaded, traced, kind, points)
+    beyond = 0 if images is None else max(0, images.bytes - measured.predicted.total)
+    if beyond:  # what the vision part takes beyond the largest pass of texts is left free
+        correction = Correction(overhead=beyond)
+        planned = fit_plan(
+            estimated, kind, device, threshold, windows, correction, streams=False, room=room
+        )
     replayed = replay_of_run(
         traced, kind, estimated, planned.plan, points, windows, tried.switches, device
     )
@@ -269,7 +281,9 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         file_format.set_attributes(file, attributes)
         weights = sum(storages(traced.fake(kind).architecture.model, loaded.left_out))
         memory = file.create_group("memory")
-        _write_memory(memory, planned, measured, weights, loading.growth, replayed)
+        _write_memory(memory, planned, measured, weights, loading.growth, replayed, beyond)
+        if images is not None:
+            file_format.set_attributes(memory.create_group("images"), asdict(images))
         write_catalog(file, catalog)
 
 
@@ -303,8 +317,10 @@ def _write_memory(
     weights: int,
     load_growth: int,
     replayed: "Replayed | None",
+    beyond: int,
 ) -> None:
     correction = measured.correction
+    correction = replace(correction, overhead=correction.overhead + beyond)
     if replayed is not None:
         correction = replace(correction, fragmentation=replayed.fragmentation)
     _write_replayed(group, replayed)

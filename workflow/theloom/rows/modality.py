@@ -13,6 +13,12 @@ INPUT_FILE, INPUT_HASH, INPUT_SHAPE = "input_file", "input_sha256", "input_shape
 the processor gives it to the model.
 """
 
+INPUT_IMAGES = "input_images"
+"""The column that says which images each conversation has, and of which bytes: a list for each
+document, of objects with `file`, or `row` and `image`, and `sha256`.
+"""
+
+CHAT = "chat"  # a model of texts and images, whose conversations have both
 TEXT = "text"  # the text half of a model that compares texts to images or audio
 
 _MODALITY, _SHAPE = "theloom_modality", "theloom_input_shape"  # attributes of a model's config
@@ -23,7 +29,7 @@ def mark(config: "PretrainedConfig", modality: str, shape: tuple[int, ...] | Non
 
     Args:
         config: Of the tower; it is changed.
-        modality: `images`, `audio` or `text`.
+        modality: `images`, `audio`, `text` or `chat`.
         shape: Of what its processor makes of any document, without the axis of the batch; None: it
             depends on the document.
     """
@@ -38,7 +44,8 @@ def modality_of(config: "PretrainedConfig") -> str:
         config: Of a model.
 
     Returns:
-        `images`, `audio` or `text`; empty where the model is no tower.
+        `images`, `audio`, `text` or `chat`; empty where the model is neither a tower nor one of
+        texts and images.
     """
     return str(getattr(config, _MODALITY, ""))
 

@@ -142,7 +142,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Role:
-    """What a speaker of a conversation said."""
+    """What a speaker of a conversation said, or the images in it."""
 
     role: str
     at: int
@@ -349,7 +349,7 @@ PLAIN: dict[str, Callable[[int], Term]] = {
     "last": lambda at: Range(-1, None),
     "special": Special,
     "generated": Generated,
-    **{name: _role(name) for name in ("assistant", "user", "system", "tool")},
+    **{name: _role(name) for name in ("assistant", "user", "system", "tool", "image")},
 }
 
 

@@ -25,6 +25,7 @@ from theloom.store import file_format
 from theloom.verification.stored import StoredRows
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -167,9 +168,12 @@ def window_inputs(
     """
     columns, documents = acts.columns, acts.window_document
     settings = json.loads(acts.attributes["config"])
-    found = inputs_of(
-        columns, documents, config, settings["tokens"], acts.attributes.get("processor_hash")
-    )
+
+    def ids_of(number: int) -> "np.ndarray":
+        return window_ids(acts, number).numpy()[0]
+
+    given = acts.attributes.get("processor_hash")
+    found = inputs_of(columns, documents, ids_of, config, settings["tokens"], given)
     sources = (found or Sources(columns, documents)).of([window])
     inputs = {"input_ids": window_ids(acts, window), **sources}
     return {name: value.to(device) for name, value in inputs.items()}

@@ -21,6 +21,7 @@ from theloom.store import file_format
 SUFFIXES = (".parquet", ".arrow")
 
 _TOGETHER = 256  # rows that are Python's at once
+_IMAGES_TOGETHER = 16  # the same of rows with images
 _MOST_NAMES = 1 << 16  # of a column of categories; with more it is one of texts
 
 # Packed once more, such a file shrinks little: what unpacks to more than both is made to fill disks
@@ -168,8 +169,9 @@ def _rows(
     before, batches = 0, iter(())  # type: int, Iterator[Any]
     if kind == ".parquet":
         before, groups = _row_groups(table.metadata, raw, share)
+        together = _TOGETHER if config.images is None else _IMAGES_TOGETHER
         batches = chain.from_iterable(
-            table.iter_batches(batch_size=_TOGETHER, row_groups=[group], columns=names)
+            table.iter_batches(batch_size=together, row_groups=[group], columns=names)
             for group in groups
         )
     elif hasattr(table, "num_record_batches"):
@@ -224,7 +226,7 @@ def _column(
     if measured and (pc.max(pc.binary_length(array)).as_py() or 0) > 4 * rows.MAX_TEXT:
         raise rows.too_long(place)
     values = array.to_pylist()
-    if column in (config.messages, rows.TOOLS):
+    if column in (config.messages, config.images, rows.TOOLS):
         return [without_nulls(value) for value in values]
     if column not in config.columns:
         return values

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from theloom.config.schema import CorpusConfig, CorpusKind, ModelConfig
+from theloom.corpus.media.chat_inputs import ChatInputs, IdsOf
 from theloom.corpus.media.encoding import COLUMNS, processor_of, value_of
 from theloom.corpus.media.items import Item, Store
 from theloom.errors import CorpusError, ModelError, printable
-from theloom.rows.modality import INPUT_FILE, INPUT_SHAPE
+from theloom.rows.modality import INPUT_FILE, INPUT_IMAGES, INPUT_SHAPE
 from theloom.store.tables.columns import Column
 
 if TYPE_CHECKING:
@@ -105,15 +106,17 @@ class Inputs:
 def inputs_of(
     columns: Mapping[str, Column],
     window_document: np.ndarray,
+    ids_of: IdsOf,
     model: ModelConfig,
     tokens: Mapping[str, Any],
     processor_hash: Any,
-) -> Inputs | None:
-    """The inputs of a run of images or audio.
+) -> Inputs | ChatInputs | None:
+    """The inputs of a run of images, audio, or conversations with images.
 
     Args:
         columns: of the corpus, by name.
         window_document: number of each window's document within these columns.
+        ids_of: gives a window's token ids.
         model: the `model` settings.
         tokens: the config of the stage that made `tokens.h5`, as plain data.
         processor_hash: the attribute of that file.
@@ -121,6 +124,9 @@ def inputs_of(
     Returns:
         None where the run is of texts.
     """
+    if INPUT_IMAGES in columns and processor_hash is not None:
+        corpus = tokens["corpus"]
+        return ChatInputs(columns, window_document, ids_of, model, corpus, str(processor_hash))
     if INPUT_FILE not in columns or processor_hash is None:
         return None
     return Inputs(columns, window_document, model, tokens["corpus"], str(processor_hash))

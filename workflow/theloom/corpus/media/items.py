@@ -58,7 +58,7 @@ def read(config: CorpusConfig) -> Iterator[Item]:
             continue
         for key, column in rows.wanted(config)[1:]:
             raise rows.no_column(key, column, (), printable(name))
-        yield Item(name, name, printable(name), _bytes(file, name))
+        yield Item(name, name, printable(name), file_content(file, name))
 
 
 def root_of(config: CorpusConfig) -> Path:
@@ -100,7 +100,7 @@ class Store:
         table, _, row = name.rpartition("#")
         if table.lower().endswith(TABLE) and row.isdigit():
             return self._of_row(table, int(row), name)
-        return _bytes(self._root / name, name)
+        return file_content(self._root / name, name)
 
     def _of_row(self, table: str, row: int, name: str) -> bytes:
         import pyarrow.parquet
@@ -179,7 +179,19 @@ def _content(value: Any, place: str, config: CorpusConfig) -> bytes:
     return found
 
 
-def _bytes(file: Path, name: str) -> bytes:
+def file_content(file: Path, name: str) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        file: its path.
+        name: of it, in messages.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        CorpusError: it is not there, or cannot be read.
+    """
     _check_there(file, name)
     with decoding.whole(file, name) as opened:
         size = os.fstat(opened.fileno()).st_size

@@ -10,8 +10,9 @@ from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.folder import own_model_code
 from theloom.model.checkpoint.halves import half, has_halves
+from theloom.model.towers.chat import seeing
 from theloom.model.towers.classes import class_of, tower
-from theloom.rows.modality import SENSED, input_shape, modality_of, senses
+from theloom.rows.modality import CHAT, SENSED, input_shape, modality_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,7 +42,7 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
     import transformers
 
     if own := has_own_code(model_config, trust_remote_code):
-        if side_of(model_config) or senses(model_config):
+        if side_of(model_config) or modality_of(model_config) in (*SENSED, CHAT):
             raise ModelError(
                 f"{model_config.model_type}: its class is code of its own folder, of which neither "
                 "halves nor towers can be read; set model.ignore_own_code=true where transformers "
@@ -180,6 +181,8 @@ def model_class(model_config: "PretrainedConfig") -> Any:
         'GPT2Model'
     """
     if modality := modality_of(model_config):
+        if modality == CHAT:
+            return seeing(_whole_class(model_config))
         return _tower(model_config, modality)
     if side := side_of(model_config):
         return half(_whole_class(model_config), side)

@@ -1,4 +1,6 @@
-"""A tower is tried on two inputs of its own before rows are taken from it."""
+"""A tower is tried on two inputs of its own before rows are taken from it, and a vision-language
+model on a conversation of the run.
+"""
 
 import logging
 import math
@@ -10,7 +12,7 @@ from theloom.hooks.failures import MODEL_ERRORS, why
 from theloom.hooks.points import residual_points
 from theloom.hooks.taps import Taps
 from theloom.model.checks import SelfCheck, largest_error
-from theloom.model.forward import start_afresh
+from theloom.model.forward import no_cache, start_afresh
 from theloom.model.reference import reference_residuals
 from theloom.model.towers.classes import trial_input
 
@@ -72,6 +74,44 @@ def tower_check(architecture: Architecture, tolerance: float) -> SelfCheck:
         not_streamed=_REASON,
         alone=not together <= limit,
     )
+
+
+def images_check(
+    architecture: Architecture, ids: "torch.Tensor", inputs: dict[str, Any], tolerance: float
+) -> float:
+    """Show that taps read a model's own hidden states of a conversation with images: a model may
+    add something of the images between its blocks.
+
+    Args:
+        architecture: Of a loaded vision-language model.
+        ids: Token ids of a document, (1, positions).
+        inputs: What the model reads of it beside them.
+        tolerance: The error, as a share of the largest value, that rounding explains.
+
+    Returns:
+        The error found, as a share of the largest value.
+
+    Raises:
+        ModelError: Rows would not be what the model computes; with the reason.
+    """
+    model, name = architecture.model, type(architecture.model).__name__
+    given = {"input_ids": ids, **inputs}
+    given = {n: v.to(model.device) for n, v in given.items()} | no_cache(model)
+    try:
+        found = _residuals(architecture, given)
+        states = reference_residuals(architecture, **given)
+    except MODEL_ERRORS as error:
+        raise ModelError(f"{name} cannot be run on images in a text: {why(error)}") from None
+    except HookError as error:
+        raise ModelError(f"{name}: {error}") from None
+    apart = largest_error({n: states[n] for n in found}, found)
+    if not apart <= 10 * tolerance:
+        raise ModelError(
+            f"{name}: with images the residual stream that is read differs from its own "
+            f"output_hidden_states (by {apart:.2g} of the largest value): it adds to the stream "
+            "between its blocks; take the images out of the conversations"
+        )
+    return apart
 
 
 def _apart(alone: dict[str, "torch.Tensor"], both: dict[str, "torch.Tensor"], row: int) -> float:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from theloom.config.model_dims import mark_side
 from theloom.errors import ModelError
 from theloom.model.checkpoint.halves import keep_encoder, remade
-from theloom.model.towers import processor
-from theloom.rows.modality import SENSED, TEXT, input_shape, mark, modality_of
+from theloom.model.towers import chat, processor
+from theloom.rows.modality import CHAT, SENSED, TEXT, input_shape, mark, modality_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +40,7 @@ def chosen(
 
     Args:
         config: of the model in the folder.
-        modality: `images` or `audio`; None: texts.
+        modality: `images`, `audio` or `chat`; None: texts.
         folder: of the model, where its processor is.
         source: the model, for messages.
 
@@ -52,6 +52,8 @@ def chosen(
         ModelError: the model does not read the modality.
     """
     whole = class_of(config)
+    if modality == CHAT:
+        return chat.chosen(config, whole, source)
     if whole is None:
         return config
     found: Any
