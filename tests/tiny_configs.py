@@ -95,7 +95,10 @@ ROPE = {
 LONGROPE = {"rope_parameters": ROPE, "original_max_position_embeddings": 24}
 
 # two seconds of sound, as their processors are told to pad clips in the sweep
-WHISPER_LIKE = "audioflamingo3_encoder moss_transcribe_diarize_audio qwen2_audio_encoder voxtral_encoder whisper"
+WHISPER_LIKE = (
+    "audioflamingo3_encoder moss_transcribe_diarize_audio qwen2_audio_encoder "
+    "voxtral_encoder whisper"
+)
 
 SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"text_config.rope_parameters": MROPE} for name in MROPE_IN_TEXT.split()},
