@@ -1,7 +1,11 @@
 """Fixtures: SmolLM2 itself, a tiny Llama with its tokenizer, and a copy of the project."""
 
 import os
+import sys
 
+# Else each of a thousand processes compiles the whole package for itself
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault(

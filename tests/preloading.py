@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
@@ -130,10 +131,26 @@ def _run(job: dict[str, Any], streams: list[int], installed: list[str]) -> None:
     own = job["folder"] if in_module else str(Path(first).parent)
     sys.path[:] = [own, *_requested_path(), *installed]
     sys.argv[:] = others if in_module else [first]
-    if in_module:
-        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(first, run_name="__main__")
+    status = 0
+    try:
+        if in_module:
+            runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(first, run_name="__main__")
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise  # Python prints it
+        status = ended.code or 0
+    _end(status)
+
+
+def _end(status: int) -> None:
+    """End as Python does, but for freeing what was imported: that copies every page of it."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _requested_path() -> list[str]:
@@ -185,8 +202,8 @@ def _serve(address: str) -> None:
         if not os.fork():
             listening.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _accept(connection, installed, read)
-            return
+            _accept(connection, installed, read)  # from which a job does not return
+            os._exit(0)
         connection.close()
 
 
