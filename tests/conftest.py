@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import preloading
 import pytest
 import torch
 from support import Project, build_tiny, copy_project
@@ -60,6 +61,12 @@ SLOWEST = (
 def pytest_xdist_auto_num_workers() -> int:
     """Two a core: many tests wait for Slurm, a browser or another process."""
     return 2 * len(os.sched_getaffinity(0))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One process forks the jobs of all workers."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        os.environ[preloading.SHARED] = preloading.server()
 
 
 @pytest.hookimpl(trylast=True)

@@ -34,6 +34,8 @@ FOLDER = Path(__file__).parent / "preload"
 _handing = runpy.run_path(str(FOLDER / "sitecustomize.py"))
 LIMITS, sensitive = _handing["LIMITS"], _handing["sensitive"]
 
+SHARED = "PRELOAD_SERVER"  # the address of a server that other processes may use
+
 _LIBRARIES = (
     "h5py",
     "hydra",
@@ -52,8 +54,12 @@ _LIBRARIES = (
 
 
 @functools.cache
-def _server() -> str:
-    """The address of this process's server, which is started for the first job."""
+def server() -> str:
+    """The address of the server, which is started for the first job: pytest's workers share that of
+    the process that started them.
+    """
+    if SHARED in os.environ:
+        return os.environ[SHARED]
     folder = tempfile.mkdtemp(prefix="preload")
     address = f"{folder}/socket"
     locking = {"HDF5_USE_FILE_LOCKING": "FALSE"}  # as jobs set it before h5py
@@ -62,7 +68,7 @@ def _server() -> str:
     )
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(process.kill)
-    while not Path(address).exists():  # it listens a moment later, which connecting waits for
+    while not Path(address).exists():  # it answers later, which a job waits for
         assert process.poll() is None
         time.sleep(0.05)
     return address
@@ -73,7 +79,7 @@ def environment(*folders: Path) -> dict[str, str]:
     import from.
     """
     path = os.pathsep.join([*map(str, (FOLDER, *folders)), *_requested_path()])
-    return _as_jobs() | {"PRELOADED": _server(), "PYTHONPATH": path}
+    return _as_jobs() | {"PRELOADED": server(), "PYTHONPATH": path}
 
 
 def _as_jobs() -> dict[str, str]:
@@ -186,6 +192,10 @@ def _accept(connection: socket.socket, installed: list[str], read: dict[str, str
 
 def _serve(address: str) -> None:
     """Import the libraries once, and fork for each job."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(f"{address}.new")
+    listening.listen(64)
+    Path(f"{address}.new").rename(address)  # who finds it can connect
     mine = {str(Path(__file__).parent), str(FOLDER), *_requested_path()}
     installed = [folder for folder in sys.path if folder not in mine]
     read = sensitive(dict(os.environ))  # some libraries add to it
@@ -193,9 +203,6 @@ def _serve(address: str) -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a job copies none of it
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listening.bind(address)
-    listening.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         connection, _ = listening.accept()
