@@ -1,11 +1,10 @@
 """Fixtures: SmolLM2 itself, a tiny Llama with its tokenizer, and a copy of the project."""
 
 import os
-import sys
 
-# Else each of a thousand processes compiles the whole package for itself
-sys.dont_write_bytecode = False
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ.pop(
+    "PYTHONDONTWRITEBYTECODE", None
+)  # else each of a thousand processes compiles the whole package for itself
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault(
@@ -14,6 +13,7 @@ os.environ.setdefault(
 
 import gc
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +23,8 @@ import torch
 from support import Project, build_tiny, copy_project
 from theloom.config.schema import ModelConfig
 from theloom.model import files
+
+sys.dont_write_bytecode = False
 
 torch.set_num_threads(
     1
