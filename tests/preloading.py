@@ -37,19 +37,28 @@ LIMITS, sensitive = _handing["LIMITS"], _handing["sensitive"]
 SHARED = "PRELOAD_SERVER"  # the address of a server that other processes may use
 
 _LIBRARIES = (
+    "docutils.core",
     "h5py",
     "hydra",
     "matplotlib.pyplot",
+    "matplotlib.backends.backend_svg",
+    "nbformat",
     "sklearn.linear_model",
     "snakemake.cli",
+    "snakemake.profiles",
+    "snakemake.report",
+    "snakemake.storage",
+    "snakemake_storage_plugin_fs",
     "tokenizers",
     "torch",
     "transformers",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.generation",
     "torch.profiler",
+    "xxhash",
 )
 
 
