@@ -2,6 +2,9 @@
 
 import os
 
+os.environ.pop(
+    "PYTHONDONTWRITEBYTECODE", None
+)  # else each of a thousand processes compiles the whole package for itself
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault(
@@ -10,14 +13,18 @@ os.environ.setdefault(
 
 import gc
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import preloading
 import pytest
 import torch
 from support import Project, build_tiny, copy_project
 from theloom.config.schema import ModelConfig
 from theloom.model import files
+
+sys.dont_write_bytecode = False
 
 torch.set_num_threads(
     1
@@ -56,6 +63,12 @@ SLOWEST = (
 def pytest_xdist_auto_num_workers() -> int:
     """Two a core: many tests wait for Slurm, a browser or another process."""
     return 2 * len(os.sched_getaffinity(0))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One process forks the jobs of all workers."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        os.environ[preloading.SHARED] = preloading.server()
 
 
 @pytest.hookimpl(trylast=True)

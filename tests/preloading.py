@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
@@ -33,26 +34,41 @@ FOLDER = Path(__file__).parent / "preload"
 _handing = runpy.run_path(str(FOLDER / "sitecustomize.py"))
 LIMITS, sensitive = _handing["LIMITS"], _handing["sensitive"]
 
+SHARED = "PRELOAD_SERVER"  # the address of a server that other processes may use
+
 _LIBRARIES = (
+    "docutils.core",
     "h5py",
     "hydra",
     "matplotlib.pyplot",
+    "matplotlib.backends.backend_svg",
+    "nbformat",
     "sklearn.linear_model",
     "snakemake.cli",
+    "snakemake.profiles",
+    "snakemake.report",
+    "snakemake.storage",
+    "snakemake_storage_plugin_fs",
     "tokenizers",
     "torch",
     "transformers",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.generation",
     "torch.profiler",
+    "xxhash",
 )
 
 
 @functools.cache
-def _server() -> str:
-    """The address of this process's server, which is started for the first job."""
+def server() -> str:
+    """The address of the server, which is started for the first job: pytest's workers share that of
+    the process that started them.
+    """
+    if SHARED in os.environ:
+        return os.environ[SHARED]
     folder = tempfile.mkdtemp(prefix="preload")
     address = f"{folder}/socket"
     locking = {"HDF5_USE_FILE_LOCKING": "FALSE"}  # as jobs set it before h5py
@@ -61,7 +77,7 @@ def _server() -> str:
     )
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(process.kill)
-    while not Path(address).exists():  # it listens a moment later, which connecting waits for
+    while not Path(address).exists():  # it answers later, which a job waits for
         assert process.poll() is None
         time.sleep(0.05)
     return address
@@ -72,7 +88,7 @@ def environment(*folders: Path) -> dict[str, str]:
     import from.
     """
     path = os.pathsep.join([*map(str, (FOLDER, *folders)), *_requested_path()])
-    return _as_jobs() | {"PRELOADED": _server(), "PYTHONPATH": path}
+    return _as_jobs() | {"PRELOADED": server(), "PYTHONPATH": path}
 
 
 def _as_jobs() -> dict[str, str]:
@@ -130,10 +146,26 @@ def _run(job: dict[str, Any], streams: list[int], installed: list[str]) -> None:
     own = job["folder"] if in_module else str(Path(first).parent)
     sys.path[:] = [own, *_requested_path(), *installed]
     sys.argv[:] = others if in_module else [first]
-    if in_module:
-        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(first, run_name="__main__")
+    status = 0
+    try:
+        if in_module:
+            runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(first, run_name="__main__")
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise  # Python prints it
+        status = ended.code or 0
+    _end(status)
+
+
+def _end(status: int) -> None:
+    """End as Python does, but for freeing what was imported: that copies every page of it."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _requested_path() -> list[str]:
@@ -169,6 +201,10 @@ def _accept(connection: socket.socket, installed: list[str], read: dict[str, str
 
 def _serve(address: str) -> None:
     """Import the libraries once, and fork for each job."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(f"{address}.new")
+    listening.listen(64)
+    Path(f"{address}.new").rename(address)  # who finds it can connect
     mine = {str(Path(__file__).parent), str(FOLDER), *_requested_path()}
     installed = [folder for folder in sys.path if folder not in mine]
     read = sensitive(dict(os.environ))  # some libraries add to it
@@ -176,17 +212,14 @@ def _serve(address: str) -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a job copies none of it
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listening.bind(address)
-    listening.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         connection, _ = listening.accept()
         if not os.fork():
             listening.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _accept(connection, installed, read)
-            return
+            _accept(connection, installed, read)  # from which a job does not return
+            os._exit(0)
         connection.close()
 
 

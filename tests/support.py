@@ -225,11 +225,12 @@ def touch(size: int) -> None:
             block[page] = 1
 
 
-def allocator_peak(work: Callable[[], object]) -> int:
+def allocator_peak(work: Callable[[], object], warm_up: bool = True) -> int:
     """The most bytes that the CPU allocator had given out at once, above what it had before:
-    torch's profiler tells.
+    torch's profiler tells. Without `warm_up`, the same kernels have run before.
     """
-    work()  # what libraries allocate once is not the work's
+    if warm_up:
+        work()  # what libraries allocate once is not the work's
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()

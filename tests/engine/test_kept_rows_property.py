@@ -8,6 +8,7 @@ else is the pipeline's own, from the texts to the finished files.
 import copy
 import csv
 import gzip
+import itertools
 import json
 import os
 import tempfile
@@ -40,6 +41,7 @@ from theloom.store.shard_file import ShardSpec
 from theloom.store.writer import ShardWriter
 from tokenizers import pre_tokenizers
 
+KILLS = 6  # of a shard at most
 EXAMPLES = int(os.environ.get("THELOOM_EXAMPLES", "30"))
 CPU = torch.device("cpu")
 WIDTH, CONTEXT = 4, 16
@@ -256,8 +258,9 @@ def extracted(folder, shard, pool, choose):
     path = folder / f"{shard}.h5"
     spec = ShardSpec(of_shard, POINTS, CONTEXT, "fp32", len(batches), "x", {"kind": "shard"})
     work = Work(batches, of_shard, POINTS, "fp32", CPU, 0, 1.0, 1e-3, 64, pool)
-    while True:
-        runner = Table(chunk, choose.choice([1, 2, 3, 100]))
+    for job in itertools.count():
+        killed_at = choose.choice([1, 2, 3, 100]) if job < KILLS else 100
+        runner = Table(chunk, killed_at)
         plan = Plan(choose.choice([1, 20, 64]), chunk, CONTEXT, choose.choice([1, 2]))
         try:
             with ShardWriter(path, spec) as store:

@@ -47,7 +47,7 @@ def on_a_terminal(project, command: list[str]) -> str:
         command, cwd=project.folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
     )
     os.close(theirs)
-    written, end = b"", time.monotonic() + 300
+    written, end = b"", time.monotonic() + 900
     while time.monotonic() < end:
         if select.select([ours], [], [], 0.5)[0]:
             try:

@@ -100,8 +100,13 @@ def test_smollm2_is_estimated_from_its_dimensions_as_it_is_loaded(smollm2):
 
 
 def test_the_closed_form_and_the_trace_give_the_same_estimate():
-    (run,) = compose.runs(ROOT / "config", "smollm2-135m", "corpus.context_length=1500").values()
-    settings = frozen.to_config(run.config)
+    hooks = "memory.activation_cache_filter=[blocks.5.hook_resid_post,blocks.7.hook_resid_post]"
+    requested = f"corpus.context_length=1500 {hooks}"
+    (run,) = compose.runs(ROOT / "config", "smollm2-135m", requested).values()
+    eight = run.config["model"]["architecture"] | {"num_hidden_layers": 8}  # a trace runs each
+    settings = frozen.to_config(
+        run.config | {"model": run.config["model"] | {"architecture": eight}}
+    )
     formula = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
     traced = estimate.estimate(settings, estimate.estimator_of(settings, trace=True), "cuda")
     assert formula.weights == traced.weights

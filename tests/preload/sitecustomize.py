@@ -14,12 +14,7 @@ import signal
 import socket
 import sys
 
-# Jobs that import torch, transformers or matplotlib. The others start in a fraction of a second.
-_JOBS = re.compile(
-    r"/\.snakemake/scripts/\w+\."
-    r"(estimate_memory|tokenize_corpus|load_model|sample_answers|gather_answers|extract_shard|"
-    r"check_rows|recompute_documents|verify|report_\w+)\.py"
-)
+_JOBS = re.compile(r"/\.snakemake/scripts/\w+\.\w+\.py")
 # What libraries read when they are imported.
 SENSITIVE = re.compile(
     r"(?!\w+_NUM_THREADS)"  # the job sets its threads once more

@@ -146,7 +146,8 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("a small file system can be mounted by root only")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    # lazily: the traceback of a test that failed keeps its files open
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_second_writer_is_rejected_as_long_as_the_first_lives(tmp_path):

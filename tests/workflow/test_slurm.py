@@ -16,6 +16,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import preloading
 import pytest
 import slurm as slurm_here
 import theloom
@@ -136,8 +137,15 @@ def requested(
 
 
 def start(
-    project: Project, *options: str, overrides: str = "", profile: str = "tiny"
+    project: Project,
+    *options: str,
+    overrides: str = "",
+    profile: str = "tiny",
+    preloaded: bool = False,
 ) -> subprocess.Popen:
+    """With `preloaded`, the jobs of whole runs start at once: beside Slurm's own steps, which then
+    do not count their memory.
+    """
     with (project.folder / "printed.txt").open("a") as printed:
         return subprocess.Popen(
             requested(project, *options, overrides=overrides, profile=profile),
@@ -145,6 +153,7 @@ def start(
             stdout=printed,
             stderr=printed,
             start_new_session=True,
+            env=preloading.environment() if preloaded else None,
             # a test run in the background ignores Ctrl-C, and would hand that on
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
@@ -483,6 +492,7 @@ def test_the_real_model_in_two_shards_has_the_rows_of_plain_transformers(slurm, 
         project,
         overrides="corpus.max_tokens=1024 extraction.shards=2 resources.gpu=1 verify.documents=1",
         profile="smollm2-135m",
+        preloaded=True,
     )
     printed = finish(running, project, 900)
     assert running.returncode == 0, printed
@@ -508,6 +518,7 @@ def test_a_failed_run_leaves_others_alone_and_is_named_at_the_end(slurm, tiny):
         "1",
         overrides=f"corpus=text corpus.path={texts}/bad.txt,{texts}/good.txt "
         "resources.mem_mb=1500 resources.threads=1",
+        preloaded=True,
     )
     printed = finish(running, tiny, 600)
     assert running.returncode != 0
