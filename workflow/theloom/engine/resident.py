@@ -1,6 +1,8 @@
 """Resident execution: the model as a whole on the device, batch by batch."""
 
+import logging
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,9 @@ from theloom.store.writer import ShardWriter
 
 if TYPE_CHECKING:
     import torch
+
+
+log = logging.getLogger(__name__)
 
 
 class ResidentRunner:
@@ -143,8 +148,9 @@ class KeptModel:
         if self._loaded is None:
             # The import of code is not the run's memory.
             measure.prepare_measurement(run.config.model)
-            watch = MemoryWatch(run.device)
+            watch, begun = MemoryWatch(run.device), time.perf_counter()
             loaded = model_record.load_again(run.config, run.record, run.points, run.target)
+            log.info("model loaded in %.1f s", time.perf_counter() - begun)
             self._loaded = loaded, watch
         else:
             self._loaded[1].restart()
