@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROUNDS = 3
+ROUNDS = 2
 
 
 def snakemake(folder: Path, assignments: str, until: str) -> float:
@@ -41,7 +41,7 @@ def snakemake(folder: Path, assignments: str, until: str) -> float:
 
 def main() -> None:
     """Print the figures."""
-    shards, *sizes = [int(word) for word in sys.argv[1:]] or [16, 8, 16]
+    shards, *sizes = [int(word) for word in sys.argv[1:]] or [16, 8]
     cut = f"extraction.shards={shards} corpus.max_tokens={128 * shards} verify.documents=1"
     with tempfile.TemporaryDirectory() as name:
         folder, seconds = Path(name), dict[int, list[float]]()
