@@ -1,5 +1,5 @@
-"""`python workflow/bench/dry_runs.py [SHARDS:PER_JOB …]`: seconds and peak memory of Snakemake's dry
-run, by the number of shards and of shards in a job.
+"""`python workflow/bench/dry_runs.py [SHARDS:PER_JOB …]`: seconds and peak memory of a dry run of
+Snakemake, by the number of shards and of shards in a job.
 
 Nothing is computed: the profile 7b needs no model for its plan.
 """
