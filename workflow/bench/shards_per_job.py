@@ -2,7 +2,7 @@
 extract one shard each, and of runs whose jobs extract several with the model loaded once.
 
 SmolLM2 over 128 tokens a shard, on two cores; rounds are interleaved, so that neighbours of the
-machine slow all alike. Only the extraction is timed.
+machine slow all alike. The extraction and the merge are timed.
 """
 
 import json
@@ -51,7 +51,7 @@ def main() -> None:
         for _ in range(ROUNDS):
             for per_job, assignments in runs.items():
                 shutil.rmtree(folder / f"results/by-{per_job}/shards", ignore_errors=True)
-                taken = snakemake(folder, assignments, "extract_shard")
+                taken = snakemake(folder, assignments, "merge_shards")
                 seconds.setdefault(per_job, []).append(taken)
     middle = {n: statistics.median(taken) for n, taken in seconds.items()}
     for per_job, taken in seconds.items():

@@ -95,11 +95,6 @@ else:
 
 # A job on a cluster knows its group by the name of its rule.
 SHARD_GROUPS = shard_groups.of_runs(RUNS) if RUNS else shard_groups.of_words(sys.argv)
-if workflow.is_main_process and not IS_MODULE and workflow.dag_settings:
-    for option in ("forcerun", "until", "omit_from", "allowed_rules"):
-        named = getattr(workflow.dag_settings, option)
-        if "extract_shard" in named:  # stands for the groups, too
-            setattr(workflow.dag_settings, option, {*named, *(g.rule for g in SHARD_GROUPS)})
 
 
 def stage(run, name):
