@@ -197,6 +197,20 @@ def test_there_is_a_shard_for_each_gpu_that_shall_work():
     )
 
 
+def test_a_large_model_is_loaded_once_for_several_shards(tmp_path):
+    overrides = "memory.quantization=null corpus.max_tokens=100000000 resources.gpu_model=a100"
+    run = resources.planned(a_run("70b", overrides), tmp_path)
+    shards, per_job = run.config["extraction"]["shards"], run.config["resources"]["shards_per_job"]
+    assert 15 < per_job < shards / 2  # 143 GB at 0.2 GB/s, for shards of ten minutes
+    alone = resources.planned(a_run("70b", f"{overrides} resources.shards_per_job=1"), tmp_path)
+    longer = run.config["resources"]["runtime"] / alone.config["resources"]["runtime"]
+    assert per_job / 4 < longer < per_job
+    many = resources.planned(a_run("70b", f"{overrides} resources.min_shards=60"), tmp_path)
+    assert shards // many.config["resources"]["shards_per_job"] >= 60
+    cut = resources.planned(a_run("70b", f"{overrides} extraction.shards=500"), tmp_path)
+    assert cut.config["resources"]["shards_per_job"] == 1  # whoever names jobs gets them
+
+
 def begin(results, run: compose.Run) -> None:
     folder = results / run.name / "config"
     folder.mkdir(parents=True)

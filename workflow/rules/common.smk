@@ -19,6 +19,7 @@ from theloom.config.frozen import freeze
 from theloom.devices import host
 from theloom.errors import TheLoomError
 from theloom.pipeline import bars, console, preflight, request, resources, retries, slurm
+from theloom.planning import shard_groups
 from theloom.pipeline.job import last_errors, add_to_job_path, of_system
 from theloom.report import groups as report_groups
 
@@ -92,6 +93,10 @@ else:
     RUNS = {}
 
 
+# A job on a cluster knows its group by the name of its rule.
+SHARD_GROUPS = shard_groups.of_runs(RUNS) if RUNS else shard_groups.of_words(sys.argv)
+
+
 def stage(run, name):
     """The frozen config of a stage, as plain data."""
     if RUNS:
@@ -138,6 +143,11 @@ def all_shards(name):
         name,
         lambda wildcards, attempt: stage(wildcards.run, "merge")["config"]["extraction"]["shards"],
     )
+
+
+def of_group(name, shards):
+    """Resource function: what the plan gives to each shard, for so many."""
+    return resource(name, lambda wildcards, attempt: shards)
 
 
 def requested_resources(run):

@@ -11,6 +11,8 @@ rule extract_shard:
         "results/{run}/logs/extract_shard/{shard}-of-{shards}.log",
     benchmark:
         "results/{run}/benchmarks/extract_shard/{shard}-of-{shards}.tsv"
+    wildcard_constraints:
+        run=shard_groups.others(SHARD_GROUPS),
     conda:
         "../../envs/theloom.yaml"
     container:

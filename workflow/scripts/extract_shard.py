@@ -1,4 +1,4 @@
-"""Extract the hidden states of one shard of documents."""
+"""Extract the hidden states of one shard of documents, or of several with one model."""
 
 from pathlib import Path
 
@@ -10,14 +10,13 @@ with job(snakemake.log[0], snakemake.threads):
 
     device = load_frozen(snakemake.input.config).extraction.device
     with gpu_lease.of_job(snakemake.resources, device):
-        from theloom.pipeline.extract_shard import extract_shard
+        from theloom.pipeline.extract_shard import extract_shards
 
-        extract_shard(
+        extract_shards(
             config_path=Path(snakemake.input.config),
             estimate_path=Path(snakemake.input.estimate),
             model_path=Path(snakemake.input.model),
             tokens_path=Path(snakemake.input.tokens),
-            shard=int(snakemake.wildcards.shard),
-            output=Path(snakemake.output.shard),
+            outputs={int(Path(file).name.split("-")[0]): Path(file) for file in snakemake.output},
             oom_level=snakemake.resources.get("oom_level", 0),
         )

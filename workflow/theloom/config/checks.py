@@ -45,6 +45,7 @@ def check(config: Config) -> None:
         "report.map_rows": config.report.map_rows,
         "resources.threads": config.resources.threads,
         "resources.min_shards": config.resources.min_shards,
+        "resources.shards_per_job": config.resources.shards_per_job,
         "resources.tokenize_jobs": config.resources.tokenize_jobs,
         "resources.mem_mb": config.resources.mem_mb,
         "resources.load_mem_mb": config.resources.load_mem_mb,

@@ -442,6 +442,12 @@ class ResourcesConfig:
         "jobs that share the corpus of tokenize_corpus, each a part of its files' bytes; null: one "
         "job; a run that has its tokens keeps its number",
     )
+    shards_per_job: int | None = key(
+        None,
+        "shards that one job extracts with the model loaded once; null: one, or where "
+        "extraction.shards is null, too, so many that loading is at most 5% of the job, as long as "
+        "min_shards jobs are left; a run that has shards keeps its number",
+    )
     constraint: str | None = key(None, "Slurm: features that a node must have, such as gpu80gb")
     tokens_per_second: float | None = key(
         None,

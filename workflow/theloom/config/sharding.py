@@ -6,6 +6,8 @@ A forward pass costs two floating-point operations for each weight of the blocks
 makers' figure for dense 16-bit products times the share that inference reaches.
 """
 
+import math
+
 from theloom.config.schema import Config
 from theloom.devices import gpu_specs
 
@@ -18,6 +20,9 @@ QUANTIZED_SHARE = 0.5  # weights are made 16-bit again before each product
 CPU_THREAD_TFLOPS = 0.06
 
 SECONDS_OF_SHARD = 600
+IMPORTING = 15  # seconds of a job before it reads weights, on a network file system
+READING = 200e6  # bytes per second, of weights and rows on a network file system
+LOADING_SHARE = 0.05  # of a job, at most
 MIN_SHARDS, MAX_SHARDS = 2, 1000  # a virtual dataset opens every shard's file
 TOKENS_OF_SHARD = 250_000  # of a model whose numbers are not known before it is looked at
 SHARDS_OF_VERIFICATION = 100  # whose rows one job checks
@@ -76,6 +81,46 @@ def shards(config: Config) -> int:
     speed = tokens_per_second(config)
     tokens = TOKENS_OF_SHARD if speed is None else max(1, int(speed * SECONDS_OF_SHARD))
     return max(least, min(-(-config.corpus.max_tokens // tokens), MAX_SHARDS))
+
+
+def shards_per_job(config: Config, shards: int) -> int:
+    """How many shards a job extracts where `resources.shards_per_job` leaves it open.
+
+    As many as keep importing code and loading the model at `LOADING_SHARE` of the job, and no more
+    than leave `resources.min_shards` jobs.
+
+    Args:
+        config: Of a run.
+        shards: Shards of the run.
+
+    Returns:
+        Shards, 1 at least; 1 where the profile has no size of the model, or the corpus none.
+    """
+    size, speed = config.model.architecture, tokens_per_second(config)
+    if config.corpus.max_tokens is None or size is None or not size.parameters or speed is None:
+        return 1
+    loading = IMPORTING + 2 * size.parameters / READING
+    extracting = config.corpus.max_tokens / shards / speed
+    wanted = math.ceil(loading * (1 / LOADING_SHARE - 1) / max(extracting, 1e-9))
+    jobs = max(MIN_SHARDS, config.resources.min_shards)
+    return max(1, min(wanted, shards // jobs))
+
+
+def groups(shards: int, per_job: int) -> list[range]:
+    """The shards of each job.
+
+    Args:
+        shards: Of the run.
+        per_job: As `resources.shards_per_job`.
+
+    Returns:
+        Numbers of shards, job by job; the last job may have fewer.
+
+    Examples:
+        >>> groups(5, 2)
+        [range(0, 2), range(2, 4), range(4, 5)]
+    """
+    return [range(n, min(n + per_job, shards)) for n in range(0, shards, per_job)]
 
 
 def verification_jobs(jobs: int | None, shards: int, documents: int) -> tuple[int, int]:

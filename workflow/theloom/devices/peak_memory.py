@@ -78,6 +78,14 @@ class MemoryWatch:
             self._marked = host.reset_peak_resident()
             self._highest = 0
 
+    def restart(self) -> None:
+        """Look for a new peak; what the run has taken so far stays counted."""
+        for one in self._gpus:
+            accelerator.reset_peak(one)
+        if not self._gpus:
+            self._marked = host.reset_peak_resident()
+            self._highest = 0
+
     @property
     def now(self) -> int:
         """Bytes in use."""

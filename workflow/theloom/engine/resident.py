@@ -1,6 +1,8 @@
 """Resident execution: the model as a whole on the device, batch by batch."""
 
+import logging
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from theloom.devices.host import DeviceMemory
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine import interrupts, model_record
 from theloom.engine.batch_loop import Sink, Work, run_batches
-from theloom.engine.context import ShardJob
+from theloom.engine.context import RunContext, ShardJob
 from theloom.engine.handoff import RowSink, rows_of
 from theloom.engine.selection import Selection
 from theloom.hooks.points import HookPoint
@@ -30,6 +32,9 @@ from theloom.store.writer import ShardWriter
 
 if TYPE_CHECKING:
     import torch
+
+
+log = logging.getLogger(__name__)
 
 
 class ResidentRunner:
@@ -118,11 +123,49 @@ class ResidentRunner:
         return rows
 
 
-def extract_resident(job: ShardJob) -> None:
+class KeptModel:
+    """A run's model, loaded for the first shard that needs it and kept for those after it.
+
+    Every shard is planned for the memory that was free before the model was loaded, so that its
+    plan is the one that a job of its own would have.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
+        self.room = multi_gpu.available(run.device)
+        self._loaded: tuple[LoadedModel, MemoryWatch] | None = None
+
+    def load(self) -> tuple[LoadedModel, MemoryWatch]:
+        """The model on its device, and what watches the memory since before it was loaded.
+
+        Returns:
+            Both; the peak is of the time since this call.
+
+        Raises:
+            ModelError: The model's files have changed.
+        """
+        run = self._run
+        if self._loaded is None:
+            # The import of code is not the run's memory.
+            measure.prepare_measurement(run.config.model)
+            watch, begun = MemoryWatch(run.device), time.perf_counter()
+            loaded = model_record.load_again(run.config, run.record, run.points, run.target)
+            log.info("model loaded in %.1f s", time.perf_counter() - begun)
+            self._loaded = loaded, watch
+        else:
+            self._loaded[1].restart()
+        return self._loaded
+
+
+def extract_resident(job: ShardJob, kept: KeptModel) -> None:
     """Extract a shard with the model as a whole on the device.
 
     Args:
         job: The shard; a partial file of it is resumed.
+        kept: The model of its run, which earlier shards may have loaded.
 
     Raises:
         ModelError: The model's files have changed, or a document is too long for it.
@@ -130,7 +173,7 @@ def extract_resident(job: ShardJob) -> None:
         StoppedError: The job was requested to stop.
     """
     run = job.run
-    fitting = plan_resident(job)
+    fitting = plan_resident(job, kept.room)
     plan = fitting.plan
     # the batches of a partial file stay what is committed; one too large for this plan goes in
     # several passes
@@ -147,10 +190,7 @@ def extract_resident(job: ShardJob) -> None:
             if writer.batches_done == len(batches):
                 writer.finish()
                 return
-    # The import of code is not the run's memory.
-    measure.prepare_measurement(run.config.model)
-    watch = MemoryWatch(run.device)
-    loaded = model_record.load_again(run.config, run.record, run.points, run.target)
+    loaded, watch = kept.load()
     largest = batching.largest(batches, first, plan.chunk_size) if job.profiled else ()
     profile = ShardProfile(loaded, job.output, largest)
     _run(job, fitting, batches, loaded, lambda: ShardWriter(job.output, spec), profile, watch)

@@ -55,8 +55,6 @@ WITHOUT_ESTIMATE: dict[str, int] = {
     **UNSIZED_ANSWERS,
 }
 
-READING = 200e6  # bytes per second, of weights and rows on a network file system
-
 STARTING = 10  # minutes: a scheduler's prologue, imports from a network file system
 
 SAFETY_FACTOR = 3  # a time limit is three times the planned time
@@ -110,6 +108,13 @@ def planned(run: Run, results: Path) -> Run:
     if (jobs := _tokenized_by(run, results)) != 0:
         settings = settings | {"resources": settings["resources"] | {"tokenize_jobs": jobs}}
     run = replace(run, config=settings)
+    if settings["resources"]["shards_per_job"] is None:
+        per_job = _started_per_job(run, results)
+        if per_job is None:
+            count = settings["extraction"]["shards"]
+            left_open = run.shards_left_open
+            per_job = sharding.shards_per_job(to_config(settings), count) if left_open else 1
+        settings = settings | {"resources": settings["resources"] | {"shards_per_job": per_job}}
     request = of(to_config(settings), own_estimate(run, results))
     return replace(run, config=settings | {"resources": settings["resources"] | asdict(request)})
 
@@ -154,9 +159,9 @@ class Planner:
         if run.name not in self._open or self._written(run) == self._read[run.name]:
             return None
         self._read[run.name] = self._written(run)
-        settings = run.config | {"resources": self._open[run.name]}
+        kept = {n: run.config["resources"][n] for n in ("tokenize_jobs", "shards_per_job")}
+        settings = run.config | {"resources": self._open[run.name] | kept}
         request = asdict(of(to_config(settings), own_estimate(run, self._results)))
-        request["tokenize_jobs"] = run.config["resources"]["tokenize_jobs"]
         return replace(run, config=settings | {"resources": settings["resources"] | request})
 
     def waits(self, run: Run) -> bool:
@@ -195,6 +200,17 @@ def _started_shards(run: Run, results: Path) -> int | None:
         k: v for k, v in now.items() if k != "extraction"
     }
     return int(before["extraction"]["shards"]) if same else None
+
+
+def _started_per_job(run: Run, results: Path) -> int | None:
+    """The shards of a job of a run that has some: with others Snakemake would extract finished ones
+    again, beside those that are missing. None: there is no shard of these.
+    """
+    folder, count = results / run.name, run.config["extraction"]["shards"]
+    before = _frozen(folder, "resources")
+    if before is None or not any((folder / "shards").glob(f"*-of-{count:05d}.h5*")):
+        return None
+    return int(before["resources"].get("shards_per_job") or 1)
 
 
 def _tokenized_by(run: Run, results: Path) -> int | None:
@@ -370,12 +386,14 @@ def _minutes(settings: Config, estimated: Estimate, store: str, kind: str) -> di
     if speed is None or tokens is None:
         return {}
     rows = tokens if estimated.rows is None else estimated.rows
-    loading, reading = bf16 / READING, rows * estimated.row_bytes[store] / READING
+    loading, reading = (
+        size / sharding.READING for size in (bf16, rows * estimated.row_bytes[store])
+    )
     documents = settings.verify.documents
     sampled = documents * estimated.context_length / speed
     checking, computing = sharding.verification_jobs(settings.verify.jobs, shards, documents)
     seconds = {
-        "runtime": loading + tokens / shards / speed,
+        "runtime": loading + tokens * (settings.resources.shards_per_job or 1) / shards / speed,
         "verify_runtime": loading + reading / checking + sampled / computing,
     }
     if (least := estimated.answers_seconds.get(kind)) is not None:  # of tokens, each in a pass
@@ -435,6 +453,8 @@ def _sentence(run: Run) -> str:
     )
     if request["gpu"] and request["min_free_gpu_mb"]:
         gpus += f" with {request['min_free_gpu_mb'] / 1000:.1f} GB free"
+    per_job = request["shards_per_job"]
+    together = "" if per_job == 1 else f", and extracts {per_job} shards with one model"
     figures = {
         "MB of memory": request["mem_mb"],
         "minutes": request["runtime"],
@@ -443,6 +463,7 @@ def _sentence(run: Run) -> str:
     known = [f"{value:,} {unit}" for unit, value in figures.items() if value is not None]
     text = f"{run.name}: {shards} shards{each}; a job requests "
     text += ", ".join([gpus, f"{request['threads']} threads", *known])
+    text += together
     if len(known) < len(figures):
         text += "; the rest follows from estimate.h5, which the run makes first"
     return text

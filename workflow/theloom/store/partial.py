@@ -1,11 +1,16 @@
-"""Unfinished shards: where they are, and what a job that resumes one reads from it."""
+"""Unfinished shards, and finished ones of an unfinished job: where they are, and what a job that
+resumes reads from them.
+
+Snakemake removes the outputs of a job that fails or is started again. A job of several shards
+therefore gives none its final name before all are finished.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import h5py
 
-from theloom.store import commit_log
+from theloom.store import commit_log, file_format
 
 
 def read_partial(path: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -60,3 +65,58 @@ def partial_of(path: Path) -> Path:
         '0.h5.partial'
     """
     return path.with_name(path.name + ".partial")
+
+
+def finished_of(path: Path) -> Path:
+    """The path of a finished shard whose job has other shards to finish.
+
+    Args:
+        path: of the finished shard.
+
+    Returns:
+        The same with `.finished` at its end.
+
+    Examples:
+        >>> finished_of(Path("shards/0.h5")).name
+        '0.h5.finished'
+    """
+    return path.with_name(path.name + ".finished")
+
+
+def is_finished(path: Path, fingerprint: str) -> bool:
+    """Whether an earlier job has finished a shard and not given it its final name.
+
+    Args:
+        path: the shard's final file.
+        fingerprint: of the job; a file with another one does not count.
+
+    Returns:
+        True where `finished_of` the path is such a file.
+    """
+    try:
+        with h5py.File(finished_of(path), "r") as file:
+            return bool(file.attrs.get("shard_fingerprint") == fingerprint)
+    except OSError:
+        return False
+
+
+def set_aside(path: Path) -> None:
+    """Rename a finished shard, so that it stays where its job fails later.
+
+    Args:
+        path: the shard's final file.
+    """
+    path.replace(finished_of(path))
+    file_format.sync(path.parent)
+
+
+def name_finished(paths: list[Path]) -> None:
+    """Give finished shards their final names, all at once.
+
+    Args:
+        paths: the final files.
+    """
+    for path in paths:
+        finished_of(path).replace(path)
+    for folder in {path.parent for path in paths}:
+        file_format.sync(folder)
