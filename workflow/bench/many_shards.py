@@ -12,11 +12,13 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +36,7 @@ EXTRACTION = "rule_extract_shard"
 
 
 def plan(shards: int, per_job: int | None, limit: float) -> str:
-    """One row of the table of plans: seconds, processor seconds and peak MB of `snakemake -n`.
+    """One row of the table of plans: wall and processor seconds, and peak MB, of `snakemake -n`.
 
     Args:
         shards: Of the run.
@@ -50,7 +52,7 @@ def plan(shards: int, per_job: int | None, limit: float) -> str:
         command = [sys.executable, "-m", "snakemake", "-n", "--quiet", "all"]
         command += ["--snakefile", str(ROOT / "Snakefile"), "--directory", folder]
         command += ["--profile", str(ROOT / "workflow/profiles/slurm"), "--config", f"set={cut}"]
-        began = time.perf_counter()
+        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         with Path(folder, "printed.txt").open("w") as printed:
             process = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=printed)
         peak = 0
@@ -61,10 +63,12 @@ def plan(shards: int, per_job: int | None, limit: float) -> str:
         if process.poll() is None:
             process.kill()
             process.wait()
-            return f"| {shards} | {per_job or 1} | more than {limit:.0f} s | {peak} MB so far |"
+            return f"| {shards} | {per_job or 1} | over {limit:.0f} s | ended | {peak} MB so far |"
         if process.returncode:
             sys.exit(Path(folder, "printed.txt").read_text()[-2000:])
-    return f"| {shards} | {per_job or 1} | {wall:.1f} s | {peak} MB |"
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    return f"| {shards} | {per_job or 1} | {wall:.1f} s | {cpu:.1f} s | {peak} MB |"
 
 
 def peak_mb(pid: int) -> int:
@@ -189,11 +193,13 @@ def seconds(run_time: str) -> int:
     return (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + rest
 
 
-def prepare(folder: Path, shards: int) -> None:
-    """A project with a corpus of so many shards, and a tiny model that reads bytes."""
+def prepare(folder: Path, shards: int, cut: str) -> None:
+    """A project with a corpus of so many shards, and a tiny model that reads bytes. What comes
+    before the shards is made here, by the pipeline and without Slurm.
+    """
     from support import build_tiny, copy_project, with_bytes
 
-    copy_project(folder)
+    project = copy_project(folder)
     model = with_bytes(build_tiny("llama", folder / "model", vocab_size=260))
     with (folder / "corpus.jsonl").open("w") as corpus:
         for n in range(shards * DOCUMENTS_OF_SHARD):
@@ -203,6 +209,9 @@ def prepare(folder: Path, shards: int) -> None:
         f"# @package _global_\nmodel:\n  source: {model}\nmemory:\n"
         f"  activation_cache_filter: [{', '.join(HOOKS)}]\nextraction:\n  device: cpu\n"
     )
+    done = project.snakemake("--until", "load_model", profiles="many", overrides=cut)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
 
 
 def missing(folder: Path, shards: int) -> list[str]:
@@ -241,16 +250,16 @@ def run(shards: int, slots: int, per_job: int | None, share: float, outage: floa
     cut += "" if per_job is None else f" resources.shards_per_job={per_job}"
     planned = -(-shards // (per_job or 1))
     victims = random.sample(range(planned), max(1, round(share * planned)))
-    with (
-        FileLock("/tmp/theloom-tests-slurm.lock"),  # /etc/slurm is the machine's
-        tempfile.TemporaryDirectory() as place,
-    ):
-        slurm_here.install()
-        project, controller = Path(place, "project"), Path(place, "slurm")
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        place.chmod(0o755)  # munge wants to trust the way to its socket
+        project, controller = place / "project", place / "slurm"
         project.mkdir()
         controller.mkdir()
-        Path(place).chmod(0o755)
-        prepare(project, shards)
+        prepare(project, shards, cut)
+        # /etc/slurm is the machine's
+        stack.enter_context(FileLock("/tmp/theloom-tests-slurm.lock"))
+        slurm_here.install()
         slurm = slurm_here.start(controller, slots)
         requested = ["--jobs", str(slots), "--config", "profiles=many", f"set={cut}"]
         ordeal = Ordeal(
@@ -302,7 +311,7 @@ def main() -> None:
     asked = parser.parse_args()
     random.seed(asked.seed)
     if asked.what == "plan":
-        print("| shards | shards of a job | `snakemake -n` | peak |\n|---|---|---|---|")
+        print("| shards | shards of a job | wall | processor | peak |\n|---|---|---|---|---|")
         for shards in asked.shards or (1000, 5000, 20_000):
             print(plan(shards, asked.per_job, asked.limit), flush=True)
         return
