@@ -2,7 +2,7 @@
 
 `plan` measures what Snakemake needs for the plan alone (`-n`, Slurm's profile) at several numbers
 of shards. `run` sends a tiny model's shards through a real Slurm on this machine's loopback while
-jobs are killed, the controller is away for a while, and Snakemake itself is killed and started
+jobs are cancelled at random, the controller is away for a while, and Snakemake itself is killed and started
 again as workflow/docs/clusters.md says. It needs root and Debian's slurmctld, slurmd, slurm-client
 and munge. The node claims as many CPUs as there are slots; a job takes some 600 MB.
 """
@@ -137,7 +137,10 @@ class Ordeal:
         self.start()
 
     def kill_jobs(self) -> None:
-        """kill -9 of those that chance has chosen, some seconds after their start."""
+        """Cancel those that chance has chosen, some seconds after their start.
+
+        Slurm sends SIGTERM first, and SIGKILL after its KillWait: no kill -9.
+        """
         listed = self.slurm.ask("squeue", "--noheader", "--states=R", "--format", "%i %k")
         for line in listed.splitlines():
             job, _, comment = line.partition(" ")
@@ -147,7 +150,7 @@ class Ordeal:
                 self.seen.append(job)
         for job in [job for job, at in self.doomed.items() if at < time.monotonic()]:
             del self.doomed[job]
-            self.slurm.ask("scancel", "--full", "--signal=KILL", job)
+            self.slurm.ask("scancel", job)
             self.killed.append(job)
 
     def step(self) -> None:
@@ -288,8 +291,8 @@ def run(shards: int, slots: int, per_job: int | None, share: float, outage: floa
             f"{shards} shards, {len(HOOKS)} hook points, {planned} jobs of extraction, "
             f"{slots} slots, {os.cpu_count()} cores (load {os.getloadavg()[1]:.1f}): "
             f"{wall:.0f} s, the jobs' own {own} s together; {len(records)} jobs, of them "
-            f"{len(extracting) - planned} of extraction more than planned; killed: "
-            f"{len(ordeal.killed)} jobs, Snakemake {ordeal.restarts} times; controller away "
+            f"{len(extracting) - planned} of extraction more than planned; cancelled: "
+            f"{len(ordeal.killed)} jobs, Snakemake killed {ordeal.restarts} times; controller away "
             f"{ordeal.outages} times for {outage:.0f} s; peak of Snakemake {ordeal.peak} MB"
         )
         if lines := missing(project, shards):
