@@ -2,9 +2,9 @@
 
 `plan` measures what Snakemake needs for the plan alone (`-n`, Slurm's profile) at several numbers
 of shards. `run` sends a tiny model's shards through a real Slurm on this machine's loopback while
-jobs are cancelled at random, the controller is away for a while, and Snakemake itself is killed and started
-again as workflow/docs/clusters.md says. It needs root and Debian's slurmctld, slurmd, slurm-client
-and munge. The node claims as many CPUs as there are slots; a job takes some 600 MB.
+jobs are cancelled at random, the controller is away for a while, and Snakemake itself is killed and
+started again as workflow/docs/clusters.md says. It needs root and Debian's slurmctld, slurmd,
+slurm-client and munge. The node claims as many CPUs as there are slots.
 """
 
 import argparse
