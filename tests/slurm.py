@@ -140,9 +140,9 @@ def node_name() -> str:
     return socket.gethostname().split(".")[0]
 
 
-def start(folder: Path) -> Slurm:
-    """Write the config of a cluster of one node into a folder and start it. Raises
-    SlurmUnavailableError.
+def start(folder: Path, cpus: int = 16) -> Slurm:
+    """Write the config of a cluster of one node, which claims so many CPUs, into a folder and start
+    it. Raises SlurmUnavailableError.
     """
     folder.chmod(0o755)
     for parent in (
@@ -164,7 +164,7 @@ def start(folder: Path) -> Slurm:
         os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))  # another name for /dev/null
         devices.append(device)
     files = {
-        "slurm.conf": _slurm_conf(folder),
+        "slurm.conf": _slurm_conf(folder, cpus),
         "gres.conf": "AutoDetect=off\n"
         f"Name=gpu Type=a100 File={folder}/devices/gpu[0-{GPUS - 1}]\n",
         "cgroup.conf": "CgroupPlugin=cgroup/v1\n",
@@ -204,7 +204,7 @@ def stop(slurm: Slurm) -> None:
             before.rename(ETC / name)
 
 
-def _slurm_conf(folder: Path) -> str:
+def _slurm_conf(folder: Path, cpus: int) -> str:
     settings = {
         "ClusterName": "loom",
         "SlurmctldHost": f"{node_name()}(127.0.0.1)",
@@ -244,7 +244,7 @@ def _slurm_conf(folder: Path) -> str:
         "GresTypes": "gpu",
     }
     lines = [f"{key}={value}" for key, value in settings.items()]
-    has = f"CPUs=16 RealMemory=64000 Gres=gpu:a100:{GPUS}"
+    has = f"CPUs={cpus} RealMemory={4000 * cpus} Gres=gpu:a100:{GPUS}"
     lines.append(f"NodeName={node_name()} NodeAddr=127.0.0.1 {has} State=UNKNOWN")
     lines.append(
         f"PartitionName=gpu Nodes={node_name()} Default=YES DefMemPerCPU=500 "
