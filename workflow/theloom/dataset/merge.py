@@ -208,17 +208,17 @@ def _check_together(shards: Sequence[_Shard]) -> None:
             if shard.attributes.get(name) != first.attributes.get(name):
                 raise StoreError(
                     f"{path}: its {name} is not that of {first.part.path.name}: the shards are of "
-                    "different runs; run again with --forcerun extract_shard"
+                    "different runs; delete the shards and run again"
                 )
         if shard.more_tables != first.more_tables:
             raise StoreError(
                 f"{path}: its tables of tokens are not those of {first.part.path.name}: the shards "
-                "are of different versions; run again with --forcerun extract_shard"
+                "are of different versions; delete the shards and run again"
             )
         if columns.schema(shard.columns) != columns.schema(first.columns):
             raise StoreError(
                 f"{path}: its columns are not those of {first.part.path.name}: the shards are of "
-                "different runs; run again with --forcerun extract_shard"
+                "different runs; delete the shards and run again"
             )
         for name, shape in shard.shapes.items():
             if shape[1:] != first.shapes[name][1:]:

@@ -114,7 +114,7 @@ def report_damage(acts: Activations, damaged: list[str], wrong: list[int]) -> No
     if damaged:
         raise VerificationError(
             f"{acts.path}: {'; '.join(damaged)}; the disk or a program has changed them; "
-            "run again with --forcerun extract_shard"
+            "delete the shards and run again"
         )
 
 
