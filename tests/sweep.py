@@ -32,12 +32,12 @@ import torch
 import transformers
 from support import ROOT, Stages, stages
 from sweep_page import CHUNK, LENGTHS, LIMIT, MAPPINGS, Row, page
-from sweep_towers import READS, inputs_of, write_processor
+from sweep_towers import READS, write_processor
 from theloom.engine import model_record
 from theloom.errors import TheLoomError, VerificationError
 from tiny_configs import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
-from towers_support import write_media
+from towers_support import processed, write_media
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SECONDS, BYTES = 300, 8 << 30
@@ -172,11 +172,11 @@ def _run_tower(row: Row, model: PreTrainedModel, place: Path, reads: str) -> Row
 
     def compare() -> tuple[bool, float]:
         acts, shifted, worst = theloom.open(run.activations), False, 0.0
-        plain = model.get_encoder() if side else model
+        plain, main = model.get_encoder() if side else model, model.main_input_name
         for number, file in enumerate(files):
             document = acts.document(number)
             rows = {n.removeprefix(side): document[n][None].float() for n in acts.hooks}
-            inputs = inputs_of(file, place / "model", reads, model.main_input_name)
+            inputs = {main: processed(file, place / "model", reads)[main]}
             outputs, error = _against_own_states(plain, inputs, rows, "")
             shifted, worst = shifted or outputs, max(worst, error)
         return shifted, worst

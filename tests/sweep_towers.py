@@ -5,10 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
-import torch
 import transformers
-from PIL import Image
 from transformers import PreTrainedModel
 from transformers.models.auto import feature_extraction_auto, image_processing_auto
 
@@ -96,16 +93,3 @@ def _of_audio(model: PreTrainedModel) -> list[dict[str, Any]]:
     if isinstance(positions, int) and positions % 50 == 0:
         settings["chunk_length"] = positions // 50
     return [settings, {}]
-
-
-def inputs_of(file: Path, folder: Path, reads: str, main: str) -> dict[str, torch.Tensor]:
-    """What plain transformers gives the model for a file."""
-    own: Any
-    if reads == "images":
-        own = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-        made = own(Image.open(file).convert("RGB"), return_tensors="pt")
-    else:
-        own = transformers.AutoFeatureExtractor.from_pretrained(folder)
-        values, rate = soundfile.read(file, dtype="float32")
-        made = own(values, sampling_rate=rate, return_tensors="pt")
-    return {main: made[main]}

@@ -122,18 +122,23 @@ def write_media(folder: Path, reads: str) -> Path:
     return folder
 
 
+def processed(file: Path, folder: Path, reads: str) -> dict[str, torch.Tensor]:
+    """What the processor of a folder makes of an image or a clip."""
+    own: Any
+    if reads == "images":
+        own = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+        return dict(own(Image.open(file).convert("RGB"), return_tensors="pt"))
+    own = transformers.AutoFeatureExtractor.from_pretrained(folder)
+    values, rate = soundfile.read(file, dtype="float32")
+    return dict(own(values, sampling_rate=rate, return_tensors="pt"))
+
+
 def plain_states(folder: Path, kind: str, file: Path) -> dict[str, torch.Tensor]:
     """Every residual of one file by the plain model of transformers and its own processor."""
     tower = TOWERS[kind]
     model = transformers.AutoModel.from_pretrained(folder).eval()
     part = model.get_submodule(tower.part)
-    if tower.reads == "images":
-        own: Any = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-        inputs = own(Image.open(file).convert("RGB"), return_tensors="pt")
-    else:
-        own = transformers.AutoFeatureExtractor.from_pretrained(folder)
-        values, rate = soundfile.read(file, dtype="float32")
-        inputs = own(values, sampling_rate=rate, return_tensors="pt")
+    inputs = processed(file, folder, tower.reads)
     kept = []
     lists = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3]
     lists[-1][-1].register_forward_hook(

@@ -45,7 +45,7 @@ def theloom_to_memory(
     model: Path, layers: list[int], documents: list[list[int]], folder: Path
 ) -> Round:
     """The engine's forward pass, every value kept."""
-    loaded, points = _loaded(model, layers)
+    loaded, points = load(model, layers)
     from theloom.engine.resident import ResidentRunner
 
     runner, batches = ResidentRunner(loaded, points, _chunk(documents), "fp32"), _batches(documents)
@@ -63,7 +63,7 @@ def theloom_to_disk(
     model: Path, layers: list[int], documents: list[list[int]], folder: Path
 ) -> Round:
     """The engine as a job runs it: a verified, crash-safe shard."""
-    loaded, points = _loaded(model, layers)
+    loaded, points = load(model, layers)
     from theloom.corpus.batching import plan_batches
     from theloom.devices.peak_memory import MemoryWatch
     from theloom.engine.batch_loop import Work, run_batches
@@ -301,18 +301,19 @@ CONTENDERS: dict[str, Maker] = {
 OLDER = ("HookedTransformer + torch.save", "SAELens CacheActivationsRunner")
 
 
-def _loaded(folder: Path, layers: list[int]) -> tuple[Any, Any]:
-    """TheLoom's own loading: what the layers need."""
-    from theloom.config.schema import Config
+def load(folder: Path, layers: list[int], precision: str = "fp32") -> tuple[Any, Any]:
+    """TheLoom's own loading: what the layers need; -1 is the last one."""
+    from theloom.config.schema import Config, PrecisionMode
     from theloom.hooks.points import point
     from theloom.model import files, loading
     from theloom.model.files import ModelFiles
 
     config = Config()
     config.model.source, config.extraction.device = str(folder), "cpu"
+    config.memory.precision_mode = PrecisionMode[precision]
     count = files.read_config(config.model).num_blocks
     width = files.read_config(config.model).hidden_size
-    points = [point("hook_resid_post", k, count, [width]) for k in layers]
+    points = [point("hook_resid_post", k % count, count, [width]) for k in layers]
     return loading.load_model(config, ModelFiles(folder, str(folder), None), points), points
 
 

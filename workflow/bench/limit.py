@@ -22,6 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import contenders
+
 SHAPES = ((4, 512), (1, 2048), (16, 128))  # documents and their tokens
 SQUARE = 4096
 # What people set so that idle threads of OpenMP leave the cores; the first is the default.
@@ -123,20 +127,10 @@ def rounds_of(
 
 def _theloom(folder: Path, precision: str, length: int) -> Any:
     """The engine's runner, which hands over the last block's output."""
-    from theloom.config.schema import Config, PrecisionMode
     from theloom.engine.resident import ResidentRunner
-    from theloom.hooks.points import point
-    from theloom.model import files, loading
-    from theloom.model.files import ModelFiles
 
-    config = Config()
-    config.model.source, config.extraction.device = str(folder), "cpu"
     names = {"float32": "fp32", "bfloat16": "bf16"}
-    config.memory.precision_mode = PrecisionMode[names[precision]]
-    size = files.read_config(config.model)
-    last = size.num_blocks - 1
-    points = [point("hook_resid_post", last, size.num_blocks, [size.hidden_size])]
-    loaded = loading.load_model(config, ModelFiles(folder, str(folder), None), points)
+    loaded, points = contenders.load(folder, [-1], names[precision])
     return ResidentRunner(loaded, points, length, None)
 
 

@@ -190,12 +190,7 @@ def _check_modality(config: Config) -> None:
         "answers.source": config.answers.source,
         "resources.tokenize_jobs": config.resources.tokenize_jobs,
     }
-    for key, value in of_texts.items():
-        if value is not None:
-            shown = getattr(value, "name", value)
-            raise ConfigError(
-                f"{key}={shown}: is for texts, and the corpus is {kind}; take it out or set it null"
-            )
+    _check_unset(of_texts, f"is for texts, and the corpus is {kind}; take it out or set it null")
     if auto.side(config.memory.activation_cache_filter) == "decoder":
         raise ConfigError(
             f"memory.activation_cache_filter: a decoder's rows are of texts, and the corpus is "
@@ -206,6 +201,13 @@ def _check_modality(config: Config) -> None:
             f"extraction.execution=layerwise: a model of {kind} runs on the device as a whole "
             "alone; set it to resident or auto"
         )
+
+
+def _check_unset(settings: dict[str, Any], words: str) -> None:
+    """Keys that must be null, and what an error says of one that is not."""
+    for key, value in settings.items():
+        if value is not None:
+            raise ConfigError(f"{key}={getattr(value, 'name', value)}: {words}")
 
 
 def _check_chat(config: Config) -> None:
@@ -223,10 +225,7 @@ def _check_chat(config: Config) -> None:
         "answers.source": config.answers.source,
         "resources.tokenize_jobs": config.resources.tokenize_jobs,
     }
-    for key, value in without.items():
-        if value is not None:
-            shown = getattr(value, "name", value)
-            raise ConfigError(f"{key}={shown}: does not go with {texts}; take it out")
+    _check_unset(without, f"does not go with {texts}; take it out")
     if config.extraction.execution.name == "layerwise":
         raise ConfigError(
             f"extraction.execution=layerwise: {texts} run on the device as a whole alone; set it "

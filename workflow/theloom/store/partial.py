@@ -23,8 +23,13 @@ def read_partial(path: Path, fingerprint: str) -> dict[str, Any] | None:
     Returns:
         The attributes; None if there is no file that can be resumed.
     """
+    return _attributes(partial_of(path), fingerprint)
+
+
+def _attributes(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    """A shard's attributes; None where no file can be read, or it is another job's."""
     try:
-        with h5py.File(partial_of(path), "r") as file:
+        with h5py.File(path, "r") as file:
             return dict(file.attrs) if file.attrs.get("shard_fingerprint") == fingerprint else None
     except OSError:
         return None
@@ -93,11 +98,7 @@ def is_finished(path: Path, fingerprint: str) -> bool:
     Returns:
         True where `finished_of` the path is such a file.
     """
-    try:
-        with h5py.File(finished_of(path), "r") as file:
-            return bool(file.attrs.get("shard_fingerprint") == fingerprint)
-    except OSError:
-        return False
+    return _attributes(finished_of(path), fingerprint) is not None
 
 
 def set_aside(path: Path) -> None:

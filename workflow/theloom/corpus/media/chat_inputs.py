@@ -13,8 +13,8 @@ import numpy as np
 from theloom.config.schema import CorpusConfig, CorpusKind, ModelConfig
 from theloom.corpus.media.chat_images import Pictures
 from theloom.corpus.media.chats import processor_of
-from theloom.errors import ModelError
 from theloom.model.towers.chat_processor import ChatProcessor
+from theloom.model.towers.processor import check_same
 from theloom.rows.modality import INPUT_IMAGES
 from theloom.rows.roles import code
 from theloom.store import file_format
@@ -64,11 +64,7 @@ class ChatInputs:
     @cached_property
     def _processor(self) -> ChatProcessor:
         found = processor_of(self._model)
-        if found.digest != self._hash:
-            raise ModelError(
-                f"model.source: the processor of {self._model.source} is another one than that of "
-                "tokens.h5: its files have changed; run again with --forcerun tokenize_corpus"
-            )
+        check_same(found.digest, self._hash, self._model.source)
         return found
 
     @property

@@ -13,7 +13,8 @@ from theloom.config.schema import CorpusConfig, CorpusKind, ModelConfig
 from theloom.corpus.media.chat_inputs import ChatInputs, IdsOf
 from theloom.corpus.media.encoding import COLUMNS, processor_of, value_of
 from theloom.corpus.media.items import Item, Store
-from theloom.errors import CorpusError, ModelError, printable
+from theloom.errors import CorpusError, printable
+from theloom.model.towers.processor import check_same
 from theloom.rows.modality import INPUT_FILE, INPUT_IMAGES, INPUT_SHAPE
 from theloom.store.tables.columns import Column
 
@@ -52,11 +53,7 @@ class Inputs:
     @cached_property
     def _processor(self) -> Any:
         found = processor_of(self._model)
-        if found.digest != self._hash:
-            raise ModelError(
-                f"model.source: the processor of {self._model.source} is another one than that of "
-                "tokens.h5: its files have changed; run again with --forcerun tokenize_corpus"
-            )
+        check_same(found.digest, self._hash, self._model.source)
         return found
 
     @property

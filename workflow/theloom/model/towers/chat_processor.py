@@ -2,7 +2,6 @@
 reads beside them.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from theloom.errors import CorpusError, ModelError
-from theloom.model.towers.processor import FILES, has_processor
+from theloom.model.towers.processor import FILES, check_has, digest_of
 
 if TYPE_CHECKING:
     import torch
@@ -183,11 +182,7 @@ def load_chat_processor(folder: Path, model_type: str, source: str) -> ChatProce
     Raises:
         ModelError: there is none, or it is broken.
     """
-    if not has_processor(folder):
-        raise ModelError(
-            f"model.source: {source} has no {FILES[0]}, which says how images are prepared for the "
-            "model; fetch it from where the model came from"
-        )
+    check_has(folder, "images", source)
     files = [*folder.glob("*.json"), *folder.glob("*.jinja")]
     return _load(folder, model_type, source, tuple(f.stat().st_mtime_ns for f in sorted(files)))
 
@@ -209,8 +204,7 @@ def _load(folder: Path, model_type: str, source: str, state: tuple[int, ...]) ->
             f"model.source: the processor of {source} ({name or model_type}) cannot be loaded: "
             f"{' '.join(str(error).split())[:300]}"
         ) from None
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    return ChatProcessor(own, digest)
+    return ChatProcessor(own, digest_of(said))
 
 
 def _own(processor: Any) -> str:

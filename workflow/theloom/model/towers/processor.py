@@ -67,6 +67,54 @@ def has_processor(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FILES)
 
 
+def check_has(folder: Path, modality: str, source: str) -> None:
+    """Check that a model's folder says how images or sounds are processed.
+
+    Args:
+        folder: of the model.
+        modality: `images` or `audio`.
+        source: the model, for messages.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if not has_processor(folder):
+        raise ModelError(
+            f"model.source: {source} has no {FILES[0]}, which says how {modality} are prepared for "
+            "the model; fetch it from where the model came from"
+        )
+
+
+def check_same(digest: str, recorded: str, source: str) -> None:
+    """Check that a processor is the one that the tokens were made by.
+
+    Args:
+        digest: of the processor.
+        recorded: in `tokens.h5`.
+        source: the model, for messages.
+
+    Raises:
+        ModelError: it is another one.
+    """
+    if digest != recorded:
+        raise ModelError(
+            f"model.source: the processor of {source} is another one than that of tokens.h5: its "
+            "files have changed; run again with --forcerun tokenize_corpus"
+        )
+
+
+def digest_of(said: Any) -> str:
+    """The digest of a processor.
+
+    Args:
+        said: its class and settings, as plain data.
+
+    Returns:
+        SHA-256, in hexadecimal.
+    """
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def load_processor(folder: Path, modality: str, source: str) -> Processor:
     """Load the processor of a model's folder. Images are processed by Pillow everywhere, whatever
     else is installed, so that rows do not depend on it.
@@ -82,11 +130,7 @@ def load_processor(folder: Path, modality: str, source: str) -> Processor:
     Raises:
         ModelError: there is none, or it is broken.
     """
-    if not has_processor(folder):
-        raise ModelError(
-            f"model.source: {source} has no {FILES[0]}, which says how {modality} are prepared for "
-            "the model; fetch it from where the model came from"
-        )
+    check_has(folder, modality, source)
     state = tuple((folder / name).stat().st_mtime_ns for name in FILES if (folder / name).is_file())
     return _load(folder, modality, source, state)
 
@@ -112,8 +156,8 @@ def _load(folder: Path, modality: str, source: str, state: tuple[int, ...]) -> P
             f"model.source: the processor of {source} does not take {modality}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from None
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    return Processor(own, modality, name, shapes.pop() if len(shapes) == 1 else None, digest)
+    shape = shapes.pop() if len(shapes) == 1 else None
+    return Processor(own, modality, name, shape, digest_of(said))
 
 
 def _processed(own: Any, modality: str, name: str, value: "np.ndarray") -> "torch.Tensor":
