@@ -89,7 +89,9 @@ class Ordeal:
     slurm: object
     shards: int
     requested: list[str]
+    environment: dict[str, str]
     victims: set[int]
+    latest: float
     kills_of_snakemake: list[int]
     outage_after: int
     outage_seconds: float
@@ -107,14 +109,16 @@ class Ordeal:
         return len(list(self.folder.glob("results/run/shards/*.h5")))
 
     def snakemake(self, *options: str) -> subprocess.Popen:
-        """Start it; what it prints is kept."""
+        """Start it, as a process of its own also where jobs are forks; what it prints is kept."""
+        program = "from snakemake.cli import main; main()"
         with (self.folder / "printed.txt").open("a") as printed:
             return subprocess.Popen(
-                [sys.executable, "-m", "snakemake", *options, *self.requested],
+                [sys.executable, "-c", program, *options, *self.requested],
                 cwd=self.folder,
                 stdout=printed,
                 stderr=printed,
                 start_new_session=True,
+                env=self.environment,
             )
 
     def start(self) -> None:
@@ -146,7 +150,7 @@ class Ordeal:
             job, _, comment = line.partition(" ")
             if comment.startswith(EXTRACTION) and job not in self.seen:
                 if len(self.seen) in self.victims:
-                    self.doomed[job] = time.monotonic() + random.uniform(1, 20)
+                    self.doomed[job] = time.monotonic() + random.uniform(1, self.latest)
                 self.seen.append(job)
         for job in [job for job, at in self.doomed.items() if at < time.monotonic()]:
             del self.doomed[job]
@@ -236,7 +240,37 @@ def missing(folder: Path, shards: int) -> list[str]:
     return lines
 
 
-def run(shards: int, slots: int, per_job: int | None, share: float, outage: float) -> None:
+def largest_difference(folder: Path, documents: int = 16) -> float:
+    """Between rows of some documents, of the first two hook points, and plain `transformers`."""
+    import theloom
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder / "model").eval()
+    worst = 0.0
+    acts = theloom.open(folder / "results/run/activations.h5")
+    offsets, ids = acts.document_offset, torch.as_tensor(acts.rows["input_id"])
+    with torch.inference_mode():
+        for number in random.sample(range(len(offsets) - 1), documents):
+            rows = slice(int(offsets[number]), int(offsets[number + 1]))
+            states = model(ids[rows][None].long(), output_hidden_states=True).hidden_states
+            for hook, layer in ((HOOKS[0], 0), (HOOKS[1], 2)):
+                found = torch.as_tensor(acts[hook][rows])
+                if found.shape != states[layer][0].shape:
+                    return float("inf")
+                worst = max(worst, (found - states[layer][0]).abs().max().item())
+    return worst
+
+
+def run(
+    shards: int,
+    slots: int,
+    per_job: int | None,
+    share: float,
+    outage: float,
+    latest: float,
+    preloaded: bool,
+) -> None:
     """Print what a run went through, and whether something is missing.
 
     Args:
@@ -245,11 +279,14 @@ def run(shards: int, slots: int, per_job: int | None, share: float, outage: floa
         per_job: `resources.shards_per_job`; None leaves the key out.
         share: Of the extraction's jobs, that are killed.
         outage: Seconds that the controller is away.
+        latest: Seconds after its start, at most, at which a job is cancelled.
+        preloaded: Jobs are forks of one process that has imported their libraries.
     """
+    import preloading
     import slurm as slurm_here
 
     cut = f"name=run corpus=text corpus.path=corpus.jsonl extraction.shards={shards}"
-    cut += " resources.threads=1 resources.mem_mb=1500 verify.documents=4"
+    cut += " resources.threads=1 resources.mem_mb=1500 resources.runtime=120 verify.documents=4"
     cut += "" if per_job is None else f" resources.shards_per_job={per_job}"
     planned = -(-shards // (per_job or 1))
     victims = random.sample(range(planned), max(1, round(share * planned)))
@@ -270,7 +307,9 @@ def run(shards: int, slots: int, per_job: int | None, share: float, outage: floa
             slurm,
             shards,
             requested,
+            preloading.environment() if preloaded else dict(os.environ),
             set(victims),
+            latest,
             [max(1, shards // 4), max(2, shards * 3 // 4)],
             max(1, shards // 2),
             outage,
@@ -294,10 +333,14 @@ def run(shards: int, slots: int, per_job: int | None, share: float, outage: floa
             f"{len(extracting) - planned} of extraction more than planned; cancelled: "
             f"{len(ordeal.killed)} jobs, Snakemake killed {ordeal.restarts} times; controller away "
             f"{ordeal.outages} times for {outage:.0f} s; peak of Snakemake {ordeal.peak} MB"
+            f"{'; jobs forked' if preloaded else ''}"
         )
         if lines := missing(project, shards):
             sys.exit("error: " + "; ".join(lines))
-        print("finished, verified, nothing missing")
+        worst = largest_difference(project)
+        print(f"finished, verified, nothing missing; rows within {worst:.1e} of plain transformers")
+        if worst > 1e-5:
+            sys.exit("error: rows differ")
 
 
 def main() -> None:
@@ -309,6 +352,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64, help="jobs at once")
     parser.add_argument("--killed", type=float, default=0.05, help="share of the jobs")
     parser.add_argument("--outage", type=float, default=30, help="seconds")
+    parser.add_argument("--latest", type=float, default=20, help="seconds until a job is killed")
+    parser.add_argument("--preloaded", action="store_true", help="jobs fork one process")
     parser.add_argument("--limit", type=float, default=1800, help="seconds of one plan")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of jobs")
     asked = parser.parse_args()
@@ -319,7 +364,15 @@ def main() -> None:
             print(plan(shards, asked.per_job, asked.limit), flush=True)
         return
     (shards,) = asked.shards or [1000]
-    run(shards, asked.slots, asked.per_job, asked.killed, asked.outage)
+    run(
+        shards,
+        asked.slots,
+        asked.per_job,
+        asked.killed,
+        asked.outage,
+        asked.latest,
+        asked.preloaded,
+    )
 
 
 if __name__ == "__main__":

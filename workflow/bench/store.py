@@ -116,16 +116,19 @@ def main() -> None:
     parser.add_argument(
         "--mb", type=int, default=400, help="size of the shard and of the merged file"
     )
-    parser.add_argument("--only", choices=["store", "exports"], help="one half of the table")
+    parts = ("store", "many", "exports")
+    parser.add_argument("--only", choices=parts, help="one part of the table")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=arguments.folder))
     lines = []
     try:
-        if arguments.only != "exports":
+        if arguments.only in (None, "store"):
             lines += _writing(folder, arguments.mb)
             lines += _merging(folder, arguments.mb)
             lines += _reading(folder)
-        if arguments.only != "store":
+        if arguments.only in (None, "many"):
+            lines += _many_shards(folder)
+        if arguments.only in (None, "exports"):
             lines += _exporting(folder, arguments.mb)
     finally:
         shutil.rmtree(folder)
@@ -210,6 +213,45 @@ def _reading(folder: Path) -> list[list[str]]:
     return [
         _line("shuffled batches", size, ours, "h5py, row by row at random", single, "5"),
         _line("shuffled batches", size, ours, "mapped .npy, same pattern", mapped, "0.5"),
+    ]
+
+
+def _many_shards(folder: Path, count: int = 1000) -> list[list[str]]:
+    """Shuffled batches and scattered rows of so many shards, next to one file of the same rows."""
+    rows, inside = _rows(), folder / "many"
+    inside.mkdir()
+    shards = [inside / f"{number:04d}.h5" for number in range(count)]
+    for number, shard in enumerate(shards):
+        write_shard(shard, spec(1, number, first_row=number * _WINDOW), rows)
+    opened = {}
+    for mode in ("virtual", "physical"):
+        merge.merge_shards(shards, mode, inside / f"{mode}.h5")
+        opened[mode] = activations.open_activations(inside / f"{mode}.h5")
+    hook, total = opened["virtual"].hooks[0], len(opened["virtual"])
+    took: dict[tuple[str, str], list[float]] = {}
+    for round_ in range(1 + _ROUNDS):
+        wanted = np.random.default_rng(round_).integers(0, total, 20_000)
+        for mode, acts in opened.items():
+            times = {
+                "shuffled batches": seconds(partial(_batches, acts, hook, 4096, round_)),
+                "20,000 rows at random": seconds(partial(acts[hook].__getitem__, wanted)),
+            }
+            for what, taken in times.items():
+                if round_:  # pages are read from the disk in the first
+                    took.setdefault((what, mode), []).append(taken)
+    sizes = {"shuffled batches": opened["virtual"][hook].nbytes}
+    sizes["20,000 rows at random"] = 20_000 * _HIDDEN * 2
+    shutil.rmtree(inside)
+    return [
+        _line(
+            f"{what} of {count:,} shards",
+            size,
+            took[what, "virtual"],
+            "one file of the same rows",
+            took[what, "physical"],
+            "0.8",
+        )
+        for what, size in sizes.items()
     ]
 
 

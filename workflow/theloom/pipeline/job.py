@@ -79,6 +79,8 @@ def job(log_file: str, threads: int = 1, online: bool = False) -> Iterator[None]
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(threads)
     )  # before torch is imported: it sizes its pool by it
+    # idle threads sleep: those that spin take the cores of the writer and of other processes
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
     # before h5py is imported: HDF5 opens no file where a disk has no locks; ours is `store.lock`
     os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
