@@ -176,7 +176,10 @@ def _accept(connection: socket.socket, installed: list[str], read: dict[str, str
     """Fork the job that a process hands over, and tell how it ends. Where that process ends
     first, the job is killed, as the job's own process would have been.
     """
-    connection.sendall(json.dumps(read).encode() + b"\n")
+    try:
+        connection.sendall(json.dumps(read).encode() + b"\n")
+    except BrokenPipeError:  # it was killed
+        return
     size, streams, _, _ = socket.recv_fds(connection, 8, 3)
     if not size:  # it goes its own way
         return

@@ -140,9 +140,10 @@ def node_name() -> str:
     return socket.gethostname().split(".")[0]
 
 
-def start(folder: Path, cpus: int = 16) -> Slurm:
+def start(folder: Path, cpus: int = 16, memory_seconds: int = 1) -> Slurm:
     """Write the config of a cluster of one node, which claims so many CPUs, into a folder and start
-    it. Raises SlurmUnavailableError.
+    it. The memory of a job is looked at once in so many seconds: each time over all processes of
+    the machine. Raises SlurmUnavailableError.
     """
     folder.chmod(0o755)
     for parent in (
@@ -164,7 +165,7 @@ def start(folder: Path, cpus: int = 16) -> Slurm:
         os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))  # another name for /dev/null
         devices.append(device)
     files = {
-        "slurm.conf": _slurm_conf(folder, cpus),
+        "slurm.conf": _slurm_conf(folder, cpus, memory_seconds),
         "gres.conf": "AutoDetect=off\n"
         f"Name=gpu Type=a100 File={folder}/devices/gpu[0-{GPUS - 1}]\n",
         "cgroup.conf": "CgroupPlugin=cgroup/v1\n",
@@ -204,7 +205,7 @@ def stop(slurm: Slurm) -> None:
             before.rename(ETC / name)
 
 
-def _slurm_conf(folder: Path, cpus: int) -> str:
+def _slurm_conf(folder: Path, cpus: int, memory_seconds: int) -> str:
     settings = {
         "ClusterName": "loom",
         "SlurmctldHost": f"{node_name()}(127.0.0.1)",
@@ -235,10 +236,9 @@ def _slurm_conf(folder: Path, cpus: int) -> str:
         "MinJobAge": "3600",
         "KillWait": "3",
         "JobRequeue": "0",
-        # the memory of a job is looked at every second, and a job with more than it requested is
-        # killed
+        # a job with more memory than it requested is killed
         "JobAcctGatherType": "jobacct_gather/linux",
-        "JobAcctGatherFrequency": "task=1",
+        "JobAcctGatherFrequency": f"task={memory_seconds}",
         "JobAcctGatherParams": "OverMemoryKill",
         "AccountingStorageType": "accounting_storage/none",
         "GresTypes": "gpu",

@@ -300,7 +300,7 @@ def run(
         # /etc/slurm is the machine's
         stack.enter_context(FileLock("/tmp/theloom-tests-slurm.lock"))
         slurm_here.install()
-        slurm = slurm_here.start(controller, slots)
+        slurm = slurm_here.start(controller, slots, memory_seconds=60)
         requested = ["--jobs", str(slots), "--config", "profiles=many", f"set={cut}"]
         ordeal = Ordeal(
             project,
