@@ -4,11 +4,13 @@ and one with it.
 
 import gc
 import mmap
+import multiprocessing
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import preloading
@@ -214,6 +216,17 @@ def extract_with_small_commits(folder: Path) -> None:
     torch.set_num_threads(1)  # as the tests themselves: sums depend on how they are split
     writer.COMMIT_BYTES = 1 << 14
     Stages(folder).extract()
+
+
+def forked(target: Callable[..., object], *arguments: object) -> ForkServerProcess:
+    """Start a job that a test kills: of a server that has imported what all of them import, since
+    a job that imports torch by itself takes seconds before it begins.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["forked_jobs"])  # heeded before the first job alone
+    started = processes.Process(target=target, args=arguments)
+    started.start()
+    return started
 
 
 def touch(size: int) -> None:
