@@ -35,7 +35,7 @@ PRELOADED = (
 )
 
 
-_SECONDS = 400  # of a job of seconds, the first one's imports included: it hangs
+_SECONDS = 1200  # of a job of seconds, the first one's imports included: it hangs
 
 
 @dataclass(frozen=True)

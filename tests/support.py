@@ -358,7 +358,7 @@ class Project:
             env=preloading.environment() if preloaded else None,
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=1800,
         )
 
     def jobs(self, **requested: str) -> dict[str, int]:

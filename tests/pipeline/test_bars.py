@@ -55,7 +55,7 @@ def on_a_terminal(project, command: list[str]) -> str:
             except OSError:  # all that had it open have ended
                 break
     os.close(ours)
-    assert running.wait(10) == 0, written.decode()
+    assert running.wait(300) == 0, written.decode()
     return written.decode()
 
 
