@@ -47,7 +47,7 @@ class Page:
         port = self._port()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             (target,) = [t for t in json.load(answer) if t["type"] == "page"]
-        self._socket = create_connection(target["webSocketDebuggerUrl"], timeout=60)
+        self._socket = create_connection(target["webSocketDebuggerUrl"], timeout=300)
         for domain in ("Runtime", "Log", "Page"):
             self._call(f"{domain}.enable")
         # windows without a screen are no narrower than 500 pixels: a phone is emulated
@@ -71,7 +71,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait_for(self, expression: str, seconds: float = 30) -> None:
+    def wait_for(self, expression: str, seconds: float = 300) -> None:
         end = time.time() + seconds
         while not self.script(expression):
             assert time.time() < end, expression
@@ -100,7 +100,7 @@ class Page:
             self.errors.append(json.dumps(parameters["args"]))
 
     def _port(self) -> int:
-        file, end = self._profile / "DevToolsActivePort", time.time() + 60
+        file, end = self._profile / "DevToolsActivePort", time.time() + 300
         while time.time() < end:
             if file.exists() and (lines := file.read_text().splitlines()):
                 return int(lines[0])

@@ -35,28 +35,40 @@ torch.set_num_threads(
 SLOWEST = (
     "test_slurm",
     "test_default",
+    "test_shards_per_job",
+    "test_opinions",
+    "test_report_page",
     "test_gpu_battery",
     "test_resident",
+    "test_module",
+    "test_tokenize_jobs",
+    "test_memory_limit",
     "test_trace",
     "test_bad_input",
-    "test_docs",
-    "test_draw",
-    "test_layerwise_quantized",
-    "test_simulated_gpus",
     "test_faults",
+    "test_layerwise_quantized",
+    "test_draw",
+    "test_bars",
+    "test_encoder_decoders",
+    "test_store_remote",
+    "test_reruns",
+    "test_docs",
+    "test_examples",
+    "test_large_models",
+    "test_wheel",
+    "test_layerwise_shard",
+    "test_layerwise_plan",
+    "test_simulated_gpus",
     "test_estimate",
     "test_architectures",
     "test_planted_faults",
-    "test_layerwise_shard",
     "test_run",
     "test_kept_rows_property",
-    "test_layerwise_plan",
-    "test_reruns",
     "test_verify",
-    "test_report_page",
-    "test_memory_limit",
-    "test_store_remote",
+    "test_fuzz_files",
     "test_towers",
+    "test_kills",
+    "test_push",
 )
 
 
@@ -65,21 +77,55 @@ def pytest_xdist_auto_num_workers() -> int:
     return 2 * len(os.sched_getaffinity(0))
 
 
+_ENVIRONMENT = pytest.StashKey[dict[str, str]]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """One process forks the jobs of all workers."""
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         os.environ[preloading.SHARED] = preloading.server()
+    config.stash[_ENVIRONMENT] = dict(os.environ)
+
+
+def _environment_as(before: dict[str, str]) -> None:
+    """Take back what was set in the environment since."""
+    before = {k: v for k, v in before.items() if not k.startswith("PYTEST_")}
+    ours = {k: v for k, v in os.environ.items() if k.startswith("PYTEST_")}
+    if dict(os.environ) != before | ours:
+        os.environ.clear()
+        os.environ.update(before | ours)
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The slowest files first. A collection of garbage then leaves alone what is there for good:
     the tests themselves are a million objects, which it else looks through for 0.3 s each time.
+
+    What libraries set in the environment where a file imports them is taken back: scikit-learn's
+    variables are not those of `preloading`'s server, which then took no job of any file.
     """
+    _environment_as(config.stash[_ENVIRONMENT])
     order = {name: number for number, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _left_as_found() -> Iterator[None]:
+    """What a test changes of its process is not the next one's: which files share a worker, and in
+    which order, is chance.
+    """
+    folder, environment, umask = Path.cwd(), dict(os.environ), os.umask(0o022)
+    os.umask(umask)
+    yield
+    os.umask(umask)
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    if Path.cwd() != folder:
+        os.chdir(folder)
+    _environment_as(environment)
 
 
 @pytest.fixture(autouse=True)

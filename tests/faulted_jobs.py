@@ -6,6 +6,7 @@ As a program it is a server under LD_PRELOAD that has torch loaded and forks a c
 
 import atexit
 import ctypes
+import gc
 import json
 import os
 import select
@@ -24,18 +25,28 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = (
+    "fsspec.implementations.local",
     "h5py",
+    "matplotlib.backends.backend_svg",
+    "sklearn.linear_model",
+    "sklearn.model_selection",
+    "sklearn.pipeline",
+    "theloom.answers.gather",
     "theloom.answers.shard",
     "transformers.models.llama.modeling_llama",
     "theloom.corpus.in_parts.gather",
     "theloom.pipeline.extract_shard",
     "theloom.pipeline.load_model",
+    "theloom.pipeline.push",
+    "theloom.pipeline.stage_model",
     "theloom.report.draw",
+    "theloom.report.page",
+    "transformers.models.auto.tokenization_auto",
     "theloom.verification.in_parts",
 )
 
 
-_SECONDS = 400  # of a job of seconds, the first one's imports included: it hangs
+_SECONDS = 1200  # of a job of seconds, the first one's imports included: it hangs
 
 
 @dataclass(frozen=True)
@@ -176,6 +187,8 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     writer.COMMIT_BYTES = 1 << 14
+    gc.collect()
+    gc.freeze()  # a collection in a job copies none of it
     for line in iter(sys.stdin.readline, ""):
         child = os.fork()
         if child == 0:

@@ -52,7 +52,7 @@ def install_packages(programs: Sequence[str], packages: Sequence[str]) -> str:
             ["install", "-qq", "-y", "--no-install-recommends", *packages],
         ):
             done = subprocess.run(
-                ["apt-get", *words], env=environment, capture_output=True, text=True, timeout=600
+                ["apt-get", *words], env=environment, capture_output=True, text=True, timeout=3000
             )
     return f"apt-get cannot install them: {done.stderr.strip()[-200:]}" if done.returncode else ""
 
@@ -98,13 +98,13 @@ class Slurm:
         process = self.daemons.pop(name)
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
     def ask(self, *command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         return done.stdout
 
     def jobs(self) -> list[str]:
@@ -121,7 +121,7 @@ class Slurm:
                 )
         return records
 
-    def wait_until_ready(self, seconds: float = 30) -> None:
+    def wait_until_ready(self, seconds: float = 180) -> None:
         """Wait until the controller answers and has the node, with or without jobs on it."""
         states = {"idle", "mixed", "allocated"}
         state = ["sinfo", "--noheader", "--format", "%T"]
@@ -180,7 +180,7 @@ def start(folder: Path, cpus: int = 16, memory_seconds: int = 1) -> Slurm:
     slurm = Slurm(folder, {})
     try:
         slurm.start("munged")
-        wait_for(lambda: (folder / "munge.socket").exists(), 10, "munged")
+        wait_for(lambda: (folder / "munge.socket").exists(), 60, "munged")
         for daemon in ("slurmctld", "slurmd"):
             slurm.start(daemon)
         slurm.wait_until_ready()
@@ -195,7 +195,7 @@ def stop(slurm: Slurm) -> None:
     """End all jobs and daemons of this Slurm, and put /etc/slurm back."""
     if "slurmctld" in slurm.daemons and (jobs := slurm.jobs()):
         slurm.ask("scancel", *jobs)
-        wait_for(lambda: not slurm.jobs(), 30, "jobs to end")
+        wait_for(lambda: not slurm.jobs(), 300, "jobs to end")
     for name in ("slurmd", "slurmctld", "munged"):
         if name in slurm.daemons:
             slurm.stop(name)

@@ -4,11 +4,13 @@ and one with it.
 
 import gc
 import mmap
+import multiprocessing
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import preloading
@@ -216,6 +218,17 @@ def extract_with_small_commits(folder: Path) -> None:
     Stages(folder).extract()
 
 
+def forked(target: Callable[..., object], *arguments: object) -> ForkServerProcess:
+    """Start a job that a test kills: of a server that has imported what all of them import, since
+    a job that imports torch by itself takes seconds before it begins.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["forked_jobs"])  # heeded before the first job alone
+    started = processes.Process(target=target, args=arguments)
+    started.start()
+    return started
+
+
 def touch(size: int) -> None:
     """Have so many more bytes resident for a moment: mapped anew, since malloc may have as many
     left from before.
@@ -345,7 +358,7 @@ class Project:
             env=preloading.environment() if preloaded else None,
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=1800,
         )
 
     def jobs(self, **requested: str) -> dict[str, int]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from model_folders import byte_tokenizer
 from support import a_config, build_tiny, stages
+from theloom.answers.answer import PartialAnswers
 from theloom.answers.choice import Sampling
 from theloom.answers.sampler import Generation, Row
 from theloom.answers.shard import sample_answers
@@ -79,8 +80,18 @@ def test_scores_that_are_not_numbers_are_refused_in_one_line(settings, value):
     assert "\n" not in str(error.value)
 
 
-def _job(folder):
+def _job(folder, most=None):
+    """Sample, and wait once so many answers are there."""
     torch.set_num_threads(1)
+    add = PartialAnswers.add
+
+    def and_wait(self, answer):
+        add(self, answer)
+        while len(self.found) >= most:
+            time.sleep(1)
+
+    if most is not None:
+        PartialAnswers.add = and_wait
     names = ("sample.json", "estimate.h5", "tokens.h5")
     output = folder / "answers/00000-of-00001.h5"
     output.parent.mkdir(exist_ok=True)
@@ -93,10 +104,10 @@ def test_three_kills_leave_the_answers_as_they_are(model, corpus, tmp_path):
         expected = {name: file[name][:] for name in ("input_id", "offset", "seed", "stop_reason")}
     lines = killed.folder / "answers/00000-of-00001.h5.partial"
     context = multiprocessing.get_context("fork")
-    for kill in range(3):
-        job = context.Process(target=_job, args=(killed.folder,))
+    for most in (6, 12, 18):
+        job = context.Process(target=_job, args=(killed.folder, most))
         job.start()
-        while job.is_alive() and _count(lines) < 6 * (kill + 1):
+        while job.is_alive() and _count(lines) < most:
             time.sleep(0.005)
         assert job.is_alive()
         os.kill(job.pid, signal.SIGKILL)

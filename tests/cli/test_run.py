@@ -25,7 +25,7 @@ def theloom(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         env=preloading.environment(ROOT / "workflow"),
     )
 

@@ -3,7 +3,6 @@
 import gzip
 import itertools
 import json
-import multiprocessing
 import time
 
 import datasets
@@ -15,7 +14,14 @@ import pyarrow.parquet
 import pytest
 import theloom
 import zstandard
-from support import a_config, build_tiny, extract_with_small_commits, stages, with_bytes
+from support import (
+    a_config,
+    build_tiny,
+    extract_with_small_commits,
+    forked,
+    stages,
+    with_bytes,
+)
 from theloom.corpus import documents, tokens
 from theloom.corpus.columns import Collected, Columns
 from theloom.dataset.merge import merge_shards
@@ -351,9 +357,7 @@ def test_labels_stay_with_their_rows_through_a_kill(tmp_path, model):
     requested = f"corpus=text corpus.path={tmp_path}/x.jsonl {COLUMNS} extraction.shards=1"
     run = stages(tmp_path / "run", model, f"{requested} extraction.batch_tokens=32")
     run.prepare()
-    processes = multiprocessing.get_context("forkserver")
-    job = processes.Process(target=extract_with_small_commits, args=(run.folder,))
-    job.start()
+    job = forked(extract_with_small_commits, run.folder)
     partial = run.folder / "shards/00000-of-00001.h5.partial"
     while job.is_alive() and not (partial.exists() and committed_rows(partial)):
         time.sleep(0.002)

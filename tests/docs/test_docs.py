@@ -186,7 +186,7 @@ def place_snakemake(place, arguments: list[str]) -> subprocess.CompletedProcess[
         env=preloading.environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
 
 

@@ -57,7 +57,7 @@ def test_other_libraries_train_on_the_rows(run, library):
         pytest.skip(f"{python.parents[1].name} has no {module}")
     example = ROOT / "workflow/docs/examples/train_sae.py"
     command = [python, example, run.folder, library, "40"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     before, after = map(float, re.findall(r"(\d+\.\d+) (?:before|after)", done.stdout)[-2:])
     assert after < 0.9 * before

@@ -76,7 +76,7 @@ def site(tmp_path_factory) -> Path:
         capture_output=True,
         text=True,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
-        timeout=300,
+        timeout=1800,
     )
     assert build.returncode == 0, build.stderr
     return folder

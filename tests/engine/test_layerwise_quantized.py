@@ -2,7 +2,6 @@
 transformers.
 """
 
-import multiprocessing
 import shutil
 
 import h5py
@@ -19,7 +18,7 @@ from layerwise_support import (
     resident_rows,
     some_batches,
 )
-from support import a_config, build_tiny, stages
+from support import a_config, build_tiny, forked, stages
 from theloom.devices import host
 from theloom.devices.host import DeviceMemory
 from theloom.engine.layerwise import block_loader
@@ -230,10 +229,8 @@ def test_a_killed_shard_goes_on_and_ends_with_the_same_data(tmp_path, even_llama
     ).all()
     run = stages(tmp_path / "killed", even_llama, f"{requested} extraction.execution=layerwise")
     run.prepare()
-    processes = multiprocessing.get_context("forkserver")
     manifest = run.folder / "shards/00000-of-00001.h5.residuals.json"
-    job = processes.Process(target=extract_with_small_commits, args=(run.folder, False))
-    job.start()
+    job = forked(extract_with_small_commits, run.folder, False)
     while (
         job.is_alive() and not manifest.exists()
     ):  # the residuals behind block KEPT_EVERY are safe

@@ -3,7 +3,6 @@ nothing fits.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,7 +16,7 @@ import pytest
 import theloom
 import torch
 from layerwise_support import KEPT_EVERY, extract_with_small_commits
-from support import ROOT, build_tiny, stages
+from support import ROOT, build_tiny, forked, stages
 from theloom.devices import host
 from theloom.devices.host import DeviceMemory
 from theloom.engine.layerwise import runner
@@ -209,15 +208,10 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(
     ).all()
     run = stages(tmp_path / "killed", deep_llama, f"{requested} extraction.execution=layerwise")
     run.prepare()
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(
-        ["torch", "transformers.models.llama.modeling_llama", "theloom.engine.layerwise.shard"]
-    )
     partial = run.folder / "shards/00000-of-00001.h5.partial"
     choose, states, killed = random.Random(3), [(0, 0)], 0
     while not run.shards:
-        job = processes.Process(target=extract_with_small_commits, args=(run.folder, spilled))
-        job.start()
+        job = forked(extract_with_small_commits, run.folder, spilled)
         if killed == kills:
             job.join()
             assert job.exitcode == 0

@@ -5,7 +5,6 @@ and a job killed.
 import dataclasses
 import json
 import logging
-import multiprocessing
 import os
 import random
 import shutil
@@ -21,6 +20,7 @@ from support import (
     a_config,
     build_tiny,
     extract_with_small_commits,
+    forked,
     plain_residuals,
     residuals_of,
     stages,
@@ -336,18 +336,11 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_pat
     whole = stages(tmp_path / "whole", tiny_llama, requested).all()
     run = stages(tmp_path / "killed", tiny_llama, requested)
     run.prepare()
-    processes = multiprocessing.get_context(
-        "forkserver"
-    )  # a server that has torch loaded: jobs start at once
-    processes.set_forkserver_preload(
-        ["torch", "transformers.models.llama.modeling_llama", "theloom.pipeline.extract_shard"]
-    )
     partial = run.folder / "shards/00000-of-00001.h5.partial"
     choose = random.Random(0)
     committed = [0]
     for number in range(24):
-        job = processes.Process(target=extract_with_small_commits, args=(run.folder,))
-        job.start()
+        job = forked(extract_with_small_commits, run.folder)
         # Once it has committed something new; else at any moment, also before the model is loaded.
         if number % 3:
             while job.is_alive() and rows_committed(partial) <= committed[-1]:

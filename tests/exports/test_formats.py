@@ -388,7 +388,7 @@ def test_an_export_killed_three_times_ends_with_the_same_files(acts, tmp_path, t
     for moment in (0, 1, 1):
         process = multiprocessing.get_context("fork").Process(target=killed, args=(moment,))
         process.start()
-        process.join(120)
+        process.join(900)
         codes.append(process.exitcode)
     assert codes[0] == -signal.SIGKILL
     export(acts, to, tmp_path / "killed", **options)

@@ -148,7 +148,7 @@ def _without_onednn():
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("tokens", [24, 100, 200, 800])
 def test_backward_of_attention_has_its_buffers_for_each_thread(tokens: int, precision: str) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(2)  # `conftest` takes it back
     inputs = [
         torch.randn(1, 2, tokens, 32, dtype=torch_dtype(precision), requires_grad=True)
         for _ in range(3)

@@ -33,7 +33,7 @@ class Installed:
             cwd=cwd or self.folder,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1800,
             env=environment | {"PATH": f"{self.bin}{os.pathsep}{environment['PATH']}"},
         )
 

@@ -9,6 +9,7 @@ import select
 import subprocess
 import time
 
+import preloading
 import pytest
 from theloom.engine import progress_file
 from theloom.pipeline import bars
@@ -42,7 +43,7 @@ def slow_batches(project) -> None:
 def on_a_terminal(project, command: list[str]) -> str:
     """What a command writes to a terminal of 24 lines and 100 columns."""
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "24"}
+    environment = preloading.environment() | {"TERM": "xterm", "COLUMNS": "100", "LINES": "24"}
     running = subprocess.Popen(
         command, cwd=project.folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
     )
@@ -55,7 +56,7 @@ def on_a_terminal(project, command: list[str]) -> str:
             except OSError:  # all that had it open have ended
                 break
     os.close(ours)
-    assert running.wait(10) == 0, written.decode()
+    assert running.wait(300) == 0, written.decode()
     return written.decode()
 
 

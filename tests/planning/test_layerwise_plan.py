@@ -125,7 +125,8 @@ def swept_peak(bits: str, files) -> model.SweptPeak:
         )  # more than the pages of the embeddings
         sizes, pass_of = found.sizes(points), found.pass_of(points)
         needed = layerwise_plan.need(sizes, pass_of, cut.passes, 8192 * row, row, "cpu", False)
-        model.measure_sweep(found, LayerwisePlan(cut, False, needed))  # what is done but once
+        once = LayerwisePlan(Plan(512, 512, 512), False, needed)  # what is done but once
+        model.measure_sweep(found, once)
         return model.measure_sweep(found, LayerwisePlan(cut, False, needed))
 
 

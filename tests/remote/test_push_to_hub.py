@@ -34,7 +34,7 @@ def python(server, *words: str) -> subprocess.CompletedProcess[str]:
     settings = {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1"}
     environment = {n: v for n, v in os.environ.items() if n != "HF_HUB_OFFLINE"} | settings
     return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=1800
     )
 
 

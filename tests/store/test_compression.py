@@ -82,7 +82,7 @@ def test_packing_holds_no_lock_that_its_threads_may_need(runs, tmp_path, monkeyp
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(60)
+    thread.join(600)
     assert done
 
 

@@ -2,7 +2,6 @@
 by default a few.
 """
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -12,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import theloom
-from support import extract_with_small_commits, stages
+from support import extract_with_small_commits, forked, stages
 from theloom.store.commit_log import committed
 from theloom.store.partial import partial_of
 
@@ -27,18 +26,6 @@ def whole(request, tmp_path_factory, tiny_llama):
     run = stages(tmp_path_factory.mktemp("whole"), tiny_llama, requested)
     run.prepare()
     return run, KILLS if request.param == "auto" else max(1, KILLS // 2)
-
-
-def job(folder):
-    processes = multiprocessing.get_context(
-        "forkserver"
-    )  # a server that has torch loaded: jobs start at once
-    processes.set_forkserver_preload(
-        ["torch", "transformers.models.llama.modeling_llama", "theloom.pipeline.extract_shard"]
-    )
-    started = processes.Process(target=extract_with_small_commits, args=(folder,))
-    started.start()
-    return started
 
 
 def batches(partial) -> int:
@@ -72,11 +59,11 @@ def check(partial, truth) -> int:
 
 def test_an_extraction_that_is_killed_repeatedly_loses_no_committed_row(whole, tmp_path):
     whole, most = whole
-    job(whole.folder).join()  # starts the server, too
+    forked(extract_with_small_commits, whole.folder).join()  # starts the server, too
     (shard,) = whole.shards
     shard.unlink()
     begun = time.monotonic()
-    job(whole.folder).join()
+    forked(extract_with_small_commits, whole.folder).join()
     seconds = time.monotonic() - begun
     acts = theloom.open(shard)
     truth = stored(shard)
@@ -89,7 +76,7 @@ def test_an_extraction_that_is_killed_repeatedly_loses_no_committed_row(whole, t
         target = folder / "shards" / shard.name
         before = 0
         while not target.exists():
-            running = job(folder)
+            running = forked(extract_with_small_commits, folder)
             if (
                 kills < most and kills % 2
             ):  # soon after it has committed something new; else at any moment

@@ -119,7 +119,7 @@ def test_a_shard_s_pod_asks_for_what_is_planned_and_carries_no_token(
         f"{run}/shards/00001-of-00003.h5",
     ]
     done = subprocess.run(
-        command, cwd=project.folder, capture_output=True, text=True, timeout=300, env=os.environ
+        command, cwd=project.folder, capture_output=True, text=True, timeout=1800, env=os.environ
     )
     assert len(server.jobs) == 1, done.stdout + done.stderr
     (container,) = server.jobs[0]["spec"]["template"]["spec"]["containers"]

@@ -46,7 +46,7 @@ def run_within(
     cgroup: Cgroup, project: Project, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
     command = project.command(*arguments, overrides=REQUESTED)
-    options = {"cwd": project.folder, "capture_output": True, "text": True, "timeout": 900}
+    options = {"cwd": project.folder, "capture_output": True, "text": True, "timeout": 1800}
     return subprocess.run(command, preexec_fn=cgroup.enter, **options)
 
 

@@ -28,7 +28,7 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
         env=preloading.environment(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
 
 

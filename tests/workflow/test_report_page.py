@@ -40,7 +40,7 @@ def pages(tmp_path_factory, tiny_profile):
         env=preloading.environment(),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     named = done.stdout.split("open in a browser:")[1].split()

@@ -121,7 +121,7 @@ def test_an_edit_during_a_run_changes_nothing_in_it(tiny):
             re.sub(r"streaming_chunk_size: \d+", "streaming_chunk_size: 16", path.read_text())
         )
     (tiny.folder / "config/corpus/python-docs.yaml").write_text("kind: [this is, no corpus")
-    printed, _ = running.communicate(timeout=600)
+    printed, _ = running.communicate(timeout=1800)
     assert running.returncode == 0, printed
     frozen = json.loads((tiny.results("tiny") / "config/estimate.json").read_text())
     assert frozen["config"]["memory"]["streaming_chunk_size"] == 64

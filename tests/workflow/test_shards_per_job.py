@@ -5,9 +5,13 @@ none is computed twice.
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import h5py
+import preloading
 import pytest
 from support import copy_project
 from theloom.planning import shard_groups
@@ -39,11 +43,37 @@ def rows_of(shard) -> dict[str, bytes]:
     return found
 
 
+@contextmanager
+def held_in_the_second_shard(project, first) -> Iterator[None]:
+    """Have the extraction wait after each batch once the first shard is finished."""
+    script = project.folder / "workflow/scripts/extract_shard.py"
+    original = script.read_text()
+    script.write_text(
+        original.replace(
+            "with job(",
+            "import time\n"
+            "from theloom.store import writer\n"
+            "done = writer.ShardWriter.batch_done\n"
+            "def then(self, *arguments, **named):\n"
+            "    done(self, *arguments, **named)\n"
+            f"    while Path({str(first)!r}).exists(): time.sleep(0.05)\n"
+            "writer.ShardWriter.batch_done = then\n"
+            "with job(",
+            1,
+        )
+    )
+    yield
+    script.write_text(original)
+
+
 def kill_in_the_second_shard(project) -> None:
     """kill -9 of Snakemake and its jobs, once a job has finished its first shard."""
-    running = subprocess.Popen(  # not preloaded: the jobs are in its process group
-        project.command(profiles="tiny", overrides=GROUPED),
+    _, _, *words = project.command(profiles="tiny", overrides=GROUPED)
+    alone = "import sys; from snakemake.cli import main; main(sys.argv[1:])"
+    running = subprocess.Popen(  # a process of this group, as are those that hand over its jobs
+        [sys.executable, "-c", alone, *words[1:]],
         cwd=project.folder,
+        env=preloading.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -65,9 +95,10 @@ def test_a_killed_group_goes_on_and_gives_the_rows_of_single_jobs(tiny):
     assert extracting == {"extract_shards_0_to_2_of_5": 1, "extract_shards_3_to_4_of_5": 1}
     done = tiny.snakemake("--until", "load_model", profiles="tiny", overrides=GROUPED)
     assert done.returncode == 0, done.stdout + done.stderr
-    kill_in_the_second_shard(tiny)
     shards = tiny.results("grouped") / "shards"
     first = finished_of(shards / "00000-of-00005.h5")
+    with held_in_the_second_shard(tiny, first):
+        kill_in_the_second_shard(tiny)
     before = first.stat().st_ino
     assert not list(shards.glob("0000[0-2]-of-00005.h5"))
     done = tiny.snakemake("--unlock", profiles="tiny", overrides=GROUPED)

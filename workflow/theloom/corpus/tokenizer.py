@@ -68,10 +68,13 @@ class CorpusTokenizer:
         Returns:
             The token ids of each text, and their characters, in the order of the texts.
         """
+        found: list[Encoding] = self._safely(texts, self._by_file, special, self._with_characters)
         if self._of_file is not None and not self._compared:
-            self._compare([*texts[:COMPARED], PROBE])
+            taken = texts[:COMPARED]
+            ids = [ids for ids, _ in found[:COMPARED]] if special else self._ids(taken)
+            self._compare([*taken, PROBE], [*ids, *self._ids([PROBE])])
         self._compared = True
-        return self._safely(texts, self._by_file, special, self._with_characters)
+        return found
 
     @contextmanager
     def as_target(self) -> Iterator[None]:
@@ -264,7 +267,11 @@ class CorpusTokenizer:
         found.no_padding()
         return found
 
-    def _ids(self, texts: Sequence[str], by_file: bool, special: bool = True) -> list[list[int]]:
+    def _ids(
+        self, texts: Sequence[str], by_file: bool | None = None, special: bool = True
+    ) -> list[list[int]]:
+        """Token ids by the file or by the class; by what the run takes where it is not said."""
+        by_file = self._by_file if by_file is None else by_file
         return self._safely(texts, by_file, special, self._encoded)
 
     def _safely(
@@ -304,11 +311,15 @@ class CorpusTokenizer:
         )
         return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
-    def _compare(self, texts: list[str]) -> None:
-        """Warn of the first text to which class and file give other ids."""
-        for text, *pair in zip(texts, self._ids(texts, False), self._ids(texts, True), strict=True):
-            if pair[0] == pair[1]:
+    def _compare(self, texts: list[str], taken: list[list[int]]) -> None:
+        """Warn of the first text to which class and file give other ids; `taken`: those that the
+        run takes.
+        """
+        others = self._ids(texts, not self._by_file)
+        for text, ours, other in zip(texts, taken, others, strict=True):
+            if ours == other:
                 continue
+            pair = (other, ours) if self._by_file else (ours, other)
             shown, by_class, by_file = self._example(text) or (text[:40], *pair)
             self.difference = (
                 f"{shown!r}: {by_class[:_SHOWN]} by the class, {by_file[:_SHOWN]} by the file"

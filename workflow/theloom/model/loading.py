@@ -111,6 +111,7 @@ def load_model(
     exact: str | None = None,
     target: Target | None = None,
     lm_head: bool = False,
+    whole: "FakeModel | None" = None,
 ) -> LoadedModel:
     """Load a model: all of it, or what reading `points` needs.
 
@@ -125,6 +126,8 @@ def load_model(
             requests.
         target: The device and the precision, if they are resolved already.
         lm_head: Load the model that writes text: with its LM head, and whole.
+        whole: The whole model on tensors without bytes in the target's precision, if it is built
+            already; it tells what reading `points` needs.
 
     Returns:
         The model in eval mode, without gradients, on its device.
@@ -147,7 +150,7 @@ def load_model(
     model_config = config_in(files, config.model.trust_remote_code)
     own = quantization_of(config, model_config)
     quantization = own or (None if exact else weight_format.requested_quantization(config))
-    whole = _without_bytes(config, resolved.resolved) if points is not None else None
+    whole = None if points is None else _without_bytes(config, resolved.resolved, whole)
     left_out = whole.unneeded(points) if whole is not None and points is not None else []
     if quantization is not None:
         # transformers leaves the last module as it is, which of a model without its end would be
@@ -237,15 +240,17 @@ def _read_in(model: "nn.Module") -> None:
             stored[:: mmap.PAGESIZE].sum()
 
 
-def _without_bytes(config: Config, resolved: str) -> "FakeModel | None":
-    """The whole model on tensors without bytes, by which it is loaded in part; None for one whose
-    code is its own.
+def _without_bytes(config: Config, resolved: str, built: "FakeModel | None") -> "FakeModel | None":
+    """The whole model on tensors without bytes, by which it is loaded in part: `built`, or built
+    now; None for one whose code is its own.
     """
     from theloom.model import fake
 
     model_config = hf_config(config.model)
     if has_own_code(model_config, config.model.trust_remote_code):
         return None
+    if built is not None:
+        return built
     attention = traceable_attention(config.extraction.attention.name)
     return fake.fake_model(model_config, resolved, attention=attention)
 

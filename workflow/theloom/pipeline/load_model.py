@@ -246,7 +246,8 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         catalog = traced.catalog()  # of the whole model, of which only what is needed is loaded
         points = catalog.select(estimated.hooks)
         check_integers(points, catalog, _store_precision(estimated, resolved.resolved))
-        loaded = load_model(config, files, points, target=target)
+        whole = traced.fake(weight_format.WeightFormat(resolved.resolved))
+        loaded = load_model(config, files, points, target=target, whole=whole)
     check = tower_check if senses(model_config) else self_check
     tried = check(loaded.architecture, loaded.tolerance)
     if tokens.attributes(tokens_path).get("images"):
