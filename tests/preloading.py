@@ -192,7 +192,8 @@ def _accept(connection: socket.socket, installed: list[str], read: dict[str, str
         return
     for stream in streams:
         os.close(stream)
-    connection.sendall(f"{process}\n".encode())
+    with suppress(BrokenPipeError):
+        connection.sendall(f"{process}\n".encode())
     ended = os.pidfd_open(process)
     ready, _, _ = select.select([ended, connection], [], [])
     if ended not in ready:
