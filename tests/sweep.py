@@ -32,7 +32,7 @@ import torch
 import transformers
 from support import ROOT, Stages, stages
 from sweep_page import CHUNK, LENGTHS, LIMIT, MAPPINGS, Row, page
-from sweep_towers import READS, write_processor
+from sweep_towers import HALVES, READS, half_of, halves, write_processor
 from theloom.engine import model_record
 from theloom.errors import TheLoomError, VerificationError
 from tiny_configs import tiny_config
@@ -47,17 +47,22 @@ RESULTS = ROOT / "results/architectures.json"
 
 def names(requested: Iterable[str] = ()) -> list[tuple[str, str, str]]:
     """Kind, model type and class of the architectures to try, each class once; base models where
-    none with a head is tried.
+    none with a head is tried, and those that compare two kinds as each of their halves.
     """
     found, seen = [], set()
-    for kind, mapping in MAPPINGS.items():
+    mappings = {**MAPPINGS, **halves()}
+    mappings["base"] = mappings.pop("base")  # the last
+    for kind, mapping in mappings.items():
         for model_type, classes in mapping.items():
             wanted = {model_type, f"{kind}/{model_type}"}
-            model_class = classes[0] if kind == "base" and not isinstance(classes, str) else classes
-            if kind == "base" and model_type in {known for known, _ in seen}:
+            model_class: Any = (
+                classes[0] if kind == "base" and not isinstance(classes, str) else classes
+            )
+            if kind == "base" and model_type in {known for known, *_ in seen}:
                 continue
-            if isinstance(model_class, str) and (model_type, model_class) not in seen:
-                seen.add((model_type, model_class))
+            once = (model_type, model_class, kind if kind in HALVES else "")
+            if isinstance(model_class, str) and once not in seen:
+                seen.add(once)
                 if not requested or wanted.intersection(requested):
                     found.append((kind, model_type, model_class))
     return found
@@ -88,7 +93,7 @@ def build(model_type: str, kind: str = "causal") -> PreTrainedModel:
 
 
 def _class_of(kind: str, model_type: str) -> type[PreTrainedModel]:
-    name = MAPPINGS[kind][model_type]
+    name = (MAPPINGS | halves())[kind][model_type]
     found: type[PreTrainedModel] = getattr(transformers, name if isinstance(name, str) else name[0])
     return found
 
@@ -104,18 +109,21 @@ def examine(kind: str, model_type: str, model_class: str, folder: Path) -> Row:
     row = Row(kind, model_type, model_class, "untried")
     try:
         other = takes_instead(_class_of(kind, model_type))
-        if other and other not in READS:
+        reads = HALVES[kind][0] if kind in HALVES else READS.get(other, "text")
+        if kind not in HALVES and other and other not in READS:
             return replace(row, status="other", reason=f"it takes {other}")
         model = build(model_type, kind)
         model.save_pretrained(folder / "model")
         model = type(model).from_pretrained(folder / "model").eval()
-        if other:
-            write_processor(model, model_type, READS[other], folder / "model")
+        if kind in HALVES:
+            model = half_of(model, kind)
+        if reads != "text":
+            write_processor(model, model_type, reads, folder / "model")
     except Exception as error:
         return replace(row, reason=_words(error))
-    if other:
+    if reads != "text":
         row = replace(row, model_class=type(model).__name__)
-        return _run_tower(row, model, folder, READS[other])
+        return _run_tower(row, model, folder, reads)
     _write_tokenizer(folder / "tokenizer")
     _write_documents(folder / "texts.jsonl")
     row = replace(row, model_class=type(model).__name__)

@@ -1,17 +1,65 @@
-"""Models of images and audio in the sweep: a processor of their own kind, and files to read."""
+"""Models of images and audio in the sweep: a processor of their own kind, files to read, and the
+halves of models that compare those to texts.
+"""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import transformers
-from transformers import PreTrainedModel
-from transformers.models.auto import feature_extraction_auto, image_processing_auto
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto import (
+    feature_extraction_auto,
+    image_processing_auto,
+    modeling_auto,
+)
 
+# kind of the sweep: what that half of a model reads, and the configs that it may have
+HALVES = {
+    "image-half": ("images", ("vision_config", "image_config")),
+    "audio-half": ("audio", ("audio_config", "speech_config")),
+    "text-half": ("text", ("text_config",)),
+}
 READS = {"pixel_values": "images", "input_values": "audio", "input_features": "audio"}
 # Halves have no processor of their own name: that of the whole model, or of what they come from
 _ENDS = ("_vision_model", "_vision", "_encoder", "_audio", "_vit_model", "_hiera_det_model")
+
+
+@cache
+def halves() -> dict[str, dict[str, str]]:
+    """Kind of half, model type and class of all models that compare images or audio to texts."""
+    found: dict[str, dict[str, str]] = {kind: {} for kind in HALVES}
+    for model_type, classes in modeling_auto.MODEL_MAPPING_NAMES.items():
+        name = classes if isinstance(classes, str) else classes[0]
+        parts = set(CONFIG_MAPPING[model_type].sub_configs)
+        kinds = [kind for kind, (_, configs) in HALVES.items() if parts.intersection(configs)]
+        if len(kinds) > 1 and hasattr(getattr(transformers, name), "get_text_features"):
+            for kind in kinds:
+                found[kind][model_type] = name
+    return found
+
+
+def half_of(model: PreTrainedModel, kind: str) -> PreTrainedModel:
+    """The module of a model that is one half of it.
+
+    Args:
+        model: The whole.
+        kind: Of `HALVES`.
+
+    Returns:
+        The outermost module that has the half's config.
+
+    Raises:
+        LookupError: None has it.
+    """
+    config = next(c for n in HALVES[kind][1] if (c := getattr(model.config, n, None)) is not None)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module is not model:
+            if type(module.config) is type(config):
+                return module
+    raise LookupError(f"{type(model).__name__} has no module for its {type(config).__name__}")
 
 
 def write_processor(model: PreTrainedModel, model_type: str, reads: str, folder: Path) -> None:

@@ -21,7 +21,29 @@ document, of objects with `file`, or `row` and `image`, and `sha256`.
 CHAT = "chat"  # a model of texts and images, whose conversations have both
 TEXT = "text"  # the text half of a model that compares texts to images or audio
 
-_MODALITY, _SHAPE = "theloom_modality", "theloom_input_shape"  # attributes of a model's config
+# attributes of a model's config
+_MODALITY, _SHAPE, _HALF = "theloom_modality", "theloom_input_shape", "theloom_is_half"
+
+
+def mark_half(config: "PretrainedConfig") -> None:
+    """Say on a config that its model is one half of the one in the files.
+
+    Args:
+        config: Of the half; it is changed.
+    """
+    setattr(config, _HALF, True)
+
+
+def is_half(config: "PretrainedConfig") -> bool:
+    """Whether a model is one half of the one in the files.
+
+    Args:
+        config: Of a model.
+
+    Returns:
+        True for the vision, audio or text half of a model that compares two kinds.
+    """
+    return bool(getattr(config, _HALF, False))
 
 
 def mark(config: "PretrainedConfig", modality: str, shape: tuple[int, ...] | None = None) -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
-from theloom.model.checkpoint.classes import has_own_code, model_class, tied_heads
+from theloom.model.checkpoint.classes import has_own_code, model_class
 from theloom.model.checkpoint.folder import StoredTensor, stored_tensors, weight_files
+from theloom.model.checkpoint.key_mapping import key_mapping
 from theloom.model.checkpoint.limits import bounded_build
 from theloom.model.weight_format import quantization_config
 
@@ -108,7 +109,7 @@ def check_stored(model_config: "PretrainedConfig", folder: Path, config: ModelCo
                 config=model_config,
                 state_dict=empty,
                 device_map={"": "meta"},
-                key_mapping=tied_heads(model_config, stored),
+                key_mapping=key_mapping(model_config, stored),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )

@@ -15,7 +15,15 @@ from theloom.config.model_dims import mark_side
 from theloom.errors import ModelError
 from theloom.model.checkpoint.halves import keep_encoder, remade
 from theloom.model.towers import chat, processor
-from theloom.rows.modality import CHAT, SENSED, TEXT, input_shape, mark, modality_of
+from theloom.rows.modality import (
+    CHAT,
+    SENSED,
+    TEXT,
+    input_shape,
+    mark,
+    mark_half,
+    modality_of,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +32,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _OF_ANY = {"images": ("pixel_values",), "audio": ("input_values", "input_features")}
-_HALVES = {"images": "vision_config", "audio": "audio_config", TEXT: "text_config"}
+_HALVES = {
+    "images": ("vision_config", "image_config"),
+    "audio": ("audio_config", "speech_config"),
+    TEXT: ("text_config",),
+}
 _SECONDS = 1.0  # of sound in a trial that asks for no more rows than that has
 _LONGEST_SECONDS = 30.0  # of sound that a run is planned for where it names no number of rows
 _RATE = 16_000  # samples a second that models of raw sound take
@@ -63,12 +75,13 @@ def chosen(
     if own == modality and not compares:
         found = config
     elif compares:
-        found = getattr(config, _HALVES[modality or TEXT], None)
+        found = _half(config, modality or TEXT)
         half = None if found is None else class_of(found)
         if half is None or _modality(half) != modality:
             if modality is None:
                 return config
             raise _reads_other(config, whole, modality, source)
+        mark_half(found)
     elif modality is None:
         raise ModelError(
             f"model.source: {source} ({config.model_type}) reads {own}, and the corpus has "
@@ -84,6 +97,11 @@ def chosen(
         shape = processor.load_processor(folder, modality, source).shape
     mark(found, modality, shape)
     return found
+
+
+def _half(config: "PretrainedConfig", modality: str) -> Any:
+    """The config of one half of a model; None where it has none."""
+    return next((c for n in _HALVES[modality] if (c := getattr(config, n, None)) is not None), None)
 
 
 def reads(config: "PretrainedConfig") -> str | None:
@@ -114,7 +132,8 @@ def class_of(config: "PretrainedConfig") -> Any:
 
     found: Any = transformers.AutoModel._model_mapping.get(type(config), None)
     if found is None:
-        return getattr(transformers, type(config).__name__.replace("Config", "Model"), None)
+        name = type(config).__name__.removesuffix("Config")
+        return getattr(transformers, f"{name}Model", None) or getattr(transformers, name, None)
     return found[0] if isinstance(found, list | tuple) else found
 
 
@@ -139,6 +158,15 @@ def _takes_ids(of_class: Any) -> bool:
 
 def _reads_other(config: Any, whole: Any, modality: str, source: str) -> ModelError:
     own = _modality(whole) or "texts"
+    if hasattr(whole, "get_text_features"):
+        halves = {kind: _half(config, kind) for kind in _HALVES}
+        own = " and ".join(
+            "texts" if kind == TEXT else kind
+            for kind, half in halves.items()
+            if half is not None
+            and (c := class_of(half))
+            and _modality(c) == (None if kind == TEXT else kind)
+        )
     return ModelError(
         f"model.source: {source} ({config.model_type}) reads {own}, and the corpus has "
         f"{modality}; give an encoder of {modality}, or another corpus"
