@@ -56,9 +56,9 @@ def half_of(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     """
     config = next(c for n in HALVES[kind][1] if (c := getattr(model.config, n, None)) is not None)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module is not model:
-            if type(module.config) is type(config):
-                return module
+        own = getattr(module, "config", None)
+        if module is not model and type(own) is type(config):
+            return module
     raise LookupError(f"{type(model).__name__} has no module for its {type(config).__name__}")
 
 

@@ -22,28 +22,29 @@ CHAT = "chat"  # a model of texts and images, whose conversations have both
 TEXT = "text"  # the text half of a model that compares texts to images or audio
 
 # attributes of a model's config
-_MODALITY, _SHAPE, _HALF = "theloom_modality", "theloom_input_shape", "theloom_is_half"
+_MODALITY, _SHAPE, _HALF = "theloom_modality", "theloom_input_shape", "theloom_half_of"
 
 
-def mark_half(config: "PretrainedConfig") -> None:
+def mark_half(config: "PretrainedConfig", whole: str) -> None:
     """Say on a config that its model is one half of the one in the files.
 
     Args:
         config: Of the half; it is changed.
+        whole: The model type of the one in the files.
     """
-    setattr(config, _HALF, True)
+    setattr(config, _HALF, whole)
 
 
-def is_half(config: "PretrainedConfig") -> bool:
-    """Whether a model is one half of the one in the files.
+def half_of(config: "PretrainedConfig") -> str:
+    """The model type of the files of which a model is one half.
 
     Args:
         config: Of a model.
 
     Returns:
-        True for the vision, audio or text half of a model that compares two kinds.
+        Empty where the model is the one in the files.
     """
-    return bool(getattr(config, _HALF, False))
+    return str(getattr(config, _HALF, ""))
 
 
 def mark(config: "PretrainedConfig", modality: str, shape: tuple[int, ...] | None = None) -> None:

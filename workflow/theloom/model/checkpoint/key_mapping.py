@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from theloom.model.checkpoint.classes import model_class
 from theloom.model.checkpoint.limits import bounded_build
-from theloom.rows.modality import TEXT, is_half, modality_of
+from theloom.rows.modality import TEXT, half_of, modality_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,20 +34,30 @@ def _of_half(model_config: "PretrainedConfig", stored: Collection[str]) -> dict[
     import torch
     from transformers import initialization
 
-    if not stored or not is_half(model_config):
+    if not stored or not half_of(model_config):
         return {}
     with bounded_build(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
         made = model_class(model_config)._from_config(model_config)
-    names = [name for name in made.state_dict() if not name.startswith("pooler.")]
-    first, keys = names[0], set(stored)
-    prefixes = [key.removesuffix(first) for key in sorted(keys) if key.endswith(f".{first}")]
-    found = [p for p in prefixes if all(p + name in keys for name in names)]
-    if len(found) > 1:
+    names, keys = list(made.state_dict()), set(stored)
+    prefixes = [key.removesuffix(names[0]) for key in sorted(keys) if key.endswith(f".{names[0]}")]
+    if len(prefixes) > 1:
         words = _WORDS[modality_of(model_config)]
-        found = [p for p in found if any(word in p for word in words)]
-    if first in keys or len(found) != 1:
+        prefixes = [p for p in prefixes if any(word in p for word in words)]
+    if names[0] in keys or len(prefixes) != 1:
         return {}
-    return {f"^{re.escape(found[0])}": ""}
+    return {**_of_whole(model_config), f"^{re.escape(prefixes[0])}": ""}
+
+
+def _of_whole(model_config: "PretrainedConfig") -> dict[str, str]:
+    """What transformers calls otherwise in the files of the whole model."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    found: dict[str, str] = {}
+    for change in get_checkpoint_conversion_mapping(half_of(model_config)) or ():
+        if type(change) is WeightRenaming:
+            found |= dict(zip(change.source_patterns, change.target_patterns, strict=True))
+    return found
 
 
 def _tied_heads(model_config: "PretrainedConfig", stored: Collection[str]) -> dict[str, str]:

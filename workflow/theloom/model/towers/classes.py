@@ -81,7 +81,7 @@ def chosen(
             if modality is None:
                 return config
             raise _reads_other(config, whole, modality, source)
-        mark_half(found)
+        mark_half(found, config.model_type)
     elif modality is None:
         raise ModelError(
             f"model.source: {source} ({config.model_type}) reads {own}, and the corpus has "
