@@ -32,12 +32,12 @@ import torch
 import transformers
 from support import ROOT, Stages, stages
 from sweep_page import CHUNK, LENGTHS, LIMIT, MAPPINGS, Row, page
-from sweep_towers import HALVES, READS, half_of, halves, write_processor
+from sweep_towers import HALVES, READS, half_of, halves, plain_inputs, write_processor
 from theloom.engine import model_record
 from theloom.errors import TheLoomError, VerificationError
 from tiny_configs import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
-from towers_support import processed, write_media
+from towers_support import write_media
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SECONDS, BYTES = 300, 8 << 30
@@ -101,6 +101,8 @@ def _class_of(kind: str, model_type: str) -> type[PreTrainedModel]:
 def takes_instead(model_class: type[PreTrainedModel]) -> str:
     """What a model must be given where it takes no token ids; empty where it takes them."""
     names = [name for name in signature(model_class.forward).parameters if name != "self"]
+    if "grid_thw" in names:
+        return "pixel_values"
     return "" if "input_ids" in names else next(iter(names), "nothing")
 
 
@@ -117,6 +119,8 @@ def examine(kind: str, model_type: str, model_class: str, folder: Path) -> Row:
         model = type(model).from_pretrained(folder / "model").eval()
         if kind in HALVES:
             model = half_of(model, kind)
+        if reads == "audio" and not getattr(model.config, "num_hidden_layers", None):
+            model = getattr(model, "encoder", model)  # behind it are the blocks of its head
         if reads != "text":
             write_processor(model, model_type, reads, folder / "model")
     except Exception as error:
@@ -180,11 +184,11 @@ def _run_tower(row: Row, model: PreTrainedModel, place: Path, reads: str) -> Row
 
     def compare() -> tuple[bool, float]:
         acts, shifted, worst = theloom.open(run.activations), False, 0.0
-        plain, main = model.get_encoder() if side else model, model.main_input_name
+        plain = model.get_encoder() if side else model
         for number, file in enumerate(files):
             document = acts.document(number)
             rows = {n.removeprefix(side): document[n][None].float() for n in acts.hooks}
-            inputs = {main: processed(file, place / "model", reads)[main]}
+            inputs = plain_inputs(plain, file, place / "model", reads)
             outputs, error = _against_own_states(plain, inputs, rows, "")
             shifted, worst = shifted or outputs, max(worst, error)
         return shifted, worst
@@ -281,6 +285,7 @@ def _against_own_states(
         for name in ([f"{side}_hidden_states"] if side else names)
         if (s := getattr(output, name, None)) is not None
     )
+    states = [state[None] if state.ndim == 2 else state for state in states]  # a list of patches
     before = [found[f"blocks.{i}.hook_resid_pre"] for i in range(count)]
     after = [found[f"blocks.{i}.hook_resid_post"] for i in range(count)]
     if len(states) < count:

@@ -4,11 +4,13 @@ halves of models that compare those to texts.
 
 import json
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import transformers
+from towers_support import processed
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import (
     feature_extraction_auto,
@@ -95,6 +97,30 @@ def write_processor(model: PreTrainedModel, model_type: str, reads: str, folder:
     (folder / "preprocessor_config.json").write_text(json.dumps(written))
 
 
+def plain_inputs(model: PreTrainedModel, file: Path, folder: Path, reads: str) -> dict[str, Any]:
+    """What a model is given of a file: all that its processor makes and it has an argument for.
+
+    Args:
+        model: The tower itself.
+        file: An image or a clip.
+        folder: Of the processor.
+        reads: `images` or `audio`.
+
+    Returns:
+        Tensors by the names of its forward.
+    """
+    takes = signature(model.forward).parameters
+    made = processed(file, folder, reads, "input_features_mask" in takes)
+    if "grid_thw" in takes and "pixel_values" not in takes:
+        made["hidden_states"] = made["pixel_values"]
+    for name in list(made):
+        made[name.removeprefix("image_")] = made[name]
+        made[f"pixel_{name.removeprefix('image_')}"] = made[name]
+    if "input_features_mask" in takes:
+        made["input_features_mask"] = made["attention_mask"]
+    return {name: value for name, value in made.items() if name in takes}
+
+
 def _owners(model_type: str) -> list[str]:
     whole = [model_type.removesuffix(end) for end in _ENDS if model_type.endswith(end)]
     return [model_type, model_type.replace("_", "-"), *whole]
@@ -122,7 +148,15 @@ def _of_images(model: PreTrainedModel) -> list[dict[str, Any]]:
     elif isinstance(size, int):
         height = width = size
     else:
-        return [{}]
+        sizes = {
+            "patch_size": "patch_size",
+            "merge_size": "spatial_merge_size",
+            "temporal_patch_size": "temporal_patch_size",
+        }
+        own = {
+            n: v for n, c in sizes.items() if isinstance(v := getattr(model.config, c, None), int)
+        }
+        return [own, {}]
     square = {"height": height, "width": width}
     return [
         {"size": square, "crop_size": square},

@@ -122,7 +122,9 @@ def write_media(folder: Path, reads: str) -> Path:
     return folder
 
 
-def processed(file: Path, folder: Path, reads: str) -> dict[str, torch.Tensor]:
+def processed(
+    file: Path, folder: Path, reads: str, masked: bool = False
+) -> dict[str, torch.Tensor]:
     """What the processor of a folder makes of an image or a clip."""
     own: Any
     if reads == "images":
@@ -130,7 +132,8 @@ def processed(file: Path, folder: Path, reads: str) -> dict[str, torch.Tensor]:
         return dict(own(Image.open(file).convert("RGB"), return_tensors="pt"))
     own = transformers.AutoFeatureExtractor.from_pretrained(folder)
     values, rate = soundfile.read(file, dtype="float32")
-    return dict(own(values, sampling_rate=rate, return_tensors="pt"))
+    more = {"return_attention_mask": True} if masked else {}
+    return dict(own(values, sampling_rate=rate, return_tensors="pt", **more))
 
 
 def plain_states(folder: Path, kind: str, file: Path) -> dict[str, torch.Tensor]:

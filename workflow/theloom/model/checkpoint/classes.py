@@ -10,7 +10,8 @@ from theloom.model.checkpoint.folder import own_model_code
 from theloom.model.checkpoint.halves import half, has_halves
 from theloom.model.towers.chat import seeing
 from theloom.model.towers.classes import class_of, tower
-from theloom.rows.modality import CHAT, SENSED, input_shape, modality_of
+from theloom.rows.modality import CHAT, SENSED, modality_of
+from theloom.rows.tower_inputs import samples_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -206,7 +207,7 @@ def _tower(model_config: "PretrainedConfig", modality: str) -> Any:
             f"{model_config.model_type} is one list of blocks: name its hook points without "
             f"{side!r}, as blocks.0.hook_resid_post"
         )
-    return tower(whole, modality, side, input_shape(model_config))
+    return tower(whole, modality, side, samples_of(model_config))
 
 
 def _whole_class(model_config: "PretrainedConfig") -> Any:
