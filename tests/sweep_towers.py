@@ -131,7 +131,16 @@ def _made(name: str, settings: dict[str, Any], reads: str) -> Any:
     value = np.zeros((48, 32, 3), "u1") if reads == "images" else np.zeros(16000, "f4")
     more = {} if reads == "images" else {"sampling_rate": 16000}
     try:
-        processor = getattr(transformers, name)(**settings)
+        made = getattr(transformers, name)
+        if getattr(made, "do_image_splitting", False):
+            settings = {"do_image_splitting": False, **settings}
+            if "size" in settings:
+                settings = {
+                    "do_image_splitting": False,
+                    "size": {"longest_edge": settings["size"].get("height", 0)},
+                    "max_image_size": {"longest_edge": settings["size"].get("height", 0)},
+                }
+        processor = made(**settings)
         processor(value, return_tensors="pt", **more)
     except ImportError:
         raise

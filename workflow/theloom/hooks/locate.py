@@ -168,7 +168,10 @@ def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
             "what is embedded are patches or frames without class token and positions; the rows "
             "that go into the blocks are hook_resid_pre of the first one",
         )
-    embedding = architecture.part.get_input_embeddings()
+    try:
+        embedding = architecture.part.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return dict.fromkeys(BEFORE_BLOCKS, "the model does not say which module embeds tokens")
     positions = [
         module
         for name, module in architecture.part.named_modules()

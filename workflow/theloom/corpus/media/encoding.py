@@ -112,8 +112,8 @@ class Encoder:
         """Samples of the longest clip, where the processor pads or cuts all to one length."""
         if self._kind != "audio" or self._processor.shape is None:
             return None
-        found = getattr(self._processor.own, "n_samples", None)
-        if not isinstance(found, int):
+        found = self._processor.longest
+        if found is None:
             raise ModelError(
                 f"model.source: {self._source}: {type(self._processor.own).__name__} makes every "
                 "clip equally long and does not say which it cuts; its rows cannot be told from "
@@ -178,7 +178,7 @@ class Encoder:
             if before is None:
                 return {}
             special[:before] = 1
-        elif self._longest is not None:
+        elif self._longest is not None and self._counts.in_time:
             special[-(-len(value) * count // self._longest) :] = 1
         return {"special": special}
 

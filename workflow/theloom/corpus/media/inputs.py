@@ -97,9 +97,10 @@ class Inputs:
         found: dict[str, torch.Tensor] = self._processor(
             value_of(item, self._corpus, self._processor)
         )
-        if list(self._processor.shape_in(found)) != shape:
+        here = self._processor.shape_in(found)
+        if list(here) != shape:
             raise CorpusError(
-                f"{place}: the processor makes {self._processor.shape_in(found)} of it here, and made "
+                f"{place}: the processor makes {here} of it here, and made "
                 f"{tuple(shape)} when its rows were counted; install the same Pillow and "
                 "transformers"
             )

@@ -14,6 +14,7 @@ from theloom.model.checkpoint.folder import StoredTensor, stored_tensors, weight
 from theloom.model.checkpoint.key_mapping import key_mapping
 from theloom.model.checkpoint.limits import bounded_build
 from theloom.model.weight_format import quantization_config
+from theloom.rows.modality import half_of
 
 if TYPE_CHECKING:
     import torch
@@ -218,12 +219,14 @@ def _is_computed(key: str, model: "nn.Module") -> bool:
     return "Sinusoidal" in type(owner).__name__
 
 
-def _is_unread(key: str, model: "nn.Module", stored: Collection[str]) -> bool:
+def _is_unread(key: str, model: Any, stored: Collection[str]) -> bool:
     """Whether a weight without a place in the model is of a part that no hook point reads.
 
     That is a head: what lies next to the model itself where keys have its prefix, else what is in
     none of its parts.
     """
+    if half_of(model.config) and key.split(".")[0] not in dict(model.named_children()):
+        return True  # of the other half
     if _CHANGES.search(key):
         return False
     if _UNREAD.search(key) or _predicts_more(key, model):

@@ -62,6 +62,27 @@ class Processor:
         """Whether patches come as one list with a grid, one image at a time."""
         return is_packed(self.samples)
 
+    @property
+    def longest(self) -> int | None:
+        """Samples of the longest clip, where all are padded or cut to one length; None: the
+        processor does not tell.
+        """
+        import torch
+
+        named = getattr(self.own, "n_samples", None)
+        if isinstance(named, int):
+            return named
+        frames = getattr(self.own, "max_length", None)
+        if not isinstance(frames, int):
+            return None
+        step = self.sampling_rate // 100  # of features 10 ms apart, as of AST
+        found = frames * step
+        whole = torch.linspace(-1, 1, found).numpy()
+        other = whole.copy()
+        other[-2 * step :] *= -1
+        pair = [self(clip)[self.input_name] for clip in (whole, other)]
+        return None if torch.equal(*pair) else found
+
     def shape_in(self, inputs: "Mapping[str, torch.Tensor]") -> tuple[int, ...]:
         """The shape by which documents may share a pass.
 
@@ -236,8 +257,16 @@ def _processed(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a silent clip has no variance
         made = own(value, **options)
+    tensors = {name: found for name, found in made.items() if isinstance(found, torch.Tensor)}
+    main = tensors[own.model_input_names[0]]
+    if modality == "images" and main.ndim == 5:  # the tiles of an image
+        if main.shape[1] > 1:
+            raise ValueError(
+                f"it cuts an image into {main.shape[1]} tiles; set do_image_splitting to false in "
+                f"{FILES[0]}, so that an image is one document"
+            )
+        tensors = {name: found.squeeze(1) for name, found in tensors.items()}
     return {
         name: found.float() if found.is_floating_point() else found
-        for name, found in made.items()
-        if isinstance(found, torch.Tensor)
+        for name, found in tensors.items()
     }

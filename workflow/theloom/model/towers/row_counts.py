@@ -95,6 +95,11 @@ class RowCounts:
             taps.run(**given)
         return int(found[0][1])
 
+    @property
+    def in_time(self) -> bool:
+        """Whether the rows of a clip are its frames, one after the other."""
+        return self.input_name != "input_values" and not towers.patch_size(self._model)
+
     def real_rows(self, inputs: "Mapping[str, torch.Tensor]") -> int | None:
         """Rows of a document that are not of padding, by the mask that the processor makes.
 

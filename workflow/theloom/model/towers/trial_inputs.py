@@ -52,6 +52,10 @@ def longest_inputs(model: Any) -> "dict[str, torch.Tensor]":
         shape = (1, int(_LONGEST_SECONDS * _RATE))
         return _filled(model, (Part(model.main_input_name, shape, "float32"),), 1)
     if samples and (free or is_packed(samples)):
+        axis = max(range(1, len(samples[2][0].shape)), key=lambda a: samples[2][0].shape[a])
+        most = getattr(model.config, "max_position_embeddings", None) or 0
+        if free and 0 < most < rows_of_frames(model, samples[2][0].shape[axis]):
+            return trial_inputs(model, 1, most)
         return _filled(model, samples[2], 1)
     return trial_inputs(model, 1, 0)
 
@@ -140,7 +144,9 @@ def rows_of_frames(model: Any, frames: int) -> int:
         method = getattr(model, name, None) or getattr(part, name, None)
         if method is not None:
             with unset_fake_temporarily():
-                return int(method(torch.tensor([frames])).reshape(-1)[0])
+                found = method(torch.tensor([frames]))
+            last = found[-1] if isinstance(found, tuple) else found  # of several steps the last
+            return int(last.reshape(-1)[0])
     strides = [m.stride[0] for axes in (1, 2) for m in _convolutions(part, axes)]
     return -(-frames // max(1, math.prod(strides)))
 
