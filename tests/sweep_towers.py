@@ -133,13 +133,8 @@ def _made(name: str, settings: dict[str, Any], reads: str) -> Any:
     try:
         made = getattr(transformers, name)
         if getattr(made, "do_image_splitting", False):
-            settings = {"do_image_splitting": False, **settings}
-            if "size" in settings:
-                settings = {
-                    "do_image_splitting": False,
-                    "size": {"longest_edge": settings["size"].get("height", 0)},
-                    "max_image_size": {"longest_edge": settings["size"].get("height", 0)},
-                }
+            side = {"longest_edge": settings.get("size", {}).get("height", 364)}
+            settings = {"do_image_splitting": False, "size": side, "max_image_size": side}
         processor = made(**settings)
         processor(value, return_tensors="pt", **more)
     except ImportError:

@@ -215,8 +215,6 @@ def _whole_class(model_config: "PretrainedConfig") -> Any:
 
     found: Any = AutoModel._model_mapping.get(type(model_config), None)
     if found is None:
-        found = class_of(model_config)  # of a part of a model, such as its text model
-    if found is None:
         raise ModelError(
             f"transformers has no model for a config of the class {type(model_config).__name__}"
         )
