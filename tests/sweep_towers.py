@@ -82,6 +82,8 @@ def write_processor(model: PreTrainedModel, model_type: str, reads: str, folder:
         else feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING_NAMES
     )
     found = next((names[n] for n in _owners(model_type) if n in names), None)
+    if found is None and "grid_thw" in signature(model.forward).parameters:
+        found = names["qwen2_vl"]
     if found is None and reads == "images":
         found = {"pil": "ViTImageProcessorPil"}
     name = found.get("pil") if isinstance(found, dict) else found
@@ -111,6 +113,9 @@ def plain_inputs(model: PreTrainedModel, file: Path, folder: Path, reads: str) -
     """
     takes = signature(model.forward).parameters
     made = processed(file, folder, reads, "input_features_mask" in takes)
+    if reads == "images" and made["pixel_values"].ndim == 5:  # one tile
+        made["pixel_values"] = made["pixel_values"][:, 0]
+        made.pop("pixel_attention_mask", None)
     if "grid_thw" in takes and "pixel_values" not in takes:
         made["hidden_states"] = made["pixel_values"]
     for name in list(made):

@@ -64,7 +64,8 @@ def check_peaks(config: PretrainedConfig, kind: str, precision: str, rows: int =
     described, fake = blocks.find_blocks(real.eval()), fake_model(config, precision)
     values = ("hook_resid_post", "hook_attn_out", "hook_mlp_out")
     catalog = build_catalog(described)
-    chosen = catalog.select([f"{side}blocks.*.{value}" for value in values])
+    there = {p.value for p in catalog.points}
+    chosen = catalog.select([f"{side}blocks.*.{value}" for value in values if value in there])
     # a pooling head behind the final norm never runs; some towers have no norm there
     norm = [p.name for p in catalog.points if p.name == f"{side}ln_final.hook_out"]
     last = catalog.select(norm or [f"{side}blocks.2.hook_resid_post"])

@@ -64,6 +64,8 @@ def chosen(
     own, compares = _modality(whole), hasattr(whole, "get_text_features")
     if modality is None and not compares and (own is None or _takes_ids(whole)):
         return config
+    if modality is None and not config.is_encoder_decoder and _writes(config):
+        return config  # Whisper's decoder by itself
     half: Any = whole
     if own == modality and not compares:
         found = _blocks_of(config)
@@ -162,6 +164,10 @@ def _main_input(of_class: Any) -> str:
 
 def _takes_ids(of_class: Any) -> bool:
     return "input_ids" in signature(of_class.forward).parameters
+
+
+def _writes(config: Any) -> bool:
+    return any(name.endswith("ForCausalLM") for name in config.architectures or ())
 
 
 def _reads_other(config: Any, whole: Any, modality: str, source: str) -> ModelError:

@@ -51,10 +51,12 @@ def longest_inputs(model: Any) -> "dict[str, torch.Tensor]":
     if free and model.main_input_name != "input_features":
         shape = (1, int(_LONGEST_SECONDS * _RATE))
         return _filled(model, (Part(model.main_input_name, shape, "float32"),), 1)
-    if samples and (free or is_packed(samples)):
+    if is_packed(samples):  # small images may be made larger than the large one
+        return _filled(model, max(samples, key=lambda sample: sample[0].shape[0]), 1)
+    if samples and free:
         axis = max(range(1, len(samples[2][0].shape)), key=lambda a: samples[2][0].shape[a])
         most = getattr(model.config, "max_position_embeddings", None) or 0
-        if free and 0 < most < rows_of_frames(model, samples[2][0].shape[axis]):
+        if 0 < most < rows_of_frames(model, samples[2][0].shape[axis]):
             return trial_inputs(model, 1, most)
         return _filled(model, samples[2], 1)
     return trial_inputs(model, 1, 0)
