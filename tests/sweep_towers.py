@@ -81,6 +81,8 @@ def write_processor(model: PreTrainedModel, model_type: str, reads: str, folder:
         if reads == "images"
         else feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING_NAMES
     )
+    if model_type == "wav2vec2-bert":  # its checkpoints name another one than transformers' table
+        names = names | {model_type: "SeamlessM4TFeatureExtractor"}
     found = next((names[n] for n in _owners(model_type) if n in names), None)
     if found is None and "grid_thw" in signature(model.forward).parameters:
         found = names["qwen2_vl"]

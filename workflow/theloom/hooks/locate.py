@@ -168,10 +168,7 @@ def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
             "what is embedded are patches or frames without class token and positions; the rows "
             "that go into the blocks are hook_resid_pre of the first one",
         )
-    try:
-        embedding = architecture.part.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return dict.fromkeys(BEFORE_BLOCKS, "the model does not say which module embeds tokens")
+    embedding = architecture.part.get_input_embeddings()
     positions = [
         module
         for name, module in architecture.part.named_modules()

@@ -78,14 +78,14 @@ class RowCounts:
     def _count(self, inputs: "Mapping[str, torch.Tensor]") -> int:
         import torch
 
-        found: list[tuple[int, int]] = []
+        found: list[int] = []
         architecture = self._fake.architecture
         first = [
             p
             for p in residual_points(1, architecture.hidden_size, architecture.side)
             if p.value == RESIDUALS[0]
         ]
-        taps = Taps(architecture, first, lambda _, value: found.append(value.shape[:2]))
+        taps = Taps(architecture, first, lambda _, value: found.append(value.shape[1]))
         known = any(not value.is_floating_point() for value in inputs.values())
         with self._fake.mode, shapes_only(known), refused(cannot_run(self._model)), taps:
             given = {
@@ -93,7 +93,7 @@ class RowCounts:
                 for name, value in inputs.items()
             }
             taps.run(**given)
-        return int(found[0][1])
+        return found[0]
 
     @property
     def in_time(self) -> bool:
