@@ -129,15 +129,17 @@ def _check_types(
     model: "nn.Module", info: Mapping[str, Any], stored: Mapping[str, StoredTensor], source: str
 ) -> None:
     """Weights of floating point are stored so: integers and 8-bit floats have scales."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    integers = {n for n, t in model.state_dict().items() if not t.is_floating_point()}
+    # by the ends of their names, whose beginnings files may have otherwise
+    integers = {
+        n.rpartition(".")[2] for n, t in model.state_dict().items() if not t.is_floating_point()
+    }
     wrong = [
         key
         for key, tensor in sorted(stored.items())
         if tensor.dtype not in _FLOATS
         and key not in info["unexpected_keys"]
         and not _UNREAD.search(key)
-        and not {key, key.removeprefix(prefix)} & integers
+        and key.rpartition(".")[2] not in integers
     ]
     if wrong:
         raise ModelError(
