@@ -296,7 +296,8 @@ def _against_own_states(
     normed = [n for value in (after[-1], *_pooled(model, after[-1])) for n in _normed(model, value)]
     ends = [after[-1], *normed, *(p for value in normed for p in _projected(model, value))]
     end = min(_error(value, states[-1]) for value in ends)
-    if end > LIMIT and _goes_on(model, inputs, after[-1]):
+    merged = states[-1].shape[:-1] != after[-1].shape[:-1]  # patches become fewer behind the norm
+    if end > LIMIT and _goes_on(model, inputs, after[-1], "Residual|Mixer" + "|Norm" * merged):
         end = 0.0
     return as_outputs < as_inputs, max(joined, min(as_inputs, as_outputs), end)
 
@@ -335,8 +336,10 @@ def _projected(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Te
                 yield module(value)
 
 
-def _goes_on(model: PreTrainedModel, inputs: dict[str, Any], value: torch.Tensor) -> bool:
-    """Whether a module that is no norm, but mixes several streams or outputs, takes a value."""
+def _goes_on(
+    model: PreTrainedModel, inputs: dict[str, Any], value: torch.Tensor, kinds: str
+) -> bool:
+    """Whether a module of these kinds, such as those that mix several streams, takes a value."""
     seen = []
 
     def look(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -345,9 +348,11 @@ def _goes_on(model: PreTrainedModel, inputs: dict[str, Any], value: torch.Tensor
             for a in (*args, *kwargs.values())
             for v in (a if isinstance(a, list | tuple) else [a])
         ]
-        seen.extend(v for v in given if isinstance(v, torch.Tensor) and _error(v, value) <= LIMIT)
+        tensors = [v for v in given if isinstance(v, torch.Tensor)]
+        as_rows = [v[None] if v.ndim == value.ndim - 1 else v for v in tensors]
+        seen.extend(v for v in as_rows if _error(v, value) <= LIMIT)
 
-    mixers = [m for m in model.modules() if re.search("Residual|Mixer", type(m).__name__)]
+    mixers = [m for m in model.modules() if re.search(kinds, type(m).__name__)]
     handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in mixers]
     with torch.inference_mode():
         model(**inputs)
