@@ -32,12 +32,12 @@ import torch
 import transformers
 from support import ROOT, Stages, stages
 from sweep_page import CHUNK, LENGTHS, LIMIT, MAPPINGS, Row, page
-from sweep_towers import READS, write_processor
+from sweep_towers import HALVES, READS, half_of, halves, plain_inputs, write_processor
 from theloom.engine import model_record
 from theloom.errors import TheLoomError, VerificationError
 from tiny_configs import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
-from towers_support import processed, write_media
+from towers_support import write_media
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SECONDS, BYTES = 300, 8 << 30
@@ -47,17 +47,22 @@ RESULTS = ROOT / "results/architectures.json"
 
 def names(requested: Iterable[str] = ()) -> list[tuple[str, str, str]]:
     """Kind, model type and class of the architectures to try, each class once; base models where
-    none with a head is tried.
+    none with a head is tried, and those that compare two kinds as each of their halves.
     """
     found, seen = [], set()
-    for kind, mapping in MAPPINGS.items():
+    mappings = {**MAPPINGS, **halves()}
+    mappings["base"] = mappings.pop("base")  # the last
+    for kind, mapping in mappings.items():
         for model_type, classes in mapping.items():
             wanted = {model_type, f"{kind}/{model_type}"}
-            model_class = classes[0] if kind == "base" and not isinstance(classes, str) else classes
-            if kind == "base" and model_type in {known for known, _ in seen}:
+            model_class: Any = (
+                classes[0] if kind == "base" and not isinstance(classes, str) else classes
+            )
+            if kind == "base" and model_type in {known for known, *_ in seen}:
                 continue
-            if isinstance(model_class, str) and (model_type, model_class) not in seen:
-                seen.add((model_type, model_class))
+            once = (model_type, model_class, kind if kind in HALVES else "")
+            if isinstance(model_class, str) and once not in seen:
+                seen.add(once)
                 if not requested or wanted.intersection(requested):
                     found.append((kind, model_type, model_class))
     return found
@@ -88,7 +93,7 @@ def build(model_type: str, kind: str = "causal") -> PreTrainedModel:
 
 
 def _class_of(kind: str, model_type: str) -> type[PreTrainedModel]:
-    name = MAPPINGS[kind][model_type]
+    name = (MAPPINGS | halves())[kind][model_type]
     found: type[PreTrainedModel] = getattr(transformers, name if isinstance(name, str) else name[0])
     return found
 
@@ -96,6 +101,8 @@ def _class_of(kind: str, model_type: str) -> type[PreTrainedModel]:
 def takes_instead(model_class: type[PreTrainedModel]) -> str:
     """What a model must be given where it takes no token ids; empty where it takes them."""
     names = [name for name in signature(model_class.forward).parameters if name != "self"]
+    if "grid_thw" in names:
+        return "pixel_values"
     return "" if "input_ids" in names else next(iter(names), "nothing")
 
 
@@ -104,18 +111,23 @@ def examine(kind: str, model_type: str, model_class: str, folder: Path) -> Row:
     row = Row(kind, model_type, model_class, "untried")
     try:
         other = takes_instead(_class_of(kind, model_type))
-        if other and other not in READS:
+        reads = HALVES[kind][0] if kind in HALVES else READS.get(other, "text")
+        if kind not in HALVES and other and other not in READS:
             return replace(row, status="other", reason=f"it takes {other}")
         model = build(model_type, kind)
         model.save_pretrained(folder / "model")
         model = type(model).from_pretrained(folder / "model").eval()
-        if other:
-            write_processor(model, model_type, READS[other], folder / "model")
+        if kind in HALVES:
+            model = half_of(model, kind)
+        if reads == "audio" and not getattr(model.config, "num_hidden_layers", None):
+            model = getattr(model, "encoder", model)  # behind it are the blocks of its head
+        if reads != "text":
+            write_processor(model, model_type, reads, folder / "model")
     except Exception as error:
         return replace(row, reason=_words(error))
-    if other:
+    if reads != "text":
         row = replace(row, model_class=type(model).__name__)
-        return _run_tower(row, model, folder, READS[other])
+        return _run_tower(row, model, folder, reads)
     _write_tokenizer(folder / "tokenizer")
     _write_documents(folder / "texts.jsonl")
     row = replace(row, model_class=type(model).__name__)
@@ -172,11 +184,11 @@ def _run_tower(row: Row, model: PreTrainedModel, place: Path, reads: str) -> Row
 
     def compare() -> tuple[bool, float]:
         acts, shifted, worst = theloom.open(run.activations), False, 0.0
-        plain, main = model.get_encoder() if side else model, model.main_input_name
+        plain = model.get_encoder() if side else model
         for number, file in enumerate(files):
             document = acts.document(number)
             rows = {n.removeprefix(side): document[n][None].float() for n in acts.hooks}
-            inputs = {main: processed(file, place / "model", reads)[main]}
+            inputs = plain_inputs(plain, file, place / "model", reads)
             outputs, error = _against_own_states(plain, inputs, rows, "")
             shifted, worst = shifted or outputs, max(worst, error)
         return shifted, worst
@@ -273,6 +285,7 @@ def _against_own_states(
         for name in ([f"{side}_hidden_states"] if side else names)
         if (s := getattr(output, name, None)) is not None
     )
+    states = [state[None] if state.ndim == 2 else state for state in states]  # a list of patches
     before = [found[f"blocks.{i}.hook_resid_pre"] for i in range(count)]
     after = [found[f"blocks.{i}.hook_resid_post"] for i in range(count)]
     if len(states) < count:
@@ -283,7 +296,8 @@ def _against_own_states(
     normed = [n for value in (after[-1], *_pooled(model, after[-1])) for n in _normed(model, value)]
     ends = [after[-1], *normed, *(p for value in normed for p in _projected(model, value))]
     end = min(_error(value, states[-1]) for value in ends)
-    if end > LIMIT and _goes_on(model, inputs, after[-1]):
+    merged = states[-1].shape[:-1] != after[-1].shape[:-1]  # patches become fewer behind the norm
+    if end > LIMIT and _goes_on(model, inputs, after[-1], "Residual|Mixer" + "|Norm" * merged):
         end = 0.0
     return as_outputs < as_inputs, max(joined, min(as_inputs, as_outputs), end)
 
@@ -322,8 +336,10 @@ def _projected(model: PreTrainedModel, value: torch.Tensor) -> Iterator[torch.Te
                 yield module(value)
 
 
-def _goes_on(model: PreTrainedModel, inputs: dict[str, Any], value: torch.Tensor) -> bool:
-    """Whether a module that is no norm, but mixes several streams or outputs, takes a value."""
+def _goes_on(
+    model: PreTrainedModel, inputs: dict[str, Any], value: torch.Tensor, kinds: str
+) -> bool:
+    """Whether a module of these kinds, such as those that mix several streams, takes a value."""
     seen = []
 
     def look(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -332,9 +348,11 @@ def _goes_on(model: PreTrainedModel, inputs: dict[str, Any], value: torch.Tensor
             for a in (*args, *kwargs.values())
             for v in (a if isinstance(a, list | tuple) else [a])
         ]
-        seen.extend(v for v in given if isinstance(v, torch.Tensor) and _error(v, value) <= LIMIT)
+        tensors = [v for v in given if isinstance(v, torch.Tensor)]
+        as_rows = [v[None] if v.ndim == value.ndim - 1 else v for v in tensors]
+        seen.extend(v for v in as_rows if _error(v, value) <= LIMIT)
 
-    mixers = [m for m in model.modules() if re.search("Residual|Mixer", type(m).__name__)]
+    mixers = [m for m in model.modules() if re.search(kinds, type(m).__name__)]
     handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in mixers]
     with torch.inference_mode():
         model(**inputs)

@@ -21,6 +21,9 @@ TITLES = {
     "image-text": "Models of images and text, on text alone",
     "masked": "Masked language models",
     "encoder-decoder": "Encoder-decoders",
+    "image-half": "Models that compare images to texts: the half of images",
+    "audio-half": "Models that compare audio to texts: the half of audio",
+    "text-half": "Models that compare texts to images or audio: the half of texts",
     "base": "Further base models",
 }
 # tokens of documents: one, two, and round the switches of tiny configs (8, 16, 24), in one pass and
@@ -88,7 +91,7 @@ The tables have {len(rows)} rows, one for each class:
 `load_model` tries every model on a few tokens before a row is taken from it. Where a model's own hidden states are the
 outputs of its blocks, not the inputs, they are compared as such: {shifted}.
 """  # noqa: E501
-    tables = [_table(kind, [r for r in rows if r.kind == kind]) for kind in MAPPINGS]
+    tables = [_table(kind, [r for r in rows if r.kind == kind]) for kind in TITLES]
     return head + _refused_by_use(rows) + "".join(tables)
 
 

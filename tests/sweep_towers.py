@@ -1,17 +1,67 @@
-"""Models of images and audio in the sweep: a processor of their own kind, and files to read."""
+"""Models of images and audio in the sweep: a processor of their own kind, files to read, and the
+halves of models that compare those to texts.
+"""
 
 import json
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import transformers
-from transformers import PreTrainedModel
-from transformers.models.auto import feature_extraction_auto, image_processing_auto
+from towers_support import processed
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto import (
+    feature_extraction_auto,
+    image_processing_auto,
+    modeling_auto,
+)
 
+# kind of the sweep: what that half of a model reads, and the configs that it may have
+HALVES = {
+    "image-half": ("images", ("vision_config", "image_config")),
+    "audio-half": ("audio", ("audio_config", "speech_config")),
+    "text-half": ("text", ("text_config",)),
+}
 READS = {"pixel_values": "images", "input_values": "audio", "input_features": "audio"}
 # Halves have no processor of their own name: that of the whole model, or of what they come from
 _ENDS = ("_vision_model", "_vision", "_encoder", "_audio", "_vit_model", "_hiera_det_model")
+
+
+@cache
+def halves() -> dict[str, dict[str, str]]:
+    """Kind of half, model type and class of all models that compare images or audio to texts."""
+    found: dict[str, dict[str, str]] = {kind: {} for kind in HALVES}
+    for model_type, classes in modeling_auto.MODEL_MAPPING_NAMES.items():
+        name = classes if isinstance(classes, str) else classes[0]
+        parts = set(CONFIG_MAPPING[model_type].sub_configs)
+        kinds = [kind for kind, (_, configs) in HALVES.items() if parts.intersection(configs)]
+        if len(kinds) > 1 and hasattr(getattr(transformers, name), "get_text_features"):
+            for kind in kinds:
+                found[kind][model_type] = name
+    return found
+
+
+def half_of(model: PreTrainedModel, kind: str) -> PreTrainedModel:
+    """The module of a model that is one half of it.
+
+    Args:
+        model: The whole.
+        kind: Of `HALVES`.
+
+    Returns:
+        The outermost module that has the half's config.
+
+    Raises:
+        LookupError: None has it.
+    """
+    config = next(c for n in HALVES[kind][1] if (c := getattr(model.config, n, None)) is not None)
+    for module in model.modules():
+        own = getattr(module, "config", None)
+        if module is not model and type(own) is type(config):
+            return module
+    raise LookupError(f"{type(model).__name__} has no module for its {type(config).__name__}")
 
 
 def write_processor(model: PreTrainedModel, model_type: str, reads: str, folder: Path) -> None:
@@ -31,7 +81,11 @@ def write_processor(model: PreTrainedModel, model_type: str, reads: str, folder:
         if reads == "images"
         else feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING_NAMES
     )
+    if model_type == "wav2vec2-bert":  # its checkpoints name another one than transformers' table
+        names = names | {model_type: "SeamlessM4TFeatureExtractor"}
     found = next((names[n] for n in _owners(model_type) if n in names), None)
+    if found is None and "grid_thw" in signature(model.forward).parameters:
+        found = names["qwen2_vl"]
     if found is None and reads == "images":
         found = {"pil": "ViTImageProcessorPil"}
     name = found.get("pil") if isinstance(found, dict) else found
@@ -47,6 +101,33 @@ def write_processor(model: PreTrainedModel, model_type: str, reads: str, folder:
     (folder / "preprocessor_config.json").write_text(json.dumps(written))
 
 
+def plain_inputs(model: PreTrainedModel, file: Path, folder: Path, reads: str) -> dict[str, Any]:
+    """What a model is given of a file: all that its processor makes and it has an argument for.
+
+    Args:
+        model: The tower itself.
+        file: An image or a clip.
+        folder: Of the processor.
+        reads: `images` or `audio`.
+
+    Returns:
+        Tensors by the names of its forward.
+    """
+    takes = signature(model.forward).parameters
+    made = processed(file, folder, reads, "input_features_mask" in takes)
+    if reads == "images" and made["pixel_values"].ndim == 5:  # one tile
+        made["pixel_values"] = made["pixel_values"][:, 0]
+        made.pop("pixel_attention_mask", None)
+    if "grid_thw" in takes and "pixel_values" not in takes:
+        made["hidden_states"] = made["pixel_values"]
+    for name in list(made):
+        made[name.removeprefix("image_")] = made[name]
+        made[f"pixel_{name.removeprefix('image_')}"] = made[name]
+    if "input_features_mask" in takes:
+        made["input_features_mask"] = made["attention_mask"]
+    return {name: value for name, value in made.items() if name in takes}
+
+
 def _owners(model_type: str) -> list[str]:
     whole = [model_type.removesuffix(end) for end in _ENDS if model_type.endswith(end)]
     return [model_type, model_type.replace("_", "-"), *whole]
@@ -57,7 +138,11 @@ def _made(name: str, settings: dict[str, Any], reads: str) -> Any:
     value = np.zeros((48, 32, 3), "u1") if reads == "images" else np.zeros(16000, "f4")
     more = {} if reads == "images" else {"sampling_rate": 16000}
     try:
-        processor = getattr(transformers, name)(**settings)
+        made = getattr(transformers, name)
+        if getattr(made, "do_image_splitting", False):
+            side = {"longest_edge": settings.get("size", {}).get("height", 364)}
+            settings = {"do_image_splitting": False, "size": side, "max_image_size": side}
+        processor = made(**settings)
         processor(value, return_tensors="pt", **more)
     except ImportError:
         raise
@@ -74,7 +159,15 @@ def _of_images(model: PreTrainedModel) -> list[dict[str, Any]]:
     elif isinstance(size, int):
         height = width = size
     else:
-        return [{}]
+        sizes = {
+            "patch_size": "patch_size",
+            "merge_size": "spatial_merge_size",
+            "temporal_patch_size": "temporal_patch_size",
+        }
+        own = {
+            n: v for n, c in sizes.items() if isinstance(v := getattr(model.config, c, None), int)
+        }
+        return [own, {}]
     square = {"height": height, "width": width}
     return [
         {"size": square, "crop_size": square},

@@ -124,6 +124,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "doge": {"keep_window_size": 256},  # by default it is the context, too
     "dots3_note": {"text_config.head_dim": 32},
     "dots3_note_text": {"head_dim": 32},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
+    "exaone4_5_vision": {"window_size": 112},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -142,10 +144,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "musicgen": {"decoder.num_codebooks": 1},
     "musicgen_melody": {"decoder.num_codebooks": 1},
+    **{name: {"text_config.max_position_embeddings": 64} for name in ("owlvit", "owlv2", "sam3")},
     "nemotron": {"num_key_value_heads": 2},
     # frequencies that change within the lengths of the sweep
     "phi3": LONGROPE,
     "phimoe": {**LONGROPE, "rope_parameters": {**ROPE, "short_mscale": 1.1, "long_mscale": 1.4}},
+    "qwen2_5_vl_vision": {"window_size": 112},
     "qwen4_exp": {f"text_config.{key}": value for key, value in QWEN4.items()},
     "qwen4_exp_text": QWEN4,
     "reformer": {

@@ -89,6 +89,47 @@ TOWERS = {
     ),
     "hubert": Tower(_SOUND, {**_RAW, "do_normalize": False}, "audio"),
     "whisper": Tower(_WHISPER, _MEL, "audio", part="encoder", side="encoder."),
+    "altclip": Tower(  # its files call weights otherwise than its halves
+        {"vision_config": _IMAGE, "text_config": {**_TEXT, "project_dim": 32}},
+        _image("CLIPImageProcessor", **_CLIP),
+        part="vision_model",
+    ),
+    "siglip2_vision_model": Tower(
+        {**_SIZES, "patch_size": 8, "num_patches": 16},
+        {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 8, "max_num_patches": 16},
+    ),
+    "qwen2_5_vl_vision": Tower(
+        {
+            "depth": 3,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "intermediate_size": 48,
+            "patch_size": 8,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": 32,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "patch_size": 8,
+            "merge_size": 2,
+            "min_pixels": 256,
+            "max_pixels": 4096,
+        },
+    ),
+    "parakeet_encoder": Tower(
+        {
+            **_SIZES,
+            "num_mel_bins": 16,
+            "subsampling_conv_channels": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 400,
+        },
+        {"feature_extractor_type": "ParakeetFeatureExtractor", "feature_size": 16},
+        "audio",
+    ),
 }
 
 
@@ -97,7 +138,7 @@ def build(kind: str, folder: Path) -> Path:
     tower = TOWERS[kind]
     config = transformers.AutoConfig.for_model(kind.partition("-")[0], **tower.config)
     torch.manual_seed(0)
-    whole = getattr(transformers, type(config).__name__.replace("Config", "Model"))(config)
+    whole = transformers.AutoModel.from_config(config)
     with torch.no_grad():
         for parameter in whole.parameters():  # parts that begin as zeros would hide a fault
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -122,7 +163,9 @@ def write_media(folder: Path, reads: str) -> Path:
     return folder
 
 
-def processed(file: Path, folder: Path, reads: str) -> dict[str, torch.Tensor]:
+def processed(
+    file: Path, folder: Path, reads: str, masked: bool = False
+) -> dict[str, torch.Tensor]:
     """What the processor of a folder makes of an image or a clip."""
     own: Any
     if reads == "images":
@@ -130,7 +173,8 @@ def processed(file: Path, folder: Path, reads: str) -> dict[str, torch.Tensor]:
         return dict(own(Image.open(file).convert("RGB"), return_tensors="pt"))
     own = transformers.AutoFeatureExtractor.from_pretrained(folder)
     values, rate = soundfile.read(file, dtype="float32")
-    return dict(own(values, sampling_rate=rate, return_tensors="pt"))
+    more = {"return_attention_mask": True} if masked else {}
+    return dict(own(values, sampling_rate=rate, return_tensors="pt", **more))
 
 
 def plain_states(folder: Path, kind: str, file: Path) -> dict[str, torch.Tensor]:
@@ -139,6 +183,8 @@ def plain_states(folder: Path, kind: str, file: Path) -> dict[str, torch.Tensor]
     model = transformers.AutoModel.from_pretrained(folder).eval()
     part = model.get_submodule(tower.part)
     inputs = processed(file, folder, tower.reads)
+    if "image_grid_thw" in inputs:
+        inputs = {"hidden_states": inputs["pixel_values"], "grid_thw": inputs["image_grid_thw"]}
     kept = []
     lists = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3]
     lists[-1][-1].register_forward_hook(
@@ -146,7 +192,7 @@ def plain_states(folder: Path, kind: str, file: Path) -> dict[str, torch.Tensor]
     )
     with torch.no_grad():
         states = part(**inputs, output_hidden_states=True).hidden_states
-    found = {f"blocks.{i}.hook_resid_pre": states[i][0] for i in range(3)}
-    found |= {f"blocks.{i}.hook_resid_post": states[i + 1][0] for i in range(2)}
-    found["blocks.2.hook_resid_post"] = kept[0][0]
+    states = [s.reshape(-1, s.shape[-1]) for s in (*states[:3], kept[0])]  # patches may be a list
+    found = {f"blocks.{i}.hook_resid_pre": states[i] for i in range(3)}
+    found |= {f"blocks.{i}.hook_resid_post": states[i + 1] for i in range(3)}
     return {tower.side + name: value for name, value in found.items()}

@@ -67,7 +67,7 @@ def test_rows_are_those_of_the_whole_plain_model(kind, tmp_path, folder, llava, 
         run = stages(tmp_path / "run", model, requested(folder / "chats.jsonl")).all()
     run.verify()
     with h5py.File(run.folder / "model.h5") as file:
-        assert file["memory/images"].attrs["method"] == ("trace" if kind in CONFIGS else "measured")
+        assert file["memory/images"].attrs["method"] == "trace"
         assert not file.attrs["streams"]
     acts = theloom.open(run.activations)
     plain = AutoModelForImageTextToText.from_pretrained(model).eval()

@@ -18,7 +18,7 @@ from support import ROOT, stages
 from theloom.errors import CorpusError, StoreError, TheLoomError
 from theloom.extraction import extract_hidden_states
 from theloom.planning.forecast import forecast
-from towers_support import TOWERS, build, plain_states, write_media
+from towers_support import TOWERS, build, plain_states, processed, write_media
 from transformers import AutoModel
 
 
@@ -102,6 +102,27 @@ def test_the_text_half_of_clip_reads_texts(tmp_path):
     for number in range(3):
         found = document[f"blocks.{number}.hook_resid_pre"]
         torch.testing.assert_close(found, states[number][0], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_the_mask_calls_padding_are_special(tmp_path):
+    folder = build("parakeet_encoder", tmp_path / "model")
+    (tmp_path / "audio").mkdir()
+    for count in (16000, 16640):  # the last frame of the second is a row of its own
+        soundfile.write(tmp_path / f"audio/{count}.wav", np.ones(count) * 0.1, 16000)
+    run = stages(tmp_path / "run", folder, requested("audio", tmp_path / "audio")).all()
+    special = theloom.open(run.activations).token_table("special").numpy(slice(None))
+    model, masks = AutoModel.from_pretrained(folder).eval(), []
+    for file in sorted((tmp_path / "audio").iterdir()):
+        with torch.no_grad():
+            masks.append(model(**processed(file, folder, "audio")).attention_mask[0])
+    assert special.tolist() == (torch.cat(masks) == 0).int().tolist()
+    assert special.any()
+
+
+def test_a_half_that_a_model_has_not_is_refused_with_those_that_it_has(tmp_path, media):
+    folder = build("clip", tmp_path / "model")
+    with pytest.raises(TheLoomError, match="reads images and texts, and the corpus has audio"):
+        stages(tmp_path / "run", folder, requested("audio", media["audio"])).prepare()
 
 
 def png(mode="RGB"):

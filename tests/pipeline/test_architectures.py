@@ -51,12 +51,6 @@ def test_what_cannot_be_taken_is_refused_in_one_line(tmp_path, name, overrides, 
     assert "aten" not in str(refusal.value)
 
 
-def test_features_of_clips_of_any_length_are_refused_in_one_line(tmp_path):
-    ((kind, model_type, model_class),) = sweep.names(["base/parakeet_encoder"])
-    row = sweep.examine(kind, model_type, model_class, tmp_path)
-    assert (row.status, "does not say how many rows they have" in row.reason) == ("refused", True)
-
-
 def test_a_model_without_a_vocabulary_is_refused_in_one_line(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     CanineModel(CanineConfig(**sizes, intermediate_size=48)).save_pretrained(tmp_path / "model")

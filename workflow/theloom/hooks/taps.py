@@ -135,11 +135,17 @@ class Taps:
             ) from None
 
     def _count_rows(self) -> Any:
-        """Windows and rows of a step as the first block sees them, where they are no tokens."""
+        """Windows and rows of a step as the first block sees them, where they are no tokens: all
+        rows may be one list.
+        """
 
         def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            windows, rows = Site.input(args, kwargs).shape[:2]
-            self._batch = (windows, rows)
+            *shape, _ = Site.input(args, kwargs).shape
+            windows = max(1, self._batch[0])
+            if len(shape) == 1 or shape[0] == 1:
+                self._batch = (windows, shape[-1] // windows)
+            else:
+                self._batch = (shape[0], shape[1])
 
         return self.architecture.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
 

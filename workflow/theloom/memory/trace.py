@@ -26,6 +26,7 @@ from theloom.model.forward import PrefillCache
 from theloom.model.shapes_only import shapes_only
 from theloom.model.towers.chat import images_placed
 from theloom.precision import torch_dtype
+from theloom.rows.tower_inputs import has_values
 
 KV_CACHE, CAPTURED, LOGITS = "kv_cache", "captured", "logits"
 
@@ -93,7 +94,8 @@ def trace(
         The peak, and all births and ends of storages on the way.
     """
     known = inputs is not None
-    with fake.mode, shapes_only(known), images_placed(fake.architecture.model, known):
+    values = known or has_values(fake.architecture.model.config)
+    with fake.mode, shapes_only(values), images_placed(fake.architecture.model, known):
         ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
         described = fake.architecture
         shapes = {

@@ -26,6 +26,7 @@ from theloom.model.quantization import packed_on_the_cpu
 from theloom.model.shapes_only import shapes_only
 from theloom.model.weight_format import nf4_scales, quantization_config
 from theloom.precision import torch_dtype
+from theloom.rows.tower_inputs import has_values
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -194,7 +195,8 @@ class FakeModel:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Within the context the model runs; its errors are ModelErrors."""
-        with self.mode, shapes_only(), refused(cannot_run(self.architecture.model)):
+        model = self.architecture.model
+        with self.mode, shapes_only(has_values(model.config)), refused(cannot_run(model)):
             yield
 
     @property
@@ -255,7 +257,7 @@ def fake_model(
     except (*MODEL_ERRORS, ImportError) as error:
         raise ModelError(f"{model_config.model_type}: cannot be built: {why(error)}") from None
     model.eval().requires_grad_(False)
-    with mode, shapes_only():
+    with mode, shapes_only(has_values(model.config)):
         described = find_blocks(model)
     return FakeModel(described, mode, precision)
 

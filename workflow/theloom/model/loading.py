@@ -21,8 +21,8 @@ from theloom.model.checkpoint.classes import (
     causal_class,
     has_own_code,
     model_class,
-    tied_heads,
 )
+from theloom.model.checkpoint.key_mapping import key_mapping
 from theloom.model.checkpoint.weights import check_loaded, report_held_back, tensors_in
 from theloom.model.files import ModelFiles, config_in, hf_config
 from theloom.model.quantization import bitsandbytes_config, one_tensor_at_a_time
@@ -164,7 +164,7 @@ def load_model(
         else:
             log.info("its weights are quantised to %s already, and loaded as they are", own)
     stored = tensors_in(files.folder, config.model)
-    if (mapping := tied_heads(model_config, stored)) and not lm_head:
+    if (mapping := key_mapping(model_config, stored)) and not lm_head:
         options["key_mapping"] = mapping
     try:
         with one_tensor_at_a_time(), report_held_back():

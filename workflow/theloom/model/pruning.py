@@ -82,7 +82,7 @@ def passed_over(architecture: Architecture) -> Iterator[None]:
 
 
 def _itself(value: torch.Tensor) -> torch.Tensor:
-    return value
+    return value.contiguous()  # as most modules give it: views follow in GLM-V's vision part
 
 
 def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:

@@ -65,6 +65,9 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
     states = list(
         given if given is not None else getattr(output, "decoder_hidden_states", None) or ()
     )
+    if seen["0"].ndim == 2:  # the rows of a tower may be one list, without windows
+        states = [state[None] for state in states]
+        seen = {name: value[None] for name, value in seen.items()}
     name, count = type(model).__name__, len(loaded)
     if len(states) < count:
         raise ModelError(
@@ -81,6 +84,8 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
         for block, state in enumerate(of_blocks):
             found[point(value, block, count, (), side).name] = state.detach()
     last = getattr(output, "last_hidden_state", None)
+    if last is not None and last.ndim == 2:
+        last = last[None]
     if last is not None:
         found[point(LAST_STATE, count, count, (), side).name] = last.detach()
     return found

@@ -77,9 +77,9 @@ class _EverythingIsNonzero(TorchDispatchMode):
         if not self.answered:
             return self._run(func, args, kwargs or {})
         leaves = tree_leaves((args, kwargs))
-        indices = any(isinstance(x, torch.Tensor) for x in leaves) and not any(
-            isinstance(x, FakeTensor) for x in leaves
-        )
+        indices = (
+            any(isinstance(x, torch.Tensor) for x in leaves) or _counts(func, leaves)
+        ) and not any(isinstance(x, FakeTensor) for x in leaves)
         try:
             with unset_fake_temporarily() if indices else nullcontext():
                 return self._run(func, args, kwargs or {})
@@ -108,6 +108,15 @@ class _EverythingIsNonzero(TorchDispatchMode):
             return self._every_index(index).unbind(1)
         return [index]
 
+
+def _counts(func: Any, leaves: Sequence[Any]) -> bool:
+    """Whether an operation gives the integers of a range, which have values without any tensor."""
+    return func in _RANGES and not any(
+        isinstance(x, float) or (isinstance(x, torch.dtype) and x.is_floating_point) for x in leaves
+    )
+
+
+_RANGES = tuple(getattr(torch.ops.aten.arange, name) for name in ("default", "start", "start_step"))
 
 _MADE_OF_NONZERO = (
     torch.ops.aten.where.default,

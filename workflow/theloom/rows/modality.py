@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from theloom.rows.tower_inputs import Sample, fixed_shape, mark_samples, samples_of
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -21,20 +23,42 @@ document, of objects with `file`, or `row` and `image`, and `sha256`.
 CHAT = "chat"  # a model of texts and images, whose conversations have both
 TEXT = "text"  # the text half of a model that compares texts to images or audio
 
-_MODALITY, _SHAPE = "theloom_modality", "theloom_input_shape"  # attributes of a model's config
+# attributes of a model's config
+_MODALITY, _HALF = "theloom_modality", "theloom_half_of"
 
 
-def mark(config: "PretrainedConfig", modality: str, shape: tuple[int, ...] | None = None) -> None:
+def mark_half(config: "PretrainedConfig", whole: str) -> None:
+    """Say on a config that its model is one half of the one in the files.
+
+    Args:
+        config: Of the half; it is changed.
+        whole: The model type of the one in the files.
+    """
+    setattr(config, _HALF, whole)
+
+
+def half_of(config: "PretrainedConfig") -> str:
+    """The model type of the files of which a model is one half.
+
+    Args:
+        config: Of a model.
+
+    Returns:
+        Empty where the model is the one in the files.
+    """
+    return str(getattr(config, _HALF, ""))
+
+
+def mark(config: "PretrainedConfig", modality: str, samples: tuple[Sample, ...] = ()) -> None:
     """Say on a model's config that it is read as a tower.
 
     Args:
         config: Of the tower; it is changed.
         modality: `images`, `audio`, `text` or `chat`.
-        shape: Of what its processor makes of any document, without the axis of the batch; None: it
-            depends on the document.
+        samples: Of what its processor makes of documents; none: that is not known.
     """
     setattr(config, _MODALITY, modality)
-    setattr(config, _SHAPE, shape)
+    mark_samples(config, samples)
 
 
 def modality_of(config: "PretrainedConfig") -> str:
@@ -60,8 +84,7 @@ def input_shape(config: "PretrainedConfig") -> tuple[int, ...] | None:
         Its axes but for that of the batch, such as channels, height and width; None where there is
         no such shape.
     """
-    found: tuple[int, ...] | None = getattr(config, _SHAPE, None)
-    return found
+    return fixed_shape(samples_of(config))
 
 
 def senses(config: "PretrainedConfig") -> bool:

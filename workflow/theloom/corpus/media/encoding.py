@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,11 +19,15 @@ from theloom.corpus.media.items import Item
 from theloom.errors import CorpusError, ModelError, printable
 from theloom.model import files
 from theloom.model.fake import fake_model
+from theloom.model.towers.classes import class_of
 from theloom.model.towers.processor import Processor, load_processor
 from theloom.model.towers.row_counts import RowCounts
 from theloom.rows.modality import INPUT_FILE, INPUT_HASH, INPUT_SHAPE
 from theloom.store.file_format import fixed_strings
 from theloom.store.tables.columns import Column
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +47,8 @@ def processor_of(config: Any) -> Processor:
         ModelError: there is none, or it is broken.
     """
     folder = files.describe(config).folder
-    return load_processor(folder, config.modality.name, config.source)
+    whole = class_of(files.hf_config(config))
+    return load_processor(folder, config.modality.name, config.source, whole)
 
 
 def value_of(item: Item, corpus: CorpusConfig, processor: Processor) -> np.ndarray:
@@ -107,8 +112,8 @@ class Encoder:
         """Samples of the longest clip, where the processor pads or cuts all to one length."""
         if self._kind != "audio" or self._processor.shape is None:
             return None
-        found = getattr(self._processor.own, "n_samples", None)
-        if not isinstance(found, int):
+        found = self._processor.longest
+        if found is None:
             raise ModelError(
                 f"model.source: {self._source}: {type(self._processor.own).__name__} makes every "
                 "clip equally long and does not say which it cuts; its rows cannot be told from "
@@ -139,8 +144,8 @@ class Encoder:
                 "seconds); cut it into clips, each a file"
             )
         try:
-            shape = tuple(self._processor(value).shape)
-            count = self._counts.rows(shape)
+            inputs = self._processor(value)
+            count = self._counts.rows(inputs)
         except (ModelError, ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
             words = " ".join(str(error).split())[:300]
             raise CorpusError(
@@ -154,20 +159,26 @@ class Encoder:
                 f"corpus.context_length={count} or more, or cut it"
             )
         digest = hashlib.sha256(item.content).hexdigest()
+        shape = self._processor.shape_in(inputs)
         for name, text in zip(COLUMNS, (item.name, digest, json.dumps(shape)), strict=True):
             self._described[name].append(text)
-        return np.arange(count, dtype="<i4"), self._special(value, shape, count)
+        return np.arange(count, dtype="<i4"), self._special(value, inputs, count)
 
     def _special(
-        self, value: np.ndarray, shape: tuple[int, ...], count: int
+        self, value: np.ndarray, inputs: "dict[str, torch.Tensor]", count: int
     ) -> dict[str, np.ndarray]:
         special = np.zeros(count, "u1")
-        if self._kind == "images":
-            before = self._counts.before_patches(shape)
+        real = self._counts.real_rows(inputs)
+        if real is not None:
+            special[real:] = 1
+        elif self._processor.packed:
+            pass  # patches alone
+        elif self._kind == "images":
+            before = self._counts.before_patches(inputs)
             if before is None:
                 return {}
             special[:before] = 1
-        elif self._longest is not None:
+        elif self._longest is not None and self._counts.in_time:
             special[-(-len(value) * count // self._longest) :] = 1
         return {"special": special}
 

@@ -58,7 +58,11 @@ class Inputs:
 
     @property
     def alike(self) -> np.ndarray:
-        """A number for the shape of each window's input: those of one may share a pass."""
+        """A number for the shape of each window's input: those of one may share a pass. Images of
+        packed patches go alone.
+        """
+        if self._processor.packed:
+            return np.arange(len(self._document))
         shapes = self._columns[INPUT_SHAPE].values
         return np.unique(shapes, return_inverse=True)[1].reshape(-1)[self._document]
 
@@ -69,7 +73,7 @@ class Inputs:
             windows: their numbers, all of one shape.
 
         Returns:
-            By its name in the model's forward, (windows, …) FP32.
+            By name in the model's forward, (windows, …), floats in FP32.
 
         Raises:
             CorpusError: a file is no longer what it was.
@@ -79,9 +83,9 @@ class Inputs:
         documents = np.array([int(self._document[w]) for w in windows])
         names, digests, shapes = (self._columns[n].part(documents).tolist() for n in COLUMNS)
         found = [self._one(*one) for one in zip(names, digests, shapes, strict=True)]
-        return {self._processor.input_name: torch.stack(found)}
+        return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
-    def _one(self, name: str, digest: str, shape: list[int]) -> "torch.Tensor":
+    def _one(self, name: str, digest: str, shape: list[int]) -> "dict[str, torch.Tensor]":
         content = self._store.content(name)
         place = printable(name)
         if hashlib.sha256(content).hexdigest() != digest:
@@ -90,10 +94,13 @@ class Inputs:
                 "again with --forcerun tokenize_corpus"
             )
         item = Item(name, name, place, content)
-        found: torch.Tensor = self._processor(value_of(item, self._corpus, self._processor))
-        if list(found.shape) != shape:
+        found: dict[str, torch.Tensor] = self._processor(
+            value_of(item, self._corpus, self._processor)
+        )
+        here = self._processor.shape_in(found)
+        if list(here) != shape:
             raise CorpusError(
-                f"{place}: the processor makes {tuple(found.shape)} of it here, and made "
+                f"{place}: the processor makes {here} of it here, and made "
                 f"{tuple(shape)} when its rows were counted; install the same Pillow and "
                 "transformers"
             )

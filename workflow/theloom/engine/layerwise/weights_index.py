@@ -33,7 +33,7 @@ from theloom.engine.layerwise import quantize
 from theloom.engine.layerwise.quantize import OnDisk, PartLoader
 from theloom.errors import ModelError
 from theloom.model.adapters.merging import MergedAdapters
-from theloom.model.checkpoint.classes import tied_heads
+from theloom.model.checkpoint.key_mapping import key_mapping
 
 DTYPES = {
     "F64": torch.float64,
@@ -165,7 +165,7 @@ class Checkpoint:
         self._loader, quantizer = loader, None if loader is None else loader.quantizer
         self._mapping = (
             get_model_conversion_mapping(
-                model, key_mapping=tied_heads(model.config, stored), hf_quantizer=quantizer
+                model, key_mapping=key_mapping(model.config, stored), hf_quantizer=quantizer
             )
             or []
         )

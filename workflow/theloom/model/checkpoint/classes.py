@@ -1,7 +1,5 @@
 """The class of transformers, or of a folder's own code, that a model loads into."""
 
-import re
-from collections.abc import Collection, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,8 @@ from theloom.model.checkpoint.folder import own_model_code
 from theloom.model.checkpoint.halves import half, has_halves
 from theloom.model.towers.chat import seeing
 from theloom.model.towers.classes import class_of, tower
-from theloom.rows.modality import CHAT, SENSED, input_shape, modality_of
+from theloom.rows.modality import CHAT, SENSED, modality_of
+from theloom.rows.tower_inputs import samples_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -208,7 +207,7 @@ def _tower(model_config: "PretrainedConfig", modality: str) -> Any:
             f"{model_config.model_type} is one list of blocks: name its hook points without "
             f"{side!r}, as blocks.0.hook_resid_post"
         )
-    return tower(whole, modality, side, input_shape(model_config))
+    return tower(whole, modality, side, samples_of(model_config))
 
 
 def _whole_class(model_config: "PretrainedConfig") -> Any:
@@ -224,43 +223,3 @@ def _whole_class(model_config: "PretrainedConfig") -> Any:
     classes: list[Any] = list(found)
     named = {c.__name__: c for c in classes}
     return next((named[n] for n in model_config.architectures or () if n in named), classes[0])
-
-
-def tied_heads(model_config: "PretrainedConfig", stored: Collection[str]) -> dict[str, str]:
-    """Weights of a head that stand for those of the model that they are tied to, where the files
-    have the head's alone.
-
-    Args:
-        model_config: of the model.
-        stored: keys of the tensors in its files.
-
-    Returns:
-        Patterns of keys and what to call them, as `key_mapping` of `from_pretrained` takes them.
-    """
-    import transformers
-    from transformers import AutoModel
-
-    if not stored or type(model_config) not in AutoModel._model_mapping:
-        return {}
-    if not getattr(model_config.get_text_config(), "tie_word_embeddings", False):
-        return {}
-    mapping = transformers.AutoModelForCausalLM._model_mapping
-    heads = [getattr(transformers, name, None) for name in model_config.architectures or ()]
-    heads += [mapping[type(model_config)]] if type(model_config) in mapping else []
-    inside = _ties(model_class(model_config))
-    for head, embedding in ((h, e) for c in heads for h, e in _ties(c).items()):
-        prefix = f"{model_class(model_config).base_model_prefix}."
-        names = {embedding, embedding.removeprefix(prefix)}
-        names |= {tied for tied, source in inside.items() if source in names}
-        names |= {prefix + name for name in names}
-        # files may have them below other modules than the class has
-        ends = {".".join(name.split(".")[-2:]) for name in names}
-        there = {key for key in stored if ".".join(key.split(".")[-2:]) in ends} - {head}
-        if head in stored and head not in names and not there:
-            return {f"^{re.escape(head)}$": embedding}
-    return {}
-
-
-def _ties(of_class: Any) -> Mapping[str, str]:
-    found = getattr(of_class, "_tied_weights_keys", None)
-    return found if isinstance(found, dict) else {}

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
-from theloom.model.checkpoint.classes import has_own_code, model_class, tied_heads
+from theloom.model.checkpoint.classes import has_own_code, model_class
 from theloom.model.checkpoint.folder import StoredTensor, stored_tensors, weight_files
+from theloom.model.checkpoint.key_mapping import key_mapping
 from theloom.model.checkpoint.limits import bounded_build
 from theloom.model.weight_format import quantization_config
+from theloom.rows.modality import half_of
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +110,7 @@ def check_stored(model_config: "PretrainedConfig", folder: Path, config: ModelCo
                 config=model_config,
                 state_dict=empty,
                 device_map={"": "meta"},
-                key_mapping=tied_heads(model_config, stored),
+                key_mapping=key_mapping(model_config, stored),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
@@ -127,15 +129,17 @@ def _check_types(
     model: "nn.Module", info: Mapping[str, Any], stored: Mapping[str, StoredTensor], source: str
 ) -> None:
     """Weights of floating point are stored so: integers and 8-bit floats have scales."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    integers = {n for n, t in model.state_dict().items() if not t.is_floating_point()}
+    # by the ends of their names, whose beginnings files may have otherwise
+    integers = {
+        n.rpartition(".")[2] for n, t in model.state_dict().items() if not t.is_floating_point()
+    }
     wrong = [
         key
         for key, tensor in sorted(stored.items())
         if tensor.dtype not in _FLOATS
         and key not in info["unexpected_keys"]
         and not _UNREAD.search(key)
-        and not {key, key.removeprefix(prefix)} & integers
+        and key.rpartition(".")[2] not in integers
     ]
     if wrong:
         raise ModelError(
@@ -217,12 +221,14 @@ def _is_computed(key: str, model: "nn.Module") -> bool:
     return "Sinusoidal" in type(owner).__name__
 
 
-def _is_unread(key: str, model: "nn.Module", stored: Collection[str]) -> bool:
+def _is_unread(key: str, model: Any, stored: Collection[str]) -> bool:
     """Whether a weight without a place in the model is of a part that no hook point reads.
 
     That is a head: what lies next to the model itself where keys have its prefix, else what is in
     none of its parts.
     """
+    if half_of(model.config) and key.split(".")[0] not in dict(model.named_children()):
+        return True  # of the other half
     if _CHANGES.search(key):
         return False
     if _UNREAD.search(key) or _predicts_more(key, model):

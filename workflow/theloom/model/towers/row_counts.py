@@ -2,6 +2,7 @@
 without bytes.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,13 @@ from theloom.hooks.failures import refused
 from theloom.hooks.points import RESIDUALS, residual_points
 from theloom.hooks.taps import Taps
 from theloom.model.shapes_only import shapes_only
-from theloom.model.towers import classes as towers
+from theloom.model.towers import trial_inputs as towers
 from theloom.rows.modality import modality_of
+from theloom.rows.tower_inputs import part_of
 
 if TYPE_CHECKING:
+    import torch
+
     from theloom.model.fake import FakeModel
 
 
@@ -26,7 +30,7 @@ class RowCounts:
 
     def __init__(self, fake: "FakeModel") -> None:
         self._fake = fake
-        self._known: dict[tuple[int, ...], int] = {}
+        self._known: dict[Any, int] = {}
 
     @property
     def _model(self) -> Any:
@@ -45,20 +49,20 @@ class RowCounts:
     @property
     def of_its_own_size(self) -> int:
         """Rows of an input of the size that the model has by its config or its processor."""
-        return self.rows(towers.shape_of(self._model, 0))
+        return self.rows(towers.trial_inputs(self._model, 1, 0))
 
     @property
     def longest(self) -> int:
         """Rows of the largest document that a run is planned for where its config names no number:
         of an image of the model's own size, or of a clip of 30 seconds.
         """
-        return self.rows(towers.longest_shape(self._model))
+        return self.rows(towers.longest_inputs(self._model))
 
-    def rows(self, shape: tuple[int, ...]) -> int:
+    def rows(self, inputs: "Mapping[str, torch.Tensor]") -> int:
         """The rows of one document.
 
         Args:
-            shape: of what the processor made of it.
+            inputs: what the processor made of it.
 
         Returns:
             Their number.
@@ -66,41 +70,71 @@ class RowCounts:
         Raises:
             ModelError: the model takes no input of this shape.
         """
-        if shape not in self._known:
-            self._known[shape] = self._count(shape)
-        return self._known[shape]
+        key = tuple(part_of(name, value) for name, value in inputs.items())
+        if key not in self._known:
+            self._known[key] = self._count(inputs)
+        return self._known[key]
 
-    def _count(self, shape: tuple[int, ...]) -> int:
+    def _count(self, inputs: "Mapping[str, torch.Tensor]") -> int:
         import torch
 
-        found: list[torch.Tensor] = []
+        found: list[int] = []
         architecture = self._fake.architecture
         first = [
             p
             for p in residual_points(1, architecture.hidden_size, architecture.side)
             if p.value == RESIDUALS[0]
         ]
-        taps = Taps(architecture, first, lambda _, value: found.append(value))
-        with self._fake.mode, shapes_only(), refused(cannot_run(self._model)), taps:
-            value = torch.zeros(1, *shape)
-            taps.run(**{self.input_name: value})
-        return int(found[0].shape[1])
+        taps = Taps(architecture, first, lambda _, value: found.append(value.shape[1]))
+        known = any(not value.is_floating_point() for value in inputs.values())
+        with self._fake.mode, shapes_only(known), refused(cannot_run(self._model)), taps:
+            given = {
+                name: torch.zeros(value.shape) if value.is_floating_point() else value
+                for name, value in inputs.items()
+            }
+            taps.run(**given)
+        return found[0]
+
+    @property
+    def in_time(self) -> bool:
+        """Whether the rows of a clip are its frames, one after the other."""
+        return self.input_name != "input_values" and not towers.patch_size(self._model)
+
+    def real_rows(self, inputs: "Mapping[str, torch.Tensor]") -> int | None:
+        """Rows of a document that are not of padding, by the mask that the processor makes.
+
+        Args:
+            inputs: what the processor made of it.
+
+        Returns:
+            Their number, the first ones; None where there is no mask, or it does not tell.
+        """
+        mask = next((v for name, v in inputs.items() if "mask" in name), None)
+        if mask is None:
+            return None
+        rows, real = self.rows(inputs), int(mask.sum())
+        if mask.shape[-1] == rows:
+            return real
+        if towers.rows_of_frames(self._model, mask.shape[-1]) != rows:
+            return None
+        return min(rows, towers.rows_of_frames(self._model, real))
 
     @cached_property
     def _patch(self) -> tuple[int, int] | None:
         return towers.patch_size(self._model)
 
-    def before_patches(self, shape: tuple[int, ...]) -> int | None:
+    def before_patches(self, inputs: "Mapping[str, torch.Tensor]") -> int | None:
         """Rows that stand before those of the patches: class token, registers.
 
         Args:
-            shape: of an image, (channels, height, width).
+            inputs: what the processor made of an image.
 
         Returns:
             Their number; None where the rows are not these and one for each patch.
         """
-        if modality_of(self._model.config) != "images" or self._patch is None:
+        shape = tuple(inputs[self.input_name].shape[1:])
+        if modality_of(self._model.config) != "images" or self._patch is None or len(shape) != 3:
             return None
         patches = (shape[1] // self._patch[0]) * (shape[2] // self._patch[1])
         before = towers.rows_before(self._model)
-        return before if self.rows(shape) == before + patches else None
+        return before if self.rows(inputs) == before + patches else None
