@@ -11,11 +11,11 @@ from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from theloom.config.model_dims import mark_side
+from theloom.config.model_dims import mark_side, mark_stages, stages_of
 from theloom.errors import ModelError
 from theloom.model.checkpoint.halves import keep_encoder, remade
 from theloom.model.towers import chat, processor
-from theloom.rows.modality import CHAT, SENSED, TEXT, input_shape, mark, modality_of
+from theloom.rows.modality import CHAT, SENSED, TEXT, image_shape, input_shape, mark, modality_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -146,7 +146,13 @@ def _reads_other(config: Any, whole: Any, modality: str, source: str) -> ModelEr
 
 
 @cache
-def tower(whole: Any, modality: str, side: str, shape: tuple[int, ...] | None = None) -> Any:
+def tower(
+    whole: Any,
+    modality: str,
+    side: str,
+    shape: tuple[int, ...] | None = None,
+    stages: tuple[str, ...] = (),
+) -> Any:
     """The class of a tower.
 
     Args:
@@ -154,6 +160,7 @@ def tower(whole: Any, modality: str, side: str, shape: tuple[int, ...] | None = 
         modality: `images`, `audio` or `text`.
         side: `encoder` where it is an encoder-decoder, of which the decoder is left out.
         shape: of its input, where its processor makes one alone (`input_shape`).
+        stages: the hook points in stages that are read of it.
 
     Returns:
         A class with the names of weights of the whole one; that of a text half is the same.
@@ -162,6 +169,7 @@ def tower(whole: Any, modality: str, side: str, shape: tuple[int, ...] | None = 
     def build(self: Any, config: Any, *args: Any, **options: Any) -> None:
         whole.__init__(self, config, *args, **options)
         mark(self.config, modality, shape)
+        mark_stages(self.config, stages)
         if side:
             mark_side(self.config, side)
             keep_encoder(self)
@@ -319,14 +327,12 @@ def _image(model: Any, rows: int, fixed: tuple[int, ...] | None) -> tuple[int, .
     """Channels, height and width of an image of so many rows."""
     if fixed is not None:
         return fixed
-    config, patch = model.config, patch_size(model)
-    size = getattr(config, "image_size", None)
-    height, width = size if isinstance(size, list | tuple) else (size or 224, size or 224)
-    own = (getattr(config, "num_channels", 3), height, width)
+    own, patch = image_shape(model.config), patch_size(model)
+    _, height, width = own
     whole: Any = type(model).__mro__[1]
     strict = "interpolate_pos_encoding" in signature(whole.forward).parameters
     wanted = rows - rows_before(model)
-    if patch is None or strict or wanted < 4:
+    if patch is None or strict or wanted < 4 or stages_of(model.config):
         return own
     if wanted == (height // patch[0]) * (width // patch[1]):
         return own

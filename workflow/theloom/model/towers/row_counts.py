@@ -5,9 +5,10 @@ without bytes.
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.model_dims import stages_of
 from theloom.hooks.blocks import cannot_run
 from theloom.hooks.failures import refused
-from theloom.hooks.points import RESIDUALS, residual_points
+from theloom.hooks.points import RESIDUALS, HookPoint, check_one_resolution
 from theloom.hooks.taps import Taps
 from theloom.model.shapes_only import shapes_only
 from theloom.model.towers import classes as towers
@@ -26,7 +27,7 @@ class RowCounts:
 
     def __init__(self, fake: "FakeModel") -> None:
         self._fake = fake
-        self._known: dict[tuple[int, ...], int] = {}
+        self._known: dict[tuple[int, ...], set[int]] = {}
 
     @property
     def _model(self) -> Any:
@@ -52,7 +53,7 @@ class RowCounts:
         """Rows of the largest document that a run is planned for where its config names no number:
         of an image of the model's own size, or of a clip of 30 seconds.
         """
-        return self.rows(towers.longest_shape(self._model))
+        return max(self._counts(towers.longest_shape(self._model)))
 
     def rows(self, shape: tuple[int, ...]) -> int:
         """The rows of one document.
@@ -65,26 +66,39 @@ class RowCounts:
 
         Raises:
             ModelError: the model takes no input of this shape.
+            HookError: its hook points in stages have different numbers of rows.
         """
+        counts = self._counts(shape)
+        if len(counts) > 1:
+            check_one_resolution(self._points)
+        return max(counts)
+
+    def _counts(self, shape: tuple[int, ...]) -> set[int]:
         if shape not in self._known:
             self._known[shape] = self._count(shape)
         return self._known[shape]
 
-    def _count(self, shape: tuple[int, ...]) -> int:
+    @cached_property
+    def _points(self) -> list[HookPoint]:
+        """The hook points by which rows are counted: all that are read of a model in stages, else
+        what the first block is given.
+        """
+        architecture = self._fake.architecture
+        if architecture.stages is not None:
+            return architecture.stages.catalog.select(stages_of(self._model.config))
+        return [p for p in architecture.stream if p.block == 0 and p.value == RESIDUALS[0]]
+
+    def _count(self, shape: tuple[int, ...]) -> set[int]:
         import torch
 
         found: list[torch.Tensor] = []
-        architecture = self._fake.architecture
-        first = [
-            p
-            for p in residual_points(1, architecture.hidden_size, architecture.side)
-            if p.value == RESIDUALS[0]
-        ]
-        taps = Taps(architecture, first, lambda _, value: found.append(value))
+        taps = Taps(
+            self._fake.architecture, self._points, lambda _, value: found.append(value)
+        )
         with self._fake.mode, shapes_only(), refused(cannot_run(self._model)), taps:
             value = torch.zeros(1, *shape)
             taps.run(**{self.input_name: value})
-        return int(found[0].shape[1])
+        return {int(value.shape[1]) for value in found}
 
     @cached_property
     def _patch(self) -> tuple[int, int] | None:
@@ -99,7 +113,8 @@ class RowCounts:
         Returns:
             Their number; None where the rows are not these and one for each patch.
         """
-        if modality_of(self._model.config) != "images" or self._patch is None:
+        in_stages = self._fake.architecture.stages is not None
+        if modality_of(self._model.config) != "images" or in_stages or self._patch is None:
             return None
         patches = (shape[1] // self._patch[0]) * (shape[2] // self._patch[1])
         before = towers.rows_before(self._model)
