@@ -124,6 +124,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "doge": {"keep_window_size": 256},  # by default it is the context, too
     "dots3_note": {"text_config.head_dim": 32},
     "dots3_note_text": {"head_dim": 32},
+    "efficientnet": {"image_size": 64, "width_coefficient": 0.5, "depth_coefficient": 0.5},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gemma3n_text": {
         "num_hidden_layers": 4,
