@@ -205,6 +205,8 @@ def _shrink(plain: dict[str, Any], special: dict[str, Any]) -> None:
             )
         elif key in lists:
             plain[key] = [value[i] for i in kept]
+        elif key == "depths" and isinstance(value, list | tuple):
+            plain[key] = [min(count, 2) for count in value]
         elif key in DEPTH.split() and isinstance(value, int):
             plain[key] = len(kept)
         elif key.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= 128:

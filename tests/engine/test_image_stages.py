@@ -113,12 +113,12 @@ def test_a_model_in_stages_says_which_hook_points_it_has(tmp_path, images, resne
 
 def test_stages_go_with_images_of_one_size(tmp_path, images, resnet):
     for words, hooks, error in [
-        ("corpus.max_tokens=100", "stages.1.hook_out", "the corpus is python_docs; set corpus"),
-        ("corpus=images", "stages.1.hook_out,blocks.0.hook_resid_pre", "of one kind"),
+        ("corpus.max_tokens=9", "stages.1.hook_out", "the corpus is python_docs; set corpus"),
+        (f"corpus=images corpus.path={images}", "stages.1.hook_out,hook_embed", "of one kind"),
     ]:
         filters = f"memory.activation_cache_filter=[{hooks}]"
         with pytest.raises(ConfigError, match=error):
-            stages(tmp_path / "a", resnet, f"{words} corpus.path={images} {filters}")
+            stages(tmp_path / "a", resnet, f"{words} {filters}")
     saved = (resnet / "preprocessor_config.json").read_text()
     (resnet / "preprocessor_config.json").write_text(
         json.dumps(json.loads(saved) | {"do_resize": False})
