@@ -124,7 +124,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "doge": {"keep_window_size": 256},  # by default it is the context, too
     "dots3_note": {"text_config.head_dim": 32},
     "dots3_note_text": {"head_dim": 32},
-    "efficientnet": {"image_size": 64, "width_coefficient": 0.5, "depth_coefficient": 0.5},
+    "efficientnet": {
+        "image_size": 64,
+        "hidden_dim": 640,
+        "width_coefficient": 0.5,
+        "depth_coefficient": 0.5,
+    },
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -154,6 +159,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [32, 32],
         "attn_layers": ["local", "lsh", "local"],
     },
+    # maps that are not as wide as they are high and long
+    "sam_vision_model": {"image_size": 256},
+    "sam_hq_vision_model": {"image_size": 256},
     **{name: {"max_source_positions": 100} for name in WHISPER_LIKE.split()},
     "xmod": {"default_language": "en_XX"},
     "zamba": ZAMBA,

@@ -99,7 +99,9 @@ def test_stages_of_several_resolutions_are_no_run(tmp_path, images, resnet):
 
 def test_a_model_in_stages_says_which_hook_points_it_has(tmp_path, images, resnet, capsys):
     run = stages(tmp_path / "run", resnet, requested(images, "blocks.*.hook_resid_post"))
-    words = r"built in stages, whose hook points are stages\.0\.hook_out \(64 rows of 8\), stages\.1"
+    words = (
+        r"built in stages, whose hook points are stages\.0\.hook_out \(64 rows of 8\), stages\.1"
+    )
     with pytest.raises(ModelError, match=words):
         run.prepare()
     assert main.main(["hooks", str(resnet), "--json"]) == 0

@@ -275,8 +275,8 @@ def listed(points: Sequence[HookPoint]) -> str:
         Names with their rows and widths, each of them once.
 
     Examples:
-        >>> listed([stage_point(0, 64, 3136), stage_point(1, 64, 3136), stage_point(2, 96, 784)])
-        'stages.0.hook_out to stages.1.hook_out (3,136 rows of 64), stages.2.hook_out (784 rows of 96)'
+        >>> listed([stage_point(0, 64, 196), stage_point(1, 64, 196), stage_point(2, 96, 49)])
+        'stages.0.hook_out to stages.1.hook_out (196 rows of 64), stages.2.hook_out (49 rows of 96)'
     """
     groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
     for one in points:

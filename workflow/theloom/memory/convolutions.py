@@ -8,8 +8,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch._C._profiler import _ExperimentalConfig
+from torch.autograd import ProfilerConfig, ProfilerState
 from torch.utils._python_dispatch import _disable_current_modes
+
+# Of the older profiler, since the newer one takes longer and may write to the job's log
+_MEMORY = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
 
 _TRIED = 16 << 20  # bytes of input and output that are tried at most; more are extrapolated
 
@@ -81,12 +85,13 @@ def _tried(
         bias = torch.zeros(outputs, dtype=dtype) if biased else None
         rest: Any = (stride, padding, dilation, transposed, output_padding, groups)
         made = torch.ops.aten.convolution(value, weight, bias, *rest).untyped_storage().nbytes()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        torch.autograd._enable_profiler_legacy(_MEMORY)
+        try:
             torch.ops.aten.convolution(value, weight, bias, *rest)
-    results: Any = profiler.profiler
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+        finally:
+            events = torch.autograd._disable_profiler_legacy()
     live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
+    for event in (e for thread in events for e in thread if e.kind() == "memory_alloc"):
+        live += event.cpu_memory_usage()
         peak = max(peak, live)
     return value.untyped_storage().nbytes() + made, max(0, peak - made)

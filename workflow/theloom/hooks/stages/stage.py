@@ -41,6 +41,7 @@ class Stage:
         """The hook point of the stage."""
         return stage_point(self.number, self.width, self.rows)
 
+
 @dataclass(frozen=True)
 class Stages:
     """The stages of a model, and the reasons for entries of its hidden states that are none.

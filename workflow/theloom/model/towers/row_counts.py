@@ -92,9 +92,7 @@ class RowCounts:
         import torch
 
         found: list[torch.Tensor] = []
-        taps = Taps(
-            self._fake.architecture, self._points, lambda _, value: found.append(value)
-        )
+        taps = Taps(self._fake.architecture, self._points, lambda _, value: found.append(value))
         with self._fake.mode, shapes_only(), refused(cannot_run(self._model)), taps:
             value = torch.zeros(1, *shape)
             taps.run(**{self.input_name: value})
