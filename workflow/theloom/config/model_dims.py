@@ -74,7 +74,8 @@ def mark_stages(config: "PretrainedConfig", stages: Sequence[str]) -> None:
         config: Of the model; it is changed.
         stages: The hook filter that names them; empty: it is read by its blocks.
     """
-    setattr(config, _STAGES, tuple(stages))
+    if stages:
+        setattr(config, _STAGES, tuple(stages))
 
 
 def stages_of(config: "PretrainedConfig") -> tuple[str, ...]:

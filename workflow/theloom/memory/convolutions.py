@@ -3,6 +3,7 @@ columns. Which of them it is depends on processor, shapes and versions, and noth
 same convolution runs once, on zeros, and PyTorch's profiler tells.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -49,16 +50,26 @@ def convolution_buffers(
     if value.ndim == weight.ndim - 1:  # without an axis of windows
         windows, shape = 1, tuple(map(int, value.shape))
     numbers = tuple(map(tuple, (stride, padding, dilation, output_padding)))
-    dense = value.ndim < 4 or value.is_contiguous()
-    kind = (shape, tuple(map(int, weight.shape)), bias is not None, numbers, bool(transposed))
-    asked = (*kind, groups, value.dtype, dense, torch.get_num_threads())
-    one, _ = _tried(1, *asked)
-    most = max(2, _TRIED // max(1, one))
-    if windows <= most:
-        return _tried(windows, *asked)[1]
-    (_, less), (_, more) = (_tried(count, *asked) for count in (most // 2, most))
-    per_window = (more - less) / (most - most // 2)
-    return int(more + per_window * (windows - most))
+    dense = value.ndim != 4 or value.is_contiguous()
+    rest: Any = (tuple(map(int, weight.shape)), bias is not None, numbers, bool(transposed))
+    rest += (groups, value.dtype, dense, torch.get_num_threads())
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    steps = math.prod(stride) if not transposed else 1 / math.prod(stride)
+    positions = math.prod(shape[1:])
+    one = value.element_size() * positions * (shape[0] + channels / steps)
+    if windows * one <= _TRIED:
+        return _tried(windows, shape, *rest)
+    if 4 * one <= _TRIED:
+        most = int(_TRIED // one)
+        less, more = (_tried(count, shape, *rest) for count in (most // 2, most))
+        return round(more + (more - less) / (most - most // 2) * (windows - most))
+    axis = max(range(1, len(shape)), key=lambda a: shape[a])  # parts of one window
+    most = max(2, int(shape[axis] * _TRIED / (2 * one)))
+    less, more = (
+        _tried(1, (*shape[:axis], length, *shape[axis + 1 :]), *rest)
+        for length in (most // 2, most)
+    )
+    return round(windows * (more + (more - less) / (most - most // 2) * (shape[axis] - most)))
 
 
 @cache
@@ -73,8 +84,8 @@ def _tried(
     dtype: torch.dtype,
     dense: bool,
     threads: int,
-) -> tuple[int, int]:
-    """Bytes of input and output, and those that one convolution takes beyond its output."""
+) -> int:
+    """Bytes that one convolution takes beyond its output."""
     stride, padding, dilation, output_padding = map(list, numbers)
     with _disable_current_modes(), torch.inference_mode():
         value = torch.zeros(windows, *shape, dtype=dtype)
@@ -94,4 +105,4 @@ def _tried(
     for event in (e for thread in events for e in thread if e.kind() == "memory_alloc"):
         live += event.cpu_memory_usage()
         peak = max(peak, live)
-    return value.untyped_storage().nbytes() + made, max(0, peak - made)
+    return max(0, peak - made)

@@ -59,9 +59,13 @@ def instead(config: Config, error: ModelError | HookError) -> ModelError | HookE
     """
     if not _of_images(config) or config.model.stages:
         return error
-    points = points_in(config)
+    try:
+        points = _catalog(with_stages(config)).points
+    except (ModelError, HookError) as other:
+        of_model = isinstance(error, ModelError)  # not of a name in the filter
+        return ModelError(f"{error}; nor by stages: {other}") if of_model else error
     blocks_alone = isinstance(error, HookError) and len({(p.rows, p.shape) for p in points}) < 2
-    if not points or blocks_alone:
+    if blocks_alone:
         return error
     return ModelError(
         f"model.source: {config.model.source} is built in stages, whose hook points are "

@@ -55,6 +55,9 @@ def tower_check(architecture: Architecture, tolerance: float) -> SelfCheck:
         raise ModelError(
             f"{name}: the residual stream that is read differs from its own output_hidden_states "
             f"(by {states_error:.2g} of the largest value): its blocks are not one stream"
+            if architecture.stages is None
+            else f"{name}: the outputs of its stages differ from its own output_hidden_states (by "
+            f"{states_error:.2g} of the largest value), so none is read"
         )
     together = max(_apart(alone[n], both, n) for n in (0, 1))
     if not together <= limit:
