@@ -125,7 +125,7 @@ def over_leased(
     if stages_of(model_config):
         raise MemoryPlanError(
             f"{model_config.model_type}: a model in stages is not cut to several GPUs, and this "
-            f"job holds {len(gpu_lease.held())}; set resources.gpus=1"
+            f"job holds {len(gpu_lease.held())}; set resources.gpu=1"
         )
     with torch.device("meta"):
         model = auto_class(model_config, trust_remote_code).from_config(
