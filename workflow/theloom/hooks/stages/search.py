@@ -24,7 +24,13 @@ from theloom.rows.modality import image_shape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_COPIES = (torch.ops.aten.clone.default, torch.ops.aten._unsafe_view.default)
+_COPIES = (  # those made of others too: under inference mode they arrive as one
+    torch.ops.aten.clone.default,
+    torch.ops.aten.contiguous.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.flatten.using_ints,
+    torch.ops.aten._unsafe_view.default,
+)
 
 
 def find_stages(model: "PreTrainedModel") -> Stages:
