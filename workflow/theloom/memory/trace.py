@@ -6,7 +6,7 @@ would take attention's unfused path.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -357,7 +357,7 @@ def multiplies_tiles(dtype: torch.dtype) -> bool:
 
 CUDA_KERNELS = (torch.ops.aten.softmax.int,)  # with a dtype: half in, float out, in one kernel
 
-CPU_KERNELS = {
+CPU_KERNELS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_attention_buffers,
     torch.ops.aten.convolution.default: convolution_buffers,
 }

@@ -109,7 +109,9 @@ class _Pass:
         """Where an entry of the hidden states was met, the best place first."""
         entry = self.states[number]
         origin = self._copies.origin(entry)
-        outputs, inputs, copies = [], [], []
+        outputs: list[int] = []
+        inputs: list[int] = []
+        copies: list[int] = []
         for place, (site, value) in enumerate(self._met):
             if self._calls[site.module] > 1:
                 continue
