@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +33,17 @@ import torch
 import transformers
 from support import ROOT, Stages, stages
 from sweep_page import CHUNK, LENGTHS, LIMIT, MAPPINGS, Row, page
-from sweep_towers import HALVES, READS, half_of, halves, plain_inputs, write_processor
+from sweep_towers import (
+    HALVES,
+    READS,
+    half_of,
+    halves,
+    plain_inputs,
+    positions,
+    resolutions,
+    stage_states,
+    write_processor,
+)
 from theloom.engine import model_record
 from theloom.errors import TheLoomError, VerificationError
 from tiny_configs import tiny_config
@@ -88,7 +99,8 @@ def build(model_type: str, kind: str = "causal") -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+                inputs = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]
+                parameter.normal_(std=inputs**-0.5)
     return model.eval()
 
 
@@ -171,7 +183,7 @@ def _run(row: Row, model: PreTrainedModel, folder: Path, side: str = "") -> Row:
 
 def _run_tower(row: Row, model: PreTrainedModel, place: Path, reads: str) -> Row:
     """All stages over images or clips, and every document's rows against the model; of the encoder
-    where there is a decoder, too.
+    where there is a decoder, too; of one in stages, a run for each number of rows.
     """
     files = sorted(write_media(place / reads, reads).iterdir())
     side = "encoder." if model.config.is_encoder_decoder else ""
@@ -193,7 +205,51 @@ def _run_tower(row: Row, model: PreTrainedModel, place: Path, reads: str) -> Row
             shifted, worst = shifted or outputs, max(worst, error)
         return shifted, worst
 
-    return _finish(row, run, place, compare)
+    found = _finish(row, run, place, compare)
+    if found.status == "refused" and "is built in stages" in found.reason:
+        return _run_stages(row, model, place, files)
+    return found
+
+
+def _run_stages(row: Row, model: PreTrainedModel, place: Path, files: list[Path]) -> Row:
+    """A run over images for each number of rows that a model's stages have: right where all are."""
+    every = [plain_inputs(model, file, place / "model", "images") for file in files]
+    worst, missing = row, []
+    for numbers in resolutions(model, every[0]):
+        found = row
+        while numbers:
+            hooks = ",".join(f"stages.{n}.hook_out" for n in numbers)
+            run = stages(
+                place / f"run{numbers[0]}",
+                place / "model",
+                f"corpus=images corpus.path={place / 'images'} corpus.max_tokens=null "
+                f"extraction.shards=1 memory.activation_cache_filter=[{hooks}]",
+            )
+            found = _finish(row, run, place, partial(_compare_stages, model, run, every))
+            absent = re.search(r"'stages\.(\d+)\..*is no module's output", found.reason)
+            if absent is None:
+                break
+            missing.append(int(absent[1]))
+            numbers.remove(missing[-1])
+        if found.status != "right" and numbers:
+            return replace(found, reason=f"stages {numbers}: {found.reason}")
+        worst = max(worst, found, key=lambda r: r.error)
+    without = f"; entries {missing} are no module's output" if missing else ""
+    return replace(worst, not_streamed=f"stages: {worst.not_streamed}{without}")
+
+
+def _compare_stages(
+    model: PreTrainedModel, run: Stages, inputs: list[dict[str, Any]]
+) -> tuple[bool, float]:
+    """The largest error of any document's rows against the model's own hidden states."""
+    acts, worst = theloom.open(run.activations), 0.0
+    for number, given in enumerate(inputs):
+        document = acts.document(number)
+        states = stage_states(model, given)
+        for hook in acts.hooks:
+            expected = positions(model, states[int(hook.split(".")[1])])
+            worst = max(worst, _error(document[hook].float(), expected))
+    return False, worst
 
 
 def _finish(row: Row, run: Stages, place: Path, compare: Callable[[], tuple[bool, float]]) -> Row:

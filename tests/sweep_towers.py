@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from towers_support import processed
 from transformers import CONFIG_MAPPING, PreTrainedModel
@@ -158,7 +159,7 @@ def _of_images(model: PreTrainedModel) -> list[dict[str, Any]]:
         height, width = size
     elif isinstance(size, int):
         height = width = size
-    else:
+    elif getattr(model.config, "hidden_size", None):
         sizes = {
             "patch_size": "patch_size",
             "merge_size": "spatial_merge_size",
@@ -168,6 +169,8 @@ def _of_images(model: PreTrainedModel) -> list[dict[str, Any]]:
             n: v for n, c in sizes.items() if isinstance(v := getattr(model.config, c, None), int)
         }
         return [own, {}]
+    else:  # stages of a model that takes any size
+        height = width = 64
     square = {"height": height, "width": width}
     return [
         {"size": square, "crop_size": square},
@@ -175,6 +178,54 @@ def _of_images(model: PreTrainedModel) -> list[dict[str, Any]]:
         {"size": {"shortest_edge": height}},
         {},
     ]
+
+
+def resolutions(model: PreTrainedModel, inputs: dict[str, Any]) -> list[list[int]]:
+    """The entries of a model's own hidden states by their number of positions.
+
+    Args:
+        model: The tiny model.
+        inputs: What its processor makes of an image.
+
+    Returns:
+        Their numbers, together where a run can have them together.
+    """
+    groups: dict[int, list[int]] = {}
+    for number, state in enumerate(stage_states(model, inputs)):
+        width = state.shape[1 if state.ndim == 4 and not _channels_last(model) else -1]
+        groups.setdefault(state.numel() // width, []).append(number)
+    return list(groups.values())
+
+
+def stage_states(model: PreTrainedModel, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """Every entry of a model's own hidden states, as plain transformers gives them.
+
+    Args:
+        model: The tiny model.
+        inputs: What its processor makes of an image.
+
+    Returns:
+        Maps (1, channels, height, width) or (1, height, width, channels), or (1, positions,
+        channels).
+    """
+    with torch.inference_mode():
+        output = model(**inputs, output_hidden_states=True)
+    names = ("hidden_states", "encoder_hidden_states", "vision_hidden_states")
+    states = next(s for name in names if (s := getattr(output, name, None)) is not None)
+    flat = [e for s in states for e in (s if isinstance(s, tuple | list) else [s])]
+    return [state for state in flat if isinstance(state, torch.Tensor)]
+
+
+def positions(model: PreTrainedModel, state: torch.Tensor) -> torch.Tensor:
+    """A hidden state as rows, (positions, channels)."""
+    if state.ndim == 3:
+        return state[0]
+    return (state[0] if _channels_last(model) else state[0].permute(1, 2, 0)).flatten(0, 1)
+
+
+def _channels_last(model: PreTrainedModel) -> bool:
+    """Whether a model has its maps as (height, width, channels): SAM's alone."""
+    return type(model).__name__.startswith("Sam")
 
 
 def _of_audio(model: PreTrainedModel) -> list[dict[str, Any]]:

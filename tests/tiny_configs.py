@@ -124,6 +124,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "doge": {"keep_window_size": 256},  # by default it is the context, too
     "dots3_note": {"text_config.head_dim": 32},
     "dots3_note_text": {"head_dim": 32},
+    "efficientnet": {
+        "image_size": 64,
+        "hidden_dim": 640,
+        "width_coefficient": 0.5,
+        "depth_coefficient": 0.5,
+    },
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "exaone4_5_vision": {"window_size": 112},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
@@ -157,6 +163,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [32, 32],
         "attn_layers": ["local", "lsh", "local"],
     },
+    # maps that are not as wide as they are high and long
+    "sam_vision_model": {"image_size": 256},
+    "sam_hq_vision_model": {"image_size": 256},
     **{name: {"max_source_positions": 100} for name in WHISPER_LIKE.split()},
     "xmod": {"default_language": "en_XX"},
     "zamba": ZAMBA,
@@ -208,6 +217,8 @@ def _shrink(plain: dict[str, Any], special: dict[str, Any]) -> None:
             )
         elif key in lists:
             plain[key] = [value[i] for i in kept]
+        elif key == "depths" and isinstance(value, list | tuple):
+            plain[key] = [min(count, 2) for count in value]
         elif key in DEPTH.split() and isinstance(value, int):
             plain[key] = len(kept)
         elif key.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= 128:

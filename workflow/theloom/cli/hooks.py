@@ -59,9 +59,11 @@ def add_hooks(commands: Any) -> None:
 
 def _hooks(arguments: argparse.Namespace) -> None:
     from theloom.hooks.points import HookCatalog
+    from theloom.memory import stages
     from theloom.planning import estimate, forecast
 
     settings = estimate.as_it_reads(forecast.settings_of(arguments.target), arguments.modality)
+    settings = stages.as_it_is_built(settings)
     estimators = [estimate.estimator_of(s, filters=[]) for s in estimate.halves(settings)]
     catalogs = [estimator.catalog() for estimator in estimators]
     catalog = HookCatalog(
@@ -73,6 +75,7 @@ def _hooks(arguments: argparse.Namespace) -> None:
     if arguments.json:
         found = [
             {"name": p.name, "shape": p.row(keys), "bytes_per_token": size * p.width(keys)}
+            | ({"rows": p.rows} if p.rows else {})
             for p in points
         ]
         report = {"model": settings.model.source, "dtype": arguments.dtype, "tokens": keys}
@@ -82,14 +85,22 @@ def _hooks(arguments: argparse.Namespace) -> None:
         f"{e.size.num_blocks} blocks{f' of the {e.size.side}' if len(estimators) > 1 else ''}"
         for e in estimators
     )
-    width = estimators[0].size.hidden_size
-    print(f"{settings.model.source}: {of_half}, width {width:,}, rows in {arguments.dtype}\n")
+    width, in_stages = estimators[0].size.hidden_size, bool(settings.model.stages)
+    of_half = f"{len(points)} outputs of stages" if in_stages else of_half
+    width_words = f"{'at most ' if in_stages else ''}{width:,}"
+    print(f"{settings.model.source}: {of_half}, width {width_words}, rows in {arguments.dtype}\n")
     rows = [
         [name, len(g), " × ".join(map(str, g[0].row(keys))), f"{size * g[0].width(keys):,}"]
+        + ([f"{g[0].rows:,}"] if in_stages else [])
         for one, estimator in zip(catalogs, estimators, strict=True)
         for name, g in grouped([p for p in points if p in one.points], estimator.size.num_blocks)
     ]
-    print(table(rows, ["hook point", "points", "row", "bytes per token"], (1, 2, 3)))
+    columns = ["hook point", "points", "row", "bytes per token"]
+    columns += ["rows of an image"] if in_stages else []
+    print(table(rows, columns, tuple(range(1, len(columns)))))
+    if in_stages:
+        print("\nthe hook points of a run share their rows: name those of one number")
+        return
     total = size * sum(p.width(keys) for p in points)
     print(f"\nall of them: {len(points):,} hook points, {total:,} bytes per token")
     if any(p.over_keys for p in points):
@@ -116,13 +127,13 @@ def grouped(points: "list[HookPoint]", blocks: int) -> "list[tuple[str, list[Hoo
         >>> [name for name, _ in grouped(residual_points(3, 8)[2:], 3)]
         ['blocks.1-2.hook_resid_pre', 'blocks.1-2.hook_resid_post']
     """
-    found: dict[tuple[str, tuple[int, ...]], list[HookPoint]] = {}
+    found: dict[tuple[str, tuple[int, ...], int], list[HookPoint]] = {}
     for point in points:
-        found.setdefault((_numberless(point.name), point.shape), []).append(point)
+        found.setdefault((_numberless(point.name), point.shape, point.rows), []).append(point)
     named = []
-    for (name, _), group in found.items():
+    for (name, _, _), group in found.items():
         numbers = "*" if len(group) == blocks else _ranges([p.block for p in group])
-        named.append((name.replace("blocks.*.", f"blocks.{numbers}."), group))
+        named.append((name.replace("s.*.", f"s.{numbers}.", 1), group))
     return named
 
 

@@ -10,7 +10,9 @@ SIDES = ("encoder.", "decoder.")  # how the names of hook points of an encoder-d
 
 # How the name of a hook point in a block begins: what stands before the number, and the number,
 # which in filters may count from the end.
-OF_BLOCK = re.compile(r"^((?:encoder\.|decoder\.)?blocks\.)(-?\d+)\.")
+OF_BLOCK = re.compile(r"^((?:encoder\.|decoder\.)?blocks\.|stages\.)(-?\d+)\.")
+
+_STAGES = "stages."  # how the names of hook points in stages begin
 
 
 def side(filters: Iterable[str]) -> str | None:
@@ -43,6 +45,33 @@ def side(filters: Iterable[str]) -> str | None:
             "make a run for the encoder and another for the decoder"
         )
     return next(iter(first), "") or None
+
+
+def stages(filters: Iterable[str]) -> list[str]:
+    """The hook points in stages that a filter names.
+
+    Args:
+        filters: Names of hook points or globs.
+
+    Returns:
+        All of them; none where they are those of a model of one list of blocks.
+
+    Raises:
+        ConfigError: They name both kinds.
+
+    Examples:
+        >>> stages(["stages.1.hook_out"]), stages(["blocks.*.hook_resid_post"])
+        (['stages.1.hook_out'], [])
+    """
+    entries = list(filters)
+    found = [entry for entry in entries if entry.startswith(_STAGES)]
+    if found and len(found) < len(entries):
+        other = next(entry for entry in entries if entry not in found)
+        raise ConfigError(
+            f"memory.activation_cache_filter: {found[0]} is of a model in stages and {other} of "
+            "one of blocks; name hook points of one kind"
+        )
+    return found
 
 
 def store_precision(config: Config, precision: str) -> str:

@@ -129,6 +129,22 @@ def check(config: Config) -> None:
     answers.check(config)
     _check_modality(config)
     _check_side(config)
+    _check_stages(config)
+
+
+def _check_stages(config: Config) -> None:
+    """What goes with hook points in stages."""
+    named, kind = auto.stages(config.memory.activation_cache_filter), config.corpus.kind.name
+    if list(config.model.stages) != named:
+        raise ConfigError(
+            f"model.stages={list(config.model.stages)}: the hook points are "
+            f"{named or 'in no stages'}; leave it out, a run sets it by its hook points"
+        )
+    if named and kind != "images":
+        raise ConfigError(
+            f"memory.activation_cache_filter: {named[0]} is of an image model in stages, and the "
+            f"corpus is {kind}; set corpus=images and corpus.path"
+        )
 
 
 def _check_architecture(config: Config) -> None:

@@ -246,6 +246,8 @@ def _compose(
         _take_old_names(strict)
         if (side := auto.side(strict.memory.activation_cache_filter)) and not strict.model.side:
             strict.model.side = side
+        if stages := auto.stages(strict.memory.activation_cache_filter):
+            strict.model.stages = stages
         if strict.corpus.kind.name in SENSED and strict.model.modality is None:
             strict.model.modality = Modality[strict.corpus.kind.name]
         if strict.corpus.images is not None and strict.model.modality is None:

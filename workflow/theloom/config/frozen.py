@@ -33,7 +33,14 @@ BESIDE_THE_RESULT = ("memory.profile_shard", "store.max_overflow", "store.allow_
 
 # Keys that are frozen only where they are set, though they change the result: runs without them
 # stay what they were before the keys existed.
-WHERE_SET = ("model.adapter", "model.side", "model.modality", "corpus.target", "corpus.images")
+WHERE_SET = (
+    "model.adapter",
+    "model.side",
+    "model.modality",
+    "model.stages",
+    "corpus.target",
+    "corpus.images",
+)
 
 # A section that is frozen only where its `source` is set: runs without it stay what they were.
 ANSWERS = "answers"
@@ -75,6 +82,7 @@ _MODEL_FILES = (
     "model.ignore_own_code",
     "model.side",
     "model.modality",
+    "model.stages",
 )
 
 _LOADING = (

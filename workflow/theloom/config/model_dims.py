@@ -1,5 +1,6 @@
 """The dimensions of a model, as its config or a profile gives them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,32 @@ def side_of(config: "PretrainedConfig") -> str:
     return str(getattr(config, _SIDE, ""))
 
 
+_STAGES = "theloom_stages"  # attribute of a config whose model is read by its stages
+
+
+def mark_stages(config: "PretrainedConfig", stages: Sequence[str]) -> None:
+    """Say on a model's config that it is read by its stages.
+
+    Args:
+        config: Of the model; it is changed.
+        stages: The hook filter that names them; empty: it is read by its blocks.
+    """
+    if stages:
+        setattr(config, _STAGES, tuple(stages))
+
+
+def stages_of(config: "PretrainedConfig") -> tuple[str, ...]:
+    """The filter of the hook points in stages that are read of a model.
+
+    Args:
+        config: Of a model.
+
+    Returns:
+        Names or globs; none where it is read by its blocks.
+    """
+    return tuple(getattr(config, _STAGES, ()))
+
+
 def _blocks(text: "PretrainedConfig") -> Any:
     """The number of blocks: of a decoder that is read by itself its own, where it has one."""
     names = ("num_decoder_layers", "decoder_layers") if side_of(text) == "decoder" else ()
@@ -83,6 +110,8 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
         ModelError: The config has no blocks, width or vocabulary, or a number beyond what is
             possible.
     """
+    if stages_of(config):  # each has its own width, which a trace tells (`Traced`)
+        return ModelDims(config.model_type, 1, 1, 1, 1, 1, 1, 1, 0, senses=True)
     text = config.get_text_config()
     blocks = _blocks(text)
     hidden = getattr(text, "hidden_size", None)
@@ -93,7 +122,8 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
         if senses(config):
             raise ModelError(
                 f"{config.model_type}: its config has no num_hidden_layers or hidden_size; it is "
-                "no transformer of patches or frames that TheLoom can read"
+                "no transformer of patches or frames that TheLoom can read; an image model in "
+                "stages has other hook points (stages.0.hook_out, …), which `theloom hooks` lists"
             )
         raise ModelError(
             f"{config.model_type}: its config has no num_hidden_layers, hidden_size or vocab_size; "

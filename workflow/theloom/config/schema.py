@@ -123,6 +123,11 @@ class ModelConfig:
         "images or audio: what the model reads instead of texts; chat: conversations with images, "
         "of `corpus.messages`; null: what the corpus has",
     )
+    stages: list[str] = key(
+        [],
+        "hook points in stages that are read of an image model: a document has as many rows as "
+        "they; empty: those that the hook filter names",
+    )
 
 
 @dataclass

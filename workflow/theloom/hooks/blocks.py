@@ -14,10 +14,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from theloom.config.model_dims import numbers, side_of
+from theloom.config.model_dims import numbers, side_of, stages_of
 from theloom.errors import ModelError
 from theloom.hooks.failures import refused
 from theloom.hooks.pass_state import PassState
+from theloom.hooks.points import HookPoint, residual_points
+from theloom.hooks.stages.search import find_stages
+from theloom.hooks.stages.stage import Stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,11 +32,14 @@ class BlockNotLoadedError(Exception):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model, and its blocks in the order in which they run."""
+    """A model, and its blocks in the order in which they run; those of a model in stages are the
+    modules whose outputs its stages are, and its hidden size is the widest of theirs.
+    """
 
     model: "PreTrainedModel"
     blocks: list["torch.nn.Module"]
     hidden_size: int
+    stages: Stages | None = None
 
     @property
     def loaded(self) -> list["torch.nn.Module"]:
@@ -49,6 +55,29 @@ class Architecture:
     def part(self) -> "PreTrainedModel":
         """The module that owns embedding, blocks and final norm: a half, or the model."""
         return part_of(self.model)
+
+    @property
+    def stream(self) -> list[HookPoint]:
+        """What the model's own hidden states are of: the residuals before and after every block, or
+        the outputs of all stages.
+        """
+        if self.stages is not None:
+            return self.stages.catalog.points
+        return residual_points(len(self.blocks), self.hidden_size, self.side)
+
+    def on(self, model: "PreTrainedModel") -> "Architecture":
+        """The same for another copy of the model.
+
+        Args:
+            model: of the same class; parts that do not run may be missing.
+
+        Returns:
+            Its architecture.
+        """
+        names = {module: name for name, module in self.model.named_modules()}
+        there = [model.get_submodule(names[block]) for block in self.blocks]
+        stages = None if self.stages is None else self.stages.on(there)
+        return Architecture(model, there, self.hidden_size, stages)
 
     @cached_property
     def pass_state(self) -> PassState:
@@ -86,6 +115,10 @@ def find_blocks(model: "PreTrainedModel") -> Architecture:
     Raises:
         ModelError: they cannot be told for certain.
     """
+    if stages_of(model.config):
+        stages = find_stages(model)
+        modules = [stage.site.module for stage in stages.found]
+        return Architecture(model, modules, max(s.width for s in stages.found), stages)
     size = numbers(model.config)
     every = _module_lists(part_of(model))
     lists = [

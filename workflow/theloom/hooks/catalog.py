@@ -29,6 +29,8 @@ def build_catalog(architecture: Architecture) -> HookCatalog:
     Raises:
         ModelError: it does not run on token ids alone.
     """
+    if architecture.stages is not None:
+        return architecture.stages.catalog
     anatomy = Anatomy.of(architecture)
     found = _known.get(architecture.model)
     if found is None or found[0] is not anatomy:

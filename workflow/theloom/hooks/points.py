@@ -22,6 +22,7 @@ ROUTER_LOGITS, ROUTER_SCORES = "mlp.hook_router_logits", "mlp.hook_router_scores
 EXPERT_INDICES = "mlp.hook_expert_indices"
 MIXER_IN, MIXER_OUT = "mixer.hook_in", "mixer.hook_out"
 SSM_STATE, CONV_STATE = "ssm.hook_state", "ssm.hook_conv_state"
+STAGE_OUT = "hook_out"  # of a stage of an image model
 STATES = (SSM_STATE, CONV_STATE)  # one for a document: after its last token
 ROUTER = (ROUTER_LOGITS, ROUTER_SCORES, EXPERT_INDICES)
 
@@ -101,6 +102,7 @@ class HookPoint:
     block: int
     value: str
     shape: tuple[int, ...]
+    rows: int = 0  # of an image; 0: as many as the model has tokens
 
     @property
     def over_keys(self) -> bool:
@@ -220,6 +222,69 @@ def point(
     """
     name = f"blocks.{block}.{value}" if 0 <= block < num_blocks else value
     return HookPoint(f"{side}.{name}" if side else name, block, value, tuple(shape))
+
+
+def stage_point(number: int, width: int, rows: int) -> HookPoint:
+    """Describe the output of a stage of an image model as a hook point.
+
+    Args:
+        number: of the stage, as the model's own `hidden_states` count.
+        width: channels.
+        rows: positions of an image of the model's own size.
+
+    Returns:
+        The hook point.
+
+    Examples:
+        >>> stage_point(2, 128, 784).name
+        'stages.2.hook_out'
+    """
+    return HookPoint(f"stages.{number}.{STAGE_OUT}", number, STAGE_OUT, (width,), rows)
+
+
+def check_one_resolution(points: Sequence[HookPoint]) -> None:
+    """Check that the hook points of a run have the same number of rows.
+
+    Args:
+        points: that are stored.
+
+    Raises:
+        HookError: they have several; with the number of each.
+
+    Examples:
+        >>> check_one_resolution([stage_point(0, 64, 196), stage_point(1, 64, 196)])
+    """
+    groups: dict[int, list[str]] = {}
+    for one in points:
+        groups.setdefault(one.rows, []).append(one.name)
+    if len(groups) > 1:
+        raise HookError(
+            "memory.activation_cache_filter: the hook points have different numbers of rows for an "
+            f"image, and those of a run share their rows: {listed(points)}; make a run for each "
+            "number of rows"
+        )
+
+
+def listed(points: Sequence[HookPoint]) -> str:
+    """Hook points in stages, for messages.
+
+    Args:
+        points: of the catalog.
+
+    Returns:
+        Names with their rows and widths, each of them once.
+
+    Examples:
+        >>> listed([stage_point(0, 64, 196), stage_point(1, 64, 196), stage_point(2, 96, 49)])
+        'stages.0.hook_out to stages.1.hook_out (196 rows of 64), stages.2.hook_out (49 rows of 96)'
+    """
+    groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for one in points:
+        groups.setdefault((one.rows, one.shape), []).append(one.name)
+    return ", ".join(
+        f"{' to '.join(dict.fromkeys((names[0], names[-1])))} ({rows:,} rows of {math.prod(shape)})"
+        for (rows, shape), names in groups.items()
+    )
 
 
 def check_integers(points: Iterable[HookPoint], catalog: HookCatalog, precision: str) -> None:
@@ -375,7 +440,7 @@ def check_names(filters: Iterable[str]) -> None:
             *AFTER_BLOCKS,
             *(f"blocks.0.{value}" for value in values_in_block(side)),
         )
-    }
+    } | {stage_point(0, 0, 0).name}
     for entry in filters:
         pattern = OF_BLOCK.sub(r"\g<1>0.", entry)
         if not any(fnmatchcase(name, _literal_brackets(pattern)) for name in values):

@@ -49,7 +49,7 @@ class Taps:
         ]  # before any hook: it may run the model
         inside: dict[torch.nn.Module, dict[str, str]] = {}
         with ExitStack() as opened:  # closed again if a tap cannot be placed
-            if senses(self.architecture.model.config):
+            if senses(self.architecture.model.config) and self.architecture.stages is None:
                 opened.callback(self._count_rows().remove)
             for point, site in sites:
                 if site.place == "inside":
@@ -186,6 +186,8 @@ class Taps:
         self._sink(name, value)
 
     def _site(self, point: HookPoint) -> Site:
+        if self.architecture.stages is not None:
+            return self.architecture.stages.of(point).site
         if point.value in RESIDUALS:  # known without a look at the block's inside
             return Site(
                 self.architecture.blocks[point.block],
@@ -195,6 +197,11 @@ class Taps:
 
     def _stop_after(self, deepest: int) -> Any:
         blocks = self.architecture.blocks
+        if self.architecture.stages is not None:
+            site = self.architecture.stages.last(self._points).site
+            if site.place == "input":
+                return site.module.register_forward_pre_hook(_stop)
+            return site.module.register_forward_hook(_stop)
         if deepest < 0:
             return blocks[0].register_forward_pre_hook(_stop)
         last = Anatomy.of(self.architecture).end if deepest == len(blocks) else blocks[deepest]

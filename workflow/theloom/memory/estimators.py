@@ -220,6 +220,10 @@ class Traced:
         self._forwards: dict[Any, PeakBytes] = {}
         if self.size.senses:
             self.size = replace(self.size, context_length=self._rows())
+        if model_dims.stages_of(model_config):
+            described = self.fake(WeightFormat("fp32")).architecture
+            blocks, width = len(described.blocks), described.hidden_size
+            self.size = replace(self.size, num_blocks=blocks, hidden_size=width)
 
     def _rows(self) -> int:
         """Rows of the largest input of a tower that a run is planned for."""

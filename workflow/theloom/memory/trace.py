@@ -6,7 +6,7 @@ would take attention's unfused path.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from theloom.hooks.module_names import looks_causal
 from theloom.hooks.points import HookPoint
 from theloom.hooks.recurrent import cache_name
 from theloom.hooks.taps import Taps
+from theloom.memory.convolutions import convolution_buffers
 from theloom.memory.sizes import PeakBytes, Workload
 from theloom.memory.storages import TEMPORARIES, LiveStorages, Peak
 from theloom.model.attention_kernels import traced_as_cuda
@@ -358,6 +359,7 @@ def multiplies_tiles(dtype: torch.dtype) -> bool:
 
 CUDA_KERNELS = (torch.ops.aten.softmax.int,)  # with a dtype: half in, float out, in one kernel
 
-CPU_KERNELS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_attention_buffers
+CPU_KERNELS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_attention_buffers,
+    torch.ops.aten.convolution.default: convolution_buffers,
 }

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from theloom import terminal
+from theloom.config.model_dims import stages_of
 from theloom.devices import gpu_lease, streams
 from theloom.devices.gpu import available_memory, compute_capability
 from theloom.devices.streams import Mark, SideStreams
@@ -121,6 +122,11 @@ def over_leased(
 
     from theloom.model.checkpoint.classes import auto_class
 
+    if stages_of(model_config):
+        raise MemoryPlanError(
+            f"{model_config.model_type}: a model in stages is not cut to several GPUs, and this "
+            f"job holds {len(gpu_lease.held())}; set resources.gpu=1"
+        )
     with torch.device("meta"):
         model = auto_class(model_config, trust_remote_code).from_config(
             model_config, trust_remote_code=trust_remote_code

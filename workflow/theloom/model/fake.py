@@ -17,7 +17,7 @@ from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture, cannot_run, find_blocks
 from theloom.hooks.catalog import build_catalog
 from theloom.hooks.failures import MODEL_ERRORS, refused, why
-from theloom.hooks.points import HookCatalog, HookPoint, residual_points
+from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.model import pruning
 from theloom.model.checkpoint.classes import auto_class
 from theloom.model.checkpoint.limits import bounded_build
@@ -201,9 +201,8 @@ class FakeModel:
 
     @property
     def residuals(self) -> list[HookPoint]:
-        """The residual stream before and after every block."""
-        found = self.architecture
-        return residual_points(len(found.blocks), found.hidden_size, found.side)
+        """The residual stream before and after every block, or the outputs of all stages."""
+        return self.architecture.stream
 
 
 def fake_model(

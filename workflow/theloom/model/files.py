@@ -61,6 +61,7 @@ class ModelFiles:
     adapters: tuple[AdapterFiles, ...] = ()  # in the order in which they are merged
     side: str | None = None  # the half of an encoder-decoder that is read
     modality: str | None = None  # images or audio instead of texts, or both as chat
+    stages: tuple[str, ...] = ()  # the hook points in stages that are read
 
     def weight_files(self) -> list[Path]:
         """The files that decide what the model computes, adapters apart.
@@ -112,8 +113,8 @@ def prepare_files(
     if gguf is not None:
         folder = _converted(gguf)
     name = None if gguf is None else gguf.name
-    half = _side(config), _modality(config)
-    return ModelFiles(folder, config.source, revision, name, adapters, *half)
+    read = _side(config), _modality(config), tuple(config.stages)
+    return ModelFiles(folder, config.source, revision, name, adapters, *read)
 
 
 def base_source(config: ModelConfig) -> str:
@@ -494,6 +495,7 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
     place, found = _described(config)
     found = towers.chosen(found, _modality(config), place.folder, config.source)
     model_dims.mark_side(found, _side(config))
+    model_dims.mark_stages(found, config.stages)
     return found
 
 
@@ -549,6 +551,7 @@ def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
     )
     found = towers.chosen(found, files.modality, files.folder, files.source)
     model_dims.mark_side(found, files.side)
+    model_dims.mark_stages(found, files.stages)
     return found
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from theloom.config.auto import traceable_attention
+from theloom.config.model_dims import stages_of
 from theloom.config.schema import Config
 from theloom.devices import accelerator, gpu, gpu_lease
 from theloom.errors import ModelError
@@ -150,7 +151,9 @@ def load_model(
     model_config = config_in(files, config.model.trust_remote_code)
     own = quantization_of(config, model_config)
     quantization = own or (None if exact else weight_format.requested_quantization(config))
-    whole = None if points is None else _without_bytes(config, resolved.resolved, whole)
+    in_stages = bool(stages_of(model_config))
+    seen = points is not None or in_stages
+    whole = _without_bytes(config, resolved.resolved, whole) if seen else None
     left_out = whole.unneeded(points) if whole is not None and points is not None else []
     if quantization is not None:
         # transformers leaves the last module as it is, which of a model without its end would be
@@ -204,7 +207,10 @@ def load_model(
     let_experts_run(model, resolved.resolved)
     _read_in(model)
     attention = str(model.config._attn_implementation)
-    described = getattr(model, "_described", None) or find_blocks(model)
+    if in_stages and whole is not None:
+        described = whole.architecture.on(model)
+    else:
+        described = getattr(model, "_described", None) or find_blocks(model)
     return LoadedModel(
         described,
         files,
@@ -269,13 +275,11 @@ def _part_of_model(
     if not left_out or whole is None:
         return auto_class(model_config, config.model.trust_remote_code)
     base, described = model_class(model_config), whole.architecture
-    names = {module: name for name, module in described.model.named_modules()}
 
     def build(self: Any, *args: Any, **options: Any) -> None:
         base.__init__(self, *args, **options)
         pruning.leave_out(self, left_out)
-        blocks = [self.get_submodule(names[block]) for block in described.blocks]
-        object.__setattr__(self, "_described", Architecture(self, blocks, described.hidden_size))
+        object.__setattr__(self, "_described", described.on(self))
         self._keys_to_ignore_on_load_unexpected |= {
             rf"(^|\.){re.escape(name)}\." for name in left_out
         }

@@ -99,6 +99,8 @@ def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
     """
     from transformers import PreTrainedModel
 
+    if described.stages is not None:  # small models, whose own hidden states are wanted whole
+        return []
     model, deepest = described.model, deepest_block(points)
     blocks = {m for block in described.blocks for m in block.modules()}
     around = {a for name, m in model.named_modules() if m in blocks for a in _ancestors(name)} | {

@@ -14,6 +14,7 @@ from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import LAST_STATE, RESIDUALS, point
 from theloom.hooks.sites import Site
+from theloom.hooks.stages.stage import as_rows, own_states
 from theloom.model.forward import start_afresh
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
     from theloom.model.pruning import passed_over
 
     start_afresh(architecture)
+    if architecture.stages is not None:
+        return _of_stages(architecture, inputs)
     model, blocks, loaded = architecture.model, architecture.blocks, architecture.loaded
     seen: dict[str, torch.Tensor] = {}
 
@@ -89,6 +92,19 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
     if last is not None:
         found[point(LAST_STATE, count, count, (), side).name] = last.detach()
     return found
+
+
+def _of_stages(architecture: Architecture, inputs: dict[str, Any]) -> dict[str, "torch.Tensor"]:
+    """What the model's own hidden states say of its stages, by rows."""
+    import torch
+
+    assert architecture.stages is not None
+    with torch.inference_mode(), _no_hooks_left(architecture.model):
+        states = own_states(architecture.model(**inputs, output_hidden_states=True))
+    return {
+        stage.point.name: as_rows(stage.axis)(states[stage.number], None).detach()
+        for stage in architecture.stages.found
+    }
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from theloom.config.frozen import to_config, to_plain
 from theloom.config.model_dims import dims_of_profile, numbers
 from theloom.config.schema import Config
 from theloom.errors import HookError, ModelError
-from theloom.hooks.points import EXPERT_INDICES, HookPoint, deepest_block
-from theloom.memory import closed_form
+from theloom.hooks.points import EXPERT_INDICES, HookPoint, check_one_resolution, deepest_block
+from theloom.memory import closed_form, stages
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
 from theloom.memory.sizes import PeakBytes, Workload, by_category
 from theloom.model import files, weight_format
@@ -169,6 +169,7 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
     size = estimator.size
     catalog = estimator.catalog()
     points = catalog.select(config.memory.activation_cache_filter)
+    check_one_resolution(points)
     _check_pooled(config, points)
     context = config.corpus.context_length or size.context_length or DEFAULT_CONTEXT
     if config.corpus.max_tokens is not None:
@@ -412,9 +413,13 @@ def run_estimate(config: Config, output: Path) -> None:
             from theloom.model.adapters.merging import check_adapters
 
             check_adapters(hf_config(config.model), adapters, config.model.trust_remote_code)
-    estimator = estimator_of(config)
-    log.info("by %s", estimator.method)
-    result = estimate(config, estimator, "cpu" if config.extraction.device == "cpu" else "cuda")
+    device = "cpu" if config.extraction.device == "cpu" else "cuda"
+    try:
+        estimator = estimator_of(config)
+        log.info("by %s", estimator.method)
+        result = estimate(config, estimator, device)
+    except (ModelError, HookError) as error:
+        raise stages.instead(config, error) from None
     precision = likely_precision(config)
     needed = result.disk_bytes(store_precision(config, precision))
     if needed is not None:

@@ -13,8 +13,14 @@ from theloom.config.model_dims import ModelDims
 from theloom.config.schema import Config
 from theloom.devices import gpu_specs, nvml
 from theloom.errors import ConfigError, ModelError
-from theloom.hooks.points import RESIDUALS, HookPoint, deepest_block, residual_points
-from theloom.memory import sizes
+from theloom.hooks.points import (
+    RESIDUALS,
+    HookPoint,
+    check_one_resolution,
+    deepest_block,
+    residual_points,
+)
+from theloom.memory import sizes, stages
 from theloom.memory.estimators import Estimator, row_bytes
 from theloom.memory.sizes import Components, PeakBytes, Workload
 from theloom.model import weight_format
@@ -143,11 +149,16 @@ def forecast(
     requested = settings.memory.activation_cache_filter if filters is None else filters
     if (side := auto.side(requested)) and settings.model.side is None:
         settings = estimate.with_side(settings, side)
+    if named := auto.stages(requested):
+        settings = stages.with_stages(settings, named)
     estimator = estimate.estimator_of(settings, trace, requested, held=True)
     kind = kind_of(settings, precision, estimator.own)
     residuals = residual_points(estimator.size.num_blocks, estimator.size.hidden_size)
     catalog = estimator.catalog()
     points = catalog.select(requested)
+    check_one_resolution(points)
+    if named:
+        residuals = points  # of one number of rows; others are of other runs
     chunk_size = min(settings.memory.streaming_chunk_size, tokens)
     if estimator.size.senses:
         tokens = estimator.size.context_length  # rows of an image, or of a clip

@@ -87,6 +87,23 @@ def input_shape(config: "PretrainedConfig") -> tuple[int, ...] | None:
     return fixed_shape(samples_of(config))
 
 
+def image_shape(config: "PretrainedConfig") -> tuple[int, ...]:
+    """The shape of an image of a model's own size.
+
+    Args:
+        config: Of a tower of images.
+
+    Returns:
+        Channels, height and width: as its processor makes every image, else as its config says;
+        224 pixels where neither says anything.
+    """
+    if (fixed := input_shape(config)) is not None:
+        return fixed
+    size = getattr(config, "image_size", None)
+    height, width = size if isinstance(size, list | tuple) else (size or 224, size or 224)
+    return (getattr(config, "num_channels", 3), height, width)
+
+
 def senses(config: "PretrainedConfig") -> bool:
     """Whether a model's rows are those of patches or frames instead of tokens.
 

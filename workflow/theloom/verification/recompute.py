@@ -19,7 +19,7 @@ from theloom.devices import accelerator, gpu
 from theloom.engine import model_record
 from theloom.engine.model_record import ModelRecord
 from theloom.errors import VerificationError
-from theloom.hooks.points import RESIDUALS, HookPoint, residual_points
+from theloom.hooks.points import RESIDUALS, HookPoint
 from theloom.hooks.taps import Taps
 from theloom.memory.estimators import Traced
 from theloom.memory.sizes import Workload
@@ -168,7 +168,7 @@ def _fits(
     captured = {
         p.name: p
         for p in (
-            *residual_points(len(architecture.blocks), architecture.hidden_size, architecture.side),
+            *architecture.stream,
             *points,
         )
     }

@@ -100,6 +100,12 @@ class Encoder:
                 f"model.source: {self._source} reads images of {self._counts.channels} channels, "
                 "and TheLoom gives RGB; take a model of 3 channels"
             )
+        if config.model.stages and self._processor.shape is None:
+            raise ModelError(
+                f"model.source: {self._source}: {type(self._processor.own).__name__} makes images "
+                "of several sizes, and rows of stages are planned for one; set a size in "
+                "preprocessor_config.json to which it resizes or crops every image"
+            )
         if taken := sorted({*COLUMNS} & {*config.corpus.columns}):
             raise CorpusError(
                 f"corpus.columns: {taken[0]!r} is what the run itself writes of each file; rename "

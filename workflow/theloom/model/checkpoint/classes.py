@@ -3,7 +3,7 @@
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from theloom.config.model_dims import side_of
+from theloom.config.model_dims import side_of, stages_of
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.folder import own_model_code
@@ -207,7 +207,8 @@ def _tower(model_config: "PretrainedConfig", modality: str) -> Any:
             f"{model_config.model_type} is one list of blocks: name its hook points without "
             f"{side!r}, as blocks.0.hook_resid_post"
         )
-    return tower(whole, modality, side, samples_of(model_config))
+    samples, stages = samples_of(model_config), stages_of(model_config)
+    return tower(whole, modality, side, samples, stages)
 
 
 def _whole_class(model_config: "PretrainedConfig") -> Any:

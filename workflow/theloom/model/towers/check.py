@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from theloom.errors import HookError, ModelError
 from theloom.hooks.blocks import Architecture, cannot_run
 from theloom.hooks.failures import MODEL_ERRORS, why
-from theloom.hooks.points import residual_points
 from theloom.hooks.taps import Taps
 from theloom.model.checks import SelfCheck, largest_error
 from theloom.model.forward import no_cache, start_afresh
@@ -60,6 +59,9 @@ def tower_check(architecture: Architecture, tolerance: float) -> SelfCheck:
         raise ModelError(
             f"{name}: the residual stream that is read differs from its own output_hidden_states "
             f"(by {states_error:.2g} of the largest value): its blocks are not one stream"
+            if architecture.stages is None
+            else f"{name}: the outputs of its stages differ from its own output_hidden_states (by "
+            f"{states_error:.2g} of the largest value), so none is read"
         )
     together = max(_apart(alone[n], both, n) for n in (0, 1))
     packed = is_packed(samples_of(model.config))  # an image may have another grid than the next
@@ -124,11 +126,12 @@ def _apart(alone: dict[str, "torch.Tensor"], both: dict[str, "torch.Tensor"], ro
 
 
 def _residuals(architecture: Architecture, inputs: dict[str, Any]) -> dict[str, "torch.Tensor"]:
-    """Every residual of the loaded blocks, FP32 on the CPU."""
+    """Every residual of the loaded blocks, or the output of every stage, FP32 on the CPU."""
     import torch
 
-    count, width = len(architecture.loaded), architecture.hidden_size
-    points = residual_points(count, width, architecture.side)
+    points, count = architecture.stream, len(architecture.loaded)
+    if architecture.stages is None:
+        points = [p for p in points if p.block < count]
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str, value: torch.Tensor) -> None:

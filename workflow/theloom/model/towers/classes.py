@@ -10,7 +10,7 @@ from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from theloom.config.model_dims import mark_side
+from theloom.config.model_dims import mark_side, mark_stages
 from theloom.errors import ModelError
 from theloom.model.checkpoint.halves import keep_encoder, remade
 from theloom.model.towers import chat, processor
@@ -188,7 +188,13 @@ def _reads_other(config: Any, whole: Any, modality: str, source: str) -> ModelEr
 
 
 @cache
-def tower(whole: Any, modality: str, side: str, samples: tuple[Sample, ...] = ()) -> Any:
+def tower(
+    whole: Any,
+    modality: str,
+    side: str,
+    samples: tuple[Sample, ...] = (),
+    stages: tuple[str, ...] = (),
+) -> Any:
     """The class of a tower.
 
     Args:
@@ -196,6 +202,7 @@ def tower(whole: Any, modality: str, side: str, samples: tuple[Sample, ...] = ()
         modality: `images`, `audio` or `text`.
         side: `encoder` where it is an encoder-decoder, of which the decoder is left out.
         samples: of its input, where its processor is known (`samples_of`).
+        stages: the hook points in stages that are read of it.
 
     Returns:
         A class with the names of weights of the whole one; that of a text half is the same.
@@ -204,6 +211,7 @@ def tower(whole: Any, modality: str, side: str, samples: tuple[Sample, ...] = ()
     def build(self: Any, config: Any, *args: Any, **options: Any) -> None:
         whole.__init__(self, config, *args, **options)
         mark(self.config, modality, samples)
+        mark_stages(self.config, stages)
         if side:
             mark_side(self.config, side)
             keep_encoder(self)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.model_dims import stages_of
 from theloom.hooks.blocks import cannot_run
 from theloom.hooks.failures import refused
-from theloom.hooks.points import RESIDUALS, residual_points
+from theloom.hooks.points import RESIDUALS, HookPoint, check_one_resolution
 from theloom.hooks.taps import Taps
 from theloom.model.shapes_only import shapes_only
 from theloom.model.towers import trial_inputs as towers
@@ -30,7 +31,7 @@ class RowCounts:
 
     def __init__(self, fake: "FakeModel") -> None:
         self._fake = fake
-        self._known: dict[Any, int] = {}
+        self._known: dict[Any, set[int]] = {}
 
     @property
     def _model(self) -> Any:
@@ -56,7 +57,7 @@ class RowCounts:
         """Rows of the largest document that a run is planned for where its config names no number:
         of an image of the model's own size, or of a clip of 30 seconds.
         """
-        return self.rows(towers.longest_inputs(self._model))
+        return max(self._counts(towers.longest_inputs(self._model)))
 
     def rows(self, inputs: "Mapping[str, torch.Tensor]") -> int:
         """The rows of one document.
@@ -69,23 +70,38 @@ class RowCounts:
 
         Raises:
             ModelError: the model takes no input of this shape.
+            HookError: its hook points in stages have different numbers of rows.
         """
+        counts = self._counts(inputs)
+        if len(counts) > 1:
+            check_one_resolution(self._points)
+        return max(counts)
+
+    def _counts(self, inputs: "Mapping[str, torch.Tensor]") -> set[int]:
         key = tuple(part_of(name, value) for name, value in inputs.items())
         if key not in self._known:
             self._known[key] = self._count(inputs)
         return self._known[key]
 
-    def _count(self, inputs: "Mapping[str, torch.Tensor]") -> int:
+    @cached_property
+    def _points(self) -> list[HookPoint]:
+        """The hook points by which rows are counted: all that are read of a model in stages, else
+        what the first block is given.
+        """
+        architecture = self._fake.architecture
+        if architecture.stages is not None:
+            return architecture.stages.catalog.select(stages_of(self._model.config))
+        return [p for p in architecture.stream if p.block == 0 and p.value == RESIDUALS[0]]
+
+    def _count(self, inputs: "Mapping[str, torch.Tensor]") -> set[int]:
         import torch
 
         found: list[int] = []
-        architecture = self._fake.architecture
-        first = [
-            p
-            for p in residual_points(1, architecture.hidden_size, architecture.side)
-            if p.value == RESIDUALS[0]
-        ]
-        taps = Taps(architecture, first, lambda _, value: found.append(value.shape[1]))
+        taps = Taps(
+            self._fake.architecture,
+            self._points,
+            lambda _, value: found.append(int(value.shape[1])),
+        )
         known = any(not value.is_floating_point() for value in inputs.values())
         with self._fake.mode, shapes_only(known), refused(cannot_run(self._model)), taps:
             given = {
@@ -93,7 +109,7 @@ class RowCounts:
                 for name, value in inputs.items()
             }
             taps.run(**given)
-        return found[0]
+        return set(found)
 
     @property
     def in_time(self) -> bool:
@@ -133,7 +149,9 @@ class RowCounts:
             Their number; None where the rows are not these and one for each patch.
         """
         shape = tuple(inputs[self.input_name].shape[1:])
-        if modality_of(self._model.config) != "images" or self._patch is None or len(shape) != 3:
+        in_stages = self._fake.architecture.stages is not None
+        images = modality_of(self._model.config) == "images" and not in_stages
+        if not images or self._patch is None or len(shape) != 3:
             return None
         patches = (shape[1] // self._patch[0]) * (shape[2] // self._patch[1])
         before = towers.rows_before(self._model)

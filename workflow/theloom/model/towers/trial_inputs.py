@@ -4,8 +4,9 @@ import math
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.model_dims import stages_of
 from theloom.errors import ModelError
-from theloom.rows.modality import input_shape, modality_of
+from theloom.rows.modality import image_shape, input_shape, modality_of
 from theloom.rows.tower_inputs import Part, Sample, is_packed, samples_of
 
 if TYPE_CHECKING:
@@ -258,14 +259,12 @@ def _image(model: Any, rows: int, fixed: tuple[int, ...] | None) -> tuple[int, .
     """Channels, height and width of an image of so many rows."""
     if fixed is not None:
         return fixed
-    config, patch = model.config, patch_size(model)
-    size = getattr(config, "image_size", None)
-    height, width = size if isinstance(size, list | tuple) else (size or 224, size or 224)
-    own = (getattr(config, "num_channels", 3), height, width)
+    own, patch = image_shape(model.config), patch_size(model)
+    _, height, width = own
     whole: Any = type(model).__mro__[1]
     strict = "interpolate_pos_encoding" in signature(whole.forward).parameters
     wanted = rows - rows_before(model)
-    if patch is None or strict or wanted < 4:
+    if patch is None or strict or wanted < 4 or stages_of(model.config):
         return own
     if wanted == (height // patch[0]) * (width // patch[1]):
         return own
