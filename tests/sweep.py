@@ -41,6 +41,7 @@ from sweep_towers import (
     plain_inputs,
     positions,
     resolutions,
+    spread,
     stage_states,
     write_processor,
 )
@@ -101,7 +102,8 @@ def build(model_type: str, kind: str = "causal") -> PreTrainedModel:
             if parameter.ndim >= 2:
                 inputs = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]
                 parameter.normal_(std=inputs**-0.5)
-    return model.eval()
+    spread(model.eval())
+    return model
 
 
 def _class_of(kind: str, model_type: str) -> type[PreTrainedModel]:
@@ -213,7 +215,10 @@ def _run_tower(row: Row, model: PreTrainedModel, place: Path, reads: str) -> Row
 
 def _run_stages(row: Row, model: PreTrainedModel, place: Path, files: list[Path]) -> Row:
     """A run over images for each number of rows that a model's stages have: right where all are."""
-    every = [plain_inputs(model, file, place / "model", "images") for file in files]
+    try:
+        every = [plain_inputs(model, file, place / "model", "images") for file in files]
+    except ValueError as error:
+        return replace(row, status="untried", reason=f"its processor: {_words(error)}")
     worst, missing = row, []
     for numbers in resolutions(model, every[0]):
         found = row

@@ -3,6 +3,7 @@ halves of models that compare those to texts.
 """
 
 import json
+from contextlib import suppress
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -178,6 +179,30 @@ def _of_images(model: PreTrainedModel) -> list[dict[str, Any]]:
         {"size": {"shortest_edge": height}},
         {},
     ]
+
+
+def spread(model: PreTrainedModel) -> None:
+    """Give batch norms the statistics of an image of noise, where a model has any: values of random
+    weights else vanish from stage to stage.
+
+    Args:
+        model: The tiny model, which is changed.
+    """
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    if not norms or model.main_input_name != "pixel_values":
+        return
+
+    def look(norm: torch.nn.Module, args: tuple) -> None:
+        norm.running_mean = args[0].mean((0, 2, 3))
+        norm.running_var = args[0].var((0, 2, 3)) + 1e-30
+
+    handles = [norm.register_forward_pre_hook(look) for norm in norms]
+    size = getattr(model.config, "image_size", None)
+    sides = size if isinstance(size, list | tuple) else (size or 64, size or 64)
+    with torch.no_grad(), suppress(Exception):  # what takes other inputs stays as it is
+        model(pixel_values=torch.randn(2, getattr(model.config, "num_channels", 3), *sides))
+    for handle in handles:
+        handle.remove()
 
 
 def resolutions(model: PreTrainedModel, inputs: dict[str, Any]) -> list[list[int]]:
