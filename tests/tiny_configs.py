@@ -81,6 +81,7 @@ QWEN4 = {
 # what the table of sizes does not say; keys of a sub-config are written `text_config.key`
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 HALF = {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+FOUR = {"mrope_section": [2, 2, 2, 2]}
 MROPE_IN_TEXT = (
     "glm4v glm46v glm_ocr glmga glm_image qwen2_vl qwen2_5_vl qwen2_5_omni_thinker paddleocr_vl"
 )
@@ -122,7 +123,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "doge": {"keep_window_size": 256},  # by default it is the context, too
-    "dots3_note": {"text_config.head_dim": 32},
+    "dots3_note": {
+        "text_config.head_dim": 32,
+        "vision_config.adapter_in_dim": 64,
+        "vision_config.adapter_out_dim": 64,
+        "audio_config.adapter_input_size": 64,
+        "audio_config.adapter_out_dim": 64,
+    },
     "dots3_note_text": {"head_dim": 32},
     "efficientnet": {
         "image_size": 64,
@@ -132,6 +139,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "exaone4_5_vision": {"window_size": 112},
+    "glm5_next": {"text_config.index_kpool": 4},
+    "glm5_next_text": {"index_kpool": 4},
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": MROPE | FOUR},
+    "hunyuan_vl_text": {"head_dim": 16, "rope_parameters": MROPE | FOUR},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gemma3n_text": {
         "num_hidden_layers": 4,
