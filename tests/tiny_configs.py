@@ -102,6 +102,12 @@ WHISPER_LIKE = (
 )
 
 SPECIAL: dict[str, dict[str, Any]] = {
+    "align": {
+        "vision_config.image_size": 64,
+        "vision_config.hidden_dim": 640,
+        "vision_config.width_coefficient": 0.5,
+        "vision_config.depth_coefficient": 0.5,
+    },
     **{name: {"text_config.rope_parameters": MROPE} for name in MROPE_IN_TEXT.split()},
     **{name: {"rope_parameters": MROPE} for name in MROPE_TEXT.split()},
     "glm4v_moe": {"text_config.rope_parameters": MROPE | HALF},

@@ -80,6 +80,7 @@ class _Pass:
         self._met: list[tuple[Site, torch.Tensor]] = []
         image = torch.zeros(1, *shape, dtype=model.dtype, device=model.device)
         self._copies = _Copies()
+        self._makers: dict[int, list[int]] = {}
         with ExitStack() as opened:
             for module in self._inside:
                 opened.callback(
@@ -107,6 +108,11 @@ class _Pass:
 
     def makers(self, number: int) -> list[int]:
         """Where an entry of the hidden states was met, the best place first."""
+        if number not in self._makers:
+            self._makers[number] = self._looked_for(number)
+        return self._makers[number]
+
+    def _looked_for(self, number: int) -> list[int]:
         entry = self.states[number]
         origin = self._copies.origin(entry)
         outputs: list[int] = []
