@@ -80,7 +80,7 @@ Taken, and wrong: {types["wrong"]}.
 
 The tables have {len(rows)} rows, one for each class:
 
-- **{count["right"]}** are right: `hook_resid_pre` and `hook_resid_post` of every block equal the model's own
+- **{count["right"]}** are right: `hook_resid_pre` and `hook_resid_post` of every block, or `hook_out` of every stage, equal its own
   `output_hidden_states`, to at most {LIMIT:g} of the largest value. The last entry is what the final norm, a projection
   behind it, or what mixes several streams into one, makes of the last block's output.
 - **{sum(r.streams for r in rows)}** of these give the same rows in chunks, through their KV cache. With the others a
