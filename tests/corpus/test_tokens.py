@@ -5,6 +5,7 @@ itself.
 import h5py
 import numpy as np
 import pytest
+import xxhash
 from support import a_config
 from theloom.corpus import tokens, windows
 from theloom.corpus.rows import Document
@@ -37,6 +38,7 @@ def test_tables_are_the_same_in_pieces_of_any_length(tmp_path, monkeypatch, piec
     """Against NumPy over all tokens at once."""
     monkeypatch.setattr(windows, "_PIECE", piece)
     monkeypatch.setattr(windows, "_TEXTS", piece)
+    monkeypatch.setattr(windows, "_SPOOLED", 8 * piece)
     lengths = np.random.default_rng(0).integers(1, 40, 30)
     ids, hashes = Strings(), Strings()
     for number, length in enumerate(lengths):
@@ -53,6 +55,13 @@ def test_tables_are_the_same_in_pieces_of_any_length(tmp_path, monkeypatch, piec
         assert file["documents/id"].dtype == file_format.fixed_strings(names).dtype
         assert file["documents/text_hash"][:].tolist() == [b"%032x" % n for n in lengths]
         assert file["tokens/position"].chunks is None  # contiguous
+        assert ids.digest() == xxhash.xxh3_128_hexdigest("".join(names).encode())
+        ids.write(file, "kept")
+        twice = Strings()
+        for _ in range(2):
+            twice.extend(file["kept"][:], file["kept_end"][:])
+        found = np.concatenate([*twice.pieces()])
+        assert [name.decode() for name in found.tolist()] == 2 * names
 
 
 def test_a_document_belongs_to_the_shard_whose_cut_is_nearest():

@@ -4,9 +4,11 @@ They are written piece by piece, so that memory grows with the number of documen
 bytes each, and not with their tokens.
 """
 
-from array import array
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import IO
 
 import h5py
 import numpy as np
@@ -14,10 +16,48 @@ import xxhash
 
 _PIECE = 1 << 18  # tokens whose tables are written together
 _TEXTS = 1 << 13  # texts that are written together
+_SPOOLED = 1 << 20  # bytes of texts that are written to a temporary file together
+_END = 8  # bytes of where a text ends
+
+
+class _Spool:
+    """Bytes that only grow. Those that memory shall not hold are in a temporary file, which goes
+    with the process.
+    """
+
+    def __init__(self) -> None:
+        self._waiting, self._size = bytearray(), 0
+        self._file: IO[bytes] | None = None
+
+    def add(self, data: bytes) -> None:
+        self._waiting += data
+        self._size += len(data)
+        if len(self._waiting) >= _SPOOLED:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as this
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(self._waiting)
+            self._waiting.clear()
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, start: int, stop: int) -> bytes:
+        kept = self._size - len(self._waiting)
+        found = b""
+        if self._file is not None and start < kept:
+            self._file.seek(start)
+            found = self._file.read(min(stop, kept) - start)
+        return found + bytes(self._waiting[max(0, start - kept) : max(0, stop - kept)])
+
+    def pieces(self) -> Iterator[bytes]:
+        for start in range(0, self._size, _SPOOLED):
+            yield self.read(start, min(start + _SPOOLED, self._size))
 
 
 class Strings:
-    """Texts in one block of bytes: a list takes several times as much.
+    """Texts one after the other. Beyond a few megabytes they are in a temporary file: a corpus has
+    as many as documents.
 
     Examples:
         >>> strings = Strings()
@@ -27,7 +67,7 @@ class Strings:
     """
 
     def __init__(self) -> None:
-        self._bytes, self._ends, self._longest = bytearray(), array("q", [0]), 1
+        self._bytes, self._ends, self._longest = _Spool(), _Spool(), 1
 
     def append(self, text: str) -> None:
         """Take another text.
@@ -36,8 +76,8 @@ class Strings:
             text: the text.
         """
         encoded = text.encode()
-        self._bytes += encoded
-        self._ends.append(len(self._bytes))
+        self._bytes.add(encoded)
+        self._ends.add(len(self._bytes).to_bytes(_END, "little"))
         self._longest = max(self._longest, len(encoded))
 
     def extend(self, texts: bytes, ends: np.ndarray) -> None:
@@ -49,25 +89,27 @@ class Strings:
         """
         if len(ends):
             longest = int(np.diff(ends, prepend=0).max())
-            self._ends.frombytes((ends + len(self._bytes)).astype("<i8").tobytes())
-            self._bytes += texts
+            self._ends.add((ends + len(self._bytes)).astype("<i8").tobytes())
+            self._bytes.add(bytes(texts))
             self._longest = max(self._longest, longest)
 
-    def first(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Some of the texts, as `extend` takes them.
+    def write(self, file: h5py.File, name: str) -> None:
+        """Write the texts as `extend` takes them.
 
         Args:
-            count: how many.
-
-        Returns:
-            All their bytes, in UTF-8, and the byte after each, (count,) of int64.
+            file: the open file.
+            name: of the dataset with all their bytes, in UTF-8; that of the byte after each text,
+                int64, is called so too, with `_end`.
         """
-        ends = np.array(self._ends[1 : count + 1], "<i8")
-        size = int(ends[-1]) if count else 0
-        return np.frombuffer(bytes(self._bytes[:size]), "u1"), ends
+        for spool, dtype, path in (
+            (self._bytes, np.dtype("u1"), name),
+            (self._ends, np.dtype("<i8"), f"{name}_end"),
+        ):
+            arrays = (np.frombuffer(piece, dtype) for piece in spool.pieces())
+            _write(file, path, (len(spool) // dtype.itemsize,), dtype, arrays)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._ends) // _END
 
     @property
     def dtype(self) -> np.dtype:
@@ -80,11 +122,14 @@ class Strings:
         Yields:
             Arrays (texts,) of `dtype`, in UTF-8.
         """
-        view = memoryview(self._bytes)
+        begin = 0
         for first in range(0, len(self), _TEXTS):
-            ends = self._ends[first : first + _TEXTS + 1]
-            texts = [bytes(view[a:b]) for a, b in pairwise(ends)]
-            yield np.array(texts, self.dtype)
+            stop = min(first + _TEXTS, len(self))
+            ends = np.frombuffer(self._ends.read(_END * first, _END * stop), "<i8").tolist()
+            block = self._bytes.read(begin, ends[-1])
+            at = [0, *(end - begin for end in ends)]
+            yield np.array([block[a:b] for a, b in pairwise(at)], self.dtype)
+            begin = ends[-1]
 
     def digest(self) -> str:
         """Hash all texts, one after the other.
@@ -92,7 +137,10 @@ class Strings:
         Returns:
             XXH3-128 in hexadecimal.
         """
-        return xxhash.xxh3_128_hexdigest(self._bytes)
+        state = xxhash.xxh3_128()
+        for piece in self._bytes.pieces():
+            state.update(piece)
+        return state.hexdigest()
 
 
 def write_tables(
@@ -113,10 +161,10 @@ def write_tables(
         context: tokens of the longest window; 0: no limit.
         shards: how many.
     """
-    lengths = np.array(tokens, "<i8")
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
+    lengths = np.asarray(tokens, "<i8")
+    offsets = _offsets(lengths)
     split, window_document = split_windows(lengths, context)
-    windows = np.concatenate([[0], np.cumsum(split)]).astype("<i8")
+    windows = _offsets(split)
     total = int(offsets[-1])
     _write(file, "tokens/document", (total,), np.dtype("<i4"), _numbers(offsets))
     _write(file, "tokens/position", (total,), np.dtype("<i4"), positions(windows))
@@ -126,6 +174,13 @@ def write_tables(
     file["windows/offset"] = windows
     file["windows/document"] = window_document
     file["shards/first_document"] = plan_shards(offsets, shards)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    """The first of each, then how many there are."""
+    offsets = np.zeros(len(lengths) + 1, "<i8")
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 def _write(

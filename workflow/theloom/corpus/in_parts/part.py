@@ -139,7 +139,7 @@ def _write(file: Output, config: Config, corpus: CorpusConfig, part: Part) -> st
         kept.flush()
     log.info("%d tokens in %d documents read", tally.total, len(tally.ids))
     for name, strings in (("id", tally.ids), ("place", tally.places), ("hash", tally.hashes)):
-        file[f"documents/{name}"], file[f"documents/{name}_end"] = strings.first(len(strings))
+        strings.write(file, f"documents/{name}")
     file["documents/tokens"] = np.array(tally.lengths, "<i8")
     file["documents/doubled"] = np.array(tally.doubles, "u1")
     for number, values in enumerate(tally.columns.kept(len(tally.hashes))):
