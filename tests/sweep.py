@@ -208,7 +208,8 @@ def _run_tower(row: Row, model: PreTrainedModel, place: Path, reads: str) -> Row
         return shifted, worst
 
     found = _finish(row, run, place, compare)
-    if found.status == "refused" and "is built in stages" in found.reason:
+    in_stages = ("in stages", "by stages", "is not one row for each of")
+    if found.status == "refused" and any(words in found.reason for words in in_stages):
         return _run_stages(row, model, place, files)
     return found
 

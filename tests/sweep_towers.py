@@ -144,6 +144,9 @@ def _made(name: str, settings: dict[str, Any], reads: str) -> Any:
         if getattr(made, "do_image_splitting", False):
             side = {"longest_edge": settings.get("size", {}).get("height", 364)}
             settings = {"do_image_splitting": False, "size": side, "max_image_size": side}
+        if getattr(made, "pad_size", None) and "height" in settings.get("size", {}):
+            square = settings["size"]
+            settings = {"size": {"longest_edge": square["height"]}, "pad_size": square}
         processor = made(**settings)
         processor(value, return_tensors="pt", **more)
     except ImportError:
@@ -156,6 +159,8 @@ def _made(name: str, settings: dict[str, Any], reads: str) -> Any:
 def _of_images(model: PreTrainedModel) -> list[dict[str, Any]]:
     """Settings to try, those for the size of the tiny model first."""
     size = getattr(model.config, "image_size", None)
+    if size is None:
+        size = getattr(getattr(model.config, "vision_config", None), "image_size", None)
     if isinstance(size, list | tuple):
         height, width = size
     elif isinstance(size, int):

@@ -101,6 +101,11 @@ WHISPER_LIKE = (
     "voxtral_encoder whisper"
 )
 
+SAM = {"vision_config.image_size": 256, "vision_config.output_channels": 256}
+SAM |= {
+    f"prompt_encoder_config.{name}": n for name, n in (("image_size", 256), ("hidden_size", 256))
+}
+SAM |= {"prompt_encoder_config.image_embedding_size": 16, "mask_decoder_config.hidden_size": 256}
 SPECIAL: dict[str, dict[str, Any]] = {
     "align": {
         "vision_config.image_size": 64,
@@ -181,6 +186,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "lsh", "local"],
     },
     # maps that are not as wide as they are high and long
+    "mistral4": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "llama_4_scaling_beta": 0.1,
+            "partial_rotary_factor": 1.0,
+        }
+    },
+    "sam": SAM,
+    "sam_hq": SAM | {"mask_decoder_config.vit_dim": 64},
     "sam_vision_model": {"image_size": 256},
     "sam_hq_vision_model": {"image_size": 256},
     **{name: {"max_source_positions": 100} for name in WHISPER_LIKE.split()},

@@ -140,16 +140,16 @@ def rows_of_frames(model: Any, frames: int) -> int:
         Their number.
     """
     import torch
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.utils._python_dispatch import _disable_current_modes
 
     part = getattr(model, "encoder", model)
     for name in _LENGTHS:
         method = getattr(model, name, None) or getattr(part, name, None)
         if method is not None:
-            with unset_fake_temporarily():
+            with _disable_current_modes():
                 found = method(torch.tensor([frames]))
-            last = found[-1] if isinstance(found, tuple) else found  # of several steps the last
-            return int(last.reshape(-1)[0])
+                last = found[-1] if isinstance(found, tuple) else found  # of several steps the last
+                return int(last.reshape(-1)[0])
     strides = [m.stride[0] for axes in (1, 2) for m in _convolutions(part, axes)]
     return -(-frames // max(1, math.prod(strides)))
 
