@@ -180,7 +180,7 @@ def _of_images(model: PreTrainedModel) -> list[dict[str, Any]]:
     square = {"height": height, "width": width}
     return [
         {"size": square, "crop_size": square},
-        {"size": {"shortest_edge": height}, "crop_size": square},
+        {"size": {"shortest_edge": height}, "crop_size": square, "do_center_crop": True},
         {"size": {"shortest_edge": height}},
         {},
     ]

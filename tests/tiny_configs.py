@@ -196,6 +196,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "partial_rotary_factor": 1.0,
         }
     },
+    "step3p7": {"text_config.sliding_window": 8},
     "sam": SAM,
     "sam_hq": SAM | {"mask_decoder_config.vit_dim": 64},
     "sam_vision_model": {"image_size": 256},
