@@ -270,6 +270,8 @@ def _finish(row: Row, run: Stages, place: Path, compare: Callable[[], tuple[bool
         reason = str(error).replace(f"{place}/", "")
         return replace(row, status="refused" if one_line else "wrong", reason=reason)
     except Exception as error:
+        if "Cannot allocate memory" in str(error):  # the sweep's own limit
+            return replace(row, status="untried", reason=_words(error))
         ours = [f for f in traceback.extract_tb(error.__traceback__) if "theloom" in f.filename]
         where = ", ".join(f"{Path(f.filename).name}:{f.lineno}" for f in ours[-3:])
         return replace(row, status="traceback", reason=f"{_words(error)} @ {where}")
