@@ -56,7 +56,7 @@ class _Spool:
 
 
 class Strings:
-    """Texts one after the other. Beyond a few megabytes they are in a temporary file: a corpus has
+    """Texts one after the other. Beyond a megabyte they are in a temporary file: a corpus has
     as many as documents.
 
     Examples:

@@ -242,51 +242,6 @@ def stage_point(number: int, width: int, rows: int) -> HookPoint:
     return HookPoint(f"stages.{number}.{STAGE_OUT}", number, STAGE_OUT, (width,), rows)
 
 
-def check_one_resolution(points: Sequence[HookPoint]) -> None:
-    """Check that the hook points of a run have the same number of rows.
-
-    Args:
-        points: that are stored.
-
-    Raises:
-        HookError: they have several; with the number of each.
-
-    Examples:
-        >>> check_one_resolution([stage_point(0, 64, 196), stage_point(1, 64, 196)])
-    """
-    groups: dict[int, list[str]] = {}
-    for one in points:
-        groups.setdefault(one.rows, []).append(one.name)
-    if len(groups) > 1:
-        raise HookError(
-            "memory.activation_cache_filter: the hook points have different numbers of rows for an "
-            f"image, and those of a run share their rows: {listed(points)}; make a run for each "
-            "number of rows"
-        )
-
-
-def listed(points: Sequence[HookPoint]) -> str:
-    """Hook points in stages, for messages.
-
-    Args:
-        points: of the catalog.
-
-    Returns:
-        Names with their rows and widths, each of them once.
-
-    Examples:
-        >>> listed([stage_point(0, 64, 196), stage_point(1, 64, 196), stage_point(2, 96, 49)])
-        'stages.0.hook_out to stages.1.hook_out (196 rows of 64), stages.2.hook_out (49 rows of 96)'
-    """
-    groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    for one in points:
-        groups.setdefault((one.rows, one.shape), []).append(one.name)
-    return ", ".join(
-        f"{' to '.join(dict.fromkeys((names[0], names[-1])))} ({rows:,} rows of {math.prod(shape)})"
-        for (rows, shape), names in groups.items()
-    )
-
-
 def check_integers(points: Iterable[HookPoint], catalog: HookCatalog, precision: str) -> None:
     """Check that the numbers of experts are stored exactly.
 

@@ -6,7 +6,8 @@ from theloom.config.auto import traceable_attention
 from theloom.config.frozen import to_config, to_plain
 from theloom.config.schema import Config
 from theloom.errors import HookError, ModelError
-from theloom.hooks.points import RESIDUALS, HookCatalog, HookPoint, listed
+from theloom.hooks.points import RESIDUALS, HookCatalog, HookPoint
+from theloom.hooks.stages.resolution import listed_stages
 from theloom.memory.estimators import Traced
 from theloom.model.files import hf_config
 
@@ -69,7 +70,7 @@ def instead(config: Config, error: ModelError | HookError) -> ModelError | HookE
         return error
     return ModelError(
         f"model.source: {config.model.source} is built in stages, whose hook points are "
-        f"{listed(points)}; name some of one number of rows, as "
+        f"{listed_stages(points)}; name some of one number of rows, as "
         f"memory.activation_cache_filter=[{points[-1].name}]"
     )
 

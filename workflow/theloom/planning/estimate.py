@@ -22,7 +22,8 @@ from theloom.config.frozen import to_config, to_plain
 from theloom.config.model_dims import dims_of_profile, numbers
 from theloom.config.schema import Config
 from theloom.errors import HookError, ModelError
-from theloom.hooks.points import EXPERT_INDICES, HookPoint, check_one_resolution, deepest_block
+from theloom.hooks.points import EXPERT_INDICES, HookPoint, deepest_block
+from theloom.hooks.stages.resolution import check_one_resolution
 from theloom.memory import closed_form, stages
 from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
 from theloom.memory.sizes import PeakBytes, Workload, by_category

@@ -16,10 +16,10 @@ from theloom.errors import ConfigError, ModelError
 from theloom.hooks.points import (
     RESIDUALS,
     HookPoint,
-    check_one_resolution,
     deepest_block,
     residual_points,
 )
+from theloom.hooks.stages.resolution import check_one_resolution
 from theloom.memory import sizes, stages
 from theloom.memory.estimators import Estimator, row_bytes
 from theloom.memory.sizes import Components, PeakBytes, Workload
