@@ -6,12 +6,14 @@ an environment of its own. Tests of the process itself (its memory, its end by a
 default run start all as users do.
 """
 
+import ast
 import atexit
 import functools
 import gc
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import runpy
 import select
@@ -24,7 +26,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,10 +45,15 @@ _LIBRARIES = (
     "matplotlib.pyplot",
     "matplotlib.backends.backend_svg",
     "nbformat",
+    "omegaconf._impl",
     "sklearn.linear_model",
+    "smart_open",
+    "snakemake.assets",
+    "snakemake.benchmark",
     "snakemake.cli",
     "snakemake.profiles",
     "snakemake.report",
+    "snakemake.report.html_reporter",
     "snakemake.storage",
     "snakemake_storage_plugin_fs",
     "tokenizers",
@@ -93,7 +100,7 @@ def environment(*folders: Path) -> dict[str, str]:
 
 def _as_jobs() -> dict[str, str]:
     """The environment, with the settings of malloc that the pipeline makes."""
-    from theloom.devices import host  # which the server itself must not import: jobs do
+    from theloom.devices import host
 
     environment = dict(os.environ)
     host.reuse_freed_blocks(environment)
@@ -101,35 +108,80 @@ def _as_jobs() -> dict[str, str]:
 
 
 class _Imported:
-    """Gives torch and transformers to the first import that asks for either: with the threads that
-    the job has set by then, as an import would.
+    """Gives torch, transformers and the checkout's own modules to the first import that asks for
+    them: torch with the threads that the job has set by then, as an import would. A job whose path
+    has other files of theloom imports those.
     """
 
-    def __init__(self) -> None:
-        roots = ("torch", "transformers")
-        self.modules = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in roots}
-        for name in self.modules:
-            del sys.modules[name]
+    def __init__(self, asked: dict[str, list[str]]) -> None:
+        self.asked = asked
+        self.modules = _taken_away("torch", "transformers")
+        self.ours = _taken_away("theloom")
+        for name, module in self.ours.items():  # no package has what was not imported from it
+            package, _, last = name.rpartition(".")
+            if package and vars(self.ours[package]).get(last) is module:
+                delattr(self.ours[package], last)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name not in ("torch", "transformers"):
+        if name == "theloom":
+            found = PathFinder.find_spec(name)
+            if found is None or not Path(found.origin or "").samefile(self.ours[name].__file__):
+                self.ours = {}
+        if name in self.ours:
+            return ModuleSpec(name, self)  # type: ignore[arg-type]
+        if name not in ("torch", "transformers") or not self.modules:
             return None
-        sys.meta_path.remove(self)
         if threads := os.environ.get("OMP_NUM_THREADS"):
             self.modules["torch"].set_num_threads(int(threads))
         return ModuleSpec(name, self)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        sys.modules.update(self.modules)
-        module = self.modules[spec.name]
+        if spec.name in self.ours:
+            module = self.ours[spec.name]
+        else:
+            sys.modules.update(self.modules)
+            module, self.modules = self.modules[spec.name], {}
         self.own_spec = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self.own_spec
+        for name in self.asked.get(module.__name__, ()):
+            importlib.import_module(name)
 
 
-def _run(job: dict[str, Any], streams: list[int], installed: list[str]) -> None:
+def _taken_away(*roots: str) -> dict[str, ModuleType]:
+    modules = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in roots}
+    for name in modules:
+        del sys.modules[name]
+    return modules
+
+
+def _import_ours() -> dict[str, list[str]]:
+    """Import the checkout's modules; returns what each of them imports on its own import."""
+    import theloom
+
+    for found in pkgutil.walk_packages(theloom.__path__, "theloom."):
+        if not found.name.endswith(".__main__"):
+            importlib.import_module(found.name)
+    asked = {}
+    for name, module in sys.modules.items():
+        if name.partition(".")[0] != "theloom":
+            continue
+        asked[name] = names = []
+        for node in ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names += [str(node.module), *(f"{node.module}.{a.name}" for a in node.names)]
+        roots = ("theloom", "torch", "transformers")
+        names[:] = [n for n in names if n in sys.modules and n.partition(".")[0] in roots]
+    return asked
+
+
+def _run(
+    job: dict[str, Any], streams: list[int], installed: list[str], asked: dict[str, list[str]]
+) -> None:
     """Be the job, in this process."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -140,7 +192,7 @@ def _run(job: dict[str, Any], streams: list[int], installed: list[str]) -> None:
     for number, limit in zip(LIMITS, job["limits"], strict=True):
         resource.setrlimit(number, limit)
     tempfile.tempdir = None
-    sys.meta_path.insert(0, _Imported())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Imported(asked))  # type: ignore[arg-type]
     first, *others = job["arguments"]
     in_module = first == "-m"
     own = job["folder"] if in_module else str(Path(first).parent)
@@ -172,7 +224,12 @@ def _requested_path() -> list[str]:
     return [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
 
 
-def _accept(connection: socket.socket, installed: list[str], read: dict[str, str]) -> None:
+def _accept(
+    connection: socket.socket,
+    installed: list[str],
+    read: dict[str, str],
+    asked: dict[str, list[str]],
+) -> None:
     """Fork the job that a process hands over, and tell how it ends. Where that process ends
     first, the job is killed, as the job's own process would have been.
     """
@@ -188,7 +245,7 @@ def _accept(connection: socket.socket, installed: list[str], read: dict[str, str
     process = os.fork()
     if not process:
         connection.close()
-        _run(job, streams, installed)
+        _run(job, streams, installed, asked)
         return
     for stream in streams:
         os.close(stream)
@@ -203,6 +260,19 @@ def _accept(connection: socket.socket, installed: list[str], read: dict[str, str
         connection.sendall(f"{status}\n".encode())
 
 
+def _fill_caches() -> None:
+    """What libraries do once in a process: snakemake looks for plugins, hydra for its own, and
+    transformers compiles a thousand expressions for the names of weights.
+    """
+    from hydra.core.plugins import Plugins
+    from snakemake.cli import get_argument_parser
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_argument_parser()
+    Plugins.instance()
+    get_checkpoint_conversion_mapping("llama")
+
+
 def _serve(address: str) -> None:
     """Import the libraries once, and fork for each job."""
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -214,6 +284,8 @@ def _serve(address: str) -> None:
     read = sensitive(dict(os.environ))  # some libraries add to it
     for name in _LIBRARIES:
         importlib.import_module(name)
+    asked = _import_ours()
+    _fill_caches()
     gc.collect()
     gc.freeze()  # a collection in a job copies none of it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -222,7 +294,7 @@ def _serve(address: str) -> None:
         if not os.fork():
             listening.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _accept(connection, installed, read)  # from which a job does not return
+            _accept(connection, installed, read, asked)  # from which a job does not return
             os._exit(0)
         connection.close()
 

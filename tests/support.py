@@ -380,15 +380,16 @@ class Project:
 
 
 def copy_project(folder: Path) -> Project:
+    """The project's files, which a test may edit, and a link to the library, which none does."""
     for name in ("Snakefile", "workflow", "config", "envs"):
         place = ROOT / name
         if place.is_dir():
             shutil.copytree(
-                # with the bytecode, which is right for the same times; not what is being written
                 place,
                 folder / name,
-                ignore=shutil.ignore_patterns("*.pyc.*", "*.egg-info"),
+                ignore=shutil.ignore_patterns("theloom", "*.egg-info"),
             )
         else:
             shutil.copy(place, folder / name)
+    (folder / "workflow/theloom").symlink_to(ROOT / "workflow/theloom")
     return Project(folder)

@@ -50,6 +50,9 @@ def wheel(tmp_path_factory) -> Path:
     copy = folder / "source"
     copy.mkdir()
     copy_project(copy)
+    library = copy / "workflow/theloom"
+    library.unlink()  # the build writes into it
+    shutil.copytree(ROOT / "workflow/theloom", library, ignore=shutil.ignore_patterns("*.pyc*"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     (copy / "config/profile/.7b.yaml.swp").touch()

@@ -17,7 +17,8 @@ import sys
 _JOBS = re.compile(r"/\.snakemake/scripts/\w+\.\w+\.py")
 # What libraries read when they are imported.
 SENSITIVE = re.compile(
-    r"(?!\w+_NUM_THREADS)"  # the job sets its threads once more
+    # the job sets its threads once more, and CUDA reads its devices when it starts
+    r"(?!\w+_NUM_THREADS|CUDA_VISIBLE_DEVICES$)"
     r"(ATEN|CUDA|GOMP|HF|HUGGING|KMP|LD|MALLOC|MKL|OMP|OPENBLAS|PYTORCH|TORCH|TRANSFORMERS|XDG)_|"
     r"(GLIBC_TUNABLES|HOME|PYTHON(HASHSEED|OPTIMIZE|WARNINGS))$"
 )

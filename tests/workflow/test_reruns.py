@@ -75,6 +75,9 @@ def test_a_changed_key_runs_again_what_depends_on_it_and_nothing_before(
         assert finished.jobs(profiles="tiny") == jobs
     finally:
         back()
+
+
+def test_with_the_old_keys_there_is_nothing_to_do(finished):
     assert finished.jobs(profiles="tiny") == {}
 
 

@@ -112,28 +112,8 @@ def tiny(prepared: Project, tmp_path: Path) -> Project:
 
 
 def copy_of(project: Project, folder: Path) -> Project:
-    shutil.copytree(project.folder, folder)
+    shutil.copytree(project.folder, folder, symlinks=True)
     return Project(folder)
-
-
-def requested(
-    project: Project, *options: str, overrides: str = "", profile: str = "tiny"
-) -> list[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        *options,
-        "--profile",
-        "workflow/profiles/slurm",
-        *QUICK,
-    ]
-    return [
-        *command,
-        "--config",
-        f"profiles={profile}",
-        *([f"set={overrides}"] if overrides else []),
-    ]
 
 
 def start(
@@ -141,14 +121,20 @@ def start(
     *options: str,
     overrides: str = "",
     profile: str = "tiny",
-    preloaded: bool = False,
+    preloaded: bool = True,
+    forked: bool = True,
 ) -> subprocess.Popen:
-    """With `preloaded`, the jobs of whole runs start at once: beside Slurm's own steps, which then
-    do not count their memory.
+    """Without `preloaded`, jobs are Slurm's own processes, whose memory it counts: else the tests'
+    server forks them beside its steps, and they start at once. Without `forked`, Snakemake itself
+    is the process that is returned, for a signal.
     """
+    alone = ["-c", "import sys; from snakemake.cli import main; main(sys.argv[1:])"]
+    words = ["-m", "snakemake"] if forked else alone
+    words += [*options, "--profile", "workflow/profiles/slurm", *QUICK]
+    words += ["--config", f"profiles={profile}", *([f"set={overrides}"] if overrides else [])]
     with (project.folder / "printed.txt").open("a") as printed:
         return subprocess.Popen(
-            requested(project, *options, overrides=overrides, profile=profile),
+            [sys.executable, *words],
             cwd=project.folder,
             stdout=printed,
             stderr=printed,
@@ -241,7 +227,8 @@ def test_parallel_shards_have_a_gpu_each_and_the_rows_of_a_local_run(slurm, tiny
 
 def test_a_job_killed_for_its_memory_is_retried_with_more_and_passes(slurm, tiny, local):
     before = known(slurm)
-    running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS.replace("1500", "300"))
+    little = TWO_SHARDS.replace("1500", "300")
+    running = start(tiny, *EXTRACTED, overrides=little, preloaded=False)
     printed = finish(running, tiny)
     assert running.returncode == 0, printed
     attempts: dict[str, list[tuple[int, str]]] = {}
@@ -314,7 +301,7 @@ def full(rows: list[dict[str, np.ndarray]]) -> int:
 
 def test_a_cancelled_shard_goes_on_from_its_last_committed_row(slurm, tiny, local):
     go, before = hold_shards(tiny), known(slurm)
-    running = start(tiny, *EXTRACTED, "--retries", "0", overrides=TWO_SHARDS)
+    running = start(tiny, *EXTRACTED, "--retries", "0", overrides=TWO_SHARDS, preloaded=False)
     wait_for(lambda: running.poll() is not None or committed(tiny) == full(local), 900, tiny.folder)
     slurm.ask("scancel", *(job["JobId"] for job in shard_jobs(slurm, before)))
     printed = finish(running, tiny)
@@ -334,7 +321,7 @@ def test_a_cancelled_shard_goes_on_from_its_last_committed_row(slurm, tiny, loca
 def test_ctrl_c_cancels_all_jobs(slurm, tiny, local):
     hold_shards(tiny)
     before = known(slurm)
-    running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS)
+    running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS, forked=False)
     wait_for(lambda: running.poll() is not None or committed(tiny) == full(local), 900, tiny.folder)
     os.killpg(running.pid, signal.SIGINT)
     printed = finish(running, tiny, 60)
@@ -349,7 +336,7 @@ def test_ctrl_c_cancels_all_jobs(slurm, tiny, local):
 def test_after_kill_9_of_snakemake_the_same_command_finishes(slurm, tiny, local):
     slow_shards(tiny)
     before = known(slurm)
-    running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS)
+    running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS, forked=False)
     wait_for(
         lambda: running.poll() is not None or len(shard_jobs(slurm, before)) == SHARDS,
         900,
@@ -368,6 +355,7 @@ def test_after_kill_9_of_snakemake_the_same_command_finishes(slurm, tiny, local)
             f"set={TWO_SHARDS}",
         ],
         cwd=tiny.folder,
+        env=preloading.environment(),
         capture_output=True,
         text=True,
     )
@@ -390,7 +378,14 @@ def test_the_generic_profile_submits_through_sbatch(slurm, tiny, local):
     ]
     command += ["--max-status-checks-per-second", "2", "--latency-wait", "5"]
     command += ["--config", "profiles=tiny", f"set={TWO_SHARDS} resources.gpu=1"]
-    done = subprocess.run(command, cwd=tiny.folder, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command,
+        cwd=tiny.folder,
+        env=preloading.environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     jobs = [r for r in slurm.records() if r["JobId"] not in before]
     shards = [r for r in jobs if r["JobName"] == "theloom-extract_shard"]
@@ -492,7 +487,6 @@ def test_the_real_model_in_two_shards_has_the_rows_of_plain_transformers(slurm, 
         project,
         overrides="corpus.max_tokens=1024 extraction.shards=2 resources.gpu=1 verify.documents=1",
         profile="smollm2-135m",
-        preloaded=True,
     )
     printed = finish(running, project, 900)
     assert running.returncode == 0, printed
@@ -518,7 +512,6 @@ def test_a_failed_run_leaves_others_alone_and_is_named_at_the_end(slurm, tiny):
         "1",
         overrides=f"corpus=text corpus.path={texts}/bad.txt,{texts}/good.txt "
         "resources.mem_mb=1500 resources.threads=1",
-        preloaded=True,
     )
     printed = finish(running, tiny, 600)
     assert running.returncode != 0
