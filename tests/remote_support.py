@@ -147,9 +147,8 @@ def s3_server() -> Iterator[tuple[str, Proxy]]:
     Yields:
         The endpoint of the server itself, and the proxy.
     """
-    server_of_moto = pytest.importorskip("moto.server", reason="moto[s3] is not installed")
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
     import fsspec
+    from moto import server as server_of_moto
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = server_of_moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -377,7 +377,8 @@ def test_a_corpus_without_tokens_is_refused(model, tmp_path):
 
 
 def test_rows_of_a_data_set(model, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     made = datasets.Dataset.from_dict({"text": [f"{n} " * (n % 3) for n in range(20)]})
     made.save_to_disk(tmp_path / "saved")

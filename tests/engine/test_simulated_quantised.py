@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes import functional  # before the simulation, which stands in for a part of it
 from safetensors.torch import load_file, save_file
 from simulated_cuda import simulated
 from simulated_runs import build, cpu_rows, difference, prepare
@@ -22,10 +23,6 @@ from theloom.engine.layerwise.residual_store import ResidualStore
 from theloom.engine.layerwise.runner import LayerwiseRunner
 from theloom.model import quantization
 from theloom.model.files import prepare_files
-
-functional = pytest.importorskip(
-    "bitsandbytes.functional"
-)  # before the simulation, which stands in for a part of it
 
 TOKENS = 4
 PROJECTIONS = "*_proj.weight"  # what is quantised of a Llama

@@ -89,7 +89,8 @@ def close(a, b):
 
 @pytest.mark.parametrize("fit", ["pack", "cut"])
 def test_saelens_has_contexts_of_one_length(acts, tmp_path, fit):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     done = export(acts, "saelens", tmp_path / "sae", context_size=5, fit=fit)
     found = datasets.load_from_disk(str(tmp_path / "sae")).with_format("torch")
     assert done.hooks == [PRE, MIDDLE, "blocks.1.hook_resid_post", LAST]
@@ -139,7 +140,7 @@ def test_uneven_documents_make_no_contexts_unless_something_says_how(acts, tmp_p
 
 
 def test_speculators_counts_layers_as_hidden_states_do(chats, plain, tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
     from safetensors import safe_open
 
     folder = tmp_path / "spec"
@@ -313,7 +314,7 @@ def test_crosscoder_has_raw_shards_and_ranges(acts, tmp_path):
 
 
 def test_plain_formats_hold_every_row_token_and_column(acts, tmp_path):
-    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow.parquet as pq
     from safetensors.torch import load_file
 
     for to in ("npy", "safetensors", "parquet"):
@@ -335,7 +336,6 @@ def test_plain_formats_hold_every_row_token_and_column(acts, tmp_path):
 
 
 def test_a_stopped_export_goes_on_with_what_is_missing(chats, tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
     folder, fill, calls = tmp_path / "spec", Job.fill, []
     made: dict[Path, int] = {}  # when each file was written
 
@@ -368,7 +368,6 @@ def test_a_stopped_export_goes_on_with_what_is_missing(chats, tmp_path, monkeypa
 
 @pytest.mark.parametrize("to", ["saelens", "crosscoder", "npy", "safetensors", "parquet"])
 def test_an_export_killed_three_times_ends_with_the_same_files(acts, tmp_path, to):
-    pytest.importorskip({"saelens": "datasets", "parquet": "pyarrow"}.get(to, "numpy"))
     options = {"hooks": [MIDDLE] if to == "crosscoder" else [MIDDLE, LAST]}
     options |= {"context_size": 5, "fit": "pack"} if to == "saelens" else {}
     fill = Job.fill
@@ -426,13 +425,13 @@ def test_pooled_rows_are_exported_or_refused_in_one_line(pooled, tmp_path, to):
 def test_rows_that_are_read_in_pieces_are_converted_as_pytorch_does(
     acts, tmp_path, monkeypatch, dtype
 ):
+    from datasets import load_from_disk
     from safetensors.torch import load_file
 
     monkeypatch.setattr(job, "_READ_BYTES", 5 * 4 * WIDTH)
     monkeypatch.setattr(job, "_ELEMENTS", 2 * WIDTH)
     monkeypatch.setattr(saelens, "_BATCH_BYTES", 1)
     monkeypatch.setattr(saelens, "_LEAST_BYTES", 1)
-    datasets = pytest.importorskip("datasets")
     to = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     export(acts, "speculators", tmp_path / "spec", hooks=[MIDDLE, LAST], dtype=dtype)
     for number in range(len(acts.documents)):
@@ -441,7 +440,7 @@ def test_rows_that_are_read_in_pieces_are_converted_as_pytorch_does(
         assert torch.equal(found["hidden_states"], torch.stack(rows, dim=1))
     options = {"hooks": [MIDDLE, LAST], "context_size": 3, "fit": "cut", "dtype": dtype}
     export(acts, "saelens", tmp_path / "sae", **options)
-    read = datasets.load_from_disk(str(tmp_path / "sae")).with_format("torch")
+    read = load_from_disk(str(tmp_path / "sae")).with_format("torch")
     starts = [n for a, b in zip(*offsets(acts), strict=True) for n in range(a, b - 2, 3)]
     rows = (np.array(starts)[:, None] + np.arange(3)).reshape(-1)
     assert len(list((tmp_path / "sae").glob("*.arrow"))) > 1
@@ -452,7 +451,6 @@ def test_rows_that_are_read_in_pieces_are_converted_as_pytorch_does(
 
 def test_the_command_exports_and_says_what_is_left_out(run, acts, tmp_path, capsys):
     words = ["export", str(run.activations), str(tmp_path / "out"), "--to", "saelens"]
-    pytest.importorskip("datasets")
     assert main.main([*words, "--context-size", "5", "--pack", "--hooks", LAST]) == 0
     said = capsys.readouterr().out
     assert f"{len(acts):,} rows of 1 hook points (saelens)" in said

@@ -16,8 +16,6 @@ import theloom
 from support import ROOT, copy_project
 from theloom.config import locations
 
-pytest.importorskip("setuptools", minversion="77")  # builds without a network
-
 
 @dataclass(frozen=True)
 class Installed:

@@ -41,7 +41,8 @@ def test_with_accounts_nothing_is_changed(executor, tmp_path, monkeypatch):
 
 
 def test_the_executor_has_the_function_that_is_replaced():
-    plugin = pytest.importorskip("snakemake_executor_plugin_slurm")
+    import snakemake_executor_plugin_slurm as plugin
+
     assert plugin.is_query_tool_available("sh")
 
 
@@ -91,5 +92,6 @@ def test_outside_of_slurm_s_jobs_no_step_waits(monkeypatch):
 
 
 def test_the_step_s_executor_has_the_method_that_is_replaced():
-    plugin = pytest.importorskip("snakemake_executor_plugin_slurm_jobstep")
+    import snakemake_executor_plugin_slurm_jobstep as plugin
+
     assert callable(plugin.Executor.run_job)

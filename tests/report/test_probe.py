@@ -1,5 +1,6 @@
 """The probe of a label: against scikit-learn by hand, and where there can be none."""
 
+import copy
 import csv
 import json
 
@@ -46,7 +47,7 @@ def table(folder):
 
 
 def drawn(run, folder, **settings):
-    config = run.config("report")
+    config = copy.deepcopy(run.config("report"))
     OmegaConf.set_readonly(config, False)
     config.report.update(settings)
     draw_probe(config, run.activations, folder)

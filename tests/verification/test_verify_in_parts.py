@@ -82,8 +82,6 @@ def test_the_gathered_file_is_that_of_one_job(made, tmp_path, rows, documents):
     ],
 )
 def test_of_pooled_packed_and_quantised_runs_too(model, tmp_path, requested):
-    if "8bit" in requested:
-        pytest.importorskip("bitsandbytes")
     run = finished(tmp_path, model, requested)
     run.verify()
     whole = content(run.folder / "verification.h5")

@@ -124,9 +124,9 @@ def start(
     preloaded: bool = True,
     forked: bool = True,
 ) -> subprocess.Popen:
-    """Without `preloaded`, jobs are Slurm's own processes, whose memory it counts: else the tests'
-    server forks them beside its steps, and they start at once. Without `forked`, Snakemake itself
-    is the process that is returned, for a signal.
+    """Without `preloaded`, jobs are Slurm's own processes, whose memory it counts and which it
+    kills: else the tests' server forks them beside its steps, and they start at once. Without
+    `forked`, Snakemake itself is the process that is returned, for a signal.
     """
     alone = ["-c", "import sys; from snakemake.cli import main; main(sys.argv[1:])"]
     words = ["-m", "snakemake"] if forked else alone
@@ -321,7 +321,7 @@ def test_a_cancelled_shard_goes_on_from_its_last_committed_row(slurm, tiny, loca
 def test_ctrl_c_cancels_all_jobs(slurm, tiny, local):
     hold_shards(tiny)
     before = known(slurm)
-    running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS, forked=False)
+    running = start(tiny, *EXTRACTED, overrides=TWO_SHARDS, preloaded=False)
     wait_for(lambda: running.poll() is not None or committed(tiny) == full(local), 900, tiny.folder)
     os.killpg(running.pid, signal.SIGINT)
     printed = finish(running, tiny, 60)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -234,7 +234,13 @@ def load_frozen(path: str | Path) -> Config:
     Returns:
         The config, read-only; a key that is not in the file raises when it is read.
     """
-    return to_config(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
+    return _of_text(Path(path).read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=32)
+def _of_text(text: str) -> Config:
+    """The config of a file's text; it is read-only, so that all who read the same share it."""
+    return to_config(json.loads(text)["config"])
 
 
 def to_config(plain: dict[str, Any]) -> Config:

@@ -49,6 +49,7 @@ def attributes(file_kind: str, **others: Any) -> dict[str, Any]:
     } | {name: without_home(value) for name, value in others.items()}
 
 
+@cache
 def package_version(package: str) -> str | None:
     """The version of a package.
 
