@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import FrameType
 
 import preloading
 import torch
@@ -236,6 +237,27 @@ def touch(size: int) -> None:
     with mmap.mmap(-1, size) as block:
         for page in range(0, size, mmap.PAGESIZE):
             block[page] = 1
+
+
+def lines_run(work: Callable[[], object], folder: str) -> int:
+    """How many lines of the library's files below a folder run while a work is done."""
+    count = 0
+
+    def count_lines(frame: FrameType, event: str, _: object) -> Callable[..., object]:
+        nonlocal count
+        count += event == "line"
+        return count_lines
+
+    def enter(frame: FrameType, event: str, _: object) -> Callable[..., object] | None:
+        return count_lines if f"theloom/{folder}" in frame.f_code.co_filename else None
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 def allocator_peak(work: Callable[[], object], warm_up: bool = True) -> int:
