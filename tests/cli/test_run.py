@@ -89,7 +89,7 @@ def test_set_and_run_and_a_file_request_the_same_runs(made):
             cwd=made,
             capture_output=True,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT / "workflow")},
+            env=preloading.environment(ROOT / "workflow"),
         )
     )
     tables = []
