@@ -15,7 +15,8 @@ from theloom.cli.main import main
 from theloom.config.frozen import frozen_digest
 from theloom.engine.layerwise.model import opened
 from theloom.errors import ModelError, TheLoomError
-from theloom.model import files
+from theloom.model.checkpoint.signatures import files_fingerprint
+from theloom.model.files import prepare_files
 from theloom.model.loading import load_model
 from theloom.model.quantization import bitsandbytes_config
 from theloom.planning import estimate
@@ -129,12 +130,12 @@ def test_an_adapter_as_source_stands_for_its_base(tmp_path, folders):
     model = merge_with_peft(folders / "base", [adapter])
     model.save_pretrained(tmp_path / "merged")
     same_rows(run.activations, tmp_path / "merged")
-    one = files.prepare_files(run.config("model").model)
+    one = prepare_files(run.config("model").model)
     assert [a.kind for a in one.adapters] == ["IA3"]
-    before = files.files_fingerprint(one)
+    before = files_fingerprint(one)
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file({k: t * 2 for k, t in tensors.items()}, adapter / "adapter_model.safetensors")
-    assert files.files_fingerprint(one) != before
+    assert files_fingerprint(one) != before
     with pytest.raises(ModelError, match="have changed since load_model"):
         run.extract()
     (adapter / "adapter_config.json").unlink()
@@ -226,7 +227,7 @@ def test_peft_that_is_not_installed_is_named_with_its_extra(tmp_path, folders, m
 def test_quantised_weights_are_merged_as_peft_does_or_refused(tmp_path, folders):
     quantised = "memory.quantization=8bit memory.precision_mode=fp32 "
     config = a_config(folders / "base", f"{quantised} model.adapter={folders / 'plain'}")
-    ours = load_model(config, files.prepare_files(config.model)).architecture.model
+    ours = load_model(config, prepare_files(config.model)).architecture.model
     options = {
         "quantization_config": bitsandbytes_config("8bit", "fp32"),
         "dtype": torch.float32,
@@ -237,7 +238,7 @@ def test_quantised_weights_are_merged_as_peft_does_or_refused(tmp_path, folders)
         assert torch.equal(ours(ids).last_hidden_state, theirs(ids).last_hidden_state)
     config = a_config(folders / "base", f"{quantised} model.adapter={folders / 'dora'}")
     with pytest.raises(ModelError, match="kind DoRA, which is not merged into quantised"):
-        load_model(config, files.prepare_files(config.model))
-    layerwise = opened(config, files.prepare_files(config.model))
+        load_model(config, prepare_files(config.model))
+    layerwise = opened(config, prepare_files(config.model))
     with pytest.raises(ModelError, match="not merged into weights of 8bit layer by layer"):
         layerwise.__enter__()

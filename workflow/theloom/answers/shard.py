@@ -23,12 +23,8 @@ from theloom.engine.interrupts import StopRequest
 from theloom.engine.progress import AnswersProgress
 from theloom.errors import MemoryPlanError, ModelError, StoppedError
 from theloom.model import weight_format
-from theloom.model.files import (
-    describe_tokenizer,
-    files_fingerprint,
-    hf_config,
-    prepare_files,
-)
+from theloom.model.checkpoint.signatures import files_fingerprint
+from theloom.model.files import describe_tokenizer, hf_config, prepare_files
 from theloom.model.loading import LoadedModel, Target, load_model, resolve_precision
 from theloom.planning import answers_plan, estimate
 from theloom.planning.estimate import Estimate

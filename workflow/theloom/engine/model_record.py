@@ -18,13 +18,8 @@ from theloom.config.schema import Config
 from theloom.devices import accelerator
 from theloom.errors import ModelError, StoreError
 from theloom.hooks.points import HookCatalog, HookPoint
-from theloom.model.files import (
-    ModelFiles,
-    adapter_hash,
-    files_fingerprint,
-    files_signature,
-    prepare_files,
-)
+from theloom.model.checkpoint.signatures import adapter_hash, files_fingerprint, files_signature
+from theloom.model.files import ModelFiles, prepare_files
 from theloom.model.length_switches import LengthSwitch, notable_lengths
 from theloom.model.loading import LoadedModel, Target, load_model, resolve_precision
 from theloom.planning.plan import Correction

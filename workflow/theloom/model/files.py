@@ -5,20 +5,11 @@ them.
 such a folder once, in a cache that all runs share, so that every later job loads in a second.
 """
 
-import errno
-import fcntl
-import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import xxhash
 
 from theloom.config import model_dims
 from theloom.config.model_dims import ModelDims
@@ -32,6 +23,7 @@ from theloom.model.adapters.files import (
 )
 from theloom.model.checkpoint import folder as folders
 from theloom.model.checkpoint import gguf, tokenizer_file
+from theloom.model.checkpoint.conversion import conversion, converted
 from theloom.model.checkpoint.sources import find_folder, local_folder
 from theloom.model.towers import classes as towers
 from theloom.rows.modality import SENSED
@@ -45,7 +37,6 @@ log = logging.getLogger(__name__)
 # patterns of the names that transformers loads; repositories often hold others too
 _SAFETENSORS = "model*.safetensors"
 _PICKLES = "pytorch_model*.bin"
-_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -75,18 +66,6 @@ class ModelFiles:
         return sorted([*weights, *described, self.folder / "config.json"])
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept.
-
-    Returns:
-        The folder of THELOOM_CACHE, else `theloom` in the user's cache folder; it may not be there
-        yet.
-    """
-    if "THELOOM_CACHE" in os.environ:
-        return Path(os.environ["THELOOM_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "theloom"
-
-
 def prepare_files(
     config: ModelConfig,
     revision: str | None = None,
@@ -111,7 +90,7 @@ def prepare_files(
     gguf = _check_folder(folder, config)
     adapters = tuple(find_adapters(config, adapter_revisions))
     if gguf is not None:
-        folder = _converted(gguf)
+        folder = converted(gguf)
     name = None if gguf is None else gguf.name
     read = _side(config), _modality(config), tuple(config.stages)
     return ModelFiles(folder, config.source, revision, name, adapters, *read)
@@ -192,7 +171,7 @@ def describe(config: ModelConfig) -> Description:
             f"model.source: {config.source} has no config.json; give a folder of save_pretrained's"
         )
     folders.check_description(folder, config)
-    if gguf is not None and (converted := _conversion(gguf)).is_dir():
+    if gguf is not None and (converted := conversion(gguf)).is_dir():
         return Description(converted, None, revision)
     return Description(folder, gguf.name if gguf else None, revision)
 
@@ -276,7 +255,7 @@ def is_gguf(config: ModelConfig) -> bool:
     """
     folder = local_folder(base_source(config))
     gguf = _check_folder(folder, config) if folder is not None else None
-    return gguf is not None and not _conversion(gguf).is_dir()
+    return gguf is not None and not conversion(gguf).is_dir()
 
 
 def fetch(config: ModelConfig) -> str | None:
@@ -347,137 +326,6 @@ def _no_weights(folder: Path, config: ModelConfig) -> str:
         f"model.source: {config.source} has no safetensors and no GGUF file; give a folder or a "
         "hub id that has"
     )
-
-
-def _conversion(gguf: Path) -> Path:
-    """Where the conversion of a GGUF file is kept, named by the file's content."""
-    return cache_folder() / "models" / f"{gguf.stem}-{content_hash(gguf)[:16]}"
-
-
-def _converted(gguf: Path) -> Path:
-    """The folder of safetensors made from a GGUF file, converted now if need be; it appears whole
-    or not at all.
-    """
-    target = _conversion(gguf)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(Path(f"{target}.lock")):
-        if not target.is_dir():
-            log.info("converting %s to safetensors, once", gguf.name)
-            unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-            try:
-                _convert(gguf, unfinished)
-                unfinished.chmod(0o755)
-                if not target.is_dir():
-                    unfinished.rename(target)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    return target
-
-
-@contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Other jobs wait meanwhile. Where the disk has no locks two may convert, and one's is kept."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            log.warning("%s: this disk has no locks: other jobs may convert too", lock.parent)
-        yield
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except Exception as error:  # whatever readers raise at a file is a fault of its bytes
-        raise ModelError(
-            f"model.gguf_file: {gguf.name} cannot be read: {' '.join(str(error).split())}"
-        ) from None
-    # the weights are dequantised now: without this save_pretrained refuses, taking them for
-    # quantised ones
-    setattr(model, "hf_quantizer", None)  # noqa: B010
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def content_hash(file: Path) -> str:
-    """XXH3-128 of a file's bytes.
-
-    Args:
-        file: its path.
-
-    Returns:
-        32 hex digits.
-    """
-    state = xxhash.xxh3_128()
-    with file.open("rb") as f:
-        while block := f.read(_BLOCK):
-            state.update(block)
-    return state.hexdigest()
-
-
-def files_fingerprint(files: ModelFiles) -> str:
-    """XXH3-128 over the names and contents of a model's weight files and config, and over its
-    adapters in their order.
-
-    Args:
-        files: of the model; all of them are read.
-
-    Returns:
-        32 hex digits.
-    """
-    state = _hashed(files.weight_files())
-    for adapter in files.adapters:
-        state.update(f"adapter {adapter_hash(adapter)}\n".encode())
-    return state.hexdigest()
-
-
-def adapter_hash(adapter: AdapterFiles) -> str:
-    """XXH3-128 over the names and contents of an adapter's config and weights.
-
-    Args:
-        adapter: the adapter; all of its files are read.
-
-    Returns:
-        32 hex digits.
-    """
-    return _hashed(adapter.files).hexdigest()
-
-
-def _hashed(files: Iterable[Path]) -> xxhash.xxh3_128:
-    state = xxhash.xxh3_128()
-    for file in files:
-        state.update(f"{file.name} {content_hash(file)}\n".encode())
-    return state
-
-
-def files_signature(files: ModelFiles) -> str:
-    """Names, sizes and times of a model's files: the same signature means that nobody has changed
-    them.
-
-    Args:
-        files: of the model, none of which is read.
-
-    Returns:
-        The signature as JSON.
-    """
-    return json.dumps(list(_stats(files)))
-
-
-def _stats(files: ModelFiles) -> Iterator[tuple[str, int, int]]:
-    adapters = [file for adapter in files.adapters for file in adapter.files]
-    for file in [*files.weight_files(), *adapters]:
-        stat = file.stat()
-        yield file.name, stat.st_size, stat.st_mtime_ns
 
 
 def hf_config(config: ModelConfig) -> "PretrainedConfig":
