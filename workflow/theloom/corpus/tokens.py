@@ -8,8 +8,7 @@ documents.
 
 import json
 import logging
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,12 @@ from theloom.corpus.media.chats import ChatEncoder
 from theloom.corpus.media.encoding import Encoder as MediaEncoder
 from theloom.corpus.prompts import Prompts
 from theloom.corpus.rows import Document
+from theloom.corpus.spooled.spool import Numbers, Strings
 from theloom.corpus.targets.encoding import Targets
 from theloom.corpus.targets.sources import source_lengths
 from theloom.corpus.tokenizer import COMPARED
 from theloom.corpus.vocabulary import Vocabulary
-from theloom.corpus.windows import Strings, write_tables
+from theloom.corpus.windows import write_tables
 from theloom.errors import ConfigError, CorpusError, printable
 from theloom.model.files import hf_config
 from theloom.model.length_switches import length_switches
@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 # the characters of tokens, which come as Python's integers, each takes about 300 bytes
 _TOGETHER, _CHARACTERS = 256, 1 << 18
 _BUFFERED = token_tables.CHUNK  # tokens that are written together
+_HASHED = 1 << 20  # bytes that are hashed together
 _NOT_IN_SHARDS = ("documents/text_hash", "shards/first_document")
 
 
@@ -76,7 +77,7 @@ class Tally:
     targets: Targets | None = None
     ids: Strings = field(default_factory=Strings)
     hashes: Strings = field(default_factory=Strings)
-    lengths: MutableSequence[int] = field(default_factory=lambda: array("q"))
+    lengths: Numbers = field(default_factory=Numbers)
     empty: int = 0
     doubled: int = 0
     cut_from: int = 0
@@ -84,7 +85,7 @@ class Tally:
     @property
     def total(self) -> int:
         """Tokens."""
-        return sum(self.lengths)
+        return self.lengths.total
 
     def skip(self, document: Document) -> None:
         """Count a document without tokens.
@@ -185,7 +186,7 @@ def write_tokens(
             prompts.write(file)
         typed = tally.columns.typed() | encoder.columns()
         typed |= {} if targets is None else targets.columns()
-        columns.write(file, typed)
+        columns.write_pieces(file, typed)
         token_texts.write(file, encoder.texts(occurring))
         file_format.set_attributes(
             file,
@@ -407,8 +408,9 @@ def tables_hash(file: h5py.File) -> str:
     state = xxhash.xxh3_128(str(file["documents/id"].dtype).encode())
 
     def add(dataset: h5py.Dataset) -> None:
-        for start in range(0, len(dataset), _BUFFERED):
-            state.update(dataset[start : start + _BUFFERED].tobytes())
+        step = max(1, _HASHED // dataset.dtype.itemsize)
+        for start in range(0, len(dataset), step):
+            state.update(dataset[start : start + step].tobytes())
 
     add(file["documents/id"])
     for name in token_tables.TYPES:
