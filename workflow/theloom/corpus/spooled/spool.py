@@ -80,7 +80,7 @@ class Spool:
             stop: how many there are taken; None: all.
 
         Yields:
-            The bytes, a whole number of 8-byte numbers in each piece but the last.
+            The bytes; in each piece but the last a multiple of 8.
         """
         stop = self._size if stop is None else stop
         size = max(_SPOOLED // _NUMBER, 1) * _NUMBER
