@@ -150,7 +150,7 @@ class _Joined:
             names = iter(ids)
             for documents_of, last in share.kept(lengths[taken]):
                 self._kept.extend([*islice(names, len(documents_of))], documents_of, last)
-        yield from share.tokens(lengths)
+        yield from share.passed(lengths)
 
     def _add_ids(self, share: "_Share", taken: np.ndarray) -> Iterable[str]:
         """Take the ids of documents. Returns those of the documents with tokens."""
@@ -200,7 +200,7 @@ class _Share:
         self._names = [*file["tokens"]] if "tokens" in file else []
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Tokens of the next documents, (documents,); `tokens` passes those that are taken."""
+        """Tokens of the next documents, (documents,); `passed` goes past those that are taken."""
         count = len(self._file["documents/tokens"])
         while self.first < count:
             yield self._file["documents/tokens"][self.first : self.first + _DOCUMENTS]
@@ -237,7 +237,7 @@ class _Share:
             yield documents_of, last
             self._row, first = self._row + len(last), first + tokens_of
 
-    def tokens(self, lengths: np.ndarray) -> tokens.Tokens:
+    def passed(self, lengths: np.ndarray) -> tokens.Tokens:
         """The tokens of the next documents, which are then passed."""
         end = self._token + int(lengths.sum())
         for start in range(self._token, end, _PIECE):
