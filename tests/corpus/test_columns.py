@@ -23,10 +23,13 @@ from support import (
     with_bytes,
 )
 from theloom.corpus import documents, tokens
-from theloom.corpus.columns import Collected, Columns
+from theloom.corpus.columns import Category, Collected, Columns
+from theloom.corpus.rows import Untyped
+from theloom.corpus.spooled import values as spooled
 from theloom.dataset.merge import merge_shards
 from theloom.errors import CorpusError
 from theloom.exports import export
+from theloom.store.tables import columns as tables
 from tokenizers import decoders, pre_tokenizers
 
 ROWS = [
@@ -103,6 +106,16 @@ def packed(path, how):
     return target
 
 
+def stored(columns):
+    """The columns as a file holds them, read back."""
+    typed = columns if isinstance(columns, dict) else columns.typed()
+    with h5py.File("columns.h5", "w", driver="core", backing_store=False) as file:
+        tables.write_pieces(file, typed)
+        (count,) = {column.count for column in typed.values()}
+        listed = tables.described(typed)
+        return tables.read(lambda n: file[n][:] if n in file else None, listed, count)
+
+
 def read(overrides):
     return list(documents.read_documents(a_config("any/model", overrides).corpus))
 
@@ -117,7 +130,7 @@ def test_every_format_gives_the_same_typed_columns(tmp_path, name, how):
     columns = Columns(NAMES)
     for document in found:
         columns.add(document)
-    typed = columns.typed()
+    typed = stored(columns)
     assert {n: c.type for n, c in typed.items()} == dict(
         zip(NAMES, ("integer", "float", "boolean", "string"), strict=True)
     )
@@ -176,7 +189,7 @@ def typed(*values):
     collected = Collected("c")
     for number, value in enumerate(values):
         collected.add(value, f"row {number}")
-    return collected.column()
+    return stored({"c": collected.column()})["c"]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +254,46 @@ def test_cells_of_a_csv_are_numbers_only_where_nothing_is_lost(tmp_path, cells, 
     columns = Columns(["c"])
     for document in read(f"corpus=text corpus.path={tmp_path} corpus.columns=[c]"):
         columns.add(document)
-    assert columns.typed()["c"].type == kind
+    assert stored(columns)["c"].type == kind
+
+
+@pytest.mark.parametrize(
+    ("values", "cells", "found"),
+    [
+        ([1, None], ["2", ""], [1, None, 2, None]),
+        ([1, 2], ["2.5", ""], [1.0, 2.0, 2.5, None]),
+        ([0.5, 7], ["3", ""], [0.5, 7.0, 3.0, None]),
+        ([True, None], ["false", ""], [True, None, False, None]),
+        (["x", None], ["7", ""], ["x", None, "7", ""]),
+        ([[1], None], ["[2, 3]", '{"a": 1}'], [[1], None, [2, 3], {"a": 1}]),
+        ([1, 2], ["x"], "'x'"),
+        ([1, 2], ["9" * 25], "99999"),
+        ([1.5], [str(2**53 + 1)], "no float holds"),
+        ([True], ["yes"], "'yes'"),
+        ([[1]], ["[2"], "'\\[2'"),
+    ],
+)
+def test_texts_of_a_csv_are_of_the_type_of_other_files(monkeypatch, values, cells, found):
+    monkeypatch.setattr(spooled, "_TOGETHER", 1)
+    collected = Collected("c")
+    for n, value in enumerate([*values, *map(Untyped, cells)]):
+        collected.add(value, f"row {n}")
+    if isinstance(found, str):
+        with pytest.raises(CorpusError, match=rf"'c' .*{found}"):
+            collected.column()
+        return
+    column = stored({"c": collected.column()})["c"].tolist()
+    assert [None if isinstance(v, float) and np.isnan(v) else v for v in column] == found
+
+
+def test_a_text_that_is_no_category_of_other_files_is_refused():
+    collected = Collected("c")
+    collected.add(Category.of("no", ["no", "yes"]), "row 0")
+    collected.add(Untyped("yes"), "row 1")
+    assert stored({"c": collected.column()})["c"].tolist() == ["no", "yes"]
+    collected.add(Untyped("maybe"), "row 2")
+    with pytest.raises(CorpusError, match="'c' is of mixed types over the files: 'maybe' in one"):
+        collected.column()
 
 
 def test_a_category_keeps_its_names_and_their_order(tmp_path):
@@ -260,7 +312,7 @@ def test_a_category_keeps_its_names_and_their_order(tmp_path):
             f"corpus=text corpus.path={tmp_path}/{path}.parquet corpus.columns=[c]"
         ):
             columns.add(document)
-        column = columns.typed()["c"]
+        column = stored(columns)["c"]
         assert column.type == "category"
         assert column.tolist() == (["yes", "no", None] if path == "x" else ["y", "n", None])
     assert column.values.tolist() == [1, 0, -1]
@@ -333,7 +385,7 @@ def test_each_of_ten_thousand_rows_keeps_its_label(tmp_path, name):
     assert [(d.id, d.text) for d in found] == [(r["key"], r["text"] or "") for r in rows]
     for document in found:
         columns.add(document)
-    typed = columns.typed()
+    typed = stored(columns)
     for column in NAMES:
         assert typed[column].tolist() == [row[column] for row in rows]
 

@@ -9,8 +9,10 @@ import xxhash
 from support import a_config
 from theloom.corpus import tokens, windows
 from theloom.corpus.rows import Document
+from theloom.corpus.spooled import spool
+from theloom.corpus.spooled.spool import Numbers, Strings
 from theloom.corpus.tokens import read_job, tokenize
-from theloom.corpus.windows import Strings, plan_shards, positions, split_windows, write_tables
+from theloom.corpus.windows import plan_shards, positions, split_windows, write_tables
 from theloom.errors import ConfigError, CorpusError
 from theloom.store import file_format
 from transformers import AutoTokenizer
@@ -37,19 +39,29 @@ def test_positions_start_again_in_every_window():
 def test_tables_are_the_same_in_pieces_of_any_length(tmp_path, monkeypatch, piece, context):
     """Against NumPy over all tokens at once."""
     monkeypatch.setattr(windows, "_PIECE", piece)
-    monkeypatch.setattr(windows, "_TEXTS", piece)
-    monkeypatch.setattr(windows, "_SPOOLED", 8 * piece)
+    monkeypatch.setattr(windows, "_OFFSETS", piece)
+    monkeypatch.setattr(spool, "_TEXTS", piece)
+    monkeypatch.setattr(spool, "_NUMBERS", piece)
+    monkeypatch.setattr(spool, "_SPOOLED", 8 * piece)
     lengths = np.random.default_rng(0).integers(1, 40, 30)
-    ids, hashes = Strings(), Strings()
+    ids, hashes, tokens_of = Strings(), Strings(), Numbers()
+    tokens_of.extend(lengths)
     for number, length in enumerate(lengths):
         ids.append("é" * (number % 5) + str(number))
         hashes.append(f"{length:032x}")
     with h5py.File(tmp_path / "tables.h5", "w") as file:
-        write_tables(file, ids, hashes, lengths.tolist(), context, 4)
+        write_tables(file, ids, hashes, tokens_of, context, 4)
         document = np.repeat(np.arange(30), lengths)
         within = np.concatenate([np.arange(n) % (context or n) for n in lengths])
         assert np.array_equal(file["tokens/document"][:], document)
         assert np.array_equal(file["tokens/position"][:], within)
+        offsets = np.append(0, np.cumsum(lengths))
+        assert np.array_equal(file["documents/offset"][:], offsets)
+        split, document_of = split_windows(lengths, context)
+        assert np.array_equal(file["windows/offset"][:], np.append(0, np.cumsum(split)))
+        assert np.array_equal(file["windows/document"][:], document_of)
+        nearest = [int(np.abs(offsets - offsets[-1] * n / 4).argmin()) for n in (1, 2, 3)]
+        assert file["shards/first_document"][:].tolist() == [0, *nearest, 30]
         names = ["é" * (n % 5) + str(n) for n in range(30)]
         assert [name.decode() for name in file["documents/id"][:].tolist()] == names
         assert file["documents/id"].dtype == file_format.fixed_strings(names).dtype
@@ -64,7 +76,9 @@ def test_tables_are_the_same_in_pieces_of_any_length(tmp_path, monkeypatch, piec
         assert [name.decode() for name in found.tolist()] == 2 * names
 
 
-def test_a_document_belongs_to_the_shard_whose_cut_is_nearest():
+@pytest.mark.parametrize("piece", [1, 3, 1 << 16])
+def test_a_document_belongs_to_the_shard_whose_cut_is_nearest(monkeypatch, piece):
+    monkeypatch.setattr(windows, "_OFFSETS", piece)
     rng = np.random.default_rng(1)
     for _ in range(200):
         offsets = np.concatenate([[0], np.cumsum(rng.integers(1, 9, rng.integers(1, 40)))])

@@ -9,6 +9,7 @@ import numpy as np
 import preloading
 import pytest
 import theloom
+import torch
 import yaml
 from support import ROOT
 
@@ -95,3 +96,34 @@ def test_a_mistake_in_a_module_s_config_is_one_line(outer):
     assert done.returncode != 0
     assert "error: unknown profile '7c'; choose from 13b, " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_module_s_job_extracts_several_shards(outer, tiny_llama):
+    overrides = (
+        f"name=first-run model.source={tiny_llama} extraction.device=cpu extraction.shards=3 "
+        "resources.shards_per_job=2 corpus.max_tokens=900 memory.streaming_chunk_size=64"
+    )
+    config = {"theloom": {"profiles": "custom", "set": overrides}}
+    (outer / "config.yaml").write_text(yaml.safe_dump(config))
+    done = snakemake(outer)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = outer / "theloom/results/first-run"
+    logs = {file.name for file in (run / "logs/extract_shard").iterdir()}
+    assert logs == {"00000-to-00001-of-00003.log", "00002-to-00002-of-00003.log"}
+    assert "Nothing to be done" in dry_run(outer)
+    acts = theloom.open(run / "activations.h5")
+    assert len(acts) == 900
+    before = {hook: acts[hook][:] for hook in acts.hooks}
+
+    # a job on a cluster, which does not read the module's config
+    (outer / "config.yaml").write_text("theloom: {profiles: no-such-profile}")
+    shards = [f"theloom/results/first-run/shards/{n:05d}-of-00003.h5" for n in (0, 1)]
+    written = [(outer / shard).stat().st_ino for shard in shards]
+    rule = "loom_extract_shards_0_to_1_of_3"
+    job = ["--mode", "remote", "--force", "--target-jobs", f"{rule}:run=first-run"]
+    done = snakemake(outer, *shards, *job, "--allowed-rules", rule)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not {(outer / shard).stat().st_ino for shard in shards} & {*written}
+    again = theloom.open(run / "activations.h5")
+    for hook, rows in before.items():
+        assert torch.equal(again[hook][:], rows)

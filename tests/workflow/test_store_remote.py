@@ -114,3 +114,27 @@ def test_a_bucket_that_is_not_there_is_one_line(project, tiny_profile, server):
     assert errors
     assert all("no-such-bucket" in line for line in errors), errors
     assert not (project.results("tiny") / "pushed.json").exists()
+
+
+def test_a_job_of_several_shards_pushes_and_removes_each_of_them(project, tiny_profile, server):
+    tiny_profile(project)
+    bucket, proxy = Bucket(server[0], "grouped-runs"), server[1]
+    proxy.fault = lambda number: None
+    cut = "extraction.shards=3 resources.shards_per_job=2 verify.documents=1"
+    requested = f"name=grouped {cut} store.remote={bucket.url}/here"
+    done = project.snakemake(profiles="tiny", overrides=f"{requested} store.keep_local=false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = project.results("grouped")
+    logs = {file.name for file in (folder / "logs/extract_shard").iterdir()}
+    assert logs == {"00000-to-00001-of-00003.log", "00002-to-00002-of-00003.log"}
+    assert not list(folder.glob("shards/*"))
+    assert project.jobs(profiles="tiny", overrides=f"{requested} store.keep_local=false") == {}
+
+    alone = "name=alone extraction.shards=3 resources.shards_per_job=1"
+    done = project.snakemake("--until", "merge_shards", profiles="tiny", overrides=alone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    local = theloom.open(project.results("alone") / "activations.h5")
+    remote = theloom.open(f"{bucket.url}/here/grouped")
+    assert len(remote) == len(local) == 3000
+    for hook in local.hooks:
+        assert torch.equal(remote[hook][:], local[hook][:])

@@ -25,8 +25,9 @@ from theloom.config.schema import Config
 from theloom.corpus import prompts, tokens
 from theloom.corpus.encoding import Encoder
 from theloom.corpus.kept import KeptRows
+from theloom.corpus.spooled.spool import Numbers, Strings
 from theloom.corpus.vocabulary import Vocabulary
-from theloom.corpus.windows import Strings, write_tables
+from theloom.corpus.windows import write_tables
 from theloom.errors import CorpusError, StoreError, printable
 from theloom.rows import roles
 from theloom.rows.document import Document
@@ -200,7 +201,7 @@ class _Writer:
         self._context, self._output = context, output
         self.answers: list[Answer] = []
         self._ids, self._hashes = Strings(), Strings()
-        self._lengths: list[int] = []
+        self._lengths = Numbers()
         self._texts: list[str] = []
         self._prompts: list[_Prompt] = []
         self._hash, self._occurring = xxhash.xxh3_128(), set[int]()

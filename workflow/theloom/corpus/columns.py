@@ -3,17 +3,21 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import h5py
 import numpy as np
 
 from theloom.corpus import rows
 from theloom.corpus.rows import Document, Untyped
+from theloom.corpus.spooled.spool import Strings
+from theloom.corpus.spooled.values import Values, ValueSpool
 from theloom.errors import CorpusError
 from theloom.store.file_format import fixed_strings
-from theloom.store.tables.columns import Column
+from theloom.store.tables.columns import STORED, ColumnPieces
 
 _LARGEST = 1 << 63
 _EXACT = 1 << 53  # integers up to here are floats without loss
@@ -49,30 +53,6 @@ class Category(str):
         return found
 
 
-class Dumped(str):
-    """A list or an object as JSON."""
-
-
-@dataclass
-class Values:
-    """Values of one column as a file keeps them.
-
-    Attributes:
-        types: of each value, its place in `TYPES`, (documents,) of uint8.
-        numbers: the value of integers and truth values, the bits of a float, else 0; (documents,)
-            of int64.
-        texts: the value of texts, names and JSON, else empty.
-        first: of each type its name, the place of its first value, and that value's number.
-        names: of categories, each with the number of the value with which it came.
-    """
-
-    types: np.ndarray
-    numbers: np.ndarray
-    texts: list[str]
-    first: list[tuple[str, str, int]]
-    names: list[tuple[str, int]]
-
-
 class Collected:
     """The values of one column.
 
@@ -83,7 +63,7 @@ class Collected:
 
     def __init__(self, name: str, alone: bool = True) -> None:
         self._name, self._alone = name, alone
-        self._values: list[Any] = []
+        self._values = ValueSpool()
         self._first: dict[str, tuple[str, int]] = {}  # by type place and number of its first value
         self._names: dict[str, int] = {}  # with the number of the value with which each came
         self._last_names: Sequence[str] = ()
@@ -96,12 +76,24 @@ class Collected:
             place: the document's file and line, for messages.
 
         Raises:
-            CorpusError: the value is of another type than those before it.
+            CorpusError: the value is of another type than those before it, or none that a column
+                can be of.
+            OSError: the disk of temporary files is full, or fails.
         """
         kind = self._kind(value, place)
-        self._values.append(value)
         if kind is not None:
-            self.met(kind, place, len(self._values) - 1)
+            self.met(kind, place, len(self._values))
+        number, text = 0, ""
+        match kind:
+            case "integer" | "boolean":
+                number = int(value)
+            case "float":
+                (number,) = struct.unpack("<q", struct.pack("<d", value))
+            case "json":
+                text = self._json(value, place)
+            case "string" | "category" | "untyped":
+                text = str(value)
+        self._values.add(kind or "null", number, text)
 
     def met(self, kind: str, place: str, number: int) -> None:
         """Note the type of a value.
@@ -157,7 +149,7 @@ class Collected:
             "be; make it a number, a truth value or a text"
         )
 
-    def column(self) -> Column:
+    def column(self) -> ColumnPieces:
         """The column, of the type that fits all values.
 
         Returns:
@@ -166,40 +158,105 @@ class Collected:
         Raises:
             CorpusError: no type fits all of them.
         """
-        kinds = set(self._first)
-        values = self._values
+        kinds, read = set(self._first), None
         if "untyped" in kinds:
             kinds.discard("untyped")
-            texts = [v for v in values if isinstance(v, Untyped)]
-            read = _read_as(kinds) if kinds else _guessed(texts)
-            values = [self._typed(v, read) if isinstance(v, Untyped) else v for v in values]
-            if not kinds:
-                kinds = {_NAMED[type(v)] for v in values if v is not None}
-        if kinds == {"category"}:
-            places = {name: n for n, name in enumerate(self._names)}
-            codes = [-1 if v is None else places[v] for v in values]
-            return Column("category", np.array(codes, "<i4"), fixed_strings([*self._names]))
-        if kinds in ({"float"}, {"integer", "float"}):
-            return Column("float", np.array([self._float(v) for v in values], "<f8"))
-        null = np.array([v is None for v in values], "u1")
-        nulls = null if null.any() else None
-        if kinds == {"integer"}:
-            return Column("integer", np.array([v or 0 for v in values], "<i8"), null=nulls)
-        if kinds == {"boolean"}:
-            return Column("boolean", np.array([v or 0 for v in values], "u1"), null=nulls)
-        kind = "json" if kinds == {"json"} else "string"
-        strings = ["" if v is None else self._json(v) if kind == "json" else v for v in values]
-        return Column(kind, fixed_strings(strings), null=nulls)
+            if kinds:
+                read = _read_as(kinds)
+            else:
+                guessed = self._guessed()
+                kinds, read = {guessed}, _READ[guessed]
+        if kinds == {"integer"} and read is not None and self._has_fraction(read):
+            kinds.add("float")
+        kind = "float" if kinds in ({"float"}, {"integer", "float"}) else "string"
+        if len(kinds) == 1:
+            (kind,) = kinds
+        pieces = partial(self._pieces, kind, read)
+        null, widest = False, np.dtype("S1")
+        for values, nulls in pieces():
+            null, widest = null or bool(nulls.any()), max(widest, values.dtype, key=_width)
+        dtype = widest if kind in ("string", "json") else _DTYPES[kind]
+        names = fixed_strings([*self._names]) if kind == "category" else None
+        marked = null and kind not in ("float", "category")
+        return ColumnPieces(kind, len(self._values), dtype, pieces, names, marked)
+
+    def _plain(self, kind: str, read: Callable[[str], Any] | None) -> Iterator[list[Any]]:
+        """The values as Python has them, some after the other; lists and objects as JSON."""
+        for kinds, numbers, reals, texts in self._values.pieces():
+            found: list[Any] = []
+            for of, number, real, text in zip(kinds, numbers, reals, texts, strict=True):
+                match of:
+                    case "null":
+                        found.append(None)
+                    case "boolean" | "integer":
+                        found.append(number)
+                    case "float":
+                        found.append(real)
+                    case "untyped":
+                        assert read is not None
+                        value = self._typed(text, read)
+                        dumped = kind == "json" and value is not None
+                        found.append(self._json(value, "corpus.columns") if dumped else value)
+                    case _:
+                        found.append(text)
+            yield found
+
+    def _pieces(
+        self, kind: str, read: Callable[[str], Any] | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The values as they are stored, and which are null, array after array."""
+        places = {name: n for n, name in enumerate(self._names)}
+        for values in self._plain(kind, read):
+            null = np.array([v is None for v in values], "u1")
+            match kind:
+                case "category":
+                    yield np.array([self._place(v, places) for v in values], "<i4"), null
+                case "float":
+                    yield np.array([self._float(v) for v in values], "<f8"), null
+                case "integer" | "boolean":
+                    yield np.array([v or 0 for v in values], _DTYPES[kind]), null
+                case _:
+                    yield fixed_strings(["" if v is None else v for v in values]), null
+
+    def _place(self, name: str | None, places: dict[str, int]) -> int:
+        """The number of a category; -1: none."""
+        if name is not None and name not in places:
+            raise self._mixed(name)
+        return -1 if name is None else places[name]
+
+    def _has_fraction(self, read: Callable[[str], Any]) -> bool:
+        """Whether a text among integers is a number with a fraction."""
+        return any(isinstance(v, float) for values in self._plain("", read) for v in values)
+
+    def _guessed(self) -> str:
+        """The type of a column of texts: of numbers or truth values only where each of them is one
+        and nothing of it gets lost.
+        """
+        fits = dict.fromkeys(_GUESSED, True)
+        given = False
+        for kinds, _, _, texts in self._values.pieces():
+            for kind, text in zip(kinds, texts, strict=True):
+                if kind == "untyped" and text:
+                    given = True
+                    for name, is_one in _GUESSED.items():
+                        fits[name] = fits[name] and is_one(text)
+            if not any(fits.values()):
+                break
+        fits["float"] = fits["float"] and not fits["whole"]  # of more than 64 bits: texts
+        return next((k for k in ("integer", "boolean", "float") if given and fits[k]), "string")
 
     def _typed(self, value: str, read: Callable[[str], Any]) -> Any:
         try:
-            return read(str(value))
+            return read(value)
         except (ValueError, KeyError):
-            raise CorpusError(
-                f"corpus.columns: {self._name!r} is of mixed types over the files: {value[:40]!r} "
-                f"in one, {' and '.join(_SAID[k] for k in self._first if k != 'untyped')} in "
-                "another; give it one type"
-            ) from None
+            raise self._mixed(value) from None
+
+    def _mixed(self, value: str) -> CorpusError:
+        known = " and ".join(_SAID[k] for k in self._first if k != "untyped")
+        return CorpusError(
+            f"corpus.columns: {self._name!r} is of mixed types over the files: {value[:40]!r} "
+            f"in one, {known} in another; give it one type"
+        )
 
     def _float(self, value: Any) -> float:
         if isinstance(value, int) and abs(value) > _EXACT:
@@ -209,80 +266,44 @@ class Collected:
             )
         return math.nan if value is None else float(value)
 
-    def kept(self, count: int) -> Values:
-        """The first values, for `add_kept` of another job.
+    def write(self, group: h5py.Group, count: int) -> None:
+        """Write the first values, for `add_kept` of another job.
 
         Args:
+            group: of an open file.
             count: how many.
-
-        Returns:
-            The values and what is known of them.
-
-        Raises:
-            CorpusError: a list or an object is no JSON.
         """
-        values = self._values[:count]
-        kinds = [_kind_of(v) for v in values]
-        numbers = [
-            v if k in ("integer", "boolean") else _bits(v) if k == "float" else 0
-            for v, k in zip(values, kinds, strict=True)
-        ]
-        texts = [
-            self._json(v) if k == "json" else v if isinstance(v, str) else ""
-            for v, k in zip(values, kinds, strict=True)
-        ]
-        return Values(
-            np.array([TYPES.index(k) for k in kinds], "u1"),
-            np.array(numbers, "<i8"),
-            texts,
-            [(k, place, n) for k, (place, n) in self._first.items() if n < count],
-            [(name, n) for name, n in self._names.items() if n < count],
-        )
+        first = [(kind, place, n) for kind, (place, n) in self._first.items()]
+        self._values.write(group, count, first, [*self._names.items()])
 
     def add_kept(self, kept: Values) -> None:
         """Take values of another job; their types have been `met`.
 
         Args:
-            kept: of `kept`.
+            kept: the next ones.
         """
-        floats = kept.numbers.view("<f8").tolist()
         for name, number in kept.names:
             self._names.setdefault(name, len(self._values) + number)
-        rows_of = zip(kept.types.tolist(), kept.numbers.tolist(), floats, kept.texts, strict=True)
-        for code, number, real, text in rows_of:
-            match TYPES[code]:
-                case "null":
-                    self._values.append(None)
-                case "boolean":
-                    self._values.append(bool(number))
-                case "integer":
-                    self._values.append(number)
-                case "float":
-                    self._values.append(real)
-                case "untyped":
-                    self._values.append(Untyped(text))
-                case "json":
-                    self._values.append(Dumped(text))
-                case _:
-                    self._values.append(text)
+        self._values.extend(kept)
 
-    def _json(self, value: Any) -> str:
-        if isinstance(value, Dumped):
-            return str(value)
+    def _json(self, value: Any, place: str) -> str:
         try:
             text = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError):
             raise CorpusError(
-                f"corpus.columns: {self._name!r} has lists or objects that are not JSON; make it a "
+                f"{place}: column {self._name!r} has lists or objects that are not JSON; make it a "
                 "column of numbers or texts"
             ) from None
-        rows.check_name(text, f"value of column {self._name!r}", "corpus.columns")
+        rows.check_name(text, f"value of column {self._name!r}", place)
         return text
 
 
+def _width(dtype: np.dtype) -> int:
+    return dtype.itemsize if dtype.kind == "S" else 0
+
+
 _TOGETHER = {"float": "integer", "category": "string"}  # types that one column may mix
-TYPES = ("null", "boolean", "integer", "float", "string", "category", "json", "untyped")
-_NAMED = {bool: "boolean", int: "integer", float: "float", str: "string"}
+_DTYPES = {n: np.dtype(STORED[n]) for n in ("integer", "float", "boolean", "category")}
 _SAID = {
     "integer": "an integer",
     "float": "a number",
@@ -292,21 +313,6 @@ _SAID = {
     "json": "a list or an object",
     "untyped": "a text",
 }
-
-
-def _kind_of(value: Any) -> str:
-    """The type of a value that a column has taken."""
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        if isinstance(value, Category):
-            return "category"
-        return "untyped" if isinstance(value, Untyped) else "string"
-    return "json" if isinstance(value, list | dict) else _NAMED[type(value)]
-
-
-def _bits(value: float) -> int:
-    return int(np.array(value, "<f8").view("<i8"))
 
 
 def _read_as(kinds: set[str]) -> Callable[[str], Any]:
@@ -319,30 +325,40 @@ def _read_as(kinds: set[str]) -> Callable[[str], Any]:
 
 
 def _number(text: str) -> int | float:
-    if _WHOLE.fullmatch(text) and -_LARGEST <= int(text) < _LARGEST:
-        return int(text)
-    return float(text)
+    if not _is_whole(text):
+        return float(text)
+    if not _is_integer(text):
+        raise ValueError(text)  # a float would lose digits
+    return int(text)
 
 
-def _guessed(texts: list[Untyped]) -> Callable[[str], Any]:
-    """How the texts of a column become values: as numbers or truth values only where each of them
-    is one and nothing of it gets lost.
-    """
-    given = [text for text in texts if text]
-    if given and all(map(_WHOLE.fullmatch, given)):
-        if all(len(t) < 20 and -_LARGEST <= int(t) < _LARGEST for t in given):
-            return lambda text: int(text) if text else None
-        return str
-    if given and all(text in _TRUTH for text in given):
-        return lambda text: _TRUTH[text] if text else None
-    if given and all(_is_real(t) or (_WHOLE.fullmatch(t) and len(t) < 16) for t in given):
-        return lambda text: float(text) if text else None
-    return str
+def _is_whole(text: str) -> bool:
+    return bool(_WHOLE.fullmatch(text))
+
+
+def _is_integer(text: str) -> bool:
+    """Whether a text is an integer of 64 bits, of which the least one has 20 characters."""
+    return _is_whole(text) and len(text) <= 20 and -_LARGEST <= int(text) < _LARGEST
 
 
 def _is_real(text: str) -> bool:
     """Whether a text is a number with a fraction: one that begins with zeros may be a name."""
     return bool(_REAL.fullmatch(text)) and not re.match(r"[+-]?0[0-9]|\+", text)
+
+
+# What all texts of a column may be
+_GUESSED: dict[str, Callable[[str], bool]] = {
+    "whole": _is_whole,
+    "integer": lambda text: len(text) < 20 and _is_integer(text),
+    "boolean": _TRUTH.__contains__,
+    "float": lambda text: _is_real(text) or (_is_whole(text) and len(text) < 16),
+}
+_READ: dict[str, Callable[[str], Any]] = {
+    "integer": lambda text: int(text) if text else None,
+    "boolean": lambda text: _TRUTH[text] if text else None,
+    "float": lambda text: float(text) if text else None,
+    "string": str,
+}
 
 
 class Columns:
@@ -368,7 +384,7 @@ class Columns:
         for collected, value in zip(self._collected.values(), document.columns, strict=True):
             collected.add(value, document.place)
 
-    def typed(self) -> dict[str, Column]:
+    def typed(self) -> dict[str, ColumnPieces]:
         """The columns, each of one type.
 
         Returns:
@@ -379,26 +395,21 @@ class Columns:
         """
         return {name: collected.column() for name, collected in self._collected.items()}
 
-    def kept(self, count: int) -> list[Values]:
-        """The values of the first documents, for `add_kept` of another job.
+    def write(self, file: h5py.File, count: int) -> None:
+        """Write the values of the first documents, for `add_kept` of another job.
 
         Args:
+            file: of the part, open.
             count: how many documents.
-
-        Returns:
-            Values for each column, in their order.
-
-        Raises:
-            CorpusError: a list or an object is no JSON.
         """
-        return [collected.kept(count) for collected in self._collected.values()]
+        for number, collected in enumerate(self._collected.values()):
+            collected.write(file.create_group(f"columns/{number}"), count)
 
-    def add_kept(self, kept: Sequence[Values], count: int) -> None:
-        """Take the values of the first documents of another job.
+    def add_kept(self, kept: Sequence[Values]) -> None:
+        """Take the values of documents of another job.
 
         Args:
-            kept: of `kept`.
-            count: how many documents.
+            kept: of each column, those of the same documents.
 
         Raises:
             CorpusError: a column is of mixed types.
@@ -408,17 +419,26 @@ class Columns:
             (number, at, kind, place)
             for at, values in enumerate(kept)
             for kind, place, number in values.first
-            if number < count
         ]
         for number, at, kind, place in sorted(firsts):
             columns[at].met(kind, place, number)
         for collected, values in zip(columns, kept, strict=True):
-            collected.add_kept(
-                Values(
-                    values.types[:count],
-                    values.numbers[:count],
-                    values.texts[:count],
-                    values.first,
-                    [(name, n) for name, n in values.names if n < count],
-                )
-            )
+            collected.add_kept(values)
+
+
+def of_strings(kind: str, strings: Strings) -> ColumnPieces:
+    """A column of texts.
+
+    Args:
+        kind: its type, `string` or `json`.
+        strings: one for each document.
+
+    Returns:
+        The column, none of whose values is missing.
+    """
+
+    def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for values in strings.pieces():
+            yield values, np.zeros(len(values), "u1")
+
+    return ColumnPieces(kind, len(strings), strings.dtype, pieces)

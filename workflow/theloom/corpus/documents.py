@@ -11,6 +11,7 @@ from theloom.config.schema import CorpusConfig
 from theloom.corpus import chat, hub, rows, text_files
 from theloom.corpus.formats.shares import Part
 from theloom.corpus.rows import Document
+from theloom.corpus.spooled.ids import SeenIds
 from theloom.errors import CorpusError, printable
 from theloom.rows.modality import SENSED
 
@@ -126,8 +127,7 @@ class Ids:
     def __init__(self, config: CorpusConfig) -> None:
         self._config = config
         self._by_column = config.id_column is not None
-        self._seen: set[str] = set()  # files and lines have names of their own
-        self._numbers: dict[str, int] = {}  # of ids that are there more than once
+        self._seen = SeenIds()  # files and lines have names of their own
 
     def checked(self, document: Document) -> Document:
         """Take the next document.
@@ -141,9 +141,8 @@ class Ids:
         Raises:
             CorpusError: the id is there before.
         """
-        if self._by_column or document.sequence:
-            if document.id in self._seen:
-                document = self._numbered(document)
+        if (self._by_column or document.sequence) and not self._seen.add(document.id):
+            document = self._numbered(document)
             self._seen.add(document.id)
         return document
 
@@ -158,10 +157,10 @@ class Ids:
                 f"({first.place}, and {document.place}); give each a name of its own, leave the "
                 "column out, or set corpus.duplicate_ids=number"
             )
-        number = self._numbers.get(document.id, 1)
+        number = seen.number(document.id)
         while (name := f"{document.id}#{number + 1}") in seen:
             number += 1
-        self._numbers[document.id] = number + 1
+        seen.set_number(document.id, number + 1)
         log.info("%s: the id %s is there before; this one is %s", *_shown(document, name))
         numbered = dataclasses.replace(document, id=name)
         rows.check(numbered)

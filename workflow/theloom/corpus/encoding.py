@@ -17,7 +17,7 @@ from theloom.corpus.rows import Document
 from theloom.corpus.tokenizer import CorpusTokenizer, Encoding
 from theloom.errors import CorpusError, TheLoomError, printable
 from theloom.model import files
-from theloom.store.tables.columns import Column
+from theloom.store.tables.columns import ColumnPieces
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Encoder:
             context: tokens of a window at most; 0: no limit.
         """
 
-    def columns(self) -> dict[str, Column]:
+    def columns(self) -> dict[str, ColumnPieces]:
         """What goes with each document, beside the corpus' columns.
 
         Returns:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import xxhash
 
 from theloom.config.schema import CorpusConfig
@@ -15,6 +16,7 @@ from theloom.corpus import rows
 from theloom.corpus.formats import arrow_files, decoding, fasta, sensed, shares, tables
 from theloom.corpus.formats.shares import Part, Share
 from theloom.corpus.rows import Document
+from theloom.corpus.spooled.files import Files
 from theloom.errors import CorpusError, printable
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ MOST_OTHERS, MOST_TEXTS = 100_000, 1_000_000
 _SECONDS_BETWEEN_COUNTS = 5.0
 
 
-def find(config: CorpusConfig) -> tuple[list[Path], str]:
+def find(config: CorpusConfig) -> tuple[Files, str]:
     """The files of a corpus in a fixed order: one, or all below a folder that are not hidden.
 
     Args:
@@ -82,13 +84,13 @@ def find(config: CorpusConfig) -> tuple[list[Path], str]:
         if not os.access(path, os.R_OK):
             raise CorpusError(f"corpus.path: {config.path!r} cannot be read; make it readable")
         arrow_files.check_installed([path])
-        return [path], ""
+        return Files(path.parent, [path.name]), ""
     if not is_folder:
         raise CorpusError(
             f"corpus.path: no file or folder {config.path!r}; relative paths start at {Path.cwd()}"
         )
     skipped: Counter[str] = Counter()
-    files = sorted(_below(path, skipped, _endings(config)))
+    files = Files(path, _below(path, skipped, _endings(config)))
     reasons = ", ".join(f"{count} {what}" for what, count in skipped.items() if count)
     if not files:
         raise CorpusError(
@@ -112,8 +114,8 @@ def _listed(config: CorpusConfig) -> str:
     return f"{', '.join(SUFFIXES)}, or one of them with {' or '.join(decoding.PACKED)}"
 
 
-def _below(root: Path, skipped: Counter[str], endings: tuple[str, ...]) -> Iterator[Path]:
-    """The files of a corpus below a folder; counts of what is not read go to `skipped`."""
+def _below(root: Path, skipped: Counter[str], endings: tuple[str, ...]) -> Iterator[str]:
+    """The names of a corpus' files below a folder; counts of what is not read go to `skipped`."""
 
     def unreadable(error: OSError) -> NoReturn:
         raise CorpusError(f"corpus.path: {error.filename}: {error.strerror}") from None
@@ -153,7 +155,7 @@ def _below(root: Path, skipped: Counter[str], endings: tuple[str, ...]) -> Itera
             except OSError as error:  # a folder that may be listed and not entered
                 unreadable(error)
             if is_file:
-                yield file
+                yield shown
             elif file.is_symlink():
                 raise CorpusError(
                     f"corpus.path: {printable(shown)} is a link to no file; mend or remove it"
@@ -189,14 +191,14 @@ def read(config: CorpusConfig, part: Part | None = None) -> Iterator[Document]:
     files, left_out = find(config)
     if left_out:
         log.warning("corpus.path: not read in %s: %s", config.path, left_out)
-    names = _names(config, files)
     if part is None:
-        for file, name in zip(files, names, strict=True):
+        for file, name in zip(files, files.names(), strict=True):
             yield from _READERS[decoding.kind_of(name)](file, name, config)
         return
-    sizes = [max(1, size) for size, _ in _stated(files, names)]  # an empty text is a document
-    mine, at = part.share(sum(sizes)), 0
-    for file, name, size in zip(files, names, sizes, strict=True):
+    # an empty text is a document
+    sizes = np.fromiter((max(1, size) for size, _ in _stated(files)), "<i8", len(files))
+    mine, at = part.share(int(sizes.sum())), 0
+    for file, name, size in zip(files, files.names(), map(int, sizes), strict=True):
         share = Share(mine.first - at, mine.end - at)
         at += size
         if is_shared(name, config.encoding):
@@ -240,8 +242,8 @@ def read_by_one(config: CorpusConfig) -> str | None:
         CorpusError: as of `find`.
     """
     files, _ = find(config)
-    (name, *others) = (file.name for file in files)
-    if others or is_shared(name, config.encoding):
+    name = files[0].name
+    if len(files) > 1 or is_shared(name, config.encoding):
         return None
     return f"{printable(name)} is read from front to back"
 
@@ -259,21 +261,15 @@ def state(config: CorpusConfig) -> str:
         CorpusError: as of `find`.
     """
     files, _ = find(config)
-    names, found = _names(config, files), xxhash.xxh3_128()
-    for name, stated in zip(names, _stated(files, names), strict=True):
+    found = xxhash.xxh3_128()
+    for name, stated in zip(files.names(), _stated(files), strict=True):
         found.update(repr((name, *stated)).encode())
     return found.hexdigest()
 
 
-def _names(config: CorpusConfig, files: list[Path]) -> list[str]:
-    root = Path(config.path or "").expanduser()
-    root = root.parent if root.is_file() else root
-    return [_name(file, root) for file in files]
-
-
-def _stated(files: list[Path], names: list[str]) -> Iterator[tuple[int, int]]:
+def _stated(files: Files) -> Iterator[tuple[int, int]]:
     """Size and time of each file."""
-    for file, name in zip(files, names, strict=True):
+    for file, name in zip(files, files.names(), strict=True):
         try:
             stated = file.stat()
         except OSError as error:

@@ -8,8 +8,8 @@ documents.
 
 import json
 import logging
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from theloom.corpus.media.chats import ChatEncoder
 from theloom.corpus.media.encoding import Encoder as MediaEncoder
 from theloom.corpus.prompts import Prompts
 from theloom.corpus.rows import Document
+from theloom.corpus.spooled.spool import Numbers, Strings
 from theloom.corpus.targets.encoding import Targets
 from theloom.corpus.targets.sources import source_lengths
 from theloom.corpus.tokenizer import COMPARED
 from theloom.corpus.vocabulary import Vocabulary
-from theloom.corpus.windows import Strings, write_tables
+from theloom.corpus.windows import write_tables
 from theloom.errors import ConfigError, CorpusError, printable
 from theloom.model.files import hf_config
 from theloom.model.length_switches import length_switches
@@ -53,6 +54,8 @@ log = logging.getLogger(__name__)
 # the characters of tokens, which come as Python's integers, each takes about 300 bytes
 _TOGETHER, _CHARACTERS = 256, 1 << 18
 _BUFFERED = token_tables.CHUNK  # tokens that are written together
+_WINDOWS = 1 << 18  # windows whose lengths are read together
+_HASHED = 1 << 20  # bytes that are hashed together
 _NOT_IN_SHARDS = ("documents/text_hash", "shards/first_document")
 
 
@@ -76,7 +79,7 @@ class Tally:
     targets: Targets | None = None
     ids: Strings = field(default_factory=Strings)
     hashes: Strings = field(default_factory=Strings)
-    lengths: MutableSequence[int] = field(default_factory=lambda: array("q"))
+    lengths: Numbers = field(default_factory=Numbers)
     empty: int = 0
     doubled: int = 0
     cut_from: int = 0
@@ -84,7 +87,7 @@ class Tally:
     @property
     def total(self) -> int:
         """Tokens."""
-        return sum(self.lengths)
+        return self.lengths.total
 
     def skip(self, document: Document) -> None:
         """Count a document without tokens.
@@ -185,7 +188,7 @@ def write_tokens(
             prompts.write(file)
         typed = tally.columns.typed() | encoder.columns()
         typed |= {} if targets is None else targets.columns()
-        columns.write(file, typed)
+        columns.write_pieces(file, typed)
         token_texts.write(file, encoder.texts(occurring))
         file_format.set_attributes(
             file,
@@ -407,8 +410,9 @@ def tables_hash(file: h5py.File) -> str:
     state = xxhash.xxh3_128(str(file["documents/id"].dtype).encode())
 
     def add(dataset: h5py.Dataset) -> None:
-        for start in range(0, len(dataset), _BUFFERED):
-            state.update(dataset[start : start + _BUFFERED].tobytes())
+        step = max(1, _HASHED // dataset.dtype.itemsize)
+        for start in range(0, len(dataset), step):
+            state.update(dataset[start : start + step].tobytes())
 
     add(file["documents/id"])
     for name in token_tables.TYPES:
@@ -426,8 +430,7 @@ def _shard(file: h5py.File, shard: int) -> ShardTokens:
     first, last = (int(d) for d in file["shards/first_document"][shard : shard + 2])
     document_offset = file["documents/offset"][first : last + 1]
     rows = slice(int(document_offset[0]), int(document_offset[-1]))
-    window_document = file["windows/document"][:]
-    windows = slice(*(int(w) for w in np.searchsorted(window_document, [first, last])))
+    windows = _range(file["windows/document"], first, last)
     window_offset = file["windows/offset"][windows.start : windows.stop + 1]
     input_ids = file["tokens/input_ids"][rows]
     more = {
@@ -436,14 +439,20 @@ def _shard(file: h5py.File, shard: int) -> ShardTokens:
         if token_tables.path(name) in file
     }
     listed = json.loads(file.attrs.get("columns", "[]"))
-    count = len(file["documents/offset"]) - 1
-    found = columns.read(lambda n: file[n][:] if n in file else None, listed, count)
+
+    def of_shard(name: str) -> np.ndarray | None:
+        if name not in file:
+            return None
+        whole = name.startswith(columns.NAMES)  # of categories
+        values: np.ndarray = file[name][:] if whole else file[name][first:last]
+        return values
+
     texts = token_texts.read(lambda name: file[name][:]) if token_texts.GROUP in file else {}
     first_row, row_token = rows.start, None
     if token_tables.ROW_TOKEN in file:
-        of_all = file[token_tables.ROW_TOKEN][:]
-        first_row, last_row = (int(r) for r in np.searchsorted(of_all, [rows.start, rows.stop]))
-        row_token = of_all[first_row:last_row] - rows.start
+        of_all = file[token_tables.ROW_TOKEN]
+        kept = _range(of_all, rows.start, rows.stop)
+        first_row, row_token = kept.start, of_all[kept] - rows.start
     return ShardTokens(
         first_row=first_row,
         input_ids=input_ids,
@@ -452,12 +461,26 @@ def _shard(file: h5py.File, shard: int) -> ShardTokens:
         document_offset=document_offset - rows.start,
         document_id=file["documents/id"][first:last],
         window_offset=window_offset - rows.start,
-        window_document=window_document[windows],
+        window_document=file["windows/document"][windows],
         texts={n: texts[n] for n in np.unique(input_ids).tolist() if n in texts},
-        columns={name: column.part(slice(first, last)) for name, column in found.items()},
+        columns=columns.read(of_shard, listed, last - first),
         row_token=row_token,
         **more,
     )
+
+
+def _range(ascending: h5py.Dataset, first: int, last: int) -> slice:
+    """Where a sorted dataset has values from `first` on, and below `last`: it is not read whole."""
+    return slice(bisect_left(ascending, first), bisect_left(ascending, last))
+
+
+def _longest(file: h5py.File) -> int:
+    """Tokens of the longest window; 1 at least."""
+    offsets, longest = file["windows/offset"], 1
+    for start in range(0, len(offsets) - 1, _WINDOWS):
+        piece = np.diff(offsets[start : start + _WINDOWS + 1])
+        longest = max(longest, int(piece.max()))
+    return longest
 
 
 @dataclass(frozen=True)
@@ -484,7 +507,7 @@ def read_job(path: Path, shard: int) -> JobTokens:
         StoreError: the file is missing or of another format.
     """
     with file_format.open_h5(path, "tokens") as file:
-        longest = int(np.diff(file["windows/offset"][:]).max(initial=1))
+        longest = _longest(file)
         answered_by = file["answers"].attrs.get("model_fingerprint") if "answers" in file else None
         return JobTokens(_attributes(file), longest, _shard(file, shard), answered_by)
 

@@ -22,6 +22,7 @@ from theloom.corpus.in_parts import part
 from theloom.corpus.kept import KeptRows
 from theloom.corpus.prompts import Prompts
 from theloom.corpus.rows import Document
+from theloom.corpus.spooled.values import Values, texts_of
 from theloom.errors import CorpusError
 from theloom.store import file_format, provenance
 from theloom.store.tables import tokens as token_tables
@@ -29,7 +30,7 @@ from theloom.store.tables import tokens as token_tables
 log = logging.getLogger(__name__)
 
 _PIECE = token_tables.CHUNK  # tokens that are copied at once
-_HASH = 32  # digits of a text's hash
+_DOCUMENTS = 1 << 13  # documents that are copied at once
 
 
 def gather(config: Config, parts: Sequence[Path], output: Path) -> None:
@@ -103,18 +104,23 @@ class _Joined:
         part.prime(self._encoder, self._corpus)
         for number, path in enumerate(parts):
             with file_format.open_h5(path, part.KIND) as file:
-                lengths, broken = file["documents/tokens"][:], file.attrs["broken"]
-                count, ends = self._whole(lengths)
-                yield from self._copied(file, lengths[:count])
-            self._read += count
-            if ends:
-                return
-            if count < len(lengths) or broken:
-                yield from self._rest(Part(number, len(parts)), count)
+                share, broken = _Share(file), file.attrs["broken"]
+                for lengths in share:
+                    count, ends = self._whole(lengths)
+                    yield from self._copied(share, lengths[:count])
+                    self._read += count
+                    if ends:
+                        return
+                    if count < len(lengths):
+                        broken = True
+                        break
+                taken = share.first
+            if broken:
+                yield from self._rest(Part(number, len(parts)), taken)
                 return
 
     def _whole(self, lengths: np.ndarray) -> tuple[int, bool]:
-        """How many documents of a part are taken whole, and whether the corpus ends with them."""
+        """How many documents are taken whole, and whether the corpus ends with them."""
         most, limit = len(lengths), False
         if self._corpus.max_documents is not None:
             left = self._corpus.max_documents - self._read
@@ -128,28 +134,27 @@ class _Joined:
                 return at + exact, exact
         return most, limit
 
-    def _copied(self, file: h5py.File, lengths: np.ndarray) -> tokens.Tokens:
-        """The first documents of a part."""
+    def _copied(self, share: "_Share", lengths: np.ndarray) -> tokens.Tokens:
+        """The next documents of a part."""
         tally, taken = self._tally, lengths > 0
         tally.empty += int((~taken).sum())
-        tally.doubled += int(file["documents/doubled"][: len(lengths)].sum())
-        ids = self._add_ids(file, taken)
-        count = int(taken.sum())
-        ends = np.arange(1, count + 1) * _HASH
-        tally.hashes.extend(file["documents/hash"][: count * _HASH].tobytes(), ends)
-        tally.lengths.extend(lengths[taken].tolist())
+        tally.doubled += share.doubled(len(lengths))
+        ids = self._add_ids(share, taken)
+        tally.hashes.extend(*share.hashes(int(taken.sum())))
+        tally.lengths.extend(lengths[taken])
         if self._corpus.columns:
-            tally.columns.add_kept(part.read_values(file), count)
-        self._add_rows(file, ids, lengths[taken])
-        names = [*file["tokens"]] if "tokens" in file else []
-        for start in range(0, int(lengths.sum()), _PIECE):
-            stop = min(start + _PIECE, int(lengths.sum()))
-            piece = {name: file[token_tables.path(name)][start:stop] for name in names}
-            yield piece.pop("input_ids"), piece
+            tally.columns.add_kept(share.values(int(taken.sum())))
+        if self._kept.everything:
+            self._kept.extend((), lengths[taken], np.empty(0, "<i8"))
+        else:
+            names = iter(ids)
+            for documents_of, last in share.kept(lengths[taken]):
+                self._kept.extend([*islice(names, len(documents_of))], documents_of, last)
+        yield from share.passed(lengths)
 
-    def _add_ids(self, file: h5py.File, taken: np.ndarray) -> Iterable[str]:
+    def _add_ids(self, share: "_Share", taken: np.ndarray) -> Iterable[str]:
         """Take the ids of documents. Returns those of the documents with tokens."""
-        ids, places = (_Texts(file, f"documents/{n}", len(taken)) for n in ("id", "place"))
+        ids, places = share.texts("id", len(taken)), share.texts("place", len(taken))
         if taken.all() and not len(places.data):  # each line and file has a name of its own
             self._tally.ids.extend(ids.data, ids.ends)
             return ids
@@ -162,20 +167,6 @@ class _Joined:
                 self._tally.ids.append(document)
                 found.append(document)
         return found
-
-    def _add_rows(self, file: h5py.File, ids: Iterable[str], lengths: np.ndarray) -> None:
-        """Take the rows that are kept of documents, some documents at a time."""
-        if self._kept.everything:
-            self._kept.extend((), lengths, np.empty(0, "<i8"))
-            return
-        at, first, names = 0, 0, iter(ids)
-        groups = np.cumsum(lengths) // _PIECE
-        for documents_of in np.split(lengths, np.flatnonzero(np.diff(groups)) + 1):
-            tokens_of = int(documents_of.sum())
-            last = file[token_tables.ROW_TOKEN][at : at + tokens_of] - first
-            last = last[: np.searchsorted(last, tokens_of)]
-            self._kept.extend([*islice(names, len(documents_of))], documents_of, last)
-            at, first = at + len(last), first + tokens_of
 
     def _rest(self, share: Part, skipped: int) -> tokens.Tokens:
         """What one job takes of a part's documents behind the first ones. Raises CorpusError."""
@@ -194,12 +185,74 @@ class _Joined:
         return self._ids.checked(document)
 
 
-class _Texts:
-    """The first texts of a part's table. `data`: all their bytes. `ends`: the byte after each."""
+class _Share:
+    """The file of a part, of which some documents are read after the other.
 
-    def __init__(self, file: h5py.File, name: str, count: int) -> None:
-        self.ends = file[f"{name}_end"][:count]
-        self.data = file[name][: int(self.ends[-1]) if count else 0].tobytes()
+    Attributes:
+        first: number of the next document.
+    """
+
+    def __init__(self, file: h5py.File) -> None:
+        self._file, self.first = file, 0
+        self._stored = 0  # documents with tokens before the next one
+        self._token = self._row = 0  # the first of the next document
+        self._values = part.stored_values(file)
+        self._names = [*file["tokens"]] if "tokens" in file else []
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Tokens of the next documents, (documents,); `passed` goes past those that are taken."""
+        count = len(self._file["documents/tokens"])
+        while self.first < count:
+            yield self._file["documents/tokens"][self.first : self.first + _DOCUMENTS]
+
+    def doubled(self, count: int) -> int:
+        """How many of the next documents begin twice."""
+        return int(self._file["documents/doubled"][self.first : self.first + count].sum())
+
+    def texts(self, name: str, count: int) -> "_Texts":
+        """Ids or places of the next documents."""
+        stop = self.first + count
+        begin, data, ends = texts_of(self._file, f"documents/{name}", self.first, stop)
+        return _Texts(data, ends - begin)
+
+    def hashes(self, count: int) -> tuple[bytes, np.ndarray]:
+        """Hashes of the next documents with tokens, as `Strings.extend` takes them."""
+        begin, data, ends = texts_of(
+            self._file, "documents/hash", self._stored, self._stored + count
+        )
+        return data, ends - begin
+
+    def values(self, count: int) -> list[Values]:
+        """Values of the next documents with tokens, of each column."""
+        return [values.read(self._stored, self._stored + count) for values in self._values]
+
+    def kept(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Lengths and rows of the next documents with tokens, some at a time, for `KeptRows`."""
+        first = self._token
+        groups = np.cumsum(lengths) // _PIECE
+        for documents_of in np.split(lengths, np.flatnonzero(np.diff(groups)) + 1):
+            tokens_of = int(documents_of.sum())
+            last = self._file[token_tables.ROW_TOKEN][self._row : self._row + tokens_of] - first
+            last = last[: np.searchsorted(last, tokens_of)]
+            yield documents_of, last
+            self._row, first = self._row + len(last), first + tokens_of
+
+    def passed(self, lengths: np.ndarray) -> tokens.Tokens:
+        """The tokens of the next documents, which are then passed."""
+        end = self._token + int(lengths.sum())
+        for start in range(self._token, end, _PIECE):
+            stop = min(start + _PIECE, end)
+            piece = {n: self._file[token_tables.path(n)][start:stop] for n in self._names}
+            yield piece.pop("input_ids"), piece
+        self.first, self._token = self.first + len(lengths), end
+        self._stored += int((lengths > 0).sum())
+
+
+class _Texts:
+    """Some texts. `data`: all their bytes. `ends`: the byte after each."""
+
+    def __init__(self, data: bytes, ends: np.ndarray) -> None:
+        self.data, self.ends = data, ends
 
     def __iter__(self) -> Iterator[str]:
         begin = 0

@@ -4,30 +4,27 @@ Its file has the tokens of its share of the documents, and what the gather needs
 job had read all: the id of each document, also of those without tokens, and each value of a column.
 """
 
-import json
 import logging
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import h5py
-import numpy as np
 
 from theloom.config.frozen import to_plain
 from theloom.config.schema import Config, CorpusConfig
 from theloom.corpus import documents, tokens
-from theloom.corpus.columns import Columns, Values
+from theloom.corpus.columns import Columns
 from theloom.corpus.encoding import Encoder
 from theloom.corpus.formats.shares import Part
 from theloom.corpus.kept import KeptRows
 from theloom.corpus.rows import Document
-from theloom.corpus.windows import Strings
+from theloom.corpus.spooled.spool import Spool, Strings
+from theloom.corpus.spooled.values import StoredValues
 from theloom.errors import CorpusError
 from theloom.store import file_format, provenance
 from theloom.store.hdf5.output import Output, written
-from theloom.store.tables import texts
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +94,7 @@ def prime(encoder: Encoder, corpus: CorpusConfig) -> None:
 class _PartTally(tokens.Tally):
     """Counts all documents that are read: those without tokens have the length 0."""
 
-    doubles: bytearray = field(default_factory=bytearray)
+    doubles: Spool = field(default_factory=Spool)
     places: Strings = field(default_factory=Strings)  # of documents whose ids may be there twice
     has_names: bool = False
 
@@ -113,7 +110,7 @@ class _PartTally(tokens.Tally):
         self.ids.append(document.id)
         self.places.append(document.place if self.has_names or document.sequence else "")
         self.lengths.append(tokens)
-        self.doubles.append(doubled)
+        self.doubles.add(bytes([doubled]))
 
 
 def _write(file: Output, config: Config, corpus: CorpusConfig, part: Part) -> str:
@@ -140,40 +137,20 @@ def _write(file: Output, config: Config, corpus: CorpusConfig, part: Part) -> st
     log.info("%d tokens in %d documents read", tally.total, len(tally.ids))
     for name, strings in (("id", tally.ids), ("place", tally.places), ("hash", tally.hashes)):
         strings.write(file, f"documents/{name}")
-    file["documents/tokens"] = np.array(tally.lengths, "<i8")
-    file["documents/doubled"] = np.array(tally.doubles, "u1")
-    for number, values in enumerate(tally.columns.kept(len(tally.hashes))):
-        _write_values(file.create_group(f"columns/{number}"), values)
+    tally.lengths.write(file, "documents/tokens")
+    tally.doubles.write(file, "documents/doubled", "u1")
+    tally.columns.write(file, len(tally.hashes))
     return broken
 
 
-def _write_values(group: h5py.Group, values: Values) -> None:
-    group["types"], group["numbers"] = values.types, values.numbers
-    texts.write(group, "texts", values.texts)
-    known = json.dumps([values.first, values.names]).encode()
-    group["known"] = np.frombuffer(known, "u1")
-
-
-def read_values(file: h5py.File) -> list[Values]:
+def stored_values(file: h5py.File) -> list[StoredValues]:
     """The values of `corpus.columns` of a part.
 
     Args:
         file: of the part, open.
 
     Returns:
-        The values of each column, in their order.
+        Those of each column, in their order.
     """
-    return [*_values(file)]
-
-
-def _values(file: h5py.File) -> Iterator[Values]:
-    for number in range(len(file["columns"]) if "columns" in file else 0):
-        group = file[f"columns/{number}"]
-        first, names = json.loads(group["known"][:].tobytes())
-        yield Values(
-            group["types"][:],
-            group["numbers"][:],
-            texts.read(group, "texts"),
-            [(kind, place, n) for kind, place, n in first],
-            [(name, n) for name, n in names],
-        )
+    count = len(file["columns"]) if "columns" in file else 0
+    return [StoredValues(file[f"columns/{number}"]) for number in range(count)]

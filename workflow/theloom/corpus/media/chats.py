@@ -10,18 +10,19 @@ import numpy as np
 
 from theloom.config.schema import Config
 from theloom.corpus.chat import ChatTemplate, Rendered
+from theloom.corpus.columns import of_strings
 from theloom.corpus.encoding import Encoded, Encoder, check_begin, of_text
 from theloom.corpus.media import values
 from theloom.corpus.media.chat_images import Picture, pictures, without_sources
 from theloom.corpus.rows import Document
+from theloom.corpus.spooled.spool import Strings
 from theloom.corpus.tokenizer import CorpusTokenizer
 from theloom.errors import CorpusError, printable
 from theloom.model import files
 from theloom.model.towers.chat_processor import ChatProcessor, Placed, load_chat_processor
 from theloom.rows import roles
 from theloom.rows.modality import INPUT_IMAGES
-from theloom.store.file_format import fixed_strings
-from theloom.store.tables.columns import Column
+from theloom.store.tables.columns import ColumnPieces
 
 
 def processor_of(config: Any) -> ChatProcessor:
@@ -54,7 +55,7 @@ class ChatEncoder(Encoder):
     def __init__(self, config: Config) -> None:
         values.check_installed("images")
         self._processor, self._corpus = processor_of(config.model), config.corpus
-        self._kept: list[str] = []
+        self._kept = Strings()
         self._images = 0
         super().__init__(config)
 
@@ -143,13 +144,13 @@ class ChatEncoder(Encoder):
         self._images += len(found.images)
         self._kept.append(json.dumps(found.images, separators=(",", ":")))
 
-    def columns(self) -> dict[str, Column]:
+    def columns(self) -> dict[str, ColumnPieces]:
         """Which images each document has.
 
         Returns:
             By the name of the column: a list for each document.
         """
-        return {INPUT_IMAGES: Column("json", fixed_strings(self._kept))}
+        return {INPUT_IMAGES: of_strings("json", self._kept)}
 
     def attributes(self) -> dict[str, Any]:
         """What `tokens.h5` says of the images.

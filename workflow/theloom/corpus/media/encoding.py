@@ -14,8 +14,10 @@ import numpy as np
 
 from theloom.config.schema import Config, CorpusConfig
 from theloom.corpus import rows
+from theloom.corpus.columns import of_strings
 from theloom.corpus.media import values
 from theloom.corpus.media.items import Item
+from theloom.corpus.spooled.spool import Strings
 from theloom.errors import CorpusError, ModelError, printable
 from theloom.model import files
 from theloom.model.fake import fake_model
@@ -23,8 +25,7 @@ from theloom.model.towers.classes import class_of
 from theloom.model.towers.processor import Processor, load_processor
 from theloom.model.towers.row_counts import RowCounts
 from theloom.rows.modality import INPUT_FILE, INPUT_HASH, INPUT_SHAPE
-from theloom.store.file_format import fixed_strings
-from theloom.store.tables.columns import Column
+from theloom.store.tables.columns import ColumnPieces
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +113,7 @@ class Encoder:
                 "the corpus' column"
             )
         self._longest = self._window()
-        self._described: dict[str, list[str]] = {name: [] for name in COLUMNS}
+        self._described = {name: Strings() for name in COLUMNS}
 
     def _window(self) -> int | None:
         """Samples of the longest clip, where the processor pads or cuts all to one length."""
@@ -188,14 +189,14 @@ class Encoder:
             special[-(-len(value) * count // self._longest) :] = 1
         return {"special": special}
 
-    def columns(self) -> dict[str, Column]:
+    def columns(self) -> dict[str, ColumnPieces]:
         """What the rows of each document are of.
 
         Returns:
             By name: the file, the hash of its bytes, and the shape of what the processor made.
         """
-        found = {name: fixed_strings(texts) for name, texts in self._described.items()}
-        return {n: Column("json" if n == INPUT_SHAPE else "string", v) for n, v in found.items()}
+        kinds = dict.fromkeys(COLUMNS, "string") | {INPUT_SHAPE: "json"}
+        return {name: of_strings(kinds[name], t) for name, t in self._described.items()}
 
     def texts(self, ids: Iterable[int]) -> dict[int, str]:
         """What stands for each row in figures and tables.

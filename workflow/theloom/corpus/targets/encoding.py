@@ -13,13 +13,14 @@ import numpy as np
 
 from theloom.config.checks import SOURCE_IDS
 from theloom.config.schema import Config
+from theloom.corpus.columns import of_strings
 from theloom.corpus.encoding import Encoded, Encoder
 from theloom.corpus.rows import Document
+from theloom.corpus.spooled.spool import Strings
 from theloom.corpus.vocabulary import Vocabulary
 from theloom.errors import CorpusError, printable
 from theloom.model.files import hf_config
-from theloom.store.file_format import fixed_strings
-from theloom.store.tables.columns import Column
+from theloom.store.tables.columns import ColumnPieces
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Targets:
                 self._model.model_type,
             )
         self._waiting: dict[str, Sequence[int]] = {}  # sources by document
-        self._sources: list[str] = []
+        self._sources = Strings()
 
     def encode(self, group: Sequence[Document]) -> list[Encoded]:
         """The tokens of each target.
@@ -114,13 +115,13 @@ class Targets:
         checked = vocabulary.check(ids, printable(document.id), names)
         self._sources.append(json.dumps(checked.tolist(), separators=(",", ":")))
 
-    def columns(self) -> dict[str, Column]:
+    def columns(self) -> dict[str, ColumnPieces]:
         """The column of the sources.
 
         Returns:
             By its name: token ids of each document's source, as JSON.
         """
-        return {SOURCE_IDS: Column("json", fixed_strings(self._sources))}
+        return {SOURCE_IDS: of_strings("json", self._sources)}
 
     def attributes(self) -> dict[str, Any]:
         """What `tokens.h5` says of the decoder's input.

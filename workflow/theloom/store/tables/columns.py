@@ -5,12 +5,14 @@ of the root lists names and types in their order.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import h5py
 import numpy as np
+
+from theloom.store.hdf5.pieces import write_array
 
 GROUP, NAMES, NULL = "documents/columns", "documents/categories", "documents/null"
 
@@ -90,7 +92,28 @@ def _texts(values: np.ndarray) -> np.ndarray:
     return np.char.decode(values, "utf-8") if len(values) else np.empty(0, "<U1")
 
 
-def described(columns: Mapping[str, Column]) -> list[dict[str, str]]:
+@dataclass(frozen=True)
+class ColumnPieces:
+    """A column that is written piece by piece, as long as it is.
+
+    Attributes:
+        type: as of `Column`.
+        count: how many documents there are.
+        dtype: of an array that holds all values.
+        pieces: gives the values, array after array, each with 1 where a value is missing, uint8.
+        names: of a category.
+        has_null: whether it is stored which values are missing.
+    """
+
+    type: str
+    count: int
+    dtype: np.dtype
+    pieces: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
+    names: np.ndarray | None = None
+    has_null: bool = False
+
+
+def described(columns: Mapping[str, Column] | Mapping[str, ColumnPieces]) -> list[dict[str, str]]:
     """What the attribute `columns` says.
 
     Args:
@@ -113,6 +136,23 @@ def write(file: h5py.File, columns: Mapping[str, Column]) -> None:
         for group, values in ((GROUP, column.values), (NAMES, column.names), (NULL, column.null)):
             if values is not None:
                 file[f"{group}/{_quoted(name)}"] = values
+
+
+def write_pieces(file: h5py.File, columns: Mapping[str, ColumnPieces]) -> None:
+    """Write the datasets of columns into an open file, as `write` does.
+
+    Args:
+        file: the file.
+        columns: by name.
+    """
+    for name, column in columns.items():
+        path = f"{GROUP}/{_quoted(name)}"
+        write_array(file, path, column.count, column.dtype, (v for v, _ in column.pieces()))
+        if column.names is not None:
+            file[f"{NAMES}/{_quoted(name)}"] = column.names
+        if column.has_null:
+            nulls = (null for _, null in column.pieces())
+            write_array(file, f"{NULL}/{_quoted(name)}", column.count, np.dtype("u1"), nulls)
 
 
 def read(
