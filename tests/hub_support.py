@@ -1,5 +1,6 @@
-"""A Hugging Face hub on loopback: the requests by which huggingface_hub commits files to a dataset
-and reads them by ranges, as its documentation and the LFS batch API have them.
+"""A Hugging Face hub on loopback: the requests by which huggingface_hub commits files to a dataset,
+reads them by ranges and downloads those of a repository, as its documentation and the LFS batch API
+have them.
 """
 
 import base64
@@ -10,21 +11,32 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
 TEXTS = (".md", ".json")
 
 
 class Hub(ThreadingHTTPServer):
-    """One dataset, `user/name`; a large file is a link to where its bytes are, as on the hub."""
+    """One dataset or model, `user/name`, with one state of its files under all of its revisions; a
+    large file is a link to where its bytes are, as on the hub.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files: dict[str, bytes] = {}
+        self.revisions = {"main": "0" * 40}  # commits by branch or tag
         self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
         self.commits, self.ranges, self.unknown = 0, 0, list[str]()
         self.lock = threading.Lock()
+
+    def add(self, folder: Path) -> None:
+        """Take all files of a folder."""
+        for file in filter(Path.is_file, folder.rglob("*")):
+            data = file.read_bytes()
+            self.files[file.relative_to(folder).as_posix()] = data
+            self.objects[hashlib.sha256(data).hexdigest()] = data
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -51,14 +63,17 @@ class Handler(BaseHTTPRequestHandler):
     def route(self) -> None:
         size = int(self.headers.get("Content-Length") or 0)
         body, path = self.rfile.read(size), unquote(self.path.partition("?")[0])
+        path, self.commit = self._on_main(path)
         if found := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):
             self._object(found[1], body)
         elif path == "/api/validate-yaml":
             self.answer_json({"errors": [], "warnings": []})
-        elif not re.match(r"(/api)?/datasets/user/name(/|$|\.git/)", path):
+        elif not re.match(r"(/api)?(/datasets|/models)?/user/name(/|$|\.git/)", path):
             self.answer_json({"error": "none"}, 404, X_Error_Code="RepoNotFound")
-        elif re.fullmatch(r"/api/datasets/user/name(/revision/main)?", path):
-            self.answer_json({"id": "user/name", "sha": "0" * 40, "siblings": [], "private": False})
+        elif re.fullmatch(r"/api/(datasets|models)/user/name(/revision/main)?", path):
+            files = [{"rfilename": name} for name in self.server.files]
+            found = {"id": "user/name", "sha": self.commit, "siblings": files, "private": False}
+            self.answer_json(found)
         elif path.endswith("/preupload/main"):
             self.answer_json({"files": [self._mode(f["path"]) for f in json.loads(body)["files"]]})
         elif path.endswith("/objects/batch"):
@@ -77,6 +92,15 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_json({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
 
     do_GET = do_HEAD = do_POST = do_PUT = route  # noqa: N815
+
+    def _on_main(self, path: str) -> tuple[str, str]:
+        """The path as it is on the branch main, and the commit of the revision that it names."""
+        known = self.server.revisions
+        for name, commit in [*known.items(), *((commit, commit) for commit in known.values())]:
+            for what in ("revision", "resolve", "tree", "paths-info"):
+                if f"/{what}/{name}" in path:
+                    return path.replace(f"/{what}/{name}", f"/{what}/main", 1), commit
+        return path, known["main"]
 
     def _mode(self, path: str) -> dict[str, object]:
         mode = "regular" if path.endswith(TEXTS) else "lfs"
@@ -140,20 +164,23 @@ class Handler(BaseHTTPRequestHandler):
             return
         data = self.server.files[name]
         if name.endswith(TEXTS):
-            self._bytes(data)
+            self._bytes(data, ETag=f'"{_git_oid(data)}"', X_Repo_Commit=self.commit)
             return
         sha256 = hashlib.sha256(data).hexdigest()
-        self.answer(b"", 302, Location=f"{self.server.url}/lfs/{sha256}", X_Linked_Etag=sha256)
+        linked = {"X_Linked_Etag": sha256, "X_Linked_Size": str(len(data))}
+        elsewhere = self.server.url.replace("127.0.0.1", "localhost")  # on the hub another host
+        place = f"{elsewhere}/lfs/{sha256}"
+        self.answer(b"", 302, Location=place, X_Repo_Commit=self.commit, **linked)
 
-    def _bytes(self, data: bytes) -> None:
+    def _bytes(self, data: bytes, **headers: str) -> None:
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         if wanted is None:
-            self.answer(data)
+            self.answer(data, **headers)
             return
         self.server.ranges += 1
         first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
         span = f"bytes {first}-{last}/{len(data)}"
-        self.answer(data[first : last + 1], 206, Content_Range=span)
+        self.answer(data[first : last + 1], 206, Content_Range=span, **headers)
 
 
 def _git_oid(data: bytes) -> str:

@@ -73,7 +73,8 @@ def test_dinov3_goes_with_torchvision_and_says_so_without(tmp_path, media):
     assert str(refusal.value) == (
         f"model.source: the processor of {tmp_path / 'model'} needs torchvision, in the build that "
         f"goes with torch {torch.__version__}: pip install torch=={version} torchvision"
-        + f" --index-url https://download.pytorch.org/whl/{build}" * bool(build)
+        + f" --index-url https://download.pytorch.org/whl/{build}"
+        * bool(build)
     )
 
 
