@@ -6,7 +6,10 @@ have them.
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +21,8 @@ TEXTS = (".md", ".json")
 
 
 class Hub(ThreadingHTTPServer):
-    """One dataset or model, `user/name`, with one state of its files under all of its revisions; a
-    large file is a link to where its bytes are, as on the hub.
+    """One dataset or model, `user/name`; a large file is a link to where its bytes are, as on the
+    hub. Commits are those of the branch main, but for what `tag` keeps.
     """
 
     def __init__(self) -> None:
@@ -27,16 +30,22 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files: dict[str, bytes] = {}
         self.revisions = {"main": "0" * 40}  # commits by branch or tag
+        self.tagged: dict[str, dict[str, bytes]] = {}  # files by commit
         self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
         self.commits, self.ranges, self.unknown = 0, 0, list[str]()
         self.lock = threading.Lock()
 
     def add(self, folder: Path) -> None:
-        """Take all files of a folder."""
-        for file in filter(Path.is_file, folder.rglob("*")):
-            data = file.read_bytes()
-            self.files[file.relative_to(folder).as_posix()] = data
-            self.objects[hashlib.sha256(data).hexdigest()] = data
+        """Take all files of a folder, in place of those that were there."""
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        self.files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+        self.objects |= {hashlib.sha256(data).hexdigest(): data for data in self.files.values()}
+
+    def tag(self, name: str) -> str:
+        """Keep the files as they are under a tag; its commit."""
+        self.revisions[name] = f"{len(self.tagged) + 1:040x}"
+        self.tagged[self.revisions[name]] = dict(self.files)
+        return self.revisions[name]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,9 +80,11 @@ class Handler(BaseHTTPRequestHandler):
         elif not re.match(r"(/api)?(/datasets|/models)?/user/name(/|$|\.git/)", path):
             self.answer_json({"error": "none"}, 404, X_Error_Code="RepoNotFound")
         elif re.fullmatch(r"/api/(datasets|models)/user/name(/revision/main)?", path):
-            files = [{"rfilename": name} for name in self.server.files]
+            files = [{"rfilename": name} for name in self._files]
             found = {"id": "user/name", "sha": self.commit, "siblings": files, "private": False}
             self.answer_json(found)
+        elif re.match(r"/api/(datasets|models)/user/name/revision/", path):
+            self.answer_json({"error": "none"}, 404, X_Error_Code="RevisionNotFound")
         elif path.endswith("/preupload/main"):
             self.answer_json({"files": [self._mode(f["path"]) for f in json.loads(body)["files"]]})
         elif path.endswith("/objects/batch"):
@@ -82,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             self._commit([json.loads(line) for line in body.splitlines()])
         elif path.endswith("/paths-info/main"):
             names = parse_qs(body.decode())["paths"]
-            self.answer_json([self._info(n) for n in names if n in self.server.files])
+            self.answer_json([self._info(n) for n in names if n in self._files])
         elif "/resolve/main/" in path:
             self._resolve(path.partition("/resolve/main/")[2])
         elif "/tree/main" in path:
@@ -92,6 +103,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_json({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
 
     do_GET = do_HEAD = do_POST = do_PUT = route  # noqa: N815
+
+    @property
+    def _files(self) -> dict[str, bytes]:
+        return self.server.tagged.get(self.commit, self.server.files)
 
     def _on_main(self, path: str) -> tuple[str, str]:
         """The path as it is on the branch main, and the commit of the revision that it names."""
@@ -137,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer_json({"success": True, "commitUrl": url, "commitOid": oid, "hookOutput": ""})
 
     def _info(self, name: str) -> dict[str, object]:
-        data = self.server.files[name]
+        data = self._files[name]
         found = {"type": "file", "path": name, "size": len(data), "oid": _git_oid(data)}
         if not name.endswith(TEXTS):
             sha256 = hashlib.sha256(data).hexdigest()
@@ -145,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
         return found
 
     def _tree(self, folder: str) -> None:
-        below = [n for n in self.server.files if not folder or n.startswith(f"{folder}/")]
+        below = [n for n in self._files if not folder or n.startswith(f"{folder}/")]
         if not below:
             self.answer_json({"error": "none"}, 404, X_Error_Code="EntryNotFound")
             return
@@ -153,16 +168,16 @@ class Handler(BaseHTTPRequestHandler):
         found = []
         for part in dict.fromkeys(n[start:].partition("/")[0] for n in below):
             name = f"{folder}/{part}" if folder else part
-            is_file = name in self.server.files
+            is_file = name in self._files
             place = {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
             found.append(self._info(name) if is_file else place)
         self.answer_json(found)
 
     def _resolve(self, name: str) -> None:
-        if name not in self.server.files:
+        if name not in self._files:
             self.answer_json({"error": "none"}, 404, X_Error_Code="EntryNotFound")
             return
-        data = self.server.files[name]
+        data = self._files[name]
         if name.endswith(TEXTS):
             self._bytes(data, ETag=f'"{_git_oid(data)}"', X_Repo_Commit=self.commit)
             return
@@ -199,3 +214,28 @@ def hub() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def run_on(server: Hub, home: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python with a hub and a cache of its own: huggingface_hub reads where they are when it is
+    imported.
+    """
+    settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "hf_none"}
+    settings["HF_HUB_DISABLE_XET"] = "1"
+    environment = {n: v for n, v in os.environ.items() if n != "HF_HUB_OFFLINE"} | settings
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=1800
+    )
+
+
+# of arguments: a folder, a model, and settings
+RUN_STAGES = """
+import sys
+from pathlib import Path
+from support import stages
+from theloom.pipeline.stage_model import stage
+folder, model, words = sys.argv[1:]
+run = stages(Path(folder), Path(model), words)
+stage(run.config("source"), Path(folder) / "source.json")
+run.all().verify()
+"""

@@ -1,32 +1,16 @@
 """Images and audio in data sets of the hub: rows are those of the files themselves."""
 
-import os
-import subprocess
-import sys
-
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import theloom
-from hub_support import hub
+from hub_support import RUN_STAGES, hub, run_on
 from support import stages
 from theloom.errors import ConfigError, CorpusError
 from towers_support import build, plain_states, write_media
 
 datasets.disable_progress_bars()
-
-# huggingface_hub reads its settings when it is imported
-STAGES = """
-import sys
-from pathlib import Path
-from support import stages
-from theloom.pipeline.stage_model import stage
-folder, model, words = sys.argv[1:]
-run = stages(Path(folder), Path(model), words)
-stage(run.config("source"), Path(folder) / "source.json")
-run.all().verify()
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -71,15 +55,9 @@ def test_rows_of_a_data_set_of_the_hub_are_those_of_its_files(tmp_path, kind, mo
     media, model = write_media(tmp_path / "media", kind), build(model_type, tmp_path / "model")
     files = table_of(media, kind, tmp_path / "repo/data/train-00000-of-00001.parquet")
     words = requested(kind, "user/name", "corpus.columns=[mood]")
-    settings = {"HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
-    environment = {n: v for n, v in os.environ.items() if n != "HF_HUB_OFFLINE"} | settings
     with hub() as server:
         server.add(tmp_path / "repo")
-        command = [sys.executable, "-c", STAGES, str(tmp_path / "run"), str(model), words]
-        environment["HF_ENDPOINT"] = server.url
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=1800
-        )
+        done = run_on(server, tmp_path, "-c", RUN_STAGES, str(tmp_path / "run"), str(model), words)
     assert done.returncode == 0, done.stderr
     assert server.unknown == []
     check(tmp_path / "run/activations.h5", model, kind, files, "user/name/train")
