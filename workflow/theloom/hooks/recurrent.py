@@ -87,6 +87,7 @@ def fresh_cache(model: "PreTrainedModel") -> dict[str, Any]:
     own = {type(module).__name__ for module in model.modules() if _own(module)}
     if not own.isdisjoint(_WITHOUT_CACHE):
         return {"use_cache": False}
+    module: Any
     for module in model.modules():
         if _own(module) and hasattr(module, "conv1d_state"):
             module.conv1d_state = None  # the module then begins with zeros

@@ -47,7 +47,8 @@ class Store:
     """
 
     def __init__(self, config: CorpusConfig) -> None:
-        self._config, self._table = config, None
+        self._config = config
+        self._table: Any = None  # until a row is asked for
 
     def content(self, name: str) -> bytes:
         """The bytes of one.
