@@ -64,7 +64,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 _OF_QWEN = {**_QWEN_VISION, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48}
 
-# not among those of which the memory of images is traced: its code looks at values
+# its code looks at values, of grids and of cut lengths
 WINDOWED = {
     "qwen2_5_vl": {
         **CONFIGS["qwen2_vl"],
@@ -146,8 +146,9 @@ def build(kind: str, folder: Path, **sizes: int) -> Path:
     torch.manual_seed(0)
     numbers = (CONFIGS | WINDOWED | ADDING)[kind]
     numbers = numbers | {"text_config": numbers["text_config"] | sizes}
-    if kind == "qwen2_vl":  # whose vision part ends in the width of the text
-        width = {"hidden_size": sizes.get("hidden_size", 32)}
+    if kind.startswith("qwen"):  # whose vision part ends in the width of the text
+        ends = "hidden_size" if kind == "qwen2_vl" else "out_hidden_size"
+        width = {ends: sizes.get("hidden_size", 32)}
         numbers |= {"vision_config": numbers["vision_config"] | width}
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **numbers))
     with torch.no_grad():

@@ -167,6 +167,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lilt": {"hidden_size": 96},
+    "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
@@ -211,6 +212,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "hybrid_layer_ids": [1, 3, 5],
         "mamba_headdim": 16,
     },
+    "xlstm": {"qk_dim_factor": 1.0},  # its own cache wants keys whose width is a multiple of 64
 }
 
 

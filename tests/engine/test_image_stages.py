@@ -17,6 +17,7 @@ from theloom.memory.sizes import Workload
 from theloom.model.checkpoint.classes import model_class
 from theloom.model.fake import fake_model
 from theloom.model.files import hf_config
+from theloom.precision import torch_dtype
 from towers_support import processed, write_media
 
 _LAST = {"embed_dim": 8, "depths": [1, 1, 2], "num_heads": [1, 2, 4], "window_size": 4}
@@ -133,13 +134,14 @@ def test_stages_go_with_images_of_one_size(tmp_path, images, resnet):
         (resnet / "preprocessor_config.json").write_text(saved)
 
 
-@pytest.mark.parametrize("kind", ["resnet", "segformer"])
-def test_trace_gives_the_peak_of_stages(kind, tmp_path, images):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_trace_gives_the_peak_of_stages(kind, precision, tmp_path, images):
     folder = build(kind, tmp_path / "model")
     run = stages(tmp_path / "run", folder, requested(images, "stages.2.hook_out"))
     config = hf_config(run.config("model").model)
-    real = model_class(config)._from_config(copy.deepcopy(config), dtype=torch.float32)
-    described, fake = blocks.find_blocks(real.eval()), fake_model(config, "fp32")
+    real = model_class(config)._from_config(copy.deepcopy(config), dtype=torch_dtype(precision))
+    described, fake = blocks.find_blocks(real.eval()), fake_model(config, precision)
     points = fake.catalog.select(["stages.2.hook_out"])
     assert [p.name for p in described.stream] == [p.name for p in fake.catalog.points]
     workload = Workload(4, points[0].rows, points[0].rows)

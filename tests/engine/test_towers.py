@@ -1,5 +1,6 @@
 """Models of images and audio through the stages of the pipeline, against plain transformers."""
 
+import importlib.util
 import io
 import re
 import shutil
@@ -15,10 +16,10 @@ import torch
 from corpus_support import byte_tokenizer
 from PIL import Image
 from support import ROOT, stages
-from theloom.errors import CorpusError, StoreError, TheLoomError
+from theloom.errors import CorpusError, ModelError, StoreError, TheLoomError
 from theloom.extraction import extract_hidden_states
 from theloom.planning.forecast import forecast
-from towers_support import TOWERS, build, plain_states, processed, write_media
+from towers_support import TOWERS, build, plain_states, processed, tower_of, write_media
 from transformers import AutoModel
 
 
@@ -43,7 +44,11 @@ def requested(reads, path, more="", side=""):
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_rows_are_those_of_plain_transformers(kind, tmp_path, media):
-    tower = TOWERS[kind]
+    check_rows(kind, tmp_path, media)
+
+
+def check_rows(kind, tmp_path, media):
+    tower = tower_of(kind)
     folder, files = build(kind, tmp_path / "model"), sorted(media[tower.reads].iterdir())
     words = requested(tower.reads, media[tower.reads], side=tower.side)
     run = stages(tmp_path / "run", folder, words).all()
@@ -56,6 +61,21 @@ def test_rows_are_those_of_plain_transformers(kind, tmp_path, media):
         for hook, values in expected.items():
             assert document[hook].shape == values.shape
             assert (document[hook] - values).abs().max() <= 1e-5 * values.abs().max()
+
+
+def test_dinov3_goes_with_torchvision_and_says_so_without(tmp_path, media):
+    if importlib.util.find_spec("torchvision"):
+        check_rows("dinov3_vit", tmp_path, media)
+        return
+    with pytest.raises(ModelError) as refusal:
+        check_rows("dinov3_vit", tmp_path, media)
+    version, _, build = torch.__version__.partition("+")
+    assert str(refusal.value) == (
+        f"model.source: the processor of {tmp_path / 'model'} needs torchvision, in the build that "
+        f"goes with torch {torch.__version__}: pip install torch=={version} torchvision"
+        + f" --index-url https://download.pytorch.org/whl/{build}"
+        * bool(build)
+    )
 
 
 def test_class_tokens_and_padding_are_marked_as_special(tmp_path, vit, media):

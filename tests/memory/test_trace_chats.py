@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from chats_support import CONFIGS, build, messages_of, plain_inputs, write_chats
+from chats_support import CONFIGS, WINDOWED, build, messages_of, plain_inputs, write_chats
 from support import allocator_peak
 from theloom.hooks import blocks
 from theloom.hooks.catalog import build_catalog
@@ -17,7 +17,7 @@ from theloom.rows import modality
 from transformers import AutoConfig
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", [*CONFIGS, *WINDOWED])
 def test_trace_gives_the_peak_of_images_in_a_chat(kind: str, tmp_path) -> None:
     corpus = write_chats(tmp_path / "corpus")
     sizes = {"hidden_size": 256, "num_attention_heads": 32, "intermediate_size": 704}

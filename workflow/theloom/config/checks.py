@@ -164,6 +164,13 @@ def _check_architecture(config: Config) -> None:
 
 def _check_corpus(config: Config) -> None:
     needed = _WHERE.get(config.corpus.kind.name)
+    if config.corpus.kind.name in SENSED and config.corpus.dataset is not None:
+        if config.corpus.path is not None:
+            raise ConfigError(
+                f"corpus.path: {config.corpus.path!r}, and corpus.dataset is "
+                f"{config.corpus.dataset!r}: the files are in one of them; take the other out"
+            )
+        needed = "dataset"
     if needed and getattr(config.corpus, needed) is None:
         group = config.corpus.kind.name
         example = f'set="corpus={group} corpus.{needed}=…"'

@@ -248,10 +248,14 @@ class CorpusConfig:
     )
     encoding: str = key("utf-8", "text: encoding of the files")
     dataset: str | None = key(
-        None, "hub: id or local path of a `datasets` data set, or a .parquet file"
+        None,
+        "hub, images, audio: id or local path of a `datasets` data set, or a .parquet file; of "
+        "images and audio in place of `corpus.path`",
     )
-    subset: str | None = key(None, "hub: name of the configuration, where the data set has several")
-    split: str = key("train", "hub: which split")
+    subset: str | None = key(
+        None, "with `corpus.dataset`: name of the configuration, where the data set has several"
+    )
+    split: str = key("train", "with `corpus.dataset`: which split")
     streaming: bool = key(
         False, "hub: read rows as they come instead of downloading the split first"
     )

@@ -111,9 +111,10 @@ def _source(config: CorpusConfig, part: Part | None = None) -> Iterator[Document
     if config.kind.name == "python_docs":
         return _python_docs(config)
     if config.kind.name in SENSED:
-        from theloom.corpus.media import items
+        from theloom.corpus.media import data_sets, items
 
-        return (Document(i.id, "", i.place, i.columns) for i in items.read(config))
+        source = items if config.dataset is None else data_sets
+        return (Document(i.id, "", i.place, i.columns) for i in source.read(config))
     return (text_files if config.kind.name == "text" else hub).read(config, part)
 
 
@@ -180,7 +181,7 @@ def check_local(config: CorpusConfig) -> None:
     Raises:
         CorpusError: there are none, or the chat template's file cannot be read.
     """
-    if config.kind.name in ("text", *SENSED):
+    if config.kind.name in ("text", *SENSED) and config.dataset is None:
         text_files.find(config)
     if config.chat_template is not None:
         chat.read_template(config.chat_template)

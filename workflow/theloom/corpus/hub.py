@@ -32,9 +32,8 @@ def read(config: CorpusConfig, part: Part | None = None) -> Iterator[Document]:
         CorpusError: the data set cannot be read, or has no such split or column.
     """
     name = str(config.dataset)
-    with _in_one_line(name):
-        prefix = config.split if Path(name).expanduser().exists() else f"{name}/{config.split}"
-        table = data_set(config)
+    with in_one_line(name):
+        table, begin = data_set(config), prefix(config)
         there, place = _columns(table), f"corpus.dataset: {name}"
         rows.check_columns(config, there, place)
         # of the other columns, images and sounds would be decoded
@@ -44,23 +43,49 @@ def read(config: CorpusConfig, part: Part | None = None) -> Iterator[Document]:
             numbered = enumerate(chosen)
         else:
             numbered = enumerate(chosen.select(range(share.first, share.end)), share.first)
-        labels = {
-            column: table.features[column].names
-            for column in config.columns
-            if table.features and hasattr(table.features[column], "names")
-        }
+        named = labels(table, config)
     while True:
-        with _in_one_line(name):
+        with in_one_line(name):
             number, row = next(numbered, (0, None))
         if row is None:
             return
-        place = f"{prefix}/{number}"
-        for column, names in labels.items():
+        place = f"{begin}/{number}"
+        for column, names in named.items():
             row[column] = arrow_files.labelled(row[column], names, column, place)
         for column in (config.messages, rows.TOOLS) if config.messages else ():
             if column in row:
                 row[column] = arrow_files.without_nulls(row[column])
         yield rows.of_row(row, place, place, config)
+
+
+def prefix(config: CorpusConfig) -> str:
+    """How the ids of a data set's rows begin.
+
+    Args:
+        config: the `corpus` settings.
+
+    Returns:
+        The split, behind the name of a data set of the hub.
+    """
+    name = str(config.dataset)
+    return config.split if Path(name).expanduser().exists() else f"{name}/{config.split}"
+
+
+def labels(table: Any, config: CorpusConfig) -> dict[str, list[str]]:
+    """The names of labels that a data set keeps as numbers.
+
+    Args:
+        table: of `datasets`.
+        config: the `corpus` settings.
+
+    Returns:
+        By column of `corpus.columns`, in the order of their numbers.
+    """
+    return {
+        column: table.features[column].names
+        for column in config.columns
+        if table.features and hasattr(table.features[column], "names")
+    }
 
 
 def state(config: CorpusConfig) -> str:
@@ -104,10 +129,10 @@ def data_set(config: CorpusConfig) -> Any:
         import datasets
     except ImportError:
         raise CorpusError(
-            "corpus=hub needs the package datasets: pip install 'theloom[hub]'"
+            "corpus.dataset needs the package datasets: pip install 'theloom[hub]'"
         ) from None
     name = str(config.dataset)
-    with _in_one_line(name):
+    with in_one_line(name):
         local = Path(name).expanduser()
         if any((local / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
             table = datasets.load_from_disk(str(local))
@@ -149,8 +174,18 @@ def _builder(file: Path, name: str) -> str:
 
 
 @contextmanager
-def _in_one_line(name: str) -> Iterator[None]:
-    """Turn any error of `datasets` over a data set into a CorpusError: they share no class."""
+def in_one_line(name: str) -> Iterator[None]:
+    """Turn any error of `datasets` over a data set into a CorpusError: they share no class.
+
+    Args:
+        name: of the data set.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CorpusError: in place of the error.
+    """
     try:
         yield
     except (TheLoomError, MemoryError):

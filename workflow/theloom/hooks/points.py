@@ -22,8 +22,14 @@ ROUTER_LOGITS, ROUTER_SCORES = "mlp.hook_router_logits", "mlp.hook_router_scores
 EXPERT_INDICES = "mlp.hook_expert_indices"
 MIXER_IN, MIXER_OUT = "mixer.hook_in", "mixer.hook_out"
 SSM_STATE, CONV_STATE = "ssm.hook_state", "ssm.hook_conv_state"
+NORMALIZER_STATE, MAX_STATE = "ssm.hook_normalizer_state", "ssm.hook_max_state"
 STAGE_OUT = "hook_out"  # of a stage of an image model
-STATES = (SSM_STATE, CONV_STATE)  # one for a document: after its last token
+STATES = (
+    SSM_STATE,
+    NORMALIZER_STATE,
+    MAX_STATE,
+    CONV_STATE,
+)  # one for a document: after its last token
 ROUTER = (ROUTER_LOGITS, ROUTER_SCORES, EXPERT_INDICES)
 
 # the largest integer up to which a format has every one
@@ -84,7 +90,7 @@ COMPUTED = frozenset(
 ) | frozenset({SCORES, PATTERN, *FINAL_NORM})
 
 NO_EXPERTS = "this block has no mixture of experts"
-NOT_RECURRENT = "this block has no mixer whose state is in transformers' cache"
+NOT_RECURRENT = "this block has no mixer whose state transformers keeps"
 NO_LEARNED_POSITIONS = "it has no learned positions"
 POST_NORM = "no norm comes before its attention, so that the norms it has see something else"
 
@@ -197,7 +203,7 @@ def values_in_block(side: str) -> tuple[str, ...]:
 
     Examples:
         >>> "hook_cross_attn_out" in values_in_block("decoder"), len(values_in_block(""))
-        (True, 27)
+        (True, 29)
     """
     if side != "decoder":
         return IN_BLOCK

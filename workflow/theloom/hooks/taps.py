@@ -30,7 +30,8 @@ class Taps:
 
     The tensor is the model's own: copy what is kept, since later operations may write to it and a
     view keeps the whole alive. `run` calls the model and ends its forward after the deepest block
-    requested. The model is left as it was.
+    requested. `states` are the names of those that a document has one of. The model is left as it
+    was.
     """
 
     def __init__(self, architecture: Architecture, points: Sequence[HookPoint], sink: Sink) -> None:
@@ -40,7 +41,7 @@ class Taps:
         self._batch, self._seen = (0, 0), 0
         self._read: set[str] = set()
         self._over_keys = any(p.over_keys for p in points)
-        self._states = [p.name for p in points if p.of_document]
+        self.states = [p.name for p in points if p.of_document]
         self._cache: Any = None
 
     def __enter__(self) -> "Taps":
@@ -79,11 +80,11 @@ class Taps:
         """
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         cache = inputs.get("past_key_values")
-        if self._states:
+        if self.states:
             model = self.architecture.model
             if inputs.get(cache_name(model)) is None:
                 inputs |= fresh_cache(model)
-            self._cache = inputs[cache_name(model)]
+            self._cache = inputs.get(cache_name(model))
         self._batch = (tokens.shape[0], tokens.shape[1]) if tokens is not None else (0, 0)
         self._seen = int(cache.get_seq_length()) if cache is not None and self._over_keys else 0
         self._read.clear()
@@ -115,9 +116,9 @@ class Taps:
         Raises:
             HookError: a hook point was not read.
         """
-        if self._states:
+        if self.states:
             raise HookError(
-                f"{self._states[0]}: a state is not read layer by layer; let the model fit the "
+                f"{self.states[0]}: a state is not read layer by layer; let the model fit the "
                 "device as a whole, or take the state out of memory.activation_cache_filter"
             )
         self._batch, self._seen = batch, seen
@@ -164,7 +165,8 @@ class Taps:
 
     def _hook_state(self, point: HookPoint, site: Site) -> Any:
         def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            self._hand_over(point.name, state_of(self._cache, module, point.value, self._batch))
+            state = state_of(self._cache, module, output, point.value, self._batch)
+            self._hand_over(point.name, state)
 
         return site.module.register_forward_hook(after)
 

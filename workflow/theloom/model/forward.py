@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from theloom.config.checks import LEAST_CHUNK
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import residual_points
-from theloom.hooks.recurrent import cache_name
+from theloom.hooks.recurrent import cache_name, check_carried
 from theloom.hooks.taps import Taps
 from theloom.model.attention_kernels import one_document_a_row
 from theloom.model.length_switches import as_long_as, forget_lengths
@@ -46,6 +46,9 @@ def prefill(
         lengths: the real tokens of every row, beyond which a model that is not causal gets a mask.
         offloaded: the cache lies in host memory, and a GPU holds that of two blocks.
         inputs: further arguments of the model: those of `steps`, or a decoder's sources.
+
+    Raises:
+        HookError: as `steps`.
     """
     for _ in steps(taps, ids, chunk_size, lengths, offloaded, inputs):
         pass
@@ -74,6 +77,9 @@ def steps(
 
     Yields:
         After each step, the position of its first token.
+
+    Raises:
+        HookError: a state is requested that the model does not hand on from chunk to chunk.
     """
     import torch
 
@@ -90,6 +96,7 @@ def steps(
             taps.run(**named, **no_cache(model))
         yield 0
         return
+    check_carried(model, taps.states)
     cache: dict[str, Any] = {
         cache_name(model): PrefillCache(config=model.config, offloading=offloaded)
     }

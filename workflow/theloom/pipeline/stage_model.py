@@ -28,7 +28,7 @@ def stage(config: Config, output: Path) -> None:
         CorpusError: The data set is missing or broken, or has no such split.
     """
     revision = files.fetch(config.model)
-    if config.corpus.kind.name == "hub":
+    if config.corpus.dataset is not None:
         documents.fetch(config.corpus)
         how = "is read as it comes" if config.corpus.streaming else "is here"
         log.info("corpus.dataset: %s %s", config.corpus.dataset, how)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from theloom.config.schema import CorpusConfig, CorpusKind, ModelConfig
+from theloom.corpus.media import data_sets
 from theloom.corpus.media.chat_inputs import ChatInputs, IdsOf
 from theloom.corpus.media.encoding import COLUMNS, processor_of, value_of
 from theloom.corpus.media.items import Item, Store
@@ -46,9 +47,11 @@ class Inputs:
         self._columns, self._document = columns, window_document
         self._model, self._hash = model, processor_hash
         self._corpus = CorpusConfig(
-            kind=CorpusKind[corpus["kind"]], path=corpus["path"], column=corpus["column"]
+            kind=CorpusKind[corpus["kind"]],
+            **{key: corpus[key] for key in ("path", "dataset", "subset", "split", "column")},
         )
-        self._store = Store(self._corpus)
+        kept = Store if self._corpus.dataset is None else data_sets.Store
+        self._store = kept(self._corpus)
 
     @cached_property
     def _processor(self) -> Any:

@@ -10,9 +10,9 @@ from theloom.config.schema import CorpusConfig
 from theloom.corpus import rows, text_files
 from theloom.corpus.formats import decoding
 from theloom.corpus.formats.sensed import TABLE
+from theloom.corpus.media.cells import column_of, content_of, id_of
 from theloom.errors import CorpusError, printable
 
-_COLUMN = {"images": "image", "audio": "audio"}  # where corpus.column has the default of texts
 _MOST_BYTES = 1 << 30  # of one file
 _TOGETHER = 16  # rows of a table that are in memory at once
 
@@ -115,22 +115,9 @@ class Store:
                 if self._table is None or self._table[:2] != (table, group):
                     values = found.read_row_group(group, columns=[column_of(self._config)])
                     self._table = (table, group, values.column(0).to_pylist())
-                return _content(self._table[2][row - 1 - before], name, self._config)
+                return content_of(self._table[2][row - 1 - before], name, self._config)
             before += count
         raise CorpusError(f"{printable(name)}: {printable(table)} has {before} rows now")
-
-
-def column_of(config: CorpusConfig) -> str:
-    """The column of a table that holds images or clips.
-
-    Args:
-        config: the `corpus` settings.
-
-    Returns:
-        `corpus.column`, or `image` or `audio` where it has the default of texts.
-    """
-    default = CorpusConfig().column
-    return _COLUMN[config.kind.name] if config.column == default else config.column
 
 
 def _of_table(file: Path, name: str, config: CorpusConfig) -> Iterator[Item]:
@@ -152,31 +139,14 @@ def _of_table(file: Path, name: str, config: CorpusConfig) -> Iterator[Item]:
             for row in batch.to_pylist():
                 number += 1
                 where, own = f"{place}, row {number}", f"{name}#{number}"
-                row_id = own if config.id_column is None else row[config.id_column]
-                if isinstance(row_id, bool) or not isinstance(row_id, str | int | float):
-                    raise CorpusError(
-                        f"{where}: column {config.id_column!r} is {rows.kind(row_id)}, not a name; "
-                        "set corpus.id_column to a column of texts or numbers, or to null"
-                    )
                 values = tuple(row[c] for c in config.columns)
-                yield Item(own, str(row_id), where, _content(row[column], where, config), values)
+                content = content_of(row[column], where, config)
+                yield Item(own, id_of(row, own, where, config), where, content, values)
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(
             f"{place}: cannot be read ({printable(' '.join(str(error).split()))[:200]}); fetch or "
             "write the file again"
         ) from None
-
-
-def _content(value: Any, place: str, config: CorpusConfig) -> bytes:
-    """The bytes in a cell: themselves, or in an object with them, as `datasets` writes it."""
-    found = value.get("bytes") if isinstance(value, dict) else value
-    if not isinstance(found, bytes):
-        raise CorpusError(
-            f"{place}: column {column_of(config)!r} has no bytes of {config.kind.name} "
-            f"({rows.kind(value)}); write the files' bytes into it, as datasets' Image and Audio "
-            "do, or set corpus.column"
-        )
-    return found
 
 
 def file_content(file: Path, name: str) -> bytes:

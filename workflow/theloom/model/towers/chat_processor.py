@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from theloom.errors import CorpusError, ModelError
-from theloom.model.towers.processor import FILES, check_has, digest_of
+from theloom.model.towers.processor import FILES, check_has, check_torchvision, digest_of
 
 if TYPE_CHECKING:
     import torch
@@ -200,6 +200,7 @@ def _load(folder: Path, model_type: str, source: str, state: tuple[int, ...]) ->
         own = whole.from_args_and_dict([images, tokenizer], settings)
         said = [name, type(images).__name__, *map(json.loads, (images.to_json_string(), _own(own)))]
     except Exception as error:  # whatever transformers raises at a file is a fault of its values
+        check_torchvision(error, source)
         raise ModelError(
             f"model.source: the processor of {source} ({name or model_type}) cannot be loaded: "
             f"{' '.join(str(error).split())[:300]}"

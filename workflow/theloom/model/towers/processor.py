@@ -218,12 +218,35 @@ def _load(
         ]
         names = _names(made[0], main, takes)
     except Exception as error:  # whatever transformers raises at a file is a fault of its values
+        check_torchvision(error, source)
         raise ModelError(
             f"model.source: the processor of {source} does not take {modality}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from None
     samples = tuple(tuple(part_of(new, one[name]) for name, new in names.items()) for one in made)
     return Processor(own, modality, names, samples, digest_of(said))
+
+
+def check_torchvision(error: Exception, source: str) -> None:
+    """Say what to install where a processor needs torchvision: a few have no Pillow form.
+
+    Args:
+        error: what loading the processor raised.
+        source: the model, for messages.
+
+    Raises:
+        ModelError: torchvision is missing, or is a build for another torch.
+    """
+    if "torchvision" not in str(error).lower():
+        return
+    import torch
+
+    version, _, build = torch.__version__.partition("+")
+    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+    raise ModelError(
+        f"model.source: the processor of {source} needs torchvision, in the build that goes with "
+        f"torch {torch.__version__}: pip install torch=={version} torchvision{index}"
+    ) from None
 
 
 def _names(made: "Mapping[str, torch.Tensor]", main: str, takes: tuple[str, ...]) -> dict[str, str]:
