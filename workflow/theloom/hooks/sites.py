@@ -95,6 +95,34 @@ def whole(value: torch.Tensor, batch: Batch) -> torch.Tensor:
     return value.reshape(*batch, value.shape[-1])
 
 
+def stream(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The residual stream. It may be several side by side, as of hyper-connections, and have more
+    positions than tokens, behind them, where a model pads to whole windows of its attention
+    (Longformer) or predicts further tokens (ProphetNet); a trial against the model's own hidden
+    states shows that the first ones are the tokens'.
+
+    Args:
+        value: (…, width) as of `whole`, or (batch, position, streams, width), or with more
+            positions.
+        batch: windows and positions of the step.
+
+    Returns:
+        (batch, position, width), or (batch, position, streams, width).
+
+    Raises:
+        HookError: the value does not have one row for each token.
+
+    Examples:
+        >>> stream(torch.zeros(2, 3, 4, 8), (2, 3)).shape, stream(torch.zeros(6, 8), (2, 3)).shape
+        (torch.Size([2, 3, 4, 8]), torch.Size([2, 3, 8]))
+    """
+    if value.ndim == 4 and tuple(value.shape[:2]) == batch:
+        return value
+    if value.ndim == 3 and value.shape[0] == batch[0] and value.shape[1] > batch[1]:
+        return value[:, : batch[1]]
+    return whole(value, batch)
+
+
 def by_head(heads: int) -> Read:
     """Read a value by heads.
 

@@ -10,10 +10,11 @@ import torch
 from theloom.errors import HookError
 from theloom.hooks.attention import Inside
 from theloom.hooks.blocks import Architecture
+from theloom.hooks.failures import of_points
 from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import PATTERN, RESIDUALS, SCORES, HookPoint, deepest_block
 from theloom.hooks.recurrent import cache_name, fresh_cache, state_of
-from theloom.hooks.sites import Site
+from theloom.hooks.sites import Site, stream
 from theloom.rows.modality import senses
 
 Sink = Callable[[str, torch.Tensor], None]
@@ -153,12 +154,16 @@ class Taps:
         if site.place == "input":
 
             def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self._hand_over(name, site.read(site.input(args, kwargs), self._batch))
+                with of_points([name]):
+                    value = site.read(site.input(args, kwargs), self._batch)
+                self._hand_over(name, value)
 
             return site.module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            self._hand_over(name, site.read(site.chosen(output), self._batch))
+            with of_points([name]):
+                value = site.read(site.chosen(output), self._batch)
+            self._hand_over(name, value)
 
         return site.module.register_forward_hook(after)
 
@@ -192,6 +197,7 @@ class Taps:
             return Site(
                 self.architecture.blocks[point.block],
                 "input" if point.value == RESIDUALS[0] else "output",
+                stream,
             )
         return Anatomy.of(self.architecture).site(point)
 
