@@ -142,6 +142,8 @@ class _EverythingIsNonzero(TorchDispatchMode):
         if func is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
             return self._every_index(args[0])
         if func is torch.ops.aten.index.Tensor:
+            if isinstance(args[0], FakeTensor):
+                args = (args[0], [found for index in args[1] for found in _places(index)])
             without_masks = [self._without_mask(index) for index in args[1]]
             return func(args[0], [index for found in without_masks for index in found])
         return func(*args, **kwargs)
@@ -158,6 +160,14 @@ class _EverythingIsNonzero(TorchDispatchMode):
         return [index]
 
 
+def _places(index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+    """An index, or those of the entries of a mask that has values."""
+    if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+        return [index]
+    with unset_fake_temporarily():
+        return index.nonzero().unbind(1)
+
+
 def _constant(value: Any) -> bool:
     """Whether a tensor without bytes is of a number in the model's code, as `torch.tensor(0.0)`."""
     return isinstance(value, FakeTensor) and value.constant is not None
@@ -168,11 +178,13 @@ def _of_constant(value: Any) -> Any:
 
 
 def _counts(func: Any, leaves: Sequence[Any]) -> bool:
-    """Whether an operation gives a mask of ones or the integers of a range, which have values
-    without any tensor.
+    """Whether an operation gives a mask of ones, a single number or the integers of a range, which
+    have values without any tensor.
     """
-    if func is torch.ops.aten.ones.default:
+    if func in (torch.ops.aten.ones.default, torch.ops.aten.scalar_tensor.default):
         return True
+    if func is torch.ops.aten.zeros.default:
+        return not any(type(x) is int for x in leaves)
     return func in _RANGES and not any(
         isinstance(x, float) or (isinstance(x, torch.dtype) and x.is_floating_point) for x in leaves
     )
