@@ -14,7 +14,7 @@ from theloom.hooks.blocks import Architecture, cannot_run, evaluating
 from theloom.hooks.failures import MODEL_ERRORS, UnreadableError, why
 from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import HookCatalog, HookPoint
-from theloom.hooks.taps import Taps
+from theloom.hooks.taps import Sink, Taps
 
 
 def build_catalog(architecture: Architecture) -> HookCatalog:
@@ -77,10 +77,7 @@ def _readable(
     remaining = points
     while remaining:
         try:
-            with torch.inference_mode(), evaluating(architecture.model):
-                with Taps(architecture, remaining, lambda name, value: None) as taps:
-                    ids = torch.arange(3, device=architecture.model.device)[None]
-                    taps.run(input_ids=ids, use_cache=False)
+            _run_three(architecture, remaining, lambda name, value: None)
         except UnreadableError as error:
             gone = {p.value for p in remaining if p.name in error.names}
             unsupported |= {p.name: str(error) for p in remaining if p.value in gone}
@@ -106,14 +103,19 @@ def _shapes(
     def see(name: str, value: torch.Tensor) -> None:
         found[name] = (value.shape[1],) if name in over_keys else tuple(value.shape[2:])
 
-    model = architecture.model
-    with torch.inference_mode(), evaluating(model), Taps(architecture, list(points), see) as taps:
-        try:
-            taps.run(input_ids=torch.arange(3, device=model.device)[None], use_cache=False)
-        except HookError as error:
-            reasons.append(str(error))
-            return found if len(found) < len(points) and not over_keys else None
-        except MODEL_ERRORS as error:
-            reasons.append(f"{cannot_run(model)}: {why(error)}")
-            return None
+    try:
+        _run_three(architecture, points, see)
+    except HookError as error:
+        reasons.append(str(error))
+        return found if len(found) < len(points) and not over_keys else None
+    except MODEL_ERRORS as error:
+        reasons.append(f"{cannot_run(architecture.model)}: {why(error)}")
+        return None
     return found
+
+
+def _run_three(architecture: Architecture, points: Collection[HookPoint], sink: Sink) -> None:
+    """A pass of three tokens with taps at hook points."""
+    model = architecture.model
+    with torch.inference_mode(), evaluating(model), Taps(architecture, list(points), sink) as taps:
+        taps.run(input_ids=torch.arange(3, device=model.device)[None], use_cache=False)
