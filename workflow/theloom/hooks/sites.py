@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -96,14 +97,10 @@ def whole(value: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def stream(value: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The residual stream. It may be several side by side, as of hyper-connections, and have more
-    positions than tokens, behind them, where a model pads to whole windows of its attention
-    (Longformer) or predicts further tokens (ProphetNet); a trial against the model's own hidden
-    states shows that the first ones are the tokens'.
+    """The residual stream, which may be several side by side, as of hyper-connections.
 
     Args:
-        value: (…, width) as of `whole`, or (batch, position, streams, width), or with more
-            positions.
+        value: (…, width) as of `whole`, or (batch, position, streams, width).
         batch: windows and positions of the step.
 
     Returns:
@@ -118,9 +115,36 @@ def stream(value: torch.Tensor, batch: Batch) -> torch.Tensor:
     """
     if value.ndim == 4 and tuple(value.shape[:2]) == batch:
         return value
-    if value.ndim == 3 and value.shape[0] == batch[0] and value.shape[1] > batch[1]:
-        return value[:, : batch[1]]
     return whole(value, batch)
+
+
+def stream_of(model: nn.Module) -> Read:
+    """How the residual stream of a model is read. Longformer and LED pad to whole windows of their
+    attention, and ProphetNet's streams of further tokens come behind its main one: the rows of the
+    tokens are the first.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        A function that gives what `stream` does.
+    """
+    if model not in _streams:
+        behind = any(_has_rows_behind(m) for m in model.modules())
+        _streams[model] = _first_rows if behind else stream
+    return _streams[model]
+
+
+_streams: WeakKeyDictionary[nn.Module, Read] = WeakKeyDictionary()
+
+
+def _has_rows_behind(module: nn.Module) -> bool:
+    return hasattr(type(module), "_pad_to_window_size") or "ngram" in vars(module)
+
+
+def _first_rows(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    more = value.ndim == 3 and value.shape[0] == batch[0] and value.shape[1] > batch[1]
+    return stream(value[:, : batch[1]] if more else value, batch)
 
 
 def by_head(heads: int) -> Read:

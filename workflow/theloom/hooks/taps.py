@@ -14,7 +14,7 @@ from theloom.hooks.failures import of_points
 from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import PATTERN, RESIDUALS, SCORES, HookPoint, deepest_block
 from theloom.hooks.recurrent import cache_name, fresh_cache, state_of
-from theloom.hooks.sites import Site, stream
+from theloom.hooks.sites import Site, stream_of, whole
 from theloom.rows.modality import senses
 
 Sink = Callable[[str, torch.Tensor], None]
@@ -43,6 +43,8 @@ class Taps:
         self._over_keys = any(p.over_keys for p in points)
         self._states = [p.name for p in points if p.of_document]
         self._cache: Any = None
+        of_tower = senses(architecture.model.config)
+        self._stream = whole if of_tower else stream_of(architecture.model)
 
     def __enter__(self) -> "Taps":
         sites = [
@@ -197,7 +199,7 @@ class Taps:
             return Site(
                 self.architecture.blocks[point.block],
                 "input" if point.value == RESIDUALS[0] else "output",
-                stream,
+                self._stream,
             )
         return Anatomy.of(self.architecture).site(point)
 
