@@ -156,6 +156,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "width_coefficient": 0.5,
         "depth_coefficient": 0.5,
     },
+    "emu3": {"vocabulary_map": {"<image>": 150}},
     "ernie4_5_vl_moe": {
         "text_config.rope_parameters": {
             "rope_type": "default",
@@ -163,7 +164,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "mrope_section": [3, 3, 2],
         }
     },
-    "esmc": {"num_key_value_heads": 4},
+    "esmc": {"num_key_value_heads": 4, "vocab_size": VOCABULARY},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "exaone4_5_vision": {"window_size": 112},
     "glm5_next": {"text_config.index_kpool": 4},
