@@ -29,9 +29,9 @@ HALVES = {
 READS = {"pixel_values": "images", "input_values": "audio", "input_features": "audio"}
 # Halves have no processor of their own name: that of the whole model, or of what they come from
 _ENDS = ("_vision_model", "_vision", "_encoder", "_audio", "_vit_model", "_hiera_det_model")
-# in stages, whose processors make images of several sizes: ViT's takes their place, as it does
-# that of processors that need torchvision
-_ONE_SIZE = ("glpn", "textnet", "mask2former")
+# ViT's processor takes the place of theirs: it needs torchvision (DINOv3), or makes images of
+# several sizes for a model in stages
+_BY_VIT = ("dinov3_vit", "glpn", "textnet")
 
 
 @cache
@@ -79,7 +79,7 @@ def write_processor(model: PreTrainedModel, model_type: str, reads: str, folder:
         folder: Of the model.
 
     Raises:
-        LookupError: Transformers names no processor of sounds, or it takes none of the settings.
+        LookupError: Transformers names no processor that works without torchvision.
     """
     names: dict[str, Any] = (
         image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES
@@ -93,7 +93,7 @@ def write_processor(model: PreTrainedModel, model_type: str, reads: str, folder:
         found = names["qwen2_vl"]
     if found is None and reads == "images":
         found = {"pil": "ViTImageProcessorPil"}
-    if isinstance(found, dict) and (model_type in _ONE_SIZE or "pil" not in found):
+    if model_type in _BY_VIT:
         found = {"pil": "ViTImageProcessorPil"}
     name = found.get("pil") if isinstance(found, dict) else found
     if name is None:
@@ -170,7 +170,7 @@ def _of_images(model: PreTrainedModel) -> list[dict[str, Any]]:
         height, width = size
     elif isinstance(size, int):
         height = width = size
-    elif getattr(model.config, "hidden_size", None) and model.config.model_type not in _ONE_SIZE:
+    elif getattr(model.config, "hidden_size", None):
         sizes = {
             "patch_size": "patch_size",
             "merge_size": "spatial_merge_size",

@@ -133,13 +133,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "moe_top_k": 2,
         },
     },
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "diffusion_gemma": {
-        "text_config.num_experts": 4,
-        "text_config.top_k_experts": 2,
-        "text_config.moe_intermediate_size": 32,
-    },
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "doge": {"keep_window_size": 256},  # by default it is the context, too
     "dots3_note": {
@@ -182,15 +176,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "inkling2": {"vision_config.text_hidden_size": 64},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lilt": {"hidden_size": 96},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
-    "molmo2": {"adapter_config.vision_feature_layer": [2, 1]},
-    "moonshine_streaming": {"num_key_value_heads": 4},
     "musicgen": {"decoder.num_codebooks": 1},
     "musicgen_melody": {"decoder.num_codebooks": 1},
     **{name: {"text_config.max_position_embeddings": 64} for name in ("owlvit", "owlv2", "sam3")},
@@ -223,7 +214,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "sam_vision_model": {"image_size": 256},
     "sam_hq_vision_model": {"image_size": 256},
     **{name: {"max_source_positions": 100} for name in WHISPER_LIKE.split()},
-    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": ZAMBA,
     "zamba2": ZAMBA
@@ -244,6 +234,9 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     _shrink(plain, special)
     plain.pop("model_type", None)
     plain.pop("transformers_version", None)
+    if "stage_names" in plain:  # they follow from the depth
+        for name in ("stage_names", "out_features", "out_indices"):
+            plain.pop(name, None)
     return kind(**plain)
 
 
@@ -296,9 +289,6 @@ def _shrink(plain: dict[str, Any], special: dict[str, Any]) -> None:
         angles = int(width * rope.get("partial_rotary_factor", 1)) // 2
         part = angles * 3 // 8
         plain["rope_parameters"] = rope | {"mrope_section": [angles - 2 * part, part, part]}
-    if "stage_names" in plain:  # they follow from the depth
-        for name in ("stage_names", "out_features", "out_indices"):
-            plain.pop(name, None)
     plain |= {k: v for k, v in special.items() if "." not in k}
 
 

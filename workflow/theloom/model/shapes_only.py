@@ -49,14 +49,15 @@ def shapes_only(known: bool = False) -> Iterator[None]:
         None, *args, **named
     )
     moe._grouped_mm = _grouped_product
-    nn.Module._apply = _converted
+    nn.Module._apply = _converted  # type: ignore[method-assign, assignment]
     _FAKE_TENSOR_LOG.setLevel(logging.CRITICAL + 1)
     try:
         with _EverythingIsNonzero(known):
             yield
     finally:
         masking_utils.find_packed_sequence_indices, moe._grouped_mm = packed, grouped
-        masking_utils._ignore_causal_mask_sdpa, nn.Module._apply = ignored, convert
+        masking_utils._ignore_causal_mask_sdpa = ignored
+        nn.Module._apply = convert  # type: ignore[method-assign]
         _FAKE_TENSOR_LOG.setLevel(level)
 
 

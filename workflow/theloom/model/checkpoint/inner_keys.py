@@ -67,7 +67,7 @@ def without_inner_part(
     try:
         missing = _missing(model_config, stored, mapping)
         for part in _parts(missing, stored):
-            less = _missing(model_config, stored, part | mapping)
+            less = _missing(model_config, stored, {**part, **mapping})
             if less < missing:
                 return part
     except Exception:  # loading itself says what is wrong with the files
