@@ -49,7 +49,7 @@ def shapes_only(known: bool = False) -> Iterator[None]:
         None, *args, **named
     )
     moe._grouped_mm = _grouped_product
-    nn.Module._apply = _converted  # type: ignore[method-assign, assignment]
+    nn.Module._apply = _converted  # type: ignore[method-assign]
     _FAKE_TENSOR_LOG.setLevel(logging.CRITICAL + 1)
     try:
         with _EverythingIsNonzero(known):
