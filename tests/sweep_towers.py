@@ -31,7 +31,7 @@ READS = {"pixel_values": "images", "input_values": "audio", "input_features": "a
 _ENDS = ("_vision_model", "_vision", "_encoder", "_audio", "_vit_model", "_hiera_det_model")
 # ViT's processor takes the place of theirs: it needs torchvision (DINOv3), or makes images of
 # several sizes for a model in stages
-_BY_VIT = ("dinov3_vit", "glpn", "textnet")
+_BY_VIT = ("dinov3_vit", "glpn")
 
 
 @cache

@@ -150,7 +150,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "width_coefficient": 0.5,
         "depth_coefficient": 0.5,
     },
-    "emu3": {"vocabulary_map": {"<image>": 150}},
     "ernie4_5_vl_moe": {
         "text_config.rope_parameters": {
             "rope_type": "default",
