@@ -361,7 +361,9 @@ def _against_own_states(
     ends = [after[-1], *normed, *(p for value in normed for p in _projected(model, value))]
     end = min(_error(value, states[-1]) for value in ends)
     merged = states[-1].shape[:-1] != after[-1].shape[:-1]  # patches become fewer behind the norm
-    if end > LIMIT and _goes_on(model, inputs, after[-1], "Residual|Mixer" + "|Norm" * merged):
+    if end > LIMIT and _goes_on(
+        model, inputs, after[-1], "Residual|Mixer|Hyper" + "|Norm" * merged
+    ):
         end = 0.0
     return as_outputs < as_inputs, max(joined, min(as_inputs, as_outputs), end)
 

@@ -71,7 +71,8 @@ checkpoint and runs the stages `estimate_memory`, `load_model`, `tokenize_corpus
 {CHUNK} tokens; sliding windows are of 8. Then all rows of every document are compared with plain `transformers`
 on that document alone. An encoder-decoder has a run of its encoder, and one of its decoder over pairs of texts; both
 must be right. A model of images or audio reads five images or clips of several sizes, by the processor that
-`transformers` names for it.
+`transformers` names for it; by ViT's in the place of DINOv3's, which needs torchvision, and of GLPN's, whose images
+are of several sizes.
 
 Of the {sum(types.values())} types of `MODEL_MAPPING`, **{types["right"]}** are taken in at least one of their classes, with the rows of plain
 `transformers`. {types["refused"]} are refused; {types["other"]} take other inputs than token ids, pixels or sound, such as series; {types["untried"]} cannot be made tiny

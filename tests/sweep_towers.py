@@ -29,6 +29,9 @@ HALVES = {
 READS = {"pixel_values": "images", "input_values": "audio", "input_features": "audio"}
 # Halves have no processor of their own name: that of the whole model, or of what they come from
 _ENDS = ("_vision_model", "_vision", "_encoder", "_audio", "_vit_model", "_hiera_det_model")
+# ViT's processor takes the place of theirs: it needs torchvision (DINOv3), or makes images of
+# several sizes for a model in stages
+_BY_VIT = ("dinov3_vit", "glpn")
 
 
 @cache
@@ -89,6 +92,8 @@ def write_processor(model: PreTrainedModel, model_type: str, reads: str, folder:
     if found is None and "grid_thw" in signature(model.forward).parameters:
         found = names["qwen2_vl"]
     if found is None and reads == "images":
+        found = {"pil": "ViTImageProcessorPil"}
+    if model_type in _BY_VIT:
         found = {"pil": "ViTImageProcessorPil"}
     name = found.get("pil") if isinstance(found, dict) else found
     if name is None:

@@ -86,6 +86,7 @@ MROPE_IN_TEXT = (
     "glm4v glm46v glm_ocr glmga glm_image qwen2_vl qwen2_5_vl qwen2_5_omni_thinker paddleocr_vl"
 )
 MROPE_TEXT = "glm4v_text glm_ocr_text glm_image_text qwen2_vl_text qwen2_5_vl_text"
+COMPASS = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
 ROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0] * 8,
@@ -119,9 +120,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {"rope_parameters": MROPE | HALF},
     "bamba": {"attn_layer_indices": [1]},
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1},
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
-    },
+    "chameleon": {"vocabulary_map": {"<image>": 150}},
+    "clvp": {"text_config.num_attention_heads": 2},
+    "cohere_compass": {"text_config.rope_parameters": COMPASS},
+    "cohere_compass_text": {"rope_parameters": COMPASS},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {
@@ -148,6 +150,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "width_coefficient": 0.5,
         "depth_coefficient": 0.5,
     },
+    "ernie4_5_vl_moe": {
+        "text_config.rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [3, 3, 2],
+        }
+    },
+    "esmc": {"num_key_value_heads": 4, "vocab_size": VOCABULARY},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "exaone4_5_vision": {"window_size": 112},
     "glm5_next": {"text_config.index_kpool": 4},
@@ -165,6 +175,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lilt": {"hidden_size": 96},
     "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "conv", "full_attention"]},

@@ -15,8 +15,10 @@ from theloom.hooks.points import PATTERN, SCORES, llama_catalog
 from theloom.hooks.taps import Taps
 from theloom.memory import trace
 from theloom.memory.closed_form import covers
+from theloom.memory.estimators import Traced
 from theloom.memory.sizes import Workload
 from theloom.model import fake
+from tiny_configs import tiny_config
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 
 IDS = torch.arange(3, 23)[None]
@@ -246,3 +248,18 @@ def test_every_hook_point_comes_back_from_disk(tmp_path, smollm2, model_type):
             assert torch.equal(found.isneginf(), value.isneginf())
             found, value = (v.masked_fill(v.isneginf(), 0) for v in (found, value))
             assert float((found - value).abs().max() / value.abs().max()) <= 1e-5, point.name
+
+
+def test_values_that_are_no_rows_leave_the_others_alone():
+    """ZAYA's mixers give heads apart; its attention and residuals are rows as everywhere."""
+    catalog = Traced(tiny_config("zaya"), None).catalog()
+    assert "is not one row for each" in catalog.unsupported["blocks.0.mixer.hook_out"]
+    there = {p.name: p.shape for p in catalog.points}
+    assert there["blocks.2.hook_resid_post"] == (64,)
+    assert there["blocks.2.attn.hook_pattern"] == (4,)
+
+
+def test_several_residual_streams_are_in_one_row():
+    catalog = Traced(tiny_config("hy_v4"), None).catalog()
+    streams = {p.shape for p in catalog.points if p.value.startswith("hook_resid_p")}
+    assert streams == {(4, 64)}

@@ -14,6 +14,7 @@ from theloom.model.files import hf_config, prepare_files
 from theloom.model.loading import load_model
 from theloom.model.weight_format import WeightFormat
 from theloom.planning import estimate
+from tiny_configs import tiny_config
 
 
 def values(described, points, ids):
@@ -103,3 +104,12 @@ def test_all_weights_are_in_memory_once_a_model_is_loaded(smollm2):
     grown = host.resident_files() - before
     assert grown >= 0.99 * quantization.resident_bytes(loaded.architecture.model)
     assert first.left_out == loaded.left_out
+
+
+def test_a_part_whose_attributes_the_code_reads_is_loaded():
+    """Qwen2-Audio's forward pass reads the device of its audio tower, of which it calls nothing."""
+    traced = Traced(tiny_config("qwen2_audio"), None)
+    points = [p for p in traced.catalog().points if p.name == "blocks.0.hook_resid_post"]
+    left_out = traced.unneeded(points)
+    assert "audio_tower" not in left_out
+    assert {"language_model.layers.1", "language_model.norm"} <= set(left_out)

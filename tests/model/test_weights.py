@@ -4,6 +4,7 @@ alone; and those that are, whatever they are called and stored as.
 
 import pytest
 import torch
+import transformers
 from model_folders import (
     change_weights,
     describe,
@@ -14,7 +15,7 @@ from model_folders import (
     scaled,
 )
 from safetensors.torch import load_file
-from support import a_config
+from support import a_config, byte_tokenizer
 from theloom.model.files import prepare_files
 from theloom.model.loading import load_model
 from theloom.planning import estimate
@@ -144,3 +145,36 @@ def test_a_head_stands_for_an_untied_embedding_nowhere(tmp_path):
     source = llama(tmp_path / "model", tie_word_embeddings=False)
     change_weights(source, lambda weights: weights.pop("model.embed_tokens.weight"))
     assert "lacks 1 weights of LlamaModel (embed_tokens.weight" in refusal(tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole"),
+    [
+        ("deepseek_v4", "DeepseekV4ForCausalLM"),  # `model.norm`, which is renamed with its prefix
+        ("lighton_ocr", "LightOnOcrForConditionalGeneration"),  # no prefix is known for its class
+    ],
+)
+def test_weights_whose_keys_have_one_part_more_are_those_of_the_class_with_a_head(
+    tmp_path, kind, whole
+):
+    model = scaled(getattr(transformers, whole)(tiny_config(kind)))
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms are ones at first, which would hide a lost one
+            parameter.add_(torch.rand_like(parameter))
+    model.save_pretrained(tmp_path / "model")
+    plain = getattr(transformers, whole).from_pretrained(tmp_path / "model")
+    config = a_config(tmp_path / "model")
+    loaded = load_model(config, prepare_files(config.model)).architecture.model
+    expected = plain.model.state_dict()
+    found = loaded.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_weight_that_no_other_part_explains_is_missing(tmp_path):
+    model = scaled(transformers.DeepseekV4ForCausalLM(tiny_config("deepseek_v4")))
+    model.save_pretrained(tmp_path / "model")
+    change_weights(tmp_path / "model", lambda weights: weights.pop("model.norm.weight"))
+    byte_tokenizer(tmp_path / "model")
+    words = refusal(tmp_path, tmp_path / "model")
+    assert "lacks 1 weights of DeepseekV4Model (norm.weight" in words

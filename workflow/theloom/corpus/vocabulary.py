@@ -94,6 +94,7 @@ def _embedding_rows(config: "PretrainedConfig", trust_remote_code: bool) -> int 
     """
     import torch
 
+    from theloom.hooks.module_names import token_embedding
     from theloom.model.checkpoint.classes import auto_class
     from theloom.model.checkpoint.limits import bounded_build
 
@@ -102,7 +103,7 @@ def _embedding_rows(config: "PretrainedConfig", trust_remote_code: bool) -> int 
             model = auto_class(config, trust_remote_code).from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code
             )
-        weight = model.get_input_embeddings().weight
+        weight: Any = getattr(token_embedding(model), "weight", None)
     except Exception:  # a model's own code: loading it says what is wrong
         return None
     return len(weight) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None

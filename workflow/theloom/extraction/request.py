@@ -17,6 +17,7 @@ from theloom.extraction import padding
 from theloom.extraction.chosen import Chosen
 from theloom.extraction.padding import PaddedTokens, Tokens
 from theloom.hooks.blocks import Architecture, find_blocks
+from theloom.hooks.module_names import token_embedding
 from theloom.hooks.points import HookPoint
 from theloom.model.length_switches import LengthSwitch, length_switches, ways
 from theloom.model.towers.classes import reads
@@ -177,7 +178,7 @@ def _entries(hooks: Sequence[str] | None, layers: Sequence[int] | None, blocks: 
 
 def _known_ids(model: "PreTrainedModel") -> int:
     """How many token ids the model has an embedding of; no limit where it has no table of them."""
-    embedding = model.get_input_embeddings()
+    embedding = token_embedding(model)
     return embedding.num_embeddings if isinstance(embedding, torch.nn.Embedding) else sys.maxsize
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from theloom.errors import HookError
 from theloom.hooks.blocks import Architecture, cannot_run, evaluating
-from theloom.hooks.failures import MODEL_ERRORS, why
+from theloom.hooks.failures import MODEL_ERRORS, UnreadableError, why
 from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import HookCatalog, HookPoint
-from theloom.hooks.taps import Taps
+from theloom.hooks.taps import Sink, Taps
 
 
 def build_catalog(architecture: Architecture) -> HookCatalog:
@@ -47,11 +47,10 @@ def _read_all(architecture: Architecture, anatomy: Anatomy) -> HookCatalog:
     states = [p for p in anatomy.points if p.of_document]
     rowwise = [p for p in anatomy.points if not p.of_document]
     shapes = _shapes(architecture, rowwise, reasons)
-    if (
-        shapes is None
-    ):  # the inside of attention ended the forward: without it, and then layer by layer
+    if shapes is None or len(shapes) < len(rowwise):
+        # the inside of attention may have ended the forward: without it, and then layer by layer
         inside = [p for p in rowwise if p.over_keys]
-        rest = [p for p in rowwise if not p.over_keys]
+        rest = _readable(architecture, [p for p in rowwise if not p.over_keys], unsupported)
         shapes = _shapes(architecture, rest, reasons) or {}
         for block in sorted({p.block for p in inside}):
             shapes |= _shapes(architecture, [p for p in inside if p.block == block], reasons) or {}
@@ -62,11 +61,33 @@ def _read_all(architecture: Architecture, anatomy: Anatomy) -> HookCatalog:
     for point in anatomy.points:
         if point.name in shapes:
             points.append(replace(point, shape=shapes[point.name]))
-        else:
+        elif point.name not in unsupported:
             unsupported[point.name] = (
                 reasons[-1] if reasons else "it is not reached in a forward pass"
             )
     return HookCatalog(points, unsupported)
+
+
+def _readable(
+    architecture: Architecture, points: list[HookPoint], unsupported: dict[str, str]
+) -> list[HookPoint]:
+    """Leave out values that a pass does not have as hook points have them, such as those of several
+    residual streams side by side: a value is left out of all blocks, with its reason.
+    """
+    remaining = points
+    while remaining:
+        try:
+            _run_three(architecture, remaining, lambda name, value: None)
+        except UnreadableError as error:
+            gone = {p.value for p in remaining if p.name in error.names}
+            unsupported |= {p.name: str(error) for p in remaining if p.value in gone}
+            remaining = [p for p in remaining if p.value not in gone]
+            if gone:
+                continue
+        except (HookError, *MODEL_ERRORS):
+            pass
+        return remaining
+    return remaining
 
 
 def _shapes(
@@ -82,14 +103,19 @@ def _shapes(
     def see(name: str, value: torch.Tensor) -> None:
         found[name] = (value.shape[1],) if name in over_keys else tuple(value.shape[2:])
 
-    model = architecture.model
-    with torch.inference_mode(), evaluating(model), Taps(architecture, list(points), see) as taps:
-        try:
-            taps.run(input_ids=torch.arange(3, device=model.device)[None], use_cache=False)
-        except HookError as error:
-            reasons.append(str(error))
-            return found if len(found) < len(points) and not over_keys else None
-        except MODEL_ERRORS as error:
-            reasons.append(f"{cannot_run(model)}: {why(error)}")
-            return None
+    try:
+        _run_three(architecture, points, see)
+    except HookError as error:
+        reasons.append(str(error))
+        return found if len(found) < len(points) and not over_keys else None
+    except MODEL_ERRORS as error:
+        reasons.append(f"{cannot_run(architecture.model)}: {why(error)}")
+        return None
     return found
+
+
+def _run_three(architecture: Architecture, points: Collection[HookPoint], sink: Sink) -> None:
+    """A pass of three tokens with taps at hook points."""
+    model = architecture.model
+    with torch.inference_mode(), evaluating(model), Taps(architecture, list(points), sink) as taps:
+        taps.run(input_ids=torch.arange(3, device=model.device)[None], use_cache=False)

@@ -1,6 +1,6 @@
 """What a model's own code raises where it cannot run, and how a message says so in plain words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch._subclasses.fake_tensor import (
@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from theloom.errors import ModelError
+from theloom.errors import HookError, ModelError
 
 MODEL_ERRORS = (
     TypeError,
@@ -22,6 +22,7 @@ MODEL_ERRORS = (
     StopIteration,
 )
 
+NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _NEEDS_VALUES = "its code decides by the values of tensors, which are not there yet"
 
 
@@ -38,7 +39,7 @@ def why(error: BaseException) -> str:
         >>> why(ValueError("no such\\n  size"))
         'no such size'
     """
-    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+    if isinstance(error, NEED_VALUES):
         return _NEEDS_VALUES
     if isinstance(error, UnsupportedOperatorException):
         return f"its code calls {error.func}, which cannot be run without values"
@@ -46,6 +47,10 @@ def why(error: BaseException) -> str:
     if isinstance(error, AttributeError | LookupError | AssertionError | StopIteration):
         return f"{type(error).__name__}: {words}" if words else type(error).__name__
     return words or type(error).__name__
+
+
+class ValuesNeededError(ModelError):
+    """A model's code decides by values, which tensors without bytes do not have."""
 
 
 @contextmanager
@@ -67,4 +72,39 @@ def refused(what: str) -> Iterator[None]:
     try:
         yield
     except MODEL_ERRORS as error:
-        raise ModelError(f"{what}: {why(error)}") from None
+        kind = ValuesNeededError if isinstance(error, NEED_VALUES) else ModelError
+        raise kind(f"{what}: {why(error)}") from None
+
+
+class UnreadableError(HookError):
+    """A value of a pass is not what hook points have.
+
+    Attributes:
+        names: of those hook points.
+    """
+
+    def __init__(self, reason: str, names: Sequence[str]) -> None:
+        super().__init__(reason)
+        self.names = tuple(names)
+
+
+@contextmanager
+def of_points(names: Sequence[str]) -> Iterator[None]:
+    """Say of which hook points a value cannot be read.
+
+    Args:
+        names: of the hook points.
+
+    Raises:
+        UnreadableError: the value within is not theirs.
+
+    Examples:
+        >>> with of_points(["blocks.0.hook_mlp_out"]):
+        ...     raise HookError("a value is not one row for each token")
+        Traceback (most recent call last):
+        theloom.hooks.failures.UnreadableError: a value is not one row for each token
+    """
+    try:
+        yield
+    except HookError as error:
+        raise UnreadableError(str(error), names) from None

@@ -38,6 +38,7 @@ from theloom.hooks.module_names import (
     heads_of,
     leaf,
     leaves,
+    token_embedding,
 )
 from theloom.hooks.points import (
     BEFORE_BLOCKS,
@@ -56,7 +57,7 @@ from theloom.hooks.points import (
 )
 from theloom.hooks.recurrent import recurrent_sites
 from theloom.hooks.routers import declared_routers, router_sites
-from theloom.hooks.sites import Site, by_head, columns, grouped, norm_sites
+from theloom.hooks.sites import Site, by_head, columns, grouped, norm_sites, stream
 from theloom.rows.modality import senses
 
 
@@ -168,19 +169,20 @@ def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
             "what is embedded are patches or frames without class token and positions; the rows "
             "that go into the blocks are hook_resid_pre of the first one",
         )
-    embedding = architecture.part.get_input_embeddings()
+    embedding = token_embedding(architecture.part)
     positions = [
         module
         for name, module in architecture.part.named_modules()
         if isinstance(module, nn.Embedding) and module is not embedding and module in flow.ran
         if re.search(r"wpe|position", name) and not flow.in_a_block(module)
     ]
-    norm = flow.norm_of(
-        flow.output(embedding), outside=True
-    )  # counted to the embedding, where there is one
-    embed = Site(embedding if norm is None else norm.module, "output")
+    embed: Site | str = "its embedding is not a module that runs"
+    if embedding is not None and embedding in flow.ran:
+        norm = flow.norm_of(flow.output(embedding), outside=True)
+        # a norm is counted to the embedding
+        embed = Site(embedding if norm is None else norm.module, "output")
     return {
-        "hook_embed": embed if embedding in flow.ran else "its embedding is not a module that runs",
+        "hook_embed": embed,
         "hook_pos_embed": Site(positions[0], "output")
         if len(positions) == 1
         else NO_LEARNED_POSITIONS,
@@ -207,8 +209,8 @@ class _Block:
     def sites(self, declared: Sequence[Any]) -> dict[str, Site | str]:
         block, attn, mlp = self._block, self._attention, self._mlp
         found: dict[str, Site | str] = dict.fromkeys(IN_BLOCK, "")
-        found["hook_resid_pre"] = Site(block, "input")
-        found["hook_resid_post"] = Site(block, "output")
+        found["hook_resid_pre"] = Site(block, "input", stream)
+        found["hook_resid_post"] = Site(block, "output", stream)
         found |= self._norms()
         found |= (
             self._of_attention()

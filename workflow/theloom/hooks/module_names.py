@@ -3,6 +3,7 @@ them.
 """
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -249,3 +250,28 @@ def adds_residual(module: nn.Module) -> bool:
     """
     taken = {name for m in module.modules() for name in type(m).forward.__code__.co_varnames[:4]}
     return bool(taken & {"residual", "input_tensor"})
+
+
+def token_embedding(model: Any) -> nn.Module | None:
+    """The module that embeds token ids.
+
+    Args:
+        model: of transformers, or a half of one.
+
+    Returns:
+        The one that it says; where it does not know, its only table that is not of positions or
+        types.
+
+    Examples:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> sizes = dict(n_embd=8, n_head=2, n_layer=1, vocab_size=32)
+        >>> token_embedding(GPT2Model(GPT2Config(**sizes)))
+        Embedding(32, 8)
+    """
+    try:
+        said: nn.Module | None = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # a half may be a plain module
+        tables = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        found = [m for n, m in tables if not re.search(r"position|wpe|type", n)]
+        return found[0] if len(found) == 1 else None
+    return said

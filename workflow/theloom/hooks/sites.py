@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -93,6 +94,57 @@ def whole(value: torch.Tensor, batch: Batch) -> torch.Tensor:
             f"{batch[0]}×{batch[1]} tokens"
         )
     return value.reshape(*batch, value.shape[-1])
+
+
+def stream(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The residual stream, which may be several side by side, as of hyper-connections.
+
+    Args:
+        value: (…, width) as of `whole`, or (batch, position, streams, width).
+        batch: windows and positions of the step.
+
+    Returns:
+        (batch, position, width), or (batch, position, streams, width).
+
+    Raises:
+        HookError: the value does not have one row for each token.
+
+    Examples:
+        >>> stream(torch.zeros(2, 3, 4, 8), (2, 3)).shape, stream(torch.zeros(6, 8), (2, 3)).shape
+        (torch.Size([2, 3, 4, 8]), torch.Size([2, 3, 8]))
+    """
+    if value.ndim == 4 and tuple(value.shape[:2]) == batch:
+        return value
+    return whole(value, batch)
+
+
+def stream_of(model: nn.Module) -> Read:
+    """How the residual stream of a model is read. Longformer and LED pad to whole windows of their
+    attention, and ProphetNet's streams of further tokens come behind its main one: the rows of the
+    tokens are the first.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        A function that gives what `stream` does.
+    """
+    if model not in _streams:
+        behind = any(_has_rows_behind(m) for m in model.modules())
+        _streams[model] = _first_rows if behind else stream
+    return _streams[model]
+
+
+_streams: WeakKeyDictionary[nn.Module, Read] = WeakKeyDictionary()
+
+
+def _has_rows_behind(module: nn.Module) -> bool:
+    return hasattr(type(module), "_pad_to_window_size") or "ngram" in vars(module)
+
+
+def _first_rows(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    more = value.ndim == 3 and value.shape[0] == batch[0] and value.shape[1] > batch[1]
+    return stream(value[:, : batch[1]] if more else value, batch)
 
 
 def by_head(heads: int) -> Read:

@@ -10,10 +10,11 @@ import torch
 from theloom.errors import HookError
 from theloom.hooks.attention import Inside
 from theloom.hooks.blocks import Architecture
+from theloom.hooks.failures import of_points
 from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import PATTERN, RESIDUALS, SCORES, HookPoint, deepest_block
 from theloom.hooks.recurrent import cache_name, fresh_cache, state_of
-from theloom.hooks.sites import Site
+from theloom.hooks.sites import Site, stream_of, whole
 from theloom.rows.modality import senses
 
 Sink = Callable[[str, torch.Tensor], None]
@@ -43,6 +44,8 @@ class Taps:
         self._over_keys = any(p.over_keys for p in points)
         self.states = [p.name for p in points if p.of_document]
         self._cache: Any = None
+        of_tower = senses(architecture.model.config)
+        self._stream = whole if of_tower else stream_of(architecture.model)
 
     def __enter__(self) -> "Taps":
         sites = [
@@ -154,12 +157,16 @@ class Taps:
         if site.place == "input":
 
             def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self._hand_over(name, site.read(site.input(args, kwargs), self._batch))
+                with of_points([name]):
+                    value = site.read(site.input(args, kwargs), self._batch)
+                self._hand_over(name, value)
 
             return site.module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            self._hand_over(name, site.read(site.chosen(output), self._batch))
+            with of_points([name]):
+                value = site.read(site.chosen(output), self._batch)
+            self._hand_over(name, value)
 
         return site.module.register_forward_hook(after)
 
@@ -194,6 +201,7 @@ class Taps:
             return Site(
                 self.architecture.blocks[point.block],
                 "input" if point.value == RESIDUALS[0] else "output",
+                self._stream,
             )
         return Anatomy.of(self.architecture).site(point)
 

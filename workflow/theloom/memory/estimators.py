@@ -321,6 +321,7 @@ class Traced:
         return found
 
     def block_sizes(self, kind: WeightFormat, points: Sequence[HookPoint]) -> BlockSizes:
+        from theloom.hooks.module_names import token_embedding
         from theloom.model.fake import is_linear
 
         described, plain = (
@@ -328,7 +329,8 @@ class Traced:
             self.fake(WeightFormat(kind.precision)).architecture,
         )
         blocks, whole = ([_nbytes(b) for b in found.blocks] for found in (described, plain))
-        embedding = _nbytes(described.model.get_input_embeddings())
+        table = token_embedding(described.model)
+        embedding = 0 if table is None else _nbytes(table)
         linear: list[Any] = [m for b in plain.blocks for m in b.modules() if is_linear(m)]
         largest = max((m.weight.numel() for m in linear), default=0)
         staged = (

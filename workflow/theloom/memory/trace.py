@@ -24,7 +24,7 @@ from theloom.model.attention_kernels import traced_as_cuda
 from theloom.model.checkpoint.halves import SOURCE_IDS, SOURCE_MASK
 from theloom.model.fake import FakeModel
 from theloom.model.forward import PrefillCache
-from theloom.model.shapes_only import shapes_only
+from theloom.model.shapes_only import shapes_only, with_values_if_needed
 from theloom.model.towers.chat import images_placed
 from theloom.precision import torch_dtype
 from theloom.rows.tower_inputs import has_values
@@ -94,30 +94,36 @@ def trace(
     Returns:
         The peak, and all births and ends of storages on the way.
     """
-    known = inputs is not None
-    values = known or has_values(fake.architecture.model.config)
-    with fake.mode, shapes_only(values), images_placed(fake.architecture.model, known):
-        ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
-        described = fake.architecture
-        shapes = {
-            name: torch.empty(value.shape, dtype=value.dtype)
-            if value.is_floating_point()
-            else value
-            for name, value in (inputs or {}).items()
-        }
-        return run(
-            described,
-            ids,
-            workload,
-            points,
-            held,
-            store,
-            device,
-            shorten,
-            on_their_way,
-            of_window,
-            shapes,
-        )
+    known, described = inputs is not None, fake.architecture
+    config = described.model.config
+
+    def once() -> tuple[Peak, LiveStorages]:
+        values = known or has_values(config)
+        with fake.mode, shapes_only(values), images_placed(described.model, known):
+            count = workload.windows * workload.tokens
+            # with values where these are known
+            ids = torch.arange(count).reshape(workload.windows, workload.tokens) * 0
+            shapes = {
+                name: torch.empty(value.shape, dtype=value.dtype)
+                if value.is_floating_point()
+                else value
+                for name, value in (inputs or {}).items()
+            }
+            return run(
+                described,
+                ids,
+                workload,
+                points,
+                held,
+                store,
+                device,
+                shorten,
+                on_their_way,
+                of_window,
+                shapes,
+            )
+
+    return with_values_if_needed(config, once)
 
 
 def parts(peak: Peak) -> PeakBytes:

@@ -2,10 +2,9 @@
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,13 +22,15 @@ from theloom.model.checkpoint.classes import auto_class
 from theloom.model.checkpoint.limits import bounded_build
 from theloom.model.length_switches import fix_frequencies
 from theloom.model.quantization import packed_on_the_cpu
-from theloom.model.shapes_only import shapes_only
+from theloom.model.shapes_only import shapes_only, with_values_if_needed
 from theloom.model.weight_format import nf4_scales, quantization_config
 from theloom.precision import torch_dtype
 from theloom.rows.tower_inputs import has_values
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+T = TypeVar("T")
 
 
 class Int8Linear(nn.Module):
@@ -183,21 +184,22 @@ class FakeModel:
         Returns:
             Names of modules.
         """
-        with self._running():
-            return pruning.unneeded(self.architecture, points)
+        return self._run(lambda: pruning.unneeded(self.architecture, points))
 
     @property
     def catalog(self) -> HookCatalog:
         """The hook points that can be read from the model."""
-        with self._running():
-            return build_catalog(self.architecture)
+        return self._run(lambda: build_catalog(self.architecture))
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Within the context the model runs; its errors are ModelErrors."""
+    def _run(self, run: Callable[[], T]) -> T:
+        """What runs the model; its errors are ModelErrors."""
         model = self.architecture.model
-        with self.mode, shapes_only(has_values(model.config)), refused(cannot_run(model)):
-            yield
+
+        def without_bytes() -> T:
+            with self.mode, shapes_only(has_values(model.config)), refused(cannot_run(model)):
+                return run()
+
+        return with_values_if_needed(model.config, without_bytes)
 
     @property
     def residuals(self) -> list[HookPoint]:
@@ -256,9 +258,12 @@ def fake_model(
     except (*MODEL_ERRORS, ImportError) as error:
         raise ModelError(f"{model_config.model_type}: cannot be built: {why(error)}") from None
     model.eval().requires_grad_(False)
-    with mode, shapes_only(has_values(model.config)):
-        described = find_blocks(model)
-    return FakeModel(described, mode, precision)
+
+    def describe() -> Architecture:
+        with mode, shapes_only(has_values(model.config)):
+            return find_blocks(model)
+
+    return FakeModel(with_values_if_needed(model.config, describe), mode, precision)
 
 
 def _to_fake(model: "PreTrainedModel") -> None:

@@ -167,7 +167,7 @@ def load_model(
         else:
             log.info("its weights are quantised to %s already, and loaded as they are", own)
     stored = tensors_in(files.folder, config.model)
-    if (mapping := key_mapping(model_config, stored)) and not lm_head:
+    if not lm_head and (mapping := key_mapping(model_config, stored)):
         options["key_mapping"] = mapping
     try:
         with one_tensor_at_a_time(), report_held_back():

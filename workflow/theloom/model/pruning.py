@@ -6,6 +6,8 @@ whole forward pass calls, and that the pass up to the deepest hook point does no
 within the model (a vision tower) that is not called at all.
 """
 
+import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from theloom.hooks.blocks import Architecture, BlockNotLoadedError
+from theloom.hooks.failures import MODEL_ERRORS
 from theloom.hooks.points import LAST_STATE, HookPoint, deepest_block
 from theloom.hooks.sites import Site
 from theloom.hooks.taps import Taps
@@ -126,7 +129,40 @@ def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
         )
         if apart or (module in everywhere and not before.intersection(module.modules())):
             dropped.add(name)
-    return sorted(n for n in dropped if not dropped.intersection(_ancestors(n)))
+    outermost = sorted(n for n in dropped if not dropped.intersection(_ancestors(n)))
+    return [n for n in outermost if not (_is_read(model, n) and _stops_without(described, n))]
+
+
+def _is_read(model: "PreTrainedModel", name: str) -> bool:
+    """Whether code around a module reads something of it, as `self.norm.weight`, by its text."""
+    parent, _, leaf = name.rpartition(".")
+    read = re.compile(rf"\bself\.{re.escape(leaf)}\.\w")
+    for of_class in type(model.get_submodule(parent)).__mro__:
+        try:
+            found = of_class.__module__.startswith("transformers.models.") and bool(
+                read.search(inspect.getsource(of_class))
+            )
+        except (OSError, TypeError):  # a class made here, of one that has a source
+            continue
+        if found:
+            return True
+    return False
+
+
+def _stops_without(described: Architecture, name: str) -> bool:
+    """Whether a pass over three tokens fails if a module is not there."""
+    parent, _, leaf = name.rpartition(".")
+    around = described.model.get_submodule(parent)
+    module = getattr(around, leaf)
+    setattr(around, leaf, NotLoaded())
+    try:
+        with passed_over(described):
+            _called(described, None)
+    except (*MODEL_ERRORS, BlockNotLoadedError):
+        return True
+    finally:
+        setattr(around, leaf, module)
+    return False
 
 
 def leave_out(model: "PreTrainedModel", names: Collection[str]) -> None:
@@ -183,7 +219,7 @@ def _called(described: Architecture, points: Sequence[HookPoint] | None) -> set[
         called.add(module)
 
     handles = [m.register_forward_pre_hook(note) for m in described.model.modules()]
-    ids = torch.zeros(1, 3, dtype=torch.int64)
+    ids = torch.arange(3)[None] * 0  # with values where these are known
     try:
         with torch.inference_mode():
             if points is None:

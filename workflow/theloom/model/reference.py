@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.points import LAST_STATE, RESIDUALS, point
-from theloom.hooks.sites import Site
+from theloom.hooks.sites import Site, stream_of
 from theloom.hooks.stages.stage import as_rows, own_states
 from theloom.model.forward import start_afresh
+from theloom.rows.modality import senses
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,11 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
     states = list(
         given if given is not None else getattr(output, "decoder_hidden_states", None) or ()
     )
+    given_ids = inputs.get("input_ids")
+    if given_ids is not None and not senses(model.config):
+        # a block may have positions before windows, or all tokens in a row
+        read, batch = stream_of(model), (given_ids.shape[0], given_ids.shape[1])
+        seen = {name: read(value, batch) for name, value in seen.items()}
     if seen["0"].ndim == 2:  # the rows of a tower may be one list, without windows
         states = [state[None] for state in states]
         seen = {name: value[None] for name, value in seen.items()}

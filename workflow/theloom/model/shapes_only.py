@@ -1,22 +1,27 @@
 """What stands in for a model's code where it would look at values, which fake tensors have not."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensor,
     unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import masking_utils
 from transformers.integrations import moe
 
-from theloom.hooks.failures import MODEL_ERRORS
+from theloom.hooks.failures import MODEL_ERRORS, NEED_VALUES, ValuesNeededError
+from theloom.rows.tower_inputs import has_values, mark_values
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _FAKE_TENSOR_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -28,7 +33,8 @@ def shapes_only(known: bool = False) -> Iterator[None]:
     Packed sequences are looked for in the position ids, and where one cannot look a b×s×s mask is
     made; a causal model gets no padding, so a mask that it makes of ones is left out as it is of
     values; the grouped product of experts has no fake kernel for every dtype; code that looks for
-    what is not zero finds everything (`_EverythingIsNonzero`). PyTorch prints no traceback of its
+    what is not zero finds everything (`_EverythingIsNonzero`); and a module that is converted to a
+    dtype in a pass gets new tensors, which torch would swap. PyTorch prints no traceback of its
     own where an operation fails: the caller reports that.
 
     Args:
@@ -36,13 +42,14 @@ def shapes_only(known: bool = False) -> Iterator[None]:
             has values.
     """
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._grouped_mm
-    ignored = masking_utils._ignore_causal_mask_sdpa
+    ignored, convert = masking_utils._ignore_causal_mask_sdpa, nn.Module._apply
     level = _FAKE_TENSOR_LOG.level
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     masking_utils._ignore_causal_mask_sdpa = lambda padding_mask, *args, **named: ignored(
         None, *args, **named
     )
     moe._grouped_mm = _grouped_product
+    nn.Module._apply = _converted  # type: ignore[method-assign]
     _FAKE_TENSOR_LOG.setLevel(logging.CRITICAL + 1)
     try:
         with _EverythingIsNonzero(known):
@@ -50,7 +57,47 @@ def shapes_only(known: bool = False) -> Iterator[None]:
     finally:
         masking_utils.find_packed_sequence_indices, moe._grouped_mm = packed, grouped
         masking_utils._ignore_causal_mask_sdpa = ignored
+        nn.Module._apply = convert  # type: ignore[method-assign]
         _FAKE_TENSOR_LOG.setLevel(level)
+
+
+def _converted(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
+    """Convert the tensors of a module, as routers do in a pass: torch cannot swap fake ones."""
+    for child in self.children() if recurse else ():
+        child._apply(function)
+    for name, parameter in self._parameters.items():
+        if parameter is not None and (new := function(parameter)) is not parameter:
+            self._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+    for name, buffer in self._buffers.items():
+        self._buffers[name] = buffer if buffer is None else function(buffer)
+    return self
+
+
+T = TypeVar("T")
+
+
+def with_values_if_needed(config: "PretrainedConfig", run: Callable[[], T]) -> T:
+    """Run a model without bytes; where its code decides by values, once more with real token ids,
+    so that what follows from these alone, such as the lengths of documents, has values.
+
+    Args:
+        config: of the model, on which it is marked that ids are real (`has_values`).
+        run: runs it, in a `shapes_only` by that mark.
+
+    Returns:
+        What `run` gives.
+    """
+    try:
+        return run()
+    except (ValuesNeededError, *NEED_VALUES):
+        if has_values(config):
+            raise
+    mark_values(config, True)
+    try:
+        return run()
+    except BaseException:
+        mark_values(config, False)
+        raise
 
 
 def _grouped_product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:  # noqa: A002
@@ -71,12 +118,15 @@ class _EverythingIsNonzero(TorchDispatchMode):
 
     def __init__(self, known: bool = False) -> None:
         super().__init__()
-        self.answered = known
+        self.answered = self._known = known
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.answered:
             return self._run(func, args, kwargs or {})
         leaves = tree_leaves((args, kwargs))
+        if self._known and any(map(_constant, leaves)):
+            args, kwargs = tree_map(_of_constant, (args, kwargs))
+            leaves = tree_leaves((args, kwargs))
         indices = (
             any(isinstance(x, torch.Tensor) for x in leaves) or _counts(func, leaves)
         ) and not any(isinstance(x, FakeTensor) for x in leaves)
@@ -93,6 +143,8 @@ class _EverythingIsNonzero(TorchDispatchMode):
         if func is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
             return self._every_index(args[0])
         if func is torch.ops.aten.index.Tensor:
+            if isinstance(args[0], FakeTensor):
+                args = (args[0], [found for index in args[1] for found in _places(index)])
             without_masks = [self._without_mask(index) for index in args[1]]
             return func(args[0], [index for found in without_masks for index in found])
         return func(*args, **kwargs)
@@ -109,8 +161,31 @@ class _EverythingIsNonzero(TorchDispatchMode):
         return [index]
 
 
+def _places(index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+    """An index, or those of the entries of a mask that has values."""
+    if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+        return [index]
+    with unset_fake_temporarily():
+        return index.nonzero().unbind(1)
+
+
+def _constant(value: Any) -> bool:
+    """Whether a tensor without bytes is of a number in the model's code, as `torch.tensor(0.0)`."""
+    return isinstance(value, FakeTensor) and value.constant is not None
+
+
+def _of_constant(value: Any) -> Any:
+    return value.constant if _constant(value) else value
+
+
 def _counts(func: Any, leaves: Sequence[Any]) -> bool:
-    """Whether an operation gives the integers of a range, which have values without any tensor."""
+    """Whether an operation gives a mask of ones, a single number or the integers of a range, which
+    have values without any tensor.
+    """
+    if func in (torch.ops.aten.ones.default, torch.ops.aten.scalar_tensor.default):
+        return True
+    if func is torch.ops.aten.zeros.default:
+        return not any(type(x) is int for x in leaves)
     return func in _RANGES and not any(
         isinstance(x, float) or (isinstance(x, torch.dtype) and x.is_floating_point) for x in leaves
     )

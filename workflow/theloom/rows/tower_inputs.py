@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-_SAMPLES = "theloom_input_samples"  # attribute of a model's config
+# attributes of a model's config
+_SAMPLES, _VALUES = "theloom_input_samples", "theloom_input_values"
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,26 @@ def fixed_shape(samples: tuple[Sample, ...]) -> tuple[int, ...] | None:
     return shapes.pop()[1:] if len(shapes) == 1 and not is_packed(samples) else None
 
 
+def mark_values(config: "PretrainedConfig", known: bool) -> None:
+    """Say on a config whether passes without bytes are given real token ids, of whose values the
+    model's code makes decisions.
+
+    Args:
+        config: Of the model; it is changed.
+        known: Whether they are.
+    """
+    setattr(config, _VALUES, known)
+
+
 def has_values(config: "PretrainedConfig") -> bool:
-    """Whether a tower is given integers too, such as a mask or the grid of an image.
+    """Whether a model is given integers with values in passes without bytes: a mask or the grid of
+    an image, or token ids where its code needs them (`mark_values`).
 
     Args:
         config: Of a model.
 
     Returns:
-        False where its input is floats alone.
+        False where its input is shapes alone.
     """
-    return any(part.values is not None for sample in samples_of(config) for part in sample)
+    of_sample = any(part.values is not None for sample in samples_of(config) for part in sample)
+    return of_sample or bool(getattr(config, _VALUES, False))

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from theloom.model.checkpoint.classes import model_class
+from theloom.model.checkpoint.inner_keys import without_inner_part
 from theloom.model.checkpoint.limits import bounded_build
 from theloom.rows.modality import TEXT, half_of, modality_of
 
@@ -15,18 +16,20 @@ if TYPE_CHECKING:
 _WORDS = {"images": ("vision", "image"), "audio": ("audio", "speech"), TEXT: ("text",)}
 
 
-def key_mapping(model_config: "PretrainedConfig", stored: Collection[str]) -> dict[str, str]:
+def key_mapping(model_config: "PretrainedConfig", stored: Mapping[str, Any]) -> dict[str, str]:
     """Keys of a model's files that `from_pretrained` would not know: those of a head that stands
-    for an embedding, and those of one half of the model in the files.
+    for an embedding, those of one half of the model in the files, and those with one more part
+    (`without_inner_part`).
 
     Args:
         model_config: of the model.
-        stored: keys of the tensors in its files.
+        stored: the tensors in its files, which have a `shape`, by their keys.
 
     Returns:
         Patterns of keys and what to call them, as `key_mapping` of `from_pretrained` takes them.
     """
-    return _of_half(model_config, stored) | _tied_heads(model_config, stored)
+    found = _of_half(model_config, stored) | _tied_heads(model_config, stored)
+    return without_inner_part(model_config, stored, found) | found
 
 
 def _of_half(model_config: "PretrainedConfig", stored: Collection[str]) -> dict[str, str]:

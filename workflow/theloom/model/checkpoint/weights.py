@@ -11,8 +11,8 @@ from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.classes import has_own_code, model_class
 from theloom.model.checkpoint.folder import StoredTensor, stored_tensors, weight_files
+from theloom.model.checkpoint.inner_keys import load_without_bytes
 from theloom.model.checkpoint.key_mapping import key_mapping
-from theloom.model.checkpoint.limits import bounded_build
 from theloom.model.weight_format import quantization_config
 from theloom.rows.modality import half_of
 
@@ -94,26 +94,16 @@ def check_stored(model_config: "PretrainedConfig", folder: Path, config: ModelCo
         ModelError: a file is broken; or weights are missing, left over, or of another shape or type
             than the model's.
     """
-    import torch
-
     stored = tensors_in(folder, config)
     if not stored or has_own_code(model_config, config.trust_remote_code):
         return
     if quantization_config(model_config):
         return
-    build = model_class(model_config)
+    model_class(model_config)  # raises where there is none
     try:
-        empty = {key: torch.empty(t.shape, device="meta") for key, t in stored.items()}
-        with report_held_back(), bounded_build():
-            model, info = build.from_pretrained(
-                None,
-                config=model_config,
-                state_dict=empty,
-                device_map={"": "meta"},
-                key_mapping=key_mapping(model_config, stored),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+        with report_held_back():
+            mapping = key_mapping(model_config, stored)
+            model, info = load_without_bytes(model_config, stored, mapping)
     except ModelError:
         raise
     except Exception as error:  # whatever transformers raises at a config is a fault of its values
