@@ -11,6 +11,7 @@ import theloom
 from corpus_support import byte_tokenizer
 from support import build_tiny, stages
 from theloom.corpus import tokens
+from theloom.corpus.tokens_file import reading
 from theloom.errors import CorpusError
 from theloom.rows.roles import ROLES
 from transformers import AutoTokenizer
@@ -256,7 +257,7 @@ def test_marks_of_generation_are_those_of_transformers(tmp_path, model):
         )
         masks += plain["assistant_masks"]
     assert [int(r == ROLES.index("assistant")) for r in found["role"]] == masks
-    assert tokens.attributes(run.folder / "tokens.h5")["assistant_tokens"] == "generation marks"
+    assert reading.attributes(run.folder / "tokens.h5")["assistant_tokens"] == "generation marks"
 
 
 THOUGHTS = talk("uWhy?", "a<think>\nhm\n</think>\n\nSo.", "uAnd?", "aNo.")

@@ -26,6 +26,7 @@ from theloom.corpus import documents, tokens
 from theloom.corpus.columns import Category, Collected, Columns
 from theloom.corpus.rows import Untyped
 from theloom.corpus.spooled import values as spooled
+from theloom.corpus.tokens_file import reading
 from theloom.dataset.merge import merge_shards
 from theloom.errors import CorpusError
 from theloom.exports import export
@@ -396,7 +397,7 @@ def test_each_of_ten_thousand_documents_keeps_its_label(tmp_path, model):
     requested = f"corpus=text corpus.path={tmp_path}/x.parquet {COLUMNS} corpus.max_tokens=null"
     run = stages(tmp_path / "run", model, f"{requested} extraction.shards=3")
     tokens.tokenize(run.config("tokens"), run.folder / "tokens.h5")
-    parts = [tokens.read_job(run.folder / "tokens.h5", shard).shard for shard in range(3)]
+    parts = [reading.read_job(run.folder / "tokens.h5", shard).shard for shard in range(3)]
     labels = [v for part in parts for v in part.columns["label"].tolist()]
     assert labels == [row["label"] for row in rows if row["text"]]
     for part in parts:
@@ -436,6 +437,6 @@ def test_other_labels_of_the_same_texts_begin_the_shards_anew(tmp_path, model):
         requested = f"corpus=text corpus.path={tmp_path}/{name}.jsonl corpus.columns=[label]"
         run = stages(tmp_path / name, model, requested)
         tokens.tokenize(run.config("tokens"), run.folder / "tokens.h5")
-        run_of[name] = tokens.attributes(run.folder / "tokens.h5")
+        run_of[name] = reading.attributes(run.folder / "tokens.h5")
     assert run_of["a"]["tokens_hash"] == run_of["b"]["tokens_hash"]
     assert run_of["a"]["tables_hash"] != run_of["b"]["tables_hash"]

@@ -17,6 +17,7 @@ from theloom.corpus.spooled.files import Files
 from theloom.corpus.spooled.ids import SeenIds
 from theloom.corpus.spooled.spool import Numbers, Spool
 from theloom.corpus.spooled.values import TYPES, StoredValues, ValueSpool
+from theloom.corpus.tokens_file import reading
 from theloom.pipeline import job
 
 
@@ -149,10 +150,10 @@ def test_memory_does_not_grow_with_the_documents(tmp_path):
             ("a part", tokenize_part, config, 0, 2, parts[0]),
             ("the last part", tokenize_part, config, 1, 2, parts[1]),
             ("their gather", gather.gather, config, parts, output),
-            ("an extraction's tokens", tokens.read_job, output, 249),
+            ("an extraction's tokens", reading.read_job, output, 249),
         ):
             peaks.setdefault(name, []).append(peak_of(work, *arguments))
-        job_of_last = tokens.read_job(output, 249)
+        job_of_last = reading.read_job(output, 249)
         assert job_of_last.shard.columns["n"].tolist()[-1] == count - 1
         assert job_of_last.longest_window == 1
     grown = {name: (found[2] - found[1]) / 3000 for name, found in peaks.items()}

@@ -6,6 +6,7 @@ import theloom
 from model_folders import describe, llama, run
 from theloom.corpus import tokens
 from theloom.corpus.tokenizer import PROBE
+from theloom.corpus.tokens_file import reading
 from theloom.dataset import token_text
 from theloom.errors import ConfigError, CorpusError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -44,7 +45,7 @@ def tokenized(folder, source, overrides="", texts=None):
     made = run(folder, source, overrides, texts)
     tokens.tokenize(made.config("tokens"), made.folder / "tokens.h5")
     with h5py.File(made.folder / "tokens.h5") as file:
-        return file["tokens/input_ids"][:].tolist(), tokens.attributes(made.folder / "tokens.h5")
+        return file["tokens/input_ids"][:].tolist(), reading.attributes(made.folder / "tokens.h5")
 
 
 def test_other_ids_by_the_file_are_a_warning_with_an_example(tmp_path, source, caplog):

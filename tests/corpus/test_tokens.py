@@ -11,7 +11,9 @@ from theloom.corpus import tokens, windows
 from theloom.corpus.rows import Document
 from theloom.corpus.spooled import spool
 from theloom.corpus.spooled.spool import Numbers, Strings
-from theloom.corpus.tokens import read_job, tokenize
+from theloom.corpus.tokens import tokenize
+from theloom.corpus.tokens_file import reading
+from theloom.corpus.tokens_file.reading import read_job
 from theloom.corpus.windows import plan_shards, positions, split_windows, write_tables
 from theloom.errors import ConfigError, CorpusError
 from theloom.store import file_format
@@ -129,7 +131,7 @@ def test_window_lengths_are_those_of_each_shard(tmp_path, tiny_llama, shards):
         f"corpus=text corpus.path={folder} corpus.context_length=100 extraction.shards={shards}"
     )
     tokenize(a_config(tiny_llama, requested), path)
-    found, parts = tokens.window_lengths(path), [read_job(path, n).shard for n in range(shards)]
+    found, parts = reading.window_lengths(path), [read_job(path, n).shard for n in range(shards)]
     assert [x.tolist() for x in found.shards] == [
         np.diff(part.window_offset).tolist() for part in parts
     ]
@@ -178,7 +180,7 @@ def test_max_tokens_is_exact_and_the_cut_is_recorded(tmp_path, tiny_llama, caplo
         a_config(tiny_llama, f"corpus=text corpus.path={folder} corpus.max_tokens=60"),
         tmp_path / "tokens.h5",
     )
-    attributes = tokens.attributes(tmp_path / "tokens.h5")
+    attributes = reading.attributes(tmp_path / "tokens.h5")
     with file_format.open_h5(tmp_path / "tokens.h5", "tokens") as file:
         assert len(file["tokens/input_ids"]) == 60
         assert len(file["documents/id"]) == 2

@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from support import build_tiny, stages, with_bytes
 from theloom.config.schema import Pool
 from theloom.corpus import batching, tokens
+from theloom.corpus.tokens_file import reading
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.engine.batch_loop import Work, run_batches
 from theloom.engine.selection import Selection
@@ -251,7 +252,7 @@ def extracted(folder, shard, pool, choose):
     """The rows of a shard by hook point, after jobs that were killed; for each the id and the label
     of its document, and its token, read by h5py alone.
     """
-    of_shard = tokens.read_job(folder / "tokens.h5", shard).shard
+    of_shard = reading.read_job(folder / "tokens.h5", shard).shard
     chunk = choose.choice([3, 5, 64])
     lengths = np.diff(of_shard.window_offset)
     batches = batching.plan_batches(lengths, choose.choice([1, 20, 64]), chunk, 2)
@@ -288,7 +289,7 @@ def test_rows_that_wait_for_other_windows_must_fit_the_host(model, tmp_path):
     cut = f"corpus.context_length={CONTEXT} extraction.shards=1"
     run = stages(tmp_path, model, f"corpus=text corpus.path={corpus} {cut} rows.pool=mean")
     tokens.tokenize(run.config("tokens"), tmp_path / "tokens.h5")
-    of_shard = tokens.read_job(tmp_path / "tokens.h5", 0).shard
+    of_shard = reading.read_job(tmp_path / "tokens.h5", 0).shard
     batches = batching.plan_batches(np.diff(of_shard.window_offset), 1, 64)
     selection = Selection(of_shard, "mean", "fp32")
     selection.check_room(batches, POINTS)

@@ -161,13 +161,13 @@ def tokenized(name: str, model: Path, path: Path, jobs: int, output: Path) -> li
 
 def reading(output: Path) -> str:
     """What later stages take to read the tables."""
-    from theloom.corpus import tokens
+    from theloom.corpus.tokens_file import reading
 
     words = []
     for name, work in {
-        "sizes": lambda: tokens.sizes(output),
-        "lengths of windows": lambda: tokens.window_lengths(output),
-        "a shard's tokens": lambda: tokens.read_job(output, 3),
+        "sizes": lambda: reading.sizes(output),
+        "lengths of windows": lambda: reading.window_lengths(output),
+        "a shard's tokens": lambda: reading.read_job(output, 3),
     }.items():
         start = time.perf_counter()
         work()

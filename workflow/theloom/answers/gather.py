@@ -22,10 +22,11 @@ from theloom.answers.given import answers_in
 from theloom.config.answers import COLUMNS
 from theloom.config.frozen import to_plain
 from theloom.config.schema import Config
-from theloom.corpus import prompts, tokens
+from theloom.corpus import prompts
 from theloom.corpus.encoding import Encoder
 from theloom.corpus.kept import KeptRows
 from theloom.corpus.spooled.spool import Numbers, Strings
+from theloom.corpus.tokens_file import growing
 from theloom.corpus.vocabulary import Vocabulary
 from theloom.corpus.windows import write_tables
 from theloom.errors import CorpusError, StoreError, printable
@@ -213,7 +214,7 @@ class _Writer:
 
     def begin(self, file: h5py.File) -> None:
         """Begin the file."""
-        self._file, self._growing = file, tokens.Growing(file)
+        self._file, self._growing = file, growing.Growing(file)
         self._kept = KeptRows(self._config.rows, file)
 
     def add(self, prompt: _Prompt, answer: Answer) -> None:
@@ -291,7 +292,7 @@ class _Writer:
             **{n: v for n, v in about.items() if n in _OF_CORPUS},
             config=to_plain(config),
             columns=columns.described(typed),
-            tables_hash=tokens.tables_hash(file),
+            tables_hash=growing.tables_hash(file),
             tokens_hash=self._hash.hexdigest(),
             corpus_hash=self._hashes.digest(),
             truncated_from=0,

@@ -6,15 +6,12 @@ document, or a part of it where it is longer than the context. A *shard* is a ra
 documents.
 """
 
-import json
 import logging
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import xxhash
 
@@ -22,7 +19,6 @@ from theloom.config.frozen import to_plain
 from theloom.config.model_dims import numbers
 from theloom.config.schema import Config, RowsConfig
 from theloom.corpus import documents
-from theloom.corpus.batching import Lengths
 from theloom.corpus.columns import Columns
 from theloom.corpus.encoding import Encoded, Encoder
 from theloom.corpus.kept import KeptRows
@@ -33,8 +29,8 @@ from theloom.corpus.prompts import Prompts
 from theloom.corpus.rows import Document
 from theloom.corpus.spooled.spool import Numbers, Strings
 from theloom.corpus.targets.encoding import Targets
-from theloom.corpus.targets.sources import source_lengths
 from theloom.corpus.tokenizer import COMPARED
+from theloom.corpus.tokens_file.growing import Growing, tables_hash
 from theloom.corpus.vocabulary import Vocabulary
 from theloom.corpus.windows import write_tables
 from theloom.errors import ConfigError, CorpusError, printable
@@ -44,19 +40,13 @@ from theloom.rows.document import Document as RowDocument
 from theloom.rows.modality import CHAT, SENSED
 from theloom.store import file_format, provenance, token_texts
 from theloom.store.hdf5.output import written
-from theloom.store.shard_file import ShardTokens
 from theloom.store.tables import columns
-from theloom.store.tables import tokens as token_tables
 
 log = logging.getLogger(__name__)
 
 # Documents that the tokenizer encodes in parallel, and their characters, unless one has more: with
 # the characters of tokens, which come as Python's integers, each takes about 300 bytes
 _TOGETHER, _CHARACTERS = 256, 1 << 18
-_BUFFERED = token_tables.CHUNK  # tokens that are written together
-_WINDOWS = 1 << 18  # windows whose lengths are read together
-_HASHED = 1 << 20  # bytes that are hashed together
-_NOT_IN_SHARDS = ("documents/text_hash", "shards/first_document")
 
 
 @dataclass
@@ -248,36 +238,6 @@ def _encoder_of(config: Config) -> Any:
     return ChatEncoder if modality is not None and modality.name == CHAT else Encoder
 
 
-class Growing:
-    """The datasets with an entry for each token, which grow by what is added."""
-
-    def __init__(self, file: h5py.File) -> None:
-        self._file, self._total, self._waiting = file, 0, 0
-        self._parts: dict[str, list[np.ndarray]] = {}
-
-    def add(self, tables: Mapping[str, np.ndarray]) -> None:
-        """Take the tables of a document.
-
-        Args:
-            tables: by name, each (tokens,) or with one more dimension; `input_ids` among them.
-        """
-        for name, values in tables.items():
-            self._parts.setdefault(name, []).append(values)
-        self._waiting += len(tables["input_ids"])
-        if self._waiting >= _BUFFERED:
-            self.write()
-
-    def write(self) -> None:
-        """Write what was added since the last time."""
-        for name, parts in self._parts.items():
-            path, kind = token_tables.path(name), token_tables.TYPES.get(name, "<i4")
-            if path not in self._file:
-                self._file.create_dataset(path, (0,), kind, maxshape=(None,), chunks=(_BUFFERED,))
-            self._file[path].resize((self._total + self._waiting,))
-            self._file[path][self._total :] = np.concatenate(parts)
-        self._total, self._waiting, self._parts = self._total + self._waiting, 0, {}
-
-
 def encoded(
     config: Config,
     encoder: Encoder,
@@ -396,196 +356,3 @@ def _groups(read: Iterable[Document]) -> Iterator[list[Document]]:
         raise
     if group:
         yield group
-
-
-def tables_hash(file: h5py.File) -> str:
-    """A hash of what goes with the tokens into every file: ids, columns, roles, characters.
-
-    Args:
-        file: the open `tokens.h5`.
-
-    Returns:
-        128 bits of XXH3, in hexadecimal digits.
-    """
-    state = xxhash.xxh3_128(str(file["documents/id"].dtype).encode())
-
-    def add(dataset: h5py.Dataset) -> None:
-        step = max(1, _HASHED // dataset.dtype.itemsize)
-        for start in range(0, len(dataset), step):
-            state.update(dataset[start : start + step].tobytes())
-
-    add(file["documents/id"])
-    for name in token_tables.TYPES:
-        if (path := token_tables.path(name)) in file:
-            state.update(name.encode())
-            add(file[path])
-    for group in (columns.GROUP, columns.NAMES, columns.NULL):
-        for name, dataset in sorted(file[group].items()) if group in file else ():
-            state.update(f"{group}/{name} {dataset.dtype}".encode())
-            add(dataset)
-    return state.hexdigest()
-
-
-def _shard(file: h5py.File, shard: int) -> ShardTokens:
-    first, last = (int(d) for d in file["shards/first_document"][shard : shard + 2])
-    document_offset = file["documents/offset"][first : last + 1]
-    rows = slice(int(document_offset[0]), int(document_offset[-1]))
-    windows = _range(file["windows/document"], first, last)
-    window_offset = file["windows/offset"][windows.start : windows.stop + 1]
-    input_ids = file["tokens/input_ids"][rows]
-    more = {
-        name: file[token_tables.path(name)][rows]
-        for name in token_tables.TYPES
-        if token_tables.path(name) in file
-    }
-    listed = json.loads(file.attrs.get("columns", "[]"))
-
-    def of_shard(name: str) -> np.ndarray | None:
-        if name not in file:
-            return None
-        whole = name.startswith(columns.NAMES)  # of categories
-        values: np.ndarray = file[name][:] if whole else file[name][first:last]
-        return values
-
-    texts = token_texts.read(lambda name: file[name][:]) if token_texts.GROUP in file else {}
-    first_row, row_token = rows.start, None
-    if token_tables.ROW_TOKEN in file:
-        of_all = file[token_tables.ROW_TOKEN]
-        kept = _range(of_all, rows.start, rows.stop)
-        first_row, row_token = kept.start, of_all[kept] - rows.start
-    return ShardTokens(
-        first_row=first_row,
-        input_ids=input_ids,
-        document=file["tokens/document"][rows],
-        position=file["tokens/position"][rows],
-        document_offset=document_offset - rows.start,
-        document_id=file["documents/id"][first:last],
-        window_offset=window_offset - rows.start,
-        window_document=file["windows/document"][windows],
-        texts={n: texts[n] for n in np.unique(input_ids).tolist() if n in texts},
-        columns=columns.read(of_shard, listed, last - first),
-        row_token=row_token,
-        **more,
-    )
-
-
-def _range(ascending: h5py.Dataset, first: int, last: int) -> slice:
-    """Where a sorted dataset has values from `first` on, and below `last`: it is not read whole."""
-    return slice(bisect_left(ascending, first), bisect_left(ascending, last))
-
-
-def _longest(file: h5py.File) -> int:
-    """Tokens of the longest window; 1 at least."""
-    offsets, longest = file["windows/offset"], 1
-    for start in range(0, len(offsets) - 1, _WINDOWS):
-        piece = np.diff(offsets[start : start + _WINDOWS + 1])
-        longest = max(longest, int(piece.max()))
-    return longest
-
-
-@dataclass(frozen=True)
-class JobTokens:
-    """What an extraction job needs of `tokens.h5`."""
-
-    attributes: dict[str, Any]
-    longest_window: int  # tokens, of the whole corpus
-    shard: ShardTokens
-    answered_by: str | None = None  # fingerprint of the model whose answers they hold
-
-
-def read_job(path: Path, shard: int) -> JobTokens:
-    """Read what an extraction job needs of `tokens.h5`, opening it once.
-
-    Args:
-        path: of `tokens.h5`.
-        shard: number of the shard, from 0.
-
-    Returns:
-        The tokens of the shard, the attributes, and tokens of the run's longest window.
-
-    Raises:
-        StoreError: the file is missing or of another format.
-    """
-    with file_format.open_h5(path, "tokens") as file:
-        longest = _longest(file)
-        answered_by = file["answers"].attrs.get("model_fingerprint") if "answers" in file else None
-        return JobTokens(_attributes(file), longest, _shard(file, shard), answered_by)
-
-
-def window_lengths(path: Path) -> Lengths:
-    """The lengths of all windows, shard by shard, by which passes are planned.
-
-    Args:
-        path: of `tokens.h5`.
-
-    Returns:
-        Lengths in tokens; of a decoder's window that of its source where it is longer.
-
-    Raises:
-        StoreError: the file is missing or of another format.
-    """
-    with file_format.open_h5(path, "tokens") as file:
-        lengths = np.diff(file["windows/offset"][:])
-        if (sources := source_lengths(file.get)) is not None:
-            lengths = np.maximum(lengths, sources[file["windows/document"][:]])
-        ends = np.searchsorted(file["windows/document"][:], file["shards/first_document"][1:-1])
-        return Lengths(tuple(np.split(lengths, ends)))
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much a run stores: rows, tokens, windows, and the bytes of the tables of `tokens.h5` that
-    go into its shards.
-    """
-
-    rows: int
-    tokens: int
-    windows: int
-    tables: int
-
-
-def sizes(path: Path) -> Sizes:
-    """How much a run stores.
-
-    Args:
-        path: of `tokens.h5`.
-
-    Returns:
-        Rows, tokens and windows, and the bytes of what goes with the tokens into the shards.
-
-    Raises:
-        StoreError: the file is missing or of another format.
-    """
-    with file_format.open_h5(path, "tokens") as file:
-        count, windows = len(file["tokens/input_ids"]), len(file["windows/document"])
-        found: dict[str, int] = {}
-
-        def add(name: str, item: h5py.Dataset | h5py.Group) -> None:
-            if isinstance(item, h5py.Dataset) and name not in _NOT_IN_SHARDS:
-                found[name] = item.size * item.dtype.itemsize
-
-        file.visititems(add)
-        return Sizes(int(file.attrs.get("rows", count)), count, windows, sum(found.values()))
-
-
-def attributes(path: Path) -> dict[str, Any]:
-    """The attributes of `tokens.h5`.
-
-    Args:
-        path: of `tokens.h5`.
-
-    Returns:
-        Plain Python values by name.
-
-    Raises:
-        StoreError: the file is missing or of another format.
-    """
-    with file_format.open_h5(path, "tokens") as file:
-        return _attributes(file)
-
-
-def _attributes(file: h5py.File) -> dict[str, Any]:
-    return {
-        name: value.item() if hasattr(value, "item") else value
-        for name, value in file.attrs.items()
-    }

@@ -15,11 +15,11 @@ import numpy as np
 from theloom.config.auto import store_precision
 from theloom.config.frozen import frozen_digest, load_frozen, to_plain
 from theloom.config.schema import Config
-from theloom.corpus import tokens
 from theloom.corpus.batching import Lengths
 from theloom.corpus.media.chat_inputs import ChatInputs
 from theloom.corpus.media.inputs import Inputs, inputs_of
 from theloom.corpus.targets.sources import Sources
+from theloom.corpus.tokens_file import reading
 from theloom.devices import accelerator
 from theloom.engine import model_record
 from theloom.engine.model_record import ModelRecord
@@ -247,7 +247,7 @@ def read_job(
         ConfigError: The device is not available.
     """
     config, record = load_frozen(config_path), model_record.read(model_path)
-    corpus = tokens.read_job(tokens_path, shard)
+    corpus = reading.read_job(tokens_path, shard)
     _check_revision(record, corpus.attributes)
     _check_answers(record, corpus.answered_by)
     estimated = estimate.read(estimate_path)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from theloom.corpus import tokens
+from theloom.corpus.tokens_file import reading
 from theloom.engine.context import ShardJob, read_job
 from theloom.store import partial
 
@@ -101,5 +101,5 @@ def _jobs(first: ShardJob, tokens_path: Path, outputs: Mapping[int, Path]) -> It
     """The shards, each read when it is its turn."""
     yield first
     for number, output in list(outputs.items())[1:]:
-        shard = tokens.read_job(tokens_path, number).shard
+        shard = reading.read_job(tokens_path, number).shard
         yield replace(first, number=number, tokens=shard, output=output)

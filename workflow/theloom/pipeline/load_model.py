@@ -11,7 +11,7 @@ from theloom import terminal
 from theloom.config.auto import traceable_attention
 from theloom.config.model_dims import numbers
 from theloom.config.schema import Config
-from theloom.corpus import tokens
+from theloom.corpus.tokens_file import reading
 from theloom.devices import accelerator, gpu, host, peak_memory
 from theloom.engine.layerwise.model import measure_sweep, opened
 from theloom.engine.model_record import model_attributes, write_catalog
@@ -78,7 +78,9 @@ def record_layerwise(
         check_integers(points, catalog, _store_precision(estimated, target.precision.resolved))
         threshold = estimated.threshold
         try:
-            planned = model.fit(estimated, points, tokens.window_lengths(tokens_path), threshold, 0)
+            planned = model.fit(
+                estimated, points, reading.window_lengths(tokens_path), threshold, 0
+            )
         except MemoryPlanError as error:
             raise MemoryPlanError(f"{why}; and {error}" if why else str(error)) from None
         size = terminal.format_bytes(
@@ -89,7 +91,7 @@ def record_layerwise(
             log.warning("to fit: %s", change)
         tried = model.self_check()
         if planned.plan.streamed and not may_stream(tried, planned.plan.longest):
-            windows = tokens.window_lengths(tokens_path)
+            windows = reading.window_lengths(tokens_path)
             planned = model.fit(estimated, points, windows, threshold, 0, streams=False)
         measured = measure_sweep(model, planned, before)
         log.info(
@@ -104,7 +106,7 @@ def record_layerwise(
             estimated,
             planned,
             points,
-            tokens.window_lengths(tokens_path),
+            reading.window_lengths(tokens_path),
             model.residual_row,
             model.kind,
             model.loaded.device,
@@ -175,7 +177,7 @@ def _store_precision(estimated: Estimate, computed: str) -> str:
 def _say_disk(estimated: Estimate, computed: str, tokens_path: Path) -> None:
     """Log what the shards will take, now that the rows are known."""
     precision = _store_precision(estimated, computed)
-    there = tokens.sizes(tokens_path)
+    there = reading.sizes(tokens_path)
     rows = there.rows * estimated.row_bytes[precision]
     tables = there.tables + there.windows * bytes_of_window(len(estimated.hooks))
     log.info(
@@ -225,7 +227,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         if execution == "layerwise":
             record_layerwise(config, target, estimated, tokens_path, output)
             return
-        windows, room = tokens.window_lengths(tokens_path), available(device)
+        windows, room = reading.window_lengths(tokens_path), available(device)
         planned = fit_plan(estimated, kind, device, threshold, windows, room=room)
     except MemoryPlanError as error:
         if execution != "auto" or modality_of(model_config) in (*SENSED, CHAT):  # whole alone
@@ -250,7 +252,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         loaded = load_model(config, files, points, target=target, whole=whole)
     check = tower_check if senses(model_config) else self_check
     tried = check(loaded.architecture, loaded.tolerance)
-    if tokens.attributes(tokens_path).get("images"):
+    if reading.attributes(tokens_path).get("images"):
         tried = replace(
             tried, streams=False, not_streamed="images of a conversation are one pass's"
         )

@@ -24,6 +24,7 @@ from theloom.config import frozen, locations
 from theloom.config.compose import Run, runs
 from theloom.config.values import Assignment
 from theloom.corpus import tokens
+from theloom.corpus.tokens_file import reading
 from theloom.dataset.batches import Batch, passes, process
 from theloom.dataset.reader import TABLES
 from theloom.devices import gpu, host
@@ -170,7 +171,7 @@ class RowStream(IterableDataset[Batch]):
             raise HookError(
                 f"hooks={hooks!r} matches {len(self.names)} hook points; give a list: [{hooks!r}]"
             )
-        self.rows = tokens.sizes(self._folder / "tokens.h5").rows
+        self.rows = reading.sizes(self._folder / "tokens.h5").rows
         run = job.run
         widths = sum(p.width(run.longest_window) for p in run.points)
         self._row_bytes = widths * BYTES[read_as(run.store)]
@@ -281,7 +282,7 @@ class RowStream(IterableDataset[Batch]):
             yield self._job(first, number)
 
     def _job(self, first: ShardJob, number: int) -> ShardJob:
-        shard = tokens.read_job(self._folder / "tokens.h5", number).shard
+        shard = reading.read_job(self._folder / "tokens.h5", number).shard
         return replace(first, number=number, tokens=shard)
 
     def _extract(self, queue: RowQueue, worker: int, workers: int) -> None:

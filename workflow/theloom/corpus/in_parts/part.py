@@ -22,6 +22,7 @@ from theloom.corpus.kept import KeptRows
 from theloom.corpus.rows import Document
 from theloom.corpus.spooled.spool import Spool, Strings
 from theloom.corpus.spooled.values import StoredValues
+from theloom.corpus.tokens_file.growing import Growing
 from theloom.errors import CorpusError
 from theloom.store import file_format, provenance
 from theloom.store.hdf5.output import Output, written
@@ -118,7 +119,7 @@ def _write(file: Output, config: Config, corpus: CorpusConfig, part: Part) -> st
     encoder = Encoder(config)
     prime(encoder, corpus)
     tally = _PartTally(Columns(corpus.columns, alone=False), has_names=corpus.id_column is not None)
-    growing, kept, broken = tokens.Growing(file), KeptRows(config.rows, file), ""
+    growing, kept, broken = Growing(file), KeptRows(config.rows, file), ""
     read = islice(documents.read_part(corpus, part), corpus.max_documents)
     try:
         for input_ids, tables in tokens.encoded(
