@@ -20,6 +20,7 @@ from theloom.devices.host import DeviceMemory
 from theloom.errors import ConfigError, ModelError, TheLoomError
 from theloom.extraction import extract_generated
 from theloom.planning import answers_plan, estimate
+from theloom.planning.estimates import estimate_file
 from tiny_configs import tiny_config
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
@@ -169,7 +170,7 @@ def test_layer_by_layer_names_the_column_instead():
 
 def test_a_device_too_small_for_one_answer_names_the_column(model, corpus, tmp_path):
     run = tokenized(tmp_path, model, corpus)
-    size = estimate.read(run.folder / "estimate.h5").answers["fp32"]
+    size = estimate_file.read(run.folder / "estimate.h5").answers["fp32"]
     needed = size.components(1, 10, 30, "cpu").total
     fits = DeviceMemory(needed, needed)
     assert answers_plan.choose_rows(size, 4, 10, 30, "cpu", fits, 1.0) == 1

@@ -9,6 +9,7 @@ from support import build_tiny, stages, with_bytes
 from theloom.corpus import tokens
 from theloom.errors import ConfigError, CorpusError
 from theloom.planning import estimate
+from theloom.planning.estimates import estimate_file
 
 TEXTS = ["abc", "b", "cab", "xyz"]
 
@@ -94,7 +95,7 @@ def test_what_cannot_be_kept_ends_before_a_model_is_loaded(made, requested, erro
 def test_the_estimate_counts_stored_rows_alone(model, tmp_path, requested, rows):
     run = stages(tmp_path, model, f"corpus=text corpus.path={model} {requested}")
     estimate.run_estimate(run.config("estimate"), tmp_path / "estimate.h5")
-    found = estimate.read(tmp_path / "estimate.h5")
+    found = estimate_file.read(tmp_path / "estimate.h5")
     assert found.rows == rows
     least = None if rows is None else rows * found.row_bytes["fp32"] + found.table_bytes
     assert found.disk_bytes("fp32") == least

@@ -20,7 +20,7 @@ from theloom.dataset import inspect
 from theloom.dataset.merge import merge_shards
 from theloom.errors import HookError, VerificationError
 from theloom.hooks.points import HookCatalog, HookPoint, check_integers
-from theloom.planning import estimate
+from theloom.planning.estimates import estimate_file
 from theloom.store.encoding import scaled
 
 PAGE = (ROOT / "workflow/docs/file-format.md").read_text(encoding="utf-8")
@@ -169,7 +169,7 @@ def test_a_changed_bit_of_a_scale_is_found(runs, tmp_path):
 @pytest.mark.parametrize("stored", TYPES)
 def test_the_estimate_counts_each_byte_of_rows_and_scales(runs, stored):
     run = runs[stored]
-    found = estimate.read(run.folder / "estimate.h5")
+    found = estimate_file.read(run.folder / "estimate.h5")
     acts = theloom.open(run.activations)
     written = 0
     for shard in run.shards:

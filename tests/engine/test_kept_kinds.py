@@ -13,7 +13,7 @@ import torch
 from support import build_tiny, stages, with_bytes
 from theloom.dataset.activations import open_activations
 from theloom.pipeline import console
-from theloom.planning import estimate
+from theloom.planning.estimates import estimate_file
 from tiny_configs import tiny_config
 from transformers import AutoModel
 
@@ -110,7 +110,7 @@ def test_the_disk_of_last_rows_is_known_before_and_no_more_than_they_take(models
         file.visititems(add)
     assert sum(stored) == rows
     assert shard.stat().st_size == pytest.approx(rows + tables, rel=0.05)
-    estimated = estimate.read(run.folder / "estimate.h5")
+    estimated = estimate_file.read(run.folder / "estimate.h5")
     before = estimated.disk_bytes("fp32") + estimated.token_bytes * (tokens - DOCUMENTS)
     assert before == pytest.approx(shard.stat().st_size, rel=0.05)
     said = re.search(r"disk: ([\d.]+) (MB|kB): .* for the tables of (\d+) tokens", caplog.text)

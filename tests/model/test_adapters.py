@@ -20,6 +20,7 @@ from theloom.model.files import prepare_files
 from theloom.model.loading import load_model
 from theloom.model.quantization import bitsandbytes_config
 from theloom.planning import estimate
+from theloom.planning.estimates import estimate_file
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 SMALL = (
@@ -147,7 +148,7 @@ def test_the_estimate_counts_the_adapter(tmp_path, folders):
     for name in ("null", "lora"):
         run = run_of(tmp_path / name, folders, name if name == "null" else folders / name)
         estimate.run_estimate(run.config("estimate"), run.folder / "estimate.h5")
-        sizes[name] = estimate.read(run.folder / "estimate.h5")
+        sizes[name] = estimate_file.read(run.folder / "estimate.h5")
     tensors = load_file(folders / "lora/adapter_model.safetensors").values()
     held = sum(4 * t.numel() for t in tensors)
     more = sizes["lora"].load_peak["fp32"] - sizes["null"].load_peak["fp32"]

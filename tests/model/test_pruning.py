@@ -13,7 +13,7 @@ from theloom.model import pruning, quantization
 from theloom.model.files import hf_config, prepare_files
 from theloom.model.loading import load_model
 from theloom.model.weight_format import WeightFormat
-from theloom.planning import estimate
+from theloom.planning.estimates import run_models
 from tiny_configs import tiny_config
 
 
@@ -69,7 +69,7 @@ def test_the_final_norm_is_loaded_where_it_is_requested_alone(tmp_path):
 
 def test_the_closed_form_knows_what_is_loaded(tmp_path):
     config = a_config(build_tiny("llama", tmp_path))
-    closed, traced = (estimate.estimator_of(config, trace=trace) for trace in (False, True))
+    closed, traced = (run_models.estimator_of(config, trace=trace) for trace in (False, True))
     points = [p for p in closed.catalog().points if p.block <= 1]
     for requested in (None, points, closed.catalog().points):
         assert closed.weights(WeightFormat("fp32"), requested) == traced.weights(

@@ -17,7 +17,7 @@ from theloom.memory.estimators import Traced
 from theloom.model import files, loading, quantization
 from theloom.model.weight_format import WeightFormat
 from theloom.pipeline.console import summary
-from theloom.planning.estimate import estimator_of
+from theloom.planning.estimates.run_models import estimator_of
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -11,6 +11,7 @@ from theloom.corpus import tokens
 from theloom.errors import MemoryPlanError
 from theloom.pipeline import resources
 from theloom.planning import disk, estimate
+from theloom.planning.estimates import estimate_file
 from theloom.terminal import format_bytes
 
 NEW, SAMPLES = 120, 3
@@ -39,7 +40,7 @@ def test_answers_take_about_the_disk_that_is_planned(model, tmp_path, caplog):
     sizes = sum(len(text) + 1 for text in TEXTS)  # bytes, and BOS
     run = stages(tmp_path / "run", model, asked(tmp_path, f"corpus.max_tokens={sizes}"))
     estimate.run_estimate(run.config("estimate"), run.folder / "estimate.h5")
-    planned = estimate.read(run.folder / "estimate.h5")
+    planned = estimate_file.read(run.folder / "estimate.h5")
     count = len(TEXTS) * SAMPLES
     assert planned.answers_tokens == count * NEW
     assert planned.answers_disk is not None

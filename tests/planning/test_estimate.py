@@ -9,13 +9,14 @@ from theloom.model import loading
 from theloom.model.files import prepare_files
 from theloom.model.forward import forward_residuals
 from theloom.planning import estimate
+from theloom.planning.estimates import estimate_file, run_models
 from transformers import AutoModelForCausalLM, DynamicCache
 
 
-def of_profile(profile: str, overrides: str = "") -> tuple[compose.Run, estimate.Estimate]:
+def of_profile(profile: str, overrides: str = "") -> tuple[compose.Run, estimate_file.Estimate]:
     (run,) = compose.runs(ROOT / "config", profile, overrides).values()
     typed = frozen.to_config(run.config)
-    return run, estimate.estimate(typed, estimate.estimator_of(typed))
+    return run, estimate.estimate(typed, run_models.estimator_of(typed))
 
 
 @pytest.mark.parametrize("profile", ["smollm2-135m", "3b", "7b", "13b", "30b", "70b"])
@@ -36,7 +37,7 @@ def test_a_multi_head_7b_has_a_gigabyte_of_keys_and_values_at_2048_tokens():
     settings = frozen.to_config(
         run.config | {"model": run.config["model"] | {"architecture": LLAMA_2_7B}}
     )
-    found = estimate.estimate(settings, estimate.estimator_of(settings))
+    found = estimate.estimate(settings, run_models.estimator_of(settings))
     assert found.find("fp16", 2048, 1024).kv_cache == 1_073_741_824
 
 
@@ -62,7 +63,7 @@ def test_weights_cache_and_captures_are_those_of_the_real_model(tmp_path, model_
         "memory.activation_cache_filter=[blocks.*.hook_resid_post] memory.streaming_chunk_size=32"
     )
     settings = a_config(folder, f"{requested} corpus.context_length=96 extraction.batch_tokens=64")
-    found = estimate.estimate(settings, estimate.estimator_of(settings))
+    found = estimate.estimate(settings, run_models.estimator_of(settings))
     files = prepare_files(settings.model)
     loaded = loading.load_model(settings, files)
     real = loaded.architecture.model
@@ -76,8 +77,8 @@ def test_weights_cache_and_captures_are_those_of_the_real_model(tmp_path, model_
     captured = forward_residuals(loaded.architecture, torch.zeros(2, 32, dtype=torch.int64), 32)
     assert found.row_bytes["fp32"] * 64 == sum(t.numel() * 4 for t in captured.values())
     catalog = loaded.catalog
-    traced = estimate.estimator_of(settings, trace=True).catalog()
-    assert traced == estimate.estimator_of(settings).catalog() == catalog
+    traced = run_models.estimator_of(settings, trace=True).catalog()
+    assert traced == run_models.estimator_of(settings).catalog() == catalog
     if "sliding_window" not in TINY[model_type]:
         cache = DynamicCache(config=real.config)
         with torch.no_grad():
@@ -107,8 +108,8 @@ def test_the_closed_form_and_the_trace_give_the_same_estimate():
     settings = frozen.to_config(
         run.config | {"model": run.config["model"] | {"architecture": eight}}
     )
-    formula = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
-    traced = estimate.estimate(settings, estimate.estimator_of(settings, trace=True), "cuda")
+    formula = estimate.estimate(settings, run_models.estimator_of(settings), "cuda")
+    traced = estimate.estimate(settings, run_models.estimator_of(settings, trace=True), "cuda")
     assert formula.weights == traced.weights
     for kind, passes in formula.passes.items():
         for one, other in zip(passes, traced.passes[kind], strict=True):
@@ -117,7 +118,7 @@ def test_the_closed_form_and_the_trace_give_the_same_estimate():
 
 def test_the_disk_of_a_run_is_what_its_shards_take(tmp_path, tiny_llama):
     run = stages(tmp_path, tiny_llama, "corpus.max_tokens=20000").all()
-    needed = estimate.read(run.folder / "estimate.h5").disk_bytes("fp32")
+    needed = estimate_file.read(run.folder / "estimate.h5").disk_bytes("fp32")
     taken = sum(s.stat().st_size for s in run.shards)
     assert needed <= taken <= 1.02 * needed
     assert len(theloom.open(run.activations)) == 20000
@@ -125,8 +126,8 @@ def test_the_disk_of_a_run_is_what_its_shards_take(tmp_path, tiny_llama):
 
 def test_an_estimate_survives_its_file(tmp_path):
     run, found = of_profile("3b")
-    estimate.write(found, frozen.to_config(run.config), tmp_path / "estimate.h5")
-    assert estimate.read(tmp_path / "estimate.h5") == found
+    estimate_file.write(found, frozen.to_config(run.config), tmp_path / "estimate.h5")
+    assert estimate_file.read(tmp_path / "estimate.h5") == found
 
 
 def test_a_run_without_a_token_limit_has_no_disk_size():

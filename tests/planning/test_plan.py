@@ -10,7 +10,8 @@ from theloom.corpus.batching import Lengths, plan_batches
 from theloom.devices.host import DeviceMemory
 from theloom.errors import MemoryPlanError
 from theloom.planning import estimate, plan
-from theloom.planning.estimate import Estimate
+from theloom.planning.estimates import run_models
+from theloom.planning.estimates.estimate_file import Estimate
 from theloom.planning.plan import Correction, Plan
 
 GB = 10**9
@@ -20,7 +21,7 @@ GB = 10**9
 def mistral() -> Estimate:
     (run,) = compose.runs(ROOT / "config", "7b").values()
     settings = frozen.to_config(run.config)
-    return estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
+    return estimate.estimate(settings, run_models.estimator_of(settings), "cuda")
 
 
 def fits(planned: plan.Planned, free: int) -> bool:
@@ -65,7 +66,7 @@ def test_a_smaller_chunk_is_taken_if_no_batch_fits_and_logged(caplog):
     settings = frozen.to_config(
         run.config | {"model": run.config["model"] | {"architecture": wide}} | hooks
     )
-    found = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
+    found = estimate.estimate(settings, run_models.estimator_of(settings), "cuda")
     fixed = found.weights["bf16"] + 6 * 10**8
     whole = plan.choose(found, "bf16", "cuda", DeviceMemory(80 * GB, fixed + 2 * GB))
     smaller = plan.choose(found, "bf16", "cuda", DeviceMemory(80 * GB, fixed + GB // 2))
@@ -90,7 +91,7 @@ def long() -> Estimate:
     )
     (run,) = compose.runs(ROOT / "config", "7b", requested).values()
     settings = frozen.to_config(run.config)
-    return estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
+    return estimate.estimate(settings, run_models.estimator_of(settings), "cuda")
 
 
 def test_long_windows_stream_in_one_batch_if_they_fit(long):
@@ -227,7 +228,7 @@ def test_a_change_that_is_offered_would_fit(mistral):
 def test_a_shorter_context_is_offered_if_the_cache_does_not_fit():
     (run,) = compose.runs(ROOT / "config", "13b", "corpus.context_length=65536").values()
     settings = frozen.to_config(run.config)
-    found = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
+    found = estimate.estimate(settings, run_models.estimator_of(settings), "cuda")
     with pytest.raises(MemoryPlanError, match=r"corpus\.context_length=\d+ \(saves"):
         plan.choose(found, "bf16", "cuda", DeviceMemory(40 * GB, 30 * GB))
 
@@ -252,7 +253,7 @@ def test_a_measurement_corrects_the_next_plan(mistral):
 def test_the_batch_of_the_config_is_obeyed_and_its_change_logged():
     (run,) = compose.runs(ROOT / "config", "7b", "extraction.batch_tokens=32768").values()
     settings = frozen.to_config(run.config)
-    found = estimate.estimate(settings, estimate.estimator_of(settings), "cuda")
+    found = estimate.estimate(settings, run_models.estimator_of(settings), "cuda")
     assert (
         plan.choose(found, "bf16", "cuda", DeviceMemory(80 * GB, 79 * GB)).plan.batch_tokens
         == 32768
@@ -302,7 +303,7 @@ def test_what_is_copied_off_the_device_falls_with_the_rows_that_are_kept(device)
     for keep in ("all", "last", "~special"):
         (run,) = compose.runs(ROOT / "config", "7b", f"{hooks} rows.keep={keep}").values()
         settings = frozen.to_config(run.config)
-        found = estimate.estimate(settings, estimate.estimator_of(settings), device)
+        found = estimate.estimate(settings, run_models.estimator_of(settings), device)
         long = Lengths((np.full(100, 1024),))
         planned = plan.choose(found, "bf16", device, DeviceMemory(200 * GB, 190 * GB), windows=long)
         waiting[keep] = planned.components.on_their_way, planned.plan.step_tokens

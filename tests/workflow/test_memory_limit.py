@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import Project
-from theloom.planning import estimate
+from theloom.planning.estimates import estimate_file
 
 REQUESTED = "corpus.max_tokens=1500 verify.documents=1 extraction.execution=resident"
 RUN = "smollm2-135m+max_tokens=1500+documents=1+execution=resident"
@@ -54,7 +54,7 @@ def run_within(
 def test_a_run_fits_its_predicted_peak_and_below_stops_before_loading(cgroup, project):
     first = project.snakemake("--until", "estimate_memory", overrides=REQUESTED)
     assert first.returncode == 0, first.stderr
-    predicted = estimate.read(project.results(RUN) / "estimate.h5")
+    predicted = estimate_file.read(project.results(RUN) / "estimate.h5")
     cgroup.limit(int(0.78 * predicted.host["fp32"]))
     refused = run_within(cgroup, project)
     log = (project.results(RUN) / "logs/load_model.log").read_text()

@@ -26,8 +26,9 @@ from theloom.model import weight_format
 from theloom.model.checkpoint.signatures import files_fingerprint
 from theloom.model.files import describe_tokenizer, hf_config, prepare_files
 from theloom.model.loading import LoadedModel, Target, load_model, resolve_precision
-from theloom.planning import answers_plan, estimate
-from theloom.planning.estimate import Estimate
+from theloom.planning import answers_plan
+from theloom.planning.estimates import estimate_file
+from theloom.planning.estimates.estimate_file import Estimate
 from theloom.planning.multi_gpu import available
 from theloom.store import file_format, provenance
 
@@ -95,7 +96,7 @@ def sample_answers(
         before, alone, way, sampling = len(partial.found), 0, "", 0.0
         wanted = _wanted(config, prompts, partial.found)
         if wanted:
-            rows = _rows(config, target, wanted, estimate.read(estimate_path))
+            rows = _rows(config, target, wanted, estimate_file.read(estimate_path))
             loaded = load_model(config, files, target=target, lm_head=True)
             job = _Job(config, loaded, prompts, partial)
             job.run(wanted, max(1, rows >> oom_level))

@@ -60,11 +60,12 @@ def add_hooks(commands: Any) -> None:
 def _hooks(arguments: argparse.Namespace) -> None:
     from theloom.hooks.points import HookCatalog
     from theloom.memory import stages
-    from theloom.planning import estimate, forecast
+    from theloom.planning import forecast
+    from theloom.planning.estimates import run_models
 
-    settings = estimate.as_it_reads(forecast.settings_of(arguments.target), arguments.modality)
+    settings = run_models.as_it_reads(forecast.settings_of(arguments.target), arguments.modality)
     settings = stages.as_it_is_built(settings)
-    estimators = [estimate.estimator_of(s, filters=[]) for s in estimate.halves(settings)]
+    estimators = [run_models.estimator_of(s, filters=[]) for s in run_models.halves(settings)]
     catalogs = [estimator.catalog() for estimator in estimators]
     catalog = HookCatalog(
         [point for one in catalogs for point in one.points],

@@ -29,8 +29,8 @@ from theloom.model import weight_format
 from theloom.model.checks import may_stream
 from theloom.model.loading import Target, resolve_precision
 from theloom.model.weight_format import WeightFormat
-from theloom.planning import estimate
-from theloom.planning.estimate import Estimate
+from theloom.planning.estimates import estimate_file
+from theloom.planning.estimates.estimate_file import Estimate
 from theloom.planning.plan import Plan
 from theloom.precision import handed
 from theloom.store import file_format, provenance
@@ -250,7 +250,7 @@ def read_job(
     corpus = reading.read_job(tokens_path, shard)
     _check_revision(record, corpus.attributes)
     _check_answers(record, corpus.answered_by)
-    estimated = estimate.read(estimate_path)
+    estimated = estimate_file.read(estimate_path)
     store, points = (
         store_precision(config, record.precision),
         record.catalog.select(config.memory.activation_cache_filter),

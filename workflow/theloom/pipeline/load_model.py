@@ -24,8 +24,8 @@ from theloom.model.checks import may_stream, self_check
 from theloom.model.files import ModelFiles, check_architecture, config_in, hf_config, prepare_files
 from theloom.model.loading import Target, load_model, resolve_precision
 from theloom.model.towers.check import tower_check
-from theloom.planning import estimate
-from theloom.planning.estimate import Estimate
+from theloom.planning.estimates import estimate_file
+from theloom.planning.estimates.estimate_file import Estimate
 from theloom.planning.images import largest_images_pass
 from theloom.planning.measure import measure, prepare_measurement
 from theloom.planning.multi_gpu import available, fit_plan
@@ -205,7 +205,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
     """
     from theloom.model.pruning import storages
 
-    estimated = estimate.read(estimate_path)
+    estimated = estimate_file.read(estimate_path)
     if config.memory.enable_gradient_checkpointing:
         log.warning("enable_gradient_checkpointing has no effect: extraction has no backward pass")
     model_config = hf_config(config.model)

@@ -28,7 +28,8 @@ from theloom.memory.sizes import Components
 from theloom.model import files, weight_format
 from theloom.model.weight_format import WeightFormat
 from theloom.planning import answers_plan, disk, estimate, multi_gpu
-from theloom.planning.estimate import Estimate
+from theloom.planning.estimates import estimate_file, run_models
+from theloom.planning.estimates.estimate_file import Estimate
 from theloom.store import file_format, provenance, ring_buffer
 from theloom.terminal import lines
 
@@ -242,7 +243,7 @@ def own_estimate(run: Run, results: Path) -> Estimate | None:
         config = to_plain(to_config(run.stage("estimate")["config"]))
         if made_by != json.loads(json.dumps(provenance.without_home(config))):
             return None
-        return estimate.read(path)
+        return estimate_file.read(path)
     except (OSError, KeyError, ValueError, TheLoomError):
         return None
 
@@ -302,7 +303,7 @@ def _covered(settings: Config) -> ModelDims | None:
 
 
 def _from_estimate(settings: Config, estimated: Estimate, on_gpu: bool) -> dict[str, Any]:
-    precision = estimate.likely_precision(settings)
+    precision = run_models.likely_precision(settings)
     kind = _weight_format(settings, estimated, precision)
     store = store_precision(settings, precision)
     plan: dict[str, Any] = (

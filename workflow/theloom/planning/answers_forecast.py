@@ -6,6 +6,7 @@ from theloom.devices import gpu_specs
 from theloom.memory.sizes import Components
 from theloom.planning import answers_plan, disk, estimate, forecast
 from theloom.planning.answers_plan import MOST
+from theloom.planning.estimates import run_models
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def forecast_answers(
         TheLoomError: The target or the precision is unknown or unsupported.
     """
     settings = forecast.settings_of(target)
-    estimator = estimate.estimator_of(settings)
+    estimator = run_models.estimator_of(settings)
     kind = forecast.kind_of(settings, precision, estimator.own)
     size = answers_plan.size_of(estimator, kind, estimate.tied_head(settings), prompt, "cuda")
     batches = {}

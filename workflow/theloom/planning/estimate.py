@@ -5,41 +5,33 @@ starts is not known yet; `plan` then chooses among them. Predictions come in clo
 holds, else from traces. `load_model` traces and measures the pass that is planned in the end.
 """
 
-import json
 import logging
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from theloom import terminal
-from theloom.config.auto import store_precision, traceable_attention
-from theloom.config.frozen import to_config, to_plain
-from theloom.config.model_dims import dims_of_profile, numbers
+from theloom.config.auto import store_precision
 from theloom.config.schema import Config
 from theloom.errors import HookError, ModelError
 from theloom.hooks.points import EXPERT_INDICES, HookPoint, deepest_block
 from theloom.hooks.stages.resolution import check_one_resolution
-from theloom.memory import closed_form, stages
-from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of, row_bytes
-from theloom.memory.sizes import PeakBytes, Workload, by_category
+from theloom.memory import stages
+from theloom.memory.estimators import Estimator, row_bytes
+from theloom.memory.sizes import Workload, by_category
 from theloom.model import files, weight_format
 from theloom.model.adapters.files import find_adapters, local_adapters, merging_bytes
-from theloom.model.checkpoint.classes import has_own_code, is_whole_encoder_decoder
 from theloom.model.checkpoint.weights import check_stored
 from theloom.model.files import hf_config
-from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat, quantization_of
+from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat
 from theloom.planning import answers_plan, disk
 from theloom.planning.answers_plan import AnswersSize
+from theloom.planning.estimates import estimate_file, run_models
+from theloom.planning.estimates.estimate_file import Estimate, Pass
 from theloom.precision import BYTES, SCALED, handed
 from theloom.rows import expression
 from theloom.rows.pooling import ADDED_UP
-from theloom.store import file_format, provenance
-from theloom.store.hdf5.output import written
 from theloom.store.ring_buffer import RING_BYTES, bytes_on_device
 
 log = logging.getLogger(__name__)
@@ -49,89 +41,6 @@ SMALLEST_CHUNK = 64
 # Resident bytes of a process that has imported torch, transformers and h5py.
 HOST_PROCESS = 450_000_000
 DEFAULT_CONTEXT = 2048  # tokens, if the model's config names no limit
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The forward pass of one window. A batch of n windows takes n times the bytes.
-
-    Args:
-        tokens: of the window.
-        chunk_size: tokens of one step.
-        parts: bytes at the peak, with hook points written as they come.
-    """
-
-    tokens: int
-    chunk_size: int
-    parts: PeakBytes
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What is known of a run before anything is loaded.
-
-    Sizes are bytes. Dicts map a weight format (fp32, fp16, bf16, int8, int4, …) to bytes.
-    """
-
-    model_type: str
-    attention: str
-    device: str  # cpu or cuda: whose kernels the trace assumes
-    context_length: int  # tokens of the longest window
-    chunk_size: int  # requested
-    batch_tokens: int | None  # requested; None: the plan chooses
-    cache: str  # place of the KV cache of long documents: auto, device or offloaded
-    threshold: float  # share of the device's memory that may be in use
-    blocks: int  # that run: up to the deepest hook point
-    hooks: list[str]
-    weights: dict[str, int]  # loaded: up to the deepest hook point
-    load_peak: dict[str, int]
-    passes: dict[str, list[Pass]]
-    largest_capture: dict[str, int]  # per token: the largest requested hook point, as stored
-    row_bytes: dict[str, int]  # of a row's hidden states on disk, by precision of the store
-    host: dict[str, int]  # resident memory of a job that holds the model
-    rows: int | None  # that are stored at most; None: nothing bounds them
-    token_bytes: int  # of the tables on disk, for each token
-    table_bytes: int  # of all tables; where nothing bounds the tokens, of as many as there are rows
-    store: str = "auto"  # store.dtype, as requested
-    kept_of_window: int | None = None  # rows at most; None: any number of them
-    # of sampling, by weight format; empty: the run's own model samples no answers
-    answers: dict[str, AnswersSize] = field(default_factory=dict)
-    answers_batch: int | None = None  # requested
-    answers_tokens: int | None = None  # sampled at most; None: nothing bounds them
-    answers_disk: int | None = None  # bytes of answers.h5 and of its shards' files, at most
-    answers_seconds: dict[str, int] = field(default_factory=dict)  # of one job for all, at least
-
-    def disk_bytes(self, store_precision: str) -> int | None:
-        """Bytes of all shards together.
-
-        Args:
-            store_precision: of the stored rows: fp32, fp16, bf16, fp8_e4m3 or int8.
-
-        Returns:
-            Bytes; None if the number of rows is unknown.
-        """
-        if self.rows is None:
-            return None
-        return self.rows * self.row_bytes[store_precision] + self.table_bytes
-
-    def find(self, kind: str, tokens: int, chunk_size: int) -> PeakBytes:
-        """Bytes of one window, scaled from the smallest predicted pass that covers it.
-
-        Args:
-            kind: name of the weight format.
-            tokens: of the window.
-            chunk_size: tokens of one step.
-
-        Returns:
-            Bytes at the peak; from the longest single pass if no predicted pass covers the window.
-        """
-        for candidate in sorted(self.passes[kind], key=lambda p: p.tokens):
-            if candidate.tokens >= tokens and candidate.chunk_size == chunk_size:
-                return candidate.parts.times(tokens / candidate.tokens)
-        one_pass = max(
-            (p for p in self.passes[kind] if p.tokens <= p.chunk_size), key=lambda p: p.tokens
-        )
-        return one_pass.parts.times(tokens / one_pass.tokens)
 
 
 def chunk_sizes(largest: int) -> list[int]:
@@ -177,7 +86,9 @@ def estimate(config: Config, estimator: Estimator, device: str = "cpu") -> Estim
         context = min(context, config.corpus.max_tokens + disk.answer_tokens(config))
     chunk_size = min(config.memory.streaming_chunk_size, context)
     passes = {}
-    likely = weight_format.weight_format_of(config, likely_precision(config), estimator.own)
+    likely = weight_format.weight_format_of(
+        config, run_models.likely_precision(config), estimator.own
+    )
     for kind in _wanted(config, estimator.own):
         try:
             passes[kind.name] = _passes(estimator, kind, points, context, chunk_size, device)
@@ -416,12 +327,12 @@ def run_estimate(config: Config, output: Path) -> None:
             check_adapters(hf_config(config.model), adapters, config.model.trust_remote_code)
     device = "cpu" if config.extraction.device == "cpu" else "cuda"
     try:
-        estimator = estimator_of(config)
+        estimator = run_models.estimator_of(config)
         log.info("by %s", estimator.method)
         result = estimate(config, estimator, device)
     except (ModelError, HookError) as error:
         raise stages.instead(config, error) from None
-    precision = likely_precision(config)
+    precision = run_models.likely_precision(config)
     needed = result.disk_bytes(store_precision(config, precision))
     if needed is not None:
         needed += result.answers_disk or 0
@@ -429,7 +340,7 @@ def run_estimate(config: Config, output: Path) -> None:
         more = f"; {result.token_bytes} bytes for the tables of each further token"
         unbounded = config.corpus.max_tokens is None
         log.info("disk: %s%s", terminal.format_bytes(needed), more if unbounded else "")
-    write(result, config, output)
+    estimate_file.write(result, config, output)
     chosen = weight_format.weight_format_of(config, precision, estimator.own)
     kind = chosen.name
     log.info(
@@ -464,229 +375,3 @@ def run_estimate(config: Config, output: Path) -> None:
             total,
             parts,
         )
-
-
-def estimator_of(
-    config: Config, trace: bool = False, filters: Sequence[str] | None = None, held: bool = False
-) -> Estimator:
-    """Choose the estimator of a model: closed form if it covers model and hook points, else trace.
-
-    Args:
-        config: the run's config.
-        trace: trace the model even if a closed form exists.
-        filters: hook filter to use instead of the config's.
-        held: hook points stay on the device until the end of the pass.
-
-    Returns:
-        The estimator.
-
-    Raises:
-        HookError: the model lacks a requested hook point.
-    """
-    declared, attention = config.model.architecture, config.extraction.attention.name
-    own, own_code = None, False
-    if declared is None:
-        model_config = hf_config(config.model)
-        size, own = numbers(model_config), quantization_of(config, model_config)
-        own_code = bool(has_own_code(model_config, config.model.trust_remote_code))
-    else:
-        size = dims_of_profile(declared)
-    covered = own is None and not own_code and closed_form.covers(size)
-    if covered and attention != "eager" and not trace:
-        closed = ClosedForm(size)
-        requested = config.memory.activation_cache_filter if filters is None else filters
-        if closed.covers(closed.catalog().select(requested), held):
-            return closed
-    return Traced(
-        model_config if declared is None else config_of(declared),
-        traceable_attention(attention),
-        config.model.trust_remote_code,
-    )
-
-
-def halves(config: Config) -> list[Config]:
-    """The run's config for each half of its model.
-
-    Args:
-        config: the run's config.
-
-    Returns:
-        Two configs, of the encoder and of the decoder, where the model has both and the hook points
-        name neither; else the config itself.
-
-    Raises:
-        ModelError: the model's own config cannot be read.
-    """
-    if config.model.architecture is not None:
-        return [config]
-    model_config = hf_config(config.model)
-    own = has_own_code(model_config, config.model.trust_remote_code)
-    if own or not is_whole_encoder_decoder(model_config):
-        return [config]
-    return [with_side(config, side) for side in ("encoder", "decoder")]
-
-
-def as_it_reads(config: Config, modality: str | None = None) -> Config:
-    """The same config for a model of images or audio, whatever the corpus is.
-
-    Args:
-        config: the run's config.
-        modality: what is read of a model that reads several; None: what it reads alone.
-
-    Returns:
-        A copy where the model reads no texts; else the config itself.
-
-    Raises:
-        ModelError: the model's own config cannot be read, or it does not read the modality.
-    """
-    if config.model.architecture is not None or config.model.modality is not None:
-        return config
-    modality = modality or files.reads(config.model)
-    if modality is None:
-        return config
-    plain = to_plain(config)
-    found = to_config(plain | {"model": plain["model"] | {"modality": modality}})
-    model_config = hf_config(found.model)
-    if model_config.is_encoder_decoder and found.model.side is None:
-        return with_side(found, "encoder")
-    return found
-
-
-def with_side(config: Config, side: str) -> Config:
-    """The same config with one half of an encoder-decoder chosen.
-
-    Args:
-        config: the run's config.
-        side: `encoder` or `decoder`.
-
-    Returns:
-        A copy.
-    """
-    plain = to_plain(config)
-    return to_config(plain | {"model": plain["model"] | {"side": side}})
-
-
-def likely_precision(config: Config) -> str:
-    """Predict what `precision_mode` resolves to.
-
-    It does not look at this machine's device, since the job may run on another machine.
-
-    Args:
-        config: the run's config.
-
-    Returns:
-        `fp32`, `fp16` or `bf16`.
-    """
-    requested = config.memory.precision_mode.name
-    if requested == "auto":
-        return "fp32" if config.extraction.device == "cpu" else "bf16"
-    return requested
-
-
-_BY_KIND = (
-    "weights",
-    "load_peak",
-    "host",
-    "largest_capture",
-    "row_bytes",
-)
-
-_SINGLE = (
-    "model_type",
-    "attention",
-    "device",
-    "context_length",
-    "chunk_size",
-    "cache",
-    "threshold",
-    "blocks",
-    "store",
-    "token_bytes",
-    "table_bytes",
-)
-_OPTIONAL = (
-    "rows",
-    "batch_tokens",
-    "answers_batch",
-    "answers_tokens",
-    "answers_disk",
-    "kept_of_window",
-)
-
-_PASS = np.dtype(
-    [(name, "<i8") for name in ("tokens", "chunk_size", *(f.name for f in fields(PeakBytes)))]
-)
-
-
-def write(estimate: Estimate, config: Config, output: Path) -> None:
-    """Write `estimate.h5`.
-
-    Args:
-        estimate: what to write.
-        config: the run's config, recorded as provenance.
-        output: path of the file.
-    """
-    with written(output) as file:
-        values = {name: getattr(estimate, name) for name in _SINGLE}
-        file_format.set_attributes(
-            file,
-            provenance.attributes(
-                "estimate", config=to_plain(config), hooks=estimate.hooks, **values
-            ),
-        )
-        file_format.set_attributes(
-            file, {n: v for n in _OPTIONAL if (v := getattr(estimate, n)) is not None}
-        )
-        for name in _BY_KIND:
-            file_format.set_attributes(file.create_group(name), getattr(estimate, name))
-        answers_plan.write(file, estimate.answers)
-        for kind, seconds in estimate.answers_seconds.items():
-            file[f"answers/{kind}"].attrs["seconds"] = seconds
-        for kind, passes in estimate.passes.items():
-            file[f"passes/{kind}"] = np.array(
-                [(p.tokens, p.chunk_size, *astuple(p.parts)) for p in passes], _PASS
-            )
-
-
-def read(path: Path) -> Estimate:
-    """Read `estimate.h5`.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        The estimate, equal to the one that was written.
-    """
-    with file_format.open_h5(path, "estimate") as file:
-        single: dict[str, Any] = {
-            name: _plain(file.attrs.get(name)) for name in (*_SINGLE, *_OPTIONAL)
-        }
-        for name in ("token_bytes", "table_bytes"):  # none in files of earlier versions
-            single[name] = single[name] or 0
-        by_kind: dict[str, Any] = {
-            name: {kind: int(value) for kind, value in file[name].attrs.items()}
-            for name in _BY_KIND
-        }
-        passes = {
-            kind: [
-                Pass(int(row[0]), int(row[1]), PeakBytes(*(int(n) for n in list(row)[2:])))
-                for row in rows[:]
-            ]
-            for kind, rows in file["passes"].items()
-        }
-        return Estimate(
-            hooks=json.loads(file.attrs["hooks"]),
-            passes=passes,
-            answers=answers_plan.read(file),
-            answers_seconds={
-                kind: int(group.attrs["seconds"])
-                for kind, group in (file["answers"].items() if "answers" in file else ())
-                if "seconds" in group.attrs
-            },
-            **single,
-            **by_kind,
-        )
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | float | None) else int(value)

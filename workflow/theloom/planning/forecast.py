@@ -26,6 +26,7 @@ from theloom.memory.sizes import Components, PeakBytes, Workload
 from theloom.model import weight_format
 from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat
 from theloom.planning import disk, estimate, execution_modes
+from theloom.planning.estimates import run_models
 from theloom.planning.execution_modes import GPUModes, Layerwise
 from theloom.precision import BYTES
 from theloom.store.provenance import PACKAGES, package_version
@@ -145,13 +146,13 @@ def forecast(
         >>> forecast("7b", "bf16", windows=1, tokens=2048).kv_cache
         268435456
     """
-    settings = estimate.as_it_reads(settings_of(target))
+    settings = run_models.as_it_reads(settings_of(target))
     requested = settings.memory.activation_cache_filter if filters is None else filters
     if (side := auto.side(requested)) and settings.model.side is None:
-        settings = estimate.with_side(settings, side)
+        settings = run_models.with_side(settings, side)
     if named := auto.stages(requested):
         settings = stages.with_stages(settings, named)
-    estimator = estimate.estimator_of(settings, trace, requested, held=True)
+    estimator = run_models.estimator_of(settings, trace, requested, held=True)
     kind = kind_of(settings, precision, estimator.own)
     residuals = residual_points(estimator.size.num_blocks, estimator.size.hidden_size)
     catalog = estimator.catalog()

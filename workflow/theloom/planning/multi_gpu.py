@@ -21,7 +21,7 @@ from theloom.errors import MemoryPlanError
 from theloom.memory.sizes import with_device_overhead
 from theloom.model.weight_format import WeightFormat
 from theloom.planning import plan
-from theloom.planning.estimate import Estimate, Pass
+from theloom.planning.estimates.estimate_file import Estimate, Pass
 from theloom.planning.plan import Correction, Planned
 from theloom.store.ring_buffer import RING_BYTES, bytes_ahead
 

@@ -16,7 +16,8 @@ from theloom.devices.workspace import Capability
 from theloom.errors import MemoryPlanError
 from theloom.memory import sizes
 from theloom.memory.sizes import Components, PeakBytes, Workload
-from theloom.planning.estimate import SMALLEST_CHUNK, Estimate, chunk_sizes
+from theloom.planning.estimate import SMALLEST_CHUNK, chunk_sizes
+from theloom.planning.estimates.estimate_file import Estimate
 from theloom.store.ring_buffer import bytes_on_device
 
 log = logging.getLogger(__name__)

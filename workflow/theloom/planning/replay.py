@@ -16,7 +16,7 @@ from theloom.memory.estimators import Traced
 from theloom.memory.sizes import FRAGMENTATION, BlockSizes, Workload
 from theloom.model.length_switches import LengthSwitch
 from theloom.model.weight_format import WeightFormat
-from theloom.planning.estimate import Estimate
+from theloom.planning.estimates.estimate_file import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan
 from theloom.planning.plan import Plan, forward, longest_pass
 

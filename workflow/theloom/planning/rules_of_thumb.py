@@ -15,7 +15,8 @@ from theloom.memory.closed_form import parameters
 from theloom.memory.estimators import Estimator
 from theloom.memory.sizes import Components, Workload
 from theloom.model.weight_format import WEIGHT_FORMATS, WeightFormat
-from theloom.planning import estimate, forecast
+from theloom.planning import forecast
+from theloom.planning.estimates import run_models
 
 # nominal size, in billions of parameters
 PROFILES = {"3b": 3, "7b": 7, "13b": 13, "30b": 30, "70b": 70}
@@ -106,7 +107,7 @@ def totals_table() -> list[Row]:
 
 def _of(profile: str) -> tuple[Config, Estimator]:
     settings = forecast.settings_of(profile)
-    return settings, estimate.estimator_of(settings)
+    return settings, run_models.estimator_of(settings)
 
 
 def _row(profile: str, settings: Config, cells: dict[str, Cell], gpus: dict[str, str]) -> Row:

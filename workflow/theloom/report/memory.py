@@ -7,8 +7,8 @@ import numpy as np
 
 from theloom.devices import gpu_specs
 from theloom.memory import sizes
-from theloom.planning import estimate
-from theloom.planning.estimate import Estimate
+from theloom.planning.estimates import estimate_file
+from theloom.planning.estimates.estimate_file import Estimate
 from theloom.report import style
 from theloom.report.style import Drawn, Table
 from theloom.store import file_format
@@ -128,7 +128,7 @@ def fits_on(estimate_path: Path, title: str) -> Drawn:
     Returns:
         The figure.
     """
-    result = estimate.read(estimate_path)
+    result = estimate_file.read(estimate_path)
     kinds = [kind for kind in ("fp32", "fp16", "bf16", "int8", "int4") if kind in result.passes]
     gpus = [gpu for gpu in gpu_specs.gpus() if gpu.name in gpu_specs.REPORTED]
     rows = []

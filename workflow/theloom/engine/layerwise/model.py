@@ -37,7 +37,7 @@ from theloom.model.loading import LoadedModel, Target
 from theloom.model.quantization import check_runs_on_the_cpu
 from theloom.model.weight_format import WeightFormat
 from theloom.planning import layerwise_plan, plan
-from theloom.planning.estimate import Estimate
+from theloom.planning.estimates.estimate_file import Estimate
 from theloom.planning.layerwise_plan import LayerwisePlan, PassOf, need
 from theloom.planning.plan import Plan, max_batch_tokens
 
