@@ -6,7 +6,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from theloom.store import compression, file_format
+from theloom.store import compression
+from theloom.store.hdf5 import element_types
 from theloom.store.hdf5.output import written
 
 ROWS = np.random.default_rng(0).integers(0, 1 << 16, (5000, 64)).astype("<u2")
@@ -16,7 +17,9 @@ def pack(path):
     """A packed dataset between two others."""
     with written(path) as file:
         file["before"] = np.arange(3)
-        dataset = compression.create_packed(file, "rows", ROWS.shape, file_format.hdf5_type("bf16"))
+        dataset = compression.create_packed(
+            file, "rows", ROWS.shape, element_types.hdf5_type("bf16")
+        )
         compression.write(dataset, lambda start, stop: ROWS[start:stop], file.check)
         file["after"] = np.arange(4)
 

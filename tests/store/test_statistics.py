@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from theloom.precision import precision_of, torch_dtype
-from theloom.store import file_format, statistics
+from theloom.store import statistics
+from theloom.store.hdf5 import element_types
 
 
 def rows(count: int, precision: str = "fp32") -> torch.Tensor:
@@ -17,7 +18,7 @@ def rows(count: int, precision: str = "fp32") -> torch.Tensor:
 
 def of(values: torch.Tensor, hook: str = "x", pieces: int = 1) -> statistics.Statistics:
     found = statistics.empty_statistics(hook, values.shape[1])
-    for piece in np.array_split(file_format.bits(values), pieces):
+    for piece in np.array_split(element_types.bits(values), pieces):
         found.add(piece, precision_of(values.dtype))
     return found
 

@@ -20,6 +20,7 @@ from theloom.hooks.points import residual_points
 from theloom.store import commit_log, file_format
 from theloom.store import writer as writer_module
 from theloom.store.commit_log import RECORD, committed
+from theloom.store.hdf5 import element_types
 from theloom.store.writer import ShardWriter
 
 
@@ -60,11 +61,11 @@ def test_rows_hashes_and_tables_are_what_was_written(tmp_path, precision):
             expected = torch.cat([values(w, point.name, torch_dtype(precision)) for w in range(3)])
             stored = file[f"hooks/{point.name}/activations"]
             assert stored.chunks is None
-            assert file_format.precision_of(stored) == precision
+            assert element_types.precision_of(stored) == precision
             assert np.array_equal(stored[:].astype("f8"), expected.double().numpy())
             for window in range(3):
                 rows = values(window, point.name, torch_dtype(precision))
-                digest = xxhash.xxh3_64_intdigest(file_format.bits(rows).tobytes())
+                digest = xxhash.xxh3_64_intdigest(element_types.bits(rows).tobytes())
                 assert file["windows/hash"][window, number] == digest
         assert file["documents/id"][:].tolist() == [b"d0", b"d1", b"d2"]
         assert committed(file["commit_log"][:]) == 3

@@ -25,6 +25,7 @@ from theloom.exports import export
 from theloom.hooks.points import residual_points
 from theloom.precision import torch_dtype
 from theloom.store import file_format, provenance
+from theloom.store.hdf5 import element_types
 from theloom.store.shard_file import ShardSpec, ShardTokens
 from theloom.store.writer import ShardWriter
 from theloom.terminal import table
@@ -86,7 +87,7 @@ def write_plainly(path: Path, size: int, block: int, rows: torch.Tensor) -> None
     """As many bytes in pieces of a window, fdatasync after every block: preallocated, as the
     writer's file is.
     """
-    piece = file_format.raw_bytes(rows[0])
+    piece = element_types.raw_bytes(rows[0])
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     os.posix_fallocate(fd, 0, size)
     os.fsync(fd)

@@ -28,7 +28,7 @@ from theloom.precision import SCALED
 from theloom.store import checksums, compression, file_format, index, token_texts
 from theloom.store.encoding import scaled
 from theloom.store.file_format import METRICS
-from theloom.store.hdf5 import byte_source
+from theloom.store.hdf5 import byte_source, element_types
 from theloom.store.hdf5.output import written
 from theloom.store.lock import WriterLock
 from theloom.store.statistics import (
@@ -161,7 +161,7 @@ def _type(name: str, precision: str) -> h5py.h5t.TypeID:
     """The HDF5 type of a dataset of tokens, rows or scales."""
     if name in TOKENS:
         return h5py.h5t.STD_I32LE
-    return file_format.hdf5_type("fp32" if parts.is_scale(name) else precision)
+    return element_types.hdf5_type("fp32" if parts.is_scale(name) else precision)
 
 
 def _checked(path: Path, number: int, texts: dict[int, str]) -> _Shard:
@@ -326,7 +326,11 @@ def _pack(
 ) -> None:
     """Unpack the rows of all shards and pack them again: the new chunks begin elsewhere."""
     rows = Rows(
-        [s.part for s in shards], Maps(), name, dataset.shape[1:], file_format.bits_dtype(precision)
+        [s.part for s in shards],
+        Maps(),
+        name,
+        dataset.shape[1:],
+        element_types.bits_dtype(precision),
     )
     compression.write(dataset, lambda start, stop: rows.numpy(slice(start, stop)), check)
 

@@ -20,7 +20,7 @@ import numpy as np
 from theloom.errors import StoreError, printable
 from theloom.precision import SCALED
 from theloom.store import checksums, commit_log, file_format
-from theloom.store.hdf5 import byte_source, content
+from theloom.store.hdf5 import byte_source, content, element_types
 from theloom.store.hdf5.byte_source import ByteSource, Readable
 from theloom.store.hdf5.objects import Link, Objects
 from theloom.store.index import FileIndex
@@ -208,11 +208,11 @@ def numpy_type(name: str, precision: str) -> np.dtype:
         precision: of the stored rows.
 
     Returns:
-        `row_type` of a table of tokens, float32 of scales, `file_format.bits_dtype` of rows.
+        `row_type` of a table of tokens, float32 of scales, `element_types.bits_dtype` of rows.
     """
     if _of_tokens(name):
         return row_type(name)
-    return np.dtype("<f4") if is_scale(name) else file_format.bits_dtype(precision)
+    return np.dtype("<f4") if is_scale(name) else element_types.bits_dtype(precision)
 
 
 def more_tables(listed: FileIndex) -> list[str]:

@@ -25,7 +25,7 @@ from theloom.precision import SCALED, read_as
 from theloom.remote.folder import find
 from theloom.store import checksums, file_format, index, token_texts
 from theloom.store.file_format import hook_path
-from theloom.store.hdf5 import byte_source, content
+from theloom.store.hdf5 import byte_source, content, element_types
 from theloom.store.hdf5.objects import Objects
 from theloom.store.statistics import Statistics, read_statistics
 from theloom.store.tables import tokens as token_tables
@@ -107,7 +107,7 @@ class ActivationsReader:
         rows = self.attributes["rows"]
         if not isinstance(rows, int) or rows < 0 or len({*self.hooks}) != len(self.hooks):
             raise ValueError("its attributes rows or hooks have another form")
-        file_format.bits_dtype(self.stored_as)
+        element_types.bits_dtype(self.stored_as)
         self._names = parts.names_of(self.attributes)
         self._widths = {name: listed.datasets[name].shape[1:] for name in self._names}
         more = parts.more_tables(listed)
@@ -249,7 +249,7 @@ class ActivationsReader:
         width, of = self._widths[name], (self._parts, self._maps)
         if self.stored_as not in SCALED:
             return HookRows(*of, name, width, self.stored_as).taking(self._chosen)
-        codes = Rows(*of, name, width, file_format.bits_dtype(self.stored_as))
+        codes = Rows(*of, name, width, element_types.bits_dtype(self.stored_as))
         scales = Rows(*of, file_format.scale_path(hook), (), np.dtype("<f4"))
         return ScaledRows(codes, scales, self.stored_as).taking(self._chosen)
 

@@ -13,8 +13,8 @@ import numpy as np
 from theloom.dataset.maps import Maps
 from theloom.dataset.parts import Part
 from theloom.precision import read_as
-from theloom.store import file_format
 from theloom.store.encoding import scaled
+from theloom.store.hdf5 import element_types
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ class Rows:
             index: a number, a slice, an array of numbers in any order, or a mask; `...`: all rows.
 
         Returns:
-            The stored bits (`file_format.bits_dtype`), or token numbers; always a copy.
+            The stored bits (`element_types.bits_dtype`), or token numbers; always a copy.
 
         Raises:
             IndexError: a row is beyond the dataset, or a mask has another length.
@@ -184,7 +184,7 @@ class HookRows(Rows):
     def __init__(
         self, parts: Sequence[Part], maps: Maps, name: str, width: tuple[int, ...], precision: str
     ) -> None:
-        super().__init__(parts, maps, name, width, file_format.bits_dtype(precision))
+        super().__init__(parts, maps, name, width, element_types.bits_dtype(precision))
         self._precision = precision
 
     def __repr__(self) -> str:
@@ -245,7 +245,7 @@ class HookRows(Rows):
         Returns:
             A tensor of the same shape; nothing is copied.
         """
-        return file_format.tensor_from_bits(bits, self._precision)
+        return element_types.tensor_from_bits(bits, self._precision)
 
 
 class ScaledRows(HookRows):

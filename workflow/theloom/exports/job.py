@@ -19,7 +19,7 @@ import numpy as np
 from theloom.errors import ConfigError, StoreError, printable
 from theloom.exports.folder import whole
 from theloom.rows.roles import ROLES, code
-from theloom.store import file_format
+from theloom.store.hdf5 import element_types
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ class Job:
 
         stored = self.stored(hook)
         if out.dtype == stored.dtype:
-            stored.read_into(file_format.shared_bits(out), start)
+            stored.read_into(element_types.shared_bits(out), start)
         else:
             width = max(1, out[:1].numel())
             step = max(1, _READ_BYTES // (width * stored.dtype.itemsize))
@@ -135,7 +135,7 @@ class Job:
             for first in range(0, len(out), step):
                 some = out[first : first + step]
                 found = read[: len(some)]
-                stored.read_into(file_format.shared_bits(found), start + first)
+                stored.read_into(element_types.shared_bits(found), start + first)
                 pieces = max(1, _ELEMENTS // width)
                 for to, of in zip(some.split(pieces), found.split(pieces), strict=True):
                     to.copy_(of)

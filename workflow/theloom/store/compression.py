@@ -23,7 +23,7 @@ from theloom.errors import StoreError
 from theloom.precision import SCALED
 from theloom.store import checksums, file_format
 from theloom.store.encoding import scaled
-from theloom.store.hdf5 import byte_source, content
+from theloom.store.hdf5 import byte_source, content, element_types
 from theloom.store.hdf5.byte_source import ByteSource
 from theloom.store.hdf5.objects import Objects
 from theloom.store.hdf5.output import written
@@ -54,7 +54,7 @@ def create_packed(
         group: the file, or a group of it.
         name: of the dataset; groups in it are created.
         shape: of the dataset; a chunk holds whole rows, of 256 KiB or one.
-        type_id: its HDF5 type, from `file_format.hdf5_type`.
+        type_id: its HDF5 type, from `element_types.hdf5_type`.
 
     Returns:
         The dataset, empty.
@@ -143,14 +143,14 @@ def pack_shard(partial: Path, path: Path) -> None:
             # for where the garbage collector frees an object of h5py in one of them
             for hook in list(source["hooks"]):
                 rows = source["hooks"][hook]["activations"]
-                precision = file_format.precision_of(rows)
+                precision = element_types.precision_of(rows)
                 dataset = create_packed(
                     target, file_format.hook_path(hook), rows.shape, rows.id.get_type()
                 )
                 if precision in SCALED:
                     scaled.describe(dataset, precision)
                     source.copy(file_format.scale_path(hook), target[f"hooks/{hook}"])
-                bits = file_format.bits_dtype(precision)
+                bits = element_types.bits_dtype(precision)
                 offset = file_format.byte_offset(rows)
                 if rows.size:
                     mapped = np.memmap(partial, bits, "r", offset, rows.shape)
@@ -198,7 +198,7 @@ class PackedRows:
         path: of it, for messages.
         name: of the dataset.
         shape: of the dataset.
-        dtype: of its bits, from `file_format.bits_dtype`.
+        dtype: of its bits, from `element_types.bits_dtype`.
 
     Raises:
         StoreError: the file is damaged, or lacks chunks.

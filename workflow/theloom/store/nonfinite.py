@@ -29,7 +29,7 @@ def count_nonfinite(bits: np.ndarray, precision: str, masked: bool = False) -> i
     """Count the values that are NaN or infinite.
 
     Args:
-        bits: Of the values, `file_format.bits_dtype`, of any shape.
+        bits: Of the values, `element_types.bits_dtype`, of any shape.
         precision: `fp32`, `fp16` or `bf16`.
         masked: Leave out -inf, which scores of masked keys are.
 

@@ -24,6 +24,7 @@ from theloom.store.commit_log import RECORD
 from theloom.store.encoding import scaled
 from theloom.store.encoding.rows_at import RowsAt
 from theloom.store.file_format import METRICS, hook_path, scale_path
+from theloom.store.hdf5 import element_types
 from theloom.store.hdf5.output import written
 from theloom.store.tables import columns
 from theloom.store.tables import tokens as token_tables
@@ -250,12 +251,12 @@ def _lay_out(file: h5py.File, spec: ShardSpec) -> None:
         # contiguous: a row's offset is arithmetic, so rows are written in any order without HDF5,
         # and a reader maps them
         rows = file_format.create_contiguous(
-            file, hook_path(point.name), shape, file_format.hdf5_type(spec.precision)
+            file, hook_path(point.name), shape, element_types.hdf5_type(spec.precision)
         )
         if spec.precision in SCALED:
             scaled.describe(rows, spec.precision)
             file_format.create_contiguous(
-                file, scale_path(point.name), shape[:1], file_format.hdf5_type("fp32")
+                file, scale_path(point.name), shape[:1], element_types.hdf5_type("fp32")
             )
     index.write_index(file)
 

@@ -62,7 +62,7 @@ class Statistics:
         """Add rows.
 
         Args:
-            bits: of the rows, (rows, …), as `file_format.bits` returns them.
+            bits: of the rows, (rows, …), as `element_types.bits` returns them.
             precision: `fp32`, `fp16` or `bf16`.
         """
         flat = bits.reshape(len(bits), -1)
@@ -145,7 +145,7 @@ def as_float32(bits: np.ndarray, precision: str) -> np.ndarray:
     """Widen stored values.
 
     Args:
-        bits: (…) as `file_format.bits_dtype` has them.
+        bits: (…) as `element_types.bits_dtype` has them.
         precision: of the store: fp32, fp16 or bf16.
 
     Returns:

@@ -20,7 +20,7 @@ from theloom.devices import streams
 from theloom.devices.pinned import pinned_empty
 from theloom.devices.streams import DONE, Mark, SideStreams
 from theloom.store import file_format
-from theloom.store.file_format import raw_bytes
+from theloom.store.hdf5.element_types import raw_bytes
 from theloom.store.ring_buffer import IN_FLIGHT
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from theloom.precision import SCALE_BYTES, SCALED, read_as
-from theloom.store import file_format
 from theloom.store.encoding import scaled
+from theloom.store.hdf5 import element_types
 from theloom.store.statistics import tile_rows
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def parts_of(rows: "torch.Tensor", precision: str) -> list[memoryview]:
         The bytes of the elements, and those of the scales where rows have them.
     """
     if precision not in SCALED:
-        return [file_format.raw_bytes(rows)]
-    codes = np.empty(tuple(rows.shape), file_format.bits_dtype(precision))
+        return [element_types.raw_bytes(rows)]
+    codes = np.empty(tuple(rows.shape), element_types.bits_dtype(precision))
     scales = np.empty(len(rows), "<f4")
     step = tile_rows(rows[:1].numel()) * _TILES_AT_ONCE  # so that few rows are in memory as FP32
     for start in range(0, len(rows), step):
@@ -66,7 +66,7 @@ class RowsAt:
     @property
     def places(self) -> list[tuple[int, int]]:
         """The offset and the bytes of a row, of each part of `parts_of`."""
-        size = self.width * file_format.bits_dtype(self.precision).itemsize
+        size = self.width * element_types.bits_dtype(self.precision).itemsize
         scales = [] if self.scale_offset is None else [(self.scale_offset, SCALE_BYTES)]
         return [(self.offset, size), *scales]
 
@@ -98,9 +98,9 @@ class RowsAt:
 
         Yields:
             The bits of rows in the precision `read_as`, (rows, elements of a row), as
-            `file_format.bits_dtype` has them.
+            `element_types.bits_dtype` has them.
         """
-        dtype = file_format.bits_dtype(self.precision)
+        dtype = element_types.bits_dtype(self.precision)
         for start, count in self._tiles(begin, end):
             first, *rest = (
                 os.pread(fd, count * size, offset + start * size) for offset, size in self.places
@@ -108,7 +108,7 @@ class RowsAt:
             rows = np.frombuffer(first, dtype).reshape(count, -1)
             if rest:
                 values = scaled.decode(rows, np.frombuffer(rest[0], "<f4"), self.precision)
-                rows = values.view(file_format.bits_dtype(read_as(self.precision)))
+                rows = values.view(element_types.bits_dtype(read_as(self.precision)))
             yield rows
 
     def _tiles(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
