@@ -23,8 +23,9 @@ from theloom.model.checkpoint.classes import (
     has_own_code,
     model_class,
 )
+from theloom.model.checkpoint.inner_keys import report_held_back
 from theloom.model.checkpoint.key_mapping import key_mapping
-from theloom.model.checkpoint.weights import check_loaded, report_held_back, tensors_in
+from theloom.model.checkpoint.weights import check_loaded, tensors_in
 from theloom.model.files import ModelFiles, config_in, hf_config
 from theloom.model.quantization import bitsandbytes_config, one_tensor_at_a_time
 from theloom.model.weight_format import quantization_of

@@ -2,9 +2,11 @@
 without one, where transformers itself does not take that part off.
 """
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from theloom.model.checkpoint.classes import model_class
@@ -13,6 +15,21 @@ from theloom.model.weight_format import quantization_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+@contextmanager
+def report_held_back() -> Iterator[None]:
+    """Transformers does not print its table of keys within: `check_loaded` says what is in it."""
+    theirs = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    theirs.addFilter(other)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(other)
 
 
 def load_without_bytes(
@@ -31,7 +48,7 @@ def load_without_bytes(
     import torch
 
     empty = {key: torch.empty(t.shape, device="meta") for key, t in stored.items()}
-    with bounded_build():
+    with bounded_build(), report_held_back():
         loaded: tuple[Any, Mapping[str, Any]] = model_class(model_config).from_pretrained(
             None,
             config=model_config,

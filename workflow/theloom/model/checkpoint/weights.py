@@ -2,8 +2,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +100,8 @@ def check_stored(model_config: "PretrainedConfig", folder: Path, config: ModelCo
         return
     model_class(model_config)  # raises where there is none
     try:
-        with report_held_back():
-            mapping = key_mapping(model_config, stored)
-            model, info = load_without_bytes(model_config, stored, mapping)
+        mapping = key_mapping(model_config, stored)
+        model, info = load_without_bytes(model_config, stored, mapping)
     except ModelError:
         raise
     except Exception as error:  # whatever transformers raises at a config is a fault of its values
@@ -137,21 +135,6 @@ def _check_types(
             f"({_few_names(wrong)}), and its config.json has no quantization_config that says how "
             "to read them; take the unquantised weights, in FP32, FP16 or BF16"
         )
-
-
-@contextmanager
-def report_held_back() -> Iterator[None]:
-    """Within the context transformers does not print its table: `check` says what is in it."""
-    theirs = logging.getLogger("transformers.modeling_utils")
-
-    def other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    theirs.addFilter(other)
-    try:
-        yield
-    finally:
-        theirs.removeFilter(other)
 
 
 def check_loaded(
