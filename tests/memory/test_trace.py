@@ -26,6 +26,8 @@ FILTERS = {
     "all": ["blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"],
 }
 WORKLOADS = {"one pass": Workload(2, 512, 512), "streamed": Workload(2, 640, 192)}
+# A processor without instructions for BF16 takes ten times as long for its products
+BF16_WORKLOADS = {"one pass": Workload(1, 300, 300), "streamed": Workload(1, 400, 128)}
 INSIDE = [
     "blocks.*.attn.hook_pattern",
     "blocks.1.*.hook_normalized",
@@ -47,7 +49,8 @@ def real_peak(described, workload, points, warm_up) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_trace_gives_the_peak_of_the_cpu_allocator(name: str, precision: str) -> None:
-    far = errors(name, precision, FILTERS, WORKLOADS)
+    workloads = WORKLOADS if precision == "fp32" else BF16_WORKLOADS
+    far = errors(name, precision, FILTERS, workloads)
     assert all(-1e-3 - share <= error <= 1e-3 for error, share in far.values()), far
 
 
