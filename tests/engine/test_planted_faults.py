@@ -220,13 +220,22 @@ def test_a_value_freed_before_it_is_copied_is_noticed(runs, monkeypatch):
 
 def test_a_ring_that_gives_a_place_twice_is_noticed(runs, monkeypatch):
     original = ShardWriter.write
+    placed, written = [0], [0]
 
-    def slowly(*args: Any) -> None:
-        time.sleep(0.002)
+    def the_same_place(self: Any, size: int) -> int:
+        placed[0] += 1
+        return 0
+
+    def behind(*args: Any) -> None:
+        """Write when the next values have their places, however slow the machine is."""
+        written[0] += 1
+        end = time.monotonic() + 0.5  # behind the last values none come
+        while placed[0] < written[0] + 2 and time.monotonic() < end:
+            time.sleep(0.001)
         original(*args)
 
-    monkeypatch.setattr(Ring, "_room_for", lambda self, size: 0)
-    monkeypatch.setattr(ShardWriter, "write", slowly)
+    monkeypatch.setattr(Ring, "_room_for", the_same_place)
+    monkeypatch.setattr(ShardWriter, "write", behind)
     for name in ("chunks", "layerwise"):
         assert runs[name].noticed
 
