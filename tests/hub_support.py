@@ -222,6 +222,8 @@ def run_on(server: Hub, home: Path, *words: str) -> "subprocess.CompletedProcess
     """
     settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "hf_none"}
     settings["HF_HUB_DISABLE_XET"] = "1"
+    own = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, own))
     environment = {n: v for n, v in os.environ.items() if n != "HF_HUB_OFFLINE"} | settings
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=1800
