@@ -17,7 +17,7 @@ from theloom.corpus.spooled.files import Files
 from theloom.corpus.spooled.ids import SeenIds
 from theloom.corpus.spooled.spool import Numbers, Spool
 from theloom.corpus.spooled.values import TYPES, StoredValues, ValueSpool
-from theloom.corpus.tokens_file import reading
+from theloom.corpus.tokens_file import growing, reading
 from theloom.pipeline import job
 
 
@@ -112,8 +112,8 @@ def small_pieces(monkeypatch):
     """What is held in memory at once is so little that a test's corpus has many times as much."""
     for module, name in (
         *((spool, "_SPOOLED"), (spool, "_TEXTS"), (spool, "_NUMBERS"), (values, "_TOGETHER")),
-        *((windows, "_PIECE"), (windows, "_OFFSETS"), (tokens, "_BUFFERED"), (tokens, "_HASHED")),
-        *((gather, "_PIECE"), (gather, "_DOCUMENTS"), (kept, "_AT_ONCE"), (tokens, "_WINDOWS")),
+        *((windows, "_PIECE"), (windows, "_OFFSETS"), (growing, "_BUFFERED"), (growing, "_HASHED")),
+        *((gather, "_PIECE"), (gather, "_DOCUMENTS"), (kept, "_AT_ONCE"), (reading, "_WINDOWS")),
     ):
         monkeypatch.setattr(module, name, 1 << 9)
 
@@ -133,7 +133,7 @@ def test_memory_does_not_grow_with_the_documents(tmp_path):
     """A list of integers would take 32 bytes a document, one of ids and labels 150."""
     model = build_tiny("llama", tmp_path / "m", vocab_size=320)
     peaks: dict[str, list[int]] = {}
-    for count in (500, 500, 3500):  # what the first call imports is not counted
+    for count in (2500, 2500, 5500):  # what the first call imports is not counted
         file = tmp_path / f"{count}.jsonl"
         rows = ({"ids": [n % 99, 1], "key": f"k{n:05}", "n": n, "s": f"s{n}"} for n in range(count))
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
