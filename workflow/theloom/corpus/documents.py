@@ -111,10 +111,9 @@ def _source(config: CorpusConfig, part: Part | None = None) -> Iterator[Document
     if config.kind.name == "python_docs":
         return _python_docs(config)
     if config.kind.name in SENSED:
-        from theloom.corpus.media import data_sets, items
+        from theloom.corpus.media import places
 
-        source = items if config.dataset is None else data_sets
-        return (Document(i.id, "", i.place, i.columns) for i in source.read(config))
+        return (Document(i.id, "", i.place, i.columns) for i in places.read(config))
     return (text_files if config.kind.name == "text" else hub).read(config, part)
 
 

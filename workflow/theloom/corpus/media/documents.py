@@ -10,7 +10,7 @@ import xxhash
 from theloom.config.schema import Config
 from theloom.corpus.documents import Ids, settings
 from theloom.corpus.kept import KeptRows
-from theloom.corpus.media import data_sets, items
+from theloom.corpus.media import places
 from theloom.corpus.media.encoding import Encoder
 from theloom.corpus.media.items import Item
 from theloom.corpus.rows import Document
@@ -36,8 +36,7 @@ def encoded(
     """
     corpus = settings(config.corpus)
     ids = Ids(corpus)
-    source = items if corpus.dataset is None else data_sets
-    for item in islice(source.read(corpus), corpus.max_documents):
+    for item in islice(places.read(corpus), corpus.max_documents):
         encoder.checked(item)
         document = ids.checked(_document(item))
         numbers, tables = encoder.encode(item)

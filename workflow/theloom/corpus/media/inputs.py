@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from theloom.config.schema import CorpusConfig, CorpusKind, ModelConfig
-from theloom.corpus.media import data_sets
+from theloom.corpus.media import places
 from theloom.corpus.media.chat_inputs import ChatInputs, IdsOf
 from theloom.corpus.media.encoding import COLUMNS, processor_of, value_of
-from theloom.corpus.media.items import Item, Store
+from theloom.corpus.media.items import Item
 from theloom.errors import CorpusError, printable
 from theloom.model.towers.processor import check_same
 from theloom.rows.modality import INPUT_FILE, INPUT_IMAGES, INPUT_SHAPE
@@ -50,8 +50,7 @@ class Inputs:
             kind=CorpusKind[corpus["kind"]],
             **{key: corpus[key] for key in ("path", "dataset", "subset", "split", "column")},
         )
-        kept = Store if self._corpus.dataset is None else data_sets.Store
-        self._store = kept(self._corpus)
+        self._store = places.store(self._corpus)
 
     @cached_property
     def _processor(self) -> Any:
