@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from theloom.hooks import attention
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.sites import is_norm
 
@@ -111,6 +110,8 @@ def find_core(attn: nn.Module) -> nn.Module | None:
     Returns:
         That module, or `attn` itself; None where none is known.
     """
+    from theloom.hooks import attention  # imports transformers, which names alone do without
+
     for module in attn.modules():
         if attention.uses_registry(module):
             return module
