@@ -46,13 +46,14 @@ def convolution_buffers(
     Returns:
         Bytes, at most at one time.
     """
-    windows, shape = int(value.shape[0]), tuple(map(int, value.shape[1:]))
     if value.ndim == weight.ndim - 1:  # without an axis of windows
-        windows, shape = 1, tuple(map(int, value.shape))
+        value = value.unsqueeze(0)
+    windows, shape = int(value.shape[0]), tuple(map(int, value.shape[1:]))
     numbers = tuple(map(tuple, (stride, padding, dilation, output_padding)))
-    dense = value.ndim != 4 or value.is_contiguous()
+    # kernels copy an input whose axes lie in another order in memory
+    order = tuple(sorted(range(value.ndim), key=value.stride, reverse=True))
     rest: Any = (tuple(map(int, weight.shape)), bias is not None, numbers, bool(transposed))
-    rest += (groups, value.dtype, dense, torch.get_num_threads())
+    rest += (groups, value.dtype, order, torch.get_num_threads())
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     steps = math.prod(stride) if not transposed else 1 / math.prod(stride)
     positions = math.prod(shape[1:])
@@ -82,15 +83,15 @@ def _tried(
     transposed: bool,
     groups: int,
     dtype: torch.dtype,
-    dense: bool,
+    order: tuple[int, ...],
     threads: int,
 ) -> int:
     """Bytes that one convolution takes beyond its output."""
     stride, padding, dilation, output_padding = map(list, numbers)
     with _disable_current_modes(), torch.inference_mode():
-        value = torch.zeros(windows, *shape, dtype=dtype)
-        if not dense:
-            value = value.to(memory_format=torch.channels_last)
+        full = (windows, *shape)
+        value = torch.zeros([full[axis] for axis in order], dtype=dtype)
+        value = value.permute([order.index(axis) for axis in range(len(full))])
         weight = torch.zeros(weight_shape, dtype=dtype)
         outputs = weight_shape[1] * groups if transposed else weight_shape[0]
         bias = torch.zeros(outputs, dtype=dtype) if biased else None
