@@ -53,7 +53,7 @@ def convolution_buffers(
     # kernels copy an input whose axes lie in another order in memory
     order = tuple(sorted(range(value.ndim), key=value.stride, reverse=True))
     rest: Any = (tuple(map(int, weight.shape)), bias is not None, numbers, bool(transposed))
-    rest += (groups, value.dtype, order, torch.get_num_threads())
+    rest += (groups, value.dtype, order, torch.get_num_threads(), torch.backends.mkldnn.enabled)
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     steps = math.prod(stride) if not transposed else 1 / math.prod(stride)
     positions = math.prod(shape[1:])
@@ -85,13 +85,12 @@ def _tried(
     dtype: torch.dtype,
     order: tuple[int, ...],
     threads: int,
+    onednn: bool,
 ) -> int:
-    """Bytes that one convolution takes beyond its output."""
+    """Bytes that one convolution takes beyond its output, by the threads and kernels of now."""
     stride, padding, dilation, output_padding = map(list, numbers)
     with _disable_current_modes(), torch.inference_mode():
-        full = (windows, *shape)
-        value = torch.zeros([full[axis] for axis in order], dtype=dtype)
-        value = value.permute([order.index(axis) for axis in range(len(full))])
+        value = torch.empty_permuted((windows, *shape), order, dtype=dtype).zero_()
         weight = torch.zeros(weight_shape, dtype=dtype)
         outputs = weight_shape[1] * groups if transposed else weight_shape[0]
         bias = torch.zeros(outputs, dtype=dtype) if biased else None
