@@ -332,19 +332,19 @@ def rows_committed(partial):
 
 
 def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_path, tiny_llama):
-    requested = "corpus.max_tokens=30000 extraction.shards=1 extraction.batch_tokens=128"
+    requested = "corpus.max_tokens=16000 extraction.shards=1 extraction.batch_tokens=128"
     whole = stages(tmp_path / "whole", tiny_llama, requested).all()
     run = stages(tmp_path / "killed", tiny_llama, requested)
     run.prepare()
     partial = run.folder / "shards/00000-of-00001.h5.partial"
     choose = random.Random(0)
     committed = [0]
-    for number in range(24):
+    for number in range(12):
         job = forked(extract_with_small_commits, run.folder)
         # Once it has committed something new; else at any moment, also before the model is loaded.
         if number % 3:
             while job.is_alive() and rows_committed(partial) <= committed[-1]:
-                time.sleep(0.002)
+                time.sleep(0.02)
         job.join(choose.uniform(0, 0.05))
         job.kill()
         job.join()

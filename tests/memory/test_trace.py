@@ -27,7 +27,7 @@ FILTERS = {
 }
 WORKLOADS = {"one pass": Workload(2, 512, 512), "streamed": Workload(2, 640, 192)}
 # A processor without instructions for BF16 takes ten times as long for its products
-BF16_WORKLOADS = {"one pass": Workload(1, 300, 300), "streamed": Workload(1, 400, 128)}
+BF16_WORKLOADS = {"one pass": Workload(1, 200, 200), "streamed": Workload(1, 208, 64)}
 INSIDE = [
     "blocks.*.attn.hook_pattern",
     "blocks.1.*.hook_normalized",

