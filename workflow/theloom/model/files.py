@@ -211,7 +211,7 @@ def check_local(config: ModelConfig) -> None:
     if folder is not None:
         _check_folder(folder, config)
     local_adapters(config)
-    if _modality(config) in SENSED:
+    if not _has_tokens(config):
         return  # it has a processor, and no tokenizer
     if config.tokenizer is not None:
         folder = local_folder(config.tokenizer, "model.tokenizer")
@@ -276,7 +276,7 @@ def fetch(config: ModelConfig) -> str | None:
     )
     _check_folder(folder, config)
     find_adapters(config)
-    if _modality(config) not in SENSED:
+    if _has_tokens(config):
         describe_tokenizer(config)
     return revision
 
@@ -341,7 +341,7 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
         ModelError: it is missing or broken, or transformers does not know the model.
     """
     place, found = _described(config)
-    found = towers.chosen(found, _modality(config), place.folder, config.source)
+    found = towers.chosen(found, _modality(config), place.folder, config.source, _side(config))
     model_dims.mark_side(found, _side(config))
     model_dims.mark_stages(found, config.stages)
     return found
@@ -397,7 +397,7 @@ def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
     found: PretrainedConfig = AutoConfig.from_pretrained(
         files.folder, trust_remote_code=trust_remote_code
     )
-    found = towers.chosen(found, files.modality, files.folder, files.source)
+    found = towers.chosen(found, files.modality, files.folder, files.source, files.side)
     model_dims.mark_side(found, files.side)
     model_dims.mark_stages(found, files.stages)
     return found
@@ -405,6 +405,11 @@ def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
 
 def _side(config: ModelConfig) -> str | None:
     return None if config.side is None else config.side.name
+
+
+def _has_tokens(config: ModelConfig) -> bool:
+    """Whether a run's rows are those of tokens: not of patches or frames."""
+    return _modality(config) not in SENSED or _side(config) == "decoder"
 
 
 def _modality(config: ModelConfig) -> str | None:

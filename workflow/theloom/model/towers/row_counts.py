@@ -1,5 +1,5 @@
 """How many rows a tower makes of an input: the rows that its first block is given, on tensors
-without bytes.
+without bytes; of an encoder before a decoder, the rows that the decoder attends to.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from theloom.hooks.stages.resolution import check_one_resolution
 from theloom.hooks.taps import Taps
 from theloom.model.shapes_only import shapes_only
 from theloom.model.towers import trial_inputs as towers
-from theloom.rows.modality import modality_of
+from theloom.rows.modality import modality_of, source_of
 from theloom.rows.tower_inputs import part_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class RowCounts:
     """Rows of a tower by the shape of its input.
 
     Args:
-        fake: the tower.
+        fake: the tower, or the decoder behind it.
     """
 
     def __init__(self, fake: "FakeModel") -> None:
@@ -97,18 +97,24 @@ class RowCounts:
     def _count(self, inputs: "Mapping[str, torch.Tensor]") -> set[int]:
         import torch
 
+        known = any(not value.is_floating_point() for value in inputs.values())
+        with self._fake.mode, shapes_only(known), refused(cannot_run(self._model)):
+            given = {
+                name: torch.zeros(value.shape) if value.is_floating_point() else value
+                for name, value in inputs.items()
+            }
+            if source_of(self._model.config):
+                return {int(self._model.encoder(**given).last_hidden_state.shape[1])}
+            return self._rows_seen(given)
+
+    def _rows_seen(self, given: "Mapping[str, torch.Tensor]") -> set[int]:
         found: list[int] = []
         taps = Taps(
             self._fake.architecture,
             self._points,
             lambda _, value: found.append(int(value.shape[1])),
         )
-        known = any(not value.is_floating_point() for value in inputs.values())
-        with self._fake.mode, shapes_only(known), refused(cannot_run(self._model)), taps:
-            given = {
-                name: torch.zeros(value.shape) if value.is_floating_point() else value
-                for name, value in inputs.items()
-            }
+        with taps:
             taps.run(**given)
         return set(found)
 
