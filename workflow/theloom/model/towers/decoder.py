@@ -99,7 +99,7 @@ def _forward(whole: Any, main: str) -> Any:
 
 
 def own_inputs(model: "PreTrainedModel", windows: int, rows: int) -> "dict[str, torch.Tensor]":
-    """Inputs of the encoder that stand for any document.
+    """Inputs of the encoder that stand for any document, the same in each window.
 
     Args:
         model: of a decoder behind an encoder of audio, real or fake.
@@ -110,6 +110,8 @@ def own_inputs(model: "PreTrainedModel", windows: int, rows: int) -> "dict[str, 
         By name in the forward of transformers' class. A processor that pads clips does so here.
     """
     found = trial_inputs(model, windows, rows)
+    main = found[model.main_input_name]
+    main[1:].copy_(main[:1])  # a window by itself is given what it is given beside others
     for part in samples_of(model.config)[0] if samples_of(model.config) else ():
         if part.masks and part.values is not None and not all(part.values):
             mask = found[part.name]
