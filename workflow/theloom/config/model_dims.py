@@ -90,12 +90,15 @@ def stages_of(config: "PretrainedConfig") -> tuple[str, ...]:
     return tuple(getattr(config, _STAGES, ()))
 
 
-_DECODER_LAYERS = ("num_decoder_layers", "decoder_layers", "decoder_num_hidden_layers")
+_LAYERS = {
+    "encoder": ("encoder_num_hidden_layers",),
+    "decoder": ("num_decoder_layers", "decoder_layers", "decoder_num_hidden_layers"),
+}
 
 
 def _blocks(text: "PretrainedConfig") -> Any:
-    """The number of blocks: of a decoder that is read by itself its own, where it has one."""
-    names = _DECODER_LAYERS if side_of(text) == "decoder" else ()
+    """The number of blocks: of a half that is read by itself its own, where it has one."""
+    names = _LAYERS.get(side_of(text), ())
     own = next((n for name in names if (n := getattr(text, name, None))), None)
     return own or getattr(text, "num_hidden_layers", None)
 
@@ -115,7 +118,9 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
     """
     if stages_of(config):  # each has its own width, which a trace tells (`Traced`)
         return ModelDims(config.model_type, 1, 1, 1, 1, 1, 1, 1, 0, senses=True)
-    text = config.get_text_config()
+    text, sensing = config.get_text_config(), senses(config) or bool(source_of(config))
+    if senses(config) and side_of(config) == "encoder":
+        text = getattr(config, "encoder_config", None) or text
     blocks = _blocks(text)
     hidden = getattr(text, "hidden_size", None)
     vocabulary = getattr(text, "vocab_size", None)
@@ -155,7 +160,7 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
         context_length=_context_length(text),
         sliding_window=bool(getattr(text, "sliding_window", None))
         and getattr(text, "use_sliding_window", True),
-        side=side_of(config if source_of(config) else text),
+        side=side_of(config if sensing else text),
         senses=senses(config),
     )
 
