@@ -6,6 +6,7 @@ import copy
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "speech_to_text": {
         **_LAYERS,
+        "decoder_start_token_id": 2,  # the tokenizer begins with another
         "input_feat_per_channel": 16,
         "conv_channels": 24,
         "max_source_positions": 800,
@@ -83,8 +85,10 @@ _PROCESSORS = {
     "cohere_asr": {"feature_extractor_type": "CohereAsrFeatureExtractor", **_MEL},
     "canary": {"feature_extractor_type": "ParakeetFeatureExtractor", **_MEL},
 }
-TEXTS = ["some words", "a", "other words, and more of them", "bb", "", "ccc"]
-SAMPLES = [16000, 9600, 16000, 20011, 16000, 16000]  # of each clip; a text may be empty
+
+# of each document: its text and the samples of its clip; two have no text and one no sound
+TEXTS = ["some words", "a", "other words, and more of them", "bb", "", "ccc", None, "d", "no", "é"]
+SAMPLES = [16000, 9600, 16000, 20011, 16000, 16000, 16000, 16000, 0, 16000]
 
 
 def config_of(kind: str, **more: Any) -> transformers.PretrainedConfig:
@@ -130,8 +134,10 @@ class Plain:
         self.model = found.eval()
         self._processor = transformers.AutoFeatureExtractor.from_pretrained(folder)
 
-    def states(self, content: bytes, ids: list[int]) -> tuple[torch.Tensor, ...]:
-        """The decoder's own hidden states of one clip and one target, (1, tokens, width) each."""
+    def values(self, content: bytes, ids: list[int]) -> dict[str, torch.Tensor]:
+        """The decoder's own hidden states of one clip and one target, and what goes into and comes
+        out of its cross-attention, by hook point, (tokens, width) each.
+        """
         values, rate = soundfile.read(io.BytesIO(content), dtype="float32")
         inputs = dict(self._processor(values, sampling_rate=rate, return_tensors="pt"))
         main = self.model.main_input_name
@@ -140,8 +146,31 @@ class Plain:
             for name, value in inputs.items()
             if name == main or main != "input_values"  # raw sound has no padding
         }
+        found: dict[str, torch.Tensor] = {}
+        handles = [
+            module.register_forward_hook(partial(self._keep, found, f"decoder.blocks.{n}.{name}"))
+            for n, layer in enumerate(self.model.model.decoder.layers)
+            for name, module in (
+                ("hook_cross_attn_out", layer.encoder_attn),
+                ("hook_resid_post", layer),
+            )
+        ]
         with torch.no_grad():
-            found = self.model(
+            output = self.model(
                 **inputs, decoder_input_ids=torch.tensor([ids]), output_hidden_states=True
             )
-        return found.decoder_hidden_states
+        for handle in handles:
+            handle.remove()
+        *states, last = output.decoder_hidden_states
+        for n, state in enumerate(states):
+            found[f"decoder.blocks.{n}.hook_resid_pre"] = state[0]
+            if n:  # the model's own words on what the hooks above have seen
+                torch.testing.assert_close(
+                    found[f"decoder.blocks.{n - 1}.hook_resid_post"], state[0], rtol=0, atol=0
+                )
+        found["decoder.ln_final.hook_out"] = last[0]
+        return found
+
+    @staticmethod
+    def _keep(found: dict[str, torch.Tensor], name: str, _: Any, __: Any, output: Any) -> None:
+        found[name] = (output[0] if isinstance(output, tuple) else output)[0]

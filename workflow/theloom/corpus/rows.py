@@ -148,9 +148,7 @@ def of_row(row: Any, default_id: str, place: str, config: CorpusConfig) -> Docum
     return Document(str(name), text, place, columns, origin=default_id, **content)
 
 
-def target_of(
-    row: Mapping[str, Any], place: str, config: CorpusConfig
-) -> str | list[int] | None:
+def target_of(row: Mapping[str, Any], place: str, config: CorpusConfig) -> str | list[int] | None:
     """The text of the decoder, or its token ids where the document has token ids too.
 
     Args:

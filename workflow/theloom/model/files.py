@@ -362,6 +362,22 @@ def reads(config: ModelConfig) -> str | None:
     return towers.reads(_described(config)[1])
 
 
+def sides(config: ModelConfig) -> tuple[str, ...]:
+    """The halves that can be read of an encoder-decoder whose encoder reads no texts, by its own
+    config alone.
+
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        As `towers.sides_of`.
+
+    Raises:
+        ModelError: its config is missing or broken, or transformers does not know the model.
+    """
+    return towers.sides_of(_described(config)[1])
+
+
 def _described(config: ModelConfig) -> "tuple[Description, PretrainedConfig]":
     """Where a model's own config is, and the config as it stands. Raises ModelError."""
     from transformers import AutoConfig

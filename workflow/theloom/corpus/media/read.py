@@ -171,6 +171,7 @@ class Reader:
             )
         try:
             inputs = self.processor(value)
+            self._check_one(inputs, item)
             count = self.counts.rows(inputs)
         except (ModelError, ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
             words = " ".join(str(error).split())[:300]
@@ -188,6 +189,14 @@ class Reader:
         shape = json.dumps(self.processor.shape_in(inputs))
         described = dict(zip(COLUMNS, (item.name, digest, shape), strict=True))
         return Read(len(value), inputs, count, described)
+
+    def _check_one(self, inputs: "Mapping[str, torch.Tensor]", item: Item) -> None:
+        """Check that a clip is one for the model. Raises CorpusError."""
+        parts = len(inputs[self.processor.input_name])
+        if self.kind == "audio" and parts > 1:
+            raise CorpusError(
+                f"{item.place}: its processor cuts it into {parts} clips; cut it, each a file"
+            )
 
     def add(self, found: Read) -> None:
         """Keep what a document that is stored is of.

@@ -1,5 +1,5 @@
-"""Targets of a decoder behind an encoder of audio: a row for each token of the decoder, and the clip
-that the encoder reads as the document's source.
+"""Targets of a decoder behind an encoder of audio: a row for each token of the decoder, and the
+clip that the encoder reads as the source of the document.
 """
 
 import logging
@@ -97,8 +97,10 @@ class Encoder:
         limits = (self._limit, self._corpus.context_length)
         most = min((limit for limit in limits if limit), default=tokens)
         if tokens > most:
-            own = "is the most that the decoder takes; shorten it" if most == self._limit else (
-                "corpus.context_length is the most; shorten it, or raise that"
+            own = (
+                "is the most that the decoder takes; shorten it"
+                if most == self._limit
+                else ("corpus.context_length is the most; shorten it, or raise that")
             )
             raise CorpusError(
                 f"{item.place}: the target of document {printable(item.id)!r} has {tokens} tokens, "
@@ -177,9 +179,7 @@ class Encoder:
             Attributes by name, as of texts and of their decoder; `processor` and `processor_hash`
             besides.
         """
-        return (
-            self._texts.attributes() | self._reader.attributes() | {"decoder_start": self._start}
-        )
+        return self._texts.attributes() | self._reader.attributes() | {"decoder_start": self._start}
 
     def report(self, doubled: int) -> None:
         """Warn of what shows when all documents are read.

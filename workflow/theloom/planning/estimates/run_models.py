@@ -11,7 +11,6 @@ from theloom.memory.estimators import ClosedForm, Estimator, Traced, config_of
 from theloom.model import files
 from theloom.model.checkpoint.classes import has_own_code, is_whole_encoder_decoder
 from theloom.model.files import hf_config
-from theloom.model.towers.classes import sides_of
 from theloom.model.weight_format import quantization_of
 from theloom.rows.modality import sensed_by
 
@@ -74,7 +73,7 @@ def halves(config: Config) -> list[Config]:
         return [config]
     if is_whole_encoder_decoder(model_config):
         return [with_side(config, side) for side in ("encoder", "decoder")]
-    sides = sides_of(model_config) if sensed_by(model_config) else ()
+    sides = files.sides(config.model) if sensed_by(model_config) else ()
     return [with_side(config, side) if side else config for side in sides] or [config]
 
 
