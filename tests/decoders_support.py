@@ -50,6 +50,13 @@ _LAYERS = {
     "decoder_ffn_dim": 48,
     "max_target_positions": 64,
 }
+_STREAMING = {"model_type": "moonshine_streaming_encoder", "sliding_windows": [[16, 4], [16, 4]]}
+REFUSED: dict[str, dict[str, Any]] = {
+    "moonshine_streaming": {
+        **_DECODER,
+        "encoder_config": {**_ENCODER, **_STREAMING},
+    },
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "whisper": {**_LAYERS, "num_mel_bins": 16, "max_source_positions": 100},
     "moonshine": {
@@ -76,7 +83,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 _PROCESSORS = {
     "whisper": {"feature_extractor_type": "WhisperFeatureExtractor", "chunk_length": 2, **_MEL},
-    "moonshine": {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "do_normalize": False},
+    "moonshine": {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "do_normalize": False,
+        "return_attention_mask": True,
+    },
     "speech_to_text": {
         "feature_extractor_type": "Speech2TextFeatureExtractor",
         "num_mel_bins": 16,
@@ -93,7 +104,7 @@ SAMPLES = [16000, 9600, 16000, 20011, 16000, 16000, 16000, 16000, 0, 16000]
 
 def config_of(kind: str, **more: Any) -> transformers.PretrainedConfig:
     """The config of a tiny model."""
-    values = {"vocab_size": VOCABULARY, **_IDS, **CONFIGS[kind], **more}
+    values = {"vocab_size": VOCABULARY, **_IDS, **(CONFIGS | REFUSED)[kind], **more}
     return transformers.AutoConfig.for_model(kind, **copy.deepcopy(values))
 
 
@@ -101,7 +112,9 @@ def build(kind: str, folder: Path, **more: Any) -> Path:
     """Write a tiny model, the config of its processor, and a tokenizer into a folder."""
     config = config_of(kind, **more)
     scaled(transformers.AutoModelForSpeechSeq2Seq.from_config(config)).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(_PROCESSORS[kind]))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(_PROCESSORS[kind.partition("_streaming")[0]])
+    )
     byte_tokenizer(folder)
     return folder
 
@@ -144,7 +157,6 @@ class Plain:
         inputs = {
             name: value.to(self.model.dtype) if name == main else value
             for name, value in inputs.items()
-            if name == main or main != "input_values"  # raw sound has no padding
         }
         found: dict[str, torch.Tensor] = {}
         handles = [

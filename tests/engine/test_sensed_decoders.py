@@ -303,6 +303,13 @@ def test_a_model_without_such_a_decoder_is_refused_in_one_line(tmp_path, folder,
         assert "\n" not in str(caught.value)
 
 
+def test_a_model_whose_clips_of_a_length_are_not_known_is_refused(tmp_path, models, folder):
+    words = requested(folder / "clips.parquet")
+    with pytest.raises(TheLoomError, match="does not know which clips have as many") as caught:
+        stages(tmp_path / "run", models("moonshine_streaming"), words).prepare()
+    assert "\n" not in str(caught.value)
+
+
 def test_hooks_and_estimates_know_both_halves(models, capsys):
     main(["hooks", str(models("whisper")), "--json"])
     names = [hook["name"] for hook in json.loads(capsys.readouterr().out)["hooks"]]

@@ -25,7 +25,7 @@ from theloom.memory import closed_form
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
 from theloom.model.weight_format import WeightFormat, quantized_as, quantizing_bytes
 from theloom.precision import BYTES
-from theloom.rows.modality import sensed_by
+from theloom.rows.modality import sensed_by, source_of
 
 if TYPE_CHECKING:
     import torch
@@ -232,8 +232,12 @@ class Traced:
         """
         from theloom.model.towers.row_counts import RowCounts
 
-        longest = RowCounts(self.fake(WeightFormat("fp32"))).longest
-        return max(longest, self.size.context_length) if self.size.side == "decoder" else longest
+        counts = RowCounts(self.fake(WeightFormat("fp32")))
+        longest = counts.longest
+        if not source_of(self._config):
+            return longest
+        counts.check_trial(longest)
+        return max(longest, self.size.context_length)
 
     def fake(self, kind: WeightFormat) -> "FakeModel":
         """Build the model without bytes, once for each kind of weights.

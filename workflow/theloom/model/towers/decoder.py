@@ -69,7 +69,8 @@ def decoder(whole: Any, main: str, source: str, samples: tuple[Sample, ...] = ()
 
 
 def _forward(whole: Any, main: str) -> Any:
-    takes = signature(whole.forward).parameters
+    # such a class makes a mask of its own of the sums of one, which have no values in a trace
+    made_anew = hasattr(whole, "_get_feature_vector_attention_mask")
 
     def forward(
         self: Any,
@@ -84,8 +85,8 @@ def _forward(whole: Any, main: str) -> Any:
             given |= own_inputs(self, len(input_ids), source_rows)
         elif source_mask is not None:
             given[_MASK] = source_mask
-        if _MASK in given and (_MASK not in takes or bool(given[_MASK].all())):
-            del given[_MASK]  # a mask of ones says as much as none
+        if _MASK in given and (made_anew and bool(given[_MASK].all())):
+            del given[_MASK]  # one of ones says as much as none
         given[main] = given[main].to(self.dtype)
         return whole.forward(
             self,

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from theloom.config.model_dims import stages_of
+from theloom.errors import ModelError
 from theloom.hooks.blocks import cannot_run
 from theloom.hooks.failures import refused
 from theloom.hooks.points import RESIDUALS, HookPoint
@@ -59,6 +60,24 @@ class RowCounts:
         of an image of the model's own size, or of a clip of 30 seconds.
         """
         return max(self._counts(towers.longest_inputs(self._model)))
+
+    def check_trial(self, rows: int) -> None:
+        """Check that inputs of a trial have the rows that they shall have: by them memory is
+        predicted.
+
+        Args:
+            rows: of the longest document.
+
+        Raises:
+            ModelError: they have fewer.
+        """
+        found = self.rows(towers.trial_inputs(self._model, 1, rows))
+        if found < rows:
+            raise ModelError(
+                f"{self._model.config.model_type}: TheLoom does not know which clips have as many "
+                f"as {rows:,} rows (it gets {found:,}), so memory cannot be planned; read the "
+                "decoder of another model"
+            )
 
     def rows(self, inputs: "Mapping[str, torch.Tensor]") -> int:
         """The rows of one document.
