@@ -19,6 +19,9 @@ from theloom.engine import resident
 from theloom.engine.context import read_job
 from theloom.errors import ConfigError, CorpusError, TheLoomError
 from theloom.planning.forecast import forecast
+from tokenizers import pre_tokenizers
+from towers_support import build as build_tower
+from transformers import WhisperTokenizer
 
 VALUES = ("resid_pre", "resid_post", "cross_attn_out")
 HOOKS = ",".join(f"decoder.blocks.*.hook_{value}" for value in VALUES)
@@ -215,6 +218,30 @@ def test_documents_without_text_or_sound_are_skipped_and_named(folder, models, t
         assert len(file["documents/columns/source_rows"]) == len(THERE)
 
 
+def test_a_start_that_the_tokenizer_writes_is_there_once(tmp_path):
+    start, written = "<|startoftranscript|>", ["<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", start, *written]
+    ends = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
+    own = WhisperTokenizer(
+        vocab={token: number for number, token in enumerate([*alphabet, "<|translate|>"])},
+        merges=[],
+        language="english",
+        task="transcribe",
+        **ends,
+    )
+    folder = build("whisper", tmp_path / "model", decoder_start_token_id=alphabet.index(start))
+    for file in folder.glob("*token*"):
+        file.unlink()
+    own.save_pretrained(folder)
+    table = write_table(tmp_path / "clips.parquet", ["ab"], [16000])
+    run = stages(tmp_path / "run", folder, requested(table))
+    tokens.tokenize(run.config("tokens"), tmp_path / "tokens.h5")
+    with h5py.File(tmp_path / "tokens.h5") as file:
+        ids = file["tokens/input_ids"][:].tolist()
+    assert ids == own("ab").input_ids
+    assert [alphabet[i] for i in ids] == [start, *written, "a", "b", "<|endoftext|>"]
+
+
 def test_rows_of_a_data_set_on_disk_have_their_targets(tmp_path, models, clips):
     datasets = pytest.importorskip("datasets")
     rows = [{"audio": {"bytes": clips[n], "path": None}, "text": TEXTS[n]} for n in THERE]
@@ -291,8 +318,6 @@ def test_files_of_sound_alone_have_no_column_of_targets(tmp_path, models):
 
 
 def test_a_model_without_such_a_decoder_is_refused_in_one_line(tmp_path, folder, tiny_llama):
-    from towers_support import build as build_tower
-
     words = requested(folder / "clips.parquet")
     for source, said in (
         (tiny_llama, "reads texts, and the corpus has audio"),
