@@ -70,7 +70,8 @@ def run_of(folder, models):
     def of(kind):
         if kind not in made:
             words = requested(
-                folder / "clips.parquet", "extraction.shards=1 extraction.batch_tokens=400"
+                folder / "clips.parquet",
+                "extraction.shards=1 extraction.batch_tokens=400 corpus.columns=[text]",
             )
             made[kind] = stages(folder / f"run-{kind}", models(kind), words).all()
             made[kind].verify()
@@ -97,6 +98,7 @@ def check_rows(acts, plain, clips, tolerance=1e-5):
 def test_rows_are_those_of_the_plain_decoder(kind, run_of, models, clips):
     acts = theloom.open(run_of(kind).activations)
     assert list(acts.documents) == [f"clips.parquet#{n + 1}" for n in THERE]
+    assert acts.columns["text"].tolist() == [TEXTS[n] for n in THERE]
     start = 2 if kind == "speech_to_text" else 1
     assert acts.attributes["decoder_start"] == start
     for number, n in enumerate(THERE):  # the start, once; the tokenizer's own; the bytes
@@ -264,7 +266,7 @@ def test_rows_of_a_data_set_on_disk_have_their_targets(tmp_path, models, clips):
         ("corpus.max_tokens=7", "corpus.max_tokens=7: is for texts"),
         ("answers.source=model", "answers.source=model: is for texts"),
         ("resources.tokenize_jobs=2", "resources.tokenize_jobs=2: is for texts"),
-        ("memory.activation_cache_filter=[encoder.*]", "corpus.target=text: is for texts"),
+        ("memory.activation_cache_filter=[encoder.*]", "no hook point is one of a decoder"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(tmp_path, more, words):
@@ -344,6 +346,11 @@ def test_hooks_and_estimates_know_both_halves(models, capsys):
     main(["hooks", str(models("canary")), "--json"])
     names = [hook["name"] for hook in json.loads(capsys.readouterr().out)["hooks"]]
     assert {"blocks.1.hook_resid_post", "decoder.blocks.2.hook_resid_post"} <= {*names}
+    main(["hooks", str(models("moonshine")), "--json"])  # whose decoder's MLP has a gate in it
+    listed = json.loads(capsys.readouterr().out)
+    names = [hook["name"] for hook in listed["hooks"]]
+    assert "decoder.blocks.0.mlp.hook_post" in names
+    assert "in an order that is not" in listed["unsupported"]["decoder.blocks.0.mlp.hook_pre"]
     whole, half = (
         forecast(str(models("moonshine")), "fp32", filters=[f"{side}.blocks.*.hook_resid_post"])
         for side in ("decoder", "encoder")

@@ -213,7 +213,7 @@ def _check_modality(config: Config) -> None:
         "resources.tokenize_jobs": config.resources.tokenize_jobs,
     }
     if side != "decoder":
-        of_texts |= {"corpus.target": corpus.target, "model.tokenizer": config.model.tokenizer}
+        of_texts["model.tokenizer"] = config.model.tokenizer
     _check_unset(of_texts, f"is for texts, and the corpus is {kind}; take it out or set it null")
     if side == "decoder" and kind != "audio":
         raise ConfigError(

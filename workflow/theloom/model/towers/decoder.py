@@ -85,7 +85,7 @@ def _forward(whole: Any, main: str) -> Any:
             given |= own_inputs(self, len(input_ids), source_rows)
         elif source_mask is not None:
             given[_MASK] = source_mask
-        if _MASK in given and (made_anew and bool(given[_MASK].all())):
+        if made_anew and _MASK in given and bool(given[_MASK].all()):
             del given[_MASK]  # one of ones says as much as none
         given[main] = given[main].to(self.dtype)
         return whole.forward(
@@ -113,7 +113,7 @@ def own_inputs(model: "PreTrainedModel", windows: int, rows: int) -> "dict[str, 
     found = trial_inputs(model, windows, rows)
     main = found[model.main_input_name]
     main[1:].copy_(main[:1])  # a window by itself is given what it is given beside others
-    for part in samples_of(model.config)[0] if samples_of(model.config) else ():
+    for part in next(iter(samples_of(model.config)), ()):
         if part.masks and part.values is not None and not all(part.values):
             mask = found[part.name]
             mask[..., -max(1, mask.shape[-1] // 16) :] = 0
