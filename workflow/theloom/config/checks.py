@@ -298,11 +298,6 @@ def _check_side(config: Config) -> None:
         raise ConfigError(
             "corpus.messages: conversations have no target; write source and target as texts"
         )
-    if SOURCE_IDS in config.corpus.columns:
-        raise ConfigError(
-            f"corpus.columns: {SOURCE_IDS!r} is what the run calls the encoder's token ids; rename "
-            "the corpus' column"
-        )
 
 
 def _check_rows(config: Config) -> None:
@@ -332,6 +327,11 @@ def _check_columns(config: Config) -> None:
     if corpus.streaming and corpus.kind.name != "hub":
         raise ConfigError("corpus.streaming: is for corpus=hub alone; take it out")
     names = list(corpus.columns)
+    if SOURCE_IDS in names:  # whose values the stages would take for those of a decoder's run
+        raise ConfigError(
+            f"corpus.columns: {SOURCE_IDS!r} is what a run calls the encoder's token ids; rename "
+            "the corpus' column"
+        )
     for name in names:
         if not name or "\0" in name or name != name.encode(errors="replace").decode():
             raise ConfigError(f"corpus.columns: {name!r} is no name of a column; correct it")
