@@ -191,6 +191,7 @@ def test_the_encoder_loads_no_weight_of_the_decoder(tmp_path, folders):
             "corpus.columns=[source_ids]",
             "rename the corpus' column",
         ),
+        ("corpus.columns=[source_ids]", "rename the corpus' column"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(tmp_path, more, words):

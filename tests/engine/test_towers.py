@@ -198,7 +198,7 @@ def test_a_model_and_a_corpus_that_do_not_go_together_are_refused(tmp_path, vit,
         stages(tmp_path / "a", vit, words).prepare()
     with pytest.raises(TheLoomError, match="reads texts, and the corpus has images"):
         stages(tmp_path / "b", tiny_llama, requested("images", media["images"])).prepare()
-    with pytest.raises(TheLoomError, match="a decoder's rows are of texts"):
+    with pytest.raises(TheLoomError, match="need the column that holds its texts"):
         stages(tmp_path / "e", vit, requested("audio", media["audio"], side="decoder."))
     with pytest.raises(TheLoomError, match="reads images, and the corpus has texts"):
         stages(tmp_path / "c", vit, "corpus.max_tokens=100").prepare()

@@ -189,6 +189,7 @@ def _check_modality(config: Config) -> None:
     """What goes with images and audio, whose rows are no tokens."""
     modality = None if config.model.modality is None else config.model.modality.name
     kind, corpus = config.corpus.kind.name, config.corpus
+    side = auto.side(config.memory.activation_cache_filter)
     if corpus.images is not None and modality != CHAT:
         raise ConfigError(
             f"corpus.images: {corpus.images!r} holds images of conversations, and model.modality "
@@ -208,16 +209,16 @@ def _check_modality(config: Config) -> None:
         "corpus.max_tokens": corpus.max_tokens,
         "corpus.input_ids": corpus.input_ids,
         "corpus.messages": corpus.messages,
-        "corpus.target": corpus.target,
-        "model.tokenizer": config.model.tokenizer,
         "answers.source": config.answers.source,
         "resources.tokenize_jobs": config.resources.tokenize_jobs,
     }
+    if side != "decoder":
+        of_texts["model.tokenizer"] = config.model.tokenizer
     _check_unset(of_texts, f"is for texts, and the corpus is {kind}; take it out or set it null")
-    if auto.side(config.memory.activation_cache_filter) == "decoder":
+    if side == "decoder" and kind != "audio":
         raise ConfigError(
-            f"memory.activation_cache_filter: a decoder's rows are of texts, and the corpus is "
-            f"{kind}; name hook points of the encoder (encoder.blocks.…)"
+            f"memory.activation_cache_filter: a decoder is read behind texts or audio, and the "
+            f"corpus is {kind}; name hook points of the encoder (encoder.blocks.…)"
         )
     if config.extraction.execution.name == "layerwise":
         raise ConfigError(
@@ -297,11 +298,6 @@ def _check_side(config: Config) -> None:
         raise ConfigError(
             "corpus.messages: conversations have no target; write source and target as texts"
         )
-    if SOURCE_IDS in config.corpus.columns:
-        raise ConfigError(
-            f"corpus.columns: {SOURCE_IDS!r} is what the run calls the encoder's token ids; rename "
-            "the corpus' column"
-        )
 
 
 def _check_rows(config: Config) -> None:
@@ -331,6 +327,11 @@ def _check_columns(config: Config) -> None:
     if corpus.streaming and corpus.kind.name != "hub":
         raise ConfigError("corpus.streaming: is for corpus=hub alone; take it out")
     names = list(corpus.columns)
+    if SOURCE_IDS in names:  # whose values the stages would take for those of a decoder's run
+        raise ConfigError(
+            f"corpus.columns: {SOURCE_IDS!r} is what a run calls the encoder's token ids; rename "
+            "the corpus' column"
+        )
     for name in names:
         if not name or "\0" in name or name != name.encode(errors="replace").decode():
             raise ConfigError(f"corpus.columns: {name!r} is no name of a column; correct it")

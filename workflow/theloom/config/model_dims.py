@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from theloom.config.schema import ArchitectureConfig
 from theloom.errors import ModelError
-from theloom.rows.modality import senses
+from theloom.rows.modality import senses, source_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -90,9 +90,15 @@ def stages_of(config: "PretrainedConfig") -> tuple[str, ...]:
     return tuple(getattr(config, _STAGES, ()))
 
 
+_LAYERS = {
+    "encoder": ("encoder_num_hidden_layers",),
+    "decoder": ("num_decoder_layers", "decoder_layers", "decoder_num_hidden_layers"),
+}
+
+
 def _blocks(text: "PretrainedConfig") -> Any:
-    """The number of blocks: of a decoder that is read by itself its own, where it has one."""
-    names = ("num_decoder_layers", "decoder_layers") if side_of(text) == "decoder" else ()
+    """The number of blocks: of a half that is read by itself its own, where it has one."""
+    names = _LAYERS.get(side_of(text), ())
     own = next((n for name in names if (n := getattr(text, name, None))), None)
     return own or getattr(text, "num_hidden_layers", None)
 
@@ -112,7 +118,9 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
     """
     if stages_of(config):  # each has its own width, which a trace tells (`Traced`)
         return ModelDims(config.model_type, 1, 1, 1, 1, 1, 1, 1, 0, senses=True)
-    text = config.get_text_config()
+    text, sensing = config.get_text_config(), senses(config) or bool(source_of(config))
+    if senses(config) and side_of(config) == "encoder":
+        text = getattr(config, "encoder_config", None) or text
     blocks = _blocks(text)
     hidden = getattr(text, "hidden_size", None)
     vocabulary = getattr(text, "vocab_size", None)
@@ -152,7 +160,7 @@ def numbers(config: "PretrainedConfig") -> ModelDims:
         context_length=_context_length(text),
         sliding_window=bool(getattr(text, "sliding_window", None))
         and getattr(text, "use_sliding_window", True),
-        side=side_of(text),
+        side=side_of(config if sensing else text),
         senses=senses(config),
     )
 
@@ -175,7 +183,8 @@ POSITIONS_AFTER_PADDING = (
 
 
 def _context_length(text: "PretrainedConfig") -> int:
-    limit = max(0, getattr(text, "max_position_embeddings", None) or 0)
+    own = side_of(text) == "decoder" and getattr(text, "max_target_positions", None)
+    limit = max(0, own or getattr(text, "max_position_embeddings", None) or 0)
     if limit and text.model_type in POSITIONS_AFTER_PADDING:
         return max(0, limit - 1 - (text.pad_token_id or 0))
     return limit

@@ -274,7 +274,7 @@ class CorpusConfig:
     target: str | None = key(
         None,
         "hub and tables: the column that holds the decoder's text, for hook points of the decoder "
-        "of an encoder-decoder; the text itself is the encoder's",
+        "of an encoder-decoder; the text itself, or the clip, is the encoder's",
     )
     input_ids: str | None = key(
         None, "hub and tables: the column that holds token ids, taken as they are instead of texts"

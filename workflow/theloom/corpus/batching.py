@@ -191,7 +191,13 @@ def plan_batches(
     return batches
 
 
-def smaller(batch: Batch, batch_tokens: int, chunk_size: int, streamed_windows: int) -> list[Batch]:
+def smaller(
+    batch: Batch,
+    batch_tokens: int,
+    chunk_size: int,
+    streamed_windows: int,
+    planned: np.ndarray | None = None,
+) -> list[Batch]:
     """Split a batch by the limits of another plan.
 
     Args:
@@ -199,12 +205,26 @@ def smaller(batch: Batch, batch_tokens: int, chunk_size: int, streamed_windows: 
         batch_tokens: as of `plan_batches`.
         chunk_size: as of `plan_batches`.
         streamed_windows: as of `plan_batches`.
+        planned: tokens by which each window of the shard is planned, (windows,), where these are
+            not its own: of a decoder's source, if that is longer; None: its own.
 
     Returns:
         Batches of the same windows; the batch itself if it is within the limits.
+
+    Examples:
+        >>> smaller(Batch((0, 1), (3, 2)), 8, 8, 1)
+        [Batch(windows=(0, 1), lengths=(3, 2))]
+        >>> smaller(Batch((0, 1), (3, 2)), 8, 8, 1, planned=np.array([5, 6]))
+        [Batch(windows=(1,), lengths=(2,)), Batch(windows=(0,), lengths=(3,))]
     """
-    parts = plan_batches(np.array(batch.lengths), batch_tokens, chunk_size, streamed_windows)
-    return [Batch(tuple(batch.windows[w] for w in part.windows), part.lengths) for part in parts]
+    own = dict(zip(batch.windows, batch.lengths, strict=True))
+    counted = np.array(batch.lengths) if planned is None else planned[list(batch.windows)]
+    parts = plan_batches(counted, batch_tokens, chunk_size, streamed_windows)
+    found = [[batch.windows[w] for w in part.windows] for part in parts]
+    if planned is not None:  # the longest target first, as before
+        place = {window: number for number, window in enumerate(batch.windows)}
+        found = [sorted(windows, key=place.__getitem__) for windows in found]
+    return [Batch(tuple(windows), tuple(own[w] for w in windows)) for windows in found]
 
 
 def of_lengths(batches: Sequence[Batch], lengths: np.ndarray) -> list[Batch]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from theloom.corpus import rows
 from theloom.corpus.rows import Document, Untyped
-from theloom.corpus.spooled.spool import Strings
+from theloom.corpus.spooled.spool import Numbers, Strings
 from theloom.corpus.spooled.values import Values, ValueSpool
 from theloom.errors import CorpusError
 from theloom.store.file_format import fixed_strings
@@ -424,6 +424,23 @@ class Columns:
             columns[at].met(kind, place, number)
         for collected, values in zip(columns, kept, strict=True):
             collected.add_kept(values)
+
+
+def of_integers(numbers: Numbers) -> ColumnPieces:
+    """A column of integers.
+
+    Args:
+        numbers: one for each document.
+
+    Returns:
+        The column, none of whose values is missing.
+    """
+
+    def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for values in numbers.pieces():
+            yield values, np.zeros(len(values), "u1")
+
+    return ColumnPieces("integer", len(numbers), np.dtype("<i8"), pieces)
 
 
 def of_strings(kind: str, strings: Strings) -> ColumnPieces:

@@ -141,15 +141,27 @@ def of_row(row: Any, default_id: str, place: str, config: CorpusConfig) -> Docum
                 "corpus.id_column to a column of texts or numbers, or to null"
             )
     if config.target is not None:
-        content["target"] = _target(row, place, config)
+        content["target"] = target_of(row, place, config)
     if config.images is not None and (shown := _value(row, "images", config.images, place)):
         content["images"] = _list(shown, "images", config.images, place)
     columns = tuple(_value(row, "columns", column, place) for column in config.columns)
     return Document(str(name), text, place, columns, origin=default_id, **content)
 
 
-def _target(row: Mapping[str, Any], place: str, config: CorpusConfig) -> str | list[int] | None:
-    """The text of the decoder, or its token ids where the document has token ids too."""
+def target_of(row: Mapping[str, Any], place: str, config: CorpusConfig) -> str | list[int] | None:
+    """The text of the decoder, or its token ids where the document has token ids too.
+
+    Args:
+        row: its values by column.
+        place: the row's file and line, for messages.
+        config: the `corpus` settings, with `corpus.target`.
+
+    Returns:
+        The value of that column; None where it is null.
+
+    Raises:
+        CorpusError: it is nothing of these, or there is no such column.
+    """
     column = str(config.target)
     found = _value(row, "target", column, place)
     if found is None:

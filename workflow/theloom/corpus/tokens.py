@@ -28,6 +28,7 @@ from theloom.corpus.media.encoding import Encoder as MediaEncoder
 from theloom.corpus.prompts import Prompts
 from theloom.corpus.rows import Document
 from theloom.corpus.spooled.spool import Numbers, Strings
+from theloom.corpus.targets import sensed
 from theloom.corpus.targets.encoding import Targets
 from theloom.corpus.tokenizer import COMPARED
 from theloom.corpus.tokens_file.growing import Growing, tables_hash
@@ -123,7 +124,8 @@ def tokenize(config: Config, output: Path, more: Mapping[str, Any] | None = None
 
     def whole(encoder: Any, tally: Tally, kept: KeptRows, prompts: Prompts | None) -> Tokens:
         if config.corpus.kind.name in SENSED:
-            return media.encoded(config, encoder, tally, kept)
+            read_media = media.encoded if config.corpus.target is None else sensed.encoded
+            return read_media(config, encoder, tally, kept)
         corpus = documents.settings(config.corpus) if prompts is None else prompts.corpus
         read = documents.read_documents(corpus)
         return encoded(config, encoder, tally, kept, prompts, read)
@@ -150,12 +152,13 @@ def write_tokens(
             token has no row in the model's embedding.
         ConfigError: corpus.context_length is more than the model allows.
     """
-    sensed = config.corpus.kind.name in SENSED
+    texts = config.corpus.kind.name not in SENSED
     encoder: Any = _encoder_of(config)(config)
-    context = 0 if sensed else context_length(config)
+    context = context_length(config) if texts else 0
     prompts = None if config.answers.source is None else Prompts(config, context)
     rows = config.rows if prompts is None else RowsConfig()  # kept when the answers are there
-    targets = Targets(config, encoder, context) if config.corpus.target is not None else None
+    targeted = texts and config.corpus.target is not None
+    targets = Targets(config, encoder, context) if targeted else None
     tally = Tally(Columns(config.corpus.columns), targets)
     with written(output) as file:
         growing = Growing(file)
@@ -233,7 +236,7 @@ def context_length(config: Config) -> int:
 def _encoder_of(config: Config) -> Any:
     """The class that turns documents into rows."""
     if config.corpus.kind.name in SENSED:
-        return MediaEncoder
+        return MediaEncoder if config.corpus.target is None else sensed.Encoder
     modality = config.model.modality
     return ChatEncoder if modality is not None and modality.name == CHAT else Encoder
 

@@ -28,6 +28,7 @@ from theloom.store.ring_buffer import bytes_ahead
 from theloom.store.shard_file import ShardTokens
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -84,7 +85,8 @@ class Work:
 
     `predicted`: the bytes that the run was predicted to take. `tolerance`: the error that rounding
     explains, as a share of the largest value. `longest_pass`: tokens of the longest document that
-    fits in one pass. `pool`: how rows of a document are made one.
+    fits in one pass. `pool`: how rows of a document are made one. `planned`: tokens by which each
+    window is planned where these are not its own, (windows,).
     """
 
     batches: list[Batch]
@@ -97,6 +99,7 @@ class Work:
     tolerance: float
     longest_pass: int
     pool: str = "none"
+    planned: "np.ndarray | None" = None
 
     @property
     def selection(self) -> Selection:
@@ -133,7 +136,8 @@ def run_batches(
     done = sum(sum(b.lengths) for b in batches[:first])
     rows = sum(selection.rows(b) for b in batches[:first])
     again = selection.again(batches, first)
-    passes = {n: _passes(batches[n], plan) for n in (*again, *range(first, len(batches)))}
+    left = (*again, *range(first, len(batches)))
+    passes = {n: _passes(batches[n], plan, work.planned) for n in left}
     every = [one for several in passes.values() for one in several]
     largest = selection.largest(every, work.points, plan.chunk_size)
     progress = Progress(total, done, work.predicted, watch)
@@ -190,8 +194,9 @@ def run_batches(
         )
 
 
-def _passes(batch: Batch, plan: Plan) -> list[Batch]:
-    return batching.smaller(batch, plan.batch_tokens, plan.chunk_size, plan.streamed_windows)
+def _passes(batch: Batch, plan: Plan, planned: "np.ndarray | None") -> list[Batch]:
+    limits = plan.batch_tokens, plan.chunk_size, plan.streamed_windows
+    return batching.smaller(batch, *limits, planned)
 
 
 class _Measured:

@@ -267,6 +267,7 @@ def _run(
         loaded.tolerance,
         longest_pass(run.estimate, run.weight_format.name, plan, job.planned_lengths.tolist()),
         run.config.rows.pool.name,
+        None if job.sources.lengths is None else job.planned_lengths,
     )
 
     def smaller(level: int) -> Plan:

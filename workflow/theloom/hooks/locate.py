@@ -378,9 +378,11 @@ class _Block:
             )
             return dict(zip(names, (*both, Site(two[1], "input")), strict=True))
         if two := next((m for m in (leaves(home, n, exclude) for n in UP_DOWN) if m), None):
-            return dict(
-                zip(names, (Site(two[0], "output"), ungated, Site(two[1], "input")), strict=True)
-            )
+            post = Site(two[1], "input")
+            if self._flow.width_out(two[0]) > self._flow.width_in(two[1]):
+                mixed = "its MLP makes gate and values in one, in an order that is not known"
+                return dict(zip(names, (mixed, mixed, post), strict=True))
+            return dict(zip(names, (Site(two[0], "output"), ungated, post), strict=True))
         return dict.fromkeys(names, "its MLP is not one that TheLoom knows")
 
     def _router(self, declared: Sequence[Any]) -> dict[str, Site | str]:

@@ -25,6 +25,7 @@ from theloom.memory import closed_form
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
 from theloom.model.weight_format import WeightFormat, quantized_as, quantizing_bytes
 from theloom.precision import BYTES
+from theloom.rows.modality import sensed_by, source_of
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +219,7 @@ class Traced:
         self._fakes: dict[WeightFormat, FakeModel] = {}
         self._left_out: dict[tuple[str, ...], list[str]] = {}
         self._forwards: dict[Any, PeakBytes] = {}
-        if self.size.senses:
+        if sensed_by(model_config):
             self.size = replace(self.size, context_length=self._rows())
         if model_dims.stages_of(model_config):
             described = self.fake(WeightFormat("fp32")).architecture
@@ -226,10 +227,17 @@ class Traced:
             self.size = replace(self.size, num_blocks=blocks, hidden_size=width)
 
     def _rows(self) -> int:
-        """Rows of the largest input of a tower that a run is planned for."""
+        """Rows of the largest input of a tower that a run is planned for; of a decoder behind one
+        the tokens of its longest target, where these are more.
+        """
         from theloom.model.towers.row_counts import RowCounts
 
-        return RowCounts(self.fake(WeightFormat("fp32"))).longest
+        counts = RowCounts(self.fake(WeightFormat("fp32")))
+        longest = counts.longest
+        if not source_of(self._config):
+            return longest
+        counts.check_trial(longest)
+        return max(longest, self.size.context_length)
 
     def fake(self, kind: WeightFormat) -> "FakeModel":
         """Build the model without bytes, once for each kind of weights.

@@ -26,7 +26,9 @@ from theloom.model.fake import FakeModel
 from theloom.model.forward import PrefillCache
 from theloom.model.shapes_only import shapes_only, with_values_if_needed
 from theloom.model.towers.chat import images_placed
+from theloom.model.towers.decoder import longest_target
 from theloom.precision import torch_dtype
+from theloom.rows.modality import SOURCE_ROWS, source_of
 from theloom.rows.tower_inputs import has_values
 
 KV_CACHE, CAPTURED, LOGITS = "kv_cache", "captured", "logits"
@@ -250,13 +252,19 @@ def _one_pass(
     described: Architecture,
     given: Mapping[str, torch.Tensor],
 ) -> Peak:
-    """One pass, with a source as long as the window where it is a decoder's."""
+    """One pass, with a source as long as the window where it is a decoder's; behind an encoder of
+    audio the target is no longer than the decoder takes.
+    """
     inputs = {} if looks_causal(described) or given else {"attention_mask": _padding_mask(ids)}
     inputs |= given
-    if described.side == "decoder":
+    more: dict[str, Any] = {}
+    if source_of(described.model.config):
+        limit = longest_target(described.model.config) or ids.shape[1]
+        more, ids = {SOURCE_ROWS: ids.shape[1]}, ids[:, :limit]
+    elif described.side == "decoder":
         inputs |= {SOURCE_IDS: ids, SOURCE_MASK: _padding_mask(ids)}
     live.ignore(list(inputs.values()))
-    output = forward(input_ids=ids, use_cache=False, **inputs)
+    output = forward(input_ids=ids, use_cache=False, **inputs, **more)
     if getattr(output, "logits", None) is not None:
         live.mark(output.logits, LOGITS)
     return live.peak()

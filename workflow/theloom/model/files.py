@@ -211,7 +211,7 @@ def check_local(config: ModelConfig) -> None:
     if folder is not None:
         _check_folder(folder, config)
     local_adapters(config)
-    if _modality(config) in SENSED:
+    if not _has_tokens(config):
         return  # it has a processor, and no tokenizer
     if config.tokenizer is not None:
         folder = local_folder(config.tokenizer, "model.tokenizer")
@@ -276,7 +276,7 @@ def fetch(config: ModelConfig) -> str | None:
     )
     _check_folder(folder, config)
     find_adapters(config)
-    if _modality(config) not in SENSED:
+    if _has_tokens(config):
         describe_tokenizer(config)
     return revision
 
@@ -341,7 +341,7 @@ def hf_config(config: ModelConfig) -> "PretrainedConfig":
         ModelError: it is missing or broken, or transformers does not know the model.
     """
     place, found = _described(config)
-    found = towers.chosen(found, _modality(config), place.folder, config.source)
+    found = towers.chosen(found, _modality(config), place.folder, config.source, _side(config))
     model_dims.mark_side(found, _side(config))
     model_dims.mark_stages(found, config.stages)
     return found
@@ -360,6 +360,22 @@ def reads(config: ModelConfig) -> str | None:
         ModelError: its config is missing or broken, or transformers does not know the model.
     """
     return towers.reads(_described(config)[1])
+
+
+def sides(config: ModelConfig) -> tuple[str, ...]:
+    """The halves that can be read of an encoder-decoder whose encoder reads no texts, by its own
+    config alone.
+
+    Args:
+        config: the `model` settings.
+
+    Returns:
+        As `towers.sides_of`.
+
+    Raises:
+        ModelError: its config is missing or broken, or transformers does not know the model.
+    """
+    return towers.sides_of(_described(config)[1])
 
 
 def _described(config: ModelConfig) -> "tuple[Description, PretrainedConfig]":
@@ -397,7 +413,7 @@ def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
     found: PretrainedConfig = AutoConfig.from_pretrained(
         files.folder, trust_remote_code=trust_remote_code
     )
-    found = towers.chosen(found, files.modality, files.folder, files.source)
+    found = towers.chosen(found, files.modality, files.folder, files.source, files.side)
     model_dims.mark_side(found, files.side)
     model_dims.mark_stages(found, files.stages)
     return found
@@ -405,6 +421,11 @@ def config_in(files: ModelFiles, trust_remote_code: bool) -> "PretrainedConfig":
 
 def _side(config: ModelConfig) -> str | None:
     return None if config.side is None else config.side.name
+
+
+def _has_tokens(config: ModelConfig) -> bool:
+    """Whether a run's rows are those of tokens: not of patches or frames."""
+    return _modality(config) not in SENSED or _side(config) == "decoder"
 
 
 def _modality(config: ModelConfig) -> str | None:

@@ -9,7 +9,7 @@ import h5py
 
 from theloom import terminal
 from theloom.config.auto import traceable_attention
-from theloom.config.model_dims import numbers
+from theloom.config.model_dims import numbers, side_of
 from theloom.config.schema import Config
 from theloom.corpus.tokens_file import reading
 from theloom.devices import accelerator, gpu, host, peak_memory
@@ -230,7 +230,8 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
         windows, room = reading.window_lengths(tokens_path), available(device)
         planned = fit_plan(estimated, kind, device, threshold, windows, room=room)
     except MemoryPlanError as error:
-        if execution != "auto" or modality_of(model_config) in (*SENSED, CHAT):  # whole alone
+        sensing = modality_of(model_config) in (*SENSED, CHAT)
+        if execution != "auto" or sensing or side_of(model_config):  # these run as a whole alone
             raise
         log.warning("%s; extraction.execution=auto: it goes layer by layer", error)
         try:

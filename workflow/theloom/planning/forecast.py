@@ -146,10 +146,13 @@ def forecast(
         >>> forecast("7b", "bf16", windows=1, tokens=2048).kv_cache
         268435456
     """
-    settings = run_models.as_it_reads(settings_of(target))
+    settings = settings_of(target)
     requested = settings.memory.activation_cache_filter if filters is None else filters
     if (side := auto.side(requested)) and settings.model.side is None:
         settings = run_models.with_side(settings, side)
+    settings = run_models.as_it_reads(settings)
+    if settings.model.modality is not None:  # the encoder, where nothing names the decoder
+        settings = run_models.halves(settings)[0]
     if named := auto.stages(requested):
         settings = stages.with_stages(settings, named)
     estimator = run_models.estimator_of(settings, trace, requested, held=True)
@@ -161,8 +164,8 @@ def forecast(
     if named:
         residuals = points  # of one number of rows; others are of other runs
     chunk_size = min(settings.memory.streaming_chunk_size, tokens)
-    if estimator.size.senses:
-        tokens = estimator.size.context_length  # rows of an image, or of a clip
+    if settings.model.modality is not None:
+        tokens = estimator.size.context_length  # rows of an image or a clip, or a longer target
     if estimator.size.side or estimator.size.senses:
         chunk_size = tokens  # half of a model goes in one pass, and so does a tower
     workload = Workload(windows, tokens, chunk_size)
@@ -231,6 +234,9 @@ def _layerwise(
     """Layerwise execution, or why it is unsupported."""
     if estimator.size.senses:
         return None, "a model of images or audio runs on the device as a whole alone"
+    if estimator.size.side:
+        half = f"the {estimator.size.side} of an encoder-decoder"
+        return None, f"{half} runs on the device as a whole alone"
     try:
         return (
             execution_modes.layerwise(estimator, kind, workload, points, capability=capability),

@@ -20,11 +20,17 @@ INPUT_IMAGES = "input_images"
 document, of objects with `file`, or `row` and `image`, and `sha256`.
 """
 
+SOURCE_ROWS = "source_rows"
+"""The column of a run whose rows are those of a decoder behind an encoder of audio: rows that the
+encoder makes of each document.
+"""
+
 CHAT = "chat"  # a model of texts and images, whose conversations have both
 TEXT = "text"  # the text half of a model that compares texts to images or audio
 
 # attributes of a model's config
 _MODALITY, _HALF = "theloom_modality", "theloom_half_of"
+_SOURCE = "theloom_source"
 
 
 def mark_half(config: "PretrainedConfig", whole: str) -> None:
@@ -59,6 +65,43 @@ def mark(config: "PretrainedConfig", modality: str, samples: tuple[Sample, ...] 
     """
     setattr(config, _MODALITY, modality)
     mark_samples(config, samples)
+
+
+def mark_source(config: "PretrainedConfig", kind: str, samples: tuple[Sample, ...] = ()) -> None:
+    """Say on a model's config that it is read as a decoder of texts behind an encoder of audio.
+
+    Args:
+        config: Of the whole model; it is changed.
+        kind: What the encoder reads: `audio`.
+        samples: Of what its processor makes of documents; none: that is not known.
+    """
+    setattr(config, _SOURCE, kind)
+    mark_samples(config, samples)
+
+
+def source_of(config: "PretrainedConfig") -> str:
+    """What the encoder reads of a model whose rows are the decoder's, where that is no text.
+
+    Args:
+        config: Of a model.
+
+    Returns:
+        `audio`; empty for any other model.
+    """
+    return str(getattr(config, _SOURCE, ""))
+
+
+def sensed_by(config: "PretrainedConfig") -> str:
+    """What a model is given that is no text: a tower, or a decoder behind one.
+
+    Args:
+        config: Of a model.
+
+    Returns:
+        `images` or `audio`; empty where it is given neither, and for conversations with images.
+    """
+    found = source_of(config) or modality_of(config)
+    return found if found in SENSED else ""
 
 
 def modality_of(config: "PretrainedConfig") -> str:

@@ -11,7 +11,7 @@ import h5py
 from theloom import terminal
 from theloom.config.schema import Config, ModelConfig
 from theloom.corpus.media.inputs import inputs_of
-from theloom.corpus.targets.sources import Sources
+from theloom.corpus.targets.sources import Sources, lengths_of
 from theloom.dataset.activations import Activations
 from theloom.devices import gpu
 from theloom.hooks.points import RESIDUALS, HookPoint
@@ -190,7 +190,7 @@ def window_tokens(acts: Activations, window: int) -> int:
         Those of the window, or of a decoder's source where it is longer.
     """
     own = int(acts.window_tokens[window + 1] - acts.window_tokens[window])
-    sources = Sources(acts.columns, acts.window_document).lengths
+    sources = lengths_of(acts.columns, acts.window_document)
     return own if sources is None else max(own, int(sources[window]))
 
 

@@ -34,9 +34,9 @@ def read(config: CorpusConfig) -> Iterator[Item]:
         for column, names in labels.items():
             row[column] = arrow_files.labelled(row[column], names, column, place)
         values = tuple(row[column] for column in config.columns)
-        yield Item(
-            name, id_of(row, name, place, config), place, _content(row, place, config), values
-        )
+        target = None if config.target is None else rows.target_of(row, place, config)
+        content = _content(row, place, config)
+        yield Item(name, id_of(row, name, place, config), place, content, values, target)
 
 
 class Store:

@@ -12,9 +12,11 @@ import numpy as np
 from theloom.config.schema import CorpusConfig, CorpusKind, ModelConfig
 from theloom.corpus.media import places
 from theloom.corpus.media.chat_inputs import ChatInputs, IdsOf
-from theloom.corpus.media.encoding import COLUMNS, processor_of, value_of
 from theloom.corpus.media.items import Item
+from theloom.corpus.media.read import COLUMNS, processor_of, value_of
+from theloom.corpus.targets.sources import heard, lengths_of
 from theloom.errors import CorpusError, printable
+from theloom.model.towers.decoder import given_inputs
 from theloom.model.towers.processor import check_same
 from theloom.rows.modality import INPUT_FILE, INPUT_IMAGES, INPUT_SHAPE
 from theloom.store.tables.columns import Column
@@ -34,8 +36,6 @@ class Inputs:
         processor_hash: of the processor by which the rows were counted.
     """
 
-    lengths = None  # rows are those of the windows
-
     def __init__(
         self,
         columns: Mapping[str, Column],
@@ -51,6 +51,13 @@ class Inputs:
             **{key: corpus[key] for key in ("path", "dataset", "subset", "split", "column")},
         )
         self._store = places.store(self._corpus)
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """Rows that an encoder makes of each window's source, (windows,) int64; None where the rows
+        are those of the windows.
+        """
+        return lengths_of(self._columns, self._document)
 
     @cached_property
     def _processor(self) -> Any:
@@ -85,7 +92,8 @@ class Inputs:
         documents = np.array([int(self._document[w]) for w in windows])
         names, digests, shapes = (self._columns[n].part(documents).tolist() for n in COLUMNS)
         found = [self._one(*one) for one in zip(names, digests, shapes, strict=True)]
-        return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+        made = {name: torch.cat([one[name] for one in found]) for name in found[0]}
+        return given_inputs(made) if heard(self._columns) else made
 
     def _one(self, name: str, digest: str, shape: list[int]) -> "dict[str, torch.Tensor]":
         content = self._store.content(name)

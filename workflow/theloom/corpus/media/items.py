@@ -28,6 +28,7 @@ class Item:
         place: where it was read, for messages.
         content: its bytes.
         columns: values of `corpus.columns`.
+        target: the text of a decoder whose encoder reads the clip; None where there is none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Item:
     place: str
     content: bytes
     columns: tuple[Any, ...] = ()
+    target: str | list[int] | None = None
 
 
 def read(config: CorpusConfig) -> Iterator[Item]:
@@ -141,7 +143,8 @@ def _of_table(file: Path, name: str, config: CorpusConfig) -> Iterator[Item]:
                 where, own = f"{place}, row {number}", f"{name}#{number}"
                 values = tuple(row[c] for c in config.columns)
                 content = content_of(row[column], where, config)
-                yield Item(own, id_of(row, own, where, config), where, content, values)
+                target = None if config.target is None else rows.target_of(row, where, config)
+                yield Item(own, id_of(row, own, where, config), where, content, values, target)
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(
             f"{place}: cannot be read ({printable(' '.join(str(error).split()))[:200]}); fetch or "

@@ -7,6 +7,7 @@ source's token ids go with each document as the column `source_ids`.
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,25 @@ from theloom.model.files import hf_config
 from theloom.store.tables.columns import ColumnPieces
 
 log = logging.getLogger(__name__)
+
+
+def behind(start: int | None, target: Encoded) -> Encoded:
+    """A target behind the token that the decoder starts with.
+
+    Args:
+        start: id of that token; None: there is none.
+        target: the tokens of a text.
+
+    Returns:
+        The same tokens behind it; an empty target as it is.
+    """
+    if start is None or not target.ids:
+        return target
+    tables = {
+        name: np.concatenate([np.full(1, -1, values.dtype), values])
+        for name, values in target.tables.items()
+    }
+    return replace(target, ids=[start, *target.ids], tables=tables)
 
 
 class Targets:
@@ -82,12 +102,9 @@ class Targets:
         if self._starts and self._from_the_end:  # the language, which mBART's tokenizer puts last
             ids = [*ids[-1:], *ids[:-1]]
             tables = {name: np.roll(values, 1) for name, values in tables.items()}
-        elif self._starts and self._start is not None:
-            ids = [self._start, *ids]
-            tables = {
-                name: np.concatenate([np.full(1, -1, values.dtype), values])
-                for name, values in tables.items()
-            }
+        elif self._starts:
+            found = behind(self._start, target)
+            ids, tables = [*found.ids], found.tables
         return Encoded(ids, hashed, target.text, tables)
 
     def add(self, document: Document, tokens: int, vocabulary: Vocabulary, names: Any) -> None:

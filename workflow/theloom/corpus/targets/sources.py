@@ -1,4 +1,6 @@
-"""The encoder's tokens of a run whose rows are the decoder's: read back from a file's columns."""
+"""The encoder's tokens of a run whose rows are the decoder's: read back from a file's columns. Of
+an encoder of audio the rows alone are there.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,6 +10,7 @@ import numpy as np
 from theloom.config.checks import SOURCE_IDS
 from theloom.model.checkpoint.halves import SOURCE_IDS as IDS
 from theloom.model.checkpoint.halves import SOURCE_MASK as MASK
+from theloom.rows.modality import INPUT_FILE, SOURCE_ROWS
 from theloom.store.tables.columns import GROUP, Column
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ def lengths_in(values: np.ndarray) -> np.ndarray:
 
 
 def source_lengths(array: Callable[[str], Any]) -> np.ndarray | None:
-    """Tokens of each document's source.
+    """Tokens of each document's source, or rows that an encoder of audio makes of it.
 
     Args:
         array: gives a dataset by its name; None where there is none.
@@ -39,8 +42,40 @@ def source_lengths(array: Callable[[str], Any]) -> np.ndarray | None:
     Returns:
         (documents,) int64; None where the run has no sources.
     """
+    rows, file = (array(f"{GROUP}/{name}") for name in (SOURCE_ROWS, INPUT_FILE))
+    if rows is not None and file is not None:
+        return np.asarray(rows[:], "<i8")
     found = array(f"{GROUP}/{SOURCE_IDS}")
     return None if found is None else lengths_in(found[:])
+
+
+def heard(columns: Mapping[str, Column]) -> bool:
+    """Whether rows are those of a decoder behind an encoder of audio.
+
+    Args:
+        columns: of the corpus, by name.
+
+    Returns:
+        By the columns that such a run writes; a corpus of texts may have one of the first name.
+    """
+    return SOURCE_ROWS in columns and INPUT_FILE in columns
+
+
+def lengths_of(columns: Mapping[str, Column], window_document: np.ndarray) -> np.ndarray | None:
+    """Tokens of each window's source, or rows that an encoder of audio makes of it.
+
+    Args:
+        columns: of the corpus, by name.
+        window_document: number of each window's document within these columns, (windows,).
+
+    Returns:
+        (windows,) int64; None where the run has no sources.
+    """
+    if heard(columns):
+        return columns[SOURCE_ROWS].values[window_document]
+    if SOURCE_IDS not in columns:
+        return None
+    return lengths_in(columns[SOURCE_IDS].values)[window_document]
 
 
 class Sources:
@@ -52,7 +87,7 @@ class Sources:
     """
 
     def __init__(self, columns: Mapping[str, Column], window_document: np.ndarray) -> None:
-        self._column = columns.get(SOURCE_IDS)
+        self._columns, self._column = columns, columns.get(SOURCE_IDS)
         self._document = window_document
 
     alike = None  # windows of any lengths may share a pass
@@ -60,7 +95,7 @@ class Sources:
     @property
     def lengths(self) -> np.ndarray | None:
         """Tokens of each window's source, (windows,) int64; None where there are none."""
-        return None if self._column is None else lengths_in(self._column.values)[self._document]
+        return lengths_of(self._columns, self._document)
 
     def of(self, windows: Sequence[int]) -> "dict[str, torch.Tensor]":
         """The encoder's input for some windows.

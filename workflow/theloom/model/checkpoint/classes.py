@@ -3,15 +3,14 @@
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from theloom.config.model_dims import side_of, stages_of
+from theloom.config.model_dims import side_of
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.folder import own_model_code
 from theloom.model.checkpoint.halves import half, has_halves
 from theloom.model.towers.chat import seeing
-from theloom.model.towers.classes import class_of, tower
-from theloom.rows.modality import CHAT, SENSED, modality_of
-from theloom.rows.tower_inputs import samples_of
+from theloom.model.towers.classes import class_of, sensing_class
+from theloom.rows.modality import CHAT, SENSED, modality_of, source_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -179,10 +178,10 @@ def model_class(model_config: "PretrainedConfig") -> Any:
         >>> model_class(GPT2Config()).__name__
         'GPT2Model'
     """
-    if modality := modality_of(model_config):
-        if modality == CHAT:
-            return seeing(_whole_class(model_config))
-        return _tower(model_config, modality)
+    if modality_of(model_config) == CHAT:
+        return seeing(_whole_class(model_config))
+    if modality_of(model_config) or source_of(model_config):
+        return sensing_class(model_config, class_of(model_config) or _whole_class(model_config))
     if side := side_of(model_config):
         return half(_whole_class(model_config), side)
     for alone in (_encoder_alone(model_config), _decoder_alone(model_config)):
@@ -191,24 +190,6 @@ def model_class(model_config: "PretrainedConfig") -> Any:
     if is_whole_encoder_decoder(model_config):
         raise _unnamed(model_config)
     return _whole_class(model_config)
-
-
-def _tower(model_config: "PretrainedConfig", modality: str) -> Any:
-    """The class of a tower; of an encoder-decoder that of its encoder."""
-    whole, side = class_of(model_config) or _whole_class(model_config), side_of(model_config)
-    if modality in SENSED and hasattr(whole, "get_decoder") and model_config.is_encoder_decoder:
-        if side != "encoder":
-            raise ModelError(
-                f"{model_config.model_type}: its encoder reads {modality}; write "
-                "encoder.blocks.0.hook_resid_post in memory.activation_cache_filter"
-            )
-    elif side:
-        raise ModelError(
-            f"{model_config.model_type} is one list of blocks: name its hook points without "
-            f"{side!r}, as blocks.0.hook_resid_post"
-        )
-    samples, stages = samples_of(model_config), stages_of(model_config)
-    return tower(whole, modality, side, samples, stages)
 
 
 def _whole_class(model_config: "PretrainedConfig") -> Any:

@@ -10,10 +10,10 @@ from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from theloom.config.model_dims import mark_side, mark_stages
+from theloom.config.model_dims import mark_side, mark_stages, side_of, stages_of
 from theloom.errors import ModelError
 from theloom.model.checkpoint.halves import keep_encoder, remade
-from theloom.model.towers import chat, processor
+from theloom.model.towers import chat, decoder, processor
 from theloom.model.towers.trial_inputs import trial_inputs
 from theloom.rows.modality import (
     CHAT,
@@ -21,8 +21,11 @@ from theloom.rows.modality import (
     TEXT,
     mark,
     mark_half,
+    mark_source,
+    modality_of,
+    source_of,
 )
-from theloom.rows.tower_inputs import Sample
+from theloom.rows.tower_inputs import Sample, samples_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,15 +41,20 @@ _HALVES = {
 
 
 def chosen(
-    config: "PretrainedConfig", modality: str | None, folder: "Path", source: str
+    config: "PretrainedConfig",
+    modality: str | None,
+    folder: "Path",
+    source: str,
+    side: str | None = None,
 ) -> "PretrainedConfig":
-    """The config of the tower that a run reads, marked as such.
+    """The config of the tower that a run reads, or of the decoder behind it, marked as such.
 
     Args:
         config: of the model in the folder.
         modality: `images`, `audio` or `chat`; None: texts.
         folder: of the model, where its processor is.
         source: the model, for messages.
+        side: `encoder` or `decoder` where that half of an encoder-decoder is read.
 
     Returns:
         The config itself where the model reads the modality as a whole; a part of it for one half
@@ -67,7 +75,10 @@ def chosen(
     if modality is None and not config.is_encoder_decoder and _writes(config):
         return config  # Whisper's decoder by itself
     half: Any = whole
-    if own == modality and not compares:
+    behind = side == "decoder" and own == modality and decoder.has_decoder(whole)
+    if behind:
+        found = config
+    elif own == modality and not compares:
         found = _blocks_of(config)
         if found is not config:
             half = class_of(found)
@@ -93,7 +104,7 @@ def chosen(
     samples: tuple[Sample, ...] = ()
     if processor.has_processor(folder):
         samples = processor.load_processor(folder, modality, source, half).samples
-    mark(found, modality, samples)
+    (mark_source if behind else mark)(found, modality, samples)
     return found
 
 
@@ -185,6 +196,54 @@ def _reads_other(config: Any, whole: Any, modality: str, source: str) -> ModelEr
         f"model.source: {source} ({config.model_type}) reads {own}, and the corpus has "
         f"{modality}; give an encoder of {modality}, or another corpus"
     )
+
+
+def sensing_class(config: "PretrainedConfig", whole: Any) -> Any:
+    """The class of a model that is marked as a tower, or as a decoder behind one.
+
+    Args:
+        config: of the model.
+        whole: the class of transformers, without a head.
+
+    Returns:
+        A class that is made from the config as an auto class is.
+
+    Raises:
+        ModelError: a half is named of a model that has none, or none of one that has.
+    """
+    modality, side, samples = modality_of(config), side_of(config), samples_of(config)
+    if source := source_of(config):
+        return decoder.decoder(whole, _main_input(whole), source, samples)
+    if modality in SENSED and hasattr(whole, "get_decoder") and config.is_encoder_decoder:
+        if side != "encoder":
+            halves = sides_of(config) or ("encoder",)
+            sides = " or ".join(f"{half}.blocks.0.hook_resid_post" for half in halves)
+            raise ModelError(
+                f"{config.model_type}: its encoder reads {modality}; write {sides} in "
+                "memory.activation_cache_filter"
+            )
+    elif side:
+        raise ModelError(
+            f"{config.model_type} is one list of blocks: name its hook points without "
+            f"{side!r}, as blocks.0.hook_resid_post"
+        )
+    return tower(whole, modality, side, samples, stages_of(config))
+
+
+def sides_of(config: "PretrainedConfig") -> tuple[str, ...]:
+    """The halves that can be read of an encoder-decoder whose encoder reads no texts.
+
+    Args:
+        config: of the model.
+
+    Returns:
+        `encoder`, or an empty text where the encoder has a config of its own and is read as a model
+        of one list of blocks; and `decoder` where that is one of texts. None for any other model.
+    """
+    if not config.is_encoder_decoder or reads(config) not in SENSED:
+        return ()
+    encoder = "encoder" if _blocks_of(config) is config else ""
+    return (encoder, "decoder") if decoder.has_decoder(class_of(config)) else (encoder,)
 
 
 @cache

@@ -1,5 +1,5 @@
 """How many rows a tower makes of an input: the rows that its first block is given, on tensors
-without bytes.
+without bytes; of an encoder before a decoder, the rows that the decoder attends to.
 """
 
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from theloom.config.model_dims import stages_of
+from theloom.errors import ModelError
 from theloom.hooks.blocks import cannot_run
 from theloom.hooks.failures import refused
 from theloom.hooks.points import RESIDUALS, HookPoint
@@ -14,7 +15,7 @@ from theloom.hooks.stages.resolution import check_one_resolution
 from theloom.hooks.taps import Taps
 from theloom.model.shapes_only import shapes_only
 from theloom.model.towers import trial_inputs as towers
-from theloom.rows.modality import modality_of
+from theloom.rows.modality import modality_of, source_of
 from theloom.rows.tower_inputs import part_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class RowCounts:
     """Rows of a tower by the shape of its input.
 
     Args:
-        fake: the tower.
+        fake: the tower, or the decoder behind it.
     """
 
     def __init__(self, fake: "FakeModel") -> None:
@@ -59,6 +60,24 @@ class RowCounts:
         of an image of the model's own size, or of a clip of 30 seconds.
         """
         return max(self._counts(towers.longest_inputs(self._model)))
+
+    def check_trial(self, rows: int) -> None:
+        """Check that inputs of a trial have the rows that they shall have: by them memory is
+        predicted.
+
+        Args:
+            rows: of the longest document.
+
+        Raises:
+            ModelError: they have fewer.
+        """
+        found = self.rows(towers.trial_inputs(self._model, 1, rows))
+        if found < rows:
+            raise ModelError(
+                f"{self._model.config.model_type}: TheLoom does not know which clips have as many "
+                f"as {rows:,} rows (it gets {found:,}), so memory cannot be planned; read the "
+                "decoder of another model"
+            )
 
     def rows(self, inputs: "Mapping[str, torch.Tensor]") -> int:
         """The rows of one document.
@@ -97,18 +116,24 @@ class RowCounts:
     def _count(self, inputs: "Mapping[str, torch.Tensor]") -> set[int]:
         import torch
 
+        known = any(not value.is_floating_point() for value in inputs.values())
+        with self._fake.mode, shapes_only(known), refused(cannot_run(self._model)):
+            given = {
+                name: torch.zeros(value.shape) if value.is_floating_point() else value
+                for name, value in inputs.items()
+            }
+            if source_of(self._model.config):
+                return {int(self._model.encoder(**given).last_hidden_state.shape[1])}
+            return self._rows_seen(given)
+
+    def _rows_seen(self, given: "Mapping[str, torch.Tensor]") -> set[int]:
         found: list[int] = []
         taps = Taps(
             self._fake.architecture,
             self._points,
             lambda _, value: found.append(int(value.shape[1])),
         )
-        known = any(not value.is_floating_point() for value in inputs.values())
-        with self._fake.mode, shapes_only(known), refused(cannot_run(self._model)), taps:
-            given = {
-                name: torch.zeros(value.shape) if value.is_floating_point() else value
-                for name, value in inputs.items()
-            }
+        with taps:
             taps.run(**given)
         return set(found)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from theloom.config.model_dims import stages_of
 from theloom.errors import ModelError
-from theloom.rows.modality import image_shape, input_shape, modality_of
+from theloom.rows.modality import image_shape, input_shape, sensed_by, source_of
 from theloom.rows.tower_inputs import Part, Sample, is_packed, samples_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def longest_inputs(model: Any) -> "dict[str, torch.Tensor]":
         By name, of one document: an image of the model's own size, or 30 seconds of sound.
     """
     samples = samples_of(model.config)
-    free = modality_of(model.config) == "audio" and input_shape(model.config) is None
+    free = sensed_by(model.config) == "audio" and input_shape(model.config) is None
     if free and model.main_input_name != "input_features":
         shape = (1, int(_LONGEST_SECONDS * _RATE))
         return _filled(model, (Part(model.main_input_name, shape, "float32"),), 1)
@@ -56,7 +56,8 @@ def longest_inputs(model: Any) -> "dict[str, torch.Tensor]":
         return _filled(model, max(samples, key=lambda sample: sample[0].shape[0]), 1)
     if samples and free:
         axis = max(range(1, len(samples[2][0].shape)), key=lambda a: samples[2][0].shape[a])
-        most = getattr(model.config, "max_position_embeddings", None) or 0
+        encoder = source_of(model.config) and getattr(model.config, "encoder_config", None)
+        most = getattr(encoder or model.config, "max_position_embeddings", None) or 0
         if 0 < most < rows_of_frames(model, samples[2][0].shape[axis]):
             return trial_inputs(model, 1, most)
         return _filled(model, samples[2], 1)
@@ -189,7 +190,7 @@ def shape_of(model: Any, rows: int) -> tuple[int, ...]:
     """
     config = model.config
     fixed = input_shape(config)
-    if modality_of(config) == "images":
+    if sensed_by(config) == "images":
         return _image(model, rows, fixed)
     if fixed is not None:
         return fixed

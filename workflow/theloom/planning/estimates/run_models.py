@@ -12,6 +12,7 @@ from theloom.model import files
 from theloom.model.checkpoint.classes import has_own_code, is_whole_encoder_decoder
 from theloom.model.files import hf_config
 from theloom.model.weight_format import quantization_of
+from theloom.rows.modality import sensed_by
 
 
 def estimator_of(
@@ -59,8 +60,8 @@ def halves(config: Config) -> list[Config]:
         config: the run's config.
 
     Returns:
-        Two configs, of the encoder and of the decoder, where the model has both and the hook points
-        name neither; else the config itself.
+        A config for each half that can be read, where the model has an encoder and a decoder and
+        the hook points name neither; else the config itself.
 
     Raises:
         ModelError: the model's own config cannot be read.
@@ -68,10 +69,12 @@ def halves(config: Config) -> list[Config]:
     if config.model.architecture is not None:
         return [config]
     model_config = hf_config(config.model)
-    own = has_own_code(model_config, config.model.trust_remote_code)
-    if own or not is_whole_encoder_decoder(model_config):
+    if has_own_code(model_config, config.model.trust_remote_code) or config.model.side is not None:
         return [config]
-    return [with_side(config, side) for side in ("encoder", "decoder")]
+    if is_whole_encoder_decoder(model_config):
+        return [with_side(config, side) for side in ("encoder", "decoder")]
+    sides = files.sides(config.model) if sensed_by(model_config) else ()
+    return [with_side(config, side) if side else config for side in sides] or [config]
 
 
 def as_it_reads(config: Config, modality: str | None = None) -> Config:
@@ -82,7 +85,8 @@ def as_it_reads(config: Config, modality: str | None = None) -> Config:
         modality: what is read of a model that reads several; None: what it reads alone.
 
     Returns:
-        A copy where the model reads no texts; else the config itself.
+        A copy where the model reads no texts, with no half of an encoder-decoder chosen that the
+        config does not name; else the config itself.
 
     Raises:
         ModelError: the model's own config cannot be read, or it does not read the modality.
@@ -93,11 +97,7 @@ def as_it_reads(config: Config, modality: str | None = None) -> Config:
     if modality is None:
         return config
     plain = to_plain(config)
-    found = to_config(plain | {"model": plain["model"] | {"modality": modality}})
-    model_config = hf_config(found.model)
-    if model_config.is_encoder_decoder and found.model.side is None:
-        return with_side(found, "encoder")
-    return found
+    return to_config(plain | {"model": plain["model"] | {"modality": modality}})
 
 
 def with_side(config: Config, side: str) -> Config:
