@@ -137,6 +137,13 @@ def test_stages_go_with_images_of_one_size(tmp_path, images, resnet):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_trace_gives_the_peak_of_stages(kind, precision, tmp_path, images):
+    # products of 16 bits have buffers of oneDNN's own on some processors, as large as such maps
+    with torch.backends.mkldnn.flags(enabled=precision == "fp32"):
+        predicted, measured = peaks_of_stages(kind, precision, tmp_path, images)
+    assert abs(predicted / measured - 1) <= 1e-3, (predicted, measured)
+
+
+def peaks_of_stages(kind, precision, tmp_path, images) -> tuple[int, int]:
     folder = build(kind, tmp_path / "model")
     run = stages(tmp_path / "run", folder, requested(images, "stages.2.hook_out"))
     config = hf_config(run.config("model").model)
@@ -147,8 +154,7 @@ def test_trace_gives_the_peak_of_stages(kind, precision, tmp_path, images):
     workload = Workload(4, points[0].rows, points[0].rows)
     ids = torch.zeros(workload.windows, workload.tokens, dtype=torch.int64)
     predicted = trace.trace(fake, workload, points, held=True)[0].total
-    measured = allocator_peak(lambda: trace.run(described, ids, workload, points, held=True))
-    assert abs(predicted / measured - 1) <= 1e-3, (predicted, measured)
+    return predicted, allocator_peak(lambda: trace.run(described, ids, workload, points, held=True))
 
 
 def test_model_record_has_the_stages(tmp_path, images, resnet):
