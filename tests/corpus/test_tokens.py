@@ -17,6 +17,7 @@ from theloom.corpus.tokens_file.reading import read_job
 from theloom.corpus.windows import plan_shards, positions, split_windows, write_tables
 from theloom.errors import ConfigError, CorpusError
 from theloom.store import file_format
+from theloom.store.hdf5 import spool as bytes_spool
 from transformers import AutoTokenizer
 
 
@@ -44,7 +45,7 @@ def test_tables_are_the_same_in_pieces_of_any_length(tmp_path, monkeypatch, piec
     monkeypatch.setattr(windows, "_OFFSETS", piece)
     monkeypatch.setattr(spool, "_TEXTS", piece)
     monkeypatch.setattr(spool, "_NUMBERS", piece)
-    monkeypatch.setattr(spool, "_SPOOLED", 8 * piece)
+    monkeypatch.setattr(bytes_spool, "_SPOOLED", 8 * piece)
     lengths = np.random.default_rng(0).integers(1, 40, 30)
     ids, hashes, tokens_of = Strings(), Strings(), Numbers()
     tokens_of.extend(lengths)

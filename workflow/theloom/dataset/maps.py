@@ -106,6 +106,19 @@ def mapped(fd: int) -> np.ndarray:
     return np.frombuffer(memoryview(whole).toreadonly(), "u1")
 
 
+def release(rows: np.ndarray) -> None:
+    """Give back the pages of a mapped array. Those of a file stay in the system's cache, and come
+    back when they are read.
+
+    Args:
+        rows: a part of what `mapped` gave, without gaps.
+    """
+    begin = rows.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    end = rows.ctypes.data + rows.nbytes
+    if rows.nbytes:
+        _libc().madvise(begin, end - begin, mmap.MADV_DONTNEED)
+
+
 @cache
 def _libc() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
@@ -113,6 +126,7 @@ def _libc() -> Any:
     libc.mmap.argtypes = [pointer, size, number, number, number, ctypes.c_long]
     libc.mmap.restype = pointer
     libc.munmap.argtypes = [pointer, size]
+    libc.madvise.argtypes = [pointer, size, number]
     return libc
 
 

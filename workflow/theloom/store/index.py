@@ -25,7 +25,7 @@ from theloom.store.tables import tokens as token_tables
 INDEX = "index"
 
 _LARGEST = 32 << 20  # bytes of an index: ten thousand shards or hook points take 2 MiB
-_AT_ONCE = 1 << 30  # bytes of one read
+_AT_ONCE = 1 << 24  # bytes of one read: they are there twice
 
 # The types of the tables that readers take, by name or by group; of others any number will do
 _TYPES = {
@@ -109,12 +109,13 @@ class FileIndex:
             size > 0
         ):
             raise ValueError(f"its {name} is not stored as TheLoom does it")
-        data = bytearray()
-        for start in range(0, size, _AT_ONCE):
-            offset = dataset.extents[0][0] + start
-            data += byte_source.pread(fd, min(_AT_ONCE, size - start), offset)
-        if len(data) != size:
-            raise ValueError(f"it ends within its {name}")
+        data, at = bytearray(size), 0
+        while at < size:
+            piece = byte_source.pread(fd, min(_AT_ONCE, size - at), dataset.extents[0][0] + at)
+            if not piece:
+                raise ValueError(f"it ends within its {name}")
+            data[at : at + len(piece)] = piece
+            at += len(piece)
         return np.frombuffer(data, dtype).reshape(dataset.shape)
 
 

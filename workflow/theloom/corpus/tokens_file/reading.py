@@ -4,6 +4,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,12 @@ def window_lengths(path: Path) -> Lengths:
         return Lengths.of(_lengths_of_shards(file))
 
 
+def _part(file: h5py.File, entries: slice, name: str) -> np.ndarray | None:
+    """Some entries of a dataset; None where there is none."""
+    found: np.ndarray | None = file[name][entries] if name in file else None
+    return found
+
+
 def _lengths_of_shards(file: h5py.File) -> Iterator[np.ndarray]:
     """Tokens of each window by which passes are planned, shard by shard."""
     documents = file["shards/first_document"][:]
@@ -132,8 +139,7 @@ def _lengths_of_shards(file: h5py.File) -> Iterator[np.ndarray]:
         windows += np.searchsorted(file["windows/document"][start : start + _WINDOWS], documents)
     for (first, last), (start, stop) in zip(pairwise(documents), pairwise(windows), strict=True):
         lengths = np.diff(file["windows/offset"][start : stop + 1])
-        of_shard = slice(first, last)
-        sources = source_lengths(lambda n, part=of_shard: file[n][part] if n in file else None)
+        sources = source_lengths(partial(_part, file, slice(first, last)))
         if sources is not None:
             of_window = file["windows/document"][start:stop] - first
             lengths = np.maximum(lengths, sources[of_window])
