@@ -143,7 +143,7 @@ class ActivationsReader:
         self.window_tokens: np.ndarray = (
             tables.document_offset if one_each else tables.window_offset
         )
-        self._row_tokens = read_row_tokens(read, self.attributes)
+        self._row_tokens = read_row_tokens(read, partial(listed.pieces, file.fd), self.attributes)
         self._chosen: np.ndarray | None = None  # of the file's rows, those that are seen
         self.window_hash: np.ndarray = tables.window_hash
         self.metrics: dict[str, float] = read_metrics(read)

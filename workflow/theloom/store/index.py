@@ -8,6 +8,7 @@ and then reads bytes at known offsets. Of a file without an index the objects ar
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,38 @@ class FileIndex:
             KeyError: the file has no such dataset.
             ValueError: it has another type or layout than TheLoom writes, or the file ends early.
         """
+        dtype, count, _ = self._stored(name)
+        found, at = np.empty(count, dtype), 0
+        for piece in self.pieces(fd, name):
+            found[at : at + len(piece)] = piece
+            at += len(piece)
+        return found.reshape(self.datasets[name].shape)
+
+    def pieces(self, fd: Readable, name: str) -> Iterator[np.ndarray]:
+        """The content of a contiguous dataset that memory does not hold, piece after piece.
+
+        Args:
+            fd: of the file, open for reading.
+            name: of the dataset.
+
+        Yields:
+            The elements, (elements,), some megabytes at a time.
+
+        Raises:
+            KeyError: the file has no such dataset.
+            ValueError: it has another type or layout than TheLoom writes, or the file ends early.
+        """
+        dtype, count, offset = self._stored(name)
+        together = max(1, _AT_ONCE // dtype.itemsize)
+        for first in range(0, count, together):
+            size = min(together, count - first) * dtype.itemsize
+            data = byte_source.pread(fd, size, offset + first * dtype.itemsize)
+            if len(data) != size:
+                raise ValueError(f"it ends within its {name}")
+            yield np.frombuffer(data, dtype)
+
+    def _stored(self, name: str) -> tuple[np.dtype, int, int]:
+        """The type of a contiguous dataset, its elements, and where it begins in the file."""
         dataset = self.datasets[name]
         expected = _TYPES.get(name) or _TYPES.get(name.partition("/")[0], "")
         if not dataset.type.startswith(expected) or not re.fullmatch(
@@ -104,19 +137,13 @@ class FileIndex:
         ):
             raise ValueError(f"its {name} has the type {dataset.type!r}")
         dtype = RECORD if name == "commit_log" else np.dtype(dataset.type)
-        size = math.prod(dataset.shape) * dtype.itemsize
+        count = math.prod(dataset.shape)
+        size = count * dtype.itemsize
         if dataset.layout != content.CONTIGUOUS or [s for _, s in dataset.extents] != [size] * (
             size > 0
         ):
             raise ValueError(f"its {name} is not stored as TheLoom does it")
-        data, at = bytearray(size), 0
-        while at < size:
-            piece = byte_source.pread(fd, min(_AT_ONCE, size - at), dataset.extents[0][0] + at)
-            if not piece:
-                raise ValueError(f"it ends within its {name}")
-            data[at : at + len(piece)] = piece
-            at += len(piece)
-        return np.frombuffer(data, dtype).reshape(dataset.shape)
+        return dtype, count, dataset.extents[0][0] if size else 0
 
 
 def read(file: h5py.File) -> FileIndex:

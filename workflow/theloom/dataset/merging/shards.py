@@ -203,5 +203,5 @@ def read_shard(path: Path, number: int, texts: dict[int, str]) -> ReadShard:
             read_metrics(read),
             tables,
             read_columns(read, listed, described, len(tables.document_id)),
-            read_row_tokens(read, attributes),
+            read_row_tokens(read, partial(listed.pieces, file.fd), attributes),
         )
