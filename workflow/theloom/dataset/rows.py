@@ -149,7 +149,7 @@ class Rows:
         number = int(np.searchsorted(self._starts, rows.start, "right")) - 1
         while number < len(self._arrays) and self._starts[number] < rows.stop:
             first, array = int(self._starts[number]), self._arrays[number]
-            if isinstance(array, np.ndarray):
+            if isinstance(array, np.ndarray) and isinstance(self._parts[number].path, Path):
                 release(array[max(0, rows.start - first) : rows.stop - first])
             number += 1
 
