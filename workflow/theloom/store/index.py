@@ -26,7 +26,7 @@ from theloom.store.tables import tokens as token_tables
 INDEX = "index"
 
 _LARGEST = 32 << 20  # bytes of an index: ten thousand shards or hook points take 2 MiB
-_AT_ONCE = 1 << 24  # bytes of one read: they are there twice
+_AT_ONCE = 1 << 20  # bytes of a piece
 
 # The types of the tables that readers take, by name or by group; of others any number will do
 _TYPES = {
@@ -98,12 +98,11 @@ class FileIndex:
             KeyError: the file has no such dataset.
             ValueError: it has another type or layout than TheLoom writes, or the file ends early.
         """
-        dtype, count, _ = self._stored(name)
-        found, at = np.empty(count, dtype), 0
-        for piece in self.pieces(fd, name):
-            found[at : at + len(piece)] = piece
-            at += len(piece)
-        return found.reshape(self.datasets[name].shape)
+        dtype, count, offset = self._stored(name)
+        data = bytearray(count * dtype.itemsize)
+        if not byte_source.read_into(fd, memoryview(data), offset):
+            raise ValueError(f"it ends within its {name}")
+        return np.frombuffer(data, dtype).reshape(self.datasets[name].shape)
 
     def pieces(self, fd: Readable, name: str) -> Iterator[np.ndarray]:
         """The content of a contiguous dataset that memory does not hold, piece after piece.
@@ -113,7 +112,7 @@ class FileIndex:
             name: of the dataset.
 
         Yields:
-            The elements, (elements,), some megabytes at a time.
+            The elements, (elements,), a megabyte at a time.
 
         Raises:
             KeyError: the file has no such dataset.
