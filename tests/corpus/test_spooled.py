@@ -15,15 +15,17 @@ from theloom.corpus.in_parts.part import tokenize_part
 from theloom.corpus.spooled import ids, spool, values
 from theloom.corpus.spooled.files import Files
 from theloom.corpus.spooled.ids import SeenIds
-from theloom.corpus.spooled.spool import Numbers, Spool
+from theloom.corpus.spooled.spool import Numbers
 from theloom.corpus.spooled.values import TYPES, StoredValues, ValueSpool
 from theloom.corpus.tokens_file import growing, reading
 from theloom.pipeline import job
+from theloom.store.hdf5 import spool as bytes_spool
+from theloom.store.hdf5.spool import Spool
 
 
 @pytest.mark.parametrize("size", [8, 24, 1 << 20])
 def test_bytes_are_read_back_from_memory_and_disk(monkeypatch, size):
-    monkeypatch.setattr(spool, "_SPOOLED", size)
+    monkeypatch.setattr(bytes_spool, "_SPOOLED", size)
     rng, whole, found = random.Random(0), b"", Spool()
     for _ in range(200):
         more = rng.randbytes(rng.randrange(20))
@@ -36,7 +38,7 @@ def test_bytes_are_read_back_from_memory_and_disk(monkeypatch, size):
 
 
 def test_integers_are_those_that_came(monkeypatch):
-    monkeypatch.setattr(spool, "_SPOOLED", 64)
+    monkeypatch.setattr(bytes_spool, "_SPOOLED", 64)
     expected = [*range(-50, 50), -(2**63), 2**63 - 1]
     numbers = Numbers()
     for number in expected[:60]:
@@ -111,7 +113,7 @@ def test_files_are_in_the_order_of_their_paths():
 def small_pieces(monkeypatch):
     """What is held in memory at once is so little that a test's corpus has many times as much."""
     for module, name in (
-        *((spool, "_SPOOLED"), (spool, "_TEXTS"), (spool, "_NUMBERS"), (values, "_TOGETHER")),
+        *((bytes_spool, "_SPOOLED"), (spool, "_TEXTS"), (spool, "_NUMBERS"), (values, "_TOGETHER")),
         *((windows, "_PIECE"), (windows, "_OFFSETS"), (growing, "_BUFFERED"), (growing, "_HASHED")),
         *((gather, "_PIECE"), (gather, "_DOCUMENTS"), (kept, "_AT_ONCE"), (reading, "_WINDOWS")),
     ):

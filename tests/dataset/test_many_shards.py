@@ -23,7 +23,7 @@ from shards import spec
 from theloom.dataset import maps
 from theloom.dataset.merge import merge_shards
 from theloom.hooks.points import residual_points
-from theloom.store import checksums, index
+from theloom.store import checksums, compression, index
 from theloom.store.writer import ShardWriter
 
 SHARDS = int(os.environ.get("THELOOM_MANY_SHARDS", "300"))
@@ -130,8 +130,9 @@ def test_a_dataset_of_many_files_takes_few_descriptors(shards):
     assert done.stdout == "0\n", done.stderr
 
 
-def test_packed_files_are_opened_again_where_too_many_were(tmp_path, monkeypatch):
+def test_few_packed_files_stay_open_and_few_of_their_chunks_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(maps, "_OPEN", 2)
+    monkeypatch.setattr(compression, "_CACHED_CHUNKS", 3)
     packed = [tmp_path / f"{number:05d}-of-00005.h5" for number in range(5)]
     for number, path in enumerate(packed):
         write_shard(path, number, "zstd")
@@ -140,3 +141,4 @@ def test_packed_files_are_opened_again_where_too_many_were(tmp_path, monkeypatch
     for _ in range(2):
         assert torch.equal(acts[HOOK][:][:, 0], torch.arange(5.0 * ROWS))
     assert len(acts._maps._open) == 2
+    assert [len(cache._chunks) for cache in acts._maps._chunks.values()] == [3]

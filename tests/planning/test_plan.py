@@ -108,16 +108,16 @@ def test_no_more_long_documents_are_planned_side_by_side_than_a_shard_has(long):
         np.array(lengths)
         for lengths in ([9000, 1024, 7, 2000], [1500, 4000, 1490, 1500], [5] * 40, [])
     )
-    planned = plan.choose(long, "bf16", "cuda", free, windows=Lengths(shards))
+    planned = plan.choose(long, "bf16", "cuda", free, windows=Lengths.of(shards))
     assert (planned.plan.longest, planned.plan.chunk_size, planned.plan.streamed_windows) == (
         9000,
         1024,
         3,
     )
     assert set(planned.plan.long_batches) == {(1, 9000), (3, 1500)}
-    none = plan.choose(long, "bf16", "cuda", free, windows=Lengths(shards[2:])).plan
+    none = plan.choose(long, "bf16", "cuda", free, windows=Lengths.of(shards[2:])).plan
     assert (none.streamed, none.streamed_windows) == (False, 1)
-    many = plan.choose(long, "bf16", "cuda", free, windows=Lengths((np.full(100, 9000),))).plan
+    many = plan.choose(long, "bf16", "cuda", free, windows=Lengths.of((np.full(100, 9000),))).plan
     assert (many.streamed_windows, many.long_batches) == (16, ((16, 9000),))
     assert planned.components.total < plan.choose(long, "bf16", "cuda", free).components.total
 
@@ -137,7 +137,7 @@ def test_the_largest_long_batches_are_those_that_a_run_has(seed, side_by_side):
             b for lengths in shards for b in plan_batches(lengths, 2048, chunk_size, side_by_side)
         ]
         streamed = [(len(b.windows), b.width) for b in batches if b.width > chunk_size]
-        found = Lengths(tuple(shards)).streamed(chunk_size, side_by_side)
+        found = Lengths.of(tuple(shards)).streamed(chunk_size, side_by_side)
         assert set(found) <= set(streamed)
         assert bool(found) == bool(streamed)
         for step in (0, 1, 100, 10_000):  # of memory: what a window's step takes, beside its cache
@@ -235,7 +235,7 @@ def test_a_shorter_context_is_offered_if_the_cache_does_not_fit():
 
 def test_documents_shorter_than_the_context_need_less(mistral):
     free = DeviceMemory(17 * GB, 17 * GB)
-    short = plan.choose(mistral, "bf16", "cuda", free, windows=Lengths((np.array([300, 7]),)))
+    short = plan.choose(mistral, "bf16", "cuda", free, windows=Lengths.of((np.array([300, 7]),)))
     assert short.plan.longest == 300
     assert not short.plan.streamed
     assert short.components.kv_cache == 0
@@ -288,7 +288,7 @@ def test_the_workspace_of_the_gpu_at_hand_is_counted(mistral):
 def test_a_batch_keeps_no_more_rows_than_planned(seed):
     chance = np.random.default_rng(seed)
     lengths = chance.integers(1, 60, int(chance.integers(1, 200)))
-    cut = Plan(int(chance.integers(16, 256)), 16, 60, 3).over(Lengths((lengths, lengths[:9])))
+    cut = Plan(int(chance.integers(16, 256)), 16, 60, 3).over(Lengths.of((lengths, lengths[:9])))
     batches = plan_batches(lengths, cut.batch_tokens, cut.chunk_size, cut.streamed_windows)
     for kept in (1, 3):
         rows = max(sum(min(n, kept) for n in batch.lengths) for batch in batches)
@@ -304,7 +304,7 @@ def test_what_is_copied_off_the_device_falls_with_the_rows_that_are_kept(device)
         (run,) = compose.runs(ROOT / "config", "7b", f"{hooks} rows.keep={keep}").values()
         settings = frozen.to_config(run.config)
         found = estimate.estimate(settings, run_models.estimator_of(settings), device)
-        long = Lengths((np.full(100, 1024),))
+        long = Lengths.of((np.full(100, 1024),))
         planned = plan.choose(found, "bf16", device, DeviceMemory(200 * GB, 190 * GB), windows=long)
         waiting[keep] = planned.components.on_their_way, planned.plan.step_tokens
     whole, step = waiting["all"]

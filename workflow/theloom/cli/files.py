@@ -170,7 +170,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         "file": str(acts.path),
         "rows": len(acts),
         "files": len(dict.fromkeys([acts.path, *acts.files])),
-        "hashes": len(acts.window_document) * len(acts.hooks),
+        "hashes": acts.window_count * len(acts.hooks),
         "nonfinite": dict(zip(acts.hooks, nonfinite.tolist(), strict=True)),
         "metrics_checked": acts.metrics_checked,
     }

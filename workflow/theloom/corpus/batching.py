@@ -5,9 +5,8 @@ chunk size one chunk after another. The order depends on the lengths alone, long
 memory peak comes at the start, and a resumed run continues where the first one stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,19 +60,43 @@ class Batch:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the windows of a corpus: an array for each shard."""
+    """Tokens of the windows of a corpus: of each shard the lengths that occur, ascending, and how
+    many windows have each. So memory grows with the lengths that differ, not with the windows.
+    """
 
-    shards: tuple[np.ndarray, ...]
+    shards: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+    @classmethod
+    def of(cls, shards: Iterable[np.ndarray]) -> "Lengths":
+        """Count lengths.
+
+        Args:
+            shards: tokens of each window, (windows,), of one shard after the other.
+
+        Returns:
+            The lengths of all of them.
+
+        Examples:
+            >>> Lengths.of([np.array([3, 900, 3])]).longest
+            900
+        """
+        return cls(tuple(np.unique(lengths, return_counts=True) for lengths in shards))
 
     @property
     def longest(self) -> int:
         """Tokens of the longest window."""
-        return max((int(lengths.max(initial=1)) for lengths in self.shards), default=1)
+        return max((int(lengths.max(initial=1)) for lengths, _ in self.shards), default=1)
 
     @property
     def tokens(self) -> int:
         """Tokens of the largest shard."""
-        return max((int(lengths.sum()) for lengths in self.shards), default=0)
+        return max((int(lengths @ counts) for lengths, counts in self.shards), default=0)
+
+    @property
+    def of_largest_shard(self) -> np.ndarray:
+        """Tokens of each window of the shard with most tokens, ascending, (windows,)."""
+        lengths, counts = max(self.shards, key=lambda shard: int(shard[0] @ shard[1]))
+        return np.repeat(lengths, counts)
 
     def most_together(self, batch_tokens: int) -> int:
         """Compute how many windows a batch has at most.
@@ -85,19 +108,15 @@ class Lengths:
             Windows.
 
         Examples:
-            >>> Lengths((np.array([3, 900, 5, 4]),)).most_together(batch_tokens=64)
+            >>> Lengths.of([np.array([3, 900, 5, 4])]).most_together(batch_tokens=64)
             3
         """
         most = 1
-        for ascending in self._ascending:
-            together = np.minimum(batch_tokens // ascending, np.arange(1, len(ascending) + 1))
+        for lengths, counts in self.shards:
+            no_longer = np.cumsum(counts)
+            together = np.minimum(batch_tokens // np.maximum(lengths, 1), no_longer)
             most = max(most, int(together.max(initial=0)))
         return most
-
-    @cached_property
-    def _ascending(self) -> list[np.ndarray]:
-        """Sorted once for all plans that are weighed."""
-        return [np.maximum(np.sort(lengths), 1) for lengths in self.shards]
 
     def streamed(self, chunk_size: int, side_by_side: int) -> tuple[tuple[int, int], ...]:
         """The batches of windows longer than a chunk, one of which takes the most memory.
@@ -112,10 +131,10 @@ class Lengths:
             Windows and tokens of the longest window, for each of these batches.
         """
         batches: set[tuple[int, int]] = set()
-        for lengths in self.shards:
-            different, counts = np.unique(lengths[lengths > chunk_size], return_counts=True)
+        for lengths, counts in self.shards:
+            long = lengths > chunk_size
             # two full batches of each length suffice: more of them would be like these
-            kept = np.repeat(different, np.minimum(counts, 2 * side_by_side))
+            kept = np.repeat(lengths[long], np.minimum(counts[long], 2 * side_by_side))
             batches |= {
                 (len(b.windows), b.width) for b in plan_batches(kept, 0, chunk_size, side_by_side)
             }
@@ -171,7 +190,7 @@ def plan_batches(
         return windows * longest <= batch_tokens
 
     kinds = np.zeros(len(lengths), "<i8") if alike is None else alike
-    order = sorted(range(len(lengths)), key=lambda w: (-int(lengths[w]), int(kinds[w]), w))
+    order = np.lexsort((kinds, -lengths)).tolist()  # which is stable
     batches: list[Batch] = []
     group: list[int] = []
     tokens = 0

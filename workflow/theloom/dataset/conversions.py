@@ -340,9 +340,9 @@ def _summary(acts: "ActivationsReader") -> list[tuple[str, str]]:
     size = sum(acts[h].nbytes for h in acts.hooks)
     model = acts.attributes.get("model_source", "not recorded")
     tokens = int(acts.document_tokens[-1])
-    rows = f"{len(acts):,} tokens of {len(acts.documents):,} documents"
+    rows = f"{len(acts):,} tokens of {acts.document_count:,} documents"
     if acts.row_tokens is not None:
-        rows = f"{len(acts):,} of {tokens:,} tokens in {len(acts.documents):,} documents"
+        rows = f"{len(acts):,} of {tokens:,} tokens in {acts.document_count:,} documents"
     if acts.pooled:
         by = acts.attributes.get("rows_by", "document")
         rows = f"{len(acts):,}, each the {acts.pool} of a {by}'s tokens, {tokens:,} in all"

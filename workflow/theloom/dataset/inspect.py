@@ -97,11 +97,11 @@ def file_schema(acts: Activations) -> dict[str, Any]:
         "rows_by",
     )
     schema = {name: _plain(acts.attributes[name]) for name in names if name in acts.attributes}
-    windows = len(acts.window_document)
+    windows = acts.window_count
     longest = int(np.diff(acts.window_tokens).max(initial=0))
     return schema | {
         "rows": len(acts),
-        "documents": len(acts.documents),
+        "documents": acts.document_count,
         "windows": windows,
         "longest_window": longest,
         "files": [_of_folder(p, acts.path.parent) for p in acts.files],
@@ -129,6 +129,7 @@ def _plain(value: Any) -> Any:
 
 
 _BYTES_AT_ONCE = 1 << 20  # of rows in memory, in each thread: a core's cache holds them
+_HELD = 1 << 24  # bytes of rows that were read and stay mapped
 
 
 def check_hashes(
@@ -145,12 +146,12 @@ def check_hashes(
         The numbers of the windows whose rows differ, and the number of nonfinite values by hook
         point, (hook points,) int64.
     """
-    windows = range(len(acts.window_document)) if windows is None else windows
+    windows = range(acts.window_count) if windows is None else windows
     waiting, stop = iter(windows), Event()
     hooks = [(acts[h], h.endswith(SCORES)) for h in acts.hooks]  # -inf: scores of masked keys
 
     def work() -> tuple[list[int], np.ndarray]:
-        wrong, nonfinite = list[int](), np.zeros(len(hooks), "<i8")
+        wrong, nonfinite, held = list[int](), np.zeros(len(hooks), "<i8"), 0
         for window in waiting:  # whose `next` is one step of the interpreter: no window comes twice
             if stop.is_set():
                 break
@@ -161,6 +162,7 @@ def check_hashes(
                 if digest != acts.window_hash[window, number]:
                     wrong.append(window)
                     break
+            held = _released(hooks, held, rows)
         return wrong, nonfinite
 
     with ThreadPoolExecutor(threads) as pool:
@@ -170,6 +172,19 @@ def check_hashes(
             stop.set()  # an error or a signal: threads end with their window
     wrong = sorted(window for found, _ in results for window in found)
     return wrong, np.sum([counted for _, counted in results], axis=0)
+
+
+def _released(hooks: Iterable[tuple[Rows, bool]], first: int, last: range) -> int:
+    """Give back the memory of the rows from the first to the last ones that were read, where it is
+    more than some megabytes. Returns the first row that was not given back.
+    """
+    read = slice(first, last.stop)
+    for reader, _ in hooks:
+        if (last.stop - first) * reader.nbytes <= _HELD * len(reader):
+            return first
+        for part in reader.on_disk:
+            part.release(read)
+    return last.stop
 
 
 def _hash_of(reader: Rows, rows: range, precision: str, masked: bool) -> tuple[int, int]:

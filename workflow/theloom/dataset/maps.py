@@ -17,7 +17,7 @@ import numpy as np
 
 from theloom.dataset.parts import Part
 from theloom.errors import StoreError
-from theloom.store.compression import PackedRows
+from theloom.store.compression import ChunkCache, PackedRows
 from theloom.store.hdf5 import byte_source
 from theloom.store.hdf5.byte_source import ByteSource
 
@@ -32,6 +32,7 @@ class Maps:
     def __init__(self) -> None:
         self._mapped: dict[Path, np.ndarray] = {}
         self._open: OrderedDict[Path, BinaryIO | ByteSource] = OrderedDict()
+        self._chunks: dict[str, ChunkCache] = {}  # by name of the dataset
         self._lock = Lock()  # threads may read the same dataset
 
     def rows(self, part: Part, name: str, width: tuple[int, ...], dtype: np.dtype) -> Any:
@@ -52,7 +53,9 @@ class Maps:
         """
         shape, offset = (part.count(name), *width), part.offsets[name]
         if offset < 0:
-            return PackedRows(partial(self._opened, part), part.path, name, shape, dtype)
+            with self._lock:
+                cache = self._chunks.setdefault(name, ChunkCache())
+            return PackedRows(cache, partial(self._opened, part), part.path, name, shape, dtype)
         if not isinstance(part.path, Path):
             source = byte_source.of(part.file.open())
             assert not isinstance(source, int)
@@ -106,6 +109,19 @@ def mapped(fd: int) -> np.ndarray:
     return np.frombuffer(memoryview(whole).toreadonly(), "u1")
 
 
+def release(rows: np.ndarray) -> None:
+    """Give back the pages of a mapped array. Those of a file stay in the system's cache, and come
+    back when they are read.
+
+    Args:
+        rows: a part of what `mapped` gave, without gaps.
+    """
+    begin = rows.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    end = rows.ctypes.data + rows.nbytes
+    if rows.nbytes:
+        _libc().madvise(begin, end - begin, mmap.MADV_DONTNEED)
+
+
 @cache
 def _libc() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
@@ -113,6 +129,7 @@ def _libc() -> Any:
     libc.mmap.argtypes = [pointer, size, number, number, number, ctypes.c_long]
     libc.mmap.restype = pointer
     libc.munmap.argtypes = [pointer, size]
+    libc.madvise.argtypes = [pointer, size, number]
     return libc
 
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+_TOGETHER = 1 << 16  # windows whose documents are looked up together
+
 # names that batches accept next to hook points: tables with a row for each token
 TABLES = {
     "input_ids": "tokens/input_ids",
@@ -137,8 +139,11 @@ class ActivationsReader:
         tokens = self.attributes.get("tokens", rows)
         tables = read_tables(read, tokens, len(self.hooks))
         self._document_tokens, self._document_id = tables.document_offset, tables.document_id
-        self.window_tokens: np.ndarray = tables.window_offset
-        self._row_tokens = read_row_tokens(read, self.attributes)
+        one_each = np.array_equal(tables.window_offset, tables.document_offset)  # held once
+        self.window_tokens: np.ndarray = (
+            tables.document_offset if one_each else tables.window_offset
+        )
+        self._row_tokens = read_row_tokens(read, partial(listed.pieces, file.fd), self.attributes)
         self._chosen: np.ndarray | None = None  # of the file's rows, those that are seen
         self.window_hash: np.ndarray = tables.window_hash
         self.metrics: dict[str, float] = read_metrics(read)
@@ -153,8 +158,35 @@ class ActivationsReader:
         """The document of each window, (windows,) int32: its number in this file, as `document`
         takes it.
         """
-        number = np.searchsorted(self._document_tokens, self.window_tokens[:-1], "right") - 1
-        return number.astype("<i4")
+        found = np.empty(self.window_count, "<i4")
+        for first in range(0, len(found), _TOGETHER):
+            begins = self.window_tokens[:-1][first : first + _TOGETHER]
+            found[first : first + _TOGETHER] = (
+                np.searchsorted(self._document_tokens, begins, "right") - 1
+            )
+        return found
+
+    def document_of_window(self, window: int) -> int:
+        """The document of one window, without a table of all of them.
+
+        Args:
+            window: its number.
+
+        Returns:
+            The number of the document in this file.
+        """
+        begin = self.window_tokens[window]
+        return int(np.searchsorted(self._document_tokens, begin, "right")) - 1
+
+    @property
+    def window_count(self) -> int:
+        """How many windows there are."""
+        return len(self.window_tokens) - 1
+
+    @property
+    def document_count(self) -> int:
+        """How many documents there are."""
+        return len(self._document_id)
 
     def __len__(self) -> int:
         return int(self.attributes["rows"]) if self._chosen is None else len(self._chosen)
@@ -281,7 +313,7 @@ class ActivationsReader:
         value for each document.
         """
         described = self.attributes.parsed("columns", list) if "columns" in self.attributes else []
-        count = len(self._document_id)
+        count = self.document_count
         return self._table_of(lambda array: read_columns(array, self._listed, described, count))
 
     def token_table(self, name: str) -> Rows | None:
@@ -382,8 +414,10 @@ class ActivationsReader:
 
     @property
     def documents(self) -> list[str]:
-        """The ids of the documents, in the order of their rows."""
-        return [self.document_id_of(number) for number in range(len(self._document_id))]
+        """The ids of the documents, in the order of their rows: a list that is made anew. Of one
+        document take `document_id_of`, of how many there are `document_count`.
+        """
+        return [self.document_id_of(number) for number in range(self.document_count)]
 
     def document_id_of(self, number: int) -> str:
         """The id of a document by its number.
@@ -430,7 +464,7 @@ class ActivationsReader:
             if number is None:
                 raise KeyError(f"no document {which!r} in {self.path}; acts.documents lists them")
             which = int(number)
-        count = len(self._document_id)
+        count = self.document_count
         if not -count <= which < count:
             raise IndexError(f"no document {which} in {self.path}; it has {count}, from 0")
         which %= count

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, Union
 
 import numpy as np
 
-from theloom.dataset.maps import Maps
+from theloom.dataset.maps import Maps, release
 from theloom.dataset.parts import Part
 from theloom.precision import read_as
 from theloom.store.encoding import scaled
@@ -135,6 +135,22 @@ class Rows:
                 array.read_into(out[a - start : b - start], a - first)
             else:
                 out[a - start : b - start] = array[a - first : b - first]
+            number += 1
+
+    def release(self, rows: slice) -> None:
+        """Give back the memory of consecutive rows that were read: mapped pages count as this
+        process's until then. They may be read again.
+
+        Args:
+            rows: which.
+        """
+        if self._taken is not None:
+            return
+        number = int(np.searchsorted(self._starts, rows.start, "right")) - 1
+        while number < len(self._arrays) and self._starts[number] < rows.stop:
+            first, array = int(self._starts[number]), self._arrays[number]
+            if isinstance(array, np.ndarray) and isinstance(self._parts[number].path, Path):
+                release(array[max(0, rows.start - first) : rows.stop - first])
             number += 1
 
     def _range(self, start: int, stop: int) -> np.ndarray:

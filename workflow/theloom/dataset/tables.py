@@ -1,6 +1,6 @@
 """The tables of documents and windows of a file, checked against each other, and its metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +59,15 @@ def read_tables(array: Callable[[str], np.ndarray], tokens: int, hooks: int) -> 
 
 
 def read_row_tokens(
-    array: Callable[[str], np.ndarray], attributes: Mapping[str, Any]
+    array: Callable[[str], np.ndarray],
+    pieces: Callable[[str], Iterator[np.ndarray]],
+    attributes: Mapping[str, Any],
 ) -> np.ndarray | None:
     """Read the token of each stored row; None where every token has a row of its own.
 
     Args:
         array: returns the content of a dataset by its name.
+        pieces: gives it piece after piece.
         attributes: of the file.
 
     Returns:
@@ -76,16 +79,22 @@ def read_row_tokens(
     """
     if "tokens" not in attributes:
         return None
-    found, kept = array(token_tables.ROW_TOKEN), array(token_tables.path("kept"))
+    found = array(token_tables.ROW_TOKEN)
     rows, tokens = attributes["rows"], attributes["tokens"]
-    sound = found.shape == (rows,) and kept.shape == (tokens,) and (np.diff(found) > 0).all()
-    if not sound or (rows and not 0 <= found[0] <= found[-1] < tokens):
+    first, last = (int(found[n]) if len(found) else -1 for n in (0, -1))
+    sound = found.shape == (rows,) and (found[1:] > found[:-1]).all()
+    if not sound or (rows and not 0 <= first <= last < tokens):
         raise ValueError("its table of stored rows does not fit its tokens")
-    if not kept[found].all() or kept[int(found[-1]) + 1 if rows else 0 :].any():
-        raise ValueError("its stored rows are not those of its kept tokens")
-    if attributes.get("rows_pool") in ADDED_UP:
-        return found
-    if int(np.count_nonzero(kept)) != rows:
+    at = kept_tokens = 0
+    for kept in pieces(token_tables.path("kept")):
+        here = found[slice(*np.searchsorted(found, [at, at + len(kept)]))] - at
+        if not kept[here].all() or kept[max(0, last + 1 - at) :].any():
+            raise ValueError("its stored rows are not those of its kept tokens")
+        kept_tokens += int(np.count_nonzero(kept))
+        at += len(kept)
+    if at != tokens:
+        raise ValueError("its table of stored rows does not fit its tokens")
+    if attributes.get("rows_pool") not in ADDED_UP and kept_tokens != rows:
         raise ValueError("its stored rows are not those of its kept tokens")
     return found
 

@@ -141,10 +141,10 @@ class ShardJob:
         sources = self.sources.lengths
         return self.lengths if sources is None else np.maximum(self.lengths, sources)
 
-    @property
+    @cached_property
     def windows(self) -> Lengths:
         """The lengths of the windows, as a plan takes them."""
-        return Lengths((self.planned_lengths,))
+        return Lengths.of([self.planned_lengths])
 
     @property
     def streams(self) -> bool:

@@ -17,7 +17,7 @@ from theloom.store.hdf5.output import written
 
 def _of_one_window(job: Job, name: str) -> list[Unit]:
     """The documents, each of which the model saw at once."""
-    counts = np.bincount([w.document for w in job.windows], minlength=len(job.acts.documents))
+    counts = np.bincount([w.document for w in job.windows], minlength=job.acts.document_count)
     cut = next((n for n, count in enumerate(counts) if count > 1), None)
     if cut is not None:
         raise ConfigError(

@@ -130,7 +130,7 @@ def summary(folder: Path) -> str:
     size = sum(acts[hook].nbytes for hook in acts.hooks)
     text_lines = [
         f"{acts.path}",
-        f"  {_rows(acts)} of {len(acts.documents)} documents in {acts.stored_as}, "
+        f"  {_rows(acts)} of {acts.document_count} documents in {acts.stored_as}, "
         f"{size / 1e6:.1f} MB",
         f"  hook points: {_few_hooks(acts.hooks)}",
         f"  verified: {found.documents} documents recomputed, largest error "

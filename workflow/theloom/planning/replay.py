@@ -96,7 +96,7 @@ def replay_of_run(
     """
     if not accelerator.has_streams(device) or len(gpu_lease.held()) > 1 or plan.offloaded:
         return None
-    largest = _largest(windows)
+    largest = windows.of_largest_shard.tolist()
     alone = longest_pass(estimate, kind.name, plan, largest)
     expandable = accelerator.expandable_segments(device)
     usage = replayed.resident(
@@ -145,7 +145,7 @@ def replay_of_sweep(
     usage = replayed.layerwise(
         fake,
         sizes,
-        passes_of(planned.plan, _largest(windows)),
+        passes_of(planned.plan, windows.of_largest_shard.tolist()),
         points,
         planned.plan.copied_rows(estimate.kept_of_window) * estimate.largest_capture[kind.name],
         residual_row,
@@ -153,12 +153,6 @@ def replay_of_sweep(
         expandable=expandable,
     )
     return _as_share(usage, planned.need.working_set, expandable)
-
-
-def _largest(windows: Lengths) -> list[int]:
-    """The lengths of the shard with most tokens."""
-    largest: list[int] = max(windows.shards, key=lambda lengths: int(lengths.sum())).tolist()
-    return largest
 
 
 def _as_share(usage: Usage, of: int, expandable: bool) -> Replayed:

@@ -134,10 +134,10 @@ def draw_attention(config: Config, activations: Path, folder: Path) -> None:
         ConfigError: the run does not have the document.
     """
     acts, number = open_activations(activations), config.report.attention_document
-    if number >= len(acts.documents):
+    if number >= acts.document_count:
         raise ConfigError(
             f"report.attention_document: no document {number}; "
-            f"the run has {len(acts.documents)}, from 0"
+            f"the run has {acts.document_count}, from 0"
         )
     tokens = token_text.texts(acts, acts.document(number).input_ids[:64])
     style.save(

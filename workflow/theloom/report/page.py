@@ -115,7 +115,7 @@ def _lead(acts: Activations) -> str:
     hooks = "1 hook point" if len(acts.hooks) == 1 else f"{len(acts.hooks)} hook points"
     return (
         f"Hidden states of {acts.attributes['model_source']}: {len(acts):,} rows of {hooks}, "
-        f"from {len(acts.documents):,} documents."
+        f"from {acts.document_count:,} documents."
     )
 
 
@@ -125,7 +125,7 @@ def _facts(acts: Activations, folder: Path) -> list[Fact]:
     return [
         Fact("model", _with_revision(attributes)),
         Fact("precision", _precision(attributes, acts.stored_as)),
-        Fact("corpus", f"{attributes['corpus']}, {len(acts.documents):,} documents"),
+        Fact("corpus", f"{attributes['corpus']}, {acts.document_count:,} documents"),
         *_answers(folder / "answers.h5"),
         Fact("windows", f"{schema['windows']:,}, the longest of {schema['longest_window']:,}"),
         Fact("rows", f"{len(acts):,} of {len(acts.hooks)} hook points"),

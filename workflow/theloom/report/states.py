@@ -62,7 +62,7 @@ def sampled_rows(acts: Activations, count: int, seed: int) -> np.ndarray:
     Returns:
         Numbers of at most `count` rows, in ascending order.
     """
-    order = np.random.default_rng(seed).permutation(len(acts.window_document))
+    order = np.random.default_rng(seed).permutation(acts.window_count)
     taken, chosen = 0, []
     for window in order:
         begin, end = (int(r) for r in acts.window_offset[window : window + 2])

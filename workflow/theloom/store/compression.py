@@ -188,12 +188,48 @@ def copy_all_but_rows(source: h5py.File, target: h5py.File) -> None:
             source.copy(name, target)
 
 
-class PackedRows:
-    """The rows of a packed dataset, read chunk by chunk: `rows[a:b]`, `rows[array]`.
+class ChunkCache:
+    """The unpacked chunks of a dataset that were used last, over all files that hold it."""
 
-    The chunks that were used last stay in memory.
+    def __init__(self) -> None:
+        self._chunks: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __contains__(self, key: tuple[Path, int]) -> bool:
+        return key in self._chunks
+
+    def get(self, key: tuple[Path, int]) -> np.ndarray | None:
+        """Find a chunk.
+
+        Args:
+            key: the file and the number of the chunk in it.
+
+        Returns:
+            Its rows; None where they are not there.
+        """
+        with self._lock:
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+            return self._chunks.get(key)
+
+    def put(self, key: tuple[Path, int], rows: np.ndarray) -> None:
+        """Keep a chunk, in the place of the one that was used longest ago.
+
+        Args:
+            key: the file and the number of the chunk in it.
+            rows: of the chunk.
+        """
+        with self._lock:
+            self._chunks[key] = rows
+            if len(self._chunks) > _CACHED_CHUNKS:
+                self._chunks.popitem(last=False)
+
+
+class PackedRows:
+    """The rows of a packed dataset in one file, read chunk by chunk: `rows[a:b]`, `rows[array]`.
 
     Args:
+        cache: of the dataset.
         opened: gives the open file, with whose descriptor all is read.
         path: of it, for messages.
         name: of the dataset.
@@ -206,6 +242,7 @@ class PackedRows:
 
     def __init__(
         self,
+        cache: ChunkCache,
         opened: Callable[[], BinaryIO | ByteSource],
         path: Path,
         name: str,
@@ -236,8 +273,7 @@ class PackedRows:
         if stored.starts != list(range(0, shape[0], step)):
             raise StoreError(f"{path}: its {name} lacks chunks; run the pipeline again")
         self._chunks = stored.places
-        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
+        self._cache = cache
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -251,17 +287,15 @@ class PackedRows:
                 coming = needed[place : place + _CACHED_CHUNKS]
                 byte_source.prefetch(
                     byte_source.of(self._opened()),
-                    [self._chunks[n] for n in coming if n not in self._cache],
+                    [self._chunks[n] for n in coming if (self._path, n) not in self._cache],
                 )
             here = numbers == number
             out[here] = self._chunk(number)[wanted[here] - number * self._step]
         return out
 
     def _chunk(self, number: int) -> np.ndarray:
-        with self._lock:
-            if number in self._cache:
-                self._cache.move_to_end(number)
-                return self._cache[number]
+        if (known := self._cache.get((self._path, number))) is not None:
+            return known
         offset, size = self._chunks[number]
         elements = self._step * int(np.prod(self._shape[1:]))
         needed = elements * self._dtype.itemsize
@@ -278,10 +312,7 @@ class PackedRows:
                 f"{self._path}: rows from {number * self._step} on are damaged ({error})"
             ) from None
         rows = np.ascontiguousarray(plain).view(self._dtype).reshape(self._step, *self._shape[1:])
-        with self._lock:
-            self._cache[number] = rows
-            if len(self._cache) > _CACHED_CHUNKS:
-                self._cache.popitem(last=False)
+        self._cache.put((self._path, number), rows)
         return rows
 
 

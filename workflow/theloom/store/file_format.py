@@ -59,7 +59,7 @@ def are_offsets(values: np.ndarray, count: int, end: int) -> bool:
     """
     if values.shape != (count + 1,) or values[0] != 0 or values[-1] != end:
         return False
-    return not (np.diff(values) < 0).any()
+    return not (values[1:] < values[:-1]).any()
 
 
 def create_contiguous(

@@ -8,6 +8,7 @@ and then reads bytes at known offsets. Of a file without an index the objects ar
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from theloom.store.tables import tokens as token_tables
 INDEX = "index"
 
 _LARGEST = 32 << 20  # bytes of an index: ten thousand shards or hook points take 2 MiB
-_AT_ONCE = 1 << 30  # bytes of one read
+_AT_ONCE = 1 << 20  # bytes of a piece
 
 # The types of the tables that readers take, by name or by group; of others any number will do
 _TYPES = {
@@ -97,6 +98,37 @@ class FileIndex:
             KeyError: the file has no such dataset.
             ValueError: it has another type or layout than TheLoom writes, or the file ends early.
         """
+        dtype, count, offset = self._stored(name)
+        data = bytearray(count * dtype.itemsize)
+        if not byte_source.read_into(fd, memoryview(data), offset):
+            raise ValueError(f"it ends within its {name}")
+        return np.frombuffer(data, dtype).reshape(self.datasets[name].shape)
+
+    def pieces(self, fd: Readable, name: str) -> Iterator[np.ndarray]:
+        """The content of a contiguous dataset that memory does not hold, piece after piece.
+
+        Args:
+            fd: of the file, open for reading.
+            name: of the dataset.
+
+        Yields:
+            The elements, (elements,), a megabyte at a time.
+
+        Raises:
+            KeyError: the file has no such dataset.
+            ValueError: it has another type or layout than TheLoom writes, or the file ends early.
+        """
+        dtype, count, offset = self._stored(name)
+        together = max(1, _AT_ONCE // dtype.itemsize)
+        for first in range(0, count, together):
+            size = min(together, count - first) * dtype.itemsize
+            data = byte_source.pread(fd, size, offset + first * dtype.itemsize)
+            if len(data) != size:
+                raise ValueError(f"it ends within its {name}")
+            yield np.frombuffer(data, dtype)
+
+    def _stored(self, name: str) -> tuple[np.dtype, int, int]:
+        """The type of a contiguous dataset, its elements, and where it begins in the file."""
         dataset = self.datasets[name]
         expected = _TYPES.get(name) or _TYPES.get(name.partition("/")[0], "")
         if not dataset.type.startswith(expected) or not re.fullmatch(
@@ -104,18 +136,13 @@ class FileIndex:
         ):
             raise ValueError(f"its {name} has the type {dataset.type!r}")
         dtype = RECORD if name == "commit_log" else np.dtype(dataset.type)
-        size = math.prod(dataset.shape) * dtype.itemsize
+        count = math.prod(dataset.shape)
+        size = count * dtype.itemsize
         if dataset.layout != content.CONTIGUOUS or [s for _, s in dataset.extents] != [size] * (
             size > 0
         ):
             raise ValueError(f"its {name} is not stored as TheLoom does it")
-        data = bytearray()
-        for start in range(0, size, _AT_ONCE):
-            offset = dataset.extents[0][0] + start
-            data += byte_source.pread(fd, min(_AT_ONCE, size - start), offset)
-        if len(data) != size:
-            raise ValueError(f"it ends within its {name}")
-        return np.frombuffer(data, dtype).reshape(dataset.shape)
+        return dtype, count, dataset.extents[0][0] if size else 0
 
 
 def read(file: h5py.File) -> FileIndex:

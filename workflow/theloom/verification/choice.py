@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -29,31 +30,50 @@ def choose_windows(
         ones; the first and the last of the fullest batch; then random ones. Of documents that have
         stored rows, and where these are pooled all windows of each.
     """
+    chosen: dict[int, int] = {}
+    offsets = acts.document_offset if acts.pooled else acts.window_offset
+    at_random = np.random.default_rng(seed).permutation(acts.window_count)
+    for window in chain(_at_risk(acts, lengths), at_random):
+        if len(chosen) == documents:
+            break
+        document = acts.document_of_window(window)
+        unit = document if acts.pooled else window
+        if offsets[unit + 1] > offsets[unit]:
+            chosen.setdefault(document, int(window))
+    found = list(chosen.values())
+    return whole_documents(acts, found) if acts.pooled else found
+
+
+def _at_risk(acts: Activations, lengths: Iterable[int]) -> list[int]:
+    """The windows that `choose_windows` has before random ones. Of the batches those alone are kept
+    that may be chosen.
+    """
     tokens = np.diff(acts.window_tokens)
-    batches = list(batches_of(acts))
-    wanted = [int(tokens.argmax())]
-    streamed = [w for batch, chunk in batches if batch.width > chunk for w in batch.windows]
-    if streamed:
-        wanted += [max(streamed, key=lambda w: tokens[w]), min(streamed, key=lambda w: tokens[w])]
-    if batches:
-        padded = max(batches, key=lambda b: b[0].tokens - sum(b[0].lengths))[0]
-        wanted.append(padded.windows[-1])
+    best: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def offer(what: str, score: int, windows: tuple[int, ...]) -> None:
+        if what not in best or score > best[what][0]:
+            best[what] = score, windows
+
+    for batch, chunk in batches_of(acts):
+        if batch.width > chunk:
+            shortest = batch.lengths[-1]
+            offer("longest streamed", batch.width, batch.windows[:1])
+            first = batch.windows[batch.lengths.index(shortest)]
+            offer("shortest streamed", -shortest, (first,))
+        offer("padded", batch.tokens - sum(batch.lengths), batch.windows[-1:])
+        offer("full", len(batch.windows), (batch.windows[0], batch.windows[-1]))
+
+    def of(what: str) -> tuple[int, ...]:
+        return best[what][1] if what in best else ()
+
+    found = [int(tokens.argmax()), *of("longest streamed"), *of("shortest streamed")]
+    found += of("padded")
     for length in sorted(lengths):
         below, above = np.flatnonzero(tokens <= length), np.flatnonzero(tokens > length)
         if len(below) and len(above):
-            wanted += [int(below[tokens[below].argmax()]), int(above[tokens[above].argmin()])]
-    if batches:
-        full = max(batches, key=lambda b: len(b[0].windows))[0]
-        wanted += [full.windows[0], full.windows[-1]]
-    wanted += [int(w) for w in np.random.default_rng(seed).permutation(len(tokens))]
-    chosen: dict[int, int] = {}
-    rows = np.diff(acts.document_offset if acts.pooled else acts.window_offset)
-    for window in wanted:
-        document = int(acts.window_document[window])
-        if rows[document if acts.pooled else window]:
-            chosen.setdefault(document, window)
-    found = list(chosen.values())[:documents]
-    return whole_documents(acts, found) if acts.pooled else found
+            found += [int(below[tokens[below].argmax()]), int(above[tokens[above].argmin()])]
+    return [*found, *of("full")]
 
 
 def whole_documents(acts: Activations, windows: Iterable[int]) -> list[int]:
@@ -66,7 +86,7 @@ def whole_documents(acts: Activations, windows: Iterable[int]) -> list[int]:
     Returns:
         Numbers of windows, document by document in the order in which `windows` has them.
     """
-    documents = dict.fromkeys(int(acts.window_document[w]) for w in windows)
+    documents = dict.fromkeys(map(acts.document_of_window, windows))
     return [int(w) for d in documents for w in np.flatnonzero(acts.window_document == d)]
 
 

@@ -81,8 +81,8 @@ def recompute_documents(
     acts = open_activations(activations)
     recorded = model_record.read(model_path)
     windows = chosen(config, acts, recorded)
-    documents = list(dict.fromkeys(int(acts.window_document[w]) for w in windows))[part::parts]
-    mine = [w for w in windows if acts.window_document[w] in documents]
+    documents = list(dict.fromkeys(map(acts.document_of_window, windows)))[part::parts]
+    mine = [w for w in windows if acts.document_of_window(w) in documents]
     if mine:
         recomputed = recompute(config, acts, model_path, windows=mine)
         compared = compare_to_fp32(config, acts, recomputed)
@@ -118,7 +118,7 @@ def gather(
     """
     acts = open_activations(activations)
     counted = _read(rows, ROWS, acts)
-    windows, needed = sum(int(c["windows"]) for c in counted), len(acts.window_document)
+    windows, needed = sum(int(c["windows"]) for c in counted), acts.window_count
     if windows != needed:
         raise StoreError(
             f"{acts.path}: {windows} of its {needed} windows were checked; run again with "

@@ -128,7 +128,7 @@ def _sweep(
         tokens = int(lengths[window])
         needed = fixed + pass_of(Workload(1, tokens, tokens))[0].total
         if needed > host.memory().free and model.loaded.device.type == "cpu":
-            name = acts.documents[int(acts.window_document[window])]
+            name = acts.document_id_of(acts.document_of_window(window))
             sizes = format_bytes(needed), format_bytes(host.memory().free)
             log.warning(
                 "%s (%d tokens) needs %s in one pass, %s free: not recomputed",

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from theloom.config.schema import Config, ModelConfig
 from theloom.dataset.activations import Activations
 from theloom.devices import accelerator, gpu
@@ -146,9 +144,9 @@ def _compare_all(
         except RuntimeError as error:
             if not accelerator.is_out_of_memory(error):
                 raise
-            name = acts.documents[int(acts.window_document[window])]
+            name = acts.document_id_of(acts.document_of_window(window))
             message = "%s (%d tokens) does not fit the device in one pass: not recomputed"
-            log.warning(message, name, np.diff(acts.window_tokens)[window])
+            log.warning(message, name, fp32.window_tokens(acts, window))
             continue
         for point, values in expected.items():
             comparison.add(window, point, values)
@@ -178,7 +176,7 @@ def _fits(
     free = gpu.device_memory(loaded.device).free
     if needed > free:
         name, sizes = (
-            acts.documents[int(acts.window_document[window])],
+            acts.document_id_of(acts.document_of_window(window)),
             (format_bytes(needed), format_bytes(free)),
         )
         log.warning(

@@ -73,7 +73,7 @@ def write(
             "verification",
             run_fingerprint=acts.attributes["run_fingerprint"],
             tolerance=recomputed.tolerance,
-            windows_hashed=len(acts.window_document),
+            windows_hashed=acts.window_count,
             windows_wrong=wrong,
             rows=len(acts),
         ),
@@ -83,9 +83,9 @@ def write(
     windows = [r.window for r in recomputed.results]
     file["recomputed/window"] = windows
     file["recomputed/document"] = file_format.fixed_strings(
-        [acts.documents[int(acts.window_document[w])] for w in windows]
+        [acts.document_id_of(acts.document_of_window(w)) for w in windows]
     )
-    file["recomputed/tokens"] = [int(np.diff(acts.window_tokens)[w]) for w in windows]
+    file["recomputed/tokens"] = [int(np.diff(acts.window_tokens[w : w + 2])[0]) for w in windows]
     file["recomputed/max_abs_error"] = [r.max_abs_error for r in recomputed.results]
     file["recomputed/max_abs"] = [r.max_abs for r in recomputed.results]
     file["recomputed/tolerance"] = recomputed.tolerances
@@ -106,7 +106,7 @@ def report_damage(acts: Activations, damaged: list[str], wrong: list[int]) -> No
         VerificationError: there is any damage.
     """
     if wrong:
-        name = acts.documents[int(acts.window_document[wrong[0]])]
+        name = acts.document_id_of(acts.document_of_window(wrong[0]))
         damaged = [
             f"rows of {len(wrong)} windows are not those that were written (first: {name})",
             *damaged,

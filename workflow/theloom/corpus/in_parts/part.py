@@ -20,12 +20,13 @@ from theloom.corpus.encoding import Encoder
 from theloom.corpus.formats.shares import Part
 from theloom.corpus.kept import KeptRows
 from theloom.corpus.rows import Document
-from theloom.corpus.spooled.spool import Spool, Strings
+from theloom.corpus.spooled.spool import Strings
 from theloom.corpus.spooled.values import StoredValues
 from theloom.corpus.tokens_file.growing import Growing
 from theloom.errors import CorpusError
 from theloom.store import file_format, provenance
 from theloom.store.hdf5.output import Output, written
+from theloom.store.hdf5.spool import Spool
 
 log = logging.getLogger(__name__)
 

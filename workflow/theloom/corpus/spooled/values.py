@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import h5py
 import numpy as np
 
-from theloom.corpus.spooled.spool import Numbers, Spool, Strings
+from theloom.corpus.spooled.spool import Numbers, Strings
+from theloom.store.hdf5.spool import Spool
 
 TYPES = ("null", "boolean", "integer", "float", "string", "category", "json", "untyped")
 _CODES = {name: bytes([place]) for place, name in enumerate(TYPES)}

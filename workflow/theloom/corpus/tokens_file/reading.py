@@ -2,7 +2,10 @@
 
 import json
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +122,28 @@ def window_lengths(path: Path) -> Lengths:
         StoreError: the file is missing or of another format.
     """
     with file_format.open_h5(path, "tokens") as file:
-        lengths = np.diff(file["windows/offset"][:])
-        if (sources := source_lengths(file.get)) is not None:
-            lengths = np.maximum(lengths, sources[file["windows/document"][:]])
-        ends = np.searchsorted(file["windows/document"][:], file["shards/first_document"][1:-1])
-        return Lengths(tuple(np.split(lengths, ends)))
+        return Lengths.of(_lengths_of_shards(file))
+
+
+def _part(file: h5py.File, entries: slice, name: str) -> np.ndarray | None:
+    """Some entries of a dataset; None where there is none."""
+    found: np.ndarray | None = file[name][entries] if name in file else None
+    return found
+
+
+def _lengths_of_shards(file: h5py.File) -> Iterator[np.ndarray]:
+    """Tokens of each window by which passes are planned, shard by shard."""
+    documents = file["shards/first_document"][:]
+    windows = np.zeros(len(documents), "<i8")  # that are before each of these documents
+    for start in range(0, len(file["windows/document"]), _WINDOWS):
+        windows += np.searchsorted(file["windows/document"][start : start + _WINDOWS], documents)
+    for (first, last), (start, stop) in zip(pairwise(documents), pairwise(windows), strict=True):
+        lengths = np.diff(file["windows/offset"][start : stop + 1])
+        sources = source_lengths(partial(_part, file, slice(first, last)))
+        if sources is not None:
+            of_window = file["windows/document"][start:stop] - first
+            lengths = np.maximum(lengths, sources[of_window])
+        yield lengths
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,29 @@ def pread(source: Readable, size: int, offset: int) -> bytes:
     return source.pread(size, offset)
 
 
+def read_into(source: Readable, out: memoryview, offset: int) -> bool:
+    """Fill memory with bytes of a file; those of a local one are not there twice.
+
+    Args:
+        source: its descriptor, or what reads it.
+        out: the memory, of bytes.
+        offset: of the first.
+
+    Returns:
+        False where the file ends before.
+    """
+    if not isinstance(source, int):
+        data = source.pread(len(out), offset)
+        out[: len(data)] = data
+        return len(data) == len(out)
+    at = 0
+    while at < len(out):
+        if not (got := os.preadv(source, [out[at:]], offset + at)):
+            return False
+        at += got
+    return True
+
+
 def prefetch(source: Readable, spans: Sequence[tuple[int, int]]) -> None:
     """Tell what is read next, so that it is fetched together; of a local file nothing happens.
 

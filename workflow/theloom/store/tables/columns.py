@@ -133,9 +133,10 @@ def write(file: h5py.File, columns: Mapping[str, Column]) -> None:
         columns: by name.
     """
     for name, column in columns.items():
-        for group, values in ((GROUP, column.values), (NAMES, column.names), (NULL, column.null)):
+        of_column = (column.values, column.names, column.null)
+        for path, values in zip(datasets(name), of_column, strict=True):
             if values is not None:
-                file[f"{group}/{_quoted(name)}"] = values
+                file[path] = values
 
 
 def write_pieces(file: h5py.File, columns: Mapping[str, ColumnPieces]) -> None:
@@ -146,13 +147,13 @@ def write_pieces(file: h5py.File, columns: Mapping[str, ColumnPieces]) -> None:
         columns: by name.
     """
     for name, column in columns.items():
-        path = f"{GROUP}/{_quoted(name)}"
-        write_array(file, path, column.count, column.dtype, (v for v, _ in column.pieces()))
+        values, names, null = datasets(name)
+        write_array(file, values, column.count, column.dtype, (v for v, _ in column.pieces()))
         if column.names is not None:
-            file[f"{NAMES}/{_quoted(name)}"] = column.names
+            file[names] = column.names
         if column.has_null:
             nulls = (null for _, null in column.pieces())
-            write_array(file, f"{NULL}/{_quoted(name)}", column.count, np.dtype("u1"), nulls)
+            write_array(file, null, column.count, np.dtype("u1"), nulls)
 
 
 def read(
@@ -176,7 +177,7 @@ def read(
         if not isinstance(entry, dict) or entry.get("type") not in STORED:
             raise ValueError("its list of columns is damaged")
         name, kind = str(entry["name"]), entry["type"]
-        values, names, null = (array(f"{g}/{_quoted(name)}") for g in (GROUP, NAMES, NULL))
+        values, names, null = map(array, datasets(name))
         column = Column(kind, _sound(name, values, STORED[kind], documents), names, null)
         if null is not None:
             _sound(name, null, "|u1", documents)
@@ -204,30 +205,6 @@ def schema(columns: Mapping[str, Column]) -> dict[str, tuple[str, list[str] | No
     }
 
 
-def join(parts: list[dict[str, Column]]) -> dict[str, Column]:
-    """Put the columns of several shards of one schema one after the other.
-
-    Args:
-        parts: the columns by name, of each shard.
-
-    Returns:
-        The columns by name, with the documents of all shards.
-    """
-    joined = {}
-    for name, column in parts[0].items():
-        nulls = None
-        if any(part[name].null is not None for part in parts):
-            nulls = np.concatenate(
-                [
-                    np.zeros(len(p[name]), "u1") if p[name].null is None else p[name].null
-                    for p in parts
-                ]
-            )
-        values = np.concatenate([part[name].values for part in parts])
-        joined[name] = Column(column.type, values, column.names, nulls)
-    return joined
-
-
 def _sound(name: str, values: np.ndarray | None, stored: str, count: int | None) -> np.ndarray:
     shape = None if values is None else values.shape
     if values is None or not values.dtype.str.startswith(stored) or len(shape or ()) != 1:
@@ -235,6 +212,23 @@ def _sound(name: str, values: np.ndarray | None, stored: str, count: int | None)
     if count is not None and shape != (count,):
         raise ValueError(f"its column {name!r} has another number of values than documents")
     return values
+
+
+def datasets(name: str) -> tuple[str, str, str]:
+    """The datasets of a column.
+
+    Args:
+        name: of the column.
+
+    Returns:
+        Paths of its values, of the names of a category, and of which values are missing.
+
+    Examples:
+        >>> datasets("a/b")[0]
+        'documents/columns/a%2Fb'
+    """
+    values, names, null = (f"{group}/{_quoted(name)}" for group in (GROUP, NAMES, NULL))
+    return values, names, null
 
 
 def _quoted(name: str) -> str:
