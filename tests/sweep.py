@@ -172,7 +172,8 @@ def _run(row: Row, model: PreTrainedModel, folder: Path, side: str = "") -> Row:
     requested = (
         f"corpus=text corpus.path={place}/texts.jsonl "
         f"model.tokenizer={place}/tokenizer memory.streaming_chunk_size={CHUNK} "
-        f"corpus.context_length={max(LENGTHS) + (1 if side else 0)} extraction.batch_tokens=128"
+        f"corpus.context_length={max(LENGTHS) + (1 if side else 0)} extraction.batch_tokens=128 "
+        "extraction.shards=1"
     )
     if side:
         ends = ",".join(f"{side}.blocks.*.hook_resid_{end}" for end in ("pre", "post"))
