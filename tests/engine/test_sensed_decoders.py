@@ -245,7 +245,8 @@ def test_a_start_that_the_tokenizer_writes_is_there_once(tmp_path):
 
 
 def test_rows_of_a_data_set_on_disk_have_their_targets(tmp_path, models, clips):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = [{"audio": {"bytes": clips[n], "path": None}, "text": TEXTS[n]} for n in THERE]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
     words = requested(tmp_path / "set").replace("corpus.path", "corpus.dataset")
