@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,16 @@ def _run(row: Row, model: PreTrainedModel, folder: Path, side: str = "") -> Row:
     if side == "decoder":
         requested += " corpus.target=target"
     run = stages(folder, place / "model", requested)
-    return _finish(row, run, place, lambda: _compare(model, run.activations, side))
+    return _finish(row, run, place, lambda: _compare(_read_alone(model), run.activations, side))
+
+
+def _read_alone(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that a run over texts reads: its text half, where the whole takes none
+    without an image.
+    """
+    images = signature(model.forward).parameters.get("pixel_values")
+    needed = images is not None and images.default is Parameter.empty
+    return half_of(model, "text-half") if needed else model
 
 
 def _run_tower(row: Row, model: PreTrainedModel, place: Path, reads: str) -> Row:
@@ -211,18 +220,24 @@ def _run_tower(row: Row, model: PreTrainedModel, place: Path, reads: str) -> Row
     found = _finish(row, run, place, compare)
     in_stages = ("in stages", "by stages", "is not one row for each of")
     if found.status == "refused" and any(words in found.reason for words in in_stages):
-        return _run_stages(row, model, place, files)
+        return _run_stages(row, model, place, files) or found
     return found
 
 
-def _run_stages(row: Row, model: PreTrainedModel, place: Path, files: list[Path]) -> Row:
-    """A run over images for each number of rows that a model's stages have: right where all are."""
+def _run_stages(row: Row, model: PreTrainedModel, place: Path, files: list[Path]) -> Row | None:
+    """A run over images for each number of rows that a model's stages have: right where all are.
+    None where plain transformers cannot run the model on an image.
+    """
     try:
         every = [plain_inputs(model, file, place / "model", "images") for file in files]
     except ValueError as error:
         return replace(row, status="untried", reason=f"its processor: {_words(error)}")
+    try:
+        groups = resolutions(model, every[0])
+    except (ValueError, RuntimeError):
+        return None
     worst, missing = row, []
-    for numbers in resolutions(model, every[0]):
+    for numbers in groups:
         found = row
         while numbers:
             hooks = ",".join(f"stages.{n}.hook_out" for n in numbers)

@@ -43,6 +43,7 @@ def test_rows_of_every_document_are_those_of_it_alone(tmp_path, name, streams):
         ("causal/jetmoe", "", "its code decides by the values of tensors"),
         ("causal/mamba", "memory.quantization=8bit", "its memory cannot be predicted"),
         ("causal/xlm", "", "cannot tell which modules are its 3 blocks"),
+        ("image-text/blip", "", "are read behind an image alone"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_in_one_line(tmp_path, name, overrides, reason):

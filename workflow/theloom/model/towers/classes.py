@@ -90,6 +90,8 @@ def chosen(
             if modality is None:
                 return config
             raise _reads_other(config, whole, modality, source)
+        if modality is None:
+            _check_no_captions(config, half, source)
         mark_half(found, config.model_type)
     elif modality is None:
         raise ModelError(
@@ -179,6 +181,19 @@ def _takes_ids(of_class: Any) -> bool:
 
 def _writes(config: Any) -> bool:
     return any(name.endswith("ForCausalLM") for name in config.architectures or ())
+
+
+def _check_no_captions(config: Any, half: Any, source: str) -> None:
+    """Check that a text half reads texts alone. BLIP's captioners have its weights too, and their
+    forward makes a decoder of it, behind an image. Raises ModelError.
+    """
+    writes = ("ForConditionalGeneration", "ForQuestionAnswering")
+    named = next((a for a in config.architectures or () if a.endswith(writes)), None)
+    if named is not None and "is_decoder" in signature(half.forward).parameters:
+        raise ModelError(
+            f"model.source: {source} is a {named}, whose texts are read behind an image alone; give "
+            f"a checkpoint that compares images to texts, such as {class_of(config).__name__}"
+        )
 
 
 def _reads_other(config: Any, whole: Any, modality: str, source: str) -> ModelError:
