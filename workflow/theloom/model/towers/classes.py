@@ -191,8 +191,8 @@ def _check_no_captions(config: Any, half: Any, source: str) -> None:
     named = next((a for a in config.architectures or () if a.endswith(writes)), None)
     if named is not None and "is_decoder" in signature(half.forward).parameters:
         raise ModelError(
-            f"model.source: {source} is a {named}, whose texts are read behind an image alone; give "
-            f"a checkpoint that compares images to texts, such as {class_of(config).__name__}"
+            f"model.source: {source} is a {named}, whose texts are read behind an image alone; "
+            f"give a checkpoint that compares images to texts, such as {class_of(config).__name__}"
         )
 
 
