@@ -234,7 +234,7 @@ def _run_stages(row: Row, model: PreTrainedModel, place: Path, files: list[Path]
         return replace(row, status="untried", reason=f"its processor: {_words(error)}")
     try:
         groups = resolutions(model, every[0])
-    except (ValueError, RuntimeError):
+    except Exception:  # of the model's own code
         return None
     worst, missing = row, []
     for numbers in groups:
