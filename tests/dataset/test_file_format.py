@@ -32,9 +32,8 @@ TYPES["float64"] = "<f8"
 CONVERSATIONS = ("tokens/role", "tokens/message")
 OF_OTHERS = r"`answers\.h5` only|with `answers\.source|with `(model\.adapter|corpus\.target)` only"
 OF_OTHERS += r"|with `resources\.tokenize_jobs` only|rows with a scale only"
-OF_OTHERS += (
-    "|of a decoder behind an encoder only|of (images and audio|conversations with images) only"
-)
+OF_OTHERS += "|of a decoder behind an encoder( of audio)? only"
+OF_OTHERS += "|of (images and audio|conversations with images) only"
 COLUMNS = tuple(f"documents/{group}/<name>" for group in ("columns", "null", "categories"))
 
 
