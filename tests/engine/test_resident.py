@@ -339,7 +339,7 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_pat
     partial = run.folder / "shards/00000-of-00001.h5.partial"
     choose = random.Random(0)
     committed = [0]
-    for number in range(12):
+    for number in range(8):
         job = forked(extract_with_small_commits, run.folder)
         # Once it has committed something new; else at any moment, also before the model is loaded.
         if number % 3:

@@ -15,7 +15,7 @@ from support import extract_with_small_commits, forked, stages
 from theloom.store.commit_log import committed
 from theloom.store.partial import partial_of
 
-KILLS = int(os.environ.get("KILLS", "8"))
+KILLS = int(os.environ.get("KILLS", "6"))
 REQUESTED = "corpus.max_tokens=6000 extraction.shards=1"
 
 
