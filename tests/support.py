@@ -8,6 +8,7 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
@@ -258,6 +259,16 @@ def lines_run(work: Callable[[], object], folder: str) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+def peak_of(work: Callable[..., object], *arguments: object) -> int:
+    """The most bytes of Python's and NumPy's that were there at once."""
+    tracemalloc.start()
+    try:
+        work(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def allocator_peak(work: Callable[[], object], warm_up: bool = True) -> int:

@@ -2,13 +2,12 @@
 
 import json
 import random
-import tracemalloc
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from support import a_config, build_tiny
+from support import a_config, build_tiny, peak_of
 from theloom.corpus import kept, tokens, windows
 from theloom.corpus.in_parts import gather
 from theloom.corpus.in_parts.part import tokenize_part
@@ -118,16 +117,6 @@ def small_pieces(monkeypatch):
         *((gather, "_PIECE"), (gather, "_DOCUMENTS"), (kept, "_AT_ONCE"), (reading, "_WINDOWS")),
     ):
         monkeypatch.setattr(module, name, 1 << 9)
-
-
-def peak_of(work, *arguments) -> int:
-    """The most bytes of Python's and NumPy's that were there at once."""
-    tracemalloc.start()
-    try:
-        work(*arguments)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.usefixtures("small_pieces")

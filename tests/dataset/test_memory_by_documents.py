@@ -1,7 +1,6 @@
 """What merging, opening and checking a dataset hold in memory for each of its documents."""
 
 import dataclasses
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import theloom
 import torch
 from shards import spec
+from support import peak_of
 from theloom.dataset import inspect, reader
 from theloom.dataset.inspect import check_hashes
 from theloom.dataset.merge import merge_shards
@@ -42,16 +42,6 @@ def write_shard(path: Path, number: int, documents: int = DOCUMENTS, tokens: int
 def shards(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("shards")
     return [write_shard(folder / f"{number}.h5", number) for number in range(9)]
-
-
-def peak_of(work, *arguments) -> int:
-    """The most bytes of Python's and NumPy's that were there at once."""
-    tracemalloc.start()
-    try:
-        work(*arguments)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_few_bytes_of_each_document_are_held(shards, monkeypatch):

@@ -435,12 +435,7 @@ def of_integers(numbers: Numbers) -> ColumnPieces:
     Returns:
         The column, none of whose values is missing.
     """
-
-    def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for values in numbers.pieces():
-            yield values, np.zeros(len(values), "u1")
-
-    return ColumnPieces("integer", len(numbers), np.dtype("<i8"), pieces)
+    return _without_nulls("integer", numbers, np.dtype("<i8"))
 
 
 def of_strings(kind: str, strings: Strings) -> ColumnPieces:
@@ -453,9 +448,12 @@ def of_strings(kind: str, strings: Strings) -> ColumnPieces:
     Returns:
         The column, none of whose values is missing.
     """
+    return _without_nulls(kind, strings, strings.dtype)
 
+
+def _without_nulls(kind: str, values: Numbers | Strings, dtype: np.dtype) -> ColumnPieces:
     def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for values in strings.pieces():
-            yield values, np.zeros(len(values), "u1")
+        for piece in values.pieces():
+            yield piece, np.zeros(len(piece), "u1")
 
-    return ColumnPieces(kind, len(strings), strings.dtype, pieces)
+    return ColumnPieces(kind, len(values), dtype, pieces)
