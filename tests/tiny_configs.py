@@ -144,6 +144,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "audio_config.adapter_out_dim": 64,
     },
     "dots3_note_text": {"head_dim": 32},
+    "hrm_text": {"num_layers_per_stack": 2, "L_cycles": 2, "num_hidden_layers": 12},
     "efficientnet": {
         "image_size": 64,
         "hidden_dim": 640,

@@ -49,6 +49,7 @@ from theloom.hooks.points import (
     NO_LEARNED_POSITIONS,
     PATTERN,
     POST_NORM,
+    RESIDUALS,
     ROUTER,
     SCORES,
     HookPoint,
@@ -125,22 +126,32 @@ def _find(architecture: Architecture) -> Anatomy:
     organs += [(-1, value, where) for value, where in _before(architecture, flow).items()]
     declared = declared_routers(architecture.model)
     for number, block in enumerate(architecture.loaded):
+        if architecture.repeats:
+            organs += [
+                (number, value, _SEVERAL_CALLS) for value in values if value not in RESIDUALS
+            ]
+            organs += [(number, value, _residual(block, value)) for value in RESIDUALS]
+            continue
         sites = _Block(block, flow).sites(declared)
         if architecture.side == "decoder":
             sites |= cross_sites(block, flow, sites)
         organs += [(number, value, sites[value]) for value in values]
     norm = flow.norm_of(flow.output(architecture.blocks[-1]), outside=True)
-    if norm is not None:
+    several = norm is not None and flow.ran.count(norm.module) > 1
+    if norm is not None and not several:
         found.final_norm = norm.module
-    final = norm_sites(norm, "no norm takes the last block's output")
+    missing = _SEVERAL_CALLS if several else "no norm takes the last block's output"
+    final = norm_sites(None if several else norm, missing)
     unloaded = range(len(architecture.loaded), count)
     organs += [
         (number, value, "its block is not loaded") for number in unloaded for value in values
     ]
     organs += [(count, value, where) for value, where in zip(FINAL_NORM, final, strict=True)]
     last = _last_state(architecture, flow)
-    found.end = last or found.final_norm
     missing = "the model's last hidden state is no module's output"
+    if last is not None and flow.ran.count(last) > 1:
+        last, missing = None, _SEVERAL_CALLS
+    found.end = last or found.final_norm
     organs.append((count, LAST_STATE, missing if last is None else Site(last, "output")))
     for block_number, value, where in organs:
         new = point(value, block_number, count, (), architecture.side)
@@ -189,6 +200,13 @@ def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
     }
 
 
+_SEVERAL_CALLS = "its module runs several times in a pass"
+
+
+def _residual(block: nn.Module, value: str) -> Site:
+    return Site(block, "input" if value == RESIDUALS[0] else "output", stream)
+
+
 class _Block:
     """One block: its attention, its MLP and its norms."""
 
@@ -209,8 +227,7 @@ class _Block:
     def sites(self, declared: Sequence[Any]) -> dict[str, Site | str]:
         block, attn, mlp = self._block, self._attention, self._mlp
         found: dict[str, Site | str] = dict.fromkeys(IN_BLOCK, "")
-        found["hook_resid_pre"] = Site(block, "input", stream)
-        found["hook_resid_post"] = Site(block, "output", stream)
+        found |= {value: _residual(block, value) for value in RESIDUALS}
         found |= self._norms()
         found |= (
             self._of_attention()

@@ -119,9 +119,8 @@ def stream(value: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def stream_of(model: nn.Module) -> Read:
-    """How the residual stream of a model is read. Longformer and LED pad to whole windows of their
-    attention, and ProphetNet's streams of further tokens come behind its main one: the rows of the
-    tokens are the first.
+    """How the residual stream of a model is read, whose own hidden states have other rows than one
+    for each token, or streams side by side that are the first axis.
 
     Args:
         model: of transformers.
@@ -130,21 +129,40 @@ def stream_of(model: nn.Module) -> Read:
         A function that gives what `stream` does.
     """
     if model not in _streams:
-        behind = any(_has_rows_behind(m) for m in model.modules())
-        _streams[model] = _first_rows if behind else stream
+        found = (read for m in model.modules() for has, read in _OTHER_ROWS if has(m))
+        _streams[model] = next(found, stream)
     return _streams[model]
 
 
 _streams: WeakKeyDictionary[nn.Module, Read] = WeakKeyDictionary()
 
 
-def _has_rows_behind(module: nn.Module) -> bool:
-    return hasattr(type(module), "_pad_to_window_size") or "ngram" in vars(module)
-
-
 def _first_rows(value: torch.Tensor, batch: Batch) -> torch.Tensor:
-    more = value.ndim == 3 and value.shape[0] == batch[0] and value.shape[1] > batch[1]
-    return stream(value[:, : batch[1]] if more else value, batch)
+    """Longformer and LED pad to whole windows of their attention, and ProphetNet's streams of
+    further tokens come behind its main one.
+    """
+    return stream(value[:, : batch[1]] if _has_more_rows(value, batch) else value, batch)
+
+
+def _last_rows(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """CPM-Ant puts a prompt of its own before the tokens."""
+    return stream(value[:, -batch[1] :] if _has_more_rows(value, batch) else value, batch)
+
+
+def _has_more_rows(value: torch.Tensor, batch: Batch) -> bool:
+    return value.ndim == 3 and value.shape[0] == batch[0] and value.shape[1] > batch[1]
+
+
+def _streams_first(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Gemma 3n's AltUp keeps its streams as the first axis."""
+    return stream(value.movedim(0, 2) if value.ndim == 4 else value, batch)
+
+
+_OTHER_ROWS: tuple[tuple[Callable[[nn.Module], bool], Read], ...] = (
+    (lambda m: hasattr(type(m), "_pad_to_window_size") or "ngram" in vars(m), _first_rows),
+    (lambda m: "prompt_length" in vars(m), _last_rows),
+    (lambda m: "altup_projections" in m._modules, _streams_first),
+)
 
 
 def by_head(heads: int) -> Read:

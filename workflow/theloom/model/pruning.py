@@ -118,6 +118,7 @@ def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
         n
         for n, m in model.named_modules()
         if any(m is b for b in described.blocks[max(deepest, 0) + 1 :])
+        and not any(m is b for b in described.blocks[: max(deepest, 0) + 1])
     }
     for name, module in model.named_modules():
         if name in around or module in blocks or module in before:

@@ -7,7 +7,7 @@ from theloom.config.model_dims import side_of
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model.checkpoint.folder import own_model_code
-from theloom.model.checkpoint.halves import half, has_halves
+from theloom.model.checkpoint.halves import half, has_halves, remade
 from theloom.model.towers.chat import seeing
 from theloom.model.towers.classes import class_of, sensing_class
 from theloom.rows.modality import CHAT, SENSED, modality_of, source_of
@@ -56,6 +56,8 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
         return transformers.AutoModelForCausalLM
     if is_whole_encoder_decoder(model_config):
         raise _unnamed(model_config)
+    if type(model_config) not in transformers.AutoModel._model_mapping:
+        return _whole_class(model_config)  # the text half of a model, which has a config of its own
     return transformers.AutoModel
 
 
@@ -197,6 +199,8 @@ def _whole_class(model_config: "PretrainedConfig") -> Any:
 
     found: Any = AutoModel._model_mapping.get(type(model_config), None)
     if found is None:
+        if (text := class_of(model_config)) is not None:
+            return remade(text, text.__init__)
         raise ModelError(
             f"transformers has no model for a config of the class {type(model_config).__name__}"
         )
