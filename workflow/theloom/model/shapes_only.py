@@ -241,6 +241,8 @@ _OF_ROUTERS = (
     _aten.sum.dim_IntList,
     _aten.topk.default,
     _aten.one_hot.default,
+    _aten.unsqueeze.default,  # one_hot in parts: compared to the numbers of experts
+    _aten.eq.Tensor,
     _aten.permute.default,
     _aten.select.int,
     _aten.squeeze.dim,
@@ -261,7 +263,9 @@ def _follow(func: Any, args: Any, result: Any) -> None:
     axes = list(getattr(args[0], _AXES, ()))
     if not axes or func is _aten.sum.dim_IntList:
         return
-    if func is _aten.one_hot.default:
+    if func is _aten.unsqueeze.default and args[1] not in (-1, len(axes)):
+        return
+    if func is _aten.one_hot.default or func is _aten.unsqueeze.default:
         axes.append(_EXPERT)
     elif func is _aten.permute.default:
         axes = [axes[axis] for axis in args[1]]
