@@ -63,6 +63,8 @@ class Encoder:
         """The tokenizer, where ids have texts: codes have none. Raises CorpusError, ConfigError."""
         if self._codebooks:
             check_corpus(self._codebooks, config.model.source, self._given)
+            if config.model.tokenizer:
+                log.info("model.tokenizer is not used: the model reads codes")
             return
         try:
             description = files.describe_tokenizer(config.model)
@@ -121,7 +123,9 @@ class Encoder:
 
     def _of_ids(self, document: Document) -> Encoded:
         given: list[Any] = document.input_ids or []
-        ids = positions_of(given, self._codebooks, document.place) if self._codebooks else given
+        ids: Sequence[Any] = given
+        if self._codebooks:
+            ids = positions_of(given, self._codebooks, document.place)
         return Encoded(ids, repr(given).encode())
 
     def encode_targets(self, group: Sequence[Document]) -> list[Encoded]:

@@ -118,16 +118,15 @@ def positions_of(codes: Sequence[Any], count: int, place: str) -> list[tuple[Any
         >>> positions_of([[1, 2, 3], [4, 5, 6]], 2, "here")
         [(1, 4), (2, 5), (3, 6)]
     """
-    needed = f"the model reads {count} codes a position; give lists of integers [{count}, frames]"
+    found = ""
     if wrong := [one for one in codes if not isinstance(one, list | tuple)]:
+        found = f"{kind(wrong[0])} for a codebook"
+    elif len(lengths := {len(one) for one in codes}) > 1 or len(codes) not in (0, count):
+        found = f"the shape [{len(codes)}, {' or '.join(map(str, sorted(lengths)))}]"
+    if found:
         raise CorpusError(
-            f"{place}: corpus.input_ids has {kind(wrong[0])} for a codebook; {needed}"
-        )
-    lengths = sorted({len(one) for one in codes})
-    if codes and (len(codes) != count or len(lengths) != 1):
-        shape = " or ".join(map(str, lengths))
-        raise CorpusError(
-            f"{place}: corpus.input_ids has {len(codes)} lists of {shape}, and {needed}"
+            f"{place}: corpus.input_ids has {found}, and the model reads {count} codes a position; "
+            f"give lists of integers [{count}, frames], of EnCodec audio_codes[0, 0]"
         )
     return list(zip(*codes, strict=True))
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model import files
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from theloom.dataset.reader import ActivationsReader
@@ -66,8 +67,8 @@ def texts(
         trust_remote_code: run Python code that comes with that tokenizer.
 
     Returns:
-        A text for each token; `#` and its number, after a warning, where the file has none; of a
-        position with several codes these.
+        A text for each token; `#` and its number, after a warning, where the file has none; of
+        codes their numbers.
 
     Raises:
         ModelError: the tokenizer is unavailable.

@@ -10,6 +10,7 @@ same with it.
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from theloom.config.model_dims import side_of
 from theloom.errors import CorpusError, ModelError
 from theloom.model.checkpoint.halves import remade
 
@@ -21,7 +22,6 @@ _CLASSES = {
     "musicgen_decoder": "MusicgenModel",
     "musicgen_melody_decoder": "MusicgenMelodyModel",
 }
-_WHOLE = {"musicgen": "Musicgen", "musicgen_melody": "MusicgenMelody"}
 
 
 def codebooks(config: "PretrainedConfig") -> int:
@@ -41,24 +41,22 @@ def codebooks(config: "PretrainedConfig") -> int:
     return int(getattr(config, "num_codebooks", 0)) if config.model_type in _CLASSES else 0
 
 
-def check_whole(config: "PretrainedConfig", source: str) -> None:
-    """Check that a model is no decoder of codes with its encoder and codec around it.
+def decoder_of(config: "PretrainedConfig") -> "PretrainedConfig | None":
+    """The decoder of codes of a model that has an encoder of texts and a codec around it.
 
     Args:
         config: of the model.
-        source: the model, for the message.
 
-    Raises:
-        ModelError: it is.
+    Returns:
+        The part of the config that is the decoder's; None where the model is of another kind.
+
+    Examples:
+        >>> from transformers import GPT2Config, MusicgenConfig
+        >>> decoder_of(MusicgenConfig()).model_type, decoder_of(GPT2Config())
+        ('musicgen_decoder', None)
     """
-    if config.model_type in _WHOLE:
-        name = _WHOLE[config.model_type]
-        raise ModelError(
-            f"model.source: {source} ({config.model_type}) is a decoder of codes together with an "
-            f"encoder of texts and a codec; save the decoder by itself: {name}"
-            f"ForConditionalGeneration.from_pretrained(...).decoder.save_pretrained(FOLDER), and "
-            "set model.source=FOLDER"
-        )
+    part = getattr(config, "decoder", None)
+    return part if getattr(part, "model_type", None) in _CLASSES else None
 
 
 def check_corpus(count: int, source: str, given: bool) -> None:
@@ -87,9 +85,17 @@ def codes_class(config: "PretrainedConfig") -> Any:
 
     Returns:
         A class with the names of weights of that of transformers, without a head.
+
+    Raises:
+        ModelError: hook points are named as those of a half.
     """
     import transformers
 
+    if side := side_of(config):
+        raise ModelError(
+            f"{config.model_type} is one list of blocks: name its hook points without {side!r}, as "
+            "blocks.0.hook_resid_post"
+        )
     return _class_of(getattr(transformers, _CLASSES[config.model_type]), codebooks(config))
 
 
