@@ -47,6 +47,7 @@ from sweep_towers import (
 )
 from theloom.engine import model_record
 from theloom.errors import TheLoomError, VerificationError
+from theloom.model.checkpoint.codes import codebooks
 from tiny_configs import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from towers_support import write_media
@@ -169,9 +170,12 @@ def _run_halves(row: Row, model: PreTrainedModel, folder: Path) -> Row:
 def _run(row: Row, model: PreTrainedModel, folder: Path, side: str = "") -> Row:
     """All stages, and every document's rows against the model; of one side where it has two."""
     place = folder.parent.parent if side else folder.parent
+    corpus = f"corpus.path={place}/texts.jsonl model.tokenizer={place}/tokenizer"
+    if count := codebooks(model.config):
+        _write_codes(place / "codes.jsonl", count, model.config.vocab_size)
+        corpus = f"corpus.path={place}/codes.jsonl corpus.input_ids=codes"
     requested = (
-        f"corpus=text corpus.path={place}/texts.jsonl "
-        f"model.tokenizer={place}/tokenizer memory.streaming_chunk_size={CHUNK} "
+        f"corpus=text {corpus} memory.streaming_chunk_size={CHUNK} "
         f"corpus.context_length={max(LENGTHS) + (1 if side else 0)} extraction.batch_tokens=128 "
         "extraction.shards=1"
     )
@@ -322,6 +326,17 @@ def _write_documents(file: Path) -> None:
             out.write(json.dumps(pair) + "\n")
 
 
+def _write_codes(file: Path, count: int, last: int) -> None:
+    """Documents of codes of all lengths, in no order; the last is that of padding."""
+    chance = random.Random(0)
+    lengths = list(LENGTHS)
+    chance.shuffle(lengths)
+    with file.open("w") as out:
+        for length in lengths:
+            codes = [[chance.randint(0, last) for _ in range(length)] for _ in range(count)]
+            out.write(json.dumps({"codes": codes}) + "\n")
+
+
 def _words_of(chance: random.Random, count: int) -> str:
     return " ".join(str(chance.randint(3, 127)) for _ in range(count))
 
@@ -339,6 +354,8 @@ def _compare(model: PreTrainedModel, activations: Path, side: str = "") -> tuple
     for number, (begin, end) in enumerate(pairwise(starts)):
         ids = torch.from_numpy(acts.input_ids.numpy(slice(begin, end)).astype("i8"))[None]
         rows = {name: values[begin:end][None].float() for name, values in found.items()}
+        if ids.ndim == 3:  # of codes, which transformers takes by codebook
+            ids = ids.transpose(1, 2).flatten(0, 1)
         inputs = {"input_ids": ids, **_no_cache(model)}
         if side == "encoder":
             inputs["decoder_input_ids"] = torch.tensor([[3]])
@@ -350,7 +367,7 @@ def _compare(model: PreTrainedModel, activations: Path, side: str = "") -> tuple
 
 
 def _writes_codes(model: PreTrainedModel) -> bool:
-    """Whether a decoder takes several codes a position, such as those of sound."""
+    """Whether a decoder behind an encoder takes several codes a position, as of sound."""
     return getattr(getattr(model.config, "decoder_config", None), "num_channels", 1) > 1
 
 

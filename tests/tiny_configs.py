@@ -183,8 +183,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
-    "musicgen": {"decoder.num_codebooks": 1},
-    "musicgen_melody": {"decoder.num_codebooks": 1},
     **{name: {"text_config.max_position_embeddings": 64} for name in ("owlvit", "owlv2", "sam3")},
     "nemotron": {"num_key_value_heads": 2},
     # frequencies that change within the lengths of the sweep

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from theloom.config.model_dims import side_of
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
+from theloom.model.checkpoint.codes import codebooks, codes_class
 from theloom.model.checkpoint.folder import own_model_code
 from theloom.model.checkpoint.halves import half, has_halves, remade
 from theloom.model.towers.chat import seeing
@@ -48,7 +49,7 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
             )
         name = next((n for n in _AUTO_CLASSES if n in own), own[0])
         return getattr(transformers, name)
-    if side_of(model_config) or modality_of(model_config):
+    if side_of(model_config) or modality_of(model_config) or codebooks(model_config):
         return model_class(model_config)
     if _encoder_alone(model_config) is not None:
         return transformers.AutoModelForTextEncoding
@@ -184,6 +185,8 @@ def model_class(model_config: "PretrainedConfig") -> Any:
         return seeing(_whole_class(model_config))
     if modality_of(model_config) or source_of(model_config):
         return sensing_class(model_config, class_of(model_config) or _whole_class(model_config))
+    if codebooks(model_config):
+        return codes_class(model_config)
     if side := side_of(model_config):
         return half(_whole_class(model_config), side)
     for alone in (_encoder_alone(model_config), _decoder_alone(model_config)):
