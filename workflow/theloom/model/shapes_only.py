@@ -255,11 +255,15 @@ def _follow(func: Any, args: Any, result: Any) -> None:
         if result[1].ndim == 2:
             setattr(result[1], _AXES, (_TOKEN, _CHOICE))
         return
+    hits = getattr(args[0], _HITS, None)
     if func is _aten.scatter.value and args[3] == 1:
         setattr(result, _HITS, args[2].numel())
-    elif func in (_aten._to_copy.default, _aten.to.dtype, _aten.sum.dim_IntList):
-        if (hits := getattr(args[0], _HITS, None)) is not None:
-            setattr(result, _HITS, hits)
+    elif hits is not None and func in (
+        _aten._to_copy.default,
+        _aten.to.dtype,
+        _aten.sum.dim_IntList,
+    ):
+        setattr(result, _HITS, hits)
     axes = list(getattr(args[0], _AXES, ()))
     if not axes or func is _aten.sum.dim_IntList:
         return
