@@ -373,6 +373,8 @@ def _against_own_states(
         if (s := getattr(output, name, None)) is not None
     )
     states = [state[None] if state.ndim == 2 else state for state in states]  # a list of patches
+    if hasattr(type(getattr(model, "base_model", model)), "_pad_to_mult_of_chunk_length"):
+        states = [state[:, : inputs["input_ids"].shape[1]] for state in states]  # padded within
     before = [found[f"blocks.{i}.hook_resid_pre"] for i in range(count)]
     after = [found[f"blocks.{i}.hook_resid_post"] for i in range(count)]
     if len(states) < count:

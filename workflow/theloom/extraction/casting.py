@@ -21,7 +21,7 @@ class InPrecision:
     """
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype) -> None:
-        self._model, self._blocks, self._dtype = architecture.model, architecture.blocks, dtype
+        self._model, self._blocks, self._dtype = architecture.model, architecture.called, dtype
         if (
             getattr(self._model, "is_quantized", False)
             or getattr(self._model, "hf_quantizer", None) is not None

@@ -23,7 +23,8 @@ class Site:
     module: nn.Module
     place: str  # input, output, inside, or state: in the cache, behind the module
     read: Read = lambda value, batch: whole(value, batch)
-    index: int | None = None  # of the module's output; None: the first tensor of it
+    # of the module's output, or of the tensors that it is called with; None: the first tensor
+    index: int | None = None
 
     @staticmethod
     def input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -37,6 +38,31 @@ class Site:
             The tensor itself.
         """
         return next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+
+    @staticmethod
+    def inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """All tensors that a module is called with.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: the others.
+
+        Returns:
+            The tensors themselves, in the order of the call.
+        """
+        return [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """What of a module's input the site is.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: the others.
+
+        Returns:
+            The tensor `index` of them, or the first.
+        """
+        return self.input(args, kwargs) if self.index is None else self.inputs(args, kwargs)[self.index]
 
     def chosen(self, output: Any) -> torch.Tensor:
         """What of a module's output the site is.
@@ -119,9 +145,9 @@ def stream(value: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def stream_of(model: nn.Module) -> Read:
-    """How the residual stream of a model is read. Longformer and LED pad to whole windows of their
-    attention, and ProphetNet's streams of further tokens come behind its main one: the rows of the
-    tokens are the first.
+    """How the residual stream of a model is read. Longformer, LED and Reformer pad to whole windows
+    of their attention, and ProphetNet's streams of further tokens come behind its main one: the
+    rows of the tokens are the first.
 
     Args:
         model: of transformers.
@@ -131,7 +157,7 @@ def stream_of(model: nn.Module) -> Read:
     """
     if model not in _streams:
         behind = any(_has_rows_behind(m) for m in model.modules())
-        _streams[model] = _first_rows if behind else stream
+        _streams[model] = first_rows(stream) if behind else stream
     return _streams[model]
 
 
@@ -139,12 +165,29 @@ _streams: WeakKeyDictionary[nn.Module, Read] = WeakKeyDictionary()
 
 
 def _has_rows_behind(module: nn.Module) -> bool:
-    return hasattr(type(module), "_pad_to_window_size") or "ngram" in vars(module)
+    paddings = ("_pad_to_window_size", "_pad_to_mult_of_chunk_length")
+    return any(hasattr(type(module), name) for name in paddings) or "ngram" in vars(module)
 
 
-def _first_rows(value: torch.Tensor, batch: Batch) -> torch.Tensor:
-    more = value.ndim == 3 and value.shape[0] == batch[0] and value.shape[1] > batch[1]
-    return stream(value[:, : batch[1]] if more else value, batch)
+def first_rows(read: Read) -> Read:
+    """Read the rows of the tokens alone, where the model has more behind them.
+
+    Args:
+        read: how these are read.
+
+    Returns:
+        A function that gives what `read` does.
+
+    Examples:
+        >>> first_rows(whole)(torch.zeros(2, 8, 4), (2, 3)).shape
+        torch.Size([2, 3, 4])
+    """
+
+    def of_tokens(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+        more = value.ndim == 3 and value.shape[0] == batch[0] and value.shape[1] > batch[1]
+        return read(value[:, : batch[1]] if more else value, batch)
+
+    return of_tokens
 
 
 def by_head(heads: int) -> Read:
