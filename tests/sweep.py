@@ -7,6 +7,7 @@ sweep that was stopped resumes; remove the file to start anew. One import, and a
 model: what one breaks is not the next one's.
 """
 
+import copy
 import json
 import logging
 import os
@@ -344,9 +345,15 @@ def _compare(model: PreTrainedModel, activations: Path, side: str = "") -> tuple
             inputs["decoder_input_ids"] = torch.tensor([[3]])
         if side == "decoder":
             inputs |= {"input_ids": torch.tensor([sources[number]]), "decoder_input_ids": ids}
-        outputs, error = _against_own_states(model, inputs, rows, side)
+        outputs, error = _against_own_states(_fresh(model), inputs, rows, side)
         shifted, worst = shifted or outputs, max(worst, error)
     return shifted, worst
+
+
+def _fresh(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is before its first pass, from which Reformer keeps its number of buckets."""
+    keeps = any(hasattr(module, "num_buckets") for module in model.modules())
+    return copy.deepcopy(model) if keeps else model
 
 
 def _writes_codes(model: PreTrainedModel) -> bool:
