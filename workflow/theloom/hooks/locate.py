@@ -9,6 +9,7 @@ another meaning, is refused with the reason.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -159,11 +160,12 @@ def _find(architecture: Architecture) -> Anatomy:
 
 def _last_state(architecture: Architecture, flow: "Flow") -> Site | None:
     """Where what the model gives as its last hidden state comes out: of the final norm for most, a
-    projection behind it, or the last block.
+    projection behind it, the last block, or a module round it.
     """
     last = architecture.called[-1]
     behind = flow.ran[flow.ran.index(last) :] if last in flow.ran else []
-    places = [*(m for m in behind if not flow.in_a_block(m)), last]
+    around = (m for m in flow.ran if m is not last and last in m.modules())
+    places = chain((m for m in behind if not flow.in_a_block(m)), [last], around)
     if isinstance(architecture.blocks[-1], ListedBlock):
         return architecture.after(len(architecture.blocks) - 1)
     found = (m for m in places if flow.last_state and flow.output(m) == flow.last_state)

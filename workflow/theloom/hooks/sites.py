@@ -62,7 +62,7 @@ class Site:
         Returns:
             The tensor `index` of them, or the first.
         """
-        return self.input(args, kwargs) if self.index is None else self.inputs(args, kwargs)[self.index]
+        return self.inputs(args, kwargs)[self.index or 0]
 
     def chosen(self, output: Any) -> torch.Tensor:
         """What of a module's output the site is.

@@ -73,7 +73,10 @@ def passed_over(architecture: Architecture) -> Iterator[None]:
     def formed(number: int) -> Callable[[torch.Tensor], Any]:
         def as_loaded(value: torch.Tensor) -> Any:
             form = forms[number]
-            return (value, *form[1:]) if isinstance(form, tuple) else value
+            if not isinstance(form, tuple):
+                return value
+            values = (value, *form[1:])
+            return form._make(values) if hasattr(form, "_make") else values
 
         return as_loaded
 

@@ -86,7 +86,14 @@ class Shell(Frame):
             return model
 
         model, loader = empty(), None if quantizer is None else PartLoader(empty(), quantizer)
-        super().__init__(find_blocks(model), device)
+        try:
+            described = find_blocks(model)
+        except ModelError as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot be run layer by layer: its blocks are not found "
+                f"without its weights ({error}); set extraction.execution=resident"
+            ) from None
+        super().__init__(described, device)
         merged = read_adapters(model, adapters) if adapters else None
         stored = weights_index.index(folder)
         self.checkpoint = Checkpoint(model, self.blocks, stored, loader, merged)

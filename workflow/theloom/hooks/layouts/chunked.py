@@ -65,7 +65,7 @@ def check_seed(module: Any, args: Any, output: Any) -> None:
     """
     if output.buckets is not None and module.hash_seed is None:
         raise HookError(
-            f"{type(module).__name__} sorts the tokens of more than {module.chunk_length} by random "
-            "rotations, which are others in each pass; set hash_seed in the model's config.json, "
-            f"or corpus.context_length to at most {module.chunk_length}"
+            f"{type(module).__name__} sorts the tokens of more than {module.chunk_length} by "
+            "random rotations, which are others in each pass; set hash_seed in the model's "
+            f"config.json, or corpus.context_length to at most {module.chunk_length}"
         )

@@ -1,5 +1,5 @@
-"""Where the residual stream enters and leaves the blocks of models whose blocks do not have it as
-their first input and output. It is seen in a pass of three tokens, by the model's own hidden states.
+"""Where the residual stream enters and leaves blocks that do not have it as their first input and
+output. It is seen in a pass of three tokens, by the model's own hidden states.
 
 Blocks may be no modules: XLM and Flaubert hold a list of attentions, one of norms and one of MLPs,
 and run them in turn in a loop of their own. And a block may take several streams, as Reformer's
@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def listed_blocks(
         return None
     places = [*(Site(turn[0], "input") for turn in turns), at_end]
     blocks: list[nn.Module] = [ListedBlock({names[m]: m for m in turn}) for turn in turns]
-    return blocks, [*zip(places, places[1:], strict=False)]
+    return blocks, [*pairwise(places)]
 
 
 def of_several_streams(blocks: Sequence[nn.Module]) -> bool:
@@ -180,8 +181,9 @@ def on_copy(
             return ListedBlock({n: there(part) for n, part in module.named_children()})
         return copy.get_submodule(names[module])
 
-    moved = [(replace(a, module=there(a.module)), replace(b, module=there(b.module)))
-             for a, b in ends]
+    moved = [
+        (replace(a, module=there(a.module)), replace(b, module=there(b.module))) for a, b in ends
+    ]
     return [there(block) for block in blocks], moved
 
 
