@@ -149,6 +149,20 @@ def test_your_own_code_gets_the_same_side_by_side(name):
         check(model, torch.tensor([document]), rows)
 
 
+def test_norms_and_positions_of_reformer():
+    """Positions are sums of two axes; the norm of an attention that hashes lies within it."""
+    model, ids = built("reformer causal"), torch.arange(50)[None]
+    hooks = ["hook_embed", "hook_pos_embed", "blocks.*.hook_resid_pre", "blocks.*.ln1.*"]
+    found = extract_hidden_states(model, ids, hooks=hooks).hidden_states
+    first = found["blocks.0.hook_resid_pre"]
+    assert torch.equal(found["hook_embed"] + found["hook_pos_embed"], first)
+    for block in range(3):
+        x = found[f"blocks.{block}.hook_resid_pre"]
+        x = x - x.mean(-1, keepdim=True)
+        normalized = found[f"blocks.{block}.ln1.hook_normalized"]
+        assert torch.allclose(normalized * found[f"blocks.{block}.ln1.hook_scale"], x, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "count"), [("xlm causal", 8), ("reformer", 2)])
 def test_blocks_behind_the_deepest_are_not_needed(name, count):
     fake = fake_model(built(name).config, "fp32")

@@ -205,7 +205,8 @@ def _listed(
     owners = {id(owner): owner for owner, blocks in lists if blocks in found}
     if len(found) < 2 or len(owners) != 1 or len({len(blocks) for blocks in found}) != 1:
         return None
-    return listed_blocks(*owners.values(), found, run)
+    (owner,) = owners.values()
+    return listed_blocks(owner, found, run)
 
 
 def _decoder_blocks(model: "PreTrainedModel") -> int:

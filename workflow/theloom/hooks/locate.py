@@ -230,7 +230,11 @@ class _Block:
         self._before_mlp = flow.input(self._entry)
         self._ln1 = flow.norm_to(self._before_attention, block)
         if self._ln1 is None and self._attention is not None:  # ESM has it within its attention
-            self._ln1 = flow.norm_to(flow.input(find_core(self._attention)), block)
+            core = find_core(self._attention)
+            self._ln1 = flow.norm_to(flow.input(core), block)
+            within = flow.norm_of(self._before_attention) if core is None else None
+            if within is not None and within.module in self._attention.modules():
+                self._ln1 = within  # as Reformer's are, whose queries are its keys
         self._ln2 = flow.norm_to(self._before_mlp, block)
 
     def sites(self, declared: Sequence[Any]) -> dict[str, Site | str]:
