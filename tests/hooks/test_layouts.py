@@ -192,6 +192,18 @@ def test_the_trace_has_their_hook_points_and_their_peak(name):
         assert abs(predicted / measured - 1) <= 1e-3, (filters, predicted, measured)
 
 
+def test_a_trace_does_not_depend_on_the_one_before_it():
+    """Reformer keeps the number of buckets that the length of its first pass asks for."""
+    peaks = []
+    config = ReformerConfig(**{**REFORMER, "lsh_attn_chunk_length": 4, "num_hashes": 4})
+    for before in ([], [Workload(1, 40, 40)]):
+        fake = fake_model(config, "fp32")
+        points = fake.catalog.select(["blocks.2.hook_resid_post"])
+        every = [trace.trace(fake, w, points)[0].total for w in (*before, Workload(1, 190, 190))]
+        peaks.append(every[-1])
+    assert peaks[0] == peaks[1]
+
+
 def test_rows_by_chance_are_refused_and_short_documents_are_not(tmp_path):
     config = ReformerConfig(**{**REFORMER, "hash_seed": None})
     (model := ReformerModel(config).eval()).save_pretrained(tmp_path)
