@@ -48,6 +48,7 @@ from sweep_towers import (
 )
 from theloom.engine import model_record
 from theloom.errors import TheLoomError, VerificationError
+from theloom.model.checkpoint.codes import codebooks
 from tiny_configs import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from towers_support import write_media
@@ -170,9 +171,12 @@ def _run_halves(row: Row, model: PreTrainedModel, folder: Path) -> Row:
 def _run(row: Row, model: PreTrainedModel, folder: Path, side: str = "") -> Row:
     """All stages, and every document's rows against the model; of one side where it has two."""
     place = folder.parent.parent if side else folder.parent
+    corpus = f"corpus.path={place}/texts.jsonl model.tokenizer={place}/tokenizer"
+    if count := codebooks(model.config):
+        _write_codes(place / "codes.jsonl", count, model.config.vocab_size)
+        corpus = f"corpus.path={place}/codes.jsonl corpus.input_ids=codes"
     requested = (
-        f"corpus=text corpus.path={place}/texts.jsonl "
-        f"model.tokenizer={place}/tokenizer memory.streaming_chunk_size={CHUNK} "
+        f"corpus=text {corpus} memory.streaming_chunk_size={CHUNK} "
         f"corpus.context_length={max(LENGTHS) + (1 if side else 0)} extraction.batch_tokens=128 "
         "extraction.shards=1"
     )
@@ -323,6 +327,17 @@ def _write_documents(file: Path) -> None:
             out.write(json.dumps(pair) + "\n")
 
 
+def _write_codes(file: Path, count: int, last: int) -> None:
+    """Documents of codes of all lengths, in no order; the last is that of padding."""
+    chance = random.Random(0)
+    lengths = list(LENGTHS)
+    chance.shuffle(lengths)
+    with file.open("w") as out:
+        for length in lengths:
+            codes = [[chance.randint(0, last) for _ in range(length)] for _ in range(count)]
+            out.write(json.dumps({"codes": codes}) + "\n")
+
+
 def _words_of(chance: random.Random, count: int) -> str:
     return " ".join(str(chance.randint(3, 127)) for _ in range(count))
 
@@ -340,6 +355,8 @@ def _compare(model: PreTrainedModel, activations: Path, side: str = "") -> tuple
     for number, (begin, end) in enumerate(pairwise(starts)):
         ids = torch.from_numpy(acts.input_ids.numpy(slice(begin, end)).astype("i8"))[None]
         rows = {name: values[begin:end][None].float() for name, values in found.items()}
+        if ids.ndim == 3:  # of codes, which transformers takes by codebook
+            ids = ids.transpose(1, 2).flatten(0, 1)
         inputs = {"input_ids": ids, **_no_cache(model)}
         if side == "encoder":
             inputs["decoder_input_ids"] = torch.tensor([[3]])
@@ -357,7 +374,7 @@ def _fresh(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _writes_codes(model: PreTrainedModel) -> bool:
-    """Whether a decoder takes several codes a position, such as those of sound."""
+    """Whether a decoder behind an encoder takes several codes a position, as of sound."""
     return getattr(getattr(model.config, "decoder_config", None), "num_channels", 1) > 1
 
 
@@ -382,12 +399,18 @@ def _against_own_states(
     states = [state[None] if state.ndim == 2 else state for state in states]  # a list of patches
     if hasattr(type(getattr(model, "base_model", model)), "_pad_to_mult_of_chunk_length"):
         states = [state[:, : inputs["input_ids"].shape[1]] for state in states]  # padded within
+    if hasattr(model.config, "altup_num_inputs"):  # its streams are the first axis
+        states = [state.movedim(0, 2) if state.ndim == 4 else state for state in states]
     before = [found[f"blocks.{i}.hook_resid_pre"] for i in range(count)]
     after = [found[f"blocks.{i}.hook_resid_post"] for i in range(count)]
     if len(states) < count:
         return False, float("inf")
     joined = max((_error(a, b) for a, b in zip(after, before[1:], strict=False)), default=0.0)
     as_inputs = max(_error(a, b) for a, b in zip(before, states, strict=False))
+    if joined > LIMIT and len(states) == count + 1:  # blocks run in cycles: these are outputs
+        given, kept = _inputs_of_blocks(model, inputs), [before[0], *after[:-1]]
+        joined = max(_error(a, b) for a, b in zip(before, given, strict=True))
+        as_inputs = max(_error(a, b) for a, b in zip(kept, states[:-1], strict=True))
     as_outputs = max((_error(a, b) for a, b in zip(after[:-1], states, strict=False)), default=0.0)
     normed = [n for value in (after[-1], *_pooled(model, after[-1])) for n in _normed(model, value)]
     ends = [after[-1], *normed, *(p for value in normed for p in _projected(model, value))]
@@ -398,6 +421,19 @@ def _against_own_states(
     ):
         end = 0.0
     return as_outputs < as_inputs, max(joined, min(as_inputs, as_outputs), end)
+
+
+def _inputs_of_blocks(model: PreTrainedModel, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """What the modules that transformers declares as blocks are given, call by call."""
+    declared = model.base_model._can_record_outputs["hidden_states"]
+    seen: list[torch.Tensor] = []
+    blocks = [m for m in model.modules() if isinstance(m, declared)]
+    handles = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in blocks]
+    with torch.inference_mode():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 def _no_cache(model: PreTrainedModel) -> dict[str, bool]:

@@ -144,6 +144,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "audio_config.adapter_out_dim": 64,
     },
     "dots3_note_text": {"head_dim": 32},
+    "hrm_text": {"num_layers_per_stack": 2, "L_cycles": 2, "num_hidden_layers": 12},
     "efficientnet": {
         "image_size": 64,
         "hidden_dim": 640,
@@ -182,8 +183,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
-    "musicgen": {"decoder.num_codebooks": 1},
-    "musicgen_melody": {"decoder.num_codebooks": 1},
     **{name: {"text_config.max_position_embeddings": 64} for name in ("owlvit", "owlv2", "sam3")},
     "nemotron": {"num_key_value_heads": 2},
     # frequencies that change within the lengths of the sweep

@@ -45,6 +45,7 @@ def nested(depth):
         ({"num_hidden_layers": 10**7}, "num_hidden_layers=10000000 in its config is beyond"),
         ({"num_hidden_layers": 10**18}, "num_hidden_layers=1e+18"),
         ({"vision_config": {"num_hidden_layers": 10**7}}, "num_hidden_layers=10000000"),
+        ({"decoder": {"num_codebooks": 10**7}}, "num_codebooks=10000000"),
         ({"num_experts": 10**9}, "num_experts=1000000000"),
         ({"hidden_size": -64}, "hidden_size=-64 in its config is negative"),
         ({"vocab_size": -5}, "vocab_size=-5"),

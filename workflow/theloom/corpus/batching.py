@@ -296,15 +296,15 @@ def padded(batch: Batch, input_ids: np.ndarray, window_offset: np.ndarray) -> "t
 
     Args:
         batch: the batch.
-        input_ids: of the shard, (tokens,).
+        input_ids: of the shard, (tokens,); of codes (tokens, codebooks).
         window_offset: first token of each window, (windows + 1,).
 
     Returns:
-        (windows, width) int64.
+        (windows, width) int64; of codes (windows, width, codebooks).
     """
     import torch
 
-    ids = np.zeros((len(batch.windows), batch.width), "<i8")
+    ids = np.zeros((len(batch.windows), batch.width, *input_ids.shape[1:]), "<i8")
     for row, (window, length) in enumerate(zip(batch.windows, batch.lengths, strict=True)):
         start = int(window_offset[window])
         ids[row, :length] = input_ids[start : start + length]

@@ -15,8 +15,10 @@ from theloom.corpus.chat import ChatTemplate
 from theloom.corpus.media import chat_images
 from theloom.corpus.rows import Document
 from theloom.corpus.tokenizer import CorpusTokenizer, Encoding
+from theloom.corpus.vocabulary import positions_of
 from theloom.errors import CorpusError, TheLoomError, printable
 from theloom.model import files
+from theloom.model.checkpoint.codes import check_corpus, codebooks
 from theloom.store.tables.columns import ColumnPieces
 
 log = logging.getLogger(__name__)
@@ -48,9 +50,22 @@ class Encoder:
         self._given = config.corpus.input_ids is not None
         self._tokenizer: CorpusTokenizer | None = None
         self._revision: str | None = None
-        self._name = config.model.tokenizer or config.model.source
+        self._codebooks = codebooks(files.hf_config(config.model))
+        self._name = "" if self._codebooks else config.model.tokenizer or config.model.source
         self._adds = config.corpus.add_special_tokens
         self._sequences = _Sequences()
+        self._load_tokenizer(config)
+        self._template = self._chat_template(config)
+        self._answered = config.answers.source is not None
+        self.names = None if self._given or self._tokenizer is None else self._tokenizer.of_class
+
+    def _load_tokenizer(self, config: Config) -> None:
+        """The tokenizer, where ids have texts: codes have none. Raises CorpusError, ConfigError."""
+        if self._codebooks:
+            check_corpus(self._codebooks, config.model.source, self._given)
+            if config.model.tokenizer:
+                log.info("model.tokenizer is not used: the model reads codes")
+            return
         try:
             description = files.describe_tokenizer(config.model)
             self._revision = description.revision
@@ -61,9 +76,6 @@ class Encoder:
             log.info(
                 "token ids come from the corpus, and no tokenizer tells their texts: %s", error
             )
-        self._template = self._chat_template(config)
-        self._answered = config.answers.source is not None
-        self.names = None if self._given or self._tokenizer is None else self._tokenizer.of_class
 
     def _chat_template(self, config: Config) -> ChatTemplate | None:
         if config.corpus.messages is None:
@@ -90,8 +102,7 @@ class Encoder:
             CorpusError: a conversation or a sequence cannot be encoded, or the tokenizer fails.
         """
         if self._given:
-            given = [document.input_ids or [] for document in group]
-            return [Encoded(ids, repr(ids).encode()) for ids in given]
+            return [self._of_ids(document) for document in group]
         assert self._tokenizer is not None
         if self._template is not None:
             return self._of_conversations(group, self._template, self._tokenizer)
@@ -109,6 +120,13 @@ class Encoder:
             of_text(document.text, text, tokens)
             for document, text, tokens in zip(group, texts, encoded, strict=True)
         ]
+
+    def _of_ids(self, document: Document) -> Encoded:
+        given: list[Any] = document.input_ids or []
+        ids: Sequence[Any] = given
+        if self._codebooks:
+            ids = positions_of(given, self._codebooks, document.place)
+        return Encoded(ids, repr(given).encode())
 
     def encode_targets(self, group: Sequence[Document]) -> list[Encoded]:
         """The tokens of each document's target.

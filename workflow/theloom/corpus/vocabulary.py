@@ -1,4 +1,4 @@
-"""Whether a model's token embedding has a row for every token of a corpus."""
+"""Whether a model's token embedding has a row for every token of a corpus, or for every code."""
 
 import copy
 from collections.abc import Sequence
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from theloom.config.schema import ModelConfig
+from theloom.corpus.rows import kind
 from theloom.errors import CorpusError, printable
+from theloom.model.checkpoint.codes import codebooks
 from theloom.model.files import hf_config
 
 if TYPE_CHECKING:
@@ -31,21 +33,30 @@ class Vocabulary:
         self._hf = hf_config(config)
         self._rows = getattr(self._hf.get_text_config(), "vocab_size", None) or 0
         self._looked = False
+        self._codebooks = codebooks(self._hf)
 
     def check(self, ids: Sequence[Any], document: str, tokenizer: Any) -> np.ndarray:
         """The ids of a document as int32.
 
         Args:
-            ids: what the tokenizer or the corpus gave, at least one.
+            ids: what the tokenizer or the corpus gave, at least one; for a model of codes those of
+                each position (`positions_of`).
             document: the document's id, for the message.
             tokenizer: the tokenizer, which names the token; None where the corpus has the ids.
 
         Returns:
-            (tokens,) of int32.
+            (tokens,) of int32; of codes (tokens, codebooks).
 
         Raises:
             CorpusError: one is no id, or the embedding has no row for it.
         """
+        if self._codebooks:
+            flat = [code for position in ids for code in position]
+            return self._check(flat, document, tokenizer).reshape(len(ids), self._codebooks)
+        return self._check(ids, document, tokenizer)
+
+    def _check(self, ids: Sequence[Any], document: str, tokenizer: Any) -> np.ndarray:
+        what = "code" if self._codebooks else "token id"
         try:
             array = np.asarray(ids)
         except ValueError:  # lists of uneven length
@@ -65,7 +76,7 @@ class Vocabulary:
             )
             raise CorpusError(
                 f"document {document}: {source} gives {printable(repr(next(wrong, ids[0])))[:80]}, "
-                f"which is no token id; {advice}"
+                f"which is no {what}; {advice}"
             )
         if array.max() >= self._rows and not self._looked:
             # some models have more rows than vocab_size: of prompts, of an image's token
@@ -75,9 +86,10 @@ class Vocabulary:
             beyond = int(array[array >= self._rows][0])
             if tokenizer is None:
                 raise CorpusError(
-                    f"document {document}: the token id {beyond} of corpus.input_ids is beyond the "
+                    f"document {document}: the {what} {beyond} of corpus.input_ids is beyond the "
                     f"embedding of {self._model.source}, which has {self._rows} rows, the last of "
-                    f"id {self._rows - 1}; give ids of this model's own tokenizer"
+                    f"id {self._rows - 1}; give ids of this model's own "
+                    f"{'codec' if self._codebooks else 'tokenizer'}"
                 )
             raise CorpusError(
                 f"document {document}: token {tokenizer.convert_ids_to_tokens(beyond)!r} has the "
@@ -86,6 +98,37 @@ class Vocabulary:
                 "model, or resize the embedding and save the model"
             )
         return array.astype("<i4")
+
+
+def positions_of(codes: Sequence[Any], count: int, place: str) -> list[tuple[Any, ...]]:
+    """The codes of each position of a document.
+
+    Args:
+        codes: of each codebook one for each frame, as a codec gives them: (codebooks, frames).
+        count: the codebooks of the model.
+        place: where they were read, for messages.
+
+    Returns:
+        (frames, codebooks).
+
+    Raises:
+        CorpusError: they are of another shape.
+
+    Examples:
+        >>> positions_of([[1, 2, 3], [4, 5, 6]], 2, "here")
+        [(1, 4), (2, 5), (3, 6)]
+    """
+    found = ""
+    if wrong := [one for one in codes if not isinstance(one, list | tuple)]:
+        found = f"{kind(wrong[0])} for a codebook"
+    elif len(lengths := {len(one) for one in codes}) > 1 or len(codes) not in (0, count):
+        found = f"the shape [{len(codes)}, {' or '.join(map(str, sorted(lengths)))}]"
+    if found:
+        raise CorpusError(
+            f"{place}: corpus.input_ids has {found}, and the model reads {count} codes a position; "
+            f"give lists of integers [{count}, frames], of EnCodec audio_codes[0, 0]"
+        )
+    return list(zip(*codes, strict=True))
 
 
 def _embedding_rows(config: "PretrainedConfig", trust_remote_code: bool) -> int | None:
@@ -103,7 +146,8 @@ def _embedding_rows(config: "PretrainedConfig", trust_remote_code: bool) -> int 
             model = auto_class(config, trust_remote_code).from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code
             )
-        weight: Any = getattr(token_embedding(model), "weight", None)
+        table: Any = token_embedding(model)
+        weight: Any = getattr(table[0] if codebooks(config) else table, "weight", None)
     except Exception:  # a model's own code: loading it says what is wrong
         return None
     return len(weight) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None

@@ -42,6 +42,18 @@ def token_tables_of(acts: "ActivationsReader", rows: np.ndarray) -> dict[str, np
     return {name: table.numpy(rows) for name, table in tables.items() if table is not None}
 
 
+def one_each(ids: np.ndarray) -> Any:
+    """Token ids as a column of a table.
+
+    Args:
+        ids: (rows,), or of codes (rows, codebooks).
+
+    Returns:
+        An entry for each row: its id, or a list of its codes.
+    """
+    return ids if ids.ndim == 1 else ids.tolist()
+
+
 def series(column: Column, documents: np.ndarray | None = None) -> Any:
     """A column as pandas has it, where a value may be missing.
 

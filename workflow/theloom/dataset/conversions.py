@@ -18,6 +18,7 @@ from theloom.dataset import token_text
 from theloom.dataset.companions import (
     columns_of,
     feature,
+    one_each,
     pandas_module,
     plain,
     series,
@@ -111,7 +112,7 @@ def tokens_frame(
     own: dict[str, Any] = {
         "document": document,
         "position": acts.position.numpy(numbers),
-        "input_id": ids,
+        "input_id": one_each(ids),
         "token": token_text.texts(acts, ids, tokenizer, trust_remote_code),
         **token_tables_of(acts, numbers),
     }
@@ -221,6 +222,8 @@ def to_datasets(
     features: dict[str, Any] = {
         n: datasets.Value("int32") for n in ("document", "position", "input_id")
     }
+    if acts.codebooks:
+        features["input_id"] = datasets.Sequence(features["input_id"], acts.codebooks)
     tables = [name for name in token_tables.TYPES if acts.token_table(name) is not None]
     features |= {name: datasets.Value("int32") for name in tables}
     columns = columns_of(acts, features)
@@ -283,7 +286,7 @@ def to_xarray(
         "row": numbers,
         "document": ("row", acts.document_of.numpy(part)),
         "position": ("row", acts.position.numpy(part)),
-        "input_id": ("row", acts.input_ids.numpy(part)),
+        "input_id": (("row", "codebook")[: 1 + bool(acts.codebooks)], acts.input_ids.numpy(part)),
     }
     coordinates |= {n: ("row", table) for n, table in token_tables_of(acts, numbers).items()}
     for name, column in columns_of(acts, coordinates).items():

@@ -113,7 +113,8 @@ class ActivationsReader:
         self._names = parts.names_of(self.attributes)
         self._widths = {name: listed.datasets[name].shape[1:] for name in self._names}
         more = parts.more_tables(listed)
-        if any(len(listed.datasets[name].shape) != 1 for name in (*parts.TOKENS, *more)):
+        flat = (*parts.TOKENS[1:], *more)
+        if any(len(listed.datasets[name].shape) != 1 for name in flat) or not self._ids_fit():
             raise ValueError("its tables of tokens have another form")
         if any(self._widths[name] for name in self._names if parts.is_scale(name)):
             raise ValueError("its scales have another form")
@@ -152,6 +153,18 @@ class ActivationsReader:
             raise StoreError(
                 f"{self.path}: its parts hold other rows than it states; run the merge again"
             )
+
+    def _ids_fit(self) -> bool:
+        """Whether there is an id for each token, or there are as many codes as codebooks."""
+        width = self._widths[TABLES["input_ids"]]
+        return len(width) <= 1 and all(width)
+
+    @property
+    def codebooks(self) -> int:
+        """Codes of each row of `input_ids`, where the model reads codes, (rows, codebooks); 0: a
+        row is of one token id, (rows,).
+        """
+        return sum(self._widths[TABLES["input_ids"]])
 
     @cached_property
     def window_document(self) -> np.ndarray:
@@ -294,7 +307,9 @@ class ActivationsReader:
 
     @cached_property
     def input_ids(self) -> Rows:
-        """The token of each row; `input_ids.numpy(rows)`."""
+        """The token of each row, (rows,); `input_ids.numpy(rows)`. Of a model of codes (rows,
+        codebooks).
+        """
         return self._table("tokens/input_ids")
 
     @cached_property
@@ -406,10 +421,11 @@ class ActivationsReader:
     @property
     def token_ids(self) -> Rows:
         """The ids of all tokens, whether they have a row or not."""
-        return Rows(self._parts, self._maps, TABLES["input_ids"], (), np.dtype("<i4"))
+        name = TABLES["input_ids"]
+        return Rows(self._parts, self._maps, name, self._widths[name], np.dtype("<i4"))
 
     def _table(self, name: str) -> Rows:
-        table = Rows(self._parts, self._maps, name, (), np.dtype("<i4"))
+        table = Rows(self._parts, self._maps, name, self._widths[name], np.dtype("<i4"))
         return table.taking(self.row_tokens)
 
     @property

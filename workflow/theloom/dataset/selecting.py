@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from theloom.dataset.companions import one_each
 from theloom.errors import ConfigError, printable
 from theloom.rows import expression
 from theloom.rows.document import Document
@@ -57,7 +58,7 @@ class RowTable(Mapping[str, np.ndarray]):
         if name == "position":
             return acts.position.numpy(...)
         if name == "input_id":
-            return acts.input_ids.numpy(...)
+            return acts.input_ids.numpy(...)  # of codes (rows, codebooks)
         table = acts.token_table(name)
         assert table is not None
         found = table.numpy(...)
@@ -87,7 +88,9 @@ class RowTable(Mapping[str, np.ndarray]):
             import pandas
         except ImportError:
             raise ConfigError("tables need pandas; pip install 'theloom[notebook]'") from None
-        return pandas.DataFrame({name: self[name] for name in self.columns}).rename_axis("row")
+        columns = {name: self[name] for name in self.columns}
+        columns["input_id"] = one_each(columns["input_id"])
+        return pandas.DataFrame(columns).rename_axis("row")
 
     @property
     def _token(self) -> np.ndarray:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
 from theloom.model import files
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from theloom.dataset.reader import ActivationsReader
@@ -60,18 +61,21 @@ def texts(
 
     Args:
         acts: the dataset that the tokens are of.
-        input_ids: (tokens,).
+        input_ids: (tokens,); of codes (tokens, codebooks).
         tokenizer: folder, or name on the hub, of a tokenizer that gives the texts; None: the file
             has them itself.
         trust_remote_code: run Python code that comes with that tokenizer.
 
     Returns:
-        A text for each token; `#` and its number, after a warning, where the file has none.
+        A text for each token; `#` and its number, after a warning, where the file has none; of
+        codes their numbers.
 
     Raises:
         ModelError: the tokenizer is unavailable.
         StoreError: the file is damaged.
     """
+    if acts.codebooks:
+        return [" ".join(map(str, codes)) for codes in np.asarray(input_ids).tolist()]
     if tokenizer is not None:
         decode = _decoder(tokenizer, trust_remote_code)
         return [decode(int(number)) for number in input_ids]

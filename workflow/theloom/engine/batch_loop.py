@@ -172,7 +172,7 @@ def run_batches(
                         batch.lengths,
                         batch.windows,
                     )
-                measured.forwarded += ids.numel()
+                measured.forwarded += ids.shape[0] * ids.shape[1]
                 probe.compare(runner, batch, ids)
             if number < first:
                 continue

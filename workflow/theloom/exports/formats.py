@@ -15,18 +15,20 @@ class Format:
         write: writes an export.
         reader: who reads it.
         contexts: whether it has contexts of one length.
+        ids: whether it has one token id a row.
     """
 
     write: Callable[[Job], None]
     reader: str
     contexts: bool = False
+    ids: bool = False
 
 
 FORMATS = {
-    "saelens": Format(saelens.write, "SAELens, as cached activations", contexts=True),
-    "crosscoder": Format(crosscoder.write, "crosscoder_learning"),
-    "speculators": Format(draft_models.write_speculators, "speculators (vLLM)"),
-    "specforge": Format(draft_models.write_specforge, "SpecForge, EAGLE-3"),
+    "saelens": Format(saelens.write, "SAELens, as cached activations", contexts=True, ids=True),
+    "crosscoder": Format(crosscoder.write, "crosscoder_learning", ids=True),
+    "speculators": Format(draft_models.write_speculators, "speculators (vLLM)", ids=True),
+    "specforge": Format(draft_models.write_specforge, "SpecForge, EAGLE-3", ids=True),
     "esm": Format(proteins.write_esm, "programs for ESM's extract.py"),
     "bio-embeddings": Format(proteins.write_bio_embeddings, "bio_embeddings"),
     "prott5": Format(proteins.write_prott5, "programs for ProtT5's embedder"),

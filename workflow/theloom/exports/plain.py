@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from theloom.dataset.companions import columns_of, plain, token_tables_of
+from theloom.dataset.companions import columns_of, one_each, plain, token_tables_of
 from theloom.errors import ConfigError
 from theloom.exports.job import Job
 
@@ -104,6 +104,7 @@ def write_parquet(job: Job) -> None:
             continue
         tables = _tables(job, rows)
         columns: dict[str, Any] = {"id": ids[tables["document"]], **tables}
+        columns["input_id"] = one_each(tables["input_id"])
         for column, values in columns_of(job.acts, columns).items():
             columns[column] = pa.array(plain(values)[tables["document"]].tolist())
         for hook, width in widths.items():

@@ -86,6 +86,11 @@ def export(
     acts = open_activations(activations) if isinstance(activations, str | Path) else activations
     folder = Path(folder)
     _check(to, context_size, fit, dtype)
+    if acts.codebooks and FORMATS[to].ids:
+        raise ConfigError(
+            f"{to} has one token id a row, and rows of {acts.path} have {acts.codebooks} codes; "
+            "give npy, safetensors or parquet"
+        )
     identity: dict[str, Any] = {
         "format": to,
         "file": acts.path.name,

@@ -291,7 +291,8 @@ def extract_with_checkpointing(
         )
     requested.check_alike()
     kept_whole = {p.block for p in requested.points if p.value not in RESIDUALS}
-    again = [block for number, block in enumerate(blocks) if number not in kept_whole]
+    again = [b for number, b in enumerate(blocks) if number not in kept_whole]
+    again = list(dict.fromkeys(again))  # a module may be several blocks
     kept = Kept(requested, whole=True, graph=True, progress=progress)
     inputs = {name: value.to(model.device) for name, value in requested.inputs().items()}
     taps = Taps(requested.architecture, requested.points, kept.keep)

@@ -4,7 +4,7 @@ Blocks are found from what transformers declares (`_can_record_outputs`, `_no_sp
 from a list of architectures.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,8 +41,9 @@ class BlockNotLoadedError(Exception):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model, and its blocks in the order in which they run; those of a model in stages are the
-    modules whose outputs its stages are, and its hidden size is the widest of theirs.
+    """A model, and its blocks in the order in which they run. A module that runs several times in
+    a pass, as ALBERT's, is as many blocks. Those of a model in stages are the modules whose outputs
+    its stages are, and its hidden size is the widest of theirs.
 
     `ends` says where the residual stream enters and leaves each block; where it is empty, these are
     the block's first input and output.
@@ -85,6 +86,16 @@ class Architecture:
     def loaded(self) -> list["torch.nn.Module"]:
         """Those of the blocks that are loaded: the first ones, up to the deepest that is needed."""
         return [b for b in self.blocks if not getattr(b, "not_loaded", False)]
+
+    @cached_property
+    def calls(self) -> list[int]:
+        """Of each block, how often its module ran before in the same pass."""
+        return [self.blocks[:number].count(block) for number, block in enumerate(self.blocks)]
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether a module runs several times in a pass."""
+        return any(self.calls)
 
     @property
     def side(self) -> str:
@@ -169,7 +180,9 @@ def find_blocks(model: "PreTrainedModel") -> Architecture:
     found = [blocks for owner, blocks in lists if _declared(owner, blocks)] or [
         blocks for _, blocks in lists
     ]
-    found = found or [blocks for owner, blocks in every if _declared(owner, blocks)]
+    if not found:
+        found = [blocks for owner, blocks in every if _declared(owner, blocks)]
+        found = _repeated(model, found) or found
     if len(found) > 1:
         found = _those_that_run(model, found)
     if len(found) == 2 and all(hasattr(model, part) for part in ("encoder", "decoder")):
@@ -256,23 +269,43 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
 
 
+def _repeated(
+    model: "PreTrainedModel", lists: list[list["torch.nn.Module"]]
+) -> list[list["torch.nn.Module"]]:
+    """The modules of some lists in the order in which they run, where one runs more than once; no
+    list where none does.
+    """
+    ran: list[torch.nn.Module] = []
+    try:
+        with _told_of({module for blocks in lists for module in blocks}, ran.append):
+            forward_three_tokens(model)
+    except ModelError:  # it may run in another precision, or on real values
+        return []
+    return [ran] if len(set(ran)) < len(ran) else []
+
+
+@contextmanager
+def _told_of(
+    modules: "set[torch.nn.Module]", told: "Callable[[torch.nn.Module], object]"
+) -> Iterator[None]:
+    """Tell of each call of some modules."""
+    handles = [m.register_forward_hook(lambda module, *_: told(module) and None) for m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _those_that_run(
     model: "PreTrainedModel", lists: list[list["torch.nn.Module"]]
 ) -> list[list["torch.nn.Module"]]:
     """The lists whose modules all run, on their own or within each other's outermost, in a pass of
     three tokens.
     """
-
     ran: set[torch.nn.Module] = set()
-    modules = {module for blocks in lists for module in blocks}
-    handles = [
-        module.register_forward_hook(lambda module, *_: ran.add(module)) for module in modules
-    ]
-    try:
+    with _told_of({module for blocks in lists for module in blocks}, ran.add):
         forward_three_tokens(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     found = [blocks for blocks in lists if all(block in ran for block in blocks)]
     inner = {m for blocks in found for block in blocks for m in block.modules() if m is not block}
     return [blocks for blocks in found if not any(block in inner for block in blocks)]

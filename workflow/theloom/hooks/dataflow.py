@@ -38,7 +38,7 @@ class Flow:
                         module.register_forward_pre_hook(self._before, with_kwargs=True).remove
                     )
                     opened.callback(module.register_forward_hook(self._after).remove)
-            for block in architecture.blocks:
+            for block in dict.fromkeys(architecture.blocks):  # a module may be several
                 attn = find_attention(block)
                 core = find_core(attn) if attn is not None else None
                 if core is not None and attention.uses_registry(core):

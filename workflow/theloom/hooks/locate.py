@@ -52,6 +52,7 @@ from theloom.hooks.points import (
     NO_LEARNED_POSITIONS,
     PATTERN,
     POST_NORM,
+    RESIDUALS,
     ROUTER,
     SCORES,
     HookPoint,
@@ -128,23 +129,33 @@ def _find(architecture: Architecture) -> Anatomy:
     organs += [(-1, value, where) for value, where in _before(architecture, flow).items()]
     declared = declared_routers(architecture.model)
     for number, block in enumerate(architecture.loaded):
+        if architecture.repeats:
+            organs += [
+                (number, value, _SEVERAL_CALLS) for value in values if value not in RESIDUALS
+            ]
+            organs += [(number, *ends) for ends in _residuals(architecture, number).items()]
+            continue
         sites = _Block(block, flow).sites(declared)
         sites |= _residuals(architecture, number)
         if architecture.side == "decoder":
             sites |= cross_sites(block, flow, sites)
         organs += [(number, value, sites[value]) for value in values]
     norm = flow.norm_of(flow.output(architecture.blocks[-1]), outside=True)
-    if norm is not None:
+    several = norm is not None and flow.ran.count(norm.module) > 1
+    if norm is not None and not several:
         found.final_norm = norm.module
-    final = norm_sites(norm, "no norm takes the last block's output")
+    missing = _SEVERAL_CALLS if several else "no norm takes the last block's output"
+    final = norm_sites(None if several else norm, missing)
     unloaded = range(len(architecture.loaded), count)
     organs += [
         (number, value, "its block is not loaded") for number in unloaded for value in values
     ]
     organs += [(count, value, where) for value, where in zip(FINAL_NORM, final, strict=True)]
     last = _last_state(architecture, flow)
-    found.end = found.final_norm if last is None else last.module
     missing = "the model's last hidden state is no module's output"
+    if last is not None and flow.ran.count(last.module) > 1:
+        last, missing = None, _SEVERAL_CALLS
+    found.end = found.final_norm if last is None else last.module
     organs.append((count, LAST_STATE, missing if last is None else last))
     if any(pads_to_chunks(module) for module in architecture.model.modules()):
         organs = [(n, value, _of_tokens(where)) for n, value, where in organs]
@@ -214,6 +225,9 @@ def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
         if len(positions) == 1
         else NO_LEARNED_POSITIONS,
     }
+
+
+_SEVERAL_CALLS = "its module runs several times in a pass"
 
 
 class _Block:

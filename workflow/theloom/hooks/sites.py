@@ -145,9 +145,8 @@ def stream(value: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def stream_of(model: nn.Module) -> Read:
-    """How the residual stream of a model is read. Longformer, LED and Reformer pad to whole windows
-    of their attention, and ProphetNet's streams of further tokens come behind its main one: the
-    rows of the tokens are the first.
+    """How the residual stream of a model is read, whose own hidden states have other rows than one
+    for each token, or streams side by side that are the first axis.
 
     Args:
         model: of transformers.
@@ -156,21 +155,18 @@ def stream_of(model: nn.Module) -> Read:
         A function that gives what `stream` does.
     """
     if model not in _streams:
-        behind = any(_has_rows_behind(m) for m in model.modules())
-        _streams[model] = first_rows(stream) if behind else stream
+        found = (read for m in model.modules() for has, read in _OTHER_ROWS if has(m))
+        _streams[model] = next(found, stream)
     return _streams[model]
 
 
 _streams: WeakKeyDictionary[nn.Module, Read] = WeakKeyDictionary()
 
 
-def _has_rows_behind(module: nn.Module) -> bool:
-    paddings = ("_pad_to_window_size", "_pad_to_mult_of_chunk_length")
-    return any(hasattr(type(module), name) for name in paddings) or "ngram" in vars(module)
-
-
 def first_rows(read: Read) -> Read:
-    """Read the rows of the tokens alone, where the model has more behind them.
+    """Read the rows of the tokens alone, where the model has more behind them: Longformer, LED and
+    Reformer pad to whole windows of their attention, and ProphetNet's streams of further tokens
+    come behind its main one.
 
     Args:
         read: how these are read.
@@ -184,10 +180,35 @@ def first_rows(read: Read) -> Read:
     """
 
     def of_tokens(value: torch.Tensor, batch: Batch) -> torch.Tensor:
-        more = value.ndim == 3 and value.shape[0] == batch[0] and value.shape[1] > batch[1]
-        return read(value[:, : batch[1]] if more else value, batch)
+        return read(value[:, : batch[1]] if _has_more_rows(value, batch) else value, batch)
 
     return of_tokens
+
+
+def _last_rows(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """CPM-Ant puts a prompt of its own before the tokens."""
+    return stream(value[:, -batch[1] :] if _has_more_rows(value, batch) else value, batch)
+
+
+def _has_more_rows(value: torch.Tensor, batch: Batch) -> bool:
+    return value.ndim == 3 and value.shape[0] == batch[0] and value.shape[1] > batch[1]
+
+
+def _streams_first(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Gemma 3n's AltUp keeps its streams as the first axis."""
+    return stream(value.movedim(0, 2) if value.ndim == 4 else value, batch)
+
+
+def _has_rows_behind(module: nn.Module) -> bool:
+    paddings = ("_pad_to_window_size", "_pad_to_mult_of_chunk_length")
+    return any(hasattr(type(module), name) for name in paddings) or "ngram" in vars(module)
+
+
+_OTHER_ROWS: tuple[tuple[Callable[[nn.Module], bool], Read], ...] = (
+    (_has_rows_behind, first_rows(stream)),
+    (lambda m: "prompt_length" in vars(m), _last_rows),
+    (lambda m: "altup_projections" in m._modules, _streams_first),
+)
 
 
 def by_head(heads: int) -> Read:

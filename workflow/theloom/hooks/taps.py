@@ -1,5 +1,6 @@
 """Taps: values of a model's forward pass, read where they arise, in the unmodified model."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -43,6 +44,7 @@ class Taps:
         self._open = ExitStack()
         self._batch, self._seen = (0, 0), 0
         self._read: set[str] = set()
+        self._calls: Counter[str] = Counter()  # in this pass, of the module of a hook point
         self._over_keys = any(p.over_keys for p in points)
         self.states = [p.name for p in points if p.of_document]
         self._cache: Any = None
@@ -65,7 +67,7 @@ class Taps:
                 elif site.place == "state":
                     opened.callback(self._hook_state(point, site).remove)
                 else:
-                    opened.callback(self._hook(point.name, site).remove)
+                    opened.callback(self._hook(point, site).remove)
             for module, names in inside.items():
                 opened.enter_context(Inside(module, names, self._inside(names)))
             self._open = opened.pop_all()
@@ -94,7 +96,7 @@ class Taps:
             self._cache = inputs.get(cache_name(model))
         self._batch = (tokens.shape[0], tokens.shape[1]) if tokens is not None else (0, 0)
         self._seen = int(cache.get_seq_length()) if cache is not None and self._over_keys else 0
-        self._read.clear()
+        self._start()
         stop = self._stop_after(deepest_block(self._points))
         try:
             self.architecture.model(**inputs)
@@ -129,10 +131,21 @@ class Taps:
                 "device as a whole, or take the state out of memory.activation_cache_filter"
             )
         self._batch, self._seen = batch, seen
-        self._read.clear()
+        self._start()
         result = part()
         self._check_all_read()
         return result
+
+    def _start(self) -> None:
+        self._read.clear()
+        self._calls.clear()
+
+    def _is_call(self, name: str, number: int) -> bool:
+        """Whether this is the call of its module that a block is: one may be several blocks."""
+        if not self.architecture.repeats or not 0 <= number < len(self.architecture.blocks):
+            return True
+        self._calls[name] += 1
+        return self._calls[name] == self.architecture.calls[number] + 1
 
     def _check_all_read(self) -> None:
         missing = [p.name for p in self._points if p.name not in self._read]
@@ -157,10 +170,13 @@ class Taps:
 
         return self.architecture.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
 
-    def _hook(self, name: str, site: Site) -> Any:
+    def _hook(self, point: HookPoint, site: Site) -> Any:
+        name, block = point.name, point.block
         if site.place == "input":
 
             def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if not self._is_call(name, block):
+                    return
                 with of_points([name]):
                     value = site.read(site.given(args, kwargs), self._batch)
                 self._hand_over(name, value)
@@ -168,6 +184,8 @@ class Taps:
             return site.module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if not self._is_call(name, block):
+                return
             with of_points([name]):
                 value = site.read(site.chosen(output), self._batch)
             self._hand_over(name, value)
@@ -217,10 +235,12 @@ class Taps:
         else:
             last = Anatomy.of(self.architecture).end
             assert last is not None
-            return last.register_forward_hook(_stop)
+            site = Site(last, "output")
         if site.place == "input":
             return site.module.register_forward_pre_hook(_stop)
-        return site.module.register_forward_hook(_stop)
+        return site.module.register_forward_hook(
+            lambda *_: _stop() if self._is_call("the deepest", deepest) else None
+        )
 
 
 def _stop(*_: Any) -> None:

@@ -83,6 +83,8 @@ class Frame:
         self.model, self.blocks = described.model, described.blocks
         self.outputs: list[int] = [0] * len(self.blocks)
         self.residual_dtype = self.model.dtype
+        if described.repeats:
+            raise refusal(self, "a module of it runs several times in a pass")
 
     @property
     def streams(self) -> bool:

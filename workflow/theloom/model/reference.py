@@ -45,9 +45,12 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
         return _of_stages(architecture, inputs)
     model, blocks, loaded = architecture.model, architecture.blocks, architecture.loaded
     seen: dict[str, torch.Tensor] = {}
-    first_two = {str(i): architecture.before(i) for i in range(min(2, len(blocks)))}
-    last_one = {"last": architecture.after(len(loaded) - 1)}
-    handles = [_keep(seen, name, site) for name, site in (first_two | last_one).items()]
+    joints = _Joints(architecture) if architecture.repeats else None
+    firsts = range(min(2, len(blocks)) if joints is None else 1)
+    sites = {str(i): architecture.before(i) for i in firsts}
+    sites["last"] = architecture.after(len(loaded) - 1)
+    handles = [_keep(seen, name, site) for name, site in sites.items()]
+    handles += [] if joints is None else joints.handles
     try:
         with torch.inference_mode(), passed_over(architecture), _no_hooks_left(model):
             output = model(**inputs, output_hidden_states=True)
@@ -65,6 +68,7 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
         seen = {name: read(value, batch) for name, value in seen.items()}
         if sees_whole_pass(model):  # its own hidden states have padding of its own
             states = [read(state, batch) for state in states]
+        states = [read(state, batch) if state.ndim > 3 else state for state in states]
     if seen["0"].ndim == 2:  # the rows of a tower may be one list, without windows
         states = [state[None] for state in states]
         seen = {name: value[None] for name, value in seen.items()}
@@ -74,11 +78,14 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
             f"{name} gives {len(states)} hidden states for its {count} blocks: its rows "
             "cannot be checked"
         )
-    first, second = seen["0"], seen["1"] if len(blocks) > 1 else seen["last"]
+    first = seen["0"]
+    second = seen.get("1", states[1] if joints is not None else seen["last"])
     if _same(states[0], second) and not _same(states[0], first):
         inputs_, outputs = [first, *states[: count - 1]], [*states[: count - 1], seen["last"]]
     else:
         inputs_, outputs = states[:count], [*states[1:count], seen["last"]]
+    if joints is not None:
+        inputs_ = [joints.found.get(number, state) for number, state in enumerate(inputs_)]
     side, found = architecture.side, dict[str, torch.Tensor]()
     for value, of_blocks in zip(RESIDUALS, (inputs_, outputs), strict=True):
         for block, state in enumerate(of_blocks):
@@ -117,6 +124,30 @@ def _of_stages(architecture: Architecture, inputs: dict[str, Any]) -> dict[str, 
         stage.point.name: as_rows(stage.axis)(states[stage.number], None).detach()
         for stage in architecture.stages.found
     }
+
+
+class _Joints:
+    """The inputs of blocks that are not the output of the block before, in a model whose modules
+    are several blocks each: its own hidden states are outputs, and do not tell them.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.found: dict[int, torch.Tensor] = {}
+        self._number = 0
+        self._last: torch.Tensor | None = None
+        modules = dict.fromkeys(architecture.blocks)
+        self.handles = [
+            m.register_forward_pre_hook(self._before, with_kwargs=True) for m in modules
+        ]
+        self.handles += [m.register_forward_hook(self._after) for m in modules]
+
+    def _before(self, module: Any, args: Any, kwargs: Any) -> None:
+        given = Site.input(args, kwargs)
+        if self._last is not None and not _same(given, self._last):
+            self.found[self._number] = given.clone()
+
+    def _after(self, module: Any, args: Any, output: Any) -> None:
+        self._last, self._number = Site.output(output), self._number + 1
 
 
 @contextmanager

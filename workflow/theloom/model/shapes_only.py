@@ -44,6 +44,7 @@ def shapes_only(known: bool = False) -> Iterator[None]:
     """
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._grouped_mm
     ignored, convert = masking_utils._ignore_causal_mask_sdpa, nn.Module._apply
+    entry, listed = FakeTensor.__getitem__, FakeTensor.tolist
     level = _FAKE_TENSOR_LOG.level
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     masking_utils._ignore_causal_mask_sdpa = lambda padding_mask, *args, **named: ignored(
@@ -51,6 +52,8 @@ def shapes_only(known: bool = False) -> Iterator[None]:
     )
     moe._grouped_mm = _grouped_product
     nn.Module._apply = _converted  # type: ignore[method-assign]
+    FakeTensor.__getitem__ = _entry  # type: ignore[assignment]
+    FakeTensor.tolist = _listed  # type: ignore[method-assign]
     _FAKE_TENSOR_LOG.setLevel(logging.CRITICAL + 1)
     try:
         with _EverythingIsNonzero(known):
@@ -59,6 +62,8 @@ def shapes_only(known: bool = False) -> Iterator[None]:
         masking_utils.find_packed_sequence_indices, moe._grouped_mm = packed, grouped
         masking_utils._ignore_causal_mask_sdpa = ignored
         nn.Module._apply = convert  # type: ignore[method-assign]
+        FakeTensor.__getitem__ = entry  # type: ignore[method-assign]
+        FakeTensor.tolist = listed  # type: ignore[method-assign]
         _FAKE_TENSOR_LOG.setLevel(level)
 
 
@@ -73,6 +78,29 @@ def _converted(self: nn.Module, function: Any, recurse: bool = True) -> nn.Modul
         self._buffers[name] = buffer if buffer is None else function(buffer)
     return self
 
+
+def _entry(self: FakeTensor, index: Any) -> Any:
+    """An entry of a tensor; its last one for an expert that there is not. DBRX counts in a class
+    more than it has experts, which is never hit in a run, and always where everything is.
+    """
+    if isinstance(index, torch.Tensor) and not index.ndim and not isinstance(index, FakeTensor):
+        with unset_fake_temporarily():
+            index = index if index.dtype == torch.bool else index.clamp(max=self.shape[0] - 1)
+    return torch.Tensor.__getitem__(self, index)
+
+
+def _listed(self: FakeTensor) -> Any:
+    """The numbers of a tensor. How many tokens go to each expert is not known, but how many do in
+    all: each gets as many as the next one, and what experts take in turn is the same in sum.
+    """
+    hits = getattr(self, _HITS, None)
+    if hits is None or self.dim() != 1:
+        return _TOLIST(self)
+    share, more = divmod(hits, len(self))
+    return [share + (number < more) for number in range(len(self))]
+
+
+_TOLIST = FakeTensor.tolist
 
 T = TypeVar("T")
 
@@ -148,12 +176,21 @@ class _EverythingIsNonzero(TorchDispatchMode):
                 args = (args[0], [found for index in args[1] for found in _places(index)])
             without_masks = [self._without_mask(index) for index in args[1]]
             return func(args[0], [index for found in without_masks for index in found])
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _OF_ROUTERS and isinstance(args[0], FakeTensor):
+            _follow(func, args, result)
+        return result
 
     def _every_index(self, tensor: torch.Tensor) -> torch.Tensor:
         self.answered = True
+        axes = getattr(tensor, _AXES, ())
         with unset_fake_temporarily():
-            return torch.ones(tensor.shape, dtype=torch.bool).nonzero()
+            every = torch.ones(tensor.shape, dtype=torch.bool)
+            if sorted(axes) == [_TOKEN, _CHOICE]:  # a token chooses an expert once
+                every.narrow(axes.index(_CHOICE), 1, every.shape[axes.index(_CHOICE)] - 1).fill_(
+                    False
+                )
+            return every.nonzero()
 
     def _without_mask(self, index: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
         """An index, or those of all entries of a mask."""
@@ -196,6 +233,50 @@ def _counts(func: Any, leaves: Sequence[Any]) -> bool:
 _TOKENS = 1 << 24  # of a mask at most, whose bytes are real: none of tokens by tokens
 
 _RANGES = tuple(getattr(torch.ops.aten.arange, name) for name in ("default", "start", "start_step"))
+
+# what a router makes of its choice: how many entries of a mask are one, and which axis is which
+_HITS, _AXES = "_entries_that_are_one", "_axes_of_choice"
+_TOKEN, _CHOICE, _EXPERT = range(3)
+_aten = torch.ops.aten
+_OF_ROUTERS = (
+    _aten.scatter.value,
+    _aten._to_copy.default,
+    _aten.to.dtype,  # the same, as it arrives under inference mode
+    _aten.sum.dim_IntList,
+    _aten.topk.default,
+    _aten.one_hot.default,
+    _aten.unsqueeze.default,  # one_hot in parts: compared to the numbers of experts
+    _aten.eq.Tensor,
+    _aten.permute.default,
+    _aten.select.int,
+    _aten.squeeze.dim,
+)
+
+
+def _follow(func: Any, args: Any, result: Any) -> None:
+    """Note of a tensor what a router made it of."""
+    if func is _aten.topk.default:
+        if result[1].ndim == 2:
+            setattr(result[1], _AXES, (_TOKEN, _CHOICE))
+        return
+    if func is _aten.scatter.value and args[3] == 1:
+        setattr(result, _HITS, args[2].numel())
+    elif func in (_aten._to_copy.default, _aten.to.dtype, _aten.sum.dim_IntList):
+        if (hits := getattr(args[0], _HITS, None)) is not None:
+            setattr(result, _HITS, hits)
+    axes = list(getattr(args[0], _AXES, ()))
+    if not axes or func is _aten.sum.dim_IntList:
+        return
+    if func is _aten.unsqueeze.default and args[1] not in (-1, len(axes)):
+        return
+    if func is _aten.one_hot.default or func is _aten.unsqueeze.default:
+        axes.append(_EXPERT)
+    elif func is _aten.permute.default:
+        axes = [axes[axis] for axis in args[1]]
+    elif func is _aten.select.int or (func is _aten.squeeze.dim and result.ndim < len(axes)):
+        axes.pop(args[1])
+    setattr(result, _AXES, tuple(axes))
+
 
 _MADE_OF_NONZERO = (
     torch.ops.aten.where.default,

@@ -90,12 +90,15 @@ def _compare_windows(first: "ActivationsReader", other: "ActivationsReader") -> 
 
 def _compare_ids(first: "ActivationsReader", other: "ActivationsReader") -> None:
     ours, theirs = first.token_ids, other.token_ids
+    if first.codebooks != other.codebooks:
+        here, there = (f"{a.codebooks or 1} ids a token" for a in (first, other))
+        _refuse(first, other, "the corpus", f"has {here}", there)
     for start in range(0, len(ours), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         a, b = ours.numpy(part), theirs.numpy(part)
         if np.array_equal(a, b):
             continue
-        at = int(np.flatnonzero(a != b)[0])
+        at = int((a != b).nonzero()[0][0])
         document, place = _place(first, start + at)
         what = f"token {place} of {_document(first, document)}"
         _refuse(first, other, what, f"is {a[at]}", str(b[at]))

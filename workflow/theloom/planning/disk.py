@@ -6,6 +6,8 @@ from pathlib import Path
 from theloom.config.schema import Config
 from theloom.errors import MemoryPlanError
 from theloom.hooks.points import HookPoint
+from theloom.model.checkpoint.codes import codebooks
+from theloom.model.files import hf_config
 from theloom.rows import expression
 from theloom.store import statistics
 from theloom.store.shard_file import bytes_of_window
@@ -104,7 +106,14 @@ def token_bytes(config: Config) -> int:
     Returns:
         Bytes.
     """
-    return token_tables.bytes_of_token(_tables(config))
+    return token_tables.bytes_of_token(_tables(config), _codebooks(config))
+
+
+def _codebooks(config: Config) -> int:
+    """Codes of a token; 0: it has one id. A profile that declares its model has no codes."""
+    if config.corpus.input_ids is None or config.model.architecture is not None:
+        return 0
+    return codebooks(hf_config(config.model))
 
 
 _ANSWER_TABLES = ("role", "generated")  # tables of tokens that runs with answers have

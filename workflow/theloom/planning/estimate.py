@@ -226,7 +226,7 @@ def _passes(
     for shape in dict.fromkeys(shapes):
         try:
             parts = estimator.forward(twin, shape, points, device=device)
-        except ModelError as error:
+        except (ModelError, HookError) as error:
             if len(shape.steps) == 1:
                 raise
             # a model that takes no KV cache; `Estimate.find` takes a longer pass instead

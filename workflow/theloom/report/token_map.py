@@ -153,7 +153,7 @@ def _first_words(acts: Activations) -> np.ndarray:
     documents begin with one and the same token, as BOS.
     """
     first = acts.document_offset[:-1]
-    same = len(first) > 1 and len(np.unique(acts.input_ids.numpy(first))) == 1
+    same = len(first) > 1 and len(np.unique(acts.input_ids.numpy(first), axis=0)) == 1
     return first + same
 
 

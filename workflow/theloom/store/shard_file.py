@@ -59,7 +59,7 @@ class ShardTokens:
     """
 
     first_row: int  # in the merged dataset
-    input_ids: np.ndarray  # (tokens,) int32
+    input_ids: np.ndarray  # (tokens,) int32; of codes (tokens, codebooks)
     document: np.ndarray  # (tokens,) int32
     position: np.ndarray  # (tokens,) int32
     document_offset: np.ndarray  # (documents + 1,) int64

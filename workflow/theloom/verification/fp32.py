@@ -140,7 +140,7 @@ def window_ids(acts: Activations, window: int) -> "torch.Tensor":
         window: number of the window.
 
     Returns:
-        (1, position) of int64 on the CPU.
+        (1, position) of int64 on the CPU; of codes (1, position, codebook).
     """
     import torch
 
@@ -160,7 +160,7 @@ def window_inputs(
         device: of the model.
 
     Returns:
-        `input_ids`, (1, position) int64; of a decoder also those of its source; of a tower also
+        `input_ids` of `window_ids`; of a decoder also those of its source; of a tower also
         what its processor makes of the document.
 
     Raises:

@@ -1,5 +1,6 @@
 """What `tokens.h5` has of each token, as it is written, and the hash of its tables."""
 
+import math
 from collections.abc import Mapping
 
 import h5py
@@ -24,7 +25,8 @@ class Growing:
         """Take the tables of a document.
 
         Args:
-            tables: by name, each (tokens,) or with one more dimension; `input_ids` among them.
+            tables: by name, each (tokens,), or with one more dimension, which is stored too;
+                `input_ids` among them.
         """
         for name, values in tables.items():
             self._parts.setdefault(name, []).append(values)
@@ -37,8 +39,12 @@ class Growing:
         for name, parts in self._parts.items():
             path, kind = token_tables.path(name), token_tables.TYPES.get(name, "<i4")
             if path not in self._file:
-                self._file.create_dataset(path, (0,), kind, maxshape=(None,), chunks=(_BUFFERED,))
-            self._file[path].resize((self._total + self._waiting,))
+                width = parts[0].shape[1:]  # of codes
+                chunks = (_BUFFERED // math.prod(width), *width)
+                self._file.create_dataset(
+                    path, (0, *width), kind, maxshape=(None, *width), chunks=chunks
+                )
+            self._file[path].resize(self._total + self._waiting, axis=0)
             self._file[path][self._total :] = np.concatenate(parts)
         self._total, self._waiting, self._parts = self._total + self._waiting, 0, {}
 

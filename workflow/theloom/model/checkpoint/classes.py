@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 from theloom.config.model_dims import side_of
 from theloom.config.schema import ModelConfig
 from theloom.errors import ModelError
+from theloom.model.checkpoint.codes import codebooks, codes_class
 from theloom.model.checkpoint.folder import own_model_code
-from theloom.model.checkpoint.halves import half, has_halves
+from theloom.model.checkpoint.halves import half, has_halves, remade
 from theloom.model.towers.chat import seeing
 from theloom.model.towers.classes import class_of, sensing_class
 from theloom.rows.modality import CHAT, SENSED, modality_of, source_of
@@ -48,7 +49,7 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
             )
         name = next((n for n in _AUTO_CLASSES if n in own), own[0])
         return getattr(transformers, name)
-    if side_of(model_config) or modality_of(model_config):
+    if side_of(model_config) or modality_of(model_config) or codebooks(model_config):
         return model_class(model_config)
     if _encoder_alone(model_config) is not None:
         return transformers.AutoModelForTextEncoding
@@ -56,6 +57,8 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
         return transformers.AutoModelForCausalLM
     if is_whole_encoder_decoder(model_config):
         raise _unnamed(model_config)
+    if type(model_config) not in transformers.AutoModel._model_mapping:
+        return _whole_class(model_config)  # the text half of a model, which has a config of its own
     return transformers.AutoModel
 
 
@@ -182,6 +185,8 @@ def model_class(model_config: "PretrainedConfig") -> Any:
         return seeing(_whole_class(model_config))
     if modality_of(model_config) or source_of(model_config):
         return sensing_class(model_config, class_of(model_config) or _whole_class(model_config))
+    if codebooks(model_config):
+        return codes_class(model_config)
     if side := side_of(model_config):
         return half(_whole_class(model_config), side)
     for alone in (_encoder_alone(model_config), _decoder_alone(model_config)):
@@ -197,6 +202,8 @@ def _whole_class(model_config: "PretrainedConfig") -> Any:
 
     found: Any = AutoModel._model_mapping.get(type(model_config), None)
     if found is None:
+        if (text := class_of(model_config)) is not None:
+            return remade(text, text.__init__)
         raise ModelError(
             f"transformers has no model for a config of the class {type(model_config).__name__}"
         )

@@ -18,7 +18,7 @@ MODULES = 300_000  # the largest models have half as many
 _DEEPEST = 32
 
 _LIMITS = (
-    (re.compile(r"(^|_)(layers?|blocks?|depths?|block_count|cells)($|_count$)"), LAYERS),
+    (re.compile(r"(^|_)(layers?|blocks?|depths?|block_count|cells|codebooks)($|_count$)"), LAYERS),
     (re.compile(r"(^|_)experts$|^expert_count$"), EXPERTS),
     (re.compile(r"(_size|_dim|_heads?|_length|_embeddings|_positions|head_count|_inner)$"), SIZE),
     (re.compile(r"^(n_embd|n_positions|n_ctx|d_model|d_ff|d_kv|dim|hidden_dim)$"), SIZE),

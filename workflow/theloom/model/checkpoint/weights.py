@@ -31,7 +31,7 @@ _UNREAD = re.compile(
     r"(^|\.)(position_ids|token_type_ids|causal_mask|num_batches_tracked)$"
     r"|rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$"
     r"|\.(attn|attention|self_attn|self_attention)\.(masked_)?bias$"
-    r"|(^|\.)(lm_head|pooler|mtp|mtp_layers|mtp_block)\."
+    r"|(^|\.)(lm_heads?|pooler|mtp|mtp_layers|mtp_block)\."
 )
 
 # weights that change others, wherever they lie

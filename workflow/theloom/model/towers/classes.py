@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from theloom.config.model_dims import mark_side, mark_stages, side_of, stages_of
 from theloom.errors import ModelError
+from theloom.model.checkpoint.codes import decoder_of
 from theloom.model.checkpoint.halves import keep_encoder, remade
 from theloom.model.towers import chat, decoder, processor
 from theloom.model.towers.trial_inputs import trial_inputs
@@ -67,6 +68,9 @@ def chosen(
     found: Any
     if modality == CHAT:
         return chat.chosen(config, whole, source)
+    if modality is None and (of_codes := decoder_of(config)) is not None:
+        mark_half(of_codes, config.model_type)
+        return of_codes
     if whole is None:
         return config
     own, compares = _modality(whole), hasattr(whole, "get_text_features")

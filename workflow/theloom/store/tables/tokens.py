@@ -40,11 +40,12 @@ ROW_TOKEN = "rows/token"
 """The token of each stored row, where not every token has one: of a pooled row the last one."""
 
 
-def bytes_of_token(names: Iterable[str]) -> int:
+def bytes_of_token(names: Iterable[str], codebooks: int = 0) -> int:
     """Bytes of the tables for one token: its id, document and position, and tables by name.
 
     Args:
         names: of the tables that the file has beside ids, documents and positions.
+        codebooks: codes of a token; 0: it has one id.
 
     Returns:
         Bytes.
@@ -53,4 +54,4 @@ def bytes_of_token(names: Iterable[str]) -> int:
         >>> bytes_of_token(["special", "char_start", "char_end"])
         21
     """
-    return 3 * 4 + sum(np.dtype(TYPES[name]).itemsize for name in names)
+    return (2 + max(1, codebooks)) * 4 + sum(np.dtype(TYPES[name]).itemsize for name in names)
