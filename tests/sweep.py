@@ -7,6 +7,7 @@ sweep that was stopped resumes; remove the file to start anew. One import, and a
 model: what one breaks is not the next one's.
 """
 
+import copy
 import json
 import logging
 import os
@@ -361,9 +362,15 @@ def _compare(model: PreTrainedModel, activations: Path, side: str = "") -> tuple
             inputs["decoder_input_ids"] = torch.tensor([[3]])
         if side == "decoder":
             inputs |= {"input_ids": torch.tensor([sources[number]]), "decoder_input_ids": ids}
-        outputs, error = _against_own_states(model, inputs, rows, side)
+        outputs, error = _against_own_states(_fresh(model), inputs, rows, side)
         shifted, worst = shifted or outputs, max(worst, error)
     return shifted, worst
+
+
+def _fresh(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is before its first pass, from which Reformer keeps its number of buckets."""
+    keeps = any(hasattr(module, "num_buckets") for module in model.modules())
+    return copy.deepcopy(model) if keeps else model
 
 
 def _writes_codes(model: PreTrainedModel) -> bool:
@@ -390,6 +397,8 @@ def _against_own_states(
         if (s := getattr(output, name, None)) is not None
     )
     states = [state[None] if state.ndim == 2 else state for state in states]  # a list of patches
+    if hasattr(type(getattr(model, "base_model", model)), "_pad_to_mult_of_chunk_length"):
+        states = [state[:, : inputs["input_ids"].shape[1]] for state in states]  # padded within
     if hasattr(model.config, "altup_num_inputs"):  # its streams are the first axis
         states = [state.movedim(0, 2) if state.ndim == 4 else state for state in states]
     before = [found[f"blocks.{i}.hook_resid_pre"] for i in range(count)]

@@ -195,6 +195,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "axial_pos_shape": [16, 16],
         "axial_pos_embds_dim": [32, 32],
         "attn_layers": ["local", "lsh", "local"],
+        "hash_seed": 0,  # by default rows of its LSH attention are by chance
     },
     # maps that are not as wide as they are high and long
     "mistral4": {

@@ -1,5 +1,6 @@
 """The dimensions of a model, as its config or a profile gives them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -187,7 +188,15 @@ def _context_length(text: "PretrainedConfig") -> int:
     limit = max(0, own or getattr(text, "max_position_embeddings", None) or 0)
     if limit and text.model_type in POSITIONS_AFTER_PADDING:
         return max(0, limit - 1 - (text.pad_token_id or 0))
+    if getattr(text, "axial_pos_embds", False):
+        return _whole_chunks(text, min(limit, math.prod(text.axial_pos_shape)))
     return limit
+
+
+def _whole_chunks(text: "PretrainedConfig", limit: int) -> int:
+    """The tokens that fit positions of which a pass takes whole chunks of attention (Reformer)."""
+    chunks = {getattr(text, f"{kind}_attn_chunk_length") or 1 for kind in text.attn_layers}
+    return limit - limit % math.lcm(*chunks) or min(limit, *chunks)
 
 
 def _said(config: "PretrainedConfig", name: str) -> Any:

@@ -275,7 +275,8 @@ def extract_with_checkpointing(
         InputError: The tokens or the mask cannot be a batch, or `rows` keeps none of them.
         ConfigError: `rows` is an expression that does not parse.
         HookError: The model lacks a requested hook point.
-        ModelError: No weight that the hidden states depend on requires a gradient.
+        ModelError: No weight that the hidden states depend on requires a gradient, or the model's
+            blocks cannot be run again.
     """
     from theloom.extraction.gradient_checkpointing import Checkpointed
     from theloom.hooks.taps import Taps
@@ -283,6 +284,11 @@ def extract_with_checkpointing(
 
     requested = ask(model, tokens, hooks, layers, attention_mask, rows)
     blocks = requested.architecture.blocks
+    if requested.architecture.ends:
+        raise ModelError(
+            f"{type(model).__name__}: the residual stream is not what goes into and out of its "
+            "blocks, which cannot be run again in the backward pass; use extract_hidden_states"
+        )
     requested.check_alike()
     kept_whole = {p.block for p in requested.points if p.value not in RESIDUALS}
     again = [b for number, b in enumerate(blocks) if number not in kept_whole]

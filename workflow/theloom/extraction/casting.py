@@ -22,7 +22,7 @@ class InPrecision:
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype) -> None:
         self._model, self._dtype = architecture.model, dtype
-        self._blocks = list(dict.fromkeys(architecture.blocks))  # a module may be several
+        self._blocks = list(dict.fromkeys(architecture.called))  # a module may be several
         if (
             getattr(self._model, "is_quantized", False)
             or getattr(self._model, "hf_quantizer", None) is not None

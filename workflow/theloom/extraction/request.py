@@ -97,8 +97,12 @@ class Request:
             Tensors by name of the argument; a mask among them where padding on the right could
             reach a token.
         """
+        from theloom.model.forward import told_padding
+
         masked = self.rows.uneven and not causal(self.architecture)
-        return self.rows.others | ({"attention_mask": self.rows.mask().long()} if masked else {})
+        mask = self.rows.mask().long() if masked else None
+        told = {} if mask is None else told_padding(self.architecture.model, self.rows.ids, mask)
+        return self.rows.others | told
 
 
 def ask(

@@ -4,7 +4,7 @@ Blocks are found from what transformers declares (`_can_record_outputs`, `_no_sp
 from a list of architectures.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from theloom.config.model_dims import numbers, side_of, stages_of
 from theloom.errors import ModelError
 from theloom.hooks.failures import refused
+from theloom.hooks.layouts.ends import (
+    Ends,
+    ends_of_streams,
+    listed_blocks,
+    of_several_streams,
+    on_copy,
+    parts_of,
+)
 from theloom.hooks.pass_state import PassState
 from theloom.hooks.points import HookPoint, residual_points
+from theloom.hooks.sites import Site
 from theloom.hooks.stages.search import find_stages
 from theloom.hooks.stages.stage import Stages
 
@@ -35,12 +44,43 @@ class Architecture:
     """A model, and its blocks in the order in which they run. A module that runs several times in
     a pass, as ALBERT's, is as many blocks. Those of a model in stages are the modules whose outputs
     its stages are, and its hidden size is the widest of theirs.
+
+    `ends` says where the residual stream enters and leaves each block; where it is empty, these are
+    the block's first input and output.
     """
 
     model: "PreTrainedModel"
     blocks: list["torch.nn.Module"]
     hidden_size: int
     stages: Stages | None = None
+    ends: Sequence[Ends] = ()
+
+    @property
+    def called(self) -> list["torch.nn.Module"]:
+        """The modules that the model calls to run its blocks, in that order: mostly the blocks."""
+        return [part for block in self.blocks for part in parts_of(block)]
+
+    def before(self, block: int) -> Site:
+        """Where the residual stream enters a block.
+
+        Args:
+            block: its number.
+
+        Returns:
+            The site, which is read as a whole.
+        """
+        return self.ends[block][0] if self.ends else Site(self.blocks[block], "input")
+
+    def after(self, block: int) -> Site:
+        """Where the residual stream is after a block.
+
+        Args:
+            block: its number.
+
+        Returns:
+            The site, which is read as a whole.
+        """
+        return self.ends[block][1] if self.ends else Site(self.blocks[block], "output")
 
     @property
     def loaded(self) -> list["torch.nn.Module"]:
@@ -85,10 +125,9 @@ class Architecture:
         Returns:
             Its architecture.
         """
-        names = {module: name for name, module in self.model.named_modules()}
-        there = [model.get_submodule(names[block]) for block in self.blocks]
+        there, ends = on_copy(self.model, model, self.blocks, self.ends)
         stages = None if self.stages is None else self.stages.on(there)
-        return Architecture(model, there, self.hidden_size, stages)
+        return Architecture(model, there, self.hidden_size, stages, ends)
 
     @cached_property
     def pass_state(self) -> PassState:
@@ -115,7 +154,7 @@ def find_blocks(model: "PreTrainedModel") -> Architecture:
     They are the list of as many modules as the config says, of classes that transformers declares
     for the part of the model that owns them. Where no list is so, any list of that length will do,
     or any of those classes; where more than one is, a forward pass of three tokens says which one
-    runs.
+    runs. Where several run in turn, one module of each list is a block (`layouts.ends`).
 
     Args:
         model: of transformers; its weights may be on the meta device.
@@ -152,13 +191,35 @@ def find_blocks(model: "PreTrainedModel") -> Architecture:
             "states are meant cannot be told; name hook points of one of them, as "
             "encoder.blocks.0.hook_resid_post, or give a model of one of them alone"
         )
+
+    def run() -> Any:
+        return forward_three_tokens(model, output_hidden_states=True)
+
+    if (listed := _listed(lists, found, run)) is not None:
+        return Architecture(model, listed[0], size.hidden_size, ends=listed[1])
     if len(found) != 1:
         raise ModelError(
             f"{type(model).__name__}: cannot tell which modules are its {size.num_blocks} blocks "
             f"(declared: {', '.join(sorted(declared)) or 'none'}; lists of that length: "
             f"{len(lists)})"
         )
-    return Architecture(model, found[0], size.hidden_size)
+    ends: Sequence[Ends] = ()
+    if of_several_streams(found[0]):
+        ends = ends_of_streams(type(model).__name__, found[0], run)
+    return Architecture(model, found[0], size.hidden_size, ends=ends)
+
+
+def _listed(
+    lists: list[tuple["PreTrainedModel", list["torch.nn.Module"]]],
+    found: list[list["torch.nn.Module"]],
+    run: Any,
+) -> tuple[list["torch.nn.Module"], list[Ends]] | None:
+    """Blocks that lie in several lists of one owner, all of which run."""
+    owners = {id(owner): owner for owner, blocks in lists if blocks in found}
+    if len(found) < 2 or len(owners) != 1 or len({len(blocks) for blocks in found}) != 1:
+        return None
+    (owner,) = owners.values()
+    return listed_blocks(owner, found, run)
 
 
 def _decoder_blocks(model: "PreTrainedModel") -> int:
@@ -266,11 +327,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def forward_three_tokens(model: nn.Module) -> None:
+def forward_three_tokens(model: nn.Module, **options: Any) -> Any:
     """Run a forward pass that leaves no trace in the model.
 
     Args:
         model: whole, or ending at a block that is not loaded.
+        **options: further arguments of its forward.
+
+    Returns:
+        What the model gives; None where it ends at such a block.
 
     Raises:
         ModelError: its code raises.
@@ -280,9 +345,9 @@ def forward_three_tokens(model: nn.Module) -> None:
     with torch.inference_mode(), evaluating(model), refused(cannot_run(model)):
         ids = torch.arange(3, device=getattr(model, "device", some.device))[None]
         try:
-            model(input_ids=ids, use_cache=False)
+            return model(input_ids=ids, use_cache=False, **options)
         except BlockNotLoadedError:
-            pass
+            return None
         finally:
             state.restore()
 

@@ -8,7 +8,8 @@ another meaning, is refused with the reason.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,8 @@ from theloom.hooks.attention import ROT_K, ROT_Q
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.cross import cross_sites
 from theloom.hooks.dataflow import Flow
+from theloom.hooks.layouts.chunked import pads_to_chunks
+from theloom.hooks.layouts.ends import ListedBlock, of_several_streams
 from theloom.hooks.module_names import (
     ATTENTION_OUTPUT,
     BY_HEADS,
@@ -58,7 +61,7 @@ from theloom.hooks.points import (
 )
 from theloom.hooks.recurrent import recurrent_sites
 from theloom.hooks.routers import declared_routers, router_sites
-from theloom.hooks.sites import Site, by_head, columns, grouped, norm_sites, stream
+from theloom.hooks.sites import Site, by_head, columns, first_rows, grouped, norm_sites, stream
 from theloom.rows.modality import senses
 
 
@@ -130,9 +133,10 @@ def _find(architecture: Architecture) -> Anatomy:
             organs += [
                 (number, value, _SEVERAL_CALLS) for value in values if value not in RESIDUALS
             ]
-            organs += [(number, value, _residual(block, value)) for value in RESIDUALS]
+            organs += [(number, *ends) for ends in _residuals(architecture, number).items()]
             continue
         sites = _Block(block, flow).sites(declared)
+        sites |= _residuals(architecture, number)
         if architecture.side == "decoder":
             sites |= cross_sites(block, flow, sites)
         organs += [(number, value, sites[value]) for value in values]
@@ -149,10 +153,12 @@ def _find(architecture: Architecture) -> Anatomy:
     organs += [(count, value, where) for value, where in zip(FINAL_NORM, final, strict=True)]
     last = _last_state(architecture, flow)
     missing = "the model's last hidden state is no module's output"
-    if last is not None and flow.ran.count(last) > 1:
+    if last is not None and flow.ran.count(last.module) > 1:
         last, missing = None, _SEVERAL_CALLS
-    found.end = last or found.final_norm
-    organs.append((count, LAST_STATE, missing if last is None else Site(last, "output")))
+    found.end = found.final_norm if last is None else last.module
+    organs.append((count, LAST_STATE, missing if last is None else last))
+    if any(pads_to_chunks(module) for module in architecture.model.modules()):
+        organs = [(n, value, _of_tokens(where)) for n, value, where in organs]
     for block_number, value, where in organs:
         new = point(value, block_number, count, (), architecture.side)
         if isinstance(where, str):
@@ -163,14 +169,34 @@ def _find(architecture: Architecture) -> Anatomy:
     return found
 
 
-def _last_state(architecture: Architecture, flow: "Flow") -> nn.Module | None:
-    """The module whose output is what the model gives as its last hidden state: the final norm for
-    most, a projection behind it, or the last block.
+def _last_state(architecture: Architecture, flow: "Flow") -> Site | None:
+    """Where what the model gives as its last hidden state comes out: of the final norm for most, a
+    projection behind it, the last block, or a module round it.
     """
-    last = architecture.blocks[-1]
+    last = architecture.called[-1]
     behind = flow.ran[flow.ran.index(last) :] if last in flow.ran else []
-    places = [*(m for m in behind if not flow.in_a_block(m)), last]
-    return next((m for m in places if flow.last_state and flow.output(m) == flow.last_state), None)
+    around = (m for m in flow.ran if m is not last and last in m.modules())
+    places = chain((m for m in behind if not flow.in_a_block(m)), [last], around)
+    if isinstance(architecture.blocks[-1], ListedBlock):
+        return architecture.after(len(architecture.blocks) - 1)
+    found = (m for m in places if flow.last_state and flow.output(m) == flow.last_state)
+    return next((Site(m, "output") for m in found), None)
+
+
+def _residuals(architecture: Architecture, number: int) -> dict[str, Site | str]:
+    """The sites of a block's residual stream."""
+    found: dict[str, Site | str] = {
+        "hook_resid_pre": replace(architecture.before(number), read=stream),
+        "hook_resid_post": replace(architecture.after(number), read=stream),
+    }
+    if of_several_streams(architecture.blocks):
+        found["hook_resid_mid"] = "its attention adds to another stream than its MLP"
+    return found
+
+
+def _of_tokens(where: Site | str) -> Site | str:
+    """The site of a model that pads the tokens itself, behind them."""
+    return where if isinstance(where, str) else replace(where, read=first_rows(where.read))
 
 
 def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
@@ -184,7 +210,8 @@ def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
     positions = [
         module
         for name, module in architecture.part.named_modules()
-        if isinstance(module, nn.Embedding) and module is not embedding and module in flow.ran
+        if isinstance(module, nn.Embedding) or hasattr(module, "axial_pos_shape")
+        if module is not embedding and module in flow.ran
         if re.search(r"wpe|position", name) and not flow.in_a_block(module)
     ]
     embed: Site | str = "its embedding is not a module that runs"
@@ -203,10 +230,6 @@ def _before(architecture: Architecture, flow: "Flow") -> dict[str, Site | str]:
 _SEVERAL_CALLS = "its module runs several times in a pass"
 
 
-def _residual(block: nn.Module, value: str) -> Site:
-    return Site(block, "input" if value == RESIDUALS[0] else "output", stream)
-
-
 class _Block:
     """One block: its attention, its MLP and its norms."""
 
@@ -221,13 +244,16 @@ class _Block:
         self._before_mlp = flow.input(self._entry)
         self._ln1 = flow.norm_to(self._before_attention, block)
         if self._ln1 is None and self._attention is not None:  # ESM has it within its attention
-            self._ln1 = flow.norm_to(flow.input(find_core(self._attention)), block)
+            core = find_core(self._attention)
+            self._ln1 = flow.norm_to(flow.input(core), block)
+            within = flow.norm_of(self._before_attention) if core is None else None
+            if within is not None and within.module in self._attention.modules():
+                self._ln1 = within  # as Reformer's are, whose queries are its keys
         self._ln2 = flow.norm_to(self._before_mlp, block)
 
     def sites(self, declared: Sequence[Any]) -> dict[str, Site | str]:
         block, attn, mlp = self._block, self._attention, self._mlp
         found: dict[str, Site | str] = dict.fromkeys(IN_BLOCK, "")
-        found |= {value: _residual(block, value) for value in RESIDUALS}
         found |= self._norms()
         found |= (
             self._of_attention()

@@ -45,7 +45,7 @@ UP_DOWN = (
     ("intermediate_dense", "output_dense"),
 )
 
-MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "feedforward")
+MLP = ("mlp", "feed_forward", "ffn", "ffns", "block_sparse_moe", "moe", "ff", "feedforward")
 OF_LAYER = ("DenseReluDense", "mlp")  # in the last part of a block, as T5's are
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 SCRAMBLED = ("CodeGenAttention",)  # its fused projection is cut for four devices first

@@ -23,7 +23,8 @@ class Site:
     module: nn.Module
     place: str  # input, output, inside, or state: in the cache, behind the module
     read: Read = lambda value, batch: whole(value, batch)
-    index: int | None = None  # of the module's output; None: the first tensor of it
+    # of the module's output, or of the tensors that it is called with; None: the first tensor
+    index: int | None = None
 
     @staticmethod
     def input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -37,6 +38,31 @@ class Site:
             The tensor itself.
         """
         return next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+
+    @staticmethod
+    def inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """All tensors that a module is called with.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: the others.
+
+        Returns:
+            The tensors themselves, in the order of the call.
+        """
+        return [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """What of a module's input the site is.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: the others.
+
+        Returns:
+            The tensor `index` of them, or the first.
+        """
+        return self.inputs(args, kwargs)[self.index or 0]
 
     def chosen(self, output: Any) -> torch.Tensor:
         """What of a module's output the site is.
@@ -137,11 +163,26 @@ def stream_of(model: nn.Module) -> Read:
 _streams: WeakKeyDictionary[nn.Module, Read] = WeakKeyDictionary()
 
 
-def _first_rows(value: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Longformer and LED pad to whole windows of their attention, and ProphetNet's streams of
-    further tokens come behind its main one.
+def first_rows(read: Read) -> Read:
+    """Read the rows of the tokens alone, where the model has more behind them: Longformer, LED and
+    Reformer pad to whole windows of their attention, and ProphetNet's streams of further tokens
+    come behind its main one.
+
+    Args:
+        read: how these are read.
+
+    Returns:
+        A function that gives what `read` does.
+
+    Examples:
+        >>> first_rows(whole)(torch.zeros(2, 8, 4), (2, 3)).shape
+        torch.Size([2, 3, 4])
     """
-    return stream(value[:, : batch[1]] if _has_more_rows(value, batch) else value, batch)
+
+    def of_tokens(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return read(value[:, : batch[1]] if _has_more_rows(value, batch) else value, batch)
+
+    return of_tokens
 
 
 def _last_rows(value: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -158,8 +199,13 @@ def _streams_first(value: torch.Tensor, batch: Batch) -> torch.Tensor:
     return stream(value.movedim(0, 2) if value.ndim == 4 else value, batch)
 
 
+def _has_rows_behind(module: nn.Module) -> bool:
+    paddings = ("_pad_to_window_size", "_pad_to_mult_of_chunk_length")
+    return any(hasattr(type(module), name) for name in paddings) or "ngram" in vars(module)
+
+
 _OTHER_ROWS: tuple[tuple[Callable[[nn.Module], bool], Read], ...] = (
-    (lambda m: hasattr(type(m), "_pad_to_window_size") or "ngram" in vars(m), _first_rows),
+    (_has_rows_behind, first_rows(stream)),
     (lambda m: "prompt_length" in vars(m), _last_rows),
     (lambda m: "altup_projections" in m._modules, _streams_first),
 )

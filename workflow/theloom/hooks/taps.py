@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from theloom.errors import HookError
 from theloom.hooks.attention import Inside
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.failures import of_points
+from theloom.hooks.layouts.chunked import check_seed, hashing
 from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import PATTERN, RESIDUALS, SCORES, HookPoint, deepest_block
 from theloom.hooks.recurrent import cache_name, fresh_cache, state_of
@@ -57,6 +59,8 @@ class Taps:
         with ExitStack() as opened:  # closed again if a tap cannot be placed
             if senses(self.architecture.model.config) and self.architecture.stages is None:
                 opened.callback(self._count_rows().remove)
+            for module in hashing(self.architecture.model):
+                opened.callback(module.register_forward_hook(check_seed).remove)
             for point, site in sites:
                 if site.place == "inside":
                     inside.setdefault(site.module, {})[point.value] = point.name
@@ -174,7 +178,7 @@ class Taps:
                 if not self._is_call(name, block):
                     return
                 with of_points([name]):
-                    value = site.read(site.input(args, kwargs), self._batch)
+                    value = site.read(site.given(args, kwargs), self._batch)
                 self._hand_over(name, value)
 
             return site.module.register_forward_pre_hook(before, with_kwargs=True)
@@ -216,25 +220,25 @@ class Taps:
         if self.architecture.stages is not None:
             return self.architecture.stages.of(point).site
         if point.value in RESIDUALS:  # known without a look at the block's inside
-            return Site(
-                self.architecture.blocks[point.block],
-                "input" if point.value == RESIDUALS[0] else "output",
-                self._stream,
-            )
+            before = point.value == RESIDUALS[0]
+            site = self.architecture.before if before else self.architecture.after
+            return replace(site(point.block), read=self._stream)
         return Anatomy.of(self.architecture).site(point)
 
     def _stop_after(self, deepest: int) -> Any:
-        blocks = self.architecture.blocks
         if self.architecture.stages is not None:
             site = self.architecture.stages.last(self._points).site
-            if site.place == "input":
-                return site.module.register_forward_pre_hook(_stop)
-            return site.module.register_forward_hook(_stop)
-        if deepest < 0:
-            return blocks[0].register_forward_pre_hook(_stop)
-        last = Anatomy.of(self.architecture).end if deepest == len(blocks) else blocks[deepest]
-        assert last is not None
-        return last.register_forward_hook(
+        elif deepest < 0:
+            site = self.architecture.before(0)
+        elif deepest < len(self.architecture.blocks):
+            site = self.architecture.after(deepest)
+        else:
+            last = Anatomy.of(self.architecture).end
+            assert last is not None
+            site = Site(last, "output")
+        if site.place == "input":
+            return site.module.register_forward_pre_hook(_stop)
+        return site.module.register_forward_hook(
             lambda *_: _stop() if self._is_call("the deepest", deepest) else None
         )
 

@@ -278,17 +278,16 @@ class _Table:
         kept: list[Any] = []
         fake.architecture.model.register_forward_pre_hook(lambda *_: kept.clear())
         for point in points:
-            block = fake.architecture.blocks[point.block]
-            if point.value == "hook_resid_pre":
-                block.register_forward_pre_hook(
-                    lambda _, args, kwargs: kept.append(
-                        args[0] if args else kwargs["hidden_states"]
-                    ),
+            before = point.value == "hook_resid_pre"
+            site = (fake.architecture.before if before else fake.architecture.after)(point.block)
+            if site.place == "input":
+                site.module.register_forward_pre_hook(
+                    lambda _, args, kwargs, site=site: kept.append(site.given(args, kwargs)),
                     with_kwargs=True,
                 )
             else:
-                block.register_forward_hook(
-                    lambda _, args, out: kept.append(out[0] if isinstance(out, tuple) else out)
+                site.module.register_forward_hook(
+                    lambda _, args, out, site=site: kept.append(site.chosen(out))
                 )
         return _of_step(
             training.trace_step(

@@ -100,6 +100,7 @@ def trace(
     config = described.model.config
 
     def once() -> tuple[Peak, LiveStorages]:
+        described.pass_state.restore()  # one of another length may have left something
         values = known or has_values(config)
         with fake.mode, shapes_only(values), images_placed(described.model, known):
             count = workload.windows * workload.tokens

@@ -420,7 +420,11 @@ class BlockCalls:
 
 
 def _whole_blocks(shell: Frame) -> None:
-    """Every block has weights and modules of its own."""
+    """Every block is a module that takes and gives the residual stream, with weights and modules
+    of its own.
+    """
+    if shell.architecture.ends:
+        raise refusal(shell, "the residual stream is not what goes into and out of its blocks")
     owner: dict[int, int] = {}
     for number, block in enumerate(shell.blocks):
         for part in [*block.modules(), *block.parameters()]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 from theloom.errors import HookError, ModelError
 from theloom.hooks.blocks import Architecture, cannot_run
 from theloom.hooks.failures import MODEL_ERRORS, why
+from theloom.hooks.layouts.chunked import sees_whole_pass
 from theloom.hooks.points import RESIDUALS
-from theloom.model.forward import forward_residuals, no_cache
+from theloom.model.forward import forward_residuals, no_cache, takes_lengths
 from theloom.model.length_switches import (
     LengthSwitch,
     as_long_as,
@@ -127,14 +128,21 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
             f"(by {states_error:.2g} of the largest value): its blocks are not one stream"
         )
     padding, by_itself = _padding_error(architecture, ids, whole, alone, None), False
-    if not padding <= limit:
+    told = takes_lengths(architecture.model)
+    if told or not padding <= limit:
         masked = _padding_error(architecture, ids, whole, alone, (24, 16))
         if masked <= limit:
-            log.info(
-                "%s is not causal: batches get a padding mask, and documents go in one pass", name
-            )
+            reason = "it takes the lengths of whole documents" if told else "it is not causal"
+            log.info("%s: %s: batches get them, or a mask, and go in one pass", name, reason)
             return SelfCheck(
-                states_error, masked, math.inf, False, False, "it is not causal", switches
+                states_error,
+                masked,
+                math.inf,
+                False,
+                False,
+                reason,
+                switches,
+                alone=sees_whole_pass(architecture.model),
             )
         by_itself = True
         log.warning(
@@ -161,7 +169,7 @@ def self_check(architecture: Architecture, tolerance: float) -> SelfCheck:
         reason,
         switches,
         up_to,
-        by_itself or picks_keys(architecture),
+        by_itself or picks_keys(architecture) or sees_whole_pass(architecture.model),
     )
 
 

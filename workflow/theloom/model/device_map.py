@@ -12,14 +12,14 @@ from theloom.devices import gpu_lease, streams
 from theloom.devices.gpu import available_memory, compute_capability
 from theloom.devices.streams import Mark, SideStreams
 from theloom.devices.workspace import Capability, cublas_workspace
-from theloom.errors import MemoryPlanError
+from theloom.errors import MemoryPlanError, ModelError
 from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.model.weight_format import WeightFormat, quantized_bytes
 from theloom.precision import BYTES
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def device_map(
@@ -133,8 +133,24 @@ def over_leased(
         )
     gpus = [torch.device("cuda", number) for number in range(len(gpu_lease.held()))]
     free = [available_memory(gpu)[0].free for gpu in gpus]
-    cut = cut_to(find_blocks(model), kind, free, [compute_capability(gpu) for gpu in gpus])
+    described = _to_be_cut(model)
+    cut = cut_to(described, kind, free, [compute_capability(gpu) for gpu in gpus])
     return {name: gpus[number] for name, number in cut.items()}
+
+
+def _to_be_cut(model: "PreTrainedModel") -> Architecture:
+    """The blocks of a model on the meta device, if they can be on several GPUs."""
+    try:
+        described = find_blocks(model)
+        reason = "its blocks are not modules that take and give the residual stream"
+    except ModelError as error:  # such as code that looks at values
+        described, reason = None, str(error)
+    if described is None or described.ends:
+        raise MemoryPlanError(
+            f"{model.config.model_type}: it cannot be cut to several GPUs ({reason}), and this job "
+            f"holds {len(gpu_lease.held())}; set resources.gpu=1"
+        )
+    return described
 
 
 def cut_to(

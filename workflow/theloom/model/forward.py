@@ -89,7 +89,8 @@ def steps(
     named = {name: value.to(model.device, non_blocking=True) for name, value in everything.items()}
     if lengths is not None:
         real = torch.tensor(list(lengths), device=model.device)[:, None]
-        named["attention_mask"] = (torch.arange(ids.shape[1], device=model.device) < real).long()
+        mask = torch.arange(ids.shape[1], device=model.device) < real
+        named |= told_padding(model, named["input_ids"], mask.long())
     if lengths is not None or ids.shape[1] <= chunk_size:
         own = "position_ids" in named
         with torch.inference_mode(), nullcontext() if own else one_document_a_row():
@@ -109,6 +110,37 @@ def steps(
         with torch.inference_mode(), as_long_as(model, ids.shape[1]):
             taps.run(**chunk, use_cache=True, **cache)
         yield start
+
+
+def takes_lengths(model: "PreTrainedModel") -> bool:
+    """Whether a model reads from its token ids how long documents are, unless it is told.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        True for XLM and Flaubert, which count the ids that are not of padding.
+    """
+    return "lengths" in inspect.signature(model.forward).parameters
+
+
+def told_padding(
+    model: "PreTrainedModel", ids: "torch.Tensor", mask: "torch.Tensor"
+) -> dict[str, "torch.Tensor"]:
+    """How a model is told which tokens of a batch are padding.
+
+    Args:
+        model: of transformers.
+        ids: (batch, position) on its device.
+        mask: (batch, position) integers, 0 where there is padding.
+
+    Returns:
+        Arguments of its forward: the mask; or the lengths that the model itself would count in each
+        document alone, where padding tokens of the text count as none.
+    """
+    if not takes_lengths(model):
+        return {"attention_mask": mask}
+    return {"lengths": (mask * (ids != model.config.pad_token_id)).sum(dim=1)}
 
 
 def spans(length: int, chunk_size: int) -> list[tuple[int, int]]:

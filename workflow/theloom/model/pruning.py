@@ -17,6 +17,7 @@ from torch import nn
 
 from theloom.hooks.blocks import Architecture, BlockNotLoadedError
 from theloom.hooks.failures import MODEL_ERRORS
+from theloom.hooks.layouts.ends import parts_of
 from theloom.hooks.points import LAST_STATE, HookPoint, deepest_block
 from theloom.hooks.sites import Site
 from theloom.hooks.taps import Taps
@@ -65,21 +66,33 @@ def passed_over(architecture: Architecture) -> Iterator[None]:
     Args:
         architecture: of a model, whose first blocks are loaded.
     """
-    form: list[Any] = []
+    forms: dict[int, Any] = {}
     missing = [m for m in architecture.model.modules() if isinstance(m, NotLoaded)]
+    turn = {m: n for block in architecture.blocks for n, m in enumerate(parts_of(block))}
 
-    def as_a_block(value: torch.Tensor) -> Any:
-        return (value, *form[-1][1:]) if isinstance(form[-1], tuple) else value
+    def formed(number: int) -> Callable[[torch.Tensor], Any]:
+        def as_loaded(value: torch.Tensor) -> Any:
+            form = forms[number]
+            if not isinstance(form, tuple):
+                return value
+            values = (value, *form[1:])
+            return form._make(values) if hasattr(form, "_make") else values
+
+        return as_loaded
 
     for module in missing:
-        module.instead = as_a_block if any(module is b for b in architecture.blocks) else _itself
-    handle = architecture.loaded[-1].register_forward_hook(
-        lambda module, args, output: form.append(output)
-    )
+        module.instead = formed(turn[module]) if module in turn else _itself
+    handles = [
+        part.register_forward_hook(
+            lambda module, args, output, number=number: forms.update({number: output})
+        )
+        for number, part in enumerate(parts_of(architecture.loaded[-1]))
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for module in missing:
             module.instead = None
 
@@ -114,12 +127,14 @@ def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
     # what the model's own last hidden state is, is seen where its forward pass goes to the end
     whole = any(p.value == LAST_STATE for p in points)
     before = everywhere if whole else _called(described, points)
-    dropped = {
-        n
-        for n, m in model.named_modules()
-        if any(m is b for b in described.blocks[max(deepest, 0) + 1 :])
-        and not any(m is b for b in described.blocks[: max(deepest, 0) + 1])
-    }
+    needed, behind = (
+        {m for block in part for m in parts_of(block)}
+        for part in (
+            described.blocks[: max(deepest, 0) + 1],
+            described.blocks[max(deepest, 0) + 1 :],
+        )
+    )
+    dropped = {n for n, m in model.named_modules() if m in behind and m not in needed}
     for name, module in model.named_modules():
         if name in around or module in blocks or module in before:
             continue

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from theloom.errors import ModelError
 from theloom.hooks.blocks import Architecture
+from theloom.hooks.layouts.chunked import sees_whole_pass
 from theloom.hooks.points import LAST_STATE, RESIDUALS, point
 from theloom.hooks.sites import Site, stream_of
 from theloom.hooks.stages.stage import as_rows, own_states
@@ -44,24 +45,11 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
         return _of_stages(architecture, inputs)
     model, blocks, loaded = architecture.model, architecture.blocks, architecture.loaded
     seen: dict[str, torch.Tensor] = {}
-
     joints = _Joints(architecture) if architecture.repeats else None
-
-    def before(name: str) -> Any:
-        def keep(module: Any, args: Any, kwargs: Any) -> None:
-            seen.setdefault(name, Site.input(args, kwargs).clone())
-
-        return keep
-
-    def after(module: Any, args: Any, output: Any) -> None:
-        seen["last"] = Site.output(output).clone()
-
-    handles = [
-        blocks[i].register_forward_pre_hook(before(str(i)), with_kwargs=True)
-        for i in range(min(2, len(blocks)))
-        if joints is None or i == 0
-    ]
-    handles.append(loaded[-1].register_forward_hook(after))
+    firsts = range(min(2, len(blocks)) if joints is None else 1)
+    sites = {str(i): architecture.before(i) for i in firsts}
+    sites["last"] = architecture.after(len(loaded) - 1)
+    handles = [_keep(seen, name, site) for name, site in sites.items()]
     handles += [] if joints is None else joints.handles
     try:
         with torch.inference_mode(), passed_over(architecture), _no_hooks_left(model):
@@ -78,6 +66,8 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
         # a block may have positions before windows, or all tokens in a row
         read, batch = stream_of(model), (given_ids.shape[0], given_ids.shape[1])
         seen = {name: read(value, batch) for name, value in seen.items()}
+        if sees_whole_pass(model):  # its own hidden states have padding of its own
+            states = [read(state, batch) for state in states]
         states = [read(state, batch) if state.ndim > 3 else state for state in states]
     if seen["0"].ndim == 2:  # the rows of a tower may be one list, without windows
         states = [state[None] for state in states]
@@ -106,6 +96,21 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
     if last is not None:
         found[point(LAST_STATE, count, count, (), side).name] = last.detach()
     return found
+
+
+def _keep(seen: "dict[str, torch.Tensor]", name: str, site: Site) -> Any:
+    """Keep a copy of what a site has in a pass: of an input the first, of an output the last."""
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        if name == "last" or name not in seen:
+            seen[name] = site.given(args, kwargs).clone()
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        seen[name] = site.chosen(output).clone()
+
+    if site.place == "input":
+        return site.module.register_forward_pre_hook(before, with_kwargs=True)
+    return site.module.register_forward_hook(after)
 
 
 def _of_stages(architecture: Architecture, inputs: dict[str, Any]) -> dict[str, "torch.Tensor"]:

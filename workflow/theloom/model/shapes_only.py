@@ -1,6 +1,7 @@
 """What stands in for a model's code where it would look at values, which fake tensors have not."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -216,17 +217,20 @@ def _of_constant(value: Any) -> Any:
 
 
 def _counts(func: Any, leaves: Sequence[Any]) -> bool:
-    """Whether an operation gives a mask of ones, a single number or the integers of a range, which
-    have values without any tensor.
+    """Whether an operation gives a mask of ones, one of zeros for a list of tokens, a single number
+    or the integers of a range, which have values without any tensor.
     """
     if func in (torch.ops.aten.ones.default, torch.ops.aten.scalar_tensor.default):
         return True
     if func is torch.ops.aten.zeros.default:
-        return not any(type(x) is int for x in leaves)
+        sizes = [x for x in leaves if type(x) is int]
+        return not sizes or (torch.bool in leaves and math.prod(sizes) <= _TOKENS)
     return func in _RANGES and not any(
         isinstance(x, float) or (isinstance(x, torch.dtype) and x.is_floating_point) for x in leaves
     )
 
+
+_TOKENS = 1 << 24  # of a mask at most, whose bytes are real: none of tokens by tokens
 
 _RANGES = tuple(getattr(torch.ops.aten.arange, name) for name in ("default", "start", "start_step"))
 
