@@ -49,7 +49,7 @@ def test_rows_of_every_document_are_those_of_it_alone(tmp_path, name, streams):
         ("base/bros", "", "its memory cannot be predicted"),
         ("masked/squeezebert", "", "is unavailable from this model"),
         ("causal/mamba", "memory.quantization=8bit", "its memory cannot be predicted"),
-        ("causal/xlm", "", "cannot tell which modules are its 3 blocks"),
+        ("masked/funnel", "", "cannot tell which modules are its 12 blocks"),
         ("image-text/blip", "", "are read behind an image alone"),
     ],
 )
