@@ -12,10 +12,12 @@ from theloom.hooks import blocks
 from theloom.hooks.catalog import build_catalog
 from theloom.memory import trace
 from theloom.memory.sizes import Workload
-from theloom.memory.storages import LiveStorages
+from theloom.memory.storages import LiveStorages, Storage
+from theloom.model import fake as fake_models
 from theloom.model.fake import fake_model
 from theloom.model.shapes_only import shapes_only
 from theloom.precision import torch_dtype
+from torch._subclasses.fake_tensor import FakeTensorMode
 from traced_models import MODELS, model_config
 from transformers import AutoModel, DynamicCache
 
@@ -58,6 +60,26 @@ def test_trace_gives_the_peak_of_the_cpu_allocator(name: str, precision: str) ->
 def test_it_does_so_for_hook_points_inside_the_blocks(name: str) -> None:
     far = errors(name, "fp32", {"inside": INSIDE}, SHORT_WORKLOADS)
     assert all(abs(error) <= 1e-3 for error, _ in far.values()), far
+
+
+@pytest.mark.parametrize(("name", "quantization"), [("gpt2", None), ("qwen3_moe", "int8")])
+def test_every_storage_is_that_of_torch_s_own_mode(name, quantization, monkeypatch):
+    """Operations that were looked up have the results that are computed anew each time."""
+
+    def computed() -> FakeTensorMode:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode.cache_enabled = False
+        return mode
+
+    def found() -> tuple[list[tuple[int, int]], tuple[Storage, ...]]:
+        fake = fake_model(model_config(name), "bf16", quantization)
+        workload = SHORT_WORKLOADS["in two"]
+        peak, live = trace.trace(fake, workload, fake.residuals, True, "fp32")
+        return live.events, peak.storages
+
+    looked_up = [found(), found()]
+    monkeypatch.setattr(fake_models, "WithoutBytes", computed)
+    assert looked_up == [found()] * 2
 
 
 @pytest.mark.parametrize(

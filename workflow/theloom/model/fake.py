@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, initialization
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +21,7 @@ from theloom.model.checkpoint.classes import auto_class
 from theloom.model.checkpoint.limits import bounded_build
 from theloom.model.length_switches import fix_frequencies
 from theloom.model.quantization import packed_on_the_cpu
-from theloom.model.shapes_only import shapes_only, with_values_if_needed
+from theloom.model.shapes_only import WithoutBytes, shapes_only, with_values_if_needed
 from theloom.model.weight_format import nf4_scales, quantization_config
 from theloom.precision import torch_dtype
 from theloom.rows.tower_inputs import has_values
@@ -167,7 +166,7 @@ class FakeModel:
     """A model without bytes: what a trace runs."""
 
     architecture: Architecture
-    mode: FakeTensorMode
+    mode: WithoutBytes
     precision: str
 
     @property
@@ -235,7 +234,7 @@ def fake_model(
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     build = AutoModelForCausalLM if lm_head else auto_class(model_config, trust_remote_code)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = WithoutBytes()
     try:
         # on `meta` no weight is initialised, as when transformers loads a model: code that looks at
         # values would fail
