@@ -3,7 +3,6 @@ torch's profiler.
 """
 
 from functools import cache
-from itertools import product
 
 import pytest
 import torch
