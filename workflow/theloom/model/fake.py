@@ -318,7 +318,13 @@ def _to_fake(model: "PreTrainedModel") -> None:
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:  # the original is kept, so that its id stays its own
-            made[id(tensor)] = (tensor, torch.empty_like(tensor, device="cpu"))
+            # from numbers alone a result is looked up: a tensor of `meta` is converted each time
+            new = (
+                torch.empty(tensor.shape, dtype=tensor.dtype)
+                if tensor.is_contiguous()
+                else torch.empty_like(tensor, device="cpu")
+            )
+            made[id(tensor)] = (tensor, new)
         return made[id(tensor)][1]
 
     model._apply(fake)
