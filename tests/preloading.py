@@ -3,7 +3,7 @@ them: a job of a tiny model is five seconds of imports, and else a fraction of a
 
 Commands, scripts, their order, files and exit codes are the real ones, and each has a process and
 an environment of its own. Tests of the process itself (its memory, its end by a signal) and the
-default run start all as users do.
+run of an installed wheel start all as users do.
 """
 
 import ast

@@ -194,7 +194,12 @@ def stages(folder: Path, model_source: str | Path, overrides: str = "") -> Stage
         "corpus.max_tokens": 2000,
         "extraction.device": "cpu",
     }
-    requested = {o.partition("=")[0] for o in overrides.split()}
+    requested = dict(o.partition("=")[::2] for o in overrides.split())
+    corpus = {k for k in requested if k.startswith("corpus")}
+    tokens_taken = requested.get("corpus.max_tokens", "2000")
+    few = tokens_taken.isdigit() and int(tokens_taken) <= 2000
+    if few and corpus <= {"corpus.context_length", "corpus.max_tokens"}:
+        small["corpus.max_documents"] = 16  # enough for so many tokens: 64 are encoded together
     defaults = " ".join(f"{key}={value}" for key, value in small.items() if key not in requested)
     overrides = f"model.source={model_source} {defaults} {overrides}"
     (run,) = compose.runs(ROOT / "config", "custom", overrides).values()

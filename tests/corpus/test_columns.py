@@ -118,7 +118,8 @@ def stored(columns):
 
 
 def read(overrides):
-    return list(documents.read_documents(a_config("any/model", overrides).corpus))
+    settings = documents.settings(a_config("any/model", overrides).corpus)  # as stages read
+    return list(documents.read_documents(settings))
 
 
 @pytest.mark.parametrize("how", ["", ".gz", ".zst"])

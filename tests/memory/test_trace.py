@@ -11,11 +11,15 @@ from support import allocator_peak
 from theloom.hooks import blocks
 from theloom.hooks.catalog import build_catalog
 from theloom.memory import trace
+from theloom.memory.estimators import Traced
 from theloom.memory.sizes import Workload
-from theloom.memory.storages import LiveStorages
+from theloom.memory.storages import LiveStorages, Storage
+from theloom.model import fake as fake_models
 from theloom.model.fake import fake_model
 from theloom.model.shapes_only import shapes_only
+from theloom.model.weight_format import WeightFormat
 from theloom.precision import torch_dtype
+from torch._subclasses.fake_tensor import FakeTensorMode
 from traced_models import MODELS, model_config
 from transformers import AutoModel, DynamicCache
 
@@ -58,6 +62,57 @@ def test_trace_gives_the_peak_of_the_cpu_allocator(name: str, precision: str) ->
 def test_it_does_so_for_hook_points_inside_the_blocks(name: str) -> None:
     far = errors(name, "fp32", {"inside": INSIDE}, SHORT_WORKLOADS)
     assert all(abs(error) <= 1e-3 for error, _ in far.values()), far
+
+
+@pytest.mark.parametrize(("name", "quantization"), [("gpt2", None), ("qwen3_moe", "int8")])
+def test_every_storage_is_that_of_torch_s_own_mode(name, quantization, monkeypatch):
+    """Operations that were looked up have the results that are computed anew each time."""
+
+    def computed() -> FakeTensorMode:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode.cache_enabled = False
+        return mode
+
+    def found() -> tuple[list[tuple[int, int]], tuple[Storage, ...]]:
+        fake = fake_model(model_config(name), "bf16", quantization)
+        workload = SHORT_WORKLOADS["in two"]
+        peak, live = trace.trace(fake, workload, fake.residuals, True, "fp32")
+        return live.events, peak.storages
+
+    looked_up = [found(), found()]
+    monkeypatch.setattr(fake_models, "WithoutBytes", computed)
+    assert looked_up == [found()] * 2
+
+
+def test_what_was_found_of_a_model_is_kept_for_one_like_it(monkeypatch):
+    """For stages that run in one process: of another model, device or number of threads it is
+    found anew, and it is each time what a first trace finds."""
+    kept = {}
+    monkeypatch.setattr(fake_models, "_FOUND", kept)
+    one, other = model_config("gpt2"), model_config("gpt2")
+    other.n_layer = 3
+
+    def found(clear: bool) -> list[object]:
+        answers = []
+        for config in (one, other, one):
+            traced = Traced(config)
+            points = traced.catalog().select(["blocks.1.*.hook_normalized"])
+            for device in ("cpu", "cuda"):
+                if clear:
+                    kept.clear()
+                workload, kind = Workload(1, 90, 64), WeightFormat("bf16", "int8")
+                answers.append(traced.forward(kind, workload, points, device=device))
+                answers.append(traced.unneeded(points))
+        return answers
+
+    first = found(clear=True)
+    assert first[:4] == first[8:] != first[4:8]
+    kept.clear()
+    assert found(clear=False) == first
+    assert len(kept) == 2 * 4  # two passes, the catalog, and the modules that are left out
+    torch.set_num_threads(2)
+    found(clear=False)
+    assert len(kept) == 2 * 2 * 4
 
 
 @pytest.mark.parametrize(

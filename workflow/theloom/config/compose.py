@@ -7,6 +7,7 @@ file. So an edit made while jobs wait in a queue cannot mix two configs, and a k
 that depend on it and no other.
 """
 
+import copy
 import dataclasses
 import itertools
 import logging
@@ -21,7 +22,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from theloom.config import (
@@ -208,11 +209,14 @@ def _check_keys(config_dir: Path, assignments: Sequence[Assignment]) -> None:
 
 
 @lru_cache(maxsize=64)
-def _of_files(config_dir: Path, choices: tuple[str, ...], state: object) -> dict[str, Any]:
-    """What the files say, once for all runs of a sweep that choose the same; not to be changed."""
+def _of_files(config_dir: Path, choices: tuple[str, ...], state: object) -> DictConfig:
+    """What the files say, in the schema, once for all runs of a sweep that choose the same; not to
+    be changed.
+    """
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         composed = compose("default", list(choices))
-    return _listed(cast(dict[str, Any], OmegaConf.to_container(composed)))
+    plain = _listed(cast(dict[str, Any], OmegaConf.to_container(composed)))
+    return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), plain))
 
 
 def _state(config_dir: Path) -> tuple[tuple[str, int, int], ...]:
@@ -238,8 +242,7 @@ def _compose(
     by_group = {k: str(v) for k, v in chosen.items() if k in groups} | {"profile": profile}
     try:
         picked = tuple(_choice(*option) for option in by_group.items())
-        plain = _of_files(config_dir.resolve(), picked, _state(config_dir))
-        strict = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        strict = copy.deepcopy(_of_files(config_dir.resolve(), picked, _state(config_dir)))
         for key, value in chosen.items():
             if key not in groups:
                 OmegaConf.update(strict, key, frozen.literal(value))

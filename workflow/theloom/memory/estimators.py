@@ -218,7 +218,6 @@ class Traced:
         self.own = quantized_as(model_config)
         self._fakes: dict[WeightFormat, FakeModel] = {}
         self._left_out: dict[tuple[str, ...], list[str]] = {}
-        self._forwards: dict[Any, PeakBytes] = {}
         if sensed_by(model_config):
             self.size = replace(self.size, context_length=self._rows())
         if model_dims.stages_of(model_config):
@@ -308,25 +307,22 @@ class Traced:
         device: str = "cuda",
         inputs: "Mapping[str, torch.Tensor] | None" = None,
     ) -> PeakBytes:
-        import torch
-
         from theloom.hooks.failures import refused
         from theloom.memory import trace
 
-        # kernels of the CPU take memory for each thread
-        asked = (kind, workload, tuple(points), held, device, torch.get_num_threads())
-        if inputs is None and asked in self._forwards:
-            return self._forwards[asked]
         fake = self.fake(kind)
         name = type(fake.architecture.model).__name__
-        with refused(f"{name} in {kind.name}: its memory cannot be predicted"):
-            peak, _ = trace.trace(
-                fake, workload, points, held, kind.precision, device, inputs=inputs
-            )
-        found = trace.parts(peak)
-        if inputs is None:
-            self._forwards[asked] = found
-        return found
+
+        def traced() -> PeakBytes:
+            with refused(f"{name} in {kind.name}: its memory cannot be predicted"):
+                peak, _ = trace.trace(
+                    fake, workload, points, held, kind.precision, device, inputs=inputs
+                )
+            return trace.parts(peak)
+
+        if inputs is not None:
+            return traced()
+        return fake.remembered(("forward", workload, tuple(points), held, device), traced)
 
     def block_sizes(self, kind: WeightFormat, points: Sequence[HookPoint]) -> BlockSizes:
         from theloom.hooks.module_names import token_embedding

@@ -1,6 +1,7 @@
 """Models on fake tensors: the real classes with shapes and no bytes, quantised ones too."""
 
 import copy
+import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, initialization
 from transformers.pytorch_utils import Conv1D
 
@@ -18,11 +18,11 @@ from theloom.hooks.catalog import build_catalog
 from theloom.hooks.failures import MODEL_ERRORS, refused, why
 from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.model import pruning
-from theloom.model.checkpoint.classes import auto_class
+from theloom.model.checkpoint.classes import auto_class, has_own_code
 from theloom.model.checkpoint.limits import bounded_build
 from theloom.model.length_switches import fix_frequencies
 from theloom.model.quantization import packed_on_the_cpu
-from theloom.model.shapes_only import shapes_only, with_values_if_needed
+from theloom.model.shapes_only import WithoutBytes, shapes_only, with_values_if_needed
 from theloom.model.weight_format import nf4_scales, quantization_config
 from theloom.precision import torch_dtype
 from theloom.rows.tower_inputs import has_values
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 T = TypeVar("T")
+
+# What was found of models in this process, by the model and the question: the stages of a run, and
+# runs of one model, ask again. Numbers and names, not the models
+_FOUND: dict[tuple[Any, ...], Any] = {}
+_MOST_FOUND = 512
 
 
 class Int8Linear(nn.Module):
@@ -167,8 +172,29 @@ class FakeModel:
     """A model without bytes: what a trace runs."""
 
     architecture: Architecture
-    mode: FakeTensorMode
+    mode: WithoutBytes
     precision: str
+    identity: object  # equal where passes are alike
+
+    def remembered(self, about: tuple[Any, ...], find: Callable[[], T]) -> T:
+        """Find something of the model, unless it was found of one like it in this process.
+
+        Args:
+            about: the question.
+            find: answers it; not called where the answer is known.
+
+        Returns:
+            The answer, which is not to be changed.
+        """
+        # kernels of the CPU take memory by their threads and by who computes
+        kernels = (torch.get_num_threads(), torch.backends.mkldnn.enabled)
+        key = (self.identity, *kernels, *about)
+        if key not in _FOUND:
+            answer = find()
+            if len(_FOUND) >= _MOST_FOUND:
+                del _FOUND[next(iter(_FOUND))]
+            _FOUND[key] = answer
+        return _FOUND[key]
 
     @property
     def weights(self) -> list[int]:
@@ -184,12 +210,19 @@ class FakeModel:
         Returns:
             Names of modules.
         """
-        return self._run(lambda: pruning.unneeded(self.architecture, points))
+        names = self.remembered(
+            ("unneeded", tuple(points)),
+            lambda: self._run(lambda: pruning.unneeded(self.architecture, points)),
+        )
+        return list(names)
 
     @property
     def catalog(self) -> HookCatalog:
         """The hook points that can be read from the model."""
-        return self._run(lambda: build_catalog(self.architecture))
+        known = self.remembered(
+            ("catalog",), lambda: self._run(lambda: build_catalog(self.architecture))
+        )
+        return HookCatalog(list(known.points), dict(known.unsupported))
 
     def _run(self, run: Callable[[], T]) -> T:
         """What runs the model; its errors are ModelErrors."""
@@ -235,7 +268,7 @@ def fake_model(
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     build = AutoModelForCausalLM if lm_head else auto_class(model_config, trust_remote_code)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = WithoutBytes()
     try:
         # on `meta` no weight is initialised, as when transformers loads a model: code that looks at
         # values would fail
@@ -263,7 +296,20 @@ def fake_model(
         with mode, shapes_only(has_values(model.config)):
             return find_blocks(model)
 
-    return FakeModel(with_values_if_needed(model.config, describe), mode, precision)
+    described = with_values_if_needed(model.config, describe)
+    identity = _identity(model, precision, quantization, kernels)
+    if has_own_code(model_config, trust_remote_code):
+        identity = object()
+    return FakeModel(described, mode, precision, identity)
+
+
+def _identity(model: "PreTrainedModel", *build: str | None) -> object:
+    """All that passes of a model of transformers' own classes depend on; not the folder that its
+    config names.
+    """
+    said = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    attention = model.config._attn_implementation
+    return type(model), json.dumps(said, default=str), attention, *build
 
 
 def _to_fake(model: "PreTrainedModel") -> None:
@@ -272,7 +318,13 @@ def _to_fake(model: "PreTrainedModel") -> None:
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:  # the original is kept, so that its id stays its own
-            made[id(tensor)] = (tensor, torch.empty_like(tensor, device="cpu"))
+            # from numbers alone a result is looked up: a tensor of `meta` is converted each time
+            new = (
+                torch.empty(tensor.shape, dtype=tensor.dtype)
+                if tensor.is_contiguous()
+                else torch.empty_like(tensor, device="cpu")
+            )
+            made[id(tensor)] = (tensor, new)
         return made[id(tensor)][1]
 
     model._apply(fake)

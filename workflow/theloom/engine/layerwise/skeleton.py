@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
@@ -43,7 +42,7 @@ from theloom.model.block_calls import (
 )
 from theloom.model.checkpoint.classes import auto_class
 from theloom.model.length_switches import fix_frequencies
-from theloom.model.shapes_only import shapes_only
+from theloom.model.shapes_only import WithoutBytes, shapes_only
 from theloom.precision import torch_dtype
 
 
@@ -137,13 +136,13 @@ class Shell(Frame):
         return {name: m for name, m in modules if isinstance(m, nn.Embedding) and m not in inside}
 
     @contextmanager
-    def without_bytes(self) -> Iterator[FakeTensorMode]:
+    def without_bytes(self) -> Iterator[WithoutBytes]:
         """Have the whole model on fake CPU tensors for a while, to see how values go through it.
 
         Yields:
             The mode in which the tensors are fake.
         """
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = WithoutBytes()
         was: list[tuple[dict[str, Any], str, torch.Tensor]] = [
             (cast(Any, table), leaf, tensor)
             for module in self.model.modules()
