@@ -5,8 +5,8 @@ import torch
 import transformers.core_model_loading as loading
 from support import TINY, a_config, build_tiny
 from theloom.devices import host
-from theloom.hooks.blocks import BlockNotLoadedError
 from theloom.hooks.catalog import build_catalog
+from theloom.hooks.layouts.trial import BlockNotLoadedError
 from theloom.hooks.taps import Taps
 from theloom.memory.estimators import Traced
 from theloom.model import pruning, quantization

@@ -310,7 +310,7 @@ def extract_with_checkpointing(
 
 def _in_one_pass(requested: Request, resolved: Resolved | None, progress: bool) -> HiddenStates:
     from theloom.extraction.casting import InPrecision
-    from theloom.hooks.blocks import evaluating
+    from theloom.hooks.layouts.trial import evaluating
     from theloom.hooks.taps import Taps
     from theloom.model.forward import steps
 
@@ -335,7 +335,7 @@ def _in_one_pass(requested: Request, resolved: Resolved | None, progress: bool) 
 def _chunks(
     requested: Request, chunk_size: int, progress: bool
 ) -> Generator[HiddenStates, None, None]:
-    from theloom.hooks.blocks import evaluating
+    from theloom.hooks.layouts.trial import evaluating
     from theloom.hooks.taps import Taps
     from theloom.model.forward import steps
 

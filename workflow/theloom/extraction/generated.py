@@ -18,7 +18,7 @@ from theloom.errors import InputError, ModelError
 from theloom.extraction.api import extract_hidden_states
 from theloom.extraction.padding import Tokens
 from theloom.extraction.request import ask
-from theloom.hooks.blocks import evaluating
+from theloom.hooks.layouts.trial import evaluating
 from theloom.precision import precision_of
 from theloom.rows import expression
 from theloom.rows.document import Document

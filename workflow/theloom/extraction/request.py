@@ -254,7 +254,7 @@ def causal(described: Architecture) -> bool:
     Returns:
         True where they are.
     """
-    from theloom.hooks.blocks import evaluating
+    from theloom.hooks.layouts.trial import evaluating
     from theloom.model.forward import forward_residuals
 
     shown = _shown.setdefault(described.model, _Shown())
@@ -274,7 +274,7 @@ def causal(described: Architecture) -> bool:
 
 def _tried(described: Architecture) -> "SelfCheck | ModelError":
     """What a trial of the model showed, or why it failed: made once a model."""
-    from theloom.hooks.blocks import evaluating
+    from theloom.hooks.layouts.trial import evaluating
     from theloom.model.checks import self_check
 
     shown = _shown.setdefault(described.model, _Shown())

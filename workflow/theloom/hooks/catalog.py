@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from theloom.errors import HookError
-from theloom.hooks.blocks import Architecture, cannot_run, evaluating
+from theloom.hooks.blocks import Architecture
 from theloom.hooks.failures import MODEL_ERRORS, UnreadableError, why
+from theloom.hooks.layouts.trial import cannot_run, evaluating
 from theloom.hooks.locate import Anatomy
 from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.hooks.taps import Sink, Taps

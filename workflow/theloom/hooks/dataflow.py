@@ -9,7 +9,8 @@ from torch import nn
 
 from theloom.hooks import attention
 from theloom.hooks.attention import ROT_K, ROT_Q, Inside
-from theloom.hooks.blocks import Architecture, forward_three_tokens
+from theloom.hooks.blocks import Architecture
+from theloom.hooks.layouts.trial import forward_three_tokens
 from theloom.hooks.module_names import find_attention, find_core
 from theloom.hooks.sites import Norm, Site, is_norm
 from theloom.rows.modality import senses

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from theloom.errors import HookError, ModelError
-from theloom.hooks.blocks import Architecture, cannot_run
+from theloom.hooks.blocks import Architecture
 from theloom.hooks.failures import MODEL_ERRORS, why
 from theloom.hooks.layouts.chunked import sees_whole_pass
+from theloom.hooks.layouts.trial import cannot_run
 from theloom.hooks.points import RESIDUALS
 from theloom.model.forward import forward_residuals, no_cache, takes_lengths
 from theloom.model.length_switches import (

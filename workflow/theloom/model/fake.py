@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, initialization
 from transformers.pytorch_utils import Conv1D
 
 from theloom.errors import ModelError
-from theloom.hooks.blocks import Architecture, cannot_run, find_blocks
+from theloom.hooks.blocks import Architecture, find_blocks
 from theloom.hooks.catalog import build_catalog
 from theloom.hooks.failures import MODEL_ERRORS, refused, why
+from theloom.hooks.layouts.trial import cannot_run
 from theloom.hooks.points import HookCatalog, HookPoint
 from theloom.model import pruning
 from theloom.model.checkpoint.classes import auto_class, has_own_code

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from theloom.hooks.blocks import Architecture, BlockNotLoadedError
+from theloom.hooks.blocks import Architecture
 from theloom.hooks.failures import MODEL_ERRORS
 from theloom.hooks.layouts.ends import parts_of
+from theloom.hooks.layouts.trial import BlockNotLoadedError
 from theloom.hooks.points import LAST_STATE, HookPoint, deepest_block
 from theloom.hooks.sites import Site
 from theloom.hooks.taps import Taps

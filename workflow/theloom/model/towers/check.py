@@ -7,8 +7,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from theloom.errors import HookError, ModelError
-from theloom.hooks.blocks import Architecture, cannot_run
+from theloom.hooks.blocks import Architecture
 from theloom.hooks.failures import MODEL_ERRORS, why
+from theloom.hooks.layouts.trial import cannot_run
 from theloom.hooks.taps import Taps
 from theloom.model.checks import SelfCheck, largest_error
 from theloom.model.forward import no_cache, start_afresh

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from theloom.config.model_dims import stages_of
 from theloom.errors import ModelError
-from theloom.hooks.blocks import cannot_run
 from theloom.hooks.failures import refused
+from theloom.hooks.layouts.trial import cannot_run
 from theloom.hooks.points import RESIDUALS, HookPoint
 from theloom.hooks.stages.resolution import check_one_resolution
 from theloom.hooks.taps import Taps
