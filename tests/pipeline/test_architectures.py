@@ -24,6 +24,8 @@ RIGHT = {  # whether it is streamed
     "causal/zamba2": True,  # its code for a step of one token gives other rows
     "causal/deepseek_v32": False,  # keys by a score, so that padding changes rows
     "image-text/paligemma": False,  # sees both ways: padding and masks change rows
+    "encoder-decoder/encoder-decoder": False,  # two models in one, each of its own class
+    "encoder-decoder/fsmt": False,  # its output embeddings are its decoder's
     "masked/albert": False,  # one module, as many blocks as its config says
     "masked/longformer": False,  # decides by the values of its mask, and pads to whole windows
     "masked/modernbert": False,

@@ -39,6 +39,9 @@ class NotLoaded(nn.Module):
             None  # what to give for its input, in `passed_over`
         )
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """Do nothing: it has no weights. EncoderDecoderModel hands this on to its halves."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """End the forward pass, or within `passed_over` return the input.
 

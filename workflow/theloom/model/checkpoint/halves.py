@@ -62,6 +62,8 @@ def half(whole: Any, side: str) -> Any:
             )
         if side == "encoder":
             keep_encoder(self)
+            # FSMT gives a part of its decoder
+            self.get_output_embeddings = lambda: None
 
     return remade(whole, build, _of_encoder if side == "encoder" else _of_decoder(whole))
 
