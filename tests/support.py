@@ -387,13 +387,13 @@ class Project:
         return [*base, *arguments, *config_arguments]
 
     def snakemake(
-        self, *arguments: str, profiles: str = "", overrides: str = "", preloaded: bool = True
+        self, *arguments: str, profiles: str = "", overrides: str = ""
     ) -> subprocess.CompletedProcess[str]:
-        """Run it to its end; without `preloaded`, every job imports its libraries itself."""
+        """Run it to its end."""
         return subprocess.run(
             self.command(*arguments, profiles=profiles, overrides=overrides),
             cwd=self.folder,
-            env=preloading.environment() if preloaded else None,
+            env=preloading.environment(),
             capture_output=True,
             text=True,
             timeout=1800,
