@@ -30,6 +30,7 @@ RIGHT = {  # whether it is streamed
     "masked/longformer": False,  # decides by the values of its mask, and pads to whole windows
     "masked/modernbert": False,
     "base/aimv2_vision_model": False,  # positions of one size of image
+    "base/hiera": False,  # input and output of one module are two of its stages
     "base/moonshine": False,  # raw sound, by convolutions of its encoder; the decoder is not loaded
     "base/qwen2_audio_encoder": False,  # its own last state is pooled
 }

@@ -88,8 +88,10 @@ class Architecture:
 
     @cached_property
     def repeats(self) -> bool:
-        """Whether a module runs several times in a pass."""
-        return any(self.calls)
+        """Whether a module runs several times in a pass, as several blocks; the input and the
+        output of one may be two stages.
+        """
+        return self.stages is None and any(self.calls)
 
     @property
     def side(self) -> str:

@@ -58,7 +58,9 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
     if is_whole_encoder_decoder(model_config):
         raise _unnamed(model_config)
     if type(model_config) not in transformers.AutoModel._model_mapping:
-        return _whole_class(model_config)  # the text half of a model, which has a config of its own
+        # such as the text half of a model, which has a config of its own
+        whole = _whole_class(model_config)
+        return whole if hasattr(whole, "from_config") else remade(whole, whole.__init__)
     return transformers.AutoModel
 
 
