@@ -100,7 +100,8 @@ def test_a_killed_group_goes_on_and_gives_the_rows_of_single_jobs(tiny):
     with held_in_the_second_shard(tiny, first):
         kill_in_the_second_shard(tiny)
     before = first.stat().st_ino
-    assert not list(shards.glob("0000[0-2]-of-00005.h5"))
+    # the second may be killed between its end and being set aside
+    assert not list(shards.glob("0000[02]-of-00005.h5"))
     done = tiny.snakemake("--unlock", profiles="tiny", overrides=GROUPED)
     assert done.returncode == 0, done.stderr
     done = tiny.snakemake("--rerun-incomplete", profiles="tiny", overrides=f"name=grouped {CUT}")
