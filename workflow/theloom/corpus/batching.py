@@ -288,6 +288,23 @@ def _batch(windows: list[int], lengths: np.ndarray) -> Batch:
     return Batch(tuple(windows), tuple(int(lengths[w]) for w in windows))
 
 
+def positions_in(ids: "torch.Tensor") -> int:
+    """The positions of a batch, with its padding.
+
+    Args:
+        ids: of `padded`.
+
+    Returns:
+        Windows times width, whether a position is a token id or several codes.
+
+    Examples:
+        >>> import torch
+        >>> positions_in(torch.zeros(2, 5)), positions_in(torch.zeros(2, 5, 4))
+        (10, 10)
+    """
+    return int(ids.shape[0] * ids.shape[1])
+
+
 def padded(batch: Batch, input_ids: np.ndarray, window_offset: np.ndarray) -> "torch.Tensor":
     """The token ids of a batch, padded on the right with token 0.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from theloom.corpus import batching
-from theloom.corpus.batching import Batch
+from theloom.corpus.batching import Batch, positions_in
 from theloom.devices import accelerator, gpu, pinned, streams
 from theloom.devices.peak_memory import MemoryWatch
 from theloom.devices.streams import Mark
@@ -172,7 +172,7 @@ def run_batches(
                         batch.lengths,
                         batch.windows,
                     )
-                measured.forwarded += ids.shape[0] * ids.shape[1]
+                measured.forwarded += positions_in(ids)
                 probe.compare(runner, batch, ids)
             if number < first:
                 continue

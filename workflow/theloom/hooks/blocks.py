@@ -24,7 +24,7 @@ from theloom.hooks.layouts.ends import (
 )
 from theloom.hooks.layouts.trial import forward_three_tokens
 from theloom.hooks.pass_state import PassState
-from theloom.hooks.points import HookPoint, residual_points
+from theloom.hooks.points import RESIDUALS, HookPoint, residual_points
 from theloom.hooks.sites import Site
 from theloom.hooks.stages.search import find_stages
 from theloom.hooks.stages.stage import Stages
@@ -54,27 +54,29 @@ class Architecture:
         """The modules that the model calls to run its blocks, in that order: mostly the blocks."""
         return [part for block in self.blocks for part in parts_of(block)]
 
-    def before(self, block: int) -> Site:
-        """Where the residual stream enters a block.
+    def ends_of(self, block: int) -> Ends:
+        """Where the residual stream enters a block, and where it is after it.
 
         Args:
             block: its number.
 
         Returns:
-            The site, which is read as a whole.
+            The two sites, of `hook_resid_pre` and `hook_resid_post`, which are read as a whole.
         """
-        return self.ends[block][0] if self.ends else Site(self.blocks[block], "input")
+        if self.ends:
+            return self.ends[block]
+        return Site(self.blocks[block], "input"), Site(self.blocks[block], "output")
 
-    def after(self, block: int) -> Site:
-        """Where the residual stream is after a block.
+    def residual(self, point: HookPoint) -> Site:
+        """Where a residual is.
 
         Args:
-            block: its number.
+            point: `hook_resid_pre` or `hook_resid_post` of a block.
 
         Returns:
             The site, which is read as a whole.
         """
-        return self.ends[block][1] if self.ends else Site(self.blocks[block], "output")
+        return self.ends_of(point.block)[RESIDUALS.index(point.value)]
 
     @property
     def loaded(self) -> list["torch.nn.Module"]:

@@ -21,7 +21,7 @@ from theloom.hooks.attention import ROT_K, ROT_Q
 from theloom.hooks.blocks import Architecture
 from theloom.hooks.cross import cross_sites
 from theloom.hooks.dataflow import Flow
-from theloom.hooks.layouts.chunked import pads_to_chunks
+from theloom.hooks.layouts.chunked import sees_whole_pass
 from theloom.hooks.layouts.ends import ListedBlock, of_several_streams
 from theloom.hooks.module_names import (
     ATTENTION_OUTPUT,
@@ -157,7 +157,7 @@ def _find(architecture: Architecture) -> Anatomy:
         last, missing = None, _SEVERAL_CALLS
     found.end = found.final_norm if last is None else last.module
     organs.append((count, LAST_STATE, missing if last is None else last))
-    if any(pads_to_chunks(module) for module in architecture.model.modules()):
+    if sees_whole_pass(architecture.model):
         organs = [(n, value, _of_tokens(where)) for n, value, where in organs]
     for block_number, value, where in organs:
         new = point(value, block_number, count, (), architecture.side)
@@ -178,18 +178,16 @@ def _last_state(architecture: Architecture, flow: "Flow") -> Site | None:
     around = (m for m in flow.ran if m is not last and last in m.modules())
     places = chain((m for m in behind if not flow.in_a_block(m)), [last], around)
     if isinstance(architecture.blocks[-1], ListedBlock):
-        return architecture.after(len(architecture.blocks) - 1)
+        return architecture.ends_of(len(architecture.blocks) - 1)[1]
     found = (m for m in places if flow.last_state and flow.output(m) == flow.last_state)
     return next((Site(m, "output") for m in found), None)
 
 
 def _residuals(architecture: Architecture, number: int) -> dict[str, Site | str]:
     """The sites of a block's residual stream."""
-    found: dict[str, Site | str] = {
-        "hook_resid_pre": replace(architecture.before(number), read=stream),
-        "hook_resid_post": replace(architecture.after(number), read=stream),
-    }
-    if of_several_streams(architecture.blocks):
+    ends = (replace(site, read=stream) for site in architecture.ends_of(number))
+    found: dict[str, Site | str] = dict(zip(RESIDUALS, ends, strict=True))
+    if architecture.ends and of_several_streams(architecture.blocks):
         found["hook_resid_mid"] = "its attention adds to another stream than its MLP"
     return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from theloom.errors import HookError
+from theloom.hooks.layouts.chunked import pads_to_chunks
 
 Batch = tuple[int, int]
 Read = Callable[[torch.Tensor, Batch], torch.Tensor]
@@ -200,8 +201,8 @@ def _streams_first(value: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def _has_rows_behind(module: nn.Module) -> bool:
-    paddings = ("_pad_to_window_size", "_pad_to_mult_of_chunk_length")
-    return any(hasattr(type(module), name) for name in paddings) or "ngram" in vars(module)
+    pads = hasattr(type(module), "_pad_to_window_size") or pads_to_chunks(module)
+    return pads or "ngram" in vars(module)
 
 
 _OTHER_ROWS: tuple[tuple[Callable[[nn.Module], bool], Read], ...] = (

@@ -220,18 +220,16 @@ class Taps:
         if self.architecture.stages is not None:
             return self.architecture.stages.of(point).site
         if point.value in RESIDUALS:  # known without a look at the block's inside
-            before = point.value == RESIDUALS[0]
-            site = self.architecture.before if before else self.architecture.after
-            return replace(site(point.block), read=self._stream)
+            return replace(self.architecture.residual(point), read=self._stream)
         return Anatomy.of(self.architecture).site(point)
 
     def _stop_after(self, deepest: int) -> Any:
         if self.architecture.stages is not None:
             site = self.architecture.stages.last(self._points).site
         elif deepest < 0:
-            site = self.architecture.before(0)
+            site, _ = self.architecture.ends_of(0)
         elif deepest < len(self.architecture.blocks):
-            site = self.architecture.after(deepest)
+            _, site = self.architecture.ends_of(deepest)
         else:
             last = Anatomy.of(self.architecture).end
             assert last is not None

@@ -278,8 +278,7 @@ class _Table:
         kept: list[Any] = []
         fake.architecture.model.register_forward_pre_hook(lambda *_: kept.clear())
         for point in points:
-            before = point.value == "hook_resid_pre"
-            site = (fake.architecture.before if before else fake.architecture.after)(point.block)
+            site = fake.architecture.residual(point)
             if site.place == "input":
                 site.module.register_forward_pre_hook(
                     lambda _, args, kwargs, site=site: kept.append(site.given(args, kwargs)),

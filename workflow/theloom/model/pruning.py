@@ -131,13 +131,9 @@ def unneeded(described: Architecture, points: Sequence[HookPoint]) -> list[str]:
     # what the model's own last hidden state is, is seen where its forward pass goes to the end
     whole = any(p.value == LAST_STATE for p in points)
     before = everywhere if whole else _called(described, points)
-    needed, behind = (
-        {m for block in part for m in parts_of(block)}
-        for part in (
-            described.blocks[: max(deepest, 0) + 1],
-            described.blocks[max(deepest, 0) + 1 :],
-        )
-    )
+    end = max(deepest, 0) + 1
+    needed = {m for block in described.blocks[:end] for m in parts_of(block)}
+    behind = {m for block in described.blocks[end:] for m in parts_of(block)}
     dropped = {n for n, m in model.named_modules() if m in behind and m not in needed}
     for name, module in model.named_modules():
         if name in around or module in blocks or module in before:

@@ -47,8 +47,8 @@ def reference_residuals(architecture: Architecture, **inputs: Any) -> dict[str, 
     seen: dict[str, torch.Tensor] = {}
     joints = _Joints(architecture) if architecture.repeats else None
     firsts = range(min(2, len(blocks)) if joints is None else 1)
-    sites = {str(i): architecture.before(i) for i in firsts}
-    sites["last"] = architecture.after(len(loaded) - 1)
+    sites = {str(i): architecture.ends_of(i)[0] for i in firsts}
+    sites["last"] = architecture.ends_of(len(loaded) - 1)[1]
     handles = [_keep(seen, name, site) for name, site in sites.items()]
     handles += [] if joints is None else joints.handles
     try:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from theloom.corpus.batching import positions_in
 from theloom.engine import handoff
 from theloom.engine.layerwise.block_loader import BlockSource
 from theloom.engine.layerwise.residual_store import ResidualSpec, ResidualStore
@@ -175,7 +176,7 @@ class LayerwiseRunner:
         if first:
             log.info("resuming after block %d, whose residuals are on disk", first - 1)
         self._enter(batches, residuals, units, fresh=first == 0)
-        progress = SweepProgress(first, self._last + 1, sum(_tokens(ids) for ids in batches))
+        progress = SweepProgress(first, self._last + 1, sum(positions_in(ids) for ids in batches))
         blocks = range(first, self._last + 1)
         for block in self._source.sweep(blocks):
             with closing(self._incoming(batches, residuals)) as units.incoming:
@@ -187,7 +188,7 @@ class LayerwiseRunner:
                         lambda: [residuals.read(p) for p in pieces],  # noqa: B023
                     ) as units.captured:
                         self._through_block(block, number, ids, residuals, units)
-                    progress.update(block, number + 1, len(batches), _tokens(ids))
+                    progress.update(block, number + 1, len(batches), positions_in(ids))
                     if requested := stop():
                         commit()
                         raise StoppedError(
@@ -197,7 +198,7 @@ class LayerwiseRunner:
             residuals.block_done(block + 1, commit, last=block == self._last)
         if self.stages[-1] > self._last:
             self._after(batches, residuals, units)
-        tokens = sum(_tokens(ids) for ids in batches)
+        tokens = sum(positions_in(ids) for ids in batches)
         return Swept(
             time.perf_counter() - started,
             self._source.waited - waited,
@@ -433,11 +434,6 @@ class _Units:
             yield taps
         if not done:
             self._unit_done(batch)
-
-
-def _tokens(ids: torch.Tensor) -> int:
-    """Positions of a batch, whether a token id or several codes each."""
-    return ids.shape[0] * ids.shape[1]
 
 
 def _through(

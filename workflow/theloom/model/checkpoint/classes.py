@@ -1,5 +1,6 @@
 """The class of transformers, or of a folder's own code, that a model loads into."""
 
+from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,7 @@ def auto_class(model_config: "PretrainedConfig", trust_remote_code: bool = False
         raise _unnamed(model_config)
     if type(model_config) not in transformers.AutoModel._model_mapping:
         # such as the text half of a model, which has a config of its own
-        whole = _whole_class(model_config)
-        return whole if hasattr(whole, "from_config") else remade(whole, whole.__init__)
+        return _alike(_whole_class(model_config))
     return transformers.AutoModel
 
 
@@ -199,13 +199,17 @@ def model_class(model_config: "PretrainedConfig") -> Any:
     return _whole_class(model_config)
 
 
+@cache
+def _alike(whole: Any) -> Any:
+    """A class of transformers as one that is made from a config as an auto class is."""
+    return remade(whole)
+
+
 def _whole_class(model_config: "PretrainedConfig") -> Any:
     from transformers import AutoModel
 
-    found: Any = AutoModel._model_mapping.get(type(model_config), None)
+    found: Any = AutoModel._model_mapping.get(type(model_config), None) or class_of(model_config)
     if found is None:
-        if (text := class_of(model_config)) is not None:
-            return remade(text, text.__init__)
         raise ModelError(
             f"transformers has no model for a config of the class {type(model_config).__name__}"
         )

@@ -101,13 +101,10 @@ def codes_class(config: "PretrainedConfig") -> Any:
 
 @cache
 def _class_of(whole: Any, count: int) -> Any:
-    def build(self: Any, *args: Any, **options: Any) -> None:
-        whole.__init__(self, *args, **options)
-
     def forward(self: Any, input_ids: Any = None, **given: Any) -> Any:
         return whole.forward(self, input_ids=_folded(input_ids, count), **given)
 
-    return remade(whole, build, forward)
+    return remade(whole, forward=forward)
 
 
 def _folded(ids: Any, count: int) -> Any:

@@ -68,12 +68,12 @@ def half(whole: Any, side: str) -> Any:
     return remade(whole, build, _of_encoder if side == "encoder" else _of_decoder(whole))
 
 
-def remade(whole: Any, build: Any, forward: Any = None) -> Any:
+def remade(whole: Any, build: Any = None, forward: Any = None) -> Any:
     """A class in the place of one of transformers, with its name and its names of weights.
 
     Args:
         whole: the class of transformers.
-        build: its `__init__`.
+        build: its `__init__`; None: that of the whole.
         forward: its forward pass; None: that of the whole.
 
     Returns:
@@ -83,9 +83,9 @@ def remade(whole: Any, build: Any, forward: Any = None) -> Any:
     def from_config(cls: Any, config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
         return cls._from_config(config, **options)
 
-    parts = {"__init__": build, "from_config": classmethod(from_config)}
-    if forward is not None:
-        parts["forward"] = forward
+    given = {"__init__": build, "forward": forward}
+    parts: dict[str, Any] = {name: own for name, own in given.items() if own is not None}
+    parts["from_config"] = classmethod(from_config)
     return type(whole.__name__, (whole,), {"__module__": whole.__module__, **parts})
 
 
