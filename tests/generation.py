@@ -6,7 +6,7 @@ import torch
 from theloom.memory.storages import LiveStorages
 from theloom.memory.trace import CUDA_KERNELS, MarkedCache, grow_cache
 from theloom.model.fake import FakeModel
-from theloom.model.shapes_only import shapes_only
+from theloom.model.without_bytes.shapes_only import shapes_only
 
 if TYPE_CHECKING:
     pass

@@ -16,8 +16,8 @@ from theloom.memory.sizes import Workload
 from theloom.memory.storages import LiveStorages, Storage
 from theloom.model import fake as fake_models
 from theloom.model.fake import fake_model
-from theloom.model.shapes_only import shapes_only
 from theloom.model.weight_format import WeightFormat
+from theloom.model.without_bytes.shapes_only import shapes_only
 from theloom.precision import torch_dtype
 from torch._subclasses.fake_tensor import FakeTensorMode
 from traced_models import MODELS, model_config
@@ -64,7 +64,9 @@ def test_it_does_so_for_hook_points_inside_the_blocks(name: str) -> None:
     assert all(abs(error) <= 1e-3 for error, _ in far.values()), far
 
 
-@pytest.mark.parametrize(("name", "quantization"), [("gpt2", None), ("qwen3_moe", "int8")])
+@pytest.mark.parametrize(
+    ("name", "quantization"), [("gpt2", None), ("gemma2", None), ("qwen3_moe", "int8")]
+)
 def test_every_storage_is_that_of_torch_s_own_mode(name, quantization, monkeypatch):
     """Operations that were looked up have the results that are computed anew each time."""
 

@@ -18,7 +18,7 @@ from theloom.memory.sizes import Workload
 from theloom.memory.storages import LiveStorages
 from theloom.memory.training import PHASES, Recipe, TrainingMemory
 from theloom.model.fake import fake_model
-from theloom.model.shapes_only import shapes_only
+from theloom.model.without_bytes.shapes_only import shapes_only
 from theloom.precision import torch_dtype
 from torch.profiler import ProfilerActivity, profile, record_function
 from traced_models import model_config

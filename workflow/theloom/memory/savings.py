@@ -20,7 +20,7 @@ from theloom.memory.storages import LiveStorages
 from theloom.memory.trace import CAPTURED, CPU_KERNELS, CUDA_KERNELS
 from theloom.memory.training import Recipe, TrainingMemory
 from theloom.model.fake import FakeModel, fake_model
-from theloom.model.shapes_only import shapes_only
+from theloom.model.without_bytes.shapes_only import shapes_only
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

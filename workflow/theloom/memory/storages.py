@@ -138,16 +138,16 @@ class LiveStorages(TorchDispatchMode):
         import torch
 
         if func is torch.ops.prim.device.default:
-            return func(*args, **(kwargs or {}))
+            return getattr(args[0], "fake_device", None) or func(*args, **(kwargs or {}))
         if func not in self._whole and _is_composite(func):
             # under inference mode an operation made of others arrives as one, with the temporaries
             # between them unseen
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._born(leaf, str(func))
+                self._born(leaf, func)
         if func in self._inside:
             self._within(self._inside[func](*args), str(func))
         return result
@@ -157,7 +157,7 @@ class LiveStorages(TorchDispatchMode):
         self._storages.append(Storage(nbytes, TEMPORARIES, operation, self._module()))
         self.events += [(number, nbytes), (number, -nbytes)]
 
-    def _born(self, tensor: "torch.Tensor", operation: str) -> None:
+    def _born(self, tensor: "torch.Tensor", operation: Any) -> None:
         if self._device is not None and tensor.device.type != self._device:
             return
         storage = tensor.untyped_storage()
@@ -166,7 +166,7 @@ class LiveStorages(TorchDispatchMode):
         if (known is not None and known[0]() is not None) or nbytes == 0:
             return
         number = len(self._storages)
-        self._storages.append(Storage(nbytes, TEMPORARIES, operation, self._module()))
+        self._storages.append(Storage(nbytes, TEMPORARIES, str(operation), self._module()))
         self.events.append((number, nbytes))
 
         def ended(_: Any) -> None:

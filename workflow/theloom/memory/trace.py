@@ -24,9 +24,9 @@ from theloom.model.attention_kernels import traced_as_cuda
 from theloom.model.checkpoint.halves import SOURCE_IDS, SOURCE_MASK
 from theloom.model.fake import FakeModel
 from theloom.model.forward import PrefillCache
-from theloom.model.shapes_only import shapes_only, with_values_if_needed
 from theloom.model.towers.chat import images_placed
 from theloom.model.towers.decoder import longest_target
+from theloom.model.without_bytes.shapes_only import shapes_only, with_values_if_needed
 from theloom.precision import torch_dtype
 from theloom.rows.modality import SOURCE_ROWS, source_of
 from theloom.rows.tower_inputs import has_values

@@ -22,7 +22,7 @@ from theloom.model import block_calls
 from theloom.model.attention_kernels import traced_as_cuda
 from theloom.model.block_calls import BlockCache, Call, Frame
 from theloom.model.fake import FakeModel
-from theloom.model.shapes_only import shapes_only
+from theloom.model.without_bytes.shapes_only import shapes_only
 
 
 @dataclass(frozen=True)

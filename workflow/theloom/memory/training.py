@@ -31,7 +31,7 @@ from theloom.errors import ModelError
 from theloom.memory import trace
 from theloom.memory.storages import TEMPORARIES, LiveStorages, Peak
 from theloom.model.fake import FakeModel, fake_model
-from theloom.model.shapes_only import shapes_only
+from theloom.model.without_bytes.shapes_only import shapes_only
 from theloom.precision import torch_dtype
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from theloom.model.checkpoint.classes import auto_class, has_own_code
 from theloom.model.checkpoint.limits import bounded_build
 from theloom.model.length_switches import fix_frequencies
 from theloom.model.quantization import packed_on_the_cpu
-from theloom.model.shapes_only import WithoutBytes, shapes_only, with_values_if_needed
 from theloom.model.weight_format import nf4_scales, quantization_config
+from theloom.model.without_bytes.mode import WithoutBytes
+from theloom.model.without_bytes.shapes_only import shapes_only, with_values_if_needed
 from theloom.precision import torch_dtype
 from theloom.rows.tower_inputs import has_values
 

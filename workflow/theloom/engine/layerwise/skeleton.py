@@ -42,7 +42,8 @@ from theloom.model.block_calls import (
 )
 from theloom.model.checkpoint.classes import auto_class
 from theloom.model.length_switches import fix_frequencies
-from theloom.model.shapes_only import WithoutBytes, shapes_only
+from theloom.model.without_bytes.mode import WithoutBytes
+from theloom.model.without_bytes.shapes_only import shapes_only
 from theloom.precision import torch_dtype
 
 

@@ -13,8 +13,8 @@ from theloom.hooks.layouts.trial import cannot_run
 from theloom.hooks.points import RESIDUALS, HookPoint
 from theloom.hooks.stages.resolution import check_one_resolution
 from theloom.hooks.taps import Taps
-from theloom.model.shapes_only import shapes_only
 from theloom.model.towers import trial_inputs as towers
+from theloom.model.without_bytes.shapes_only import shapes_only
 from theloom.rows.modality import modality_of, source_of
 from theloom.rows.tower_inputs import part_of
 

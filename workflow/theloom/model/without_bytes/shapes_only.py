@@ -11,7 +11,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensor,
-    FakeTensorMode,
     unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,61 +25,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _FAKE_TENSOR_LOG = logging.getLogger("torch._subclasses.fake_tensor")
-
-
-class WithoutBytes(FakeTensorMode):
-    """PyTorch's mode of fake tensors, whose shapes are all numbers; quicker at what it has seen."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the wrapper costs 10 µs an operation
-
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True, shape_env=None)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # the same shape and storage, and a view is looked up where this is computed each time
-        func = torch.ops.aten.view.default if func is _UNSAFE_VIEW else func
-        return self.dispatch(func, types, args, kwargs or {})
-
-    def _prep_args_for_hash(self, result: list[Any], args: Any, *more: Any) -> None:
-        """What an operation's result is looked up by. PyTorch's own takes half of the time of a
-        pass, since it looks for symbols in every field of every tensor.
-        """
-        result += (type(args), len(args))
-        if isinstance(args, dict):
-            result += args
-        for arg in args.values() if isinstance(args, dict) else args:
-            if type(arg) is FakeTensor and arg.layout is torch.strided and _plain(arg, self):
-                result += (
-                    FakeTensor,
-                    arg.shape,
-                    arg.stride(),
-                    arg.storage_offset(),
-                    arg.untyped_storage().nbytes(),
-                    arg.dtype,
-                    arg.fake_device,
-                    arg.requires_grad,
-                    arg.is_inference(),
-                    arg.is_quantized,
-                    arg.is_conj(),
-                    arg.is_neg(),
-                )
-            elif type(arg) in _SCALARS:
-                result += (type(arg), arg)
-            elif type(arg) in (list, tuple, dict):
-                self._prep_args_for_hash(result, arg, *more)
-            else:
-                super()._prep_args_for_hash(result, (arg,), *more)
-
-
-_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
-_SCALARS = (int, float, bool, type(None), torch.dtype, torch.device, torch.memory_format)
-
-
-def _plain(tensor: FakeTensor, mode: FakeTensorMode) -> bool:
-    """Whether a tensor is of a mode, and without the value of a number in the model's code."""
-    return tensor.fake_mode is mode and tensor.constant is None
 
 
 @contextmanager
@@ -101,7 +45,7 @@ def shapes_only(known: bool = False) -> Iterator[None]:
     packed, grouped = masking_utils.find_packed_sequence_indices, moe._grouped_mm
     ignored, convert = masking_utils._ignore_causal_mask_sdpa, nn.Module._apply
     entry, listed = FakeTensor.__getitem__, FakeTensor.tolist
-    level = _FAKE_TENSOR_LOG.level
+    silent = _FAKE_TENSOR_LOG.disabled
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     masking_utils._ignore_causal_mask_sdpa = lambda padding_mask, *args, **named: ignored(
         None, *args, **named
@@ -110,7 +54,7 @@ def shapes_only(known: bool = False) -> Iterator[None]:
     nn.Module._apply = _converted  # type: ignore[method-assign]
     FakeTensor.__getitem__ = _entry  # type: ignore[assignment]
     FakeTensor.tolist = _listed  # type: ignore[method-assign]
-    _FAKE_TENSOR_LOG.setLevel(logging.CRITICAL + 1)
+    _FAKE_TENSOR_LOG.disabled = True
     try:
         with _EverythingIsNonzero(known):
             yield
@@ -120,7 +64,7 @@ def shapes_only(known: bool = False) -> Iterator[None]:
         nn.Module._apply = convert  # type: ignore[method-assign]
         FakeTensor.__getitem__ = entry  # type: ignore[method-assign]
         FakeTensor.tolist = listed  # type: ignore[method-assign]
-        _FAKE_TENSOR_LOG.setLevel(level)
+        _FAKE_TENSOR_LOG.disabled = silent
 
 
 def _converted(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
