@@ -109,6 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # of a few tests' time a twentieth was looking for garbage
 
 
 @pytest.fixture(autouse=True)
