@@ -94,7 +94,7 @@ def measure(
     points: Sequence[HookPoint],
     loading: PeakMemory,
 ) -> Measured:
-    """Run the largest pass of a plan on random tokens: once for growth, once storage by storage.
+    """Run the largest pass of a plan on random tokens: memory in use grows, storage by storage.
 
     Args:
         loaded: the model.
@@ -114,8 +114,7 @@ def measure(
         loaded.device
     )
     with PeakMemory(loaded.device) as growing:
-        _run(loaded, ids, workload, points, kind)
-    measured = _run(loaded, ids, workload, points, kind)
+        measured = _run(loaded, ids, workload, points, kind)
     weights = quantization.resident_bytes(loaded.architecture.model)
     growth = growing.growth
     if loaded.device.type == "cpu":  # a job's heap also holds what loading left
