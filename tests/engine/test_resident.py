@@ -95,12 +95,13 @@ def test_documents_of_a_model_that_cannot_be_streamed_go_in_one_pass(tmp_path, t
     )
     for file in tiny_llama.glob("tokenizer*"):
         shutil.copy(file, folder)
-    requested = "extraction.shards=1 corpus.max_documents=1 corpus.context_length=96"  # chunks: 64
+    requested = "extraction.shards=1 corpus.max_tokens=60 corpus.context_length=24 "
+    requested += "memory.streaming_chunk_size=16"
     run = stages(tmp_path / "run", folder, requested).all()
     assert "cannot be streamed" in caplog.text
     acts = theloom.open(run.activations)
-    assert np.diff(acts.window_offset).max() == 96
-    assert acts.attributes["chunk_size"] == "[96]"
+    assert np.diff(acts.window_offset).max() == 24
+    assert acts.attributes["chunk_size"] == "[24]"
     run.verify()
 
 
