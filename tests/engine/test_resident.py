@@ -3,6 +3,7 @@ and a job killed.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from support import (
 )
 from theloom.config.schema import ArchitectureConfig
 from theloom.corpus import batching
+from theloom.dataset.merge import merge_shards
 from theloom.devices import gpu, host
 from theloom.devices.host import DeviceMemory
 from theloom.engine import model_record
@@ -219,11 +221,26 @@ def test_no_file_holds_the_user_s_home(tmp_path, monkeypatch, tiny_llama):
         assert str(home).encode() not in file.read_bytes(), file
 
 
+@pytest.fixture(scope="module")
+def half_run(tmp_path_factory, tiny_llama):
+    """A run of each precision, which is not merged yet, made once."""
+
+    @functools.cache
+    def made(precision):
+        requested = f"memory.precision_mode={precision} corpus.max_tokens=500"
+        run = stages(tmp_path_factory.mktemp("half"), tiny_llama, requested)
+        run.prepare()
+        run.extract()
+        return run
+
+    return made
+
+
 @pytest.mark.parametrize("merge", ["virtual", "physical"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_is_stored_bit_for_bit(tmp_path, tiny_llama, merge, precision):
-    requested = f"memory.precision_mode={precision} store.merge={merge} corpus.max_tokens=500"
-    run = stages(tmp_path, tiny_llama, requested).all()
+def test_half_precision_is_stored_bit_for_bit(half_run, tiny_llama, merge, precision):
+    run = half_run(precision)
+    merge_shards(run.shards, merge, run.activations)
     acts = theloom.open(run.activations)
     assert acts.dtype == torch_dtype(precision)
     rows = slice(*(int(r) for r in acts.window_offset[:2]))
