@@ -20,6 +20,7 @@ from pathlib import Path
 import preloading
 import pytest
 import torch
+from corpus_support import first_tokens
 from model_folders import first_blocks
 from support import Project, build_tiny, copy_project
 from theloom.config.schema import ModelConfig
@@ -171,6 +172,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: files.ModelFil
     build_tiny("llama", folder, vocab_size=49152)
     for file in smollm2.folder.glob("tokenizer*"):
         shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quick_llama(tiny_llama: Path) -> Path:
+    """The same with the tokenizer's first tokens, for tests of many runs; texts have a third more
+    tokens then.
+    """
+    folder = tiny_llama.with_name("quick-llama")
+    shutil.copytree(tiny_llama, folder)
+    first_tokens(tiny_llama, folder)
     return folder
 
 
