@@ -20,6 +20,8 @@ from pathlib import Path
 import preloading
 import pytest
 import torch
+from corpus_support import first_tokens
+from model_folders import first_blocks
 from support import Project, build_tiny, copy_project
 from theloom.config.schema import ModelConfig
 from theloom.model import files
@@ -153,6 +155,16 @@ def smollm2() -> files.ModelFiles:
 
 
 @pytest.fixture(scope="session")
+def smollm2_part(
+    tmp_path_factory: pytest.TempPathFactory, smollm2: files.ModelFiles
+) -> files.ModelFiles:
+    """The first six blocks of SmolLM2: trained weights of its widths, at a third of its cost."""
+    folder = tmp_path_factory.mktemp("models") / "smollm2-part"
+    first_blocks(smollm2.folder, folder, 6)
+    return files.prepare_files(ModelConfig(source=str(folder)))
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: files.ModelFiles) -> Path:
     """A tiny random Llama with the tokenizer of SmolLM2: real text runs through the whole pipeline
     in seconds.
@@ -161,6 +173,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: files.ModelFil
     build_tiny("llama", folder, vocab_size=49152)
     for file in smollm2.folder.glob("tokenizer*"):
         shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quick_llama(tiny_llama: Path) -> Path:
+    """The same with the tokenizer's first tokens, for tests of many runs; texts have a third more
+    tokens then.
+    """
+    folder = tiny_llama.with_name("quick-llama")
+    shutil.copytree(tiny_llama, folder)
+    first_tokens(tiny_llama, folder)
     return folder
 
 

@@ -1,12 +1,15 @@
 """Small model folders with a tokenizer of bytes, for tests that break or extend them."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import theloom
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import Stages, build_tiny, plain_residuals, stages
 from theloom.errors import ModelError
@@ -49,6 +52,23 @@ def llama(folder: Path, **numbers: Any) -> Path:
     """A tiny Llama of three blocks with a tokenizer of bytes."""
     build_tiny("llama", folder, **{"vocab_size": VOCABULARY, **numbers})
     byte_tokenizer(folder)
+    return folder
+
+
+def first_blocks(source: Path, folder: Path, count: int) -> Path:
+    """The first blocks of a model in one file of weights, and what else its folder holds."""
+    folder.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+    with safe_open(source / "model.safetensors", "pt") as weights:
+        kept = {}
+        for name in weights.keys():  # noqa: SIM118  it is no dict
+            number = re.search(r"layers\.(\d+)\.", name)
+            if number is None or int(number[1]) < count:
+                kept[name] = weights.get_tensor(name)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    describe(folder, num_hidden_layers=count)
     return folder
 
 

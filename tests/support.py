@@ -11,7 +11,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import FrameType
 
@@ -229,11 +229,16 @@ def forked(target: Callable[..., object], *arguments: object) -> ForkServerProce
     """Start a job that a test kills: of a server that has imported what all of them import, since
     a job that imports torch by itself takes seconds before it begins.
     """
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["forked_jobs"])  # heeded before the first job alone
-    started = processes.Process(target=target, args=arguments)
+    started = forking().Process(target=target, args=arguments)
     started.start()
     return started
+
+
+def forking() -> ForkServerContext:
+    """Processes of a server that has imported what jobs import."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["forked_jobs"])  # heeded before the first one alone
+    return processes
 
 
 def touch(size: int) -> None:

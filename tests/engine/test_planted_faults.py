@@ -6,6 +6,8 @@ out in a run of its own. Should one turn out not to be needed, or be added and n
 test fails.
 """
 
+import functools
+import itertools
 import shutil
 import signal
 import sys
@@ -54,14 +56,23 @@ Site = tuple[str, str]  # function, and what it calls
 
 
 class Faulty:
-    """A run of one execution, over one corpus or several, that a fault may be planted in."""
+    """A run of one execution, over one corpus or several, that a fault may be planted in.
 
-    def __init__(self, folder: Path, model: Path, options: list[str], gpus: int = 1) -> None:
+    `expected` gives the rows of the CPU for what is requested of it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        options: list[str],
+        expected: Callable[[str], Rows],
+        gpus: int = 1,
+    ) -> None:
         self.runs, self._folder = [], folder / "extraction"
         for number, overrides in enumerate(options):
             prepared = prepare(folder / f"{number}", model, overrides, gpus)
-            plain = overrides.replace(LAYERWISE, "")
-            self.runs.append((prepared, cpu_rows(folder / f"{number}-cpu", model, plain)))
+            self.runs.append((prepared, expected(overrides.replace(LAYERWISE, "").strip())))
 
     def wrong(self, policy: str) -> bool:
         """Whether an extraction gives other rows than the CPU, or an error."""
@@ -85,9 +96,14 @@ class Faulty:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Faulty]:
     folder = tmp_path_factory.mktemp("runs")
-    model = build(folder)
+    model, numbers = build(folder), itertools.count()
+
+    @functools.cache
+    def expected(requested: str) -> Rows:
+        return cpu_rows(folder / f"cpu{next(numbers)}", model, requested)
+
     return {
-        name: Faulty(folder / name, model, options, gpus=2 if name == "two GPUs" else 1)
+        name: Faulty(folder / name, model, options, expected, gpus=2 if name == "two GPUs" else 1)
         for name, options in EXECUTIONS.items()
     }
 
@@ -240,9 +256,9 @@ def test_a_ring_that_gives_a_place_twice_is_noticed(runs, monkeypatch):
         assert runs[name].noticed
 
 
-def test_copies_on_the_first_gpu_s_stream_are_noticed(tmp_path, monkeypatch):
+def test_copies_on_the_first_gpu_s_stream_are_noticed(runs, monkeypatch):
     """Of a value on the second GPU: on a real one the copy would run on that GPU's own stream."""
-    run = Faulty(tmp_path, build(tmp_path), [""], gpus=2)
+    run = runs["two GPUs"]
     assert not run.wrong("random")
     original = streams.SideStreams.of
 

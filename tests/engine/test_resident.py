@@ -3,6 +3,7 @@ and a job killed.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from support import (
 )
 from theloom.config.schema import ArchitectureConfig
 from theloom.corpus import batching
+from theloom.dataset.merge import merge_shards
 from theloom.devices import gpu, host
 from theloom.devices.host import DeviceMemory
 from theloom.engine import model_record
@@ -88,19 +90,20 @@ def test_half_precision_rows_are_the_model_s_own(tmp_path, precision):
         assert torch.equal(found[0, hook], expected)
 
 
-def test_documents_of_a_model_that_cannot_be_streamed_go_in_one_pass(tmp_path, tiny_llama, caplog):
+def test_documents_of_a_model_that_cannot_be_streamed_go_in_one_pass(tmp_path, quick_llama, caplog):
     """RecurrentGemma keeps state on its modules, which a KV cache does not carry."""
     folder = build_tiny(
         "recurrent_gemma", tmp_path / "m", vocab_size=49152, lru_width=64, attention_window_size=8
     )
-    for file in tiny_llama.glob("tokenizer*"):
+    for file in quick_llama.glob("tokenizer*"):
         shutil.copy(file, folder)
-    requested = "extraction.shards=1 corpus.max_documents=1 corpus.context_length=96"  # chunks: 64
+    requested = "extraction.shards=1 corpus.max_tokens=60 corpus.context_length=24 "
+    requested += "memory.streaming_chunk_size=16"
     run = stages(tmp_path / "run", folder, requested).all()
     assert "cannot be streamed" in caplog.text
     acts = theloom.open(run.activations)
-    assert np.diff(acts.window_offset).max() == 96
-    assert acts.attributes["chunk_size"] == "[96]"
+    assert np.diff(acts.window_offset).max() == 24
+    assert acts.attributes["chunk_size"] == "[24]"
     run.verify()
 
 
@@ -165,11 +168,11 @@ def test_a_profile_s_numbers_must_be_those_of_the_model(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_llama):
-    return stages(tmp_path_factory.mktemp("run"), tiny_llama, "extraction.shards=2").all()
+def finished(tmp_path_factory, quick_llama):
+    return stages(tmp_path_factory.mktemp("run"), quick_llama, "extraction.shards=2").all()
 
 
-def test_stored_rows_equal_plain_transformers_for_every_document(finished, tiny_llama):
+def test_stored_rows_equal_plain_transformers_for_every_document(finished, quick_llama):
     acts = theloom.open(finished.activations)
     assert len(acts) == 2000
     assert max(len(acts.document(d)) for d in acts.documents) > 256  # beyond the context: windows
@@ -177,7 +180,7 @@ def test_stored_rows_equal_plain_transformers_for_every_document(finished, tiny_
         zip(acts.window_offset[:-1], acts.window_offset[1:], strict=True)
     ):
         rows = slice(int(begin), int(end))
-        expected = plain_residuals(tiny_llama, acts.input_ids.numpy(rows).tolist())
+        expected = plain_residuals(quick_llama, acts.input_ids.numpy(rows).tolist())
         assert acts.position.numpy(rows).tolist() == list(range(end - begin))
         for hook in acts.hooks:
             error = float(
@@ -204,11 +207,11 @@ def test_the_files_say_where_they_came_from(finished):
     assert "torch" in attributes["package_versions"]
 
 
-def test_no_file_holds_the_user_s_home(tmp_path, monkeypatch, tiny_llama):
+def test_no_file_holds_the_user_s_home(tmp_path, monkeypatch, quick_llama):
     home = tmp_path / "home" / "someone"
     home.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
-    (home / "model").symlink_to(tiny_llama)
+    (home / "model").symlink_to(quick_llama)
     (home / "texts.txt").write_text("some text of a private folder")
     run = stages(
         tmp_path / "run", home / "model", f"corpus=text corpus.path={home}/texts.txt"
@@ -218,15 +221,30 @@ def test_no_file_holds_the_user_s_home(tmp_path, monkeypatch, tiny_llama):
         assert str(home).encode() not in file.read_bytes(), file
 
 
+@pytest.fixture(scope="module")
+def half_run(tmp_path_factory, quick_llama):
+    """A run of each precision, which is not merged yet, made once."""
+
+    @functools.cache
+    def made(precision):
+        requested = f"memory.precision_mode={precision} corpus.max_tokens=500"
+        run = stages(tmp_path_factory.mktemp("half"), quick_llama, requested)
+        run.prepare()
+        run.extract()
+        return run
+
+    return made
+
+
 @pytest.mark.parametrize("merge", ["virtual", "physical"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_is_stored_bit_for_bit(tmp_path, tiny_llama, merge, precision):
-    requested = f"memory.precision_mode={precision} store.merge={merge} corpus.max_tokens=500"
-    run = stages(tmp_path, tiny_llama, requested).all()
+def test_half_precision_is_stored_bit_for_bit(half_run, quick_llama, merge, precision):
+    run = half_run(precision)
+    merge_shards(run.shards, merge, run.activations)
     acts = theloom.open(run.activations)
     assert acts.dtype == torch_dtype(precision)
     rows = slice(*(int(r) for r in acts.window_offset[:2]))
-    alone = rows_of_engine(tiny_llama, [acts.input_ids.numpy(rows)], 64, 64, precision)
+    alone = rows_of_engine(quick_llama, [acts.input_ids.numpy(rows)], 64, 64, precision)
     stored = acts["blocks.0.hook_resid_pre"][
         rows
     ]  # the embedding: no sum whose order a batch could change
@@ -237,34 +255,34 @@ def test_half_precision_is_stored_bit_for_bit(tmp_path, tiny_llama, merge, preci
     run.verify()
 
 
-def test_more_shards_than_documents_leave_empty_ones(tmp_path, tiny_llama):
-    run = stages(tmp_path, tiny_llama, "extraction.shards=5 corpus.max_tokens=300").all()
+def test_more_shards_than_documents_leave_empty_ones(tmp_path, quick_llama):
+    run = stages(tmp_path, quick_llama, "extraction.shards=5 corpus.max_tokens=300").all()
     acts = theloom.open(run.activations)
     assert len(acts) == 300
     assert len(run.shards) == 5
     run.verify()
 
 
-def test_one_token_in_one_document(tmp_path, tiny_llama):
-    run = stages(tmp_path, tiny_llama, "corpus.max_tokens=1").all()
+def test_one_token_in_one_document(tmp_path, quick_llama):
+    run = stages(tmp_path, quick_llama, "corpus.max_tokens=1").all()
     run.verify()
     assert len(theloom.open(run.activations)) == 1
 
 
-def test_a_hook_the_model_lacks_ends_before_loading(tmp_path, tiny_llama, monkeypatch):
-    run = stages(tmp_path, tiny_llama, "memory.activation_cache_filter=[blocks.3.hook_resid_post]")
+def test_a_hook_the_model_lacks_ends_before_loading(tmp_path, quick_llama, monkeypatch):
+    run = stages(tmp_path, quick_llama, "memory.activation_cache_filter=[blocks.3.hook_resid_post]")
     with pytest.raises(HookError, match=r"blocks\.2\.hook_resid_post"):
         run.prepare()
 
 
-def test_a_run_larger_than_the_disk_ends_at_the_estimate(tmp_path, tiny_llama):
-    run = stages(tmp_path, tiny_llama, "corpus.max_tokens=10000000000000")
+def test_a_run_larger_than_the_disk_ends_at_the_estimate(tmp_path, quick_llama):
+    run = stages(tmp_path, quick_llama, "corpus.max_tokens=10000000000000")
     with pytest.raises(MemoryPlanError, match=r"writes .* GB and .* has .* GB free"):
         run.prepare()
 
 
-def test_a_run_larger_than_the_memory_ends_before_loading(tmp_path, tiny_llama, monkeypatch):
-    run = stages(tmp_path, tiny_llama)
+def test_a_run_larger_than_the_memory_ends_before_loading(tmp_path, quick_llama, monkeypatch):
+    run = stages(tmp_path, quick_llama)
     monkeypatch.setattr(host, "memory", lambda: DeviceMemory(10**9, 10**6, "a small cgroup"))
     monkeypatch.setattr(load_model, "load_model", None)
     monkeypatch.setattr(model_record, "load_model", None)
@@ -276,11 +294,11 @@ def test_a_run_larger_than_the_memory_ends_before_loading(tmp_path, tiny_llama, 
 
 @pytest.mark.parametrize("execution", ["resident", "layerwise"])
 def test_a_fallback_of_the_precision_warns_once_a_job(
-    tmp_path, tiny_llama, monkeypatch, caplog, execution
+    tmp_path, quick_llama, monkeypatch, caplog, execution
 ):
     monkeypatch.setattr(gpu, "cpu_has_fp16", lambda: False)
     requested = "memory.precision_mode=fp16 corpus.max_tokens=300 extraction.shards=1 "
-    run = stages(tmp_path, tiny_llama, requested + f"extraction.execution={execution}")
+    run = stages(tmp_path, quick_llama, requested + f"extraction.execution={execution}")
     for stage in (run.prepare, run.extract, lambda: (run.merge(), run.verify())):
         caplog.clear()
         stage()
@@ -289,8 +307,8 @@ def test_a_fallback_of_the_precision_warns_once_a_job(
     assert theloom.open(run.shards[0]).attributes["model_precision"] == "fp32"
 
 
-def test_a_model_changed_since_it_was_recorded_is_refused(tmp_path, tiny_llama):
-    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+def test_a_model_changed_since_it_was_recorded_is_refused(tmp_path, quick_llama):
+    folder = shutil.copytree(quick_llama, tmp_path / "model")
     run = stages(tmp_path / "run", folder, "corpus.max_tokens=100")
     run.prepare()
     os.utime(folder / "model.safetensors")  # touched, but the same
@@ -302,13 +320,13 @@ def test_a_model_changed_since_it_was_recorded_is_refused(tmp_path, tiny_llama):
         run.extract()
 
 
-def test_another_precision_than_recorded_is_refused(tmp_path, tiny_llama):
-    run = stages(tmp_path, tiny_llama, "corpus.max_tokens=100")
+def test_another_precision_than_recorded_is_refused(tmp_path, quick_llama):
+    run = stages(tmp_path, quick_llama, "corpus.max_tokens=100")
     run.prepare()
     recorded = model_record.read(run.folder / "model.h5")
-    other = stages(tmp_path, tiny_llama, "corpus.max_tokens=100 memory.precision_mode=bf16").config(
-        "extract"
-    )
+    other = stages(
+        tmp_path, quick_llama, "corpus.max_tokens=100 memory.precision_mode=bf16"
+    ).config("extract")
     with pytest.raises(StoreError, match=r"made in fp32.*gives bf16"):
         model_record.load_again(other, recorded)
 
@@ -331,10 +349,10 @@ def rows_committed(partial):
         return 0
 
 
-def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_path, tiny_llama):
+def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_path, quick_llama):
     requested = "corpus.max_tokens=16000 extraction.shards=1 extraction.batch_tokens=128"
-    whole = stages(tmp_path / "whole", tiny_llama, requested).all()
-    run = stages(tmp_path / "killed", tiny_llama, requested)
+    whole = stages(tmp_path / "whole", quick_llama, requested).all()
+    run = stages(tmp_path / "killed", quick_llama, requested)
     run.prepare()
     partial = run.folder / "shards/00000-of-00001.h5.partial"
     choose = random.Random(0)
@@ -364,16 +382,16 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_pat
 
 
 def test_an_unfinished_shard_of_another_config_is_discarded_with_a_warning(
-    tmp_path, tiny_llama, caplog
+    tmp_path, quick_llama, caplog
 ):
-    run = stages(tmp_path, tiny_llama, "corpus.max_tokens=200 extraction.shards=1").all()
+    run = stages(tmp_path, quick_llama, "corpus.max_tokens=200 extraction.shards=1").all()
     run.activations.unlink()
     (shard,) = run.shards
     partial = shard.with_name(shard.name + ".partial")
     shard.rename(partial)
     again = stages(
         tmp_path,
-        tiny_llama,
+        quick_llama,
         "corpus.max_tokens=200 extraction.shards=1 store.dtype=fp16",
     )
     again.prepare()
@@ -412,14 +430,14 @@ def test_a_gpu_gives_the_rows_of_plain_transformers_there(tmp_path, precision):
 
 
 def test_a_shard_that_was_begun_is_gone_on_with_as_it_was_planned(
-    tmp_path, tiny_llama, monkeypatch
+    tmp_path, quick_llama, monkeypatch
 ):
     requested = (
         "extraction.batch_tokens=null extraction.shards=1 corpus.max_tokens=6000 "
         "corpus.context_length=200"
     )
-    whole = stages(tmp_path / "whole", tiny_llama, requested).all()
-    run = stages(tmp_path / "run", tiny_llama, requested)
+    whole = stages(tmp_path / "whole", quick_llama, requested).all()
+    run = stages(tmp_path / "run", quick_llama, requested)
     run.prepare()
     forward, calls = ResidentRunner.run, []
 
@@ -450,11 +468,11 @@ def test_a_shard_that_was_begun_is_gone_on_with_as_it_was_planned(
 
 
 def test_shards_whose_jobs_had_room_for_different_batches_are_one_data_set(
-    tmp_path, tiny_llama, monkeypatch
+    tmp_path, quick_llama, monkeypatch
 ):
     run = stages(
         tmp_path,
-        tiny_llama,
+        quick_llama,
         "extraction.batch_tokens=null corpus.max_tokens=4000 corpus.context_length=200",
     )
     run.prepare()
@@ -466,8 +484,8 @@ def test_shards_whose_jobs_had_room_for_different_batches_are_one_data_set(
     assert theloom.open(run.activations).attributes["batch_tokens"] == "[2048, 128]"
 
 
-def test_what_was_predicted_and_what_was_found_lie_side_by_side(tmp_path, tiny_llama):
-    run = stages(tmp_path, tiny_llama, "corpus.max_tokens=500")
+def test_what_was_predicted_and_what_was_found_lie_side_by_side(tmp_path, quick_llama):
+    run = stages(tmp_path, quick_llama, "corpus.max_tokens=500")
     run.prepare()
     with h5py.File(run.folder / "model.h5") as file:
         predicted, found = (

@@ -166,7 +166,7 @@ def test_a_killed_job_goes_on_from_its_last_committed_row(tmp_path, models):
     job = forked(extract_with_small_commits, run.folder)
     partial = run.folder / "shards/00000-of-00001.h5.partial"
     while job.is_alive() and not committed(partial):
-        time.sleep(0.002)
+        time.sleep(0.01)
     job.kill()
     job.join()
     assert partial.exists()

