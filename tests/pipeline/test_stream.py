@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import theloom
 import torch
-from support import ROOT, stages
+from support import ROOT, forking, stages
 from theloom.dataset.merge import merge_shards
 from theloom.engine.row_queue import QueueClosedError, RowBlock, RowQueue
 from theloom.errors import ConfigError, HookError, StoreError, TheLoomError
@@ -127,7 +127,7 @@ def test_workers_and_ranks_share_the_rows(prepared, acts):
     seen = []
     for rank in (0, 1):
         stream = like(prepared, shuffle_buffer=64, rank=rank, world_size=2)
-        workers = {"num_workers": 2, "multiprocessing_context": "spawn"} if rank else {}
+        workers = {"num_workers": 2, "multiprocessing_context": forking()} if rank else {}
         seen += check(DataLoader(stream, batch_size=None, **workers), acts)
     assert sorted(seen) == list(range(1500))
     assert prepared._folder.is_dir()  # the workers left it alone

@@ -6,61 +6,54 @@ end. Without that process, or in an environment that the libraries would read ot
 as ever.
 """
 
-import json
+# modules in C: those in Python round them take longer to import than all that is done here
+import _signal
+import _socket
+import marshal
 import os
-import re
 import resource
-import signal
-import socket
 import sys
-
-_JOBS = re.compile(r"/\.snakemake/scripts/\w+\.\w+\.py")
-# What libraries read when they are imported.
-SENSITIVE = re.compile(
-    # the job sets its threads once more, and CUDA reads its devices when it starts
-    r"(?!\w+_NUM_THREADS|CUDA_VISIBLE_DEVICES$)"
-    r"(ATEN|CUDA|GOMP|HF|HUGGING|KMP|LD|MALLOC|MKL|OMP|OPENBLAS|PYTORCH|TORCH|TRANSFORMERS|XDG)_|"
-    r"(GLIBC_TUNABLES|HOME|PYTHON(HASHSEED|OPTIMIZE|WARNINGS))$"
-)
-LIMITS = sorted(number for name, number in vars(resource).items() if name.startswith("RLIMIT_"))
-
-
-def sensitive(environment: dict[str, str]) -> dict[str, str]:
-    """The part of an environment that libraries read when they are imported."""
-    return {k: v for k, v in environment.items() if SENSITIVE.match(k)}
 
 
 def _hand_over(arguments: list[str]) -> None:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.connect(os.environ["PRELOADED"])
-        if json.loads(connection.makefile().readline()) != sensitive(dict(os.environ)):
-            return
-    except OSError:
-        return
+    limits = {n: number for n, number in vars(resource).items() if n.startswith("RLIMIT_")}
     job = {
         "arguments": arguments,
         "folder": os.getcwd(),  # noqa: PTH109  pathlib is not imported yet
         "environment": dict(os.environ),
-        "limits": [resource.getrlimit(number) for number in LIMITS],
+        "limits": [(number, resource.getrlimit(number)) for number in limits.values()],
     }
-    text = json.dumps(job).encode()
-    socket.send_fds(connection, [len(text).to_bytes(8, "big")], [0, 1, 2])
-    connection.sendall(text)
-    answers = connection.makefile()
+    data = marshal.dumps(job)
+    streams = b"".join(number.to_bytes(4, sys.byteorder) for number in (0, 1, 2))
+    connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        connection.connect(os.environ["PRELOADED"])
+        rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)
+        connection.sendmsg([len(data).to_bytes(8, "big")], [rights])
+        connection.sendall(data)
+    except OSError:
+        return
+    answers = open(connection.fileno(), "rb", closefd=False)  # noqa: SIM115
     process = int(answers.readline())
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: os.kill(process, number))
+    if not process:
+        return
+    for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
+        _signal.signal(number, lambda number, _: os.kill(process, number))
     status = int(answers.readline())
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        if number != signal.SIGKILL:
-            signal.signal(number, signal.SIG_DFL)
+        if number != _signal.SIGKILL:
+            _signal.signal(number, _signal.SIG_DFL)
         os.kill(os.getpid(), number)
     os._exit(os.waitstatus_to_exitcode(status))
 
 
+def _is_job(arguments: list[str]) -> bool:
+    """A script that Snakemake wrote for a job."""
+    return len(arguments) == 1 and "/.snakemake/scripts/" in arguments[0]
+
+
 if "PRELOADED" in os.environ:
     arguments = sys.orig_argv[1:]
-    if arguments[:2] == ["-m", "snakemake"] or (len(arguments) == 1 and _JOBS.search(arguments[0])):
+    if arguments[:2] == ["-m", "snakemake"] or _is_job(arguments):
         _hand_over(arguments)

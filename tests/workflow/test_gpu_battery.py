@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
@@ -52,14 +51,20 @@ def test_back_off_ends_with_the_same_rows(tmp_path):
     assert row[DIFFERENCE] <= 1e-5
 
 
-def test_the_command_writes_a_page_and_its_figures_and_skips_with_words(tmp_path):
-    command = [sys.executable, str(ROOT / "workflow/bench/gpu.py"), "--output", tmp_path / "gpu"]
-    done = subprocess.run(
-        [*command, "--seconds", "6000", "--only", "arithmetic", "sanitizer"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """The command in this process, whose steps are processes of their own."""
+
+    def call(*options):
+        output = ["--output", str(tmp_path / "gpu"), "--seconds", "6000"]
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *output, *options])
+        gpu.main()
+
+    return call
+
+
+def test_the_command_writes_a_page_and_its_figures_and_skips_with_words(command, tmp_path):
+    command("--only", "arithmetic", "sanitizer")
     first, second = json.loads((tmp_path / "gpu.json").read_text())
     assert first["state"] == "done"
     assert first["rows"][1]["largest error / largest value"] < 1e-5
@@ -68,11 +73,8 @@ def test_the_command_writes_a_page_and_its_figures_and_skips_with_words(tmp_path
     assert "| arithmetic | done |" in (tmp_path / "gpu.md").read_text()
 
 
-def test_the_command_runs_on_a_simulated_gpu(tmp_path):
-    command = [sys.executable, str(ROOT / "workflow/bench/gpu.py"), "--output", tmp_path / "gpu"]
-    options = ["--simulated", "--seconds", "6000", "--only", "versions"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_command_runs_on_a_simulated_gpu(command, tmp_path):
+    command("--simulated", "--only", "versions")
     (versions,) = json.loads((tmp_path / "gpu.json").read_text())
     assert {"what": "device", "value": "Simulated GPU"} in versions["rows"]
 

@@ -9,13 +9,14 @@ from browser import CHROMIUM, Page
 from support import ROOT, copy_project
 
 HOOKS = "memory.activation_cache_filter=[hook_embed,blocks.15.hook_resid_post]"
+BATCH = "extraction.batch_tokens=512"  # load_model runs the largest one twice
 OPINIONS = ROOT / "config/corpus/opinions.jsonl"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     project = copy_project(tmp_path_factory.mktemp("project"))
-    done = project.snakemake(profiles="opinions", overrides=f"name=opinions {HOOKS}")
+    done = project.snakemake(profiles="opinions", overrides=f"name=opinions {HOOKS} {BATCH}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "open results/opinions/report.html" in done.stderr
     return project.folder / "results/opinions"

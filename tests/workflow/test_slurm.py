@@ -485,15 +485,14 @@ def test_a_controller_that_is_away_for_half_a_minute_loses_no_run(slurm, tiny, l
 def test_the_real_model_in_two_shards_has_the_rows_of_plain_transformers(slurm, project, smollm2):
     running = start(
         project,
-        overrides="corpus.max_tokens=640 extraction.shards=2 resources.gpu=1 verify.documents=1",
+        overrides="name=real corpus.max_tokens=640 extraction.shards=2 resources.gpu=1 "
+        "verify.documents=1 memory.activation_cache_filter=[blocks.5.hook_resid_post]",
         profile="smollm2-135m",
     )
     printed = finish(running, project, 900)
     assert running.returncode == 0, printed
     assert "640 tokens of 2 documents in fp32" in printed
-    acts = theloom.open(
-        project.results("smollm2-135m+max_tokens=640+shards=2+documents=1") / "activations.h5"
-    )
+    acts = theloom.open(project.results("real") / "activations.h5")
     document = acts.document(1)
     expected = plain_residuals(smollm2.folder, document.input_ids.tolist())
     for hook in acts.hooks:
