@@ -58,7 +58,8 @@ SIZES = {
     2: "num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups "
     "num_experts_per_tok moe_k top_k "
     "num_experts_per_token moe_topk moe_top_k n_group topk_group num_global_key_value_heads",
-    VOCABULARY: "vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size "
+    VOCABULARY: "vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size "
+    "vocab_size_per_layer_input unpadded_vocab_size "
     "audio_vocab_size pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab",
     128: "codebook_size",
     1024: "ngram_vocab_size_base",
