@@ -230,14 +230,14 @@ def run_on(server: Hub, home: Path, *words: str) -> "subprocess.CompletedProcess
     )
 
 
-# of arguments: a folder, a model, and settings
+# of arguments: a folder, a model, and settings; and so on, one run after another
 RUN_STAGES = """
 import sys
 from pathlib import Path
 from support import stages
 from theloom.pipeline.stage_model import stage
-folder, model, words = sys.argv[1:]
-run = stages(Path(folder), Path(model), words)
-stage(run.config("source"), Path(folder) / "source.json")
-run.all().verify()
+for folder, model, words in zip(*[iter(sys.argv[1:])] * 3, strict=True):
+    run = stages(Path(folder), Path(model), words)
+    stage(run.config("source"), Path(folder) / "source.json")
+    run.all().verify()
 """

@@ -58,7 +58,8 @@ SIZES = {
     2: "num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups "
     "num_experts_per_tok moe_k top_k "
     "num_experts_per_token moe_topk moe_top_k n_group topk_group num_global_key_value_heads",
-    VOCABULARY: "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size "
+    VOCABULARY: "vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size "
+    "vocab_size_per_layer_input unpadded_vocab_size "
     "audio_vocab_size pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab",
     128: "codebook_size",
     1024: "ngram_vocab_size_base",
@@ -66,8 +67,8 @@ SIZES = {
 SIZE = {name: size for size, names in SIZES.items() for name in names.split()}
 
 ZAMBA = {
-    "num_hidden_layers": 6,
-    "layers_block_type": ["linear_attention", "hybrid"] * 3,
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
     "attention_hidden_size": 128,
     "attention_head_dim": 32,
 }
@@ -129,10 +130,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "ffn_config": {
             "hidden_size": 64,
             "ffn_hidden_size": 96,
-            "moe_num_experts": 4,
+            "moe_num_experts": 3,  # its code runs each by itself
             "moe_top_k": 2,
         },
     },
+    "deepseek_v4": {"hc_sinkhorn_iters": 3},  # of 20, in each of its blocks twice
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "doge": {"keep_window_size": 256},  # by default it is the context, too
@@ -144,6 +146,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "audio_config.adapter_out_dim": 64,
     },
     "dots3_note_text": {"head_dim": 32},
+    # as few patches as its windows take in three poolings, and not as many up as across
+    "hiera": {"image_size": [64, 96], "embed_dim": 32, "depths": [1, 2, 1, 1]},
     "hrm_text": {"num_layers_per_stack": 2, "L_cycles": 2, "num_hidden_layers": 12},
     "efficientnet": {
         "image_size": 64,
@@ -181,6 +185,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 96},
     "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"]},
+    "longcat_flash": {"num_layers": 2},  # each has two attentions, and experts that run one by one
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
     **{name: {"text_config.max_position_embeddings": 64} for name in ("owlvit", "owlv2", "sam3")},
@@ -220,7 +225,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     | {
         "attention_head_dim": 32,
         "n_mamba_heads": 8,
-        "hybrid_layer_ids": [1, 3, 5],
+        "hybrid_layer_ids": [1, 3],
         "mamba_headdim": 16,
     },
     "xlstm": {"qk_dim_factor": 1.0},  # its own cache wants keys whose width is a multiple of 64

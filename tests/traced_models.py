@@ -4,7 +4,7 @@ from transformers import AutoConfig
 
 SIZES = {
     "hidden_size": 256,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "intermediate_size": 704,
     "vocab_size": 512,
@@ -13,7 +13,7 @@ SIZES = {
 MODELS = {
     "llama-mha": ("llama", {"num_key_value_heads": 8}),
     "llama-gqa": ("llama", {"num_key_value_heads": 2}),
-    "gpt2": ("gpt2", {"n_embd": 256, "n_layer": 4, "n_head": 8, "n_positions": 4096}),
+    "gpt2": ("gpt2", {"n_embd": 256, "n_layer": 3, "n_head": 8, "n_positions": 4096}),
     "gpt_neox": ("gpt_neox", {}),
     "gemma2": ("gemma2", {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 256}),
     "gemma3": ("gemma3_text", {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 256}),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import theloom
 import torch
-from support import allocator_peak, build_tiny, stages, values_of
+from support import allocator_peak, build_tiny, stages, values_of, with_bytes
 from theloom.config import model_dims
 from theloom.errors import HookError
 from theloom.hooks import blocks
@@ -213,18 +213,18 @@ def test_a_hook_point_that_a_forward_does_not_reach_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text"])
-def test_every_hook_point_comes_back_from_disk(tmp_path, smollm2, model_type):
+def test_every_hook_point_comes_back_from_disk(tmp_path, model_type):
     """Windows of uneven length, some in chunks, in two shards: all rows of all hook points, and
     what is beyond them.
     """
-    import shutil
-
-    folder = build_tiny(model_type, tmp_path / "model", vocab_size=49152)
-    for file in smollm2.folder.glob("tokenizer*"):
-        shutil.copy(file, folder)
+    folder = with_bytes(build_tiny(model_type, tmp_path / "model", vocab_size=260))
+    (tmp_path / "texts").mkdir()
+    for number, length in enumerate((64, 1, 100, 7, 65, 130)):
+        text = "".join(chr(97 + (number * 7 + i * i) % 26) for i in range(length))
+        (tmp_path / f"texts/{number}.txt").write_text(text)
     requested = (
-        "memory.activation_cache_filter=[] corpus.max_tokens=700 corpus.context_length=100 "
-        "extraction.shards=2"
+        f"memory.activation_cache_filter=[] corpus=text corpus.path={tmp_path / 'texts'} "
+        "corpus.context_length=100 extraction.shards=2"
     )
     run = stages(tmp_path / "run", folder, f"{requested} extraction.batch_tokens=200").all()
     run.verify()
@@ -232,7 +232,9 @@ def test_every_hook_point_comes_back_from_disk(tmp_path, smollm2, model_type):
     described = blocks.find_blocks(AutoModel.from_pretrained(folder).eval())
     points = build_catalog(described).points
     assert acts.hooks == [p.name for p in points]
-    longest = int(np.diff(acts.window_offset).max())
+    windows = np.diff(acts.window_offset)
+    assert sorted(windows.tolist()) == [1, 7, 30, 64, 65, 100, 100]
+    longest = int(windows.max())
     for begin, end in zip(
         acts.window_offset[:-1].tolist(), acts.window_offset[1:].tolist(), strict=True
     ):

@@ -35,7 +35,7 @@ MADE = [
 ]
 LAST, TWO, ALL = (
     ["blocks.-1.hook_resid_post"],
-    ["blocks.1.hook_resid_post", "blocks.3.hook_resid_pre"],
+    ["blocks.0.hook_resid_post", "blocks.2.hook_resid_pre"],
     [],
 )
 CASES = [
@@ -55,7 +55,7 @@ def model_config(name: str):
     model_type, numbers = SHAPES[name]
     sizes = {
         "hidden_size": 512,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 8,
         "intermediate_size": 1408,
     }

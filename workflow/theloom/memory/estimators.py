@@ -282,18 +282,18 @@ class Traced:
     @cached_property
     def attention(self) -> str:
         """The attention implementation that transformers takes."""
-        return str(self.fake(WeightFormat("fp32")).architecture.model.config._attn_implementation)
+        return str(self.fake(WeightFormat("fp32")).model.config._attn_implementation)
 
     @property
     def parameters(self) -> int:
         """Parameters of the whole base model."""
-        return int(self.fake(WeightFormat("fp32")).architecture.model.num_parameters())
+        return int(self.fake(WeightFormat("fp32")).model.num_parameters())
 
     def weights(self, kind: WeightFormat, points: Sequence[HookPoint] | None = None) -> int:
         from theloom.model import pruning
 
         left_out = [] if points is None else self.unneeded(points)
-        return sum(pruning.storages(self.fake(kind).architecture.model, left_out))
+        return sum(pruning.storages(self.fake(kind).model, left_out))
 
     def largest_weight(self, kind: WeightFormat) -> int:
         return max(self.fake(WeightFormat("bf16")).weights)
@@ -311,7 +311,7 @@ class Traced:
         from theloom.memory import trace
 
         fake = self.fake(kind)
-        name = type(fake.architecture.model).__name__
+        name = type(fake.model).__name__
         if len(workload.steps) == 1:  # the same pass, however much larger a chunk may be
             workload = replace(workload, chunk_size=workload.tokens)
 

@@ -56,7 +56,7 @@ def resident(
         )[1].events
         for workload in passes
     ]
-    weights = pruning.storages(fake.architecture.model, left_out)
+    weights = pruning.storages(fake.model, left_out)
     return replay(weights, _after(fixed, traced), warmed_up=True, expandable=expandable)
 
 

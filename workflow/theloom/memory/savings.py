@@ -202,7 +202,7 @@ class _Table:
 
         name = "gradient checkpointing"
         checkpointed = fake_model(self._config, low)
-        checkpointed.architecture.model.activation_checkpointing_enable()
+        checkpointed.model.activation_checkpointing_enable()
         nothing = "no effect without a backward"
         row(
             name,
@@ -264,7 +264,7 @@ class _Table:
     def _pass_outside_inference_mode(self, points: list[HookPoint], grad: bool) -> Bytes:
         """A forward of a model as it is loaded, its parameters asking for gradients."""
         fake = fake_model(self._config, self._precision)
-        fake.architecture.model.requires_grad_(True)
+        fake.model.requires_grad_(True)
         with fake.mode, shapes_only():
             ids = torch.zeros(self._one_pass.windows, self._one_pass.tokens, dtype=torch.int64)
             peak = forward_peak(fake.architecture, ids, points, grad, self._device)
@@ -276,7 +276,7 @@ class _Table:
         """
         fake = fake_model(self._config, self._precision, lm_head=True)
         kept: list[Any] = []
-        fake.architecture.model.register_forward_pre_hook(lambda *_: kept.clear())
+        fake.model.register_forward_pre_hook(lambda *_: kept.clear())
         for point in points:
             site = fake.architecture.residual(point)
             if site.place == "input":

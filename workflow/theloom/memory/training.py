@@ -158,7 +158,7 @@ def trace_step(
     """
     with fake.mode, shapes_only(), _fused_dropout() if device == "cuda" else nullcontext():
         return measure(
-            fake.architecture.model, torch.zeros(windows, tokens, dtype=torch.int64), recipe, device
+            fake.model, torch.zeros(windows, tokens, dtype=torch.int64), recipe, device
         )
 
 

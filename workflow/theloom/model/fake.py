@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -173,10 +174,21 @@ def _named(path: str, names: Collection[str]) -> bool:
 class FakeModel:
     """A model without bytes: what a trace runs."""
 
-    architecture: Architecture
+    model: "PreTrainedModel"
     mode: WithoutBytes
     precision: str
     identity: object  # equal where passes are alike
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What the model consists of: found by a pass, which weights alone do not need."""
+        model = self.model
+
+        def describe() -> Architecture:
+            with self.mode, shapes_only(has_values(model.config)):
+                return find_blocks(model)
+
+        return with_values_if_needed(model.config, describe)
 
     def remembered(self, about: tuple[Any, ...], find: Callable[[], T]) -> T:
         """Find something of the model, unless it was found of one like it in this process.
@@ -201,7 +213,7 @@ class FakeModel:
     @property
     def weights(self) -> list[int]:
         """Bytes of every storage of the model."""
-        return pruning.storages(self.architecture.model)
+        return pruning.storages(self.model)
 
     def unneeded(self, points: Sequence[HookPoint]) -> list[str]:
         """Find the modules that reading hook points does not need (`pruning.unneeded`).
@@ -293,16 +305,10 @@ def fake_model(
     except (*MODEL_ERRORS, ImportError) as error:
         raise ModelError(f"{model_config.model_type}: cannot be built: {why(error)}") from None
     model.eval().requires_grad_(False)
-
-    def describe() -> Architecture:
-        with mode, shapes_only(has_values(model.config)):
-            return find_blocks(model)
-
-    described = with_values_if_needed(model.config, describe)
     identity = _identity(model, precision, quantization, kernels)
     if has_own_code(model_config, trust_remote_code):
         identity = object()
-    return FakeModel(described, mode, precision, identity)
+    return FakeModel(model, mode, precision, identity)
 
 
 def _identity(model: "PreTrainedModel", *build: str | None) -> object:

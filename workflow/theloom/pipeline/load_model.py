@@ -283,7 +283,7 @@ def record(config: Config, estimate_path: Path, tokens_path: Path, output: Path)
             | {"execution": "resident"}
         )
         file_format.set_attributes(file, attributes)
-        weights = sum(storages(traced.fake(kind).architecture.model, loaded.left_out))
+        weights = sum(storages(traced.fake(kind).model, loaded.left_out))
         memory = file.create_group("memory")
         _write_memory(memory, planned, measured, weights, loading.growth, replayed, beyond)
         if images is not None:

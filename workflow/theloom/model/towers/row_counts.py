@@ -32,12 +32,12 @@ class RowCounts:
     """
 
     def __init__(self, fake: "FakeModel") -> None:
-        self._fake = fake
+        self._fake, self._architecture = fake, fake.architecture
         self._known: dict[Any, set[int]] = {}
 
     @property
     def _model(self) -> Any:
-        return self._fake.architecture.model
+        return self._fake.model
 
     @property
     def input_name(self) -> str:
@@ -108,7 +108,7 @@ class RowCounts:
         """The hook points by which rows are counted: all that are read of a model in stages, else
         what the first block is given.
         """
-        architecture = self._fake.architecture
+        architecture = self._architecture
         if architecture.stages is not None:
             return architecture.stages.catalog.select(stages_of(self._model.config))
         return [p for p in architecture.stream if p.block == 0 and p.value == RESIDUALS[0]]
@@ -129,7 +129,7 @@ class RowCounts:
     def _rows_seen(self, given: "Mapping[str, torch.Tensor]") -> set[int]:
         found: list[int] = []
         taps = Taps(
-            self._fake.architecture,
+            self._architecture,
             self._points,
             lambda _, value: found.append(int(value.shape[1])),
         )
@@ -175,7 +175,7 @@ class RowCounts:
             Their number; None where the rows are not these and one for each patch.
         """
         shape = tuple(inputs[self.input_name].shape[1:])
-        in_stages = self._fake.architecture.stages is not None
+        in_stages = self._architecture.stages is not None
         images = modality_of(self._model.config) == "images" and not in_stages
         if not images or self._patch is None or len(shape) != 3:
             return None
