@@ -157,9 +157,7 @@ def trace_step(
         Bytes by category.
     """
     with fake.mode, shapes_only(), _fused_dropout() if device == "cuda" else nullcontext():
-        return measure(
-            fake.model, torch.zeros(windows, tokens, dtype=torch.int64), recipe, device
-        )
+        return measure(fake.model, torch.zeros(windows, tokens, dtype=torch.int64), recipe, device)
 
 
 def measure(
