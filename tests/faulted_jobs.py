@@ -188,13 +188,10 @@ def _serve() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     import torch
-    from theloom.config import frozen
+    from preloading import fill_caches_of_jobs
     from theloom.store import writer
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    # what each job would make for itself
-    frozen.to_config({})
-    get_checkpoint_conversion_mapping("llama")
+    fill_caches_of_jobs()
     torch.set_num_threads(1)
     writer.COMMIT_BYTES = 1 << 14
     gc.collect()

@@ -231,18 +231,23 @@ def _requested_path() -> list[str]:
     return [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
 
 
-def fill_caches() -> None:
-    """What is done once in a process: snakemake looks for plugins, hydra for its own, transformers
-    compiles a thousand expressions for the names of weights, and each job makes the schema of
-    configs.
-    """
+def _fill_caches() -> None:
+    """What is done once in a process: snakemake looks for plugins, hydra for its own."""
     from hydra.core.plugins import Plugins
     from snakemake.cli import get_argument_parser
-    from theloom.config import frozen
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     get_argument_parser()
     Plugins.instance()
+    fill_caches_of_jobs()
+
+
+def fill_caches_of_jobs() -> None:
+    """What each job would make for itself: transformers compiles a thousand expressions for the
+    names of weights, and the schema of configs is made.
+    """
+    from theloom.config import frozen
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     get_checkpoint_conversion_mapping("llama")
     frozen.to_config({})
 
@@ -333,7 +338,7 @@ def _serve(address: str) -> None:
     for name in _LIBRARIES:
         importlib.import_module(name)
     asked = _import_ours()
-    fill_caches()
+    _fill_caches()
     # here, since a job that touches every module copies their pages
     sys.meta_path.insert(0, _Imported(asked))  # type: ignore[arg-type]
     gc.collect()

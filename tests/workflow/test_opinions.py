@@ -9,7 +9,7 @@ from browser import CHROMIUM, Page
 from support import ROOT, copy_project
 
 HOOKS = "memory.activation_cache_filter=[hook_embed,blocks.15.hook_resid_post]"
-BATCH = "extraction.batch_tokens=512"  # load_model runs the largest one twice
+BATCH = "extraction.batch_tokens=512"  # load_model runs the largest one beside the documents
 OPINIONS = ROOT / "config/corpus/opinions.jsonl"
 
 

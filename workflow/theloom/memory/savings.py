@@ -264,10 +264,11 @@ class _Table:
     def _pass_outside_inference_mode(self, points: list[HookPoint], grad: bool) -> Bytes:
         """A forward of a model as it is loaded, its parameters asking for gradients."""
         fake = fake_model(self._config, self._precision)
+        described = fake.architecture  # by a pass of its own, without gradients
         fake.model.requires_grad_(True)
         with fake.mode, shapes_only():
             ids = torch.zeros(self._one_pass.windows, self._one_pass.tokens, dtype=torch.int64)
-            peak = forward_peak(fake.architecture, ids, points, grad, self._device)
+            peak = forward_peak(described, ids, points, grad, self._device)
         return Bytes(sum(fake.weights) + peak, peak)
 
     def _holding(self, points: list[HookPoint]) -> Bytes:

@@ -137,7 +137,7 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         import torch
 
-        if func is torch.ops.prim.device.default:
+        if func is torch.ops.prim.device.default:  # asked often, and a fake tensor knows it
             return getattr(args[0], "fake_device", None) or func(*args, **(kwargs or {}))
         if func not in self._whole and _is_composite(func):
             # under inference mode an operation made of others arrives as one, with the temporaries

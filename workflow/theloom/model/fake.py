@@ -240,7 +240,7 @@ class FakeModel:
 
     def _run(self, run: Callable[[], T]) -> T:
         """What runs the model; its errors are ModelErrors."""
-        model = self.architecture.model
+        model = self.architecture.model  # found before its mode is entered
 
         def without_bytes() -> T:
             with self.mode, shapes_only(has_values(model.config)), refused(cannot_run(model)):

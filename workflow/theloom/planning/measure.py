@@ -94,7 +94,7 @@ def measure(
     points: Sequence[HookPoint],
     loading: PeakMemory,
 ) -> Measured:
-    """Run the largest pass of a plan on random tokens: memory in use grows, storage by storage.
+    """Run the largest pass of a plan on random tokens, and measure its growth and its storages.
 
     Args:
         loaded: the model.

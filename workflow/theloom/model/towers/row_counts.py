@@ -32,6 +32,7 @@ class RowCounts:
     """
 
     def __init__(self, fake: "FakeModel") -> None:
+        # found here: it takes a pass, which is none within a pass that counts rows
         self._fake, self._architecture = fake, fake.architecture
         self._known: dict[Any, set[int]] = {}
 

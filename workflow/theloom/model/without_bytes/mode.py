@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 _UNSAFE_VIEW, _VIEW = torch.ops.aten._unsafe_view.default, torch.ops.aten.view.default
 _T, _TRANSPOSE = torch.ops.aten.t.default, torch.ops.aten.transpose.int
 _DEVICE = torch.ops.prim.device.default
-_NUMBERS_AND_TEXTS = (int, float, bool, str, type(None))
-_PLAIN = {*_NUMBERS_AND_TEXTS, torch.dtype, torch.device, torch.layout, torch.memory_format}
+_PLAIN: set[type] = {int, float, bool, str, type(None)}
+_PLAIN |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 # What asks a tensor about itself, by identity: an operation's own hash is Python code
 _QUESTIONS = {
